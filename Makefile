@@ -1,0 +1,49 @@
+# Everything a newcomer needs: `make demo` and `make test`.  `make .venv` only installs.
+# TORCH_INDEX picks another build of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+PYTHON ?= python3
+TORCH_INDEX ?=
+BIN := .venv/bin
+# Waiting OpenMP threads spin by default and slow a second process down by two orders of magnitude.
+export OMP_WAIT_POLICY := PASSIVE
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-slow lint format typecheck clean
+
+.venv: .venv/.installed
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q torch -c constraints.txt --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -e '.[train,eval]' -c constraints.txt
+	touch $@
+
+.venv/.dev: .venv/.installed
+	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
+	touch $@
+
+demo: .venv/.installed
+	$(BIN)/unitok demo
+
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 15
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1500 --durations 0
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Type checkers do not follow the package-dir mapping, so they get a folder of links that has the import layout.
+typecheck: .venv/.dev
+	rm -rf build/typecheck && mkdir -p build/typecheck/open_unitok
+	for f in open_unitok/*; do ln -s ../../../$$f build/typecheck/open_unitok/; done
+	for p in tokenizer mllm generation training eval configs; do ln -s ../../../$$p build/typecheck/open_unitok/$$p; done
+	$(BIN)/pyright
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Benchmarks: loaders, scorers and the resumable harness."""
