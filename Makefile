@@ -10,15 +10,15 @@ export TOKENIZERS_PARALLELISM := false
 .PHONY: demo test test-slow lint format typecheck clean
 
 .venv: .venv/.installed
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml configs/constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(if $(TORCH_INDEX),$(BIN)/pip install -q torch -c constraints.txt --index-url $(TORCH_INDEX))
-	$(BIN)/pip install -q -e '.[train,eval]' -c constraints.txt
+	$(if $(TORCH_INDEX),$(BIN)/pip install -q torch -c configs/constraints.txt --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -q -e '.[train,eval]' -c configs/constraints.txt
 	touch $@
 
 .venv/.dev: .venv/.installed
-	$(BIN)/pip install -q -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -q -e '.[dev]' -c configs/constraints.txt
 	touch $@
 
 demo: .venv/.installed

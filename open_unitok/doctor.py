@@ -1,0 +1,146 @@
+"""`unitok doctor`: what this machine has, the versions against the tested ones, and what each missing thing costs."""
+
+import argparse
+import importlib.metadata
+import importlib.resources
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+from typing import NamedTuple
+
+GIB = 2**30
+
+
+class Check(NamedTuple):
+    """One line of the report; `cost` says what follows where something is missing, and is empty where all is well."""
+
+    name: str
+    found: str
+    cost: str = ""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`unitok doctor` takes no options."""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print one line per check; the exit code stays 0, since nothing here stops a run by itself."""
+    for title, checks in (("Machine", machine()), ("Speed", speed()), ("Versions", versions())):
+        print(title)
+        for check in checks:
+            print(f"  {'!' if check.cost else '✓'} {check.name:<18} {check.found}")
+            if check.cost:
+                print(f"      {check.cost}")
+
+
+def machine() -> list[Check]:
+    """Python, cores, memory, disk and accelerators."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    checks = [
+        Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Check("cores", str(cores)),
+    ]
+    free = available_memory()
+    if free is not None:
+        low = "the demo needs 6 GiB: close something, or lower batch_size" if free < 6 * GIB else ""
+        checks.append(Check("free memory", f"{free / GIB:.1f} GiB", low))
+    disk = shutil.disk_usage(".").free
+    checks.append(Check("free disk", f"{disk / GIB:.1f} GiB", "the demo writes about 1 GiB" if disk < 2 * GIB else ""))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(i)
+            checks.append(Check(f"cuda:{i}", f"{device.name}, {device.total_memory / GIB:.0f} GiB"))
+    elif torch.backends.mps.is_available():
+        checks.append(Check("mps", "Apple GPU: inference runs there, training runs on the CPU"))
+    else:
+        checks.append(Check("gpu", "none", "the demo is made for this; paper-scale training is out of reach"))
+    return checks
+
+
+def speed() -> list[Check]:
+    """What makes a run fast: bf16 units, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting policy."""
+    import torch
+
+    checks = []
+    if torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported()
+    else:
+        bf16 = bool(torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in cpu_flags())
+    checks.append(
+        Check("bf16", "in hardware", "") if bf16 else Check("bf16", "emulated", "bf16 saves memory here, but no time")
+    )
+    checks.append(
+        Check("flash-attn", "installed")
+        if importable("flash_attn")
+        else Check("flash-attn", "absent", "attention runs through torch SDPA: same results, slower on long sequences")
+    )
+    if importlib.util.find_spec("deepspeed") is None:
+        checks.append(Check("deepspeed", "absent", "training needs it: pip install 'open-unitok[train]'"))
+    else:
+        checks.append(Check("deepspeed", importlib.metadata.version("deepspeed")))
+        compiler, ninja = shutil.which("g++") or shutil.which("clang++"), shutil.which("ninja")
+        missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if not there]
+        cost = "CPU offload of the optimiser needs it; all else runs without" if missing else ""
+        checks.append(Check("deepspeed ops", f"no {' and no '.join(missing)}" if missing else "can be compiled", cost))
+    policy = os.environ.get("OMP_WAIT_POLICY", "").upper()
+    checks.append(
+        Check("OMP_WAIT_POLICY", "PASSIVE")
+        if policy == "PASSIVE"
+        else Check("OMP_WAIT_POLICY", policy or "unset", "two busy processes slow each other down many times: export PASSIVE")
+    )
+    return checks
+
+
+def versions() -> list[Check]:
+    """Installed packages beside the versions of the constraints file."""
+    checks = []
+    for name, tested in tested_versions().items():
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            checks.append(Check(name, "absent", f"tested with {tested}"))
+            continue
+        same = found.split("+")[0] == tested
+        checks.append(Check(name, found, "" if same else f"tested with {tested}"))
+    return checks
+
+
+def tested_versions() -> dict[str, str]:
+    """Package -> version, from the constraints file that every install of this project uses."""
+    text = importlib.resources.files("open_unitok.configs").joinpath("constraints.txt").read_text()
+    return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
+
+
+def available_memory() -> int | None:
+    """Bytes that can still be used, the container's limit included; None where the system does not say."""
+    if sys.platform != "linux":
+        return None
+    with open("/proc/meminfo") as file:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
+    free = int(found[1]) * 1024 if found else None
+    limit, used = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
+    if free is not None and os.path.exists(limit) and (text := open(limit).read().strip()) != "max":
+        free = min(free, int(text) - int(open(used).read()))
+    return free
+
+
+def cpu_flags() -> str:
+    """The processor's feature flags, or nothing where the system does not list them."""
+    if not os.path.exists("/proc/cpuinfo"):
+        return ""
+    with open("/proc/cpuinfo") as file:
+        return next((line for line in file if line.startswith("flags")), "")
+
+
+def importable(name: str) -> bool:
+    """True if the module imports: an installed flash-attn built for another torch fails only here."""
+    try:
+        importlib.import_module(name)
+    except (ImportError, OSError):
+        return False
+    return True

@@ -1,0 +1,155 @@
+"""The layout holds: packages listed, imports point left, inference stays light, the front door is lazy."""
+
+import ast
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOMS = ["tokenizer", "mllm", "generation", "training", "eval"]
+# room -> the rooms it may import from; configs is data, open_unitok's small helpers are open to all
+MAY_IMPORT = {
+    "tokenizer": set(),
+    "mllm": {"tokenizer"},
+    "generation": {"tokenizer", "mllm"},
+    "training": {"tokenizer", "mllm", "generation", "configs"},
+    "eval": {"tokenizer", "mllm", "generation", "configs"},
+}
+HELPERS = {"errors", "files", "ranks"}
+
+
+def imports_of(path: pathlib.Path) -> list[tuple[int, str]]:
+    """(level, dotted module) of every import statement in the file, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            found += [(node.level, f"{module}.{alias.name}" if module in ("", "open_unitok") else module) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_left(room):
+    files = sorted((ROOT / room).rglob("*.py"))
+    assert files
+    for file in files:
+        for level, module in imports_of(file):
+            where = f"{file.relative_to(ROOT)} imports {module}"
+            if level:
+                assert level == len(file.relative_to(ROOT / room).parts), f"{where}: relative imports stay in the room"
+            elif module.split(".")[0] == "open_unitok":
+                target = module.split(".")[1] if "." in module else ""
+                assert target == room or target in HELPERS | MAY_IMPORT[room] | {"__version__"}, where
+            else:
+                assert module.split(".")[0] not in [*ROOMS, "configs"], f"{where}: a second copy of every class"
+
+
+def test_helpers_of_the_front_door_import_nothing_of_ours():
+    for helper in HELPERS:
+        for level, module in imports_of(ROOT / "open_unitok" / f"{helper}.py"):
+            assert level == 0 or module.split(".")[0] in HELPERS, f"{helper} imports {module}"
+            assert not module.startswith("open_unitok"), f"{helper} imports {module}"
+
+
+def test_pyproject_lists_every_package_folder():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"open_unitok": "open_unitok"}
+    for room in [*ROOMS, "configs"]:
+        for init in (ROOT / room).rglob("__init__.py"):
+            folder = init.parent.relative_to(ROOT)
+            folders["open_unitok." + ".".join(folder.parts)] = folder.as_posix()
+    assert sorted(settings["packages"]) == sorted(folders)
+    assert settings["package-dir"] == folders
+
+
+def run_python(code: str, cwd: pathlib.Path = ROOT) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, timeout=240)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_front_door_imports_nothing_heavy():
+    loaded = json.loads(
+        run_python("import json, sys, open_unitok, open_unitok.cli; print(json.dumps(sorted(sys.modules)))")
+    )
+    assert not {"torch", "transformers", "numpy"} & set(loaded)
+
+
+def test_inference_needs_no_training_package():
+    code = """
+import json, sys
+from open_unitok import Pipeline, Sampling, UniTok, UniTokConfig
+from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+import open_unitok.generation.generate, open_unitok.generation.ask, open_unitok.generation.reconstruct
+print(json.dumps(sorted(sys.modules)))
+"""
+    loaded = {name.split(".")[0] for name in json.loads(run_python(code))}
+    assert not {"deepspeed", "webdataset", "gradio", "tensorboard", "torchdata"} & loaded
+    assert not {"open_unitok.training", "open_unitok.eval"} & set(json.loads(run_python(code)))
+
+
+def test_public_names_resolve_and_unknown_ones_do_not():
+    import open_unitok
+
+    for name in open_unitok.__all__:
+        assert getattr(open_unitok, name).__name__ == name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = open_unitok.no_such_name
+
+
+def test_every_command_has_its_module_and_help():
+    from open_unitok.cli import COMMANDS
+
+    for name, (module, line) in COMMANDS.items():
+        result = subprocess.run(
+            [sys.executable, "-m", "open_unitok", *name.split(), "--help"], capture_output=True, text=True, cwd=ROOT, timeout=120
+        )
+        assert result.returncode == 0 and f"unitok {name}" in result.stdout, (module, result.stderr)
+        assert len(line) < 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["tran", "x.yaml"], "Did you mean 'train'"),
+        (["eval", "rum"], "Did you mean 'run'"),
+        (["data", "x"], "scenes"),
+    ],
+)
+def test_unknown_commands_are_one_line_and_exit_2(arguments, words):
+    result = subprocess.run([sys.executable, "-m", "open_unitok", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2
+    assert words in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_help_lists_every_command_with_one_line():
+    from open_unitok.cli import COMMANDS
+
+    result = subprocess.run([sys.executable, "-m", "open_unitok", "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0
+    for name, (_, line) in COMMANDS.items():
+        assert re.search(rf"^  {name}\s+{re.escape(line)}$", result.stdout, re.MULTILINE)
+
+
+def test_doctor_reports_versions_and_costs(capsys):
+    from open_unitok import doctor
+
+    doctor.run(None)
+    out = capsys.readouterr().out
+    assert "free memory" in out and "torch" in out and "flash-attn" in out
+    assert set(doctor.tested_versions()) >= {"torch", "deepspeed", "transformers"}
+
+
+def test_no_file_names_a_path_of_a_machine():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
+    for name in filter(None, tracked):
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".yml", ""} and path.is_file():
+            assert not re.search(r"(?<![\w.])/(?:work|root)/", path.read_text(errors="ignore")), name
