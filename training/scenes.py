@@ -1,0 +1,248 @@
+"""Writes seeded scenes of coloured shapes in the file formats of real data sets: training shards, a test split.
+
+The same configuration gives the same bytes. Every file is renamed into place, and `scenes.json` comes last: a
+folder that has it is finished. A killed run goes on where it stopped; a finished folder of another configuration
+is refused unless `--overwrite` is given.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from tqdm import tqdm
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json, write_atomic, write_json
+
+from . import scene_split, scene_text
+from .scene_config import SceneConfig, with_values
+from .scene_shapes import COLORS, PALE, SHAPES
+from .scene_world import Scene, render, sample_scene
+
+__all__ = ["Scene", "SceneConfig", "render", "sample_scene", "write_scenes"]
+
+FINISHED = "scenes.json"
+UNFINISHED = "unfinished.json"  # the configuration of a run that has not come to its end
+# what surrounds captions, questions and answers in a model's input: to be short in the text tokenizer too
+PROMPT_PIECES = ("USER:", "ASSISTANT:", " Generate an image based on this description.", "<unconditional>")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--config", help="YAML of settings; options given here win over it")
+    parser.add_argument("--overwrite", action="store_true", help="replace scenes of another configuration")
+    for field in fields(SceneConfig):
+        default = field.default
+        assert default is not MISSING
+        if isinstance(default, tuple):
+            kind: Any = str if field.name in ("size_names", "textures") else float
+            shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
+            parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"default: {shown}")
+        else:
+            parser.add_argument(_option(field.name), type=type(default), help=f"default: {default}")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load_config(args.config)
+    given = {f.name: getattr(args, f.name) for f in fields(SceneConfig) if getattr(args, f.name) is not None}
+    config = with_values(config, given)
+    done = write_scenes(config, args.out, overwrite=args.overwrite)
+    counts = f"{config.train:,} training and {config.test:,} test scenes"
+    print(f"{args.out}: {counts}{'' if done else ', already there'}")
+
+
+def load_config(path: str | Path | None) -> SceneConfig:
+    """The demo's settings with those of a YAML file over them.
+
+    Raises:
+        UserError: the file is missing or is not a YAML mapping, or a setting is unknown or impossible.
+    """
+    import yaml
+
+    if path is None:
+        return SceneConfig()
+    try:
+        values = yaml.safe_load(existing(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a mapping of settings, such as 'size: 32'.")
+    return with_values(SceneConfig(), {str(key): value for key, value in values.items()})
+
+
+def write_scenes(
+    config: SceneConfig, out: str | Path, overwrite: bool = False, progress: bool = True
+) -> bool:
+    """Write everything below `out`; returns False where it was there already.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    out, wanted = Path(out), json.loads(json.dumps(asdict(config)))
+    state = next((out / n for n in (FINISHED, UNFINISHED) if (out / n).exists()), None)
+    if state:
+        found = read_json(state)["config"]
+        if found == wanted and state.name == FINISHED:
+            return False
+        if found != wanted:
+            _make_room(out, state, found, wanted, overwrite)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds something that is not scenes; choose an empty or new folder.")
+    write_json(out / UNFINISHED, {"config": wanted})
+    with tqdm(total=config.train + config.test, desc="scenes", unit=" scenes", disable=not progress) as bar:
+        for shard in range(-(-config.train // config.shard)):
+            path = out / "train" / f"scenes-{shard:06d}.tar"
+            indices = range(shard * config.shard, min((shard + 1) * config.shard, config.train))
+            if not path.exists():
+                write_atomic(path, _tar(config, indices))
+            bar.update(len(indices))
+        _write_text(config, out / "text")
+        scene_split.write_test_split(config, out / "test", bar.update)
+    write_json(out / FINISHED, describe(config))
+    (out / UNFINISHED).unlink(missing_ok=True)
+    return True
+
+
+def _make_room(out: Path, state: Path, found: dict, wanted: dict, overwrite: bool) -> None:
+    differing = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
+    if state.name == FINISHED and not overwrite:
+        shown = ", ".join(f"{k} = {found.get(k)!r}, now {wanted.get(k)!r}" for k in differing[:4])
+        raise UserError(
+            f"{out} holds scenes made with other settings ({shown}); use another --out, or --overwrite."
+        )
+    for name in ("train", "text", "test"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    state.unlink()
+
+
+def describe(config: SceneConfig) -> dict[str, Any]:
+    """What a reader of the pictures must know: the detector of `eval` works from this alone."""
+    return {
+        "config": asdict(config),
+        "size": config.size,
+        "grid": config.grid,
+        "palette": {name: COLORS[name] for name in config.color_names},
+        "outlines": {name: SHAPES[name] for name in config.shape_names},
+        "sizes": config.sizes,
+        "size_names": config.size_names,
+        "textures": config.textures,
+        "pale": round(float(PALE), 6),
+        "jitter": config.jitter,
+        "step": config.step,
+        "objects": [config.min_objects, config.max_objects],
+        "gradient": config.gradient,
+        "held_out": sorted(config.held_out_pairs),
+    }
+
+
+# ---- training shards ---------------------------------------------------------------------------------------
+
+
+def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, Any]]:
+    """Training scene `index` and what its `key.json` says."""
+    scene = sample_scene(config, "train", index)
+    rng = Random(f"{config.seed}/train text/{index}")
+    known = [pair for pair in config.pairs if pair not in config.held_out_pairs]
+    talks = (scene_text.conversation(scene, config, rng, known) for _ in range(config.conversations))
+    record = {
+        "scene": scene.as_json(),
+        "captions": scene_text.captions(scene, rng, config.captions),
+        "conversations": [_as_turns(talk) for talk in talks if talk],
+        "held_out": False,
+    }
+    return scene, record
+
+
+def _as_turns(talk: list[scene_text.Question]) -> list[dict[str, str]]:
+    turns = []
+    for number, question in enumerate(talk):
+        turns.append({"from": "human", "value": ("" if number else "<image>\n") + question.text})
+        turns.append({"from": "gpt", "value": question.answer})
+    return turns
+
+
+def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:
+    """A webdataset tar of some training scenes."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for index in indices:
+            scene, record = training_record(config, index)
+            text = json.dumps(record, separators=(",", ":")).encode()
+            for ending, content in (
+                ("png", png(scene)),
+                ("txt", record["captions"][0].encode()),
+                ("json", text),
+            ):
+                member = tarfile.TarInfo(f"{index:08d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def png(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    render(scene).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
+def _write_text(config: SceneConfig, folder: Path) -> None:
+    """text/train.txt, text/captions.txt and the text tokenizer that is trained on all that is said."""
+    if (folder / "tokenizer.model").exists():
+        return
+    # scenes beyond the training set's, of the same kind: text alone shows no picture
+    scenes = (sample_scene(config, "train", config.train + i) for i in range(config.text_lines))
+    plain = list(scene_text.sentences(config, scenes, Random(f"{config.seed}/text")))
+    write_atomic(folder / "train.txt", "".join(line + "\n" for line in plain))
+    captions, spoken = [], list(plain)
+    for index in range(min(config.train, 4_000)):
+        record = training_record(config, index)[1]
+        captions.append(record["captions"][0])
+        spoken += record["captions"]
+        for turns in record["conversations"]:
+            spoken += [turn["value"].removeprefix("<image>\n") for turn in turns]
+    write_atomic(folder / "captions.txt", "".join(line + "\n" for line in captions))
+    # every word of the scenes must be heard, the held-out pairs' names included, as single words
+    spoken += [*config.color_names, *config.shape_names] * 40
+    write_atomic(folder / "tokenizer.model", train_text_tokenizer(spoken, config.vocabulary))
+
+
+def train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
+    """A byte-fallback sentencepiece BPE model with LLaMA's ids 0 to 4: <unk>, <s>, </s>, <0x00>, <0x01>."""
+    import sentencepiece
+
+    lines = lines + [piece.strip() for piece in PROMPT_PIECES] * 200
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocabulary,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=True,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return model.getvalue()
