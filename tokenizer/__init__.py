@@ -1,1 +1,24 @@
-"""The visual tokenizer: image <-> codes, and CLIP-style image/text embeddings (UniTok, arXiv 2502.20321, section 3)."""
+"""Image <-> codes, and CLIP-style image and text embeddings: the UniTok visual tokenizer (arXiv 2502.20321)."""
+
+from transformers import AutoConfig, AutoModel
+
+from .config import SIZES, UniTokConfig
+from .model import UniTok, UniTokOutput
+from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
+from .quantizer import Quantizer, QuantizerOutput
+
+AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
+AutoModel.register(UniTokConfig, UniTok, exist_ok=True)
+
+__all__ = [
+    "SIZES",
+    "AttentionProjection",
+    "KeyValueCache",
+    "LinearProjection",
+    "Quantizer",
+    "QuantizerOutput",
+    "UniTok",
+    "UniTokConfig",
+    "UniTokOutput",
+    "build_projection",
+]

@@ -1,0 +1,55 @@
+"""From tokens to pixels: the encoder's mirror image (arXiv 2502.20321, section 4.1).
+
+B batch, N visual tokens (registers first), D width, (rows, columns) grid of visual tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .config import UniTokConfig
+from .layers import NORM_EPS, ChannelNorm, Transformer, Upsample, conv2d, conv_stage
+
+
+class Decoder(nn.Module):
+    """A transformer, then four doublings; (B, N, D) -> (B, 3, 16*rows, 16*columns), without an output activation."""
+
+    def __init__(self, config: UniTokConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        wide, narrow = config.decoder_widths
+        self.num_register_tokens = config.num_register_tokens
+        self.blocks = Transformer(
+            width,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.mlp_ratio,
+            config.drop_path_rate,
+        )
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.enter = Upsample(width, wide)
+        self.stages = nn.ModuleList(
+            [
+                conv_stage(wide, wide, config.decoder_depths[0], scale=2.0),
+                conv_stage(wide, narrow, config.decoder_depths[1], scale=2.0),
+            ]
+        )
+        self.leave = Upsample(narrow, narrow)
+        self.leave_norm = ChannelNorm(narrow)
+        self.to_pixels = conv2d(narrow, 3, 3)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                module.init = "xavier"
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """The weight whose gradients balance reconstruction against the discriminator."""
+        return self.to_pixels.weight
+
+    def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
+        map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
+        map = self.enter(map)
+        for stage in self.stages:
+            map = stage(map)
+        return self.to_pixels(F.gelu(self.leave_norm(self.leave(map))))

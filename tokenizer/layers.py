@@ -1,0 +1,202 @@
+"""The blocks of the tokenizer: pre-norm transformer, GeGLU with a norm of its own, ViTamin's convolutions (arXiv
+2404.02132, section 3; used by arXiv 2502.20321, section 4.1).
+
+B batch, N tokens, D width, (H, W) rows and columns of a feature map.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
+
+
+def conv2d(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, init: str = "torch"
+) -> nn.Conv2d:
+    """A "same" convolution with bias; `init` names how its weights start (see model.py)."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
+    conv.init = init
+    return conv
+
+
+def middle_width(outputs: int) -> int:
+    """Width inside an inverted bottleneck: 4 x outputs, rounded to a multiple of 8, never down by over a tenth."""
+    wanted = 4 * outputs
+    width = max(8, (wanted + 4) // 8 * 8)
+    return width + 8 if width < 0.9 * wanted else width
+
+
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W), at every pixel; free of copies for channels_last maps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=NORM_EPS)
+
+    def forward(self, map: torch.Tensor) -> torch.Tensor:
+        return super().forward(map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class GeGLU(nn.Module):
+    """MLP with a gate, tanh-GELU(gate x) * up x, behind a LayerNorm of its own; (B, N, inputs) -> same."""
+
+    def __init__(self, width: int, ratio: float = 2.0) -> None:
+        super().__init__()
+        hidden = int(width * ratio)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.gate = nn.Linear(width, hidden)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(hidden)
+        return self.down(F.gelu(self.gate(hidden), approximate="tanh") * self.up(hidden))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with biases; (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        query, key, value = split_heads(self.qkv(hidden), self.heads)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(B, N, 3*heads*d), ordered (3, heads, d), -> query, key, value (B, heads, N, d)."""
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth; (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.mlp = GeGLU(width, mlp_ratio)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self._drop(self.attention(self.norm1(hidden)))
+        return hidden + self._drop(self.mlp(self.norm2(hidden)))
+
+    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
+        """In training: zero whole samples with probability `drop_path`, scale the others up."""
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        keep = 1.0 - self.drop_path
+        mask = torch.rand(branch.shape[0], 1, 1, device=branch.device, dtype=torch.float32) < keep
+        return branch * (mask / keep).to(branch.dtype)
+
+
+class Transformer(nn.ModuleList):
+    """A stack of blocks; `gradient_checkpointing_enable()` of the model recomputes each in the backward pass."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers beside `gradient_checkpointing`
+
+    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(block.__call__, hidden)
+            else:
+                hidden = block(hidden)
+        return hidden
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution; (B, inputs, H, W) -> (B, outputs, 2H, 2W)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv = conv2d(inputs, outputs, 3)
+
+    def forward(self, map: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(map, scale_factor=2.0, mode="nearest"))
+
+
+class ConvBlock(nn.Module):
+    """ViTamin's inverted bottleneck: norm, widen, (resample,) depthwise 3x3, narrow, plus a shortcut.
+
+    (B, inputs, H, W) -> (B, outputs, H*scale, W*scale). With `scale` 1/2 the depthwise convolution strides; with 2 a
+    full 3x3 convolution on the doubled map goes before it.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
+        super().__init__()
+        middle = middle_width(outputs)
+        self.scale = scale
+        self.shortcut: nn.Module | None = None  # identity, or average pooling alone
+        if scale == 2.0:
+            self.shortcut = Upsample(inputs, outputs)
+        elif inputs != outputs:
+            self.shortcut = conv2d(inputs, outputs, 1)
+        self.norm = ChannelNorm(inputs)
+        self.widen = conv2d(inputs, middle, 1)
+        self.upsample = Upsample(middle, middle) if scale == 2.0 else None
+        self.depthwise = conv2d(middle, middle, 3, stride=2 if scale == 0.5 else 1, groups=middle)
+        self.narrow = conv2d(middle, outputs, 1)
+
+    def forward(self, map: torch.Tensor) -> torch.Tensor:
+        shortcut = map
+        if self.scale == 0.5:
+            shortcut = F.avg_pool2d(shortcut, 3, 2, 1, count_include_pad=False)
+        if self.shortcut is not None:
+            shortcut = self.shortcut(shortcut)
+        branch = F.gelu(self.widen(self.norm(map)))
+        if self.upsample is not None:
+            branch = self.upsample(branch)
+        return shortcut + self.narrow(F.gelu(self.depthwise(branch)))
+
+
+def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:
+    """`depth` blocks, of which the first one resamples."""
+    first = ConvBlock(inputs, outputs, scale)
+    return nn.Sequential(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))
+
+
+@functools.cache
+def _matmul_backends() -> tuple[Any, ...]:
+    return tuple(
+        backend.matmul
+        for backend in (torch.backends.cuda, torch.backends.mkldnn)
+        if hasattr(backend.matmul, "fp32_precision")
+    )
+
+
+class exact_float32:  # noqa: N801 - a context manager, used like a function
+    """Within it, matrix products of float32 tensors are true float32: no autocast, no TF32, no bf16 shortcuts.
+
+    Codes are an argmax: two machines, or two settings of one, must not come to different ones.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._autocast = torch.autocast(device.type, enabled=False)
+
+    def __enter__(self) -> None:
+        self._autocast.__enter__()
+        self._before = [backend.fp32_precision for backend in _matmul_backends()]
+        for backend in _matmul_backends():
+            backend.fp32_precision = "ieee"
+
+    def __exit__(self, *error: Any) -> None:
+        for backend, before in zip(_matmul_backends(), self._before):
+            backend.fp32_precision = before
+        self._autocast.__exit__(*error)

@@ -1,0 +1,125 @@
+"""Between token width and code width: the attention projection, which keeps more than a linear map does (arXiv
+2502.20321, section 3.3).
+
+B batch, N tokens, `heads` heads of width d.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .layers import GeGLU, split_heads
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for feeding a causal projection piece by piece (inference only).
+
+    `max_length` tokens are allotted at once, at the first append.
+    """
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length, self.length = max_length, 0
+        self._keys = self._values = torch.empty(0)
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, heads, n, d) keys and values; returns all so far, (B, heads, length, d).
+
+        Raises:
+            ValueError: more than `max_length` tokens.
+        """
+        end = self.length + key.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"The cache holds {self.max_length} tokens; {end} were given.")
+        if self.length == 0:
+            shape = (*key.shape[:2], self.max_length, key.shape[3])
+            self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
+        self._keys[:, :, self.length : end] = key
+        self._values[:, :, self.length : end] = value
+        self.length = end
+        return self._keys[:, :, :end], self._values[:, :, :end]
+
+
+class ProjectionAttention(nn.Module):
+    """Self-attention that changes the width; (B, N, inputs) -> (B, N, outputs).
+
+    Downwards (inputs > outputs) the heads are averaged, upwards they stand side by side. Keys have no bias.
+    """
+
+    def __init__(self, inputs: int, outputs: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal, self.outputs = heads, causal, outputs
+        self.average = inputs > outputs
+        inner = inputs if self.average else outputs
+        self.qkv = nn.Linear(inputs, 3 * inner, bias=False)
+        self.query_bias = nn.Parameter(torch.zeros(inner))
+        self.value_bias = nn.Parameter(torch.zeros(inner))
+        self.out = nn.Linear(outputs, outputs)
+
+    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
+        query, key, value = split_heads(F.linear(hidden, self.qkv.weight, bias), self.heads)
+        if cache is not None:
+            key, value = cache.append(key, value)
+        mixed = self._attend(query, key, value)  # (B, heads, N, d)
+        if not self.average:
+            return self.out(mixed.transpose(1, 2).flatten(2))
+        mixed = mixed.mean(dim=1)
+        if mixed.shape[-1] != self.outputs:
+            mixed = F.adaptive_avg_pool1d(mixed, self.outputs)
+        return self.out(mixed)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        new, seen = query.shape[2], key.shape[2]
+        if self.causal and new != seen and new > 1:  # a piece of several tokens behind earlier ones
+            mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal and new == seen)
+
+
+class AttentionProjection(nn.Module):
+    """A linear map plus attention, then a GeGLU; (B, N, inputs) -> (B, N, outputs).
+
+    Args:
+        inputs, outputs: widths; `heads` divides the larger of the two.
+        causal: a token sees only itself and earlier ones, and a `KeyValueCache` may be used.
+    """
+
+    def __init__(self, inputs: int, outputs: int, heads: int, causal: bool = False) -> None:
+        super().__init__()
+        if max(inputs, outputs) % heads:
+            raise ValueError(f"{heads} heads do not divide the width {max(inputs, outputs)}.")
+        self.causal = causal
+        self.attention_norm = nn.LayerNorm(inputs)
+        self.attention = ProjectionAttention(inputs, outputs, heads, causal)
+        self.linear_norm = nn.LayerNorm(inputs)
+        self.linear = nn.Linear(inputs, outputs)
+        self.mlp_norm = nn.LayerNorm(outputs)
+        self.mlp = GeGLU(outputs)
+
+    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """With a `cache`, `hidden` goes on where the last call ended; the result equals one call on everything.
+
+        Raises:
+            ValueError: a cache was given to a projection that is not causal.
+        """
+        if cache is not None and not self.causal:
+            raise ValueError(
+                "Only a causal projection can be fed piece by piece: its cache needs causal=True."
+            )
+        mixed = self.linear(self.linear_norm(hidden)) + self.attention(self.attention_norm(hidden), cache)
+        return mixed + self.mlp(self.mlp_norm(mixed))
+
+
+class LinearProjection(nn.Linear):
+    """A plain linear map with the attention projection's face; (B, N, inputs) -> (B, N, outputs)."""
+
+    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+        """The cache has nothing to remember: every token is mapped on its own."""
+        return super().forward(hidden)
+
+
+def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: bool = False) -> nn.Module:
+    """The projection named in a config, "attention" or "linear"."""
+    if kind == "linear":
+        return LinearProjection(inputs, outputs)
+    return AttentionProjection(inputs, outputs, heads, causal)
