@@ -1,8 +1,8 @@
-"""Writes seeded scenes of coloured shapes in the file formats of real data sets: training shards, a test split.
+"""Writes seeded scenes of coloured shapes in the file formats of real data sets: shards and a test split.
 
 The same configuration gives the same bytes. Every file is renamed into place, and `scenes.json` comes last: a
-folder that has it is finished. A killed run goes on where it stopped; a finished folder of another configuration
-is refused unless `--overwrite` is given.
+folder that has it is finished. A killed run goes on where it stopped; a finished folder of another
+configuration is refused unless `--overwrite` is given.
 """
 
 import argparse
