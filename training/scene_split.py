@@ -1,8 +1,8 @@
 """Writes the test split of the scenes as VQAv2, POPE and GenEval lay theirs out."""
 
-import io
 import itertools
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -35,18 +35,25 @@ Row = dict[str, Any]
 def write_test_split(config: SceneConfig, folder: Path, advance: Callable[[int], object]) -> None:
     """Write test pictures, questions and prompts below `folder`; `advance` hears of every picture written."""
     scenes = [sample_scene(config, "test", index) for index in range(config.test)]
-    for number, scene in enumerate(scenes):
-        path = folder / image_file(number)
-        if not path.exists():
-            buffer = io.BytesIO()
-            render(scene).save(buffer, "PNG")
-            write_atomic(path, buffer.getvalue())
-        advance(1)
+    if (folder / "images").exists():
+        advance(config.test)
+    else:
+        _write_images(scenes, folder / "images", advance)
     _write_captions(config, scenes, folder)
     _write_vqa(config, scenes, folder)
     _write_pope(config, scenes, folder)
     write_jsonl(folder / "geneval" / "evaluation_metadata.jsonl", geneval_prompts(config))
     write_jsonl(folder / "drawing_positions.jsonl", position_prompts(config))
+
+
+def _write_images(scenes: list[Scene], folder: Path, advance: Callable[[int], object]) -> None:
+    partial = folder.with_name("images.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for number, scene in enumerate(scenes):
+        render(scene).save(partial / Path(image_file(number)).name)
+        advance(1)
+    partial.rename(folder)
 
 
 def image_file(number: int) -> str:

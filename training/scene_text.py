@@ -1,5 +1,6 @@
 """What is said of a scene: captions, questions with one-word answers, and sentences without a picture."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
@@ -121,9 +122,9 @@ def conversation(
     scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
 ) -> list[Question]:
     """One to `turns` different questions; every kind that the scene allows is as likely to come first."""
-    kinds = rng.sample(list(QUESTIONS), len(QUESTIONS))
+    wanted, kinds = rng.randint(1, config.turns), rng.sample(list(QUESTIONS), len(QUESTIONS))
     asked = (ask(scene, config, rng, kind, known) for kind in kinds)
-    return [question for question in asked if question][: rng.randint(1, config.turns)]
+    return list(itertools.islice((question for question in asked if question), wanted))
 
 
 def _existence(

@@ -208,7 +208,7 @@ def _write_text(config: SceneConfig, folder: Path) -> None:
     plain = list(scene_text.sentences(config, scenes, Random(f"{config.seed}/text")))
     write_atomic(folder / "train.txt", "".join(line + "\n" for line in plain))
     captions, spoken = [], list(plain)
-    for index in range(min(config.train, 4_000)):
+    for index in range(min(config.train, 3_000)):
         record = training_record(config, index)[1]
         captions.append(record["captions"][0])
         spoken += record["captions"]
