@@ -1,0 +1,29 @@
+"""Random numbers keyed by (seed, step, ...): the same on every resume, whatever was drawn before."""
+
+import hashlib
+import random
+
+import torch
+
+from open_unitok.ranks import rank
+
+
+def key(seed: int, *parts: int | str) -> int:
+    """A 63-bit number that depends on every part."""
+    text = repr((seed, *parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator of its own for the given parts, the same on every rank."""
+    return torch.Generator(device=device).manual_seed(key(seed, *parts))
+
+
+def python_random(seed: int, *parts: int | str) -> random.Random:
+    """A Python generator of its own for the given parts."""
+    return random.Random(key(seed, *parts))
+
+
+def seed_step(seed: int, step: int, micro: int = 0) -> None:
+    """Seed torch's global generators (drop path, dropout) for one forward pass of this rank."""
+    torch.manual_seed(key(seed, "step", step, micro, rank()))

@@ -1,0 +1,242 @@
+"""DeepSpeed as the training engine, on one CPU process as on many GPUs; its traps are handled here alone."""
+
+import logging
+import os
+import re
+import socket
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from open_unitok import ranks
+from open_unitok.errors import UserError
+
+from .options import EngineOptions, Optimizer
+
+# Published UniTok: no weight decay for vectors and for names that contain one of these words.
+NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
+
+
+def start(options: EngineOptions, seed: int) -> torch.device:
+    """Begin: process group, threads, seed; returns this rank's device. Without a launcher: rank 0 of 1.
+
+    Raises:
+        UserError: deepspeed is not installed, or the options ask for what this machine has not.
+    """
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if not cuda:  # importing torch's compiler costs seconds, and nothing is compiled here
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _single_process_environment()
+    deepspeed = _import_deepspeed()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda", ranks.local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside nccl: small decisions (stop now?) are taken on the CPU without waiting for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    from deepspeed.ops import __compatible_ops__ as operators
+
+    if (
+        "deepspeed_shm_comm" in operators
+    ):  # only speeds up inference; building it takes minutes and a compiler
+        operators["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    torch.manual_seed(seed)
+    return device
+
+
+def _single_process_environment() -> None:
+    """What a launcher would have set; without it DeepSpeed looks for MPI."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in alone.items()})
+    os.environ["UNITOK_ALONE"] = "1"
+
+
+def _import_deepspeed() -> Any:
+    for name in ("DeepSpeed", "deepspeed", "numexpr", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"Training needs deepspeed ({error}): pip install 'open-unitok[train]'.") from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def decay_groups(
+    module: torch.nn.Module, weight_decay: float, multipliers: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW parameter groups by the published rule: vectors, biases and scales without weight decay.
+
+    `multipliers` maps a part of a parameter's name to a factor on its learning rate (first match counts).
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY_WORDS)
+        factor = next((f for part, f in (multipliers or {}).items() if part in name), 1.0)
+        decay = 0.0 if plain else weight_decay
+        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_factor": factor})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def wrap(
+    module: torch.nn.Module,
+    groups: Sequence[dict[str, Any]],
+    optimizer: Optimizer,
+    options: EngineOptions,
+    micro_batch: int,
+) -> Any:
+    """A DeepSpeed engine around `module`, with AdamW on `groups`.
+
+    Masters stay fp32; bf16 runs through torch's autocast, so that the quantiser can step out of it. Call the
+    engine for the forward pass, `engine.backward(loss)`, then `step(engine)` of this module, per micro-batch.
+
+    Raises:
+        UserError: an option of `engine.deepspeed` that DeepSpeed does not take.
+    """
+    import deepspeed
+
+    adam = torch.optim.AdamW(
+        [{**group, "lr": optimizer.lr * group.get("lr_factor", 1.0)} for group in groups],
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        foreach=True,
+    )
+    for group in adam.param_groups:
+        group["init_lr"] = group["lr"]
+    settings = deepspeed_settings(optimizer, options, micro_batch)
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+    except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+    engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
+    return engine
+
+
+def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's own config: what the options say, with `engine.deepspeed` merged over it."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        # stage 0 clips in step() below: DeepSpeed's own clipping there forgets the norm it computed
+        "gradient_clipping": optimizer.clip_grad if options.zero_stage else 0.0,
+        "zero_optimization": {"stage": options.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": options.dtype == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if options.zero_stage == 3:
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    return _merge(settings, options.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def set_lr(engine: Any, multiplier: float) -> None:
+    """Learning rate of the coming step: `multiplier` x what each group began with."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["init_lr"] * multiplier
+
+
+def step(engine: Any) -> torch.Tensor | float | None:
+    """Clip and update at the end of an accumulation; returns the gradient norm before clipping, else None."""
+    boundary = engine.is_gradient_accumulation_boundary()
+    norm: torch.Tensor | float | None = None
+    if boundary and not engine.zero_optimization():
+        limit = engine.unitok_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit, foreach=True)
+    engine.step()
+    if boundary and norm is None:
+        norm = engine.get_global_grad_norm()
+    return norm
+
+
+def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite rows of a parameter and forget their Adam moments; under ZeRO the fp32 master follows.
+
+    Args:
+        parameter: (..., C), the same call on every rank.
+        rows: bool mask over the leading dimensions.
+        values: (rows that are True, C), the same on every rank.
+    """
+    with torch.no_grad():
+        if not engine.zero_optimization():
+            parameter[rows] = values.to(parameter.dtype)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in engine.optimizer.state.get(parameter, {}):
+                    engine.optimizer.state[parameter][moment][rows] = 0.0
+            return
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    with torch.no_grad():
+        full = safe_get_full_fp32_param(parameter).clone()
+        full[rows] = values.to(full)
+        safe_set_full_fp32_param(parameter, full)
+        if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 keep a whole copy of the parameter on every rank
+            parameter[rows] = values.to(parameter)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state = safe_get_full_optimizer_state(parameter, moment)
+            if state is not None:
+                state = state.clone()
+                state[rows] = 0.0
+                safe_set_full_optimizer_state(parameter, state, moment)
+
+
+def gather(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Each (B, ...) tensor joined over ranks in rank order; the gradient flows back to every rank's part."""
+    if ranks.world_size() == 1:
+        return list(tensors)
+    from torch.distributed.nn.functional import all_gather
+
+    return [torch.cat(tuple(all_gather(tensor.contiguous()))) for tensor in tensors]
+
+
+def finish() -> None:
+    """End a process: under a launcher without the interpreter's shutdown, where gloo's threads may abort."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    dist.destroy_process_group()
+    if os.environ.pop("UNITOK_ALONE", None):
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        import deepspeed.comm.comm
+
+        deepspeed.comm.comm.cdb = None
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def under_launcher() -> bool:
+    """True if torchrun or deepspeed started this process."""
+    return bool(re.fullmatch(r"\d+", os.environ.get("RANK", ""))) and "UNITOK_ALONE" not in os.environ
