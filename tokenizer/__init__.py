@@ -1,4 +1,4 @@
-"""Image <-> codes, and CLIP-style image and text embeddings: the UniTok visual tokenizer (arXiv 2502.20321)."""
+"""Image <-> codes, and CLIP-style embeddings of images and texts: the UniTok tokenizer (arXiv 2502.20321)."""
 
 from transformers import AutoConfig, AutoModel
 

@@ -1,7 +1,8 @@
-"""The sizes of a UniTok visual tokenizer, checked when they are written down (arXiv 2502.20321, section 3)."""
+"""The sizes of a UniTok visual tokenizer, checked when they are written down (arXiv 2502.20321)."""
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -11,7 +12,7 @@ from open_unitok.errors import UserError, did_you_mean
 PROJECTIONS = ("attention", "linear")
 
 # Named sizes: what differs from the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
-# The published vitamin_small has no decoder; ours follows the rule of the other two (the encoder's widths, backwards).
+# The published vitamin_small has no decoder; ours follows the other two: the encoder's widths, backwards.
 SIZES: dict[str, dict[str, Any]] = {
     "vitamin_small": {
         "stem_width": 64,
@@ -41,14 +42,14 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class UniTokConfig(PretrainedConfig):
-    """Every size of a `UniTok`; the defaults are the published UniTok (vitamin_large, 256 px, 8 x 4096 codes).
+    """Every size of a `UniTok`; the defaults are the published UniTok (vitamin_large, 256 px, 8 x 4096).
 
     Args:
         image_size: side of the square training images in pixels, a multiple of 16; other sizes run too.
         stem_width: channels of the convolutional stem.
-        stage_widths, stage_depths: channels and blocks of the two convolutional stages (strides 4 and 8). The
-            published triples, which end in (hidden_size, 1), are taken as well.
-        hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformer, in encoder and decoder alike.
+        stage_widths, stage_depths: channels and blocks of the two convolutional stages (strides 4 and 8).
+            The published triples, which end in (hidden_size, 1), are taken as well.
+        hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformers of both halves.
         drop_path_rate: stochastic depth of the last block, in training; it grows linearly from 0.
         num_register_tokens: learnt tokens in front of the image's; they are quantised and coded too.
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
@@ -130,8 +131,8 @@ class UniTokConfig(PretrainedConfig):
         if self.projection == "attention" and widest % self.num_projection_heads:
             raise UserError(
                 f"The projection between hidden_size = {self.hidden_size} and num_codebooks x codebook_dim = "
-                f"{self.latent_dim} would have {self.num_projection_heads} heads, which do not divide {widest}: "
-                f"set projection_heads to a divisor of {widest}."
+                f"{self.latent_dim} would have {self.num_projection_heads} heads, which do not divide "
+                f"{widest}: set projection_heads to a divisor of {widest}."
             )
 
     @property
@@ -141,7 +142,7 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def num_projection_heads(self) -> int:
-        """Heads of the attention projections: `projection_heads`, or the published rule hidden_size // (K*C)."""
+        """Heads of the attention projections: `projection_heads`, or the published hidden_size // (K*C)."""
         return self.projection_heads or max(self.hidden_size // self.latent_dim, 1)
 
     @property
@@ -156,7 +157,7 @@ class UniTokConfig(PretrainedConfig):
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "UniTokConfig":
-        """The config of a named size ("vitamin_small", "vitamin_base", "vitamin_large") with some fields changed.
+        """The config of a named size (see `SIZES`) with some fields changed.
 
         Raises:
             UserError: there is no such size.
@@ -184,10 +185,8 @@ _POSITIVE = (
 )
 
 
-def _pair(
-    values: list[int] | tuple[int, ...], first: int | None = None, last: int | None = None
-) -> list[int]:
-    """A list (as JSON has it); of a published triple only the two numbers that its end does not already say."""
+def _pair(values: Sequence[int], first: int | None = None, last: int | None = None) -> list[int]:
+    """A list (as JSON has it); of a published triple only the two numbers that no other field says."""
     values = list(values)
     if len(values) == 3 and first is not None and values[0] == first:
         return values[1:]

@@ -8,32 +8,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UniTokConfig
-from .layers import NORM_EPS, ChannelNorm, Transformer, Upsample, conv2d, conv_stage
+from .layers import NORM_EPS, ChannelNorm, Upsample, build_transformer, conv2d, conv_stage
 
 
 class Decoder(nn.Module):
-    """A transformer, then four doublings; (B, N, D) -> (B, 3, 16*rows, 16*columns), without an output activation."""
+    """A transformer, then four doublings; (B, N, D) -> (B, 3, 16*rows, 16*columns), no output activation."""
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
         width = config.hidden_size
         wide, narrow = config.decoder_widths
         self.num_register_tokens = config.num_register_tokens
-        self.blocks = Transformer(
-            width,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.mlp_ratio,
-            config.drop_path_rate,
-        )
+        self.blocks = build_transformer(config)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.enter = Upsample(width, wide)
-        self.stages = nn.ModuleList(
-            [
-                conv_stage(wide, wide, config.decoder_depths[0], scale=2.0),
-                conv_stage(wide, narrow, config.decoder_depths[1], scale=2.0),
-            ]
-        )
+        self.wide = conv_stage(wide, wide, config.decoder_depths[0], scale=2.0)
+        self.narrow = conv_stage(wide, narrow, config.decoder_depths[1], scale=2.0)
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
         self.to_pixels = conv2d(narrow, 3, 3)
@@ -49,7 +39,5 @@ class Decoder(nn.Module):
     def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
-        map = self.enter(map)
-        for stage in self.stages:
-            map = stage(map)
-        return self.to_pixels(F.gelu(self.leave_norm(self.leave(map))))
+        map = self.leave(self.narrow(self.wide(self.enter(map))))
+        return self.to_pixels(F.gelu(self.leave_norm(map)))

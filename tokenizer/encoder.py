@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UniTokConfig
-from .layers import NORM_EPS, ChannelNorm, Transformer, conv2d, conv_stage
+from .layers import NORM_EPS, ChannelNorm, build_transformer, conv2d, conv_stage
 
 
 class Stem(nn.Module):
@@ -25,7 +25,7 @@ class Stem(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Convolutional stem and stages, then a transformer; (B, 3, H, W) -> (B, N, D), N = registers + H*W/256."""
+    """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256."""
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
@@ -42,15 +42,9 @@ class Encoder(nn.Module):
         self.pool = conv2d(outputs, width, 3, stride=2)
         registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        # The one offset, equal for all tokens, that published checkpoints carry: zero at the start and never trained.
+        # One offset for all tokens, which published checkpoints carry: zero at the start, never trained.
         self.register_buffer("position_offset", torch.zeros(1, 1, width))
-        self.blocks = Transformer(
-            width,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.mlp_ratio,
-            config.drop_path_rate,
-        )
+        self.blocks = build_transformer(config)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:

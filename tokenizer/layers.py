@@ -1,16 +1,18 @@
-"""The blocks of the tokenizer: pre-norm transformer, GeGLU with a norm of its own, ViTamin's convolutions (arXiv
-2404.02132, section 3; used by arXiv 2502.20321, section 4.1).
+"""The tokenizer's blocks: pre-norm transformer, GeGLU with a norm of its own, ViTamin's convolutions
+(arXiv 2404.02132, section 3; used by arXiv 2502.20321, section 4.1).
 
 B batch, N tokens, D width, (H, W) rows and columns of a feature map.
 """
 
-import functools
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from .config import UniTokConfig
 
 NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
 
@@ -25,7 +27,7 @@ def conv2d(
 
 
 def middle_width(outputs: int) -> int:
-    """Width inside an inverted bottleneck: 4 x outputs, rounded to a multiple of 8, never down by over a tenth."""
+    """Width inside an inverted bottleneck: 4 x outputs, to a multiple of 8, never down by over a tenth."""
     wanted = 4 * outputs
     width = max(8, (wanted + 4) // 8 * 8)
     return width + 8 if width < 0.9 * wanted else width
@@ -103,7 +105,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleList):
-    """A stack of blocks; `gradient_checkpointing_enable()` of the model recomputes each in the backward pass."""
+    """A stack of blocks; after the model's `gradient_checkpointing_enable()` the backward pass recomputes."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]  # set by transformers beside `gradient_checkpointing`
@@ -121,6 +123,12 @@ class Transformer(nn.ModuleList):
         return hidden
 
 
+def build_transformer(config: UniTokConfig) -> Transformer:
+    """The transformer of encoder and decoder; they are alike."""
+    heads, depth = config.num_attention_heads, config.num_hidden_layers
+    return Transformer(config.hidden_size, depth, heads, config.mlp_ratio, config.drop_path_rate)
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution; (B, inputs, H, W) -> (B, outputs, 2H, 2W)."""
 
@@ -135,8 +143,8 @@ class Upsample(nn.Module):
 class ConvBlock(nn.Module):
     """ViTamin's inverted bottleneck: norm, widen, (resample,) depthwise 3x3, narrow, plus a shortcut.
 
-    (B, inputs, H, W) -> (B, outputs, H*scale, W*scale). With `scale` 1/2 the depthwise convolution strides; with 2 a
-    full 3x3 convolution on the doubled map goes before it.
+    (B, inputs, H, W) -> (B, outputs, H*scale, W*scale). With `scale` 1/2 the depthwise convolution strides;
+    with 2 a full 3x3 convolution on the doubled map goes before it.
     """
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
@@ -172,31 +180,22 @@ def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequen
     return nn.Sequential(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))
 
 
-@functools.cache
-def _matmul_backends() -> tuple[Any, ...]:
-    return tuple(
-        backend.matmul
-        for backend in (torch.backends.cuda, torch.backends.mkldnn)
-        if hasattr(backend.matmul, "fp32_precision")
-    )
-
-
-class exact_float32:  # noqa: N801 - a context manager, used like a function
-    """Within it, matrix products of float32 tensors are true float32: no autocast, no TF32, no bf16 shortcuts.
+@contextlib.contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Within it, products of float32 matrices are true float32: no autocast, no TF32, no bf16 shortcuts.
 
     Codes are an argmax: two machines, or two settings of one, must not come to different ones.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self._autocast = torch.autocast(device.type, enabled=False)
-
-    def __enter__(self) -> None:
-        self._autocast.__enter__()
-        self._before = [backend.fp32_precision for backend in _matmul_backends()]
-        for backend in _matmul_backends():
+    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    before = [backend.fp32_precision for backend in backends]
+    autocast = contextlib.nullcontext()
+    if torch.amp.is_autocast_available(device.type):
+        autocast = torch.autocast(device.type, enabled=False)
+    try:
+        for backend in backends:
             backend.fp32_precision = "ieee"
-
-    def __exit__(self, *error: Any) -> None:
-        for backend, before in zip(_matmul_backends(), self._before):
-            backend.fp32_precision = before
-        self._autocast.__exit__(*error)
+        with autocast:
+            yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision

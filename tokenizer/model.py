@@ -1,7 +1,7 @@
 """UniTok: one tokenizer whose codes both rebuild an image and mean what its caption says (arXiv 2502.20321).
 
-B batch, N visual tokens per image (registers first), K sub-codebooks, V entries per sub-codebook, C width of one code,
-D model width, E width of the joint image-text space, T text positions.
+B batch, N visual tokens per image (registers first), K sub-codebooks, V entries per sub-codebook, C width of
+one code, D model width, E width of the joint image-text space, T text positions.
 """
 
 import hashlib
@@ -42,13 +42,13 @@ class UniTokOutput(NamedTuple):
 
 
 class UniTok(PreTrainedModel):
-    """Image <-> codes, and CLIP-style image and text embeddings, with the weights in one transformers model."""
+    """Image <-> codes, and CLIP-style embeddings of images and texts, in one transformers model."""
 
     config_class = UniTokConfig
     config: UniTokConfig
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["down_projection", "quantizer", "up_projection"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["down_projection", "quantizer", "up_projection"]
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
@@ -137,12 +137,12 @@ class UniTok(PreTrainedModel):
             return self.down_projection(tokens.float())
 
     def expand(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden states, which decoder and image head share."""
+        """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
         with exact_float32(latents.device):
             return self.up_projection(latents.float())
 
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, N, K*C) quantised latents -> (B, 3, 16*rows, 16*columns) pixels, not clamped; differentiable."""
+        """(B, N, K*C) latents -> (B, 3, 16*rows, 16*columns) pixels, not clamped; differentiable."""
         return self.decoder(self._to_decoder(self.expand(latents)), grid)
 
     def check_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -151,15 +151,14 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: see `decode`.
         """
-        books, entries, registers = (
-            getattr(self.config, n) for n in ("num_codebooks", "codebook_size", _REGISTERS)
-        )
+        books, entries = self.config.num_codebooks, self.config.codebook_size
+        registers = self.config.num_register_tokens
         if codes.dim() != 3 or codes.shape[2] != books or codes.is_floating_point():
             raise UserError(
                 f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; integers of shape "
                 f"(images, visual tokens, {books} sub-codebooks) are needed."
             )
-        if codes.numel() and not (0 <= int(codes.min()) and int(codes.max()) < entries):
+        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= entries):
             raise UserError(f"codes run from {codes.min()} to {codes.max()}; 0 to {entries - 1} are allowed.")
         tokens = codes.shape[1] - registers
         if grid is None:
@@ -195,18 +194,21 @@ class UniTok(PreTrainedModel):
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
         Raises:
-            UserError: the folder holds no model, or one of another kind; the file is not a published checkpoint.
+            UserError: the folder holds no model, or one of another kind; the file is no published checkpoint.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
-            return cls.from_reference(path, *args, **kwargs)
+            return cls.from_reference(path, **kwargs)
         if path.is_dir():
             check_folder(path)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def from_reference(
-        cls, path: str | os.PathLike[str], config: UniTokConfig | None = None, **kwargs: Any
+        cls,
+        path: str | os.PathLike[str],
+        config: UniTokConfig | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> "UniTok":
         """Load a published checkpoint file (.pth); `config` is needed for sizes that no name covers.
 
@@ -215,7 +217,7 @@ class UniTok(PreTrainedModel):
         """
         from .convert import load_reference
 
-        return load_reference(path, config, **kwargs)
+        return load_reference(path, config).to(dtype)
 
     def _embed(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; the mean takes in the registers."""
@@ -231,8 +233,8 @@ class UniTok(PreTrainedModel):
             raise UserError(f"pixels have shape {tuple(pixels.shape)}; (images, 3, height, width) is needed.")
         if pixels.shape[2] % step or pixels.shape[3] % step or 0 in pixels.shape:
             raise UserError(
-                f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be multiples of "
-                f"{step}. Resize or crop them first."
+                f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be "
+                f"multiples of {step}. Resize or crop them first."
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniTok":
@@ -281,9 +283,6 @@ class UniTok(PreTrainedModel):
             _init_text(module)
         elif module is self:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
-
-
-_REGISTERS = "num_register_tokens"
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

@@ -1,5 +1,5 @@
-"""Between token width and code width: the attention projection, which keeps more than a linear map does (arXiv
-2502.20321, section 3.3).
+"""Between token width and code width: the attention projection, which keeps more than a linear map does
+(arXiv 2502.20321, section 3.3).
 
 B batch, N tokens, `heads` heads of width d.
 """
@@ -12,7 +12,7 @@ from .layers import GeGLU, split_heads
 
 
 class KeyValueCache:
-    """Keys and values of the tokens seen so far, for feeding a causal projection piece by piece (inference only).
+    """Keys and values of the tokens seen so far, to feed a causal projection piece by piece (inference only).
 
     `max_length` tokens are allotted at once, at the first append.
     """
@@ -97,15 +97,13 @@ class AttentionProjection(nn.Module):
         self.mlp = GeGLU(outputs)
 
     def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """With a `cache`, `hidden` goes on where the last call ended; the result equals one call on everything.
+        """With a `cache`, `hidden` goes on where the last call ended; the result equals one call on all.
 
         Raises:
             ValueError: a cache was given to a projection that is not causal.
         """
         if cache is not None and not self.causal:
-            raise ValueError(
-                "Only a causal projection can be fed piece by piece: its cache needs causal=True."
-            )
+            raise ValueError("Only a causal projection (causal=True) can be fed piece by piece.")
         mixed = self.linear(self.linear_norm(hidden)) + self.attention(self.attention_norm(hidden), cache)
         return mixed + self.mlp(self.mlp_norm(mixed))
 

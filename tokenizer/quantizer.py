@@ -24,9 +24,7 @@ class QuantizerOutput(NamedTuple):
 
     quantised: torch.Tensor  # (B, N, K*C) float32; its gradient passes straight through to the latents
     codes: torch.Tensor  # (B, N, K) int64
-    losses: dict[
-        str, torch.Tensor
-    ]  # scalars by name: "vq" (commitment included), "entropy" (0 unless asked for)
+    losses: dict[str, torch.Tensor]  # scalars: "vq" (commitment included), "entropy" (0 unless asked for)
     usage: torch.Tensor  # (K,) float32: per cent of the entries that this batch uses
 
 
@@ -36,8 +34,8 @@ class Quantizer(nn.Module):
     Attributes:
         codebooks: (K, V, C) parameter; rows are normalised on use.
         usage, calls: running frequency (K, V) of the entries and the number of training batches it has seen.
-        average_over_ranks: None, or a differentiable mean of a tensor over processes; training on several sets it,
-            so that the entropy loss and the usage speak of the global batch.
+        average_over_ranks: None, or a differentiable mean of a tensor over processes; training on several
+            sets it, so that the entropy loss and the usage speak of the global batch.
     """
 
     usage: torch.Tensor
@@ -72,7 +70,7 @@ class Quantizer(nn.Module):
             return self._search(self._features(latents))
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) codes -> (..., K*C) float32: the K unit-norm rows side by side. Codes are not checked here."""
+        """(..., K) codes -> (..., K*C) float32: the K unit-norm rows side by side; nothing is checked."""
         return self._rows(codes).flatten(-2)
 
     def _features(self, latents: torch.Tensor) -> torch.Tensor:
@@ -127,7 +125,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _count(self, codes: torch.Tensor) -> torch.Tensor:
-        """(K,) per cent of entries in use in these codes; while training, the running frequencies take them in."""
+        """(K,) per cent of entries in use in these codes; while training, the running frequencies move."""
         index = (codes + self._offsets()).flatten()
         count = torch.zeros(self.usage.numel(), device=codes.device).scatter_add_(
             0, index, torch.ones(index.shape, device=codes.device)

@@ -30,7 +30,7 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, T) -> (B, E), not normalised; read off at the first position of the largest id, end of text."""
+    """Token ids (B, T) -> (B, E), not normalised; read off at the largest id, the end of text."""
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()

@@ -1,0 +1,367 @@
+"""Published UniTok checkpoints to models of ours and back: names, configs, codes; and starting from CLIP.
+
+The published code keeps codes as (B, K, N) and every sub-codebook in a table of its own; ours are (B, N, K)
+and one stacked parameter. This module is the border.
+"""
+
+import argparse
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_unitok.errors import UserError
+from open_unitok.files import atomic_folder, read_json
+
+from .config import SIZES, UniTokConfig
+from .model import UniTok, check_folder
+
+# Published module -> ours, # for a number; tensors keep their last name (weight, bias) unless it stands here.
+_BLOCK = {
+    "norm1": "norm1",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "norm2": "norm2",
+    "mlp.norm": "mlp.norm",
+    "mlp.w0": "mlp.gate",
+    "mlp.w1": "mlp.up",
+    "mlp.w2": "mlp.down",
+}
+_CONV_BLOCK = {
+    "pre_norm": "norm",
+    "conv1_1x1": "widen",
+    "conv2_kxk": "depthwise",
+    "conv3_1x1": "narrow",
+    "shortcut.expand": "shortcut",
+    "shortcut.conv": "shortcut.conv",
+    "up.conv": "upsample.conv",
+}
+PROJECTION = {
+    "norm1": "attention_norm",
+    "norm2": "mlp_norm",
+    "norm3": "linear_norm",
+    "attn.q_bias": "attention.query_bias",
+    "attn.v_bias": "attention.value_bias",
+    "attn.qkv": "attention.qkv",
+    "attn.proj": "attention.out",
+    "proj": "linear",
+    "mlp.norm": "mlp.norm",
+    "mlp.w0": "mlp.gate",
+    "mlp.w1": "mlp.up",
+    "mlp.w2": "mlp.down",
+}
+_TEXT_BLOCK = {
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "attn.in_proj_weight": "attention.qkv.weight",
+    "attn.in_proj_bias": "attention.qkv.bias",
+    "attn.out_proj": "attention.out",
+    "mlp.c_fc": "up",
+    "mlp.c_proj": "down",
+}
+_NAMES = {
+    "logit_scale": "logit_scale",
+    "encoder.reg_token": "encoder.register_tokens",
+    "encoder.pos_embed": "encoder.position_offset",
+    "encoder.patch_embed.backbone.stem.conv1": "encoder.stem.conv1",
+    "encoder.patch_embed.backbone.stem.norm1": "encoder.stem.norm",
+    "encoder.patch_embed.backbone.stem.conv2": "encoder.stem.conv2",
+    "encoder.patch_embed.backbone.pool.norm": "encoder.pool_norm",
+    "encoder.patch_embed.backbone.pool.proj": "encoder.pool",
+    "encoder.norm": "encoder.norm",
+    "quant_proj": "down_projection",
+    "post_quant_proj": "up_projection",
+    "decoder.norm": "decoder.norm",
+    "decoder.up_conv1.conv": "decoder.enter.conv",
+    "decoder.up_conv4.conv1.conv": "decoder.leave.conv",
+    "decoder.up_conv4.norm1": "decoder.leave_norm",
+    "decoder.up_conv4.conv2": "decoder.to_pixels",
+    "fc_norm": "image_norm",
+    "projection": "image_projection",
+    "text_encoder.token_embedding": "text_encoder.token_embedding",
+    "text_encoder.positional_embedding": "text_encoder.position_embedding",
+    "text_encoder.ln_final": "text_encoder.norm",
+    "text_encoder.text_projection": "text_encoder.projection.weight",
+}
+for _theirs, _ours, _parts in (
+    ("encoder.blocks.#", "encoder.blocks.#", _BLOCK),
+    ("decoder.blocks.#", "decoder.blocks.#", _BLOCK),
+    ("encoder.patch_embed.backbone.stages.#.#", "encoder.stages.#.#", _CONV_BLOCK),
+    ("decoder.up_conv2.#", "decoder.wide.#", _CONV_BLOCK),
+    ("decoder.up_conv3.#", "decoder.narrow.#", _CONV_BLOCK),
+    ("quant_proj", "down_projection", PROJECTION),
+    ("post_quant_proj", "up_projection", PROJECTION),
+    ("text_encoder.transformer.resblocks.#", "text_encoder.blocks.#", _TEXT_BLOCK),
+):
+    _NAMES |= {f"{_theirs}.{part}": f"{_ours}.{name}" for part, name in _parts.items()}
+_NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
+
+# One tensor per sub-codebook there, one stack here.
+_STACKS = {"codebook.weight": "quantizer.codebooks", "vocab_usage": "quantizer.usage"}
+_TRANSPOSED = ("text_encoder.text_projection",)
+
+
+def rename(name: str, names: Mapping[str, str]) -> str | None:
+    """Translate a tensor's name by a table of templates (# = a number); None if no template fits."""
+    numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+    template = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+    stem, _, last = template.rpartition(".")
+    found = names.get(template)
+    if found is None and last in ("weight", "bias") and stem in names:
+        found = f"{names[stem]}.{last}"
+    if found is None or found.count("#") != len(numbers):
+        return None
+    for number in numbers:
+        found = found.replace("#", number, 1)
+    return found
+
+
+def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names; works on the meta device too.
+
+    Raises:
+        UserError: a name that UniTok does not have, or a key bias that is not zero.
+    """
+    state: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, Tensor]] = {}
+    for name, tensor in published.items():
+        book = re.fullmatch(r"quantizer\.codebooks\.(\d+)\.(.+)", name)
+        if book and book[2] in _STACKS:
+            stacks.setdefault(_STACKS[book[2]], {})[int(book[1])] = tensor
+        elif name.endswith(".attn.zero_k_bias"):
+            if not tensor.is_meta and tensor.any():
+                raise UserError(f"{name} is not zero: this is no UniTok checkpoint.")
+        elif (ours := rename(name, _NAMES)) is not None:
+            state[ours] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
+        else:
+            raise UserError(
+                f"{name!r} is no name of a published UniTok weight: this is another kind of model."
+            )
+    for name, parts in stacks.items():
+        state[name] = torch.stack([parts[book] for book in sorted(parts)])
+    if "quantizer.usage" in state:  # its age is not in the file: a trained model's statistics are settled
+        usage = state["quantizer.usage"]
+        state["quantizer.calls"] = torch.full((), 100, dtype=torch.int64, device=usage.device)
+    return state
+
+
+def to_published(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the published names: the inverse of `to_ours`, key bias buffers included.
+
+    Raises:
+        UserError: a name that our UniTok does not have.
+    """
+    state: dict[str, Tensor] = {}
+    stacks = {stack: part for part, stack in _STACKS.items()}
+    for name, tensor in ours.items():
+        if name in stacks:
+            state |= {f"quantizer.codebooks.{i}.{stacks[name]}": part for i, part in enumerate(tensor)}
+        elif name == "quantizer.calls":
+            continue
+        elif (published := rename(name, _NAMES_BACK)) is not None:
+            state[published] = tensor.T.contiguous() if published in _TRANSPOSED else tensor
+            if name.endswith(".query_bias"):
+                state[published.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
+        else:
+            raise UserError(f"{name!r} is no name of a UniTok weight.")
+    return state
+
+
+def codes_to_ours(codes: Tensor) -> Tensor:
+    """Published (B, K, N) codes -> (B, N, K); the same call turns ours into the published order."""
+    return codes.transpose(1, 2).contiguous()
+
+
+def config_from_args(args: Mapping[str, Any]) -> UniTokConfig:
+    """The config that a published checkpoint's `args` describe.
+
+    Raises:
+        UserError: its model name is not one of `SIZES`, so that its widths are unknown.
+    """
+    name = args.get("model")
+    if name not in SIZES:
+        raise UserError(
+            f"The checkpoint's model is {name!r}; sizes are known for {', '.join(SIZES)}. Pass a config "
+            "with its sizes: UniTok.from_reference(path, config), or unitok convert tokenizer --config FILE."
+        )
+    books = args["num_codebooks"]
+    return UniTokConfig.named(
+        name,
+        image_size=args["img_size"],
+        drop_path_rate=args["drop_path"],
+        num_register_tokens=args["num_query"],
+        num_codebooks=books,
+        codebook_size=args["vocab_size"] // books,
+        codebook_dim=args["vocab_width"] // books,
+        projection={"attn": "attention"}.get(args["quant_proj"], args["quant_proj"]),
+        embed_dim=args["embed_dim"],
+        text_hidden_size=args["text_width"],
+        text_num_layers=args["text_layers"],
+        text_num_heads=args["text_heads"],
+        text_vocab_size=args["text_vocab_size"],
+        text_context_length=args["text_context_length"],
+    )
+
+
+def load_reference(path: str | os.PathLike[str], config: UniTokConfig | None = None) -> UniTok:
+    """A model, in evaluation mode, from a published checkpoint file; see `UniTok.from_reference`."""
+    checkpoint = _load_file(path)
+    try:
+        weights = checkpoint["trainer"]["unitok"]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{path} is no published UniTok checkpoint: it has no ['trainer']['unitok']."
+        ) from None
+    if config is None:
+        config = config_from_args(checkpoint.get("args", {}))
+    with torch.device("meta"):
+        model = UniTok(config)
+    state = {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in to_ours(weights).items()
+    }
+    _check_fit(path, state, model.state_dict())
+    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    return model.eval()
+
+
+def save_reference(model: UniTok, path: str | os.PathLike[str]) -> None:
+    """Write a model's weights as a published checkpoint file (only weights and the model's `args`)."""
+    config = model.config
+    shape = {
+        "stem_width",
+        "stage_widths",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "decoder_widths",
+    }
+    ours = {key: _plain(getattr(config, key)) for key in shape}
+    name = next((n for n, s in SIZES.items() if {k: _plain(v) for k, v in s.items()} == ours), "unnamed")
+    args = {
+        "model": name,
+        "img_size": config.image_size,
+        "drop_path": config.drop_path_rate,
+        "num_query": config.num_register_tokens,
+        "num_codebooks": config.num_codebooks,
+        "vocab_size": config.num_codebooks * config.codebook_size,
+        "vocab_width": config.latent_dim,
+        "quant_proj": {"attention": "attn"}.get(config.projection, config.projection),
+        "embed_dim": config.embed_dim,
+        "text_width": config.text_hidden_size,
+        "text_layers": config.text_num_layers,
+        "text_heads": config.text_num_heads,
+        "text_vocab_size": config.text_vocab_size,
+        "text_context_length": config.text_context_length,
+    }
+    state = {name: tensor.detach().cpu() for name, tensor in to_published(model.state_dict()).items()}
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    torch.save({"args": args, "trainer": {"unitok": state}}, temporary)
+    os.replace(temporary, path)
+
+
+def load_clip_start(model: UniTok, path: str | os.PathLike[str]) -> list[str]:
+    """Start encoder and text tower from an open_clip ViTamin checkpoint; all else, logit scale too, stays.
+
+    Returns the names of the tensors of encoder and text tower that the file does not have.
+
+    Raises:
+        UserError: the file is no such checkpoint, or its sizes differ from the model's.
+    """
+    checkpoint = _load_file(path)
+    checkpoint = checkpoint.get("state_dict", checkpoint)
+    published = {}
+    for name, tensor in checkpoint.items():
+        name = name.removeprefix("module.")
+        if "head" in name or "pos_embed" in name:
+            continue
+        for prefix, place in (("visual.trunk.", "encoder."), ("text.", "text_encoder.")):
+            if name.startswith(prefix):
+                published[place + name.removeprefix(prefix)] = tensor
+    known = {name: tensor for name, tensor in published.items() if rename(name, _NAMES) is not None}
+    target = model.state_dict()
+    state = {name: tensor.float() for name, tensor in to_ours(known).items() if name in target}
+    if not any(name.startswith("encoder.blocks.") for name in state):
+        raise UserError(f"{path} is no open_clip ViTamin checkpoint: it has no visual.trunk.blocks.*")
+    wanted = {n: t for n, t in target.items() if n.startswith(("encoder.", "text_encoder."))}
+    _check_fit(path, state, {name: target[name] for name in state})
+    model.load_state_dict(state, strict=False)
+    return sorted(wanted.keys() - state.keys() - {"encoder.position_offset", "encoder.register_tokens"})
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`unitok convert tokenizer`."""
+    parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth), or a folder of ours")
+    parser.add_argument("target", metavar="DST", help="new folder, or new .pth file where SRC is a folder")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="config.json with the sizes, where the file's name for them is unknown",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one way or, from a folder, the other."""
+    target = Path(args.target)
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it or choose another name.")
+    if Path(args.source).is_dir():
+        check_folder(args.source)
+        if target.suffix != ".pth":
+            raise UserError(f"{target}: a folder of ours becomes a published file, whose name ends in .pth.")
+        save_reference(UniTok.from_pretrained(args.source), target)
+    else:
+        config = UniTokConfig(**read_json(args.config)) if args.config else None
+        model = load_reference(args.source, config)
+        with atomic_folder(target) as folder:
+            model.save_pretrained(folder)
+    print(f"{args.source} -> {target}")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _load_file(path: str | os.PathLike[str]) -> Any:
+    """A .pth or .safetensors file, without ever running code from it."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist, or is no file.")
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path} is no checkpoint that can be read without running code from it: {reason}"
+        ) from None
+
+
+def _check_fit(
+    path: str | os.PathLike[str], state: Mapping[str, Tensor], target: Mapping[str, Tensor]
+) -> None:
+    """
+    Raises:
+        UserError: names or shapes differ; the message shows the first of each kind.
+    """
+    problems = []
+    if missing := sorted(target.keys() - state.keys()):
+        problems.append(f"{len(missing)} weights are missing ({missing[0]}, ...)")
+    if extra := sorted(state.keys() - target.keys()):
+        problems.append(f"{len(extra)} are too many ({extra[0]}, ...)")
+    for name in target.keys() & state.keys():
+        if state[name].shape != target[name].shape:
+            problems.append(
+                f"{name} is {tuple(state[name].shape)}, the config wants {tuple(target[name].shape)}"
+            )
+            break
+    if problems:
+        raise UserError(f"{path} does not fit the config: " + "; ".join(problems) + ".")
