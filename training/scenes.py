@@ -141,6 +141,7 @@ def describe(config: SceneConfig) -> dict[str, Any]:
         "jitter": config.jitter,
         "step": config.step,
         "objects": [config.min_objects, config.max_objects],
+        "light": [config.light_min, config.light_max],
         "gradient": config.gradient,
         "held_out": sorted(config.held_out_pairs),
     }
