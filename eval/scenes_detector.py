@@ -201,12 +201,13 @@ class ScenesDetector:
             about["outlines"].items(), about.get("textures", ["plain"]), sizes
         ):
             fine, unit = fine_cover(outline, texture, size, self.cell, steps, about.get("pale", 1.0))
+            pixels = _box_means(fine, SUPERSAMPLING)  # what a pixel sees that begins at each sample
             for right, down in itertools.product(range(-steps, steps + 1), repeat=2):
-                top, left = (steps - down) * unit, (steps - right) * unit
-                side = self.cell * SUPERSAMPLING
-                window = fine[top : top + side, left : left + side]
-                window = window.reshape(self.cell, SUPERSAMPLING, self.cell, SUPERSAMPLING)
-                masks.append(window.mean(axis=(1, 3), dtype=np.float32).ravel())
+                rows, columns = (
+                    slice(first, first + (self.cell - 1) * SUPERSAMPLING + 1, SUPERSAMPLING)
+                    for first in ((steps - down) * unit, (steps - right) * unit)
+                )
+                masks.append(pixels[rows, columns].ravel())
                 kinds.append((shape, texture, size, right * POSITION_STEP, down * POSITION_STEP))
         matrix = np.stack(masks)
         return matrix, (matrix**2).sum(axis=1), kinds
@@ -277,6 +278,13 @@ def _blob(difference: np.ndarray) -> np.ndarray:
     rows = sum(difference[:, :, i : c - 2 + i] for i in range(3))
     means = sum(rows[:, :, :, i : c - 2 + i] for i in range(3)) / 9
     return np.abs(means).max(axis=(2, 3, 4))
+
+
+def _box_means(fine: np.ndarray, side: int) -> np.ndarray:
+    """Means of all side x side boxes of (S, S), as (S - side + 1, S - side + 1) float32."""
+    sums = np.pad(fine.astype(np.float64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+    boxes = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    return (boxes / side**2).astype(np.float32)
 
 
 def fine_cover(

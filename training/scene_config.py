@@ -46,6 +46,10 @@ class SceneConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             _check_type(field.name, getattr(self, field.name), field.default)
+        # 10 and 10.0 are one setting, and must give one set of scenes
+        object.__setattr__(self, "sizes", tuple(map(float, self.sizes)))
+        for name in ("jitter", "step", "held_out", "test_share"):
+            object.__setattr__(self, name, float(getattr(self, name)))
         _require(self.grid in (2, 3), "grid", self.grid, "2 or 3")
         _require(
             16 <= self.size <= 1024 and self.size % self.grid == 0,

@@ -19,9 +19,10 @@ from typing import Any
 from tqdm import tqdm
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json, write_atomic, write_json
+from open_unitok.files import read_json, write_atomic, write_json
 
 from . import scene_split, scene_text
+from .config import read
 from .scene_config import SceneConfig, with_values
 from .scene_shapes import COLORS, PALE, SHAPES
 from .scene_world import Scene, render, sample_scene
@@ -68,17 +69,7 @@ def load_config(path: str | Path | None) -> SceneConfig:
     Raises:
         UserError: the file is missing or is not a YAML mapping, or a setting is unknown or impossible.
     """
-    import yaml
-
-    if path is None:
-        return SceneConfig()
-    try:
-        values = yaml.safe_load(existing(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must be a mapping of settings, such as 'size: 32'.")
-    return with_values(SceneConfig(), {str(key): value for key, value in values.items()})
+    return with_values(SceneConfig(), read(path)) if path else SceneConfig()
 
 
 def write_scenes(

@@ -1,0 +1,200 @@
+"""Scenes: pictures are a function of the scene, splits share nothing, and what is said of a scene is true."""
+
+import collections
+import random
+
+import numpy as np
+import pytest
+
+from open_unitok.errors import UserError
+from open_unitok.training import scene_text, scenes
+from open_unitok.training.scene_config import SceneConfig, with_values
+from open_unitok.training.scene_shapes import COLORS
+from open_unitok.training.scene_split import test_questions as questions_of
+from open_unitok.training.scene_world import centre, in_test, render_array, sample_scene
+
+DEMO = SceneConfig()
+RICH = SceneConfig(
+    size=96,
+    grid=3,
+    max_objects=4,
+    shapes=8,
+    colors=10,
+    sizes=(14, 18, 24),
+    size_names=("small", "medium", "large"),
+    textures=("plain", "striped", "dotted"),
+    jitter=2,
+    step=0.5,
+    gradient=20,
+)
+both = pytest.mark.parametrize("config", [DEMO, RICH], ids=["demo", "rich"])
+
+
+@both
+def test_pictures_are_a_function_of_seed_split_and_index(config):
+    for index in (0, 7):
+        scene = sample_scene(config, "train", index)
+        assert scene == sample_scene(config, "train", index)
+        assert scene != sample_scene(config, "test", index)
+        assert scene != sample_scene(with_values(config, {"seed": 1}), "train", index)
+        assert (render_array(scene) == render_array(scene)).all()
+        assert render_array(scene).shape == (config.size, config.size, 3)
+
+
+def test_whole_and_decimal_numbers_are_one_setting():
+    same = with_values(DEMO, {"sizes": [10, 11.0, 12], "step": 1})
+    assert same == DEMO and sample_scene(same, "test", 3) == sample_scene(DEMO, "test", 3)
+    assert repr(sample_scene(same, "test", 3)) == repr(sample_scene(DEMO, "test", 3))
+
+
+@both
+def test_objects_have_their_colour_in_the_middle_and_stay_inside_their_cell(config):
+    for index in range(60):
+        scene = sample_scene(config, "train", index)
+        picture = render_array(scene).astype(int)
+        rim = np.arange(config.size) % config.cell
+        rim = (rim == 0) | (rim == config.cell - 1)
+        background = np.array(scene.background)
+        allowed = sum(map(abs, scene.gradient)) / 2 + 1
+        assert abs(picture[rim][:, rim] - background).max() <= allowed
+        assert abs(picture[rim] - background).max() <= allowed
+        for thing in scene.things:
+            x, y = centre(thing, config.cell)
+            if thing.shape != "ring" and thing.texture == "plain":
+                assert tuple(picture[int(y), int(x)]) == COLORS[thing.color]
+
+
+@both
+def test_training_and_test_share_no_arrangement_and_training_no_held_out_pair(config):
+    train = [sample_scene(config, "train", i) for i in range(600)]
+    test = [sample_scene(config, "test", i) for i in range(300)]
+    assert not {s.things for s in train} & {s.things for s in test}
+    assert all(in_test(config, s) for s in test) and not any(in_test(config, s) for s in train)
+    assert len(config.held_out_pairs) == round(0.1 * len(config.pairs))
+    seen = {thing.pair for scene in train for thing in scene.things}
+    assert seen == set(config.pairs) - config.held_out_pairs
+    assert config.held_out_pairs <= {thing.pair for scene in test for thing in scene.things}
+
+
+def test_training_text_never_names_a_held_out_pair():
+    names = [f"{color} {shape}" for color, shape in DEMO.held_out_pairs]
+    for index in range(300):
+        record = scenes.training_record(DEMO, index)[1]
+        said = str(record["captions"]) + str(record["conversations"])
+        assert not any(name in said for name in names)
+
+
+@both
+def test_captions_name_what_is_there(config):
+    for index in range(200):
+        scene, record = scenes.training_record(config, index)
+        first = record["captions"][0]
+        assert all(t.color in first and t.shape in first for t in scene.things)
+        for caption in record["captions"]:
+            assert all(t.shape in caption for t in scene.things)
+            absent = set(config.shape_names) - {t.shape for t in scene.things}
+            assert not any(shape in caption for shape in absent)
+
+
+def answer_by_hand(question: str, scene) -> str | None:
+    """The answer by counting objects that the question's words leave; None where this does not tell."""
+    words = question.strip("?").lower().split()
+    singular = {scene_text.plural(s): s for s in DEMO.shape_names}
+    shape = next((singular.get(w, w) for w in words if singular.get(w, w) in DEMO.shape_names), None)
+    color = next((w for w in words if w in DEMO.color_names), None)
+    row = next((r for r, w in enumerate(("top", "bottom")) if w in words), None)
+    column = next((c for c, w in enumerate(("left", "right")) if w in words), None)
+    things = [t for t in scene.things if shape in (None, t.shape) and color in (None, t.color)]
+    if words[0] == "how":
+        return str(len(things))
+    if "color" in words or ("shape" in words and words[0] in ("what", "which")):
+        if "at" in words:
+            things = [t for t in things if t.cell == (row, column)]
+        assert len(things) == 1, "the question has one answer"
+        return things[0].color if "color" in words else things[0].shape
+    if " or " in question:
+        return None
+    return "yes" if things else "no"
+
+
+def test_answers_are_true():
+    checked = collections.Counter()
+    for index in range(400):
+        scene = sample_scene(DEMO, "test", index)
+        for question in questions_of(DEMO, scene, index):
+            assert len(question.answer.split()) == 1
+            expected = answer_by_hand(question.text, scene)
+            if expected is not None:
+                assert question.answer == expected, (question, scene)
+                checked[question.kind] += 1
+            else:
+                named = [t for t in scene.things if t.name in question.text]
+                named.sort(key=lambda t: question.text.index(t.name))
+                (row, column), other = named[0].cell, named[-1].cell
+                truth = {
+                    "top": row == 0,
+                    "bottom": row == 1,
+                    "above": row < other[0],
+                    "below": row > other[0],
+                    "left": column < (1 if question.kind == "position" else other[1]),
+                    "right": column > (0 if question.kind == "position" else other[1]),
+                }
+                assert truth[question.answer], (question, scene)
+    assert min(checked[k] for k in ("existence", "count", "colour", "shape")) > 100
+
+
+def test_questions_are_balanced():
+    answers = collections.defaultdict(collections.Counter)
+    for index in range(800):
+        for question in questions_of(DEMO, sample_scene(DEMO, "test", index), index):
+            answers[question.kind][question.answer] += 1
+    assert answers.keys() == scene_text.QUESTIONS.keys()
+    best = {kind: max(c.values()) / sum(c.values()) for kind, c in answers.items()}
+    assert 0.45 < answers["existence"]["yes"] / sum(answers["existence"].values()) < 0.55
+    limits = {
+        "existence": 0.55,
+        "count": 0.5,
+        "colour": 0.25,
+        "shape": 0.35,
+        "position": 0.35,
+        "relation": 0.35,
+    }
+    assert {kind for kind in best if best[kind] > limits.get(kind, 0.35)} == set()
+
+
+def test_positions_and_articles():
+    assert scene_text.position((0, 1), 2) == "top right"
+    assert [scene_text.position((r, 1), 3) for r in range(3)] == ["top", "middle", "bottom"]
+    assert scene_text.counted("orange cross", 2) == "two orange crosses"
+    assert scene_text.article("orange circle") == "an orange circle"
+
+
+@both
+def test_sentences_are_many(config):
+    drawn = (sample_scene(config, "train", i) for i in range(200))
+    lines = list(scene_text.sentences(config, drawn, random.Random(0)))
+    assert len(lines) == 200 and len(set(lines)) > 60
+    assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"sise": 32}, "Did you mean 'size'?"),
+        ({"size": 33}, "size = 33"),
+        ({"size": "32"}, "whole number"),
+        ({"size": True}, "whole number"),
+        ({"sizes": [10, 16]}, "stay in their cells"),
+        ({"sizes": 10}, "list of numbers"),
+        ({"max_objects": 5}, "at most one per cell"),
+        ({"min_objects": 3}, "1 to max_objects"),
+        ({"shapes": 9}, "2 to 8"),
+        ({"textures": ["checked"]}, "striped"),
+        ({"size_names": ["small"]}, "one per size"),
+        ({"held_out": 0.9}, "0 to 0.5"),
+        ({"held_out": float("nan")}, "0 to 0.5"),
+    ],
+)
+def test_impossible_settings_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        with_values(DEMO, values)
