@@ -132,7 +132,7 @@ def build_transformer(config: UniTokConfig) -> Transformer:
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution; (B, inputs, H, W) -> (B, outputs, 2H, 2W).
 
-    The two are one transposed convolution with a 4x4 kernel and stride 2, in 4 products per output instead of 9.
+    The two are one transposed convolution (4x4, stride 2), with 4 products per output instead of 9.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -141,7 +141,7 @@ class Upsample(nn.Module):
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         kernel = self.conv.weight.flip(2, 3)  # (outputs, inputs, 3, 3)
-        # Each input pixel stands twice in a row and twice in a column: the kernel is added to itself shifted by one.
+        # Each input pixel stands twice in a row and in a column: add the kernel to itself, shifted by one.
         kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
         kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
         return F.conv_transpose2d(map, kernel.transpose(0, 1), self.conv.bias, stride=2, padding=1)
