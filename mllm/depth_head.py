@@ -1,0 +1,83 @@
+"""The depth head: from one hidden state to the K codes of a visual token, one after the other (arXiv 2502.20321,
+section 3.4).
+
+M visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width, W width of the head.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from .config import UniTokMLLMConfig
+
+
+class DepthCache:
+    """Keys and values of the codes so far, and the rotary tables of all K places; inference only."""
+
+    def __init__(self, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self.rotary = rotary  # each (1, K, head width)
+        self.layers = DynamicCache()
+
+
+class DepthHead(nn.Module):
+    """A few LLaMA layers over [hidden, E_0(c_0), ..., E_{K-2}(c_{K-2})]; output k gives the logits of code k.
+
+    One output layer serves all sub-codebooks. Where the head is narrower than the decoder, a linear map goes first.
+    """
+
+    def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
+        super().__init__()
+        depth = copy.deepcopy(
+            config.depth_config
+        )  # a choice of attention for the decoder must not reach this copy:
+        depth._attn_implementation = "sdpa"  # others would need a mask to be causal
+        self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
+        own = depth.hidden_size
+        self.reduce = nn.Linear(width, own, bias=False) if own != width else None
+        # K-1 tables, one under the other: the last code is no one's input
+        self.embeddings = nn.Embedding((config.num_codebooks - 1) * config.codebook_size, own)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(depth, i) for i in range(depth.num_hidden_layers))
+        self.norm = LlamaRMSNorm(own, eps=depth.rms_norm_eps)
+        self.output = nn.Linear(own, config.codebook_size)
+        self.rotary = LlamaRotaryEmbedding(depth)
+
+    def forward(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """Teacher-forced: (M, D) hidden states and the (M, K) codes they should bring forth -> (M, K, V) logits."""
+        offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
+        state = torch.cat([self._enter(hidden), self.embeddings(codes[:, :-1] + offsets)], dim=1)
+        rotary = self._rotary_tables(state)
+        for layer in self.layers:
+            state = layer(state, position_embeddings=rotary)
+        return self.output(self.norm(state))
+
+    def step(self, k: int, entry: torch.Tensor, cache: DepthCache) -> torch.Tensor:
+        """Logits (M, V) of code k.
+
+        Args:
+            k: 0 to K-1, in this order with one cache from `new_cache`.
+            entry: for k = 0 the hidden states (M, D); afterwards the codes (M,) chosen at k - 1.
+        """
+        if k == 0:
+            state = self._enter(entry)
+        else:
+            state = self.embeddings(entry + (k - 1) * self.codebook_size).unsqueeze(1)
+        cos, sin = cache.rotary
+        here = (cos[:, k : k + 1], sin[:, k : k + 1])
+        for layer in self.layers:
+            state = layer(state, position_embeddings=here, past_key_values=cache.layers, use_cache=True)
+        return self.output(self.norm(state))[:, 0]
+
+    def new_cache(self) -> DepthCache:
+        """An empty cache for the K steps of one visual token per row."""
+        return DepthCache(self._rotary_tables(self.output.weight))
+
+    def _enter(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(M, D) -> (M, 1, W)."""
+        return (hidden if self.reduce is None else self.reduce(hidden)).unsqueeze(1)
+
+    def _rotary_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        places = torch.arange(self.num_codebooks, device=like.device)[None]
+        return self.rotary(like, places)

@@ -1,0 +1,366 @@
+"""The unified MLLM: one decoder reads and writes text and images through their codes (arXiv 2502.20321,
+section 3.4).
+
+B batch, L sequence, I images in the batch, N visual tokens per image, K sub-codebooks, V entries per
+sub-codebook, D decoder width, J learnt images, T learnt text tokens.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from open_unitok.errors import UserError
+from open_unitok.files import read_json
+from open_unitok.tokenizer import AttentionProjection, UniTok
+
+from .config import UniTokMLLMConfig
+from .depth_head import DepthHead
+from .embedder import VisualEmbedder
+from .loss import image_loss, targets, text_loss
+
+
+@dataclass
+class UniTokMLLMOutput(ModelOutput):
+    """What `UniTokForConditionalGeneration.forward` gives; None stands where nothing was asked for.
+
+    With `reduction="sum"` the three losses are sums over tokens and codes, so that a training loop can add up and
+    divide by its own global counts; with "mean", `loss` is their sum over `text_tokens + image_codes`.
+    """
+
+    loss: torch.Tensor | None = None
+    text_loss: torch.Tensor | None = None
+    image_loss: torch.Tensor | None = None  # z-term included
+    image_z_loss: torch.Tensor | None = None  # the z-term alone, weighted
+    text_tokens: torch.Tensor | None = None  # T, int64
+    image_codes: torch.Tensor | None = None  # J*N*K, int64: every code counts as one token
+    image_correct: torch.Tensor | None = None  # (K,) int64: learnt codes whose logit was the largest
+    logits: torch.Tensor | None = None  # (B, L or fewer, vocabulary), of text
+    image_logits: torch.Tensor | None = None  # (J, N, K, V)
+    past_key_values: Any = None
+    last_hidden_state: torch.Tensor | None = None  # (B, L, D), after the final norm
+
+
+class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder in front and two heads behind:
+    `lm_head` for text, `depth_head` for the K codes of a visual token.
+
+    Visual vectors are not multiplied by the embedding scale that some decoders (Gemma) give their text embeddings:
+    the embedder's MLP learns its own scale.
+    """
+
+    config_class = UniTokMLLMConfig
+    config: UniTokMLLMConfig
+    base_model_prefix = "language_model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VisualEmbedder", "LlamaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: UniTokMLLMConfig) -> None:
+        super().__init__(config)
+        text = config.text_config
+        self.language_model = AutoModel.from_config(text)
+        self.visual_embedder = VisualEmbedder(config, text.hidden_size)
+        self.depth_head = DepthHead(config, text.hidden_size)
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        reduction: Literal["mean", "sum"] = "mean",
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> UniTokMLLMOutput:
+        """One pass over sequences of text and images.
+
+        Args:
+            input_ids: (B, L); an image takes N places of `config.image_token_id`.
+            attention_mask: (B, L), 0 where a row was filled up, on either side; None = nothing was filled up.
+            image_codes: (I, N, K), the images in row-major order of their places.
+            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the places of an image that
+                is learnt, -100 elsewhere. A row's or packed sample's first token is never a target.
+            inputs_embeds: (B, L, D) instead of `input_ids`; images are in it already.
+            position_ids: (B, L); None = counted along the mask. Where a row packs several samples, pass
+                positions that start again from 0 with each, and no mask: then no sample sees another.
+            logits_to_keep: text logits of the last so many places only; 0 = of all.
+            reduction: "mean" or "sum" of the losses; see `UniTokMLLMOutput`.
+            return_logits: compute text logits of all places; None = only where there are no labels.
+
+        Raises:
+            UserError: images and places do not match; a sequence longer than the context; a learnt image with
+                nothing before it.
+        """
+        places = None
+        if inputs_embeds is None:
+            assert input_ids is not None
+            places = self._find_places(input_ids, image_codes)
+            inputs_embeds = self._embed(input_ids, image_codes, places)
+        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if position_ids is None:
+            self.check_length(past + inputs_embeds.shape[1])
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = positions_from_mask(attention_mask)[:, past:]
+        output = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=bool(use_cache),
+            **kwargs,
+        )
+        hidden = output.last_hidden_state
+        result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
+        if labels is not None:
+            self._losses(result, labels, attention_mask, position_ids, image_codes, places, reduction)
+        if return_logits or (return_logits is None and labels is None):
+            result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return result
+
+    def embed_inputs(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, L) ids and (I, N, K) codes -> (B, L, D) vectors, images in their places.
+
+        Raises:
+            UserError: images and places do not match.
+        """
+        return self._embed(input_ids, image_codes, self._find_places(input_ids, image_codes))
+
+    def _find_places(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None) -> torch.Tensor | None:
+        """(I, N) places of the images in the flattened batch; None without images."""
+        places = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+        if image_codes is None or image_codes.shape[0] == 0:
+            if len(places):
+                raise UserError(f"input_ids hold {len(places)} image places, but no image_codes were given.")
+            return None
+        self.visual_embedder.check_codes(image_codes)
+        images, length, _ = image_codes.shape
+        if len(places) != images * length:
+            raise UserError(
+                f"input_ids hold {len(places)} image places, but image_codes bring {images} images of {length} "
+                f"visual tokens = {images * length}: an image takes one place per visual token."
+            )
+        return places.view(images, length)
+
+    def _embed(
+        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None, places: torch.Tensor | None
+    ) -> torch.Tensor:
+        embed = self.get_input_embeddings()
+        if places is None:
+            vectors = embed(input_ids)
+            if (
+                self.training and torch.is_grad_enabled()
+            ):  # every part takes part in every batch, on every rank
+                nothing = input_ids.new_zeros((1, 1, self.config.num_codebooks))
+                vectors = vectors + 0.0 * self.visual_embedder(nothing).sum().to(vectors.dtype)
+            return vectors
+        assert image_codes is not None
+        vectors = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
+        visual = self.visual_embedder(image_codes).to(vectors.dtype)
+        flat = vectors.flatten(0, 1).index_copy(0, places.flatten(), visual.flatten(0, 1))
+        return flat.view_as(vectors)
+
+    def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
+        """(I, N, K) codes of whole images -> (I, N, D), as the decoder reads them."""
+        self.visual_embedder.check_codes(codes)
+        return self.visual_embedder(codes).to(self.get_input_embeddings().weight.dtype)
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(..., D) hidden states -> (..., vocabulary) logits of text."""
+        logits = self.lm_head(hidden)
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # some Gemmas
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def check_length(self, length: int, what: str = "The sequence") -> None:
+        """
+        Raises:
+            UserError: `length` tokens do not fit the decoder's context.
+        """
+        limit = self.config.max_length
+        if limit is not None and length > limit:
+            raise UserError(
+                f"{what} has {length} tokens (visual ones included); this model's context is {limit} "
+                "(max_position_embeddings): shorten the text or use fewer images."
+            )
+
+    def generate(
+        self,
+        input_ids: torch.Tensor | None = None,
+        image_codes: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Write text behind `input_ids`, as transformers' `generate` does.
+
+        Args:
+            input_ids: (B, L) prompts, filled up on the left.
+            image_codes: (I, N, K), the images in the prompts. With it (I = 0 is allowed) only the new ids are
+                returned; without it, as transformers has it, prompt and new ids.
+            attention_mask: (B, L), 0 where a row was filled up.
+
+        Raises:
+            UserError: as `forward`; a prompt that leaves no room for an answer.
+        """
+        if input_ids is not None:
+            limit = self.config.max_length
+            if limit is not None and input_ids.shape[1] >= limit:
+                self.check_length(input_ids.shape[1] + 1, "The prompt with one new token")
+            if attention_mask is None:
+                attention_mask = torch.ones_like(input_ids)
+        kwargs["attention_mask"] = attention_mask
+        if input_ids is None or image_codes is None:
+            return super().generate(input_ids, **kwargs)
+        with torch.no_grad():
+            embeds = self.embed_inputs(input_ids, image_codes)
+        return super().generate(inputs_embeds=embeds, **kwargs)
+
+    def init_from_tokenizer(self, unitok: UniTok) -> None:
+        """Take over a visual tokenizer's codebooks, and its up projection as the start of the causal one.
+
+        Raises:
+            UserError: the tokenizer's sizes are not this model's.
+        """
+        for name in ("num_codebooks", "codebook_size", "codebook_dim"):
+            ours, theirs = getattr(self.config, name), getattr(unitok.config, name)
+            if ours != theirs:
+                raise UserError(f"{name} = {ours} in the model, but {theirs} in the visual tokenizer.")
+        own, other = self.visual_embedder.projection, unitok.up_projection
+        if isinstance(other, AttentionProjection):
+            shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
+            if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
+                raise UserError(
+                    f"visual_hidden_size = {self.config.visual_hidden_size} with {own.attention.heads} heads does "
+                    f"not fit the visual tokenizer's projection to {unitok.config.hidden_size} with "
+                    f"{other.attention.heads} heads: take the config from UniTokMLLMConfig.for_tokenizer."
+                )
+            own.load_state_dict(other.state_dict())
+        with torch.no_grad():
+            self.visual_embedder.codebooks.copy_(unitok.quantizer.codebooks)
+        self.config.unitok_fingerprint = unitok.fingerprint()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load a folder of ours or a hub id; keyword arguments as in transformers.
+
+        Raises:
+            UserError: the folder holds no model, or one of another kind.
+        """
+        path = Path(pretrained_model_name_or_path)
+        if path.is_dir():
+            check_folder(path)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def _losses(
+        self,
+        result: UniTokMLLMOutput,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        image_codes: torch.Tensor | None,
+        places: torch.Tensor | None,
+        reduction: str,
+    ) -> None:
+        """Fill in the losses; text logits only where text is learnt, depth head only where an image is."""
+        found = targets(labels, attention_mask, position_ids, places, self.config.image_token_id)
+        hidden = result.last_hidden_state
+        assert hidden is not None
+        flat = hidden.flatten(0, 1)
+        keep_graph = self.training and torch.is_grad_enabled()
+        zero = flat.new_zeros((), dtype=torch.float32)
+        text_sum = image_sum = z_sum = zero
+        count = len(found.text_before)
+        if count:
+            text_sum = text_loss(self.text_logits(flat[found.text_before]), found.text_ids)
+        elif keep_graph:
+            text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
+        if found.image_before is not None:
+            assert image_codes is not None
+            codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
+            logits = self.depth_head(flat[found.image_before.flatten()], codes)
+            image_sum, z_sum, result.image_correct = image_loss(
+                logits, codes, self.config.image_z_loss_weight
+            )
+            result.image_logits = logits.view(*found.image_before.shape, *logits.shape[1:])
+            image_codes_learnt = codes.numel()
+        else:
+            image_codes_learnt = 0
+            result.image_correct = labels.new_zeros(self.config.num_codebooks)
+            if keep_graph:
+                nothing = labels.new_zeros((1, self.config.num_codebooks))
+                image_sum = 0.0 * self.depth_head(flat[:1], nothing).sum().float()
+        result.text_tokens = labels.new_tensor(count)
+        result.image_codes = labels.new_tensor(image_codes_learnt)
+        result.loss = text_sum + image_sum
+        if reduction == "mean":
+            result.loss = result.loss / max(count + image_codes_learnt, 1)
+            text_sum = text_sum / max(count, 1)
+            image_sum = image_sum / max(image_codes_learnt, 1)
+            z_sum = z_sum / max(image_codes_learnt, 1)
+        result.text_loss, result.image_loss, result.image_z_loss = text_sum, image_sum, z_sum
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, VisualEmbedder):
+            init.normal_(module.codebooks)
+        super()._init_weights(module)
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) mask -> (B, L) positions that count the real tokens of each row from 0; 0 before the first."""
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: `folder` holds no MLLM; the message says what it holds.
+    """
+    config = Path(folder) / "config.json"
+    if not config.exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json.")
+    kind = read_json(config).get("model_type")
+    if kind == "mini_gemini":
+        raise UserError(
+            f"{folder} holds the published MLLM in its own layout: rewrite it with "
+            f"`unitok convert mllm {folder} NEW_FOLDER`."
+        )
+    if kind != UniTokMLLMConfig.model_type:
+        hint = " That is a visual tokenizer: it draws and reads no text." if kind == "unitok" else ""
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}, not an MLLM ({UniTokMLLMConfig.model_type!r}).{hint}"
+        )

@@ -1,0 +1,300 @@
+"""From words and pictures to what the MLLM takes, and back: text tokenizer, prompts, special ids, preprocessing
+(published UniTok).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.files import read_json, write_json
+
+from .config import IMAGE_TOKEN_ID
+from .prompts import (
+    IGNORED,
+    IMAGE_MARK,
+    UNCONDITIONAL,
+    Turns,
+    check_turns,
+    conversation_ids,
+    conversation_pieces,
+    expand_images,
+    find_template,
+    ids_with_images,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+CONFIG = "processor_config.json"
+CHAT = "chat"  # the template that the text tokenizer brings along
+BOI, EOI = (
+    ("<0x00>", "<|boi|>"),
+    ("<0x01>", "<|eoi|>"),
+)  # a byte piece of LLaMA's vocabulary, or else a new one
+
+
+class UniTokProcessor:
+    """Joins a text tokenizer, a conversation template and image preprocessing; it is saved beside its model.
+
+    Args:
+        text_tokenizer: a tokenizer of transformers. Without LLaMA's byte pieces two new pieces are added for boi
+            and eoi; the model's embeddings are then resized to `vocab_size`.
+        image_size: side in pixels of the squares that the visual tokenizer reads.
+        num_image_tokens: N of such a square.
+        template: a name in `TEMPLATES`, or "chat" for the tokenizer's own chat template.
+        legacy: how LLaMA's tokenizer treats text behind an eos; True for the published weights.
+        image_token_id: marks the places of images in ids.
+        max_prompt: text ids of a drawing prompt, bos included; further ones are cut off (published: 1750).
+
+    Attributes:
+        boi_token_id, eoi_token_id, pad_token_id, bos_token_id (None in some families), eos_token_id.
+    """
+
+    def __init__(
+        self,
+        text_tokenizer: Any,
+        image_size: int = 256,
+        num_image_tokens: int = 256,
+        template: str = "vicuna_v1",
+        legacy: bool = True,
+        image_token_id: int = IMAGE_TOKEN_ID,
+        max_prompt: int = 1750,
+    ) -> None:
+        if template != CHAT:
+            find_template(template)
+        elif not getattr(text_tokenizer, "chat_template", None):
+            raise UserError(
+                "template = 'chat', but this text tokenizer has no chat template: take 'vicuna_v1'."
+            )
+        self.text_tokenizer, self.template, self.legacy = text_tokenizer, template, legacy
+        self.image_size, self.num_image_tokens = image_size, num_image_tokens
+        self.image_token_id, self.max_prompt = image_token_id, max_prompt
+        self.boi_token_id, self.eoi_token_id = (_piece(text_tokenizer, names) for names in (BOI, EOI))
+        self.bos_token_id: int | None = text_tokenizer.bos_token_id
+        if text_tokenizer.eos_token_id is None:
+            raise UserError("The text tokenizer has no eos token: answers could not end.")
+        self.eos_token_id: int = text_tokenizer.eos_token_id
+        candidates = (text_tokenizer.pad_token_id, text_tokenizer.unk_token_id, self.eos_token_id)
+        self.pad_token_id: int = next(i for i in candidates if i is not None)
+
+    @classmethod
+    def from_text_tokenizer(cls, path: str | os.PathLike[str], **options: Any) -> UniTokProcessor:
+        """Build one around a sentencepiece `tokenizer.model`, a folder or a hub id; `options` as in `__init__`.
+
+        Raises:
+            UserError: nothing is there.
+        """
+        return cls(_load_tokenizer(path, legacy=options.get("legacy", True)), **options)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], **changes: Any) -> UniTokProcessor:
+        """Load from an MLLM folder or hub id; `changes` replace saved options, such as the template.
+
+        Raises:
+            UserError: the folder holds no processor.
+        """
+        path: Path | str = Path(folder)
+        if not Path(folder).is_dir():
+            from transformers.utils import cached_file
+
+            path = str(cached_file(str(folder), CONFIG))
+        else:
+            path = Path(folder) / CONFIG
+            if not path.exists():
+                raise UserError(f"{folder} holds no {CONFIG}: it is no folder of an MLLM.")
+        options = {name: value for name, value in read_json(path).items() if name in _OPTIONS} | changes
+        return cls(_load_tokenizer(folder, legacy=options.get("legacy", True)), **options)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the text tokenizer's files and `processor_config.json` into `folder`."""
+        self.text_tokenizer.save_pretrained(folder)
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that the model's text embeddings need at least."""
+        return len(self.text_tokenizer)
+
+    def token_ids(self) -> dict[str, int | None]:
+        """The special ids by the names of `UniTokMLLMConfig`'s fields."""
+        return {name: getattr(self, name) for name in _TOKEN_IDS}
+
+    # ---- text -> ids; an image is one id, but for `question_ids`, which is ready for the model -----------------
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of plain text; bos first, where the tokenizer has one."""
+        start = [] if self.bos_token_id is None else [self.bos_token_id]
+        return start + self._pieces(text)
+
+    def question_ids(self, question: str, num_images: int = 1, tokens: int | None = None) -> list[int]:
+        """A question behind its images, up to where the answer begins; every image takes its N places.
+
+        Args:
+            question: may hold `<image>` marks of its own, one per image; else the images come first.
+            tokens: N, if not `num_image_tokens`.
+
+        Raises:
+            UserError: as many marks as images are needed, or none.
+        """
+        if IMAGE_MARK not in question:
+            question = f"{IMAGE_MARK}\n" * num_images + question
+        if self.template == CHAT:
+            ids = self._mark(self._chat_prompt([], question))
+        else:
+            ids = self._mark(find_template(self.template).prompt(question), bos=True)
+        return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)
+
+    def drawing_ids(self, prompt: str) -> list[int]:
+        """A prompt to draw from; boi stands at its end."""
+        draw = "" if self.template == CHAT else find_template(self.template).draw
+        if self.template == CHAT:
+            draw = find_template("vicuna_v1").draw
+        return [*self.encode_text(prompt + draw)[: self.max_prompt], self.boi_token_id]
+
+    def unconditional_ids(self) -> list[int]:
+        """The prompt that guidance leads away from; boi stands at its end."""
+        return [*self.encode_text(UNCONDITIONAL), self.boi_token_id]
+
+    def conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]: answers and the eos
+        behind each are learnt.
+
+        Raises:
+            UserError: the turns do not alternate.
+        """
+        if self.template != CHAT and self.bos_token_id is not None:
+            template, end = find_template(self.template), self.text_tokenizer.eos_token
+            return conversation_ids(turns, self.encode_text, template, self.image_token_id, end, self.legacy)
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, learnt in conversation_pieces(turns, self._prompt, self._answer):
+            piece = self._mark(text, bos=not ids and self.template != CHAT)
+            ids += piece
+            labels += piece if learnt else [IGNORED] * len(piece)
+        return ids, labels
+
+    def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
+        """Ids and labels of the image with the first answer straight behind it, as a projector is pretrained; one
+        space ends it, no eos (published).
+
+        Raises:
+            UserError: the turns do not alternate.
+        """
+        answer = check_turns(turns)[0][1].replace(IMAGE_MARK, "")
+        given = ([] if self.bos_token_id is None else [self.bos_token_id]) + [self.image_token_id]
+        learnt = self._pieces(answer + " ")
+        return given + learnt, [IGNORED] * len(given) + learnt
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; images and special ids are left out."""
+        kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
+        return self.text_tokenizer.decode(kept, skip_special_tokens=True)
+
+    # ---- batches and pictures ----------------------------------------------------------------------------------
+
+    def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows of ids -> ids (B, L) and mask (B, L), int64, filled up on one side ("left" to write behind them)."""
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            ids[i, place] = torch.as_tensor(list(row), dtype=ids.dtype)
+            mask[i, place] = 1
+        return ids, mask
+
+    def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
+        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey, then scaled."""
+        from open_unitok.tokenizer.images import load_image, to_pixels
+
+        return to_pixels(load_image(image), self.image_size, mode="pad")
+
+    def _pieces(self, text: str) -> list[int]:
+        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _mark(self, text: str, bos: bool = False) -> list[int]:
+        """Ids of text with image marks, with or without bos."""
+        ids = ids_with_images(lambda piece: [0, *self._pieces(piece)], text, self.image_token_id)[1:]
+        return ids if not bos or self.bos_token_id is None else [self.bos_token_id, *ids]
+
+    def _prompt(self, earlier: list[tuple[str, str]], question: str) -> str:
+        """All text up to the answer to `question`."""
+        if self.template == CHAT:
+            return self._chat_prompt(earlier, question)
+        template = find_template(self.template)
+        rounds = "".join(f"{template.user}: {q} {template.assistant}:{self._answer(a)}" for q, a in earlier)
+        return template.opening + rounds + template._replace(system="").prompt(question)
+
+    def _answer(self, answer: str) -> str:
+        """An answer with what stands around it."""
+        if self.template != CHAT:
+            return f" {answer}{self.text_tokenizer.eos_token}"
+        before = self._chat_prompt([], "?")
+        after = self._chat_prompt([("?", answer)], "?")
+        closing = after[len(before) + len(answer) :] if after.startswith(before + answer) else ""
+        return answer + (
+            self.text_tokenizer.eos_token if closing.startswith(self.text_tokenizer.eos_token) else ""
+        )
+
+    def _chat_prompt(self, earlier: list[tuple[str, str]], question: str) -> str:
+        messages = [
+            {"role": role, "content": text}
+            for pair in earlier
+            for role, text in zip(("user", "assistant"), pair)
+        ]
+        messages.append({"role": "user", "content": question})
+        return self.text_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+_OPTIONS = ("image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt")
+_TOKEN_IDS = (
+    "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+
+
+def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
+    """The id of the first of `names` that the tokenizer has; the last is added if none is there."""
+    vocabulary = text_tokenizer.get_vocab()
+    for name in names:
+        if name in vocabulary:
+            return vocabulary[name]
+    text_tokenizer.add_tokens([names[-1]], special_tokens=True)
+    return text_tokenizer.convert_tokens_to_ids(names[-1])
+
+
+def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
+    """A tokenizer from a `tokenizer.model` file, a folder or a hub id. LLaMA's is told `legacy`, which its own
+    files do not keep."""
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    path = Path(path)
+    llama: dict[str, Any] = {"legacy": legacy, "add_bos_token": True, "pad_token": "<unk>"}
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as folder:  # the loader wants a folder and this name in it
+            shutil.copy(path, Path(folder) / "tokenizer.model")
+            return LlamaTokenizer.from_pretrained(folder, **llama)
+    if path.is_dir():
+        described = path / "tokenizer_config.json"
+        if not described.exists() and not (path / "tokenizer.json").exists():
+            if not (path / "tokenizer.model").exists():
+                raise UserError(
+                    f"{path} holds no text tokenizer: neither tokenizer.json nor tokenizer.model."
+                )
+            return LlamaTokenizer.from_pretrained(path, **llama)
+        kind = read_json(described).get("tokenizer_class") if described.exists() else None
+        if kind in ("LlamaTokenizer", "LlamaTokenizerFast"):
+            return LlamaTokenizer.from_pretrained(path, **llama)
+    elif path.suffix or path.is_absolute():
+        raise UserError(
+            f"There is no text tokenizer {path}: a tokenizer.model, a folder or a hub id is needed."
+        )
+    return AutoTokenizer.from_pretrained(str(path))

@@ -1,0 +1,174 @@
+"""How questions, answers and drawing prompts are worded, and which of their ids are learnt (published UniTok; the
+wording of conversations is vicuna's).
+
+In everything here an image is a single `IMAGE_MARK` in text, and a single id in ids; the places of its N visual
+tokens are made at the very end.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from open_unitok.errors import UserError, did_you_mean
+
+IMAGE_MARK = "<image>"
+UNCONDITIONAL = "<unconditional>"  # ordinary text to the text tokenizer, not an id of its own
+DRAW_INSTRUCTION = " Generate an image based on this description."
+IGNORED = -100
+
+Encode = Callable[[str], list[int]]  # text -> ids, beginning with bos
+Turns = Sequence[dict[str, str]]  # [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
+
+
+class Template(NamedTuple):
+    """A way of writing conversations: SYSTEM USER: question ASSISTANT: answer</s>USER: ..."""
+
+    system: str
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+    draw: str = DRAW_INSTRUCTION
+
+    def prompt(self, question: str) -> str:
+        """The text that an answer to `question` follows, up to the colon."""
+        return f"{self.opening}{self.user}: {question} {self.assistant}:"
+
+    @property
+    def opening(self) -> str:
+        """What stands before the first question."""
+        return f"{self.system} " if self.system else ""
+
+
+TEMPLATES = {
+    "vicuna_v1": Template(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+    "plain": Template(""),  # for small models, whose context the sentence would fill
+}
+
+
+def find_template(name: str) -> Template:
+    """
+    Raises:
+        UserError: there is no such template.
+    """
+    if name not in TEMPLATES:
+        raise UserError(f"template = {name!r}." + did_you_mean(name, TEMPLATES))
+    return TEMPLATES[name]
+
+
+def drawing_prompt(text: str, template: str = "vicuna_v1") -> str:
+    """What is written before a picture of `text`."""
+    return text + find_template(template).draw
+
+
+def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:
+    """Ids of `text`, one bos at its head; the pieces between marks are tokenised on their own, as published."""
+    first, *others = text.split(IMAGE_MARK)
+    ids = encode(first)
+    for piece in others:
+        ids += [image_token_id, *encode(piece)[1:]]
+    return ids
+
+
+def check_turns(turns: Turns) -> list[tuple[str, str]]:
+    """[(question, answer), ...]; a conversation that opens with an answer loses it, as in the published code.
+
+    Raises:
+        UserError: the speakers do not alternate, or a turn has no text.
+    """
+    if turns and turns[0].get("from") == "gpt":
+        turns = turns[1:]
+    for i, turn in enumerate(turns):
+        expected = ("human", "gpt")[i % 2]
+        if turn.get("from") != expected or not isinstance(turn.get("value"), str):
+            raise UserError(
+                f"Turn {i} of a conversation is {turn!r}; {{'from': {expected!r}, 'value': text}} is needed: "
+                "human and gpt take turns."
+            )
+    if not turns or len(turns) % 2:
+        raise UserError(
+            f"A conversation has {len(turns)} turns; pairs of a question and an answer are needed."
+        )
+    return [(turns[i]["value"], turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
+
+
+def conversation_ids(
+    turns: Turns, encode: Encode, template: Template, image_token_id: int, end: str, legacy: bool
+) -> tuple[list[int], list[int]]:
+    """Ids and labels of a conversation as published: the whole text is tokenised at once, then the answers are
+    found by counting the ids of each round.
+
+    Where the counts do not add up (a word is tokenised in another way alone than within the text), nothing of the
+    sample is learnt.
+
+    Args:
+        encode: of a tokenizer that puts a bos in front.
+        end: the text of eos, which closes every answer.
+        legacy: how LLaMA's tokenizer treats text behind `end`: True = as if it stood alone, with a space in front.
+
+    Raises:
+        UserError: see `check_turns`.
+    """
+    between = f" {template.assistant}: "
+    text = template.opening + "".join(
+        f"{template.user}: {question}{between}{answer}{end}" for question, answer in check_turns(turns)
+    )
+    with_image = IMAGE_MARK in text
+    ids = ids_with_images(encode, text, image_token_id)
+
+    def count(piece: str) -> int:
+        return len(ids_with_images(encode, piece, image_token_id) if with_image else encode(piece))
+
+    labels = list(ids)
+    labels[0] = IGNORED
+    place = 1
+    for i, part in enumerate(text.split(end)):
+        halves = part.split(between)
+        if not part or len(halves) != 2:
+            break
+        # a round counted alone has a bos, which makes up for the end that the split took away; without legacy the
+        # first word of a later round has no space in front
+        shift = int(i > 0 and not legacy)
+        length, given = count(part) - shift, count(halves[0] + between) - 2 - shift
+        labels[place : place + given] = [IGNORED] * given
+        place += length
+    labels[place:] = [IGNORED] * (len(labels) - place)
+    if place != len(ids):
+        labels = [IGNORED] * len(ids)
+    return ids, [IGNORED if i == image_token_id else label for i, label in zip(ids, labels)]
+
+
+def conversation_pieces(
+    turns: Turns, prompt: Callable[[list[tuple[str, str]], str], str], end: Callable[[str], str]
+) -> list[tuple[str, bool]]:
+    """The same for tokenizers of another kind: [(text, learnt), ...], to be tokenised piece by piece, so that no
+    counting is needed.
+
+    Args:
+        prompt: (earlier rounds, question) -> all text up to the answer.
+        end: answer -> the answer with what closes it.
+
+    Raises:
+        UserError: see `check_turns`; a template whose text for a round changes when another one follows.
+    """
+    rounds, pieces, written = check_turns(turns), [], ""
+    for i, (question, answer) in enumerate(rounds):
+        upto = prompt(rounds[:i], question)
+        if not upto.startswith(written):
+            raise UserError("The chat template rewrites earlier rounds: train on one round per conversation.")
+        pieces += [(upto[len(written) :], False), (end(answer), True)]
+        written = upto + end(answer)
+    return pieces
+
+
+def expand_images(ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
+    """Repeat each image's single id `counts` times, so that its visual tokens have their places.
+
+    Raises:
+        UserError: not one count per image.
+    """
+    found = sum(i == image_token_id for i in ids)
+    if found != len(counts):
+        raise UserError(f"The text marks {found} images ({IMAGE_MARK}), but {len(counts)} were given.")
+    rest = iter(counts)
+    return [i for token in ids for i in ([token] * next(rest) if token == image_token_id else [token])]
