@@ -80,7 +80,7 @@ def check_metadata(row: Any, where: str) -> None:
             raise UserError(f"{where}, include[{i}]: count is {clause['count']!r}; expected a whole number.")
         if "position" in clause and not 0 <= clause["position"][1] < i:
             raise UserError(
-                f"{where}, include[{i}]: position refers to clause {clause['position'][1]}, which must come before."
+                f"{where}, include[{i}]: position names clause {clause['position'][1]}, not one before."
             )
 
 
@@ -131,7 +131,7 @@ def clause_failure(
 
 
 def keep(tag: str, seen: dict[str, Any], settings: Settings) -> dict[str, list[Found]]:
-    """Per class the boxes above the threshold, best first, at most `max_objects`, overlapping ones suppressed if asked."""
+    """Per class the boxes above the threshold, best first, at most `max_objects`, overlaps suppressed."""
     threshold = np.float32(settings.counting_threshold if tag == "counting" else settings.threshold)
     kept = {}
     for name, rows in seen["detections"].items():
@@ -168,7 +168,7 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]:
-    """Where a stands as seen from b, in the order left, right, above, below; both an x and a y word may hold."""
+    """Where a stands as seen from b, in the order left, right, above, below; two of them may hold."""
     corners_a, corners_b = np.reshape(a[:4], (2, 2)), np.reshape(b[:4], (2, 2))
     offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
     sizes = np.abs(np.diff(corners_a, axis=0))[0] + np.abs(np.diff(corners_b, axis=0))[0]
@@ -184,7 +184,7 @@ def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]
 def summarise(
     metadata: Sequence[dict[str, Any]], correct: Sequence[bool], prompts: Sequence[int]
 ) -> dict[str, Any]:
-    """Share of correct pictures per tag, their mean, of all pictures, and of prompts with any correct picture.
+    """Share of correct pictures per tag, their mean, of all pictures, of prompts with any correct picture.
 
     `prompts[i]` is the prompt that picture i was drawn from; pictures of one prompt are grouped by it.
     """

@@ -1,6 +1,7 @@
 """Picture and code metrics: PSNR and SSIM per picture, codebook usage and perplexity (UniTok, section 4).
 
-Pictures are uint8 arrays (B, H, W, 3) or (H, W, 3): a reconstruction is measured as it would be saved. B pictures, N visual tokens, K sub-codebooks, V entries.
+Pictures are uint8 arrays (B, H, W, 3) or (H, W, 3): a reconstruction is measured as it would be saved.
+B pictures, N visual tokens, K sub-codebooks, V entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ K1, K2 = 0.01, 0.03
 
 
 class SSIM(NamedTuple):
-    """One convention: 1-D window, data range for pictures scaled to [0, 1] (or uint8), sample or population covariance, border."""
+    """One convention: 1-D window, data range and scale of the pictures, kind of covariance, border."""
 
     window: tuple[float, ...]
     data_range: float

@@ -1,6 +1,7 @@
 """POPE: reader of the released JSON lines, and the yes/no metrics as the official evaluation counts them.
 
-Scorers: `official` (default) reads any answer without a plain "no" or "not" as yes; `strict` accepts "yes" and "no" alone.
+Scorers: `official` (default) reads any answer without a plain "no" or "not" as yes; `strict` accepts
+"yes" and "no" alone.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def load(data: str | Path) -> list[Question]:
     """Read `*_pope_{random,popular,adversarial}.json` from `data`, `data/test` or its `coco` folder.
 
     Raises:
-        UserError: a category is missing or there twice; a line lacks a key or has another label; file and line are named.
+        UserError: a category is missing or there twice; a line lacks a key or has another label; named.
     """
     data = existing(data)
     folders = (data, data / "test", data / "coco")
@@ -82,8 +83,8 @@ def parse(answer: str, scorer: str = "official") -> str:
 def score(questions: Sequence[Question], answers: dict[int, str], scorer: str = "official") -> dict[str, Any]:
     """Per category the counts and ratios, then their means over categories.
 
-    `answers` maps a question's place in `questions` to the text (ids repeat from file to file). A missing answer counts as the wrong one, so that it can
-    only lower a score.
+    `answers` maps a question's place in `questions` to the text (ids repeat from file to file). A missing
+    answer counts as the wrong one, so that it can only lower a score.
 
     Raises:
         UserError: an answer for a place that does not exist.

@@ -1,8 +1,8 @@
 """VQAv2: reader of the released JSON pair, and the accuracy in the three forms that circulate.
 
-Scorers: `lmms` (default) normalises prediction and all answers; `official` is the first public evaluation (answers lose
-their punctuation only, and only where the ten differ); `gated` normalises both sides where the ten answers differ
-and compares raw strings where they agree.
+Scorers: `lmms` (default) normalises prediction and all answers; `official` is the first public evaluation
+(answers lose their punctuation only, and only where the ten differ); `gated` normalises both sides where the
+ten answers differ and compares raw strings where they agree.
 """
 
 from collections import Counter, defaultdict
@@ -29,6 +29,7 @@ class Question(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     common_answer: str = ""
+    held_out: bool = False  # scenes: the picture shows a colour x shape pair that training never does
 
 
 def load(data: str | Path, split: str | None = None) -> list[Question]:
@@ -38,7 +39,7 @@ def load(data: str | Path, split: str | None = None) -> list[Question]:
         split: the file's middle part (for instance `mscoco_val2014`), needed only where several are there.
 
     Raises:
-        UserError: no file or several, a key that is missing, a question without its annotation; named with the place.
+        UserError: no file or several, a missing key, a question without its annotation; the place is named.
     """
     path = find_questions(data, split)
     content = read_json(path)
@@ -81,14 +82,14 @@ def find_questions(data: str | Path, split: str | None) -> Path:
     if len(found) != 1:
         names = ", ".join(p.name for p in found) or "nothing"
         raise UserError(
-            f"{data}: expected one v2_OpenEnded_{split or '*'}_questions.json here or in test/, found {names}."
-            + (" Choose one with --split." if found else "")
+            f"{data}: expected one v2_OpenEnded_{split or '*'}_questions.json here or in test/, "
+            f"found {names}." + (" Choose one with --split." if found else "")
         )
     return found[0]
 
 
 def read_annotations(path: Path) -> dict[int, dict[str, Any]] | None:
-    """Question id -> the fields of its annotation; None where there is no such file (test-dev keeps its answers)."""
+    """Question id -> the fields of its annotation; None without such a file (test-dev keeps its answers)."""
     if not path.exists():
         return None
     result = {}
@@ -103,6 +104,7 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any]] | None:
             "question_type": entry(row, "question_type", where),
             "answer_type": entry(row, "answer_type", where),
             "common_answer": str(row.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
+            "held_out": bool(row.get("held_out", False)),
         }
     return result
 
@@ -131,7 +133,7 @@ def image_locator(folder: Path, subtype: str):
 
 
 def accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> float:
-    """Leave-one-out accuracy of one prediction: the mean over annotators of min(1, matches among the others / 3)."""
+    """Leave-one-out accuracy: the mean over annotators of min(1, matches among the others / 3)."""
     if scorer not in SCORERS:
         raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, SCORERS))
     if scorer == "lmms":
@@ -153,10 +155,10 @@ def accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> f
 
 
 def score(questions: Sequence[Question], predictions: dict[int, str], scorer: str = "lmms") -> dict[str, Any]:
-    """Accuracies in [0, 1]: overall, per answer type, per question type, per question; a missing answer scores 0.
+    """Accuracies in [0, 1]: overall, per answer type, question type and question; a missing answer scores 0.
 
-    `constant` holds, per question type, the type's most frequent answer and what it would score: the bar that a
-    model blind to the picture reaches.
+    `constant` holds, per question type, the type's most frequent answer and what it would score: what a model
+    blind to the picture reaches.
 
     Raises:
         UserError: a prediction for a question id that does not exist, or questions without public answers.
@@ -188,7 +190,7 @@ def score(questions: Sequence[Question], predictions: dict[int, str], scorer: st
 
 
 def constant_answers(questions: Iterable[Question]) -> dict[str, str]:
-    """Question type -> the answer that most of its questions have (the first in the alphabet where two tie)."""
+    """Question type -> the answer that most of its questions have (the alphabet decides a tie)."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for question in questions:
         counts[question.question_type][question.common_answer] += 1

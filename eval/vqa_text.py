@@ -41,7 +41,7 @@ def one_line(text: str) -> str:
 
 
 def strip_punctuation(text: str, comma: str = "official") -> str:
-    """Delete or blank out punctuation, then periods that no digit follows; `comma` picks the digit-comma rule.
+    """Delete or blank out punctuation and periods that no digit follows; `comma` picks the digit-comma rule.
 
     The tests look at the text as given, the replacements act on the running text.
     """

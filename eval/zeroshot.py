@@ -1,4 +1,4 @@
-"""Zero-shot classification by the tokenizer's CLIP branch: prompts per class -> classifier -> top-1 and top-5.
+"""Zero-shot classification by the CLIP branch: prompts per class -> classifier -> top-1 and top-5.
 
 B pictures, C classes, E embedding width.
 """
@@ -37,7 +37,7 @@ def classifier(
 
 @functools.cache
 def clip_templates() -> list[str]:
-    """The 80 prompt templates that OpenAI published with CLIP for ImageNet (data file `clip_templates.json`)."""
+    """The 80 templates that OpenAI published with CLIP for ImageNet (data file `clip_templates.json`)."""
     return json.loads(
         importlib.resources.files(__package__).joinpath("clip_templates.json").read_text(encoding="utf-8")
     )

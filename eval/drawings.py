@@ -1,0 +1,365 @@
+"""The benchmarks that draw: GenEval, and single objects at named places, each with the tokenizer's ceiling.
+
+The detector is apart from the scorer: `detector=scenes` reads the scenes of `unitok data scenes`; with
+`detector=none` the pictures lie in GenEval's layout for any detector, whose findings come back as
+`detections.jsonl` (a line {"index", "detections", "colors"} per picture; see `geneval`).
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json, read_jsonl
+
+from . import geneval
+from .harness import Metric, Row, Sample, Scored, Settings, Task
+from .intervals import bootstrap, by_group, mean_of_groups, with_ones
+from .pictures import open_pictures, save_picture
+from .vqa import entry, mean_by
+
+DETECTORS = ("scenes", "none")
+COPIES_PER_PROMPT = 2  # real pictures that fit a prompt, reconstructed for its ceiling
+
+
+def detector_for(data: Path, settings: Settings) -> str:
+    """The detector asked for, else "scenes" where `data` says what its scenes are made of."""
+    name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
+    if name not in DETECTORS:
+        raise UserError(f"detector is {name!r}; allowed: {', '.join(DETECTORS)}.")
+    if name == "scenes":
+        existing(data / "scenes.json", "The scenes detector reads the palette and the shapes from it.")
+    return name
+
+
+def load_geneval(data: Path, settings: Settings) -> Task:
+    """Per prompt its drawings; for scenes also real pictures that fit the prompt, to be reconstructed."""
+    prompts = geneval.load(data)[: settings.limit]
+    detector = detector_for(data, settings)
+    each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
+    samples = [
+        Sample(
+            i * each + j,
+            f"{i:05d}/samples/{j:04d}",
+            row["prompt"],
+            None,
+            "draw",
+            settings.seed + i * each + j,
+        )
+        for i, row in enumerate(prompts)
+        for j in range(each)
+    ]
+    owners = [i for i in range(len(prompts)) for _ in range(each)]
+    rules = geneval.Settings()
+    if detector == "scenes":
+        rules = scene_rules(data)
+        for i, row in enumerate(prompts):
+            for path in fitting_pictures(data, row, rules, start=i):
+                samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
+                owners.append(i)
+    truth = {"prompts": prompts, "owners": owners, "rules": rules}
+    return Task(samples, truth, about_drawing(settings, detector, each) | {"prompts": len(prompts)})
+
+
+def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:
+    """What the result says of how the pictures came about."""
+    comparable = detector != "scenes"
+    return {
+        "detector": detector,
+        "pictures per prompt": each,
+        "comparable with published numbers": comparable,
+        **({} if comparable else {"why not": "the prompts and the detector are those of scenes"}),
+    }
+
+
+def scene_rules(data: Path) -> geneval.Settings:
+    """GenEval's rules with the palette of the scenes; the detector alone decides what counts as found."""
+    palette = tuple(entry(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
+    return geneval.Settings(threshold=0.0, counting_threshold=0.0, colours=palette)
+
+
+def truth_of(scene: dict[str, Any]) -> Row:
+    """What a perfect detector would find in a scene of `captions.json`."""
+    seen: Row = {"detections": {}, "colors": {}}
+    for thing in scene["objects"]:
+        seen["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
+        seen["colors"].setdefault(thing["shape"], []).append(thing["color"])
+    return seen
+
+
+def fitting_pictures(data: Path, prompt: Row, rules: geneval.Settings, start: int) -> list[Path]:
+    """A few test pictures whose true scene satisfies the prompt; `start` spreads prompts over pictures."""
+    path = data / "test" / "captions.json"
+    rows = scenes_of(path)
+    need = {clause["class"] for clause in prompt["include"]}
+    found = []
+    for k in range(len(rows)):
+        file, seen = rows[(start * 17 + k) % len(rows)]
+        if need <= seen["detections"].keys() and geneval.judge(prompt, seen, rules).correct:
+            found.append(data / "test" / file)
+            if len(found) == COPIES_PER_PROMPT:
+                break
+    return found
+
+
+_scenes: dict[Path, list[tuple[str, Row]]] = {}
+
+
+def scenes_of(path: Path) -> list[tuple[str, Row]]:
+    """(file, truth) of the test pictures; read once, since every prompt looks through them."""
+    if path not in _scenes:
+        rows = read_json(path)
+        _scenes[path] = [(entry(r, "file", path), truth_of(entry(r, "scene", path))) for r in rows]
+    return _scenes[path]
+
+
+def load_positions(data: Path, settings: Settings) -> Task:
+    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real pictures."""
+    path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
+    prompts = read_jsonl(path)[: settings.limit]
+    for i, row in enumerate(prompts):
+        for key in ("prompt", "class", "color", "cell"):
+            entry(row, key, f"{path}, prompt {i + 1}")
+    each = settings.images_per_prompt or 1
+    samples = [
+        Sample(
+            i * each + j,
+            f"{i:05d}/samples/{j:04d}",
+            row["prompt"],
+            None,
+            "draw",
+            settings.seed + i * each + j,
+        )
+        for i, row in enumerate(prompts)
+        for j in range(each)
+    ]
+    owners = [i for i in range(len(prompts)) for _ in range(each)]
+    scenes = read_json(data / "scenes.json")
+    places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
+    for row in read_json(data / "test" / "captions.json"):
+        things = row["scene"]["objects"]
+        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"]))
+        if len(things) == 1 and key in places:
+            owner = places.pop(key)
+            picture = data / "test" / row["file"]
+            samples.append(Sample(len(samples), row["file"], prompts[owner]["prompt"], picture, "copy"))
+            owners.append(owner)
+    truth = {"prompts": prompts, "owners": owners, "cell": scenes["size"] / scenes["grid"]}
+    about = about_drawing(settings, detector_for(data, settings), each)
+    return Task(samples, truth, about | {"prompts": len(prompts)})
+
+
+# ------------------------------------------------------------------------------------------------- inference
+
+
+def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path, Task], list[Row]]:
+    """The function that draws or copies a batch, saves the pictures and notes what the detector finds."""
+    detect = detector(data) if detector_for(data, settings) == "scenes" else None
+
+    def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+        rows: list[Row] = [{} for _ in batch]
+        pictures: dict[int, np.ndarray] = {}
+        drawn = [i for i, s in enumerate(batch) if s.kind == "draw"]
+        copied = [i for i, s in enumerate(batch) if s.kind == "copy"]
+        if drawn:
+            for i, result in zip(drawn, draw(model, [batch[i] for i in drawn])):
+                if isinstance(result, str):
+                    rows[i] = {"error": result}
+                else:
+                    pictures[i] = result
+        if copied:
+            errors, images = open_pictures([batch[i] for i in copied])
+            for place, i in enumerate(copied):
+                rows[i] = errors[place]
+            copies = model.reconstruct(list(images.values())).copies if images else []
+            pictures |= {copied[place]: copy for place, copy in zip(images, copies)}
+        for i, picture in pictures.items():
+            rows[i] = {"file": write_picture(batch[i], picture, out, task), "seed": batch[i].seed}
+        if detect and pictures:
+            for i, found in zip(pictures, detect([pictures[i] for i in pictures])):
+                rows[i] |= found
+        return rows
+
+    return work
+
+
+def draw(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
+    """One uint8 picture per sample, or why there is none."""
+    try:
+        return [np.asarray(p) for p in model.draw([s.prompt for s in batch], [s.seed for s in batch])]
+    except UserError as error:
+        if len(batch) == 1:
+            return [str(error)]
+        return [draw(model, [sample])[0] for sample in batch]  # one of them is to blame: find it
+
+
+def write_picture(sample: Sample, picture: np.ndarray, out: Path, task: Task) -> str:
+    """Save a drawing as GenEval lays them out, a copy aside; returns the path below `out`."""
+    if sample.kind == "copy":
+        file = f"copies/{sample.index:06d}.png"
+    else:
+        file = f"pictures/{sample.id}.png"
+        metadata = (out / file).parent.parent / "metadata.jsonl"
+        if not metadata.exists():
+            metadata.parent.mkdir(parents=True, exist_ok=True)
+            metadata.write_text(json.dumps(task.truth["prompts"][task.truth["owners"][sample.index]]) + "\n")
+    save_picture(picture, out / file)
+    return file
+
+
+def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
+    """Pictures -> what the scenes detector finds in each, as JSON."""
+    from .scenes_detector import ScenesDetector
+
+    read = ScenesDetector.from_file(data / "scenes.json")
+
+    def detect(pictures: Sequence[np.ndarray]) -> list[Row]:
+        result = []
+        for reading in read(np.stack(pictures)):
+            boxes, colours = reading.geneval()
+            boxes = {
+                name: [[round(float(v), 4) for v in box] for box in rows] for name, rows in boxes.items()
+            }
+            result.append({"detections": boxes, "colors": colours, "unclear": reading.reason})
+        return result
+
+    return detect
+
+
+# --------------------------------------------------------------------------------------------------- scoring
+
+
+def findings(task: Task, rows: dict[int, Row], folder: Path) -> dict[int, Row]:
+    """Index -> detections: those of `detections.jsonl` where it is, else those noted while drawing."""
+    path = folder / "detections.jsonl"
+    if path.exists():
+        found = {}
+        for i, row in enumerate(read_jsonl(path)):
+            entry(row, "detections", f"{path}, line {i + 1}")
+            found[entry(row, "index", f"{path}, line {i + 1}")] = row
+    else:
+        found = {i: row for i, row in rows.items() if "detections" in row}
+    if not found and any(not row.get("error") for row in rows.values()):
+        raise UserError(
+            f"{folder}: the pictures are drawn, but nothing has looked at them. Run a detector on "
+            f"{folder / 'pictures'} and write its findings to {path}."
+        )
+    return found
+
+
+def score_geneval(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str) -> Scored:
+    """The share of correct pictures per tag and their mean; the ceiling beside, held-out pairs apart."""
+    prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
+    found = findings(task, rows, folder)
+    per_sample = []
+    for sample in task.samples:
+        prompt = prompts[owners[sample.index]]
+        verdict = judged(geneval.judge, prompt, found.get(sample.index), rules)
+        per_sample.append(
+            describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
+            | {"group": prompt["tag"], "owner": owners[sample.index]}
+        )
+        if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "draw":
+            seen = found.get(sample.index, {}).get("detections", {})
+            alone = sum(map(len, seen.values())) == prompt["include"][0]["count"]
+            per_sample[-1]["exact"] = float(verdict.correct and alone)
+    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
+    summary = geneval.summarise(
+        [prompts[r["owner"]] for r in drawn], [bool(r["score"]) for r in drawn], [r["owner"] for r in drawn]
+    )
+    interval = bootstrap(
+        by_group([r["score"] for r in drawn], [r["group"] for r in drawn]),
+        [r["owner"] for r in drawn],
+        mean_of_groups,
+    )
+    metrics = {"overall": Metric(summary["overall"], len(drawn), interval)}
+    for tag in summary["per_tag"]:
+        metrics[f"tag/{tag}"] = share([r for r in drawn if r["group"] == tag])
+    add_apart(metrics, per_sample)
+    exact = [r | {"score": r["exact"]} for r in per_sample if "exact" in r and not r["held_out"]]
+    if exact:
+        metrics["single objects: colour, shape and number"] = share(exact)
+    ceiling = mean_by(
+        (r["group"], r["score"]) for r in per_sample if r["kind"] == "copy" and not r["held_out"]
+    )
+    details = {
+        "ceiling": ceiling,
+        "ceiling_overall": float(np.mean(list(ceiling.values()))) if ceiling else None,
+        "images": summary["images"],
+        "prompts": summary["prompts"],
+    }
+    return Scored(metrics, details, per_sample)
+
+
+def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
+    """A verdict; a picture that is missing or that nothing looked at is wrong."""
+    return judge(prompt, seen, *more) if seen is not None else geneval.Verdict(False, "no picture", {})
+
+
+def describe(sample: Sample, rows: dict[int, Row], good: bool, reason: str, held_out: bool) -> Row:
+    """A line of the per-sample scores."""
+    row = rows.get(sample.index, {})
+    return {
+        "index": sample.index, "kind": sample.kind, "prompt": sample.prompt, "file": row.get("file"),
+        "score": float(good), "reason": reason or row.get("unclear", ""), "held_out": bool(held_out),
+    }  # fmt: skip
+
+
+def share(rows: Sequence[Row]) -> Metric:
+    """The mean score of some rows, resampled by prompt."""
+    scores = [r["score"] for r in rows]
+    return Metric(float(np.mean(scores)), len(rows), bootstrap(with_ones(scores), [r["owner"] for r in rows]))
+
+
+def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Row]) -> None:
+    """Add what is scored apart: drawings of held-out pairs, and copies of real pictures (the ceiling)."""
+    apart = [r for r in per_sample if r["kind"] == "draw" and r["held_out"]]
+    copies = [r for r in per_sample if r["kind"] == "copy" and not r["held_out"]]
+    if apart:
+        metrics["held-out pairs"] = share(apart)
+    if copies:
+        metrics["ceiling"] = share(copies)
+
+
+def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
+    """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
+    boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
+    if len(boxes) != 1:
+        return geneval.Verdict(False, f"expected one object, found {len(boxes)}", {})
+    name, box = boxes[0]
+    colour = seen["colors"][name][0]
+    if (name, colour) != (prompt["class"], prompt["color"]):
+        return geneval.Verdict(False, f"found a {colour} {name}", {name: 1})
+    place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
+    if place != list(prompt["cell"]):
+        return geneval.Verdict(False, "right object, wrong place", {name: 1})
+    return geneval.Verdict(True, "", {name: 1})
+
+
+def score_positions(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str
+) -> Scored:
+    """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
+    prompts, owners = task.truth["prompts"], task.truth["owners"]
+    found = findings(task, rows, folder)
+    per_sample = []
+    for sample in task.samples:
+        prompt = prompts[owners[sample.index]]
+        verdict = judged(judge_position, prompt, found.get(sample.index), task.truth["cell"])
+        row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
+        whole = verdict.correct or verdict.reason == "right object, wrong place"
+        per_sample.append(
+            row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
+        )
+    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
+    metrics = {
+        "position": share(drawn),
+        "object": share([r | {"score": r["object"]} for r in drawn]),
+    }
+    add_apart(metrics, per_sample)
+    return Scored(
+        metrics, {"ceiling_overall": metrics["ceiling"].value if "ceiling" in metrics else None}, per_sample
+    )

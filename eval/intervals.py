@@ -1,0 +1,78 @@
+"""Bootstrap intervals of metrics that are ratios of sums over samples, resampling whole clusters.
+
+M samples, G clusters (the questions of one picture belong together), S sums.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+def mean_of(sums: np.ndarray) -> np.ndarray:
+    """(..., 2) sums of value and of 1 -> their ratio."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+
+
+def f1_of(sums: np.ndarray) -> np.ndarray:
+    """(..., 3 * c) sums of TP, FP, FN per category -> the mean F1 over categories."""
+    tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(axis=-1)
+
+
+def mean_of_groups(sums: np.ndarray) -> np.ndarray:
+    """(..., 2 * g) sums of value and of 1 per group -> the mean of the means of groups that are not empty."""
+    value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
+    means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
+    return means.sum(axis=-1) / np.maximum((count > 0).sum(axis=-1), 1)
+
+
+def bootstrap(
+    columns: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    statistic: Statistic = mean_of,
+    seed: int = 0,
+) -> list[float] | None:
+    """The central 95 % of `statistic` over resampled clusters; None with fewer than two clusters.
+
+    Args:
+        columns: (M, S) what each sample adds to each sum.
+        clusters: for each sample what it belongs to; None = every sample alone.
+        statistic: (..., S) sums -> (...) value.
+    """
+    columns = np.asarray(columns, dtype=np.float64)
+    if clusters is not None:
+        number: dict[Hashable, int] = {}
+        place = np.array([number.setdefault(c, len(number)) for c in clusters], dtype=np.int64)
+        totals = np.zeros((len(number), columns.shape[1]))
+        np.add.at(totals, place, columns)
+        columns = totals
+    groups = len(columns)
+    if groups < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    values = []
+    at_once = max(1, 4_000_000 // groups)  # keeps the draws of large sets in memory
+    for start in range(0, RESAMPLES, at_once):
+        rounds = min(at_once, RESAMPLES - start)
+        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=rounds)
+        values.append(statistic(weights @ columns))
+    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+def with_ones(values: Sequence[float] | np.ndarray) -> np.ndarray:
+    """(M,) values -> (M, 2) columns for `mean_of`."""
+    values = np.asarray(values, dtype=np.float64)
+    return np.stack([values, np.ones_like(values)], axis=1)
+
+
+def by_group(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
+    """(M,) values and their groups -> (M, 2 * g) columns for `mean_of_groups`."""
+    names = list(dict.fromkeys(groups))
+    columns = np.zeros((len(values), len(names), 2))
+    for i, (value, group) in enumerate(zip(values, groups)):
+        columns[i, names.index(group)] = value, 1
+    return columns.reshape(len(values), -1)

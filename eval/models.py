@@ -1,0 +1,180 @@
+"""The one place of `eval` that runs a model: codes, copies, embeddings, answers and drawings.
+
+B pictures, N visual tokens, K sub-codebooks, E width of the joint image-text space.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json
+
+from .harness import Settings
+
+DEFAULTS = Settings()
+TOKENIZER, MLLM = "unitok", "unitok_mllm"
+
+
+class Copies(NamedTuple):
+    """Pictures as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and the codes (B, N, K)."""
+
+    originals: np.ndarray
+    copies: np.ndarray
+    codes: np.ndarray
+
+
+class Model:
+    """A tokenizer folder or an MLLM folder (which holds its tokenizer in `unitok/`), loaded when needed.
+
+    Raises:
+        UserError: the folder is missing or holds no model of ours.
+    """
+
+    def __init__(self, folder: str | Path, settings: Settings = DEFAULTS, device: str = "cpu"):
+        self.folder, self.device, self.settings = existing(folder), device, settings
+        self.kind = kind_of(self.folder)
+        self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
+        self._unitok = self._pipeline = self._captions = None
+
+    def needs(self, kind: str, benchmark: str) -> None:
+        """Raise UserError where a benchmark asks for more than this model can do."""
+        if kind == "mllm" and self.kind != "mllm":
+            raise UserError(
+                f"{benchmark} needs a model that reads and draws, but {self.folder} holds a tokenizer alone; "
+                "give the folder that an MLLM stage wrote."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Path, kind, fingerprint and the codebooks' sizes, for the result."""
+        config = self.unitok.config
+        return {
+            "path": str(self.folder),
+            "kind": self.kind,
+            "fingerprint": fingerprint(self.folder),
+            "num_codebooks": config.num_codebooks,
+            "codebook_size": config.codebook_size,
+        }
+
+    @property
+    def dtype(self):
+        """The torch dtype of the settings."""
+        import torch
+
+        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if self.settings.dtype not in kinds:
+            raise UserError(f"dtype is {self.settings.dtype!r}; allowed: {', '.join(kinds)}.")
+        return kinds[self.settings.dtype]
+
+    @property
+    def unitok(self):
+        """The visual tokenizer, in evaluation mode."""
+        if self._unitok is None:
+            from open_unitok.tokenizer import UniTok
+
+            if self._pipeline is not None:
+                self._unitok = self._pipeline.unitok
+            else:
+                model = UniTok.from_pretrained(self.tokenizer_folder, dtype=self.dtype)
+                self._unitok = model.to(self.device).eval()
+        return self._unitok
+
+    @property
+    def pipeline(self):
+        """The Pipeline that answers and draws."""
+        if self._pipeline is None:
+            from open_unitok.generation import Pipeline
+
+            self._pipeline = Pipeline.from_pretrained(self.folder, device=self.device, dtype=self.dtype)
+        return self._pipeline
+
+    def pixels(self, images: Sequence[Image.Image]):
+        """Pictures cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1]."""
+        import torch
+
+        from open_unitok.tokenizer.images import to_pixels
+
+        size = self.unitok.config.image_size
+        return torch.stack([to_pixels(image, size, mode="crop") for image in images])
+
+    def reconstruct(self, images: Sequence[Image.Image]) -> Copies:
+        """Encode and decode."""
+        import torch
+
+        from open_unitok.tokenizer.images import to_uint8
+
+        pixels = self.pixels(images)
+        with torch.inference_mode():
+            codes = self.unitok.encode(pixels.to(self.device))
+            copies = self.unitok.decode(codes).float().cpu()
+        channels_last = [to_uint8(p).permute(0, 2, 3, 1).numpy() for p in (pixels, copies)]
+        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy())
+
+    def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
+        """Unit embeddings (B, E)."""
+        import torch
+
+        with torch.inference_mode():
+            return self.unitok.embed_image(self.pixels(images).to(self.device)).float().cpu().numpy()
+
+    def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Unit embeddings (B, E) of captions."""
+        import torch
+
+        if self._captions is None:
+            from open_unitok.tokenizer.text_tokens import CaptionTokenizer
+
+            length = self.unitok.config.text_context_length
+            self._captions = CaptionTokenizer.from_model_folder(self.tokenizer_folder, length)
+        with torch.inference_mode():
+            return self.unitok.embed_text(self._captions(list(texts)).to(self.device)).float().cpu().numpy()
+
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+        """One short text per picture and question, decoded greedily."""
+        words = self.settings.max_new_tokens
+        return self.pipeline.answer(list(images), list(questions), max_new_tokens=words)
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+        """One picture per prompt; its seed alone decides it, not the batch around it."""
+        from open_unitok.generation import Sampling
+
+        s = self.settings
+        sampling = Sampling(guidance=s.guidance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        return self.pipeline.generate(list(prompts), sampling, seed=list(seeds))
+
+
+def kind_of(folder: Path) -> str:
+    """ "tokenizer" or "mllm"; a published single file is a tokenizer."""
+    if folder.is_file():
+        return "tokenizer"
+    config = folder / "config.json"
+    if not config.exists():
+        raise UserError(
+            f"{folder} holds no config.json: it is not a model folder. Expected OUT/model of a run."
+        )
+    kind = read_json(config).get("model_type")
+    if kind == TOKENIZER:
+        return "tokenizer"
+    if kind == MLLM or (folder / "unitok").is_dir():
+        return "mllm"
+    raise UserError(f"{folder}/config.json: model_type is {kind!r}; allowed: {TOKENIZER!r}, {MLLM!r}.")
+
+
+def fingerprint(folder: Path) -> str:
+    """Hex sha256 over the weight files and configs of a model folder, its tokenizer's included."""
+    if folder.is_file():
+        files = [folder]
+    else:
+        files = [
+            p for p in folder.rglob("*") if p.suffix in (".safetensors", ".bin", ".pth", ".json", ".model")
+        ]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
