@@ -274,9 +274,9 @@ def _rim(cells: np.ndarray) -> np.ndarray:
 
 def _blob(difference: np.ndarray) -> np.ndarray:
     """Largest mean of 3 x 3 pixels in any channel, (B, G)."""
-    c = difference.shape[2]
-    rows = sum(difference[:, :, i : c - 2 + i] for i in range(3))
-    means = sum(rows[:, :, :, i : c - 2 + i] for i in range(3)) / 9
+    c = difference.shape[2] - 2
+    rows = np.sum([difference[:, :, i : c + i] for i in range(3)], axis=0)
+    means = np.sum([rows[:, :, :, i : c + i] for i in range(3)], axis=0) / 9
     return np.abs(means).max(axis=(2, 3, 4))
 
 
