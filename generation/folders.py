@@ -1,0 +1,97 @@
+"""What may be loaded: model folders and hub ids, devices and number formats, each refused with its reason."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.mllm.model import check_folder
+from open_unitok.tokenizer import UniTok
+
+
+def find_model(folder: str | Path) -> Path:
+    """The folder of an MLLM: the one given, or the download of a hub id.
+
+    Raises:
+        UserError: nothing is there, or something of another kind; the message says what it is.
+    """
+    path = Path(folder)
+    if path.is_file():
+        raise UserError(f"{folder} is a file; a model is a folder with config.json, the weights and unitok/.")
+    if not path.exists():
+        path = download(str(folder))
+    if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json. Is {path / 'model'} meant?")
+    check_folder(path)
+    if not (path / "unitok" / "config.json").exists():
+        raise UserError(f"{folder} has no visual tokenizer: copy its folder to {path / 'unitok'}.")
+    return path
+
+
+def download(name: str) -> Path:
+    """The local copy of a hub model.
+
+    Raises:
+        UserError: `name` cannot be a hub id, or the hub does not have or give it.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        raise UserError(f"{name} does not exist.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{name} is no folder here, nor could it be had from the hub: {reason[0] if reason else error!r}"
+        ) from error
+
+
+def check_belongs(model: UniTokForConditionalGeneration, unitok: UniTok, folder: Path) -> None:
+    """
+    Raises:
+        UserError: the tokenizer is not the one whose codes the model was trained on.
+    """
+    for name in ("num_codebooks", "codebook_size"):
+        if getattr(model.config, name) != getattr(unitok.config, name):
+            raise UserError(
+                f"{folder}: the model has {name} = {getattr(model.config, name)}, its tokenizer in unitok/ "
+                f"{getattr(unitok.config, name)}: they do not belong together."
+            )
+    expected = model.config.unitok_fingerprint
+    if expected is not None and expected != (found := unitok.fingerprint()):
+        raise UserError(
+            f"{folder}: the model was trained on the codes of tokenizer {expected[:12]}, but unitok/ holds "
+            f"{found[:12]}: put the right tokenizer there."
+        )
+
+
+def check_device(device: str | torch.device) -> torch.device:
+    """
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps.") from error
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(found.type) or (
+        found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
+    ):
+        here = [name for name, is_there in there.items() if is_there]
+        raise UserError(f"device is {device!r}, which this machine does not have; it has: {', '.join(here)}.")
+    return found
+
+
+def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype meant; UserError if there is none of this name."""
+    if dtype is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
+    return found

@@ -1,0 +1,56 @@
+"""Pictures on disk: PNGs that carry how they were drawn, grids, and pairs side by side."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from open_unitok.errors import UserError
+from open_unitok.files import write_atomic
+
+GAP = 2  # pixels between the pictures of a grid
+KEY = (
+    "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
+)
+
+
+def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
+    """Write a PNG whole or not at all; `record` goes into its text chunks, for `read_record`."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (record or {}).items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if record is not None:
+        info.add_itxt(KEY, json.dumps(record, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    write_atomic(path, buffer.getvalue())
+
+
+def read_record(path: str | Path) -> dict[str, Any] | None:
+    """The record of a PNG written by `save_png`; None where there is none.
+
+    Raises:
+        UserError: the file is not a whole PNG.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(KEY)
+            return json.loads(text) if text else None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a whole PNG ({error}): remove it and run again.") from error
+
+
+def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """The pictures in reading order on white, about as many columns as rows unless told."""
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    rows = -(-len(images) // columns)
+    width = max(image.width for image in images) + GAP
+    height = max(image.height for image in images) + GAP
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (GAP + i % columns * width, GAP + i // columns * height))
+    return sheet

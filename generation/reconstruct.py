@@ -1,0 +1,80 @@
+"""`unitok reconstruct`: pictures through the visual tokenizer and back, original beside copy."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing
+
+from .options import add_model_options, pick_device
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """IMG ... --model M --out DIR."""
+    parser.add_argument("images", metavar="IMG", nargs="+", help="pictures to encode and decode")
+    add_model_options(parser)
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="where the PNGs go: original left, copy right"
+    )
+    parser.add_argument(
+        "--size", type=int, help="side in pixels, a multiple of 16 (default: the tokenizer's)"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write NAME.png into DIR for each picture and print its PSNR."""
+    from tqdm import tqdm
+
+    from .pictures import grid_of, save_png
+    from .pipeline import reconstruct
+
+    names = output_names(args.images)
+    for image in args.images:
+        existing(image)
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size is {args.batch_size}; it must be a whole number >= 1.")
+    unitok = load_tokenizer(args)
+    pairs = reconstruct(unitok, args.images, args.batch_size, args.size)
+    for name, source, (original, copy) in zip(
+        names, args.images, tqdm(pairs, total=len(names), disable=None)
+    ):
+        path = Path(args.out) / f"{name}.png"
+        save_png(grid_of([original, copy], columns=2), path, {"source": str(source)})
+        tqdm.write(f"{path}  PSNR {psnr(original, copy):.1f} dB")
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """The visual tokenizer of `args.model`: its own folder, a published .pth, or inside an MLLM folder."""
+    from open_unitok.tokenizer import UniTok
+
+    from .folders import check_device, check_dtype, download
+
+    device = check_device(pick_device(args.device))
+    path = Path(args.model)
+    if not path.exists():
+        path = download(args.model)
+    if (path / "unitok" / "config.json").exists():
+        path = path / "unitok"
+    return UniTok.from_pretrained(path, dtype=check_dtype(args.dtype, device)).to(device).eval()
+
+
+def output_names(images: list[str]) -> list[str]:
+    """File names without ending; where two pictures share one, a number makes the difference."""
+    names: list[str] = []
+    for image in images:
+        stem, number = Path(image).stem, 2
+        name = stem
+        while name in names:
+            name, number = f"{stem}-{number}", number + 1
+        names.append(name)
+    return names
+
+
+def psnr(a: Any, b: Any) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures of one size; infinite where they are equal."""
+    import numpy as np
+
+    error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

@@ -1,0 +1,115 @@
+"""How a code is chosen from its logits: guidance, temperature, top-k, top-p and seeded noise.
+
+Shapes: B images, K sub-codebooks, V entries per sub-codebook.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_unitok.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Settings of one drawing, checked when they are made.
+
+    Attributes:
+        guidance: classifier-free guidance scale, >= 1; 1 draws without the unconditional rows.
+        temperature: > 0, divides the logits after guidance.
+        top_k: keep this many entries per code (ties with the last one stay); 0 keeps all.
+        top_p: keep the smallest set of likeliest entries whose probability reaches this; 1 keeps all.
+        greedy: always take the likeliest entry; temperature, top_k, top_p and the seed then change nothing.
+
+    Raises:
+        UserError: a value of the wrong type or out of its range.
+    """
+
+    guidance: float = 5.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    greedy: bool = False
+
+    def __post_init__(self):
+        _check("guidance", self.guidance, "a number >= 1 (1 = no guidance)", lambda x: x >= 1)
+        _check(
+            "temperature",
+            self.temperature,
+            "a number > 0 (for the likeliest codes set greedy)",
+            lambda x: x > 0,
+        )
+        _check("top_k", self.top_k, "a whole number >= 0 (0 = all entries)", lambda x: x >= 0, whole=True)
+        _check("top_p", self.top_p, "a number in (0, 1] (1 = all entries)", lambda x: 0 < x <= 1)
+        if not isinstance(self.greedy, bool):
+            raise UserError(f"greedy is {self.greedy!r}; it must be True or False.")
+
+
+def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:
+    """Refuse what is no finite number (a bool is none) or fails `ok`."""
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not ok(value):
+        raise UserError(f"{name} is {value!r}; it must be {allowed}.")
+
+
+def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits (..., V) with -inf where top-k, then top-p, drop an entry; the likeliest entry always stays.
+
+    A top_k above V keeps all; entries equal to the k-th stay; the entry that crosses top_p stays. As the
+    published UniTok sampler and as transformers' TopK and TopP warpers.
+    """
+    if 0 < top_k < logits.shape[-1]:
+        lowest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < lowest, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        # the sum before an entry decides, so that the entry that crosses the threshold is kept
+        beyond = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1) > top_p
+        beyond[..., 0] = False
+        dropped = torch.empty_like(beyond).scatter_(-1, order, beyond)
+        logits = logits.masked_fill(dropped, -math.inf)
+    return logits
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Logits (2B, V), conditional rows first -> (B, V), moved away from the unconditional ones."""
+    conditional, unconditional = logits.chunk(2)
+    return unconditional + guidance * (conditional - unconditional)
+
+
+class Noise:
+    """Gumbel noise from one generator per image, so that an image's codes depend on its own seed alone.
+
+    `draw()` gives the noise (K, B, V) of one visual token; the buffer is used again by the next call.
+    """
+
+    def __init__(
+        self, seeds: Sequence[int], num_codebooks: int, codebook_size: int, device: torch.device | str = "cpu"
+    ):
+        self.generators = [torch.Generator(device).manual_seed(check_seed(seed)) for seed in seeds]
+        self.buffer = torch.empty(len(seeds), num_codebooks, codebook_size, device=device)
+
+    def draw(self) -> Tensor:
+        """-log(E), E exponential, is Gumbel noise: argmax(logits + noise) is a draw from their softmax."""
+        for row, generator in zip(self.buffer, self.generators):
+            row.exponential_(generator=generator)
+        return self.buffer.log().neg_().transpose(0, 1)
+
+
+def check_seed(seed: Any) -> int:
+    """The seed, or a UserError where it is no whole number that a generator takes."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed!r}; it must be a whole number from 0 to 2**63 - 1.")
+    return seed
+
+
+def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """Codes (B,) int64 from guided logits (B, V); `noise` (B, V) comes from `Noise`, None where greedy."""
+    if sampling.greedy or noise is None:
+        return logits.argmax(dim=-1)
+    logits = filter_logits(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
+    return (logits + noise).argmax(dim=-1)

@@ -1,0 +1,126 @@
+"""Tiny random models for drawing and answering; every code and id depends on the weights alone."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from open_unitok.generation import Pipeline
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.tokenizer import UniTok, UniTokConfig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_config(**changes) -> UniTokMLLMConfig:
+    text = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 320,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    sizes = {
+        "text_config": text,
+        "depth_config": {"num_hidden_layers": 2},
+        "num_codebooks": 3,
+        "codebook_size": 16,
+        "codebook_dim": 4,
+        "visual_hidden_size": 24,
+        "num_image_tokens": 9,
+    }
+    return UniTokMLLMConfig(**{**sizes, **changes})
+
+
+def tiny_model(**changes) -> UniTokForConditionalGeneration:
+    """Weights large enough that the codes differ from place to place and from prompt to prompt."""
+    torch.manual_seed(7)
+    model = UniTokForConditionalGeneration(tiny_config(**changes)).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(
+                    0, 1.0 if "embed" in name or "codebooks" in name else 1.5 * weight.shape[-1] ** -0.5
+                )
+    return model
+
+
+@pytest.fixture(scope="session", params=["full", "last"])
+def model(request):
+    return tiny_model(visual_context=request.param)
+
+
+@pytest.fixture(scope="session")
+def full_model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_unitok():
+    torch.manual_seed(3)
+    model = UniTok(
+        UniTokConfig(
+            image_size=48,
+            stem_width=8,
+            stage_widths=(8, 16),
+            stage_depths=(1, 1),
+            hidden_size=24,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            decoder_widths=(16, 8),
+            decoder_depths=(1, 1),
+            num_codebooks=3,
+            codebook_size=16,
+            codebook_dim=4,
+            embed_dim=16,
+            text_hidden_size=16,
+            text_num_layers=1,
+            text_num_heads=2,
+            text_vocab_size=32,
+            text_context_length=8,
+        )
+    ).eval()
+    with torch.no_grad():
+        model.quantizer.codebooks.normal_()
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, full_model, tiny_unitok, golden):
+    """A whole MLLM folder: model, processor, `unitok/`."""
+    path = tmp_path_factory.mktemp("models") / "mllm"
+    full_model.config.unitok_fingerprint = tiny_unitok.fingerprint()
+    full_model.save_pretrained(path)
+    tiny_unitok.save_pretrained(path / "unitok")
+    processor = UniTokProcessor.from_text_tokenizer(
+        golden / "mllm" / "tokenizer.model", image_size=48, num_image_tokens=9, template="plain"
+    )
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def pipe(folder):
+    return Pipeline.from_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Three PNGs of different shapes."""
+    path, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    files = []
+    for i, shape in enumerate([(48, 48, 3), (60, 40, 3), (50, 90, 3)]):
+        files.append(path / f"p{i}.png")
+        Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(files[-1])
+    return files

@@ -1,0 +1,62 @@
+"""Answers: our greedy loop = transformers' generate = one by one, with and without images, ends included."""
+
+import pytest
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.generation import answer_ids
+from open_unitok.generation.answering import until_end
+
+from_transformers = {"do_sample": False}
+
+
+@pytest.fixture(scope="module")
+def asked(full_model):
+    """Prompts of different lengths with 0, 1 or 2 images, and the images' codes."""
+    mark, count = full_model.config.image_token_id, full_model.config.num_image_tokens
+    image = [mark] * count
+    prompts = [[1, 5, *image, 6, 7], [1, 8, 9], [1, *image, 10, *image, 11], [1, *image, 12, 13, 14, 15, 16]]
+    generator = torch.Generator().manual_seed(0)
+    codes = [torch.randint(16, (n, count, 3), generator=generator) for n in (1, 0, 2, 1)]
+    return prompts, codes
+
+
+def test_batch_equals_one_by_one_and_transformers(full_model, asked):
+    prompts, codes = asked
+    answers = answer_ids(full_model, prompts, codes, max_new_tokens=8)
+    assert len({tuple(answer) for answer in answers}) > 1
+    assert answers == answer_ids(full_model, prompts, codes, max_new_tokens=8, batch_size=2)
+    assert answers == answer_ids(full_model, prompts, codes, max_new_tokens=8, **from_transformers)
+    for prompt, code, answer in zip(prompts, codes, answers):
+        assert answer_ids(full_model, [prompt], [code], max_new_tokens=8) == [answer]
+
+
+def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
+    prompts, codes = asked
+    long = answer_ids(full_model, prompts, codes, max_new_tokens=8)
+    end = long[0][2]
+    monkeypatch.setattr(full_model.generation_config, "eos_token_id", [end, 2])
+    expected = [until_end(row, {end, 2}) for row in long]
+    assert len(expected[0]) < 3
+    assert answer_ids(full_model, prompts, codes, max_new_tokens=8) == expected
+    assert answer_ids(full_model, prompts, codes, max_new_tokens=8, **from_transformers) == expected
+
+
+def test_beams_and_sampling_run(full_model, asked):
+    prompts, codes = asked
+    assert len(answer_ids(full_model, prompts, codes, max_new_tokens=3, num_beams=2)) == 4
+    assert len(answer_ids(full_model, prompts, codes, max_new_tokens=3, do_sample=True, top_k=5)) == 4
+
+
+@pytest.mark.parametrize(
+    ("prompts", "tokens", "words"),
+    [
+        ([[]], 4, "Question 0 is empty"),
+        ([[1] * 61], 4, "61 tokens.*context of 64"),
+        ([[1]], 0, "max_new_tokens is 0"),
+        ([[1]], 2.5, "max_new_tokens is 2.5"),
+    ],
+)
+def test_wrong_requests_are_refused(full_model, prompts, tokens, words):
+    with pytest.raises(UserError, match=words):
+        answer_ids(full_model, prompts, [torch.empty(0, 9, 3)], max_new_tokens=tokens)

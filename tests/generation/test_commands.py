@@ -1,0 +1,106 @@
+"""`unitok generate`, `ask` and `reconstruct` through the command line's own entry."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from open_unitok.cli import main
+
+
+@pytest.fixture
+def unitok(capsys):
+    """Run a command; (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        try:
+            main([str(a) for a in arguments])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_generate_writes_pictures_with_their_settings_and_skips_them_then(unitok, folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("two blue squares\n\na star\n")
+    command = ["generate", "A red circle!", "--prompts", tmp_path / "prompts.txt", "--model", folder]
+    command += ["--out", tmp_path / "out", "--num-images", "2", "--seed", "9", "--guidance", "2"]
+    code, _, err = unitok(*command)
+    assert code == 0 and "6 pictures drawn" in err
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert files[:2] == ["00000-a-red-circle-seed10.png", "00000-a-red-circle-seed9.png"]
+    assert len(files) == 7 and files[-1] == "grid.png"
+    with Image.open(tmp_path / "out" / "00001-two-blue-squares-seed11.png") as image:
+        assert image.size == (48, 48) and image.text["prompt"] == "two blue squares"
+        record = json.loads(image.text["unitok"])
+    assert record["seed"] == 11 and record["guidance"] == 2 and record["model"] == str(folder)
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("0*.png")}
+    removed = tmp_path / "out" / "00002-a-star-seed13.png"
+    content = removed.read_bytes()
+    removed.unlink()
+    code, _, err = unitok(*command)
+    assert code == 0 and "1 pictures drawn" in err and "5 were there" in err
+    assert removed.read_bytes() == content  # alone as in the batch
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != removed)
+
+    code, _, err = unitok(*command, "--temperature", "0.5")
+    assert code == 2 and "temperature = 1.0, not 0.5" in err and err.count("\n") == 1
+
+
+def test_ask_prints_one_line_per_question(unitok, folder, pictures):
+    code, out, _ = unitok(
+        "ask", pictures[0], "What?", "How many?", "--model", folder, "--max-new-tokens", "3"
+    )
+    assert code == 0 and out.count("\n") == 2
+
+
+def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_path):
+    for model in (folder, folder / "unitok"):
+        code, out, _ = unitok("reconstruct", *pictures, pictures[0], "--model", model, "--out", tmp_path)
+        assert code == 0 and out.count("PSNR") == 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p0-2.png", "p0.png", "p1.png", "p2.png"]
+    with Image.open(tmp_path / "p2.png") as image:
+        assert image.size == (2 * 48 + 6, 48 + 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "--model", "MODEL", "--out", "OUT"], "nothing to draw"),
+        (["generate", " ", "--model", "MODEL", "--out", "OUT"], "Prompt 0 is empty"),
+        (["generate", "a", "--model", "MODEL", "--out", "OUT", "--temperature", "nan"], "temperature is nan"),
+        (["generate", "a", "--model", "MODEL", "--out", "OUT", "--num-images", "0"], "--num-images is 0"),
+        (["generate", "a", "--model", "MODEL", "--out", "OUT", "--seed", "-1"], "seed is -1"),
+        (["generate", "word " * 99, "--model", "MODEL", "--out", "OUT"], "shorten the prompt"),
+        (
+            ["generate", "--prompts", "gone.txt", "--model", "MODEL", "--out", "OUT"],
+            "gone.txt does not exist",
+        ),
+        (["generate", "a", "--model", "gone/away/x", "--out", "OUT"], "gone/away/x does not exist"),
+        (["generate", "a", "--model", "UNITOK", "--out", "OUT"], "visual tokenizer"),
+        (["ask", "gone.png", "What?", "--model", "MODEL"], "gone.png"),
+        (["ask", "TEXT", "What?", "--model", "MODEL"], "no picture"),
+        (["ask", "PICTURE", " ", "--model", "MODEL"], "Question 0"),
+        (["ask", "PICTURE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
+        (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no picture"),
+        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures, tmp_path, arguments, words):
+    text = tmp_path / "text.png"
+    text.write_text("no picture at all")
+    names = {
+        "MODEL": folder,
+        "UNITOK": folder / "unitok",
+        "OUT": tmp_path / "out",
+        "TEXT": text,
+        "PICTURE": pictures[0],
+    }
+    code, _, err = unitok(*[names.get(a, a) for a in arguments])
+    assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("unitok: error: "), err
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

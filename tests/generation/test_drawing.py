@@ -1,0 +1,105 @@
+"""Drawing: cached = uncached = teacher-forced, batch = one by one, guidance 1 = none, golden codes."""
+
+import pytest
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.generation import Sampling, draw_codes, draw_steps
+from open_unitok.generation.sampling import Noise, choose, guide
+
+PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
+FREE = [1, 90, 91, 3]
+SAMPLED = Sampling(guidance=3.0, temperature=0.9, top_k=12, top_p=0.95)
+GREEDY = Sampling(guidance=3.0, greedy=True)
+
+
+@torch.no_grad()
+def plain_loop(model, prompt, sampling, seed, free):
+    """One image with no cache at all: the whole sequence and the whole depth head again for every code."""
+    config = model.config
+    rows = [prompt] if sampling.guidance == 1 else [prompt, free]
+    noise = None if sampling.greedy else Noise([seed], config.num_codebooks, config.codebook_size)
+    codes = torch.zeros(1, config.num_image_tokens, config.num_codebooks, dtype=torch.long)
+    for t in range(config.num_image_tokens):
+        gumbel = noise.draw() if noise else None
+        hidden = []
+        for row in rows:
+            embeds = model.get_input_embeddings()(torch.tensor([row]))
+            if t and config.visual_context == "full":
+                embeds = torch.cat([embeds, model.embed_codes(codes[:, :t])], dim=1)
+            elif t:
+                alone = [model.embed_codes(codes[:, i : i + 1]) for i in range(t)]
+                embeds = torch.cat([embeds, *alone], dim=1)
+            hidden.append(
+                model.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0, -1]
+            )
+        for k in range(config.num_codebooks):
+            logits = model.depth_head(torch.stack(hidden), codes[:, t].repeat(len(rows), 1))[:, k]
+            logits = guide(logits, sampling.guidance) if len(rows) == 2 else logits
+            codes[:, t, k] = choose(logits, sampling, None if gumbel is None else gumbel[k])
+    return codes[0]
+
+
+@pytest.mark.parametrize(
+    "sampling", [SAMPLED, GREEDY, Sampling(guidance=1.0)], ids=["sampled", "greedy", "unguided"]
+)
+def test_cached_batch_equals_the_plain_loop(model, sampling):
+    seeds = [11, 12, 13]
+    codes = draw_codes(model, PROMPTS, sampling, seeds, FREE)
+    assert codes.shape == (3, 9, 3) and codes.unique().numel() > 8
+    for prompt, seed, drawn in zip(PROMPTS, seeds, codes):
+        assert torch.equal(drawn, plain_loop(model, prompt, sampling, seed, FREE))
+
+
+def test_drawn_codes_are_the_teacher_forced_ones(full_model):
+    """A training pass over prompt and drawn codes finds each greedy code the likeliest."""
+    codes = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0, 0, 0])
+    mark = full_model.config.image_token_id
+    for prompt, drawn in zip(PROMPTS, codes):
+        ids = torch.tensor([prompt + [mark] * len(drawn)])
+        labels = torch.where(ids == mark, mark, -100)
+        with torch.no_grad():
+            output = full_model(input_ids=ids, image_codes=drawn[None], labels=labels)
+        assert torch.equal(output.image_logits.argmax(-1)[0], drawn)
+
+
+def test_an_image_depends_on_its_own_prompt_and_seed_alone(model):
+    together = draw_codes(model, [*PROMPTS, PROMPTS[1], PROMPTS[1]], SAMPLED, [1, 2, 3, 2, 4], FREE)
+    for i in range(3):
+        assert torch.equal(together[i], draw_codes(model, [PROMPTS[i]], SAMPLED, [i + 1], FREE)[0])
+    assert torch.equal(together[1], together[3]) and not torch.equal(together[1], together[4])
+
+
+def test_guidance_1_is_no_guidance(full_model):
+    plain = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3])
+    assert torch.equal(plain, draw_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3], FREE))
+    nearly = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0 + 1e-6), [1, 2, 3], FREE)
+    assert torch.equal(plain, nearly)
+    assert not torch.equal(plain, draw_codes(full_model, PROMPTS, Sampling(guidance=5.0), [1, 2, 3], FREE))
+
+
+def test_steps_end_in_the_same_codes(full_model):
+    steps = [codes.clone() for codes in draw_steps(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)]
+    final = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    assert [step.shape[1] for step in steps] == list(range(1, 10))
+    for step in steps:
+        assert torch.equal(step, final[:, : step.shape[1]])
+
+
+def test_no_prompts_are_no_images(full_model):
+    assert draw_codes(full_model, [], SAMPLED, [], FREE).shape == (0, 9, 3)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "free", "words"),
+    [
+        ([[]], [0], FREE, "Prompt 0 is empty"),
+        ([[1] * 60], [0], FREE, r"60 tokens and its image 9.*context of 64: shorten the prompt to 55"),
+        ([[1, 3]], [0, 1], FREE, "2 seeds for 1 prompts"),
+        ([[1, 3]], [0], None, "needs unconditional_ids"),
+        ([[1, 3]], [-3], FREE, "seed is -3"),
+    ],
+)
+def test_wrong_requests_are_refused(full_model, prompts, seeds, free, words):
+    with pytest.raises(UserError, match=words):
+        draw_codes(full_model, prompts, SAMPLED, seeds, free)

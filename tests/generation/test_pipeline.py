@@ -1,0 +1,132 @@
+"""The Pipeline: batches, seeds, streaming, answers, reconstruction, and what it refuses to load or do."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_unitok.errors import UserError
+from open_unitok.generation import Pipeline, Sampling
+
+PROMPTS = ["a red circle", "two blue squares on white", "a star"]
+SAMPLING = Sampling(guidance=2.0)
+
+
+def same(a, b):
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_a_picture_is_the_same_in_every_batch(pipe):
+    images = pipe.generate(PROMPTS, SAMPLING, seed=5)
+    assert [image.size for image in images] == [(48, 48)] * 3
+    split = pipe.generate(PROMPTS, SAMPLING, seed=5, batch_size=2)
+    assert all(map(same, images, split))
+    assert same(images[2], pipe.generate(PROMPTS[2:], SAMPLING, seed=[7])[0])
+    assert not same(images[2], pipe.generate(PROMPTS[2:], SAMPLING, seed=8)[0])
+    assert pipe.generate([]) == []
+
+
+def test_the_stream_ends_in_the_same_pictures(pipe):
+    steps = list(pipe.stream(PROMPTS, SAMPLING, seed=5))
+    assert len(steps) == 3  # rows of visual tokens
+    assert all(map(same, steps[-1], pipe.generate(PROMPTS, SAMPLING, seed=5)))
+    for rows, images in enumerate(steps[:-1], 1):
+        for image in images:
+            below = np.asarray(image)[16 * rows :]
+            assert image.size == (48, 48) and (below == 128).all()
+            assert (np.asarray(image)[: 16 * rows] != 128).any()
+
+
+def test_answers_do_not_depend_on_the_batch(pipe, pictures):
+    questions = ["What is it?", "How many stars are there in the picture?", "Is it red?", "And without?"]
+    images = [pictures[0], Image.open(pictures[1]), [pictures[0], pictures[2].read_bytes()], None]
+    answers = pipe.answer(images, questions, max_new_tokens=6)
+    assert len(answers) == 4 and all(isinstance(answer, str) for answer in answers)
+    for image, question, answer in zip(images, questions, answers):
+        assert pipe.answer([image], [question], max_new_tokens=6) == [answer]
+    assert pipe.answer([], []) == []
+
+
+def test_a_picture_that_comes_again_is_encoded_once(pipe, pictures, monkeypatch):
+    seen = []
+    encode = pipe.encode_to_read
+    monkeypatch.setattr(pipe, "encode_to_read", lambda p, **k: seen.append(len(p)) or encode(p, **k))
+    pipe.answer([pictures[0]] * 3, ["a?", "b?", "c?"], max_new_tokens=1)
+    assert seen == [1]
+
+
+def test_reconstruction_is_encode_and_decode(pipe, pictures):
+    copies = pipe.reconstruct(pictures, batch_size=2)
+    assert [copy.size for copy in copies] == [(48, 48)] * 3
+    assert same(copies[2], pipe.reconstruct(pictures[2:])[0])
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda p: p.generate("a fox"), "list of prompts"),
+        (lambda p: p.generate(["a", " "]), "Prompt 1 is ' '"),
+        (lambda p: p.generate([3]), "Prompt 0 is 3"),
+        (lambda p: p.generate(["word " * 60]), "shorten the prompt"),
+        (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 prompts"),
+        (lambda p: p.generate(["a"], seed=1.5), "seed is 1.5"),
+        (lambda p: p.generate(["a"], batch_size=0), "batch_size is 0"),
+        (lambda p: p.answer([None], ["a?", "b?"]), "1 images for 2 questions"),
+        (lambda p: p.answer([None], [""]), "Question 0 is ''"),
+        (lambda p: p.answer([None], ["word " * 60]), "context"),
+        (lambda p: p.answer(["nothing.png"], ["a?"]), "nothing.png"),
+        (lambda p: p.answer([b"not a picture"], ["a?"]), "no picture"),
+        (lambda p: p.reconstruct(["nothing.png"]), "nothing.png"),
+    ],
+)
+def test_wrong_requests_are_refused(pipe, call, words):
+    with pytest.raises(UserError, match=words):
+        call(pipe)
+
+
+def test_only_an_mllm_folder_is_loaded(folder, tmp_path):
+    def refused(path, words):
+        with pytest.raises(UserError, match=words):
+            Pipeline.from_pretrained(path)
+
+    refused(tmp_path / "missing", "does not exist")
+    refused(tmp_path, "no config.json")
+    refused(folder / "unitok", "visual tokenizer")
+    refused(folder / "config.json", "is a file")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(folder, tmp_path / "run" / "model")
+    refused(tmp_path / "run", "Is .*model meant")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    refused(tmp_path / "other", "bert")
+    shutil.rmtree(tmp_path / "run" / "model" / "unitok")
+    refused(tmp_path / "run" / "model", "no visual tokenizer")
+
+
+def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
+    shutil.copytree(folder, tmp_path / "mllm")
+    config = json.loads((folder / "config.json").read_text())
+    (tmp_path / "mllm" / "config.json").write_text(json.dumps({**config, "unitok_fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="put the right tokenizer there"):
+        Pipeline.from_pretrained(tmp_path / "mllm")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "words"),
+    [
+        ("tpu9", None, "device is 'tpu9'"),
+        ("cuda:77", None, "does not have"),
+        ("cpu", "int4", "dtype is 'int4'"),
+    ],
+)
+def test_wrong_devices_and_dtypes_are_refused(folder, device, dtype, words):
+    with pytest.raises(UserError, match=words):
+        Pipeline.from_pretrained(folder, device, dtype)
+
+
+def test_bfloat16_draws_and_answers(folder, pictures):
+    pipe = Pipeline.from_pretrained(folder, dtype="bfloat16")
+    assert pipe.generate(PROMPTS[:1], SAMPLING)[0].size == (48, 48)
+    assert len(pipe.answer([pictures[0]], ["What?"], max_new_tokens=2)) == 1
