@@ -1,7 +1,7 @@
 """Checkpoints that are whole or absent: written beside, sealed with a list of their files, then renamed.
 
-checkpoints/step-00000500/ is a model folder (what `write_model` writes) plus training_state/: DeepSpeed's states,
-one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
+checkpoints/step-00000500/ is a model folder (what `write_model` writes) plus training_state/: DeepSpeed's
+states, one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
 """
 
 import contextlib

@@ -121,10 +121,15 @@ def wrap(
     for group in adam.param_groups:
         group["init_lr"] = group["lr"]
     settings = deepspeed_settings(optimizer, options, micro_batch)
+    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
+    for parameter in scalars:  # DeepSpeed's first broadcast cannot send a tensor without dimensions
+        parameter.data = parameter.data.view(1)
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
         raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+    for parameter in scalars:
+        parameter.data = parameter.data.view(())
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
     return engine
 
@@ -208,6 +213,22 @@ def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, v
                 state = state.clone()
                 state[rows] = 0.0
                 safe_set_full_optimizer_state(parameter, state, moment)
+
+
+def clamp(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -> None:
+    """Keep a small parameter within bounds; under ZeRO the fp32 master follows."""
+    with torch.no_grad():
+        parameter.clamp_(low, high)
+        if engine.zero_optimization() and parameter.requires_grad:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, parameter.detach().float())
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Trade time for memory; transformers renamed the method between the versions that are supported."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
 
 
 def gather(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

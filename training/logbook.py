@@ -127,7 +127,7 @@ class Logbook:
             self._writer().add_image(name, picture, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs for its rows to go on; refuses values that are not finite, as `add` does."""
+        """What a resumed run needs for its rows to go on; refuses NaN and Inf as `add` does."""
         self._tick()
         self._settle()
         return {

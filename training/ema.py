@@ -1,0 +1,50 @@
+"""Averaged weights: after each step they move a little towards the trained ones; they are the saved model."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+class Ema:
+    """Exponential moving average of the trainable parameters, fp32, whole on every rank (ZeRO 0 to 2)."""
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Call when `step` steps are done; early on the memory is short, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
+
+    @torch.no_grad()
+    def reset_rows(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
+        """Forget the past of rows that were overwritten."""
+        for name, own in self.parameters.items():
+            if own is parameter:
+                self.averages[name][rows] = own[rows]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the module holds the averages."""
+        own = {name: p.data for name, p in self.parameters.items()}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.data = self.averages[name]
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.data = own[name]
+
+    def load(self, folder: Path) -> None:
+        """Take the averages from the model file of a checkpoint, whose weights they are."""
+        from safetensors.torch import load_file
+
+        saved = load_file(folder / "model.safetensors")
+        for name, average in self.averages.items():
+            average.copy_(saved[name])
