@@ -142,7 +142,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         return self.projection_heads or max(self.visual_hidden_size // self.latent_dim, 1)
 
     @property
-    def max_length(self) -> int | None:
+    def context_length(self) -> int | None:
         """The decoder's context, in tokens (visual ones included); None where its config names none."""
         return getattr(self.text_config, "max_position_embeddings", None)
 

@@ -197,7 +197,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: `length` tokens do not fit the decoder's context.
         """
-        limit = self.config.max_length
+        limit = self.config.context_length
         if limit is not None and length > limit:
             raise UserError(
                 f"{what} has {length} tokens (visual ones included); this model's context is {limit} "
@@ -223,7 +223,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             UserError: as `forward`; a prompt that leaves no room for an answer.
         """
         if input_ids is not None:
-            limit = self.config.max_length
+            limit = self.config.context_length
             if limit is not None and input_ids.shape[1] >= limit:
                 self.check_length(input_ids.shape[1] + 1, "The prompt with one new token")
             if attention_mask is None:

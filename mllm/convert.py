@@ -1,0 +1,341 @@
+"""The published MLLM's folder (model_type mini_gemini) to a folder of ours and back: names, sizes, shards.
+
+Its config.json speaks of the decoder alone: the visual sizes follow from the shapes of its tensors, the heads of the
+projection from the tokenizer's rule, and 256 visual tokens, boi 3 and eoi 4 are constants of the published code.
+
+K sub-codebooks, V entries per sub-codebook, C width of one code.
+"""
+
+import argparse
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlamaConfig
+
+from open_unitok.errors import UserError
+from open_unitok.files import atomic_folder, existing, read_json, write_json
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.convert import PROJECTION, rename
+
+from .config import UniTokMLLMConfig
+from .model import UniTokForConditionalGeneration
+from .processor import UniTokProcessor
+
+PUBLISHED_TYPE = "mini_gemini"
+_LLAMA_LAYER = (
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
+)  # fmt: skip
+# Published module -> ours, # for a number.
+_NAMES = {
+    "model.embed_tokens": "language_model.embed_tokens",
+    "model.norm": "language_model.norm",
+    "lm_head": "lm_head",
+    "model.multi_embedder.mm_projector.#": "visual_embedder.projector.#",
+    "ar_head.norm": "depth_head.norm",
+    "ar_head.linear_head": "depth_head.output",
+}
+_NAMES |= {f"model.layers.#.{part}": f"language_model.layers.#.{part}" for part in _LLAMA_LAYER}
+_NAMES |= {f"ar_head.layers.#.{part}": f"depth_head.layers.#.{part}" for part in _LLAMA_LAYER}
+_NAMES |= {
+    f"model.multi_embedder.attn_projection.{theirs}": f"visual_embedder.projection.{ours}"
+    for theirs, ours in PROJECTION.items()
+}
+_NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
+_BOOK = "model.multi_embedder.quantizer.codebooks"
+# fields of the published config.json that describe the decoder
+_TEXT_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
+    "bos_token_id", "eos_token_id", "tie_word_embeddings", "rope_theta", "rope_scaling", "attention_bias",
+)  # fmt: skip
+
+
+def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names; works on the meta device too.
+
+    Raises:
+        UserError: a name that the published MLLM does not have, or a key bias that is not zero.
+    """
+    state: dict[str, Tensor] = {}
+    books: dict[int, Tensor] = {}
+    tables: dict[int, Tensor] = {}
+    for name, tensor in published.items():
+        if match := re.fullmatch(rf"{re.escape(_BOOK)}\.(\d+)\.codebook\.weight", name):
+            books[int(match[1])] = tensor
+        elif match := re.fullmatch(r"ar_head\.codebooks\.(\d+)\.weight", name):
+            tables[int(match[1])] = tensor
+        elif name.endswith(".attn.zero_k_bias"):
+            if not tensor.is_meta and tensor.any():
+                raise UserError(f"{name} is not zero: this is no published MLLM.")
+        elif name.endswith((".vocab_usage", ".rotary_emb.inv_freq")):
+            continue  # statistics of the tokenizer's training; a table that is computed
+        elif (ours := rename(name, _NAMES)) is not None:
+            state[ours] = tensor
+        else:
+            raise UserError(f"{name!r} is no name of a published MLLM weight: this is another kind of model.")
+    if books:
+        state["visual_embedder.codebooks"] = torch.stack([books[k] for k in sorted(books)])
+    if tables:
+        state["depth_head.embeddings.weight"] = torch.cat([tables[k] for k in sorted(tables)])
+    return state
+
+
+def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tensor]:
+    """Our state dict under the published names; the tokenizer's usage statistics, which we do not keep, are zero.
+
+    Raises:
+        UserError: a name that the published MLLM has no place for.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        if name == "visual_embedder.codebooks":
+            state |= {f"{_BOOK}.{k}.codebook.weight": book for k, book in enumerate(tensor)}
+            state |= {f"{_BOOK}.{k}.vocab_usage": book.new_zeros(len(book)) for k, book in enumerate(tensor)}
+        elif name == "depth_head.embeddings.weight":
+            parts = tensor.split(codebook_size)
+            state |= {f"ar_head.codebooks.{k}.weight": part for k, part in enumerate(parts)}
+        elif (published := rename(name, _NAMES_BACK)) is not None:
+            state[published] = tensor
+            if name.endswith(".query_bias"):
+                state[published.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
+        else:
+            raise UserError(f"The published MLLM has no place for {name!r}.")
+    return state
+
+
+def config_from_published(config: Mapping[str, Any], published: Mapping[str, Tensor]) -> UniTokMLLMConfig:
+    """Our config of a published model: the decoder from its config.json, the rest from its tensors' shapes.
+
+    Raises:
+        UserError: tensors that tell the sizes are missing.
+    """
+    books = sum(bool(re.fullmatch(rf"{re.escape(_BOOK)}\.\d+\.codebook\.weight", name)) for name in published)
+    layers = {m[1] for name in published if (m := re.match(r"ar_head\.layers\.(\d+)\.", name))}
+    wanted = (
+        f"{_BOOK}.0.codebook.weight",
+        "model.multi_embedder.attn_projection.proj.weight",
+        "ar_head.layers.0.mlp.gate_proj.weight",
+    )
+    for name in wanted:
+        if name not in published:
+            raise UserError(f"The weights hold no {name}: this is no published MLLM.")
+    entries, width = published[wanted[0]].shape
+    text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
+    return UniTokMLLMConfig(
+        text_config=LlamaConfig.from_dict(text),
+        depth_config={
+            "num_hidden_layers": len(layers),
+            "intermediate_size": published[wanted[2]].shape[0],
+        },
+        num_codebooks=books,
+        codebook_size=entries,
+        codebook_dim=width,
+        visual_hidden_size=published[wanted[1]].shape[0],
+        visual_context="last",  # what its sampler did
+        pad_token_id=config.get("pad_token_id") or 0,
+    )
+
+
+def load_published(
+    folder: str | os.PathLike[str], dtype: torch.dtype | None = None, **fields: Any
+) -> UniTokForConditionalGeneration:
+    """A model, in evaluation mode, from a published folder.
+
+    Args:
+        dtype: of the weights; None = as in the files.
+        fields: of `UniTokMLLMConfig`, to be set otherwise, such as visual_context or num_image_tokens.
+
+    Raises:
+        UserError: the folder is no such model, or its weights do not fit; the message names them.
+    """
+    folder = existing(folder)
+    description = read_json(folder / "config.json")
+    if description.get("model_type") != PUBLISHED_TYPE:
+        raise UserError(
+            f"{folder} holds a model of type {description.get('model_type')!r}, not a published MLLM "
+            f"({PUBLISHED_TYPE!r})."
+        )
+    published = read_shards(folder)
+    config = config_from_published(description, published)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    state = to_ours(published)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    return build(config, state, folder)
+
+
+def build(config: UniTokMLLMConfig, state: dict[str, Tensor], source: Any) -> UniTokForConditionalGeneration:
+    """A model, in evaluation mode, that holds exactly these tensors.
+
+    Raises:
+        UserError: names or shapes differ; the message shows the missing and the unexpected ones.
+    """
+    with torch.device("meta"):
+        model = UniTokForConditionalGeneration(config)
+    target = model.state_dict()
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["language_model.embed_tokens.weight"])
+    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
+    shapes = [
+        f"{n} is {tuple(state[n].shape)}, {tuple(target[n].shape)} is needed"
+        for n in sorted(target.keys() & state.keys())
+        if target[n].shape != state[n].shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit an MLLM: {'; '.join(problems)}.")
+    model.load_state_dict(state, assign=True)
+    model.visual_embedder.codebooks.requires_grad_(False)
+    _fill_rotary(model)
+    dtype = state["language_model.embed_tokens.weight"].dtype
+    for part in (config, config.text_config, config.depth_config):
+        part.dtype = dtype
+    model.tie_weights()
+    return model.eval()
+
+
+def _fill_rotary(model: torch.nn.Module) -> None:
+    """Compute the rotary tables, which no file holds, where they were built without storage."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "RotaryEmbedding" in type(child).__name__:
+                setattr(parent, name, type(child)(child.config))
+
+
+def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """All tensors of a folder of weights: safetensors, or .bin without running code from it; mapped, not read.
+
+    Raises:
+        UserError: there are no weights, or a shard that the index names is missing or broken.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        elif (folder / f"{stem}.{suffix}").exists():
+            names = [f"{stem}.{suffix}"]
+        else:
+            continue
+        state: dict[str, Tensor] = {}
+        for name in names:
+            path = existing(folder / name, f"{index.name} names it: fetch it again.")
+            try:
+                if suffix == "safetensors":
+                    state |= load_file(path)
+                else:
+                    state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+                raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
+        return state
+    raise UserError(
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index."
+    )
+
+
+def save_published(
+    model: UniTokForConditionalGeneration, processor: UniTokProcessor | None, folder: str | os.PathLike[str]
+) -> None:
+    """Write a LLaMA-based model as a published folder: config.json, model.safetensors, the text tokenizer."""
+    from safetensors.torch import save_file
+
+    text = model.config.text_config.to_dict()
+    if text.get("model_type") != "llama":
+        raise UserError(f"The published MLLM is a LLaMA; this decoder is {text.get('model_type')!r}.")
+    fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
+    fields["rope_theta"] = text["rope_parameters"]["rope_theta"]
+    fields |= {"model_type": PUBLISHED_TYPE, "pad_token_id": model.config.pad_token_id}
+    fields |= {
+        "tokenizer_model_max_length": text["max_position_embeddings"],
+        "tokenizer_padding_side": "right",
+    }
+    state = to_published(model.state_dict(), model.config.codebook_size)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    write_json(Path(folder) / "config.json", fields)
+    if processor is not None:
+        processor.text_tokenizer.save_pretrained(folder)
+
+
+def check_codebooks(model: UniTokForConditionalGeneration, unitok: UniTok) -> None:
+    """
+    Raises:
+        UserError: the visual tokenizer's sub-codebooks are not those that the MLLM was trained on.
+    """
+    ours, theirs = model.visual_embedder.codebooks.detach(), unitok.quantizer.codebooks.detach()
+    same = ours.shape == theirs.shape and bool(
+        (F.cosine_similarity(ours.float(), theirs.float(), dim=-1) > 0.999).all()
+    )
+    if not same:
+        raise UserError(
+            "The visual tokenizer's sub-codebooks are not those of the MLLM: take the one it belongs to."
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`unitok convert mllm`."""
+    parser.add_argument("source", metavar="SRC", help="published folder, or a folder of ours to go back")
+    parser.add_argument("target", metavar="DST", help="new folder")
+    parser.add_argument(
+        "--unitok", metavar="PATH", help="its visual tokenizer (published .pth, or a folder of ours)"
+    )
+    parser.add_argument("--text-tokenizer", metavar="PATH", help="tokenizer.model or folder, if SRC has none")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one way or, from a folder of ours, the other."""
+    source, target = existing(args.source), Path(args.target)
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it or choose another name.")
+    if read_json(source / "config.json").get("model_type") == UniTokMLLMConfig.model_type:
+        model = UniTokForConditionalGeneration.from_pretrained(source)
+        with atomic_folder(target) as folder:
+            save_published(model, UniTokProcessor.from_pretrained(source), folder)
+        print(f"{source} -> {target}")
+        return
+    model = load_published(source)
+    unitok = UniTok.from_pretrained(args.unitok) if args.unitok else None
+    fields = {"image_size": 256, "num_image_tokens": model.config.num_image_tokens, "legacy": True}
+    if unitok is not None:
+        check_codebooks(model, unitok)
+        model.config.unitok_fingerprint = unitok.fingerprint()
+        model.config.num_image_tokens = fields["num_image_tokens"] = unitok.config.num_visual_tokens
+        fields["image_size"] = unitok.config.image_size
+    processor = UniTokProcessor.from_text_tokenizer(args.text_tokenizer or source, **fields)
+    if (processor.boi_token_id, processor.eoi_token_id) != (
+        model.config.boi_token_id,
+        model.config.eoi_token_id,
+    ):
+        raise UserError(
+            f"The text tokenizer has <0x00> and <0x01> at {processor.boi_token_id} and {processor.eoi_token_id}; "
+            f"the model wants {model.config.boi_token_id} and {model.config.eoi_token_id}: take the one it belongs to."
+        )
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if unitok is not None:
+            unitok.save_pretrained(folder / "unitok")
+        for name in ("LICENSE", "NOTICE"):
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+    print(f"{source} -> {target}")
+    if unitok is None:
+        print(
+            "No visual tokenizer was given (--unitok): the folder can write codes, but read and draw no pictures."
+        )
