@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_unitok import ranks
 from open_unitok.errors import UserError, did_you_mean
 
+from .collectives import summed
 from .dino import Dino
 
 DEPTHS = (0, 2, 5, 8, 11)  # of the DINOv2 blocks that are judged
@@ -225,14 +225,10 @@ class RankBatchNorm(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or ranks.world_size() == 1:
             return super().forward(input)
-        from torch.distributed.nn.functional import all_reduce
-
         features = input.float()
         count = features.new_tensor([features.shape[0] * features.shape[2]])
         sums = torch.cat((features.sum(dim=(0, 2)), features.square().sum(dim=(0, 2)), count))
-        total, squares, count = all_reduce(sums, op=dist.ReduceOp.SUM).split(
-            (self.num_features, self.num_features, 1)
-        )
+        total, squares, count = summed(sums).split((self.num_features, self.num_features, 1))
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)
         self._remember(mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach())

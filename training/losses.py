@@ -1,6 +1,6 @@
-"""The adversarial losses of stage 1: what the discriminator learns and what it teaches (arXiv 2502.20321, section
-3.1), with consistency regularisation (bCR, arXiv 2002.04724) and VQGAN's adaptive weight (arXiv 2012.09841, eq. 7).
+"""The adversarial losses of stage 1, for discriminator and tokenizer (arXiv 2502.20321, section 3.1).
 
+With consistency regularisation (bCR, arXiv 2002.04724) and VQGAN's adaptive weight (arXiv 2012.09841, eq. 7).
 Pure functions of tensors and of draws made beforehand. B images, M logits per image.
 """
 
