@@ -338,7 +338,7 @@ def _load_file(path: str | os.PathLike[str]) -> Any:
         return load_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"{path} is no checkpoint that can be read without running code from it: {reason}"
@@ -357,7 +357,7 @@ def _check_fit(
         problems.append(f"{len(missing)} weights are missing ({missing[0]}, ...)")
     if extra := sorted(state.keys() - target.keys()):
         problems.append(f"{len(extra)} are too many ({extra[0]}, ...)")
-    for name in target.keys() & state.keys():
+    for name in sorted(target.keys() & state.keys()):
         if state[name].shape != target[name].shape:
             problems.append(
                 f"{name} is {tuple(state[name].shape)}, the config wants {tuple(target[name].shape)}"

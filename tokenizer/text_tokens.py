@@ -123,7 +123,7 @@ class CaptionTokenizer:
 
 
 def _read_bpe(path: Path) -> Any:
-    """A CLIPTokenizer from CLIP's merges file: a header, then one merge a line, by rank (blank lines count)."""
+    """A CLIPTokenizer from CLIP's merges file: a header, then one merge a line, by rank (blanks count)."""
     from transformers import CLIPTokenizer
 
     data = path.read_bytes()
@@ -142,7 +142,7 @@ def _read_bpe(path: Path) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """The letters that stand for bytes in byte-level BPE, as the vocabulary orders them: printable ones first."""
+    """The letters that stand for bytes in byte-level BPE, in the vocabulary's order: printable ones first."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),

@@ -1,0 +1,57 @@
+"""Configs: published rules, and mistakes named."""
+
+import pytest
+
+from open_unitok.errors import UserError
+from open_unitok.tokenizer import SIZES, UniTokConfig
+
+
+def test_published_sizes():
+    large = UniTokConfig()
+    assert large.to_dict() == UniTokConfig.named("vitamin_large").to_dict()
+    assert (large.latent_dim, large.num_projection_heads, large.num_visual_tokens) == (64, 16, 256)
+    assert large.patch_size == 16 and large.bits_per_token == 96
+    assert UniTokConfig.named("vitamin_base").num_projection_heads == 12
+    assert UniTokConfig.named("vitamin_small", image_size=128).num_visual_tokens == 64
+
+
+def test_published_triples_are_taken():
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "codebook_dim": 1}
+    config = UniTokConfig(
+        **sizes, stage_widths=(16, 32, 64), stage_depths=(2, 4, 1), decoder_widths=(64, 32, 16)
+    )
+    assert (config.stage_widths, config.stage_depths, config.decoder_widths) == ([16, 32], [2, 4], [32, 16])
+
+
+@pytest.mark.parametrize("books, width", [(1, 8), (2, 4), (8, 4), (4, 16), (8, 32), (3, 5)])
+def test_default_projection_heads_fit_many_sizes(books, width):
+    config = UniTokConfig(
+        hidden_size=120, num_attention_heads=4, num_codebooks=books, codebook_dim=width, projection="linear"
+    )
+    assert config.num_projection_heads == max(120 // (books * width), 1)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"image_size": 100}, "image_size = 100 is not a multiple of 16"),
+        ({"projection": "atention"}, "projection = 'atention'. Did you mean 'attention'?"),
+        ({"num_codebook": 8}, "no field 'num_codebook'. Did you mean 'num_codebooks'?"),
+        ({"hidden_size": 100}, "hidden_size = 100 is not a multiple of num_attention_heads = 16"),
+        ({"projection_heads": 7}, "would have 7 heads, which do not divide 1024"),
+        ({"stage_widths": (1, 2, 3)}, "stage_widths = [1, 2, 3]: two positive numbers"),
+        ({"num_codebooks": 0}, "num_codebooks = 0: at least 1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0: 0 <= rate < 1"),
+        ({"num_register_tokens": -1}, "num_register_tokens = -1"),
+    ],
+)
+def test_mistakes_are_named(wrong, message):
+    with pytest.raises(UserError) as error:
+        UniTokConfig(**wrong)
+    assert message in str(error.value)
+
+
+def test_unknown_size():
+    with pytest.raises(UserError, match=r"no tokenizer size 'vitamin_lage'. Did you mean 'vitamin_large'"):
+        UniTokConfig.named("vitamin_lage")
+    assert set(SIZES) == {"vitamin_small", "vitamin_base", "vitamin_large"}

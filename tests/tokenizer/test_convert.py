@@ -1,0 +1,138 @@
+"""Published checkpoints, both ways: names of the full sizes, files, CLIP-initialised starts, mistakes."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from open_unitok.cli import run as unitok
+from open_unitok.errors import UserError
+from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.convert import codes_to_ours, load_clip_start, to_ours, to_published
+
+
+@pytest.mark.parametrize("size", ["vitamin_base", "vitamin_large"])
+def test_full_size_names_map_one_to_one(golden, size):
+    listed = json.loads((golden / "tokenizer_full" / f"keys_{size}.json").read_text())
+    published = {name: torch.empty(shape, device="meta") for name, shape in listed["keys"].items()}
+    with torch.device("meta"):
+        model = UniTok(UniTokConfig.named(size))
+    state = model.state_dict()
+    ours = to_ours(published)
+    assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in state.items()}
+    back = to_published(state)
+    assert {n: list(t.shape) for n, t in back.items()} == listed["keys"]
+    count = sum(parameter.numel() for parameter in model.parameters()) + model.config.hidden_size
+    assert count == listed["n_params_total"]  # there, the one offset of all positions is a (frozen) parameter
+
+
+def test_there_and_back(published):
+    back = to_published(to_ours(published))
+    assert back.keys() == published.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in published.items())
+
+
+def test_published_file(variant, golden_folder, tiny_config):
+    path = golden_folder / "reference_ckpt.pth"
+    case = variant("attn")
+    for model in (
+        UniTok.from_reference(path, tiny_config()),
+        UniTok.from_pretrained(path, config=tiny_config()),
+    ):
+        assert not model.training
+        assert torch.equal(model.encode(case.out["image"]), codes_to_ours(case.out["indices"]))
+        assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
+        assert model.quantizer.calls == 100
+    with pytest.raises(UserError, match=r"model is 'vitamin_tiny_dev'.*Pass a config"):
+        UniTok.from_reference(path)
+    with pytest.raises(
+        UserError, match=r"does not fit the config: text_encoder.*\(512, 64\), the config wants \(99, 64\)"
+    ):
+        UniTok.from_reference(path, tiny_config(text_vocab_size=99))
+    with pytest.raises(UserError, match="weights are missing"):
+        UniTok.from_reference(path, tiny_config(num_hidden_layers=4))
+
+
+def test_named_size_is_read_from_the_file(tmp_path, monkeypatch):
+    small = {"num_hidden_layers": 1, "codebook_size": 8, "text_num_layers": 1, "text_vocab_size": 32}
+    from open_unitok.tokenizer import config, convert
+
+    sizes = {
+        "vitamin_nano": {
+            "hidden_size": 64,
+            "num_attention_heads": 2,
+            "stem_width": 8,
+            "stage_widths": (8, 16),
+        }
+    }
+    sizes["vitamin_nano"] |= {"num_hidden_layers": 1, "decoder_widths": (16, 8)}
+    monkeypatch.setattr(config, "SIZES", sizes)
+    monkeypatch.setattr(convert, "SIZES", sizes)
+    model = UniTok(UniTokConfig.named("vitamin_nano", num_register_tokens=1, projection="linear", **small))
+    convert.save_reference(model, tmp_path / "a.pth")
+    loaded = UniTok.from_pretrained(tmp_path / "a.pth")
+    assert loaded.config.to_dict() == model.config.to_dict()
+    for name, tensor in model.state_dict().items():
+        assert name == "quantizer.calls" or torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_files_that_are_none(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    torch.save({"trainer": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match=r"evil\.pth is no checkpoint that can be read without running code"):
+        UniTok.from_reference(tmp_path / "evil.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(UserError, match=r"text\.pth is no checkpoint"):
+        UniTok.from_reference(tmp_path / "text.pth")
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other\.pth is no published UniTok checkpoint"):
+        UniTok.from_reference(tmp_path / "other.pth")
+    with pytest.raises(UserError, match="does not exist"):
+        UniTok.from_reference(tmp_path / "none.pth")
+    with pytest.raises(UserError, match=r"'layers.0' is no name of a published UniTok weight"):
+        to_ours({"layers.0": torch.zeros(1)})
+
+
+def test_command(variant, golden_folder, tiny_config, tmp_path, capsys):
+    (tmp_path / "sizes.json").write_text(tiny_config().to_json_string())
+    source, folder, file = golden_folder / "reference_ckpt.pth", tmp_path / "model", tmp_path / "back.pth"
+    unitok(["convert", "tokenizer", str(source), str(folder), "--config", str(tmp_path / "sizes.json")])
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    image = variant("attn").out["image"]
+    codes = UniTok.from_pretrained(folder).encode(image)
+    assert torch.equal(codes, codes_to_ours(variant("attn").out["indices"]))
+    unitok(["convert", "tokenizer", str(folder), str(file)])
+    original = torch.load(source, weights_only=True)["trainer"]["unitok"]
+    back = torch.load(file, weights_only=True)["trainer"]["unitok"]
+    assert original.keys() == back.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
+    with pytest.raises(UserError, match="exists already"):
+        unitok(["convert", "tokenizer", str(source), str(folder)])
+
+
+def test_clip_start(variant, tiny_config, tmp_path):
+    weights = variant("attn").weights
+    clip = {"logit_scale": torch.tensor(9.0), "visual.head.proj.weight": torch.zeros(3)}
+    clip |= {"visual.trunk.fc_norm.weight": torch.zeros(64)}
+    for name, tensor in weights.items():
+        if name.startswith("encoder.") and not name.startswith("encoder.norm."):
+            clip["visual.trunk." + name.removeprefix("encoder.")] = tensor
+        if name.startswith("text_encoder."):
+            clip["text." + name.removeprefix("text_encoder.")] = tensor
+    torch.save(clip, tmp_path / "clip.pt")
+    model = UniTok(tiny_config())
+    assert load_clip_start(model, tmp_path / "clip.pt") == ["encoder.norm.bias", "encoder.norm.weight"]
+    state, expected = model.state_dict(), to_ours(weights)
+    for name in ("encoder.blocks.2.mlp.down.weight", "text_encoder.projection.weight", "encoder.pool.bias"):
+        assert torch.equal(state[name], expected[name])
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    assert not model.encoder.position_offset.any()
+    with pytest.raises(UserError, match="does not fit the config"):
+        load_clip_start(UniTok(tiny_config(hidden_size=32)), tmp_path / "clip.pt")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no open_clip ViTamin checkpoint"):
+        load_clip_start(model, tmp_path / "other.pt")

@@ -1,0 +1,84 @@
+"""Pictures to pixels and back, against the published scripts' preprocessing."""
+
+import io
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from open_unitok.errors import UserError
+from open_unitok.tokenizer import images
+from open_unitok.tokenizer.images import from_pil, load_image, to_pil, to_pixels, to_uint8
+
+Filter = Image.Resampling
+TRANSFORMS = {
+    "clip_val": {},
+    "fid": {"resize": 0},
+    "inference": {"resize": 72, "resample": Filter.BILINEAR},
+    "vae_val": {"resize": 72, "resample": Filter.LANCZOS},
+    "vqa_pad_square": {"mode": "pad"},
+}
+
+
+@pytest.fixture(scope="module")
+def preprocess(golden):
+    return load_file(golden / "preprocess" / "preprocess.safetensors")
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_transforms(preprocess, name, number):
+    image = Image.fromarray(preprocess[f"{number}.rgb_uint8_HWC"].numpy())
+    difference = (to_pixels(image, 64, **TRANSFORMS[name]) - preprocess[f"{number}.{name}"]).abs()
+    if name == "fid":
+        assert difference.max() == 0
+    # Versions of Pillow that resize in another order differ by some grey levels in single pixels.
+    assert difference.max() <= 4 / 127.5 and difference.mean() < 0.2 / 127.5
+
+
+def test_uint8(preprocess):
+    got = to_uint8(preprocess["to_uint8.in"])
+    assert torch.equal(got, preprocess["to_uint8.inference_py_and_fid"])
+    assert to_uint8(torch.tensor([-2.0, -1.0, 1 / 255, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+
+
+def test_round_trip():
+    picture = Image.effect_noise((30, 20), 90).convert("RGB")
+    assert to_pil(from_pil(picture)).tobytes() == picture.tobytes()
+
+
+def test_small_pictures_are_framed_in_black():
+    pixels = to_pixels(Image.new("RGB", (5, 8), "white"), 8, resize=0)
+    assert pixels[0, 0].tolist() == [-1, 1, 1, 1, 1, 1, -1, -1]
+
+
+def test_squash():
+    assert to_pixels(Image.new("RGB", (50, 10)), 16, mode="squash").shape == (3, 16, 16)
+    with pytest.raises(UserError, match=r"mode = 'corp'. Did you mean 'crop'\?"):
+        to_pixels(Image.new("RGB", (50, 10)), 16, mode="corp")
+
+
+def test_load(tmp_path, monkeypatch):
+    picture = Image.effect_noise((12, 9), 90)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    for source in (picture, buffer.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png")):
+        loaded = load_image(source)
+        assert loaded.mode == "RGB" and loaded.size == (12, 9)
+    monkeypatch.setattr(images, "MAX_PIXELS", 100)
+    with pytest.raises(UserError, match=r"a\.png has 12 x 9 pixels: too many"):
+        load_image(tmp_path / "a.png")
+
+
+def test_load_mistakes(tmp_path):
+    (tmp_path / "a.png").write_text("no picture")
+    with pytest.raises(UserError, match=r"a\.png is no picture that can be read"):
+        load_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"b\.png is no file"):
+        load_image(tmp_path / "b.png")
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "PNG")
+    with pytest.raises(UserError, match="The given bytes is no picture"):
+        load_image(buffer.getvalue()[:300])
