@@ -26,8 +26,8 @@ _SHARED = (
     "rope_parameters",
 )
 
-# Named sizes. The published 7B is a LLaMA-2-7B with the published UniTok's codes; its config.json was not at hand, so
-# the decoder's sizes are those of LLaMA-2-7B.
+# Named sizes. The published 7B is a LLaMA-2-7B with the published UniTok's codes; its config.json was not at
+# hand, so the decoder's sizes are those of LLaMA-2-7B.
 SIZES: dict[str, dict[str, Any]] = {
     "unitok_mllm_7b": {
         "text_config": {
@@ -48,23 +48,24 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class UniTokMLLMConfig(PretrainedConfig):
-    """Every size of a `UniTokForConditionalGeneration`; the defaults around the decoder are the published ones.
+    """Every size of a `UniTokForConditionalGeneration`; around the decoder the defaults are the published ones.
 
     Args:
         text_config: the decoder: a config of transformers, or a dict with its `model_type` ("llama" if none).
-        depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that differ from the
-            decoder's widths; 3 layers if it does not say.
+        depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that
+            differ from the decoder's widths; 3 layers if it does not say.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
-        visual_hidden_size: width of the causal projection; the tokenizer's hidden size, if it starts from there.
+        visual_hidden_size: width of the causal projection; the tokenizer's hidden size, if it starts from
+            there.
         projection_heads: its heads; None = visual_hidden_size // (K*C), as in the tokenizer.
         num_image_tokens: N of a drawn image. Read images may have other numbers.
-        visual_context: what a visual vector knows while an image is drawn: "full" = all earlier codes of its image, as
-            in training; "last" = its own codes alone, as the published sampler had it.
+        visual_context: what a visual vector knows while an image is drawn: "full" = all earlier codes of its
+            image, as in training; "last" = its own codes alone, as the published sampler had it.
         image_z_loss_weight: weight of the mean squared largest logit, beside the image's cross entropy.
-        image_token_id: marks an image's places in `input_ids`, and in `labels` that the image is learnt; not an
-            entry of the vocabulary, so that text logits stay those of the plain decoder.
-        boi_token_id, eoi_token_id: stand before and after a drawn image. pad_token_id: fills rows up; which places
-            are filled is said by the attention mask alone.
+        image_token_id: marks an image's places in `input_ids`, and in `labels` that the image is learnt; not
+            an entry of the vocabulary, so that text logits stay those of the plain decoder.
+        boi_token_id, eoi_token_id: stand before and after a drawn image. pad_token_id: fills rows up; which
+            places are filled is said by the attention mask alone.
         unitok_fingerprint: of the visual tokenizer whose codes the model was trained on, or None.
 
     Raises:
@@ -122,13 +123,14 @@ class UniTokMLLMConfig(PretrainedConfig):
         widest = max(self.visual_hidden_size, self.latent_dim)
         if widest % self.num_projection_heads:
             raise UserError(
-                f"The projection between num_codebooks x codebook_dim = {self.latent_dim} and visual_hidden_size = "
-                f"{self.visual_hidden_size} would have {self.num_projection_heads} heads, which do not divide "
-                f"{widest}: set projection_heads to a divisor of {widest}."
+                f"The projection between num_codebooks x codebook_dim = {self.latent_dim} and "
+                f"visual_hidden_size = {self.visual_hidden_size} would have {self.num_projection_heads} heads, "
+                f"which do not divide {widest}: set projection_heads to a divisor of {widest}."
             )
         if self.image_token_id in (self.boi_token_id, self.eoi_token_id, -100):
             raise UserError(
-                f"image_token_id = {self.image_token_id} also means boi, eoi or an ignored label: pick another number."
+                f"image_token_id = {self.image_token_id} also means boi, eoi or an ignored label: "
+                "pick another number."
             )
 
     @property
@@ -159,7 +161,7 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     @classmethod
     def for_tokenizer(cls, unitok: UniTokConfig, **fields: Any) -> UniTokMLLMConfig:
-        """A config whose visual side fits a visual tokenizer; `fields` are the others, text_config first of all."""
+        """A config whose visual side fits a visual tokenizer; `fields` are the others (text_config, ...)."""
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
         visual |= {"visual_hidden_size": unitok.hidden_size, "projection_heads": unitok.num_projection_heads}
         return cls(**{**visual, "num_image_tokens": unitok.num_visual_tokens, **fields})

@@ -1,7 +1,8 @@
 """The published MLLM's folder (model_type mini_gemini) to a folder of ours and back: names, sizes, shards.
 
-Its config.json speaks of the decoder alone: the visual sizes follow from the shapes of its tensors, the heads of the
-projection from the tokenizer's rule, and 256 visual tokens, boi 3 and eoi 4 are constants of the published code.
+Its config.json speaks of the decoder alone: the visual sizes follow from the shapes of its tensors, the
+heads of the projection from the tokenizer's rule, and 256 visual tokens, boi 3 and eoi 4 are constants of
+the published code.
 
 K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
@@ -30,8 +31,8 @@ from .processor import UniTokProcessor
 
 PUBLISHED_TYPE = "mini_gemini"
 _LLAMA_LAYER = (
-    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-    "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
+    "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+    "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
 # Published module -> ours, # for a number.
 _NAMES = {
@@ -89,7 +90,7 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tensor]:
-    """Our state dict under the published names; the tokenizer's usage statistics, which we do not keep, are zero.
+    """Our state dict under the published names; the tokenizer's usage statistics, which we lack, are zero.
 
     Raises:
         UserError: a name that the published MLLM has no place for.
@@ -216,7 +217,7 @@ def _fill_rotary(model: torch.nn.Module) -> None:
 
 
 def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a folder of weights: safetensors, or .bin without running code from it; mapped, not read.
+    """All tensors of a folder of weights: safetensors, or .bin without running code from it.
 
     Raises:
         UserError: there are no weights, or a shard that the index names is missing or broken.
@@ -323,8 +324,9 @@ def run(args: argparse.Namespace) -> None:
         model.config.eoi_token_id,
     ):
         raise UserError(
-            f"The text tokenizer has <0x00> and <0x01> at {processor.boi_token_id} and {processor.eoi_token_id}; "
-            f"the model wants {model.config.boi_token_id} and {model.config.eoi_token_id}: take the one it belongs to."
+            f"The text tokenizer has <0x00> and <0x01> at {processor.boi_token_id} and "
+            f"{processor.eoi_token_id}; the model wants {model.config.boi_token_id} and "
+            f"{model.config.eoi_token_id}: take the one it belongs to."
         )
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
@@ -337,5 +339,5 @@ def run(args: argparse.Namespace) -> None:
     print(f"{source} -> {target}")
     if unitok is None:
         print(
-            "No visual tokenizer was given (--unitok): the folder can write codes, but read and draw no pictures."
+            "No visual tokenizer was given (--unitok): the folder makes codes, but neither reads nor draws pictures."
         )

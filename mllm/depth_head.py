@@ -1,5 +1,5 @@
-"""The depth head: from one hidden state to the K codes of a visual token, one after the other (arXiv 2502.20321,
-section 3.4).
+"""The depth head: from one hidden state to the K codes of a visual token, one after the other (arXiv
+2502.20321, section 3.4).
 
 M visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width, W width of the head.
 """
@@ -25,7 +25,8 @@ class DepthCache:
 class DepthHead(nn.Module):
     """A few LLaMA layers over [hidden, E_0(c_0), ..., E_{K-2}(c_{K-2})]; output k gives the logits of code k.
 
-    One output layer serves all sub-codebooks. Where the head is narrower than the decoder, a linear map goes first.
+    One output layer serves all sub-codebooks. Where the head is narrower than the decoder, a linear map goes
+    first.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
@@ -45,7 +46,7 @@ class DepthHead(nn.Module):
         self.rotary = LlamaRotaryEmbedding(depth)
 
     def forward(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced: (M, D) hidden states and the (M, K) codes they should bring forth -> (M, K, V) logits."""
+        """Teacher-forced: (M, D) hidden states and the (M, K) codes they should give -> (M, K, V) logits."""
         offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
         state = torch.cat([self._enter(hidden), self.embeddings(codes[:, :-1] + offsets)], dim=1)
         rotary = self._rotary_tables(state)

@@ -1,6 +1,7 @@
 """From the codes of an image to vectors that the decoder reads (arXiv 2502.20321, section 3.4).
 
-I images, N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code, D decoder width.
+I images, N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code, D
+decoder width.
 """
 
 import torch
@@ -45,7 +46,8 @@ class VisualEmbedder(nn.Module):
     def step(self, codes: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
         """The next codes (I, n, K) of images that are being drawn -> (I, n, D); `cache` from `new_cache`.
 
-        With the "full" context the steps together equal one `forward`; with "last" each visual token stands alone.
+        With the "full" context the steps together equal one `forward`; with "last" each visual token stands
+        alone.
         """
         if cache is None:
             return self.projector(self.projection(self.lookup(codes).flatten(0, 1).unsqueeze(1))).view(
@@ -54,7 +56,7 @@ class VisualEmbedder(nn.Module):
         return self.projector(self.projection(self.lookup(codes), cache))
 
     def new_cache(self, length: int) -> KeyValueCache | None:
-        """What `step` needs for images of up to `length` visual tokens: nothing (None) with the "last" context."""
+        """What `step` needs for images of up to `length` visual tokens; None with the "last" context."""
         return KeyValueCache(length) if self.context == "full" else None
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:

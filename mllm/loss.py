@@ -1,4 +1,5 @@
-"""What is learnt where, and the losses of text and images (arXiv 2502.20321, section 3.4; z-term as published).
+"""What is learnt where, and the losses of text and images (arXiv 2502.20321, section 3.4; z-term as
+published).
 
 B batch, L sequence, I images in the batch, J learnt images, N visual tokens per image, K sub-codebooks,
 V entries per sub-codebook, T learnt text tokens.

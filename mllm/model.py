@@ -32,8 +32,8 @@ from .loss import image_loss, targets, text_loss
 class UniTokMLLMOutput(ModelOutput):
     """What `UniTokForConditionalGeneration.forward` gives; None stands where nothing was asked for.
 
-    With `reduction="sum"` the three losses are sums over tokens and codes, so that a training loop can add up and
-    divide by its own global counts; with "mean", `loss` is their sum over `text_tokens + image_codes`.
+    With `reduction="sum"` the three losses are sums over tokens and codes, so that a training loop can add
+    up and divide by its own global counts; with "mean", `loss` is their sum over `text_tokens + image_codes`.
     """
 
     loss: torch.Tensor | None = None
@@ -50,11 +50,11 @@ class UniTokMLLMOutput(ModelOutput):
 
 
 class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder in front and two heads behind:
-    `lm_head` for text, `depth_head` for the K codes of a visual token.
+    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder in front and two heads
+    behind: `lm_head` for text, `depth_head` for the K codes of a visual token.
 
-    Visual vectors are not multiplied by the embedding scale that some decoders (Gemma) give their text embeddings:
-    the embedder's MLP learns its own scale.
+    Visual vectors are not multiplied by the embedding scale that some decoders (Gemma) give their text
+    embeddings: the embedder's MLP learns its own scale.
     """
 
     config_class = UniTokMLLMConfig
@@ -62,9 +62,9 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "language_model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["VisualEmbedder", "LlamaDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}  # noqa: RUF012
+    _no_split_modules = ["VisualEmbedder", "LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _tied_weights_keys = {"lm_head.weight": "language_model.embed_tokens.weight"}
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -100,8 +100,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, L); an image takes N places of `config.image_token_id`.
             attention_mask: (B, L), 0 where a row was filled up, on either side; None = nothing was filled up.
             image_codes: (I, N, K), the images in row-major order of their places.
-            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the places of an image that
-                is learnt, -100 elsewhere. A row's or packed sample's first token is never a target.
+            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the places of an image
+                that is learnt, -100 elsewhere. A row's or packed sample's first token is never a target.
             inputs_embeds: (B, L, D) instead of `input_ids`; images are in it already.
             position_ids: (B, L); None = counted along the mask. Where a row packs several samples, pass
                 positions that start again from 0 with each, and no mask: then no sample sees another.
@@ -158,8 +158,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         images, length, _ = image_codes.shape
         if len(places) != images * length:
             raise UserError(
-                f"input_ids hold {len(places)} image places, but image_codes bring {images} images of {length} "
-                f"visual tokens = {images * length}: an image takes one place per visual token."
+                f"input_ids hold {len(places)} image places, but image_codes bring {images} images of "
+                f"{length} visual tokens = {images * length}: an image takes one place per visual token."
             )
         return places.view(images, length)
 
@@ -250,8 +250,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
             if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
                 raise UserError(
-                    f"visual_hidden_size = {self.config.visual_hidden_size} with {own.attention.heads} heads does "
-                    f"not fit the visual tokenizer's projection to {unitok.config.hidden_size} with "
+                    f"visual_hidden_size = {self.config.visual_hidden_size} with {own.attention.heads} heads "
+                    f"does not fit the visual tokenizer's projection to {unitok.config.hidden_size} with "
                     f"{other.attention.heads} heads: take the config from UniTokMLLMConfig.for_tokenizer."
                 )
             own.load_state_dict(other.state_dict())

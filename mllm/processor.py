@@ -1,5 +1,5 @@
-"""From words and pictures to what the MLLM takes, and back: text tokenizer, prompts, special ids, preprocessing
-(published UniTok).
+"""From words and pictures to what the MLLM takes, and back: text tokenizer, prompts, special ids,
+preprocessing (published UniTok).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class UniTokProcessor:
     """Joins a text tokenizer, a conversation template and image preprocessing; it is saved beside its model.
 
     Args:
-        text_tokenizer: a tokenizer of transformers. Without LLaMA's byte pieces two new pieces are added for boi
-            and eoi; the model's embeddings are then resized to `vocab_size`.
+        text_tokenizer: a tokenizer of transformers. Without LLaMA's byte pieces two new pieces are added for
+            boi and eoi; the model's embeddings are then resized to `vocab_size`.
         image_size: side in pixels of the squares that the visual tokenizer reads.
         num_image_tokens: N of such a square.
         template: a name in `TEMPLATES`, or "chat" for the tokenizer's own chat template.
@@ -87,7 +87,7 @@ class UniTokProcessor:
 
     @classmethod
     def from_text_tokenizer(cls, path: str | os.PathLike[str], **options: Any) -> UniTokProcessor:
-        """Build one around a sentencepiece `tokenizer.model`, a folder or a hub id; `options` as in `__init__`.
+        """Build one around a sentencepiece `tokenizer.model`, a folder or a hub id.
 
         Raises:
             UserError: nothing is there.
@@ -128,7 +128,7 @@ class UniTokProcessor:
         """The special ids by the names of `UniTokMLLMConfig`'s fields."""
         return {name: getattr(self, name) for name in _TOKEN_IDS}
 
-    # ---- text -> ids; an image is one id, but for `question_ids`, which is ready for the model -----------------
+    # ---- text -> ids; an image is one id, but for `question_ids`, which is ready for the model ----
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text; bos first, where the tokenizer has one."""
@@ -165,8 +165,8 @@ class UniTokProcessor:
         return [*self.encode_text(UNCONDITIONAL), self.boi_token_id]
 
     def conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]: answers and the eos
-        behind each are learnt.
+        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]: answers and the
+        eos behind each are learnt.
 
         Raises:
             UserError: the turns do not alternate.
@@ -183,8 +183,8 @@ class UniTokProcessor:
         return ids, labels
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of the image with the first answer straight behind it, as a projector is pretrained; one
-        space ends it, no eos (published).
+        """Ids and labels of the image with the first answer straight behind it, as a projector is
+        pretrained; one space ends it, no eos (published).
 
         Raises:
             UserError: the turns do not alternate.
@@ -199,10 +199,10 @@ class UniTokProcessor:
         kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
         return self.text_tokenizer.decode(kept, skip_special_tokens=True)
 
-    # ---- batches and pictures ----------------------------------------------------------------------------------
+    # ---- batches and pictures ----
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids -> ids (B, L) and mask (B, L), int64, filled up on one side ("left" to write behind them)."""
+        """Rows of ids -> ids and mask (B, L), int64, filled up on one side ("left" to write behind them)."""
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -213,7 +213,7 @@ class UniTokProcessor:
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey, then scaled."""
+        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey, scaled."""
         from open_unitok.tokenizer.images import load_image, to_pixels
 
         return to_pixels(load_image(image), self.image_size, mode="pad")
@@ -272,8 +272,8 @@ def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
 
 
 def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
-    """A tokenizer from a `tokenizer.model` file, a folder or a hub id. LLaMA's is told `legacy`, which its own
-    files do not keep."""
+    """A tokenizer from a `tokenizer.model` file, a folder or a hub id. LLaMA's is told `legacy`, which its
+    own files do not keep."""
     from transformers import AutoTokenizer, LlamaTokenizer
 
     path = Path(path)

@@ -1,8 +1,8 @@
-"""How questions, answers and drawing prompts are worded, and which of their ids are learnt (published UniTok; the
-wording of conversations is vicuna's).
+"""How questions, answers and drawing prompts are worded, and which of their ids are learnt (published
+UniTok; the wording of conversations is vicuna's).
 
-In everything here an image is a single `IMAGE_MARK` in text, and a single id in ids; the places of its N visual
-tokens are made at the very end.
+In everything here an image is a single `IMAGE_MARK` in text, and a single id in ids; the places of its N
+visual tokens are made at the very end.
 """
 
 from collections.abc import Callable, Sequence
@@ -62,7 +62,7 @@ def drawing_prompt(text: str, template: str = "vicuna_v1") -> str:
 
 
 def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:
-    """Ids of `text`, one bos at its head; the pieces between marks are tokenised on their own, as published."""
+    """Ids of `text`, one bos at its head; pieces between marks are tokenised on their own, as published."""
     first, *others = text.split(IMAGE_MARK)
     ids = encode(first)
     for piece in others:
@@ -95,16 +95,17 @@ def check_turns(turns: Turns) -> list[tuple[str, str]]:
 def conversation_ids(
     turns: Turns, encode: Encode, template: Template, image_token_id: int, end: str, legacy: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation as published: the whole text is tokenised at once, then the answers are
-    found by counting the ids of each round.
+    """Ids and labels of a conversation as published: the whole text is tokenised at once, then the answers
+    are found by counting the ids of each round.
 
-    Where the counts do not add up (a word is tokenised in another way alone than within the text), nothing of the
-    sample is learnt.
+    Where the counts do not add up (a word is tokenised in another way alone than within the text), nothing
+    of the sample is learnt.
 
     Args:
         encode: of a tokenizer that puts a bos in front.
         end: the text of eos, which closes every answer.
-        legacy: how LLaMA's tokenizer treats text behind `end`: True = as if it stood alone, with a space in front.
+        legacy: how LLaMA's tokenizer treats text behind `end`: True = as if it stood alone, with a space in
+            front.
 
     Raises:
         UserError: see `check_turns`.
@@ -126,8 +127,8 @@ def conversation_ids(
         halves = part.split(between)
         if not part or len(halves) != 2:
             break
-        # a round counted alone has a bos, which makes up for the end that the split took away; without legacy the
-        # first word of a later round has no space in front
+        # a round counted alone has a bos, which makes up for the end that the split took away; without
+        # legacy the first word of a later round has no space in front
         shift = int(i > 0 and not legacy)
         length, given = count(part) - shift, count(halves[0] + between) - 2 - shift
         labels[place : place + given] = [IGNORED] * given
@@ -141,8 +142,8 @@ def conversation_ids(
 def conversation_pieces(
     turns: Turns, prompt: Callable[[list[tuple[str, str]], str], str], end: Callable[[str], str]
 ) -> list[tuple[str, bool]]:
-    """The same for tokenizers of another kind: [(text, learnt), ...], to be tokenised piece by piece, so that no
-    counting is needed.
+    """The same for tokenizers of another kind: [(text, learnt), ...], to be tokenised piece by piece, so
+    that no counting is needed.
 
     Args:
         prompt: (earlier rounds, question) -> all text up to the answer.

@@ -16,8 +16,7 @@ LENGTH = 16  # visual tokens per image in the golden files
 
 @pytest.fixture(scope="session")
 def reference(golden, formula):
-    """reference("tiny" | "truecb") -> model (eval, "full" context), out (golden tensors), meta, weights; a fresh
-    model each time, the rest is shared."""
+    """reference("tiny" | "truecb") -> model (eval, "full" context; fresh), out (golden tensors), meta, weights."""
 
     @cache
     def files(name: str) -> SimpleNamespace:
@@ -29,7 +28,8 @@ def reference(golden, formula):
 
     def load(name: str) -> SimpleNamespace:
         found = files(name)
-        config = config_from_published(json.loads((golden / "mllm" / "config.json").read_text()), found.weights)
+        described = json.loads((golden / "mllm" / "config.json").read_text())
+        config = config_from_published(described, found.weights)
         config.num_image_tokens, config.visual_context = LENGTH, "full"
         state = {key: tensor.clone() for key, tensor in to_ours(found.weights).items()}
         return SimpleNamespace(model=build(config, state, name), **vars(found))

@@ -1,10 +1,11 @@
-"""The MLLM against the published one on random weights: embeddings, states, logits, losses, gradients, greedy codes
-and ids. "truecb" has the published 8 x 4096 codes and widths 64 -> 1024."""
+"""The MLLM against the published one on random weights: embeddings, states, logits, losses, gradients, greedy
+codes and ids. "truecb" has the published 8 x 4096 codes and widths 64 -> 1024."""
 
 import pytest
 import torch
 
 from open_unitok.mllm.convert import to_published
+from open_unitok.mllm.prompts import expand_images
 
 BATCHES = ["text", "vqa", "vqa_dt0", "t2i", "mixed", "twoimg"]
 NAMES = ["tiny", "truecb"]
@@ -19,7 +20,8 @@ def test_embedder(published):
     codes = published.out["embed.indices"].transpose(1, 2)
     embedder = published.model.visual_embedder
     torch.testing.assert_close(embedder.lookup(codes), published.out["embed.dequant"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(published.model.embed_codes(codes), published.out["embed.out"], atol=2e-5, rtol=0)
+    vectors = published.model.embed_codes(codes)
+    torch.testing.assert_close(vectors, published.out["embed.out"], atol=2e-5, rtol=0)
     alone = embedder.step(codes[:, -1:], None)
     torch.testing.assert_close(alone, published.out["embed.out_last_token_alone"], atol=2e-5, rtol=0)
 
@@ -108,7 +110,15 @@ def draw(model, ids, mask, guidance, context):
 
 @pytest.mark.parametrize(
     "case",
-    ["cfg1", "cfg5", "cfg5_single", "cfg7_top", "cache_cfg1_single", "nocache_cfg1_single", "nocache_cfg5_equal"],
+    [
+        "cfg1",
+        "cfg5",
+        "cfg5_single",
+        "cfg7_top",
+        "cache_cfg1_single",
+        "nocache_cfg1_single",
+        "nocache_cfg5_equal",
+    ],
 )
 def test_greedy_drawing(published, case):
     out, info = published.out, published.meta[f"t2i_{case}.info"]
@@ -132,7 +142,7 @@ def test_greedy_drawing(published, case):
 @pytest.mark.parametrize("case", ["vqa_gen0", "vqa_gen1"])
 def test_greedy_answers(published, case):
     model, out = published.model, published.out
-    ids = [t for token in out[f"{case}.input_ids"][0].tolist() for t in [token] * (16 if token == -200 else 1)]
+    ids = expand_images(out[f"{case}.input_ids"][0].tolist(), -200, [16])
     inputs = {"input_ids": torch.tensor([ids]), "image_codes": out[f"{case}.image"][0].transpose(1, 2)}
     inputs |= {"max_new_tokens": 16, "do_sample": False}
     result = model.generate(
@@ -148,5 +158,5 @@ def test_greedy_answers(published, case):
 def test_greedy_text(published):
     model, out = published.model, published.out
     ids = out["text_gen.input_ids"]
-    new = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None)[:, ids.shape[1] :]
-    assert torch.equal(new, out["text_gen.output_ids"][:, -12:])
+    result = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert torch.equal(result[:, ids.shape[1] :], out["text_gen.output_ids"])
