@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from open_unitok.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.model import check_folder
 from open_unitok.tokenizer import UniTok
 
@@ -50,11 +50,20 @@ def download(name: str) -> Path:
         ) from error
 
 
-def check_belongs(model: UniTokForConditionalGeneration, unitok: UniTok, folder: Path) -> None:
+def check_belongs(
+    model: UniTokForConditionalGeneration, unitok: UniTok, processor: UniTokProcessor, folder: Path
+) -> None:
     """
     Raises:
-        UserError: the tokenizer is not the one whose codes the model was trained on.
+        UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
+            tokenizer has ids that the model does not know.
     """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if processor.vocab_size > rows:
+        raise UserError(
+            f"{folder}: its text tokenizer has {processor.vocab_size} ids, the model knows {rows}: they "
+            "do not belong together."
+        )
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):
             raise UserError(

@@ -1,6 +1,7 @@
 """The options that the commands of this package share."""
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,10 +46,19 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+def quiet_loading() -> None:
+    """No bar of transformers' own in logs and scripts; a terminal gets it."""
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
     """The pipeline that the options ask for."""
     from .pipeline import Pipeline
 
+    quiet_loading()
     return Pipeline.from_pretrained(args.model, pick_device(args.device), args.dtype)
 
 

@@ -43,12 +43,14 @@ class Pipeline:
             UserError: nothing is there, it is of another kind, its parts do not belong together, or there is
                 no such device or dtype; the message says which.
         """
-        device, dtype = check_device(device), check_dtype(dtype, device)
+        device = check_device(device)
+        dtype = check_dtype(dtype, device)
         folder = find_model(folder)
-        unitok = UniTok.from_pretrained(folder / "unitok", dtype=dtype).to(device)
-        model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
-        check_belongs(model, unitok, folder)
-        return cls(model, UniTokProcessor.from_pretrained(folder), unitok)
+        unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
+        model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        processor = UniTokProcessor.from_pretrained(folder)
+        check_belongs(model, unitok, processor, folder)  # before rounding, which changes the fingerprint
+        return cls(model.to(device), processor, unitok.to(device=device, dtype=dtype))
 
     @property
     def device(self) -> torch.device:

@@ -7,7 +7,7 @@ from typing import Any
 from open_unitok.errors import UserError
 from open_unitok.files import existing
 
-from .options import add_model_options, pick_device
+from .options import add_model_options, pick_device, quiet_loading
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +51,14 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
     from .folders import check_device, check_dtype, download
 
+    quiet_loading()
     device = check_device(pick_device(args.device))
     path = Path(args.model)
     if not path.exists():
         path = download(args.model)
     if (path / "unitok" / "config.json").exists():
         path = path / "unitok"
-    return UniTok.from_pretrained(path, dtype=check_dtype(args.dtype, device)).to(device).eval()
+    return UniTok.from_pretrained(path).to(device=device, dtype=check_dtype(args.dtype, device)).eval()
 
 
 def output_names(images: list[str]) -> list[str]:

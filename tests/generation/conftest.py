@@ -26,7 +26,7 @@ def tiny_config(**changes) -> UniTokMLLMConfig:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "vocab_size": 320,
+        "vocab_size": 512,
         "max_position_embeddings": 64,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -1,4 +1,4 @@
-"""The filter equals golden vectors and transformers' warpers; noise follows its seed; settings are checked."""
+"""The filter equals golden vectors and transformers' warpers; noise follows seeds; settings are checked."""
 
 import re
 
