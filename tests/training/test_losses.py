@@ -178,7 +178,8 @@ def check_parameters(model, values, numbers):
 RANKS = """
 import torch, torch.distributed as dist
 from open_unitok import ranks
-from open_unitok.training.discriminator import PatchDiscriminator
+from open_unitok.training.collectives import averaged, joined
+from open_unitok.training.discriminator import PatchDiscriminator, RankBatchNorm
 from open_unitok.training.losses import adaptive_weight, discriminator_loss, draw_looks, generator_loss
 from open_unitok.training.tokenizer_losses import contrastive_loss
 
@@ -187,7 +188,7 @@ if size > 1:
     dist.init_process_group("gloo")
 torch.manual_seed(0)
 model, last = PatchDiscriminator(4, 2), torch.nn.Conv2d(3, 3, 3, padding=1)
-head = torch.nn.Linear(12, 8)
+head, norm = torch.nn.Linear(12, 8), RankBatchNorm(3)
 data, words = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 12)
 mine = range(rank * 4 // size, (rank + 1) * 4 // size)
 real, words = data[list(mine)], words[list(mine)]
@@ -200,14 +201,15 @@ images = torch.nn.functional.normalize(head(fake.mean((2, 3)).repeat(1, 4)), dim
 texts = torch.nn.functional.normalize(head(words), dim=1)
 clip = contrastive_loss(images, texts, torch.tensor(10.0))
 judged = discriminator_loss(model, real, fake, looks, blur=0.3)
-(reconstruction + weight * gan + clip + judged.total).backward()
-shown = [reconstruction, gan, clip, judged.total, weight]
-shown += [p.grad.double().norm() for m in (model, last, head) for p in m.parameters()]
+mean = averaged(fake.mean((0, 2, 3))).square().sum()
+every = (joined(images) @ joined(texts).T).square().sum()
+normal = norm(fake.flatten(2)).pow(3).mean()
+(reconstruction + weight * gan + clip + judged.total + mean + every + normal).backward()
 with torch.no_grad():
-    grads = [p.grad for m in (model, last, head) for p in m.parameters()]
-    for i, value in enumerate(shown[:5]):
-        shown[i] = ranks.sum_over_ranks(value.detach().double()) / size
-    shown[5:] = [(ranks.sum_over_ranks(g.double()) / size).norm() for g in grads]
+    shown = [reconstruction, gan, clip, judged.total, weight, mean, every, normal, norm.running_var.sum()]
+    shown = [ranks.sum_over_ranks(value.double()) / size for value in shown]
+    grads = [p.grad for m in (model, last, head, norm) for p in m.parameters()]
+    shown += [(ranks.sum_over_ranks(g.double()) / size).norm() for g in grads]
 if rank == 0:
     print(" ".join(f"{v.item():.9e}" for v in shown))
 """
