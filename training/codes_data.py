@@ -1,0 +1,197 @@
+"""Reading what `unitok extract-codes` wrote, and plain text: samples by number, in an order fixed by a seed.
+
+A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, uint16 (N, K), beside
+`KEY.json`: {"captions": [str], "conversations": [[{"from", "value"}]], "grid": [rows, columns], ...}; a
+"long_caption" and a "short_caption" may stand there too.
+
+N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json
+
+from . import draws
+from .tarindex import BadSample, index
+
+MANIFEST = "codes.json"
+FORMAT = "open-unitok codes 1"
+MANIFEST_FIELDS = (
+    "format",
+    "tokenizer",  # fingerprint of the visual tokenizer
+    "num_codebooks",  # K
+    "codebook_size",  # V
+    "num_tokens",  # N
+    "grid",  # [rows, columns]
+    "shards",  # [{"file", "samples", "sha256"}]
+)
+SHARDS_AT_ONCE = 16  # samples are shuffled within so many tars: as many are kept open and indexed
+KEPT_SAMPLES = 100_000  # parsed samples kept in memory
+
+
+class CodeSample(NamedTuple):
+    """One image as codes, and what is said of it."""
+
+    key: str
+    codes: np.ndarray  # (N, K) uint16
+    info: dict[str, Any]
+
+
+class CodeFolder:
+    """The samples of one code folder.
+
+    Raises:
+        UserError: no code folder; or its codes were made by another visual tokenizer than `fingerprint`.
+    """
+
+    def __init__(self, folder: str | Path, fingerprint: str | None = None):
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        if fingerprint is not None and self.manifest["tokenizer"] != fingerprint:
+            raise UserError(
+                f"The codes in {folder} were made by another visual tokenizer "
+                f"({self.manifest['tokenizer'][:12]}...) than the one given ({fingerprint[:12]}...): run "
+                "`unitok extract-codes` again with that one."
+            )
+        self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
+        self.read = lru_cache(maxsize=KEPT_SAMPLES)(self._read)
+        self._index = lru_cache(maxsize=2 * SHARDS_AT_ONCE)(self._index_of)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the manifest: tokenizer, shapes, and the hash of every tar."""
+        facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _index_of(self, shard: int) -> Any:
+        path = self.folder / self.manifest["shards"][shard]["file"]
+        records, problem = index(str(existing(path, "Run `unitok extract-codes` again.")))
+        if problem or len(records) != self.sizes[shard]:
+            raise UserError(
+                f"{path} is broken ({problem or f'{len(records)} samples'}; {MANIFEST} lists "
+                f"{self.sizes[shard]}): delete it and run `unitok extract-codes` again."
+            )
+        return records
+
+    def _read(self, shard: int, number: int) -> CodeSample:
+        """Sample `number` of tar `shard`; raises BadSample if it cannot be used."""
+        record = self._index(shard)[number]
+        info = record.json("json")
+        if not isinstance(info, dict):
+            raise BadSample(".json holds no mapping")
+        try:
+            codes = np.load(io.BytesIO(record.read("codes.npy")), allow_pickle=False)
+        except ValueError as error:
+            raise BadSample(f".codes.npy cannot be read: {error}") from error
+        shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])
+        if codes.shape != shape or codes.dtype != np.uint16:
+            raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, uint16 {shape} is wanted")
+        if codes.size and codes.max() >= self.manifest["codebook_size"]:
+            raise BadSample(f"code {codes.max()} is not below {self.manifest['codebook_size']}")
+        return CodeSample(record.key, codes, info)
+
+
+class TextLines:
+    """The lines of a text file, empty ones left out, as a data set of one shard; the file stays on disk."""
+
+    def __init__(self, path: str | Path):
+        self.path = existing(path)
+        if self.path.is_dir():
+            raise UserError(f"{path} is a folder: name a text file with one text per line.")
+        size = self.path.stat().st_size
+        self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as the data set
+        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        ends = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n"))
+        bounds = np.concatenate([[-1], ends, [size]])
+        self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
+        self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
+        if not len(self._spans):
+            raise UserError(f"{path} holds no line of text.")
+        self.sizes = [len(self._spans)]
+
+    def __len__(self) -> int:
+        return self.sizes[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the file's size and beginning."""
+        size = self.path.stat().st_size
+        return hashlib.sha256(f"{size} ".encode() + bytes(self._bytes[: 1 << 20])).hexdigest()
+
+    def read(self, _shard: int, number: int) -> str:
+        """Line `number`; raises BadSample if it is not UTF-8."""
+        start, end = self._spans[number]
+        try:
+            return self._bytes[start:end].decode().rstrip("\r")
+        except UnicodeDecodeError as error:
+            raise BadSample(f"line at byte {start} is not UTF-8: {error}") from error
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The contents of a code folder's `codes.json`.
+
+    Raises:
+        UserError: it is missing or is of another kind.
+    """
+    path = Path(folder) / MANIFEST
+    hint = "Its extraction is not finished: run the same `unitok extract-codes` again."
+    manifest = read_json(
+        existing(path, hint if Path(folder).is_dir() else "Run `unitok extract-codes` first.")
+    )
+    lacking = (
+        [name for name in MANIFEST_FIELDS if name not in manifest] if isinstance(manifest, dict) else ["all"]
+    )
+    if lacking or manifest["format"] != FORMAT:
+        raise UserError(
+            f"{path} is not the list of a code folder (format {FORMAT!r}): lacking {', '.join(lacking)}."
+        )
+    return manifest
+
+
+class Order:
+    """Which sample comes at which place, without end: every epoch is a new shuffle, a function of the seed.
+
+    The tars of an epoch are shuffled, then their samples within groups of `SHARDS_AT_ONCE` tars, so that a
+    large data set is read tar by tar; a small one is one group, and so shuffled as a whole.
+    """
+
+    def __init__(self, sizes: list[int], seed: int, name: str):
+        self.sizes, self.seed, self.name = sizes, seed, name
+        self.total = sum(sizes)
+        self._epoch = lru_cache(maxsize=2)(self._epoch_of)
+        self._group = lru_cache(maxsize=2)(self._group_of)
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        """(shard, number in it) of the sample at `place`, counted from the first epoch on."""
+        epoch, within = divmod(place, self.total)
+        shards, ends = self._epoch(epoch)
+        group = int(np.searchsorted(ends, within, side="right"))
+        chosen = shards[group * SHARDS_AT_ONCE : (group + 1) * SHARDS_AT_ONCE]
+        starts, shuffled = self._group(epoch, group, tuple(chosen))
+        number = int(shuffled[within - (int(ends[group - 1]) if group else 0)])
+        at = int(np.searchsorted(starts, number, side="right")) - 1
+        return chosen[at], number - int(starts[at])
+
+    def _epoch_of(self, epoch: int) -> tuple[list[int], np.ndarray]:
+        shards = [shard for shard, size in enumerate(self.sizes) if size]
+        draws.python_random(self.seed, "tars", self.name, epoch).shuffle(shards)
+        groups = [shards[i : i + SHARDS_AT_ONCE] for i in range(0, len(shards), SHARDS_AT_ONCE)]
+        return shards, np.cumsum([sum(self.sizes[s] for s in group) for group in groups])
+
+    def _group_of(self, epoch: int, group: int, chosen: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        sizes = [self.sizes[shard] for shard in chosen]
+        random = draws.generator(self.seed, "samples", self.name, epoch, group)
+        return np.cumsum([0, *sizes[:-1]]), torch.randperm(sum(sizes), generator=random).numpy()

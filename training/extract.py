@@ -1,0 +1,292 @@
+"""`unitok extract-codes`: image shards to code shards, so that the MLLM trains without the visual tokenizer.
+
+Tar i of the input becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json,
+written last: where it stands, the tar is whole and is not made again. `codes.json` lists them all; the
+process that finds the last one finished writes it. Under torchrun each process takes every n-th tar; they
+need not meet.
+
+N visual tokens per image, K sub-codebooks, B images per batch.
+"""
+
+import argparse
+import io
+import json
+import math
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from open_unitok import ranks
+from open_unitok.errors import UserError
+from open_unitok.files import read_json, sha256, write_atomic, write_json
+
+from .codes_data import FORMAT, MANIFEST
+from .tarindex import BadSample, Record, index, tars_of
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+CHECKED = 8  # pictures per tar that are decoded again
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Options(NamedTuple):
+    """What the codes of a tar depend on, and how they are made."""
+
+    fingerprint: str
+    mode: str
+    dtype: str
+    batch_size: int
+    workers: int
+    max_bad_share: float
+
+
+class Picture(NamedTuple):
+    key: str
+    pixels: torch.Tensor  # (3, H, W)
+    info: dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", required=True, help="folder of the visual tokenizer (or a hub id)")
+    parser.add_argument("--data", required=True, nargs="+", help="tars of pictures: globs, {000..127} braces")
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="threads that read pictures (default: 0, no others)"
+    )
+    parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 changes 2 to 5 %% of the codes")
+    parser.add_argument(
+        "--mode", choices=("crop", "pad", "squash"), default="crop", help="how pictures become square"
+    )
+    parser.add_argument(
+        "--max-bad-share", type=float, default=0.05, help="unreadable share that stops (default: 0.05)"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from open_unitok.tokenizer import UniTok
+
+    if args.batch_size < 1 or args.workers < 0:
+        raise UserError("--batch-size is 1 or more, --workers 0 or more.")
+    tars = tars_of(args.data)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{ranks.local_rank()}"
+    unitok = UniTok.from_pretrained(args.tokenizer).eval()
+    options = Options(
+        unitok.fingerprint(), args.mode, args.dtype, args.batch_size, args.workers, args.max_bad_share
+    )
+    if unitok.config.codebook_size > 1 << 16:
+        raise UserError(
+            f"{args.tokenizer} has {unitok.config.codebook_size} codes per sub-codebook: code shards hold "
+            "at most 65536 (uint16)."
+        )
+    unitok = unitok.to(device=device, dtype=DTYPES[args.dtype])
+    manifest = extract(unitok, tars, Path(args.out), options)
+    if manifest is None:
+        print(f"{args.out}: this process is done, others are still at work")
+        return
+    print(
+        f"{args.out}: {manifest['samples']:,} pictures in {len(manifest['shards'])} tar(s), "
+        f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
+        f"{manifest['broken']} unreadable; "
+        f"decoding {manifest['checked']} of them again gives {manifest['psnr']:.2f} dB"
+    )
+
+
+@torch.no_grad()
+def extract(
+    unitok: Any, tars: list[str], out: Path, options: Options, quiet: bool = False
+) -> dict[str, Any] | None:
+    """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
+
+    Raises:
+        UserError: `out` holds codes of other pictures or of another tokenizer; too many unreadable pictures.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for number, tar in enumerate(tars):
+        _finished(out, number, tar, options)  # refuse before the first batch
+    mine = [
+        n
+        for n in range(ranks.rank(), len(tars), ranks.world_size())
+        if not _finished(out, n, tars[n], options)
+    ]
+    total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
+    with tqdm(
+        total=total,
+        desc="codes",
+        unit=" pictures",
+        disable=quiet or not mine,
+        file=sys.stderr,
+        mininterval=1.0,
+    ) as bar:
+        for number in mine:
+            _extract_tar(unitok, tars[number], out / _name(number), options, bar.update)
+    facts = [_finished(out, number, tar, options) for number, tar in enumerate(tars)]
+    done = [fact for fact in facts if fact]
+    return _write_manifest(unitok, out, done, options) if len(done) == len(tars) else None
+
+
+def _name(number: int) -> str:
+    return f"codes-{number:06d}.tar"
+
+
+def _finished(out: Path, number: int, tar: str, options: Options) -> dict[str, Any] | None:
+    """What is known of an output tar that is there, else None; raises UserError if it is of other origin."""
+    path = (out / _name(number)).with_suffix(".json")
+    if not (path.exists() and path.with_suffix(".tar").exists()):
+        return None
+    facts = read_json(path)
+    wanted = _origin(tar, options)
+    differing = [name for name, value in wanted.items() if facts.get(name) != value]
+    if differing:
+        shown = ", ".join(
+            f"{name} {str(facts.get(name))[:16]}, now {str(wanted[name])[:16]}" for name in differing
+        )
+        raise UserError(
+            f"{out} holds codes of another extraction ({shown}): choose another --out, or delete it."
+        )
+    return facts
+
+
+def _origin(tar: str, options: Options) -> dict[str, Any]:
+    return {
+        "source": Path(tar).name,
+        "source_bytes": Path(tar).stat().st_size,
+        "tokenizer": options.fingerprint,
+        "mode": options.mode,
+        "dtype": options.dtype,
+    }
+
+
+def _extract_tar(
+    unitok: Any, tar: str, target: Path, options: Options, progress: Callable[[int], Any]
+) -> None:
+    """One tar of pictures to one tar of codes, its description last."""
+    records, problem = index(tar)
+    if problem:
+        raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
+    bad: list[str] = []
+    buffer, errors, checked, samples, grid = io.BytesIO(), 0.0, 0, 0, None
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
+        for batch in _batches(records, unitok.config.image_size, options, bad, progress):
+            pixels = torch.stack([picture.pixels for picture in batch]).to(unitok.device)
+            codes = unitok.encode(pixels)
+            if not checked:
+                copies = unitok.decode(codes[:CHECKED])
+                errors = (copies.float() - pixels[:CHECKED]).square().mean((1, 2, 3)).sum().item() / 4
+                checked = len(copies)
+            grid = [side // unitok.config.patch_size for side in pixels.shape[2:]]
+            for picture, rows in zip(batch, codes.cpu().numpy().astype(np.uint16)):
+                _add(writer, picture, rows, grid)
+            samples += len(batch)
+    if not samples:
+        raise UserError(f"{tar} holds no readable picture ({bad[-1] if bad else 'it is empty'}).")
+    write_atomic(target, buffer.getvalue())
+    _check_written(target, samples)
+    facts = {"samples": samples, "broken": len(bad), "grid": grid, "checked": checked, "error": errors}
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **facts, "sha256": sha256(target)})
+
+
+def _batches(
+    records: list[Record], size: int, options: Options, bad: list[str], progress: Callable[[int], Any]
+) -> Iterator[list[Picture]]:
+    """Batches of readable pictures; what cannot be read is noted in `bad`; much of it stops the run."""
+
+    def load(record: Record) -> Picture | str:
+        try:
+            return _load(record, size, options.mode)
+        except (BadSample, UserError) as error:
+            return f"{record.tar}: {record.key}: {error}"
+
+    pool = ThreadPoolExecutor(options.workers) if options.workers else None
+    remaining = iter(records)
+    try:
+        while group := list(islice(remaining, options.batch_size)):
+            loaded = list(pool.map(load, group) if pool else map(load, group))
+            for text in (item for item in loaded if isinstance(item, str)):
+                bad.append(text)
+                tqdm.write(f"codes: skipped {text}", file=sys.stderr)
+            if len(bad) > max(1, options.max_bad_share * len(records)):
+                raise UserError(
+                    f"{len(bad)} of {len(records)} pictures of {records[0].tar} are unreadable, more than "
+                    f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
+                )
+            pictures = [item for item in loaded if isinstance(item, Picture)]
+            if pictures:
+                yield pictures
+            progress(len(group))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def _load(record: Record, size: int, mode: str) -> Picture:
+    from open_unitok.tokenizer.images import load_image, to_pixels
+
+    extension = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
+    if extension is None:
+        raise BadSample(f"has no picture (it has {', '.join(record.members)})")
+    info = record.json("json") if "json" in record.members else {}
+    if not isinstance(info, dict):
+        raise BadSample(".json holds no mapping")
+    if "captions" not in info and "txt" in record.members:
+        info["captions"] = [record.text("txt")]
+    return Picture(record.key, to_pixels(load_image(record.read(extension)), size, mode), info)
+
+
+def _add(writer: tarfile.TarFile, picture: Picture, codes: np.ndarray, grid: list[int]) -> None:
+    array = io.BytesIO()
+    np.save(array, codes, allow_pickle=False)
+    text = json.dumps({**picture.info, "grid": grid}, ensure_ascii=False, separators=(",", ":"))
+    for ending, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
+        member = tarfile.TarInfo(f"{picture.key}.{ending}")
+        member.size = len(content)
+        writer.addfile(member, io.BytesIO(content))
+
+
+def _check_written(path: Path, samples: int) -> None:
+    """The tar as it lies on disk is read once more."""
+    records, problem = index(str(path))
+    if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
+        raise UserError(
+            f"{path} was not written well ({problem or f'{len(records)} of {samples} samples'}): is the "
+            "disk full, or are there two pictures of one name in a tar?"
+        )
+
+
+def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
+    """codes.json, from the descriptions of all tars."""
+    grids = {tuple(fact["grid"]) for fact in facts}
+    assert len(grids) == 1, grids
+    checked = sum(fact["checked"] for fact in facts)
+    error = sum(fact["error"] for fact in facts) / checked
+    shards = [
+        {"file": _name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
+        for number, fact in enumerate(facts)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": options.fingerprint,
+        "num_codebooks": unitok.config.num_codebooks,
+        "codebook_size": unitok.config.codebook_size,
+        "num_tokens": unitok.config.num_visual_tokens,
+        "grid": list(grids.pop()),
+        "image_size": unitok.config.image_size,
+        "mode": options.mode,
+        "samples": sum(fact["samples"] for fact in facts),
+        "broken": sum(fact["broken"] for fact in facts),
+        "checked": checked,
+        "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),
+        "shards": shards,
+    }
+    write_json(out / MANIFEST, manifest)
+    return manifest

@@ -1,0 +1,184 @@
+"""The mixture of tasks the MLLM learns from: weighted, seeded, and resumed exactly from a handful of numbers.
+
+Which data set a sample comes from follows the weights as closely as whole samples can; which of its samples,
+from a shuffle per epoch; which caption, whether unconditional, from numbers keyed by (seed, step). None of
+this depends on the number of ranks or on accumulation: they only cut the same global batch to micro-batches.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from open_unitok import ranks
+from open_unitok.errors import UserError
+
+from . import draws
+from .codes_data import CodeFolder, CodeSample, Order, TextLines
+from .collate import Batch, Rows, Sample, collate
+from .mllm_config import MixtureEntry, MixtureOptions
+from .tarindex import BadSample
+
+JUDGED_FROM = 200  # samples seen before the share of bad ones is judged
+ATTEMPTS = 20  # other samples tried in place of a bad one
+
+
+class Mixture:
+    """Endless global batches, cut into this rank's micro-batches.
+
+    Args:
+        fingerprint: of the visual tokenizer; code folders of another one are refused.
+    """
+
+    def __init__(
+        self,
+        options: MixtureOptions,
+        rows: Rows,
+        *,
+        seed: int,
+        batch_size: int,
+        accumulation: int = 1,
+        fingerprint: str | None = None,
+    ):
+        self.options, self.rows, self.seed = options, rows, seed
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.sets: dict[str, CodeFolder | TextLines] = {}
+        for entry in options.mixture:
+            if entry.path not in self.sets:
+                text = entry.kind == "text"
+                self.sets[entry.path] = TextLines(entry.path) if text else CodeFolder(entry.path, fingerprint)
+            elif isinstance(self.sets[entry.path], TextLines) != (entry.kind == "text"):
+                raise UserError(f"data.mixture: {entry.path} cannot serve both text and {entry.kind}.")
+        self.entries = options.mixture
+        total = sum(entry.weight for entry in self.entries)
+        self.shares = np.array([entry.weight / total for entry in self.entries])
+        self.orders = [
+            Order(self.sets[e.path].sizes, seed, f"{n} {e.kind}") for n, e in enumerate(self.entries)
+        ]
+        self.step = self.seen = self.bad = 0
+        self.counts = np.zeros(len(self.entries), dtype=np.int64)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of all data sets: other data, or data in another order, gives another one."""
+        facts = [[entry.kind, entry.weight, self.sets[entry.path].fingerprint] for entry in self.entries]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def next(self) -> list[Batch]:
+        """This rank's micro-batches of the next step, one per accumulation step.
+
+        Raises:
+            UserError: too many samples are bad.
+        """
+        plan = [self._pick() for _ in range(self.batch_size)]
+        numbers = np.random.default_rng(draws.key(self.seed, "choices", self.step)).random(
+            (self.batch_size, 3)
+        )
+        micro = self.batch_size // (ranks.world_size() * self.accumulation)
+        world, rank = ranks.world_size(), ranks.rank()
+
+        def make(slot: int) -> Sample:
+            return self._sample(*plan[slot], numbers[slot].tolist(), slot)
+
+        if self.options.group_by_length:
+            ordered = sorted(map(make, range(self.batch_size)), key=lambda sample: len(sample.row.ids))
+            steps = [ordered[a * micro * world : (a + 1) * micro * world] for a in range(self.accumulation)]
+            mine = [samples[rank::world] for samples in steps]
+        else:
+            starts = [(a * world + rank) * micro for a in range(self.accumulation)]
+            mine = [[make(slot) for slot in range(start, start + micro)] for start in starts]
+        self.step += 1
+        pad = self.rows.processor.pad_token_id
+        return [collate(samples, self.rows.image_token_id, pad, self.options.pack_to) for samples in mine]
+
+    def _pick(self) -> tuple[int, int]:
+        """The entry that lags most behind its share, and the place in its order."""
+        behind = self.shares * (self.counts.sum() + 1) - self.counts
+        entry = int(behind.argmax())
+        self.counts[entry] += 1
+        return entry, int(self.counts[entry]) - 1
+
+    def _sample(self, number: int, place: int, choices: list[float], slot: int) -> Sample:
+        """The sample at `place` of an entry; if it is bad, another one that the seed picks."""
+        entry, order = self.entries[number], self.orders[number]
+        data = self.sets[entry.path]
+        self.seen += 1
+        for attempt in range(ATTEMPTS):
+            shard, item = order[place]
+            try:
+                return _KINDS[entry.kind](self, entry, data.read(shard, item), choices)
+            except BadSample as error:
+                self._report(f"{entry.path}: {entry.kind} {shard}/{item} {error}")
+                place = draws.key(self.seed, "instead", self.step, slot, attempt) % order.total
+        raise UserError(
+            f"data.mixture: {ATTEMPTS} samples of {entry.path} in a row cannot be used as {entry.kind}."
+        )
+
+    def _report(self, text: str) -> None:
+        self.bad += 1
+        if self.bad <= 10:
+            tqdm.write(f"data: skipped {text}", file=sys.stderr)
+        if self.seen >= JUDGED_FROM and self.bad > self.options.max_bad_share * self.seen:
+            raise UserError(
+                f"{self.bad} of {self.seen} samples cannot be used, more than data.max_bad_share = "
+                f"{self.options.max_bad_share:g}; the last: {text}. Mend the data or raise it."
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the mixture stands: the same on any number of ranks, but for the counts of bad samples."""
+        return {"step": self.step, "seen": self.seen, "bad": self.bad, "counts": self.counts.tolist()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.step, self.seen, self.bad = state["step"], state["seen"], state["bad"]
+        self.counts = np.array(state["counts"], dtype=np.int64)
+
+
+# ---- what a sample becomes in each role; `choices` are three numbers in [0, 1) -----------------------------
+
+
+def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
+    """An image and one of its captions, to be drawn (or, by its share, captioned)."""
+    options = mixture.options
+    drawing = entry.kind == "drawing" and choices[2] < options.drawing_share
+    long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
+    caption = (short or long) if choices[0] >= 1 - options.short_captions or not long else long
+    if caption is None and captions:
+        caption = captions[int(choices[0] * len(captions))]
+    if not drawing:
+        if not caption:
+            raise BadSample("has no caption")
+        return _with_image(mixture, "captioning", caption, sample)
+    if choices[1] >= 1 - options.unconditional:
+        caption = None
+    return _with_image(mixture, "drawing", caption, sample)
+
+
+def _talk(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
+    """One of the conversations about an image."""
+    talks = sample.info.get("conversations")
+    if not isinstance(talks, list) or not talks:
+        raise BadSample("has no conversation")
+    turns = json.dumps(talks[int(choices[0] * len(talks))])
+    return _with_image(mixture, entry.kind, turns, sample)
+
+
+def _with_image(mixture: Mixture, kind: str, text: str | None, sample: CodeSample) -> Sample:
+    return Sample(kind, mixture.rows.make(kind, text, (len(sample.codes),)), (sample.codes,))
+
+
+def _plain(mixture: Mixture, entry: MixtureEntry, line: str, _choices: list[float]) -> Sample:
+    return Sample(entry.kind, mixture.rows.make("text", line, ()), ())
+
+
+_KINDS: dict[str, Callable[..., Sample]] = {
+    "drawing": _pair,
+    "captioning": _pair,
+    "conversation": _talk,
+    "alignment": _talk,
+    "text": _plain,
+}

@@ -1,0 +1,129 @@
+"""What a YAML of the MLLM stage may say: data mixture, loss, model, learning rate per part.
+
+Pretraining and fine-tuning are the same loop; they differ by what stands here. No torch is imported.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from open_unitok.errors import UserError, did_you_mean
+
+from .options import RunConfig
+
+# part of the model -> what its parameters' names begin with
+PARTS = {
+    "language_model": "language_model.",
+    "lm_head": "lm_head.",
+    "visual_embedder": "visual_embedder.",
+    "depth_head": "depth_head.",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureEntry:
+    """A data set in a role; `path` is a code folder (kind text: a text file), `weight` its share."""
+
+    kind: Literal["drawing", "captioning", "conversation", "alignment", "text"]
+    path: str
+    weight: float = 1.0
+
+    def check(self) -> None:
+        if not self.weight > 0:
+            raise UserError(
+                f"data.mixture: weight of {self.kind} from {self.path} is {self.weight}: above 0 is wanted."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureOptions:
+    """The data; the defaults are published UniTok's.
+
+    unconditional: share of drawings whose prompt is replaced, for guidance. short_captions: share of drawings
+    by the short caption where a sample has a long one too. drawing_share: of an entry "drawing", the rest is
+    captioned. max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens
+    hold as many samples as fit, without seeing each other; 0 = one sample per row. group_by_length:
+    micro-batches of one step hold samples of like length (every rank then makes all samples of a step).
+    """
+
+    mixture: list[MixtureEntry]
+    unconditional: float = 0.1
+    short_captions: float = 0.2
+    drawing_share: float = 1.0
+    max_length: int = 2048
+    pack_to: int = 0
+    group_by_length: bool = False
+    max_bad_share: float = 0.05
+
+    def check(self) -> None:
+        if not self.mixture:
+            raise UserError("data.mixture is empty: name at least one {kind, path, weight}.")
+        for name in ("unconditional", "short_captions", "drawing_share", "max_bad_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"data.{name} is {getattr(self, name)}: a share between 0 and 1 is wanted.")
+        if self.max_length < 2 or self.pack_to < 0:
+            raise UserError("data.max_length is 2 or more, data.pack_to 0 (no packing) or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossOptions:
+    """How text and image loss are joined.
+
+    weighting "tokens" (published): (image * sum over codes + text * sum over text tokens) / (image * codes +
+    text * text tokens), so every code counts as one token. "means": image * mean over codes + text * mean
+    over text tokens. Sums and counts are over all ranks and the whole accumulation.
+    """
+
+    weighting: Literal["tokens", "means"] = "tokens"
+    text: float = 1.0
+    image: float = 1.0
+
+    def check(self) -> None:
+        if self.text < 0 or self.image < 0 or self.text + self.image == 0:
+            raise UserError("loss.text and loss.image are 0 or more, and not both 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A new model: a visual tokenizer, a text tokenizer, and a decoder from sizes or from a folder.
+
+    unitok: folder of the visual tokenizer. text_tokenizer: sentencepiece `tokenizer.model` or a folder.
+    language_model: folder or hub id of a trained decoder; else `text` (fields of its config) says its sizes.
+    depth: fields of the depth head's config. fields: further fields of UniTokMLLMConfig.
+    processor: further arguments of UniTokProcessor (template, legacy, ...).
+    """
+
+    unitok: str
+    text_tokenizer: str
+    language_model: str | None = None
+    text: dict[str, Any] = dataclasses.field(default_factory=dict)
+    depth: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    processor: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLLMRun(RunConfig):
+    """The MLLM stage; either `model` (pretraining) or `start_from` (fine-tuning an MLLM folder) is given.
+
+    lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
+    """
+
+    data: MixtureOptions
+    loss: LossOptions = LossOptions()
+    model: ModelOptions | None = None
+    lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        super().check()
+        if (self.model is None) == (self.start_from is None):
+            raise UserError(
+                "Give either `model` (build a new MLLM) or `start_from` (train an MLLM folder further), not "
+                f"{'both' if self.model else 'neither'}."
+            )
+        for part, factor in self.lr_factors.items():
+            if part not in PARTS:
+                raise UserError(f"lr_factors.{part}: there is no such part.{did_you_mean(part, PARTS)}")
+            if factor < 0:
+                raise UserError(f"lr_factors.{part} is {factor}: 0 (frozen) or more is wanted.")
+        if all(self.lr_factors.get(part, 1.0) == 0 for part in PARTS):
+            raise UserError("lr_factors freeze every part: nothing is left to train.")

@@ -1,0 +1,116 @@
+"""The MLLM of a run with all that belongs to it: built around a visual tokenizer, or loaded from a folder."""
+
+import inspect
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from open_unitok.errors import UserError, did_you_mean
+from open_unitok.files import existing
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.model import check_folder
+
+from . import draws
+from .mllm_config import MLLMRun
+
+
+class Parts(NamedTuple):
+    """What an MLLM folder is made of."""
+
+    model: Any  # UniTokForConditionalGeneration
+    processor: UniTokProcessor
+    unitok: Path  # folder of the visual tokenizer
+
+
+def new_parts(config: MLLMRun) -> Parts:
+    """A new MLLM around a trained visual tokenizer; weights are drawn by the seed, or come with the decoder.
+
+    Raises:
+        UserError: a folder of another kind, an unknown field, sizes that do not fit.
+    """
+    wanted = config.model
+    assert wanted is not None
+    folder = existing(wanted.unitok, "model.unitok is the folder of a trained visual tokenizer.")
+    check_folder(folder)
+    unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
+    options = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
+    _check_keys(wanted.processor, options, "model.processor")
+    sizes = {"image_size": unitok.config.image_size, "num_image_tokens": unitok.config.num_visual_tokens}
+    processor = UniTokProcessor.from_text_tokenizer(wanted.text_tokenizer, **{**sizes, **wanted.processor})
+    base = _decoder(wanted.language_model) if wanted.language_model else None
+    fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
+    _check_keys(wanted.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
+    if base is None:
+        ids = {"vocab_size": processor.vocab_size, "bos_token_id": processor.bos_token_id}
+        text = {"model_type": "llama", **ids, "eos_token_id": processor.eos_token_id, **wanted.text}
+        if text["vocab_size"] < processor.vocab_size:
+            raise UserError(
+                f"model.text.vocab_size is {text['vocab_size']}, but the text tokenizer has "
+                f"{processor.vocab_size} ids: leave the key out."
+            )
+        fields["text_config"] = text
+    elif wanted.text:
+        raise UserError("model.text and model.language_model exclude each other: the folder has sizes.")
+    else:
+        fields["text_config"] = base.config
+    fields |= {"depth_config": wanted.depth, **wanted.fields}
+    mllm_config = UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
+    _check_keys(wanted.text, set(mllm_config.text_config.to_dict()), "model.text")
+    _check_keys(wanted.depth, set(mllm_config.depth_config.to_dict()), "model.depth")
+    torch.manual_seed(draws.key(config.seed, "model"))
+    model = UniTokForConditionalGeneration(mllm_config)
+    if base is not None:
+        model.language_model.load_state_dict(base.get_decoder().state_dict())
+        model.lm_head.load_state_dict(base.get_output_embeddings().state_dict())
+        if processor.vocab_size > model.lm_head.out_features:
+            model.resize_token_embeddings(processor.vocab_size)
+    model.init_from_tokenizer(unitok)
+    return Parts(model, processor, folder)
+
+
+def load_parts(folder: str) -> Parts:
+    """The MLLM of a folder, in float32, for further training.
+
+    Raises:
+        UserError: no MLLM folder, or one without its visual tokenizer.
+    """
+    existing(folder, "start_from is the folder of a trained MLLM, e.g. runs/pretrain/model.")
+    model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    unitok = existing(Path(folder) / "unitok", "An MLLM folder holds its visual tokenizer there.")
+    return Parts(model, UniTokProcessor.from_pretrained(folder), unitok)
+
+
+def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an MLLM folder: weights (`state`, where they had to be gathered), processor, and `unitok/`."""
+    parts.model.save_pretrained(path, state_dict=state)
+    parts.processor.save_pretrained(path)
+    shutil.copytree(parts.unitok, path / "unitok", copy_function=_link, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    """A second name for the same file, as it never changes; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _decoder(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.language_model {folder} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"Unknown config key '{where}.{key}'.{did_you_mean(key, known)}")

@@ -1,0 +1,192 @@
+"""Stage 2: train the MLLM to read and to draw, in one loop for pretraining and fine-tuning (arXiv 2502.20321,
+section 3.4).
+
+B rows, L tokens per row, K sub-codebooks.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from open_unitok import ranks
+from open_unitok.errors import UserError
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+
+from . import draws, engine, schedules
+from .checkpoint import Checkpoints, stopping
+from .codes_data import CodeFolder
+from .collate import Rows
+from .logbook import Logbook
+from .mixture import Mixture
+from .mllm_config import PARTS, LossOptions, MLLMRun
+from .mllm_model import Parts, load_parts, new_parts, save_parts
+from .mllm_progress import Progress
+from .runfolder import RunFolder
+
+
+def main(config: MLLMRun, folder: RunFolder) -> None:
+    """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
+    device = engine.start(config.engine, config.seed)
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    latest = checkpoints.latest()
+    micro = config.micro_batch(ranks.world_size())
+    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
+    model = parts.model.to(device)
+    mixture = build_mixture(config, parts)
+    folder.note(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
+    freeze(model, config.lr_factors)
+    if config.engine.gradient_checkpointing:
+        engine.checkpoint_activations(model)
+    factors = {PARTS[part]: factor for part, factor in config.lr_factors.items()}
+    groups = engine.decay_groups(model, config.optimizer.weight_decay, factors)
+    trained = engine.wrap(model, groups, config.optimizer, config.engine, micro)
+    log = Logbook(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
+    progress = Progress(model.config.num_codebooks, device)
+    gathers = config.engine.zero_stage == 3
+
+    def weights() -> dict[str, torch.Tensor] | None:
+        return trained._zero3_consolidated_16bit_state_dict() if gathers else None
+
+    def write_model(path: Path) -> None:
+        state = weights()
+        if ranks.is_main():
+            save_parts(parts, path, state)
+
+    step = 0
+    if latest is not None:
+        state = checkpoints.restore(latest, {"mllm": trained})
+        step = state["step"]
+        mixture.load_state_dict(state["mixture"])
+        log.load_state_dict(state["log"])
+        progress.load_state_dict(state["progress"])
+        log.phase(f"goes on after step {step} ({latest.name})")
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    log.phase(
+        f"{count / 1e6:.1f} M parameters, steps {step} to {config.last_step} of {config.batch_size} samples"
+    )
+
+    model.train()
+    log.begin(step)
+    with stopping() as stop:
+        while step < config.last_step:
+            plan = config.schedule
+            rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
+            engine.set_lr(trained, rate)
+            batches = mixture.next()
+            # 1. how much is learnt on all ranks and in all micro-batches of this step: the denominators
+            counts = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches])
+            targets = ranks.sum_over_ranks(counts.sum(dim=0))
+            sums = torch.zeros(3, device=device)
+            norm = None
+            for part, batch in enumerate(batches):
+                draws.seed_step(config.seed, step, part)
+                inputs = {
+                    name: None if value is None else value.to(device) for name, value in batch.inputs.items()
+                }
+                # 2. one pass over texts and images, read and drawn; the losses come as sums
+                out = trained(**inputs, reduction="sum", return_logits=False)
+                joined = join(out.text_loss, out.image_loss, targets, config.loss)
+                # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
+                trained.backward(joined.loss * (ranks.world_size() * config.engine.accumulation))
+                norm = engine.step(trained)
+                sums += torch.stack([value.detach() for value in joined]) * ranks.world_size()
+                progress.add(out.image_correct, batch)
+                if (step + 1) % config.log.every == 0:
+                    progress.add_texts(model, out.last_hidden_state, batch, inputs)
+            step += 1
+            if step % config.log.every == 0:
+                log.note("lr", config.optimizer.lr * rate)
+                for name, value in progress.take().items():
+                    log.note(name, value)
+            loss, text_loss, image_loss = sums.unbind()
+            values = {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
+            log.add(step, {**values, "grad_norm": norm if norm is not None else 0.0})
+            asked = stop()
+            if asked or step % config.checkpoint.every == 0 or step == config.last_step:
+                state = {
+                    "mixture": mixture.state_dict(),
+                    "log": log.state_dict(),
+                    "progress": progress.state_dict(),
+                }
+                checkpoints.save(step, write_model, {"mllm": trained}, state, gathers)
+                stop.exit_if_asked()
+    log.flush()
+    log.close()
+    if step < config.steps:
+        log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+        return
+    final = weights()
+    if ranks.is_main():
+        folder.finish(lambda path: save_parts(parts, path, final))
+    ranks.barrier()
+    log.phase(f"finished: {folder.model}")
+
+
+class Joined(NamedTuple):
+    """This rank's share of the loss and of the two mean losses: over ranks and micro-batches they add up."""
+
+    loss: torch.Tensor
+    text_loss: torch.Tensor
+    image_loss: torch.Tensor
+
+
+def join(
+    text_sum: torch.Tensor, image_sum: torch.Tensor, targets: torch.Tensor, options: LossOptions
+) -> Joined:
+    """Text and image loss as one number; see `LossOptions`.
+
+    Args:
+        text_sum, image_sum: summed over this micro-batch.
+        targets: (2,) text tokens and codes that are learnt in the whole step, on all ranks.
+    """
+    text_count, code_count = targets.tolist()
+    text, image = text_sum / max(text_count, 1.0), image_sum / max(code_count, 1.0)
+    if options.weighting == "means":
+        return Joined(options.text * text + options.image * image, text, image)
+    total = max(options.text * text_count + options.image * code_count, 1e-9)
+    return Joined((options.text * text_sum + options.image * image_sum) / total, text, image)
+
+
+def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
+    """The data of this run, checked against the model.
+
+    Raises:
+        UserError: codes of another tokenizer or number of visual tokens; rows longer than the context.
+    """
+    model: UniTokForConditionalGeneration = parts.model
+    processor: UniTokProcessor = parts.processor
+    limit = model.config.context_length
+    if limit is not None and config.data.max_length > limit:
+        raise UserError(
+            f"data.max_length is {config.data.max_length}, but the decoder's context is {limit} tokens "
+            "(max_position_embeddings): lower it."
+        )
+    mixture = Mixture(
+        config.data,
+        Rows(processor, config.data.max_length),
+        seed=config.seed,
+        batch_size=config.batch_size,
+        accumulation=config.engine.accumulation,
+        fingerprint=model.config.unitok_fingerprint,
+    )
+    for entry in config.data.mixture:
+        codes = mixture.sets[entry.path]
+        if not isinstance(codes, CodeFolder):
+            continue
+        tokens = codes.manifest["num_tokens"]
+        if entry.kind == "drawing" and tokens != model.config.num_image_tokens:
+            raise UserError(
+                f"{entry.path} holds {tokens} visual tokens per image, but the model draws "
+                f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."
+            )
+    return mixture
+
+
+def freeze(model: Any, factors: dict[str, float]) -> None:
+    """No gradient for parts with factor 0, nor ever for the sub-codebooks: stored codes keep meaning."""
+    frozen = tuple(PARTS[part] for part, factor in factors.items() if factor == 0)
+    for name, parameter in model.named_parameters():
+        if frozen and name.startswith(frozen):
+            parameter.requires_grad_(False)
+    model.visual_embedder.codebooks.requires_grad_(False)
