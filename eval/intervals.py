@@ -57,8 +57,9 @@ def bootstrap(
     at_once = max(1, 4_000_000 // groups)  # keeps the draws of large sets in memory
     for start in range(0, RESAMPLES, at_once):
         rounds = min(at_once, RESAMPLES - start)
-        weights = rng.multinomial(groups, np.full(groups, 1 / groups), size=rounds)
-        values.append(statistic(weights @ columns))
+        drawn = rng.integers(groups, size=(rounds, groups)) + groups * np.arange(rounds)[:, None]
+        weights = np.bincount(drawn.ravel(), minlength=rounds * groups).reshape(rounds, groups)
+        values.append(statistic(weights.astype(np.float64) @ columns))
     low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
     return [float(low), float(high)]
 

@@ -17,15 +17,17 @@ from open_unitok.files import existing, read_json
 from .harness import Settings
 
 DEFAULTS = Settings()
+DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER, MLLM = "unitok", "unitok_mllm"
 
 
 class Copies(NamedTuple):
-    """Pictures as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and the codes (B, N, K)."""
+    """Pictures as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and codes (B, N, K)."""
 
     originals: np.ndarray
     copies: np.ndarray
     codes: np.ndarray
+    codebook_size: int  # V
 
 
 class Model:
@@ -37,38 +39,40 @@ class Model:
 
     def __init__(self, folder: str | Path, settings: Settings = DEFAULTS, device: str = "cpu"):
         self.folder, self.device, self.settings = existing(folder), device, settings
+        if settings.dtype not in DTYPES:
+            raise UserError(f"dtype is {settings.dtype!r}; allowed: {', '.join(DTYPES)}.")
         self.kind = kind_of(self.folder)
         self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
         self._unitok = self._pipeline = self._captions = None
 
+    @property
+    def sampling(self):
+        """How it draws; a UserError where a setting is out of range."""
+        from open_unitok.generation import Sampling
+
+        s = self.settings
+        return Sampling(guidance=s.guidance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+
     def needs(self, kind: str, benchmark: str) -> None:
-        """Raise UserError where a benchmark asks for more than this model can do."""
+        """Raise UserError where a benchmark asks for more than this model can do, or for the impossible."""
         if kind == "mllm" and self.kind != "mllm":
             raise UserError(
                 f"{benchmark} needs a model that reads and draws, but {self.folder} holds a tokenizer alone; "
                 "give the folder that an MLLM stage wrote."
             )
+        if kind == "mllm":
+            _ = self.sampling  # its checks come before the first batch
 
     def describe(self) -> dict[str, Any]:
-        """Path, kind, fingerprint and the codebooks' sizes, for the result."""
-        config = self.unitok.config
-        return {
-            "path": str(self.folder),
-            "kind": self.kind,
-            "fingerprint": fingerprint(self.folder),
-            "num_codebooks": config.num_codebooks,
-            "codebook_size": config.codebook_size,
-        }
+        """Path, kind and fingerprint, for the result; nothing is loaded for it."""
+        return {"path": str(self.folder), "kind": self.kind, "fingerprint": fingerprint(self.folder)}
 
     @property
     def dtype(self):
         """The torch dtype of the settings."""
         import torch
 
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if self.settings.dtype not in kinds:
-            raise UserError(f"dtype is {self.settings.dtype!r}; allowed: {', '.join(kinds)}.")
-        return kinds[self.settings.dtype]
+        return getattr(torch, self.settings.dtype)
 
     @property
     def unitok(self):
@@ -112,7 +116,8 @@ class Model:
             codes = self.unitok.encode(pixels.to(self.device))
             copies = self.unitok.decode(codes).float().cpu()
         channels_last = [to_uint8(p).permute(0, 2, 3, 1).numpy() for p in (pixels, copies)]
-        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy())
+        size = self.unitok.config.codebook_size
+        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy(), size)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unit embeddings (B, E)."""
@@ -140,11 +145,7 @@ class Model:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One picture per prompt; its seed alone decides it, not the batch around it."""
-        from open_unitok.generation import Sampling
-
-        s = self.settings
-        sampling = Sampling(guidance=s.guidance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
-        return self.pipeline.generate(list(prompts), sampling, seed=list(seeds))
+        return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))
 
 
 def kind_of(folder: Path) -> str:

@@ -44,7 +44,8 @@ def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[
         for i, copy, codes in zip(images, copies.copies, copies.codes):
             file = f"pictures/{batch[i].index:06d}.png"
             save_picture(copy, out / file)
-            rows[i] = {"file": file, "codes": pack(codes)}
+            books = [codes.shape[1], copies.codebook_size]
+            rows[i] = {"file": file, "codes": pack(codes), "codebooks": books}
     return rows
 
 
@@ -83,18 +84,18 @@ def score_reconstruction(
 ) -> Scored:
     """PSNR and SSIM per picture, and how much of the codebooks the pictures use."""
     mode = scorer or "skimage7"
-    k, v = run["model"]["num_codebooks"], run["model"]["codebook_size"]
-    use = metrics.CodebookUse(k, v)
     good = [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
+    if not good:
+        raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
+    k, v = rows[good[0].index]["codebooks"]
+    use = metrics.CodebookUse(k, v)
     psnr, ssim = [], []
     for batch in in_batches(good, 64):
         copies = [np.asarray(read_picture(folder / rows[s.index]["file"])) for s in batch]
-        originals = [original_of(s, copy.shape[0]) for s, copy in zip(batch, copies)]
-        psnr += metrics.psnr(np.stack(originals), np.stack(copies)).tolist()
-        ssim += metrics.ssim(np.stack(originals), np.stack(copies), mode).tolist()
+        originals = originals_of(batch, copies[0].shape[0])
+        psnr += metrics.psnr(originals, np.stack(copies)).tolist()
+        ssim += metrics.ssim(originals, np.stack(copies), mode).tolist()
         use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
-    if not good:
-        raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
     used, perplexity = use.used(), use.perplexity()
     result = {
         "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(with_ones(psnr)), "dB"),
@@ -118,12 +119,14 @@ def score_reconstruction(
     ])  # fmt: skip
 
 
-def original_of(sample: Sample, size: int) -> np.ndarray:
-    """The picture as the tokenizer saw it, uint8 (size, size, 3)."""
+def originals_of(batch: list[Sample], size: int) -> np.ndarray:
+    """The pictures as the tokenizer saw them, uint8 (B, size, size, 3)."""
+    import torch
+
     from open_unitok.tokenizer.images import to_pixels, to_uint8
 
-    pixels = to_pixels(read_picture(sample.image), size, mode="crop")
-    return to_uint8(pixels).permute(1, 2, 0).numpy()
+    pixels = torch.stack([to_pixels(read_picture(s.image), size, mode="crop") for s in batch])
+    return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
 def in_batches(items: list, size: int) -> Iterator[list]:

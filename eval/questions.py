@@ -147,8 +147,9 @@ def score_pope(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, An
         "f1": Metric(result["f1"], len(questions), interval),
         "accuracy": Metric(result["accuracy"], len(questions), bootstrap(with_ones(right), clusters)),
     }
-    for name, ratios in result["per_category"].items():
-        metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]))
+    for k, (name, ratios) in enumerate(result["per_category"].items()):
+        interval = bootstrap(columns[:, k], clusters, f1_of)
+        metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
     details = {"scorer": scorer or "official", "per_category": result["per_category"]}
     return Scored(metrics, details, [
         {

@@ -205,14 +205,14 @@ def drawn(material: Material) -> list[Row]:
     """The drawings of GenEval-style prompts by lot, with the path of each picture."""
     rows = [r for r in material.samples.get("geneval", []) if r["kind"] == "draw" and r["file"]]
     folder = material.run / "eval" / "geneval"
-    return [row | {"path": folder / row["file"]} for row in choose(rows, 36, "group")]
+    return [row | {"path": folder / row["file"]} for row in choose(rows, 35, "group")]
 
 
 def placed(material: Material) -> list[Row]:
     """Drawings of single objects at a place, by lot."""
     rows = [r for r in material.samples.get("drawing_positions", []) if r["kind"] == "draw" and r["file"]]
     folder = material.run / "eval" / "drawing_positions"
-    return [row | {"path": folder / row["file"]} for row in choose(rows, 12, "group")]
+    return [row | {"path": folder / row["file"]} for row in choose(rows, 14, "group")]
 
 
 def copied(material: Material, count: int = 16) -> list[Row]:
@@ -247,4 +247,6 @@ def stage_curves(rows: list[Row], most: int = 6) -> dict[str, list[tuple[float, 
             (i for i, word in enumerate(FIRST) if name == word or word in name.split("/")), len(FIRST)
         ), name
 
-    return {name: curves[name] for name in sorted(curves, key=place)[:most]}
+    # the page shows three side by side: full rows only
+    names = sorted(curves, key=place)[:most]
+    return {name: curves[name] for name in (names if len(names) < 3 else names[: len(names) // 3 * 3])}

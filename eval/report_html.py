@@ -129,7 +129,7 @@ def answers(material: Material) -> str:
         )
     return section(
         "It sees",
-        "These pictures share no arrangement with training. A wrong answer is struck out, then the true one.",
+        "They share no arrangement with training. A wrong answer is struck out, the truth stands beside it.",
         f'<div class="asks">{"".join(cards)}</div>' if cards else "",
     )
 
@@ -208,13 +208,13 @@ def codebooks(material: Material) -> str:
         return ""
     size = details["codebook_size"]
     used = "".join(
-        charts.bar_row(f"sub-codebook {i + 1}", u, f"{round(u * size)} of {size} entries, perplexity {p:.1f}")
+        charts.bar_row(f"codebook {i + 1}", u, f"{round(u * size)} of {size} entries, perplexity {p:.1f}")
         for i, (u, p) in enumerate(zip(details["usage"], details["perplexity"]))
     )
     values = [row["psnr"] for row in material.samples["reconstruction"]]
     spread = charts.histogram("PSNR of the test pictures", values, "dB")
     tokens = f"{details['tokens']:,}"
-    line = f"Entries hit by {tokens} visual tokens of the test pictures; perplexity is exp(entropy)"
+    line = f"Entries hit by {tokens} visual tokens of the test pictures; perplexity is exp(entropy)."
     bars = f'<div class="panel card"><h3>Entries used, per cent</h3>{used}</div>'
     body = f'<div class="columns">{bars}{spread}</div>'
     return section("The codebooks", line, body)
@@ -247,7 +247,7 @@ def phases(material: Material) -> str:
             f'<i class="fill" style="width:{part:.1f}%"></i></div></td></tr>'
         )
     rows.append(f'<tr><td><b>total</b></td><td class="n"><b>{total:.1f} s</b></td><td></td><td></td></tr>')
-    header = "<tr><th>phase</th><th>time</th><th>peak memory</th><th></th></tr>"
+    header = "<tr><th>phase</th><th class='n'>time</th><th class='n'>peak memory</th><th></th></tr>"
     body = f'<div class="card scroll"><table>{header}{"".join(rows)}</table></div>'
     return section("Time and memory", "", body)
 
@@ -265,7 +265,10 @@ def table(lines: Sequence[Line]) -> str:
             f'<tr><td{sub}>{text(line.name.strip())}</td><td class="n">{shown(line.value, line.unit)}</td>'
             f'<td class="n">{around}</td><td class="n">{line.n or ""}</td><td>{text(line.beside)}</td></tr>'
         )
-    header = "<tr><th>measure</th><th>value</th><th>95 % interval</th><th>n</th><th>beside it</th></tr>"
+    header = (
+        "<tr><th>measure</th><th class='n'>value</th><th class='n'>95 % interval</th><th class='n'>n</th>"
+        "<th>beside it</th></tr>"
+    )
     return section(
         "All numbers", "", f'<div class="card scroll"><table>{header}{"".join(rows)}</table></div>'
     )

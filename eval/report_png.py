@@ -1,5 +1,6 @@
 """The report as one picture: drawings, answers, copies and curves on a contact sheet, drawn by PIL."""
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,62 +17,97 @@ ACCENT, WASH, GOOD, BAD = "#5446e0", "#ebe9fb", "#17805a", "#c22f4a"
 
 def sheet(material: Material, lines: Sequence[Line], title: str) -> bytes:
     """The contact sheet as PNG bytes."""
-    canvas = Image.new("RGB", (WIDTH, 4000), PAPER)
-    pen = ImageDraw.Draw(canvas)
+    pen = Pen(WIDTH, 2400)
     y = MARGIN
-    pen.text((MARGIN, y), title, INK, font(46))
+    pen.text((MARGIN, y), title, INK, 46)
     y = tiles(pen, lines, y + 76)
-    y = row_of_drawings(canvas, pen, material, y)
-    y = row_of_answers(canvas, pen, material, y)
-    y = row_of_copies(canvas, pen, material, y)
+    y = row_of_drawings(pen, material, y)
+    y = row_of_answers(pen, material, y)
+    y = row_of_copies(pen, material, y)
     y = row_of_curves(pen, material, y)
-    canvas = canvas.crop((0, 0, WIDTH, y + MARGIN - GAP))
     buffer = io.BytesIO()
-    canvas.save(buffer, "PNG", optimize=True)
+    pen.finished(y + MARGIN - GAP).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
+class Pen:
+    """Draws at twice the size and shrinks at the end, since PIL's lines and corners are jagged."""
+
+    SCALE = 2
+
+    def __init__(self, width: int, height: int):
+        self.canvas = Image.new("RGB", (width * self.SCALE, height * self.SCALE), PAPER)
+        self.draw = ImageDraw.Draw(self.canvas)
+
+    def finished(self, height: int) -> Image.Image:
+        """The upper part of the canvas, in its real size."""
+        return self.canvas.crop((0, 0, self.canvas.width, height * self.SCALE)).reduce(self.SCALE)
+
+    def text(self, at: tuple[float, float], words: str, colour: str, size: int) -> None:
+        """Words with their top left corner at `at`."""
+        self.draw.text((at[0] * self.SCALE, at[1] * self.SCALE), words, colour, font(size * self.SCALE))
+
+    def box(self, box: tuple[float, float, float, float], radius: int, colour: str, edge: str = "") -> None:
+        """A rounded rectangle."""
+        x0, y0, x1, y1 = (v * self.SCALE for v in box)
+        self.draw.rounded_rectangle((x0, y0, x1, y1), radius * self.SCALE, colour, edge or None, self.SCALE)
+
+    def disc(self, x: float, y: float, radius: float, colour: str) -> None:
+        """A filled circle."""
+        self.draw.circle((x * self.SCALE, y * self.SCALE), radius * self.SCALE, colour)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: int = 1) -> None:
+        """A line through points."""
+        scaled = [(x * self.SCALE, y * self.SCALE) for x, y in points]
+        self.draw.line(scaled, colour, width * self.SCALE, joint="curve")
+
+    def area(self, points: Sequence[tuple[float, float]], colour: str) -> None:
+        """A filled polygon."""
+        self.draw.polygon([(x * self.SCALE, y * self.SCALE) for x, y in points], colour)
+
+    def picture(self, path: Path, x: int, y: int, side: int) -> None:
+        """A picture scaled to side x side, crisp where it is small; nothing where it cannot be read."""
+        try:
+            with Image.open(path) as opened:
+                image = opened.convert("RGB")
+        except OSError:
+            return
+        large = (side * self.SCALE, side * self.SCALE)
+        way = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
+        self.canvas.paste(image.resize(large, way), (x * self.SCALE, y * self.SCALE))
+
+
+@functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """PIL's own font: the same on every machine."""
     return ImageFont.load_default(size)
 
 
-def heading(pen: ImageDraw.ImageDraw, words: str, y: int) -> int:
+def heading(pen: Pen, words: str, y: int) -> int:
     """A section's name; returns where its content starts."""
-    pen.text((MARGIN, y + 22), words, INK, font(27))
+    pen.text((MARGIN, y + 22), words, INK, 27)
     return y + 70
 
 
-def card(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int]) -> None:
+def card(pen: Pen, box: tuple[int, int, int, int]) -> None:
     """A white card."""
-    pen.rounded_rectangle(box, 14, CARD, EDGE)
+    pen.box(box, 14, CARD, EDGE)
 
 
-def tiles(pen: ImageDraw.ImageDraw, lines: Sequence[Line], y: int) -> int:
+def tiles(pen: Pen, lines: Sequence[Line], y: int) -> int:
     """The large numbers."""
     large = [line for line in lines if line.tile]
     width = (WIDTH - 2 * MARGIN - GAP * (len(large) - 1)) // max(len(large), 1)
     for i, line in enumerate(large):
         x = MARGIN + i * (width + GAP)
         card(pen, (x, y, x + width, y + 124))
-        pen.text((x + 18, y + 16), shown(line.value, line.unit), INK, font(34))
-        pen.text((x + 18, y + 60), line.tile, SOFT, font(18))
-        pen.text((x + 18, y + 88), fit(line.beside, width - 30, 15), SOFT, font(15))
+        pen.text((x + 18, y + 16), shown(line.value, line.unit), INK, 34)
+        pen.text((x + 18, y + 60), line.tile, SOFT, 18)
+        pen.text((x + 18, y + 88), fit(line.beside, width - 30, 15), SOFT, 15)
     return y + 124 + GAP
 
 
-def paste(canvas: Image.Image, path: Path, x: int, y: int, side: int) -> None:
-    """A picture scaled to side x side, pixel for pixel where it is small."""
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
-        return
-    way = Image.Resampling.NEAREST if image.width < side else Image.Resampling.LANCZOS
-    canvas.paste(image.resize((side, side), way), (x, y))
-
-
-def row_of_drawings(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Material, y: int) -> int:
+def row_of_drawings(pen: Pen, material: Material, y: int) -> int:
     """Two rows of prompts and drawings."""
     rows = drawn(material)[:18]
     if not rows:
@@ -80,14 +116,14 @@ def row_of_drawings(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Mat
     side = (WIDTH - 2 * MARGIN - GAP * (across - 1)) // across
     for i, row in enumerate(rows):
         x, top = MARGIN + i % across * (side + GAP), y + i // across * (side + 66)
-        paste(canvas, row["path"], x, top, side)
+        pen.picture(row["path"], x, top, side)
         mark(pen, x + side - 15, top + 15, bool(row["score"]))
         for k, line in enumerate(wrap(row["prompt"], side, 15)[:2]):
-            pen.text((x, top + side + 6 + 19 * k), line, INK, font(15))
+            pen.text((x, top + side + 6 + 19 * k), line, INK, 15)
     return y + -(-len(rows) // across) * (side + 66)
 
 
-def row_of_answers(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Material, y: int) -> int:
+def row_of_answers(pen: Pen, material: Material, y: int) -> int:
     """Questions beside answers."""
     rows = asked(material, 12)
     if not rows:
@@ -97,22 +133,22 @@ def row_of_answers(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Mate
     for i, row in enumerate(rows):
         x, top = MARGIN + i % across * (width + GAP), y + i // across * (tall + GAP)
         card(pen, (x, top, x + width, top + tall))
-        paste(canvas, row["path"], x + 11, top + 11, tall - 22)
+        pen.picture(row["path"], x + 11, top + 11, tall - 22)
         left, good = x + tall + 4, row["score"] > 0.5
         for k, line in enumerate(wrap(row["question"], width - tall - 22, 16)[:2]):
-            pen.text((left, top + 13 + 21 * k), line, INK, font(16))
+            pen.text((left, top + 13 + 21 * k), line, INK, 16)
         pen.text(
             (left, top + 64),
             fit(row["answer"] or "no answer", width - tall - 22, 23),
             GOOD if good else BAD,
-            font(23),
+            23,
         )
         if not good:
-            pen.text((left, top + 93), f"truth: {row['truth']}", SOFT, font(14))
+            pen.text((left, top + 93), f"truth: {row['truth']}", SOFT, 14)
     return y + -(-len(rows) // across) * (tall + GAP)
 
 
-def row_of_copies(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Material, y: int) -> int:
+def row_of_copies(pen: Pen, material: Material, y: int) -> int:
     """Originals above their copies."""
     rows = copied(material, 14)
     if not rows:
@@ -121,13 +157,13 @@ def row_of_copies(canvas: Image.Image, pen: ImageDraw.ImageDraw, material: Mater
     side = (WIDTH - 2 * MARGIN - 10 * 13) // 14
     for i, row in enumerate(rows):
         x = MARGIN + i * (side + 10)
-        paste(canvas, row["path"], x, y, side)
-        paste(canvas, row["copy_path"], x, y + side + 6, side)
-        pen.text((x, y + 2 * side + 12), f"{row['psnr']:.1f} dB", SOFT, font(15))
+        pen.picture(row["path"], x, y, side)
+        pen.picture(row["copy_path"], x, y + side + 6, side)
+        pen.text((x, y + 2 * side + 12), f"{row['psnr']:.1f} dB", SOFT, 15)
     return y + 2 * side + 40
 
 
-def row_of_curves(pen: ImageDraw.ImageDraw, material: Material, y: int) -> int:
+def row_of_curves(pen: Pen, material: Material, y: int) -> int:
     """The loss of every stage, and the use of the codebooks."""
     found = [
         (f"{stage}: {name}", points)
@@ -149,14 +185,12 @@ def row_of_curves(pen: ImageDraw.ImageDraw, material: Material, y: int) -> int:
     return y + tall + GAP
 
 
-def curve(
-    pen: ImageDraw.ImageDraw, name: str, points: charts.Points, x: int, y: int, width: int, tall: int
-) -> None:
+def curve(pen: Pen, name: str, points: charts.Points, x: int, y: int, width: int, tall: int) -> None:
     """One chart."""
     card(pen, (x, y, x + width, y + tall))
-    pen.text((x + 16, y + 13), name, INK, font(17))
+    pen.text((x + 16, y + 13), name, INK, 17)
     last = charts.short(points[-1][1])
-    pen.text((x + width - 16 - pen.textlength(last, font(17)), y + 13), last, SOFT, font(17))
+    pen.text((x + width - 16 - wide(last, 17), y + 13), last, SOFT, 17)
     points = charts.thin(points)
     x0, x1, y0, y1 = charts.bounds(points)
     left, right, top, bottom = x + 58, x + width - 18, y + 50, y + tall - 36
@@ -167,22 +201,20 @@ def curve(
 
     for value in charts.ticks(y0, y1):
         at = place(x0, value)[1]
-        pen.line((left, at, right, at), EDGE)
+        pen.line([(left, at), (right, at)], EDGE)
         label = charts.short(value)
-        pen.text((left - 8 - pen.textlength(label, font(13)), at - 8), label, SOFT, font(13))
+        pen.text((left - 8 - wide(label, 13), at - 8), label, SOFT, 13)
     for value in charts.ticks(x0, x1):
         label = charts.short(value)
-        pen.text(
-            (place(value, y0)[0] - pen.textlength(label, font(13)) / 2, bottom + 8), label, SOFT, font(13)
-        )
+        pen.text((place(value, y0)[0] - wide(label, 13) / 2, bottom + 8), label, SOFT, 13)
     smooth = charts.smooth(points, 7) if len(points) > 30 else list(points)
     line = [place(*p) for p in smooth]
-    pen.polygon([(line[0][0], bottom), *line, (line[-1][0], bottom)], WASH)
-    pen.line(line, ACCENT, 3, joint="curve")
+    pen.area([(line[0][0], bottom), *line, (line[-1][0], bottom)], WASH)
+    pen.line(line, ACCENT, 3)
 
 
 def bars(
-    pen: ImageDraw.ImageDraw,
+    pen: Pen,
     usage: Sequence[float],
     perplexity: Sequence[float],
     x: int,
@@ -192,27 +224,30 @@ def bars(
 ) -> None:
     """How much of each sub-codebook is used."""
     card(pen, (x, y, x + width, y + tall))
-    pen.text((x + 16, y + 13), "codebook entries used", INK, font(17))
+    pen.text((x + 16, y + 13), "codebook entries used", INK, 17)
     step = min((tall - 62) / len(usage), 36)
     for i, (share, spread) in enumerate(zip(usage, perplexity)):
         top = y + 50 + i * step
         thick = max(step - 10, 4)
         end = x + width - 200
-        pen.rounded_rectangle((x + 16, top, end, top + thick), 5, WASH)
-        pen.rounded_rectangle((x + 16, top, x + 16 + max(share * (end - x - 16), 8), top + thick), 5, ACCENT)
-        pen.text(
-            (end + 12, top + thick / 2 - 9), f"{100 * share:.0f} %   perplexity {spread:.0f}", SOFT, font(15)
-        )
+        pen.box((x + 16, top, end, top + thick), 5, WASH)
+        pen.box((x + 16, top, x + 16 + max(share * (end - x - 16), 8), top + thick), 5, ACCENT)
+        pen.text((end + 12, top + thick / 2 - 9), f"{100 * share:.0f} %   perplexity {spread:.0f}", SOFT, 15)
 
 
-def mark(pen: ImageDraw.ImageDraw, x: int, y: int, good: bool) -> None:
+def mark(pen: Pen, x: int, y: int, good: bool) -> None:
     """A tick or a cross in a disc, drawn, since the font may lack the signs."""
-    pen.ellipse((x - 10, y - 10, x + 10, y + 10), CARD)
+    pen.disc(x, y, 10, CARD)
     if good:
-        pen.line([(x - 5, y), (x - 1, y + 4), (x + 5, y - 4)], GOOD, 3, joint="curve")
+        pen.line([(x - 5, y), (x - 1, y + 4), (x + 5, y - 4)], GOOD, 3)
     else:
-        pen.line((x - 4, y - 4, x + 4, y + 4), BAD, 3)
-        pen.line((x - 4, y + 4, x + 4, y - 4), BAD, 3)
+        pen.line([(x - 4, y - 4), (x + 4, y + 4)], BAD, 3)
+        pen.line([(x - 4, y + 4), (x + 4, y - 4)], BAD, 3)
+
+
+def wide(words: str, size: int) -> float:
+    """The width of words in pixels."""
+    return font(size).getlength(words)
 
 
 def wrap(words: str, width: int, size: int) -> list[str]:
@@ -220,7 +255,7 @@ def wrap(words: str, width: int, size: int) -> list[str]:
     lines = [""]
     for word in words.split():
         longer = f"{lines[-1]} {word}".strip()
-        if font(size).getlength(longer) <= width or not lines[-1]:
+        if wide(longer, size) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
@@ -229,6 +264,6 @@ def wrap(words: str, width: int, size: int) -> list[str]:
 
 def fit(words: str, width: int, size: int) -> str:
     """Cut so that it is no wider than `width` pixels."""
-    while words and font(size).getlength(words) > width:
+    while words and wide(words, size) > width:
         words = words[:-1]
     return words

@@ -53,7 +53,7 @@ margin:0 0 4px 6px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:16px}
 .panel{padding:18px 20px}
 .panel h3{margin:0 0 12px}
-.bar{display:grid;grid-template-columns:112px 1fr 44px;gap:4px 12px;align-items:center;font-size:13px;
+.bar{display:grid;grid-template-columns:96px 1fr 44px;gap:4px 12px;align-items:center;font-size:13px;
   padding:5px 0}
 .bar b{text-align:right}
 .bar small{grid-column:2/4;color:var(--soft);font-size:11.5px;margin-top:-2px}
@@ -81,7 +81,7 @@ margin:0 0 4px 6px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;padding:8px 14px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500;font-size:12px}
-td.n{text-align:right}
+.n{text-align:right}
 tr:last-child td{border:0}
 td.sub{padding-left:32px;color:var(--soft)}
 .warn{border-left:3px solid var(--bad);padding:10px 16px;margin:12px 0}

@@ -1,4 +1,4 @@
-"""Runs from files to score with scripted models: known scores, kills, duplicates, incomplete sets, bad pictures."""
+"""Runs from files to score with scripted models: known scores, kills, duplicates, gaps, bad pictures."""
 
 import json
 import shutil
@@ -44,9 +44,7 @@ class Scripted:
             return image.convert("RGB").tobytes()
 
     def describe(self):
-        return {
-            "path": "scripted", "kind": "mllm", "fingerprint": "0", "num_codebooks": 2, "codebook_size": 8,
-        }  # fmt: skip
+        return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
 
     def answer(self, images, questions):
         result = []
@@ -59,7 +57,7 @@ class Scripted:
     def reconstruct(self, images):
         originals = np.stack([np.asarray(image) for image in images])
         codes = np.arange(len(images) * 8).reshape(len(images), 4, 2) % 8
-        return Copies(originals, originals ^ 1, codes)
+        return Copies(originals, originals ^ 1, codes, 8)
 
     def embed_images(self, images):
         return np.stack([self.mean_colour(image) for image in images])
@@ -247,7 +245,7 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
     phases = [{"name": "tokenizer", "seconds": 12.5, "peak_memory": 2**30}]
     metrics = write_report(tmp_path, phases)
     page = (tmp_path / "report.html").read_text()
-    for needed in ("It draws", "It sees", "It remembers", "sub-codebook 2", "1.00 GiB", "<svg", "base64,"):
+    for needed in ("It draws", "It sees", "It remembers", "codebook 2", "1.00 GiB", "<svg", "base64,"):
         assert needed in page, needed
     for loaded in ("http://", "https://", "<script", "<link", "url("):
         assert loaded not in page, loaded

@@ -1,0 +1,116 @@
+"""`unitok eval run` and `eval score` with a tiny real model, from folders to results; their error lines."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from open_unitok.cli import main
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.text_tokens import CaptionTokenizer
+from open_unitok.training.scenes import SceneConfig, write_scenes
+
+NAMES = ("reconstruction", "zeroshot", "vqav2", "pope", "geneval", "drawing_positions")
+SIZES = {
+    "image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "stage_depths": [1, 1], "hidden_size": 16,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_widths": [8, 8], "decoder_depths": [1, 1],
+    "num_codebooks": 2, "codebook_size": 16, "codebook_dim": 4, "embed_dim": 8, "text_hidden_size": 8,
+    "text_num_layers": 1, "text_num_heads": 1, "text_context_length": 24,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    config = SceneConfig(train=4, shard=4, test=12, pope=2, prompts=2, text_lines=20)
+    write_scenes(config, folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(scenes, tmp_path_factory):
+    torch.manual_seed(0)
+    folder, text = tmp_path_factory.mktemp("model") / "mllm", scenes / "text" / "tokenizer.model"
+    captions = CaptionTokenizer.from_path(text, 24)
+    unitok = UniTok(UniTokConfig(**SIZES, text_vocab_size=captions.vocab_size))
+    unitok.save_pretrained(folder / "unitok")
+    captions.save(folder / "unitok")
+    processor = UniTokProcessor.from_text_tokenizer(text, image_size=32, num_image_tokens=4, template="plain")
+    processor.save_pretrained(folder)
+    decoder = {
+        "model_type": "llama", "vocab_size": processor.vocab_size, "hidden_size": 16, "intermediate_size": 32,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    config = UniTokMLLMConfig.for_tokenizer(
+        unitok.config, text_config=decoder, depth_config={"num_hidden_layers": 1}, **processor.token_ids()
+    )
+    UniTokForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+def call(capsys, *words):
+    """Exit code, stdout, stderr of a command."""
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def test_every_benchmark_runs_and_scores_again_from_files(capsys, model, scenes, tmp_path):
+    words = ("eval", "run", "all", "--model", model, "--data", scenes, "--out", tmp_path, "--limit", 8)
+    code, out, _ = call(capsys, *words, "--max-new-tokens", 4)
+    assert code == 0
+    before = {}
+    for name in NAMES:
+        result = json.loads((tmp_path / name / "results.json").read_text())
+        assert result["complete"] and result["value"] is not None and f"{name}  (" in out
+        assert len(result["model"]["fingerprint"]) == 64 and result["versions"]["torch"]
+        assert result["settings"]["guidance"] == 5.0 and result["missing"] == 0
+        before[name] = (tmp_path / name / "answers-00000.jsonl").read_bytes()
+    code, again, _ = call(capsys, *words, "--max-new-tokens", 4)
+    assert code == 0 and again == out
+    code, scored, _ = call(capsys, "eval", "score", tmp_path)
+    assert code == 0 and sorted(scored.splitlines()) == sorted(out.splitlines())
+    for name in NAMES:
+        assert (tmp_path / name / "answers-00000.jsonl").read_bytes() == before[name]
+
+
+def test_a_batch_changes_no_answer(capsys, model, scenes, tmp_path):
+    for size in (1, 5):
+        words = ("eval", "run", "vqav2", "geneval", "--model", model, "--data", scenes, "--limit", 4)
+        assert call(capsys, *words, "--out", tmp_path / str(size), "--batch-size", size)[0] == 0
+    for name in ("vqav2", "geneval"):
+        one, five = ((tmp_path / size / name / "scores.jsonl").read_bytes() for size in "15")
+        assert one == five
+
+
+def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
+    good = {"--model": model, "--data": scenes, "--out": tmp_path / "o"}
+    (tmp_path / "empty").mkdir()
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    shutil.rmtree(other / "unitok")
+    for name, change, message in (
+        ("vqa", {}, "no benchmark 'vqa'. Did you mean 'vqav2'?"),
+        ("vqav2", {"--model": model / "unitok"}, "vqav2 needs a model that reads and draws"),
+        ("vqav2", {"--model": tmp_path / "nowhere"}, "does not exist"),
+        ("vqav2", {"--model": tmp_path / "empty"}, "it is not a model folder"),
+        ("vqav2", {"--model": other}, "model_type is 'bert'"),
+        ("pope", {"--data": tmp_path / "empty"}, "found nothing"),
+        ("geneval", {"--data": tmp_path / "empty"}, "no evaluation_metadata.jsonl"),
+        ("reconstruction", {"--data": tmp_path / "empty"}, "holds no pictures"),
+        ("reconstruction", {"--dtype": "int8"}, "dtype is 'int8'"),
+        ("geneval", {"--guidance": 0.5}, "guidance is 0.5"),
+        ("vqav2", {"--batch-size": 0}, "must be at least 1"),
+    ):
+        options = [word for pair in (good | change).items() for word in pair]
+        code, _, err = call(capsys, "eval", "run", name, *options)
+        assert code == 2 and message in err and err.count("\n") == 1, (name, err)
+    code, _, err = call(capsys, "eval", "score", tmp_path / "empty")
+    assert code == 2 and "holds no answers" in err
