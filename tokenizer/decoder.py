@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UniTokConfig
-from .layers import NORM_EPS, ChannelNorm, Upsample, build_transformer, conv2d, conv_stage
+from .layers import NORM_EPS, ChannelNorm, Conv2d, Upsample, build_transformer, conv_stage
 
 
 class Decoder(nn.Module):
@@ -26,13 +26,13 @@ class Decoder(nn.Module):
         self.narrow = conv_stage(wide, narrow, config.decoder_depths[1], scale=2.0)
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
-        self.to_pixels = conv2d(narrow, 3, 3)
+        self.to_pixels = Conv2d(narrow, 3, 3)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                module.init = "xavier"
+            if isinstance(module, Conv2d):
+                module.start = "xavier"
 
     @property
-    def last_weight(self) -> nn.Parameter:
+    def last_weight(self) -> torch.Tensor:
         """The weight whose gradients balance reconstruction against the discriminator."""
         return self.to_pixels.weight
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import UniTokConfig
-from .layers import NORM_EPS, ChannelNorm, build_transformer, conv2d, conv_stage
+from .layers import NORM_EPS, ChannelNorm, Conv2d, build_transformer, conv_stage
 
 
 class Stem(nn.Module):
@@ -16,9 +16,9 @@ class Stem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = conv2d(3, width, 3, stride=2, init="fan_out")
+        self.conv1 = Conv2d(3, width, 3, stride=2, start="fan_out")
         self.norm = ChannelNorm(width)
-        self.conv2 = conv2d(width, width, 3, init="fan_out")
+        self.conv2 = Conv2d(width, width, 3, start="fan_out")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.conv2(F.gelu(self.norm(self.conv1(pixels))))
@@ -26,6 +26,8 @@ class Stem(nn.Module):
 
 class Encoder(nn.Module):
     """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256."""
+
+    position_offset: torch.Tensor
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class Encoder(nn.Module):
             ]
         )
         self.pool_norm = ChannelNorm(outputs)
-        self.pool = conv2d(outputs, width, 3, stride=2)
+        self.pool = Conv2d(outputs, width, 3, stride=2)
         registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         # One offset for all tokens, which published checkpoints carry: zero at the start, never trained.

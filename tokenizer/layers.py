@@ -17,13 +17,16 @@ from .config import UniTokConfig
 NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
 
 
-def conv2d(
-    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, init: str = "torch"
-) -> nn.Conv2d:
-    """A "same" convolution with bias; `init` names how its weights start (see model.py)."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
-    conv.init = init
-    return conv
+class Conv2d(nn.Conv2d):
+    """A "same" convolution with bias; `start` names how its weights begin (see model.py)."""
+
+    start: str
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, start: str = "torch"
+    ) -> None:
+        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
+        self.start = start
 
 
 def middle_width(outputs: int) -> int:
@@ -137,7 +140,7 @@ class Upsample(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv = conv2d(inputs, outputs, 3)
+        self.conv = Conv2d(inputs, outputs, 3)
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         kernel = self.conv.weight.flip(2, 3)  # (outputs, inputs, 3, 3)
@@ -162,12 +165,12 @@ class ConvBlock(nn.Module):
         if scale == 2.0:
             self.shortcut = Upsample(inputs, outputs)
         elif inputs != outputs:
-            self.shortcut = conv2d(inputs, outputs, 1)
+            self.shortcut = Conv2d(inputs, outputs, 1)
         self.norm = ChannelNorm(inputs)
-        self.widen = conv2d(inputs, middle, 1)
+        self.widen = Conv2d(inputs, middle, 1)
         self.upsample = Upsample(middle, middle) if scale == 2.0 else None
-        self.depthwise = conv2d(middle, middle, 3, stride=2 if scale == 0.5 else 1, groups=middle)
-        self.narrow = conv2d(middle, outputs, 1)
+        self.depthwise = Conv2d(middle, middle, 3, stride=2 if scale == 0.5 else 1, groups=middle)
+        self.narrow = Conv2d(middle, outputs, 1)
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         shortcut = map
@@ -193,7 +196,8 @@ def exact_float32(device: torch.device) -> Iterator[None]:
 
     Codes are an argmax: two machines, or two settings of one, must not come to different ones.
     """
-    backends = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]
+    backends: list[Any] = [torch.backends.cuda.matmul]
+    backends.append(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
     before = [backend.fp32_precision for backend in backends]
     autocast = contextlib.nullcontext()
     if torch.amp.is_autocast_available(device.type):

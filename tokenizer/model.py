@@ -23,7 +23,7 @@ from open_unitok.files import read_json
 from .config import UniTokConfig
 from .decoder import Decoder
 from .encoder import Encoder
-from .layers import NORM_EPS, exact_float32
+from .layers import NORM_EPS, Conv2d, exact_float32
 from .projection import ProjectionAttention, build_projection
 from .quantizer import Quantizer
 from .text import TextBlock, TextEncoder
@@ -217,7 +217,7 @@ class UniTok(PreTrainedModel):
         """
         from .convert import load_reference
 
-        return load_reference(path, config).to(dtype)
+        return load_reference(path, config).to(dtype)  # pyright: ignore
 
     def _embed(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; the mean takes in the registers."""
@@ -240,7 +240,7 @@ class UniTok(PreTrainedModel):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniTok":
         """`.to(dtype)`, `.half()` and `.bfloat16()` leave in float32 what decides the codes."""
         kept = set()
-        for name in self._keep_in_fp32_modules_strict:
+        for name in self._keep_in_fp32_modules_strict or ():
             for tensor in self.get_submodule(name).state_dict(keep_vars=True).values():
                 kept |= {id(tensor), id(tensor.grad)} - {id(None)}
 
@@ -255,7 +255,7 @@ class UniTok(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """How weights start, as in the published training; transformers calls it for each module."""
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, Conv2d):
             _init_conv(module)
         elif isinstance(module, nn.Linear):
             if module is self.image_projection:
@@ -300,12 +300,11 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise UserError(f"{folder} holds a model of type {kind!r}, not a visual tokenizer ('unitok').{hint}")
 
 
-def _init_conv(conv: nn.Conv2d) -> None:
-    kind = getattr(conv, "init", "torch")
-    if kind == "torch":
+def _init_conv(conv: Conv2d) -> None:
+    if conv.start == "torch":
         conv.reset_parameters()
         return
-    if kind == "xavier":
+    if conv.start == "xavier":
         init.xavier_normal_(conv.weight, gain=0.5)
     else:
         init.normal_(

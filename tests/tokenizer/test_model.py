@@ -112,6 +112,7 @@ def test_weights_missing_in_a_folder_start_as_in_training(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = UniTok.from_pretrained(tmp_path, num_register_tokens=2)
     assert 0.01 < loaded.encoder.register_tokens.std() < 0.03
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_wrong_folders(tmp_path):
