@@ -1,4 +1,4 @@
-"""The decoder over text tokens and image codes, with a visual embedder and a depth head (arXiv 2502.20321)."""
+"""The decoder over text tokens and image codes with a visual embedder and a depth head (arXiv 2502.20321)."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 

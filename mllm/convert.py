@@ -9,6 +9,7 @@ K sub-codebooks, V entries per sub-codebook, C width of one code.
 
 import argparse
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,10 +27,9 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.convert import PROJECTION, rename
 
 from .config import UniTokMLLMConfig
-from .model import UniTokForConditionalGeneration
+from .model import PUBLISHED_TYPE, UniTokForConditionalGeneration
 from .processor import UniTokProcessor
 
-PUBLISHED_TYPE = "mini_gemini"
 _LLAMA_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
     "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
@@ -242,6 +242,8 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
                     state |= load_file(path)
                 else:
                     state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except pickle.UnpicklingError as error:
+                raise UserError(f"{path} cannot be read without running code that is in it.") from error
             except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
                 raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
         return state
@@ -338,6 +340,4 @@ def run(args: argparse.Namespace) -> None:
                 shutil.copy(source / name, folder / name)
     print(f"{source} -> {target}")
     if unitok is None:
-        print(
-            "No visual tokenizer was given (--unitok): the folder makes codes, but neither reads nor draws pictures."
-        )
+        print("No visual tokenizer was given (--unitok): pictures can be neither read nor drawn.")

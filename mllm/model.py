@@ -27,6 +27,8 @@ from .depth_head import DepthHead
 from .embedder import VisualEmbedder
 from .loss import image_loss, targets, text_loss
 
+PUBLISHED_TYPE = "mini_gemini"  # model_type of the published MLLM
+
 
 @dataclass
 class UniTokMLLMOutput(ModelOutput):
@@ -275,15 +277,23 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder of ours or a hub id; keyword arguments as in transformers.
+        """Load a folder of ours or a hub id; keyword arguments as in transformers. A published folder is read
+        too, with `dtype` as the only argument.
 
         Raises:
             UserError: the folder holds no model, or one of another kind.
         """
         path = Path(pretrained_model_name_or_path)
+        if path.is_dir() and not args and kwargs.keys() <= {"dtype"} and folder_type(path) == PUBLISHED_TYPE:
+            from .convert import load_published
+
+            return load_published(path, **kwargs)
         if path.is_dir():
             check_folder(path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.visual_embedder.codebooks.requires_grad_(False)  # loading forgets it
+        return loaded
 
     def _losses(
         self,
@@ -345,16 +355,25 @@ def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def folder_type(folder: str | os.PathLike[str]) -> Any:
+    """The model_type of a folder.
+
+    Raises:
+        UserError: it has no config.json.
+    """
+    config = Path(folder) / "config.json"
+    if not config.exists():
+        raise UserError(f"{folder} is no model folder: it has no config.json.")
+    return read_json(config).get("model_type")
+
+
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """
     Raises:
         UserError: `folder` holds no MLLM; the message says what it holds.
     """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
-    kind = read_json(config).get("model_type")
-    if kind == "mini_gemini":
+    kind = folder_type(folder)
+    if kind == PUBLISHED_TYPE:
         raise UserError(
             f"{folder} holds the published MLLM in its own layout: rewrite it with "
             f"`unitok convert mllm {folder} NEW_FOLDER`."

@@ -213,7 +213,7 @@ class UniTokProcessor:
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey, scaled."""
+        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey."""
         from open_unitok.tokenizer.images import load_image, to_pixels
 
         return to_pixels(load_image(image), self.image_size, mode="pad")

@@ -71,7 +71,7 @@ def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]
 
 
 def check_turns(turns: Turns) -> list[tuple[str, str]]:
-    """[(question, answer), ...]; a conversation that opens with an answer loses it, as in the published code.
+    """[(question, answer), ...]; an answer that no question precedes is left out.
 
     Raises:
         UserError: the speakers do not alternate, or a turn has no text.
