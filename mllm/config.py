@@ -123,8 +123,9 @@ class UniTokMLLMConfig(PretrainedConfig):
         widest = max(self.visual_hidden_size, self.latent_dim)
         if widest % self.num_projection_heads:
             raise UserError(
-                f"The projection between num_codebooks x codebook_dim = {self.latent_dim} and visual_hidden_size "
-                f"= {self.visual_hidden_size} would have {self.num_projection_heads} heads, which do not divide {widest}: set projection_heads to a divisor of {widest}."
+                f"The projection between num_codebooks x codebook_dim = {self.latent_dim} and "
+                f"visual_hidden_size = {self.visual_hidden_size} would have {self.num_projection_heads} "
+                f"heads, which do not divide {widest}: set projection_heads to a divisor of {widest}."
             )
         if self.image_token_id in (self.boi_token_id, self.eoi_token_id, -100):
             raise UserError(

@@ -16,7 +16,7 @@ LENGTH = 16  # visual tokens per image in the golden files
 
 @pytest.fixture(scope="session")
 def reference(golden, formula):
-    """reference("tiny" | "truecb") -> model ("full" context; a fresh one), out (golden tensors), meta, weights."""
+    """reference("tiny" | "truecb") -> model ("full" context; a fresh one), out (tensors), meta, weights."""
 
     @cache
     def files(name: str) -> SimpleNamespace:

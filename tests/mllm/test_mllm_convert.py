@@ -71,7 +71,7 @@ def test_torch_files_run_no_code(folder, reference):
     torch.save(weights, folder / "pytorch_model.bin")
     assert read_shards(folder).keys() == weights.keys()
     torch.save({"a": print}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="pytorch_model.bin cannot be read"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin cannot be read"):
         read_shards(folder)
 
 
@@ -92,9 +92,9 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=f"{shards[1].name} does not exist"):
         load_published(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="type 'llama', not a published MLLM"):
+    with pytest.raises(UserError, match=r"type 'llama', not a published MLLM"):
         load_published(folder)
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match=r"exists already"):
         cli.run(["convert", "mllm", str(folder), str(tmp_path)])
 
 
@@ -105,7 +105,7 @@ def test_the_visual_tokenizer_must_be_the_right_one(folder, reference, tmp_path)
     unitok = UniTok(UniTokConfig(**sizes, text_vocab_size=64))
     unitok.save_pretrained(tmp_path / "other")
     command = ["convert", "mllm", str(folder), str(tmp_path / "ours"), "--unitok"]
-    with pytest.raises(UserError, match="sub-codebooks are not those of the MLLM"):
+    with pytest.raises(UserError, match=r"sub-codebooks are not those of the MLLM"):
         cli.run([*command, str(tmp_path / "other")])
     assert not (tmp_path / "ours").exists()
     with torch.no_grad():
@@ -130,9 +130,9 @@ def test_a_new_model_starts_from_the_visual_tokenizer(tiny, tiny_config):
     torch.testing.assert_close(model.visual_embedder.lookup(codes), unitok.lookup(codes))
     projected = model.visual_embedder.projection(model.visual_embedder.lookup(codes))
     torch.testing.assert_close(projected, unitok.up_projection(unitok.lookup(codes)))
-    with pytest.raises(UserError, match="codebook_size = 9 in the model, but 8"):
+    with pytest.raises(UserError, match=r"codebook_size = 9 in the model, but 8"):
         tiny(codebook_size=9).init_from_tokenizer(unitok)
-    with pytest.raises(UserError, match="visual_hidden_size = 48 with 4 heads does not fit"):
+    with pytest.raises(UserError, match=r"visual_hidden_size = 48 with 4 heads does not fit"):
         tiny(visual_hidden_size=48).init_from_tokenizer(unitok)
     fitted = type(tiny_config()).for_tokenizer(unitok.config, text_config=tiny_config().text_config)
     assert (fitted.num_image_tokens, fitted.num_projection_heads, fitted.latent_dim) == (4, 2, 12)

@@ -1,4 +1,5 @@
-"""What must hold whatever the weights: step by step = all at once, padded = alone, packed = apart, saved = loaded."""
+"""What must hold whatever the weights: step by step = all at once, padded = alone, packed = apart, saved =
+loaded."""
 
 import copy
 import itertools
@@ -104,8 +105,8 @@ def test_padded_rows_equal_rows_alone(tiny, codes, pad_rows, side):
 
 def test_packed_rows_equal_rows_alone(tiny, codes, pad_rows):
     model = tiny()
-    ids = torch.tensor([list(itertools.chain(*(ids for ids, _ in ROWS))) + [0, 0]])
-    labels = torch.tensor([list(itertools.chain(*(labels for _, labels in ROWS))) + [-100, -100]])
+    ids = torch.tensor([[*itertools.chain(*(ids for ids, _ in ROWS)), 0, 0]])
+    labels = torch.tensor([[*itertools.chain(*(labels for _, labels in ROWS)), -100, -100]])
     positions = torch.tensor([[i for ids, _ in ROWS for i in range(len(ids))] + [0, 0]])
     labels[0, len(ROWS[0][0])] = 7  # the first token of the second sample: nothing may predict it
     packed = model(
@@ -233,25 +234,25 @@ def test_generate_in_a_left_padded_batch_equals_one_by_one(tiny, codes, pad_rows
 def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
     model = tiny()
     ids = torch.tensor([ROWS[0][0]])
-    with pytest.raises(UserError, match="4 image places, but no image_codes"):
+    with pytest.raises(UserError, match=r"4 image places, but no image_codes"):
         model(ids)
-    with pytest.raises(UserError, match="4 image places, but image_codes bring 2 images of 4"):
+    with pytest.raises(UserError, match=r"4 image places, but image_codes bring 2 images of 4"):
         model(ids, image_codes=codes[:2])
     with pytest.raises(UserError, match=r"image_codes have shape \(1, 4\)"):
         model(ids, image_codes=codes[0, None, :, 0])
-    with pytest.raises(UserError, match="image_codes run from 0 to 8; 0 to 7 are allowed"):
+    with pytest.raises(UserError, match=r"image_codes run from 0 to 8; 0 to 7 are allowed"):
         model(ids, image_codes=torch.tensor([0, 8, 1]).expand(1, 4, 3))
-    with pytest.raises(UserError, match="The sequence has 65 tokens .* context is 64"):
+    with pytest.raises(UserError, match=r"The sequence has 65 tokens .* context is 64"):
         model(torch.ones(1, 65, dtype=torch.long))
-    with pytest.raises(UserError, match="The prompt with one new token has 65 tokens .* context is 64"):
+    with pytest.raises(UserError, match=r"The prompt with one new token has 65 tokens .* context is 64"):
         model.generate(torch.ones(1, 64, dtype=torch.long))
     first = torch.tensor([[IMAGE] * 4 + [5]])
-    with pytest.raises(UserError, match="cannot be learnt: put a token before it"):
+    with pytest.raises(UserError, match=r"cannot be learnt: put a token before it"):
         model(first, image_codes=codes[:1], labels=first)
     part = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE]])
-    with pytest.raises(UserError, match="only part of an image"):
+    with pytest.raises(UserError, match=r"only part of an image"):
         model(part, image_codes=codes[:1], labels=torch.tensor([[5, IMAGE, -100, IMAGE, IMAGE]]))
-    with pytest.raises(UserError, match="has no config.json"):
+    with pytest.raises(UserError, match=r"has no config.json"):
         UniTokForConditionalGeneration.from_pretrained(tmp_path)
     for kind, words in (("unitok", "That is a visual tokenizer"), ("mini_gemini", "unitok convert mllm")):
         (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}"}}')
@@ -283,5 +284,5 @@ def test_the_published_7b_has_the_published_shapes(golden):
     parts |= {"visual_embedder.projector": 20_981_760, "depth_head.embeddings": 117_440_512}
     for name, count in parts.items():
         assert sum(p.numel() for p in model.get_submodule(name).parameters()) == count, name
-    with pytest.raises(UserError, match="no MLLM size '7b'"):
+    with pytest.raises(UserError, match=r"no MLLM size '7b'"):
         UniTokMLLMConfig.named("7b")

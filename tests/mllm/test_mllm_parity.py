@@ -75,8 +75,8 @@ def _check_image_logits(logits, out, name):
 
 @torch.no_grad()
 def draw(model, ids, mask, guidance, context):
-    """Greedy codes (B, N, K) by the model's incremental parts, the states (rows, N, D) that predict each, and the
-    logits after guidance of the first three (B, 3, K, V)."""
+    """Greedy codes (B, N, K) by the model's incremental parts, the states (rows, N, D) that predict each, and
+    the logits after guidance of the first three (B, 3, K, V)."""
     embedder, head = model.visual_embedder, model.depth_head
     embedder.context = context
     guided = guidance > 1

@@ -1,4 +1,5 @@
-"""Prompts, special ids, labels and masks: equal to the published collator's, for both ways of LLaMA's tokenizer."""
+"""Prompts, special ids, labels and masks: equal to the published collator's, for both ways of LLaMA's
+tokenizer."""
 
 import json
 
@@ -95,10 +96,10 @@ def test_images_stand_before_the_question_or_at_its_marks(processor):
     assert two.count(-200) == 6
     first, second = two.index(-200), len(two) - 1 - two[::-1].index(-200)
     assert two[first : first + 3] == two[second - 2 : second + 1] == [-200] * 3
-    assert ours.decode(two).split() == "USER: What is in this photo ASSISTANT:".split()
+    assert ours.decode(two).split() == ["USER:", "What", "is", "in", "this", "photo", "ASSISTANT:"]
     assert ours.question_ids("a <image> photo", num_images=1).count(-200) == 3
     assert -200 not in ours.question_ids("What is in this photo", num_images=0)
-    with pytest.raises(UserError, match="marks 1 images .* but 2 were given"):
+    with pytest.raises(UserError, match=r"marks 1 images .* but 2 were given"):
         ours.question_ids("a <image> photo", num_images=2)
     assert expand_images([1, -200, 5, -200], -200, [2, 1]) == [1, -200, -200, 5, -200]
 
@@ -132,15 +133,15 @@ def test_broken_conversations_are_refused(processor, turns, words):
 
 def test_unknown_templates_and_missing_tokenizers_are_refused(golden, tmp_path):
     model = golden / "mllm" / "tokenizer.model"
-    with pytest.raises(UserError, match="Did you mean 'vicuna_v1'"):
+    with pytest.raises(UserError, match=r"Did you mean 'vicuna_v1'"):
         UniTokProcessor.from_text_tokenizer(model, template="vicuna")
-    with pytest.raises(UserError, match="no chat template"):
+    with pytest.raises(UserError, match=r"no chat template"):
         UniTokProcessor.from_text_tokenizer(model, template="chat")
-    with pytest.raises(UserError, match="neither tokenizer.json nor tokenizer.model"):
+    with pytest.raises(UserError, match=r"neither tokenizer.json nor tokenizer.model"):
         UniTokProcessor.from_text_tokenizer(tmp_path)
-    with pytest.raises(UserError, match="no text tokenizer"):
+    with pytest.raises(UserError, match=r"no text tokenizer"):
         UniTokProcessor.from_text_tokenizer(tmp_path / "no.model")
-    with pytest.raises(UserError, match="processor_config.json"):
+    with pytest.raises(UserError, match=r"processor_config.json"):
         UniTokProcessor.from_pretrained(tmp_path)
 
 
