@@ -29,7 +29,7 @@ class Settings:
 
     split: str | None = None
     recipe: str | None = None  # the words around a question: see `understanding.RECIPES`
-    max_new_tokens: int = 16
+    max_new_tokens: int | None = None
     images_per_prompt: int | None = None
     guidance: float = 5.0
     temperature: float = 1.0
@@ -39,6 +39,14 @@ class Settings:
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "images_per_prompt", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}; it must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}; it must be 0 or more.")
 
 
 class Sample(NamedTuple):

@@ -138,10 +138,11 @@ class Model:
         with torch.inference_mode():
             return self.unitok.embed_text(self._captions(list(texts)).to(self.device)).float().cpu().numpy()
 
-    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> list[str]:
+    def answer(
+        self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
+    ) -> list[str]:
         """One short text per picture and question, decoded greedily."""
-        words = self.settings.max_new_tokens
-        return self.pipeline.answer(list(images), list(questions), max_new_tokens=words)
+        return self.pipeline.answer(list(images), list(questions), max_new_tokens=max_new_tokens)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One picture per prompt; its seed alone decides it, not the batch around it."""

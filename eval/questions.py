@@ -31,8 +31,13 @@ def load_vqav2(data: Path, settings: Settings) -> Task:
         Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
         for i, q in enumerate(questions)
     ]
-    about = {"split": settings.split or "the only one", "recipe": recipe, "decoding": "greedy"}
-    return Task(samples, questions, about)
+    return Task(samples, questions, about_asking(settings.split or "the only one", recipe, settings))
+
+
+def about_asking(split: str, recipe: str, settings: Settings) -> dict[str, Any]:
+    """What the result says of how the answers came about; published runs let an answer have 128 tokens."""
+    longest = settings.max_new_tokens or (16 if recipe == "plain" else 128)
+    return {"split": split, "recipe": recipe, "decoding": "greedy", "max_new_tokens": longest}
 
 
 def load_pope(data: Path, settings: Settings) -> Task:
@@ -43,7 +48,7 @@ def load_pope(data: Path, settings: Settings) -> Task:
         Sample(i, f"{q.category}/{q.question_id}", RECIPES[recipe].format(q.text), q.image, "ask")
         for i, q in enumerate(questions)
     ]
-    return Task(samples, questions, {"split": "all three", "recipe": recipe, "decoding": "greedy"})
+    return Task(samples, questions, about_asking("all three", recipe, settings))
 
 
 def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
@@ -60,14 +65,15 @@ def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
     places = list(images)
     if not places:
         return rows
+    words = task.about["max_new_tokens"]
     try:
-        texts = model.answer([images[i] for i in places], [batch[i].prompt for i in places])
+        texts = model.answer([images[i] for i in places], [batch[i].prompt for i in places], words)
         for i, text in zip(places, texts, strict=True):
             rows[i] = {"text": text}
     except UserError:
         for i in places:  # one of them is to blame: find it
             try:
-                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt])[0]}
+                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt], words)[0]}
             except UserError as error:
                 rows[i] = {"text": "", "error": str(error)}
     return rows

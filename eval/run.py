@@ -10,6 +10,22 @@ from open_unitok.errors import UserError
 from .benchmarks import BENCHMARKS, named, run_benchmark
 from .harness import Row, Settings
 
+SCORERS = "vqav2: lmms, official, gated; pope: official, strict; reconstruction: the SSIM's convention"
+OPTIONS = {
+    "split": (str, "where a folder holds several, for instance mscoco_val2014"),
+    "recipe": (str, "words around a question: short (published) or plain (default for scenes)"),
+    "max_new_tokens": (int, "longest answer (default: 128 as published, 16 for scenes)"),
+    "images_per_prompt": (int, "drawings per prompt (default: 4 as published, 1 for scenes)"),
+    "guidance": (float, "how strongly a drawing follows its prompt"),
+    "temperature": (float, "of drawing"),
+    "top_k": (int, "codes to choose among when drawing, 0 = all"),
+    "top_p": (float, "probability to choose among when drawing"),
+    "seed": (int, "of the first drawing; each has its own"),
+    "limit": (int, "only the first samples, for a quick look"),
+    "detector": (str, "scenes (default where DATA has a scenes.json) or none: detections come from a file"),
+    "dtype": (str, "float32, bfloat16 or float16"),
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
@@ -20,16 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="answers and results go to OUT/NAME")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     parser.add_argument("--batch-size", type=int, help="samples per call of the model")
-    parser.add_argument("--scorer", default="", help="a named variant of the scorer, where there are several")
+    parser.add_argument("--scorer", default="", help=SCORERS)
     defaults = Settings()
     for field in fields(Settings):
         default = getattr(defaults, field.name)
-        kind = {"limit": int, "images_per_prompt": int}.get(
-            field.name, str if default is None else type(default)
-        )
-        shown = "the benchmark's own" if default is None else default
+        kind, line = OPTIONS[field.name]
+        shown = "" if default is None else f" (default: {default})"
         parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=default, help=f"default: {shown}"
+            f"--{field.name.replace('_', '-')}", type=kind, default=default, help=line + shown
         )
 
 

@@ -7,7 +7,7 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing
 
 from .benchmarks import score_run
-from .run import table
+from .run import SCORERS, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial", action="store_true", help="score an incomplete run; what is missing is wrong"
     )
-    parser.add_argument("--scorer", default="", help="a named variant of the scorer, where there are several")
+    parser.add_argument("--scorer", default="", help=SCORERS)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -31,7 +31,9 @@ ARTICLES = frozenset({"a", "an", "the"})
 def contractions() -> dict[str, str]:
     """Word -> contraction; the benchmark's table, with its odd entries (data file `contractions.json`)."""
     return json.loads(
-        importlib.resources.files(__package__).joinpath("contractions.json").read_text(encoding="utf-8")
+        importlib.resources.files("open_unitok.eval")
+        .joinpath("contractions.json")
+        .read_text(encoding="utf-8")
     )
 
 

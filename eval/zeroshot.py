@@ -39,7 +39,9 @@ def classifier(
 def clip_templates() -> list[str]:
     """The 80 templates that OpenAI published with CLIP for ImageNet (data file `clip_templates.json`)."""
     return json.loads(
-        importlib.resources.files(__package__).joinpath("clip_templates.json").read_text(encoding="utf-8")
+        importlib.resources.files("open_unitok.eval")
+        .joinpath("clip_templates.json")
+        .read_text(encoding="utf-8")
     )
 
 

@@ -107,6 +107,7 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
         ("reconstruction", {"--data": tmp_path / "empty"}, "holds no pictures"),
         ("reconstruction", {"--dtype": "int8"}, "dtype is 'int8'"),
         ("geneval", {"--guidance": 0.5}, "guidance is 0.5"),
+        ("pope", {"--limit": 0}, "limit is 0; it must be at least 1"),
         ("vqav2", {"--batch-size": 0}, "must be at least 1"),
     ):
         options = [word for pair in (good | change).items() for word in pair]

@@ -46,7 +46,7 @@ class Scripted:
     def describe(self):
         return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
 
-    def answer(self, images, questions):
+    def answer(self, images, questions, max_new_tokens=16):
         result = []
         for image, question in zip(images, questions):
             truth = self.truth.get((image.tobytes(), question), "yes")
@@ -140,10 +140,10 @@ def test_pope_counts_a_yes_sayer(data, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
     class Killed(Scripted):
-        def answer(self, images, questions):
+        def answer(self, images, questions, max_new_tokens=16):
             if self.asked >= 20:
                 raise KeyboardInterrupt
-            return super().answer(images, questions)
+            return super().answer(images, questions, max_new_tokens)
 
     with pytest.raises(KeyboardInterrupt):
         run_benchmark("vqav2", Killed(data), data, tmp_path / "a", batch_size=10, **QUIET)
@@ -212,10 +212,10 @@ def test_unreadable_pictures_are_counted_and_never_help(data, tmp_path):
 
 def test_a_question_that_the_model_refuses_is_named_alone(data, tmp_path):
     class Strict(Scripted):
-        def answer(self, images, questions):
+        def answer(self, images, questions, max_new_tokens=16):
             if any("How many" in q for q in questions):
                 raise UserError("too long for the model")
-            return super().answer(images, questions)
+            return super().answer(images, questions, max_new_tokens)
 
     result = run_benchmark("vqav2", Strict(data), data, tmp_path, **QUIET)
     assert 0 < result["failed"] < result["n"]
@@ -259,6 +259,13 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
     assert (tmp_path / "report.html").read_bytes() == first
     with pytest.raises(UserError, match="holds no results"):
         write_report(tmp_path / "eval")
+
+
+def test_report_of_a_tokenizer_alone(data, tmp_path):
+    run_benchmark("reconstruction", Scripted(data), data, tmp_path / "eval" / "reconstruction", **QUIET)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "It remembers" in page and "It draws" not in page and "Time and memory" not in page
 
 
 def test_samples_are_chosen_in_turn_from_the_groups():
