@@ -1,11 +1,13 @@
-"""OpenUniTok: a unified visual tokenizer and the multimodal language model on its codes (arXiv 2502.20321)."""
+"""OpenUniTok: a unified visual tokenizer and a multimodal language model on its codes (arXiv 2502.20321)."""
 
 import importlib
 import pathlib
 from typing import TYPE_CHECKING
 
 _here = pathlib.Path(__file__).resolve().parent
-if not (_here / "tokenizer").is_dir():  # a checkout, not an installed wheel: the subpackages are the root's folders
+if not (
+    _here / "tokenizer"
+).is_dir():  # a checkout, not an installed wheel: the subpackages are the root's folders
     __path__.append(str(_here.parent))
 
 __version__ = "0.1.0"
@@ -29,7 +31,9 @@ __all__ = [
     "UniTokProcessor",
 ]
 
-if TYPE_CHECKING:  # so that editors and type checkers see the names; at run time they are imported on first use
+if (
+    TYPE_CHECKING
+):  # so that editors and type checkers see the names; at run time they are imported on first use
     from open_unitok.generation import Pipeline as Pipeline
     from open_unitok.generation import Sampling as Sampling
     from open_unitok.mllm import UniTokForConditionalGeneration as UniTokForConditionalGeneration

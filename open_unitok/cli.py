@@ -12,15 +12,24 @@ from .errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("open_unitok.demo", "train, draw, answer and report from nothing, in minutes on a laptop"),
     "doctor": ("open_unitok.doctor", "what this machine has, and what each missing thing costs"),
-    "data scenes": ("open_unitok.training.scenes", "write captioned scenes: training shards and a test split"),
-    "train": ("open_unitok.training.run", "train a stage from a YAML: unitok train CONFIG [key.sub=value ...]"),
+    "data scenes": (
+        "open_unitok.training.scenes",
+        "write captioned scenes: training shards and a test split",
+    ),
+    "train": (
+        "open_unitok.training.run",
+        "train a stage from a YAML: unitok train CONFIG [key.sub=value ...]",
+    ),
     "extract-codes": ("open_unitok.training.extract", "turn image shards into code shards"),
     "reconstruct": ("open_unitok.generation.reconstruct", "encode and decode pictures, side by side"),
     "generate": ("open_unitok.generation.generate", "draw pictures from prompts"),
     "ask": ("open_unitok.generation.ask", "ask a question about a picture"),
     "eval run": ("open_unitok.eval.run", "run a benchmark on a model and score it"),
     "eval score": ("open_unitok.eval.score", "score answers or pictures that are already on disk"),
-    "convert tokenizer": ("open_unitok.tokenizer.convert", "rewrite a published tokenizer as a folder of ours"),
+    "convert tokenizer": (
+        "open_unitok.tokenizer.convert",
+        "rewrite a published tokenizer as a folder of ours",
+    ),
     "convert mllm": ("open_unitok.mllm.convert", "rewrite a published MLLM as a folder of ours"),
 }
 # groups of commands, for the help text of `unitok data`, `unitok eval`, ...
@@ -46,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> None:
     """Parse and run, raising what goes wrong; only the chosen command's module is imported."""
-    name = next((n for n in (" ".join(arguments[:2]), arguments[0] if arguments else "") if n in COMMANDS), None)
+    name = next(
+        (n for n in (" ".join(arguments[:2]), arguments[0] if arguments else "") if n in COMMANDS), None
+    )
     if name is None:
         overview(arguments)
         return
@@ -66,7 +77,9 @@ def overview(arguments: list[str]) -> None:
         print(f"unitok {__version__}")
         return
     if words and words[0] not in GROUPS:
-        raise UserError(f"There is no command {words[0]!r}." + did_you_mean(words[0], {n.split()[0] for n in COMMANDS}))
+        raise UserError(
+            f"There is no command {words[0]!r}." + did_you_mean(words[0], {n.split()[0] for n in COMMANDS})
+        )
     if len(words) > 1:
         subs = {n.split()[1] for n in COMMANDS if n.startswith(words[0] + " ")}
         raise UserError(f"There is no command {' '.join(words[:2])!r}." + did_you_mean(words[1], subs))

@@ -1,10 +1,11 @@
-"""`unitok doctor`: what this machine has, the versions against the tested ones, and what each missing thing costs."""
+"""`unitok doctor`: what this machine has, versions against tested ones, and what a missing thing costs."""
 
 import argparse
 import importlib.metadata
 import importlib.resources
 import importlib.util
 import os
+import pathlib
 import platform
 import re
 import shutil
@@ -15,7 +16,7 @@ GIB = 2**30
 
 
 class Check(NamedTuple):
-    """One line of the report; `cost` says what follows where something is missing, and is empty where all is well."""
+    """One line of the report; `cost` says what a missing thing costs, and is empty where all is well."""
 
     name: str
     found: str
@@ -50,7 +51,9 @@ def machine() -> list[Check]:
         low = "the demo needs 6 GiB: close something, or lower batch_size" if free < 6 * GIB else ""
         checks.append(Check("free memory", f"{free / GIB:.1f} GiB", low))
     disk = shutil.disk_usage(".").free
-    checks.append(Check("free disk", f"{disk / GIB:.1f} GiB", "the demo writes about 1 GiB" if disk < 2 * GIB else ""))
+    checks.append(
+        Check("free disk", f"{disk / GIB:.1f} GiB", "the demo writes about 1 GiB" if disk < 2 * GIB else "")
+    )
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
@@ -63,7 +66,7 @@ def machine() -> list[Check]:
 
 
 def speed() -> list[Check]:
-    """What makes a run fast: bf16 units, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting policy."""
+    """What makes a run fast: bf16, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting."""
     import torch
 
     checks = []
@@ -72,12 +75,18 @@ def speed() -> list[Check]:
     else:
         bf16 = bool(torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in cpu_flags())
     checks.append(
-        Check("bf16", "in hardware", "") if bf16 else Check("bf16", "emulated", "bf16 saves memory here, but no time")
+        Check("bf16", "in hardware", "")
+        if bf16
+        else Check("bf16", "emulated", "bf16 saves memory here, but no time")
     )
     checks.append(
         Check("flash-attn", "installed")
         if importable("flash_attn")
-        else Check("flash-attn", "absent", "attention runs through torch SDPA: same results, slower on long sequences")
+        else Check(
+            "flash-attn",
+            "absent",
+            "attention runs through torch SDPA: same results, slower on long sequences",
+        )
     )
     if importlib.util.find_spec("deepspeed") is None:
         checks.append(Check("deepspeed", "absent", "training needs it: pip install 'open-unitok[train]'"))
@@ -86,12 +95,18 @@ def speed() -> list[Check]:
         compiler, ninja = shutil.which("g++") or shutil.which("clang++"), shutil.which("ninja")
         missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if not there]
         cost = "CPU offload of the optimiser needs it; all else runs without" if missing else ""
-        checks.append(Check("deepspeed ops", f"no {' and no '.join(missing)}" if missing else "can be compiled", cost))
+        checks.append(
+            Check("deepspeed ops", f"no {' and no '.join(missing)}" if missing else "can be compiled", cost)
+        )
     policy = os.environ.get("OMP_WAIT_POLICY", "").upper()
     checks.append(
         Check("OMP_WAIT_POLICY", "PASSIVE")
         if policy == "PASSIVE"
-        else Check("OMP_WAIT_POLICY", policy or "unset", "two busy processes slow each other down many times: export PASSIVE")
+        else Check(
+            "OMP_WAIT_POLICY",
+            policy or "unset",
+            "two busy processes slow each other down many times: export PASSIVE",
+        )
     )
     return checks
 
@@ -123,9 +138,9 @@ def available_memory() -> int | None:
     with open("/proc/meminfo") as file:
         found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
     free = int(found[1]) * 1024 if found else None
-    limit, used = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"
-    if free is not None and os.path.exists(limit) and (text := open(limit).read().strip()) != "max":
-        free = min(free, int(text) - int(open(used).read()))
+    limit, used = pathlib.Path("/sys/fs/cgroup/memory.max"), pathlib.Path("/sys/fs/cgroup/memory.current")
+    if free is not None and limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text) - int(used.read_text()))
     return free
 
 

@@ -27,7 +27,7 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on a clean exit it takes `path`'s place, on an error it is removed."""
+    """Yield a temporary folder; on a clean exit it takes the place of `path`, on an error it is removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -8,7 +8,9 @@ import torch.distributed as dist
 
 def rank() -> int:
     """This process's number over all nodes."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+    return (
+        dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+    )
 
 
 def world_size() -> int:

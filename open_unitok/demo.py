@@ -1,0 +1,192 @@
+"""`unitok demo`: from nothing to a model that draws and answers, by calling the other commands in order.
+
+It only calls: every phase is a command that can be run by hand, with the configs it leaves in OUT/configs.
+Each of them skips what is finished and goes on where it was stopped: a killed demo is simply run again.
+"""
+
+import argparse
+import contextlib
+import importlib.resources
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import cli
+from .errors import UserError
+from .files import existing, read_json, write_atomic, write_json
+
+HOME = "runs/demo"  # the folder that the configs name; another --out replaces it in them
+CONFIGS = ("scenes.yaml", "tokenizer.yaml", "pretrain.yaml", "finetune.yaml")
+BENCHMARKS = ("reconstruction", "zeroshot", "vqav2", "pope", "geneval", "drawing_positions")
+PROMPTS = (
+    "a red circle",
+    "a blue square and a yellow triangle",
+    "a purple cross at the top left",
+    "two green squares",
+)
+QUESTION = "How many objects are there?"
+DRAWING = ("--guidance", "3.0", "--temperature", "0.7")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where to work, and with which configs."""
+    parser.add_argument("--out", default=HOME, help=f"folder of the run (default: {HOME})")
+    parser.add_argument("--configs", help=f"folder with {', '.join(CONFIGS)} (default: the shipped ones)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all phases, or those that are left, and print the table."""
+    out = Path(args.out)
+    with alone_in(out):
+        write_configs(out, args.configs)
+        timings = Timings(out / "phases.json")
+        for name, commands in phases(out):
+            print(f"\n=== {name}", flush=True)
+            with timings.phase(name):
+                for command in commands:
+                    print(f"$ unitok {shlex.join(command)}", flush=True)
+                    cli.run(command)
+        from .eval.report import text_table, write_report
+
+        write_report(out, timings.rows)
+        minutes = sum(row["seconds"] for row in timings.rows) / 60
+        print(f"\n{text_table(out)}\n\n{minutes:.1f} minutes in all; look at {out / 'report.html'}")
+
+
+def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
+    """Phase -> the commands it consists of."""
+    data, configs, model = out / "data", out / "configs", out / "finetune" / "model"
+    picture = data / "test" / "images" / "scenes_test_000000000001.png"
+
+    def words(*command: Any) -> list[str]:
+        return [str(word) for word in command]
+
+    return [
+        ("data", [words("data", "scenes", "--config", configs / "scenes.yaml", "--out", data)]),
+        ("tokenizer", [words("train", configs / "tokenizer.yaml")]),
+        (
+            "codes",
+            [
+                words(
+                    "extract-codes",
+                    "--tokenizer",
+                    out / "tokenizer" / "model",
+                    "--data",
+                    data / "train" / "*.tar",
+                    "--out",
+                    out / "codes",
+                )
+            ],
+        ),
+        ("pretrain", [words("train", configs / "pretrain.yaml")]),
+        ("finetune", [words("train", configs / "finetune.yaml")]),
+        (
+            "evaluate",
+            [
+                words("generate", *PROMPTS, "--model", model, "--out", out / "drawings", *DRAWING),
+                words("ask", picture, QUESTION, "--model", model),
+                words(
+                    "eval",
+                    "run",
+                    *BENCHMARKS,
+                    "--model",
+                    model,
+                    "--data",
+                    data,
+                    "--out",
+                    out / "eval",
+                    *DRAWING,
+                ),
+            ],
+        ),
+    ]
+
+
+def write_configs(out: Path, folder: str | None) -> None:
+    """Lay the configs of this run into OUT/configs, with OUT in place of the folder that they name.
+
+    Raises:
+        UserError: a config is missing, or the run in OUT was begun with other ones.
+    """
+    source = Path(folder) if folder else importlib.resources.files("open_unitok.configs").joinpath("demo")
+    for name in CONFIGS:
+        if isinstance(source, Path):
+            existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
+        text = source.joinpath(name).read_text(encoding="utf-8").replace(HOME, out.as_posix())
+        target = out / "configs" / name
+        if target.exists() and target.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{target} differs from {name}: take another --out, or delete {out} to begin anew."
+            )
+        write_atomic(target, text)
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold OUT for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        UserError: another demo is at work in OUT.
+    """
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another unitok demo is at work in {out}: wait for it, or take another --out."
+            ) from None
+        yield
+
+
+class Timings:
+    """Seconds and peak memory per phase, kept in a file; a phase that was stopped adds up its parts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.rows: list[dict[str, Any]] = read_json(path) if path.exists() else []
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure one phase; nothing changes for one that was finished by an earlier call."""
+        row = next((row for row in self.rows if row["name"] == name), None)
+        if row is not None and row["finished"]:
+            yield
+            return
+        if row is None:
+            row = {"name": name, "seconds": 0.0, "peak_memory": 0, "calls": 0, "finished": False}
+            self.rows.append(row)
+        row["calls"] += 1
+        write_json(self.path, self.rows)
+        forget_peak_memory()
+        start, before = time.perf_counter(), row["seconds"]
+        try:
+            yield
+            row["finished"] = True
+        finally:  # a kill -9 loses the seconds since the last phase began; "calls" tells that it happened
+            row["seconds"] = round(before + time.perf_counter() - start, 2)
+            row["peak_memory"] = max(row["peak_memory"], peak_memory())
+            write_json(self.path, self.rows)
+
+
+def forget_peak_memory() -> None:
+    """Begin a new peak where the system can (Linux); elsewhere the peak is that of the process so far."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most, since the last `forget_peak_memory` on Linux."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        peak = next(line for line in status.read_text().split("\n") if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
