@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_unitok.errors import UserError
 
-from .drawing import Decoder, context_length, pad_left
+from .drawing import context_length, pad_left
 
 
 def answer_ids(
@@ -19,7 +19,7 @@ def answer_ids(
     prompt_ids: Sequence[Sequence[int]],
     image_codes: Sequence[Tensor],
     max_new_tokens: int = 32,
-    batch_size: int = 256,
+    batch_size: int = 128,
     **options: Any,
 ) -> list[list[int]]:
     """The new ids of each prompt, without the end-of-sequence id.
@@ -35,53 +35,32 @@ def answer_ids(
     Raises:
         UserError: an empty prompt, one that is too long, or a number out of range.
     """
-    check_answering(prompt_ids, max_new_tokens, batch_size, model.config)
-    run = generate_batch if options else greedy_batch
+    config = model.config
+    check_answering(prompt_ids, max_new_tokens, batch_size, config)
+    if options.get("num_return_sequences", 1) != 1:
+        raise UserError("num_return_sequences must be 1: ask the question several times instead.")
+    ends = end_ids(model)
+    options = {"do_sample": False, "pad_token_id": pad_id(model), **options}
     answers: list[list[int]] = [[] for _ in prompt_ids]
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad_left([prompt_ids[i] for i in batch], model.config.pad_token_id or 0, model.device)
+        ids, mask = pad_left([prompt_ids[i] for i in batch], pad_id(model), model.device)
         images = [image_codes[i] for i in batch if len(image_codes[i])]
-        codes = torch.cat(images).to(model.device) if images else None
-        new = run(model, ids, mask, codes, max_new_tokens, **options)
+        # no images are given as such: with image_codes, `generate` returns the new ids alone
+        codes = (
+            torch.cat(images) if images else ids.new_zeros(0, config.num_image_tokens, config.num_codebooks)
+        )
+        new = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            image_codes=codes.to(model.device),
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
         for i, row in zip(batch, new.tolist()):
-            answers[i] = until_end(row, end_ids(model))
+            answers[i] = until_end(row, ends)
     return answers
-
-
-@torch.no_grad()
-def greedy_batch(model: Any, ids: Tensor, mask: Tensor, codes: Tensor | None, max_new_tokens: int) -> Tensor:
-    """The likeliest ids (B, up to max_new_tokens), until every row has ended; what follows an end is noise.
-
-    The same ids as transformers' `generate`, without its work per step.
-    """
-    stops = torch.tensor(sorted(end_ids(model)), device=ids.device)
-    embeds = model.embed_inputs(ids, codes)
-    decoder = Decoder(model.language_model, embeds, mask, room=max_new_tokens - 1)
-    hidden, table = decoder.hidden, model.get_input_embeddings()
-    new: list[Tensor] = []
-    ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
-    for _ in range(max_new_tokens):
-        if new:
-            hidden = decoder.step(table(new[-1])[:, None])
-        new.append(model.text_logits(hidden).argmax(dim=-1))
-        ended |= torch.isin(new[-1], stops)
-        if bool(ended.all()):
-            break
-    return torch.stack(new, dim=1)
-
-
-@torch.no_grad()
-def generate_batch(
-    model: Any, ids: Tensor, mask: Tensor, codes: Tensor | None, max_new_tokens: int, **options: Any
-) -> Tensor:
-    """New ids (B, up to max_new_tokens) by transformers' `generate`: sampling, beams and the rest."""
-    if codes is None:  # no images, but still: new ids only
-        codes = ids.new_zeros(0, model.config.num_image_tokens, model.config.num_codebooks)
-    return model.generate(
-        input_ids=ids, attention_mask=mask, image_codes=codes, max_new_tokens=max_new_tokens, **options
-    )
 
 
 def end_ids(model: Any) -> set[int]:
@@ -89,6 +68,11 @@ def end_ids(model: Any) -> set[int]:
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}
+
+
+def pad_id(model: Any) -> int:
+    """What fills rows up; the mask hides it, so any id of the vocabulary would do."""
+    return model.config.pad_token_id or 0
 
 
 def until_end(row: Sequence[int], ends: set[int]) -> list[int]:

@@ -104,7 +104,7 @@ def read_prompts(model: Any, rows: Sequence[Sequence[int]], room: int) -> "Decod
     place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     ids, mask = pad_left(list(place), model.config.pad_token_id or 0, model.device)
     select = torch.tensor([place[tuple(row)] for row in rows], device=model.device)
-    return Decoder(model.language_model, model.get_input_embeddings()(ids), mask, room, select)
+    return Decoder(model.language_model, model.get_input_embeddings()(ids), mask, select, room)
 
 
 class Decoder:
@@ -112,17 +112,15 @@ class Decoder:
 
     Args:
         embeds: (U, L, D) inputs, left-padded; mask: (U, L) int64, 0 on padding.
+        select: (R,) the row of `embeds` that each row goes on from. So equal rows are read once and their cache
+            is copied: the unconditional rows, many images of one prompt.
         room: how many steps will follow at most.
-        select: (R,) the row of `embeds` that each row goes on from; None = each its own. So equal rows are
-            read once and their cache is copied: the unconditional rows, many images of one prompt.
 
     Attributes:
         hidden: (R, D) states at the last place of the inputs.
     """
 
-    def __init__(
-        self, language_model: Any, embeds: Tensor, mask: Tensor, room: int, select: Tensor | None = None
-    ):
+    def __init__(self, language_model: Any, embeds: Tensor, mask: Tensor, select: Tensor, room: int):
         self.language_model = language_model
         self.length = mask.shape[1]
         padded = bool((mask == 0).any())  # without padding no mask is needed, which is faster
@@ -135,8 +133,6 @@ class Decoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        if select is None:
-            select = torch.arange(len(mask), device=mask.device)
         self.hidden = states[select, -1]
         self.cache = spread(cache, select, room)
         self.positions = positions[select, -1:]

@@ -86,7 +86,7 @@ class Pipeline:
         """The codes (B, N, K) of one picture per prompt; arguments and errors as `generate`."""
         sampling, seeds = sampling or Sampling(), spread_seeds(seed, len(check_texts(prompts, "prompt")))
         check_whole("batch_size", batch_size)
-        ids = [self.processor.drawing_ids(prompt) for prompt in prompts]
+        ids = self.prompt_ids(prompts)
         free = self.processor.unconditional_ids()
         parts = [
             draw_codes(self.model, ids[i : i + batch_size], sampling, seeds[i : i + batch_size], free)
@@ -94,6 +94,18 @@ class Pipeline:
         ]
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.cat(parts) if parts else torch.empty(shape, dtype=torch.long, device=self.device)
+
+    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Ids to draw from.
+
+        Raises:
+            UserError: a prompt that the processor would cut.
+        """
+        rows, limit = [self.processor.drawing_ids(prompt) for prompt in prompts], self.processor.max_prompt
+        for i, row in enumerate(rows):
+            if len(row) > limit:  # the cut ids and boi
+                raise UserError(f"Prompt {i} has {limit} tokens or more: shorten the prompt.")
+        return rows
 
     def stream(
         self, prompts: Sequence[str], sampling: Sampling | None = None, seed: int | Sequence[int] = 0
@@ -103,7 +115,7 @@ class Pipeline:
         The last ones are exactly what `generate` returns. Arguments and errors as `generate`.
         """
         sampling, seeds = sampling or Sampling(), spread_seeds(seed, len(check_texts(prompts, "prompt")))
-        ids = [self.processor.drawing_ids(prompt) for prompt in prompts]
+        ids = self.prompt_ids(prompts)
         registers = self.unitok.config.num_register_tokens
         count = self.model.config.num_image_tokens
         columns = round((count - registers) ** 0.5)
@@ -133,7 +145,7 @@ class Pipeline:
         images: Sequence[Any],
         questions: Sequence[str],
         max_new_tokens: int = 32,
-        batch_size: int = 256,
+        batch_size: int = 128,
         **options: Any,
     ) -> list[str]:
         """One answer per question.
@@ -157,7 +169,9 @@ class Pipeline:
         pictures = {_identity(picture): picture for group in groups for picture in group}
         place = {key: i for i, key in enumerate(pictures)}
         codes = self.encode_to_read(list(pictures.values()), batch_size=64)
-        prompts = [self.processor.question_ids(q, len(group)) for q, group in zip(questions, groups)]
+        asked = [(question, len(group)) for question, group in zip(questions, groups)]
+        ids = {key: self.processor.question_ids(*key) for key in set(asked)}  # the same question comes often
+        prompts = [ids[key] for key in asked]
         image_codes = [codes[[place[_identity(picture)] for picture in group]] for group in groups]
         new = answer_ids(self.model, prompts, image_codes, max_new_tokens, batch_size, **options)
         return [self.processor.decode(ids).strip() for ids in new]
