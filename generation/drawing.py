@@ -112,8 +112,8 @@ class Decoder:
 
     Args:
         embeds: (U, L, D) inputs, left-padded; mask: (U, L) int64, 0 on padding.
-        select: (R,) the row of `embeds` that each row goes on from. So equal rows are read once and their cache
-            is copied: the unconditional rows, many images of one prompt.
+        select: (R,) the row of `embeds` that each row goes on from. So equal rows are read once and their
+            cache is copied: the unconditional rows, many images of one prompt.
         room: how many steps will follow at most.
 
     Attributes:

@@ -58,7 +58,7 @@ def check_belongs(
         UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
             tokenizer has ids that the model does not know.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:
         raise UserError(
             f"{folder}: its text tokenizer has {processor.vocab_size} ids, the model knows {rows}: they "
