@@ -75,8 +75,8 @@ class UniTokMLLMConfig(PretrainedConfig):
     model_type = "unitok_mllm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "depth_config": LlamaConfig}
 
-    text_config: dict[str, Any] | PretrainedConfig | None = None
-    depth_config: dict[str, Any] | PretrainedConfig | None = None
+    text_config: Any = None  # a dict, a config or None when given; a PretrainedConfig ever after
+    depth_config: Any = None  # likewise; a LlamaConfig ever after
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8

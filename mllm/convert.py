@@ -157,7 +157,7 @@ def load_published(
     Raises:
         UserError: the folder is no such model, or its weights do not fit; the message names them.
     """
-    folder = existing(folder)
+    folder = existing(Path(folder))
     description = read_json(folder / "config.json")
     if description.get("model_type") != PUBLISHED_TYPE:
         raise UserError(

@@ -27,6 +27,10 @@ class VisualEmbedder(nn.Module):
         super().__init__()
         middle = config.visual_hidden_size
         self.context = config.visual_context
+        self.num_codebooks, self.codebook_size = (
+            config.num_codebooks,
+            config.codebook_size,
+        )  # ZeRO-3 hides shapes
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
         self.codebooks = nn.Parameter(torch.randn(shape), requires_grad=False)
         self.projection = AttentionProjection(
@@ -61,8 +65,7 @@ class VisualEmbedder(nn.Module):
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) codes -> (..., K*C): the K unit-norm rows side by side."""
-        books, entries, _ = self.codebooks.shape
-        offsets = torch.arange(books, device=codes.device) * entries
+        offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes + offsets, self.codebooks.flatten(0, 1))
         return F.normalize(rows, dim=-1).flatten(-2)
 
@@ -71,7 +74,7 @@ class VisualEmbedder(nn.Module):
         Raises:
             UserError: codes of another shape, kind or range than this embedder's.
         """
-        books, entries, _ = self.codebooks.shape
+        books, entries = self.num_codebooks, self.codebook_size
         if codes.dim() != 3 or codes.shape[2] != books or codes.is_floating_point():
             raise UserError(
                 f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; integers of shape "

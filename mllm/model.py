@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from open_unitok.errors import UserError
 from open_unitok.files import read_json
 from open_unitok.tokenizer import AttentionProjection, UniTok
+from open_unitok.tokenizer.projection import ProjectionAttention
 
 from .config import UniTokMLLMConfig
 from .depth_head import DepthHead
@@ -232,10 +233,10 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 attention_mask = torch.ones_like(input_ids)
         kwargs["attention_mask"] = attention_mask
         if input_ids is None or image_codes is None:
-            return super().generate(input_ids, **kwargs)
+            return super().generate(input_ids, **kwargs)  # type: ignore[misc]
         with torch.no_grad():
             embeds = self.embed_inputs(input_ids, image_codes)
-        return super().generate(inputs_embeds=embeds, **kwargs)
+        return super().generate(inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
 
     def init_from_tokenizer(self, unitok: UniTok) -> None:
         """Take over a visual tokenizer's codebooks, and its up projection as the start of the causal one.
@@ -335,18 +336,22 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 image_sum = 0.0 * self.depth_head(flat[:1], nothing).sum().float()
         result.text_tokens = labels.new_tensor(count)
         result.image_codes = labels.new_tensor(image_codes_learnt)
-        result.loss = text_sum + image_sum
+        total = text_sum + image_sum
         if reduction == "mean":
-            result.loss = result.loss / max(count + image_codes_learnt, 1)
+            total = total / max(count + image_codes_learnt, 1)
             text_sum = text_sum / max(count, 1)
             image_sum = image_sum / max(image_codes_learnt, 1)
             z_sum = z_sum / max(image_codes_learnt, 1)
-        result.text_loss, result.image_loss, result.image_z_loss = text_sum, image_sum, z_sum
+        result.loss, result.text_loss, result.image_loss = total, text_sum, image_sum
+        result.image_z_loss = z_sum
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, VisualEmbedder):
             init.normal_(module.codebooks)
+        elif isinstance(module, ProjectionAttention):
+            init.zeros_(module.query_bias)
+            init.zeros_(module.value_bias)
         super()._init_weights(module)
 
 

@@ -139,6 +139,31 @@ def test_greedy_drawing(published, case):
         torch.testing.assert_close(logits[:, 0, :, :64], expected, atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("context", ["full", "last"])
+def test_drawing_in_a_left_padded_batch_equals_one_by_one(reference, context):
+    model = reference("tiny").model
+    rows = [[1, 50, 60, 70, 3], [1, 80, 3], [1, 20, 30, 40, 50, 60, 3]]
+    ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (7 - len(row)) + [1] * len(row) for row in rows])
+    codes, states, _ = draw(model, ids, mask, 1.0, context)
+    for r, row in enumerate(rows):
+        alone, state, _ = draw(model, torch.tensor([row]), torch.ones(1, len(row)).long(), 1.0, context)
+        assert torch.equal(alone[0], codes[r])
+        torch.testing.assert_close(state[0], states[r], atol=1e-4, rtol=0)
+
+
+def test_drawing_step_by_step_equals_one_pass(reference):
+    model = reference("tiny").model
+    prompt = torch.tensor([[1, 50, 60, 3]])
+    codes, states, logits = draw(model, prompt, torch.ones_like(prompt), 1.0, "full")
+    ids = torch.cat([prompt, torch.full((1, 16), -200)], dim=1)
+    labels = torch.where(ids == -200, ids, -100)
+    whole = model(ids, image_codes=codes, labels=labels)
+    torch.testing.assert_close(whole.last_hidden_state[:, 3:-1], states, atol=1e-4, rtol=0)
+    torch.testing.assert_close(whole.image_logits[:, :3], logits, atol=1e-4, rtol=1e-4)
+    assert (whole.image_correct == 16).all()
+
+
 @pytest.mark.parametrize("case", ["vqa_gen0", "vqa_gen1"])
 def test_greedy_answers(published, case):
     model, out = published.model, published.out
