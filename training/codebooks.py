@@ -12,6 +12,7 @@ from torch import nn
 from open_unitok import ranks
 
 from . import draws, engine
+from .collectives import joined
 from .tokenizer_config import CodebookOptions
 
 
@@ -93,7 +94,7 @@ class Restarts:
         rows = self._latents.flatten(0, 1).float()
         generator = draws.generator(self.seed, "pool", step, ranks.rank())
         picked = torch.randperm(len(rows), generator=generator)[:most].to(rows.device)
-        (pool,) = engine.gather([rows[picked]])
+        pool = joined(rows[picked])
         books, _, width = self.codebooks.shape
         return F.normalize(pool.unflatten(-1, (books, width)), dim=-1)
 

@@ -1,15 +1,16 @@
 """DeepSpeed as the training engine, on one CPU process as on many GPUs; its traps are handled here alone."""
 
+import atexit
+import contextlib
 import logging
 import os
-import re
-import socket
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
@@ -30,8 +31,8 @@ def start(options: EngineOptions, seed: int) -> torch.device:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
     if not cuda:  # importing torch's compiler costs seconds, and nothing is compiled here
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    _single_process_environment()
     deepspeed = _import_deepspeed()
+    transformers_logging.disable_progress_bar()  # there is one bar, the logbook's
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda", ranks.local_rank()) if cuda else torch.device("cpu")
@@ -39,7 +40,13 @@ def start(options: EngineOptions, seed: int) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo beside nccl: small decisions (stop now?) are taken on the CPU without waiting for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if under_launcher():
+            dist.init_process_group(backend)
+        else:  # no launcher's variables, and so none that child processes would take for theirs
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
+            atexit.register(_leave_group)
     from deepspeed.ops import __compatible_ops__ as operators
 
     if (
@@ -51,16 +58,9 @@ def start(options: EngineOptions, seed: int) -> torch.device:
     return device
 
 
-def _single_process_environment() -> None:
-    """What a launcher would have set; without it DeepSpeed looks for MPI."""
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in alone.items()})
-    os.environ["UNITOK_ALONE"] = "1"
+def under_launcher() -> bool:
+    """True if torchrun or deepspeed started this process."""
+    return "RANK" in os.environ
 
 
 def _import_deepspeed() -> Any:
@@ -121,17 +121,38 @@ def wrap(
     for group in adam.param_groups:
         group["init_lr"] = group["lr"]
     settings = deepspeed_settings(optimizer, options, micro_batch)
-    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
-    for parameter in scalars:  # DeepSpeed's first broadcast cannot send a tensor without dimensions
-        parameter.data = parameter.data.view(1)
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+        with _scalars_can_be_sent(module):
+            engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
         raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
-    for parameter in scalars:
-        parameter.data = parameter.data.view(())
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
     return engine
+
+
+@contextlib.contextmanager
+def _scalars_can_be_sent(module: torch.nn.Module) -> Iterator[None]:
+    """DeepSpeed's first broadcast fails on a parameter without dimensions: lend it one, there alone."""
+    from deepspeed import DeepSpeedEngine
+
+    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
+    original = getattr(DeepSpeedEngine, "_broadcast_model", None)
+    if not scalars or original is None:
+        yield
+        return
+
+    def broadcast(self: Any) -> None:
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        original(self)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    DeepSpeedEngine._broadcast_model = broadcast
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = original
 
 
 def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch: int) -> dict[str, Any]:
@@ -231,33 +252,20 @@ def checkpoint_activations(model: Any) -> None:
     (newer or model.gradient_checkpointing_enable)()
 
 
-def gather(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Each (B, ...) tensor joined over ranks in rank order; the gradient flows back to every rank's part."""
-    if ranks.world_size() == 1:
-        return list(tensors)
-    from torch.distributed.nn.functional import all_gather
-
-    return [torch.cat(tuple(all_gather(tensor.contiguous()))) for tensor in tensors]
-
-
 def finish() -> None:
-    """End a process: under a launcher without the interpreter's shutdown, where gloo's threads may abort."""
-    if not dist.is_initialized():
+    """End a launched process without the interpreter's shutdown, where gloo's threads may abort.
+
+    A process of its own keeps its group, which DeepSpeed remembers, for the next stage.
+    """
+    if not (dist.is_initialized() and under_launcher()):
         return
     dist.barrier()
-    dist.destroy_process_group()
-    if os.environ.pop("UNITOK_ALONE", None):
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        import deepspeed.comm.comm
-
-        deepspeed.comm.comm.cdb = None
-        return
+    _leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def under_launcher() -> bool:
-    """True if torchrun or deepspeed started this process."""
-    return bool(re.fullmatch(r"\d+", os.environ.get("RANK", ""))) and "UNITOK_ALONE" not in os.environ
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -225,13 +226,15 @@ def loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) 
     import torch
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    return StatefulDataLoader(
-        stream,
-        batch_size=stream.micro_batch,
-        num_workers=stream.options.workers,
-        collate_fn=_Collate(collate),
-        pin_memory=torch.cuda.is_available(),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls a deprecated function of torch
+        return StatefulDataLoader(
+            stream,
+            batch_size=stream.micro_batch,
+            num_workers=stream.options.workers,
+            collate_fn=_Collate(collate),
+            pin_memory=torch.cuda.is_available(),
+        )
 
 
 def read(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

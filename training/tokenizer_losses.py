@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from open_unitok import ranks
 
-from .engine import gather
+from .collectives import joined
 
 
 def contrastive_loss(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor
 ) -> torch.Tensor:
     """CLIP's loss of this rank's (B, E) pairs against all G; its mean over ranks is the global loss."""
-    all_images, all_texts = gather([image_embeds, text_embeds])
+    all_images, all_texts = joined(image_embeds), joined(text_embeds)
     count = len(image_embeds)
     labels = torch.arange(count, device=image_embeds.device) + ranks.rank() * count
     by_image = F.cross_entropy(logit_scale * image_embeds @ all_texts.T, labels)

@@ -16,6 +16,7 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from . import draws, engine, schedules
 from .checkpoint import Checkpoints, stopping
 from .codebooks import Restarts, init_codebooks, spread
+from .collectives import averaged
 from .ema import Ema
 from .logbook import Logbook
 from .runfolder import RunFolder
@@ -50,6 +51,8 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
     batches = loader(stream, collate)
     groups = engine.decay_groups(model, config.optimizer.weight_decay, config.lr_factors)
     trained = engine.wrap(model, groups, config.optimizer, config.engine, micro)
+    if ranks.world_size() > 1:  # entropy and usage speak of the global batch
+        model.quantizer.average_over_ranks = averaged
     ema = Ema(model, config.ema) if config.ema else None
     restarts = Restarts(model.quantizer, config.codebooks, config.steps, config.seed)
 
@@ -176,8 +179,10 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
     if config.start_from is None:
         torch.manual_seed(draws.key(config.seed, "model"))
         model = UniTok(wanted)
+        if config.decoder_init == "kaiming":
+            begin_decoder(model)
     else:
-        model = UniTok.from_pretrained(config.start_from, dtype=torch.float32)
+        model = start_model(config.start_from)
         for key in fields:
             if getattr(model.config, key) != getattr(wanted, key):
                 other = getattr(model.config, key)
@@ -192,6 +197,31 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
     if config.engine.gradient_checkpointing:
         engine.checkpoint_activations(model)
     return model
+
+
+def start_model(path: str) -> UniTok:
+    """The tokenizer at a path or hub id, its weights in fp32.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
+        raise UserError(f"start_from is {path}, but there is no such folder or file.")
+    try:
+        return UniTok.from_pretrained(path, dtype=torch.float32)
+    except OSError as error:
+        raise UserError(f"start_from: no model at {path} ({' '.join(str(error).split())[:200]}).") from error
+
+
+def begin_decoder(model: UniTok) -> None:
+    """Begin the decoder's convolutions at unit gain (He et al., arXiv 1502.01852, equation 10).
+
+    The published start counts the outputs of all groups, so depthwise kernels begin near zero and their blocks
+    pass nothing on for hundreds of steps: harmless over a million steps, half of the demo's run.
+    """
+    for module in model.decoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def build_lpips(config: TokenizerRun, device: torch.device) -> Any:
@@ -222,11 +252,11 @@ def note_state(log: Logbook, model: UniTok, rate: float) -> None:
 
 
 def save_model(path: Path, model: UniTok, captions: Any, ema: Ema | None) -> None:
-    """A folder that `UniTok.from_pretrained` loads, with the tokenizer of its captions inside."""
+    """A folder that `UniTok.from_pretrained` loads, with the tokenizer of captions in caption_tokenizer/."""
     if ema is None:
         model.save_pretrained(path)
     else:
         with ema.applied():
             model.save_pretrained(path)
     if captions is not None:
-        captions.save(path / "caption_tokenizer")
+        captions.save(path)

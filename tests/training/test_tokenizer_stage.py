@@ -1,0 +1,375 @@
+"""Stage 1 on tiny pictures: exact resume, what is left behind, codebooks in use, refusals."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from open_unitok.cli import main
+from open_unitok.errors import UserError
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.text_tokens import CaptionTokenizer
+from open_unitok.training import config as configs
+from open_unitok.training import tokenizer_losses
+from open_unitok.training.codebooks import Restarts, init_codebooks, spread
+from open_unitok.training.ema import Ema
+from open_unitok.training.run import load
+from open_unitok.training.tokenizer_config import CodebookOptions
+from open_unitok.training.tokenizer_data import PairDecoder, crop_box
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200), "black": (20, 20, 20)}
+
+YAML = """
+stage: tokenizer
+out: {folder}/run
+steps: 8
+batch_size: 8
+data: {{sources: [{{path: "{folder}/pairs-*.tar"}}], shuffle: 16}}
+pictures: {{captions: json}}
+caption_tokenizer: {folder}/tokenizer.model
+model:
+  {{image_size: 32, stem_width: 8, stage_widths: [8, 8], stage_depths: [1, 1], decoder_widths: [8, 8],
+   decoder_depths: [1, 1], hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_codebooks: 2,
+   codebook_size: 16, codebook_dim: 4, embed_dim: 16, text_hidden_size: 16, text_num_layers: 1,
+   text_num_heads: 2, text_context_length: 12, drop_path_rate: 0.1}}
+losses: {{lpips: 0.0, entropy: 0.1}}
+codebooks: {{init_images: 16, restart_after: 2, restart_share: 1.0}}
+ema: 0.9
+optimizer: {{lr: 2.0e-3}}
+schedule: {{warmup: 2}}
+checkpoint: {{every: 3}}
+log: {{every: 1, images_every: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two tars of 20 coloured squares with captions, a sentencepiece model, and config.yaml."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    captions = []
+    for tar in range(2):
+        with tarfile.open(folder / f"pairs-{tar}.tar", "w") as file:
+            for n in range(20):
+                name = list(COLOURS)[rng.integers(4)]
+                picture = np.full((32, 32, 3), 235, np.uint8)
+                x, y = rng.integers(0, 20, 2)
+                picture[y : y + 12, x : x + 12] = COLOURS[name]
+                buffer = io.BytesIO()
+                Image.fromarray(picture).save(buffer, "PNG")
+                words = [f"a {name} square", f"{name} and square"]
+                captions += words
+                for extension, content in (
+                    ("png", buffer.getvalue()),
+                    ("json", json.dumps({"captions": words}).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{tar}{n:03d}.{extension}")
+                    member.size = len(content)
+                    file.addfile(member, io.BytesIO(content))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=290,
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "config.yaml").write_text(YAML.format(folder=folder))
+    return folder
+
+
+def train(data, out, *overrides):
+    main(["train", str(data / "config.yaml"), f"out={out}", *overrides])
+
+
+def rows(out):
+    """metrics.jsonl without what depends on the clock."""
+    with open(out / "metrics.jsonl") as file:
+        found = [json.loads(line) for line in file]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in found]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """An uninterrupted run of 8 steps."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(data, out)
+    return out
+
+
+def same_weights(one, two):
+    first, second = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_what_a_run_leaves_behind(whole):
+    assert {p.name for p in whole.iterdir()} == {
+        *("config.yaml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "model")
+    }
+    assert sorted(os.listdir(whole / "checkpoints")) == ["step-00000006", "step-00000008"]
+    record = json.loads((whole / "run.json").read_text())
+    assert {"command", "git", "versions", "facts", "calls"} <= record.keys() and record["facts"]["data"]
+    last = rows(whole)[-1]
+    assert last["step"] == 8 and len(rows(whole)) == 8
+    assert {
+        "loss",
+        "l1",
+        "l2",
+        "vq",
+        "entropy",
+        "clip",
+        "grad_norm",
+        "lr",
+        "usage/0",
+        "perplexity/1",
+    } <= last.keys()
+    model = UniTok.from_pretrained(whole / "model")
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert model.decode(model.encode(pixels)).shape == pixels.shape
+    captions = CaptionTokenizer.from_model_folder(whole / "model", 12)
+    assert captions.vocab_size == model.config.text_vocab_size
+    assert (
+        UniTok.from_pretrained(whole / "checkpoints" / "step-00000008").fingerprint() == model.fingerprint()
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, accumulation):
+    """Losses, weights, averages, restarts, crops, captions, drop path: all as if never stopped."""
+    if accumulation > 1:
+        whole = tmp_path / "whole"
+        train(data, whole, "engine.accumulation=2")
+    out = tmp_path / "run"
+    train(data, out, "stop_at=4", f"engine.accumulation={accumulation}")
+    assert not (out / "model").exists()
+    train(data, out, f"engine.accumulation={accumulation}")
+    assert rows(out) == rows(whole)
+    assert same_weights(out / "model", whole / "model")
+    assert any(row["skipped"] == 0 for row in rows(out))
+
+
+def test_rows_after_the_checkpoint_are_dropped_after_a_kill(data, whole, tmp_path):
+    out = tmp_path / "run"
+    train(data, out, "stop_at=3")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 4, "loss": 9}) + '\n{"step": 5, "lo')
+    train(data, out)
+    assert rows(out) == rows(whole)
+
+
+def test_a_finished_run_says_so_at_once(data, whole, capsys):
+    started = time.perf_counter()
+    train(data, whole)
+    assert time.perf_counter() - started < 1
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_the_loss_falls_on_one_batch(data, tmp_path):
+    out = tmp_path / "run"
+    same = ["steps=60", "batch_size=16", "pictures.crop_scale=[1.0,1.0]", "pictures.crop_ratio=[1.0,1.0]"]
+    settings = ["losses.entropy=0", "log.every=10", "checkpoint.every=60", "optimizer.lr=5e-3", "ema=null"]
+    train(data, out, *same, *settings, "data.shuffle=1", f"data.sources.0.path={data}/pairs-0.tar")
+    found = rows(out)
+    assert found[-1]["l2"] < 0.6 * found[0]["l2"]
+    assert found[-1]["clip"] < found[0]["clip"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.hidden_sise=8", "Did you mean 'hidden_size'"),
+        ("model.size=vitamin_huge", "vitamin"),
+        ("model.image_size=30", "image_size"),
+        ("data.sources.0.path=nowhere/*.tar", "no file nowhere"),
+        ("caption_tokenizer=nowhere.model", "nowhere.model"),
+        ("losses={lpips: 1.0, lpips_weights: nowhere.pth}", "nowhere.pth"),
+        ("start_from=nowhere", "nowhere"),
+        ("batch_size=7", "multiple of 2"),
+        ("model.text_vocab_size=9", "leave the key out"),
+    ],
+)
+def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, capsys, override, words):
+    with pytest.raises(SystemExit) as left:
+        train(data, tmp_path / "run", override, "engine.accumulation=2")
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("unitok: error:") and words in last, error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_nan_stops_with_every_value_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+    original = tokenizer_losses.reconstruction_losses
+    calls = []
+
+    def poisoned(copies, pixels):
+        calls.append(1)
+        losses = original(copies, pixels)
+        return {**losses, "l2": losses["l2"] * float("nan")} if len(calls) == 5 else losses
+
+    monkeypatch.setattr("open_unitok.training.tokenizer_stage.reconstruction_losses", poisoned)
+    config = load(str(data / "config.yaml"), [f"out={tmp_path}/run"])
+    from open_unitok.training import tokenizer_stage
+    from open_unitok.training.runfolder import RunFolder
+
+    with pytest.raises(UserError) as error:
+        tokenizer_stage.main(config, RunFolder.open(config))
+    assert "Step 5 is not finite" in str(error.value)
+    assert all(f"{name}=" in str(error.value) for name in ("loss", "l1", "l2", "vq", "clip", "grad_norm"))
+    assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
+
+
+def test_another_config_is_refused(data, whole, capsys):
+    with pytest.raises(SystemExit):
+        train(data, whole, "optimizer.lr=1e-3")
+    assert "optimizer.lr: 0.002 -> 0.001" in capsys.readouterr().err
+
+
+def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
+    out = tmp_path / "run"
+    start = [
+        f"start_from={whole}/model",
+        "freeze=[encoder, down_projection, quantizer]",
+        "codebooks={}",
+        "steps=2",
+    ]
+    train(data, out, *start, "ema=null")
+    before, after = (UniTok.from_pretrained(folder / "model") for folder in (whole, out))
+    assert before.fingerprint() == after.fingerprint()
+    weight = "decoder.norm.weight"
+    assert not torch.equal(before.get_parameter(weight), after.get_parameter(weight))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
+def test_a_signal_saves_and_the_same_command_goes_on(data, whole, tmp_path, number):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "open_unitok", "train", str(data / "config.yaml"), f"out={out}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    if process.returncode:  # it may have been faster than the signal
+        assert process.returncode == (143 if number == signal.SIGTERM else 130)
+        assert "run the same command again" in error
+        assert subprocess.run(command).returncode == 0
+    assert rows(out) == rows(whole)
+    assert same_weights(out / "model", whole / "model")
+
+
+@pytest.mark.slow
+def test_kill_and_go_on(data, whole, tmp_path):
+    """kill -9 as soon as a checkpoint stands; the next run reaches the same end."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "open_unitok", "train", str(data / "config.yaml"), f"out={out}"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    while not list((out / "checkpoints").glob("step-*")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    assert rows(out) == rows(whole)
+    assert same_weights(out / "model", whole / "model")
+
+
+# ---- parts -----------------------------------------------------------------------------------------------
+
+
+def test_crop_boxes_keep_to_their_bounds():
+    import random
+
+    rng = random.Random(0)
+    for width, height in ((64, 48), (10, 300), (5, 5)):
+        for _ in range(200):
+            left, top, w, h = crop_box(width, height, (0.64, 1.0), (0.75, 4 / 3), rng)
+            assert 0 <= left <= width - w and 0 <= top <= height - h and w > 0 and h > 0
+    boxes = [crop_box(64, 64, (0.9, 1.0), (0.75, 4 / 3), rng) for _ in range(500)]
+    shares = [w * h / 64**2 for _, _, w, h in boxes]
+    assert 0.88 < min(shares) < 0.92 and max(shares) <= 1.0
+    assert crop_box(64, 64, (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 64, 64)
+
+
+def test_a_picture_of_the_right_size_is_taken_as_it_is(data):
+    import random
+
+    from open_unitok.training.tarindex import index
+    from open_unitok.training.tokenizer_config import PictureOptions
+
+    record = index(str(data / "pairs-0.tar")).records[0]
+    options = PictureOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
+    pair = PairDecoder(options, 32, True)(record, random.Random(0))
+    assert np.array_equal(pair.picture, np.asarray(Image.open(io.BytesIO(record.read("png")))))
+    assert pair.caption in record.json()["captions"]
+    assert PairDecoder(options, 16, False)(record, random.Random(0)).picture.shape == (16, 16, 3)
+
+
+def test_codebooks_begin_on_encoder_outputs():
+    latents = torch.randn(40, 6)
+    for entries in (16, 64):
+        books = torch.nn.Parameter(torch.zeros(2, entries, 3))
+        init_codebooks(books, latents, seed=0)
+        chunks = torch.nn.functional.normalize(latents.view(40, 2, 3), dim=-1)
+        nearest = (books.detach()[1] @ chunks[:, 1].T).max(-1).values
+        assert (nearest > 0.95).all()
+        assert len(torch.unique(books.detach()[0], dim=0)) == entries
+
+
+def test_unused_entries_move_onto_latents(monkeypatch):
+    from open_unitok.tokenizer import Quantizer
+    from open_unitok.training import engine
+
+    quantizer = Quantizer(2, 8, 3)
+    monkeypatch.setattr(engine, "write_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values))
+    restarts = Restarts(quantizer, CodebookOptions(restart_after=2, restart_share=0.5), steps=12, seed=0)
+    latents = torch.randn(4, 5, 6)
+    moved = []
+    for step in range(1, 13):
+        quantizer(latents)
+        moved.append(restarts.after_step(step, None))
+    assert moved[0] is None and moved[1] is not None
+    assert all(mask is None for mask in moved[6:])  # only in the first half
+    chunks = torch.nn.functional.normalize(latents.view(20, 2, 3), dim=-1)
+    values = quantizer.codebooks.detach()[moved[1]]
+    best = torch.stack([(values @ chunks[:, k].T).max(-1).values for k in (0, 1)]).max(0).values
+    assert (best > 0.999).all()
+    used, perplexity = spread(quantizer.usage)
+    assert len(used) == 2 and all(0 < u <= 100 for u in used) and all(1 <= p <= 8 for p in perplexity)
+
+
+def test_averages_follow_and_swap():
+    layer = torch.nn.Linear(2, 2)
+    ema = Ema(layer, 0.5)
+    before = layer.weight.detach().clone()
+    layer.weight.data += 1
+    ema.update(1000)
+    with ema.applied():
+        assert torch.allclose(layer.weight, before + 0.5)
+    assert torch.allclose(layer.weight, before + 1)
+
+
+def test_contrast_is_clip_loss_by_hand():
+    image, text = (torch.nn.functional.normalize(torch.randn(5, 4), dim=-1) for _ in range(2))
+    logits = 3.0 * image @ text.T
+    want = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
+    found = tokenizer_losses.contrastive_loss(image, text, torch.tensor(3.0))
+    torch.testing.assert_close(found, want)
+
+
+def test_weights_of_zero_leave_losses_out():
+    weights = configs.build(type(load("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0})
+    losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
+    assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
