@@ -44,6 +44,8 @@ def new_parts(config: MLLMRun) -> Parts:
     base = _decoder(wanted.language_model) if wanted.language_model else None
     fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
     _check_keys(wanted.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
+    _check_keys(wanted.text, _known_fields(wanted.text.get("model_type", "llama")), "model.text")
+    _check_keys(wanted.depth, _known_fields("llama"), "model.depth")
     if base is None:
         ids = {"vocab_size": processor.vocab_size, "bos_token_id": processor.bos_token_id}
         text = {"model_type": "llama", **ids, "eos_token_id": processor.eos_token_id, **wanted.text}
@@ -59,8 +61,6 @@ def new_parts(config: MLLMRun) -> Parts:
         fields["text_config"] = base.config
     fields |= {"depth_config": wanted.depth, **wanted.fields}
     mllm_config = UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
-    _check_keys(wanted.text, set(mllm_config.text_config.to_dict()), "model.text")
-    _check_keys(wanted.depth, set(mllm_config.depth_config.to_dict()), "model.depth")
     torch.manual_seed(draws.key(config.seed, "model"))
     model = UniTokForConditionalGeneration(mllm_config)
     if base is not None:
@@ -108,6 +108,16 @@ def _decoder(folder: str) -> Any:
         raise UserError(
             f"model.language_model {folder} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _known_fields(kind: str) -> set[str]:
+    """The fields of a family's config."""
+    from transformers import AutoConfig
+
+    try:
+        return set(AutoConfig.for_model(kind).to_dict()) | {"rope_theta"}
+    except ValueError as error:
+        raise UserError(f"model.text.model_type is {kind!r}: no decoder that transformers knows.") from error
 
 
 def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:

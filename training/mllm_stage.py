@@ -87,13 +87,13 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
                 # 2. one pass over texts and images, read and drawn; the losses come as sums
                 out = trained(**inputs, reduction="sum", return_logits=False)
                 joined = join(out.text_loss, out.image_loss, targets, config.loss)
+                if (step + 1) % config.log.every == 0:
+                    progress.add_texts(model, out.last_hidden_state, batch, inputs)
                 # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
                 trained.backward(joined.loss * (ranks.world_size() * config.engine.accumulation))
                 norm = engine.step(trained)
                 sums += torch.stack([value.detach() for value in joined]) * ranks.world_size()
                 progress.add(out.image_correct, batch)
-                if (step + 1) % config.log.every == 0:
-                    progress.add_texts(model, out.last_hidden_state, batch, inputs)
             step += 1
             if step % config.log.every == 0:
                 log.note("lr", config.optimizer.lr * rate)

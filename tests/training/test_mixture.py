@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
@@ -140,12 +141,11 @@ def test_ranks_and_accumulation_cut_the_same_batch(make, monkeypatch):
     whole = rows_of(make().next())
     parts = []
     for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(ranks, "world_size", lambda: 2)
         parts += rows_of(make(batch_size=10).next())
     assert sorted(parts) == sorted(whole)
-    monkeypatch.delenv("RANK")
-    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.undo()
     assert rows_of(make(accumulation=5).next()) == whole
 
 
