@@ -12,7 +12,6 @@ from torch import nn
 from open_unitok import ranks
 
 from . import draws, engine
-from .collectives import joined
 from .tokenizer_config import CodebookOptions
 
 
@@ -39,7 +38,8 @@ def init_codebooks(codebooks: nn.Parameter, latents: torch.Tensor, seed: int) ->
 class Restarts:
     """Moves entries that no latent chose for `restart_after` steps onto latents of the current batch.
 
-    A hook on the quantiser sees latents and codes. Draws are keyed by (seed, step); all ranks decide alike.
+    A hook on the quantiser sees latents and codes. Draws are keyed by (seed, step) and by place in the
+    global batch: any number of ranks decides alike.
     """
 
     def __init__(self, quantizer: nn.Module, options: CodebookOptions, steps: int, seed: int):
@@ -74,29 +74,24 @@ class Restarts:
         unused = step - self.last_hit >= self.after
         count = int(unused.sum())
         if count:
-            books, entries, width = self.codebooks.shape
-            pool = self._pool(step, entries)
-            values = torch.empty(count, width, device=pool.device)
             owners = unused.nonzero()[:, 0]
-            for book in range(books):
-                mine = owners == book
-                generator = draws.generator(self.seed, "restart", step, book)
-                picked = torch.randint(len(pool), (int(mine.sum()),), generator=generator).to(pool.device)
-                values[mine] = pool[picked, book]
+            generator = draws.generator(self.seed, "restart", step)
+            values = self._rows(torch.randint(2**62, (count,), generator=generator), owners)
             engine.write_rows(deepspeed_engine, self.codebooks, unused, values)
             self.last_hit[unused] = step
         self._latents = None
         return unused if count else None
 
-    def _pool(self, step: int, most: int) -> torch.Tensor:
-        """(rows, K, C) normalised latents of this batch, some from every rank."""
+    def _rows(self, picked: torch.Tensor, books: torch.Tensor) -> torch.Tensor:
+        """(n, C) normalised chunks of the global batch: row `picked` (modulo their number) of each book."""
         assert self._latents is not None
-        rows = self._latents.flatten(0, 1).float()
-        generator = draws.generator(self.seed, "pool", step, ranks.rank())
-        picked = torch.randperm(len(rows), generator=generator)[:most].to(rows.device)
-        pool = joined(rows[picked])
-        books, _, width = self.codebooks.shape
-        return F.normalize(pool.unflatten(-1, (books, width)), dim=-1)
+        width = self.codebooks.shape[-1]
+        chunks = F.normalize(self._latents.float().flatten(0, 1).unflatten(-1, (-1, width)), dim=-1)
+        mine = len(chunks)
+        place = (picked % (mine * ranks.world_size())).to(chunks.device)
+        found = chunks[place % mine, books]
+        found[place // mine != ranks.rank()] = 0
+        return ranks.sum_over_ranks(found)
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_hit": self.last_hit.cpu()}

@@ -222,13 +222,18 @@ def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, v
         safe_set_full_optimizer_state,
     )
 
+    zero = engine.optimizer
+    if zero.optimizer.state and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed links moments once, after the first group's first step: those of later groups stay unknown
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
         full = safe_get_full_fp32_param(parameter).clone()
         full[rows] = values.to(full)
         safe_set_full_fp32_param(parameter, full)
         if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 keep a whole copy of the parameter on every rank
             parameter[rows] = values.to(parameter)
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq") if zero.optimizer.state else ():
             state = safe_get_full_optimizer_state(parameter, moment)
             if state is not None:
                 state = state.clone()

@@ -40,6 +40,7 @@ class _Source:
         self.number = number
         self.epoch = self.cursor = self.record = self.popped = 0
         self.broken: set[int] = set()
+        self.order: list[int] | None = None  # the tars of this epoch
         self.buffer: list[tuple[int, int, Record]] = []
 
     def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, Record]:
@@ -54,12 +55,17 @@ class _Source:
                 self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
                 return self.buffer.pop()
             self.epoch, self.cursor, self.record, self.popped = self.epoch + 1, 0, 0, 0
+            self.order = None
         raise UserError(f"Source {self.name} has no readable sample ({self.tars[0]}, ...).")
 
     def _fill(self, part: int, parts: int, report: Callable[[str], None]) -> None:
-        order = list(range(len(self.tars)))
-        draws.python_random(self.seed, "tars", self.number, self.epoch).shuffle(order)
-        order = order[part::parts]
+        if len(self.buffer) >= self.shuffle:
+            return
+        if self.order is None:
+            order = list(range(len(self.tars)))
+            draws.python_random(self.seed, "tars", self.number, self.epoch).shuffle(order)
+            self.order = order[part::parts]
+        order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
             records, problem = index(self.tars[tar], self.name)
@@ -80,7 +86,7 @@ class _Source:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("epoch", "cursor", "record", "popped"):
             setattr(self, name, state[name])
-        self.broken = set(state["broken"])
+        self.broken, self.order = set(state["broken"]), None
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
         found = {tar: index(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})}
         self.buffer = [(tar, number, found[tar][number]) for tar, number in pairs]

@@ -81,12 +81,13 @@ class CodebookOptions:
 class TokenizerRun(RunConfig):
     """A run of stage 1.
 
-    `model`: `size` (a named size) and any field of UniTokConfig. `decoder_init`: how the pixel decoder's convolutions
-    begin; the published start all but mutes the depthwise ones, which a short run feels (see `begin_decoder`). `caption_tokenizer`: path or hub id of a
-    CLIP vocabulary, or a sentencepiece tokenizer.model. `reconstruct_share`: the share of each micro-batch
-    that is decoded (contrast needs large batches, reconstruction does not). `ema`: decay of averaged weights,
-    which are then what is saved as the model; null keeps none. `freeze`: parts that stay as `start_from` has
-    them. `lr_factors`: part of a parameter's name -> factor on its learning rate.
+    `model`: `size` (a named size) and any field of UniTokConfig. `decoder_init`: how the pixel decoder's
+    convolutions begin; the published start all but mutes the depthwise ones, which a short run feels (see
+    `begin_decoder`). `caption_tokenizer`: path or hub id of a CLIP vocabulary, or a sentencepiece
+    tokenizer.model. `reconstruct_share`: the share of each micro-batch that is decoded (contrast needs large
+    batches, reconstruction does not). `ema`: decay of averaged weights, which are then what is saved as the
+    model; null keeps none. `freeze`: parts that stay as `start_from` has them. `lr_factors`: part of a
+    parameter's name -> factor on its learning rate.
     """
 
     data: ShardOptions

@@ -19,6 +19,7 @@ from .tarindex import BadSample, Record
 from .tokenizer_config import PictureOptions
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+REMEMBERED = 2**26  # bytes of pictures that, taken as they are, need to be decoded only once
 
 
 class Pair(NamedTuple):
@@ -35,22 +36,29 @@ class PairDecoder:
         self.options = options
         self.size = size
         self.captions = captions
+        self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
+        self._known: dict[tuple[str, int, int], np.ndarray] = {}
 
     def __call__(self, record: Record, rng: random.Random) -> Pair:
         """Raises BadSample where picture or caption is missing or unreadable."""
         extension = next((e for e in EXTENSIONS if e in record.members), None)
         if extension is None:
             raise BadSample(f"has no picture (.{', .'.join(EXTENSIONS)})")
-        try:
-            image = load_image(record.read(extension))
-        except UserError as error:
-            raise BadSample(str(error)) from error
-        picture = np.asarray(self._crop(image, rng))
+        place = (record.tar, *record.members[extension])
+        picture = self._known.get(place)
+        if picture is None:
+            try:
+                image = load_image(record.read(extension))
+            except UserError as error:
+                raise BadSample(str(error)) from error
+            picture = np.asarray(self._crop(image, rng))
+            if self.whole and len(self._known) * picture.nbytes < REMEMBERED:
+                self._known[place] = picture
         return Pair(picture, self._caption(record, rng) if self.captions else "")
 
     def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
         size = (self.size, self.size)
-        if self.options.crop_scale == (1.0, 1.0) and self.options.crop_ratio == (1.0, 1.0):
+        if self.whole:
             if image.size == size:
                 return image
             left, top, side = (

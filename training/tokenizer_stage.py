@@ -216,8 +216,8 @@ def start_model(path: str) -> UniTok:
 def begin_decoder(model: UniTok) -> None:
     """Begin the decoder's convolutions at unit gain (He et al., arXiv 1502.01852, equation 10).
 
-    The published start counts the outputs of all groups, so depthwise kernels begin near zero and their blocks
-    pass nothing on for hundreds of steps: harmless over a million steps, half of the demo's run.
+    The published start counts the outputs of all groups, so depthwise kernels begin near zero and their
+    blocks pass nothing on for hundreds of steps: harmless over a million steps, half of the demo's run.
     """
     for module in model.decoder.modules():
         if isinstance(module, torch.nn.Conv2d):

@@ -286,6 +286,30 @@ def test_kill_and_go_on(data, whole, tmp_path):
     assert same_weights(out / "model", whole / "model")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_are_one_process(data, tmp_path, stage):
+    """The same global batches give the same losses; both ranks stop, go on and finish together."""
+    settings = ["model.drop_path_rate=0", "log.images_every=0"]
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    train(data, alone, *settings)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={both}", *settings]
+    for stop in (["stop_at=4"], []):
+        done = subprocess.run(
+            [*launch, *command, f"engine.zero_stage={stage}", *stop], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert [row["step"] for row in rows(both)] == list(range(1, 9))
+    for one, two in zip(rows(alone), rows(both)):
+        for name in ("loss", "l1", "l2", "vq", "entropy", "clip"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
+    models = [UniTok.from_pretrained(out / "model") for out in (alone, both)]
+    torch.testing.assert_close(*[m.decoder.norm.weight for m in models], rtol=1e-3, atol=1e-4)
+    refused = subprocess.run([sys.executable, *command, "stop_at=8"], capture_output=True, text=True)
+    assert (refused.returncode == 2 and "engine.zero_stage" in refused.stderr) or stage == 0
+
+
 # ---- parts -----------------------------------------------------------------------------------------------
 
 
