@@ -46,6 +46,7 @@ class Logbook:
         self._since = 0.0
         self._bar: tqdm | None = None
         self._board: Any = None
+        self._begun = 0
 
     def phase(self, text: str) -> None:
         """One line to the user."""
@@ -69,7 +70,7 @@ class Logbook:
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
-        self._clock = time.monotonic()
+        self._begun, self._clock = step, time.monotonic()
 
     def add(self, step: int, values: dict[str, torch.Tensor | float]) -> None:
         """Values of one finished step (0-d tensors or floats), the same names on every rank.
@@ -166,7 +167,9 @@ class Logbook:
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self.folder.path / "tensorboard"), flush_secs=30)
+            self._board = SummaryWriter(
+                str(self.folder.path / "tensorboard"), flush_secs=30, purge_step=self._begun + 1
+            )
         return self._board
 
     def _to_board(self, row: dict[str, Any]) -> None:

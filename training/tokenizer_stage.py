@@ -121,7 +121,7 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                 if moved is not None:
                     ema.reset_rows(model.quantizer.codebooks, moved)
                 ema.update(step)
-            if step % config.log.every == 0:
+            if step % config.log.every == 0 or step == config.steps:
                 note_state(log, model, config.optimizer.lr * rate)
             log.add(step, {**sums, "grad_norm": norm if norm is not None else 0.0})
             if config.log.images_every and step % config.log.images_every == 0:
@@ -135,15 +135,15 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                 }
                 checkpoints.save(step, write_model, {"tokenizer": trained}, state)
                 stop.exit_if_asked()
-    log.flush()
-    log.close()
     if step == config.steps:
+        log.flush()
         if ranks.is_main():
             folder.finish(write_model)
         ranks.barrier()
         log.phase(f"finished: {folder.model}")
     else:
         log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+    log.close()
 
 
 def caption_tokenizer(config: TokenizerRun) -> Any:

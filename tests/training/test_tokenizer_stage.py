@@ -159,6 +159,15 @@ def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, accumulation
     assert any(row["skipped"] == 0 for row in rows(out))
 
 
+def test_rows_over_several_steps_go_on_too(data, whole, tmp_path):
+    """Stopped between two rows, the next row still is the mean since the last one."""
+    for out, stops in ((tmp_path / "whole", [[]]), (tmp_path / "run", [["stop_at=4"], []])):
+        for stop in stops:
+            train(data, out, "log.every=3", *stop)
+    assert [row["step"] for row in rows(tmp_path / "run")] == [3, 6, 8]
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 def test_rows_after_the_checkpoint_are_dropped_after_a_kill(data, whole, tmp_path):
     out = tmp_path / "run"
     train(data, out, "stop_at=3")
@@ -177,7 +186,7 @@ def test_a_finished_run_says_so_at_once(data, whole, capsys):
 
 def test_the_loss_falls_on_one_batch(data, tmp_path):
     out = tmp_path / "run"
-    same = ["steps=60", "batch_size=16", "pictures.crop_scale=[1.0,1.0]", "pictures.crop_ratio=[1.0,1.0]"]
+    same = ["steps=60", "batch_size=20", "pictures.crop_scale=[1.0,1.0]", "pictures.crop_ratio=[1.0,1.0]"]
     settings = ["losses.entropy=0", "log.every=10", "checkpoint.every=60", "optimizer.lr=5e-3", "ema=null"]
     train(data, out, *same, *settings, "data.shuffle=1", f"data.sources.0.path={data}/pairs-0.tar")
     found = rows(out)
