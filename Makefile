@@ -3,8 +3,6 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
-# Waiting OpenMP threads spin by default and slow a second process down by two orders of magnitude.
-export OMP_WAIT_POLICY := PASSIVE
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: demo test test-slow lint format typecheck clean
@@ -20,6 +18,9 @@ export TOKENIZERS_PARALLELISM := false
 .venv/.dev: .venv/.installed
 	$(BIN)/pip install -q -e '.[dev]' -c configs/constraints.txt
 	touch $@
+
+# Several processes at once: waiting OpenMP threads that spin would slow the others down by two orders of magnitude.
+test test-slow: export OMP_WAIT_POLICY := PASSIVE
 
 demo: .venv/.installed
 	$(BIN)/unitok demo

@@ -42,7 +42,7 @@ TEMPLATES = {
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    "plain": Template(""),  # for small models, whose context the sentence would fill
+    "plain": Template("", draw=""),  # for small models: the begin-of-image id alone asks for a picture
 }
 
 

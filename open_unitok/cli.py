@@ -39,6 +39,12 @@ GROUPS = {"data": "make and check data sets", "eval": "benchmarks", "convert": "
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake is one line on stderr and exit code 2, Ctrl-C is 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments and arguments[0].startswith("--local_rank="):  # what the deepspeed launcher adds in front
+        arguments = arguments[1:]
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        # Waiting OpenMP threads spin for milliseconds by default, which starves every other process; PASSIVE
+        # makes each small operator pay for waking them. A short spin costs neither. Read when torch loads.
+        os.environ["GOMP_SPINCOUNT"] = "20000"
     try:
         run(arguments)
     except UserError as error:

@@ -194,14 +194,20 @@ class UniTok(PreTrainedModel):
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
         Raises:
-            UserError: the folder holds no model, or one of another kind; the file is no published checkpoint.
+            UserError: there is no such folder, file or hub model; the folder holds no model, or one of another
+                kind; the file is no published checkpoint.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
             return cls.from_reference(path, **kwargs)
         if path.is_dir():
             check_folder(path)
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(path, *args, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except OSError as error:  # how transformers says that the hub has no such model, or cannot be reached
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{path} does not exist here, nor could it be had from the hub: {reason}") from error
 
     @classmethod
     def from_reference(

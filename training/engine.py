@@ -116,7 +116,7 @@ def wrap(
         [{**group, "lr": optimizer.lr * group.get("lr_factor", 1.0)} for group in groups],
         betas=optimizer.betas,
         eps=optimizer.eps,
-        foreach=True,
+        fused=True,
     )
     for group in adam.param_groups:
         group["init_lr"] = group["lr"]
@@ -127,6 +127,8 @@ def wrap(
     except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
         raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
+    if ranks.world_size() == 1 and options.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # copying all gradients to meet nobody
     return engine
 
 

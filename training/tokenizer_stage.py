@@ -3,6 +3,7 @@
 B images of one micro-batch, N visual tokens, K sub-codebooks, V entries each, T text positions.
 """
 
+import contextlib
 import math
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
     model.train()
     log.begin(step)
     rows = read(batches)
-    with stopping() as stop:
+    with contextlib.closing(log), stopping() as stop:
         while step < config.last_step:
             plan = config.schedule
             rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
@@ -135,15 +136,15 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                 }
                 checkpoints.save(step, write_model, {"tokenizer": trained}, state)
                 stop.exit_if_asked()
+        if step == config.steps:
+            log.flush()
     if step == config.steps:
-        log.flush()
         if ranks.is_main():
             folder.finish(write_model)
         ranks.barrier()
         log.phase(f"finished: {folder.model}")
     else:
         log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
-    log.close()
 
 
 def caption_tokenizer(config: TokenizerRun) -> Any:

@@ -1,0 +1,61 @@
+"""Mistakes in the data and training commands: one line that names the thing, exit code 2, nothing half-written."""
+
+import pytest
+import yaml
+
+from open_unitok.cli import main
+
+
+@pytest.fixture
+def places(tmp_path):
+    """What the cases name: a broken tar, a file that is no tar, a folder of another kind, a config."""
+    (tmp_path / "garbage.tar").write_bytes(b"this is no tar at all" * 100)
+    other = tmp_path / "other_kind"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    config = {
+        "stage": "tokenizer",
+        "out": str(tmp_path / "run"),
+        "steps": 2,
+        "batch_size": 2,
+        "data": {"sources": [{"path": str(tmp_path / "garbage.tar")}], "shuffle": 2},
+        "model": {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16, "num_hidden_layers": 1,
+                  "num_attention_heads": 2, "decoder_widths": [8, 8], "codebook_size": 8, "codebook_dim": 2,
+                  "num_codebooks": 2},
+        "losses": {"clip": 0.0, "lpips": 0.0},
+    }  # fmt: skip
+    (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "gone.yaml"], "gone.yaml"),
+        (["train", "HERE/list.yaml"], "list.yaml"),
+        (["train", "HERE/train.yaml", "optimiser.lr=1"], "Did you mean 'optimizer'"),
+        (["train", "HERE/train.yaml", "optimizer.lr=fast"], "optimizer.lr"),
+        (["train", "HERE/train.yaml", "batch_size=0"], "batch_size"),
+        (["train", "HERE/train.yaml", "stage=tokeniser"], "Did you mean 'tokenizer'"),
+        (["train", "HERE/train.yaml", "losses.lpips=1"], "lpips_with_vgg.pth"),
+        (["train", "HERE/train.yaml", "losses.clip=1"], "caption_tokenizer"),
+        (["train", "HERE/train.yaml", "model.image_size=40"], "multiple of 16"),
+        (["train", "HERE/train.yaml"], "garbage.tar"),
+        (["train", "HERE/train.yaml", "data.sources=[{path: HERE/gone-*.tar}]"], "gone-*.tar"),
+        (["train", "HERE/train.yaml", "start_from=HERE/other_kind"], "bert"),
+        (["extract-codes", "--tokenizer", "HERE/other_kind", "--data", "HERE/garbage.tar", "--out", "HERE/codes"], "bert"),
+        (["extract-codes", "--tokenizer", "HERE/gone", "--data", "HERE/garbage.tar", "--out", "HERE/codes"], "gone"),
+        (["data", "scenes", "--out", "HERE/scenes", "--size", "33"], "size"),
+        (["data", "scenes", "--out", "HERE/scenes", "--config", "HERE/gone.yaml"], "gone.yaml"),
+    ],
+)  # fmt: skip
+def test_one_line_exit_2_and_nothing_half_written(places, capsys, arguments, words):
+    with pytest.raises(SystemExit) as stop:
+        main([argument.replace("HERE", str(places)) for argument in arguments])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    message = [line for line in err.splitlines() if line.startswith("unitok: error: ")]
+    assert len(message) == 1 and words in message[0] and "Traceback" not in err, err
+    for folder in ("run/model", "run/checkpoints/step-00000002", "codes/codes.json", "scenes"):
+        assert not (places / folder).exists(), folder
