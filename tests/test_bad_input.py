@@ -1,9 +1,11 @@
-"""Mistakes in the data and training commands: one line that names the thing, exit code 2, nothing half-written."""
+"""Mistakes in data and training commands: one line that names the thing, exit 2, nothing half-written."""
 
 import pytest
 import yaml
 
 from open_unitok.cli import main
+
+EXTRACT = ["extract-codes", "--data", "HERE/garbage.tar", "--out", "HERE/codes"]
 
 
 @pytest.fixture
@@ -19,8 +21,9 @@ def places(tmp_path):
         "steps": 2,
         "batch_size": 2,
         "data": {"sources": [{"path": str(tmp_path / "garbage.tar")}], "shuffle": 2},
-        "model": {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16, "num_hidden_layers": 1,
-                  "num_attention_heads": 2, "decoder_widths": [8, 8], "codebook_size": 8, "codebook_dim": 2,
+        "model": {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16,
+                  "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_widths": [8, 8],
+                  "codebook_size": 8, "codebook_dim": 2,
                   "num_codebooks": 2},
         "losses": {"clip": 0.0, "lpips": 0.0},
     }  # fmt: skip
@@ -44,8 +47,8 @@ def places(tmp_path):
         (["train", "HERE/train.yaml"], "garbage.tar"),
         (["train", "HERE/train.yaml", "data.sources=[{path: HERE/gone-*.tar}]"], "gone-*.tar"),
         (["train", "HERE/train.yaml", "start_from=HERE/other_kind"], "bert"),
-        (["extract-codes", "--tokenizer", "HERE/other_kind", "--data", "HERE/garbage.tar", "--out", "HERE/codes"], "bert"),
-        (["extract-codes", "--tokenizer", "HERE/gone", "--data", "HERE/garbage.tar", "--out", "HERE/codes"], "gone"),
+        ([*EXTRACT, "--tokenizer", "HERE/other_kind"], "bert"),
+        ([*EXTRACT, "--tokenizer", "HERE/gone"], "gone"),
         (["data", "scenes", "--out", "HERE/scenes", "--size", "33"], "size"),
         (["data", "scenes", "--out", "HERE/scenes", "--config", "HERE/gone.yaml"], "gone.yaml"),
     ],

@@ -194,7 +194,7 @@ class UniTok(PreTrainedModel):
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
         Raises:
-            UserError: there is no such folder, file or hub model; the folder holds no model, or one of another
+            UserError: nothing is there, on disk or on the hub; the folder holds no model, or one of another
                 kind; the file is no published checkpoint.
         """
         path = Path(pretrained_model_name_or_path)
@@ -207,7 +207,7 @@ class UniTok(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:  # how transformers says that the hub has no such model, or cannot be reached
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path} does not exist here, nor could it be had from the hub: {reason}") from error
+            raise UserError(f"{path} is not here, nor could the hub give it: {reason}") from error
 
     @classmethod
     def from_reference(
