@@ -66,7 +66,7 @@ def new_parts(config: MLLMRun) -> Parts:
     if base is not None:
         model.language_model.load_state_dict(base.get_decoder().state_dict())
         model.lm_head.load_state_dict(base.get_output_embeddings().state_dict())
-        if processor.vocab_size > model.lm_head.out_features:
+        if processor.vocab_size > model.config.text_config.vocab_size:
             model.resize_token_embeddings(processor.vocab_size)
     model.init_from_tokenizer(unitok)
     return Parts(model, processor, folder)

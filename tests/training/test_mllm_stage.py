@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
@@ -198,6 +199,28 @@ def test_fine_tuning_goes_on_from_a_model_with_parts_frozen(place, reference):
     assert "visual_embedder.codebooks" not in changed
     assert {"lm_head.weight", "visual_embedder.projector.1.weight"} <= changed
     assert (folder / "model" / "unitok" / "config.json").exists()
+
+
+def test_a_trained_decoder_is_taken_over(place):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=500, max_position_embeddings=128, **sizes)
+    )  # 512 ids are used
+    base.save_pretrained(place / "decoder")
+    folder = train(
+        place, "taken", "model.text={}", f"model.language_model={place}/decoder", "steps=1", "optimizer.lr=0"
+    )
+    model = UniTokForConditionalGeneration.from_pretrained(folder / "model")
+    assert (
+        len(model.get_input_embeddings().weight)
+        >= UniTokProcessor.from_pretrained(folder / "model").vocab_size
+    )
+    for own, other in (
+        (model.language_model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight),
+        (model.lm_head.weight[:490], base.lm_head.weight),
+        (model.get_input_embeddings().weight[:490], base.model.embed_tokens.weight),
+    ):
+        assert torch.equal(own, other[: len(own)])
 
 
 def test_the_published_weighting_counts_every_code_as_one_token():
