@@ -21,12 +21,13 @@ export TOKENIZERS_PARALLELISM := false
 
 # Several processes at once: waiting OpenMP threads that spin would slow the others down by two orders of magnitude.
 test test-slow: export OMP_WAIT_POLICY := PASSIVE
+test test-slow: export OMP_NUM_THREADS := 1
 
 demo: .venv/.installed
 	$(BIN)/unitok demo
 
 test: .venv/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 15
+	$(BIN)/python -m pytest -n 2 --durations 15
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1500 --durations 0

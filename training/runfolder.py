@@ -50,6 +50,8 @@ class RunFolder:
     def open(cls, config: RunConfig) -> "RunFolder":
         """Begin a run or come back to one; rank 0 writes, the other ranks look.
 
+        A folder without a checkpoint holds nothing to protect: another configuration begins there anew.
+
         Raises:
             UserError: the folder holds a run with another configuration, or is a file.
         """
@@ -57,7 +59,8 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise UserError(f"out is {path}, which is a file: name a folder.")
         old = path / "config.yaml"
-        if old.exists():
+        begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
+        if old.exists() and begun:
             changed = differences(yaml.safe_load(old.read_text(encoding="utf-8")), to_dict(config))
             if changed:
                 raise UserError(
@@ -65,7 +68,7 @@ class RunFolder:
                     "Give the old values to go on, or another `out` for a new run "
                     f"(start_from={path}/model begins with its weights)."
                 )
-        facts = read_json(path / "run.json") if (path / "run.json").exists() else {}
+        facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
         folder = cls(path, facts)
         if not folder.finished and _is_main():
             path.mkdir(parents=True, exist_ok=True)

@@ -153,7 +153,9 @@ def test_micro_batches_must_divide():
 
 def test_resume_with_another_config_shows_the_difference(tmp_path):
     out = tmp_path / "run"
-    RunFolder.open(run_config(out))
+    RunFolder.open(run_config(out, seed=7))
+    RunFolder.open(run_config(out))  # no checkpoint yet: a corrected config begins anew
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
     RunFolder.open(run_config(out, stop_at=4))  # may change: it does not touch what is computed
     with pytest.raises(UserError) as error:
         RunFolder.open(run_config(out, steps=9, seed=1))
@@ -164,6 +166,7 @@ def test_resume_with_another_config_shows_the_difference(tmp_path):
 def test_noted_facts_must_stay(tmp_path):
     folder = RunFolder.open(run_config(tmp_path / "run"))
     folder.note(data="abc")
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     RunFolder.open(run_config(tmp_path / "run")).note(data="abc")
     with pytest.raises(UserError, match="data abc, but now it is xyz"):
         RunFolder.open(run_config(tmp_path / "run")).note(data="xyz")

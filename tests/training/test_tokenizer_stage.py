@@ -32,6 +32,7 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200), 
 
 YAML = """
 stage: tokenizer
+engine: {{threads: 1}}
 out: {folder}/run
 steps: 8
 batch_size: 8
