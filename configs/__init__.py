@@ -1,1 +1,1 @@
-"""One YAML per run; a name such as `demo/tokenizer` or a path is accepted wherever a config is asked for."""
+"""One YAML per run; `unitok train` takes a path, or such a name: configs/demo/tokenizer.yaml."""

@@ -28,7 +28,7 @@ class Settings:
     """What shapes the answers of a run; None = the benchmark's own default."""
 
     split: str | None = None
-    recipe: str | None = None  # the words around a question: see `understanding.RECIPES`
+    recipe: str | None = None  # the words around a question: see `questions.RECIPES`
     max_new_tokens: int | None = None
     images_per_prompt: int | None = None
     guidance: float = 5.0

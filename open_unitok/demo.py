@@ -7,6 +7,7 @@ Each of them skips what is finished and goes on where it was stopped: a killed d
 import argparse
 import contextlib
 import importlib.resources
+import re
 import shlex
 import sys
 import time
@@ -112,15 +113,20 @@ def write_configs(out: Path, folder: str | None) -> None:
     """Lay the configs of this run into OUT/configs, with OUT in place of the folder that they name.
 
     Raises:
-        UserError: a config is missing, or the run in OUT was begun with other ones.
+        UserError: a config is missing, OUT cannot stand in a YAML, or the run was begun with other configs.
     """
+    if not re.fullmatch(r"[\w./~+@-]+", out.as_posix()):
+        raise UserError(
+            f"--out is {out}: letters, digits and ./~+@_- are allowed, as it is written into configs."
+        )
     source = Path(folder) if folder else importlib.resources.files("open_unitok.configs").joinpath("demo")
     for name in CONFIGS:
         if isinstance(source, Path):
             existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
         text = source.joinpath(name).read_text(encoding="utf-8").replace(HOME, out.as_posix())
         target = out / "configs" / name
-        if target.exists() and target.read_text(encoding="utf-8") != text:
+        begun = (out / "phases.json").exists()
+        if begun and target.exists() and target.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"{target} differs from {name}: take another --out, or delete {out} to begin anew."
             )

@@ -67,17 +67,14 @@ def machine() -> list[Check]:
 
 def speed() -> list[Check]:
     """What makes a run fast: bf16, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting."""
-    import torch
+    from .training.engine import bf16_in_hardware
 
     checks = []
-    if torch.cuda.is_available():
-        bf16 = torch.cuda.is_bf16_supported()
-    else:
-        bf16 = bool(torch.backends.cpu.get_cpu_capability() == "AVX512" and "avx512_bf16" in cpu_flags())
+    bf16 = bf16_in_hardware()
     checks.append(
         Check("bf16", "in hardware", "")
         if bf16
-        else Check("bf16", "emulated", "bf16 saves memory here, but no time")
+        else Check("bf16", "emulated", "engine.dtype auto stays at fp32, so the MLLM trains slower")
     )
     checks.append(
         Check("flash-attn", "installed")
@@ -85,7 +82,7 @@ def speed() -> list[Check]:
         else Check(
             "flash-attn",
             "absent",
-            "attention runs through torch SDPA: same results, slower on long sequences",
+            "attention runs through torch SDPA; flash-attn could not be built here, so it is untested",
         )
     )
     if importlib.util.find_spec("deepspeed") is None:
@@ -101,9 +98,9 @@ def speed() -> list[Check]:
     if spin := os.environ.get("GOMP_SPINCOUNT"):  # the command line sets a short one by itself
         checks.append(Check("OpenMP waiting", f"spins {spin} times, then sleeps"))
     else:
-        policy = os.environ.get("OMP_WAIT_POLICY", "unset")
+        policy = os.environ.get("OMP_WAIT_POLICY", "default")
         slow = "waking threads costs small models a third of their speed: leave OMP_WAIT_POLICY unset"
-        busy = "two busy processes slow each other down many times: leave OMP_WAIT_POLICY unset"
+        busy = "two busy processes slow each other down many times: export GOMP_SPINCOUNT=20000"
         checks.append(Check("OpenMP waiting", policy, slow if policy.upper() == "PASSIVE" else busy))
     return checks
 
@@ -125,6 +122,7 @@ def versions() -> list[Check]:
 def tested_versions() -> dict[str, str]:
     """Package -> version, from the constraints file that every install of this project uses."""
     text = importlib.resources.files("open_unitok.configs").joinpath("constraints.txt").read_text()
+    text = text.partition("# for development")[0]
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
 
 
@@ -139,14 +137,6 @@ def available_memory() -> int | None:
     if free is not None and limit.exists() and (text := limit.read_text().strip()) != "max":
         free = min(free, int(text) - int(used.read_text()))
     return free
-
-
-def cpu_flags() -> str:
-    """The processor's feature flags, or nothing where the system does not list them."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return ""
-    with open("/proc/cpuinfo") as file:
-        return next((line for line in file if line.startswith("flags")), "")
 
 
 def importable(name: str) -> bool:

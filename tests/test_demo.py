@@ -108,9 +108,12 @@ def test_two_demos_in_one_folder_are_refused(tmp_path):
 def test_shipped_configs_are_valid_and_name_the_home_folder():
     from open_unitok import demo
     from open_unitok.training.run import load
+    from open_unitok.training.scene_config import SceneConfig
+    from open_unitok.training.scenes import load_config
 
     for name in demo.CONFIGS:
         text = (ROOT / "configs" / "demo" / name).read_text()
         assert demo.HOME in text
         if name != "scenes.yaml":
             load(str(ROOT / "configs" / "demo" / name), [])
+    assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == SceneConfig()

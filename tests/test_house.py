@@ -151,8 +151,9 @@ def test_doctor_reports_versions_and_costs(capsys):
 
 
 def test_no_file_names_a_path_of_a_machine():
-    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split("\n")
-    for name in filter(None, tracked):
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "pyproject.toml" in tracked
+    for name in filter(None, tracked.split("\n")):
         path = ROOT / name
         if path.suffix in {".py", ".md", ".yaml", ".toml", ".yml", ""} and path.is_file():
             assert not re.search(r"(?<![\w.])/(?:work|root)/", path.read_text(errors="ignore")), name

@@ -1,7 +1,6 @@
 """The MLLM of a run with all that belongs to it: built around a visual tokenizer, or loaded from a folder."""
 
 import inspect
-import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,15 +87,7 @@ def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None =
     """Write an MLLM folder: weights (`state`, where they had to be gathered), processor, and `unitok/`."""
     parts.model.save_pretrained(path, state_dict=state)
     parts.processor.save_pretrained(path)
-    shutil.copytree(parts.unitok, path / "unitok", copy_function=_link, dirs_exist_ok=True)
-
-
-def _link(source: str, target: str) -> None:
-    """A second name for the same file, as it never changes; a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
 
 
 def _decoder(folder: str) -> Any:

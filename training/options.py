@@ -43,10 +43,13 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How DeepSpeed runs: `deepspeed` is merged into its own config (offload, bucket sizes, ...)."""
+    """How DeepSpeed runs: `deepspeed` is merged into its own config (offload, bucket sizes, ...).
+
+    `dtype` "auto" is bf16 where the processor or GPU has units for it, which saves time there only.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
-    dtype: Literal["fp32", "bf16"] = "fp32"
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
     accumulation: int = 1
     threads: int = 0
     gradient_checkpointing: bool = False

@@ -7,8 +7,6 @@ from open_unitok.errors import UserError
 
 from .options import RunConfig, ShardOptions
 
-PARTS = ("encoder", "down_projection", "quantizer", "up_projection", "decoder", "text_encoder")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PictureOptions:

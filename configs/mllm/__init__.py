@@ -1,1 +1,0 @@
-"""Configs shipped with the package: mllm runs."""
