@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "open_unitok.training.scenes",
         "write captioned scenes: training shards and a test split",
     ),
+    "data convert": ("open_unitok.training.data_convert", "pictures with texts, in usual layouts, to tars"),
     "train": (
         "open_unitok.training.run",
         "train a stage from a YAML: unitok train CONFIG [key.sub=value ...]",
