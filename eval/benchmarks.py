@@ -1,50 +1,22 @@
-"""The table of benchmarks: how each is read, run and scored."""
+"""The table of benchmarks, and how each is read, run and scored."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from open_unitok import ranks
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json, write_json, write_jsonl
 
-from . import drawings, pictures, questions
-from .harness import (
-    Row,
-    Sample,
-    Scored,
-    Settings,
-    Store,
-    Task,
-    answer_all,
-    check_complete,
-    describe_run,
-    open_run,
-    result_of,
-)
+from . import drawings, metrics, pictures
+from .harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
+from .results import check_complete, describe_run, open_run, result_of
+from .understanding import UNDERSTANDING
 
-DEFAULTS = Settings()
-Work = Callable[[Any, list[Sample], Path, Task], list[Row]]
+SETTINGS, SCORING = Settings(), Scoring()
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    """One benchmark: `needs` is "tokenizer" or "mllm"; `work(data, settings)` gives what runs a batch."""
-
-    line: str
-    needs: str
-    load: Callable[[Path, Settings], Task]
-    work: Callable[[Path, Settings], Work]
-    score: Callable[[Task, dict[int, Row], Path, dict[str, Any], str], Scored]
-    batch_size: int
-
-
-def always(work: Work) -> Callable[[Path, Settings], Work]:
-    """The same work whatever the data and settings."""
-    return lambda data, settings: work
-
-
-BENCHMARKS: dict[str, Benchmark] = {
+# What a tokenizer alone can do.
+TOKENIZER: dict[str, Benchmark] = {
     "reconstruction": Benchmark(
         "PSNR, SSIM and codebook use of encode-decode on a folder of pictures",
         "tokenizer",
@@ -52,6 +24,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         always(pictures.reconstruct),
         pictures.score_reconstruction,
         64,
+        ("skimage7", *(mode for mode in metrics.SSIM_MODES if mode != "skimage7")),
+        ("scenes.json",),
     ),
     "zeroshot": Benchmark(
         "classification by the tokenizer's image and text embeddings",
@@ -60,23 +34,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         always(pictures.classify),
         pictures.score_zeroshot,
         64,
+        files=("scenes.json", "classes.json"),
     ),
-    "vqav2": Benchmark(
-        "open questions about pictures (VQAv2 layout)",
-        "mllm",
-        questions.load_vqav2,
-        always(questions.ask),
-        questions.score_vqav2,
-        1024,
-    ),
-    "pope": Benchmark(
-        "is an object there or not (POPE layout)",
-        "mllm",
-        questions.load_pope,
-        always(questions.ask),
-        questions.score_pope,
-        1024,
-    ),
+}
+
+GENERATION: dict[str, Benchmark] = {
     "geneval": Benchmark(
         "do drawings show the objects, number, colours and places of their prompts",
         "mllm",
@@ -84,6 +46,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         drawings.worker,
         drawings.score_geneval,
         128,
+        files=("scenes.json", "evaluation_metadata.jsonl"),
     ),
     "drawing_positions": Benchmark(
         "one object of a colour at a named place (scenes)",
@@ -92,8 +55,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         drawings.worker,
         drawings.score_positions,
         128,
+        files=("scenes.json",),
     ),
 }
+
+BENCHMARKS: dict[str, Benchmark] = {**TOKENIZER, **UNDERSTANDING, **GENERATION}
 
 
 def named(name: str) -> Benchmark:
@@ -103,25 +69,59 @@ def named(name: str) -> Benchmark:
     return BENCHMARKS[name]
 
 
+def data_of(data: str | Path, name: str) -> Path:
+    """The folder of one benchmark: DATA/NAME if there is such a folder, else DATA itself."""
+    data = existing(data)
+    return data / name if (data / name).is_dir() else data
+
+
+def present(data: str | Path) -> list[str]:
+    """The names of the benchmarks whose files lie in `data`.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = [
+        name
+        for name, benchmark in BENCHMARKS.items()
+        if any(next(data_of(data, name).glob(pattern), None) for pattern in benchmark.files)
+    ]
+    if not names:
+        raise UserError(f"{data} holds the files of no benchmark; eval/README.md says what each one needs.")
+    return names
+
+
+def settled(name: str, scoring: Scoring) -> Scoring:
+    """`scoring` with the scorer's name filled in.
+
+    Raises:
+        UserError: the benchmark has no scorer of that name.
+    """
+    allowed = named(name).scorers
+    if scoring.scorer and scoring.scorer not in allowed:
+        raise UserError(f"{name}: scorer is {scoring.scorer!r}." + did_you_mean(scoring.scorer, allowed))
+    return replace(scoring, scorer=scoring.scorer or allowed[0])
+
+
 def run_benchmark(
     name: str,
     model: Any,
     data: str | Path,
     out: str | Path,
-    settings: Settings = DEFAULTS,
+    settings: Settings = SETTINGS,
     batch_size: int | None = None,
-    scorer: str = "",
+    scoring: Scoring = SCORING,
     quiet: bool = False,
-) -> Row:
-    """Answer what is still open, then score; a finished run is only read. Returns the result.
+) -> Row | None:
+    """Answer what is still open, then score; a finished run is only read.
 
     `model` needs `describe()` and the methods that the benchmark calls (see `models.Model`); the answers lie
-    in `out`.
+    in `out`. Several processes share the questions; the main one scores and gets the result, the others None.
     """
-    benchmark, data, out = named(name), existing(data), Path(out)
+    benchmark, data, out = named(name), data_of(data, name), Path(out)
+    settled(name, scoring)
     task = benchmark.load(data, settings)
-    run = describe_run(name, settings, model.describe(), data)
-    open_run(out, run)
+    open_run(out, describe_run(name, settings, model.describe(), data))
     store, work = Store(out, name), benchmark.work(data, settings)
     answer_all(
         store,
@@ -130,10 +130,12 @@ def run_benchmark(
         batch_size or benchmark.batch_size,
         quiet,
     )
-    return score_run(out, scorer=scorer, task=task)
+    return score_run(out, scoring=scoring, task=task) if ranks.is_main() else None
 
 
-def score_run(folder: str | Path, partial: bool = False, scorer: str = "", task: Task | None = None) -> Row:
+def score_run(
+    folder: str | Path, partial: bool = False, scoring: Scoring = SCORING, task: Task | None = None
+) -> Row:
     """Score the answers in `folder` from files alone, and write `results.json` and `scores.jsonl`.
 
     Raises:
@@ -144,12 +146,15 @@ def score_run(folder: str | Path, partial: bool = False, scorer: str = "", task:
         existing(folder / "run.json", "`unitok eval run` writes it; give the folder of one benchmark.")
     )
     benchmark = named(run["benchmark"])
+    scoring = settled(run["benchmark"], scoring)
     if task is None:
         task = benchmark.load(existing(run["data"]), Settings(**run["settings"]))
     answers = Store(folder, run["benchmark"]).gather(task.samples)
     problems = check_complete(answers, task.samples, folder, partial)
-    scored = benchmark.score(task, answers.rows, folder, run, scorer)
-    result = result_of(run, task, answers, scored, problems)
+    scored = benchmark.score(task, answers.rows, folder, run, scoring)
+    result = result_of(run, task, answers, scored, problems, scoring)
+    if benchmark.submit:
+        result["submission"] = [p.name for p in benchmark.submit(task, answers.rows, folder)]
     write_jsonl(folder / "scores.jsonl", scored.per_sample)
     write_json(folder / "results.json", result)
     return result

@@ -16,7 +16,7 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json, read_jsonl
 
 from . import geneval
-from .harness import Metric, Row, Sample, Scored, Settings, Task
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, by_group, mean_of_groups, with_ones
 from .pictures import open_pictures, save_picture
 from .vqa import entry, mean_by
@@ -250,7 +250,9 @@ def findings(task: Task, rows: dict[int, Row], folder: Path) -> dict[int, Row]:
     return found
 
 
-def score_geneval(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str) -> Scored:
+def score_geneval(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
     """The share of correct pictures per tag and their mean; the ceiling beside, held-out pairs apart."""
     prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
     found = findings(task, rows, folder)
@@ -340,7 +342,7 @@ def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
 
 
 def score_positions(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]

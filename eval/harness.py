@@ -6,11 +6,9 @@ before scoring.
 """
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,6 @@ from tqdm import tqdm
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
-from open_unitok.files import read_json, write_json
 
 Row = dict[str, Any]
 
@@ -47,6 +44,24 @@ class Settings:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more.")
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """What shapes the scores, not the answers; "" = the benchmark's own default."""
+
+    scorer: str = ""  # a variant of the scorer by name: see `Benchmark.scorers`
+    judge: str = ""  # the name of the model that judges
+    judge_url: str = ""
+    judge_replay: str = ""  # a file of replies instead of a server
+    judge_runs: int = 1
+    judge_timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.judge_runs < 1:
+            raise UserError(f"judge_runs is {self.judge_runs}; it must be at least 1.")
+        if not self.judge_timeout > 0:
+            raise UserError(f"judge_timeout is {self.judge_timeout}; it must be more than 0 seconds.")
 
 
 class Sample(NamedTuple):
@@ -84,11 +99,51 @@ class Metric(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A benchmark's numbers by name, the main one first; what belongs beside them; a row per sample."""
+    """A benchmark's numbers by name, the main one first; what belongs beside them; a row per sample.
+
+    A row has "index", "score" and, where the main number is a statistic of rows, "cluster" (the picture) and
+    "group": `intervals.STATISTICS[statistic]` makes the main number of them, so two runs can be compared.
+    """
 
     metrics: dict[str, Metric]
     details: dict[str, Any]
     per_sample: list[Row]
+    statistic: str = "mean"
+    not_comparable: str = ""  # why the numbers must not stand beside published ones
+    problems: Sequence[str] = ()  # what has to be said, one line each
+
+
+Work = Callable[[Any, list[Sample], Path, Task], list[Row]]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark is read, run and scored.
+
+    Attributes:
+        needs: "tokenizer" or "mllm".
+        load: (data, settings) -> task.
+        work: (data, settings) -> what runs a batch: (model, samples, folder, task) -> rows.
+        score: (task, rows by index, folder, run.json, scoring) -> numbers; from files alone.
+        scorers: the variants of the scorer, the default first.
+        files: patterns below the data folder; one that is there means that the benchmark is (for `all`).
+        submit: (task, rows by index, folder) -> the files that the benchmark's own server or tool takes.
+    """
+
+    line: str
+    needs: str
+    load: Callable[[Path, Settings], Task]
+    work: Callable[[Path, Settings], Work]
+    score: Callable[[Task, dict[int, Row], Path, dict[str, Any], Scoring], Scored]
+    batch_size: int
+    scorers: tuple[str, ...] = ("official",)
+    files: tuple[str, ...] = ()
+    submit: Callable[[Task, dict[int, Row], Path], list[Path]] | None = None
+
+
+def always(work: Work) -> Callable[[Path, Settings], Work]:
+    """The same work whatever the data and settings."""
+    return lambda data, settings: work
 
 
 class Answers(NamedTuple):
@@ -177,13 +232,15 @@ def answer_all(
 ) -> int:
     """Ask for every sample that has no row yet, this rank's share of them; returns how many were asked.
 
-    In the benchmark's order, so that questions about one picture meet in a batch and it is encoded once.
+    In the benchmark's order and in one piece per rank, so that questions about one picture meet in a batch
+    and it is encoded once.
     """
     done = store.done()
     open_samples = [s for s in samples if s.key not in done]
     ranks.barrier()  # nobody writes before all have read
     open_samples.sort(key=lambda s: (s.kind, s.index))
-    mine = open_samples[ranks.rank() :: ranks.world_size()]
+    count, rank, world = len(open_samples), ranks.rank(), ranks.world_size()
+    mine = open_samples[count * rank // world : count * (rank + 1) // world]
     bar = tqdm(total=len(mine), desc=store.benchmark, unit=" samples", disable=quiet or not ranks.is_main())
     with bar:
         for start in range(0, len(mine), batch_size):
@@ -192,112 +249,3 @@ def answer_all(
             bar.update(len(batch))
     ranks.barrier()
     return len(mine)
-
-
-def open_run(folder: str | Path, run: dict[str, Any]) -> None:
-    """Write `run.json`, or compare with the one that is there: answers of two settings never mix.
-
-    Raises:
-        UserError: the folder holds a run of another model or with other settings; the difference is shown.
-    """
-    path = Path(folder) / "run.json"
-    if not path.exists():
-        if ranks.is_main():
-            write_json(path, run)
-        ranks.barrier()
-        return
-    old = read_json(path)
-    for name, before, now in differences(comparable(old), comparable(run)):
-        raise UserError(
-            f"{folder} holds answers made with {name} = {before!r}, this run has {now!r}. "
-            "Use another --out, or remove the folder."
-        )
-
-
-def comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """The parts of `run.json` that decide the answers, flat; a model that has moved is still the same."""
-    settings = {f"setting {k}": v for k, v in run.get("settings", {}).items()}
-    model = {"model fingerprint": run.get("model", {}).get("fingerprint")}
-    return {"benchmark": run.get("benchmark")} | settings | model
-
-
-def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, old value, new value) of all that differs."""
-    return [(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
-
-
-def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, partial: bool) -> list[str]:
-    """What has to be said about these answers, one line each.
-
-    Raises:
-        UserError: answers are missing, or belong to other questions, and `partial` was not asked for.
-    """
-    problems = []
-    if answers.missing:
-        problems.append(
-            f"{len(answers.missing)} of {len(samples)} samples have no answer, "
-            f"for instance number {answers.missing[0]} (counted as wrong)"
-        )
-    if answers.strangers:
-        problems.append(f"{answers.strangers} answers belong to no sample of this benchmark (not counted)")
-    if problems and not partial:
-        raise UserError(
-            f"{folder}: {'; '.join(problems)}. Run the same `unitok eval run` again to complete it, or score "
-            "what is there with --partial."
-        )
-    if answers.duplicates:
-        problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
-    if answers.failed:
-        first = answers.rows[answers.failed[0]]
-        problems.append(
-            f"{len(answers.failed)} samples could not be asked, the first because {first['error']} "
-            "(counted as wrong)"
-        )
-    return problems
-
-
-def result_of(run: dict[str, Any], task: Task, answers: Answers, scored: Scored, problems: list[str]) -> Row:
-    """The result as it is written: numbers with n and interval, and all that a reader needs to compare."""
-    main = next(iter(scored.metrics), None)
-    return {
-        "benchmark": run["benchmark"],
-        "metric": main,
-        "value": scored.metrics[main].value if main else None,
-        "n": len(task.samples),
-        "missing": len(answers.missing),
-        "failed": len(answers.failed),
-        "complete": not answers.missing,
-        "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
-        "problems": problems,
-        "about": task.about,
-        "settings": run["settings"],
-        "model": run["model"],
-        "data": run["data"],
-        "versions": run["versions"],
-        "details": scored.details,
-    }
-
-
-def describe_run(
-    benchmark: str, settings: Settings, model: dict[str, Any], data: str | Path
-) -> dict[str, Any]:
-    """What `run.json` holds."""
-    return {
-        "benchmark": benchmark,
-        "settings": asdict(settings),
-        "model": model,
-        "data": str(data),
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the numbers may depend on."""
-    names = ("open-unitok", "torch", "transformers", "numpy", "pillow")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "from a checkout"
-    return found | {"python": platform.python_version()}

@@ -15,9 +15,9 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
 
 from . import metrics, zeroshot
-from .harness import Metric, Row, Sample, Scored, Settings, Task
+from .asking import read_picture
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, with_ones
-from .questions import read_picture
 from .vqa import entry
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG")
@@ -80,10 +80,10 @@ def unpack(text: str, sub_codebooks: int) -> np.ndarray:
 
 
 def score_reconstruction(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """PSNR and SSIM per picture, and how much of the codebooks the pictures use."""
-    mode = scorer or "skimage7"
+    mode = scoring.scorer
     good = [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
     if not good:
         raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
@@ -207,7 +207,7 @@ def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row
 
 
 def score_zeroshot(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Top-1 and top-5; pictures of pairs that training never showed apart."""
     classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])

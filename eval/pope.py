@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_jsonl
 
-from .vqa import entry, mean
+from .asking import entry
+from .vqa import mean
 
 CATEGORIES = ("random", "popular", "adversarial")
 SCORERS = ("official", "strict")

@@ -5,28 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from open_unitok.errors import UserError, did_you_mean
-
 from . import pope, vqa
-from .harness import Metric, Row, Sample, Scored, Settings, Task
+from .asking import RECIPES, about_asking, answered, recipe_for
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, f1_of, with_ones
-
-# The words around a question, by name: "short" is published, "plain" for models that never saw it.
-RECIPES = {"short": "{}\nAnswer the question using a single word or phrase.", "plain": "{}"}
-
-
-def recipe_for(data: Path, settings: Settings) -> str:
-    """The recipe asked for, else "plain" for scenes (a folder with scenes.json), "short" for all others."""
-    name = settings.recipe or ("plain" if (data / "scenes.json").exists() else "short")
-    if name not in RECIPES:
-        raise UserError(f"recipe is {name!r}." + did_you_mean(name, RECIPES))
-    return name
 
 
 def load_vqav2(data: Path, settings: Settings) -> Task:
     """One sample per question, in the file's order."""
     questions = vqa.load(data, settings.split)[: settings.limit]
-    recipe = recipe_for(data, settings)
+    recipe = recipe_for(settings, "short", data)
     samples = [
         Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
         for i, q in enumerate(questions)
@@ -34,16 +22,10 @@ def load_vqav2(data: Path, settings: Settings) -> Task:
     return Task(samples, questions, about_asking(settings.split or "the only one", recipe, settings))
 
 
-def about_asking(split: str, recipe: str, settings: Settings) -> dict[str, Any]:
-    """What the result says of how the answers came about; published runs let an answer have 128 tokens."""
-    longest = settings.max_new_tokens or (16 if recipe == "plain" else 128)
-    return {"split": split, "recipe": recipe, "decoding": "greedy", "max_new_tokens": longest}
-
-
 def load_pope(data: Path, settings: Settings) -> Task:
     """One sample per question of the three categories, one after the other."""
     questions = pope.load(data)[: settings.limit]
-    recipe = recipe_for(data, settings)
+    recipe = recipe_for(settings, "short", data)
     samples = [
         Sample(i, f"{q.category}/{q.question_id}", RECIPES[recipe].format(q.text), q.image, "ask")
         for i, q in enumerate(questions)
@@ -51,53 +33,12 @@ def load_pope(data: Path, settings: Settings) -> Task:
     return Task(samples, questions, about_asking("all three", recipe, settings))
 
 
-def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Answer a batch; a sample whose picture or question cannot be used gets a row that says so."""
-    rows: list[Row] = [{} for _ in batch]
-    images, read = {}, {}
-    for i, sample in enumerate(batch):
-        try:
-            if sample.image not in read:  # the same object again: the model encodes it once
-                read[sample.image] = read_picture(sample.image)
-            images[i] = read[sample.image]
-        except UserError as error:
-            rows[i] = {"text": "", "error": str(error)}
-    places = list(images)
-    if not places:
-        return rows
-    words = task.about["max_new_tokens"]
-    try:
-        texts = model.answer([images[i] for i in places], [batch[i].prompt for i in places], words)
-        for i, text in zip(places, texts, strict=True):
-            rows[i] = {"text": text}
-    except UserError:
-        for i in places:  # one of them is to blame: find it
-            try:
-                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt], words)[0]}
-            except UserError as error:
-                rows[i] = {"text": "", "error": str(error)}
-    return rows
-
-
-def read_picture(path: Path | None):
-    """A picture in RGB; UserError names the file that is missing or no picture."""
-    from open_unitok.tokenizer.images import load_image
-
-    assert path is not None
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    return load_image(path)
-
-
-def answered(rows: dict[int, Row]) -> dict[int, str]:
-    """Index -> text, of the samples that could be asked."""
-    return {i: row["text"] for i, row in rows.items() if not row.get("error")}
-
-
-def score_vqav2(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str) -> Scored:
+def score_vqav2(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
     """Accuracy overall, per question type and per answer type, each beside the best constant answer's."""
     questions: list[vqa.Question] = task.truth
-    scorer = scorer or "lmms"
+    scorer = scoring.scorer
     texts = answered(rows)
     result = vqa.score(questions, {questions[i].question_id: t for i, t in texts.items()}, scorer)
     values = np.array(result["per_question"])
@@ -134,11 +75,13 @@ def score_vqav2(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, A
     ])  # fmt: skip
 
 
-def score_pope(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scorer: str) -> Scored:
+def score_pope(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
     """Mean F1 over the three categories, and each category's counts."""
     questions: list[pope.Question] = task.truth
     texts = answered(rows)
-    result = pope.score(questions, texts, scorer or "official")
+    result = pope.score(questions, texts, scoring.scorer)
     names = list(result["per_category"])
     columns = np.zeros((len(questions), len(names), 3))
     right = np.zeros(len(questions))
@@ -156,7 +99,7 @@ def score_pope(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, An
     for k, (name, ratios) in enumerate(result["per_category"].items()):
         interval = bootstrap(columns[:, k], clusters, f1_of)
         metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
-    details = {"scorer": scorer or "official", "per_category": result["per_category"]}
+    details = {"scorer": scoring.scorer, "per_category": result["per_category"]}
     return Scored(metrics, details, [
         {
             "index": i, "id": q.question_id, "image": str(q.image), "group": q.category,

@@ -1,16 +1,20 @@
 """`unitok eval run`: answer a benchmark with a model, then score it; killed and run again, it goes on."""
 
 import argparse
+import contextlib
+import datetime
+import os
+import sys
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
 
-from .benchmarks import BENCHMARKS, named, run_benchmark
-from .harness import Row, Settings
+from .benchmarks import BENCHMARKS, named, present, run_benchmark, settled
+from .harness import Row, Scoring, Settings
 
-SCORERS = "vqav2: lmms, official, gated; pope: official, strict; reconstruction: the SSIM's convention"
 OPTIONS = {
     "split": (str, "where a folder holds several, for instance mscoco_val2014"),
     "recipe": (str, "words around a question: short (published) or plain (default for scenes)"),
@@ -27,16 +31,32 @@ OPTIONS = {
 }
 
 
+SCORERS = "; ".join(f"{n}: {', '.join(b.scorers)}" for n, b in BENCHMARKS.items() if len(b.scorers) > 1)
+SCORING = {
+    "scorer": f"variant of the scorer, the first is the default ({SCORERS})",
+    "judge": "name of the model that judges (mmvet)",
+    "judge_url": "an OpenAI-compatible endpoint, for instance http://localhost:8000/v1",
+    "judge_replay": "a file of replies instead of an endpoint",
+    "judge_runs": "how often every answer is judged",
+    "judge_timeout": "seconds to wait for a reply",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
     names = "; ".join(f"{name}: {benchmark.line}" for name, benchmark in BENCHMARKS.items())
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one or several, or all ({names})")
+    parser.add_argument(
+        "names", nargs="+", metavar="NAME", help=f"one or several, or all that DATA holds ({names})"
+    )
     parser.add_argument("--model", required=True, help="a tokenizer or MLLM folder")
-    parser.add_argument("--data", required=True, help="the benchmark's folder, in its released layout")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="the benchmark's folder as it is released, or one that holds a folder NAME",
+    )
     parser.add_argument("--out", required=True, help="answers and results go to OUT/NAME")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
     parser.add_argument("--batch-size", type=int, help="samples per call of the model")
-    parser.add_argument("--scorer", default="", help=SCORERS)
     defaults = Settings()
     for field in fields(Settings):
         default = getattr(defaults, field.name)
@@ -45,33 +65,76 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             f"--{field.name.replace('_', '-')}", type=kind, default=default, help=line + shown
         )
+    add_scoring(parser)
+
+
+def add_scoring(parser: argparse.ArgumentParser) -> None:
+    """The options that shape the scores, not the answers."""
+    for field in fields(Scoring):
+        default = getattr(Scoring(), field.name)
+        shown = f" (default: {default})" if default else ""
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}",
+            type=type(default),
+            default=default,
+            help=SCORING[field.name] + shown,
+        )
+
+
+def scoring_of(args: argparse.Namespace) -> Scoring:
+    """What `add_scoring` read."""
+    return Scoring(**{field.name: getattr(args, field.name) for field in fields(Scoring)})
 
 
 def run(args: argparse.Namespace) -> None:
     """Run and print one table per benchmark."""
     from .models import Model
 
-    names = list(BENCHMARKS) if args.names == ["all"] else args.names
+    names = present(args.data) if args.names == ["all"] else args.names
+    scoring = scoring_of(args)
     for name in names:
         named(name)
+        settled(name, scoring)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    model = Model(args.model, settings, args.device)
-    for name in names:
-        model.needs(BENCHMARKS[name].needs, name)
-    for name in names:
-        result = run_benchmark(
-            name, model, args.data, Path(args.out) / name, settings, args.batch_size, args.scorer
-        )
-        if ranks.is_main():
-            print(table(result))
+    with together(args.device) as device:
+        model = Model(args.model, settings, device)
+        for name in names:
+            model.needs(BENCHMARKS[name].needs, name)
+        for name in names:
+            out = Path(args.out) / name
+            result = run_benchmark(name, model, args.data, out, settings, args.batch_size, scoring)
+            if result:
+                print(table(result))
+
+
+@contextlib.contextmanager
+def together(device: str) -> Iterator[str]:
+    """Join the other processes of a torchrun launch, if there are any; yields this process's device.
+
+    Answers may take hours and ranks differ in speed, so that waiting has no limit worth the name.
+    """
+    if ranks.world_size() == 1:
+        yield device
+        return
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=14))
+    yield f"cuda:{ranks.local_rank()}" if device == "cuda" else device
+    ranks.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads abort now and then while the interpreter shuts down
 
 
 def table(result: Row) -> str:
     """A result as lines of text: value, 95 % interval, n."""
     title = f"{result['benchmark']}  ({result['n']} samples, {result['missing']} missing)"
     lines = [title, "-" * len(title)]
+    if result["value"] is None:
+        lines.append("  no public answers: upload the submission file")
     width = max(map(len, result["metrics"]), default=0)
     for name, metric in result["metrics"].items():
         interval = metric["interval"]
@@ -79,11 +142,17 @@ def table(result: Row) -> str:
         lines.append(
             f"  {name:<{width}}  {number(metric['value'], metric):>9}  {around:<20}  n={metric['n']}"
         )
-    return "\n".join([*lines, *(f"  ! {problem}" for problem in result["problems"])])
+    if not result["comparable"]:
+        lines.append(f"  ! not comparable with published numbers: {result['why not comparable']}")
+    lines += [f"  ! {problem}" for problem in result["problems"]]
+    lines += [f"  > submission/{name}" for name in result.get("submission", ())]
+    return "\n".join(lines)
 
 
 def number(value: float, metric: Row) -> str:
     """A value in its unit."""
     if metric["unit"] == "share":
         return f"{100 * value:.1f} %"
+    if metric["unit"] == "points":
+        return f"{value:.1f}"
     return f"{value:.2f} dB" if metric["unit"] == "dB" else f"{value:.3f}"

@@ -7,7 +7,7 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing
 
 from .benchmarks import score_run
-from .run import SCORERS, table
+from .run import add_scoring, scoring_of, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--partial", action="store_true", help="score an incomplete run; what is missing is wrong"
     )
-    parser.add_argument("--scorer", default="", help=SCORERS)
+    add_scoring(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -28,4 +28,4 @@ def run(args: argparse.Namespace) -> None:
     if not folders:
         raise UserError(f"{Path(args.folder)} holds no answers of `unitok eval run` (no run.json).")
     for one in folders:
-        print(table(score_run(one, args.partial, args.scorer)))
+        print(table(score_run(one, args.partial, scoring_of(args))))

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json
 
+from .asking import entry
 from .vqa_text import normalise, one_line, strip_punctuation
 
 SCORERS = ("lmms", "official", "gated")
@@ -107,13 +108,6 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any]] | None:
             "held_out": bool(row.get("held_out", False)),
         }
     return result
-
-
-def entry(row: Any, key: str, where: str | Path) -> Any:
-    """`row[key]`, or a one-line error that names the place and the key."""
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{where}: the key {key!r} is missing.")
-    return row[key]
 
 
 def image_locator(folder: Path, subtype: str):
