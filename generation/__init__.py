@@ -8,14 +8,16 @@ _HOMES = {
     "Pipeline": "pipeline",
     "Sampling": "sampling",
     "answer_ids": "answering",
+    "answer_steps": "answering",
     "draw_codes": "drawing",
     "draw_steps": "drawing",
     "filter_logits": "sampling",
 }
-__all__ = ["Pipeline", "Sampling", "answer_ids", "draw_codes", "draw_steps", "filter_logits"]
+__all__ = ["Pipeline", "Sampling", "answer_ids", "answer_steps", "draw_codes", "draw_steps", "filter_logits"]
 
 if TYPE_CHECKING:
     from .answering import answer_ids as answer_ids
+    from .answering import answer_steps as answer_steps
     from .drawing import draw_codes as draw_codes
     from .drawing import draw_steps as draw_steps
     from .pipeline import Pipeline as Pipeline

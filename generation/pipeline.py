@@ -13,10 +13,13 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 
-from .answering import answer_ids, check_whole
+from .answering import answer_ids, answer_steps
+from .checks import check_history, check_texts, check_whole, spread_seeds
 from .drawing import draw_codes, draw_steps
 from .folders import check_belongs, check_device, check_dtype, find_model
-from .sampling import Sampling, check_seed
+from .sampling import Sampling
+
+History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers
 
 
 class Pipeline:
@@ -63,17 +66,27 @@ class Pipeline:
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
+        *,
+        negative: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        prefix: Tensor | None = None,
     ) -> list[Image.Image]:
-        """One picture per prompt.
+        """`num_images` pictures per prompt, those of the first prompt first.
 
         Args:
-            seed: of the first picture, the next one's is one more; or a list with one seed per prompt.
+            seed: of the first picture, the next one's is one more; or a list with one seed per picture.
             batch_size: pictures drawn together; each depends on its own prompt and seed alone.
+            negative: what guidance leads away from, one text for all prompts or one per prompt; None =
+                the unconditional prompt of training.
+            num_images: >= 1.
+            prefix: (1 or B, n, K) codes with which all pictures, or each of the B, begin; see `first_rows`.
 
         Raises:
-            UserError: an empty or over-long prompt, a wrong seed.
+            UserError: an empty or over-long prompt, a wrong seed, number or prefix.
         """
-        codes = self.draw(prompts, sampling, seed, batch_size)
+        codes = self.draw(
+            prompts, sampling, seed, batch_size, negative=negative, num_images=num_images, prefix=prefix
+        )
         return [image for part in codes.split(batch_size) for image in self.decode(part)]
 
     def draw(
@@ -82,20 +95,42 @@ class Pipeline:
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
+        *,
+        negative: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        prefix: Tensor | None = None,
     ) -> Tensor:
-        """The codes (B, N, K) of one picture per prompt; arguments and errors as `generate`."""
-        sampling, seeds = sampling or Sampling(), spread_seeds(seed, len(check_texts(prompts, "prompt")))
+        """The codes (B, N, K) of the pictures; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
-        ids = self.prompt_ids(prompts)
-        free = self.processor.unconditional_ids()
-        parts = [
-            draw_codes(self.model, ids[i : i + batch_size], sampling, seeds[i : i + batch_size], free)
-            for i in range(0, len(ids), batch_size)
-        ]
+        sampling = sampling or Sampling()
+        ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
+        parts = []
+        for i in range(0, len(ids), batch_size):
+            part = slice(i, i + batch_size)
+            begun = prefix if prefix is None or len(prefix) != len(ids) else prefix[part]
+            parts.append(draw_codes(self.model, ids[part], sampling, seeds[part], free[part], begun))
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.cat(parts) if parts else torch.empty(shape, dtype=torch.long, device=self.device)
 
-    def prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def _drawing(
+        self, prompts: Any, seed: Any, negative: Any, num_images: Any
+    ) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        """Ids to draw from, seeds, and ids to lead away from, one per picture."""
+        check_whole("num_images", num_images)
+        count = len(check_texts(prompts, "prompt"))
+        seeds = spread_seeds(seed, count * num_images)
+        away = [self.processor.unconditional_ids()] * count
+        if negative is not None:
+            texts = [negative] * count if isinstance(negative, str) else list(negative)
+            if len(texts) != count:
+                raise UserError(f"{len(texts)} negative prompts for {count} prompts: give one, or one each.")
+            away = self.prompt_ids(check_texts(texts, "negative prompt"), "Negative prompt")
+        ids, away = (
+            [row for row in rows for _ in range(num_images)] for rows in (self.prompt_ids(prompts), away)
+        )
+        return ids, seeds, away
+
+    def prompt_ids(self, prompts: Sequence[str], name: str = "Prompt") -> list[list[int]]:
         """Ids to draw from.
 
         Raises:
@@ -104,25 +139,53 @@ class Pipeline:
         rows, limit = [self.processor.drawing_ids(prompt) for prompt in prompts], self.processor.max_prompt
         for i, row in enumerate(rows):
             if len(row) > limit:  # the cut ids and boi
-                raise UserError(f"Prompt {i} has {limit} tokens or more: shorten the prompt.")
+                raise UserError(f"{name} {i} has {limit} tokens or more: shorten the prompt.")
         return rows
 
     def stream(
-        self, prompts: Sequence[str], sampling: Sampling | None = None, seed: int | Sequence[int] = 0
+        self,
+        prompts: Sequence[str],
+        sampling: Sampling | None = None,
+        seed: int | Sequence[int] = 0,
+        *,
+        negative: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        prefix: Tensor | None = None,
     ) -> Iterator[list[Image.Image]]:
         """The pictures of one batch as they grow: all so far after every row of visual tokens, grey below.
 
-        The last ones are exactly what `generate` returns. Arguments and errors as `generate`.
+        The last ones are exactly what `generate` returns. Closing the iterator ends the work. Arguments and
+        errors as `generate`.
         """
-        sampling, seeds = sampling or Sampling(), spread_seeds(seed, len(check_texts(prompts, "prompt")))
-        ids = self.prompt_ids(prompts)
-        registers = self.unitok.config.num_register_tokens
-        count = self.model.config.num_image_tokens
-        columns = round((count - registers) ** 0.5)
-        for codes in draw_steps(self.model, ids, sampling, seeds, self.processor.unconditional_ids()):
+        ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
+        registers, columns = self.unitok.config.num_register_tokens, self._columns()
+        if not ids:
+            return
+        for codes in draw_steps(self.model, ids, sampling or Sampling(), seeds, free, prefix):
             drawn = codes.shape[1] - registers
             if drawn > 0 and drawn % columns == 0:
-                yield self.preview(codes, count, drawn // columns)
+                yield self.preview(codes, self.model.config.num_image_tokens, drawn // columns)
+
+    def _columns(self) -> int:
+        """Visual tokens in a row of a drawn picture."""
+        return round((self.model.config.num_image_tokens - self.unitok.config.num_register_tokens) ** 0.5)
+
+    @torch.no_grad()
+    def first_rows(self, pictures: Sequence[Picture], rows: int) -> Tensor:
+        """Codes (I, n, K) of the first `rows` rows of visual tokens of pictures, for `generate(prefix=...)`.
+
+        The pictures are cropped to squares; registers' codes, where the tokenizer has some, come first.
+
+        Raises:
+            UserError: a file that is missing or no image; `rows` is not 1 to one less than there are.
+        """
+        columns = self._columns()
+        if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows < columns:
+            raise UserError(f"rows is {rows!r}; it must be a whole number from 1 to {columns - 1}.")
+        size = columns * self.unitok.config.patch_size
+        pixels = torch.stack([to_pixels(load_image(picture), size, mode="crop") for picture in pictures])
+        codes = self.unitok.encode(pixels.to(self.unitok.device))
+        return codes[:, : self.unitok.config.num_register_tokens + rows * columns]
 
     def preview(self, codes: Tensor, count: int, rows: int) -> list[Image.Image]:
         """Pictures of the first `rows` rows of visual tokens, codes (B, n, K) of `count`; grey below."""
@@ -146,6 +209,9 @@ class Pipeline:
         questions: Sequence[str],
         max_new_tokens: int = 32,
         batch_size: int = 128,
+        *,
+        histories: Sequence[History] | None = None,
+        seed: int | None = None,
         **options: Any,
     ) -> list[str]:
         """One answer per question.
@@ -155,26 +221,108 @@ class Pipeline:
                 A picture that comes again (same object or path) is encoded once.
             max_new_tokens: an answer is cut there at the latest.
             batch_size: questions answered together.
+            histories: per question the earlier (question, answer) pairs of its conversation; its images are
+                those of the whole conversation, at the `<image>` marks in the questions or before the first.
+            seed: of the draws where options sample; None = torch's global generator.
             options: of transformers' `generate`, such as do_sample=True, temperature=0.7; none = greedy.
 
         Raises:
             UserError: not one image entry per question, a file that is no image, an empty or long question.
         """
+        prompts, codes = self._asking(images, questions, histories)
+        new = answer_ids(self.model, prompts, codes, max_new_tokens, batch_size, seed, **options)
+        return [self.processor.decode(ids).strip() for ids in new]
+
+    def answer_stream(
+        self,
+        images: Sequence[Any],
+        questions: Sequence[str],
+        max_new_tokens: int = 32,
+        *,
+        histories: Sequence[History] | None = None,
+        seed: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> Iterator[list[str]]:
+        """The answers as they are written: each time one new piece of text per question, empty where there is
+        nothing new. Joined, the greedy pieces are what `answer` returns; closing the iterator ends the work.
+
+        Args:
+            do_sample: draw with temperature, top_k (0 = all) and top_p; else the likeliest words.
+
+        Raises:
+            UserError: as `answer`, or a number out of range.
+        """
+        prompts, codes = self._asking(images, questions, histories)
+        written: list[list[int]] = [[] for _ in prompts]
+        shown = [""] * len(prompts)
+        steps = answer_steps(
+            self.model, prompts, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p
+        )
+        for new in steps:
+            for row, token in zip(written, new):
+                row += [] if token is None else [token]
+            whole = [self.processor.decode(row).strip() for row in written]
+            # half a character is held back: it changes when its other half comes
+            seen = [old if text.endswith("\ufffd") else text for old, text in zip(shown, whole)]
+            yield [text[len(old) :] for old, text in zip(shown, seen)]
+            shown = seen
+        whole = [self.processor.decode(row).strip() for row in written]
+        if whole != shown:
+            yield [text[len(old) :] for old, text in zip(shown, whole)]
+
+    def chat(
+        self,
+        question: str,
+        images: Any = None,
+        history: History = (),
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> str:
+        """The answer to one more question of a conversation; options and errors as `answer`.
+
+        Args:
+            images: of the whole conversation: a picture, a list, or None.
+            history: earlier (question, answer) pairs.
+        """
+        return self.answer([images], [question], max_new_tokens, histories=[history], **options)[0]
+
+    def chat_stream(
+        self,
+        question: str,
+        images: Any = None,
+        history: History = (),
+        max_new_tokens: int = 256,
+        **options: Any,
+    ) -> Iterator[str]:
+        """`chat` piece by piece; options as `answer_stream`."""
+        steps = self.answer_stream([images], [question], max_new_tokens, histories=[history], **options)
+        return (pieces[0] for pieces in steps if pieces[0])
+
+    def _asking(
+        self, images: Sequence[Any], questions: Sequence[str], histories: Sequence[History] | None
+    ) -> tuple[list[list[int]], list[Tensor]]:
+        """The ids of each question and the codes (n, N, K) of its images."""
         check_texts(questions, "question")
-        if len(images) != len(questions):
-            raise UserError(
-                f"{len(images)} images for {len(questions)} questions: give one entry per question."
-            )
+        for name, given in (("images", images), ("histories", histories)):
+            if given is not None and len(given) != len(questions):
+                raise UserError(
+                    f"{len(given)} {name} for {len(questions)} questions: give one entry per question."
+                )
+        earlier = [check_history(entry) for entry in histories or [()] * len(questions)]
         groups = [_as_list(entry) for entry in images]
         pictures = {_identity(picture): picture for group in groups for picture in group}
         place = {key: i for i, key in enumerate(pictures)}
         codes = self.encode_to_read(list(pictures.values()), batch_size=64)
-        asked = [(question, len(group)) for question, group in zip(questions, groups)]
-        ids = {key: self.processor.question_ids(*key) for key in set(asked)}  # the same question comes often
-        prompts = [ids[key] for key in asked]
-        image_codes = [codes[[place[_identity(picture)] for picture in group]] for group in groups]
-        new = answer_ids(self.model, prompts, image_codes, max_new_tokens, batch_size, **options)
-        return [self.processor.decode(ids).strip() for ids in new]
+        asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
+        ids = {  # the same question comes often
+            key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)
+        }
+        return [ids[key] for key in asked], [
+            codes[[place[_identity(picture)] for picture in group]] for group in groups
+        ]
 
     @torch.no_grad()
     def encode_to_read(self, pictures: Sequence[Picture], batch_size: int = 64) -> Tensor:
@@ -207,26 +355,6 @@ def reconstruct(
         pixels = torch.stack([to_pixels(load_image(image), size, mode="crop") for image in part])
         copies = unitok.decode(unitok.encode(pixels.to(unitok.device))).float().cpu()
         yield from ((to_pil(a), to_pil(b)) for a, b in zip(pixels, copies))
-
-
-def check_texts(texts: Any, name: str) -> Sequence[str]:
-    """The texts; UserError where they are one string, or one of them is empty or no string."""
-    if isinstance(texts, str):
-        raise UserError(f"One string was given where a list of {name}s is needed: put it into [...].")
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a text that is not empty.")
-    return texts
-
-
-def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed per picture: the list given, or seed, seed + 1, ..."""
-    if isinstance(seed, (list, tuple, range)):
-        if len(seed) != count:
-            raise UserError(f"{len(seed)} seeds for {count} prompts: give one seed per prompt.")
-        return [check_seed(s) for s in seed]
-    first = check_seed(seed)
-    return [first + i for i in range(count)]
 
 
 def _as_list(entry: Any) -> list[Any]:

@@ -5,13 +5,20 @@ Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_unitok.errors import UserError
+
+# how far guidance has risen from 1 (0) to its full value (1), by the share of the image that is drawn
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda share: 1.0,
+    "linear": lambda share: share,
+    "cosine": lambda share: (1 - math.cos(math.pi * share)) / 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +27,8 @@ class Sampling:
 
     Attributes:
         guidance: classifier-free guidance scale, >= 1; 1 draws without the unconditional rows.
+        guidance_schedule: "constant"; or "linear" or "cosine", which rise from 1 at the first visual token to
+            `guidance` at the last, so that the layout is freer than the details.
         temperature: > 0, divides the logits after guidance.
         top_k: keep this many entries per code (ties with the last one stay); 0 keeps all.
         top_p: keep the smallest set of likeliest entries whose probability reaches this; 1 keeps all.
@@ -34,6 +43,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    guidance_schedule: str = "constant"
 
     def __post_init__(self):
         _check("guidance", self.guidance, "a number >= 1 (1 = no guidance)", lambda x: x >= 1)
@@ -47,6 +57,15 @@ class Sampling:
         _check("top_p", self.top_p, "a number in (0, 1] (1 = all entries)", lambda x: 0 < x <= 1)
         if not isinstance(self.greedy, bool):
             raise UserError(f"greedy is {self.greedy!r}; it must be True or False.")
+        if self.guidance_schedule not in SCHEDULES:
+            raise UserError(
+                f"guidance_schedule is {self.guidance_schedule!r}; it must be one of {', '.join(SCHEDULES)}."
+            )
+
+    def guidances(self, count: int) -> list[float]:
+        """The guidance at each of `count` visual tokens."""
+        rise = SCHEDULES[self.guidance_schedule]
+        return [1 + (self.guidance - 1) * rise(t / max(count - 1, 1)) for t in range(count)]
 
 
 def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:

@@ -135,22 +135,29 @@ class UniTokProcessor:
         start = [] if self.bos_token_id is None else [self.bos_token_id]
         return start + self._pieces(text)
 
-    def question_ids(self, question: str, num_images: int = 1, tokens: int | None = None) -> list[int]:
+    def question_ids(
+        self,
+        question: str,
+        num_images: int = 1,
+        tokens: int | None = None,
+        history: Sequence[tuple[str, str]] = (),
+    ) -> list[int]:
         """A question behind its images, up to where the answer begins; every image takes its N places.
 
         Args:
             question: may hold `<image>` marks of its own, one per image; else the images come first.
             tokens: N, if not `num_image_tokens`.
+            history: earlier questions and their answers; the images are those of the whole conversation, at
+                the marks in its questions, or all before the first.
 
         Raises:
             UserError: as many marks as images are needed, or none.
         """
-        if IMAGE_MARK not in question:
-            question = f"{IMAGE_MARK}\n" * num_images + question
-        if self.template == CHAT:
-            ids = self._mark(self._chat_prompt([], question))
-        else:
-            ids = self._mark(find_template(self.template).prompt(question), bos=True)
+        questions = [*(q for q, _ in history), question]
+        if not any(IMAGE_MARK in q for q in questions):
+            questions[0] = f"{IMAGE_MARK}\n" * num_images + questions[0]
+        earlier = [(q, a.replace(IMAGE_MARK, "")) for q, (_, a) in zip(questions, history)]
+        ids = self._mark(self._prompt(earlier, questions[-1]), bos=self.template != CHAT)
         return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)
 
     def drawing_ids(self, prompt: str) -> list[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_unitok.errors import UserError
-from open_unitok.generation import answer_ids
+from open_unitok.generation import answer_ids, answer_steps
 from open_unitok.generation.answering import until_end
 
 
@@ -47,6 +47,30 @@ def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     expected = [until_end(row, {end, 2}) for row in long]
     assert len(expected[0]) < 3
     assert answer_ids(full_model, prompts, codes, max_new_tokens=8) == expected
+
+
+def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch):
+    prompts, codes = asked
+    end = answer_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]
+    for ends in ([2], [end, 2]):
+        monkeypatch.setattr(full_model.generation_config, "eos_token_id", ends)
+        rows = [[] for _ in prompts]
+        for new in answer_steps(full_model, prompts, codes, max_new_tokens=8):
+            for row, token in zip(rows, new):
+                row += [] if token is None else [token]
+        assert rows == answer_ids(full_model, prompts, codes, max_new_tokens=8)
+
+
+def test_draws_follow_their_seed(full_model, asked):
+    prompts, codes = asked
+    options = {"max_new_tokens": 6, "do_sample": True, "top_k": 50}
+    first = answer_ids(full_model, prompts, codes, seed=3, **options)
+    state = torch.get_rng_state()
+    assert first == answer_ids(full_model, prompts, codes, seed=3, **options)
+    assert torch.equal(state, torch.get_rng_state())  # the user's own draws go on undisturbed
+    assert first != answer_ids(full_model, prompts, codes, seed=4, **options)
+    steps = [list(answer_steps(full_model, prompts, codes, seed=s, **options)) for s in (3, 3, 4)]
+    assert steps[0] == steps[1] != steps[2]
 
 
 def test_beams_and_sampling_run(full_model, asked):

@@ -86,6 +86,37 @@ def test_steps_end_in_the_same_codes(full_model):
         assert torch.equal(step, final[:, : step.shape[1]])
 
 
+def test_an_image_goes_on_from_its_given_codes(model):
+    """The first codes of an image given back lead to the same image; others to another one."""
+    whole = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    for given in (1, 4, 8):
+        again = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:, :given])
+        assert torch.equal(again, whole)
+    other = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:1, :4].flip(1))
+    assert torch.equal(other[:, :4], whole[:1, :4].flip(1).expand(3, -1, -1))
+    assert not torch.equal(other[:, 4:], whole[:, 4:])
+
+
+def test_each_image_is_led_away_from_its_own_negative_prompt(full_model):
+    away = [[1, 90, 91, 3], [1, 70, 71, 72, 73, 3], [1, 5, 3]]
+    together = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], away)
+    for i in range(3):
+        assert torch.equal(together[i], draw_codes(full_model, [PROMPTS[i]], SAMPLED, [i + 1], away[i])[0])
+    assert not torch.equal(together, draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
+
+
+def test_guidance_rises_as_scheduled(full_model):
+    assert Sampling(guidance=5.0).guidances(3) == [5, 5, 5]
+    assert Sampling(guidance=5.0, guidance_schedule="linear").guidances(3) == [1, 3, 5]
+    cosine = Sampling(guidance=5.0, guidance_schedule="cosine").guidances(5)
+    assert cosine[0] == 1 and cosine[-1] == 5 and cosine == sorted(cosine) and cosine[1] < 2
+    rising = Sampling(guidance=5.0, guidance_schedule="linear", greedy=True)
+    codes = draw_codes(full_model, PROMPTS, rising, [0] * 3, FREE)
+    plain = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0] * 3)
+    full = draw_codes(full_model, PROMPTS, Sampling(guidance=5.0, greedy=True), [0] * 3, FREE)
+    assert torch.equal(codes[:, 0], plain[:, 0]) and not torch.equal(codes, full)
+
+
 def test_no_prompts_are_no_images(full_model):
     assert draw_codes(full_model, [], SAMPLED, [], FREE).shape == (0, 9, 3)
 
@@ -97,9 +128,26 @@ def test_no_prompts_are_no_images(full_model):
         ([[1] * 60], [0], FREE, r"60 tokens and its image 9.*context of 64: shorten the prompt to 55"),
         ([[1, 3]], [0, 1], FREE, "2 seeds for 1 prompts"),
         ([[1, 3]], [0], None, "needs unconditional_ids"),
+        ([[1, 3]], [0], [[1], [2]], "2 negative prompts for 1 prompts"),
+        ([[1, 3]], [0], [1] * 60, "Negative prompt 0 has 60 tokens"),
         ([[1, 3]], [-3], FREE, "seed is -3"),
     ],
 )
 def test_wrong_requests_are_refused(full_model, prompts, seeds, free, words):
     with pytest.raises(UserError, match=words):
         draw_codes(full_model, prompts, SAMPLED, seeds, free)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        (torch.zeros(1, 9, 3, dtype=torch.long), "at most 8 visual tokens"),
+        (torch.zeros(3, 2, 3, dtype=torch.long), "1 or 2 images"),
+        (torch.zeros(2, 3, dtype=torch.long), "prefix has shape"),
+        (torch.full((1, 2, 3), 16), "0 to 15 are allowed"),
+        (torch.zeros(1, 2, 3), "integers"),
+    ],
+)
+def test_wrong_prefixes_are_refused(full_model, prefix, words):
+    with pytest.raises(UserError, match=words):
+        draw_codes(full_model, PROMPTS[:2], SAMPLED, [0, 1], FREE, prefix)

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from open_unitok.errors import UserError
@@ -39,6 +40,54 @@ def test_the_stream_ends_in_the_same_pictures(pipe):
             assert (np.asarray(image)[: 16 * rows] != 128).any()
 
 
+def test_several_pictures_of_a_prompt_and_negative_prompts(pipe):
+    two = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2)
+    assert torch.equal(two, pipe.draw([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, SAMPLING, seed=5, batch_size=3))
+    away = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative=["blurred", "a dog"])
+    assert torch.equal(away[2:], pipe.draw(PROMPTS[1:2], SAMPLING, seed=7, num_images=2, negative="a dog"))
+    assert not torch.equal(away, two)
+
+
+def test_a_picture_is_completed_from_its_first_rows(pipe, pictures):
+    prefix = pipe.first_rows(pictures[:2], 2)
+    assert prefix.shape == (2, 6, 3)
+    codes = pipe.draw(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
+    assert torch.equal(codes[:, :6], prefix)
+    steps = list(pipe.stream(PROMPTS[:2], SAMPLING, prefix=prefix))
+    assert len(steps) == 1 and all(map(same, steps[0], pipe.decode(codes)))
+    with pytest.raises(UserError, match="rows is 3; it must be a whole number from 1 to 2"):
+        pipe.first_rows(pictures[:1], 3)
+
+
+def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
+    steps = pipe.stream(PROMPTS[:1], SAMPLING)
+    next(steps)
+    monkeypatch.setattr(pipe.model.visual_embedder, "lookup", None)  # any further step would fail
+    steps.close()
+    assert list(steps) == []
+
+
+def test_answers_stream_word_by_word(pipe, pictures):
+    questions = ["What is it?", "Is it red?"]
+    images = [pictures[0], None]
+    pieces = list(pipe.answer_stream(images, questions, max_new_tokens=12))
+    assert len(pieces) > 2 and all(len(p) == 2 for p in pieces)
+    assert ["".join(column) for column in zip(*pieces)] == pipe.answer(images, questions, max_new_tokens=12)
+
+
+def test_a_chat_is_one_long_prompt(pipe, pictures):
+    history = [("What is it?", "A star."), ("Is it red?", "Yes.")]
+    told = "<image>\nWhat is it? ASSISTANT: A star.</s>USER: Is it red? ASSISTANT: Yes.</s>USER: And now?"
+    answer = pipe.chat("And now?", pictures[0], history, max_new_tokens=6)
+    assert answer == pipe.answer([pictures[0]], [told], max_new_tokens=6)[0]
+    assert "".join(pipe.chat_stream("And now?", pictures[0], history, max_new_tokens=6)) == answer
+    several = pipe.answer([pictures[0], None], ["And now?", "Hi"], max_new_tokens=6, histories=[history, []])
+    assert several == [answer, pipe.chat("Hi", max_new_tokens=6)]
+    second = [("What is it?", "A star."), ("And <image> this?", "Two.")]
+    marked = pipe.processor.question_ids("Which?", 1, history=second)
+    assert marked.index(pipe.processor.image_token_id) > 10
+
+
 def test_answers_do_not_depend_on_the_batch(pipe, pictures):
     questions = ["What is it?", "How many stars are there in the picture?", "Is it red?", "And without?"]
     images = [pictures[0], Image.open(pictures[1]), [pictures[0], pictures[2].read_bytes()], None]
@@ -70,9 +119,17 @@ def test_reconstruction_is_encode_and_decode(pipe, pictures):
         (lambda p: p.generate(["a", " "]), "Prompt 1 is ' '"),
         (lambda p: p.generate([3]), "Prompt 0 is 3"),
         (lambda p: p.generate(["word " * 60]), "shorten the prompt"),
-        (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 prompts"),
+        (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 pictures"),
         (lambda p: p.generate(["a"], seed=1.5), "seed is 1.5"),
         (lambda p: p.generate(["a"], batch_size=0), "batch_size is 0"),
+        (lambda p: p.generate(["a"], num_images=0), "num_images is 0"),
+        (lambda p: p.generate(["a"], negative=["b", "c"]), "2 negative prompts for 1 prompts"),
+        (lambda p: p.generate(["a"], negative=" "), "Negative prompt 0"),
+        (lambda p: p.chat(" "), "Question 0"),
+        (lambda p: p.chat("a?", history=[("b",)]), "Entry 0 of a history"),
+        (lambda p: p.chat("a?", history="b"), "Entry 0 of a history"),
+        (lambda p: p.answer([None], ["a?"], histories=[]), "0 histories for 1 questions"),
+        (lambda p: list(p.chat_stream("a?", None, [], 4, temperature=0)), "temperature is 0"),
         (lambda p: p.answer([None], ["a?", "b?"]), "1 images for 2 questions"),
         (lambda p: p.answer([None], [""]), "Question 0 is ''"),
         (lambda p: p.answer([None], ["word " * 60]), "context"),

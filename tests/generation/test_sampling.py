@@ -88,6 +88,7 @@ def test_choices_follow_the_probabilities():
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_p": "0.9"}, "top_p is '0.9'"),
         ({"greedy": 1}, "True or False"),
+        ({"guidance_schedule": "cubic"}, "constant, linear, cosine"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(settings, words):

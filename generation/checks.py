@@ -1,0 +1,50 @@
+"""What users ask for, checked before any work begins."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from open_unitok.errors import UserError
+
+from .sampling import check_seed
+
+
+def check_texts(texts: Any, name: str) -> Sequence[str]:
+    """The texts; UserError where they are one string, or one of them is empty or no string."""
+    if isinstance(texts, str):
+        raise UserError(f"One string was given where a list of {name}s is needed: put it into [...].")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a text that is not empty.")
+    return texts
+
+
+def check_history(history: Any) -> tuple[tuple[str, str], ...]:
+    """
+    Raises:
+        UserError: not pairs of two texts.
+    """
+    pairs = list(history) if isinstance(history, (list, tuple)) else [history]
+    for i, pair in enumerate(pairs):
+        whole = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not whole or not all(isinstance(text, str) for text in pair):
+            raise UserError(f"Entry {i} of a history is {pair!r}; it must be (question, answer), two texts.")
+    return tuple((question, answer) for question, answer in pairs)
+
+
+def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+    """One seed per picture: the list given, or seed, seed + 1, ..."""
+    if isinstance(seed, (list, tuple, range)):
+        if len(seed) != count:
+            raise UserError(f"{len(seed)} seeds for {count} pictures: give one seed per picture.")
+        return [check_seed(s) for s in seed]
+    first = check_seed(seed)
+    return [first + i for i in range(count)]
+
+
+def check_whole(name: str, value: Any) -> None:
+    """
+    Raises:
+        UserError: `value` is no whole number >= 1.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} is {value!r}; it must be a whole number >= 1.")
