@@ -56,7 +56,7 @@ class LPIPS(nn.Module):
             a, b = block(a), block(b)
             with torch.autocast(a.device.type, enabled=False):
                 weight = head["model"][1].weight.float()  # type: ignore[index]
-                distances.append(F.conv2d((_unit(a) - _unit(b)).square(), weight).mean(dim=(1, 2, 3)))
+                distances.append(layer_distance(a, b, weight))
         return torch.stack(distances, dim=1)
 
     @classmethod
@@ -74,6 +74,11 @@ class LPIPS(nn.Module):
 
     def train(self, mode: bool = True) -> "LPIPS":
         return super().train(False)
+
+
+def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, H, W) features twice and a (1, C, 1, 1) head -> (B,): what one layer adds to the distance."""
+    return F.conv2d((_unit(a) - _unit(b)).square(), weight).mean(dim=(1, 2, 3))
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from open_unitok.errors import UserError
-from open_unitok.tokenizer.lpips import LPIPS
+from open_unitok.tokenizer.lpips import LPIPS, layer_distance
 
 SEED = 20250
 
@@ -62,3 +63,17 @@ def test_file(model, tmp_path):
     loaded = LPIPS.from_file(tmp_path)
     assert torch.equal(loaded.net["slice5"][1].weight, model.net["slice5"][1].weight)
     assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_distance_of_given_features_equals_the_published_formula(golden):
+    numbers = json.loads((golden / "eval" / "metrics.json").read_text())["lpips_formula"]
+    arrays = np.load(golden / "eval" / "metrics.npz")
+    total = 0.0
+    for i, wanted in enumerate(numbers["per_layer"]):
+        first, second, weight = (torch.from_numpy(arrays[f"lpips_{k}_{i}"]) for k in ("f0", "f1", "w"))
+        found = layer_distance(first, second, weight.view(1, -1, 1, 1))
+        assert found.tolist() == pytest.approx(wanted, abs=1e-5)
+        total = total + found
+    assert torch.as_tensor(total).tolist() == pytest.approx(numbers["distance"], abs=1e-5)
+    scaled = (torch.from_numpy(arrays["lpips_scaling_in"]) - LPIPS().shift) / LPIPS().scale
+    assert scaled.numpy() == pytest.approx(arrays["lpips_scaling_out"], abs=1e-5)
