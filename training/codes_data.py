@@ -1,16 +1,17 @@
-"""Reading what `unitok extract-codes` wrote, and plain text: samples by number, in an order fixed by a seed.
+"""Reading what `unitok extract-codes` wrote: samples by number, in an order fixed by a seed.
 
-A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, uint16 (N, K), beside
-`KEY.json`: {"captions": [str], "conversations": [[{"from", "value"}]], "grid": [rows, columns], ...}; a
-"long_caption" and a "short_caption" may stand there too.
+A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, uint16 (N, K), or
+(I, N, K) for a sample of another number of images than one, beside `KEY.json`:
+{"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]};
+a "long_caption" and a "short_caption" may stand there too, and the numbers in a document are those of its
+images.
 
-N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
+I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
 """
 
 import hashlib
 import io
 import json
-import mmap
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +41,16 @@ KEPT_SAMPLES = 100_000  # parsed samples kept in memory
 
 
 class CodeSample(NamedTuple):
-    """One image as codes, and what is said of it."""
+    """Some images as codes, and what is said of them."""
 
     key: str
-    codes: np.ndarray  # (N, K) uint16
+    codes: np.ndarray  # (N, K) uint16, or (I, N, K)
     info: dict[str, Any]
+
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The codes of each image, (N, K)."""
+        return (self.codes,) if self.codes.ndim == 2 else tuple(self.codes)
 
 
 class CodeFolder:
@@ -76,6 +82,14 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def places(self) -> dict[str, tuple[int, int]]:
+        """key -> (shard, number in it) of every sample; reads the headers of all tars."""
+        return {
+            record.key: (shard, number)
+            for shard in range(len(self.sizes))
+            for number, record in enumerate(self._index(shard))
+        }
+
     def _index_of(self, shard: int) -> Any:
         path = self.folder / self.manifest["shards"][shard]["file"]
         records, problem = index(str(existing(path, "Run `unitok extract-codes` again.")))
@@ -94,7 +108,7 @@ class CodeFolder:
             raise BadSample(".json holds no mapping")
         shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])
         codes = _array(record.read("codes.npy"), shape)
-        if codes.shape != shape or codes.dtype != np.uint16:
+        if codes.dtype != np.uint16 or shape not in (codes.shape, codes.shape[1:]):
             raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, uint16 {shape} is wanted")
         if codes.size and codes.max() >= self.manifest["codebook_size"]:
             raise BadSample(f"code {codes.max()} is not below {self.manifest['codebook_size']}")
@@ -117,42 +131,6 @@ def _npy_head(shape: tuple[int, int]) -> bytes:
     file = io.BytesIO()
     np.save(file, np.zeros(shape, dtype=np.uint16))
     return file.getvalue()[: -2 * shape[0] * shape[1]]
-
-
-class TextLines:
-    """The lines of a text file, empty ones left out, as a data set of one shard; the file stays on disk."""
-
-    def __init__(self, path: str | Path):
-        self.path = existing(path)
-        if self.path.is_dir():
-            raise UserError(f"{path} is a folder: name a text file with one text per line.")
-        size = self.path.stat().st_size
-        self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as the data set
-        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        ends = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n"))
-        bounds = np.concatenate([[-1], ends, [size]])
-        self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
-        self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
-        if not len(self._spans):
-            raise UserError(f"{path} holds no line of text.")
-        self.sizes = [len(self._spans)]
-
-    def __len__(self) -> int:
-        return self.sizes[0]
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex digest of the file's size and beginning."""
-        size = self.path.stat().st_size
-        return hashlib.sha256(f"{size} ".encode() + bytes(self._bytes[: 1 << 20])).hexdigest()
-
-    def read(self, _shard: int, number: int) -> str:
-        """Line `number`; raises BadSample if it is not UTF-8."""
-        start, end = self._spans[number]
-        try:
-            return self._bytes[start:end].decode().rstrip("\r")
-        except UnicodeDecodeError as error:
-            raise BadSample(f"line at byte {start} is not UTF-8: {error}") from error
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from open_unitok.errors import UserError
 from .tarindex import BadSample
 
 IGNORED = -100
-KINDS = ("drawing", "captioning", "conversation", "alignment", "text")
+KINDS = ("drawing", "captioning", "conversation", "alignment", "text", "document", "reading")
 KEPT_TEXTS = 400_000  # token rows kept, so that a text is tokenised once
 
 
@@ -76,7 +76,8 @@ class CachedTokenizer:
 class Rows:
     """Makes rows of texts; `processor` (a UniTokProcessor) knows text tokenizer, prompts and special ids.
 
-    Longer rows than `max_length` lose text at their end; a row that would lose part of an image is refused.
+    Longer rows than `max_length` lose text at their end; a row that would lose an image is refused, but
+    documents end before an image that does not fit.
     """
 
     def __init__(self, processor: Any, max_length: int):
@@ -93,15 +94,26 @@ class Rows:
         except UserError as error:
             raise BadSample(f"cannot be used: {error}") from error
         ids, labels = self._expand(ids, labels, visual_tokens)
-        if len(ids) > self.max_length:
-            if (ids[self.max_length :] == self.image_token_id).any():
-                raise BadSample(
-                    f"has {len(ids)} tokens, its image does not fit into max_length {self.max_length}"
-                )
-            ids, labels = ids[: self.max_length], labels[: self.max_length]
+        end = self._end(ids, kind in ("document", "reading"))
+        ids, labels = ids[:end], labels[:end]
         if (labels[1:] == IGNORED).all():
             raise BadSample("leaves nothing to learn (is it cut off, or empty?)")
         return Row(ids, labels)
+
+    def _end(self, ids: np.ndarray, may_lose_images: bool) -> int:
+        """Where a row that is too long is cut: never within an image, nor between it and its boi."""
+        end = min(len(ids), self.max_length)
+        if not (ids[end:] == self.image_token_id).any():
+            return end
+        if not may_lose_images:
+            raise BadSample(
+                f"has {len(ids)} tokens, its image does not fit into max_length {self.max_length}"
+            )
+        if ids[end] == self.image_token_id:
+            while ids[end - 1] == self.image_token_id:
+                end -= 1
+            end -= 1
+        return end
 
     def _expand(
         self, ids: Sequence[int], labels: Sequence[int], visual_tokens: tuple[int, ...]
@@ -152,12 +164,33 @@ def _text(rows: Rows, text: str | None) -> tuple[list[int], list[int]]:
     return ids, ids
 
 
+def _document(rows: Rows, pieces: str | None, drawn: bool = True) -> tuple[list[int], list[int]]:
+    """Texts and images in turns (JSON, numbers are images); boi and eoi stand around each image. Texts and
+    eos are learnt, and with `drawn` the images."""
+    processor = rows.processor
+    bos = [] if processor.bos_token_id is None else [processor.bos_token_id]
+    image = [processor.boi_token_id, rows.image_token_id, processor.eoi_token_id]
+    ids, labels = list(bos), [IGNORED] * len(bos)
+    for piece in json.loads(pieces or "[]"):
+        added = processor.encode_text(piece)[len(bos) :] if isinstance(piece, str) else image
+        ids += added
+        labels += added if drawn or isinstance(piece, str) else [IGNORED] * len(added)
+    return [*ids, processor.eos_token_id], [*labels, processor.eos_token_id]
+
+
+def _reading(rows: Rows, pieces: str | None) -> tuple[list[int], list[int]]:
+    """A document whose images are only read."""
+    return _document(rows, pieces, drawn=False)
+
+
 _BUILDERS: dict[str, Callable[[Rows, str | None], tuple[list[int], list[int]]]] = {
     "drawing": _drawing,
     "captioning": _captioning,
     "conversation": _conversation,
     "alignment": _alignment,
     "text": _text,
+    "document": _document,
+    "reading": _reading,
 }
 
 

@@ -79,7 +79,8 @@ def convert(
         column: the key that holds the caption.
 
     Returns:
-        Counts by name: "samples", "pictures", "skipped", "without a caption".
+        Counts by name: "samples", "pictures", "skipped", "without a caption", "lost pictures" (named by
+        documents, but not on disk).
 
     Raises:
         UserError: no such layout; nothing usable in `source`, or too much unusable; `target` holds something
@@ -185,6 +186,8 @@ def _add_item(tar: tarfile.TarFile, item: Item, counts: Counter[str]) -> None:
     counts["pictures"] += len(pictures)
     if "captions" in item.info and not (item.info["captions"] or item.info.get("long_caption")):
         counts["without a caption"] += 1
+    if item.info.get("lost"):
+        counts["lost pictures"] += item.info["lost"]
 
 
 def read_picture(path: Path) -> tuple[str, bytes]:

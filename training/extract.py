@@ -1,9 +1,12 @@
 """`unitok extract-codes`: image shards to code shards, so that the MLLM trains without the visual tokenizer.
 
+Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., beside `KEY.json` or
+`KEY.txt` (a caption); "images" in the .json says how many pictures there must be, 0 is allowed.
+
 Tar i of the input becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json,
 written last: where it stands, the tar is whole and is not made again. `codes.json` lists them all; the
 process that finds the last one finished writes it. Under torchrun each process takes every n-th tar; they
-need not meet.
+need not meet, but see the same files.
 
 N visual tokens per image, K sub-codebooks, B images per batch.
 """
@@ -47,9 +50,11 @@ class Options(NamedTuple):
     max_bad_share: float
 
 
-class Picture(NamedTuple):
+class Loaded(NamedTuple):
+    """A sample with its pictures; mostly one, several in conversations and documents, or none."""
+
     key: str
-    pixels: torch.Tensor  # (3, H, W)
+    pictures: list[torch.Tensor]  # each (3, H, W)
     info: dict[str, Any]
 
 
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: this process is done, others are still at work")
         return
     print(
-        f"{args.out}: {manifest['samples']:,} pictures in {len(manifest['shards'])} tar(s), "
+        f"{args.out}: {manifest['pictures']:,} pictures in {len(manifest['shards'])} tar(s), "
         f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
         f"{manifest['broken']} unreadable; "
         f"decoding {manifest['checked']} of them again gives {manifest['psnr']:.2f} dB"
@@ -175,33 +180,41 @@ def _extract_tar(
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
     bad: list[str] = []
-    buffer, errors, checked, samples, grid = io.BytesIO(), 0.0, 0, 0, None
+    buffer, first, samples, pictures, grid = io.BytesIO(), [], 0, 0, None
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
         for batch in _batches(records, unitok.config.image_size, options, bad, progress):
-            pixels = torch.stack([picture.pixels for picture in batch]).to(unitok.device)
-            codes = unitok.encode(pixels)
-            if not checked:
-                copies = unitok.decode(codes[:CHECKED])
-                errors = (copies.float() - pixels[:CHECKED]).square().mean((1, 2, 3)).sum().item() / 4
-                checked = len(copies)
-            grid = [side // unitok.config.patch_size for side in pixels.shape[2:]]
-            for picture, rows in zip(batch, codes.cpu().numpy().astype(np.uint16)):
-                _add(writer, picture, rows, grid)
-            samples += len(batch)
+            pixels = [picture for sample in batch for picture in sample.pictures]
+            codes = iter(_encode(unitok, pixels, options.batch_size))
+            if pixels:
+                grid = [side // unitok.config.patch_size for side in pixels[0].shape[1:]]
+            for sample in batch:
+                _add(writer, sample, [next(codes) for _ in sample.pictures], unitok.config, grid)
+            first += pixels[: CHECKED - len(first)]
+            samples, pictures = samples + len(batch), pictures + len(pixels)
     if not samples:
         raise UserError(f"{tar} holds no readable picture ({bad[-1] if bad else 'it is empty'}).")
     write_atomic(target, buffer.getvalue())
-    _check_written(target, samples)
-    facts = {"samples": samples, "broken": len(bad), "grid": grid, "checked": checked, "error": errors}
-    write_json(target.with_suffix(".json"), {**_origin(tar, options), **facts, "sha256": sha256(target)})
+    error = _check_written(target, samples, unitok, first)
+    facts = {"samples": samples, "pictures": pictures, "broken": len(bad), "grid": grid}
+    checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **facts, **checked})
+
+
+def _encode(unitok: Any, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
+    """The codes of each picture, uint16 (N, K)."""
+    found: list[np.ndarray] = []
+    for start in range(0, len(pixels), batch_size):
+        batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
+        found += list(unitok.encode(batch).cpu().numpy().astype(np.uint16))
+    return found
 
 
 def _batches(
     records: list[Record], size: int, options: Options, bad: list[str], progress: Callable[[int], Any]
-) -> Iterator[list[Picture]]:
-    """Batches of readable pictures; what cannot be read is noted in `bad`; much of it stops the run."""
+) -> Iterator[list[Loaded]]:
+    """Batches of readable samples; what cannot be read is noted in `bad`; much of it stops the run."""
 
-    def load(record: Record) -> Picture | str:
+    def load(record: Record) -> Loaded | str:
         try:
             return _load(record, size, options.mode)
         except (BadSample, UserError) as error:
@@ -220,52 +233,83 @@ def _batches(
                     f"{len(bad)} of {len(records)} pictures of {records[0].tar} are unreadable, more than "
                     f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
                 )
-            pictures = [item for item in loaded if isinstance(item, Picture)]
-            if pictures:
-                yield pictures
+            readable = [item for item in loaded if isinstance(item, Loaded)]
+            if readable:
+                yield readable
             progress(len(group))
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
 
 
-def _load(record: Record, size: int, mode: str) -> Picture:
+def _load(record: Record, size: int, mode: str) -> Loaded:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
-    extension = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
-    if extension is None:
-        raise BadSample(f"has no picture (it has {', '.join(record.members)})")
     info = record.json("json") if "json" in record.members else {}
     if not isinstance(info, dict):
         raise BadSample(".json holds no mapping")
     if "captions" not in info and "txt" in record.members:
         info["captions"] = [record.text("txt")]
-    return Picture(record.key, to_pixels(load_image(record.read(extension)), size, mode), info)
+    members = _picture_members(record)
+    if len(members) != info.get("images", max(1, len(members))):
+        wanted = f"{info['images']} picture(s) are" if "images" in info else "a picture is"
+        raise BadSample(f"{wanted} wanted, it has {', '.join(record.members)}")
+    pictures = [to_pixels(load_image(record.read(member)), size, mode) for member in members]
+    return Loaded(record.key, pictures, info)
 
 
-def _add(writer: tarfile.TarFile, picture: Picture, codes: np.ndarray, grid: list[int]) -> None:
+def _picture_members(record: Record) -> list[str]:
+    """The member `jpg` (or another picture), or `0.jpg`, `1.jpg`, ... in the order of their numbers."""
+    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
+    if single is not None:
+        return [single]
+    parts = [(member, *member.partition(".")[::2]) for member in record.members]
+    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
+    return [member for _, member in sorted(numbered)]
+
+
+def _add(
+    writer: tarfile.TarFile, sample: Loaded, codes: list[np.ndarray], sizes: Any, grid: list[int] | None
+) -> None:
+    """A sample's codes, (N, K), or (I, N, K) for another number of images than one, and its .json."""
+    empty = np.empty((0, sizes.num_visual_tokens, sizes.num_codebooks), dtype=np.uint16)
     array = io.BytesIO()
-    np.save(array, codes, allow_pickle=False)
-    text = json.dumps({**picture.info, "grid": grid}, ensure_ascii=False, separators=(",", ":"))
+    np.save(array, codes[0] if len(codes) == 1 else np.stack(codes) if codes else empty, allow_pickle=False)
+    info = {**sample.info, "grid": grid} if codes else sample.info
+    text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
     for ending, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
-        member = tarfile.TarInfo(f"{picture.key}.{ending}")
+        member = tarfile.TarInfo(f"{sample.key}.{ending}")
         member.size = len(content)
         writer.addfile(member, io.BytesIO(content))
 
 
-def _check_written(path: Path, samples: int) -> None:
-    """The tar as it lies on disk is read once more."""
+def _check_written(path: Path, samples: int, unitok: Any, first: list[torch.Tensor]) -> float:
+    """Read the tar as it lies on disk and decode its first codes: summed squared errors of these pictures."""
     records, problem = index(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written well ({problem or f'{len(records)} of {samples} samples'}): is the "
             "disk full, or are there two pictures of one name in a tar?"
         )
+    found: list[np.ndarray] = []
+    for record in records:
+        if len(found) >= len(first):
+            break
+        codes = np.load(io.BytesIO(record.read("codes.npy")))
+        found += [codes] if codes.ndim == 2 else list(codes)
+    if not first:
+        return 0.0
+    codes = torch.from_numpy(np.stack(found[: len(first)]).astype(np.int64)).to(unitok.device)
+    copies = unitok.decode(codes)
+    pixels = torch.stack(first).to(unitok.device)
+    return (copies.float() - pixels).square().mean((1, 2, 3)).sum().item() / 4
 
 
 def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
     """codes.json, from the descriptions of all tars."""
-    grids = {tuple(fact["grid"]) for fact in facts}
+    grids = {tuple(fact["grid"]) for fact in facts if fact["grid"]}
+    if not grids:
+        raise UserError(f"{out}: no sample of --data has a picture; texts alone need no codes.")
     assert len(grids) == 1, grids
     checked = sum(fact["checked"] for fact in facts)
     error = sum(fact["error"] for fact in facts) / checked
@@ -283,6 +327,7 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
+        "pictures": sum(fact.get("pictures", fact["samples"]) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
         "checked": checked,
         "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),

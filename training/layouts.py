@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing
+from open_unitok.files import existing, read_json
+
+from .tarindex import BadSample
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
@@ -121,6 +123,146 @@ def _captions_of(row: dict[str, Any], column: str | None) -> dict[str, Any]:
     return {"captions": [str(text).strip() for text in texts if str(text).strip()], **extra}
 
 
+# ---- conversations as LLaVA writes them --------------------------------------------------------------------
+
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+MARK = "<image>"
+
+
+def llava_items(source: Source) -> Iterator[Item]:
+    """LLaVA's JSON: [{"id", "image": name | [names], "conversations": [{"from", "value"}]}, ...]."""
+    for number, row in enumerate(read_rows(source.path)):
+        try:
+            names = picture_names(row)
+            info = {"conversations": [turns_of(row, len(names))], "id": str(row.get("id", number))}
+            yield Item(f"{number:09d}", [source.folder / name for name in names], info)
+        except BadSample as error:
+            yield Item(f"{number:09d}", [], {}, str(error))
+
+
+def picture_names(row: Any) -> list[str]:
+    """The pictures that a conversation is about; raises BadSample."""
+    if not isinstance(row, dict):
+        raise BadSample(f"is {type(row).__name__}, not a mapping")
+    named = row.get("image", row.get("images"))
+    names = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise BadSample(f"names its pictures {named!r}: a name or a list of names is wanted")
+    return names
+
+
+def turns_of(row: dict[str, Any], images: int) -> list[dict[str, str]]:
+    """The turns as human and gpt; where no turn says where the images stand, they come first.
+
+    Raises:
+        BadSample: the speakers do not alternate, or other images are marked than there are.
+    """
+    given = row.get("conversations", row.get("messages"))
+    if not isinstance(given, list) or not given:
+        raise BadSample("has no conversations")
+    turns = []
+    for number, turn in enumerate(given):
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if SPEAKERS.get(str(speaker)) == "gpt" and not turns:  # an answer that no question precedes
+            continue
+        wanted = ("human", "gpt")[len(turns) % 2]
+        if SPEAKERS.get(str(speaker)) != wanted or not isinstance(text, str):
+            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt take turns")
+        turns.append({"from": wanted, "value": text})
+    if not turns or len(turns) % 2:
+        raise BadSample(f"has {len(turns)} turns: pairs of a question and an answer are wanted")
+    marks = sum(turn["value"].count(MARK) for turn in turns)
+    if images and not marks:
+        turns[0]["value"] = f"{MARK}\n" * images + turns[0]["value"]
+    elif marks != images:
+        raise BadSample(f"marks {marks} image(s) in its text, but has {images}")
+    return turns
+
+
+# ---- interleaved documents ---------------------------------------------------------------------------------
+
+
+def obelics_items(source: Source) -> Iterator[Item]:
+    """OBELICS: {"texts": [str | null], "images": [null | name]}, one of the two at each place."""
+    find = _Finder(source.folder)
+    for number, row in enumerate(read_rows(source.path)):
+        texts, images = (_parsed(row.get(name)) for name in ("texts", "images"))
+        if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
+            yield Item(f"{number:09d}", [], {}, 'has no "texts" and "images" of the same length')
+            continue
+        pieces = [find(image) if image else text for text, image in zip(texts, images)]
+        yield _document(number, pieces, sum(map(bool, images)))
+
+
+def mmc4_items(source: Source) -> Iterator[Item]:
+    """MMC4: {"text_list": [str], "image_info": [{"image_name", "matched_text_index"}]}; an image comes before
+    the sentence that it matches."""
+    find = _Finder(source.folder)
+    for number, row in enumerate(read_rows(source.path)):
+        texts, infos = row.get("text_list"), row.get("image_info", [])
+        if not (
+            isinstance(texts, list) and isinstance(infos, list) and all(isinstance(i, dict) for i in infos)
+        ):
+            yield Item(f"{number:09d}", [], {}, 'has no "text_list" and "image_info"')
+            continue
+        pieces: list[Any] = []
+        for place, text in enumerate(texts):
+            matching = [i for i in infos if i.get("matched_text_index") == place]
+            pieces += [find(i.get("image_name")) or find(i.get("raw_url")) for i in matching]
+            pieces.append(text)
+        yield _document(number, pieces, len(infos))
+
+
+def _parsed(value: Any) -> Any:
+    """A list, or the JSON of one (as tables keep it)."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return None
+
+
+def _document(number: int, pieces: list[Any], images: int) -> Item:
+    """Texts and pictures (paths) in their order; how many of the `images` are not on disk is noted."""
+    document: list[str | int] = []
+    pictures: list[Path] = []
+    for piece in pieces:
+        if isinstance(piece, Path):
+            document.append(len(pictures))
+            pictures.append(piece)
+        elif isinstance(piece, str) and piece.strip():
+            document.append(piece.strip())
+    lost = {"lost": images - len(pictures)} if images > len(pictures) else {}
+    return Item(f"{number:09d}", pictures, {"document": document, **lost}, "" if document else "is empty")
+
+
+class _Finder:
+    """Pictures of documents by name, or by URL where img2dataset has left a .json beside each."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.urls: dict[str, Path] | None = None
+
+    def __call__(self, name: Any) -> Path | None:
+        if not isinstance(name, str) or not name:
+            return None
+        if "://" in name:
+            if self.urls is None:
+                self.urls = dict(_downloaded(self.folder))
+            return self.urls.get(name)
+        path = self.folder / name
+        return path if path.is_file() else None
+
+
+def _downloaded(folder: Path) -> Iterator[tuple[str, Path]]:
+    for described in sorted(folder.rglob("*.json")):
+        picture = next((p for e in PICTURES if (p := described.with_suffix(e)).is_file()), None)
+        if picture is not None:
+            facts = read_json(described)
+            if isinstance(facts, dict) and isinstance(facts.get("url"), str):
+                yield facts["url"], picture
+
+
 # ---- files of rows -----------------------------------------------------------------------------------------
 
 
@@ -167,4 +309,7 @@ LAYOUTS: dict[str, Layout] = {
         folder_items,
         "a folder with pictures beside .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
     ),
+    "llava": Layout(llava_items, 'a JSON list of {"image": name or names, "conversations": [...]}.'),
+    "obelics": Layout(obelics_items, 'JSON lines of {"texts": [...], "images": [...]}.'),
+    "mmc4": Layout(mmc4_items, 'JSON lines of {"text_list": [...], "image_info": [...]}.'),
 }

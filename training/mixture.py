@@ -9,6 +9,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,13 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 
 from . import draws
-from .codes_data import CodeFolder, CodeSample, Order, TextLines
+from .codes_data import CodeFolder, CodeSample, Order
 from .collate import Batch, Rows, Sample, collate
 from .mllm_config import MixtureEntry, MixtureOptions
 from .tarindex import BadSample
+from .text_data import Conversations, TextLines
 
+Dataset = CodeFolder | Conversations | TextLines
 JUDGED_FROM = 200  # samples seen before the share of bad ones is judged
 ATTEMPTS = 20  # other samples tried in place of a bad one
 
@@ -46,18 +49,14 @@ class Mixture:
     ):
         self.options, self.rows, self.seed = options, rows, seed
         self.batch_size, self.accumulation = batch_size, accumulation
-        self.sets: dict[str, CodeFolder | TextLines] = {}
-        for entry in options.mixture:
-            if entry.path not in self.sets:
-                text = entry.kind == "text"
-                self.sets[entry.path] = TextLines(entry.path) if text else CodeFolder(entry.path, fingerprint)
-            elif isinstance(self.sets[entry.path], TextLines) != (entry.kind == "text"):
-                raise UserError(f"data.mixture: {entry.path} cannot serve both text and {entry.kind}.")
         self.entries = options.mixture
+        self.sets = open_sets(options.mixture, fingerprint)  # one per entry
         total = sum(entry.weight for entry in self.entries)
         self.shares = np.array([entry.weight / total for entry in self.entries])
         self.orders = [
-            Order(self.sets[e.path].sizes, seed, f"{n} {e.kind}") for n, e in enumerate(self.entries)
+            Order(data.sizes, seed, f"{n} {e.kind}")
+            for n, (e, data) in enumerate(zip(self.entries, self.sets))
+            for n, (e, data) in enumerate(zip(self.entries, self.sets))
         ]
         self.step = self.seen = self.bad = 0
         self.counts = np.zeros(len(self.entries), dtype=np.int64)
@@ -65,7 +64,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """Hex digest of all data sets: other data, or data in another order, gives another one."""
-        facts = [[entry.kind, entry.weight, self.sets[entry.path].fingerprint] for entry in self.entries]
+        facts = [[e.kind, e.weight, data.fingerprint] for e, data in zip(self.entries, self.sets)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def next(self) -> list[Batch]:
@@ -104,8 +103,7 @@ class Mixture:
 
     def _sample(self, number: int, place: int, choices: list[float], slot: int) -> Sample:
         """The sample at `place` of an entry; if it is bad, another one that the seed picks."""
-        entry, order = self.entries[number], self.orders[number]
-        data = self.sets[entry.path]
+        entry, order, data = self.entries[number], self.orders[number], self.sets[number]
         self.seen += 1
         for attempt in range(ATTEMPTS):
             shard, item = order[place]
@@ -144,6 +142,8 @@ class Mixture:
 def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
     """An image and one of its captions, to be drawn (or, by its share, captioned)."""
     options = mixture.options
+    if len(sample.images) != 1:
+        raise BadSample(f"has {len(sample.images)} images: one is wanted")
     drawing = entry.kind == "drawing" and choices[2] < options.drawing_share
     long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
     caption = (short or long) if choices[0] >= 1 - options.short_captions or not long else long
@@ -152,23 +152,36 @@ def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: li
     if not drawing:
         if not caption:
             raise BadSample("has no caption")
-        return _with_image(mixture, "captioning", caption, sample)
+        return _with_images(mixture, "captioning", caption, sample.images)
     if choices[1] >= 1 - options.unconditional:
         caption = None
-    return _with_image(mixture, "drawing", caption, sample)
+    return _with_images(mixture, "drawing", caption, sample.images)
 
 
 def _talk(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
-    """One of the conversations about an image."""
+    """One of the conversations about the sample's images."""
     talks = sample.info.get("conversations")
     if not isinstance(talks, list) or not talks:
         raise BadSample("has no conversation")
     turns = json.dumps(talks[int(choices[0] * len(talks))])
-    return _with_image(mixture, entry.kind, turns, sample)
+    return _with_images(mixture, entry.kind, turns, sample.images)
 
 
-def _with_image(mixture: Mixture, kind: str, text: str | None, sample: CodeSample) -> Sample:
-    return Sample(kind, mixture.rows.make(kind, text, (len(sample.codes),)), (sample.codes,))
+def _document(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, _choices: list[float]) -> Sample:
+    """Texts and images in turns, as many as fit into max_length."""
+    document, images = sample.info.get("document"), sample.images
+    if not isinstance(document, list) or not document:
+        raise BadSample("has no document")
+    order = [piece for piece in document if not isinstance(piece, str)]
+    if not all(isinstance(piece, int) and 0 <= piece < len(images) for piece in order):
+        raise BadSample(f"names images {order} in its document, but has {len(images)}")
+    made = _with_images(mixture, entry.kind, json.dumps(document), tuple(images[i] for i in order))
+    left = int((made.row.ids == mixture.rows.image_token_id).sum())
+    return made._replace(images=made.images[: left // len(images[0]) if order else 0])
+
+
+def _with_images(mixture: Mixture, kind: str, text: str | None, images: tuple[np.ndarray, ...]) -> Sample:
+    return Sample(kind, mixture.rows.make(kind, text, tuple(map(len, images))), images)
 
 
 def _plain(mixture: Mixture, entry: MixtureEntry, line: str, _choices: list[float]) -> Sample:
@@ -181,4 +194,26 @@ _KINDS: dict[str, Callable[..., Sample]] = {
     "conversation": _talk,
     "alignment": _talk,
     "text": _plain,
+    "document": _document,
+    "reading": _document,
 }
+
+
+def open_sets(entries: list[MixtureEntry], fingerprint: str | None) -> list[Dataset]:
+    """The data set of each entry; one that several entries name is opened once.
+
+    Raises:
+        UserError: it is not there, or it is of another kind or of another visual tokenizer.
+    """
+    texts = cache(TextLines)
+    folders = cache(lambda path: CodeFolder(path, fingerprint))
+    talks = cache(lambda path, codes: Conversations(path, folders(codes) if codes else None))
+    found: list[Dataset] = []
+    for entry in entries:
+        if entry.kind == "text":
+            found.append(texts(entry.path))
+        elif entry.path.endswith((".json", ".jsonl")):
+            found.append(talks(entry.path, entry.codes))
+        else:
+            found.append(folders(entry.path))
+    return found

@@ -21,16 +21,32 @@ PARTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixtureEntry:
-    """A data set in a role; `path` is a code folder (kind text: a text file), `weight` its share."""
+    """A data set in a role; `weight` is its share.
 
-    kind: Literal["drawing", "captioning", "conversation", "alignment", "text"]
+    path: a code folder; for text a .txt or .jsonl file or a glob of them; for conversation and alignment also
+    LLaVA's .json or .jsonl, whose pictures are looked up by name in the code folder `codes`. A document's
+    texts and images are learnt, of kind reading its texts alone.
+    """
+
+    kind: Literal["drawing", "captioning", "conversation", "alignment", "text", "document", "reading"]
     path: str
     weight: float = 1.0
+    codes: str | None = None
 
     def check(self) -> None:
         if not self.weight > 0:
             raise UserError(
                 f"data.mixture: weight of {self.kind} from {self.path} is {self.weight}: above 0 is wanted."
+            )
+        file = self.path.endswith((".json", ".jsonl"))
+        if file and self.kind not in ("conversation", "alignment", "text"):
+            raise UserError(
+                f"data.mixture: {self.path} is no code folder, as kind {self.kind} needs: see `unitok data "
+                "convert` and `unitok extract-codes`."
+            )
+        if self.codes and (not file or self.kind == "text"):
+            raise UserError(
+                f"data.mixture: codes = {self.codes} belongs to conversations in a .json or .jsonl."
             )
 
 

@@ -171,12 +171,11 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
         accumulation=config.engine.accumulation,
         fingerprint=model.config.unitok_fingerprint,
     )
-    for entry in config.data.mixture:
-        codes = mixture.sets[entry.path]
+    for entry, codes in zip(config.data.mixture, mixture.sets):
         if not isinstance(codes, CodeFolder):
             continue
         tokens = codes.manifest["num_tokens"]
-        if entry.kind == "drawing" and tokens != model.config.num_image_tokens:
+        if entry.kind in ("drawing", "document") and tokens != model.config.num_image_tokens:
             raise UserError(
                 f"{entry.path} holds {tokens} visual tokens per image, but the model draws "
                 f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."

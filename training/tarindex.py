@@ -166,8 +166,8 @@ def _pax_path(data: bytes) -> str | None:
     return None
 
 
-def tars_of(pattern: str | list[str]) -> list[str]:
-    """The tars that globs and {000..127} braces name, sorted.
+def tars_of(pattern: str | list[str], where: str = "data.sources") -> list[str]:
+    """The tars (or other files) that globs and {000..127} braces name, sorted; `where` begins an error.
 
     Raises:
         UserError: a pattern matches nothing; the message names it.
@@ -180,8 +180,8 @@ def tars_of(pattern: str | list[str]) -> list[str]:
             path = Path(part)
             matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
             if not matches:
-                raise UserError(f"data.sources: there is no file {part}.")
+                raise UserError(f"{where}: there is no file {part}.")
             found += [match for match in matches if os.path.isfile(match)]
     if not found:
-        raise UserError(f"data.sources: {pattern} names folders: name tars, e.g. {pattern}/*.tar.")
+        raise UserError(f"{where}: {pattern} names folders: name files, e.g. {pattern}/*.tar.")
     return sorted(set(found))

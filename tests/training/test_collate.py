@@ -69,7 +69,7 @@ def test_rows_are_as_published(golden, legacy):
         learnt = [IGNORED if kind != "drawing" and label == IMAGE else label for label in case["labels"][0]]
         assert row.labels.tolist() == learnt, case["name"]
         seen.add(kind)
-    assert seen == set(KINDS)
+    assert seen == set(KINDS) - {"document", "reading"}  # which the published code does not know
 
 
 def sample(rows, kind, text, images=1):

@@ -13,11 +13,12 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
-from open_unitok.training.codes_data import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order, TextLines
+from open_unitok.training.codes_data import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order
 from open_unitok.training.collate import KINDS, Rows
 from open_unitok.training.config import build
 from open_unitok.training.mixture import Mixture
 from open_unitok.training.mllm_config import MixtureOptions
+from open_unitok.training.text_data import TextLines
 
 TOKENS, BOOKS, ENTRIES = 4, 3, 16
 
@@ -205,7 +206,7 @@ def test_refusals(tmp_path, make, folder):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="no line of text"):
         TextLines(tmp_path / "empty.txt")
-    with pytest.raises(UserError, match="cannot serve both"):
+    with pytest.raises(UserError, match="is a folder"):
         options = {"mixture": [{"kind": kind, "path": str(folder)} for kind in ("drawing", "text")]}
         Mixture(build(MixtureOptions, options), None, seed=0, batch_size=4)
     with pytest.raises(UserError, match=r"unconditional is 1\.5"):
