@@ -4,6 +4,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from open_unitok.errors import UserError
+
 if TYPE_CHECKING:
     from .pipeline import Pipeline
     from .sampling import Sampling
@@ -44,6 +46,20 @@ def pick_device(name: str) -> str:
     if torch.cuda.is_available():
         return f"cuda:{local_rank() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def need_extra(extra: str, *modules: str) -> None:
+    """
+    Raises:
+        UserError: one of the modules is not installed; the message says how to get them.
+    """
+    import importlib.util
+
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"unitok {extra} needs {' and '.join(missing)}: pip install 'open-unitok[{extra}]' "
+            f"(in a checkout: pip install -e '.[{extra}]' -c configs/constraints.txt)."
+        )
 
 
 def quiet_loading() -> None:

@@ -19,14 +19,19 @@ KEY = (
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
     """Write a PNG whole or not at all; `record` goes into its text chunks, for `read_record`."""
+    write_atomic(path, image_bytes(image, "png", record))
+
+
+def image_bytes(image: Image.Image, kind: str = "png", record: dict[str, Any] | None = None) -> bytes:
+    """The picture as a file of kind "png", "jpeg" or "webp"; only a PNG carries the record."""
     info = PngImagePlugin.PngInfo()
     for key, value in (record or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     if record is not None:
         info.add_itxt(KEY, json.dumps(record, ensure_ascii=False, sort_keys=True))
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    write_atomic(path, buffer.getvalue())
+    image.save(buffer, kind, **({"pnginfo": info} if kind == "png" else {"quality": 95}))
+    return buffer.getvalue()
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:

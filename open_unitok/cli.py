@@ -25,6 +25,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reconstruct": ("open_unitok.generation.reconstruct", "encode and decode pictures, side by side"),
     "generate": ("open_unitok.generation.generate", "draw pictures from prompts"),
     "ask": ("open_unitok.generation.ask", "ask a question about a picture"),
+    "chat": ("open_unitok.generation.chat", "talk about pictures in the terminal"),
+    "serve": ("open_unitok.generation.serve", "an HTTP server with OpenAI's shapes, in batches"),
     "eval run": ("open_unitok.eval.run", "run a benchmark on a model and score it"),
     "eval score": ("open_unitok.eval.score", "score answers or pictures that are already on disk"),
     "convert tokenizer": (

@@ -44,7 +44,7 @@ def test_imports_point_left(room):
         for level, module in imports_of(file):
             where = f"{file.relative_to(ROOT)} imports {module}"
             if level:
-                assert level == len(file.relative_to(ROOT / room).parts), f"{where}: out of the room"
+                assert level <= len(file.relative_to(ROOT / room).parts), f"{where}: out of the room"
             elif module.split(".")[0] == "open_unitok":
                 target = module.split(".")[1] if "." in module else ""
                 assert target == room or target in HELPERS | MAY_IMPORT[room] | {"__version__"}, where
@@ -93,10 +93,13 @@ import json, sys
 from open_unitok import Pipeline, Sampling, UniTok, UniTokConfig
 from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 import open_unitok.generation.generate, open_unitok.generation.ask, open_unitok.generation.reconstruct
+import open_unitok.generation.chat, open_unitok.generation.serve
 print(json.dumps(sorted(sys.modules)))
 """
     loaded = {name.split(".")[0] for name in json.loads(run_python(code))}
-    assert not {"deepspeed", "webdataset", "gradio", "tensorboard", "torchdata"} & loaded
+    assert (
+        not {"deepspeed", "webdataset", "gradio", "fastapi", "uvicorn", "tensorboard", "torchdata"} & loaded
+    )
     assert not {"open_unitok.training", "open_unitok.eval"} & set(json.loads(run_python(code)))
 
 

@@ -1,5 +1,13 @@
 """Tiny random models for drawing and answering; every code and id depends on the weights alone."""
 
+import contextlib
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+
 import numpy as np
 import pytest
 import torch
@@ -124,3 +132,62 @@ def pictures(tmp_path_factory):
         files.append(path / f"p{i}.png")
         Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(files[-1])
     return files
+
+
+def request(url, body=None, path="/v1/chat/completions", **headers):
+    """(status, parsed answer) of a request; `body` is bytes or becomes JSON."""
+    data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+    asked = urllib.request.Request(url + path, data, {"content-type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    try:
+        return status, json.loads(text)
+    except json.JSONDecodeError:
+        return status, text.decode()
+
+
+@pytest.fixture(scope="session")
+def ask():
+    """The function `request`."""
+    return request
+
+
+@contextlib.contextmanager
+def running(pipe, limits=None, **options):
+    """A running server; yields (its address, its `Server`)."""
+    import uvicorn
+
+    from open_unitok.generation.serving.app import create_app
+
+    app = create_app(pipe, "tiny", limits, **options)
+    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", app.state.server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def serving():
+    """The context manager `running`."""
+    return running
+
+
+@pytest.fixture(scope="session")
+def server(pipe):
+    """(address, `Server`) with small limits."""
+    from open_unitok.generation.serving.guard import Limits
+
+    limits = Limits(max_batch=4, max_waiting=6, max_body=200_000, max_side=1000, timeout=60, body_timeout=2)
+    with running(pipe, limits) as found:
+        yield found

@@ -1,5 +1,6 @@
 """`unitok generate`, `ask` and `reconstruct` through the command line's own entry."""
 
+import io
 import json
 
 import pytest
@@ -86,6 +87,16 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["ask", "TEXT", "What?", "--model", "MODEL"], "no picture"),
         (["ask", "PICTURE", " ", "--model", "MODEL"], "Question 0"),
         (["ask", "PICTURE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["chat", "gone.png", "--model", "MODEL"], "gone.png"),
+        (["chat", "PICTURE", "--model", "MODEL", "--temperature", "nan"], "temperature is nan"),
+        (["chat", "PICTURE", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["serve", "--model", "MODEL", "--port", "70000"], "--port is 70000"),
+        (["serve", "--model", "MODEL", "--port", "0", "--host", "no such host"], "--host no such host"),
+        (["serve", "--model", "MODEL", "--port", "0", "--timeout", "nan"], "--timeout is nan"),
+        (["serve", "--model", "MODEL", "--port", "0", "--max-waiting", "0"], "--max-waiting is 0"),
+        (["serve", "--model", "MODEL", "--port", "0", "--token-file", "gone.txt"], "gone.txt does not exist"),
+        (["serve", "--model", "MODEL", "--port", "0", "--files", "PICTURE"], "is no folder"),
+        (["serve", "--model", "gone/away/x", "--port", "0"], "gone/away/x does not exist"),
         (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
         (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no picture"),
         (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
@@ -104,3 +115,24 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures
     code, _, err = unitok(*[names.get(a, a) for a in arguments])
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("unitok: error: "), err
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, pictures, monkeypatch):
+    lines = [
+        "What is it?",
+        f"/image {pictures[1]}",
+        "How many?",
+        "",
+        "Is it red?",
+        "/nothing",
+        "/image gone.png",
+    ]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/new", "What?\n"])))
+    code, out, err = unitok("chat", pictures[0], "--model", folder, "--max-new-tokens", "3")
+    both = [pictures[0], pictures[1]]
+    first = pipe.chat("What is it?", pictures[0], max_new_tokens=3)
+    second = pipe.chat("How many?", both, max_new_tokens=3)
+    third = pipe.chat("Is it red?", both, [("How many?", second)], max_new_tokens=3)
+    last = pipe.chat("What?", both, max_new_tokens=3)
+    assert code == 0 and out == f"{first}\n{second}\n{third}\n{last}\n"
+    assert "no command '/nothing'" in err and "gone.png" in err and err.count("\n") == 2
