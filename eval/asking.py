@@ -1,9 +1,13 @@
 """Asking questions about pictures: the words around a question, the LLaVA question files, the answers."""
 
+import base64
+import binascii
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError, did_you_mean
+from open_unitok.files import existing, read_jsonl
 
 from .harness import Row, Sample, Settings, Task
 
@@ -18,21 +22,128 @@ RECIPES = {
     ),
     "plain": "{}",
 }
+OCR = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."  # TextVQA's "ocr"
+LAYOUTS = ("original", "llava")
 
 
-def recipe_for(settings: Settings, default: str, data: Path | None = None) -> str:
+class EncodedPicture(NamedTuple):
+    """A picture that stands as base64 in a table."""
+
+    name: str
+    text: str
+
+
+def recipe_for(settings: Settings, default: str, data: Path | None = None, more: Sequence[str] = ()) -> str:
     """The recipe asked for, else "plain" for scenes (a folder with scenes.json), else the benchmark's own."""
     own = "plain" if data is not None and (data / "scenes.json").exists() else default
-    name = settings.recipe or own
-    if name not in RECIPES:
-        raise UserError(f"recipe is {name!r}." + did_you_mean(name, RECIPES))
+    name, allowed = settings.recipe or own, [*RECIPES, *more]
+    if name not in allowed:
+        raise UserError(f"recipe is {name!r}." + did_you_mean(name, allowed))
     return name
 
 
 def about_asking(split: str, recipe: str, settings: Settings, longest: int = 128) -> dict[str, Any]:
     """What the result says of how the answers came about; published runs let an answer have 128 tokens."""
-    words = settings.max_new_tokens or (16 if recipe == "plain" and longest == 128 else longest)
-    return {"split": split, "recipe": recipe, "decoding": "greedy", "max_new_tokens": words}
+    return {
+        "split": split,
+        "recipe": recipe,
+        "decoding": "greedy",
+        "max_new_tokens": settings.max_new_tokens or longest,
+    }
+
+
+# ------------------------------------------------------------------------------------------- question files
+
+
+def find_file(
+    data: Path, patterns: Sequence[str], what: str, split: str | None = None, default: str = ""
+) -> Path:
+    """The one file below `data` that fits a pattern and has `split` in its name; else the default of several.
+
+    Raises:
+        UserError: there is none, or there are several to choose from.
+    """
+    found = sorted({path for pattern in patterns for path in data.glob(pattern)})
+    names = ", ".join(str(path.relative_to(data)) for path in found) or "nothing"
+    if split or (default and len(found) > 1):
+        found = [path for path in found if (split or default) in path.name]
+    if len(found) != 1:
+        raise UserError(
+            f"{data}: expected one {what} ({' or '.join(patterns)}){f' of split {split}' if split else ''}, "
+            f"found {names}." + (" Choose one with --split." if names != "nothing" else "")
+        )
+    return found[0]
+
+
+def layout_of(data: Path, settings: Settings, original: Sequence[str], llava: Sequence[str]) -> str:
+    """ "original" or "llava": what was asked for, else what is there, the original first.
+
+    Raises:
+        UserError: neither is there, or a layout has another name.
+    """
+    patterns = {"original": tuple(original), "llava": tuple(llava)}
+    if settings.layout is not None:
+        return settings.layout
+    for layout in LAYOUTS:
+        if any(next(existing(data).glob(pattern), None) for pattern in patterns[layout]):
+            return layout
+    raise UserError(
+        f"{data}: found nothing of this benchmark: neither {' nor '.join(patterns['original'])}, "
+        f"as it is released, nor {' nor '.join(patterns['llava'])}, as LLaVA lays it out."
+    )
+
+
+def read_llava(path: Path, limit: int | None = None) -> list[Row]:
+    """The lines of a LLaVA question file, each with "question_id", "text", and "image" where it has one.
+
+    Raises:
+        UserError: a line lacks a key; file and line are named.
+    """
+    rows = read_jsonl(path)[:limit]
+    for i, row in enumerate(rows):
+        for key in ("question_id", "text"):
+            entry(row, key, f"{path}, line {i + 1}")
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise UserError(f"{path}, line {i + 1}: text is {row['text']!r}; it must be a question.")
+    return rows
+
+
+def image_in(folders: Sequence[Path], name: str) -> Path:
+    """The picture of that name in the first folder that has it; else in the first folder, where it lacks."""
+    places = [folder / name for folder in folders]
+    return next((place for place in places if place.exists()), places[0])
+
+
+def stem_in(folders: Sequence[Path], stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")) -> Path:
+    """As `image_in`, of a picture whose suffix is not known."""
+    places = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
+    return next((place for place in places if place.is_file()), places[1])
+
+
+def text_of(row: Row, key: str, where: str) -> str:
+    """`row[key]`, a text that is not empty; UserError names the place."""
+    value = entry(row, key, where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key} is {value!r}; it must be a text that is not empty.")
+    return value
+
+
+def ten_answers(row: Row, where: str) -> tuple[str, ...]:
+    """The annotators' answers of a VQA-like row: texts, or {"answer": text, ...}.
+
+    Raises:
+        UserError: there are none, or one of them has no text.
+    """
+    answers = entry(row, "answers", where)
+    if not isinstance(answers, list) or not answers:
+        raise UserError(f"{where}: answers is {answers!r}; expected a list of answers.")
+    return tuple(
+        str(entry(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a)
+        for j, a in enumerate(answers)
+    )
+
+
+# --------------------------------------------------------------------------------------------------- asking
 
 
 def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
@@ -44,6 +155,8 @@ def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
             if sample.image not in read:  # the same object again: the model encodes it once
                 read[sample.image] = None if sample.image is None else read_picture(sample.image)
             images[i] = read[sample.image]
+            if isinstance(sample.image, EncodedPicture):
+                rows[i] = {"file": keep(sample.image, out)}
         except UserError as error:
             rows[i] = {"text": "", "error": str(error)}
     places = list(images)
@@ -53,20 +166,34 @@ def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
     try:
         texts = model.answer([images[i] for i in places], [batch[i].prompt for i in places], words)
         for i, text in zip(places, texts, strict=True):
-            rows[i] = {"text": text}
+            rows[i] = {"text": text} | rows[i]
     except UserError:
         for i in places:  # one of them is to blame: find it
             try:
-                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt], words)[0]}
+                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt], words)[0]} | rows[i]
             except UserError as error:
                 rows[i] = {"text": "", "error": str(error)}
     return rows
 
 
-def read_picture(path: Path | None):
+def keep(picture: EncodedPicture, out: Path) -> str:
+    """Write the picture below `out`, for people to look at; returns the path there."""
+    path = out / "pictures" / picture.name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(picture.text))
+    return f"pictures/{picture.name}"
+
+
+def read_picture(path: Path | EncodedPicture | None):
     """A picture in RGB; UserError names the file that is missing or no picture."""
     from open_unitok.tokenizer.images import load_image
 
+    if isinstance(path, EncodedPicture):
+        try:
+            return load_image(base64.b64decode(path.text, validate=True))
+        except (UserError, binascii.Error) as error:
+            raise UserError(f"{path.name} is no picture that can be read: {error}") from error
     assert path is not None
     if not path.exists():
         raise UserError(f"{path} does not exist.")

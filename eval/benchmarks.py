@@ -154,7 +154,9 @@ def score_run(
     scored = benchmark.score(task, answers.rows, folder, run, scoring)
     result = result_of(run, task, answers, scored, problems, scoring)
     if benchmark.submit:
-        result["submission"] = [p.name for p in benchmark.submit(task, answers.rows, folder)]
+        result["submission"] = [
+            p.name for p in benchmark.submit(task, answers.rows, folder, Path(run["data"]))
+        ]
     write_jsonl(folder / "scores.jsonl", scored.per_sample)
     write_json(folder / "results.json", result)
     return result

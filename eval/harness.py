@@ -25,7 +25,8 @@ class Settings:
     """What shapes the answers of a run; None = the benchmark's own default."""
 
     split: str | None = None
-    recipe: str | None = None  # the words around a question: see `questions.RECIPES`
+    recipe: str | None = None  # the words around a question: see `asking.RECIPES`
+    layout: str | None = None  # "original" or "llava": whose files are read
     max_new_tokens: int | None = None
     images_per_prompt: int | None = None
     guidance: float = 5.0
@@ -38,6 +39,8 @@ class Settings:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        if self.layout not in (None, "original", "llava"):
+            raise UserError(f"layout is {self.layout!r}; allowed: original, llava.")
         for name in ("max_new_tokens", "images_per_prompt", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -70,7 +73,7 @@ class Sample(NamedTuple):
     index: int  # place in the benchmark, the key
     id: Any  # the benchmark's own id
     prompt: str = ""
-    image: Path | None = None
+    image: Any = None  # a Path, or an `asking.EncodedPicture`
     kind: str = ""  # what is to be done, where a benchmark asks for several things
     seed: int = 0
 
@@ -127,7 +130,7 @@ class Benchmark:
         score: (task, rows by index, folder, run.json, scoring) -> numbers; from files alone.
         scorers: the variants of the scorer, the default first.
         files: patterns below the data folder; one that is there means that the benchmark is (for `all`).
-        submit: (task, rows by index, folder) -> the files that the benchmark's own server or tool takes.
+        submit: (task, rows by index, folder, data) -> the files that its server or official tool takes.
     """
 
     line: str
@@ -138,7 +141,7 @@ class Benchmark:
     batch_size: int
     scorers: tuple[str, ...] = ("official",)
     files: tuple[str, ...] = ()
-    submit: Callable[[Task, dict[int, Row], Path], list[Path]] | None = None
+    submit: Callable[[Task, dict[int, Row], Path, Path], list[Path]] | None = None
 
 
 def always(work: Work) -> Callable[[Path, Settings], Work]:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_jsonl
 
@@ -45,6 +47,38 @@ def load(data: str | Path) -> list[Question]:
     ]
 
 
+def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path: Path) -> list[Question]:
+    """The released questions in the order of LLaVA's rows, which name their category.
+
+    Raises:
+        UserError: a row has another question than the released file at that place, or there are too many.
+    """
+    left = {name: [q for q in questions if q.category == name] for name in CATEGORIES}
+    result = []
+    for i, row in enumerate(rows):
+        where = f"{path}, line {i + 1}"
+        category = entry(row, "category", where)
+        if not left.get(category):
+            raise UserError(f"{where}: the released files have no (more) question of category {category!r}.")
+        question = left[category].pop(0)
+        if Path(entry(row, "image", where)).name != question.image.name:
+            raise UserError(
+                f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
+                "at this place: the files are of different versions."
+            )
+        result.append(question)
+    return result
+
+
+def columns(judged: Sequence[tuple[str, str, str]], names: Sequence[str]) -> np.ndarray:
+    """(parsed, label, category) of M answers -> (M, 3 * C) TP, FP, FN per category of `names`."""
+    result = np.zeros((len(judged), len(names), 3))
+    for i, (parsed, label, category) in enumerate(judged):
+        hit = (parsed == "yes" == label, parsed == "yes" != label, parsed != "yes" and label == "yes")
+        result[i, names.index(category)] = hit
+    return result.reshape(len(judged), -1)
+
+
 def one_file(found: list[Path], data: Path, category: str) -> Path:
     """The only element of `found`."""
     if len(found) != 1:
@@ -56,7 +90,8 @@ def one_file(found: list[Path], data: Path, category: str) -> Path:
 def load_category(path: Path) -> list[Question]:
     """The questions of one file, in its order."""
     category = path.stem.rsplit("_", 1)[1]
-    images = next((d for d in (path.parent / "images", path.parent / "val2014") if d.is_dir()), path.parent)
+    places = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
+    images = next((d for d in places if d.is_dir()), path.parent)
     result = []
     for i, row in enumerate(read_jsonl(path)):
         where = f"{path}, question {i + 1}"

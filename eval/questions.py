@@ -1,36 +1,84 @@
-"""The benchmarks that ask: VQAv2 and POPE, from sample to score."""
+"""VQAv2 and POPE, from files to samples and from answers to numbers."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from open_unitok.files import read_json
+
 from . import pope, vqa
-from .asking import RECIPES, about_asking, answered, recipe_for
+from .asking import RECIPES, about_asking, answered, find_file, image_in, layout_of, read_llava, recipe_for
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, f1_of, with_ones
+from .rows import sample_row, share, shares_by, write_submission
+from .vqa_text import normalise_m4c
+
+VQA_ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
+VQA_LLAVA = ("*vqav2*.jsonl",)
+POPE_ORIGINAL = ("*_pope_random.json", "test/*_pope_random.json", "coco/*_pope_random.json")
+POPE_LLAVA = ("*pope*.jsonl",)
+SUFFIX = RECIPES["short"].format("")
+
+
+def longest(recipe: str) -> int:
+    """Tokens that an answer may have: 128 as published, 16 where nothing asks for a long one."""
+    return 16 if recipe == "plain" else 128
 
 
 def load_vqav2(data: Path, settings: Settings) -> Task:
     """One sample per question, in the file's order."""
+    if layout_of(data, settings, VQA_ORIGINAL, VQA_LLAVA) == "llava":
+        return load_vqav2_llava(data, settings)
+    path = vqa.find_questions(data, settings.split)
     questions = vqa.load(data, settings.split)[: settings.limit]
     recipe = recipe_for(settings, "short", data)
     samples = [
         Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
         for i, q in enumerate(questions)
     ]
-    return Task(samples, questions, about_asking(settings.split or "the only one", recipe, settings))
+    split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
+    return Task(samples, questions, about_asking(split, recipe, settings, longest(recipe)))
+
+
+def load_vqav2_llava(data: Path, settings: Settings) -> Task:
+    """LLaVA's question file; its questions are joined by id with the released files where those are there."""
+    path = find_file(data, VQA_LLAVA, "LLaVA question file", settings.split, "test-dev")
+    known = {}
+    if any(next(data.glob(pattern), None) for pattern in VQA_ORIGINAL):
+        known = {q.question_id: q for q in vqa.load(data, None)}
+    folders = [data / name for name in ("test2015", "val2014", "images")] + [data]
+    samples, questions = [], []
+    for i, row in enumerate(read_llava(path, settings.limit)):
+        image = image_in(folders, Path(row.get("image", "")).name)
+        number, text = row["question_id"], row["text"].removesuffix(SUFFIX)
+        samples.append(Sample(i, number, row["text"], image, "ask"))
+        questions.append(known.get(number) or vqa.Question(number, image.stem, text, image))
+    return Task(samples, questions, about_asking(path.stem, f"as in {path.name}", settings))
 
 
 def load_pope(data: Path, settings: Settings) -> Task:
-    """One sample per question of the three categories, one after the other."""
-    questions = pope.load(data)[: settings.limit]
-    recipe = recipe_for(settings, "short", data)
+    """One sample per question of the three categories, one after the other.
+
+    In LLaVA's layout the released files lie in `data/coco`; its questions follow theirs in order, category by
+    category, as LLaVA's own scorer takes for granted.
+    """
+    if layout_of(data, settings, POPE_ORIGINAL, POPE_LLAVA) == "original":
+        questions = pope.load(data)[: settings.limit]
+        recipe = recipe_for(settings, "short", data)
+        prompts = [RECIPES[recipe].format(q.text) for q in questions]
+        about = about_asking("all three", recipe, settings, longest(recipe))
+    else:
+        path = find_file(data, POPE_LLAVA, "LLaVA question file")
+        rows = read_llava(path)
+        questions = pope.in_order(pope.load(data), rows, path)[: settings.limit]
+        prompts = [row["text"] for row in rows]
+        about = about_asking("all three", f"as in {path.name}", settings)
     samples = [
-        Sample(i, f"{q.category}/{q.question_id}", RECIPES[recipe].format(q.text), q.image, "ask")
-        for i, q in enumerate(questions)
+        Sample(i, f"{q.category}/{q.question_id}", prompt, q.image, "ask")
+        for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(samples, questions, about_asking("all three", recipe, settings))
+    return Task(samples, questions, about)
 
 
 def score_vqav2(
@@ -38,41 +86,55 @@ def score_vqav2(
 ) -> Scored:
     """Accuracy overall, per question type and per answer type, each beside the best constant answer's."""
     questions: list[vqa.Question] = task.truth
-    scorer = scoring.scorer
     texts = answered(rows)
-    result = vqa.score(questions, {questions[i].question_id: t for i, t in texts.items()}, scorer)
+    if not any(q.answers for q in questions):  # test splits: upload the submission
+        return Scored({}, {}, [
+            sample_row(s, rows, None, None, "", q.question) for s, q in zip(task.samples, questions)
+        ])  # fmt: skip
+    result = vqa.score(questions, {questions[i].question_id: t for i, t in texts.items()}, scoring.scorer)
     values = np.array(result["per_question"])
     clusters = [q.image_id for q in questions]
-
-    def metric(keep: np.ndarray) -> Metric:
-        chosen = [c for c, k in zip(clusters, keep) if k]
-        return Metric(float(values[keep].mean()), int(keep.sum()), bootstrap(with_ones(values[keep]), chosen))
-
-    metrics = {"accuracy": metric(np.ones(len(values), bool))}
-    for name in result["per_question_type"]:
-        metrics[f"type/{name}"] = metric(np.array([q.question_type == name for q in questions]))
-    for name in result["per_answer_type"]:
-        metrics[f"answer/{name}"] = metric(np.array([q.answer_type == name for q in questions]))
-    held_out = np.array([q.held_out for q in questions])
-    if held_out.any():
-        metrics["pictures with held-out pairs"] = metric(held_out)
+    metrics = {"accuracy": share(values, clusters)}
+    metrics |= shares_by("type", [q.question_type for q in questions], values, clusters)
+    metrics |= shares_by("answer", [q.answer_type for q in questions], values, clusters)
+    apart = [i for i, q in enumerate(questions) if q.held_out]
+    if apart:
+        metrics["pictures with held-out pairs"] = share(values[apart], [clusters[i] for i in apart])
     constant = result["constant"]
     margins = {t: result["per_question_type"][t] - c["accuracy"] for t, c in constant.items()}
     details = {
-        "scorer": scorer,
         "constant": constant,
         "constant_overall": result["constant_overall"],
         "above_constant": margins,
         "above_constant_overall": result["overall"] - result["constant_overall"],
     }
     return Scored(metrics, details, [
-        {
-            "index": i, "id": q.question_id, "image": str(q.image), "group": q.question_type,
-            "question": q.question, "answer": texts.get(i), "truth": q.common_answer,
-            "score": float(values[i]),
-        }
-        for i, q in enumerate(questions)
+        sample_row(s, rows, float(v), q.common_answer, q.question_type, q.question)
+        for s, q, v in zip(task.samples, questions, values)
     ])  # fmt: skip
+
+
+def submit_vqav2(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+    """What EvalAI takes: test2015's ids in its order, an empty answer where test-dev does not ask.
+
+    The list of ids comes from test2015's question file, LLaVA's or the released one, where it lies in `data`.
+    """
+    texts = answered(rows)
+    answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in task.samples}
+    ids = [s.id for s in task.samples]
+    if "test" in str(task.about["split"]):
+        ids = all_test_ids(data) or ids
+    content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
+    return [write_submission(folder, "vqav2_answers.json", content)]
+
+
+def all_test_ids(data: Path) -> list[int]:
+    """The question ids of test2015 in its order, [] where its file is not there."""
+    for path in data.glob("*vqav2*test2015.jsonl"):
+        if "test-dev" not in path.name:
+            return [row["question_id"] for row in read_llava(path)]
+    path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
+    return [row["question_id"] for row in read_json(path)["questions"]] if path.exists() else []
 
 
 def score_pope(
@@ -80,30 +142,21 @@ def score_pope(
 ) -> Scored:
     """Mean F1 over the three categories, and each category's counts."""
     questions: list[pope.Question] = task.truth
-    texts = answered(rows)
-    result = pope.score(questions, texts, scoring.scorer)
+    result = pope.score(questions, answered(rows), scoring.scorer)
     names = list(result["per_category"])
-    columns = np.zeros((len(questions), len(names), 3))
-    right = np.zeros(len(questions))
-    for i, (question, parsed) in enumerate(zip(questions, result["parsed"])):
-        hits = (parsed == "yes" == question.label, parsed == "yes" != question.label)
-        missed = parsed != "yes" and question.label == "yes"
-        columns[i, names.index(question.category)] = [*hits, missed]
-        right[i] = parsed == question.label
+    columns = pope.columns(
+        [(parsed, q.label, q.category) for parsed, q in zip(result["parsed"], questions)], names
+    )
+    right = [float(parsed == q.label) for parsed, q in zip(result["parsed"], questions)]
     clusters = [q.image.name for q in questions]
-    interval = bootstrap(columns.reshape(len(questions), -1), clusters, f1_of)
     metrics = {
-        "f1": Metric(result["f1"], len(questions), interval),
+        "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_of)),
         "accuracy": Metric(result["accuracy"], len(questions), bootstrap(with_ones(right), clusters)),
     }
     for k, (name, ratios) in enumerate(result["per_category"].items()):
-        interval = bootstrap(columns[:, k], clusters, f1_of)
+        interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_of)
         metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
-    details = {"scorer": scoring.scorer, "per_category": result["per_category"]}
-    return Scored(metrics, details, [
-        {
-            "index": i, "id": q.question_id, "image": str(q.image), "group": q.category,
-            "question": q.text, "answer": texts.get(i), "truth": q.label, "score": float(right[i]),
-        }
-        for i, q in enumerate(questions)
-    ])  # fmt: skip
+    return Scored(metrics, {"per_category": result["per_category"]}, [
+        sample_row(s, rows, score, q.label, q.category, q.text, parsed=parsed)
+        for s, q, score, parsed in zip(task.samples, questions, right, result["parsed"])
+    ], "f1")  # fmt: skip

@@ -84,6 +84,10 @@ def result_of(
 ) -> Row:
     """The result as it is written: numbers with n and interval, and all that a reader needs to compare."""
     main = next(iter(scored.metrics), None)
+    limit = run["settings"].get("limit")
+    why_not = scored.not_comparable or (f"only the first {limit} samples" if limit else "")
+    if answers.missing:
+        why_not = why_not or f"{len(answers.missing)} answers are missing"
     return {
         "benchmark": run["benchmark"],
         "metric": main,
@@ -92,8 +96,8 @@ def result_of(
         "missing": len(answers.missing),
         "failed": len(answers.failed),
         "complete": not answers.missing,
-        "comparable": not scored.not_comparable,
-        **({"why not comparable": scored.not_comparable} if scored.not_comparable else {}),
+        "comparable": not why_not,
+        **({"why not comparable": why_not} if why_not else {}),
         "scorer": scoring.scorer,
         "split": task.about.get("split"),
         "recipe": task.about.get("recipe"),

@@ -12,12 +12,14 @@ from pathlib import Path
 from open_unitok import ranks
 from open_unitok.errors import UserError
 
+from .asking import RECIPES
 from .benchmarks import BENCHMARKS, named, present, run_benchmark, settled
 from .harness import Row, Scoring, Settings
 
 OPTIONS = {
     "split": (str, "where a folder holds several, for instance mscoco_val2014"),
-    "recipe": (str, "words around a question: short (published) or plain (default for scenes)"),
+    "recipe": (str, f"words around a question: {', '.join(RECIPES)}, ocr (default: the published one)"),
+    "layout": (str, "original or llava, where a folder holds the files of both"),
     "max_new_tokens": (int, "longest answer (default: 128 as published, 16 for scenes)"),
     "images_per_prompt": (int, "drawings per prompt (default: 4 as published, 1 for scenes)"),
     "guidance": (float, "how strongly a drawing follows its prompt"),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json
 
-from .asking import entry
+from .asking import entry, ten_answers, text_of
 from .vqa_text import normalise, one_line, strip_punctuation
 
 SCORERS = ("lmms", "official", "gated")
@@ -23,7 +23,7 @@ class Question(NamedTuple):
     """One question with its ten answers; `answers` is empty for splits whose answers are not public."""
 
     question_id: int
-    image_id: int
+    image_id: int | str
     question: str
     image: Path
     answers: tuple[str, ...] = ()
@@ -54,10 +54,13 @@ def load(data: str | Path, split: str | None = None) -> list[Question]:
     for i, row in enumerate(rows):
         where = f"{path}, questions[{i}]"
         question_id, image_id = entry(row, "question_id", where), entry(row, "image_id", where)
+        for name, value in (("question_id", question_id), ("image_id", image_id)):
+            if not isinstance(value, int):
+                raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
         if question_id in seen:
             raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
         seen.add(question_id)
-        question = Question(question_id, image_id, entry(row, "question", where), locate(image_id))
+        question = Question(question_id, image_id, text_of(row, "question", where), locate(image_id))
         if annotations is not None:
             if question_id not in annotations:
                 raise UserError(
@@ -96,10 +99,7 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any]] | None:
     result = {}
     for i, row in enumerate(entry(read_json(path), "annotations", path)):
         where = f"{path}, annotations[{i}]"
-        answers = entry(row, "answers", where)
-        if not isinstance(answers, list) or not answers:
-            raise UserError(f"{where}: answers is {answers!r}; expected a list of {{answer, ...}}.")
-        texts = tuple(str(entry(a, "answer", f"{where}, answers[{j}]")) for j, a in enumerate(answers))
+        texts = ten_answers(row, where)
         result[entry(row, "question_id", where)] = {
             "answers": texts,
             "question_type": entry(row, "question_type", where),
