@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "write captioned scenes: training shards and a test split",
     ),
     "data convert": ("open_unitok.training.data_convert", "pictures with texts, in usual layouts, to tars"),
+    "data check": ("open_unitok.training.data_check", "what a data set holds, and what of it is broken"),
     "train": (
         "open_unitok.training.run",
         "train a stage from a YAML: unitok train CONFIG [key.sub=value ...]",

@@ -90,6 +90,10 @@ class CodeFolder:
             for number, record in enumerate(self._index(shard))
         }
 
+    def check_shard(self, shard: int) -> None:
+        """Raises UserError if tar `shard` is missing, cut off, or has other samples than it should."""
+        self._index(shard)
+
     def _index_of(self, shard: int) -> Any:
         path = self.folder / self.manifest["shards"][shard]["file"]
         records, problem = index(str(existing(path, "Run `unitok extract-codes` again.")))

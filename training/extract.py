@@ -245,27 +245,26 @@ def _batches(
 def _load(record: Record, size: int, mode: str) -> Loaded:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
+    members, info = picture_members(record)
+    pictures = [to_pixels(load_image(record.read(member)), size, mode) for member in members]
+    return Loaded(record.key, pictures, info)
+
+
+def picture_members(record: Record) -> tuple[list[str], dict[str, Any]]:
+    """A sample's pictures in the order of their numbers, and its info; raises BadSample if one is missing."""
     info = record.json("json") if "json" in record.members else {}
     if not isinstance(info, dict):
         raise BadSample(".json holds no mapping")
     if "captions" not in info and "txt" in record.members:
         info["captions"] = [record.text("txt")]
-    members = _picture_members(record)
+    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
+    parts = [(member, *member.partition(".")[::2]) for member in record.members]
+    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
+    members = [single] if single else [member for _, member in sorted(numbered)]
     if len(members) != info.get("images", max(1, len(members))):
         wanted = f"{info['images']} picture(s) are" if "images" in info else "a picture is"
         raise BadSample(f"{wanted} wanted, it has {', '.join(record.members)}")
-    pictures = [to_pixels(load_image(record.read(member)), size, mode) for member in members]
-    return Loaded(record.key, pictures, info)
-
-
-def _picture_members(record: Record) -> list[str]:
-    """The member `jpg` (or another picture), or `0.jpg`, `1.jpg`, ... in the order of their numbers."""
-    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
-    if single is not None:
-        return [single]
-    parts = [(member, *member.partition(".")[::2]) for member in record.members]
-    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
-    return [member for _, member in sorted(numbered)]
+    return members, info
 
 
 def _add(

@@ -148,7 +148,11 @@ def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: li
     long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
     caption = (short or long) if choices[0] >= 1 - options.short_captions or not long else long
     if caption is None and captions:
+        if not isinstance(captions, list):
+            raise BadSample(f"has captions {str(captions)[:40]!r}: a list of texts is wanted")
         caption = captions[int(choices[0] * len(captions))]
+    if caption is not None and not isinstance(caption, str):
+        raise BadSample(f"has the caption {caption!r}: a text is wanted")
     if not drawing:
         if not caption:
             raise BadSample("has no caption")
