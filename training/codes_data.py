@@ -126,8 +126,8 @@ def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:
         return np.frombuffer(data, dtype=np.uint16, offset=len(head)).reshape(shape)
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise BadSample(f".codes.npy cannot be read: {error}") from error
+    except (ValueError, EOFError) as error:  # its own words speak of pickles
+        raise BadSample(".codes.npy cannot be read: it is no .npy file of numbers") from error
 
 
 @lru_cache

@@ -202,7 +202,8 @@ def _open(path: str, codes: str | None) -> Reading:
     if folder.is_dir():
         if not any(folder.glob("*.tar")):
             raise UserError(
-                f"{path} holds neither {MANIFEST} nor tars: `unitok data convert folder` makes tars of pictures."
+                f"{path} holds neither {MANIFEST} nor tars: `unitok data convert folder` makes tars of "
+                "pictures."
             )
         return _tars(tars_of(f"{path}/*.tar", "PATH"))
     if path.endswith(".tar"):

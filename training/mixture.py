@@ -8,7 +8,7 @@ this depends on the number of ranks or on accumulation: they only cut the same g
 import hashlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from open_unitok.errors import UserError
 from . import draws
 from .codes_data import CodeFolder, CodeSample, Order
 from .collate import Batch, Rows, Sample, collate
+from .mixture_ahead import Made, steps_ahead
 from .mllm_config import MixtureEntry, MixtureOptions
 from .tarindex import BadSample
 from .text_data import Conversations, TextLines
@@ -60,6 +61,7 @@ class Mixture:
         ]
         self.step = self.seen = self.bad = 0
         self.counts = np.zeros(len(self.entries), dtype=np.int64)
+        self._ahead: Iterator[Made] | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -73,6 +75,23 @@ class Mixture:
         Raises:
             UserError: too many samples are bad.
         """
+        if not self.options.workers:
+            return self.make()
+        if self._ahead is None:
+            self._ahead = steps_ahead(self, self.options.workers)
+        made = next(self._ahead)
+        self.skip()
+        self.seen, self.bad = self.seen + made.seen, self.bad + made.bad
+        return made.batches
+
+    def skip(self) -> None:
+        """Go on to the step after the next one."""
+        for _ in range(self.batch_size):
+            self._pick()
+        self.step += 1
+
+    def make(self) -> list[Batch]:
+        """`next` in this process."""
         plan = [self._pick() for _ in range(self.batch_size)]
         numbers = np.random.default_rng(draws.key(self.seed, "choices", self.step)).random(
             (self.batch_size, 3)
@@ -132,6 +151,7 @@ class Mixture:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
+        self._ahead = None
         self.step, self.seen, self.bad = state["step"], state["seen"], state["bad"]
         self.counts = np.array(state["counts"], dtype=np.int64)
 

@@ -59,6 +59,7 @@ class MixtureOptions:
     captioned. max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens
     hold as many samples as fit, without seeing each other; 0 = one sample per row. group_by_length:
     micro-batches of one step hold samples of like length (every rank then makes all samples of a step).
+    workers: processes per rank that make steps ahead, 0 = none; it changes no batch and may differ on resume.
     """
 
     mixture: list[MixtureEntry]
@@ -68,6 +69,7 @@ class MixtureOptions:
     max_length: int = 2048
     pack_to: int = 0
     group_by_length: bool = False
+    workers: int = 0
     max_bad_share: float = 0.05
 
     def check(self) -> None:
@@ -76,8 +78,10 @@ class MixtureOptions:
         for name in ("unconditional", "short_captions", "drawing_share", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: a share between 0 and 1 is wanted.")
-        if self.max_length < 2 or self.pack_to < 0:
-            raise UserError("data.max_length is 2 or more, data.pack_to 0 (no packing) or more.")
+        if self.max_length < 2 or self.pack_to < 0 or self.workers < 0:
+            raise UserError(
+                "data.max_length is 2 or more, data.pack_to and data.workers are 0 (none) or more."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ import yaml
 from open_unitok.errors import UserError
 from open_unitok.files import atomic_folder, read_json, write_atomic, write_json
 
-from .config import differences, to_dict, to_yaml
+from .config import FREE_IN_STAGE, FREE_KEYS, differences, to_dict, to_yaml
 from .options import RunConfig
 
 # Packages whose version can change a number.
@@ -61,7 +61,8 @@ class RunFolder:
         old = path / "config.yaml"
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
-            changed = differences(yaml.safe_load(old.read_text(encoding="utf-8")), to_dict(config))
+            free = (*FREE_KEYS, *FREE_IN_STAGE.get(config.stage, ()))
+            changed = differences(yaml.safe_load(old.read_text(encoding="utf-8")), to_dict(config), free)
             if changed:
                 raise UserError(
                     f"{path} holds a run with another configuration ({'; '.join(changed)}). "

@@ -138,6 +138,36 @@ def test_resumes_exactly(make, options):
         same(after.next(), batches)
 
 
+def test_workers_change_nothing_and_their_number_may_change(make):
+    """Nine steps over two epochs, stopped at the fourth and at the sixth, with 2, 1 and no processes."""
+    alone = make()
+    wanted = [alone.next() for _ in range(9)]
+    state = make().state_dict()
+    for workers, steps in ((2, range(4)), (1, range(4, 6)), (0, range(6, 9))):
+        part = make(workers=workers)
+        part.load_state_dict(state)
+        for step in steps:
+            same(part.next(), wanted[step])
+        state = json.loads(json.dumps(part.state_dict()))
+    assert state == alone.state_dict()
+
+
+def test_workers_count_bad_samples_and_stop(tmp_path, rows):
+    codes = write_codes(tmp_path / "codes", broken=range(0, 40, 20))
+    options = {"mixture": [{"kind": "drawing", "path": str(codes)}], "workers": 2}
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
+    for _ in range(3):
+        mixture.next()
+    assert mixture.seen == 120 and mixture.bad >= 6
+    many = write_codes(tmp_path / "many", broken=range(10))
+    options["mixture"][0]["path"] = str(many)
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=200)
+    with pytest.raises(UserError, match="max_bad_share") as error:
+        for _ in range(5):
+            mixture.next()
+    assert "\n" not in str(error.value)
+
+
 def test_ranks_and_accumulation_cut_the_same_batch(make, monkeypatch):
     whole = rows_of(make().next())
     parts = []
