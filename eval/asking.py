@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_jsonl
 
+from . import tars
 from .harness import Row, Sample, Settings, Task
 
 # The words around a question, by name. All but "plain" are those of published runs.
@@ -186,7 +187,7 @@ def keep(picture: EncodedPicture, out: Path) -> str:
 
 
 def read_picture(path: Path | EncodedPicture | None):
-    """A picture in RGB; UserError names the file that is missing or no picture."""
+    """A picture in RGB, also from within a tar; UserError names the file that is missing or no picture."""
     from open_unitok.tokenizer.images import load_image
 
     if isinstance(path, EncodedPicture):
@@ -195,6 +196,11 @@ def read_picture(path: Path | EncodedPicture | None):
         except (UserError, binascii.Error) as error:
             raise UserError(f"{path.name} is no picture that can be read: {error}") from error
     assert path is not None
+    if inside := tars.split(path):
+        try:
+            return load_image(tars.read(*inside))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
     if not path.exists():
         raise UserError(f"{path} does not exist.")
     return load_image(path)

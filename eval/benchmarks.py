@@ -8,7 +8,7 @@ from open_unitok import ranks
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json, write_json, write_jsonl
 
-from . import drawings, metrics, pictures
+from . import classification, drawings, metrics, pictures, probe
 from .harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
 from .results import check_complete, describe_run, open_run, result_of
 from .understanding import UNDERSTANDING
@@ -18,23 +18,34 @@ SETTINGS, SCORING = Settings(), Scoring()
 # What a tokenizer alone can do.
 TOKENIZER: dict[str, Benchmark] = {
     "reconstruction": Benchmark(
-        "PSNR, SSIM and codebook use of encode-decode on a folder of pictures",
+        "rFID, PSNR, SSIM, LPIPS and codebook use of encode-decode on pictures",
         "tokenizer",
         pictures.load_reconstruction,
         always(pictures.reconstruct),
         pictures.score_reconstruction,
         64,
         ("skimage7", *(mode for mode in metrics.SSIM_MODES if mode != "skimage7")),
-        ("scenes.json",),
+        ("scenes.json", "val"),
+        look=pictures.look_at_copies,
     ),
     "zeroshot": Benchmark(
         "classification by the tokenizer's image and text embeddings",
         "tokenizer",
-        pictures.load_zeroshot,
-        always(pictures.classify),
-        pictures.score_zeroshot,
+        classification.load_zeroshot,
+        always(classification.classify),
+        classification.score_zeroshot,
         64,
-        files=("scenes.json", "classes.json"),
+        files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
+    ),
+    "linear_probe": Benchmark(
+        "classes told apart by one linear layer on frozen features",
+        "tokenizer",
+        probe.load_probe,
+        always(probe.read_features),
+        probe.score_probe,
+        64,
+        probe.SCORERS,
+        ("train/n*",),
     ),
 }
 
@@ -130,6 +141,9 @@ def run_benchmark(
         batch_size or benchmark.batch_size,
         quiet,
     )
+    if benchmark.look:
+        rows = store.gather(task.samples).rows
+        benchmark.look(task, rows, out, settled(name, scoring), getattr(model, "device", "cpu"), quiet)
     return score_run(out, scoring=scoring, task=task) if ranks.is_main() else None
 
 

@@ -36,6 +36,8 @@ class Settings:
     seed: int = 0
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
+    crop: str | None = None  # how a picture comes to the tokenizer's square: see `crops.CROPS`
+    pooling: str | None = None  # what a linear probe reads: see `probe.POOLINGS`
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -59,6 +61,13 @@ class Scoring:
     judge_replay: str = ""  # a file of replies instead of a server
     judge_runs: int = 1
     judge_timeout: float = 60.0
+    lineage: str = ""  # of the Inception network behind FID: see `inception.LINEAGES`
+    inception: str = ""  # its weight file
+    reference: str = ""  # real pictures, or an .npz of their statistics
+    lpips: str = ""  # the weight file of LPIPS
+    detector_model: str = ""  # a Mask2Former or OWL folder in transformers' layout
+    colour_model: str = ""  # a CLIP folder in transformers' layout, which names the colours of boxes
+    vqa_model: str = ""  # an image-text folder in transformers' layout
 
     def __post_init__(self) -> None:
         if self.judge_runs < 1:
@@ -117,6 +126,7 @@ class Scored(NamedTuple):
 
 
 Work = Callable[[Any, list[Sample], Path, Task], list[Row]]
+Look = Callable[[Task, dict[int, Row], Path, Scoring, str, bool], None]
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,8 @@ class Benchmark:
         score: (task, rows by index, folder, run.json, scoring) -> numbers; from files alone.
         scorers: the variants of the scorer, the default first.
         files: patterns below the data folder; one that is there means that the benchmark is (for `all`).
+        look: (task, rows by index, folder, scoring, device, quiet): lets other models look at a run's
+            pictures and writes what they say (see `looks`), so that `score` needs files alone.
         submit: (task, rows by index, folder, data) -> the files that its server or official tool takes.
     """
 
@@ -142,6 +154,7 @@ class Benchmark:
     scorers: tuple[str, ...] = ("official",)
     files: tuple[str, ...] = ()
     submit: Callable[[Task, dict[int, Row], Path, Path], list[Path]] | None = None
+    look: Look | None = None
 
 
 def always(work: Work) -> Callable[[Path, Settings], Work]:

@@ -14,6 +14,7 @@ from PIL import Image
 from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
 
+from .crops import crop_of
 from .harness import Settings
 
 DEFAULTS = Settings()
@@ -28,6 +29,7 @@ class Copies(NamedTuple):
     copies: np.ndarray
     codes: np.ndarray
     codebook_size: int  # V
+    again: np.ndarray | None = None  # the codes of the copies themselves, if asked for
 
 
 class Model:
@@ -41,6 +43,8 @@ class Model:
         self.folder, self.device, self.settings = existing(folder), device, settings
         if settings.dtype not in DTYPES:
             raise UserError(f"dtype is {settings.dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if settings.crop is not None:
+            crop_of(settings.crop)
         self.kind = kind_of(self.folder)
         self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
         self._unitok = self._pipeline = self._captions = None
@@ -96,35 +100,48 @@ class Model:
             self._pipeline = Pipeline.from_pretrained(self.folder, device=self.device, dtype=self.dtype)
         return self._pipeline
 
-    def pixels(self, images: Sequence[Image.Image]):
-        """Pictures cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1]."""
+    def pixels(self, images: Sequence[Image.Image], crop: str = "bicubic"):
+        """Pictures cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1], by the settings' crop first."""
         import torch
 
-        from open_unitok.tokenizer.images import to_pixels
+        cut, size = crop_of(self.settings.crop or crop), self.unitok.config.image_size
+        return torch.stack([cut(image, size) for image in images])
 
-        size = self.unitok.config.image_size
-        return torch.stack([to_pixels(image, size, mode="crop") for image in images])
-
-    def reconstruct(self, images: Sequence[Image.Image]) -> Copies:
-        """Encode and decode."""
+    def reconstruct(self, images: Sequence[Image.Image], again: bool = False) -> Copies:
+        """Encode and decode; with `again` encode the 8-bit copies once more."""
         import torch
 
         from open_unitok.tokenizer.images import to_uint8
 
         pixels = self.pixels(images)
+        second = None
         with torch.inference_mode():
             codes = self.unitok.encode(pixels.to(self.device))
-            copies = self.unitok.decode(codes).float().cpu()
-        channels_last = [to_uint8(p).permute(0, 2, 3, 1).numpy() for p in (pixels, copies)]
+            copies = to_uint8(self.unitok.decode(codes).float())
+            if again:
+                second = self.unitok.encode(copies.float() / 127.5 - 1).cpu().numpy()
+        channels_last = [p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), copies)]
         size = self.unitok.config.codebook_size
-        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy(), size)
+        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy(), size, second)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Unit embeddings (B, E)."""
+        """Unit embeddings (B, E); pictures are cropped as the published zero-shot evaluation crops them."""
+        return self.pooled(images, "embedding")
+
+    def pooled(self, images: Sequence[Image.Image], pooling: str) -> np.ndarray:
+        """One vector per picture (B, F): see `probe.POOLINGS`."""
         import torch
 
         with torch.inference_mode():
-            return self.unitok.embed_image(self.pixels(images).to(self.device)).float().cpu().numpy()
+            pixels = self.pixels(images, "lanczos").to(self.device)
+            if pooling == "embedding":
+                found = self.unitok.embed_image(pixels)
+            else:
+                found = self.unitok.encode_latents(pixels)
+                if pooling == "quantised":
+                    found = self.unitok.lookup(self.unitok.quantizer.encode(found))
+                found = found.mean(dim=1)
+            return found.float().cpu().numpy()
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Unit embeddings (B, E) of captions."""

@@ -1,10 +1,9 @@
-"""The benchmarks of the tokenizer: reconstruction of pictures, and zero-shot classification by captions.
+"""Reconstruction: what comes back when a picture is encoded and decoded, picture by picture and as a whole.
 
 B pictures, N visual tokens, K sub-codebooks.
 """
 
 import base64
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,46 @@ from typing import Any
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing, sha256
 
-from . import metrics, zeroshot
+from . import features, metrics, tars
 from .asking import read_picture
+from .crops import crop_of
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .imagenet import SUFFIXES
 from .intervals import bootstrap, with_ones
-from .vqa import entry
+from .looks import look_all, looked
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG")
-SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
+LPIPS_BATCH = 16
 
 
 def load_reconstruction(data: Path, settings: Settings) -> Task:
-    """Every picture of `data/test/images`, or of `data` and its folders, in the order of their names."""
+    """Every picture of `data/test/images`, or of `data` and its folders, or of its tars, by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)[: settings.limit]
+    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
     if not files:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).")
+        files = [p for tar in sorted(folder.rglob("*.tar")) for p in tars.members(tar, SUFFIXES)]
+    files = files[: settings.limit]
+    if not files:
+        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}), nor tars with pictures.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "copy") for i, p in enumerate(files)]
-    return Task(
-        samples, None, {"split": str(folder), "preprocessing": "shorter side resized, centre cropped"}
-    )
+    crop = settings.crop or "bicubic"
+    crop_of(crop)
+    return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
 
 
 def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Write each picture's copy below `out/pictures` and note its codes."""
+    """Write each picture's copy below `out/pictures` and note its codes, and how many the copy keeps."""
     rows, images = open_pictures(batch)
     if images:
-        copies = model.reconstruct(list(images.values()))
-        for i, copy, codes in zip(images, copies.copies, copies.codes):
+        copies = model.reconstruct(list(images.values()), again=True)
+        for place, (i, copy, codes) in enumerate(zip(images, copies.copies, copies.codes)):
             file = f"pictures/{batch[i].index:06d}.png"
             save_picture(copy, out / file)
             books = [codes.shape[1], copies.codebook_size]
             rows[i] = {"file": file, "codes": pack(codes), "codebooks": books}
+            if copies.again is not None:
+                rows[i]["kept"] = (copies.again[place] == codes).mean(axis=0).tolist()
     return rows
 
 
@@ -79,53 +84,19 @@ def unpack(text: str, sub_codebooks: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<u2").reshape(-1, sub_codebooks)
 
 
-def score_reconstruction(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
-) -> Scored:
-    """PSNR and SSIM per picture, and how much of the codebooks the pictures use."""
-    mode = scoring.scorer
-    good = [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
-    if not good:
-        raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
-    k, v = rows[good[0].index]["codebooks"]
-    use = metrics.CodebookUse(k, v)
-    psnr, ssim = [], []
-    for batch in in_batches(good, 64):
-        copies = [np.asarray(read_picture(folder / rows[s.index]["file"])) for s in batch]
-        originals = originals_of(batch, copies[0].shape[0])
-        psnr += metrics.psnr(originals, np.stack(copies)).tolist()
-        ssim += metrics.ssim(originals, np.stack(copies), mode).tolist()
-        use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
-    used, perplexity = use.used(), use.perplexity()
-    result = {
-        "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(with_ones(psnr)), "dB"),
-        "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(with_ones(ssim)), "ssim"),
-        "codebook_usage_min": Metric(float(used.min()), len(good)),
-        "codebook_perplexity_mean": Metric(float(perplexity.mean()), len(good), None, "entries"),
-    }
-    details = {
-        "ssim_mode": mode,
-        "codebook_size": v,
-        "usage": used.tolist(),
-        "perplexity": perplexity.tolist(),
-        "tokens": int(use.counts.sum() // k),
-    }
-    return Scored(result, details, [
-        {
-            "index": s.index, "image": str(s.image), "copy": rows[s.index]["file"],
-            "psnr": p, "ssim": q, "score": p,
-        }
-        for s, p, q in zip(good, psnr, ssim)
-    ])  # fmt: skip
+def copied(task: Task, rows: dict[int, Row]) -> list[Sample]:
+    """The samples that have a copy."""
+    return [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
 
 
-def originals_of(batch: list[Sample], size: int) -> np.ndarray:
+def originals_of(batch: list[Sample], size: int, crop: str) -> np.ndarray:
     """The pictures as the tokenizer saw them, uint8 (B, size, size, 3)."""
     import torch
 
-    from open_unitok.tokenizer.images import to_pixels, to_uint8
+    from open_unitok.tokenizer.images import to_uint8
 
-    pixels = torch.stack([to_pixels(read_picture(s.image), size, mode="crop") for s in batch])
+    cut = crop_of(crop)
+    pixels = torch.stack([cut(read_picture(s.image), size) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
@@ -134,97 +105,127 @@ def in_batches(items: list, size: int) -> Iterator[list]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-# ------------------------------------------------------------------------------------------------- zero-shot
+# ---------------------------------------------------------------------------------------------------- looking
 
 
-def load_zeroshot(data: Path, settings: Settings) -> Task:
-    """Single-object pictures against all colour x shape captions; or a folder per class and `classes.json`.
+def look_at_copies(
+    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+) -> None:
+    """Inception features of copies and originals, and LPIPS, for whichever a weight file is given."""
+    good, crop = copied(task, rows), task.truth["crop"]
 
-    `classes.json` is {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}; without templates,
-    CLIP's.
-    """
-    if (data / "scenes.json").exists():
-        return load_scene_classes(data, settings)
-    path = existing(data / "classes.json", "It names each class folder; scenes need none.")
-    content = read_json(path)
-    names = entry(content, "classes", path)
-    templates = content.get("templates") or zeroshot.clip_templates()
-    prompts = zeroshot.from_templates(list(names.values()), templates)
-    files = [
-        (p, number)
-        for number, folder in enumerate(names)
-        for p in sorted(existing(data / folder).iterdir())
-        if p.suffix in SUFFIXES
-    ]
-    return zeroshot_task(files[: settings.limit], prompts, list(names.values()), [False] * len(files))
+    def copy_of(i: int) -> np.ndarray:
+        return np.asarray(read_picture(out / rows[good[i].index]["file"]))
 
+    def original_of(i: int) -> np.ndarray:
+        return originals_of([good[i]], copy_of(i).shape[0], crop)[0]
 
-def load_scene_classes(data: Path, settings: Settings) -> Task:
-    """The test pictures of scenes that hold one object."""
-    scenes = read_json(data / "scenes.json")
-    pairs = list(itertools.product(entry(scenes, "palette", "scenes.json"), scenes["outlines"]))
-    names = [with_article(f"{colour} {shape}") for colour, shape in pairs]
-    held_out = {tuple(pair) for pair in scenes.get("held_out", ())}
-    path, files, apart = existing(data / "test" / "captions.json"), [], []
-    for i, row in enumerate(read_json(path)):
-        objects = entry(entry(row, "scene", f"{path}, entry {i}"), "objects", f"{path}, entry {i}")
-        if len(objects) == 1:
-            pair = (objects[0]["color"], objects[0]["shape"])
-            files.append((data / "test" / row["file"], pairs.index(pair)))
-            apart.append(pair in held_out)
-    return zeroshot_task(
-        files[: settings.limit], zeroshot.from_templates(names, SCENE_TEMPLATES), names, apart
-    )
+    if scoring.inception and good:
+        lineage = features.lineage_of(scoring, "torch-fidelity")
+        names = [f"{s.id} {crop} {s.index}" for s in good]
+        copies = [f"{rows[s.index]['codes']}" for s in good]  # another copy has other codes
+        sets = [features.Pictures("originals", names, original_of)]
+        sets.append(features.Pictures("copies", copies, copy_of))
+        features.extract(out, lineage, scoring.inception, sets, device, quiet)
+    if scoring.lpips:
+        look_lpips(task, rows, out, scoring.lpips, device, quiet)
 
 
-def zeroshot_task(
-    files: list[tuple[Path, int]], prompts: list[list[str]], names: list[str], apart: list[bool]
-) -> Task:
-    """The samples; their truth is (class of each, prompts, names, whether each is scored apart)."""
-    if not files:
-        raise UserError("There are no pictures to classify.")
-    samples = [Sample(i, f.name, "", f, "classify") for i, (f, _) in enumerate(files)]
-    truth = {"classes": [c for _, c in files], "prompts": prompts, "names": names, "apart": apart}
-    return Task(samples, truth, {"classes": len(names), "prompts per class": len(prompts[0])})
+def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device: str, quiet: bool) -> None:
+    """LPIPS of every copy."""
+    import torch
+
+    from open_unitok.tokenizer.lpips import FILE, HUB, LPIPS
+    from open_unitok.tokenizer.published import find_weights
+
+    file = find_weights(weights, (FILE,), "LPIPS", f"https://huggingface.co/{HUB}")
+    net = LPIPS.from_file(file).to(device)
+
+    def work(batch: list[Sample]) -> list[Row]:
+        copies = np.stack([np.asarray(read_picture(out / rows[s.index]["file"])) for s in batch])
+        both = (originals_of(batch, copies.shape[1], task.truth["crop"]), copies)
+        with torch.inference_mode():
+            a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1 for x in both)
+            return [{"lpips": value} for value in net(a, b).tolist()]
+
+    about = {"network": "VGG16, published linear heads", "fingerprint": sha256(file)}
+    look_all(out, "lpips", about, copied(task, rows), work, LPIPS_BATCH, quiet)
 
 
-def with_article(name: str) -> str:
-    """ "a red circle", "an orange circle"."""
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
-def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Note each picture's five best classes."""
-    weights = task.truth.get("weights")
-    if weights is None:  # the classifier is built once per run
-        weights = task.truth["weights"] = zeroshot.classifier(task.truth["prompts"], model.embed_texts)
-    rows, images = open_pictures(batch)
-    if images:
-        embeds = model.embed_images(list(images.values()))
-        for i, best in zip(images, zeroshot.best(zeroshot.logits(embeds, weights), 5).tolist()):
-            rows[i] = {"best": best}
-    return rows
-
-
-def score_zeroshot(
+def score_reconstruction(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Top-1 and top-5; pictures of pairs that training never showed apart."""
-    classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])
-    choices = [rows.get(s.index, {}).get("best", []) for s in task.samples]
-    hits = {k: np.array(v, float) for k, v in zeroshot.score(choices, classes).items()}
-    result = {}
-    for label, keep in (("", ~apart), ("/held-out pairs", apart)):
-        keep = keep[: len(choices)]
-        for name, values in hits.items():
-            if keep.any():
-                chosen = values[keep]
-                result[name + label] = Metric(float(chosen.mean()), len(chosen), bootstrap(with_ones(chosen)))
-    chance = 1 / len(names)
-    return Scored(result, {"chance": chance, "classes": names}, [
+    """rFID first where there is one, PSNR, SSIM and LPIPS per picture, use of the codebooks, codes kept."""
+    mode, good = scoring.scorer, copied(task, rows)
+    if not good:
+        raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
+    k, v = rows[good[0].index]["codebooks"]
+    use = metrics.CodebookUse(k, v)
+    psnr, ssim = [], []
+    for batch in in_batches(good, 64):
+        copies = [np.asarray(read_picture(folder / rows[s.index]["file"])) for s in batch]
+        originals = originals_of(batch, copies[0].shape[0], task.truth["crop"])
+        psnr += metrics.psnr(originals, np.stack(copies)).tolist()
+        ssim += metrics.ssim(originals, np.stack(copies), mode).tolist()
+        use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
+    used, perplexity = use.used(), use.perplexity()
+    result = {
+        "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(with_ones(psnr)), "dB"),
+        "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(with_ones(ssim)), "ssim"),
+    }
+    details = {
+        "ssim_mode": mode,
+        "codebook_size": v,
+        "usage": used.tolist(),
+        "perplexity": perplexity.tolist(),
+        "tokens": int(use.counts.sum() // k),
+    }
+    problems = add_lpips(result, folder, good)
+    result["codebook_usage_min"] = Metric(float(used.min()), len(good))
+    result["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
+    kept = np.array([rows[s.index]["kept"] for s in good if "kept" in rows[s.index]])
+    if len(kept):
+        share = kept.mean(axis=1)
+        result["codes_kept"] = Metric(float(share.mean()), len(kept), bootstrap(with_ones(share)))
+        details["codes_kept"] = kept.mean(axis=0).tolist()
+    problems += add_rfid(result, details, folder, features.lineage_of(scoring, "torch-fidelity"), len(good))
+    return Scored(result, details, [
         {
-            "index": s.index, "image": str(s.image), "truth": names[c],
-            "answer": names[b[0]] if b else None, "score": float(hit), "held_out": bool(far),
+            "index": s.index, "image": str(s.image), "copy": rows[s.index]["file"],
+            "psnr": p, "ssim": q, "score": p,
         }
-        for s, c, b, hit, far in zip(task.samples, classes, choices, hits["top1"], apart)
-    ])  # fmt: skip
+        for s, p, q in zip(good, psnr, ssim)
+    ], problems=problems)  # fmt: skip
+
+
+def add_lpips(result: dict[str, Metric], folder: Path, good: list[Sample]) -> list[str]:
+    """Add LPIPS where it was computed; what has to be said."""
+    found = looked(folder, "lpips", good)
+    if found is None:
+        return []
+    values = [row["lpips"] for row in found[0].rows.values()]
+    if values:
+        result["lpips"] = Metric(float(np.mean(values)), len(values), bootstrap(with_ones(values)), "lpips")
+    missing = len(good) - len(values)
+    return [f"{missing} pictures have no LPIPS yet; run again with --lpips"] * (missing > 0)
+
+
+def add_rfid(
+    result: dict[str, Metric], details: dict[str, Any], folder: Path, lineage: str, n: int
+) -> list[str]:
+    """Add rFID and the copies' Inception Score where features were computed; what has to be said."""
+    copies, originals = (features.read(folder, lineage, what) for what in ("copies", "originals"))
+    if copies is None or originals is None:
+        return []
+    if min(copies.n, originals.n) < n:
+        return [f"only {min(copies.n, originals.n)} of {n} pictures have features, so no rFID: run again"]
+    if n < 2:
+        return ["FID needs two pictures"]
+    reference = (originals.moments(), "the originals, cropped as the tokenizer saw them")
+    found = features.distances(folder, lineage, copies, reference, "r", originals)
+    result |= found.metrics
+    details["fid"] = found.details
+    return found.problems

@@ -29,6 +29,8 @@ OPTIONS = {
     "seed": (int, "of the first drawing; each has its own"),
     "limit": (int, "only the first samples, for a quick look"),
     "detector": (str, "scenes (default where DATA has a scenes.json) or none: detections come from a file"),
+    "crop": (str, "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)"),
+    "pooling": (str, "what a linear probe reads: embedding, quantised or latents"),
     "dtype": (str, "float32, bfloat16 or float16"),
 }
 
@@ -41,6 +43,13 @@ SCORING = {
     "judge_replay": "a file of replies instead of an endpoint",
     "judge_runs": "how often every answer is judged",
     "judge_timeout": "seconds to wait for a reply",
+    "lineage": "Inception of FID: torch-fidelity, pytorch-fid, clean, adm (default: the benchmark's own)",
+    "inception": "its weight file; without it no FID",
+    "reference": "real pictures as a folder or .npz, or an .npz of their statistics",
+    "lpips": "the weight file lpips_with_vgg.pth; without it no LPIPS",
+    "detector_model": "folder of a Mask2Former or OWL model that finds objects (geneval)",
+    "colour_model": "folder of a CLIP model that names their colours (geneval)",
+    "vqa_model": "folder of an image-text model that judges drawings (genai_bench, dpg_bench)",
 }
 
 

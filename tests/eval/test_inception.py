@@ -23,39 +23,10 @@ def golden():
     return json.loads((GOLDEN / "inception.json").read_text()), np.load(GOLDEN / "inception.npz")
 
 
-def formula(state):
-    """The weights that the golden file was made with, by its formula."""
-    result = {}
-    for k, (name, shape) in enumerate(state):
-        n = int(np.prod(shape))
-        wave = np.sin(np.arange(n) * 0.731 + k * 1.37)
-        if name.endswith("num_batches_tracked"):
-            value = np.zeros(n)
-        elif name.endswith("running_var"):
-            value = 1 + 0.25 * wave
-        elif name.endswith("bn.weight"):
-            value = 1 + 0.1 * wave
-        elif name.endswith(("bn.bias", "running_mean", "fc.bias")):
-            value = 0.05 * wave
-        elif name.endswith("conv.weight"):
-            value = wave * np.sqrt(4 / np.prod(shape[1:]))
-        else:
-            value = 0.02 * wave
-        result[name] = torch.from_numpy(value.astype(np.float32).reshape(shape))
-    return result
-
-
-@pytest.fixture(scope="module")
-def weights(golden, tmp_path_factory):
-    path = tmp_path_factory.mktemp("inception") / inception.TORCH_FIDELITY
-    torch.save(formula(golden[0]["state_dict"]), path)
-    return path
-
-
-def test_port_equals_torch_fidelity(golden, weights):
+def test_port_equals_torch_fidelity(golden, inception_weights):
     about, arrays = golden
     names = {name: tuple(shape) for name, shape in about["state_dict"]}
-    extract = inception.extractor("torch-fidelity", weights.parent)
+    extract = inception.extractor("torch-fidelity", inception_weights.parent)
     assert {n: tuple(t.shape) for n, t in extract.net.state_dict().items()} == names
     images = torch.from_numpy(arrays["images"]).float()
     with torch.inference_mode():
@@ -69,12 +40,12 @@ def test_port_equals_torch_fidelity(golden, weights):
     assert features.spatial is None
 
 
-def test_lineages_differ_and_adm_has_what_sfid_needs(golden, weights):
+def test_lineages_differ_and_adm_has_what_sfid_needs(golden, inception_weights):
     pictures = [i.transpose(1, 2, 0) for i in golden[1]["images"]]
-    other = inception.extractor("pytorch-fid", weights)(pictures).pooled
+    other = inception.extractor("pytorch-fid", inception_weights)(pictures).pooled
     # the formula weights hardly see the pictures, so the resize moves them little, but by more than noise
     assert 5e-5 < np.abs(other - golden[1]["feat_2048"]).max() < 1
-    adm = inception.extractor("adm", weights)
+    adm = inception.extractor("adm", inception_weights)
     # pictures of two sizes in one batch keep their order
     mixed = adm([pictures[0][:50], pictures[1], pictures[0]])
     assert mixed.spatial is not None and mixed.spatial.shape == (3, 2023) and (mixed.spatial >= 0).all()
@@ -113,14 +84,14 @@ def test_clean_runs_the_torchscript_file_as_it_is(arrays, tmp_path):
     assert found.pooled.shape == (2, 12) and found.logits is None
 
 
-def test_wrong_weights_are_named(tmp_path, weights):
+def test_wrong_weights_are_named(tmp_path, inception_weights):
     with pytest.raises(UserError, match="Did you mean 'clean'"):
-        inception.extractor("cleen", weights)
+        inception.extractor("cleen", inception_weights)
     with pytest.raises(UserError, match=r"Inception \(clean\) has no weights.*inception-2015-12-05\.pt"):
         inception.extractor("clean", None)
     with pytest.raises(UserError, match=r"not clean-fid's torchscript file"):
-        inception.extractor("clean", weights)
-    some = torch.load(weights)
+        inception.extractor("clean", inception_weights)
+    some = torch.load(inception_weights)
     some.pop("fc.bias")
     torch.save(some, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"fc\.bias is missing"):

@@ -1,0 +1,139 @@
+"""Zero-shot classification by the tokenizer's image and text embeddings: ImageNet, any folders, scenes."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json
+
+from . import imagenet, zeroshot
+from .asking import entry
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .imagenet import SUFFIXES
+from .intervals import bootstrap, with_ones
+from .pictures import open_pictures
+
+SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
+
+
+def load_zeroshot(data: Path, settings: Settings) -> Task:
+    """Pictures and captions of their classes.
+
+    Scenes: single-object pictures against all colour x shape captions. `classes.json` beside a folder per
+    class: {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}, without templates CLIP's 80.
+    Else ImageNet (see `imagenet.find`) with CLIP's 80 templates and open_clip's names.
+    """
+    if (data / "scenes.json").exists():
+        return load_scene_classes(data, settings)
+    if (data / "classes.json").exists():
+        return load_own_classes(data, settings)
+    split = settings.split or "val"
+    files = imagenet.find(existing(data), split)
+    if files is None:
+        raise UserError(
+            f"{data}: nothing to classify. Expected ImageNet ({split}/n01440764/*.JPEG, a flat {split}/ with "
+            f"LOC_{split}_solution.csv, or tars with .cls files) or a classes.json beside a folder per class."
+        )
+    names = imagenet.names()
+    prompts = zeroshot.from_templates(names, zeroshot.clip_templates())
+    about = {"split": split, "recipe": "CLIP's 80 templates, open_clip's 1000 names"}
+    return zeroshot_task(files[: settings.limit], prompts, names, [False] * len(files), about, settings)
+
+
+def load_own_classes(data: Path, settings: Settings) -> Task:
+    """A folder per class and `classes.json`."""
+    path = data / "classes.json"
+    content = read_json(path)
+    names = entry(content, "classes", path)
+    templates = content.get("templates") or zeroshot.clip_templates()
+    if bad := [t for t in templates if str(t).count("{}") != 1]:
+        raise UserError(f"{path}: the template {bad[0]!r} does not hold {{}} exactly once.")
+    prompts = zeroshot.from_templates(list(names.values()), templates)
+    files = [
+        (p, number)
+        for number, folder in enumerate(names)
+        for p in sorted(existing(data / folder).iterdir())
+        if p.suffix in SUFFIXES
+    ]
+    about = {"recipe": "templates of classes.json" if content.get("templates") else "CLIP's 80 templates"}
+    kept = files[: settings.limit]
+    return zeroshot_task(kept, prompts, list(names.values()), [False] * len(files), about, settings)
+
+
+def load_scene_classes(data: Path, settings: Settings) -> Task:
+    """The test pictures of scenes that hold one object."""
+    scenes = read_json(data / "scenes.json")
+    pairs = list(itertools.product(entry(scenes, "palette", "scenes.json"), scenes["outlines"]))
+    names = [with_article(f"{colour} {shape}") for colour, shape in pairs]
+    held_out = {tuple(pair) for pair in scenes.get("held_out", ())}
+    path, files, apart = existing(data / "test" / "captions.json"), [], []
+    for i, row in enumerate(read_json(path)):
+        objects = entry(entry(row, "scene", f"{path}, entry {i}"), "objects", f"{path}, entry {i}")
+        if len(objects) == 1:
+            pair = (objects[0]["color"], objects[0]["shape"])
+            files.append((data / "test" / row["file"], pairs.index(pair)))
+            apart.append(pair in held_out)
+    prompts = zeroshot.from_templates(names, SCENE_TEMPLATES)
+    return zeroshot_task(files[: settings.limit], prompts, names, apart, {"recipe": "scenes"}, settings)
+
+
+def zeroshot_task(
+    files: list[tuple[Path, int]],
+    prompts: list[list[str]],
+    names: list[str],
+    apart: list[bool],
+    about: dict[str, Any],
+    settings: Settings,
+) -> Task:
+    """The samples; their truth is (class of each, prompts, names, whether each is scored apart)."""
+    if not files:
+        raise UserError("There are no pictures to classify.")
+    samples = [Sample(i, f.name, "", f, "classify") for i, (f, _) in enumerate(files)]
+    truth = {"classes": [c for _, c in files], "prompts": prompts, "names": names, "apart": apart}
+    about |= {"classes": len(names), "prompts per class": len(prompts[0])}
+    return Task(samples, truth, about | {"preprocessing": f"{settings.crop or 'lanczos'} crop"})
+
+
+def with_article(name: str) -> str:
+    """ "a red circle", "an orange circle"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+    """Note each picture's five best classes."""
+    weights = task.truth.get("weights")
+    if weights is None:  # the classifier is built once per run
+        weights = task.truth["weights"] = zeroshot.classifier(task.truth["prompts"], model.embed_texts)
+    rows, images = open_pictures(batch)
+    if images:
+        embeds = model.embed_images(list(images.values()))
+        for i, best in zip(images, zeroshot.best(zeroshot.logits(embeds, weights), 5).tolist()):
+            rows[i] = {"best": best}
+    return rows
+
+
+def score_zeroshot(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
+    """Top-1 and top-5; pictures of pairs that training never showed apart."""
+    classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])
+    choices = [rows.get(s.index, {}).get("best", []) for s in task.samples]
+    hits = {k: np.array(v, float) for k, v in zeroshot.score(choices, classes).items()}
+    result = {}
+    for label, keep in (("", ~apart), ("/held-out pairs", apart)):
+        keep = keep[: len(choices)]
+        for name, values in hits.items():
+            if keep.any():
+                chosen = values[keep]
+                result[name + label] = Metric(float(chosen.mean()), len(chosen), bootstrap(with_ones(chosen)))
+    chance = 1 / len(names)
+    return Scored(result, {"chance": chance, "classes": names}, [
+        {
+            "index": s.index, "image": str(s.image), "truth": names[c],
+            "answer": names[b[0]] if b else None, "score": float(hit), "held_out": bool(far),
+        }
+        for s, c, b, hit, far in zip(task.samples, classes, choices, hits["top1"], apart)
+    ])  # fmt: skip

@@ -1,0 +1,96 @@
+"""ImageNet's 1000 classes and the layouts that its pictures lie in on people's disks."""
+
+import csv
+import functools
+import importlib.resources
+import json
+import re
+from pathlib import Path
+
+from open_unitok.errors import UserError
+
+from . import tars
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
+WNID = re.compile(r"n\d{8}")
+
+
+@functools.cache
+def classes() -> tuple[tuple[str, str], ...]:
+    """(WordNet id, name) by class number (data file `imagenet_classes.json`)."""
+    file = importlib.resources.files("open_unitok.eval").joinpath("imagenet_classes.json")
+    return tuple((wnid, name) for wnid, name in json.loads(file.read_text(encoding="utf-8"))["classes"])
+
+
+@functools.cache
+def numbers() -> dict[str, int]:
+    """WordNet id -> class number."""
+    return {wnid: number for number, (wnid, _) in enumerate(classes())}
+
+
+def names() -> list[str]:
+    """The class names by number."""
+    return [name for _, name in classes()]
+
+
+def find(data: Path, split: str = "val") -> list[tuple[Path, int]] | None:
+    """(picture, class number) of a split, in the order of the names; None where no layout of ImageNet is.
+
+    Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files.
+
+    Raises:
+        UserError: an id, a class number or a picture that ImageNet does not have; the place is named.
+    """
+    for folder in (data / split, data / "ILSVRC" / "Data" / "CLS-LOC" / split, data):
+        if not folder.is_dir():
+            continue
+        if any(WNID.fullmatch(p.name) for p in folder.iterdir()):
+            return by_folder(folder)
+        table = next((t for t in (data, folder) if (t / f"LOC_{split}_solution.csv").exists()), None)
+        if table is not None:
+            return by_table(folder, table / f"LOC_{split}_solution.csv")
+        if shards := sorted(folder.glob("*.tar")):
+            return [row for shard in shards for row in by_class_file(shard)]
+    return None
+
+
+def by_folder(folder: Path) -> list[tuple[Path, int]]:
+    """A folder per WordNet id."""
+    return [
+        (path, number_of(one.name, str(one)))
+        for one in sorted(folder.iterdir())
+        if one.is_dir()
+        for path in sorted(one.iterdir())
+        if path.suffix in SUFFIXES
+    ]
+
+
+def by_table(folder: Path, table: Path) -> list[tuple[Path, int]]:
+    """One flat folder and a table of ImageId and "WordNet-id box ..." per picture."""
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
+    result = []
+    for row in rows:
+        image, prediction = row.get("ImageId"), row.get("PredictionString")
+        if not image or not prediction:
+            raise UserError(f"{table}: a row lacks ImageId or PredictionString: {row}.")
+        result.append((folder / f"{image}.JPEG", number_of(prediction.split()[0], f"{table}, {image}")))
+    return result
+
+
+def by_class_file(shard: Path) -> list[tuple[Path, int]]:
+    """A tar with a .cls file beside every picture."""
+    result = []
+    for picture in tars.members(shard, SUFFIXES):
+        text = tars.beside(picture, ".cls")
+        if text is None or not text.strip().isdigit() or int(text) >= len(classes()):
+            raise UserError(f"{picture} has no .cls file with a class number from 0 to {len(classes()) - 1}.")
+        result.append((picture, int(text)))
+    return result
+
+
+def number_of(wnid: str, where: str) -> int:
+    """The class number of a WordNet id."""
+    if wnid not in numbers():
+        raise UserError(f"{where}: {wnid!r} is no WordNet id of ImageNet's 1000 classes.")
+    return numbers()[wnid]

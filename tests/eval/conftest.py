@@ -1,0 +1,59 @@
+"""What tests of this folder share: Inception's golden weights, and a command called in this process."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from open_unitok.cli import main
+from open_unitok.eval import inception
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
+
+
+def formula(state):
+    """The weights that the golden features were made with, by the formula of inception.json."""
+    result = {}
+    for k, (name, shape) in enumerate(state):
+        n = int(np.prod(shape))
+        wave = np.sin(np.arange(n) * 0.731 + k * 1.37)
+        if name.endswith("num_batches_tracked"):
+            value = np.zeros(n)
+        elif name.endswith("running_var"):
+            value = 1 + 0.25 * wave
+        elif name.endswith("bn.weight"):
+            value = 1 + 0.1 * wave
+        elif name.endswith(("bn.bias", "running_mean", "fc.bias")):
+            value = 0.05 * wave
+        elif name.endswith("conv.weight"):
+            value = wave * np.sqrt(4 / np.prod(shape[1:]))
+        else:
+            value = 0.02 * wave
+        result[name] = torch.from_numpy(value.astype(np.float32).reshape(shape))
+    return result
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file with torch-fidelity's name and keys."""
+    path = tmp_path_factory.mktemp("inception") / inception.TORCH_FIDELITY
+    torch.save(formula(json.loads((GOLDEN / "inception.json").read_text())["state_dict"]), path)
+    return path
+
+
+@pytest.fixture
+def call(capsys):
+    """A command -> exit code, stdout, stderr."""
+
+    def run(*words):
+        try:
+            main([str(word) for word in words])
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
