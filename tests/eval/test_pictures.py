@@ -101,7 +101,7 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
     torch.save(LPIPS().state_dict(), tmp_path / FILE)
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path / "o")
     more = ("--inception", inception_weights, "--lpips", tmp_path)
-    code, out, err = call(*words, *more)
+    code, _, err = call(*words, *more)
     assert code == 0, err
     folder = tmp_path / "o" / "reconstruction"
     result = json.loads((folder / "results.json").read_text())
