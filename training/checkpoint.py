@@ -99,8 +99,11 @@ class Checkpoints:
         ranks.barrier()
         return path
 
-    def restore(self, path: Path, engines: Mapping[str, Any]) -> dict[str, Any]:
+    def restore(self, path: Path, engines: Mapping[str, Any], key: str = "start_from") -> dict[str, Any]:
         """Load engines and torch's RNG; returns this rank's state, with `step`.
+
+        Args:
+            key: the config key that begins a new run from this checkpoint, for the message.
 
         Raises:
             UserError: the checkpoint was written by another number of ranks.
@@ -110,13 +113,36 @@ class Checkpoints:
         if written_by != ranks.world_size():
             raise UserError(
                 f"{path} was written by {written_by} rank(s), this is a run of {ranks.world_size()}: start "
-                f"{written_by}, or begin a new run from its weights (start_from={path} and another out)."
+                f"{written_by}, or begin a new run from its weights ({key}={path} and another out)."
             )
         state = torch.load(_rank_file(path), map_location="cpu", weights_only=True)
         for name, engine in engines.items():
             engine.load_checkpoint(str(path / "training_state"), tag=name)
         torch.set_rng_state(state.pop("torch_rng"))
         return state
+
+
+def take_over(path: Path, engines: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Load what any number of ranks trained, but not the moments of their optimisers.
+
+    Engines that the checkpoint does not have stay as they are.
+
+    Returns:
+        Every rank's state.
+
+    Raises:
+        UserError: `path` is no checkpoint, or a broken one.
+    """
+    problem = damage(path) if path.is_dir() else "there is no such folder"
+    if problem:
+        raise UserError(f"{path} is no whole checkpoint ({problem}): name a folder OUT/checkpoints/step-*.")
+    for name, engine in engines.items():
+        if (path / "training_state" / name).is_dir():
+            engine.load_checkpoint(
+                str(path / "training_state"), tag=name, load_module_only=True, load_optimizer_states=False
+            )
+    files = sorted((path / "training_state").glob("rank-*.pt"))
+    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
 
 
 def _rank_file(path: Path) -> Path:

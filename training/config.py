@@ -41,7 +41,7 @@ _Loader.add_implicit_resolver(
 
 
 # Keys that a resumed run may change: they leave what is computed as it is.
-FREE_KEYS = ("out", "stop_at", "log", "checkpoint", "engine.threads")
+FREE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
 FREE_IN_STAGE = {"mllm": ("data.workers",)}
 
 

@@ -195,6 +195,27 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the engine's module makes of the arguments, under its autocast.
+
+    Unlike what `engine(...)` gives, it may also be differentiated by torch.autograd.grad before the backward
+    pass: the engine would take that for the backward pass itself. ZeRO 0 to 2.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization():  # what the engine's own call tells it, by hooks on the outputs
+        optimizer.clear_backward_seen_flag()
+        optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+    with autocast(engine):
+        return engine.module(*args, **kwargs)
+
+
+def autocast(engine: Any) -> torch.autocast:
+    """The engine's precision, for what is computed beside its module."""
+    on = engine.torch_autocast_enabled()
+    kind = next(engine.module.parameters()).device.type
+    return torch.autocast(kind, dtype=engine.torch_autocast_dtype() if on else torch.bfloat16, enabled=on)
+
+
 def set_lr(engine: Any, multiplier: float) -> None:
     """Learning rate of the coming step: `multiplier` x what each group began with."""
     for group in engine.optimizer.param_groups:

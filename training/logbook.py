@@ -20,7 +20,8 @@ from .runfolder import RunFolder
 class Logbook:
     """Collects values without waiting for the device; every `every` steps their means become a row.
 
-    A row: {"step", "seconds" (training time of this run so far), "samples_per_second", one mean per name}.
+    A row: {"step", "seconds" (training time of this run so far), "samples_per_second", one mean per name}; on
+    a GPU also "gpu_memory_gb", the most that was in use; after `measures`, the speed of the arithmetic.
     Values that are not finite stop the run: at their own step on a CPU, at the next row on a GPU.
     """
 
@@ -47,6 +48,12 @@ class Logbook:
         self._bar: tqdm | None = None
         self._board: Any = None
         self._begun = 0
+        self._flops = 0.0
+        self._peak: float | None = None
+
+    def measures(self, flops_per_sample: float, peak_tflops: float | None) -> None:
+        """Rows get "tflops_per_second" over all ranks, and "mfu", the share of their peak."""
+        self._flops, self._peak = flops_per_sample, peak_tflops
 
     def phase(self, text: str) -> None:
         """One line to the user."""
@@ -108,10 +115,12 @@ class Logbook:
         self._since = self._seconds
         if not ranks.is_main():
             return
+        speed = count * self.samples_per_step / passed
         row = {
             "step": step,
             "seconds": round(self._seconds, 3),
-            "samples_per_second": round(count * self.samples_per_step / passed, 2),
+            "samples_per_second": round(speed, 2),
+            **self._device(speed),
             **dict(zip(names, means.tolist())),
             **self._notes,
         }
@@ -155,6 +164,17 @@ class Logbook:
         self._waiting = [(step, {n: float(v) for n, v in values.items()}) for step, values in self._waiting]
         for step, values in self._waiting:
             _check_finite(step, values, self.folder)
+
+    def _device(self, samples_per_second: float) -> dict[str, float]:
+        """How hard the devices work."""
+        found = {}
+        if self._flops:
+            found["tflops_per_second"] = samples_per_second * self._flops / 1e12
+            if self._peak:
+                found["mfu"] = found["tflops_per_second"] / (self._peak * ranks.world_size())
+        if torch.cuda.is_available():
+            found["gpu_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def _tick(self) -> None:
         if self._clock is not None:

@@ -76,14 +76,33 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """A row of metrics every `every` steps; pictures every `images_every` steps (0: never)."""
+    """A row of metrics every `every` steps; pictures every `images_every` steps (0: never).
+
+    `peak_tflops`: what one device could do at most, in 10^12 floating-point operations per second, for the
+    share of it that is used ("mfu"); null looks the GPU up in a table.
+    """
 
     every: int = 20
     images_every: int = 0
+    peak_tflops: float | None = None
 
     def check(self) -> None:
         if self.every < 1 or self.images_every < 0:
             raise UserError("log.every is 1 or more, log.images_every is 0 (never) or more.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"log.peak_tflops is {self.peak_tflops}: above 0, or null.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Record `steps` steps after step `start` with torch.profiler (0 steps: none); see OUT/profile."""
+
+    start: int = 10
+    steps: int = 0
+
+    def check(self) -> None:
+        if self.start < 0 or self.steps < 0:
+            raise UserError("profile.start and profile.steps are 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,6 +159,7 @@ class RunConfig:
     engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
     checkpoint: CheckpointOptions = CheckpointOptions()
     log: LogOptions = LogOptions()
+    profile: ProfileOptions = ProfileOptions()
 
     def check(self) -> None:
         if self.steps < 1 or self.batch_size < 1:

@@ -17,7 +17,7 @@ import yaml
 from open_unitok.errors import UserError
 from open_unitok.files import atomic_folder, read_json, write_atomic, write_json
 
-from .config import FREE_IN_STAGE, FREE_KEYS, differences, to_dict, to_yaml
+from .config import FREE_IN_STAGE, FREE_KEYS, build, differences, to_dict, to_yaml
 from .options import RunConfig
 
 # Packages whose version can change a number.
@@ -62,12 +62,15 @@ class RunFolder:
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
             free = (*FREE_KEYS, *FREE_IN_STAGE.get(config.stage, ()))
-            changed = differences(yaml.safe_load(old.read_text(encoding="utf-8")), to_dict(config), free)
+            changed = differences(_resolved(old, config), to_dict(config), free)
             if changed:
+                last = max(path.glob("checkpoints/step-*"), default=path / "model")
+                remedy = f"start_from={last} begins with its weights"
+                if hasattr(config, "go_on_from") and all(c.startswith("data.workers:") for c in changed):
+                    remedy = f"go_on_from={last} goes on at its step with tars that it had not begun"
                 raise UserError(
                     f"{path} holds a run with another configuration ({'; '.join(changed)}). "
-                    "Give the old values to go on, or another `out` for a new run "
-                    f"(start_from={path}/model begins with its weights)."
+                    f"Give the old values to go on, or another `out` for a new run ({remedy})."
                 )
         facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
         folder = cls(path, facts)
@@ -105,6 +108,14 @@ class RunFolder:
         """Write OUT/model in one go; call on rank 0 alone, with what writes the final weights."""
         with atomic_folder(self.model) as temporary:
             write_model(temporary)
+
+
+def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
+    """The config of an earlier call; keys that came with a later version have their defaults."""
+    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    with contextlib.suppress(UserError):  # it has keys that are gone, or values that are refused now
+        return to_dict(build(type(config), old))
+    return old
 
 
 def _is_main() -> bool:

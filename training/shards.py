@@ -41,6 +41,8 @@ class _Source:
         self.epoch = self.cursor = self.record = self.popped = 0
         self.broken: set[int] = set()
         self.order: list[int] | None = None  # the tars of this epoch
+        self.passed: set[int] = set()  # tars that `passed_epoch` leaves out, see ShardStream.pass_over
+        self.passed_epoch = -1
         self.buffer: list[tuple[int, int, Record]] = []
 
     def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, Record]:
@@ -62,9 +64,7 @@ class _Source:
         if len(self.buffer) >= self.shuffle:
             return
         if self.order is None:
-            order = list(range(len(self.tars)))
-            draws.python_random(self.seed, "tars", self.number, self.epoch).shuffle(order)
-            self.order = order[part::parts]
+            self.order = self.order_of(self.epoch, part, parts)
         order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
@@ -78,15 +78,39 @@ class _Source:
             if self.record >= len(records):
                 self.cursor, self.record = self.cursor + 1, 0
 
+    def order_of(self, epoch: int, part: int, parts: int) -> list[int]:
+        """The tars that a part reads in an epoch, in this order."""
+        order = list(range(len(self.tars)))
+        draws.python_random(self.seed, "tars", self.number, epoch).shuffle(order)
+        if epoch == self.passed_epoch:
+            order = [tar for tar in order if tar not in self.passed]
+        return order[part::parts]
+
+    def pass_over(self, states: Sequence[tuple[dict[str, Any], int, int]]) -> None:
+        """Begin in the epoch of `states` (state, part, parts) without the tars that they had begun."""
+        epoch = min(state["epoch"] for state, _, _ in states)
+        self.passed, self.passed_epoch = set(states[0][0]["passed"]), states[0][0]["passed_epoch"]
+        begun = set(self.passed) if self.passed_epoch == epoch else set()
+        for state, part, parts in states:
+            own = self.order_of(epoch, part, parts)
+            begun |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
+            self.broken |= set(state["broken"])
+        whole = len(begun) == len(self.tars)
+        self.epoch, self.passed = (epoch + 1, set()) if whole else (epoch, begun)
+        self.passed_epoch, self.order = self.epoch, None
+
     def state_dict(self) -> dict[str, Any]:
         places = [number for tar, record, _ in self.buffer for number in (tar, record)]
-        numbers = {name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped")}
-        return {**numbers, "broken": sorted(self.broken), "buffer": places}
+        numbers = {
+            name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "passed_epoch")
+        }
+        return {**numbers, "broken": sorted(self.broken), "passed": sorted(self.passed), "buffer": places}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("epoch", "cursor", "record", "popped"):
             setattr(self, name, state[name])
         self.broken, self.order = set(state["broken"]), None
+        self.passed, self.passed_epoch = set(state.get("passed", ())), state.get("passed_epoch", -1)
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
         found = {tar: index(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})}
         self.buffer = [(tar, number, found[tar][number]) for tar, number in pairs]
@@ -120,6 +144,7 @@ class ShardStream(IterableDataset):
         self.micro_batch = micro_batch
         self.rank, self.ranks = rank, ranks
         self.position = self.seen = self.bad = 0
+        self.part, self.parts = 0, 1
         self.sources = [_Source(n, s, seed, options.shuffle) for n, s in enumerate(options.sources)]
         parts = ranks * max(1, options.workers)
         for source in self.sources:
@@ -145,6 +170,7 @@ class ShardStream(IterableDataset):
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         whole = self.options.split == "samples"
         part, parts = (0, 1) if whole else (self.rank * workers + number, self.ranks * workers)
+        self.part, self.parts = part, parts
         skipped = 0
         while True:
             source = self._draw_source(part)
@@ -201,7 +227,7 @@ class ShardStream(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """Where this worker stands."""
-        counts = {name: getattr(self, name) for name in ("position", "seen", "bad")}
+        counts = {name: getattr(self, name) for name in ("position", "seen", "bad", "part", "parts")}
         return {**counts, "sources": [source.state_dict() for source in self.sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,6 +236,37 @@ class ShardStream(IterableDataset):
             setattr(self, name, state[name])
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
+
+    def pass_over(self, states: Any) -> None:
+        """Go on at the granularity of tars where readers of another number of ranks or workers stopped.
+
+        Their epoch goes on without the tars that any of them had begun; what still waited in their shuffle
+        buffers is not seen in that epoch. Call it before `loader`.
+
+        Args:
+            states: their loaders' states, in any nesting.
+
+        Raises:
+            UserError: they had other sources, or come from a version that did not write what this needs.
+        """
+        found = list(_stream_states(states))
+        if not found or any("passed" not in source for state in found for source in state["sources"]):
+            raise UserError(
+                "go_on_from: the checkpoint does not say which tars it had begun; take start_from."
+            )
+        if any(len(state["sources"]) != len(self.sources) for state in found):
+            raise UserError("go_on_from: that run had another number of data.sources: take start_from.")
+        for number, source in enumerate(self.sources):
+            source.pass_over([(state["sources"][number], state["part"], state["parts"]) for state in found])
+
+
+def _stream_states(value: Any) -> Iterator[dict[str, Any]]:
+    """The states of streams anywhere in a loader's state."""
+    if isinstance(value, dict) and "sources" in value and "position" in value:
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _stream_states(inner)
 
 
 class _Collate:

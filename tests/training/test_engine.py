@@ -83,6 +83,23 @@ def test_every_stage_is_plain_torch(stage, accumulation, capfd):
     assert out.out + out.err == ""
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_gradients_may_be_asked_for_before_the_backward_pass(stage, accumulation):
+    """As the adaptive weight does: the update is the same as without asking."""
+    trained, net = wrapped(stage, accumulation)
+    for step in range(3):
+        for part in range(accumulation):
+            loss = engine.forward(trained, inputs(step, part))
+            (asked,) = torch.autograd.grad(loss, net.table, retain_graph=True)
+            assert asked.abs().sum() > 0
+            trained.backward(loss)
+            engine.step(trained)
+    _, _, want = plain(3, accumulation)
+    for name, value in net.named_parameters():
+        torch.testing.assert_close(value, want.get_parameter(name), msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_learning_rate_follows_the_multiplier():
     trained, net = wrapped()
     engine.set_lr(trained, 0.0)

@@ -102,6 +102,52 @@ def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
         assert set(counts.values()) == {2} and len(counts) == 40
 
 
+@pytest.mark.parametrize("split", ["samples", "shards"])
+@pytest.mark.parametrize("before", [(2, 0), (1, 3)])
+def test_going_on_with_other_ranks_and_workers(tars, split, before):
+    """Tars that nobody had begun make up the rest of the epoch, each once; the next epoch is whole."""
+    ranks, workers = before
+    seen, states = set(), []
+    for rank in range(ranks):
+        part = loader(
+            stream(tars, rank, ranks, split=split, workers=workers, micro_batch=1, shuffle=1), collate
+        )
+        rows = read(part)
+        seen |= {n // 10 for _ in range(2 if split == "shards" else 7) for n in next(rows)["numbers"]}
+        states.append(part.state_dict())
+    other = stream(tars, split=split, micro_batch=1, shuffle=1)
+    other.pass_over(states)
+    begun = other.sources[0].passed
+    if split == "samples":
+        assert len(seen) <= len(begun) < 4
+        order = [tar for tar in range(4) if tar not in begun]
+        batches = loader(other, collate)
+        rows = read(batches)
+        rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
+        state = batches.state_dict()  # and from there exactly again
+        whole = [next(rows)["numbers"][0] for _ in range(43)]
+        assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
+        assert sorted(whole[3:]) == list(range(40))
+        again = loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
+        again.load_state_dict(state)
+        assert [b["numbers"][0] for b in first(again, 43)] == whole
+    else:
+        assert begun == seen
+
+
+def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
+    begun = loader(stream(tars, shuffle=100), collate)
+    first(begun, 2)
+    other = stream(tars, shuffle=100)
+    other.pass_over([begun.state_dict()])
+    assert other.sources[0].epoch == 1 and not other.sources[0].passed
+    more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
+    with pytest.raises(UserError, match="another number of data"):
+        ShardStream(more, Keys(), seed=0, micro_batch=1).pass_over([begun.state_dict()])
+    with pytest.raises(UserError, match="does not say which tars"):
+        other.pass_over([{}])
+
+
 def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
     alone = first(loader(stream(tars, micro_batch=8), collate), 6)
     ranks = [first(loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]

@@ -6,12 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -27,67 +25,6 @@ from open_unitok.training.ema import Ema
 from open_unitok.training.run import load
 from open_unitok.training.tokenizer_config import CodebookOptions
 from open_unitok.training.tokenizer_data import PairDecoder, crop_box
-
-COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200), "black": (20, 20, 20)}
-
-YAML = """
-stage: tokenizer
-engine: {{threads: 1}}
-out: {folder}/run
-steps: 8
-batch_size: 8
-data: {{sources: [{{path: "{folder}/pairs-*.tar"}}], shuffle: 16}}
-pictures: {{captions: json}}
-caption_tokenizer: {folder}/tokenizer.model
-model:
-  {{image_size: 32, stem_width: 8, stage_widths: [8, 8], stage_depths: [1, 1], decoder_widths: [8, 8],
-   decoder_depths: [1, 1], hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_codebooks: 2,
-   codebook_size: 16, codebook_dim: 4, embed_dim: 16, text_hidden_size: 16, text_num_layers: 1,
-   text_num_heads: 2, text_context_length: 12, drop_path_rate: 0.1}}
-losses: {{lpips: 0.0, entropy: 0.1}}
-codebooks: {{init_images: 16, restart_after: 2, restart_share: 1.0}}
-ema: 0.9
-optimizer: {{lr: 2.0e-3}}
-schedule: {{warmup: 2}}
-checkpoint: {{every: 3}}
-log: {{every: 1, images_every: 4}}
-"""
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Two tars of 20 coloured squares with captions, a sentencepiece model, and config.yaml."""
-    folder = tmp_path_factory.mktemp("pairs")
-    rng = np.random.default_rng(0)
-    captions = []
-    for tar in range(2):
-        with tarfile.open(folder / f"pairs-{tar}.tar", "w") as file:
-            for n in range(20):
-                name = list(COLOURS)[rng.integers(4)]
-                picture = np.full((32, 32, 3), 235, np.uint8)
-                x, y = rng.integers(0, 20, 2)
-                picture[y : y + 12, x : x + 12] = COLOURS[name]
-                buffer = io.BytesIO()
-                Image.fromarray(picture).save(buffer, "PNG")
-                words = [f"a {name} square", f"{name} and square"]
-                captions += words
-                for extension, content in (
-                    ("png", buffer.getvalue()),
-                    ("json", json.dumps({"captions": words}).encode()),
-                ):
-                    member = tarfile.TarInfo(f"{tar}{n:03d}.{extension}")
-                    member.size = len(content)
-                    file.addfile(member, io.BytesIO(content))
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=290,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "config.yaml").write_text(YAML.format(folder=folder))
-    return folder
 
 
 def train(data, out, *overrides):
@@ -292,6 +229,48 @@ def test_kill_and_go_on(data, whole, tmp_path):
     process.kill()
     process.wait()
     assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == 0
+    assert rows(out) == rows(whole)
+    assert same_weights(out / "model", whole / "model")
+
+
+KILLED_IN_THE_SECOND_SAVE = """
+import os, signal, sys
+from open_unitok.cli import main
+from open_unitok.training import checkpoint, tokenizer_stage
+
+where, calls = sys.argv[1], []
+module, name = {
+    "weights": (tokenizer_stage, "save_model"),  # half a file of weights is there
+    "sealing": (checkpoint, "seal"),  # all files but the manifest
+    "renaming": (os, "replace"),  # the manifest too, under its temporary name
+}[where]
+original = getattr(module, name)
+
+def deadly(*arguments, **options):
+    if name != "replace" or str(arguments[1]).endswith(("step-00000003", "step-00000006")):
+        calls.append(1)
+    if len(calls) == 2:
+        if where == "weights":
+            (arguments[0] / "model.safetensors").write_bytes(bytes(100))
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments, **options)
+
+setattr(module, name, deadly)
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["weights", "sealing", "renaming"])
+def test_kill_in_the_middle_of_a_save(data, whole, tmp_path, where):
+    """kill -9 while the second checkpoint is written: the next start goes on from the first one, exactly."""
+    out = tmp_path / "run"
+    arguments = ["train", str(data / "config.yaml"), f"out={out}"]
+    killed = subprocess.run([sys.executable, "-c", KILLED_IN_THE_SECOND_SAVE, where, *arguments])
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(os.listdir(out / "checkpoints")) == [".step-00000006.tmp", "step-00000003"]
+    train(data, out)
+    assert sorted(os.listdir(out / "checkpoints")) == ["step-00000006", "step-00000008"]
     assert rows(out) == rows(whole)
     assert same_weights(out / "model", whole / "model")
 
