@@ -135,3 +135,16 @@ def recorded_look(values):
         return values[f"train.step{step}.rand{2 * number}"], values[f"train.step{step}.rand{2 * number + 1}"]
 
     return pick
+
+
+@pytest.fixture(scope="session")
+def dino_file(tmp_path_factory):
+    """A small DINOv2 with random weights under the published name."""
+    torch.manual_seed(0)
+    dino = Dino(width=64, depth=12, heads=1, patch=14, grid=2)
+    for name, parameter in dino.named_parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.1 if "embed" in name or "token" in name else 0.12)
+    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
+    torch.save(dino.state_dict(), path)
+    return path

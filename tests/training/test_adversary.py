@@ -13,7 +13,6 @@ from open_unitok.cli import main
 from open_unitok.errors import UserError
 from open_unitok.training import engine
 from open_unitok.training.adversary import Adversary
-from open_unitok.training.dino import Dino
 from open_unitok.training.run import load
 
 PATCH = [
@@ -31,19 +30,6 @@ def rows(out):
     with open(out / "metrics.jsonl") as file:
         found = [json.loads(line) for line in file]
     return [{k: v for k, v in row.items() if "second" not in k} for row in found]
-
-
-@pytest.fixture(scope="session")
-def dino_file(tmp_path_factory):
-    """A small DINOv2 with random weights under the published name."""
-    torch.manual_seed(0)
-    dino = Dino(width=64, depth=12, heads=1, patch=14, grid=2)
-    for name, parameter in dino.named_parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1 if "embed" in name or "token" in name else 0.12)
-    path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
-    torch.save(dino.state_dict(), path)
-    return path
 
 
 def test_clock(data):

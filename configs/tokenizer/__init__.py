@@ -1,0 +1,1 @@
+"""Configs shipped with the package: stage 1, the visual tokenizer."""

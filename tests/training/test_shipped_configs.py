@@ -1,0 +1,136 @@
+"""Every shipped YAML is read strictly; those of stage 1, shrunk, build and run a step."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+
+from open_unitok.cli import main
+from open_unitok.errors import UserError
+from open_unitok.tokenizer.convert import to_published
+from open_unitok.tokenizer.lpips import LPIPS
+from open_unitok.training.run import load
+from open_unitok.training.tokenizer_model import build_model, caption_tokenizer
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
+RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nstage:" in p.read_text())
+STAGE_1 = [path for path in RUNS if "\nstage: tokenizer" in path.read_text()]
+SMALL = {
+    "image_size": 48,
+    "stem_width": 8,
+    "stage_widths": [8, 8],
+    "stage_depths": [1, 1],
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "decoder_widths": [8, 8],
+    "decoder_depths": [1, 1],
+    "num_codebooks": 2,
+    "codebook_size": 16,
+    "codebook_dim": 4,
+    "embed_dim": 16,
+    "text_hidden_size": 16,
+    "text_num_layers": 1,
+    "text_num_heads": 2,
+    "text_context_length": 12,
+}
+
+
+def test_there_are_some():
+    assert {"unitok_large.yaml", "unitok_base.yaml"} <= {path.name for path in STAGE_1}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
+def test_is_read_strictly(path):
+    config = load(str(path), [])
+    assert config.out.startswith("runs/") and path.read_text().startswith("#")
+    card = path.read_text().partition("\nstage:")[0]
+    assert f"configs/{path.relative_to(CONFIGS).as_posix()}" in card  # the command
+
+
+def test_the_published_sizes():
+    large = load("configs/tokenizer/unitok_large.yaml", [])
+    base = load("configs/tokenizer/unitok_base.yaml", [])
+    assert large.steps * large.batch_size == 1_280_000_000
+    assert large.discriminator.start == round(0.375 * large.steps)
+    assert large.losses == base.losses and large.optimizer == base.optimizer
+    assert large.model | {"size": ""} == base.model | {"size": ""}
+
+
+@pytest.fixture(scope="module")
+def helpers(dino_file, tmp_path_factory):
+    """A folder with both helper networks, random, under their published names."""
+    folder = tmp_path_factory.mktemp("helpers")
+    torch.manual_seed(0)
+    torch.save(LPIPS().state_dict(), folder / "lpips_with_vgg.pth")
+    (folder / dino_file.name).write_bytes(dino_file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.stem)
+def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
+    config = load(str(path), [])
+    out = tmp_path / "run"
+    changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
+    changes += [
+        f"data.sources=[{{path: '{data}/pairs-*.tar'}}]",
+        "pictures.captions=json",
+        "engine.threads=1",
+    ]
+    changes += [f"caption_tokenizer={data}/tokenizer.model", "log.every=1", "codebooks.init_images=0"]
+    changes += [f"model.{name}={value}" for name, value in SMALL.items()]
+    if config.losses.lpips:
+        changes.append(f"losses.lpips_weights={helpers}")
+    if config.losses.adversarial:
+        changes += [f"discriminator.weights={helpers}", "discriminator.start=0", "discriminator.warmup=1"]
+    main(["train", str(path), *changes])
+    last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and last["grad_norm"] > 0 and (out / "model" / "config.json").exists()
+    assert ("lpips" in last) == bool(config.losses.lpips)
+    assert last.get("adversarial_weight", 0) >= 0.4 * 0.015 if config.losses.adversarial else True
+
+
+def test_missing_helper_weights_stop_it(data, helpers, tmp_path, capsys):
+    """LPIPS first, then DINOv2: the message names the file and where it comes from."""
+    changes = [f"data.sources=[{{path: '{data}/pairs-*.tar'}}]", f"caption_tokenizer={data}/tokenizer.model"]
+    changes += [f"out={tmp_path}/run", "pictures.captions=json", "batch_size=4", "data.workers=0"]
+    changes += [f"model.{name}={value}" for name, value in SMALL.items()]
+    for more, file in (
+        ([], "lpips_with_vgg.pth"),
+        ([f"losses.lpips_weights={helpers}"], "dinov2_vits14_pretrain.pth"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["train", "configs/tokenizer/unitok_base.yaml", *changes, *more])
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"external/{file} does not exist" in error and "huggingface.co" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_lpips_is_refused_on_small_images(data, helpers, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", str(data / "config.yaml"), f"out={tmp_path}/run",
+              f"losses={{lpips: 1.0, lpips_weights: {helpers}}}"])  # fmt: skip
+    assert "it needs 48" in capsys.readouterr().err
+
+
+def test_a_start_from_clip(data, tmp_path):
+    """Towers are taken over, the rest begins as ever; a file that lacks a part of them is refused."""
+    config = str(data / "config.yaml")
+    captions = caption_tokenizer(load(config, []))
+    source, plain = (build_model(load(config, [f"seed={seed}"]), captions) for seed in (1, 0))
+    places = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
+    weights = {
+        places[place] + name.removeprefix(place): tensor
+        for name, tensor in to_published(source.state_dict()).items()
+        for place in places
+        if name.startswith(place) and not name.startswith("encoder.norm.")  # a CLIP tower has none
+    }
+    torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
+    begun = build_model(load(config, [f"clip_start={tmp_path}"]), captions).state_dict()
+    for name, tensor in begun.items():
+        towers = name.startswith(("encoder.", "text_encoder.")) and "encoder.norm." not in name
+        assert torch.equal(tensor, (source if towers else plain).state_dict()[name]), name
+    torch.save({n: t for n, t in weights.items() if n.startswith("visual")}, tmp_path / "half.bin")
+    with pytest.raises(UserError, match=r"lacks \d+ weights of the image and text towers \(text_encoder"):
+        build_model(load(config, [f"clip_start={tmp_path}/half.bin"]), captions)
