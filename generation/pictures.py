@@ -1,7 +1,10 @@
-"""Pictures on disk: PNGs that carry how they were drawn, grids, and pairs side by side."""
+"""Pictures as files: PNGs that carry how they were drawn, grids, and what strangers send in."""
 
 import io
 import json
+import struct
+import warnings
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,12 @@ GAP = 2  # pixels between the pictures of a grid
 KEY = (
     "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
 )
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # some of Pillow's other readers start programs
+# what Pillow's readers raise on bytes that only look like a picture
+BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
@@ -59,3 +68,26 @@ def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.
     for i, image in enumerate(images):
         sheet.paste(image, (GAP + i % columns * width, GAP + i // columns * height))
     return sheet
+
+
+def open_picture(data: bytes, max_side: int) -> Image.Image:
+    """A stranger's picture as RGB, unpacked only where its header says that it is small enough.
+
+    Raises:
+        UserError: it is no picture, broken, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if max(image.size) > max_side:
+                    raise UserError(
+                        f"The picture has {image.width} x {image.height} pixels; a side may have {max_side}."
+                    )
+                return image.convert("RGB")
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"The picture cannot be read: it is none of {', '.join(FORMATS)}.") from error
+    except BROKEN as error:
+        raise UserError(f"The picture cannot be read: {error}") from error

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "generate": ("open_unitok.generation.generate", "draw pictures from prompts"),
     "ask": ("open_unitok.generation.ask", "ask a question about a picture"),
     "chat": ("open_unitok.generation.chat", "talk about pictures in the terminal"),
+    "ui": ("open_unitok.generation.ui", "a page in the browser: draw, ask, reconstruct"),
     "serve": ("open_unitok.generation.serve", "an HTTP server with OpenAI's shapes, in batches"),
     "eval run": ("open_unitok.eval.run", "run a benchmark on a model and score it"),
     "eval score": ("open_unitok.eval.score", "score answers or pictures that are already on disk"),

@@ -93,7 +93,7 @@ import json, sys
 from open_unitok import Pipeline, Sampling, UniTok, UniTokConfig
 from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 import open_unitok.generation.generate, open_unitok.generation.ask, open_unitok.generation.reconstruct
-import open_unitok.generation.chat, open_unitok.generation.serve
+import open_unitok.generation.chat, open_unitok.generation.serve, open_unitok.generation.ui
 print(json.dumps(sorted(sys.modules)))
 """
     loaded = {name.split(".")[0] for name in json.loads(run_python(code))}

@@ -5,11 +5,7 @@ It runs on one thread beside the model's, and refuses with a `UserError` before 
 
 import base64
 import binascii
-import io
 import secrets
-import struct
-import warnings
-import zlib
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -19,6 +15,7 @@ from open_unitok.errors import UserError
 from open_unitok.generation.checks import check_texts
 from open_unitok.generation.decoder import context_length
 from open_unitok.generation.drawing import check_prompts
+from open_unitok.generation.pictures import open_picture
 from open_unitok.generation.pipeline import Pipeline
 from open_unitok.generation.sampling import check_seed
 from open_unitok.mllm.prompts import IMAGE_MARK
@@ -27,13 +24,7 @@ from open_unitok.tokenizer.images import pad_to_square
 from .schema import MAX_ROWS, ChatRequest, ImagePart, ImageRequest, Message
 from .work import AnswerKey, AnswerTask, DrawKey, DrawTask
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # some of Pillow's other readers start programs
 DEFAULT_NEW_TOKENS = 256
-# what Pillow's readers raise on bytes that only look like a picture
-BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 class Inbox:
@@ -196,26 +187,3 @@ def read_data_url(url: str) -> bytes:
         return base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"image_url holds no valid base64: {error}.") from error
-
-
-def open_picture(data: bytes, max_side: int) -> Image.Image:
-    """An RGB picture, unpacked only where its header says that it is small enough.
-
-    Raises:
-        UserError: it is no picture, broken, or too large.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if max(image.size) > max_side:
-                    raise UserError(
-                        f"The picture has {image.width} x {image.height} pixels; a side may have {max_side}."
-                    )
-                return image.convert("RGB")
-    except UserError:
-        raise
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"The picture cannot be read: it is none of {', '.join(FORMATS)}.") from error
-    except BROKEN as error:
-        raise UserError(f"The picture cannot be read: {error}") from error

@@ -59,6 +59,35 @@ def test_ask_prints_one_line_per_question(unitok, folder, pictures):
     assert code == 0 and out.count("\n") == 2
 
 
+def test_several_processes_share_prompts_and_questions(unitok, folder, pictures, tmp_path, monkeypatch):
+    rows = [{"image": path.name, "question": q} for q in ("What?", "How many?") for path in pictures]
+    questions = pictures[0].parent / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    draw = ["generate", "a", "b", "c", "--model", folder, "--guidance", "2", "--out"]
+    ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
+    assert unitok(*draw, tmp_path / "alone")[0] == 0
+    assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
+        monkeypatch.setenv("RANK", rank)
+        assert unitok(*draw, tmp_path / "shared")[0] == 0
+        assert unitok(*ask, tmp_path / "shared.jsonl")[0] == 0
+    assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
+    names = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "shared").iterdir()) and len(names) == 4
+    for name in names:
+        assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "shared" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "alone",
+        "alone.jsonl",
+        "shared",
+        "shared.jsonl",
+    ]
+    code, _, err = unitok("ask", pictures[0], "What?", "--model", folder)
+    assert code == 2 and "--out FILE" in err
+
+
 def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_path):
     for model in (folder, folder / "unitok"):
         code, out, _ = unitok("reconstruct", *pictures, pictures[0], "--model", model, "--out", tmp_path)
@@ -86,6 +115,11 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["ask", "gone.png", "What?", "--model", "MODEL"], "gone.png"),
         (["ask", "TEXT", "What?", "--model", "MODEL"], "no picture"),
         (["ask", "PICTURE", " ", "--model", "MODEL"], "Question 0"),
+        (["ask", "PICTURE", "--model", "MODEL"], "nothing to answer"),
+        (["ask", "--model", "MODEL"], "--questions FILE"),
+        (["ask", "PICTURE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
+        (["ask", "--questions", "TEXT", "--model", "MODEL"], "line 1, is not valid JSON"),
+        (["ask", "PICTURE", "What?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["ask", "PICTURE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
         (["chat", "gone.png", "--model", "MODEL"], "gone.png"),
         (["chat", "PICTURE", "--model", "MODEL", "--temperature", "nan"], "temperature is nan"),
