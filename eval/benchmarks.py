@@ -8,7 +8,7 @@ from open_unitok import ranks
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json, write_json, write_jsonl
 
-from . import classification, drawings, metrics, pictures, probe
+from . import classification, dpg, drawings, drawn, metrics, pictures, positions, probe, realism, vqascore
 from .harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
 from .results import check_complete, describe_run, open_run, result_of
 from .understanding import UNDERSTANDING
@@ -52,21 +52,62 @@ TOKENIZER: dict[str, Benchmark] = {
 GENERATION: dict[str, Benchmark] = {
     "geneval": Benchmark(
         "do drawings show the objects, number, colours and places of their prompts",
-        "mllm",
+        "drawer",
         drawings.load_geneval,
         drawings.worker,
         drawings.score_geneval,
         128,
         files=("scenes.json", "evaluation_metadata.jsonl"),
+        look=drawings.look_for_objects,
     ),
     "drawing_positions": Benchmark(
         "one object of a colour at a named place (scenes)",
-        "mllm",
-        drawings.load_positions,
+        "drawer",
+        positions.load_positions,
         drawings.worker,
-        drawings.score_positions,
+        positions.score_positions,
         128,
         files=("scenes.json",),
+    ),
+    "genai_bench": Benchmark(
+        "VQAScore of drawings, by skill (GenAI-Bench)",
+        "drawer",
+        vqascore.load_genai,
+        drawn.worker,
+        vqascore.score_genai,
+        64,
+        files=("genai_skills.json",),
+        look=vqascore.look_genai,
+    ),
+    "dpg_bench": Benchmark(
+        "questions about drawings of dense prompts (DPG-Bench)",
+        "drawer",
+        dpg.load_dpg,
+        drawn.worker,
+        dpg.score_dpg,
+        64,
+        files=("dpg_bench.csv",),
+        look=dpg.look_dpg,
+    ),
+    "mjhq": Benchmark(
+        "FID of drawings against MJHQ-30K",
+        "drawer",
+        realism.load_mjhq,
+        drawn.worker,
+        realism.score_mjhq,
+        64,
+        files=("meta_data.json",),
+        look=realism.look_mjhq,
+    ),
+    "imagenet_generation": Benchmark(
+        "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
+        "drawer",
+        realism.load_classes,
+        drawn.worker,
+        realism.score_classes,
+        64,
+        files=("VIRTUAL_imagenet*.npz",),
+        look=realism.look_classes,
     ),
 }
 

@@ -2,9 +2,10 @@
 
 The detector is apart from the scorer: `detector=scenes` reads the scenes of `unitok data scenes`; with
 `detector=none` the pictures lie in GenEval's layout for any detector, whose findings come back as
-`detections.jsonl` (a line {"index", "detections", "colors"} per picture; see `geneval`).
+`detections.jsonl` (a line {"index", "detections", "colors", "detector"} per picture; see `geneval`).
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,12 +17,16 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json, read_jsonl
 
 from . import geneval
+from .asking import read_picture
+from .drawn import draw
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, by_group, mean_of_groups, with_ones
+from .looks import look_all, looked, with_pictures
 from .pictures import open_pictures, save_picture
 from .vqa import entry, mean_by
 
 DETECTORS = ("scenes", "none")
+PUBLISHED_DETECTOR = "mmdet Mask2Former"  # what detections.jsonl has to say to be comparable
 COPIES_PER_PROMPT = 2  # real pictures that fit a prompt, reconstructed for its ceiling
 
 
@@ -66,12 +71,12 @@ def load_geneval(data: Path, settings: Settings) -> Task:
 
 def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:
     """What the result says of how the pictures came about."""
-    comparable = detector != "scenes"
     return {
         "detector": detector,
         "pictures per prompt": each,
-        "comparable with published numbers": comparable,
-        **({} if comparable else {"why not": "the prompts and the detector are those of scenes"}),
+        "decoding": f"guidance {settings.guidance}, temperature {settings.temperature}, "
+        f"top-k {settings.top_k}, top-p {settings.top_p}",
+        "pictures": "PNG",
     }
 
 
@@ -116,42 +121,6 @@ def scenes_of(path: Path) -> list[tuple[str, Row]]:
     return _scenes[path]
 
 
-def load_positions(data: Path, settings: Settings) -> Task:
-    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real pictures."""
-    path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
-    prompts = read_jsonl(path)[: settings.limit]
-    for i, row in enumerate(prompts):
-        for key in ("prompt", "class", "color", "cell"):
-            entry(row, key, f"{path}, prompt {i + 1}")
-    each = settings.images_per_prompt or 1
-    samples = [
-        Sample(
-            i * each + j,
-            f"{i:05d}/samples/{j:04d}",
-            row["prompt"],
-            None,
-            "draw",
-            settings.seed + i * each + j,
-        )
-        for i, row in enumerate(prompts)
-        for j in range(each)
-    ]
-    owners = [i for i in range(len(prompts)) for _ in range(each)]
-    scenes = read_json(data / "scenes.json")
-    places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
-    for row in read_json(data / "test" / "captions.json"):
-        things = row["scene"]["objects"]
-        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"]))
-        if len(things) == 1 and key in places:
-            owner = places.pop(key)
-            picture = data / "test" / row["file"]
-            samples.append(Sample(len(samples), row["file"], prompts[owner]["prompt"], picture, "copy"))
-            owners.append(owner)
-    truth = {"prompts": prompts, "owners": owners, "cell": scenes["size"] / scenes["grid"]}
-    about = about_drawing(settings, detector_for(data, settings), each)
-    return Task(samples, truth, about | {"prompts": len(prompts)})
-
-
 # ------------------------------------------------------------------------------------------------- inference
 
 
@@ -184,16 +153,6 @@ def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path,
         return rows
 
     return work
-
-
-def draw(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
-    """One uint8 picture per sample, or why there is none."""
-    try:
-        return [np.asarray(p) for p in model.draw([s.prompt for s in batch], [s.seed for s in batch])]
-    except UserError as error:
-        if len(batch) == 1:
-            return [str(error)]
-        return [draw(model, [sample])[0] for sample in batch]  # one of them is to blame: find it
 
 
 def write_picture(sample: Sample, picture: np.ndarray, out: Path, task: Task) -> str:
@@ -229,6 +188,38 @@ def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
     return detect
 
 
+def look_for_objects(
+    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+) -> None:
+    """Find the objects of every drawing, and their colours, with the models of --detector-model."""
+    if not scoring.detector_model:
+        return
+    from . import detectors
+    from .models import fingerprint
+
+    if not scoring.colour_model:
+        raise UserError(
+            "--detector-model finds objects; their colours need --colour-model too, a CLIP folder."
+        )
+    find = detectors.load(scoring.detector_model, device)
+    colours = detectors.Colours(scoring.colour_model, device)
+    clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
+    names = sorted({clause["class"] for clause in clauses})
+
+    def work(batch: list[Sample]) -> list[Row]:
+        pictures = [read_picture(out / rows[s.index]["file"]) for s in batch]
+        kept = [[t for t in things if t.name in names] for things in find(pictures, names)]
+        return [detectors.as_row(t, colours(p, t)) for p, t in zip(pictures, kept)]
+
+    both = [fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
+    about = {
+        "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
+        "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
+    }
+    drawn = [s for s in with_pictures(task.samples, rows) if s.kind == "draw"]
+    look_all(out, "detections", about, drawn, work, 8, quiet)
+
+
 # --------------------------------------------------------------------------------------------------- scoring
 
 
@@ -240,11 +231,14 @@ def findings(task: Task, rows: dict[int, Row], folder: Path) -> dict[int, Row]:
         for i, row in enumerate(read_jsonl(path)):
             entry(row, "detections", f"{path}, line {i + 1}")
             found[entry(row, "index", f"{path}, line {i + 1}")] = row
+    elif seen := looked(folder, "detections", with_pictures(task.samples, rows)):
+        found = seen[0].rows
     else:
         found = {i: row for i, row in rows.items() if "detections" in row}
     if not found and any(not row.get("error") for row in rows.values()):
         raise UserError(
-            f"{folder}: the pictures are drawn, but nothing has looked at them. Run a detector on "
+            f"{folder}: the pictures are drawn, but nothing has looked at them. Run again with "
+            "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
             f"{folder / 'pictures'} and write its findings to {path}."
         )
     return found
@@ -293,7 +287,24 @@ def score_geneval(
         "images": summary["images"],
         "prompts": summary["prompts"],
     }
-    return Scored(metrics, details, per_sample)
+    why, details["detected by"] = detected_by(task, rows, folder)
+    return Scored(metrics, details, per_sample, not_comparable=why)
+
+
+def detected_by(task: Task, rows: dict[int, Row], folder: Path) -> tuple[str, str]:
+    """Why the numbers must not stand beside published ones, "" if they may; and what found the objects."""
+    if task.about["detector"] == "scenes":
+        return "the prompts and the detector are those of scenes", "scenes"
+    path = folder / "detections.jsonl"
+    if path.exists():
+        names = {str(row.get("detector", "a detector without a name")) for row in read_jsonl(path)}
+        if names == {PUBLISHED_DETECTOR}:
+            return "", PUBLISHED_DETECTOR
+        text = ", ".join(sorted(names))
+        return f'objects found by {text}; a line\'s "detector" is not {PUBLISHED_DETECTOR!r}', text
+    seen = looked(folder, "detections", with_pictures(task.samples, rows))
+    name = seen[1]["model"] if seen else "nothing"
+    return f"objects found by {name} of transformers, not by {PUBLISHED_DETECTOR}", name
 
 
 def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
@@ -324,44 +335,3 @@ def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Row]) -> None:
         metrics["held-out pairs"] = share(apart)
     if copies:
         metrics["ceiling"] = share(copies)
-
-
-def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
-    """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
-    boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
-    if len(boxes) != 1:
-        return geneval.Verdict(False, f"expected one object, found {len(boxes)}", {})
-    name, box = boxes[0]
-    colour = seen["colors"][name][0]
-    if (name, colour) != (prompt["class"], prompt["color"]):
-        return geneval.Verdict(False, f"found a {colour} {name}", {name: 1})
-    place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
-    if place != list(prompt["cell"]):
-        return geneval.Verdict(False, "right object, wrong place", {name: 1})
-    return geneval.Verdict(True, "", {name: 1})
-
-
-def score_positions(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
-) -> Scored:
-    """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
-    prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = findings(task, rows, folder)
-    per_sample = []
-    for sample in task.samples:
-        prompt = prompts[owners[sample.index]]
-        verdict = judged(judge_position, prompt, found.get(sample.index), task.truth["cell"])
-        row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
-        whole = verdict.correct or verdict.reason == "right object, wrong place"
-        per_sample.append(
-            row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
-        )
-    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
-    metrics = {
-        "position": share(drawn),
-        "object": share([r | {"score": r["object"]} for r in drawn]),
-    }
-    add_apart(metrics, per_sample)
-    return Scored(
-        metrics, {"ceiling_overall": metrics["ceiling"].value if "ceiling" in metrics else None}, per_sample
-    )

@@ -120,6 +120,7 @@ def save_piece(folder: Path, pictures: Pictures, start: int, net: Callable[..., 
         stamp=stamp_of(pictures, start),
         good=np.array(good, int),
         bad=np.array(bad, str),
+        names=np.array([pictures.names[i] for i in good], str),
         **arrays,
     )
     temporary.replace(piece_of(folder, pictures.what, start))
@@ -168,11 +169,11 @@ class Stored(NamedTuple):
 
     def numbers(self) -> np.ndarray:
         """The place in its set of every picture that has features."""
-        parts = []
-        for path in self.pieces:
-            with np.load(path) as piece:
-                parts.append(piece["good"])
-        return np.concatenate(parts)
+        return np.concatenate(list(self.batches("good")))
+
+    def names(self) -> list[str]:
+        """The name of every picture that has features."""
+        return np.concatenate(list(self.batches("names"))).tolist()
 
 
 def read(out: Path, lineage: str, what: str) -> Stored | None:

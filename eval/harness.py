@@ -36,6 +36,7 @@ class Settings:
     seed: int = 0
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
+    picture_format: str | None = None  # of drawings: jpg or png
     crop: str | None = None  # how a picture comes to the tokenizer's square: see `crops.CROPS`
     pooling: str | None = None  # what a linear probe reads: see `probe.POOLINGS`
     dtype: str = "float32"

@@ -59,12 +59,12 @@ class Model:
 
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError where a benchmark asks for more than this model can do, or for the impossible."""
-        if kind == "mllm" and self.kind != "mllm":
+        if kind != "tokenizer" and self.kind != "mllm":
             raise UserError(
                 f"{benchmark} needs a model that reads and draws, but {self.folder} holds a tokenizer alone; "
                 "give the folder that an MLLM stage wrote."
             )
-        if kind == "mllm":
+        if kind != "tokenizer":
             _ = self.sampling  # its checks come before the first batch
 
     def describe(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from open_unitok.errors import UserError
 
 from .asking import RECIPES
 from .benchmarks import BENCHMARKS, named, present, run_benchmark, settled
+from .drawn import DrawnElsewhere, drawn_elsewhere
 from .harness import Row, Scoring, Settings
 
 OPTIONS = {
@@ -29,6 +30,7 @@ OPTIONS = {
     "seed": (int, "of the first drawing; each has its own"),
     "limit": (int, "only the first samples, for a quick look"),
     "detector": (str, "scenes (default where DATA has a scenes.json) or none: detections come from a file"),
+    "picture_format": (str, "drawings as jpg or png (default: as published)"),
     "crop": (str, "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)"),
     "pooling": (str, "what a linear probe reads: embedding, quantised or latents"),
     "dtype": (str, "float32, bfloat16 or float16"),
@@ -59,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "names", nargs="+", metavar="NAME", help=f"one or several, or all that DATA holds ({names})"
     )
-    parser.add_argument("--model", required=True, help="a tokenizer or MLLM folder")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a tokenizer or MLLM folder; or drawings of another system (a folder, or an .npz) in its place",
+    )
     parser.add_argument(
         "--data",
         required=True,
@@ -110,7 +116,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     with together(args.device) as device:
-        model = Model(args.model, settings, device)
+        elsewhere = drawn_elsewhere(args.model)
+        model = DrawnElsewhere(Path(args.model), device) if elsewhere else Model(args.model, settings, device)
         for name in names:
             model.needs(BENCHMARKS[name].needs, name)
         for name in names:

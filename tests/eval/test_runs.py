@@ -123,7 +123,11 @@ def test_detections_of_another_detector_are_scored(data, tmp_path):
     found = [{"index": row["index"], "detections": {}, "colors": {}} for row in rows]
     (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     result = score_run(tmp_path)
-    assert result["value"] == 0.0 and result["about"]["comparable with published numbers"]
+    assert result["value"] == 0.0 and not result["comparable"]
+    assert "a detector without a name" in result["why not comparable"]
+    named = [row | {"detector": "mmdet Mask2Former"} for row in found]
+    (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    assert score_run(tmp_path)["comparable"]
 
 
 def test_zeroshot_runs_over_all_pairs(data, tmp_path):

@@ -1,0 +1,88 @@
+"""Single objects at named places (scenes): does a drawing show exactly the object, where it was asked for."""
+
+from pathlib import Path
+from typing import Any
+
+from open_unitok.files import existing, read_json, read_jsonl
+
+from . import geneval
+from .asking import entry
+from .drawings import about_drawing, add_apart, describe, detected_by, detector_for, findings, judged, share
+from .harness import Row, Sample, Scored, Scoring, Settings, Task
+
+
+def load_positions(data: Path, settings: Settings) -> Task:
+    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real pictures."""
+    path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
+    prompts = read_jsonl(path)[: settings.limit]
+    for i, row in enumerate(prompts):
+        for key in ("prompt", "class", "color", "cell"):
+            entry(row, key, f"{path}, prompt {i + 1}")
+    each = settings.images_per_prompt or 1
+    samples = [
+        Sample(
+            i * each + j,
+            f"{i:05d}/samples/{j:04d}",
+            row["prompt"],
+            None,
+            "draw",
+            settings.seed + i * each + j,
+        )
+        for i, row in enumerate(prompts)
+        for j in range(each)
+    ]
+    owners = [i for i in range(len(prompts)) for _ in range(each)]
+    scenes = read_json(data / "scenes.json")
+    places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
+    for row in read_json(data / "test" / "captions.json"):
+        things = row["scene"]["objects"]
+        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"]))
+        if len(things) == 1 and key in places:
+            owner = places.pop(key)
+            picture = data / "test" / row["file"]
+            samples.append(Sample(len(samples), row["file"], prompts[owner]["prompt"], picture, "copy"))
+            owners.append(owner)
+    truth = {"prompts": prompts, "owners": owners, "cell": scenes["size"] / scenes["grid"]}
+    about = about_drawing(settings, detector_for(data, settings), each)
+    return Task(samples, truth, about | {"prompts": len(prompts)})
+
+
+def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
+    """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
+    boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
+    if len(boxes) != 1:
+        return geneval.Verdict(False, f"expected one object, found {len(boxes)}", {})
+    name, box = boxes[0]
+    colour = seen["colors"][name][0]
+    if (name, colour) != (prompt["class"], prompt["color"]):
+        return geneval.Verdict(False, f"found a {colour} {name}", {name: 1})
+    place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
+    if place != list(prompt["cell"]):
+        return geneval.Verdict(False, "right object, wrong place", {name: 1})
+    return geneval.Verdict(True, "", {name: 1})
+
+
+def score_positions(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
+    """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
+    prompts, owners = task.truth["prompts"], task.truth["owners"]
+    found = findings(task, rows, folder)
+    per_sample = []
+    for sample in task.samples:
+        prompt = prompts[owners[sample.index]]
+        verdict = judged(judge_position, prompt, found.get(sample.index), task.truth["cell"])
+        row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
+        whole = verdict.correct or verdict.reason == "right object, wrong place"
+        per_sample.append(
+            row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
+        )
+    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
+    metrics = {
+        "position": share(drawn),
+        "object": share([r | {"score": r["object"]} for r in drawn]),
+    }
+    add_apart(metrics, per_sample)
+    ceiling = metrics["ceiling"].value if "ceiling" in metrics else None
+    why = detected_by(task, rows, folder)[0]
+    return Scored(metrics, {"ceiling_overall": ceiling}, per_sample, not_comparable=why)
