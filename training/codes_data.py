@@ -23,7 +23,7 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
 
 from . import draws
-from .tarindex import BadSample, index
+from .tarindex import BadSample, Record, index
 
 MANIFEST = "codes.json"
 FORMAT = "open-unitok codes 1"
@@ -51,6 +51,14 @@ class CodeSample(NamedTuple):
     def images(self) -> tuple[np.ndarray, ...]:
         """The codes of each image, (N, K)."""
         return (self.codes,) if self.codes.ndim == 2 else tuple(self.codes)
+
+
+class Place(NamedTuple):
+    """Where a sample lies: its tar, and (offset, size) of its two members."""
+
+    shard: int
+    codes: tuple[int, int]
+    info: tuple[int, int]
 
 
 class CodeFolder:
@@ -82,13 +90,21 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def places(self) -> dict[str, tuple[int, int]]:
-        """key -> (shard, number in it) of every sample; reads the headers of all tars."""
+    def places(self) -> dict[str, Place]:
+        """key -> where the sample lies, for reading in any order; looks at the headers of all tars."""
+        nothing = (0, 0)
         return {
-            record.key: (shard, number)
+            record.key: Place(
+                shard, record.members.get("codes.npy", nothing), record.members.get("json", nothing)
+            )
             for shard in range(len(self.sizes))
-            for number, record in enumerate(self._index(shard))
+            for record in self._index(shard)
         }
+
+    def read_at(self, key: str, place: Place) -> CodeSample:
+        """The sample at one of `places`; raises BadSample if it cannot be used."""
+        path = str(self.folder / self.manifest["shards"][place.shard]["file"])
+        return self._parse(Record(path, key, {"codes.npy": place.codes, "json": place.info}))
 
     def check_shard(self, shard: int) -> None:
         """Raises UserError if tar `shard` is missing, cut off, or has other samples than it should."""
@@ -106,7 +122,9 @@ class CodeFolder:
 
     def _read(self, shard: int, number: int) -> CodeSample:
         """Sample `number` of tar `shard`; raises BadSample if it cannot be used."""
-        record = self._index(shard)[number]
+        return self._parse(self._index(shard)[number])
+
+    def _parse(self, record: Record) -> CodeSample:
         info = record.json("json")
         if not isinstance(info, dict):
             raise BadSample(".json holds no mapping")

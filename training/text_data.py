@@ -147,10 +147,10 @@ class Conversations:
     def _codes_of(self, name: str) -> np.ndarray:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but data.mixture gives no `codes` to look it up in")
-        place = self._places.get(picture_key(name))
-        if place is None:
+        key = picture_key(name)
+        if key not in self._places:
             raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
-        found = self.codes.read(*place)
+        found = self.codes.read_at(key, self._places[key])
         if found.codes.ndim != 2 or found.info.get("file", name) != name:
             raise BadSample(f"has the image {name}, but {self.codes.folder} has {found.info.get('file')}")
         return found.codes
