@@ -7,6 +7,7 @@ this depends on the number of ranks or on accumulation: they only cut the same g
 
 import hashlib
 import json
+import pickle
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -82,7 +83,7 @@ class Mixture:
         made = next(self._ahead)
         self.skip()
         self.seen, self.bad = self.seen + made.seen, self.bad + made.bad
-        return made.batches
+        return pickle.loads(made.batches)
 
     def skip(self) -> None:
         """Go on to the step after the next one."""
