@@ -60,11 +60,14 @@ def to_pixels(
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:
-        UserError: there is no such mode.
+        UserError: there is no such mode; the picture is so long and thin that its square would not fit.
     """
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
     if mode == "crop":
+        longer, shorter = max(image.size), min(image.size)
+        side = shorter if resize == 0 else resize or size
+        _check_pixels(image, max(side, size) * max(longer * side // shorter, size))
         image = _scale_shorter(
             image, size if resize is None else resize, resample or Image.Resampling.BICUBIC
         )
@@ -75,14 +78,27 @@ def to_pixels(
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The picture in the middle of a square of its longer side."""
+    """The picture in the middle of a square of its longer side.
+
+    Raises:
+        UserError: it is so long and thin that the square would not fit.
+    """
     width, height = image.size
     side = max(width, height)
     if width == height:
         return image
+    _check_pixels(image, side * side)
     square = Image.new("RGB", (side, side), colour)
     square.paste(image, ((side - width) // 2, (side - height) // 2))
     return square
+
+
+def _check_pixels(image: Image.Image, pixels: int) -> None:
+    if pixels > MAX_PIXELS:  # a few kilobytes of 1 x 100,000,000 pixels would else become a petabyte
+        raise UserError(
+            f"The picture has {image.width} x {image.height} pixels: as a square it would have more than "
+            f"{MAX_PIXELS:,}. Crop it."
+        )
 
 
 def from_pil(image: Image.Image) -> torch.Tensor:

@@ -82,3 +82,14 @@ def test_load_mistakes(tmp_path):
     Image.effect_noise((64, 64), 90).save(buffer, "PNG")
     with pytest.raises(UserError, match="The given bytes is no picture"):
         load_image(buffer.getvalue()[:300])
+
+
+def test_long_and_thin_pictures_do_not_fill_the_memory():
+    thin = Image.new("RGB", (1, 50_000))
+    for mode in ("crop", "pad"):
+        with pytest.raises(UserError, match="1 x 50000 pixels"):
+            to_pixels(thin, 256, mode=mode)
+    assert to_pixels(Image.new("RGB", (4, 900)), 16, mode="pad").shape == (3, 16, 16)
+    assert to_pixels(Image.new("RGB", (4, 900)), 16, mode="crop").shape == (3, 16, 16)
+    assert to_pixels(thin, 16, mode="squash").shape == (3, 16, 16)
+    assert to_pixels(thin, 16, resize=0).shape == (3, 16, 16)
