@@ -164,7 +164,12 @@ def test_resumed_equals_uninterrupted(place, reference):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["engine.accumulation=4"], ["data.pack_to=100"], ["engine.accumulation=2", "data.group_by_length=true"]],
+    [
+        ["engine.accumulation=4"],
+        ["data.pack_to=100"],
+        ["data.workers=2"],
+        ["engine.accumulation=2", "data.group_by_length=true"],
+    ],
 )
 def test_cut_in_another_way_the_losses_are_the_same(place, reference, overrides):
     folder = train(place, "-".join(o.replace(".", "_") for o in overrides), *overrides)
