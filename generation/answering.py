@@ -4,16 +4,17 @@ B prompts, L longest prompt, I images of a batch, N visual tokens per image, K s
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from open_unitok.errors import UserError
 
 from .checks import check_whole
 from .decoder import Decoder, context_length, pad_left
-from .sampling import Sampling, check_seed, filter_logits
+from .sampling import Sampling, check_seed, choose
 
 
 def answer_ids(
@@ -23,6 +24,7 @@ def answer_ids(
     max_new_tokens: int = 32,
     batch_size: int = 128,
     seed: int | None = None,
+    share_prefix: bool = True,
     **options: Any,
 ) -> list[list[int]]:
     """The new ids of each prompt, without the end-of-sequence id.
@@ -34,6 +36,7 @@ def answer_ids(
         max_new_tokens: >= 1; an answer ends earlier at the end-of-sequence id.
         batch_size: prompts read together; prompts of like length share a batch.
         seed: of the draws, where options sample; None = the global generator of torch.
+        share_prefix: read what prompts about the same images have in common once a batch.
         options: of transformers' `generate` (do_sample, num_beams, temperature, ...); without any, greedy.
 
     Raises:
@@ -48,27 +51,88 @@ def answer_ids(
     if seed is not None:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(check_seed(seed))
-            return answer_ids(model, prompt_ids, image_codes, max_new_tokens, batch_size, **options)
+            return answer_ids(
+                model, prompt_ids, image_codes, max_new_tokens, batch_size, None, share_prefix, **options
+            )
     answers: list[list[int]] = [[] for _ in prompt_ids]
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        ids, mask = pad_left([prompt_ids[i] for i in batch], pad_id(model), model.device)
-        # no images are given as such: with image_codes, `generate` returns the new ids alone
-        codes = join_codes([image_codes[i] for i in batch], model)
-        new = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            image_codes=codes,
-            max_new_tokens=max_new_tokens,
-            **options,
-        )
+        prompts, codes = [prompt_ids[i] for i in batch], [image_codes[i] for i in batch]
+        heads = common_heads(prompts, codes) if share_prefix else []
+        if 0 < len(heads) < len(prompts) and can_share(model, prompts, heads):
+            inputs = after_heads(model, prompts, heads, options.get("num_beams", 1))
+        else:
+            ids, mask = pad_left(prompts, pad_id(model), model.device)
+            # no images are given as such: with image_codes, `generate` returns the new ids alone
+            inputs = {"input_ids": ids, "attention_mask": mask, "image_codes": join_codes(codes, model)}
+        new = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
         for i, row in zip(batch, new.tolist()):
             answers[i] = until_end(row, ends)
     return answers
 
 
+class Head(NamedTuple):
+    """The beginning that some prompts of a batch share."""
+
+    ids: list[int]
+    codes: Tensor  # (n, N, K), its images
+    rows: list[int]
+
+
+def common_heads(prompts: Sequence[Sequence[int]], image_codes: Sequence[Tensor]) -> list[Head]:
+    """What the prompts about the same images have in common, at most all but their last id."""
+    groups: dict[Any, list[int]] = {}
+    for i, codes in enumerate(image_codes):
+        groups.setdefault((tuple(codes.shape), codes.cpu().numpy().tobytes()), []).append(i)
+    heads = []
+    for rows in groups.values():
+        first = list(prompts[rows[0]])
+        length = min(len(prompts[i]) for i in rows) - 1
+        for i in rows[1:]:
+            differs = (j for j in range(length) if prompts[i][j] != first[j])
+            length = next(differs, length)
+        heads.append(Head(first[:length], image_codes[rows[0]], rows))
+    return heads
+
+
+def can_share(model: Any, prompts: Sequence[Sequence[int]], heads: Sequence[Head]) -> bool:
+    """True if all images stand in the heads, and the decoder sees all that is behind: gaps move windows."""
+    mark = model.config.image_token_id
+    if any(mark in prompts[row][len(head.ids) :] for head in heads for row in head.rows):
+        return False
+    kinds = getattr(model.config.text_config, "layer_types", None) or []
+    return all(head.ids for head in heads) and all(kind == "full_attention" for kind in kinds)
+
+
 @torch.no_grad()
+def after_heads(
+    model: Any, prompts: Sequence[Sequence[int]], heads: Sequence[Head], beams: int
+) -> dict[str, Any]:
+    """What `generate` takes to go on behind the heads, each of which is read once."""
+    ids, mask = pad_left([head.ids for head in heads], pad_id(model), model.device)
+    cache = DynamicCache(config=model.config.text_config)
+    model.language_model(
+        inputs_embeds=model.embed_inputs(ids, join_codes([head.codes for head in heads], model)),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    head_of = {row: i for i, head in enumerate(heads) for row in head.rows}
+    select = torch.tensor([head_of[row] for row in range(len(prompts))], device=model.device)
+    cache.batch_select_indices(select.repeat_interleave(beams))
+    tails = [prompt[len(heads[head_of[row]].ids) :] for row, prompt in enumerate(prompts)]
+    tail_ids, tail_mask = pad_left(tails, pad_id(model), model.device)
+    vectors = model.get_input_embeddings()(tail_ids)
+    read = vectors.new_zeros(len(prompts), ids.shape[1], vectors.shape[2])  # `generate` skips what is cached
+    return {
+        "inputs_embeds": torch.cat([read, vectors], dim=1),
+        "attention_mask": torch.cat([mask[select], tail_mask], dim=1),
+        "past_key_values": cache,
+    }
+
+
 def answer_steps(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
@@ -82,27 +146,39 @@ def answer_steps(
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each prompt, None where its answer has ended, until all have.
 
-    Else as `answer_ids`, whose greedy ids these are. Closing the iterator ends the work.
+    Else as `answer_ids`, whose greedy ids these are. Wrong arguments are refused by the call itself; closing
+    the iterator ends the work.
 
     Args:
         do_sample: draw with temperature, top_k and top_p; else take the likeliest.
     """
     check_answering(prompt_ids, max_new_tokens, 1, model.config)
-    Sampling(1.0, temperature, top_k, top_p)  # refuses what is out of range
-    if not prompt_ids:
-        return
+    sampling = Sampling(1.0, temperature, top_k, top_p, greedy=not do_sample)
     generator = None if seed is None else torch.Generator(model.device).manual_seed(check_seed(seed))
+    if not prompt_ids:
+        return iter(())
+    return _write(model, prompt_ids, image_codes, max_new_tokens, sampling, generator)
+
+
+@torch.no_grad()
+def _write(
+    model: Any,
+    prompt_ids: Sequence[Sequence[int]],
+    image_codes: Sequence[Tensor],
+    max_new_tokens: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Iterator[list[int | None]]:
     ids, mask = pad_left(prompt_ids, pad_id(model), model.device)
     embeds = model.embed_inputs(ids, join_codes(image_codes, model))
     decoder = Decoder(model.language_model, embeds, mask, torch.arange(len(ids)), room=max_new_tokens - 1)
     ends, going, hidden = end_ids(model), [True] * len(ids), decoder.hidden
     for left in reversed(range(max_new_tokens)):
         logits = model.text_logits(hidden).float()
-        if do_sample:
-            logits = filter_logits(logits / temperature, top_k, top_p)
+        gumbel = None
+        if not sampling.greedy:
             gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-            logits = logits + gumbel
-        new = logits.argmax(dim=-1)
+        new = choose(logits, sampling, gumbel)
         rows = new.tolist()
         going = [on and row not in ends for on, row in zip(going, rows)]
         if not any(going):

@@ -5,6 +5,7 @@ from typing import Any
 
 from open_unitok.errors import UserError
 
+from .decoder import context_length
 from .sampling import check_seed
 
 
@@ -48,3 +49,23 @@ def check_whole(name: str, value: Any) -> None:
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number >= 1.")
+
+
+def check_prompts(
+    prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], config: Any, name: str = "Prompt"
+) -> None:
+    """
+    Raises:
+        UserError: not one seed per prompt, an empty prompt, or one that leaves no room for the image.
+    """
+    if len(seeds) != len(prompt_ids):
+        raise UserError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts: give one seed per prompt.")
+    limit = context_length(config)
+    for i, row in enumerate(prompt_ids):
+        if not len(row):
+            raise UserError(f"{name} {i} is empty: write what to draw.")
+        if limit is not None and len(row) + config.num_image_tokens > limit:
+            raise UserError(
+                f"{name} {i} has {len(row)} tokens and its image {config.num_image_tokens}, more than the "
+                f"model's context of {limit}: shorten the prompt to {limit - config.num_image_tokens} tokens."
+            )

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from open_unitok.errors import UserError
 
-from .decoder import context_length, read_prompts
+from .checks import check_prompts
+from .engine import check_weights, start
 from .sampling import Noise, Sampling, choose, guide
 
 
@@ -23,6 +24,7 @@ def draw_codes(
     seeds: Sequence[int],
     unconditional_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     prefix: Tensor | None = None,
+    weights: str | None = None,
 ) -> Tensor:
     """Codes (B, N, K) of one image per prompt, all drawn side by side.
 
@@ -33,18 +35,18 @@ def draw_codes(
         unconditional_ids: the prompt that guidance leads away from, one for all or one per prompt; needed
             where guidance is not 1.
         prefix: (B, n, K) or (1, n, K) codes with which the images begin, 0 <= n < N.
+        weights: None = as the model has them; "int8" = rounded to 8 bits, a scale a row, on a CPU.
 
     Raises:
         UserError: an empty or over-long prompt, a wrong seed, guidance without unconditional_ids, a prefix of
             another shape or range.
     """
     codes = torch.empty(0)
-    for codes in draw_steps(model, prompt_ids, sampling, seeds, unconditional_ids, prefix):  # noqa: B007
+    for codes in draw_steps(model, prompt_ids, sampling, seeds, unconditional_ids, prefix, weights):  # noqa: B007
         pass
     return codes
 
 
-@torch.no_grad()
 def draw_steps(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
@@ -52,10 +54,12 @@ def draw_steps(
     seeds: Sequence[int],
     unconditional_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     prefix: Tensor | None = None,
+    weights: str | None = None,
 ) -> Iterator[Tensor]:
     """Yield the codes so far (B, t, K) after each visual token t = n+1..N; else as `draw_codes`.
 
-    Every step yields a view of one tensor, which is filled further: copy it to keep it as it was.
+    Wrong arguments are refused by the call itself, not by the first step. Every step yields a view of one
+    tensor, which is filled further: copy it to keep it as it was.
     """
     config = model.config
     guided = sampling.guidance != 1
@@ -69,64 +73,52 @@ def draw_steps(
     codes = torch.zeros(images, count, books, dtype=torch.long, device=model.device)
     given = 0 if prefix is None else fill_prefix(model, codes, prefix)
     noise = None if sampling.greedy else Noise(seeds, books, config.codebook_size, model.device)
+    check_weights(model, weights)
     if not images:
-        yield codes
-        return
-    decoder = read_prompts(model, [*prompt_ids, *(free or [])], room=count - 1)
-    embedder_cache = model.visual_embedder.new_cache(count)
-    hidden, guidances = decoder.hidden, sampling.guidances(count)
-    for t in range(count):
+        return iter([codes])
+    return _draw(model, [*prompt_ids, *(free or [])], sampling, noise, codes, given, weights)
+
+
+@torch.no_grad()
+def _draw(
+    model: Any,
+    rows: list[Sequence[int]],
+    sampling: Sampling,
+    noise: Noise | None,
+    codes: Tensor,
+    given: int,
+    weights: str | None,
+) -> Iterator[Tensor]:
+    engine = start(model, rows, codes[:, :given], weights)
+    guidances = sampling.guidances(codes.shape[1])
+    for t in range(codes.shape[1]):
         gumbel = noise.draw() if noise else None  # of given places too: the rest is drawn as without a prefix
         if t < given:
             continue
-        if t:
-            new = codes[:, t - 1 : t] if t > given else codes[:, :t]
-            vectors = model.visual_embedder.step(new, embedder_cache).to(hidden.dtype)
-            hidden = decoder.step(vectors.repeat(2, 1, 1) if guided else vectors)
-        draw_visual_token(model.depth_head, hidden, sampling, guidances[t], gumbel, codes[:, t])
+        if t > given:
+            engine.advance(codes[:, t - 1])
+        draw_visual_token(engine, sampling, guidances[t], gumbel, codes[:, t])
         yield codes[:, : t + 1]
 
 
 def draw_visual_token(
-    head: Any, hidden: Tensor, sampling: Sampling, guidance: float, noise: Tensor | None, codes: Tensor
+    engine: Any, sampling: Sampling, guidance: float, noise: Tensor | None, codes: Tensor
 ) -> None:
-    """Choose the K codes of one visual token and write them into `codes` (B, K), one depth step per code.
+    """Choose the K codes of one visual token and write them into `codes` (B, K), one after the other.
 
     Args:
-        hidden: (R, D) decoder states that predict this visual token.
+        engine: see engine.py; it stands at this visual token.
         guidance: at this visual token.
         noise: (K, B, V), or None where greedy.
     """
-    guided = len(hidden) != len(codes)
-    cache = head.new_cache()
-    entry = hidden
+    guided = engine.copies == 2
+    chosen = None
     for k in range(codes.shape[1]):
-        logits = head.step(k, entry, cache).float()
+        logits = engine.logits(k, chosen).float()
         if guided:
             logits = guide(logits, guidance)
         chosen = choose(logits, sampling, None if noise is None else noise[k])
         codes[:, k] = chosen
-        entry = chosen.repeat(2) if guided else chosen
-
-
-def check_prompts(
-    prompt_ids: Sequence[Sequence[int]], seeds: Sequence[int], config: Any, name: str = "Prompt"
-) -> None:
-    """
-    Raises:
-        UserError: not one seed per prompt, an empty prompt, or one that leaves no room for the image.
-    """
-    if len(seeds) != len(prompt_ids):
-        raise UserError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts: give one seed per prompt.")
-    limit = context_length(config)
-    for i, row in enumerate(prompt_ids):
-        if not len(row):
-            raise UserError(f"{name} {i} is empty: write what to draw.")
-        if limit is not None and len(row) + config.num_image_tokens > limit:
-            raise UserError(
-                f"{name} {i} has {len(row)} tokens and its image {config.num_image_tokens}, more than the "
-                f"model's context of {limit}: shorten the prompt to {limit - config.num_image_tokens} tokens."
-            )
 
 
 def unconditional_rows(

@@ -10,6 +10,8 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.model import check_folder
 from open_unitok.tokenizer import UniTok
 
+from .native import library
+
 
 def find_model(folder: str | Path) -> Path:
     """The folder of an MLLM: the one given, or the download of a hub id.
@@ -96,11 +98,35 @@ def check_device(device: str | torch.device) -> torch.device:
     return found
 
 
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
 def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
     """The dtype meant; UserError if there is none of this name."""
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
     return found
+
+
+def check_weights(dtype: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """The dtype to load in, and "int8" where drawing shall round the weights to 8 bits.
+
+    Raises:
+        UserError: there is no dtype of this name, or int8 is not to be had here.
+    """
+    if dtype not in ("int8", torch.int8):
+        try:
+            return check_dtype(dtype, device), None
+        except UserError as error:
+            raise UserError(
+                f"{str(error)[:-1]}; on a CPU also int8, which draws with 8-bit weights."
+            ) from error
+    if device.type != "cpu" or library() is None:
+        raise UserError(
+            "dtype is int8, which needs device = cpu and, at the first drawing, a C++ compiler (g++ or "
+            "clang++): take bfloat16."
+        )
+    return torch.float32, "int8"

@@ -18,7 +18,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest there is)"
     )
     parser.add_argument(
-        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on cuda, else float32)"
+        "--dtype",
+        help="float32, bfloat16, float16 or, on a CPU, int8 (default: bfloat16 on cuda, else float32)",
     )
 
 

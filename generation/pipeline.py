@@ -16,7 +16,7 @@ from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 from .answering import answer_ids, answer_steps
 from .checks import check_history, check_texts, check_whole, spread_seeds
 from .drawing import draw_codes, draw_steps
-from .folders import check_belongs, check_device, check_dtype, find_model
+from .folders import check_belongs, check_device, check_weights, find_model
 from .sampling import Sampling
 
 History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers
@@ -27,10 +27,18 @@ class Pipeline:
 
     Attributes:
         model: `UniTokForConditionalGeneration`; processor: `UniTokProcessor`; unitok: `UniTok`.
+        weights: "int8" where drawing rounds the model's weights to 8 bits, else None.
     """
 
-    def __init__(self, model: UniTokForConditionalGeneration, processor: UniTokProcessor, unitok: UniTok):
+    def __init__(
+        self,
+        model: UniTokForConditionalGeneration,
+        processor: UniTokProcessor,
+        unitok: UniTok,
+        weights: str | None = None,
+    ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
+        self.weights = weights
 
     @classmethod
     def from_pretrained(
@@ -41,19 +49,20 @@ class Pipeline:
         Args:
             device: "cpu", "cuda", "cuda:1", "mps".
             dtype: of the decoder and the visual tokenizer; None = bfloat16 on cuda, float32 elsewhere.
+                "int8", on a CPU with a C++ compiler: float32, but pictures are drawn with 8-bit weights.
 
         Raises:
             UserError: nothing is there, it is of another kind, its parts do not belong together, or there is
                 no such device or dtype; the message says which.
         """
         device = check_device(device)
-        dtype = check_dtype(dtype, device)
+        dtype, weights = check_weights(dtype, device)
         folder = find_model(folder)
         unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = UniTokProcessor.from_pretrained(folder)
         check_belongs(model, unitok, processor, folder)  # before rounding, which changes the fingerprint
-        return cls(model.to(device), processor, unitok.to(device=device, dtype=dtype))
+        return cls(model.to(device), processor, unitok.to(device=device, dtype=dtype), weights)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +117,9 @@ class Pipeline:
         for i in range(0, len(ids), batch_size):
             part = slice(i, i + batch_size)
             begun = prefix if prefix is None or len(prefix) != len(ids) else prefix[part]
-            parts.append(draw_codes(self.model, ids[part], sampling, seeds[part], free[part], begun))
+            parts.append(
+                draw_codes(self.model, ids[part], sampling, seeds[part], free[part], begun, self.weights)
+            )
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.cat(parts) if parts else torch.empty(shape, dtype=torch.long, device=self.device)
 
@@ -159,12 +170,15 @@ class Pipeline:
         """
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
         registers, columns = self.unitok.config.num_register_tokens, self._columns()
-        if not ids:
-            return
-        for codes in draw_steps(self.model, ids, sampling or Sampling(), seeds, free, prefix):
-            drawn = codes.shape[1] - registers
-            if drawn > 0 and drawn % columns == 0:
-                yield self.preview(codes, self.model.config.num_image_tokens, drawn // columns)
+        steps = draw_steps(self.model, ids, sampling or Sampling(), seeds, free, prefix, self.weights)
+
+        def previews() -> Iterator[list[Image.Image]]:
+            for codes in steps if ids else ():
+                drawn = codes.shape[1] - registers
+                if drawn > 0 and drawn % columns == 0:
+                    yield self.preview(codes, self.model.config.num_image_tokens, drawn // columns)
+
+        return previews()  # so that mistakes are refused by the call itself, not by the first step
 
     def _columns(self) -> int:
         """Visual tokens in a row of a drawn picture."""
@@ -256,11 +270,15 @@ class Pipeline:
             UserError: as `answer`, or a number out of range.
         """
         prompts, codes = self._asking(images, questions, histories)
-        written: list[list[int]] = [[] for _ in prompts]
-        shown = [""] * len(prompts)
         steps = answer_steps(
             self.model, prompts, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p
         )
+        return self._pieces(steps, len(prompts))
+
+    def _pieces(self, steps: Iterator[list[int | None]], count: int) -> Iterator[list[str]]:
+        """New ids of `count` answers, step by step -> new pieces of their texts."""
+        written: list[list[int]] = [[] for _ in range(count)]
+        shown = [""] * count
         for new in steps:
             for row, token in zip(written, new):
                 row += [] if token is None else [token]

@@ -64,6 +64,12 @@ def tiny_model(**changes) -> UniTokForConditionalGeneration:
     return model
 
 
+@pytest.fixture(scope="session")
+def make_model():
+    """make_model(**changes of the config) -> a tiny model."""
+    return tiny_model
+
+
 @pytest.fixture(scope="session", params=["full", "last"])
 def model(request):
     return tiny_model(visual_context=request.param)

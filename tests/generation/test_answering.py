@@ -49,6 +49,25 @@ def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     assert answer_ids(full_model, prompts, codes, max_new_tokens=8) == expected
 
 
+def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
+    """Two images with two and three questions, one question without: the same as alone, and less read."""
+    (_, image), mark = (asked[1][0], asked[1][3]), full_model.config.image_token_id
+    start = [1, 5, *[mark] * 9, 6]
+    prompts = [[*start, 7, 8], [*start, 9], [1, 20, 21], [*start, 7, 10, 11], [*start, 12], [*start, 7, 13]]
+    codes = [asked[1][0], image, asked[1][1], image, asked[1][0], image]
+    read = []
+    embed = full_model.embed_inputs
+    monkeypatch.setattr(full_model, "embed_inputs", lambda ids, c: read.append(ids.numel()) or embed(ids, c))
+    for options in ({}, {"num_beams": 2}):
+        read.clear()
+        shared = answer_ids(full_model, prompts, codes, max_new_tokens=8, **options)
+        assert read == [3 * 12]  # three beginnings, at most 12 ids each
+        single = [answer_ids(full_model, [p], [c], 8, **options)[0] for p, c in zip(prompts, codes)]
+        assert shared == single
+        assert shared == answer_ids(full_model, prompts, codes, 8, share_prefix=False, **options)
+    assert len({tuple(answer) for answer in shared}) > 3
+
+
 def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch):
     prompts, codes = asked
     end = answer_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]

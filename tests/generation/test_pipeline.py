@@ -125,11 +125,14 @@ def test_reconstruction_is_encode_and_decode(pipe, pictures):
         (lambda p: p.generate(["a"], num_images=0), "num_images is 0"),
         (lambda p: p.generate(["a"], negative=["b", "c"]), "2 negative prompts for 1 prompts"),
         (lambda p: p.generate(["a"], negative=" "), "Negative prompt 0"),
+        (lambda p: p.stream([" "]), "Prompt 0 is ' '"),
+        (lambda p: p.stream(["a"], prefix=torch.zeros(1, 9, 3, dtype=torch.long)), "prefix has shape"),
+        (lambda p: p.answer_stream([None], ["word " * 60]), "context"),
         (lambda p: p.chat(" "), "Question 0"),
         (lambda p: p.chat("a?", history=[("b",)]), "Entry 0 of a history"),
         (lambda p: p.chat("a?", history="b"), "Entry 0 of a history"),
         (lambda p: p.answer([None], ["a?"], histories=[]), "0 histories for 1 questions"),
-        (lambda p: list(p.chat_stream("a?", None, [], 4, temperature=0)), "temperature is 0"),
+        (lambda p: p.chat_stream("a?", None, [], 4, temperature=0), "temperature is 0"),
         (lambda p: p.answer([None], ["a?", "b?"]), "1 images for 2 questions"),
         (lambda p: p.answer([None], [""]), "Question 0 is ''"),
         (lambda p: p.answer([None], ["word " * 60]), "context"),
@@ -175,7 +178,7 @@ def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
     [
         ("tpu9", None, "device is 'tpu9'"),
         ("cuda:77", None, "does not have"),
-        ("cpu", "int4", "dtype is 'int4'"),
+        ("cpu", "int4", "dtype is 'int4'.*int8"),
     ],
 )
 def test_wrong_devices_and_dtypes_are_refused(folder, device, dtype, words):

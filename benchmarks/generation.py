@@ -1,0 +1,335 @@
+"""Speed of drawing and answering, each as a ratio to a plain loop measured in the same run.
+
+    python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 3 minutes on two cores
+    python benchmarks/generation.py --gpu                                # the 7B shape on a CUDA device
+
+Every part runs in a process of its own, alone, and reports its peak memory. Model: hidden 512, intermediate
+1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096 codes, depth head of 3 layers, 256 positions, guidance 5,
+random weights, 2 threads.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROMPT, FREE = list(range(10, 30)), [1, 5, 6, 3]
+GUIDANCE = 5.0
+# part -> (images, weights, positions drawn); a baseline's time hardly depends on the position
+DRAWING = {
+    "baseline_1": (1, "baseline", 40),
+    "fp32_1": (1, "fp32", 256),
+    "bf16_1": (1, "bf16", 256),
+    "int8_1": (1, "int8", 256),
+    "eager_1": (1, "eager", 40),  # without a compiler
+    "baseline_8": (8, "baseline", 12),
+    "fp32_8": (8, "fp32", 64),
+    "bf16_8": (8, "bf16", 64),
+    "int8_8": (8, "int8", 64),
+}
+BARS = {"fp32_1": 3, "bf16_1": 5, "int8_1": 8, "fp32_8": 2, "bf16_8": 5}
+PARTS = ("machine", *DRAWING, "answers", "prefix")
+
+
+def main() -> None:
+    """Run the parts one after the other and print their ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", help="a JSON file for the numbers; those of other parts in it stay")
+    parser.add_argument("--gpu", action="store_true", help="the 7B shape on a CUDA device")
+    args = parser.parse_args()
+    if args.part or args.gpu:
+        import torch
+
+        torch.set_num_threads(args.threads)
+        print(json.dumps(gpu() if args.gpu else run(args.part)))
+        return
+    found = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {}
+    for part in args.parts:
+        command = [sys.executable, __file__, "--part", part, "--threads", str(args.threads)]
+        print(f"{part} (load {os.getloadavg()[0]:.1f}) ...", file=sys.stderr, flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{part} failed:\n{done.stderr}")
+        found[part] = json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 1)}
+        if args.out:
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+    print(report(found))
+
+
+def run(part: str) -> dict:
+    """The numbers of one part."""
+    if part == "machine":
+        return machine()
+    if part in DRAWING:
+        return drawing(*DRAWING[part])
+    return answers() if part == "answers" else prefix()
+
+
+def benchmark_model(**changes):
+    """The model of the benchmark with fixed random weights."""
+    import torch
+
+    from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
+
+    text = {
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "vocab_size": 32000, "max_position_embeddings": 1024,
+        "bos_token_id": 1, "eos_token_id": None,
+    }  # fmt: skip
+    torch.manual_seed(1)
+    return UniTokForConditionalGeneration(UniTokMLLMConfig(text_config={**text, **changes})).eval()
+
+
+def machine() -> dict:
+    """Read bandwidth in GB/s, from memory and from the last cache, and fp32 GFLOP/s of a product."""
+    import torch
+
+    numbers = torch.ones(96 * 2**20)
+    x, w = torch.randn(256, 1024), torch.randn(3072, 1024)
+
+    def best(work, times):
+        seconds = []
+        for _ in range(times):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return {
+        "memory_gb_s": 4 * numbers.numel() / best(numbers.sum, 8) / 1e9,
+        "cache_gb_s": 2**24 / best(numbers[: 2**22].sum, 60) / 1e9,
+        "fp32_gflop_s": 2 * 256 * 1024 * 3072 / best(lambda: torch.nn.functional.linear(x, w), 30) / 1e9,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def drawing(images: int, weights: str, positions: int) -> dict:
+    """Milliseconds per position of greedy drawing with guidance, the codes, peak memory in MB."""
+    import torch
+
+    if weights == "eager":
+        os.environ["UNITOK_NATIVE"] = "0"
+    from open_unitok.generation import Sampling, draw_steps
+
+    model = benchmark_model()
+    if weights == "bf16":
+        model = model.to(torch.bfloat16)
+    sampling = Sampling(guidance=GUIDANCE, greedy=True)
+    prompts = [[*PROMPT, i, 3] for i in range(images)]
+    if weights == "baseline":
+        steps = plain_loop(model, prompts, images)
+    else:
+        rounding = "int8" if weights == "int8" else None
+        steps = draw_steps(model, prompts, sampling, [0] * images, FREE, weights=rounding)
+    times, codes = [], None
+    for _ in range(positions):
+        start = time.perf_counter()
+        codes = next(steps)
+        times.append(1000 * (time.perf_counter() - start))
+    assert codes is not None
+    quarter = max(1, (positions - 1) // 4)
+    first, last = statistics.median(times[1 : 1 + quarter]), statistics.median(times[-quarter:])
+    return {
+        "ms": statistics.median(times[1:]), "best_ms": min(times[1:]), "last_over_first": last / first,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "codes": codes[:, :40].tolist(),
+        "weights": dict(zip(("decoder", "embedder", "depth"), weights_read(model))),
+    }  # fmt: skip
+
+
+def weights_read(model) -> tuple[int, int, int]:
+    """Weights that a position of one image reads from decoder, visual embedder and (K times) depth head."""
+    from torch import nn
+
+    parts = (model.language_model.layers, model.visual_embedder, model.depth_head)
+    sizes = [sum(m.weight.numel() for m in p.modules() if isinstance(m, nn.Linear)) for p in parts]
+    return sizes[0], sizes[1], sizes[2] * model.config.num_codebooks
+
+
+def plain_loop(model, prompts, images):
+    """The published way: transformers' growing cache, the depth head again on its whole prefix for each code,
+    its output layer on all of them, a multinomial draw (here of a one-hot, to compare codes)."""
+    import torch
+    from transformers import DynamicCache
+
+    rows = [*prompts, *[[0] * (len(prompts[0]) - len(FREE)) + FREE] * images]
+    ids = torch.tensor(rows, device=model.device)
+    mask = torch.ones_like(ids)
+    mask[images:, : -len(FREE)] = 0
+    cache, seen = DynamicCache(config=model.config.text_config), model.visual_embedder.new_cache(256)
+    embeds, codes = model.get_input_embeddings()(ids), []
+    head = model.depth_head
+    while True:
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
+            hidden = model.language_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state[:, -1]
+            token = torch.zeros(images, 0, dtype=torch.long, device=model.device)
+            for k in range(model.config.num_codebooks):
+                given = head.embeddings(token + torch.arange(k, device=token.device) * head.codebook_size)
+                state = torch.cat([hidden.unsqueeze(1), given.repeat(2, 1, 1)], dim=1)
+                places = torch.arange(k + 1, device=token.device)[None]
+                for layer in head.layers:
+                    state = layer(state, position_embeddings=head.rotary(state, places))
+                wanted, other = head.output(head.norm(state))[:, -1].float().chunk(2)
+                guided = other + GUIDANCE * (wanted - other)
+                shares = torch.nn.functional.one_hot(guided.argmax(-1), guided.shape[-1]).float().softmax(-1)
+                shares = torch.where(guided == guided.amax(-1, keepdim=True), shares, 0.0)
+                token = torch.cat([token, torch.multinomial(shares, 1)], dim=1)
+            codes.append(token)
+        yield torch.stack(codes, dim=1)
+        with torch.no_grad():
+            embeds = model.visual_embedder.step(token.unsqueeze(1), seen).to(embeds.dtype).repeat(2, 1, 1)
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def asked(count: int, images: int):
+    """Questions of 8 to 64 ids behind 256 visual tokens, and the codes of their images."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
+    ids = [torch.randint(10, 32000, (n,), generator=generator).tolist() for n in lengths]
+    codes = torch.randint(4096, (images, 256, 8), generator=generator)
+    prompts = [[1, 7, 8, 9, *[-200] * 256, 13, *row] for row in ids]
+    return prompts, [codes[i % images][None] for i in range(count)]
+
+
+def seconds(work, times: int = 3) -> float:
+    """The best of some runs."""
+    found = []
+    for _ in range(times):
+        start = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - start)
+    return min(found)
+
+
+def answers() -> dict:
+    """Seconds for 32 questions about 32 images, 16 new ids each: in batches and one by one."""
+    from open_unitok.generation import answer_ids
+
+    model = benchmark_model()
+    prompts, codes = asked(32, 32)
+    together = seconds(lambda: answer_ids(model, prompts, codes, 16), 2)
+    few = range(0, 32, 4)
+    alone = 4 * seconds(lambda: [answer_ids(model, [prompts[i]], [codes[i]], 16) for i in few], 2)
+    return {"together_s": together, "one_by_one_s": alone}
+
+
+def prefix() -> dict:
+    """Seconds for four questions about one image, 4 new ids each: with its prefix read once, and without."""
+    from open_unitok.generation import answer_ids
+
+    model = benchmark_model()
+    prompts, codes = asked(4, 1)
+    return {
+        "shared_s": seconds(lambda: answer_ids(model, prompts, codes, 4)),
+        "batch_s": seconds(lambda: answer_ids(model, prompts, codes, 4, share_prefix=False)),
+        "one_by_one_s": seconds(
+            lambda: [answer_ids(model, [p], [c], 4, share_prefix=False) for p, c in zip(prompts, codes)]
+        ),
+    }
+
+
+def report(found: dict) -> str:
+    """A table of what was measured."""
+    lines, here = [], found.get("machine", {})
+    if here:
+        lines.append(
+            f"machine: {here['memory_gb_s']:.0f} GB/s from memory, {here['cache_gb_s']:.0f} from cache, "
+            f"{here['fp32_gflop_s']:.0f} fp32 GFLOP/s, {here['cpu']}"
+        )
+        limit = 70 * 188 / here["fp32_gflop_s"]
+        if "baseline_1" in found:
+            lines.append(f"baseline {found['baseline_1']['ms']:.1f} ms; it may take {limit:.1f} ms here")
+    lines.append("part               ms  ratio  bar   floor  over last/first     MB same codes")
+    for part, (images, weights, _) in DRAWING.items():
+        if part not in found:
+            continue
+        now, base = found[part], found.get(f"baseline_{images}")
+        size = {"bf16": 2, "int8": 1}.get(weights, 4)
+        floor = sum(now["weights"].values()) * size / here["memory_gb_s"] / 1e6 if here else float("nan")
+        ratio = base["ms"] / now["ms"] if base else float("nan")
+        count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
+        same = base and all(a[:count] == b[:count] for a, b in zip(now["codes"], base["codes"]))
+        lines.append(
+            f"{part:12} {now['ms']:8.2f} {ratio:6.2f} {BARS.get(part, ''):>4} {floor:7.2f} "
+            f"{now['ms'] / floor:5.2f} {now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
+        )
+    for part, bar in (("answers", 3), ("prefix", 2)):
+        if part in found:
+            now = {k: v for k, v in found[part].items() if k.endswith("_s")}
+            first = next(iter(now.values()))
+            ratios = ", ".join(
+                f"{name[:-2]} {value:.2f} s = {value / first:.2f}x" for name, value in now.items()
+            )
+            lines.append(f"{part} (bar {bar}): {ratios}")
+    return "\n".join(lines)
+
+
+def gpu() -> dict:
+    """Seconds per image of the 7B shape in bfloat16, against the plain loop and the bandwidth floor."""
+    import torch
+
+    from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
+    from open_unitok.generation import Sampling, draw_steps
+
+    assert torch.cuda.is_available(), "--gpu needs a CUDA device"
+    with torch.device("cuda"):
+        torch.set_default_dtype(torch.bfloat16)
+        model = UniTokForConditionalGeneration(UniTokMLLMConfig.named("unitok_mllm_7b")).eval()
+        torch.set_default_dtype(torch.float32)
+    numbers = torch.ones(2**31, dtype=torch.uint8, device="cuda")
+
+    def timed(work) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    bandwidth = (
+        numbers.numel() / min(timed(lambda: numbers.view(torch.float32).sum()) for _ in range(5)) / 1e9
+    )
+    found: dict = {"device": torch.cuda.get_device_name(), "memory_gb_s": bandwidth}
+    floor = 2 * sum(weights_read(model)) * 256 / bandwidth / 1e9
+    sampling = Sampling(guidance=GUIDANCE)
+    for images in (1, 4, 16, 64):
+        prompts = [[*PROMPT, i, 3] for i in range(images)]
+
+        def ours(prompts=prompts):
+            for _ in draw_steps(model, prompts, sampling, list(range(len(prompts))), FREE):
+                pass
+
+        def plain(prompts=prompts, images=images):
+            for _, _ in zip(range(32), plain_loop(model, prompts, images)):
+                pass
+
+        timed(ours)
+        spent, base = timed(ours), 8 * timed(plain)
+        found[f"batch_{images}"] = {
+            "s_per_image": spent / images, "over_floor": spent / floor, "ratio_to_baseline": base / spent,
+        }  # fmt: skip
+    name = found["device"].replace(" ", "-").lower()
+    path = Path(__file__).parent / "results" / f"generation-{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+if __name__ == "__main__":
+    main()

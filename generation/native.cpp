@@ -1,0 +1,397 @@
+// The steps of drawing on a CPU, each one call: (embedder + decoder) of a position, and the depth head of a code.
+//
+// With a row or two a step is as fast as its weights can be read, so everything else stays out of the way: no
+// operator calls, one team of threads for the whole call, weights where the model has them. R rows, B images,
+// n inputs of a dot product. A row's numbers are summed in one order whatever the batch, so that an image does
+// not depend on its neighbours. native.py builds this file and mirrors its structs.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+typedef int8_t vb __attribute__((vector_size(LANES)));
+
+extern "C" {
+struct Matrix {  // outputs x inputs, row by row; kind 0 = float32, 1 = bfloat16, 2 = int8 with a scale per row
+    const void* weight;
+    const float *scale, *bias;  // or null
+    int64_t outputs, inputs, kind;
+};
+struct Norm {
+    const float *weight, *bias;
+    double eps;
+};
+struct Layer {
+    Norm norm1, norm2;
+    Matrix query, key, value, out, gate, up, down;
+    float *keys, *values;  // (rows, kv_heads, room, head)
+};
+struct Stack {
+    const Layer* layers;
+    Norm norm;
+    const float *cos, *sin;  // (positions, head)
+    int64_t depth, width, heads, kv_heads, head, room;
+};
+struct Embedder {
+    const float* codebooks;  // (K, V, C), rows of length 1
+    Norm attention_norm, linear_norm, mlp_norm, gate_norm, projector_norm;
+    Matrix query, key, value, out, linear, gate, up, down, first, second;
+    float *keys, *values;  // (images, heads, room, head)
+    int64_t books, entries, code, heads, head, room, context;  // context 0: a token sees itself alone
+};
+}
+
+namespace {
+
+inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+#if defined(__AVX512F__)
+inline vf load(const uint16_t* p) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16); }
+inline vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
+#elif defined(__AVX2__)  // compilers take several steps for these two
+inline vf load(const uint16_t* p) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16); }
+inline vf load(const int8_t* p) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
+#else
+inline vf load(const uint16_t* p) {
+    vh h; std::memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+inline vf load(const int8_t* p) {
+    vb b; std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+}
+#endif
+inline float value(const float* p) { return *p; }
+inline float value(const uint16_t* p) { uint32_t u = uint32_t(*p) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline float value(const int8_t* p) { return *p; }
+inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+
+// exp of lanes to 2 ulp: 2^k by the exponent bits, the rest by a polynomial on [-ln2/2, ln2/2]
+inline vf exp_lanes(vf x) {
+    vf low = vf{} - 87.0f, high = vf{} + 88.0f;
+    x = x < low ? low : x; x = x > high ? high : x;
+    vf t = x * 1.44269504f + 12582912.0f, k = t - 12582912.0f;
+    vf r = x - k * 0.693359375f + k * 2.12194440e-4f;
+    vf p = r * (r * (r * (r * (r * 1.9875691e-4f + 1.3981999e-3f) + 8.3334519e-3f) + 4.1665795e-2f) + 1.6666665e-1f) + 0.5f;
+    p = p * r * r + r + 1.0f;
+    vi bits = (__builtin_convertvector(k, vi) + 127) << 23;
+    return p * (vf)bits;
+}
+inline float exp_one(float x) { return exp_lanes(vf{} + x)[0]; }
+inline float silu(float x) { return x / (1 + exp_one(-x)); }
+inline float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x))); }
+inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
+
+// The threads of one call; `meet` lets nobody on before all are there.
+struct Team {
+    int size;
+    std::atomic<int> arrived{0}, round{0};
+    explicit Team(int n) : size(n) {}
+    void meet() {
+        if (size == 1) return;
+        int now = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
+            if (spins > 4000) std::this_thread::yield();
+    }
+    template <class F> void run(F work) {
+        std::vector<std::thread> others;
+        for (int i = 1; i < size; i++) others.emplace_back([=] { work(i); });
+        work(0);
+        for (auto& thread : others) thread.join();
+    }
+};
+
+// O rows of weights times R rows of x
+template <int O, int R, class T> inline void tile(const T* const* w, const float* x, int64_t stride, int64_t n, float* y) {
+    vf acc[O][R] = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf in[R];
+        for (int r = 0; r < R; r++) in[r] = load(x + r * stride + i);
+        for (int o = 0; o < O; o++) {
+            vf weight = load(w[o] + i);
+            for (int r = 0; r < R; r++) acc[o][r] += weight * in[r];
+        }
+    }
+    for (int o = 0; o < O; o++)
+        for (int r = 0; r < R; r++) {
+            float total = sum(acc[o][r]);
+            for (int64_t j = i; j < n; j++) total += value(w[o] + j) * x[r * stride + j];
+            y[o * R + r] = total;
+        }
+}
+
+template <class T, class Store> void rows_of_four(const T* const* w, const float* x, int64_t rows, int64_t n, Store store) {
+    float y[8];
+    int64_t r = 0;
+    for (; r + 2 <= rows; r += 2) {
+        tile<4, 2>(w, x + r * n, n, n, y);
+        for (int o = 0; o < 4; o++) { store(r, o, y[2 * o]); store(r + 1, o, y[2 * o + 1]); }
+    }
+    if (r < rows) {
+        tile<4, 1>(w, x + r * n, n, n, y);
+        for (int o = 0; o < 4; o++) store(r, o, y[o]);
+    }
+}
+
+template <class T, class Store> void four(const T* const* w, const float* x, int64_t rows, int64_t n, float* spare, Store store) {
+    if (sizeof(T) == 4 || rows <= 4) return rows_of_four(w, x, rows, n, store);
+    const float* plain[4];  // many rows: unpack the weights once
+    for (int o = 0; o < 4; o++) {
+        float* to = spare + o * n;
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) { vf v = load(w[o] + i); std::memcpy(to + i, &v, sizeof v); }
+        for (; i < n; i++) to[i] = value(w[o] + i);
+        plain[o] = to;
+    }
+    rows_of_four(plain, x, rows, n, store);
+}
+
+template <class T> const T* row(const Matrix& m, int64_t o) { return (const T*)m.weight + std::min(o, m.outputs - 1) * m.inputs; }
+inline float finish(const Matrix& m, int64_t o, float y) {
+    return (m.scale ? y * m.scale[o] : y) + (m.bias ? m.bias[o] : 0);
+}
+
+struct Share { int64_t begin, end; };
+inline Share share(int64_t count, int64_t step, int me, int size) {  // whole steps
+    int64_t steps = (count + step - 1) / step;
+    return {std::min(count, steps * me / size * step), std::min(count, steps * (me + 1) / size * step)};
+}
+
+// my share of x (rows, inputs) -> store(row, output, value)
+template <class Store> void multiply(const Matrix& m, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
+    auto run = [&](auto type) {
+        using T = decltype(type);
+        spare.resize(std::max<size_t>(spare.size(), 4 * m.inputs));
+        Share mine = share(m.outputs, 4, me, size);
+        for (int64_t o = mine.begin; o < mine.end; o += 4) {
+            const T* w[4] = {row<T>(m, o), row<T>(m, o + 1), row<T>(m, o + 2), row<T>(m, o + 3)};
+            four(w, x, rows, m.inputs, spare.data(), [&](int64_t r, int i, float y) {
+                if (o + i < m.outputs) store(r, o + i, finish(m, o + i, y));
+            });
+        }
+    };
+    if (m.kind == 0) run(float()); else if (m.kind == 1) run(uint16_t()); else run(int8_t());
+}
+
+// my share of act(gate x) * up x -> h (rows, outputs)
+template <class Act> void gated(const Matrix& gate, const Matrix& up, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, float* h, Act act) {
+    auto run = [&](auto type) {
+        using T = decltype(type);
+        spare.resize(std::max<size_t>(spare.size(), 4 * gate.inputs));
+        Share mine = share(gate.outputs, 2, me, size);
+        for (int64_t o = mine.begin; o < mine.end; o += 2) {
+            const T* w[4] = {row<T>(gate, o), row<T>(gate, o + 1), row<T>(up, o), row<T>(up, o + 1)};
+            four(w, x, rows, gate.inputs, spare.data(), [&](int64_t r, int i, float y) {
+                int64_t at = o + i % 2;
+                if (at >= gate.outputs) return;
+                float* to = h + r * gate.outputs + at;
+                if (i < 2) *to = act(finish(gate, at, y)); else *to *= finish(up, at, y);
+            });
+        }
+    };
+    if (gate.kind == 0) run(float()); else if (gate.kind == 1) run(uint16_t()); else run(int8_t());
+}
+
+void rms(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        vf squares = {};
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) { vf v = load(x + i); squares += v * v; }
+        float total = sum(squares);
+        for (; i < n; i++) total += x[i] * x[i];
+        float scale = 1 / std::sqrt(total / n + (float)norm.eps);
+        for (i = 0; i < n; i++) y[i] = x[i] * scale * norm.weight[i];
+    }
+}
+
+void centred(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
+    for (int64_t r = 0; r < rows; r++, x += n, y += n) {
+        double mean = 0, var = 0;
+        for (int64_t i = 0; i < n; i++) mean += x[i];
+        mean /= n;
+        for (int64_t i = 0; i < n; i++) var += (x[i] - mean) * (x[i] - mean);
+        float scale = 1 / std::sqrt(var / n + norm.eps);
+        for (int64_t i = 0; i < n; i++) y[i] = (x[i] - (float)mean) * scale * norm.weight[i] + norm.bias[i];
+    }
+}
+
+// one query (head) over keys and values `from`..`to` inclusive -> y (head)
+void attend(const float* q, const float* keys, const float* values, int64_t from, int64_t to, int64_t head, std::vector<float>& p, float* y) {
+    int64_t count = to - from + 1;
+    p.resize(std::max<size_t>(p.size(), count + LANES));
+    float top = -INFINITY, scale = 1 / std::sqrt((float)head);
+    for (int64_t s = 0; s < count; s++) {
+        const float* k[1] = {keys + (from + s) * head};
+        tile<1, 1>(k, q, head, head, &p[s]);
+        top = std::max(top, p[s] *= scale);
+    }
+    for (int64_t s = count; s < count + LANES; s++) p[s] = -INFINITY;
+    vf total = {};
+    for (int64_t s = 0; s < count; s += LANES) {
+        vf e = exp_lanes(load(&p[s]) - top);
+        for (int i = 0; i < LANES; i++) if (s + i >= count) e[i] = 0;
+        total += e;
+        std::memcpy(&p[s], &e, sizeof e);
+    }
+    float norm = 1 / sum(total);
+    for (int64_t i = 0; i < head; i++) y[i] = 0;
+    for (int64_t s = 0; s < count; s++) {
+        const float* v = values + (from + s) * head;
+        float weight = p[s] * norm;
+        for (int64_t i = 0; i < head; i++) y[i] += weight * v[i];
+    }
+}
+
+inline void rotate(float* x, const float* cos, const float* sin, int64_t head) {
+    int64_t half = head / 2;
+    for (int64_t i = 0; i < half; i++) {
+        float a = x[i], b = x[i + half];
+        x[i] = a * cos[i] - b * sin[i];
+        x[i + half] = b * cos[i + half] + a * sin[i + half];
+    }
+}
+
+struct Scratch { std::vector<float> x, spare, p; };  // of one thread
+
+struct Work {  // shared by the threads of a call
+    std::vector<float> q, k, v, mixed, h;
+    Work(int64_t rows, int64_t q, int64_t kv, int64_t h) : q(rows * q), k(rows * kv), v(rows * kv), mixed(rows * q), h(rows * h) {}
+};
+
+// x (rows, width) through all layers at cache place `slot`; row r's own places begin at starts[r]
+void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64_t* starts, Work& w, Team& team, int me, Scratch& own) {
+    int64_t qw = s.heads * s.head, kw = s.kv_heads * s.head, group = s.heads / s.kv_heads;
+    own.x.resize(rows * s.width);
+    for (int64_t l = 0; l < s.depth; l++) {
+        const Layer& layer = s.layers[l];
+        rms(layer.norm1, x, rows, s.width, own.x.data());
+        multiply(layer.query, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.q[r * qw + o] = y; });
+        multiply(layer.key, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.k[r * kw + o] = y; });
+        multiply(layer.value, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.v[r * kw + o] = y; });
+        team.meet();
+        Share mine = share(rows * s.kv_heads, 1, me, team.size);
+        for (int64_t i = mine.begin; i < mine.end; i++) {
+            int64_t r = i / s.kv_heads, h = i % s.kv_heads, start = starts ? starts[r] : 0;
+            const float *cos = s.cos + (slot - start) * s.head, *sin = s.sin + (slot - start) * s.head;
+            float *keys = layer.keys + i * s.room * s.head, *values = layer.values + i * s.room * s.head;
+            float* k = &w.k[r * kw + h * s.head];
+            rotate(k, cos, sin, s.head);
+            std::memcpy(keys + slot * s.head, k, s.head * 4);
+            std::memcpy(values + slot * s.head, &w.v[r * kw + h * s.head], s.head * 4);
+            for (int64_t g = h * group; g < (h + 1) * group; g++) {
+                float* q = &w.q[r * qw + g * s.head];
+                rotate(q, cos, sin, s.head);
+                attend(q, keys, values, start, slot, s.head, own.p, &w.mixed[r * qw + g * s.head]);
+            }
+        }
+        team.meet();
+        auto add = [&](int64_t r, int64_t o, float y) { x[r * s.width + o] += y; };
+        multiply(layer.out, w.mixed.data(), rows, me, team.size, own.spare, add);
+        team.meet();
+        rms(layer.norm2, x, rows, s.width, own.x.data());
+        gated(layer.gate, layer.up, own.x.data(), rows, me, team.size, own.spare, w.h.data(), silu);
+        team.meet();
+        multiply(layer.down, w.h.data(), rows, me, team.size, own.spare, add);
+        team.meet();
+    }
+}
+
+// codes (images, K) at place `slot` -> x: one vector per image, written `copies` times
+void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64_t copies, int64_t slot, float* x, std::vector<float>& state, Work& w, Team& team, int me, Scratch& own) {
+    int64_t latent = e.books * e.code, wide = e.heads * e.head, out = e.second.outputs;
+    std::vector<float> latents(images * latent);
+    for (int64_t b = 0; b < images; b++)
+        for (int64_t k = 0; k < e.books; k++)
+            std::memcpy(&latents[b * latent + k * e.code], e.codebooks + (k * e.entries + codes[b * e.books + k]) * e.code, e.code * 4);
+    own.x.resize(images * std::max(latent, wide));
+    centred(e.attention_norm, latents.data(), images, latent, own.x.data());
+    auto into = [&](std::vector<float>& to, int64_t width) { return [&to, width](int64_t r, int64_t o, float y) { to[r * width + o] = y; }; };
+    auto add = [&](int64_t r, int64_t o, float y) { state[r * wide + o] += y; };
+    multiply(e.query, own.x.data(), images, me, team.size, own.spare, into(w.q, wide));
+    multiply(e.key, own.x.data(), images, me, team.size, own.spare, into(w.k, wide));
+    multiply(e.value, own.x.data(), images, me, team.size, own.spare, into(w.v, wide));
+    centred(e.linear_norm, latents.data(), images, latent, own.x.data());
+    multiply(e.linear, own.x.data(), images, me, team.size, own.spare, into(state, wide));
+    team.meet();
+    Share mine = share(images * e.heads, 1, me, team.size);
+    for (int64_t i = mine.begin; i < mine.end; i++) {
+        int64_t at = i / e.heads * wide + i % e.heads * e.head, place = e.context ? slot : 0;
+        float *keys = e.keys + i * e.room * e.head, *values = e.values + i * e.room * e.head;
+        std::memcpy(keys + place * e.head, &w.k[at], e.head * 4);
+        std::memcpy(values + place * e.head, &w.v[at], e.head * 4);
+        attend(&w.q[at], keys, values, 0, place, e.head, own.p, &w.mixed[at]);
+    }
+    team.meet();
+    multiply(e.out, w.mixed.data(), images, me, team.size, own.spare, add);
+    team.meet();
+    centred(e.mlp_norm, state.data(), images, wide, own.x.data());
+    centred(e.gate_norm, own.x.data(), images, wide, own.x.data());
+    gated(e.gate, e.up, own.x.data(), images, me, team.size, own.spare, w.h.data(), gelu_tanh);
+    team.meet();
+    multiply(e.down, w.h.data(), images, me, team.size, own.spare, add);
+    team.meet();
+    centred(e.projector_norm, state.data(), images, wide, own.x.data());
+    multiply(e.first, own.x.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.mixed[r * out + o] = gelu(y); });
+    team.meet();
+    multiply(e.second, w.mixed.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) {
+        for (int64_t c = 0; c < copies; c++) x[(c * images + r) * out + o] = y;
+    });
+    team.meet();
+}
+
+}  // namespace
+
+extern "C" {
+
+// codes (images, K) of visual token `place` -> hidden (rows, width); the decoder's cache place is `slot`
+void decoder_step(const Embedder* e, const Stack* s, const int64_t* codes, int64_t images, int64_t rows, int64_t place, int64_t slot, const int64_t* starts, float* hidden, int64_t threads) {
+    Team team(threads);
+    int64_t qw = s->heads * s->head, wide = e->heads * e->head, most = std::max({qw, wide, s->width});
+    Work work(rows, most, most, std::max(s->layers[0].gate.outputs, e->gate.outputs));
+    std::vector<float> x(rows * s->width), state(images * wide);
+    team.run([&](int me) {
+        Scratch own;
+        run_embedder(*e, codes, images, rows / images, place, x.data(), state, work, team, me, own);
+        run_stack(*s, x.data(), rows, slot, starts, work, team, me, own);
+        if (me == 0) rms(s->norm, x.data(), rows, s->width, hidden);
+    });
+}
+
+// entry (rows, width), changed, at place k of the head -> logits (rows, entries)
+void depth_step(const Stack* s, const Matrix* output, int64_t rows, int64_t k, float* entry, float* logits, int64_t threads) {
+    Team team(threads);
+    int64_t qw = s->heads * s->head;
+    Work work(rows, qw, qw, s->layers[0].gate.outputs);
+    team.run([&](int me) {
+        Scratch own;
+        run_stack(*s, entry, rows, k, nullptr, work, team, me, own);
+        rms(s->norm, entry, rows, s->width, own.x.data());
+        multiply(*output, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { logits[r * output->outputs + o] = y; });
+    });
+}
+
+int64_t sizes(int which) {
+    int64_t all[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Stack), sizeof(Embedder)};
+    return all[which];
+}
+}

@@ -1,0 +1,102 @@
+"""The C++ steps: what torch's operators give, rounded weights near it, and life without a compiler."""
+
+import copy
+
+import pytest
+import torch
+
+from open_unitok.errors import UserError
+from open_unitok.generation import Pipeline, Sampling, draw_codes, engine, native
+
+PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
+FREE = [1, 90, 91, 3]
+SAMPLED = Sampling(guidance=3.0, temperature=0.9, top_k=12, top_p=0.95)
+
+needs_compiler = pytest.mark.skipif(native.library() is None, reason="no C++ compiler")
+
+
+def logits_along(model, codes, weights=None, eager=False, monkeypatch=None):
+    """Logits (N, K, R, V) of both kinds of rows, teacher-forced on codes (B, N, K)."""
+    if eager:
+        monkeypatch.setattr(engine, "native_can", lambda model: False)
+    run = engine.start(model, [*PROMPTS, *[FREE] * 3], codes[:, :0], weights)
+    if eager:
+        monkeypatch.undo()
+    found = []
+    with torch.no_grad():
+        for t in range(codes.shape[1]):
+            if t:
+                run.advance(codes[:, t - 1])
+            for k in range(codes.shape[2]):
+                found.append(run.logits(k, None if k == 0 else codes[:, t, k - 1]).float().clone())
+    return type(run), torch.stack(found)
+
+
+@needs_compiler
+@pytest.mark.parametrize("context", ["full", "last"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}}]
+)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_both_engines_give_the_same_logits(make_model, context, changes, threads, monkeypatch):
+    model = make_model(visual_context=context, **changes)
+    codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
+    kind, expected = logits_along(model, codes, eager=True, monkeypatch=monkeypatch)
+    assert kind is engine.Eager
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kind, found = logits_along(model, codes)
+    finally:
+        torch.set_num_threads(before)
+    assert kind is engine.Native
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+
+
+@needs_compiler
+def test_rounded_weights_stay_near(full_model, monkeypatch):
+    codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
+    _, exact = logits_along(full_model, codes)
+    short = copy.deepcopy(full_model).to(torch.bfloat16)
+    for found in (logits_along(full_model, codes, "int8")[1], logits_along(short, codes)[1]):
+        error = (found - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
+        assert 1e-4 < error < 0.1
+
+
+@needs_compiler
+def test_int8_follows_weights_that_change(make_model):
+    model = make_model()
+    first = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
+    assert torch.equal(first, draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8"))
+    with torch.no_grad():
+        model.depth_head.output.weight.neg_()
+    assert not torch.equal(first, draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8"))
+
+
+def test_without_a_compiler_torch_draws_the_same(full_model, monkeypatch):
+    codes = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not engine.native_can(full_model)
+    assert torch.equal(codes, draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
+    with pytest.raises(UserError, match=r"a C.. compiler"):
+        draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
+
+
+def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    assert native.library.__wrapped__() is None
+    assert "could not be built" in caplog.text
+    monkeypatch.setenv("UNITOK_NATIVE", "0")
+    assert native.library.__wrapped__() is None
+
+
+@needs_compiler
+def test_int8_is_a_dtype_of_the_pipeline(folder):
+    pipe = Pipeline.from_pretrained(folder, dtype="int8")
+    assert pipe.weights == "int8" and pipe.model.dtype == torch.float32
+    drawn = pipe.draw(["a star"], Sampling(guidance=2.0))
+    assert torch.equal(drawn, draw_codes(pipe.model, pipe.prompt_ids(["a star"]), Sampling(guidance=2.0), [0],
+                                         pipe.processor.unconditional_ids(), weights="int8"))  # fmt: skip
+    steps = list(pipe.stream(["a star"], Sampling(guidance=2.0)))
+    assert steps[-1][0].tobytes() == pipe.decode(drawn)[0].tobytes()
