@@ -1,6 +1,7 @@
 """Speed of drawing and answering, each as a ratio to a plain loop measured in the same run.
 
     python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 3 minutes on two cores
+    python benchmarks/generation.py --agreement MODEL   # codes of bf16 and int8 against fp32, teacher-forced
     python benchmarks/generation.py --gpu                                # the 7B shape on a CUDA device
 
 Every part runs in a process of its own, alone, and reports its peak memory. Model: hidden 512, intermediate
@@ -44,7 +45,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", help="a JSON file for the numbers; those of other parts in it stay")
     parser.add_argument("--gpu", action="store_true", help="the 7B shape on a CUDA device")
+    parser.add_argument("--agreement", metavar="MODEL", help="compare the precisions on a trained model")
     args = parser.parse_args()
+    if args.agreement:
+        print(json.dumps(agreement(args.agreement)))
+        return
     if args.part or args.gpu:
         import torch
 
@@ -243,6 +248,38 @@ def prefix() -> dict:
             lambda: [answer_ids(model, [p], [c], 4, share_prefix=False) for p, c in zip(prompts, codes)]
         ),
     }
+
+
+def agreement(folder: str) -> dict:
+    """Shares of codes that bf16 and int8 weights choose as fp32 does, teacher-forced on fp32's greedy
+    drawings with guidance."""
+    import torch
+
+    from open_unitok import Pipeline
+    from open_unitok.generation import Sampling, draw_codes
+    from open_unitok.generation.engine import start
+    from open_unitok.generation.sampling import guide
+
+    pipe = Pipeline.from_pretrained(folder)
+    ids = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
+    rows = [*ids, *[pipe.processor.unconditional_ids()] * len(ids)]
+    sampling = Sampling(guidance=GUIDANCE, greedy=True)
+    codes = draw_codes(pipe.model, ids, sampling, [0] * len(ids), rows[-1])
+    found = {}
+    for name in ("fp32", "bf16", "int8"):
+        model = pipe.model.to(torch.bfloat16) if name == "bf16" else pipe.model
+        if name == "int8":
+            model = Pipeline.from_pretrained(folder).model
+        run, hits = start(model, rows, codes[:, :0], "int8" if name == "int8" else None), 0
+        with torch.no_grad():
+            for t in range(codes.shape[1]):
+                if t:
+                    run.advance(codes[:, t - 1])
+                for k in range(codes.shape[2]):
+                    logits = run.logits(k, None if k == 0 else codes[:, t, k - 1]).float()
+                    hits += int((guide(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
+        found[name] = hits / codes.numel()
+    return found
 
 
 def report(found: dict) -> str:

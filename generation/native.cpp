@@ -78,7 +78,20 @@ inline vf load(const int8_t* p) {
 inline float value(const float* p) { return *p; }
 inline float value(const uint16_t* p) { uint32_t u = uint32_t(*p) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 inline float value(const int8_t* p) { return *p; }
-inline float sum(vf v) { float s = 0; for (int i = 0; i < LANES; i++) s += v[i]; return s; }
+inline float sum(vf v) {  // by halves, which is shorter than one lane after the other
+    for (int half = LANES / 2; half; half /= 2) {
+#ifdef __clang__
+        vf other;
+        for (int i = 0; i < LANES; i++) other[i] = v[i ^ half];
+#else
+        vi from;
+        for (int i = 0; i < LANES; i++) from[i] = i ^ half;
+        vf other = __builtin_shuffle(v, from);
+#endif
+        v += other;
+    }
+    return v[0];
+}
 
 // exp of lanes to 2 ulp: 2^k by the exponent bits, the rest by a polynomial on [-ln2/2, ln2/2]
 inline vf exp_lanes(vf x) {
@@ -141,15 +154,16 @@ template <int O, int R, class T> inline void tile(const T* const* w, const float
 }
 
 template <class T, class Store> void rows_of_four(const T* const* w, const float* x, int64_t rows, int64_t n, Store store) {
-    float y[8];
-    int64_t r = 0;
-    for (; r + 2 <= rows; r += 2) {
-        tile<4, 2>(w, x + r * n, n, n, y);
-        for (int o = 0; o < 4; o++) { store(r, o, y[2 * o]); store(r + 1, o, y[2 * o + 1]); }
-    }
-    if (r < rows) {
-        tile<4, 1>(w, x + r * n, n, n, y);
-        for (int o = 0; o < 4; o++) store(r, o, y[o]);
+    float y[12];
+    for (int64_t r = 0; r < rows;) {
+        int64_t left = rows - r;
+        int take = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
+        if (take == 3) tile<4, 3>(w, x + r * n, n, n, y);
+        else if (take == 2) tile<4, 2>(w, x + r * n, n, n, y);
+        else tile<4, 1>(w, x + r * n, n, n, y);
+        for (int o = 0; o < 4; o++)
+            for (int i = 0; i < take; i++) store(r + i, o, y[take * o + i]);
+        r += take;
     }
 }
 
