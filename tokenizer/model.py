@@ -25,8 +25,11 @@ from .decoder import Decoder
 from .encoder import Encoder
 from .layers import NORM_EPS, Conv2d, exact_float32
 from .projection import ProjectionAttention, build_projection
+from .published import find_weights
 from .quantizer import Quantizer
 from .text import TextBlock, TextEncoder
+
+PUBLISHED, HUB = "unitok_tokenizer.pth", "FoundationVision/unitok_tokenizer"  # the published file, its place
 
 
 class UniTokOutput(NamedTuple):
@@ -193,6 +196,8 @@ class UniTok(PreTrainedModel):
     ) -> Any:
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
+        A folder or hub id that holds the published file in place of a config.json is taken as that file.
+
         Raises:
             UserError: nothing is there, on disk or on the hub; the folder holds no model, or one of another
                 kind; the file is no published checkpoint.
@@ -201,13 +206,20 @@ class UniTok(PreTrainedModel):
         if path.is_file():
             return cls.from_reference(path, **kwargs)
         if path.is_dir():
+            if (path / PUBLISHED).is_file() and not (path / "config.json").exists():
+                return cls.from_reference(path / PUBLISHED, **kwargs)
             check_folder(path)
             return super().from_pretrained(path, *args, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:  # how transformers says that the hub has no such model, or cannot be reached
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{path} is not here, nor could the hub give it: {reason}") from error
+            message = f"{path} is not here, nor could the hub give it: {reason}"
+        try:
+            file = find_weights(str(path), (PUBLISHED,), "The tokenizer", f"https://huggingface.co/{HUB}")
+        except UserError:
+            raise UserError(message) from None
+        return cls.from_reference(file, **kwargs)
 
     @classmethod
     def from_reference(

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from open_unitok.cli import run as unitok
 from open_unitok.errors import UserError
@@ -52,6 +53,27 @@ def test_published_file(variant, golden_folder, tiny_config):
         UniTok.from_reference(path, tiny_config(text_vocab_size=99))
     with pytest.raises(UserError, match="weights are missing"):
         UniTok.from_reference(path, tiny_config(num_hidden_layers=4))
+
+
+def test_folder_or_hub_id_of_the_published_file(variant, golden_folder, tiny_config, tmp_path, monkeypatch):
+    codes = codes_to_ours(variant("attn").out["indices"])
+    (tmp_path / "unitok_tokenizer.pth").symlink_to(golden_folder / "reference_ckpt.pth")
+    model = UniTok.from_pretrained(tmp_path, config=tiny_config())
+    assert torch.equal(model.encode(variant("attn").out["image"]), codes)
+
+    def download(repository, name):
+        assert (repository, name) == ("FoundationVision/unitok_tokenizer", "unitok_tokenizer.pth")
+        return str(tmp_path / name)
+
+    def no_config(*args, **kwargs):
+        raise OSError("FoundationVision/unitok_tokenizer does not appear to have a file named config.json.")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", no_config)
+    model = UniTok.from_pretrained("FoundationVision/unitok_tokenizer", config=tiny_config())
+    assert torch.equal(model.encode(variant("attn").out["image"]), codes)
+    with pytest.raises(UserError, match="nothing_here is not here, nor could the hub give it: Found"):
+        UniTok.from_pretrained("nothing_here")
 
 
 def test_named_size_is_read_from_the_file(tmp_path, monkeypatch):
