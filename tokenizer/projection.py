@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import GeGLU, split_heads
+from . import fast_cpu
+from .layers import GeGLU, Linear, split_heads
 
 
 class KeyValueCache:
@@ -50,14 +51,14 @@ class ProjectionAttention(nn.Module):
         self.heads, self.causal, self.outputs = heads, causal, outputs
         self.average = inputs > outputs
         inner = inputs if self.average else outputs
-        self.qkv = nn.Linear(inputs, 3 * inner, bias=False)
+        self.qkv = Linear(inputs, 3 * inner, bias=False)
         self.query_bias = nn.Parameter(torch.zeros(inner))
         self.value_bias = nn.Parameter(torch.zeros(inner))
-        self.out = nn.Linear(outputs, outputs)
+        self.out = Linear(outputs, outputs)
 
     def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
-        query, key, value = split_heads(F.linear(hidden, self.qkv.weight, bias), self.heads)
+        query, key, value = split_heads(fast_cpu.linear(hidden, self.qkv.weight, bias), self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = self._attend(query, key, value)  # (B, heads, N, d)
@@ -92,7 +93,7 @@ class AttentionProjection(nn.Module):
         self.attention_norm = nn.LayerNorm(inputs)
         self.attention = ProjectionAttention(inputs, outputs, heads, causal)
         self.linear_norm = nn.LayerNorm(inputs)
-        self.linear = nn.Linear(inputs, outputs)
+        self.linear = Linear(inputs, outputs)
         self.mlp_norm = nn.LayerNorm(outputs)
         self.mlp = GeGLU(outputs)
 
@@ -108,7 +109,7 @@ class AttentionProjection(nn.Module):
         return mixed + self.mlp(self.mlp_norm(mixed))
 
 
-class LinearProjection(nn.Linear):
+class LinearProjection(Linear):
     """A plain linear map with the attention projection's face; (B, N, inputs) -> (B, N, outputs)."""
 
     def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from open_unitok.errors import UserError
 
 from .config import UniTokConfig
-from .layers import Attention
+from .layers import Attention, Linear
 
 
 class TextBlock(nn.Module):
@@ -21,8 +21,8 @@ class TextBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads, causal=True)
         self.norm2 = nn.LayerNorm(width)
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = hidden + self.attention(self.norm1(hidden))
@@ -41,7 +41,7 @@ class TextEncoder(nn.Module):
             TextBlock(width, config.text_num_heads) for _ in range(config.text_num_layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        self.projection = Linear(width, config.embed_dim, bias=False)
 
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """

@@ -1,0 +1,427 @@
+"""Speed of the visual tokenizer, against the plain version in the same run.
+
+    python benchmarks/tokenizer.py                             # CPU, vitamin_large, 256 px, 2 threads
+    python benchmarks/tokenizer.py --device cuda --batch 64    # torch.compile, bf16, a training step too
+
+On a CPU every figure is a ratio to the plain module-by-module version in float32 (`F.linear`, contiguous
+maps, convolutions on doubled maps), which stands below and takes turns with ours. Floor: the fewest
+operations that the sizes need over the best rate of a large matrix product in the same format and run. The
+weights are random: they change nothing in the work.
+"""
+
+import argparse
+import contextlib
+import copy
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_unitok.tokenizer import UniTok, UniTokConfig, fast_cpu
+from open_unitok.tokenizer.layers import Block, ChannelNorm, ConvBlock, GeGLU, Upsample
+
+RESULTS = Path(__file__).parent / "results"
+# Dense bf16 operations per second that makers state; MFU is relative to it, or to the measured rate.
+STATED = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+# The plain version: published order of operations, contiguous maps, torch's default operators.
+
+
+def plain_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def plain_conv(layer: nn.Conv2d, map: Tensor) -> Tensor:
+    return F.conv2d(map, layer.weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
+
+
+def plain_norm(norm: ChannelNorm, map: Tensor) -> Tensor:
+    return nn.LayerNorm.forward(norm, map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+
+
+def plain_upsample(layer: Upsample, map: Tensor) -> Tensor:
+    return plain_conv(layer.conv, F.interpolate(map, scale_factor=2, mode="nearest"))
+
+
+def plain_conv_block(block: ConvBlock, map: Tensor) -> Tensor:
+    shortcut = F.avg_pool2d(map, 3, 2, 1, count_include_pad=False) if block.scale == 0.5 else map
+    if block.shortcut is not None:
+        up = isinstance(block.shortcut, Upsample)
+        shortcut = plain_upsample(block.shortcut, map) if up else plain_conv(block.shortcut, shortcut)
+    branch = F.gelu(plain_conv(block.widen, plain_norm(block.norm, map)))
+    if block.upsample is not None:
+        branch = plain_upsample(block.upsample, branch)
+    return shortcut + plain_conv(block.narrow, F.gelu(plain_conv(block.depthwise, branch)))
+
+
+def plain_mlp(mlp: GeGLU, x: Tensor) -> Tensor:
+    x = mlp.norm(x)
+    gate = F.gelu(plain_linear(mlp.gate, x), approximate="tanh")
+    return plain_linear(mlp.down, gate * plain_linear(mlp.up, x))
+
+
+def plain_block(block: Block, x: Tensor) -> Tensor:
+    attention = block.attention
+    qkv = plain_linear(attention.qkv, block.norm1(x)).unflatten(-1, (3, attention.heads, -1))
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    x = x + plain_linear(attention.out, mixed)
+    return x + plain_mlp(block.mlp, block.norm2(x))
+
+
+def plain_projection(projection: Any, x: Tensor) -> Tensor:
+    os.environ["UNITOK_FAST_CPU"] = "0"  # its modules are plain ones then
+    try:
+        return projection(x)
+    finally:
+        del os.environ["UNITOK_FAST_CPU"]
+
+
+@torch.no_grad()
+def plain_latents(model: UniTok, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, N, K*C)."""
+    encoder = model.encoder
+    map = plain_conv(encoder.stem.conv1, pixels.contiguous())
+    map = plain_conv(encoder.stem.conv2, F.gelu(plain_norm(encoder.stem.norm, map)))
+    for stage in encoder.stages:
+        for block in stage:
+            map = plain_conv_block(block, map)
+    x = plain_conv(encoder.pool, plain_norm(encoder.pool_norm, map)).flatten(2).transpose(1, 2)
+    if encoder.register_tokens is not None:
+        x = torch.cat([encoder.register_tokens.expand(len(x), -1, -1), x], dim=1)
+    x = x + encoder.position_offset
+    for block in encoder.blocks:
+        x = plain_block(block, x)
+    return plain_projection(model.down_projection, encoder.norm(x))
+
+
+def plain_encode(model: UniTok, pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, N, K) codes."""
+    return model.quantizer.encode(plain_latents(model, pixels))
+
+
+@torch.no_grad()
+def plain_decode(model: UniTok, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, K) codes -> (B, 3, H, W) in [-1, 1]."""
+    decoder = model.decoder
+    x = plain_projection(model.up_projection, model.lookup(codes))
+    for block in decoder.blocks:
+        x = plain_block(block, x)
+    x = decoder.norm(x[:, decoder.num_register_tokens :])
+    map = plain_upsample(decoder.enter, x.transpose(1, 2).unflatten(2, grid).contiguous())
+    for block in [*decoder.wide, *decoder.narrow]:
+        map = plain_conv_block(block, map)
+    map = plain_upsample(decoder.leave, map)
+    return plain_conv(decoder.to_pixels, F.gelu(plain_norm(decoder.leave_norm, map))).clamp(-1, 1)
+
+
+# Measuring
+
+
+def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_rate(dtype: torch.dtype, device: str, side: int) -> float:
+    """Operations per second of a (side x side) product in `dtype`, by the best operator there is."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    ways = fast_cpu.LINEAR_BFLOAT16 if dtype == torch.bfloat16 else fast_cpu.LINEAR_FLOAT32
+    best = float("inf")
+    for way in ways.values() if device == "cpu" else [F.linear]:
+        with contextlib.suppress(RuntimeError):  # the processor may not have the format
+            best = min(best, *(seconds(lambda way=way: way(a, b, None), device) for _ in range(3)))
+    return 2 * side**3 / best
+
+
+def operations(config: UniTokConfig, side: int) -> dict[str, float]:
+    """Floating-point operations per image, counted on shapes alone."""
+    with torch.device("meta"), torch.no_grad():
+        model = UniTok(config).eval()
+        pixels = torch.empty(1, 3, side, side)
+        count = side // config.patch_size
+        codes = torch.zeros(1, count**2 + config.num_register_tokens, config.num_codebooks, dtype=torch.int64)
+        found = {}
+        with FlopCounterMode(display=False) as counter:
+            model.encode(pixels)
+        found["encode"] = float(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            model.decode_latents(model.lookup(codes), (count, count))
+        found["decode"] = float(counter.get_total_flops())
+    return found
+
+
+def reset_peak() -> None:
+    """Forget the highest memory use so far (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_gib() -> float | None:
+    """Highest resident memory since `reset_peak`; None where the system does not tell."""
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) / 2**20
+
+
+def processor() -> str:
+    """The CPU's name, with the vector instructions that torch uses: names alone do not tell them."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        fields = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+        name = f"{fields['model name']} family {fields['cpu family']} model {fields['model']}"
+    except (OSError, KeyError):
+        pass
+    return f"{name} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def alternate(
+    ours: Callable[[], Tensor], plain: Callable[[], Tensor], repeats: int
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Medians of both in turns, each one's highest memory, and what both gave."""
+    works, given = {"plain": plain, "ours": ours}, {}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    memory = dict.fromkeys(works, 0.0)
+    ours()  # the first use: operators are chosen here
+    for _ in range(repeats):
+        for name, work in works.items():
+            reset_peak()
+            start = time.perf_counter()
+            given[name] = work()
+            times[name].append(time.perf_counter() - start)
+            memory[name] = max(memory[name], peak_gib() or 0.0)
+    middle = {name: statistics.median(times[name]) for name in works}
+    row = {"seconds": middle["ours"], "plain_seconds": middle["plain"]}
+    row |= {"ratio": middle["plain"] / middle["ours"]}
+    row |= {"memory_gib": memory["ours"], "plain_memory_gib": memory["plain"]}
+    return row, given["ours"], given["plain"]
+
+
+@torch.no_grad()
+def random_model(config: UniTokConfig) -> UniTok:
+    """A model whose activations keep their scale, filled faster than the training's start would be."""
+    with torch.device("meta"):
+        model = UniTok(config)
+    model.to_empty(device="cpu")
+    for name, tensor in model.state_dict().items():
+        if tensor.dim() > 1 and tensor.is_floating_point():
+            bound = math.sqrt(3 / math.prod(tensor.shape[1:]))
+            tensor.uniform_(-bound, bound)
+        else:
+            tensor.fill_(1 if name.endswith("weight") else 0)
+    nn.init.normal_(model.quantizer.codebooks)
+    return model.eval()
+
+
+# CPU
+
+
+@torch.no_grad()
+def margins(model: UniTok, latents: Tensor) -> Tensor:
+    """(B, N, K*C) -> (B, N, K): by how much the nearest entry is nearer than the next."""
+    features = model.quantizer._features(latents)
+    table = F.normalize(model.quantizer.codebooks, dim=-1)
+    pairs = (
+        torch.einsum("bnc,vc->bnv", features[:, :, k], table[k]).topk(2).values for k in range(len(table))
+    )
+    return torch.stack([pair[..., 0] - pair[..., 1] for pair in pairs], dim=2)
+
+
+def run_cpu(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, Any]]:
+    """Every part, batch and number format, against the plain version in float32."""
+    torch.manual_seed(0)
+    plain = random_model(config)
+    models = {"float32": plain}
+    if "bfloat16" in args.dtype:
+        models["bfloat16"] = copy.deepcopy(plain).to(torch.bfloat16)
+    needed = operations(config, args.side)
+    rates = {dtype: best_rate(getattr(torch, dtype), "cpu", args.product) for dtype in args.dtype}
+    rows = []
+    for batch in args.batch:
+        pixels = torch.rand(batch, 3, args.side, args.side) * 2 - 1
+        for dtype in args.dtype:
+            for row in compare(models[dtype], plain, pixels, args.repeats):
+                floor = needed[row["part"]] * batch / rates[dtype]
+                row |= {"dtype": dtype, "batch": batch, "over_floor": row["seconds"] / floor}
+                row |= {"floor_seconds": floor, "best_gflops": rates[dtype] / 1e9, "load": os.getloadavg()[0]}
+                rows.append(row)
+                show(row)
+    for key, way in fast_cpu.chosen().items():
+        print("chosen:", *key, "->", way)
+    return rows
+
+
+def compare(model: UniTok, plain: UniTok, pixels: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Encoding and decoding by `model`, in its format, and by the plain version."""
+    grid = tuple(side // model.config.patch_size for side in pixels.shape[2:])
+    typed = pixels.to(model.decoder.norm.weight.dtype)
+    latents = plain_latents(plain, pixels)
+    codes, sure = plain.quantizer.encode(latents), margins(plain, latents) > 1e-4
+    encode, found, _ = alternate(lambda: model.encode(typed), lambda: plain_encode(plain, pixels), repeats)
+    decode, copies, expected = alternate(
+        lambda: model.decode(codes, grid), lambda: plain_decode(plain, codes, grid), repeats
+    )
+    same = (found == codes).float()
+    encode["codes_equal"] = same.mean().item()
+    encode |= {"codes_equal_where_sure": same[sure].mean().item(), "sure": sure.float().mean().item()}
+    decode["largest_difference"] = (copies.float() - expected).abs().max().item()
+    return [{"part": "encode", **encode}, {"part": "decode", **decode}]
+
+
+# GPU
+
+
+def run_cuda(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, Any]]:
+    """Images per second and MFU of encoding, decoding and a training step, in bf16, compiled."""
+    torch.manual_seed(0)
+    eager = random_model(config).to("cuda")
+    fast = copy.deepcopy(eager)
+    fast.encoder.compile()
+    fast.decoder.compile()
+    needed = operations(config, args.side)
+    needed["train"] = 3 * (needed["encode"] + needed["decode"])  # backward is twice forward
+    rate = best_rate(torch.bfloat16, "cuda", 4 * args.product)
+    stated = next((v for k, v in STATED.items() if k in torch.cuda.get_device_name()), rate)
+    rows = []
+    for batch in args.batch:
+        pixels = torch.rand(batch, 3, args.side, args.side, device="cuda") * 2 - 1
+        for row in parts_on_cuda(fast, eager, pixels, max(args.repeats, 5)):
+            work = needed[row["part"]] * batch
+            row |= {"dtype": "bfloat16", "batch": batch, "images_per_s": batch / row["seconds"]}
+            row |= {"mfu": work / row["seconds"] / stated, "over_floor": row["seconds"] * rate / work}
+            rows.append(row)
+            show(row)
+    return rows
+
+
+def parts_on_cuda(fast: UniTok, eager: UniTok, pixels: Tensor, repeats: int) -> list[dict[str, Any]]:
+    """Seconds and memory of `fast` in bf16, beside those of `eager` in float32 where it takes part."""
+
+    @torch.autocast("cuda", dtype=torch.bfloat16)
+    def encode() -> Tensor:
+        return fast.encode(pixels)
+
+    @torch.autocast("cuda", dtype=torch.bfloat16)
+    def decode() -> Tensor:
+        return fast.decode(codes, grid)
+
+    grid = tuple(side // eager.config.patch_size for side in pixels.shape[2:])
+    codes = eager.encode(pixels)
+    ours = {"encode": encode, "decode": decode, "train": training_step(fast, pixels)}
+    plain = {"encode": lambda: eager.encode(pixels), "decode": lambda: eager.decode(codes, grid)}
+    rows = []
+    for name, work in ours.items():
+        fast.train(name == "train")
+        for _ in range(3):  # compiles
+            work()
+        torch.cuda.reset_peak_memory_stats()
+        row = {"part": name, "seconds": statistics.median(seconds(work, "cuda") for _ in range(repeats))}
+        row["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if name in plain:
+            row["eager_seconds"] = min(seconds(plain[name], "cuda") for _ in range(3))
+            row["ratio"] = row["eager_seconds"] / row["seconds"]
+        if name == "encode":
+            row["codes_equal"] = (encode() == codes).float().mean().item()
+        rows.append(row)
+    return rows
+
+
+def training_step(model: UniTok, pixels: Tensor) -> Callable[[], Any]:
+    """One update on images and captions: reconstruction, LPIPS, quantiser and contrast, AdamW."""
+    from open_unitok.tokenizer.lpips import LPIPS
+
+    lpips = LPIPS().to(pixels.device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    ids = torch.randint(1, model.config.text_vocab_size, (len(pixels), model.config.text_context_length))
+    ids, labels = ids.to(pixels.device), torch.arange(len(pixels), device=pixels.device)
+
+    def step() -> None:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = model(pixels, ids)
+            near = lpips(out.reconstruction, pixels).mean()
+        difference = out.reconstruction.float() - pixels
+        logits = out.logit_scale * out.image_embeds @ out.text_embeds.T
+        clip = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        loss = 0.2 * difference.abs().mean() + difference.square().mean() + near + out.losses["vq"] + clip
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+# The rest
+
+
+def show(row: dict[str, Any]) -> None:
+    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
+    print("  ".join(f"{key} {value}" for key, value in shown.items()), flush=True)
+
+
+def save(args: argparse.Namespace, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Put the rows into the device's file, in the place of older ones of the same case."""
+    path = args.out / f"tokenizer-{''.join(c if c.isalnum() else '-' for c in name)}.json"
+    head = {"device": name, "torch": torch.__version__, "threads": args.threads}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    for row in rows:
+        row |= {"size": args.size, "side": args.side}
+
+    def case(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("size", "side", "batch", "dtype", "part"))
+
+    kept = [row for row in old if case(row) not in {case(new) for new in rows}]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**head, "rows": sorted(kept + rows, key=case)}, indent=1) + "\n")
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", default="vitamin_large")
+    parser.add_argument("--side", type=int, default=256, help="image side in pixels")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--product", type=int, default=2048, help="side of the matrices behind the floor")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=NUMBER", help="fields of the config")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    changes: dict[str, Any] = {
+        key: json.loads(value) for key, _, value in (x.partition("=") for x in args.set)
+    }
+    if args.device == "cpu":  # the text tower takes no part
+        changes |= {"text_num_layers": 1, "text_vocab_size": 64}
+    config = UniTokConfig.named(args.size, **changes)
+    rows = run_cpu(args, config) if args.device == "cpu" else run_cuda(args, config)
+    name = processor() if args.device == "cpu" else torch.cuda.get_device_name()
+    print(save(args, name, rows))
+
+
+if __name__ == "__main__":
+    main()
