@@ -18,7 +18,7 @@ from torch import Tensor
 
 LARGE = 2**22  # multiplications; for fewer, asking costs more than it gains
 MARGIN = 0.9  # a way must take less than this share of the usual one's time, or chance would choose
-ROWS, SIDE = 256, 16  # the part of the input that is timed: rows of a matrix, sides of a map
+ROWS, SIDE = 256, 8  # the part of the input that is timed: rows of a matrix, sides of a map
 _chosen: dict[Any, str] = {}
 
 
