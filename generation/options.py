@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--model, --device and --dtype."""
     parser.add_argument("--model", required=True, metavar="M", help="model folder or hub id")
+    parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest there is)"
     )
@@ -76,7 +77,7 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
     from .pipeline import Pipeline
 
     quiet_loading()
-    return Pipeline.from_pretrained(args.model, pick_device(args.device), args.dtype)
+    return Pipeline.from_pretrained(args.model, pick_device(args.device), args.dtype, args.adapter)
 
 
 def sampling_of(args: argparse.Namespace) -> "Sampling":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm.adapters import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 
@@ -42,7 +43,11 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        adapter: str | Path | None = None,
     ) -> "Pipeline":
         """Load an MLLM folder (model, processor, `unitok/`) or a hub id.
 
@@ -50,6 +55,7 @@ class Pipeline:
             device: "cpu", "cuda", "cuda:1", "mps".
             dtype: of the decoder and the visual tokenizer; None = bfloat16 on cuda, float32 elsewhere.
                 "int8", on a CPU with a C++ compiler: float32, but pictures are drawn with 8-bit weights.
+            adapter: folder or hub id of a LoRA adapter trained on this model; it is merged into the weights.
 
         Raises:
             UserError: nothing is there, it is of another kind, its parts do not belong together, or there is
@@ -62,6 +68,8 @@ class Pipeline:
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = UniTokProcessor.from_pretrained(folder)
         check_belongs(model, unitok, processor, folder)  # before rounding, which changes the fingerprint
+        if adapter is not None:
+            model = merge_adapter(model, adapter)
         return cls(model.to(device), processor, unitok.to(device=device, dtype=dtype), weights)
 
     @property

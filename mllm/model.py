@@ -126,21 +126,31 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.check_length(past + inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
+        flat = inputs_embeds
+        flat_positions = position_ids
+        if position_ids is not None and attention_mask is None and past == 0 and self._attends_by_lengths():
+            # flash attention takes no mask: told nothing, it would let packed samples see each other
+            flat, flat_positions = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
+            kwargs |= sample_bounds(position_ids)
         output = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=flat,
             attention_mask=attention_mask,
-            position_ids=position_ids,
+            position_ids=flat_positions,
             past_key_values=past_key_values,
             use_cache=bool(use_cache),
             **kwargs,
         )
-        hidden = output.last_hidden_state
+        hidden = output.last_hidden_state.view_as(inputs_embeds)
         result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
         if labels is not None:
             self._losses(result, labels, attention_mask, position_ids, image_codes, places, reduction)
         if return_logits or (return_logits is None and labels is None):
             result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return result
+
+    def _attends_by_lengths(self) -> bool:
+        """True for flash attention, which knows samples by where they begin, not by a mask."""
+        return "flash" in str(self.language_model.config._attn_implementation)
 
     def embed_inputs(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) ids and (I, N, K) codes -> (B, L, D) vectors, images in their places.
@@ -358,6 +368,17 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, L) mask -> (B, L) positions that count the real tokens of each row from 0; 0 before the first."""
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def sample_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
+    """(B, L) positions that begin again from 0 with each sample -> where the samples of the flattened batch
+    begin, as flash attention wants it."""
+    flat = position_ids.flatten()
+    begins = (flat == 0).nonzero().squeeze(1)
+    bounds = torch.cat([begins, begins.new_tensor([len(flat)])]).to(torch.int32)
+    longest = int((bounds[1:] - bounds[:-1]).max())
+    lengths = {"max_length_q": longest, "max_length_k": longest}
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **lengths}
 
 
 def folder_type(folder: str | os.PathLike[str]) -> Any:

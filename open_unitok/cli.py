@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rewrite a published tokenizer as a folder of ours",
     ),
     "convert mllm": ("open_unitok.mllm.convert", "rewrite a published MLLM as a folder of ours"),
+    "convert adapter": ("open_unitok.mllm.adapters", "write an MLLM and its LoRA adapter as one model"),
 }
 # groups of commands, for the help text of `unitok data`, `unitok eval`, ...
 GROUPS = {"data": "make and check data sets", "eval": "benchmarks", "convert": "published weights to ours"}

@@ -25,11 +25,16 @@ MANIFEST = "training_state/manifest.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; `keep` of them stay. Every method is called on every rank."""
+    """The checkpoints of one run; `keep` of them stay. Every method is called on every rank.
 
-    def __init__(self, folder: Path, keep: int = 2):
+    trained_alone: parameters without gradient are left out of the engines' states; the run has them from
+        elsewhere (the model that adapters sit on).
+    """
+
+    def __init__(self, folder: Path, keep: int = 2, trained_alone: bool = False):
         self.folder = folder
         self.keep = keep
+        self.trained_alone = trained_alone
 
     def steps(self) -> dict[int, Path]:
         """step -> folder, oldest first; half-written temporary folders are not among them."""
@@ -86,7 +91,8 @@ class Checkpoints:
         if ranks.is_main() or gathers:
             write_model(temporary)
         for name, engine in engines.items():
-            engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False)
+            what = {"exclude_frozen_parameters": True} if self.trained_alone else {}
+            engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **what)
         own = {**state, "step": step, "ranks": ranks.world_size(), "torch_rng": torch.get_rng_state()}
         torch.save(own, _rank_file(temporary))
         ranks.barrier()
@@ -117,7 +123,8 @@ class Checkpoints:
             )
         state = torch.load(_rank_file(path), map_location="cpu", weights_only=True)
         for name, engine in engines.items():
-            engine.load_checkpoint(str(path / "training_state"), tag=name)
+            what = {"load_module_strict": False} if self.trained_alone else {}
+            engine.load_checkpoint(str(path / "training_state"), tag=name, **what)
         torch.set_rng_state(state.pop("torch_rng"))
         return state
 

@@ -10,11 +10,13 @@ from open_unitok.errors import UserError, did_you_mean
 
 from .options import RunConfig
 
-# part of the model -> what its parameters' names begin with
+# part of the model -> what its parameters' names begin with; a part within a part counts before the whole
 PARTS = {
     "language_model": "language_model.",
     "lm_head": "lm_head.",
     "visual_embedder": "visual_embedder.",
+    "projection": "visual_embedder.projection.",
+    "projector": "visual_embedder.projector.",
     "depth_head": "depth_head.",
 }
 
@@ -122,16 +124,42 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """Low-rank adapters (peft) on every linear layer of `parts`; all other weights stay as they are.
+
+    The run then leaves an adapter: OUT/model holds adapter_config.json and adapter_model.safetensors.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    parts: tuple[str, ...] = ("language_model", "depth_head")
+
+    def check(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            raise UserError("lora: rank is 1 or more, alpha above 0, dropout from 0 to below 1.")
+        for part in self.parts:
+            if part not in PARTS:
+                raise UserError(f"lora.parts: there is no part {part!r}.{did_you_mean(part, PARTS)}")
+        if not self.parts:
+            raise UserError(f"lora.parts is empty: name at least one of {', '.join(PARTS)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MLLMRun(RunConfig):
     """The MLLM stage; either `model` (pretraining) or `start_from` (fine-tuning an MLLM folder) is given.
 
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
+    lora: train adapters on the model of `start_from` instead of its weights.
+    attention: of the decoder, as transformers names it; "auto" = flash_attention_2 where that can run.
     """
 
     data: MixtureOptions
     loss: LossOptions = LossOptions()
     model: ModelOptions | None = None
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
+    lora: LoraOptions | None = None
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
 
     def check(self) -> None:
         super().check()
@@ -145,5 +173,18 @@ class MLLMRun(RunConfig):
                 raise UserError(f"lr_factors.{part}: there is no such part.{did_you_mean(part, PARTS)}")
             if factor < 0:
                 raise UserError(f"lr_factors.{part} is {factor}: 0 (frozen) or more is wanted.")
-        if all(self.lr_factors.get(part, 1.0) == 0 for part in PARTS):
+        if all(self.lr_factor(prefix) == 0 for prefix in PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
+        if self.lora and self.model:
+            raise UserError("lora needs a trained model to sit on: give `start_from` instead of `model`.")
+        if self.lora and all(self.lr_factor(PARTS[part]) == 0 for part in self.lora.parts):
+            raise UserError("lr_factors freeze every part that lora.parts names: nothing is left to train.")
+
+    def lr_factor(self, name: str) -> float:
+        """The factor for a parameter's name: that of the narrowest part it is in."""
+        return next((factor for prefix, factor in self.prefix_factors() if name.startswith(prefix)), 1.0)
+
+    def prefix_factors(self) -> list[tuple[str, float]]:
+        """(beginning of parameters' names, factor), the narrowest part first."""
+        pairs = [(PARTS[part], factor) for part, factor in self.lr_factors.items()]
+        return sorted(pairs, key=lambda pair: -len(pair[0]))

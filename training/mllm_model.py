@@ -84,8 +84,11 @@ def load_parts(folder: str) -> Parts:
 
 
 def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write an MLLM folder: weights (`state`, where they had to be gathered), processor, and `unitok/`."""
+    """Write an MLLM folder: weights (`state`, where they had to be gathered), processor, and `unitok/`; with
+    adapters, these alone."""
     parts.model.save_pretrained(path, state_dict=state)
+    if parts.model._hf_peft_config_loaded:
+        return
     parts.processor.save_pretrained(path)
     shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
 

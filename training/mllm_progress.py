@@ -1,4 +1,5 @@
-"""What is logged about the MLLM beside its losses: accuracy per sub-codebook, text loss per task, speed."""
+"""What is logged about the MLLM beside its losses: accuracy per sub-codebook, text loss per task, speed and
+memory."""
 
 import time
 from typing import Any
@@ -10,29 +11,43 @@ from open_unitok import ranks
 from open_unitok.mllm.loss import targets
 
 from .collate import KINDS, Batch
+from .compute import Cost, Work, peak_flops, peak_memory
 
 
 class Progress:
     """Counts between two rows of the log; `take` sums them over ranks and begins anew.
 
-    K sub-codebooks; counts stay on the device until they are taken.
+    K sub-codebooks; counts stay on the device until they are taken. Make it before ZeRO-3 takes shapes away.
+
+    Attributes:
+        trained: how many parameters are.
     """
 
-    def __init__(self, num_codebooks: int, device: torch.device):
+    def __init__(self, model: Any, device: torch.device):
+        num_codebooks = model.config.num_codebooks
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.cost, self.device = Cost(model), device
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
         self.text_sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
         self.text_counts = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
-        self.counts = torch.zeros(
-            3, dtype=torch.float64
-        )  # visual tokens learnt, tokens, places in the batches
+        self.places = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
+        self.work = torch.zeros(len(Work._fields), dtype=torch.float64)
         self._clock = time.monotonic()
 
     def add(self, correct: torch.Tensor, batch: Batch) -> None:
         """One micro-batch: `correct` (K,) of its codes were guessed right."""
         self.correct += correct
-        places = batch.kinds.numel()
-        self.counts += torch.tensor(
-            [batch.code_targets / len(self.correct), batch.tokens, places], dtype=torch.float64
+        self.places += batch.kinds.numel()
+        codes = batch.inputs["image_codes"]
+        self.work += torch.tensor(
+            Work(
+                tokens=batch.tokens,
+                pairs=_pairs(batch),
+                text_targets=batch.text_targets,
+                visual=0 if codes is None else codes.shape[0] * codes.shape[1],
+                drawn=batch.code_targets / len(self.correct),
+            ),
+            dtype=torch.float64,
         )
 
     @torch.no_grad()
@@ -55,32 +70,47 @@ class Progress:
         self.text_counts.index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
 
     def take(self) -> dict[str, float]:
-        """Values by name; what had no sample is left out."""
-        counts = ranks.sum_over_ranks(self.counts.to(self.correct.device)).tolist()
+        """Values by name; what had no sample is left out, and MFU where the device's peak is not known."""
+        counts = torch.cat([self.places, self.work])
+        places, *work = ranks.sum_over_ranks(counts.to(self.device)).tolist()
+        work = Work(*work)
         correct = ranks.sum_over_ranks(self.correct).tolist()
         text_sums, text_counts = ranks.sum_over_ranks(
             torch.stack([self.text_sums, self.text_counts])
         ).tolist()
-        visual_tokens, tokens, places = counts
         now = time.monotonic()
+        seconds = max(now - self._clock, 1e-9)
         values = {
             f"text_loss/{kind}": total / n for kind, total, n in zip(KINDS, text_sums, text_counts) if n
         }
-        if visual_tokens:
-            values |= {f"accuracy/{book}": hits / visual_tokens for book, hits in enumerate(correct)}
-        values["padding"] = 1 - tokens / max(places, 1)
-        values["tokens_per_second"] = tokens / max(now - self._clock, 1e-9)
+        if work.drawn:
+            values |= {f"accuracy/{book}": hits / work.drawn for book, hits in enumerate(correct)}
+        values["padding"] = 1 - work.tokens / max(places, 1)
+        values["tokens_per_second"] = work.tokens / seconds
+        if peak := peak_flops(self.device):
+            values["mfu"] = self.cost.flops(work) / seconds / (peak * ranks.world_size())
+        values["memory_gib"] = peak_memory(self.device)
         self._clock = now
-        for tensor in (self.correct, self.text_sums, self.text_counts, self.counts):
+        for tensor in (self.correct, self.text_sums, self.text_counts, self.places, self.work):
             tensor.zero_()
         return values
 
     def state_dict(self) -> dict[str, Any]:
         """The counts so far (those of texts are taken in the step that makes them)."""
-        return {"correct": self.correct.clone(), "counts": self.counts.clone()}
+        return {name: getattr(self, name).clone() for name in ("correct", "places", "work")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.correct.copy_(state["correct"])
-        self.counts.copy_(state["counts"])
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
         self._clock = time.monotonic()
+
+
+def _pairs(batch: Batch) -> float:
+    """Pairs of tokens that see each other: every token sees itself and those before it in its sample."""
+    positions, mask = batch.inputs.get("position_ids"), batch.inputs.get("attention_mask")
+    if positions is not None:
+        return float((positions + 1).sum())
+    assert mask is not None
+    lengths = mask.sum(dim=1)
+    return float((lengths * (lengths + 1) / 2).sum())

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import is_flash_attn_2_available
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm.adapters import add_lora
 
 from . import draws, engine, schedules
 from .checkpoint import Checkpoints, stopping
@@ -29,25 +31,23 @@ from .runfolder import RunFolder
 def main(config: MLLMRun, folder: RunFolder) -> None:
     """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
     device = engine.start(config.engine, config.seed)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+    # with adapters the weights they sit on are in `start_from` already, and in no checkpoint
+    adapters = config.lora is not None
+    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, trained_alone=adapters)
     latest = checkpoints.latest()
     micro = config.micro_batch(ranks.world_size())
-    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
+    parts = prepare(config)
     model = parts.model.to(device)
     mixture = build_mixture(config, parts)
     folder.note(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
-    freeze(model, config.lr_factors)
-    if config.engine.gradient_checkpointing:
-        engine.checkpoint_activations(model)
-    factors = {PARTS[part]: factor for part, factor in config.lr_factors.items()}
-    groups = engine.decay_groups(model, config.optimizer.weight_decay, factors)
+    progress = Progress(model, device)
+    groups = engine.decay_groups(model, config.optimizer.weight_decay, dict(config.prefix_factors()))
     trained = engine.wrap(model, groups, config.optimizer, config.engine, micro)
     log = Logbook(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
-    progress = Progress(model.config.num_codebooks, device)
     gathers = config.engine.zero_stage == 3
 
     def weights() -> dict[str, torch.Tensor] | None:
-        return trained._zero3_consolidated_16bit_state_dict() if gathers else None
+        return trained._zero3_consolidated_16bit_state_dict(adapters) if gathers else None
 
     def write_model(path: Path) -> None:
         state = weights()
@@ -62,9 +62,9 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
         log.load_state_dict(state["log"])
         progress.load_state_dict(state["progress"])
         log.phase(f"goes on after step {step} ({latest.name})")
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     log.phase(
-        f"{count / 1e6:.1f} M parameters, steps {step} to {config.last_step} of {config.batch_size} samples"
+        f"{progress.trained / 1e6:.1f} M parameters are trained, steps {step} to {config.last_step} of "
+        f"{config.batch_size} samples"
     )
 
     model.train()
@@ -149,6 +149,24 @@ def join(
     return Joined((options.text * text_sum + options.image * image_sum) / total, text, image)
 
 
+def prepare(config: MLLMRun) -> Parts:
+    """The model that is trained, with adapters where asked for, and what is frozen frozen.
+
+    Raises:
+        UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
+    """
+    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
+    parts.model.set_attn_implementation(choose_attention(config.attention))
+    if config.lora:
+        torch.manual_seed(draws.key(config.seed, "lora"))
+        prefixes = [PARTS[part].rstrip(".") for part in config.lora.parts]
+        add_lora(parts.model, prefixes, config.lora.rank, config.lora.alpha, config.lora.dropout)
+    freeze(parts.model, config)
+    if config.engine.gradient_checkpointing:
+        engine.checkpoint_activations(parts.model)
+    return parts
+
+
 def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
     """The data of this run, checked against the model.
 
@@ -183,10 +201,26 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
     return mixture
 
 
-def freeze(model: Any, factors: dict[str, float]) -> None:
+def freeze(model: Any, config: MLLMRun) -> None:
     """No gradient for parts with factor 0, nor ever for the sub-codebooks: stored codes keep meaning."""
-    frozen = tuple(PARTS[part] for part, factor in factors.items() if factor == 0)
     for name, parameter in model.named_parameters():
-        if frozen and name.startswith(frozen):
+        if config.lr_factor(name) == 0:
             parameter.requires_grad_(False)
     model.visual_embedder.codebooks.requires_grad_(False)
+
+
+def choose_attention(name: str) -> str:
+    """The attention that transformers is told: "auto" becomes flash_attention_2 where that can run.
+
+    Raises:
+        UserError: flash attention is asked for where it is not.
+    """
+    there = torch.cuda.is_available() and is_flash_attn_2_available()
+    if name == "flash_attention_2" and not there:
+        raise UserError(
+            "attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, which are not both "
+            "here (`unitok doctor` says more): take `auto` or `sdpa`."
+        )
+    if name == "auto":
+        return "flash_attention_2" if there else "sdpa"
+    return name

@@ -84,8 +84,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """True once the final model stands."""
-        return (self.model / "config.json").exists()
+        """True once the final model, or adapter, stands."""
+        return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def note(self, **facts: Any) -> None:
         """Record facts that the result depends on (fingerprint of the data, ...).
