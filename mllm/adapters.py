@@ -28,7 +28,7 @@ def add_lora(
 ) -> None:
     """Put LoRA on every linear layer of some parts, in place; all other weights are frozen.
 
-    Afterwards `model.save_pretrained` writes the adapter alone: adapter_config.json, adapter_model.safetensors.
+    Afterwards `model.save_pretrained` writes the adapter alone.
 
     Args:
         parts: beginnings of module names, such as "language_model" or "depth_head".
@@ -56,14 +56,8 @@ def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
     # "qkv" is read by its attention as a plain matrix: an adapter on it would do nothing
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("qkv")]
     for part in parts:
-        # "qkv" is read by its attention as a plain matrix: an adapter on it would do nothing
-        leaves = {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear)
-            and f"{name}.".startswith(f"{part}.")
-            and not name.endswith("qkv")
-        }
+        inside = (name for name in linear if f"{name}.".startswith(f"{part}."))
+        leaves = {name.rpartition(".")[2] for name in inside}
         if not leaves:
             raise UserError(f"The model's part {part!r} has no linear layer that LoRA could sit on.")
         alone = part.rpartition(".")[2]

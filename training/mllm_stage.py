@@ -156,7 +156,7 @@ def prepare(config: MLLMRun) -> Parts:
         UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
     parts = new_parts(config) if config.model else load_parts(str(config.start_from))
-    parts.model.set_attn_implementation(choose_attention(config.attention))
+    parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
     if config.lora:
         torch.manual_seed(draws.key(config.seed, "lora"))
         prefixes = [PARTS[part].rstrip(".") for part in config.lora.parts]

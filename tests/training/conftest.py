@@ -1,18 +1,24 @@
 """The golden values of the losses, the small DINOv2, discriminator and LPIPS they were made with, and the
 pairs of a small run of stage 1."""
 
+import argparse
 import io
 import json
 import tarfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.lpips import LPIPS
+from open_unitok.training import extract, run
 from open_unitok.training.dino import Dino
 from open_unitok.training.discriminator import DinoDiscriminator
 
@@ -148,3 +154,129 @@ def dino_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
     torch.save(dino.state_dict(), path)
     return path
+
+
+# ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen pictures, and how a run is started ----------
+
+NAMES = ("red", "blue", "brown", "black")
+THINGS = ("cat", "dog", "fox", "sky")
+
+
+def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
+    """Pictures by number as a tar, and that as a code folder; returns its path."""
+    with tarfile.open(folder / f"{name}.tar", "w") as tar:
+        for number in numbers:
+            colour, thing = NAMES[number % 4], THINGS[number // 4]
+            pixels = np.random.default_rng(number).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+            png = io.BytesIO()
+            Image.fromarray(pixels).resize((32, 32)).save(png, "PNG")
+            turns = [
+                {"from": "human", "value": "<image>\nWhat is in this photo"},
+                {"from": "gpt", "value": f"a {colour} {thing}"},
+            ]
+            texts = [f"a {colour} {thing}", f"A photo of a {colour} {thing}"][:captions]
+            info = {"captions": texts, "conversations": [turns]}
+            for ending, data in (("png", png.getvalue()), ("json", json.dumps(info).encode())):
+                member = tarfile.TarInfo(f"{number:04d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    parser = argparse.ArgumentParser()
+    extract.add_arguments(parser)
+    given = ["--tokenizer", folder / "unitok", "--data", folder / f"{name}.tar", "--out", folder / name]
+    extract.run(parser.parse_args(list(map(str, given))))
+    return str(folder / name)
+
+
+def write_tokenizer(folder: Path, seed: int) -> None:
+    torch.manual_seed(seed)
+    sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
+    decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
+    codes = {"num_codebooks": 3, "codebook_size": 16, "codebook_dim": 4, "num_hidden_layers": 1}
+    text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
+    UniTok(UniTokConfig(image_size=32, embed_dim=8, **sizes, **decoder, **codes, **text)).save_pretrained(
+        folder
+    )
+
+
+@pytest.fixture(scope="session")
+def mllm_place(tmp_path_factory, golden):
+    """A folder with a tiny visual tokenizer, code shards of sixteen pictures and of four, and plain text."""
+    folder = tmp_path_factory.mktemp("stage")
+    write_tokenizer(folder / "unitok", seed=0)
+    path = write_codes(folder, "codes", range(16), captions=2)
+    write_codes(folder, "few", range(4), captions=1)
+    (folder / "text.txt").write_text("The quick brown fox\nin the blue sky\nA photo of a dog\n")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "stage": "mllm",
+        "out": str(folder / "unnamed"),
+        "steps": 6,
+        "batch_size": 8,
+        "data": {
+            "mixture": [
+                {"kind": "drawing", "path": path, "weight": 0.5},
+                {"kind": "captioning", "path": path, "weight": 0.2},
+                {"kind": "conversation", "path": path, "weight": 0.2},
+                {"kind": "text", "path": str(folder / "text.txt"), "weight": 0.1},
+            ],
+            "max_length": 100,
+        },
+        "model": {
+            "unitok": str(folder / "unitok"),
+            "text_tokenizer": str(golden / "mllm" / "tokenizer.model"),
+            "text": {**sizes, "max_position_embeddings": 128},
+            "depth": {"num_hidden_layers": 1},
+            "processor": {"template": "plain"},
+        },
+        "optimizer": {"lr": 3e-3, "eps": 1e-8, "clip_grad": 1.0},
+        "engine": {"threads": 1},
+        "checkpoint": {"every": 100},
+        "log": {"every": 1},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def train(place: Path, out: str, *overrides: str) -> Path:
+    """`unitok train` in this process; returns the run's folder."""
+    folder = place / out
+    given = [f"out={folder}", *overrides]
+    run.run(argparse.Namespace(config=str(place / "config.yaml"), overrides=given))
+    return folder
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    timed = ("seconds", "samples_per_second", "tokens_per_second", "memory_gib")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def same_rows(one: list[dict], other: list[dict], tolerance: float) -> None:
+    for a, b in zip(one, other, strict=True):
+        for name in ("loss", "text_loss", "image_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=tolerance), (name, a["step"])
+
+
+@pytest.fixture(scope="session")
+def mllm(mllm_place):
+    """place (folder), train(out, *overrides) -> run folder, rows(folder), weights(folder), write_tokenizer,
+    same_rows; what `unitok train place/config.yaml` does in this process."""
+    return SimpleNamespace(
+        place=mllm_place,
+        train=lambda out, *overrides: train(mllm_place, out, *overrides),
+        rows=rows,
+        weights=weights,
+        same_rows=same_rows,
+        write_tokenizer=write_tokenizer,
+    )
+
+
+@pytest.fixture(scope="session")
+def mllm_reference(mllm):
+    """Six steps in one go."""
+    return mllm.train("reference")
