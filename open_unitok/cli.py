@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "open_unitok.training.run",
         "train a stage from a YAML: unitok train CONFIG [key.sub=value ...]",
     ),
+    "plan": ("open_unitok.training.plan", "parameters, memory and time of an MLLM run, before it has a GPU"),
     "extract-codes": ("open_unitok.training.extract", "turn image shards into code shards"),
     "reconstruct": ("open_unitok.generation.reconstruct", "encode and decode pictures, side by side"),
     "generate": ("open_unitok.generation.generate", "draw pictures from prompts"),

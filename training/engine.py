@@ -176,6 +176,12 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
     }
     if options.zero_stage == 3:
         settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if options.offload != "none":
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        settings["zero_optimization"]["offload_optimizer"] = host
+        if options.offload == "parameters":
+            settings["zero_optimization"]["offload_param"] = host
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs there too; nothing is compiled
     return _merge(settings, options.deepspeed)
 
 

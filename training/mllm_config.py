@@ -128,12 +128,14 @@ class LoraOptions:
     """Low-rank adapters (peft) on every linear layer of `parts`; all other weights stay as they are.
 
     The run then leaves an adapter: OUT/model holds adapter_config.json and adapter_model.safetensors.
+    base: number format of the frozen weights; bf16 halves their memory and goes with engine.dtype bf16.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     parts: tuple[str, ...] = ("language_model", "depth_head")
+    base: Literal["fp32", "bf16"] = "fp32"
 
     def check(self) -> None:
         if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
@@ -177,6 +179,8 @@ class MLLMRun(RunConfig):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
         if self.lora and self.model:
             raise UserError("lora needs a trained model to sit on: give `start_from` instead of `model`.")
+        if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
+            raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
         if self.lora and all(self.lr_factor(PARTS[part]) == 0 for part in self.lora.parts):
             raise UserError("lr_factors freeze every part that lora.parts names: nothing is left to train.")
 

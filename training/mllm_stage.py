@@ -157,10 +157,8 @@ def prepare(config: MLLMRun) -> Parts:
     """
     parts = new_parts(config) if config.model else load_parts(str(config.start_from))
     parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
-    if config.lora:
-        torch.manual_seed(draws.key(config.seed, "lora"))
-        prefixes = [PARTS[part].rstrip(".") for part in config.lora.parts]
-        add_lora(parts.model, prefixes, config.lora.rank, config.lora.alpha, config.lora.dropout)
+    torch.manual_seed(draws.key(config.seed, "lora"))
+    put_adapters(parts.model, config)
     freeze(parts.model, config)
     if config.engine.gradient_checkpointing:
         engine.checkpoint_activations(parts.model)
@@ -199,6 +197,18 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
                 f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."
             )
     return mixture
+
+
+def put_adapters(model: Any, config: MLLMRun) -> None:
+    """LoRA where the config asks for it, on a base that keeps its number format or is rounded to bf16."""
+    lora = config.lora
+    if lora is None:
+        return
+    add_lora(model, [PARTS[part].rstrip(".") for part in lora.parts], lora.rank, lora.alpha, lora.dropout)
+    if lora.base == "bf16":
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad and not name.startswith(PARTS["visual_embedder"]):
+                parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def freeze(model: Any, config: MLLMRun) -> None:

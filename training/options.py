@@ -46,6 +46,8 @@ class EngineOptions:
     """How DeepSpeed runs: `deepspeed` is merged into its own config (offload, bucket sizes, ...).
 
     `dtype` "auto" is bf16 where the processor or GPU has units for it, which saves time there only.
+    `offload` keeps in the host's memory: "optimizer" moments and fp32 copies (ZeRO 1 to 3), "parameters" also
+    the weights (ZeRO 3); slower, for models that do not fit otherwise.
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -53,11 +55,16 @@ class EngineOptions:
     accumulation: int = 1
     threads: int = 0
     gradient_checkpointing: bool = False
+    offload: Literal["none", "optimizer", "parameters"] = "none"
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
         if self.accumulation < 1:
             raise UserError(f"engine.accumulation is {self.accumulation}: it is 1 or more.")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            wanted = f"engine.zero_stage {least} or more, not {self.zero_stage}"
+            raise UserError(f"engine.offload {self.offload} needs {wanted}.")
         if self.threads < 0:
             raise UserError(f"engine.threads is {self.threads}: it is 0 (all cores) or more.")
 

@@ -2,8 +2,6 @@
 and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -162,17 +160,3 @@ def test_other_folders_are_refused(mllm, place, reference, tmp_path):
     mllm.write_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="another visual tokenizer"):
         mllm.train("wrong-c", f"model.unitok={tmp_path}/other")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
-def test_two_ranks_equal_one(mllm, place, reference, stage):
-    folder = place / f"ranks-{stage}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    more = ["engine.accumulation=2", f"engine.zero_stage={stage}", f"out={folder}"]
-    target = ["-m", "open_unitok", "train", str(place / "config.yaml"), *more]
-    subprocess.run([*command, *target], check=True, timeout=280)
-    mllm.same_rows(mllm.rows(folder), mllm.rows(reference), 1e-4)
-    one, other = mllm.weights(folder), mllm.weights(reference)
-    assert one.keys() == other.keys()
-    assert max((one[name] - other[name]).abs().max().item() for name in one) < 1e-3
