@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="unusable share that stops (default: 0.05)"
     )
+    parser.add_argument("--tokenizer", help="go on and extract codes with this visual tokenizer, to DST/codes")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -58,6 +59,18 @@ def run(args: argparse.Namespace) -> None:
         max_bad_share=args.max_bad_share,
     )
     print(f"{args.dst}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
+    if args.tokenizer:
+        extract_into(Path(args.dst), args.tokenizer)
+
+
+def extract_into(folder: Path, tokenizer: str) -> None:
+    """`unitok extract-codes` of the tars in `folder`, with its own defaults, to `folder`/codes."""
+    from . import extract
+
+    parser = argparse.ArgumentParser()
+    extract.add_arguments(parser)
+    told = ["--tokenizer", tokenizer, "--data", str(folder / "*.tar"), "--out", str(folder / "codes")]
+    extract.run(parser.parse_args(told))
 
 
 def convert(

@@ -66,7 +66,7 @@ def launched(mllm, mllm_reference):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     worker = Path(__file__).parent / "ranks_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(worker), str(list_of_jobs)], check=True, timeout=280, env=environment)
+    subprocess.run([*command, str(worker), str(list_of_jobs)], check=True, timeout=1200, env=environment)
     return place / "ranks"
 
 
