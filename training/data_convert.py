@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="unusable share that stops (default: 0.05)"
     )
-    parser.add_argument("--tokenizer", help="go on and extract codes with this visual tokenizer, to DST/codes")
+    parser.add_argument(
+        "--tokenizer", help="go on and extract codes with this visual tokenizer, to DST/codes"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
