@@ -1,6 +1,6 @@
 """The decoder over text tokens and image codes with a visual embedder and a depth head (arXiv 2502.20321)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
 from .config import SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
@@ -12,6 +12,7 @@ from .prompts import DRAW_INSTRUCTION, IMAGE_MARK, TEMPLATES, UNCONDITIONAL, dra
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
 AutoModel.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = [
     "DRAW_INSTRUCTION",

@@ -146,12 +146,12 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
 
 
 def load_published(
-    folder: str | os.PathLike[str], dtype: torch.dtype | None = None, **fields: Any
+    folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None, **fields: Any
 ) -> UniTokForConditionalGeneration:
     """A model, in evaluation mode, from a published folder.
 
     Args:
-        dtype: of the weights; None = as in the files.
+        dtype: of the weights; None or "auto" = as in the files.
         fields: of `UniTokMLLMConfig`, to be set otherwise, such as visual_context or num_image_tokens.
 
     Raises:
@@ -169,6 +169,8 @@ def load_published(
     for name, value in fields.items():
         setattr(config, name, value)
     state = to_ours(published)
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
     return build(config, state, folder)

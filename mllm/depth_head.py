@@ -73,7 +73,7 @@ class DepthHead(nn.Module):
 
     def new_cache(self) -> DepthCache:
         """An empty cache for the K steps of one visual token per row."""
-        return DepthCache(self._rotary_tables(self.output.weight))
+        return DepthCache(self._rotary_tables(self.norm.weight))
 
     def _enter(self, hidden: torch.Tensor) -> torch.Tensor:
         """(M, D) -> (M, 1, W)."""

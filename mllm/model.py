@@ -7,6 +7,7 @@ sub-codebook, D decoder width, J learnt images, T learnt text tokens.
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,19 +290,33 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
         """Load a folder of ours or a hub id; keyword arguments as in transformers. A published folder is read
-        too, with `dtype` as the only argument.
+        too, with `dtype` and `attn_implementation` as the only ones.
 
         Raises:
-            UserError: the folder holds no model, or one of another kind.
+            UserError: the folder holds no model, or one of another kind; a package that an argument needs
+                (flash-attn, bitsandbytes, accelerate) is not installed.
         """
         path = Path(pretrained_model_name_or_path)
-        if path.is_dir() and not args and kwargs.keys() <= {"dtype"} and folder_type(path) == PUBLISHED_TYPE:
+        published = path.is_dir() and not args and folder_type(path) == PUBLISHED_TYPE
+        if published and kwargs.keys() <= {"dtype", "attn_implementation"}:
             from .convert import load_published
 
-            return load_published(path, **kwargs)
+            attention = kwargs.pop("attn_implementation", None)
+            model = load_published(path, **kwargs)
+            if attention is not None:
+                model.set_attn_implementation(attention)
+            return model
         if path.is_dir():
             check_folder(path)
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        quantization = kwargs.get("quantization_config")
+        if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
+            # the embedder's attention takes its weights as plain matrices
+            kwargs["quantization_config"] = quantization = copy.copy(quantization)
+            quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except ImportError as error:
+            raise UserError(f"{path} cannot be loaded so: {' '.join(str(error).split())}") from error
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.visual_embedder.codebooks.requires_grad_(False)  # loading forgets it
         return loaded

@@ -1,6 +1,13 @@
-"""How much arithmetic a training step is, and how much a device could do: the two halves of MFU."""
+"""How much arithmetic a training step is, and how much a device could do: the two halves of MFU.
+
+A multiplication and an addition are two operations. A recomputed activation counts once, frozen weights cost
+no gradient of their own, and attention counts the pairs of tokens that see each other.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.tokenizer import UniTok, UniTokConfig
@@ -52,3 +59,62 @@ def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decode
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(pixels, ids, reconstruct_first=decoded)
     return counter.get_total_flops()
+
+
+# in the order in which a step runs through them
+PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
+
+
+class Work(NamedTuple):
+    """What runs through the model: counts of one or many micro-batches."""
+
+    tokens: float = 0.0  # through the decoder, visual ones included
+    pairs: float = 0.0  # of tokens and what each of them sees, itself included
+    text_targets: float = 0.0  # places where text is learnt
+    visual: float = 0.0  # visual tokens of all images, read or drawn
+    drawn: float = 0.0  # those that are learnt
+
+
+class Cost:
+    """Floating-point operations of training steps; make it before ZeRO-3 takes the shapes away.
+
+    Attributes:
+        weights, trained: part -> weights of its matrices, and how many of them are trained.
+    """
+
+    def __init__(self, model: Any):
+        self.weights, self.trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                part = name.partition(".")[0]
+                self.weights[part] += module.weight.numel()
+                self.trained[part] += module.weight.numel() * module.weight.requires_grad
+        self.any_embedding = model.get_input_embeddings().weight.requires_grad
+        config = model.config
+        self.books = config.num_codebooks
+        self.pair_cost = _pair_cost(config.text_config)
+        self.depth_pair_cost = _pair_cost(config.depth_config)
+
+    def flops(self, work: Work, backward: bool = True) -> float:
+        """Of a forward pass over `work`, and of the backward pass behind it."""
+        uses = (work.visual, work.tokens, work.text_targets, work.drawn * self.books)
+        pairs = (0.0, work.pairs * self.pair_cost, 0.0, self._depth_pairs(work) * self.depth_pair_cost)
+        total, learnt_before = 0.0, self.any_embedding
+        for part, count, attention in zip(PARTS, uses, pairs):
+            forward = 2 * count * self.weights[part] + attention
+            total += forward
+            learnt_here = self.trained[part] > 0
+            if backward and (learnt_before or learnt_here):
+                total += 2 * count * self.weights[part] + 2 * attention + 2 * count * self.trained[part]
+            if part != "lm_head":  # the heads stand side by side
+                learnt_before = learnt_before or learnt_here
+        return total
+
+    def _depth_pairs(self, work: Work) -> float:
+        return work.drawn * self.books * (self.books + 1) / 2
+
+
+def _pair_cost(config: Any) -> float:
+    """Operations of attention per pair of tokens in all layers: a score and a weighted value."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 4.0 * config.num_hidden_layers * config.num_attention_heads * head

@@ -1,5 +1,4 @@
-"""What is logged about the MLLM beside its losses: accuracy per sub-codebook, text loss per task, speed and
-memory."""
+"""What is logged about the MLLM beside its losses: accuracy per sub-codebook, text loss per task, speed."""
 
 import time
 from typing import Any
@@ -11,7 +10,7 @@ from open_unitok import ranks
 from open_unitok.mllm.loss import targets
 
 from .collate import KINDS, Batch
-from .compute import Cost, Work, peak_flops, peak_memory
+from .flops import Cost, Work, peak_tflops
 
 
 class Progress:
@@ -19,14 +18,17 @@ class Progress:
 
     K sub-codebooks; counts stay on the device until they are taken. Make it before ZeRO-3 takes shapes away.
 
+    Args:
+        peak: TFLOP/s that one device could do at most; None looks the GPU up in a table.
+
     Attributes:
         trained: how many parameters are.
     """
 
-    def __init__(self, model: Any, device: torch.device):
+    def __init__(self, model: Any, device: torch.device, peak: float | None = None):
         num_codebooks = model.config.num_codebooks
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.cost, self.device = Cost(model), device
+        self.cost, self.device, self.peak = Cost(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
         self.text_sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
         self.text_counts = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
@@ -87,9 +89,9 @@ class Progress:
             values |= {f"accuracy/{book}": hits / work.drawn for book, hits in enumerate(correct)}
         values["padding"] = 1 - work.tokens / max(places, 1)
         values["tokens_per_second"] = work.tokens / seconds
-        if peak := peak_flops(self.device):
-            values["mfu"] = self.cost.flops(work) / seconds / (peak * ranks.world_size())
-        values["memory_gib"] = peak_memory(self.device)
+        values["tflops_per_second"] = self.cost.flops(work) / seconds / 1e12
+        if self.peak:
+            values["mfu"] = values["tflops_per_second"] / (self.peak * ranks.world_size())
         self._clock = now
         for tensor in (self.correct, self.text_sums, self.text_counts, self.places, self.work):
             tensor.zero_()

@@ -40,7 +40,7 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
     model = parts.model.to(device)
     mixture = build_mixture(config, parts)
     folder.note(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
-    progress = Progress(model, device)
+    progress = Progress(model, device, config.log.peak_tflops)
     groups = engine.decay_groups(model, config.optimizer.weight_decay, dict(config.prefix_factors()))
     trained = engine.wrap(model, groups, config.optimizer, config.engine, micro)
     log = Logbook(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)

@@ -17,7 +17,7 @@ import torch
 
 from open_unitok.errors import UserError
 
-from .compute import PEAKS, Cost, Work
+from .flops import PEAK_TFLOPS, Cost, Work
 from .mllm_config import PARTS, MLLMRun
 
 # DeepSpeed's defaults, where `engine.deepspeed` does not say otherwise
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="a YAML of stage mllm, e.g. configs/mllm/pretrain_7b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
     parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
-    parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAKS)} (default: H100)")
+    parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAK_TFLOPS)} (default: H100)")
     parser.add_argument(
         "--mfu", type=float, default=0.4, help="share of its peak that is used (default: 0.4)"
     )
@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.config} is of stage {config.stage}: `unitok plan` knows stage mllm alone.")
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens are 1 or more, --mfu is above 0 and at most 1.")
-    if args.gpu not in PEAKS:
-        raise UserError(f"--gpu is {args.gpu!r}; known are {', '.join(PEAKS)}.")
+    if args.gpu not in PEAK_TFLOPS:
+        raise UserError(f"--gpu is {args.gpu!r}; known are {', '.join(PEAK_TFLOPS)}.")
     found = plan(config, args.gpus, args.text_tokens)
     print("\n".join(describe(found, config, args)))
 
@@ -267,9 +267,9 @@ def describe(found: Plan, config: MLLMRun, args: argparse.Namespace) -> list[str
         mark = "*" if stage == engine.zero_stage else " "
         values = "".join(f"{value / unit:13,.2f}" for value in [*memory, sum(memory)])
         lines.append(f"{mark} {stage:>4} {values}")
-    seconds = found.flops / (args.mfu * PEAKS[args.gpu] * args.gpus)
+    seconds = found.flops / (args.mfu * 1e12 * PEAK_TFLOPS[args.gpu] * args.gpus)
     hours = seconds * config.steps / 3600
-    speed = f"{100 * args.mfu:.0f} % of the {PEAKS[args.gpu] / 1e12:,.0f} TFLOP/s of {args.gpu}"
+    speed = f"{100 * args.mfu:.0f} % of the {PEAK_TFLOPS[args.gpu]:,.0f} TFLOP/s of {args.gpu}"
     cut = f"{micro} per micro-batch, {args.gpus} ranks, accumulation {engine.accumulation}"
     lines += [
         "",

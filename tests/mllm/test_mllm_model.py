@@ -84,8 +84,9 @@ def test_depth_head_is_causal_whatever_the_attention(tiny, codes, attention):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_rows_equal_rows_alone(tiny, codes, pad_rows, side):
-    model = tiny()
+@pytest.mark.parametrize("context", ["full", "last"])
+def test_padded_rows_equal_rows_alone(tiny, codes, pad_rows, side, context):
+    model = tiny(visual_context=context)
     inputs = pad_rows(ROWS, side)
     together = model(**inputs, image_codes=codes, reduction="sum", return_logits=True)
     sums = torch.zeros(2)

@@ -247,7 +247,7 @@ def train(place: Path, out: str, *overrides: str) -> Path:
 
 def rows(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    timed = ("seconds", "samples_per_second", "tokens_per_second", "memory_gib")
+    timed = ("seconds", "samples_per_second", "tokens_per_second", "tflops_per_second")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 

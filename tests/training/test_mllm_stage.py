@@ -2,6 +2,7 @@
 and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.tokenizer import UniTok
+from open_unitok.training import mllm_stage
+from open_unitok.training.logbook import Logbook
 from open_unitok.training.mllm_config import LossOptions
 from open_unitok.training.mllm_stage import join
 
@@ -160,3 +163,38 @@ def test_other_folders_are_refused(mllm, place, reference, tmp_path):
     mllm.write_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="another visual tokenizer"):
         mllm.train("wrong-c", f"model.unitok={tmp_path}/other")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch):
+    add = Logbook.add
+
+    def interrupted(self, step, values):
+        add(self, step, values)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Logbook, "add", interrupted)
+        with pytest.raises(SystemExit) as left:
+            mllm.train("terminated")
+    assert left.value.code == 128 + signal.SIGTERM
+    folder = mllm.place / "terminated"
+    assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-00000003"]
+    mllm.train("terminated")
+    assert mllm.rows(folder) == mllm.rows(reference)
+
+
+def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
+    def poisoned(text_sum, image_sum, targets, options):
+        found = join(text_sum, image_sum, targets, options)
+        steps.append(None)
+        return found._replace(loss=found.loss * float("nan")) if len(steps) == 3 else found
+
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(mllm_stage, "join", poisoned)
+        with pytest.raises(UserError, match=r"Step 3 is not finite \(loss=nan, text_loss="):
+            mllm.train("poisoned", "checkpoint.every=2")
+    checkpoint = mllm.place / "poisoned" / "checkpoints" / "step-00000002"
+    UniTokForConditionalGeneration.from_pretrained(checkpoint)
+    assert not (mllm.place / "poisoned" / "model").exists()

@@ -8,7 +8,7 @@ from open_unitok import cli
 from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.training import plan, run
-from open_unitok.training.compute import Cost, Work
+from open_unitok.training.flops import Cost, Work
 from open_unitok.training.mllm_progress import _pairs
 
 CONFIGS = ["configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml"]

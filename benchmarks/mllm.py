@@ -1,0 +1,216 @@
+"""Speed of MLLM training on one device: tokens/s, MFU and memory of packed rows with random weights.
+
+    python benchmarks/mllm.py                            # 1b, 7b_8of32 and 7b_lora
+    python benchmarks/mllm.py --case tiny --out x.json   # on any machine, to try it
+
+Results go to benchmarks/results/mllm-DEVICE.json; a case that does not fit the device says so. Half of the
+samples draw a picture, half answer a question about one; rows are packed to `--length` tokens. The whole
+step is timed: forward, backward, clipping and AdamW, as `unitok train` has them, but with data made
+beforehand. Each case says what it is: "7b_8of32" has the published 7B's widths and 8 of its 32 layers.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from open_unitok.files import write_json
+from open_unitok.mllm import SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
+from open_unitok.mllm.adapters import add_lora
+from open_unitok.training import engine
+from open_unitok.training.flops import Cost, Work, peak_tflops
+from open_unitok.training.options import EngineOptions, Optimizer
+
+
+class Case(NamedTuple):
+    """A model and how it is trained."""
+
+    what: str
+    text: dict[str, Any]
+    lora: int = 0  # rank; 0 = all weights are trained
+    visual: dict[str, Any] = {}
+
+
+PUBLISHED = dict(SIZES["unitok_mllm_7b"]["text_config"])
+CASES = {
+    "tiny": Case(
+        "two layers of width 64, for trying this script",
+        {**PUBLISHED, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+         "num_attention_heads": 2},
+        visual={"num_codebooks": 4, "codebook_size": 64, "visual_hidden_size": 64, "num_image_tokens": 16},
+    ),
+    "1b": Case(
+        "a decoder of 1 G parameters (width 2048, 16 layers)",
+        {**PUBLISHED, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+         "num_attention_heads": 32, "num_key_value_heads": 8},
+    ),
+    "7b_8of32": Case("the published 7B's widths, 8 of its 32 layers", {**PUBLISHED, "num_hidden_layers": 8}),
+    "7b_lora": Case("the whole published 7B with LoRA of rank 64 on a bf16 base", PUBLISHED, lora=64),
+}  # fmt: skip
+
+
+def make_model(case: Case, device: torch.device) -> UniTokForConditionalGeneration:
+    """The case's model with random weights, drawn on the device."""
+    config = UniTokMLLMConfig(text_config=case.text, depth_config={"num_hidden_layers": 3}, **case.visual)
+    base = torch.bfloat16 if case.lora else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(base)
+    try:
+        with device:
+            model = UniTokForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(before)
+    if case.lora:
+        model.visual_embedder.float()
+        add_lora(model, ["language_model", "depth_head"], case.lora, 2.0 * case.lora)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    model.visual_embedder.codebooks.requires_grad_(False)
+    return model
+
+
+def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One row of `length` tokens: samples of 64 text tokens and an image, drawn and read in turn."""
+    image, words = config.num_image_tokens, 64
+    ids, labels, positions, images = [], [], [], 0
+    while len(ids) + image + words + 1 <= length:
+        text = torch.randint(5, config.text_config.vocab_size, (words,), generator=generator).tolist()
+        places = [config.image_token_id] * image
+        if images % 2:
+            ids += [1, *places, *text]
+            labels += [-100] * (1 + image) + text
+        else:
+            ids += [1, *text[1:], 3, *places]
+            labels += [-100] * words + [3, *places]
+        positions += range(image + words + 1)
+        images += 1
+    rest = length - len(ids)  # plain text, a sample of its own
+    ids += [7] * rest
+    labels += [7] * rest
+    positions += range(rest)
+    shape = (images, image, config.num_codebooks)
+    codes = torch.randint(0, config.codebook_size, shape, generator=generator)
+    row = {"input_ids": ids, "labels": labels, "position_ids": positions}
+    return {**{name: torch.tensor([values]) for name, values in row.items()}, "image_codes": codes}
+
+
+def batch_of(
+    config: UniTokMLLMConfig, rows: int, length: int, device: torch.device
+) -> tuple[dict[str, torch.Tensor], Work]:
+    """A micro-batch of equally packed rows, and what is to be computed on it."""
+    generator = torch.Generator().manual_seed(0)
+    made = [packed_row(config, length, generator) for _ in range(rows)]
+    batch = {name: torch.cat([row[name] for row in made]) for name in made[0]}
+    first = batch["position_ids"] == 0
+    text = (batch["labels"] >= 0) & ~first
+    drawn = (batch["labels"] == config.image_token_id).sum().item()
+    work = Work(
+        tokens=batch["input_ids"].numel(),
+        pairs=float((batch["position_ids"] + 1).sum()),
+        text_targets=text.sum().item(),
+        visual=batch["image_codes"].shape[0] * config.num_image_tokens,
+        drawn=drawn,
+    )
+    return {name: tensor.to(device) for name, tensor in batch.items()}, work
+
+
+def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Train some steps; the row of results."""
+    case = CASES[name]
+    torch.manual_seed(0)
+    model = make_model(case, device)
+    model.language_model.set_attn_implementation(args.attention)
+    engine.checkpoint_activations(model)
+    trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total_count, cost = sum(p.numel() for p in model.parameters()), Cost(model)
+    batch, work = batch_of(model.config, args.rows, args.length, device)
+    options = EngineOptions(dtype="bf16", gradient_checkpointing=True)
+    optimizer = Optimizer(lr=1e-5, weight_decay=0.0, clip_grad=1.0)
+    trained = engine.wrap(model.train(), engine.decay_groups(model, 0.0), optimizer, options, args.rows)
+    seconds = []
+    for step in range(args.warmup + args.steps):
+        if step == args.warmup and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        begun = time.perf_counter()
+        out = trained(**batch, return_logits=False)
+        trained.backward(out.loss)
+        engine.step(trained)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - begun)
+    middle = statistics.median(seconds[args.warmup :])
+    flops, peak = cost.flops(work), args.peak_tflops or peak_tflops(device)
+    return {
+        "case": name,
+        "what": case.what,
+        "parameters": total_count,
+        "trained": trained_count,
+        "rows": args.rows,
+        "length": args.length,
+        "attention": args.attention,
+        "seconds_per_step": middle,
+        "fastest": min(seconds[args.warmup :]),
+        "slowest": max(seconds[args.warmup :]),
+        "tokens_per_second": work.tokens / middle,
+        "tflops_per_second": flops / middle / 1e12,
+        "mfu": flops / middle / 1e12 / peak if peak else None,
+        "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The name that results are filed under."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
+    return found[1] if found else platform.machine()
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", nargs="+", choices=CASES, default=["1b", "7b_8of32", "7b_lora"])
+    parser.add_argument("--rows", type=int, default=4, help="packed rows per step (default: 4)")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default: 2048)")
+    parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    parser.add_argument("--attention", default="sdpa", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--peak-tflops", type=float, help="of a device that the table does not know")
+    parser.add_argument("--out", help="results (default: benchmarks/results/mllm-DEVICE.json)")
+    args = parser.parse_args()
+    device = engine.start(EngineOptions(), 0)
+    name = device_name(device)
+    file = re.sub(r"[^\w]+", "-", name).strip("-")
+    out = Path(args.out or Path(__file__).parent / "results" / f"mllm-{file}.json")
+    rows = []
+    for case in args.case:
+        try:
+            rows.append(measure(case, args, device))
+        except torch.cuda.OutOfMemoryError:
+            rows.append({"case": case, "what": CASES[case].what, "failed": "out of memory"})
+        print(json.dumps(rows[-1]), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    facts = {
+        "device": name,
+        "torch": torch.__version__,
+        "load": os.getloadavg(),
+        "measured": time.strftime("%F"),
+    }
+    write_json(out, {**facts, "results": rows})
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    main()
