@@ -110,6 +110,7 @@ class UniTokProcessor:
             path = Path(folder) / CONFIG
             if not path.exists():
                 raise UserError(f"{folder} holds no {CONFIG}: it is no folder of an MLLM.")
+        changes = {name: value for name, value in changes.items() if name not in _FROM_AUTO}
         options = {name: value for name, value in read_json(path).items() if name in _OPTIONS} | changes
         return cls(_load_tokenizer(folder, legacy=options.get("legacy", True)), **options)
 
@@ -263,6 +264,7 @@ class UniTokProcessor:
 
 
 _OPTIONS = ("image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt")
+_FROM_AUTO = ("trust_remote_code", "_from_auto", "revision")  # what AutoProcessor adds of its own
 _TOKEN_IDS = (
     "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
