@@ -39,13 +39,18 @@ class Case(NamedTuple):
 
 
 PUBLISHED = dict(SIZES["unitok_mllm_7b"]["text_config"])
+TINY_TEXT = {
+    **PUBLISHED,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+TINY = {"num_codebooks": 4, "codebook_size": 64, "visual_hidden_size": 64, "num_image_tokens": 16}
 CASES = {
-    "tiny": Case(
-        "two layers of width 64, for trying this script",
-        {**PUBLISHED, "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-         "num_attention_heads": 2},
-        visual={"num_codebooks": 4, "codebook_size": 64, "visual_hidden_size": 64, "num_image_tokens": 16},
-    ),
+    "tiny": Case("two layers of width 64, for trying this script", TINY_TEXT, visual=TINY),
+    "tiny_lora": Case("the same with LoRA of rank 4 on a bf16 base", TINY_TEXT, lora=4, visual=TINY),
     "1b": Case(
         "a decoder of 1 G parameters (width 2048, 16 layers)",
         {**PUBLISHED, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

@@ -1,5 +1,10 @@
 """The planner: published sizes, arithmetic by hand, mistakes; test_mllm_ranks.py measures its memory."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -82,3 +87,17 @@ def test_pairs_of_packed_and_padded_rows():
 def test_mistakes_are_named(arguments, words):
     with pytest.raises(UserError, match=words):
         cli.run(["plan", *arguments])
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "mllm.py"))
+    out = tmp_path / "results.json"
+    size = ["--rows", "1", "--length", "100", "--steps", "1", "--warmup", "0"]
+    told = ["--case", "tiny", "tiny_lora", *size, "--peak-tflops", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["mllm.py", *told])
+    script["main"]()
+    whole, lora = json.loads(out.read_text())["results"]
+    assert lora["trained"] < lora["parameters"] / 5 and whole["trained"] == 335_872 - 4 * 64 * 8
+    for row in (whole, lora):
+        speed = row["tokens_per_second"] * row["seconds_per_step"]
+        assert speed == pytest.approx(100) and row["mfu"] == row["tflops_per_second"] > 0
