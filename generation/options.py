@@ -11,10 +11,11 @@ if TYPE_CHECKING:
     from .sampling import Sampling
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--model, --device and --dtype."""
+def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
+    """--model, --device, --dtype, and --adapter where the decoder is used."""
     parser.add_argument("--model", required=True, metavar="M", help="model folder or hub id")
-    parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
+    if adapter:
+        parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
     parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest there is)"
     )

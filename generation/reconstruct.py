@@ -13,7 +13,7 @@ from .options import add_model_options, pick_device, quiet_loading
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IMG ... --model M --out DIR."""
     parser.add_argument("images", metavar="IMG", nargs="+", help="pictures to encode and decode")
-    add_model_options(parser)
+    add_model_options(parser, adapter=False)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="where the PNGs go: original left, copy right"
     )
