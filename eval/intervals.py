@@ -4,6 +4,7 @@ M samples, G clusters (the questions of one picture belong together), S sums.
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,6 +43,52 @@ def bootstrap(
         clusters: for each sample what it belongs to; None = every sample alone.
         statistic: (..., S) sums -> (...) value.
     """
+    values = resampled(columns, clusters, statistic, seed)
+    if values is None:
+        return None
+    low, high = np.quantile(values, [0.025, 0.975])
+    return [float(low), float(high)]
+
+
+class Difference(NamedTuple):
+    """How much B is above A, its 95 % interval, and how likely so large a difference is by chance alone."""
+
+    value: float
+    interval: list[float] | None
+    p: float | None
+
+
+def paired(
+    a: np.ndarray,
+    b: np.ndarray,
+    clusters: Sequence[Hashable] | None = None,
+    statistic: Statistic = mean_of,
+    seed: int = 0,
+) -> Difference:
+    """`statistic` of b minus that of a, (M, S) each, of the same samples: every draw takes both alike.
+
+    `p` is two-sided: twice the share of draws on the other side of zero, at least one draw.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    width = a.shape[1]
+
+    def both(sums: np.ndarray) -> np.ndarray:
+        return statistic(sums[..., width:]) - statistic(sums[..., :width])
+
+    joined = np.concatenate([a, b], axis=1)
+    value = float(both(joined.sum(axis=0)))
+    values = resampled(joined, clusters, both, seed)
+    if values is None:
+        return Difference(value, None, None)
+    low, high = np.quantile(values, [0.025, 0.975])
+    beyond = min(int((values <= 0).sum()), int((values >= 0).sum()))
+    return Difference(value, [float(low), float(high)], min(1.0, 2 * max(beyond, 1) / len(values)))
+
+
+def resampled(
+    columns: np.ndarray, clusters: Sequence[Hashable] | None, statistic: Statistic, seed: int
+) -> np.ndarray | None:
+    """`statistic` of each draw, (RESAMPLES,); None with fewer than two clusters."""
     columns = np.asarray(columns, dtype=np.float64)
     if clusters is not None:
         number: dict[Hashable, int] = {}
@@ -60,8 +107,7 @@ def bootstrap(
         drawn = rng.integers(groups, size=(rounds, groups)) + groups * np.arange(rounds)[:, None]
         weights = np.bincount(drawn.ravel(), minlength=rounds * groups).reshape(rounds, groups)
         values.append(statistic(weights.astype(np.float64) @ columns))
-    low, high = np.quantile(np.concatenate(values), [0.025, 0.975])
-    return [float(low), float(high)]
+    return np.concatenate(values)
 
 
 def with_ones(values: Sequence[float] | np.ndarray) -> np.ndarray:

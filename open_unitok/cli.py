@@ -32,6 +32,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("open_unitok.generation.serve", "an HTTP server with OpenAI's shapes, in batches"),
     "eval run": ("open_unitok.eval.run", "run a benchmark on a model and score it"),
     "eval score": ("open_unitok.eval.score", "score answers or pictures that are already on disk"),
+    "eval compare": ("open_unitok.eval.compare", "is one run better than another: paired bootstrap"),
+    "eval report": ("open_unitok.eval.runs_report", "runs beside published numbers, as one HTML page"),
     "convert tokenizer": (
         "open_unitok.tokenizer.convert",
         "rewrite a published tokenizer as a folder of ours",

@@ -1,7 +1,12 @@
 """`unitok eval run` and `eval score` with a tiny real model, from folders to results; their error lines."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -115,3 +120,49 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
         assert code == 2 and message in err and err.count("\n") == 1, (name, err)
     code, _, err = call(capsys, "eval", "score", tmp_path / "empty")
     assert code == 2 and "holds no answers" in err
+
+
+@pytest.mark.slow
+def test_ranks_that_are_killed_and_resumed_leave_the_files_of_one(model, scenes, tmp_path):
+    """One process; two under torchrun; two killed in the middle and one that goes on: the same bytes."""
+    words = [
+        "eval",
+        "run",
+        "vqav2",
+        "pope",
+        "--model",
+        str(model),
+        "--data",
+        str(scenes),
+        "--batch-size",
+        "3",
+    ]
+    words += ["--max-new-tokens", "4", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+    def launch(count, out):
+        single = [sys.executable, "-m", "open_unitok"]
+        several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        command = single if count == 1 else [*several, "-m", "open_unitok"]
+        return subprocess.Popen(
+            [*command, *words, "--out", str(out)], env=environment, start_new_session=True
+        )
+
+    assert launch(1, tmp_path / "one").wait(300) == 0
+    assert launch(2, tmp_path / "two").wait(300) == 0
+    assert len(list((tmp_path / "two" / "vqav2").glob("answers-*.jsonl"))) == 2
+    killed = launch(2, tmp_path / "killed")
+    file = tmp_path / "killed" / "vqav2" / "answers-00001.jsonl"
+    for _ in range(3000):
+        if file.exists() and file.stat().st_size:
+            break
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait(60)
+    assert not (tmp_path / "killed" / "pope" / "results.json").exists()
+    assert launch(1, tmp_path / "killed").wait(300) == 0
+    for name in ("vqav2", "pope"):
+        for file in ("results.json", "scores.jsonl"):
+            expected = (tmp_path / "one" / name / file).read_bytes()
+            assert (tmp_path / "two" / name / file).read_bytes() == expected
+            assert (tmp_path / "killed" / name / file).read_bytes() == expected

@@ -276,3 +276,51 @@ def test_samples_are_chosen_in_turn_from_the_groups():
     rows = [{"group": "a", "i": i} for i in range(9)] + [{"group": "b", "i": 9}]
     chosen = choose(rows, 5, "group")
     assert [r["group"] for r in chosen] == ["a", "b", "a", "a", "a"] and choose(rows, 5, "group") == chosen
+
+
+def as_rank(monkeypatch, rank, world):
+    """This process plays one of several, without a group: it waits for nobody."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+
+
+def test_shares_of_ranks_that_died_are_taken_up_by_any_number_of_others(data, tmp_path, monkeypatch):
+    whole = run_benchmark("vqav2", Scripted(data), data, tmp_path / "one", **QUIET)
+    asked = []
+    for rank, world in ((2, 3), (1, 3), (1, 2), (0, 1)):  # rank 0 of three died before it asked anything
+        as_rank(monkeypatch, rank, world)
+        model = Scripted(data)
+        result = run_benchmark("vqav2", model, data, tmp_path / "many", batch_size=7, **QUIET)
+        assert (result is None) == (rank > 0)
+        asked.append(model.asked)
+    assert result == whole and sum(asked) == whole["n"] and min(asked) > 0
+    for name in ("results.json", "scores.jsonl", "run.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_memory_stays_flat_however_many_answers(tmp_path):
+    """What a batch leaves behind is on disk alone: 4,000 long answers take less than a tenth of it."""
+    import tracemalloc
+
+    from open_unitok.eval.harness import answer_all
+
+    samples = [Sample(i, i, f"question {i}") for i in range(4_000)]
+    store = Store(tmp_path, "vqav2")
+    tracemalloc.start()
+    answer_all(store, samples[:100], lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    answer_all(store, samples, lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    grown = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert (tmp_path / "answers-00000.jsonl").stat().st_size > 20_000_000
+    assert grown < 2_000_000
+
+
+def test_empty_answers_are_counted_and_named(data, tmp_path):
+    class Silent(Scripted):
+        def answer(self, images, questions, max_new_tokens=16):
+            return ["" for _ in questions]
+
+    result = run_benchmark("vqav2", Silent(data), data, tmp_path, **QUIET)
+    assert result["value"] == 0.0 and f"{result['n']} answers are empty" in result["problems"][0]
