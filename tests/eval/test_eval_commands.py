@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +122,13 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
     assert code == 2 and "holds no answers" in err
 
 
+def free_port():
+    """A port that nobody uses now."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_ranks_that_are_killed_and_resumed_leave_the_files_of_one(model, scenes, tmp_path):
     """One process; two under torchrun; two killed in the middle and one that goes on: the same bytes."""
@@ -140,27 +147,26 @@ def test_ranks_that_are_killed_and_resumed_leave_the_files_of_one(model, scenes,
     words += ["--max-new-tokens", "4", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-    def launch(count, out):
-        single = [sys.executable, "-m", "open_unitok"]
-        several = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-        command = single if count == 1 else [*several, "-m", "open_unitok"]
-        return subprocess.Popen(
-            [*command, *words, "--out", str(out)], env=environment, start_new_session=True
-        )
+    def launch(out, *launcher, **more):
+        command = [sys.executable, *launcher, "-m", "open_unitok", *words, "--out", str(out)]
+        return subprocess.Popen(command, env=environment | more)
 
-    assert launch(1, tmp_path / "one").wait(300) == 0
-    assert launch(2, tmp_path / "two").wait(300) == 0
+    several = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    at_once = [launch(tmp_path / "one"), launch(tmp_path / "two", *several)]
+    assert [process.wait(400) for process in at_once] == [0, 0]
     assert len(list((tmp_path / "two" / "vqav2").glob("answers-*.jsonl"))) == 2
-    killed = launch(2, tmp_path / "killed")
-    file = tmp_path / "killed" / "vqav2" / "answers-00001.jsonl"
-    for _ in range(3000):
-        if file.exists() and file.stat().st_size:
-            break
-        time.sleep(0.02)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait(60)
+
+    ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    killed = [launch(tmp_path / "killed", RANK=str(rank), LOCAL_RANK=str(rank), **ranks) for rank in (0, 1)]
+    files = [tmp_path / "killed" / "vqav2" / f"answers-0000{rank}.jsonl" for rank in (0, 1)]
+    end = time.monotonic() + 300
+    while not any(file.exists() and file.stat().st_size for file in files) and time.monotonic() < end:
+        time.sleep(0.01)
+    for process in killed:
+        process.kill()
+        process.wait(60)
     assert not (tmp_path / "killed" / "pope" / "results.json").exists()
-    assert launch(1, tmp_path / "killed").wait(300) == 0
+    assert launch(tmp_path / "killed").wait(400) == 0
     for name in ("vqav2", "pope"):
         for file in ("results.json", "scores.jsonl"):
             expected = (tmp_path / "one" / name / file).read_bytes()
