@@ -22,10 +22,8 @@ def open_run(folder: str | Path, run: dict[str, Any]) -> None:
     """
     path = Path(folder) / "run.json"
     if not path.exists():
-        if ranks.is_main():
-            write_json(path, run)
-        ranks.barrier()
-        return
+        write_json(path, run)  # the same on every rank, and atomic
+    ranks.barrier()
     old = read_json(path)
     for name, before, now in differences(comparable(old), comparable(run)):
         raise UserError(

@@ -112,7 +112,7 @@ def number_row(runs: Sequence[Run], benchmark: str, metric: str) -> str:
         if found["interval"]:
             low, high = (shown(v, found["unit"]) for v in found["interval"])
             around = f"<br><small>{low} – {high}</small>"
-        mark = "" if result["comparable"] else " ✗"
+        mark = "" if result.get("comparable", True) else " ✗"
         cells.append(f"<td class='n'><b>{shown(found['value'], found['unit'])}</b>{mark}{around}</td>")
     known = dict(PUBLISHED.get(benchmark, {}).get(metric, {}))
     paper = known.pop(PAPER, None)
@@ -134,13 +134,11 @@ def shown(value: float, unit: str) -> str:
 
 def about(result: Row) -> str:
     """How the numbers came about, and what is to be said of them."""
-    facts = {
-        "n": result["n"], "missing": result["missing"], "failed": result["failed"], "split": result["split"],
-        "recipe": result["recipe"], "scorer": result["scorer"], "decoding": result["decoding"],
-    }  # fmt: skip
+    names = ("n", "missing", "failed", "split", "recipe", "scorer", "decoding")
+    facts = {name: result.get(name) for name in names}
     line = ", ".join(f"{name} {text(value)}" for name, value in facts.items() if value is not None)
     problems = list(result["problems"])
-    if not result["comparable"]:
+    if not result.get("comparable", True):
         problems.insert(0, f"not comparable with published numbers: {result['why not comparable']}")
     return line + "".join(f'<span class="warn card" style="display:block">{text(p)}</span>' for p in problems)
 
