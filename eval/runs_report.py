@@ -146,14 +146,7 @@ def about(result: Row) -> str:
 def details(one: Run, benchmark: str, seed: int) -> str:
     """Bars per category and the galleries of a benchmark."""
     result, folder = one.results[benchmark], one.folders[benchmark]
-    bars = []
-    for name, metric in result["metrics"].items():
-        if "/" in name and metric["unit"] == "share":
-            bars.append(
-                charts.bar_row(
-                    name.partition("/")[2], metric["value"], f"{name}, n = {metric['n']}", metric["interval"]
-                )
-            )
+    bars = [bar(name, metric) for name, metric in result["metrics"].items() if "/" in name]
     body = f'<div class="panel card">{"".join(bars[:WIDEST])}</div>' if bars else ""
     path = folder / "scores.jsonl"
     rows = [row for row in read_jsonl(path) if row.get("score") is not None] if path.exists() else []
@@ -163,6 +156,18 @@ def details(one: Run, benchmark: str, seed: int) -> str:
             cards = "".join(card(row, folder) for row in chosen)
             body += f'<h3>{title}</h3><div class="asks">{cards}</div>'
     return body
+
+
+def bar(name: str, metric: Row) -> str:
+    """A metric of a category as a bar: of 100 %, or of the 200 points that a task of MME is worth."""
+    whole = {"share": 1.0, "points": 200.0}.get(metric["unit"])
+    if whole is None:
+        return ""
+    value, interval = metric["value"] / whole, metric["interval"] and [v / whole for v in metric["interval"]]
+    note = f"{name}, n = {metric['n']}"
+    if metric["unit"] == "points":
+        note += f", {metric['value']:.1f} of 200 points"
+    return charts.bar_row(name.partition("/")[2], value, note, interval)
 
 
 def pick(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
