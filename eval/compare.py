@@ -96,6 +96,9 @@ def compare(a: str | Path, b: str | Path) -> list[Line]:
     columns, value, unit = STATISTICS[statistic]
     main = results[0]["metric"]
     lines = [line_of(main, rows, columns, value, results[0]["metrics"][main]["unit"])]
+    if any(abs(v - r["value"]) > 1e-6 for v, r in zip((lines[0].a, lines[0].b), results)):
+        # the main number is made of something else than the rows' scores, such as FID
+        lines = [lines[0]._replace(name="score per sample", unit="points")]
     columns, value, _ = STATISTICS["mean"]
     groups = list(dict.fromkeys(row.get("group") or "" for row in rows[0]))
     for group in groups if len(groups) > 1 else ():

@@ -288,7 +288,7 @@ def score_geneval(
         "prompts": summary["prompts"],
     }
     why, details["detected by"] = detected_by(task, rows, folder)
-    return Scored(metrics, details, per_sample, not_comparable=why)
+    return Scored(metrics, details, per_sample, "group mean", why)
 
 
 def detected_by(task: Task, rows: dict[int, Row], folder: Path) -> tuple[str, str]:

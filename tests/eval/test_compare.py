@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,14 @@ def test_main_numbers_and_differences_equal_the_results(runs):
     mme = compare(runs / "a" / "mme", runs / "b" / "mme")
     assert mme[0].difference.value == pytest.approx(100 * (0.5 - 0.75) - 50)
     assert mme[0].difference.interval[1] <= 0
+
+
+def test_a_number_that_rows_do_not_make_is_not_called_by_its_name(runs, tmp_path):
+    for label in "ab":
+        shutil.copytree(runs / label / "vqav2", tmp_path / label)
+        path = tmp_path / label / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"value": 3.5, "metric": "accuracy"}))
+    assert compare(tmp_path / "a", tmp_path / "b")[0].name == "score per sample"
 
 
 def test_the_command_compares_all_that_both_have(runs, capsys):
