@@ -29,7 +29,7 @@ PROMPTS = (
     "two green squares",
 )
 QUESTION = "How many objects are there?"
-DRAWING = ("--guidance", "3.0", "--temperature", "0.7")
+DRAWING = ("--guidance", "3.0", "--temperature", "0.3")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,6 +1,5 @@
 """What is said of a scene: captions, questions with one-word answers, and sentences without a picture."""
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from random import Random
@@ -121,10 +120,14 @@ def ask(
 def conversation(
     scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
 ) -> list[Question]:
-    """One to `turns` different questions; every kind that the scene allows is as likely to come first."""
-    wanted, kinds = rng.randint(1, config.turns), rng.sample(list(QUESTIONS), len(QUESTIONS))
-    asked = (ask(scene, config, rng, kind, known) for kind in kinds)
-    return list(itertools.islice((question for question in asked if question), wanted))
+    """One to `turns` different questions, their kinds drawn by ASKED."""
+    wanted, kinds, shares = rng.randint(1, config.turns), list(ASKED), list(ASKED.values())
+    asked: dict[str, Question] = {}
+    for kind in rng.choices(kinds, shares, k=4 * wanted):  # some scenes give no question of some kinds
+        question = ask(scene, config, rng, kind, known)
+        if question and len(asked) < wanted:
+            asked.setdefault(question.text, question)
+    return list(asked.values())
 
 
 def _existence(
@@ -242,6 +245,10 @@ QUESTIONS: dict[str, Callable[..., tuple[str, str] | None]] = {
     "position": _position,
     "relation": _relation,
 }
+
+# How often training asks each kind. Yes and no, and what stands where to what, must be compared and not merely
+# read off: they are learnt last, and need the most practice.
+ASKED = {"existence": 3, "count": 1, "colour": 1, "shape": 1, "position": 1, "relation": 3}
 
 
 # ---- text without a picture --------------------------------------------------------------------------------

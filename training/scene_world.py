@@ -83,7 +83,10 @@ def sample_scene(config: SceneConfig, split: str, index: int) -> Scene:
     rng = Random(f"{config.seed}/{split}/{index}")
     pairs = config.pairs if split == "test" else [p for p in config.pairs if p not in config.held_out_pairs]
     while True:
-        scene = _draw(config, rng, pairs)
+        counts = range(config.min_objects, config.max_objects + 1)
+        # training shows full pictures more often: what stands where is learnt from several objects
+        count = rng.choice(counts) if split == "test" else rng.choices(counts, weights=counts)[0]
+        scene = _draw(config, rng, pairs, count)
         if in_test(config, scene) == (split == "test"):
             return scene
 
@@ -94,8 +97,7 @@ def in_test(config: SceneConfig, scene: Scene) -> bool:
     return int.from_bytes(digest[:8], "big") < config.test_share * 2**64
 
 
-def _draw(config: SceneConfig, rng: Random, pairs: list[tuple[str, str]]) -> Scene:
-    count = rng.randint(config.min_objects, config.max_objects)
+def _draw(config: SceneConfig, rng: Random, pairs: list[tuple[str, str]], count: int) -> Scene:
     chosen = [rng.choice(pairs)]
     while len(chosen) < count:
         lot, (color, shape) = rng.random(), rng.choice(chosen)
