@@ -4,6 +4,8 @@ import importlib.util
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +146,9 @@ def test_the_page_shows_numbers_bars_and_samples_and_loads_nothing(runs, tmp_pat
         with pytest.raises(SystemExit):
             main(["eval", "report", *words])
         assert message in capsys.readouterr().err
+
+
+def test_comparing_and_reporting_load_no_torch():
+    code = "import sys, open_unitok.eval.compare, open_unitok.eval.runs_report; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "False", done.stderr

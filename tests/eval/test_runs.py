@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.eval.benchmarks import present, run_benchmark, score_run
 from open_unitok.eval.harness import Sample, Settings, Store
@@ -280,8 +281,8 @@ def test_samples_are_chosen_in_turn_from_the_groups():
 
 def as_rank(monkeypatch, rank, world):
     """This process plays one of several, without a group: it waits for nobody."""
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setattr(ranks, "rank", lambda: rank)
+    monkeypatch.setattr(ranks, "world_size", lambda: world)
 
 
 def test_shares_of_ranks_that_died_are_taken_up_by_any_number_of_others(data, tmp_path, monkeypatch):
