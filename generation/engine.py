@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_unitok.errors import UserError
+from open_unitok.tokenizer.layers import Linear
 
 from . import native
 from .decoder import RoomyLayer, read_prompts
@@ -59,7 +60,7 @@ def native_can(model: Any) -> bool:
         for module in part.modules():  # adapters are linear layers of other kinds
             linear = isinstance(module, nn.Linear)
             if hasattr(module, "base_layer") or (
-                linear and (type(module) is not nn.Linear or module.weight.dtype != model.dtype)
+                linear and (type(module) not in (nn.Linear, Linear) or module.weight.dtype != model.dtype)
             ):
                 return False
     return not embedder.projection.attention.average and native.library() is not None

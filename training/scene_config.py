@@ -35,7 +35,7 @@ class SceneConfig:
     shard: int = 2_000  # training scenes per tar
     captions: int = 4  # captions per scene
     conversations: int = 4  # conversations per training scene
-    turns: int = 3  # most questions in one conversation
+    turns: int = 4  # most questions in one conversation
     questions: int = 4  # questions per test scene
     pope: int = 150  # test scenes asked about in each POPE category, two questions each
     prompts: int = 25  # prompts per GenEval tag

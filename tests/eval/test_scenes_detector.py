@@ -116,7 +116,7 @@ def test_reconstructions_of_28_db_are_read_back(demo, radius, noise):
 
 def test_a_coarse_code_of_the_cells_is_read_back(demo):
     """Errors as a tokenizer makes them, not noise: each cell from its 30 strongest principal components."""
-    train = np.stack([render_array(sample_scene(DEMO, "train", index)) for index in range(600)])
+    train = np.stack([render_array(sample_scene(DEMO, "train", index)) for index in range(1200)])
     side = DEMO.cell
     flat = tiles(train, side).reshape(-1, side * side * 3).astype(np.float32)
     mean = flat.mean(axis=0)
