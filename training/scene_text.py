@@ -246,8 +246,7 @@ QUESTIONS: dict[str, Callable[..., tuple[str, str] | None]] = {
     "relation": _relation,
 }
 
-# How often training asks each kind. Yes and no, and what stands where to what, must be compared: they are learnt
-# last, and need the most practice.
+# How often training asks each kind: what must be compared, not only read off, is learnt last.
 ASKED = {"existence": 3, "count": 1, "colour": 1, "shape": 1, "position": 1, "relation": 3}
 
 
