@@ -278,7 +278,7 @@ async def draw_images(server: Server, body: ImageRequest, request: Request) -> R
         if body.stream:
             return _stream(server, jobs, _picture_events(server, body, jobs[0]))
         with server.queued(jobs):
-            pictures = await server.while_there(request, asyncio.gather(*(job.result() for job in jobs)))
+            pictures = await server.while_there(request, _results(jobs))
         server.metrics.count("unitok_pictures_total", len(pictures))
         data = []
         for picture, task in zip(pictures, tasks):
@@ -288,6 +288,10 @@ async def draw_images(server: Server, body: ImageRequest, request: Request) -> R
             data.append({**shown, "seed": task.seed})
     size = f"{server.inbox.image_size}x{server.inbox.image_size}"
     return JSONResponse({"created": int(time.time()), "data": data, "size": size})
+
+
+async def _results(jobs: Sequence[Job]) -> list[Any]:
+    return [await job.result() for job in jobs]
 
 
 async def _picture_events(server: Server, body: ImageRequest, job: Job) -> AsyncIterator[str]:

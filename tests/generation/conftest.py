@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import socket
 import threading
 import time
 import urllib.error
@@ -166,10 +165,11 @@ def running(pipe, limits=None, **options):
     """A running server; yields (its address, its `Server`)."""
     import uvicorn
 
+    from open_unitok.generation.serve import listen
     from open_unitok.generation.serving.app import create_app
 
     app = create_app(pipe, "tiny", limits, **options)
-    listening = socket.create_server(("127.0.0.1", 0), backlog=512)
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

@@ -1,5 +1,6 @@
 """`unitok serve` over loopback: the openai client, streams, batches, full queues, clients that leave."""
 
+import asyncio
 import base64
 import io
 import json
@@ -14,6 +15,7 @@ from PIL import Image
 
 from open_unitok.generation import Sampling
 from open_unitok.generation.pictures import KEY
+from open_unitok.generation.serve import listen
 from open_unitok.generation.serving.guard import Limits
 
 
@@ -295,3 +297,23 @@ def test_a_server_that_ends_tells_those_who_wait(pipe, serving, ask):
         assert ask(url, user("b"))[0] == 503
         assert ask(url, path="/health")[0] == 503
     assert results[0][0] == 503
+
+
+def test_answers_go_out_at_once():
+    # head and body are two writes: Nagle's algorithm would hold the second back for 40 ms
+    async def sends_at_once():
+        found = asyncio.get_running_loop().create_future()
+
+        async def take(_, writer):
+            found.set_result(
+                writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            )
+            writer.close()
+
+        with listen("127.0.0.1", 0) as listening:
+            async with await asyncio.start_server(take, sock=listening):
+                _, writer = await asyncio.open_connection(*listening.getsockname())
+                writer.close()
+                return await found
+
+    assert asyncio.run(sends_at_once())
