@@ -14,6 +14,7 @@ from open_unitok.files import read_json, read_jsonl, write_atomic, write_json
 from .harness import Row
 
 STAGES = ("tokenizer", "pretrain", "finetune")
+APART = "pictures with held-out pairs"
 
 
 @dataclass
@@ -135,6 +136,7 @@ def headline(material: Material) -> list[Line]:
             f"  {kind}",
             f"always “{constant['answer']}” {percent(constant['accuracy'])}",
         )
+    add("vqav2", APART, "  pictures with held-out pairs")
     add("pope", "f1", "POPE, F1 (mean of three)", tile="POPE F1")
     add(
         "geneval",
@@ -155,6 +157,17 @@ def headline(material: Material) -> list[Line]:
 def beside_ceiling(value: float | None) -> str:
     """What the detector finds on reconstructions of real pictures."""
     return "" if value is None else f"ceiling {percent(value)}"
+
+
+def about_held_out(material: Material) -> str:
+    """Which numbers include colour x shape pairs that training never showed; "" where nothing is apart."""
+    if not any("held-out pairs" in metric for r in material.results.values() for metric in r["metrics"]):
+        return ""
+    return (
+        "Held-out pairs are colour x shape pairs that training never shows. Reconstruction, codebooks, "
+        "questions and POPE are measured on all test pictures, those with held-out pairs included; zero-shot "
+        "and drawing leave the held-out pairs out, and have lines of their own for them."
+    )
 
 
 def percent(value: float) -> str:
@@ -228,8 +241,10 @@ def asked(material: Material, count: int = 24) -> list[Row]:
     return [row | {"path": Path(row["image"])} for row in rows]
 
 
-# What to show of a stage's metrics.jsonl, the most telling first; anything else numeric follows.
-FIRST = ("loss", "reconstruction", "psnr", "lpips", "vq", "contrastive", "text_loss", "image_loss", "usage")
+# What to show of a stage's metrics.jsonl, the most telling first: whole names, then what is kept per part
+# ("text_loss/captioning", "perplexity/0", ...); anything else numeric follows.
+FIRST = ("loss", "l2", "l1", "lpips", "vq", "clip", "adversarial", "text_loss", "image_loss")
+PARTS = ("text_loss", "accuracy", "perplexity", "usage")
 NEVER = ("step", "seconds", "samples_per_second", "epoch")
 
 
@@ -243,9 +258,10 @@ def stage_curves(rows: list[Row], most: int = 6) -> dict[str, list[tuple[float, 
     curves = {name: points for name, points in curves.items() if len(points) > 1}
 
     def place(name: str) -> tuple[int, str]:
-        return next(
-            (i for i, word in enumerate(FIRST) if name == word or word in name.split("/")), len(FIRST)
-        ), name
+        if name in FIRST:
+            return FIRST.index(name), name
+        whole, slash, _ = name.partition("/")
+        return len(FIRST) + (PARTS.index(whole) if slash and whole in PARTS else len(PARTS)), name
 
     # the page shows three side by side: full rows only
     names = sorted(curves, key=place)[:most]

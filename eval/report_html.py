@@ -10,7 +10,7 @@ from PIL import Image
 
 from . import charts
 from .harness import Row
-from .report import Line, Material, asked, copied, drawn, percent, placed, shown, stage_curves
+from .report import Line, Material, about_held_out, asked, copied, drawn, percent, placed, shown, stage_curves
 from .report_style import STYLE
 
 
@@ -24,7 +24,7 @@ def page(material: Material, lines: Sequence[Line], title: str) -> str:
         codebooks(material),
         curves(material),
         phases(material),
-        table(lines),
+        table(lines, about_held_out(material)),
         ending(material),
     ]
     return (
@@ -129,7 +129,8 @@ def answers(material: Material) -> str:
         )
     return section(
         "It sees",
-        "They share no arrangement with training. A wrong answer is struck out, the truth stands beside it.",
+        "Each test scene differs from every training scene, at least in the jitter or the size of an object. "
+        "A wrong answer is struck out, the truth stands beside it.",
         f'<div class="asks">{"".join(cards)}</div>' if cards else "",
     )
 
@@ -241,8 +242,9 @@ def phases(material: Material) -> str:
         memory = phase.get("peak_memory")
         shown_memory = f"{memory / 2**30:.2f} GiB" if memory else "–"
         part = 100 * phase["seconds"] / total
+        again = "<small> stopped and resumed</small>" if phase.get("calls", 1) > 1 else ""
         rows.append(
-            f'<tr><td>{text(phase["name"])}</td><td class="n">{phase["seconds"]:.1f} s</td>'
+            f'<tr><td>{text(phase["name"])}{again}</td><td class="n">{phase["seconds"]:.1f} s</td>'
             f'<td class="n">{shown_memory}</td><td style="width:45%"><div class="track">'
             f'<i class="fill" style="width:{part:.1f}%"></i></div></td></tr>'
         )
@@ -252,8 +254,8 @@ def phases(material: Material) -> str:
     return section("Time and memory", "", body)
 
 
-def table(lines: Sequence[Line]) -> str:
-    """All headline numbers with intervals."""
+def table(lines: Sequence[Line], about: str) -> str:
+    """All headline numbers with intervals, and what they are about."""
     rows = []
     for line in lines:
         around = ""
@@ -270,7 +272,7 @@ def table(lines: Sequence[Line]) -> str:
         "<th>beside it</th></tr>"
     )
     return section(
-        "All numbers", "", f'<div class="card scroll"><table>{header}{"".join(rows)}</table></div>'
+        "All numbers", text(about), f'<div class="card scroll"><table>{header}{"".join(rows)}</table></div>'
     )
 
 

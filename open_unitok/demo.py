@@ -10,6 +10,7 @@ import importlib.resources
 import re
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,13 @@ from .errors import UserError
 from .files import existing, read_json, write_atomic, write_json
 
 HOME = "runs/demo"  # the folder that the configs name; another --out replaces it in them
-CONFIGS = ("scenes.yaml", "tokenizer.yaml", "pretrain.yaml", "finetune.yaml")
+# config -> the phase that uses it
+CONFIGS = {
+    "scenes.yaml": "data",
+    "tokenizer.yaml": "tokenizer",
+    "pretrain.yaml": "pretrain",
+    "finetune.yaml": "finetune",
+}
 BENCHMARKS = ("reconstruction", "zeroshot", "vqav2", "pope", "geneval", "drawing_positions")
 PROMPTS = (
     "a red circle",
@@ -41,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Run all phases, or those that are left, and print the table."""
     out = Path(args.out)
+    texts = read_configs(out, args.configs)
     with alone_in(out):
-        write_configs(out, args.configs)
         timings = Timings(out / "phases.json")
+        write_configs(out, texts, timings)
         for name, commands in phases(out):
             print(f"\n=== {name}", flush=True)
             if timings.finished(name):
@@ -57,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
 
         write_report(out, timings.rows)
         minutes = sum(row["seconds"] for row in timings.rows) / 60
-        print(f"\n{text_table(out)}\n\n{minutes:.1f} minutes in all; look at {out / 'report.html'}")
+        again = [row["name"] for row in timings.rows if row["calls"] > 1]
+        stopped = f" ({', '.join(again)} stopped and resumed)" if again else ""
+        print(f"\n{text_table(out)}\n\n{minutes:.1f} minutes in all{stopped}; look at {out / 'report.html'}")
 
 
 def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
@@ -91,7 +101,7 @@ def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
             "evaluate",
             [
                 words("generate", *PROMPTS, "--model", model, "--out", out / "drawings", *DRAWING),
-                words("ask", picture, QUESTION, "--model", model),
+                words("ask", picture, QUESTION, "--model", model, "--out", out / "answer.jsonl"),
                 words(
                     "eval",
                     "run",
@@ -109,28 +119,50 @@ def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
     ]
 
 
-def write_configs(out: Path, folder: str | None) -> None:
-    """Lay the configs of this run into OUT/configs, with OUT in place of the folder that they name.
+def read_configs(out: Path, folder: str | None) -> dict[str, str]:
+    """Name -> text of the configs of this run, all checked, with OUT in place of the folder that they name.
 
     Raises:
-        UserError: a config is missing, OUT cannot stand in a YAML, or the run was begun with other configs.
+        UserError: a config is missing or wrong, OUT cannot stand in a YAML, or OUT is a file.
     """
+    from .training.run import load
+    from .training.scenes import load_config
+
     if not re.fullmatch(r"[\w./~+@-]+", out.as_posix()):
         raise UserError(
             f"--out is {out}: letters, digits and ./~+@_- are allowed, as it is written into configs."
         )
-    source = Path(folder) if folder else importlib.resources.files("open_unitok.configs").joinpath("demo")
+    above = next((path for path in (out, *out.parents) if path.exists()), out)
+    if above.exists() and not above.is_dir():
+        raise UserError(f"--out is {out}, but {above} is a file: name a folder.")
+    source = Path(folder or str(importlib.resources.files("open_unitok.configs").joinpath("demo")))
+    texts = {}
     for name in CONFIGS:
-        if isinstance(source, Path):
-            existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
-        text = source.joinpath(name).read_text(encoding="utf-8").replace(HOME, out.as_posix())
+        path = existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
+        try:
+            load_config(path) if name == "scenes.yaml" else load(str(path), [])
+        except UserError as error:
+            message = str(error)
+            raise UserError(message if str(path) in message else f"{path}: {message}") from error
+        texts[name] = path.read_text(encoding="utf-8").replace(HOME, out.as_posix())
+    return texts
+
+
+def write_configs(out: Path, texts: dict[str, str], timings: "Timings") -> None:
+    """Lay the configs into OUT/configs.
+
+    Raises:
+        UserError: a phase was begun with another config.
+    """
+    for name, text in texts.items():
         target = out / "configs" / name
-        begun = (out / "phases.json").exists()
-        if begun and target.exists() and target.read_text(encoding="utf-8") != text:
+        begun = timings.begun(CONFIGS[name]) and target.exists()
+        if begun and target.read_text(encoding="utf-8") != text:
             raise UserError(
                 f"{target} differs from {name}: take another --out, or delete {out} to begin anew."
             )
-        write_atomic(target, text)
+    for name, text in texts.items():
+        write_atomic(out / "configs" / name, text)
 
 
 @contextlib.contextmanager
@@ -156,13 +188,17 @@ def alone_in(out: Path) -> Iterator[None]:
 class Timings:
     """Seconds and peak memory per phase, kept in a file; a phase that was stopped adds up its parts."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, every: float = 5.0):
+        self.path, self.every = path, every  # seconds between two notes of a phase at work
         self.rows: list[dict[str, Any]] = read_json(path) if path.exists() else []
 
     def finished(self, name: str) -> bool:
         """True for a phase that an earlier call brought to its end."""
         return any(row["name"] == name and row["finished"] for row in self.rows)
+
+    def begun(self, name: str) -> bool:
+        """True for a phase that an earlier call began."""
+        return any(row["name"] == name for row in self.rows)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -172,16 +208,28 @@ class Timings:
             row = {"name": name, "seconds": 0.0, "peak_memory": 0, "calls": 0, "finished": False}
             self.rows.append(row)
         row["calls"] += 1
-        write_json(self.path, self.rows)
         forget_peak_memory()
-        start, before = time.perf_counter(), row["seconds"]
-        try:
-            yield
-            row["finished"] = True
-        finally:  # a kill -9 loses the seconds since the last phase began; "calls" tells that it happened
+        start, before, over = time.perf_counter(), row["seconds"], threading.Event()
+
+        def note() -> None:
             row["seconds"] = round(before + time.perf_counter() - start, 2)
             row["peak_memory"] = max(row["peak_memory"], peak_memory())
             write_json(self.path, self.rows)
+
+        def keep_noting() -> None:  # a kill -9 loses the seconds since the last note; "calls" tells of it
+            while not over.wait(self.every):
+                note()
+
+        note()
+        clock = threading.Thread(target=keep_noting, daemon=True)
+        clock.start()
+        try:
+            yield
+            row["finished"] = True
+        finally:
+            over.set()
+            clock.join()
+            note()
 
 
 def forget_peak_memory() -> None:

@@ -4,7 +4,11 @@ import pytest
 import yaml
 
 from open_unitok.cli import main
+from open_unitok.tokenizer import UniTok, UniTokConfig
 
+MODEL = {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "decoder_widths": [8, 8], "codebook_size": 8, "codebook_dim": 2,
+         "num_codebooks": 2}  # fmt: skip
 EXTRACT = ["extract-codes", "--data", "HERE/garbage.tar", "--out", "HERE/codes"]
 
 
@@ -12,6 +16,7 @@ EXTRACT = ["extract-codes", "--data", "HERE/garbage.tar", "--out", "HERE/codes"]
 def places(tmp_path):
     """What the cases name: a broken tar, a file that is no tar, a folder of another kind, a config."""
     (tmp_path / "garbage.tar").write_bytes(b"this is no tar at all" * 100)
+    UniTok(UniTokConfig(**MODEL)).save_pretrained(tmp_path / "tokenizer")
     other = tmp_path / "other_kind"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
@@ -21,12 +26,9 @@ def places(tmp_path):
         "steps": 2,
         "batch_size": 2,
         "data": {"sources": [{"path": str(tmp_path / "garbage.tar")}], "shuffle": 2},
-        "model": {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16,
-                  "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_widths": [8, 8],
-                  "codebook_size": 8, "codebook_dim": 2,
-                  "num_codebooks": 2},
+        "model": MODEL,
         "losses": {"clip": 0.0, "lpips": 0.0},
-    }  # fmt: skip
+    }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     return tmp_path
@@ -49,16 +51,27 @@ def places(tmp_path):
         (["train", "HERE/train.yaml", "start_from=HERE/other_kind"], "bert"),
         ([*EXTRACT, "--tokenizer", "HERE/other_kind"], "bert"),
         ([*EXTRACT, "--tokenizer", "HERE/gone"], "gone"),
+        ([*EXTRACT, "--tokenizer", "HERE/tokenizer"], "garbage.tar"),
         (["data", "scenes", "--out", "HERE/scenes", "--size", "33"], "size"),
         (["data", "scenes", "--out", "HERE/scenes", "--config", "HERE/gone.yaml"], "gone.yaml"),
     ],
 )  # fmt: skip
 def test_one_line_exit_2_and_nothing_half_written(places, capsys, arguments, words):
+    before = sorted(places.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main([argument.replace("HERE", str(places)) for argument in arguments])
     err = capsys.readouterr().err
     assert stop.value.code == 2
     message = [line for line in err.splitlines() if line.startswith("unitok: error: ")]
     assert len(message) == 1 and words in message[0] and "Traceback" not in err, err
-    for folder in ("run/model", "run/checkpoints/step-00000002", "codes/codes.json", "scenes"):
-        assert not (places / folder).exists(), folder
+    assert sorted(places.rglob("*")) == before
+
+
+def test_a_mistake_leaves_a_run_with_a_checkpoint_alone(places):
+    run = places / "run"
+    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (run / "mine.txt").write_text("kept")
+    for arguments in (["start_from=HERE/other_kind"], []):
+        with pytest.raises(SystemExit):
+            main([a.replace("HERE", str(places)) for a in ["train", "HERE/train.yaml", *arguments]])
+    assert (run / "config.yaml").exists() and (run / "mine.txt").exists()

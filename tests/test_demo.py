@@ -82,17 +82,75 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
     assert refused.stderr.count("\n") == 1
 
 
-def test_a_missing_config_is_named(tmp_path):
-    folder = tmp_path / "configs"
-    folder.mkdir()
-    result = subprocess.run(
-        [*COMMAND[:4], "--configs", str(folder), "--out", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2 and "scenes.yaml does not exist" in result.stderr
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    ("config", "change", "out", "words"),
+    [
+        ("finetune.yaml", ("steps:", "stepz:"), "out", "Did you mean 'steps'"),
+        ("finetune.yaml", ("steps: 24", "steps: many"), "out", "finetune.yaml: steps is 'many'"),
+        ("scenes.yaml", ("train:", "trian:"), "out", "trian"),
+        ("pretrain.yaml", None, "out", "pretrain.yaml does not exist"),
+        ("scenes.yaml", None, "out", "scenes.yaml does not exist"),
+        ("scenes.yaml", ("", ""), "o: {u}t", "letters, digits"),
+        ("scenes.yaml", ("", ""), "file", "is a file"),
+        ("scenes.yaml", ("", ""), "file/below/it", "is a file"),
+    ],
+)
+def test_mistakes_stop_before_anything_is_made(tmp_path, capsys, config, change, out, words):
+    from open_unitok.cli import main
+
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    (tmp_path / "file").write_text("")
+    if change is None:
+        (configs / config).unlink()
+    else:
+        (configs / config).write_text((configs / config).read_text().replace(*change))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--configs", str(configs), "--out", str(tmp_path / out)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1, error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_config_may_change_until_its_phase_has_begun(tmp_path):
+    from open_unitok.demo import Timings, read_configs, write_configs
+    from open_unitok.errors import UserError
+
+    out, configs = tmp_path / "out", tmp_path / "configs"
+    shutil.copytree(CONFIGS, configs)
+    timings = Timings(out / "phases.json")
+    write_configs(out, read_configs(out, str(configs)), timings)
+    with timings.phase("data"), timings.phase("tokenizer"):
+        pass
+    later = configs / "finetune.yaml"
+    later.write_text(later.read_text().replace("steps: 24", "steps: 25"))
+    write_configs(out, read_configs(out, str(configs)), Timings(out / "phases.json"))
+    assert "steps: 25" in (out / "configs" / "finetune.yaml").read_text()
+    later.write_text(later.read_text().replace("steps: 25", "steps: 26"))
+    begun = configs / "tokenizer.yaml"
+    begun.write_text(begun.read_text().replace("steps: 24", "steps: 25"))
+    with pytest.raises(UserError, match=r"differs from tokenizer\.yaml"):
+        write_configs(out, read_configs(out, str(configs)), Timings(out / "phases.json"))
+    assert "steps: 25" in (out / "configs" / "finetune.yaml").read_text()  # nothing was written
+
+
+def test_seconds_until_a_kill_are_counted(tmp_path):
+    from open_unitok.demo import Timings
+
+    path = tmp_path / "phases.json"
+    with Timings(path, every=0.02).phase("tokenizer"):
+        deadline = time.monotonic() + 30
+        while json.loads(path.read_text())[0]["seconds"] < 0.1:  # what a kill here would leave
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not Timings(path).finished("tokenizer")
+    timings = Timings(path)
+    before = timings.rows[0]["seconds"]
+    with timings.phase("tokenizer"):
+        pass
+    row = Timings(path).rows[0]
+    assert row["calls"] == 2 and row["finished"] and row["seconds"] >= before
 
 
 def test_two_demos_in_one_folder_are_refused(tmp_path):

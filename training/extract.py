@@ -116,7 +116,6 @@ def extract(
     Raises:
         UserError: `out` holds codes of other pictures or of another tokenizer; too many unreadable pictures.
     """
-    out.mkdir(parents=True, exist_ok=True)
     for number, tar in enumerate(tars):
         _finished(out, number, tar, options)  # refuse before the first batch
     mine = [
@@ -125,6 +124,7 @@ def extract(
         if not _finished(out, n, tars[n], options)
     ]
     total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
+    out.mkdir(parents=True, exist_ok=True)
     with tqdm(
         total=total,
         desc="codes",

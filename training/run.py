@@ -34,7 +34,11 @@ def run(args: argparse.Namespace) -> None:
         print(f"{config.out} is finished: {folder.model}")
         return
     stage = importlib.import_module(f"{__package__}.{STAGES[config.stage][2]}")
-    stage.main(config, folder)
+    try:
+        stage.main(config, folder)
+    except UserError:
+        folder.abandon()
+        raise
     from .engine import finish
 
     finish()

@@ -45,6 +45,7 @@ class RunFolder:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self._facts = facts
+        self._new: list[Path] = []  # files, then folders, that this call began the run with
 
     @classmethod
     def open(cls, config: RunConfig) -> "RunFolder":
@@ -75,6 +76,9 @@ class RunFolder:
         facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
         folder = cls(path, facts)
         if not folder.finished and _is_main():
+            if not begun:
+                folders = [p for p in (path, *path.parents) if not p.exists()]
+                folder._new = [old, path / "run.json", *folders]
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(old, to_yaml(config))
             again = {"facts": facts.get("facts", {}), "calls": [*facts.get("calls", []), _now()]}
@@ -103,6 +107,14 @@ class RunFolder:
         noted.update(facts)
         if _is_main():
             write_json(self.path / "run.json", self._facts)
+
+    def abandon(self) -> None:
+        """After a mistake that stopped a new run before its first row: leave nothing of it behind."""
+        if any(self.path.glob("checkpoints/step-*")) or (self.path / "metrics.jsonl").exists():
+            return
+        for path in self._new:
+            with contextlib.suppress(OSError):  # a folder that holds something else by now stays
+                path.rmdir() if path.is_dir() else path.unlink()
 
     def finish(self, write_model: Callable[[Path], None]) -> None:
         """Write OUT/model in one go; call on rank 0 alone, with what writes the final weights."""

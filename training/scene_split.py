@@ -83,7 +83,7 @@ def _write_captions(config: SceneConfig, scenes: list[Scene], folder: Path) -> N
 # ---- questions as VQAv2 lays them out ----------------------------------------------------------------------
 
 
-def test_questions(config: SceneConfig, scene: Scene, number: int) -> list[Question]:
+def questions_of(config: SceneConfig, scene: Scene, number: int) -> list[Question]:
     """Up to `questions` questions of different kinds; a picture that has a relation is asked for it."""
     rng = Random(f"{config.seed}/test questions/{number}")
     rest = [kind for kind in QUESTIONS if kind != "relation"]
@@ -102,7 +102,7 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     questions: list[Row] = []
     annotations: list[Row] = []
     for number, scene in enumerate(scenes):
-        for asked in test_questions(config, scene, number):
+        for asked in questions_of(config, scene, number):
             ids = {"image_id": number, "question_id": len(questions)}
             questions.append({**ids, "question": asked.text})
             annotations.append(

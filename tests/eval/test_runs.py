@@ -12,7 +12,7 @@ from open_unitok.errors import UserError
 from open_unitok.eval.benchmarks import present, run_benchmark, score_run
 from open_unitok.eval.harness import Sample, Settings, Store
 from open_unitok.eval.models import Copies
-from open_unitok.eval.report import choose, text_table, write_report
+from open_unitok.eval.report import choose, stage_curves, text_table, write_report
 from open_unitok.training.scenes import SceneConfig, write_scenes
 
 QUIET = {"quiet": True}
@@ -240,18 +240,74 @@ def test_bad_requests_are_one_line(data, tmp_path):
     assert not (tmp_path / "o").exists()  # nothing half-written
 
 
+# what the stages write into metrics.jsonl
+TOKENIZER_NAMES = [
+    "step",
+    "seconds",
+    "samples_per_second",
+    "loss",
+    "l1",
+    "l2",
+    "vq",
+    "entropy",
+    "clip",
+    "skipped",
+    "grad_norm",
+    "lr",
+    "logit_scale",
+    "usage/0",
+    "perplexity/0",
+    "usage/1",
+    "perplexity/1",
+]
+MLLM_NAMES = [
+    "step",
+    "seconds",
+    "samples_per_second",
+    "loss",
+    "text_loss",
+    "image_loss",
+    "grad_norm",
+    "lr",
+    "text_loss/drawing",
+    "text_loss/captioning",
+    "text_loss/conversation",
+    "text_loss/text",
+    "accuracy/0",
+    "accuracy/1",
+    "padding",
+    "tokens_per_second",
+]
+
+
+def curve_rows(names):
+    return [{name: i if name == "step" else 1 / i for name in names} for i in range(1, 60)]
+
+
+def test_the_curves_shown_are_the_losses():
+    assert list(stage_curves(curve_rows(TOKENIZER_NAMES)))[:5] == ["loss", "l2", "l1", "vq", "clip"]
+    shown = list(stage_curves(curve_rows(MLLM_NAMES)))
+    assert shown[:3] == ["loss", "text_loss", "image_loss"] and len(shown) == 6
+    assert all(name.startswith("text_loss/") for name in shown[3:])
+    assert list(stage_curves(curve_rows(MLLM_NAMES), 1)) == ["loss"]
+
+
 def test_report_is_whole_and_self_contained(data, tmp_path):
     for name in present(data):
         model = Scripted(data, lambda i: i % 5 != 0)
         run_benchmark(name, model, data, tmp_path / "eval" / name, Settings(guidance=2.0), **QUIET)
     (tmp_path / "tokenizer").mkdir()
-    rows = [{"step": i, "loss": 1 / i, "psnr": float(i), "usage/0": 0.5} for i in range(1, 60)]
+    rows = curve_rows(TOKENIZER_NAMES)
     (tmp_path / "tokenizer" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    phases = [{"name": "tokenizer", "seconds": 12.5, "peak_memory": 2**30}]
+    phases = [{"name": "tokenizer", "seconds": 12.5, "peak_memory": 2**30, "calls": 2}]
+    phases.append({"name": "codes", "seconds": 2.5, "peak_memory": 2**29, "calls": 1})
     metrics = write_report(tmp_path, phases)
     page = (tmp_path / "report.html").read_text()
     for needed in ("It draws", "It sees", "It remembers", "codebook 2", "1.00 GiB", "<svg", "base64,"):
         assert needed in page, needed
+    for needed in ("vq", "clip", "pictures with held-out pairs", "those with held-out pairs included"):
+        assert needed in page, needed
+    assert page.count("stopped and resumed") == 1
     for loaded in ("http://", "https://", "<script", "<link", "url("):
         assert loaded not in page, loaded
     with Image.open(tmp_path / "report.png") as sheet:
@@ -259,6 +315,9 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
     assert metrics["metrics"]["reconstruction"]["psnr"] == pytest.approx(48.13, abs=0.01)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert "Question answering" in text_table(tmp_path)
+    held_out = metrics["metrics"]["vqav2"]["pictures with held-out pairs"]
+    line = next(row for row in text_table(tmp_path).split("\n") if "pictures with held-out pairs" in row)
+    assert f"{100 * held_out:.1f} %" in line
     first = (tmp_path / "report.html").read_bytes()
     write_report(tmp_path, phases)
     assert (tmp_path / "report.html").read_bytes() == first

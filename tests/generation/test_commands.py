@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
@@ -50,6 +52,29 @@ def test_generate_writes_pictures_with_their_settings_and_skips_them_then(unitok
 
     code, _, err = unitok(*command, "--temperature", "0.5")
     assert code == 2 and "temperature = 1.0, not 0.5" in err and err.count("\n") == 1
+
+
+def test_inference_needs_no_training_package(folder, pictures, tmp_path):
+    """Every command of this room, drawing and answering done, in a process of its own."""
+    code = """
+import json, sys
+from open_unitok.cli import main
+folder, picture, out = sys.argv[1:]
+main(["generate", "a circle", "--model", folder, "--out", out])
+main(["ask", picture, "What?", "--model", folder, "--max-new-tokens", "2"])
+main(["reconstruct", picture, "--model", folder, "--out", out])
+import open_unitok.generation.chat, open_unitok.generation.serve, open_unitok.generation.ui
+print(json.dumps(sorted(sys.modules)))
+"""
+    words = [sys.executable, "-c", code, str(folder), str(pictures[0]), str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert len(list(tmp_path.glob("*.png"))) >= 2
+    loaded = json.loads(result.stdout.splitlines()[-1])
+    assert "open_unitok.generation.pipeline" in loaded
+    assert not {"open_unitok.training", "open_unitok.eval"} & set(loaded)
+    others = {"deepspeed", "webdataset", "gradio", "fastapi", "uvicorn", "tensorboard", "torchdata"}
+    assert not others & {name.split(".")[0] for name in loaded}
 
 
 def test_ask_prints_one_line_per_question(unitok, folder, pictures):
@@ -134,13 +159,19 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
         (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no picture"),
         (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
+        (["reconstruct", "PICTURE", "--model", "OTHER", "--out", "OUT"], "bert"),
+        (["ask", "PICTURE", "word " * 99, "--model", "MODEL"], "shorten the question"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures, tmp_path, arguments, words):
     text = tmp_path / "text.png"
     text.write_text("no picture at all")
+    other = tmp_path / "other_kind"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert"}')
     names = {
         "MODEL": folder,
+        "OTHER": other,
         "UNITOK": folder / "unitok",
         "OUT": tmp_path / "out",
         "TEXT": text,

@@ -10,7 +10,7 @@ from open_unitok.errors import UserError
 from open_unitok.training import scene_text, scenes
 from open_unitok.training.scene_config import SceneConfig, with_values
 from open_unitok.training.scene_shapes import COLORS
-from open_unitok.training.scene_split import test_questions as questions_of
+from open_unitok.training.scene_split import questions_of
 from open_unitok.training.scene_world import centre, in_test, render_array, sample_scene
 
 DEMO = SceneConfig()
