@@ -158,11 +158,13 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         patch.setattr(torch.backends.mps, "is_available", lambda: False)
         patch.setattr(engine, "bf16_in_hardware", lambda: False)
         patch.setattr(doctor, "importable", lambda name: False)
-        patch.setattr(doctor.importlib.util, "find_spec", lambda n, *a: n != "deepspeed" and find_spec(n, *a))
+        patch.setattr(
+            doctor.importlib.util, "find_spec", lambda n, *a: None if n == "deepspeed" else find_spec(n, *a)
+        )
         patch.setattr(doctor.importlib.metadata, "version", absent)
         patch.delenv("GOMP_SPINCOUNT", raising=False)
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        costs = {c.name: c.cost for c in (*doctor.machine(), *doctor.speed(), *doctor.versions())}
+        costs = {c.name: c.cost for c in (*doctor.versions(), *doctor.machine(), *doctor.speed())}
     said = {
         "free memory": "1.5 GB",
         "free disk": "0.4 GB",

@@ -114,8 +114,11 @@ def extract(
     """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
 
     Raises:
-        UserError: `out` holds codes of other pictures or of another tokenizer; too many unreadable pictures.
+        UserError: `out` is a file, or holds codes of other pictures or of another tokenizer; too many
+            pictures are unreadable.
     """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}, which is a file: name a folder.")
     for number, tar in enumerate(tars):
         _finished(out, number, tar, options)  # refuse before the first batch
     mine = [
@@ -124,7 +127,6 @@ def extract(
         if not _finished(out, n, tars[n], options)
     ]
     total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
-    out.mkdir(parents=True, exist_ok=True)
     with tqdm(
         total=total,
         desc="codes",
