@@ -87,7 +87,8 @@ def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, stage, worke
     """With the discriminator, its moments and draws; at ZeRO 2 and with a worker against a run of its own."""
     more = []
     if (stage, workers) != (0, 0):
-        more = [f"engine={{zero_stage: {stage}, accumulation: 2, threads: 1}}", f"data.workers={workers}"]
+        options = f"zero_stage: {stage}, accumulation: 2, gradient_checkpointing: true, threads: 1"
+        more = [f"engine={{{options}}}", f"data.workers={workers}"]
         whole = tmp_path / "whole"
         train(data, whole, *PATCH, *more)
     out = tmp_path / "run"
@@ -206,6 +207,46 @@ def test_profile(data, tmp_path):
     train(data, out, "stop_at=4", "profile={start: 1, steps: 2}")
     assert sorted(os.listdir(out / "profile")) == ["steps-2-3.json.gz", "steps-2-3.txt"]
     assert "Self CPU" in (out / "profile" / "steps-2-3.txt").read_text()
+
+
+def test_speed_is_told(data, tmp_path):
+    """Per row what was computed per second, and its share of the peak that the config names."""
+    out = tmp_path / "run"
+    train(data, out, "stop_at=2", "log.peak_tflops=2.0")
+    with open(out / "metrics.jsonl") as file:
+        for row in map(json.loads, file):
+            assert row["tflops_per_second"] > 0
+            assert row["mfu"] == pytest.approx(row["tflops_per_second"] / 2)
+
+
+def test_the_text_tower_is_counted_by_hand():
+    from open_unitok.tokenizer import UniTokConfig
+    from open_unitok.training.flops import tokenizer_flops
+
+    width, layers, length, joint = 64, 2, 12, 32
+    config = UniTokConfig(
+        image_size=32,
+        stem_width=8,
+        stage_widths=[8, 8],
+        stage_depths=[1, 1],
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        decoder_widths=[8, 8],
+        decoder_depths=[1, 1],
+        embed_dim=joint,
+        text_hidden_size=width,
+        text_num_heads=2,
+        text_num_layers=layers,
+        text_context_length=length,
+        text_vocab_size=50,
+    )
+    found = tokenizer_flops(config, True) - tokenizer_flops(config, False)
+    block = 12 * width**2 * length + 2 * length**2 * width  # qkv, out, two of the MLP; scores and their use
+    assert found == 3 * 2 * (layers * block + width * joint)
+    half = tokenizer_flops(config, False, 0.5)
+    whole, none = (tokenizer_flops(config, False, share) for share in (1.0, 0.0))
+    assert half == pytest.approx((whole + none) / 2) and 0 < none < whole
 
 
 def test_broken_checkpoint_is_not_gone_on_from(data, whole, tmp_path):
