@@ -78,7 +78,12 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
         "pictures.captions=json",
         "engine.threads=1",
     ]
-    changes += [f"caption_tokenizer={data}/tokenizer.model", "log.every=1", "codebooks.init_images=0"]
+    changes += [
+        f"caption_tokenizer={data}/tokenizer.model",
+        "log.every=1",
+        "codebooks.init_images=0",
+        "engine.dtype=fp32",
+    ]
     changes += [f"model.{name}={value}" for name, value in SMALL.items()]
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
