@@ -1,5 +1,5 @@
 """The paper's central ablation in small: the same number of entries, as one codebook or as several (arXiv
-2502.20321, section 4.3).  Minutes on 2 CPU cores:
+2502.20321, section 4.3).  Ten minutes on 2 free CPU cores, half an hour on busy ones:
 
     python benchmarks/codebooks.py [--out runs/codebooks] [--steps 1000] [--books 1 2 4 8]
 
