@@ -58,7 +58,6 @@ class Mixture:
         self.orders = [
             Order(data.sizes, seed, f"{n} {e.kind}")
             for n, (e, data) in enumerate(zip(self.entries, self.sets))
-            for n, (e, data) in enumerate(zip(self.entries, self.sets))
         ]
         self.step = self.seen = self.bad = 0
         self.counts = np.zeros(len(self.entries), dtype=np.int64)
