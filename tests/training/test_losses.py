@@ -176,6 +176,7 @@ def check_parameters(model, values, numbers):
 # ---- ranks -----------------------------------------------------------------------------------------------
 
 RANKS = """
+import os, sys
 import torch, torch.distributed as dist
 from open_unitok import ranks
 from open_unitok.training.collectives import averaged, joined
@@ -212,6 +213,10 @@ with torch.no_grad():
     shown += [(ranks.sum_over_ranks(g.double()) / size).norm() for g in grads]
 if rank == 0:
     print(" ".join(f"{v.item():.9e}" for v in shown))
+if size > 1:  # no interpreter shutdown, in which gloo's threads may abort
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
 """
 
 
