@@ -110,6 +110,7 @@ def convert(
     if place.path.is_dir() and out.resolve().is_relative_to(place.path.resolve()):
         raise UserError(f"{target} lies within {source}: choose a folder outside of it.")
     wanted = {"kind": kind, "shard": shard, "column": column, "source": _listing(place.path)}
+    wanted |= {"images": str(place.images.resolve()) if place.images else None}
     found = _begin(out, wanted)
     if "counts" in found:
         return found["counts"]
@@ -124,11 +125,13 @@ def convert(
             bar.update(len(group))
             # a single one is never too much: small data sets have few
             if counts["skipped"] > max(1, max_bad_share * (counts["samples"] + counts["skipped"])):
+                _forget(out)
                 raise UserError(
                     f"{counts['skipped']} of {counts['samples'] + counts['skipped']} samples of {source} "
                     f"cannot be used, more than --max-bad-share {max_bad_share:g} allows: see above."
                 )
     if not counts["samples"]:
+        _forget(out)
         raise UserError(f"{source} holds nothing usable: {LAYOUTS[kind].wanted}")
     write_json(out / STATE, {**wanted, "counts": dict(counts)})
     return dict(counts)
@@ -147,6 +150,13 @@ def _begin(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{out} holds something else: choose a new or empty folder.")
     write_json(out / STATE, wanted)
     return wanted
+
+
+def _forget(out: Path) -> None:
+    """Take away a conversion that failed: the mended command begins anew, and says again what it skips."""
+    for part in (*out.glob("part-*"), out / STATE):
+        part.unlink()
+    out.rmdir()
 
 
 def _listing(path: Path) -> str:

@@ -123,6 +123,23 @@ def test_bad_pictures_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
     assert "there is no such file" in capsys.readouterr().err
 
 
+def test_a_mended_mistake_is_mended(pictures, tmp_path, capsys):
+    """Another --images is another conversion, and what failed is not taken for done."""
+    (tmp_path / "m.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "a"}}\n' for n in range(4)))
+    for n in range(4):
+        draw(tmp_path / "right" / f"{n}.png", n)
+    (tmp_path / "wrong").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="4 of 4 samples"):
+            convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+        assert "there is no such file" in capsys.readouterr().err  # said each time
+        assert not (tmp_path / "out").exists()
+    counts = convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "right")
+    assert counts["samples"] == 4
+    with pytest.raises(UserError, match="other images"):
+        convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+
+
 def test_mistakes_are_named(pictures, tmp_path):
     out = tmp_path / "out"
     convert("folder", pictures, out)
