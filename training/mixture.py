@@ -22,6 +22,7 @@ from open_unitok.errors import UserError
 from . import draws
 from .codes_data import CodeFolder, CodeSample, Order
 from .collate import Batch, Rows, Sample, collate
+from .layouts import turns_of
 from .mixture_ahead import Made, steps_ahead
 from .mllm_config import MixtureEntry, MixtureOptions
 from .tarindex import BadSample
@@ -187,7 +188,7 @@ def _talk(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: li
     talks = sample.info.get("conversations")
     if not isinstance(talks, list) or not talks:
         raise BadSample("has no conversation")
-    turns = json.dumps(talks[int(choices[0] * len(talks))])
+    turns = json.dumps(turns_of({"conversations": talks[int(choices[0] * len(talks))]}, len(sample.images)))
     return _with_images(mixture, entry.kind, turns, sample.images)
 
 

@@ -24,6 +24,8 @@ from .layouts import picture_key, picture_names, turns_of
 from .tarindex import BadSample, tars_of
 
 TEXT_KEYS = ("text", "content")
+NEWLINE = ord("\n")
+SCANNED_AT_ONCE = 1 << 26  # bytes
 
 
 class Lines:
@@ -42,8 +44,13 @@ class Lines:
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         if self._bytes[:2] == b"\x1f\x8b":
             raise UserError(f"{path} is compressed: unpack it (gunzip), as lines are read where they lie.")
-        ends = np.flatnonzero(np.frombuffer(self._bytes, dtype=np.uint8) == ord("\n"))
-        bounds = np.concatenate([[-1], ends, [size]])
+        ends = []
+        for start in range(
+            0, size, SCANNED_AT_ONCE
+        ):  # compared as a whole, a large file would fill the memory
+            piece = np.frombuffer(self._bytes[start : start + SCANNED_AT_ONCE], dtype=np.uint8)
+            ends.append(start + np.flatnonzero(piece == NEWLINE))
+        bounds = np.concatenate([[-1], *ends, [size]])
         self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
         self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
         if not len(self._spans):

@@ -13,6 +13,7 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
+from open_unitok.training import text_data
 from open_unitok.training.codes_data import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order
 from open_unitok.training.collate import KINDS, Rows
 from open_unitok.training.config import build
@@ -223,6 +224,32 @@ def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
     with pytest.raises(UserError, match="max_bad_share"):
         for _ in range(10):
             mixture.next()
+
+
+def test_each_entry_has_one_order(make):
+    mixture = make()
+    assert len(mixture.orders) == len(mixture.entries) == len(mixture.sets)
+
+
+def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, rows):
+    """Without <image> the picture comes first, and roles are known by other names, as `data check` has it."""
+    talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
+    own = write_codes(tmp_path / "own", info={"conversations": [talk]})
+    options = build(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
+    mixture = Mixture(options, rows, seed=0, batch_size=4)
+    (batch,) = mixture.next()
+    assert mixture.bad == 0
+    marked = [{"from": "human", "value": "<image>\nWhat is it"}, {"from": "gpt", "value": "a cat"}]
+    expected, _ = rows.make("conversation", json.dumps(marked), (TOKENS,))
+    assert batch.inputs["input_ids"][0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_lines_are_found_piece_by_piece(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(text_data, "SCANNED_AT_ONCE", at_once)
+    (tmp_path / "lines.txt").write_bytes(b"\nab\ncde\r\n\n\nf")
+    lines = text_data.Lines(tmp_path / "lines.txt")
+    assert [lines[number] for number in range(len(lines))] == [b"ab", b"cde", b"f"]
 
 
 def test_refusals(tmp_path, make, folder):
