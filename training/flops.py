@@ -99,14 +99,16 @@ class Cost:
         """Of a forward pass over `work`, and of the backward pass behind it."""
         uses = (work.visual, work.tokens, work.text_targets, work.drawn * self.books)
         pairs = (0.0, work.pairs * self.pair_cost, 0.0, self._depth_pairs(work) * self.depth_pair_cost)
-        total, learnt_before = 0.0, self.any_embedding
+        total, learnt_before = 0.0, False
         for part, count, attention in zip(PARTS, uses, pairs):
             forward = 2 * count * self.weights[part] + attention
             total += forward
             learnt_here = self.trained[part] > 0
             if backward and (learnt_before or learnt_here):
                 total += 2 * count * self.weights[part] + 2 * attention + 2 * count * self.trained[part]
-            if part != "lm_head":  # the heads stand side by side
+            if part == "visual_embedder":  # embeddings of text come in beside it
+                learnt_before = learnt_here or self.any_embedding
+            elif part != "lm_head":  # the heads stand side by side
                 learnt_before = learnt_before or learnt_here
         return total
 

@@ -221,15 +221,18 @@ def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) 
 
 
 def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> Work:
-    """What a sample of the mixture brings on average; every caption, answer or line has `text_tokens`."""
+    """What a sample of the mixture brings on average; every caption, answer or line has `text_tokens`.
+
+    A document is taken as those and one picture.
+    """
     total = sum(entry.weight for entry in config.data.mixture)
     image = sizes.num_image_tokens
     mean = torch.zeros(len(Work._fields), dtype=torch.float64)
     for entry in config.data.mixture:
-        share = config.data.drawing_share if entry.kind == "drawing" else 0.0
+        share = {"drawing": config.data.drawing_share, "document": 1.0}.get(entry.kind, 0.0)
         has_image = entry.kind != "text"
         tokens = min(text_tokens + (image + 4) * has_image, config.data.max_length)
-        targets = share * 3 + (1 - share) * text_tokens
+        targets = share * 3 + (1 - share * (entry.kind == "drawing")) * text_tokens
         one = Work(tokens, tokens * (tokens + 1) / 2, targets, image * has_image, share * image)
         mean += torch.tensor(one, dtype=torch.float64) * (entry.weight / total)
     return Work(*mean.tolist())

@@ -64,6 +64,24 @@ def test_flops_are_those_that_torch_counts(mllm_reference):
     assert forward < less < 3 * forward
 
 
+def test_a_frozen_part_that_nothing_learnt_precedes_has_no_backward_pass(mllm_reference):
+    model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
+    work = Work(tokens=18, pairs=2 * 9 * 9, text_targets=5, visual=8, drawn=4)
+    all_learnt, weights = Cost(model).flops(work), Cost(model).weights["visual_embedder"]
+    model.visual_embedder.requires_grad_(False)
+    assert Cost(model).flops(work) == pytest.approx(all_learnt - 4 * work.visual * weights)
+
+
+def test_documents_are_planned_as_drawn():
+    mixture = "data.mixture=[{kind: KIND, path: data/docs, weight: 1}]"
+    work = {
+        kind: plan.plan(run.load(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).work
+        for kind in ("document", "reading")
+    }
+    assert work["document"].drawn == work["document"].visual == work["reading"].visual > 0
+    assert work["reading"].drawn == 0 and work["document"].text_targets > work["reading"].text_targets
+
+
 def test_pairs_of_packed_and_padded_rows():
     from open_unitok.training.collate import Batch
 
