@@ -9,7 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
+
+from open_unitok.eval.scenes_detector import ScenesDetector, same_scene
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.images import to_pil
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "tests" / "tiny_demo"
@@ -69,6 +75,15 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
     assert (whole / "report.html").read_bytes() == page
     for word in ("Reconstruction", "Question answering", "Drawn"):
         assert word in again.stdout
+
+    # codes by lot are a picture, but not the scene that was asked for
+    unitok = UniTok.from_pretrained(whole / "tokenizer" / "model")
+    detect = ScenesDetector.from_file(whole / "data")
+    scenes = [row["scene"] for row in json.loads((whole / "data" / "test" / "captions.json").read_text())]
+    shape = (len(scenes), unitok.config.num_visual_tokens, unitok.config.num_codebooks)
+    codes = torch.randint(unitok.config.codebook_size, shape, generator=torch.Generator().manual_seed(0))
+    drawn = [np.asarray(to_pil(pixels)) for pixels in unitok.decode(codes).detach()]
+    assert np.mean([same_scene(*pair) for pair in zip(detect(drawn), scenes)]) <= 0.05
 
     # other configs in the same folder are refused
     other = tmp_path / "other"
