@@ -56,8 +56,8 @@ class MixtureEntry:
 class MixtureOptions:
     """The data; the defaults are published UniTok's.
 
-    unconditional: share of drawings whose prompt is replaced, for guidance. short_captions: share of drawings
-    by the short caption where a sample has a long one too. drawing_share: of an entry "drawing", the rest is
+    unconditional: share of drawings whose prompt is replaced, for guidance. short_captions: share of samples
+    with the short caption where there is a long one too. drawing_share: of an entry "drawing", the rest is
     captioned. max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens
     hold as many samples as fit, without seeing each other; 0 = one sample per row. group_by_length:
     micro-batches of one step hold samples of like length (every rank then makes all samples of a step).
