@@ -17,13 +17,13 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json, read_jsonl
 
 from . import geneval
-from .asking import read_picture
+from .asking import entry, read_picture
 from .drawn import draw
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .intervals import bootstrap, by_group, mean_of_groups, with_ones
 from .looks import look_all, looked, with_pictures
 from .pictures import open_pictures, save_picture
-from .vqa import entry, mean_by
+from .vqa import mean_by
 
 DETECTORS = ("scenes", "none")
 PUBLISHED_DETECTOR = "mmdet Mask2Former"  # what detections.jsonl has to say to be comparable
@@ -45,19 +45,7 @@ def load_geneval(data: Path, settings: Settings) -> Task:
     prompts = geneval.load(data)[: settings.limit]
     detector = detector_for(data, settings)
     each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
-    samples = [
-        Sample(
-            i * each + j,
-            f"{i:05d}/samples/{j:04d}",
-            row["prompt"],
-            None,
-            "draw",
-            settings.seed + i * each + j,
-        )
-        for i, row in enumerate(prompts)
-        for j in range(each)
-    ]
-    owners = [i for i in range(len(prompts)) for _ in range(each)]
+    samples, owners = to_draw(prompts, each, settings.seed)
     rules = geneval.Settings()
     if detector == "scenes":
         rules = scene_rules(data)
@@ -67,6 +55,16 @@ def load_geneval(data: Path, settings: Settings) -> Task:
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
     return Task(samples, truth, about_drawing(settings, detector, each) | {"prompts": len(prompts)})
+
+
+def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample], list[int]]:
+    """`each` drawings per prompt, named as GenEval lays them, with seeds; and of each its prompt's number."""
+    numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(each)]
+    samples = [
+        Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "draw", seed + n)
+        for n, (i, j, prompt) in enumerate(numbered)
+    ]
+    return samples, [i for i, _, _ in numbered]
 
 
 def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:

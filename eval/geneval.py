@@ -15,7 +15,8 @@ import numpy as np
 from open_unitok.errors import UserError
 from open_unitok.files import existing, read_jsonl
 
-from .vqa import entry, mean
+from .asking import entry
+from .vqa import mean
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")

@@ -7,7 +7,17 @@ from open_unitok.files import existing, read_json, read_jsonl
 
 from . import geneval
 from .asking import entry
-from .drawings import about_drawing, add_apart, describe, detected_by, detector_for, findings, judged, share
+from .drawings import (
+    about_drawing,
+    add_apart,
+    describe,
+    detected_by,
+    detector_for,
+    findings,
+    judged,
+    share,
+    to_draw,
+)
 from .harness import Row, Sample, Scored, Scoring, Settings, Task
 
 
@@ -19,19 +29,7 @@ def load_positions(data: Path, settings: Settings) -> Task:
         for key in ("prompt", "class", "color", "cell"):
             entry(row, key, f"{path}, prompt {i + 1}")
     each = settings.images_per_prompt or 1
-    samples = [
-        Sample(
-            i * each + j,
-            f"{i:05d}/samples/{j:04d}",
-            row["prompt"],
-            None,
-            "draw",
-            settings.seed + i * each + j,
-        )
-        for i, row in enumerate(prompts)
-        for j in range(each)
-    ]
-    owners = [i for i in range(len(prompts)) for _ in range(each)]
+    samples, owners = to_draw(prompts, each, settings.seed)
     scenes = read_json(data / "scenes.json")
     places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
     for row in read_json(data / "test" / "captions.json"):

@@ -28,15 +28,14 @@ Crop = tuple[int, int] | None  # (top, left) of the crop to a multiple of the pa
 
 
 class Discriminator(nn.Module):
-    """What the training loop calls; a subclass gives `forward`."""
+    """What the training loop calls; a subclass gives `forward(pixels, crop)`.
+
+    It turns (B, 3, H, W) in [-1, 1] into (B, M) logits.
+    """
 
     def draw_crop(self, height: int, width: int, generator: torch.Generator) -> Crop:
         """Where to look at images of this size: one draw for a whole batch."""
         return None
-
-    def forward(self, pixels: Tensor, crop: Crop = None) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, M) logits."""
-        raise NotImplementedError
 
 
 class DinoDiscriminator(Discriminator):
