@@ -33,6 +33,7 @@ class SceneConfig:
     train: int = 20_000
     test: int = 1_000
     shard: int = 2_000  # training scenes per tar
+    corners: bool = False  # captions also say "in the top left corner"
     captions: int = 4  # captions per scene
     conversations: int = 4  # conversations per training scene
     turns: int = 4  # most questions in one conversation
@@ -167,6 +168,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
             isinstance(v, kind) and not isinstance(v, bool) for v in value
         )
         wanted = "a list of words" if kind is str else "a list of numbers"
+    elif isinstance(default, bool):
+        good, wanted = isinstance(value, bool), "true or false"
     else:
         good = isinstance(value, (int, float) if isinstance(default, float) else int) and not isinstance(
             value, bool

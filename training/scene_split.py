@@ -72,7 +72,7 @@ def _write_captions(config: SceneConfig, scenes: list[Scene], folder: Path) -> N
             {
                 "image_id": number,
                 "file": image_file(number),
-                "captions": captions(scene, rng, config.captions),
+                "captions": captions(scene, config, rng, config.captions),
                 "scene": scene.as_json(),
                 "held_out": has_held_out(scene, config),
             }

@@ -29,6 +29,11 @@ def position(cell: tuple[int, int], grid: int) -> str:
     return " ".join(dict.fromkeys(word for word in (row, column) if word != "middle")) or "middle"
 
 
+def is_corner(cell: tuple[int, int], grid: int) -> bool:
+    """Whether a grid cell lies in a corner of the picture."""
+    return set(cell) <= {0, grid - 1}
+
+
 def article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -61,17 +66,26 @@ def relations(first: Thing, second: Thing) -> list[str]:
 # ---- captions ----------------------------------------------------------------------------------------------
 
 
-def captions(scene: Scene, rng: Random, count: int) -> list[str]:
-    """`count` captions of a scene; the first names colours and shapes, every fourth shapes alone."""
+def captions(scene: Scene, config: SceneConfig, rng: Random, count: int) -> list[str]:
+    """`count` captions of a scene; the first names all of every object, every fourth shapes alone.
+
+    Where scenes have sizes or textures, every other caption leaves them out.
+    """
     kinds = (_any_caption, _placed_caption, _plain_caption, _bare_caption)
-    return [kinds[i % 4](scene, rng) for i in range(count)]
+    rich = bool(config.size_names) or len(config.textures) > 1
+    said = []
+    for i in range(count):
+        brief = rich and (i + i // 4) % 2 == 1
+        name = (lambda thing: " ".join(thing.pair)) if brief else (lambda thing: thing.name)
+        said.append(kinds[i % 4](scene, config, rng, name))
+    return said
 
 
-def _any_caption(scene: Scene, rng: Random) -> str:
-    return rng.choice((_plain_caption, _placed_caption))(scene, rng)
+def _any_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
+    return rng.choice((_plain_caption, _placed_caption))(scene, config, rng, name)
 
 
-def _plain_caption(scene: Scene, rng: Random, name: Callable[[Thing], str] = lambda thing: thing.name) -> str:
+def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
     things = list(scene.things)
     rng.shuffle(things)
     said = listing([counted(n, k) for n, k in Counter(map(name, things)).items()])
@@ -83,9 +97,7 @@ def _plain_caption(scene: Scene, rng: Random, name: Callable[[Thing], str] = lam
     return frame.format(said)
 
 
-def _placed_caption(
-    scene: Scene, rng: Random, name: Callable[[Thing], str] = lambda thing: thing.name
-) -> str:
+def _placed_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
     things = list(scene.things)
     rng.shuffle(things)
     related = relations(things[0], things[1]) if len(things) == 2 else []
@@ -93,14 +105,17 @@ def _placed_caption(
         relation = RELATIONS[rng.choice(related)]
         frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
         return frame.format(article(name(things[0])), relation, article(name(things[1])))
-    frame = rng.choice(("{} at the {}", "{} at the {}", "{} in the {}"))
+    frames = ["{} at the {}", "{} at the {}", "{} in the {}"]
+    if config.corners and all(is_corner(thing.cell, scene.grid) for thing in things):
+        frames.append("{} in the {} corner")
+    frame = rng.choice(frames)
     said = listing([frame.format(article(name(t)), position(t.cell, scene.grid)) for t in things])
     return rng.choice(("{}", "{}", "a picture of {}", "there is {}")).format(said)
 
 
-def _bare_caption(scene: Scene, rng: Random) -> str:
+def _bare_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
     kind = rng.choice((_plain_caption, _plain_caption, _placed_caption))
-    return kind(scene, rng, lambda thing: thing.shape)
+    return kind(scene, config, rng, lambda thing: thing.shape)
 
 
 # ---- questions ---------------------------------------------------------------------------------------------
@@ -266,7 +281,7 @@ def sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) -> Iter
         yield rng.choice(
             (
                 rng.choice(facts),
-                f"{captions(scene, rng, 1)[0]}.",
+                f"{captions(scene, config, rng, 1)[0]}.",
                 f"the {thing.name} is at the {position(thing.cell, scene.grid)}.",
                 f"the {thing.shape} is {thing.color}.",
                 f"the {thing.color} object is {article(thing.shape)}.",

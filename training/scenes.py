@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             kind: Any = str if field.name in ("size_names", "textures") else float
             shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
             parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"default: {shown}")
+        elif isinstance(default, bool):
+            on_off = argparse.BooleanOptionalAction
+            parser.add_argument(_option(field.name), action=on_off, default=None, help=f"default: {default}")
         else:
             parser.add_argument(_option(field.name), type=type(default), help=f"default: {default}")
 
@@ -149,7 +152,7 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
     talks = (scene_text.conversation(scene, config, rng, known) for _ in range(config.conversations))
     record = {
         "scene": scene.as_json(),
-        "captions": scene_text.captions(scene, rng, config.captions),
+        "captions": scene_text.captions(scene, config, rng, config.captions),
         "conversations": [_as_turns(talk) for talk in talks if talk],
         "held_out": False,
     }

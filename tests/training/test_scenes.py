@@ -96,6 +96,31 @@ def test_captions_name_what_is_there(config):
             assert not any(shape in caption for shape in absent)
 
 
+def test_rich_captions_name_sizes_and_textures_or_leave_them_out():
+    special = {*RICH.size_names, "striped", "dotted"}
+    for index in range(100):
+        scene, record = scenes.training_record(RICH, index)
+        full, placed, plain, bare = [set(c.replace(",", "").split()) for c in record["captions"]]
+        for thing in scene.things:
+            assert thing.size_name in full and thing.size_name in plain
+            assert thing.texture == "plain" or thing.texture in full
+            assert thing.color in placed and thing.color not in bare
+        assert not special & placed and not special & bare
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_corners_are_named_where_all_objects_stand_in_one(grid):
+    config = SceneConfig(corners=True, grid=grid, size=48)
+    named = 0
+    for index in range(300):
+        scene, record = scenes.training_record(config, index)
+        if any("corner" in caption for caption in record["captions"]):
+            assert all(set(thing.cell) <= {0, grid - 1} for thing in scene.things)
+            named += 1
+    assert named > 20
+    assert "corner" not in str([scenes.training_record(DEMO, i)[1] for i in range(100)])
+
+
 def answer_by_hand(question: str, scene) -> str | None:
     """The answer by counting objects that the question's words leave; None where this does not tell."""
     words = question.strip("?").lower().split()
@@ -186,6 +211,7 @@ def test_sentences_are_many(config):
         ({"size": True}, "whole number"),
         ({"sizes": [10, 16]}, "stay in their cells"),
         ({"sizes": 10}, "list of numbers"),
+        ({"corners": 1}, "true or false"),
         ({"max_objects": 5}, "at most one per cell"),
         ({"min_objects": 3}, "1 to max_objects"),
         ({"shapes": 9}, "2 to 8"),
