@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing, model_path, read_json
 
 from .crops import crop_of
 from .harness import Settings
@@ -40,7 +40,7 @@ class Model:
     """
 
     def __init__(self, folder: str | Path, settings: Settings = DEFAULTS, device: str = "cpu"):
-        self.folder, self.device, self.settings = existing(folder), device, settings
+        self.folder, self.device, self.settings = existing(model_path(folder)), device, settings
         if settings.dtype not in DTYPES:
             raise UserError(f"dtype is {settings.dtype!r}; allowed: {', '.join(DTYPES)}.")
         if settings.crop is not None:

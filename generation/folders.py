@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from open_unitok.errors import UserError
+from open_unitok.files import model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.model import check_folder
 from open_unitok.tokenizer import UniTok
@@ -14,12 +15,12 @@ from .native import library
 
 
 def find_model(folder: str | Path) -> Path:
-    """The folder of an MLLM: the one given, or the download of a hub id.
+    """The folder of an MLLM: the one given, that of a shipped model, or the download of a hub id.
 
     Raises:
         UserError: nothing is there, or something of another kind; the message says what it is.
     """
-    path = Path(folder)
+    path = model_path(folder)
     if path.is_file():
         raise UserError(f"{folder} is a file; a model is a folder with config.json, the weights and unitok/.")
     if not path.exists():

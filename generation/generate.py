@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
 
     from .pictures import save_png
 
-    sampling = sampling_of(args)
+    sampling = sampling_of(args, args.model)
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise UserError(

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
 
 def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
     """--model, --device, --dtype, and --adapter where the decoder is used."""
-    parser.add_argument("--model", required=True, metavar="M", help="model folder or hub id")
+    parser.add_argument(
+        "--model",
+        default="scenes",
+        metavar="M",
+        help="model folder, hub id, or the shipped model (default: scenes)",
+    )
     if adapter:
         parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
     parser.add_argument(
@@ -26,16 +31,17 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of `Sampling`."""
+    """The fields of `Sampling`; what is not given is as the model's folder has it."""
+    own = "(default: the model's own, else %s)"
     parser.add_argument(
-        "--guidance", type=float, default=5.0, help="how strongly the prompt is followed; 1 = plainly"
+        "--guidance", type=float, help=f"how strongly the prompt is followed; 1 = plainly {own % 5}"
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="lower is safer, higher is wilder")
-    parser.add_argument("--top-k", type=int, default=0, help="choose among this many codes (0 = all)")
+    parser.add_argument("--temperature", type=float, help=f"lower is safer, higher is wilder {own % 1}")
+    parser.add_argument("--top-k", type=int, help=f"choose among this many codes {own % '0: all'}")
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="choose among the likeliest codes up to this probability"
+        "--top-p", type=float, help=f"choose among the likeliest codes up to this probability {own % 1}"
     )
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest code")
+    parser.add_argument("--greedy", action="store_true", default=None, help="always take the likeliest code")
 
 
 def pick_device(name: str) -> str:
@@ -81,8 +87,13 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
     return Pipeline.from_pretrained(args.model, pick_device(args.device), args.dtype, args.adapter)
 
 
-def sampling_of(args: argparse.Namespace) -> "Sampling":
-    """The sampling settings that the options ask for, checked."""
+def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":
+    """The sampling settings that the options ask for over those of the model, checked."""
+    import dataclasses
+
+    from .folders import find_model
     from .sampling import Sampling
 
-    return Sampling(args.guidance, args.temperature, args.top_k, args.top_p, args.greedy)
+    own = Sampling.of_model(find_model(model))
+    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Sampling)}
+    return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})

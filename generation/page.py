@@ -135,6 +135,7 @@ class Draw:
 
 
 def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
+    own = draw.pipe.sampling
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             prompt = gr.Textbox(
@@ -147,16 +148,18 @@ def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
                 gr.Examples([[text] for text in examples], [prompt], label="For example")
             with gr.Row():
                 count = gr.Radio([1, 2, 4], value=1, label="Pictures")
-                guidance = gr.Slider(1, 20, 5.0, step=0.1, label="Guidance")
+                guidance = gr.Slider(1, 20, own.guidance, step=0.1, label="Guidance")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
                 fresh = gr.Checkbox(True, label="A new seed each time", container=False)
             with gr.Accordion("More settings", open=False):
                 negative = gr.Textbox(label="Negative prompt", placeholder="What to lead away from")
-                schedule = gr.Dropdown(list(SCHEDULES), value="constant", label="Guidance schedule")
-                temperature = gr.Slider(0.05, 2, 1.0, step=0.05, label="Temperature")
-                top_k = gr.Slider(0, 4096, 0, step=1, label="Top-k", info="0 keeps all codes")
-                top_p = gr.Slider(0.05, 1, 1.0, step=0.01, label="Top-p")
+                schedule = gr.Dropdown(
+                    list(SCHEDULES), value=own.guidance_schedule, label="Guidance schedule"
+                )
+                temperature = gr.Slider(0.05, 2, own.temperature, step=0.05, label="Temperature")
+                top_k = gr.Slider(0, 4096, own.top_k, step=1, label="Top-k", info="0 keeps all codes")
+                top_p = gr.Slider(0.05, 1, own.top_p, step=0.01, label="Top-p")
         with gr.Column(scale=6, min_width=360):
             hint = HINT.format("The picture appears here,<br>row by row as it is drawn.")
             view = gr.HTML(hint, elem_id="drawing")

@@ -29,6 +29,7 @@ class Pipeline:
     Attributes:
         model: `UniTokForConditionalGeneration`; processor: `UniTokProcessor`; unitok: `UniTok`.
         weights: "int8" where drawing rounds the model's weights to 8 bits, else None.
+        sampling: how it draws where nothing else is said.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class Pipeline:
         processor: UniTokProcessor,
         unitok: UniTok,
         weights: str | None = None,
+        sampling: Sampling | None = None,
     ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
-        self.weights = weights
+        self.weights, self.sampling = weights, sampling or Sampling()
 
     @classmethod
     def from_pretrained(
@@ -49,7 +51,7 @@ class Pipeline:
         dtype: torch.dtype | str | None = None,
         adapter: str | Path | None = None,
     ) -> "Pipeline":
-        """Load an MLLM folder (model, processor, `unitok/`) or a hub id.
+        """Load an MLLM folder (model, processor, `unitok/`), a shipped model ("scenes") or a hub id.
 
         Args:
             device: "cpu", "cuda", "cuda:1", "mps".
@@ -70,7 +72,8 @@ class Pipeline:
         check_belongs(model, unitok, processor, folder)  # before rounding, which changes the fingerprint
         if adapter is not None:
             model = merge_adapter(model, adapter)
-        return cls(model.to(device), processor, unitok.to(device=device, dtype=dtype), weights)
+        unitok = unitok.to(device=device, dtype=dtype)
+        return cls(model.to(device), processor, unitok, weights, Sampling.of_model(folder))
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +122,7 @@ class Pipeline:
     ) -> Tensor:
         """The codes (B, N, K) of the pictures; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
-        sampling = sampling or Sampling()
+        sampling = sampling or self.sampling
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
         parts = []
         for i in range(0, len(ids), batch_size):
@@ -178,7 +181,7 @@ class Pipeline:
         """
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
         registers, columns = self.unitok.config.num_register_tokens, self._columns()
-        steps = draw_steps(self.model, ids, sampling or Sampling(), seeds, free, prefix, self.weights)
+        steps = draw_steps(self.model, ids, sampling or self.sampling, seeds, free, prefix, self.weights)
 
         def previews() -> Iterator[list[Image.Image]]:
             for codes in steps if ids else ():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing
+from open_unitok.files import existing, model_path
 
 from .options import add_model_options, pick_device, quiet_loading
 
@@ -53,7 +53,7 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
     quiet_loading()
     device = check_device(pick_device(args.device))
-    path = Path(args.model)
+    path = model_path(args.model)
     if not path.exists():
         path = download(args.model)
     if (path / "unitok" / "config.json").exists():

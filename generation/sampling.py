@@ -6,13 +6,16 @@ Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_unitok.errors import UserError
+from open_unitok.files import read_json
 
+FILE = "sampling.json"  # in a model folder: what it draws best with
 # how far guidance has risen from 1 (0) to its full value (1), by the share of the image that is drawn
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
@@ -61,6 +64,22 @@ class Sampling:
             raise UserError(
                 f"guidance_schedule is {self.guidance_schedule!r}; it must be one of {', '.join(SCHEDULES)}."
             )
+
+    @classmethod
+    def of_model(cls, folder: str | Path) -> "Sampling":
+        """The settings that a model folder draws best with, as its sampling.json says; else the defaults.
+
+        Raises:
+            UserError: sampling.json is no JSON, or holds something that is no setting.
+        """
+        path = Path(folder) / FILE
+        if not path.exists():
+            return cls()
+        try:
+            return cls(**read_json(path))
+        except TypeError as error:
+            names = ", ".join(field.name for field in dataclasses.fields(cls))
+            raise UserError(f"{path} must be a mapping with some of {names}.") from error
 
     def guidances(self, count: int) -> list[float]:
         """The guidance at each of `count` visual tokens."""

@@ -39,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "rewrite a published tokenizer as a folder of ours",
     ),
     "convert mllm": ("open_unitok.mllm.convert", "rewrite a published MLLM as a folder of ours"),
+    "convert bf16": ("open_unitok.generation.rounding", "round a model's weights: half the bytes"),
     "convert adapter": ("open_unitok.mllm.adapters", "write an MLLM and its LoRA adapter as one model"),
 }
 # groups of commands, for the help text of `unitok data`, `unitok eval`, ...

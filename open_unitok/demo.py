@@ -20,7 +20,7 @@ from . import cli
 from .errors import UserError
 from .files import existing, read_json, write_atomic, write_json
 
-HOME = "runs/demo"  # the folder that the configs name; another --out replaces it in them
+HOME = "runs/demo"
 # config -> the phase that uses it
 CONFIGS = {
     "scenes.yaml": "data",
@@ -120,7 +120,9 @@ def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
 
 
 def read_configs(out: Path, folder: str | None) -> dict[str, str]:
-    """Name -> text of the configs of this run, all checked, with OUT in place of the folder that they name.
+    """Name -> text of the configs of this run, all checked, with OUT in place of the home that they name.
+
+    Their home is the folder in which stage 1's `out` lies.
 
     Raises:
         UserError: a config is missing or wrong, OUT cannot stand in a YAML, or OUT is a file.
@@ -136,16 +138,18 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
     if above.exists() and not above.is_dir():
         raise UserError(f"--out is {out}, but {above} is a file: name a folder.")
     source = Path(folder or str(importlib.resources.files("open_unitok.configs").joinpath("demo")))
-    texts = {}
+    texts, home = {}, HOME
     for name in CONFIGS:
         path = existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
         try:
-            load_config(path) if name == "scenes.yaml" else load(str(path), [])
+            config: Any = load_config(path) if name == "scenes.yaml" else load(str(path), [])
         except UserError as error:
             message = str(error)
             raise UserError(message if str(path) in message else f"{path}: {message}") from error
-        texts[name] = path.read_text(encoding="utf-8").replace(HOME, out.as_posix())
-    return texts
+        if name == "tokenizer.yaml":
+            home = Path(config.out).parent.as_posix()
+        texts[name] = path.read_text(encoding="utf-8")
+    return {name: text.replace(home, out.as_posix()) for name, text in texts.items()}
 
 
 def write_configs(out: Path, texts: dict[str, str], timings: "Timings") -> None:

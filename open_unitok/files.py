@@ -11,6 +11,8 @@ from typing import Any
 
 from .errors import UserError
 
+MODELS = Path(__file__).parent / "models"  # those that ship with the package, a folder each
+
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
     """Write `content` to a temporary file beside `path`, flush it to disk, and rename it over `path`."""
@@ -44,6 +46,14 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                 os.fsync(handle.fileno())
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
+
+
+def model_path(name: str | Path) -> Path:
+    """The path meant by a model's name: a shipped model's, unless there is a model of this name here."""
+    path = Path(name)
+    shipped = MODELS / path
+    here = path.is_file() or (path / "config.json").exists()
+    return shipped if not here and len(path.parts) == 1 and (shipped / "config.json").exists() else path
 
 
 def write_json(path: str | Path, value: Any) -> None:

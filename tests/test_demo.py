@@ -178,15 +178,18 @@ def test_two_demos_in_one_folder_are_refused(tmp_path):
         pass
 
 
-def test_shipped_configs_are_valid_and_name_the_home_folder():
+@pytest.mark.parametrize("run", ["demo", "scenes"])
+def test_shipped_configs_are_valid_and_lie_in_one_home_that_out_replaces(run):
     from open_unitok import demo
-    from open_unitok.training.run import load
+
+    folder, home = ROOT / "configs" / run, f"runs/{run}"
+    texts = demo.read_configs(pathlib.Path("elsewhere"), str(folder))
+    for name, text in texts.items():
+        assert home in (folder / name).read_text() and home not in text and "elsewhere/" in text
+
+
+def test_the_demos_scenes_are_the_default_ones():
     from open_unitok.training.scene_config import SceneConfig
     from open_unitok.training.scenes import load_config
 
-    for name in demo.CONFIGS:
-        text = (ROOT / "configs" / "demo" / name).read_text()
-        assert demo.HOME in text
-        if name != "scenes.yaml":
-            load(str(ROOT / "configs" / "demo" / name), [])
     assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == SceneConfig()

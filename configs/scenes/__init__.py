@@ -1,1 +1,1 @@
-"""Configs shipped with the package: demo runs."""
+"""Configs shipped with the package: the model that ships with it."""

@@ -90,7 +90,9 @@ class Inbox:
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         seeds = [check_seed(first + i) for i in range(request.n or 1)]
         shown = self._shown_rows(request.partial_images or 0) if request.stream else frozenset()
-        return DrawKey(request.sampling), [DrawTask(ids, away, seed, shown) for seed in seeds]
+        return DrawKey(request.sampling(self.pipe.sampling)), [
+            DrawTask(ids, away, seed, shown) for seed in seeds
+        ]
 
     def _ids(self, text: str, name: str) -> list[int]:
         check_texts([text], name.lower())

@@ -4,6 +4,7 @@ A field that is not named here is refused by its name, as OpenAI's servers do; w
 this kind has no use for is taken and changes nothing.
 """
 
+import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -136,12 +137,12 @@ class ImageRequest(Strict):
     partial_images: Annotated[int, Field(ge=0, le=64)] | None = 0
     seed: Seed | None = None
     negative_prompt: Text | None = None
-    guidance: Annotated[float, Field(ge=1, le=100)] = 5.0
-    guidance_schedule: Literal[*SCHEDULES] = "constant"  # type: ignore[valid-type]
-    temperature: Annotated[float, Field(ge=0.01, le=100)] = 1.0
-    top_k: Annotated[int, Field(ge=0, le=2**31)] = 0
-    top_p: Share = 1.0
-    greedy: bool = False
+    guidance: Annotated[float, Field(ge=1, le=100)] | None = None
+    guidance_schedule: Literal[*SCHEDULES] | None = None  # type: ignore[valid-type]
+    temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    top_p: Share | None = None
+    greedy: bool | None = None
     user: Ignored = None
     quality: Ignored = None
     style: Ignored = None
@@ -149,14 +150,7 @@ class ImageRequest(Strict):
     moderation: Ignored = None
     output_compression: Ignored = None
 
-    @property
-    def sampling(self) -> Sampling:
-        """How the codes are chosen."""
-        return Sampling(
-            guidance=self.guidance,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            greedy=self.greedy,
-            guidance_schedule=self.guidance_schedule,
-        )
+    def sampling(self, own: Sampling) -> Sampling:
+        """How the codes are chosen: what is given here, over the model's own settings."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
+        return dataclasses.replace(own, **{name: v for name, v in given.items() if v is not None})

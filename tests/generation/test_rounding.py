@@ -1,0 +1,79 @@
+"""`unitok convert bf16` and sampling.json: a model that ships brings its own settings of drawing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from open_unitok import Pipeline, Sampling
+from open_unitok.cli import main
+from open_unitok.errors import UserError
+from open_unitok.generation.serving.schema import ImageRequest
+
+OWN = Sampling(guidance=3.0, temperature=0.3)
+
+
+@pytest.fixture(scope="module")
+def rounded(folder, tmp_path_factory):
+    source = tmp_path_factory.mktemp("source") / "mllm"
+    shutil.copytree(folder, source)
+    (source / "unitok" / "caption_tokenizer").mkdir()
+    (source / "unitok" / "caption_tokenizer" / "tokenizer.model").write_bytes(b"kept")
+    target = source.parent / "rounded"
+    main(["convert", "bf16", str(source), str(target), "--guidance", "3", "--temperature", "0.3"])
+    return target
+
+
+def test_weights_are_rounded_and_codebooks_kept(folder, rounded):
+    for name in ("model.safetensors", "unitok/model.safetensors"):
+        before, after = load_file(folder / name), load_file(rounded / name)
+        assert before.keys() == after.keys()
+        for key, tensor in after.items():
+            assert torch.equal(tensor.float(), before[key].to(tensor.dtype).float())
+            exact = key.startswith(("quantizer.", "down_projection.", "up_projection."))  # what decides codes
+            if tensor.is_floating_point() and not exact:
+                assert tensor.dtype == torch.bfloat16
+    assert (rounded / "unitok" / "caption_tokenizer" / "tokenizer.model").read_bytes() == b"kept"
+
+
+def test_it_loads_in_fp32_and_draws_with_its_own_settings(rounded):
+    pipe = Pipeline.from_pretrained(rounded)
+    assert pipe.model.dtype == torch.float32 and pipe.sampling == OWN
+    prompt = ["a red circle"]
+    assert torch.equal(pipe.draw(prompt, seed=1), pipe.draw(prompt, OWN, seed=1))
+    assert not torch.equal(pipe.draw(prompt, seed=1), pipe.draw(prompt, Sampling(), seed=1))
+
+
+def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded, tmp_path):
+    from PIL import Image
+
+    command = ["generate", "a star", "--model", str(rounded), "--top-k", "5", "--out", str(tmp_path / "out")]
+    main(command)
+    with Image.open(tmp_path / "out" / "00000-a-star-seed0.png") as image:
+        record = json.loads(image.text["unitok"])
+    assert (record["guidance"], record["temperature"], record["top_k"]) == (3.0, 0.3, 5)
+    asked = ImageRequest(prompt="a star", guidance=2.0)
+    assert asked.sampling(OWN) == Sampling(guidance=2.0, temperature=0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[1, 2]", "must be a mapping"),
+        ('{"guidence": 2}', "must be a mapping with some of guidance"),
+        ('{"guidance": 0}', "guidance is 0"),
+        ("{", "sampling.json"),
+    ],
+)
+def test_wrong_settings_in_the_folder_are_named(tmp_path, text, words):
+    (tmp_path / "sampling.json").write_text(text)
+    with pytest.raises(UserError, match=words):
+        Sampling.of_model(tmp_path)
+
+
+def test_a_target_that_exists_is_left_alone(rounded, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "bf16", str(rounded), str(rounded)])
+    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
