@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, model_path
+from open_unitok.files import existing, tokenizer_path
 
 from .options import add_model_options, pick_device, quiet_loading
 
@@ -53,11 +53,9 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
     quiet_loading()
     device = check_device(pick_device(args.device))
-    path = model_path(args.model)
+    path = tokenizer_path(args.model)
     if not path.exists():
-        path = download(args.model)
-    if (path / "unitok" / "config.json").exists():
-        path = path / "unitok"
+        path = tokenizer_path(download(args.model))
     return UniTok.from_pretrained(path).to(device=device, dtype=check_dtype(args.dtype, device)).eval()
 
 

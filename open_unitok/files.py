@@ -56,6 +56,13 @@ def model_path(name: str | Path) -> Path:
     return shipped if not here and len(path.parts) == 1 and (shipped / "config.json").exists() else path
 
 
+def tokenizer_path(name: str | Path) -> Path:
+    """As `model_path`, of a visual tokenizer: an MLLM's is in its `unitok/`."""
+    path = model_path(name)
+    within = path / "unitok"
+    return within if (within / "config.json").exists() else path
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Atomically write `value` as strict JSON (NaN is refused)."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

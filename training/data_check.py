@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, sha256
+from open_unitok.files import existing, sha256, tokenizer_path
 
 from .codes_data import MANIFEST, CodeFolder
 from .extract import picture_members
@@ -310,5 +310,4 @@ def _fingerprint(folder: str) -> str:
     """Of a visual tokenizer's folder (or hub id), or of the one within an MLLM folder."""
     from open_unitok.tokenizer import UniTok
 
-    within = Path(folder) / "unitok"
-    return UniTok.from_pretrained(within if within.is_dir() else folder).fingerprint()
+    return UniTok.from_pretrained(tokenizer_path(folder)).fingerprint()

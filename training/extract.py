@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
-from open_unitok.files import read_json, sha256, write_atomic, write_json
+from open_unitok.files import read_json, sha256, tokenizer_path, write_atomic, write_json
 
 from .codes_data import FORMAT, MANIFEST
 from .tarindex import BadSample, Record, index, tars_of
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda":
         device = f"cuda:{ranks.local_rank()}"
-    unitok = UniTok.from_pretrained(args.tokenizer).eval()
+    unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
     options = Options(
         unitok.fingerprint(), args.mode, args.dtype, args.batch_size, args.workers, args.max_bad_share
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing
+from open_unitok.files import existing, model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.model import check_folder
@@ -71,15 +71,17 @@ def new_parts(config: MLLMRun) -> Parts:
     return Parts(model, processor, folder)
 
 
-def load_parts(folder: str) -> Parts:
-    """The MLLM of a folder, in float32, for further training.
+def load_parts(name: str) -> Parts:
+    """The MLLM of a folder, or the shipped one of this name, in float32, for further training.
 
     Raises:
         UserError: no MLLM folder, or one without its visual tokenizer.
     """
-    existing(folder, "start_from is the folder of a trained MLLM, e.g. runs/pretrain/model.")
+    folder = existing(
+        model_path(name), "start_from is the folder of a trained MLLM, e.g. runs/pretrain/model."
+    )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    unitok = existing(Path(folder) / "unitok", "An MLLM folder holds its visual tokenizer there.")
+    unitok = existing(folder / "unitok", "An MLLM folder holds its visual tokenizer there.")
     return Parts(model, UniTokProcessor.from_pretrained(folder), unitok)
 
 
