@@ -8,7 +8,19 @@ from open_unitok import ranks
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, read_json, write_json, write_jsonl
 
-from . import classification, dpg, drawings, drawn, metrics, pictures, positions, probe, realism, vqascore
+from . import (
+    classification,
+    dpg,
+    drawings,
+    drawn,
+    metrics,
+    pictures,
+    positions,
+    probe,
+    realism,
+    retrieval,
+    vqascore,
+)
 from .harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
 from .results import check_complete, describe_run, open_run, result_of
 from .understanding import UNDERSTANDING
@@ -36,6 +48,15 @@ TOKENIZER: dict[str, Benchmark] = {
         classification.score_zeroshot,
         64,
         files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
+    ),
+    "retrieval": Benchmark(
+        "which of 100 captions is a picture's own, and back, by the tokenizer's embeddings",
+        "tokenizer",
+        retrieval.load_retrieval,
+        always(retrieval.embed),
+        retrieval.score_retrieval,
+        64,
+        files=("scenes.json", "captions.json"),
     ),
     "linear_probe": Benchmark(
         "classes told apart by one linear layer on frozen features",

@@ -126,6 +126,7 @@ def headline(material: Material) -> list[Line]:
     chance = details.get("zeroshot", {}).get("chance", 0)
     add("zeroshot", "top1", "Zero-shot top-1", f"chance {percent(chance)}", "zero-shot")
     add("zeroshot", "top1/held-out pairs", "Zero-shot top-1, held-out pairs", f"chance {percent(chance)}")
+    add("retrieval", "image_to_text/R@1", "Retrieval of its caption among 100", "chance 1 %")
     vqa = details.get("vqav2", {})
     blind = f"best constant {percent(vqa.get('constant_overall', 0))}"
     add("vqav2", "accuracy", "Question answering", blind, "questions")

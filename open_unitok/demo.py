@@ -28,7 +28,7 @@ CONFIGS = {
     "pretrain.yaml": "pretrain",
     "finetune.yaml": "finetune",
 }
-BENCHMARKS = ("reconstruction", "zeroshot", "vqav2", "pope", "geneval", "drawing_positions")
+BENCHMARKS = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "drawing_positions")
 PROMPTS = (
     "a red circle",
     "a blue square and a yellow triangle",
