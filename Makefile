@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test test-slow lint format typecheck clean
+.PHONY: demo model test test-slow lint format typecheck clean
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml configs/constraints.txt
@@ -25,6 +25,12 @@ test test-slow: export OMP_NUM_THREADS := 1
 
 demo: .venv/.installed
 	$(BIN)/unitok demo
+
+# The model that ships (open_unitok/models/scenes): hours on 2 cores, resumable; its numbers stand in runs/scenes/eval-bf16.
+model: .venv/.installed
+	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
+	test -d runs/scenes/model || $(BIN)/unitok convert bf16 runs/scenes/finetune/model runs/scenes/model --guidance 3 --temperature 0.3
+	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16 --guidance 3 --temperature 0.3
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --durations 15
