@@ -106,35 +106,49 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = GeGLU(width, mlp_ratio)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        hidden = hidden + self._drop(self.attention(self.norm1(hidden)))
-        return hidden + self._drop(self.mlp(self.norm2(hidden)))
+    def forward(self, hidden: torch.Tensor, chance: torch.Tensor | None = None) -> torch.Tensor:
+        """`chance` (2, B), in [0, 1): where it is below `drop_path` a branch is left out; None: nowhere."""
+        first, second = (None, None) if chance is None else chance
+        hidden = hidden + self._drop(self.attention(self.norm1(hidden)), first)
+        return hidden + self._drop(self.mlp(self.norm2(hidden)), second)
 
-    def _drop(self, branch: torch.Tensor) -> torch.Tensor:
-        """In training: zero whole samples with probability `drop_path`, scale the others up."""
-        if not self.training or self.drop_path == 0.0:
+    def _drop(self, branch: torch.Tensor, chance: torch.Tensor | None) -> torch.Tensor:
+        """Zero whole samples with probability `drop_path`, scale the others up."""
+        if chance is None or self.drop_path == 0.0:
             return branch
-        keep = 1.0 - self.drop_path
-        mask = torch.rand(branch.shape[0], 1, 1, device=branch.device, dtype=torch.float32) < keep
-        return branch * (mask / keep).to(branch.dtype)
+        kept = (chance >= self.drop_path) / (1.0 - self.drop_path)
+        return branch * kept.to(branch.dtype).view(-1, 1, 1)
 
 
 class Transformer(nn.ModuleList):
-    """A stack of blocks; after the model's `gradient_checkpointing_enable()` the backward pass recomputes."""
+    """A stack of blocks; after the model's `gradient_checkpointing_enable()` the backward pass recomputes.
 
+    Attributes:
+        chances: numbers in [0, 1) of shape (depth, 2, B or more) that decide drop path in training; None
+            draws them anew each time.
+    """
+
+    chances: torch.Tensor | None = None
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]  # set by transformers beside `gradient_checkpointing`
 
     def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        self.drop_path = drop_path
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        for block in self:
-            if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(block.__call__, hidden)
+        chances: Any = [None] * len(self)
+        if self.training and self.drop_path:
+            if self.chances is None:
+                chances = torch.rand(len(self), 2, len(hidden), device=hidden.device)
             else:
-                hidden = block(hidden)
+                chances = self.chances[:, :, : len(hidden)].to(hidden.device)
+        for block, chance in zip(self, chances):
+            if self.gradient_checkpointing and self.training:
+                hidden = self._gradient_checkpointing_func(block.__call__, hidden, chance)
+            else:
+                hidden = block(hidden, chance)
         return hidden
 
 

@@ -4,11 +4,10 @@ section 4.1).
 B images of this rank that were decoded, H and W their rows and columns.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
-
-from open_unitok import ranks
 
 from . import discriminator, draws, engine, schedules
 from .losses import Look, adaptive_weight, discriminator_loss, draw_looks, generator_loss
@@ -24,7 +23,7 @@ class Adversary:
     def __init__(self, config: TokenizerRun, image_size: int, device: torch.device, micro_batch: int):
         self.options = options = config.discriminator
         self.share = config.losses.adversarial
-        self.steps, self.seed, self.micro_batch = config.steps, config.seed, micro_batch
+        self.steps, self.seed = config.steps, config.seed
         torch.manual_seed(draws.key(config.seed, "discriminator"))
         self.module = discriminator.build(
             options.kind, options.weights, options.norm, options.spectral_norm, options.width, options.layers
@@ -52,7 +51,11 @@ class Adversary:
         engine.set_lr(self.engine, rate)
 
     def term(
-        self, reconstruction: torch.Tensor, copies: torch.Tensor, last_layer: torch.Tensor, part: int
+        self,
+        reconstruction: torch.Tensor,
+        copies: torch.Tensor,
+        last_layer: torch.Tensor,
+        samples: Sequence[int],
     ) -> dict[str, torch.Tensor]:
         """The tokenizer's turn: "adversarial", and the factor "adversarial_weight" on it.
 
@@ -60,12 +63,10 @@ class Adversary:
             reconstruction: the weighted sum of the reconstruction losses, to be balanced against.
             copies: (B, 3, H, W) reconstructions.
             last_layer: the decoder's last weight, whose gradients are compared.
-            part: which micro-batch of the step this is.
+            samples: numbers of the B images in the global batch.
         """
         if not self.weight:
             return {"adversarial": copies.new_zeros(()), "adversarial_weight": copies.new_zeros(())}
-        first = (part * ranks.world_size() + ranks.rank()) * self.micro_batch  # in the global batch
-        samples = range(first, first + len(copies))
         height, width = copies.shape[-2:]
         self._looks = draw_looks(self.module, self.seed, self.step, samples, (height, width))
         options = self.options

@@ -3,6 +3,7 @@
 B batch, N visual tokens, K sub-codebooks, V entries per sub-codebook, C width of one code, R = B*N rows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,12 @@ class Restarts:
 
     A hook on the quantiser sees latents and codes. Draws are keyed by (seed, step) and by place in the
     global batch: any number of ranks decides alike.
+
+    Attributes:
+        order: places in the micro-batch of the images that come next, where they were put in another order.
     """
+
+    order: Sequence[int] | None = None
 
     def __init__(self, quantizer: nn.Module, options: CodebookOptions, steps: int, seed: int):
         self.codebooks: nn.Parameter = quantizer.codebooks  # type: ignore[assignment]
@@ -57,6 +63,8 @@ class Restarts:
         if self.step >= self.until or not torch.is_grad_enabled():
             return
         self._latents = inputs[0].detach()
+        if self.order is not None:
+            self._latents = self._latents[torch.tensor(self.order).argsort().to(self._latents.device)]
         books = torch.arange(output.codes.shape[-1], device=output.codes.device)
         self.last_hit[books.expand_as(output.codes), output.codes] = self.step + 1
 

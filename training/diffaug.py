@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .draws import generator
+from .draws import generator, per_sample
 
 SHIFT = 1 / 8  # largest shift, as a share of each side
 CUTOUT = 0.2  # side of the blanked box, as a share of each side
@@ -33,8 +33,7 @@ def draw(seed: int, step: int, call: str, samples: Sequence[int]) -> Draws:
         samples: numbers of the images in the global batch, so that any split over ranks draws the same.
     """
     which = torch.rand(3, generator=generator(seed, "diffaug", step, call))
-    amounts = [torch.rand(7, generator=generator(seed, "diffaug", step, call, number)) for number in samples]
-    return Draws(which, torch.stack(amounts, dim=1).view(7, -1, 1, 1))
+    return Draws(which, per_sample((7,), samples, seed, "diffaug", step, call).view(7, -1, 1, 1))
 
 
 def augment(

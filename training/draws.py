@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+from collections.abc import Sequence
 
 import torch
 
@@ -19,11 +20,20 @@ def generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") 
     return torch.Generator(device=device).manual_seed(key(seed, *parts))
 
 
+def per_sample(shape: Sequence[int], samples: Sequence[int], seed: int, *parts: int | str) -> torch.Tensor:
+    """Uniform numbers in [0, 1), (*shape, B): a sample's depend on its number and not on its neighbours.
+
+    Args:
+        samples: numbers of the B samples in the global batch, so that any split over ranks draws the same.
+    """
+    return torch.stack([torch.rand(*shape, generator=generator(seed, *parts, n)) for n in samples], dim=-1)
+
+
 def python_random(seed: int, *parts: int | str) -> random.Random:
     """A Python generator of its own for the given parts."""
     return random.Random(key(seed, *parts))
 
 
 def seed_step(seed: int, step: int, micro: int = 0) -> None:
-    """Seed torch's global generators (drop path, dropout) for one forward pass of this rank."""
+    """Seed torch's global generators (dropout of adapters) for one forward pass of this rank."""
     torch.manual_seed(key(seed, "step", step, micro, rank()))

@@ -131,10 +131,10 @@ class TokenizerRun(RunConfig):
     Adam's moments begin anew, and tars that it had begun are passed over in its epoch. `decoder_init`: how
     the pixel decoder's convolutions begin; the published start all but mutes the depthwise ones, which a
     short run feels (see `begin_decoder`). `caption_tokenizer`: path or hub id of a CLIP vocabulary, or a
-    sentencepiece tokenizer.model. `reconstruct_share`: the share of each micro-batch that is decoded
-    (contrast needs large batches, reconstruction does not). `ema`: decay of averaged weights, which are then
-    what is saved as the model; null keeps none. `freeze`: parts that stay as `start_from` has them.
-    `lr_factors`: part of a parameter's name -> factor on its learning rate.
+    sentencepiece tokenizer.model. `reconstruct_share`: the share of each micro-batch that is decoded,
+    rounded up to whole images (contrast needs large batches, reconstruction does not). `ema`: decay of
+    averaged weights, which are then what is saved as the model; null keeps none. `freeze`: parts that stay as
+    `start_from` has them. `lr_factors`: part of a parameter's name -> factor on its learning rate.
     """
 
     data: ShardOptions

@@ -99,13 +99,30 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-class PairCollate:
-    """Pairs -> {"picture": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}."""
+def decoded_first(count: int, share: float) -> tuple[list[int], int]:
+    """The places of a micro-batch of `count` images with those to decode in front, and how many these are.
 
-    def __init__(self, tokenize: Callable[[list[str]], torch.Tensor] | None):
+    They stand at equal distances: where `share` of a micro-batch is a whole number, the same images of the
+    global batch are decoded however it is split.
+    """
+    decoded = max(1, math.ceil(round(count * share, 6)))
+    chosen = [number * count // decoded for number in range(decoded)]
+    return chosen + sorted(set(range(count)) - set(chosen)), decoded
+
+
+class PairCollate:
+    """Pairs -> {"picture": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}, those to decode first.
+
+    Args:
+        share: see `decoded_first`.
+    """
+
+    def __init__(self, tokenize: Callable[[list[str]], torch.Tensor] | None, share: float = 1.0):
         self.tokenize = tokenize
+        self.share = share
 
     def __call__(self, pairs: list[Pair]) -> dict[str, Any]:
+        pairs = [pairs[place] for place in decoded_first(len(pairs), self.share)[0]]
         captions = [pair.caption for pair in pairs]
         return {
             "picture": torch.from_numpy(np.stack([pair.picture for pair in pairs])),

@@ -5,7 +5,7 @@ B images of one micro-batch, N visual tokens, K sub-codebooks, V entries each, T
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from .profiler import profiled
 from .runfolder import RunFolder
 from .shards import ShardStream, loader, read
 from .tokenizer_config import TokenizerRun
-from .tokenizer_data import PairCollate, PairDecoder, grid_picture, to_pixels
+from .tokenizer_data import PairCollate, PairDecoder, decoded_first, grid_picture, to_pixels
 from .tokenizer_losses import contrastive_loss, reconstruction_losses, weighted_sum
 from .tokenizer_model import begin_codebooks, build_lpips, build_model, caption_tokenizer
 
@@ -50,9 +50,7 @@ class Run(NamedTuple):
 def main(config: TokenizerRun, folder: RunFolder) -> None:
     """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
     run = prepare(config, folder)
-    device, model, trained, rival, log = run.device, run.model, run.trained, run.rival, run.log
-    decoded = math.ceil(config.micro_batch(ranks.world_size()) * config.reconstruct_share)
-    step = run.step
+    model, trained, rival, log, step = run.model, run.trained, run.rival, run.log, run.step
     model.train()
     log.begin(step)
     rows = read(run.batches)
@@ -64,45 +62,12 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
             if rival:
                 rival.begin_step(step)
             sums: dict[str, torch.Tensor] = {}
-            norm = None
             for part in range(config.engine.accumulation):
-                batch = next(rows)
-                draws.seed_step(config.seed, step, part)
-                pixels = to_pixels(batch["picture"], device)
-                token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(device)
-                # 1. all images are encoded (for contrast), the first ones are decoded (for reconstruction)
-                out = engine.forward(
-                    trained,
-                    pixels,
-                    token_ids,
-                    reconstruct_first=decoded,
-                    entropy=config.losses.entropy > 0,
-                )
-                copies = out.reconstruction
-                rebuilt = reconstruction_losses(copies, pixels)
-                if run.lpips is not None:
-                    with engine.autocast(trained):
-                        rebuilt["lpips"] = run.lpips(copies, pixels[:decoded]).mean()
-                losses = {**rebuilt, **out.losses}
-                if out.text_embeds is not None:
-                    losses["clip"] = contrastive_loss(out.image_embeds, out.text_embeds, out.logit_scale)
-                loss = weighted_sum(losses, config.losses)
-                # 2. the discriminator's judgement, weighed against the sum of the reconstruction losses
-                if rival:
-                    target = weighted_sum(rebuilt, config.losses)
-                    losses |= rival.term(target, copies, model.decoder.last_weight, part)
-                    loss = loss + losses["adversarial_weight"] * losses["adversarial"]
-                # 3. one update of the tokenizer per accumulation
-                trained.backward(loss)
-                norm = engine.step(trained)
-                # 4. and one of the discriminator, on the same images
-                if rival:
-                    losses |= rival.learn(pixels, copies)
-                losses = {"loss": loss, **losses, "skipped": torch.tensor(batch["skipped"])}
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float() / config.engine.accumulation
+                turn = learn(run, config, next(rows), step, part)
+                for name, value in turn.losses.items():
+                    sums[name] = sums.get(name, 0) + value.float() / config.engine.accumulation
             step += 1
-            # 5. what every step ends with
+            # what every step ends with
             engine.clamp(trained, model.logit_scale, 0.0, math.log(100.0))
             moved = run.restarts.after_step(step, trained)
             if run.ema:
@@ -111,12 +76,13 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                 run.ema.update(step)
             if step % config.log.every == 0 or step == config.steps:
                 note_state(log, model, config.optimizer.lr * rate, rival)
-            norms = {"grad_norm": norm if norm is not None else 0.0}
+            norms = {"grad_norm": turn.norm if turn.norm is not None else 0.0}
             if rival:
                 norms["discriminator_grad_norm"] = rival.grad_norm
             log.add(step, {**sums, **norms})
             if config.log.images_every and step % config.log.images_every == 0:
-                log.images(step, "originals above reconstructions", grid_picture(pixels, copies))
+                shown = grid_picture(turn.pixels, turn.copies)
+                log.images(step, "originals above reconstructions", shown)
             profiler.step(step)
             asked = stop()
             if asked or step % config.checkpoint.every == 0 or step == config.last_step:
@@ -131,6 +97,61 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
         log.phase(f"finished: {folder.model}")
     else:
         log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+
+
+class Turn(NamedTuple):
+    """What one micro-batch of B images, b of them decoded, leaves behind."""
+
+    losses: dict[str, torch.Tensor]  # detached
+    norm: torch.Tensor | float | None  # of the gradients, at the end of an accumulation
+    pixels: torch.Tensor  # (B, 3, S, S)
+    copies: torch.Tensor  # (b, 3, S, S)
+
+
+def learn(run: Run, config: TokenizerRun, batch: dict[str, Any], step: int, part: int) -> Turn:
+    """One micro-batch through tokenizer and discriminator; `part` counts them within the step."""
+    model, trained, rival = run.model, run.trained, run.rival
+    pixels = to_pixels(batch["picture"], run.device)
+    token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(run.device)
+    # all chance belongs to an image by its number in the global batch, however that is split
+    order, decoded = decoded_first(len(pixels), config.reconstruct_share)
+    first = (part * ranks.world_size() + ranks.rank()) * len(pixels)
+    samples = [first + place for place in order]
+    draw_drop_path(model, config.seed, step, samples)
+    run.restarts.order = order
+    # 1. all images are encoded (for contrast), the first ones are decoded (for reconstruction)
+    entropy = config.losses.entropy > 0
+    out = engine.forward(trained, pixels, token_ids, reconstruct_first=decoded, entropy=entropy)
+    copies = out.reconstruction
+    rebuilt = reconstruction_losses(copies, pixels)
+    if run.lpips is not None:
+        with engine.autocast(trained):
+            rebuilt["lpips"] = run.lpips(copies, pixels[:decoded]).mean()
+    losses = {**rebuilt, **out.losses}
+    if out.text_embeds is not None:
+        losses["clip"] = contrastive_loss(out.image_embeds, out.text_embeds, out.logit_scale)
+    loss = weighted_sum(losses, config.losses)
+    # 2. the discriminator's judgement, weighed against the sum of the reconstruction losses
+    if rival:
+        target = weighted_sum(rebuilt, config.losses)
+        losses |= rival.term(target, copies, model.decoder.last_weight, samples[:decoded])
+        loss = loss + losses["adversarial_weight"] * losses["adversarial"]
+    # 3. one update of the tokenizer per accumulation
+    trained.backward(loss)
+    norm = engine.step(trained)
+    # 4. and one of the discriminator, on the same images
+    if rival:
+        losses |= rival.learn(pixels, copies)
+    losses = {"loss": loss, **losses, "skipped": torch.tensor(batch["skipped"])}
+    return Turn({name: value.detach() for name, value in losses.items()}, norm, pixels, copies.detach())
+
+
+def draw_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
+    """What decides drop path in the next forward pass over these images of the global batch."""
+    for name, blocks in (("encoder", model.encoder.blocks), ("decoder", model.decoder.blocks)):
+        if blocks.drop_path:
+            shape = (len(blocks), 2)
+            blocks.chances = draws.per_sample(shape, samples, seed, "drop path", step, name)
 
 
 def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
@@ -203,7 +224,7 @@ def build_data(
     decoder = PairDecoder(config.pictures, model.config.image_size, captions is not None)
     rank, count = (0, 1) if alone else (ranks.rank(), ranks.world_size())
     stream = ShardStream(config.data, decoder, seed=config.seed, micro_batch=micro, rank=rank, ranks=count)
-    return stream, PairCollate(captions)
+    return stream, PairCollate(captions, config.reconstruct_share)
 
 
 def note_state(log: Logbook, model: UniTok, rate: float, rival: Adversary | None) -> None:

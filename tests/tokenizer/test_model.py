@@ -216,6 +216,13 @@ def test_drop_path(tiny_config):
     images = pixels(2, 3, 64, 64)
     assert not torch.equal(model.train().encoder(images), model.encoder(images))
     assert torch.equal(model.eval().encoder(images), model.encoder(images))
+    blocks = model.train().encoder.blocks
+    blocks.chances = torch.ones(3, 2, 5)  # of 1, nothing is dropped, but what stays is scaled up
+    assert torch.equal(model.encoder(images), model.encoder(images))
+    blocks.chances[2, :, 0] = 0.4  # below 0.5: the last block passes the first image on as it is
+    hidden = torch.randn(2, 4, 64)
+    shown, before = blocks(hidden), blocks[1](blocks[0](hidden), blocks.chances[1, :, :2])
+    assert torch.equal(shown[0], before[0]) and not torch.equal(shown[1], before[1])
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -19,12 +19,12 @@ from open_unitok.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.text_tokens import CaptionTokenizer
 from open_unitok.training import config as configs
-from open_unitok.training import tokenizer_losses
+from open_unitok.training import draws, tokenizer_losses
 from open_unitok.training.codebooks import Restarts, init_codebooks, spread
 from open_unitok.training.ema import Ema
 from open_unitok.training.run import load
 from open_unitok.training.tokenizer_config import CodebookOptions
-from open_unitok.training.tokenizer_data import PairDecoder, crop_box
+from open_unitok.training.tokenizer_data import PairDecoder, crop_box, decoded_first
 
 
 def train(data, out, *overrides):
@@ -290,7 +290,7 @@ def test_kill_in_the_middle_of_a_save(data, whole, tmp_path, where):
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_are_one_process(data, tmp_path, stage):
     """The same global batches give the same losses; both ranks stop, go on and finish together."""
-    settings = ["model.drop_path_rate=0", "log.images_every=0"]
+    settings = ["model.num_hidden_layers=2", "log.images_every=0"]
     alone, both = tmp_path / "alone", tmp_path / "both"
     train(data, alone, *settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -397,3 +397,24 @@ def test_weights_of_zero_leave_losses_out():
     weights = configs.build(type(load("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0})
     losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
     assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
+
+
+def test_the_same_images_are_decoded_however_a_batch_is_split():
+    for count, share, parts in ((16, 0.25, 2), (12, 0.5, 3), (20, 0.3, 2), (8, 1.0, 4)):
+        order, decoded = decoded_first(count, share)
+        assert sorted(order) == list(range(count)) and decoded == count * share
+        found = []
+        for part in range(parts):
+            places, own = decoded_first(count // parts, share)
+            found += [part * count // parts + place for place in places[:own]]
+        assert found == order[:decoded]
+    assert decoded_first(4, 1e-9) == ([0, 1, 2, 3], 1)
+    assert decoded_first(10, 0.11)[1] == 2  # rounded up
+
+
+def test_an_image_has_its_own_drop_path():
+    one = draws.per_sample((2, 3), [4, 9], 0, "drop path", 5)
+    assert one.shape == (2, 3, 2) and torch.equal(
+        one[..., 1:], draws.per_sample((2, 3), [9], 0, "drop path", 5)
+    )
+    assert not torch.equal(one[..., 0], one[..., 1])
