@@ -50,6 +50,7 @@ class Batch(NamedTuple):
     text_targets: int  # text labels left after the shift by one
     code_targets: int  # codes that are learnt: K per placeholder of a drawn image
     tokens: int  # tokens that are not padding
+    pairs: int  # of those that see each other: each sees itself and what is before it in its sample
 
 
 class CachedTokenizer:
@@ -237,6 +238,7 @@ def collate(samples: Sequence[Sample], image_token_id: int, pad_id: int, pack_to
         text_targets=int(((labels != IGNORED) & ~drawn).sum()) - firsts,
         code_targets=int(drawn.sum()) * (images[0].shape[1] if images else 0),
         tokens=sum(lengths),
+        pairs=sum(length * (length + 1) // 2 for length in lengths),
     )
 
 

@@ -44,7 +44,7 @@ class Progress:
         self.work += torch.tensor(
             Work(
                 tokens=batch.tokens,
-                pairs=_pairs(batch),
+                pairs=batch.pairs,
                 text_targets=batch.text_targets,
                 visual=0 if codes is None else codes.shape[0] * codes.shape[1],
                 drawn=batch.code_targets / len(self.correct),
@@ -106,13 +106,3 @@ class Progress:
         for name, value in state.items():
             getattr(self, name).copy_(value)
         self._clock = time.monotonic()
-
-
-def _pairs(batch: Batch) -> float:
-    """Pairs of tokens that see each other: every token sees itself and those before it in its sample."""
-    positions, mask = batch.inputs.get("position_ids"), batch.inputs.get("attention_mask")
-    if positions is not None:
-        return float((positions + 1).sum())
-    assert mask is not None
-    lengths = mask.sum(dim=1)
-    return float((lengths * (lengths + 1) / 2).sum())

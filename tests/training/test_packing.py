@@ -8,6 +8,8 @@ import torch
 
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.training.collate import IGNORED, Rows, Sample, collate
+from open_unitok.training.flops import Work
+from open_unitok.training.mllm_progress import Progress
 
 IMAGE, TOKENS, BOOKS, ENTRIES = -200, 4, 3, 16
 TALK = [{"from": "human", "value": "<image>\nWhat is in <image>"}, {"from": "gpt", "value": "a cat"}]
@@ -121,3 +123,18 @@ def test_a_genuine_pad_id_is_read_and_learnt(model, rows):
         found = losses(model, collate([unknown, short], IMAGE, 0, pack_to=pack_to))
         assert found[2] == len(row.ids) - 1 + len(short.row.ids) - 1
         assert found[0] == pytest.approx(alone[0][0] + alone[1][0], rel=2e-6)
+
+
+@pytest.mark.parametrize("pack_to", [0, 1, 48, 200, 1000])
+def test_speed_counts_real_tokens_and_pairs_alone(model, samples, pack_to):
+    """Padded, packed with padding behind, packed tight: the work is that of the samples one by one."""
+    progress = Progress(model, torch.device("cpu"))
+    progress.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
+    lengths = [len(sample.row.ids) for sample in samples]
+    work = Work(*progress.work.tolist())
+    assert work.tokens == sum(lengths)
+    assert work.pairs == sum(sum(range(1, length + 1)) for length in lengths)  # itself and those before it
+    one_by_one = Progress(model, torch.device("cpu"))
+    for sample in samples:
+        one_by_one.add(torch.zeros(BOOKS), collate([sample], IMAGE, 0))
+    assert one_by_one.work.equal(progress.work)

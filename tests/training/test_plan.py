@@ -14,7 +14,6 @@ from open_unitok.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.training import plan, run
 from open_unitok.training.flops import Cost, Work
-from open_unitok.training.mllm_progress import _pairs
 
 CONFIGS = ["configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml"]
 
@@ -80,16 +79,6 @@ def test_documents_are_planned_as_drawn():
     }
     assert work["document"].drawn == work["document"].visual == work["reading"].visual > 0
     assert work["reading"].drawn == 0 and work["document"].text_targets > work["reading"].text_targets
-
-
-def test_pairs_of_packed_and_padded_rows():
-    from open_unitok.training.collate import Batch
-
-    def batch(**inputs):
-        return Batch({"image_codes": None, **inputs}, torch.zeros(1, 5), 0, 0, 5)
-
-    assert _pairs(batch(position_ids=torch.tensor([[0, 1, 2, 0, 1]]))) == 6 + 3
-    assert _pairs(batch(attention_mask=torch.tensor([[1, 1, 1, 0, 0]]))) == 6
 
 
 @pytest.mark.parametrize(
