@@ -36,6 +36,7 @@ MANIFEST_FIELDS = (
     "grid",  # [rows, columns]
     "shards",  # [{"file", "samples", "sha256"}]
 )
+SUITED = {"drawing": "crop", "conversation": "pad", "alignment": "pad"}  # kind -> extract-codes --mode
 SHARDS_AT_ONCE = 16  # samples are shuffled within so many tars: as many are kept open and indexed
 KEPT_SAMPLES = 100_000  # parsed samples kept in memory
 
@@ -89,6 +90,16 @@ class CodeFolder:
         """Hex digest of the manifest: tokenizer, shapes, and the hash of every tar."""
         facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def unsuited(self, kind: str) -> str | None:
+        """One line where pictures were made square in another way than suits `kind`, else None."""
+        mode, oblong = self.manifest.get("mode"), self.manifest.get("oblong", 0)  # of older folders: unknown
+        if not oblong or mode in (None, SUITED.get(kind, mode)):
+            return None
+        return (
+            f"{self.folder}: {oblong} of {self.manifest['pictures']} pictures were not square and came "
+            f"through --mode {mode}; kind {kind} wants codes of `unitok extract-codes --mode {SUITED[kind]}`."
+        )
 
     def places(self) -> dict[str, Place]:
         """key -> where the sample lies, for reading in any order; looks at the headers of all tars."""

@@ -111,6 +111,8 @@ def check(
         line, fits = _tokenizer_line(reading.codes, fingerprint)
         lines.append(line)
         broken += [] if fits else [line.strip()]
+        unsuited = reading.codes.unsuited("conversation" if "conversations" in found.roles else "drawing")
+        lines += [f"  note: {unsuited}"] if unsuited and found.roles else []
     lines += [f"  broken: {text}" for text in broken[:SHOWN]]
     lines += [f"  broken: {len(broken) - SHOWN:,} more"] if len(broken) > SHOWN else []
     return Report(looked_at, broken, [*lines, f"  {len(broken):,} broken"])

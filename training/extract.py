@@ -56,6 +56,7 @@ class Loaded(NamedTuple):
     key: str
     pictures: list[torch.Tensor]  # each (3, H, W)
     info: dict[str, Any]
+    oblong: int  # pictures that were not square
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +183,7 @@ def _extract_tar(
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
     bad: list[str] = []
-    buffer, first, samples, pictures, grid = io.BytesIO(), [], 0, 0, None
+    buffer, first, samples, pictures, oblong, grid = io.BytesIO(), [], 0, 0, 0, None
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
         for batch in _batches(records, unitok.config.image_size, options, bad, progress):
             pixels = [picture for sample in batch for picture in sample.pictures]
@@ -193,13 +194,14 @@ def _extract_tar(
                 _add(writer, sample, [next(codes) for _ in sample.pictures], unitok.config, grid)
             first += pixels[: CHECKED - len(first)]
             samples, pictures = samples + len(batch), pictures + len(pixels)
+            oblong += sum(sample.oblong for sample in batch)
     if not samples:
         raise UserError(f"{tar} holds no readable picture ({bad[-1] if bad else 'it is empty'}).")
     write_atomic(target, buffer.getvalue())
     error = _check_written(target, samples, unitok, first)
-    facts = {"samples": samples, "pictures": pictures, "broken": len(bad), "grid": grid}
+    counts = {"samples": samples, "pictures": pictures, "oblong": oblong, "broken": len(bad)}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
-    write_json(target.with_suffix(".json"), {**_origin(tar, options), **facts, **checked})
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
 
 
 def _encode(unitok: Any, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
@@ -248,8 +250,9 @@ def _load(record: Record, size: int, mode: str) -> Loaded:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
     members, info = picture_members(record)
-    pictures = [to_pixels(load_image(record.read(member)), size, mode) for member in members]
-    return Loaded(record.key, pictures, info)
+    images = [load_image(record.read(member)) for member in members]
+    oblong = sum(image.width != image.height for image in images)
+    return Loaded(record.key, [to_pixels(image, size, mode) for image in images], info, oblong)
 
 
 def picture_members(record: Record) -> tuple[list[str], dict[str, Any]]:
@@ -329,6 +332,7 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
         "pictures": sum(fact.get("pictures", fact["samples"]) for fact in facts),
+        "oblong": sum(fact.get("oblong", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
         "checked": checked,
         "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),

@@ -72,6 +72,17 @@ def test_codes(tmp_path, capsys):
     assert len(other.broken) == 1 and "another tokenizer (abc) than the one given (xyz)" in other.broken[0]
 
 
+def test_codes_of_the_wrong_mode_are_told(tmp_path):
+    talks = [{"captions": ["a cat"], "conversations": [talk()]}] * 2
+    for mode, infos, kind in (("crop", talks, "conversation"), ("pad", [{"captions": ["a cat"]}], "drawing")):
+        path = write_codes(tmp_path / mode, infos) / "codes.json"
+        facts = json.loads(path.read_text())
+        assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)  # of an older folder
+        write_json(path, {**facts, "mode": mode, "pictures": 2, "oblong": 1})
+        report = check(str(path.parent), quiet=True)
+        assert f"--mode {mode}; kind {kind} wants" in " ".join(report.lines) and not report.broken
+
+
 def test_broken_codes(tmp_path, capsys):
     infos = [{"captions": "a cat"}, {"conversations": [talk("What")]}, {"document": ["a", 3]}, {}, {}]
     infos += [{"conversations": [talk("<image><image>")]}]

@@ -148,3 +148,25 @@ def test_refusals(tokenizer, data, tmp_path):
     (broken / "a.tar").write_bytes((broken / "a.tar").read_bytes()[:4000])
     with pytest.raises(UserError, match=r"a\.tar is broken"):
         run(tokenizer, broken, tmp_path / "none")
+
+
+def test_a_kind_that_wants_its_pictures_square_in_another_way_is_told(tokenizer, tmp_path):
+    data = tmp_path / "data"
+    write_tar(data / "a.tar", range(4))
+    run(tokenizer, data, tmp_path / "square")
+    assert CodeFolder(tmp_path / "square").unsuited("conversation") is None  # there was nothing to cut
+    wide = io.BytesIO()
+    picture(5).resize((SIZE, SIZE // 2)).save(wide, "PNG")
+    with tarfile.open(data / "a.tar", "a") as tar:
+        member = tarfile.TarInfo("wide.png")
+        member.size = len(wide.getvalue())
+        tar.addfile(member, io.BytesIO(wide.getvalue()))
+    for mode, bad in (("crop", {"conversation", "alignment"}), ("pad", {"drawing"})):
+        run(tokenizer, data, tmp_path / mode, "--mode", mode)
+        codes = CodeFolder(tmp_path / mode)
+        assert codes.manifest["mode"] == mode and codes.manifest["oblong"] == 1
+        found = {
+            kind: codes.unsuited(kind) for kind in ("drawing", "captioning", "conversation", "alignment")
+        }
+        assert {kind for kind, text in found.items() if text} == bad
+        assert all("1 of 5 pictures" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)
