@@ -96,6 +96,43 @@ def decay_groups(
     return list(groups.values())
 
 
+def place(
+    module: torch.nn.Module,
+    device: torch.device,
+    optimizer: Optimizer,
+    options: EngineOptions,
+    micro_batch: int,
+) -> None:
+    """Move a model to its device before `wrap`; under ZeRO 3 it is cut into parts on the way.
+
+    One parameter after the other goes to the device, takes rank 0's values and leaves this rank's part there
+    (or on the host, where parameters are offloaded): no device ever holds the whole model. Afterwards
+    parameters have no shape.
+
+    Raises:
+        UserError: see `wrap`.
+    """
+    import deepspeed
+
+    if options.zero_stage == 3:
+        with _refusals():
+            deepspeed.zero.Init(
+                module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
+            )
+    module.to(device)  # buffers, and what is left of parameters
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """DeepSpeed's complaint about its config as one line."""
+    import deepspeed
+
+    try:
+        yield
+    except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+
+
 def wrap(
     module: torch.nn.Module,
     groups: Sequence[dict[str, Any]],
@@ -122,11 +159,8 @@ def wrap(
     for group in adam.param_groups:
         group["init_lr"] = group["lr"]
     settings = deepspeed_settings(optimizer, options, micro_batch)
-    try:
-        with _scalars_can_be_sent(module):
-            engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
-    except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
-        raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+    with _refusals(), _scalars_can_be_sent(module):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
     if ranks.world_size() == 1 and options.zero_stage == 0:
         engine.enable_backward_allreduce = False  # copying all gradients to meet nobody

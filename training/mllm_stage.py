@@ -5,6 +5,7 @@ B rows, L tokens per row, K sub-codebooks.
 """
 
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from open_unitok.mllm.adapters import add_lora
 from . import draws, engine, schedules
 from .checkpoint import Checkpoints, stopping
 from .codes_data import CodeFolder
-from .collate import Rows
+from .collate import Batch, Rows
 from .logbook import Logbook
 from .mixture import Mixture
 from .mllm_config import PARTS, LossOptions, MLLMRun
@@ -37,11 +38,14 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
     latest = checkpoints.latest()
     micro = config.micro_batch(ranks.world_size())
     parts = prepare(config)
-    model = parts.model.to(device)
+    model = parts.model
     mixture = build_mixture(config, parts)
     folder.note(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
     progress = Progress(model, device, config.log.peak_tflops)
     groups = engine.decay_groups(model, config.optimizer.weight_decay, dict(config.prefix_factors()))
+    engine.place(
+        model, device, config.optimizer, config.engine, micro
+    )  # from here on ZeRO 3 hides all shapes
     trained = engine.wrap(model, groups, config.optimizer, config.engine, micro)
     log = Logbook(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
     gathers = config.engine.zero_stage == 3
@@ -74,27 +78,7 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
             plan = config.schedule
             rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
             engine.set_lr(trained, rate)
-            batches = mixture.next()
-            # 1. how much is learnt on all ranks and in all micro-batches of this step: the denominators
-            counts = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches])
-            targets = ranks.sum_over_ranks(counts.sum(dim=0))
-            sums = torch.zeros(3, device=device)
-            norm = None
-            for part, batch in enumerate(batches):
-                draws.seed_step(config.seed, step, part)
-                inputs = {
-                    name: None if value is None else value.to(device) for name, value in batch.inputs.items()
-                }
-                # 2. one pass over texts and images, read and drawn; the losses come as sums
-                out = trained(**inputs, reduction="sum", return_logits=False)
-                joined = join(out.text_loss, out.image_loss, targets, config.loss)
-                if (step + 1) % config.log.every == 0:
-                    progress.add_texts(model, out.last_hidden_state, batch, inputs)
-                # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
-                trained.backward(joined.loss * (ranks.world_size() * config.engine.accumulation))
-                norm = engine.step(trained)
-                sums += torch.stack([value.detach() for value in joined]) * ranks.world_size()
-                progress.add(out.image_correct, batch)
+            sums, norm = learn(trained, config, mixture.next(), step, progress)
             step += 1
             if step % config.log.every == 0:
                 log.note("lr", config.optimizer.lr * rate)
@@ -122,6 +106,34 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
         folder.finish(lambda path: save_parts(parts, path, final))
     ranks.barrier()
     log.phase(f"finished: {folder.model}")
+
+
+def learn(
+    trained: Any, config: MLLMRun, batches: list[Batch], step: int, progress: Progress
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """One update from this rank's micro-batches; returns (loss, text loss, image loss), whose mean over ranks
+    is that of the global batch, and the norm of the gradients."""
+    # 1. how much is learnt on all ranks and in all micro-batches of this step: the denominators
+    counts = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches])
+    targets = ranks.sum_over_ranks(counts.sum(dim=0))
+    sums = torch.zeros(3, device=progress.device)
+    norm = None
+    for part, batch in enumerate(batches):
+        draws.seed_step(config.seed, step, part)
+        inputs = {
+            name: None if value is None else value.to(progress.device) for name, value in batch.inputs.items()
+        }
+        # 2. one pass over texts and images, read and drawn; the losses come as sums
+        out = trained(**inputs, reduction="sum", return_logits=False)
+        joined = join(out.text_loss, out.image_loss, targets, config.loss)
+        if (step + 1) % config.log.every == 0:
+            progress.add_texts(trained.module, out.last_hidden_state, batch, inputs)
+        # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
+        trained.backward(joined.loss * (ranks.world_size() * config.engine.accumulation))
+        norm = engine.step(trained)
+        sums += torch.stack([value.detach() for value in joined]) * ranks.world_size()
+        progress.add(out.image_correct, batch)
+    return sums, norm
 
 
 class Joined(NamedTuple):
@@ -187,15 +199,21 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
         accumulation=config.engine.accumulation,
         fingerprint=model.config.unitok_fingerprint,
     )
-    for entry, codes in zip(config.data.mixture, mixture.sets):
-        if not isinstance(codes, CodeFolder):
+    warnings = set()
+    for entry, data in zip(config.data.mixture, mixture.sets):
+        codes = data if isinstance(data, CodeFolder) else getattr(data, "codes", None)
+        if codes is None:
             continue
+        warnings.add(codes.unsuited(entry.kind))
         tokens = codes.manifest["num_tokens"]
         if entry.kind in ("drawing", "document") and tokens != model.config.num_image_tokens:
             raise UserError(
                 f"{entry.path} holds {tokens} visual tokens per image, but the model draws "
                 f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."
             )
+    for text in sorted(warnings - {None}):
+        if ranks.is_main():
+            print(f"data: {text}", file=sys.stderr)
     return mixture
 
 

@@ -2,6 +2,7 @@
 and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -198,3 +199,30 @@ def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
     checkpoint = mllm.place / "poisoned" / "checkpoints" / "step-00000002"
     UniTokForConditionalGeneration.from_pretrained(checkpoint)
     assert not (mllm.place / "poisoned" / "model").exists()
+
+
+def test_zero_3_cuts_the_model_before_it_is_moved_to_its_device(mllm, monkeypatch):
+    """No device holds the whole model at any time: whoever moves it finds parameters without storage."""
+    held = []
+    original = UniTokForConditionalGeneration.to
+
+    def to(self, *arguments, **options):
+        held.append(sum(parameter.numel() for parameter in self.parameters()))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(UniTokForConditionalGeneration, "to", to)
+    mllm.train("placed", "engine.zero_stage=3", "steps=1")
+    assert held and not any(held)
+
+
+def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
+    shutil.copytree(mllm.place / "codes", tmp_path / "codes")
+    facts = json.loads((tmp_path / "codes" / "codes.json").read_text())
+    assert facts["mode"] == "crop" and facts["oblong"] == 0
+    (tmp_path / "codes" / "codes.json").write_text(json.dumps({**facts, "oblong": 3}))
+    entries = ", ".join(
+        f"{{kind: {kind}, path: {tmp_path}/codes}}" for kind in ("conversation", "conversation", "drawing")
+    )
+    mllm.train("told", f"data.mixture=[{entries}]", "steps=2")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(told) == 1 and "3 of 16 pictures were not square" in told[0] and "--mode pad" in told[0]
