@@ -8,7 +8,7 @@ import torch
 from open_unitok.errors import UserError
 from open_unitok.files import model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.mllm.model import check_folder
+from open_unitok.mllm.folders import check_folder
 from open_unitok.tokenizer import UniTok
 
 from .native import library

@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 from .config import SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
 from .embedder import VisualEmbedder
-from .model import UniTokForConditionalGeneration, UniTokMLLMOutput, check_folder, positions_from_mask
+from .folders import check_folder
+from .model import UniTokForConditionalGeneration, UniTokMLLMOutput, positions_from_mask
 from .processor import UniTokProcessor
 from .prompts import DRAW_INSTRUCTION, IMAGE_MARK, TEMPLATES, UNCONDITIONAL, drawing_prompt
 

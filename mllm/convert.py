@@ -27,7 +27,8 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.convert import PROJECTION, rename
 
 from .config import UniTokMLLMConfig
-from .model import PUBLISHED_TYPE, UniTokForConditionalGeneration
+from .folders import PUBLISHED_TYPE
+from .model import UniTokForConditionalGeneration
 from .processor import UniTokProcessor
 
 _LLAMA_LAYER = (

@@ -20,16 +20,14 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_json
 from open_unitok.tokenizer import AttentionProjection, UniTok
 from open_unitok.tokenizer.projection import ProjectionAttention
 
 from .config import UniTokMLLMConfig
 from .depth_head import DepthHead
 from .embedder import VisualEmbedder
+from .folders import PUBLISHED_TYPE, check_folder, folder_type
 from .loss import image_loss, targets, text_loss
-
-PUBLISHED_TYPE = "mini_gemini"  # model_type of the published MLLM
 
 
 @dataclass
@@ -394,33 +392,3 @@ def sample_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     longest = int((bounds[1:] - bounds[:-1]).max())
     lengths = {"max_length_q": longest, "max_length_k": longest}
     return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **lengths}
-
-
-def folder_type(folder: str | os.PathLike[str]) -> Any:
-    """The model_type of a folder.
-
-    Raises:
-        UserError: it has no config.json.
-    """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
-    return read_json(config).get("model_type")
-
-
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """
-    Raises:
-        UserError: `folder` holds no MLLM; the message says what it holds.
-    """
-    kind = folder_type(folder)
-    if kind == PUBLISHED_TYPE:
-        raise UserError(
-            f"{folder} holds the published MLLM in its own layout: rewrite it with "
-            f"`unitok convert mllm {folder} NEW_FOLDER`."
-        )
-    if kind != UniTokMLLMConfig.model_type:
-        hint = " That is a visual tokenizer: it draws and reads no text." if kind == "unitok" else ""
-        raise UserError(
-            f"{folder} holds a model of type {kind!r}, not an MLLM ({UniTokMLLMConfig.model_type!r}).{hint}"
-        )

@@ -2,9 +2,11 @@
 
 What is fast depends on the processor: float32 products run twice as fast in oneDNN as in MKL on some, and
 slower on others; bfloat16 is the fastest format where the processor knows it, and the slowest where it does
-not. So the first large product of each kind is timed in every way there is, for some milliseconds, and the
-fastest stays until the process ends. Nothing is packed or replaced: weights, state dicts and training are as
-without this module. `UNITOK_FAST_CPU=0` turns it off.
+not. So the first large product of each kind is timed in every way there is, for some milliseconds, and one
+way stays until the process ends: the usual one, unless another takes less than `MARGIN` of its time, best of
+`TURNS` each, so that a moment of noise does not choose. All ways give the same results but for rounding:
+codes differ between them only where two entries are as near to within 1e-4. Nothing is packed or replaced:
+weights, state dicts and training are as without this module. `UNITOK_FAST_CPU=0` turns it off.
 """
 
 import os
@@ -18,6 +20,7 @@ from torch import Tensor
 
 LARGE = 2**22  # multiplications; for fewer, asking costs more than it gains
 MARGIN = 0.9  # a way must take less than this share of the usual one's time, or chance would choose
+TURNS = 5
 ROWS, SIDE = 256, 8  # the part of the input that is timed: rows of a matrix, sides of a map
 _chosen: dict[Any, str] = {}
 
@@ -122,12 +125,12 @@ def _fastest(
 def _measure(
     ways: Mapping[str, Callable[..., Tensor]], sample: tuple[Any, ...], options: Mapping[str, Any]
 ) -> dict[str, float]:
-    """Seconds of each way that runs here: the best of three, in turns, after one to warm up.
+    """Seconds of each way that runs here: the best of `TURNS`, in turns, after one to warm up.
 
     A way that is far behind after its first turn gets no other.
     """
     seconds: dict[str, float] = {}
-    for turn in range(4):
+    for turn in range(1 + TURNS):
         for name, way in ways.items():
             if turn and (name not in seconds or seconds[name] > 5 * min(seconds.values())):
                 continue

@@ -65,8 +65,9 @@ def test_bfloat16_by_every_way(model, monkeypatch, way):
     assert names == {("linear", way), ("conv2d", way), ("conv_transpose2d", way)}
 
 
-def test_equals_the_plain_version_of_the_benchmark(model):
+def test_equals_the_plain_version_of_the_benchmark(model, monkeypatch):
     path = Path(__file__).parents[2] / "benchmarks" / "tokenizer.py"
+    monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("benchmark_tokenizer", path)
     assert spec is not None and spec.loader is not None
     plain = importlib.util.module_from_spec(spec)
@@ -77,6 +78,47 @@ def test_equals_the_plain_version_of_the_benchmark(model):
     torch.testing.assert_close(model.decode(codes), copies, rtol=0, atol=2e-5)
     flops = plain.operations(model.config, 64)
     assert 1e6 < flops["encode"] < flops["decode"] < 1e9
+
+
+@torch.no_grad()
+def test_codes_are_the_same_by_every_way_wherever_they_are_sure(tiny_config, monkeypatch):
+    """Many entries, so that some are nearly as near: only there may the way that was chosen decide."""
+    torch.manual_seed(0)
+    model = UniTok(tiny_config(codebook_size=4096)).eval()
+    torch.nn.init.normal_(model.quantizer.codebooks)
+    found, latents = {}, {}
+    for way in fast_cpu.LINEAR_FLOAT32:
+        fast_cpu._chosen.clear()
+        prefer(monkeypatch, way)
+        latents[way] = model.encode_latents(pixels(8))
+        found[way] = model.quantizer.encode(latents[way])
+        assert set(fast_cpu.chosen().values()) == {way}
+    table = torch.nn.functional.normalize(model.quantizer.codebooks, dim=-1)
+    features = torch.nn.functional.normalize(latents["torch"].unflatten(-1, (len(table), -1)), dim=-1)
+    near = torch.einsum("bnkc,kvc->bnkv", features, table).topk(2).values
+    sure = near[..., 0] - near[..., 1] > 1e-4
+    assert 0.5 < sure.float().mean() < 1
+    for way, codes in found.items():
+        assert torch.equal(codes[sure], found["torch"][sure]), way
+
+
+@pytest.mark.parametrize("noise", range(3))
+def test_one_slow_moment_does_not_choose(monkeypatch, noise):
+    """Ways that are alike: whichever turn is disturbed, the usual one stays."""
+    now, calls = [0.0], []
+
+    def way(name: str):
+        def run(*_):
+            calls.append(name)
+            now[0] += 3.0 if len(calls) == 3 + noise else 1.0
+            return name
+
+        return run
+
+    monkeypatch.setattr(fast_cpu.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(fast_cpu, "LINEAR_FLOAT32", {"usual": way("usual"), "other": way("other")})
+    with torch.no_grad():
+        assert fast_cpu.linear(torch.randn(4, 8), torch.randn(3, 8), None) == "usual"
 
 
 def test_the_faster_way_is_taken_and_measured_once(monkeypatch):
@@ -99,7 +141,7 @@ def test_the_faster_way_is_taken_and_measured_once(monkeypatch):
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     with torch.no_grad():
         assert [fast_cpu.linear(x, weight, None) for _ in range(3)] == ["fast"] * 3
-        assert calls == {"slow": 4, "broken": 1, "fast": 4 + 3}
+        assert calls == {"slow": 6, "broken": 1, "fast": 6 + 3}
         ways["fast"] = way("fast", 0.95)  # hardly faster: chance must not choose
         assert fast_cpu.linear(x, torch.randn(5, 8), None) == "slow"
 
