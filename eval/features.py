@@ -16,7 +16,7 @@ from . import fid
 from .asking import read_picture
 from .harness import Metric, Scoring
 from .imagenet import SUFFIXES
-from .inception import Features, extractor, named_lineage, weights_file
+from .lineages import Features, named_lineage, weights_file
 from .looks import current, open_look
 
 PIECE, BATCH = 512, 32
@@ -64,6 +64,13 @@ def open_npz(path: Path):
         return np.load(existing(path), allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is no .npz file: {error}") from error
+
+
+def extractor(lineage: str, file: Path, device: str) -> Callable[..., Features]:
+    """`inception.extractor`, imported only where pictures are looked at: help and scores need no torch."""
+    from . import inception
+
+    return inception.extractor(lineage, file, device)
 
 
 def extract(

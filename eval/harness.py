@@ -62,7 +62,7 @@ class Scoring:
     judge_replay: str = ""  # a file of replies instead of a server
     judge_runs: int = 1
     judge_timeout: float = 60.0
-    lineage: str = ""  # of the Inception network behind FID: see `inception.LINEAGES`
+    lineage: str = ""  # of the Inception network behind FID: see `lineages.LINEAGES`
     inception: str = ""  # its weight file
     reference: str = ""  # real pictures, or an .npz of their statistics
     lpips: str = ""  # the weight file of LPIPS

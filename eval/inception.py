@@ -8,7 +8,6 @@ B pictures, H and W rows and columns.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +15,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from open_unitok.errors import UserError, did_you_mean
-from open_unitok.tokenizer.published import find_weights, load_exactly, read_weights
+from open_unitok.errors import UserError
+from open_unitok.tokenizer.published import load_exactly, read_weights
+
+from .lineages import LINEAGES, Features, named_lineage, weights_file
 
 SIDE = 299
 TAPS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 WIDTH, CLASSES, SPATIAL = 2048, 1008, 7 * 17 * 17  # of the pooled features, of the logits, of sFID's features
-
-
-class Features(NamedTuple):
-    """What a batch gives: pooled (B, 2048), logits without bias (B, 1008), sFID's (B, 2023); None = none."""
-
-    pooled: np.ndarray
-    logits: np.ndarray | None = None
-    spatial: np.ndarray | None = None
 
 
 class Conv(nn.Module):
@@ -255,36 +248,6 @@ class Clean:
         return Features(pooled.reshape(len(pictures), -1).float().cpu().numpy())
 
 
-class Lineage(NamedTuple):
-    """How one lineage is built: its weight file, where that comes from, and what a reader has to know."""
-
-    file: str
-    source: str
-    note: str
-
-
-TORCH_FIDELITY = "weights-inception-2015-12-05-6726825d.pth"
-RELEASES = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
-LINEAGES = {
-    "torch-fidelity": Lineage(TORCH_FIDELITY, RELEASES, "bilinear as TensorFlow 1 had it (rFID of UniTok)"),
-    "pytorch-fid": Lineage(
-        "pt_inception-2015-12-05-6726825d.pth",
-        "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights",
-        "torch's bilinear on [0, 1]",
-    ),
-    "clean": Lineage(
-        "inception-2015-12-05.pt",
-        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-        "clean-fid: NVIDIA's torchscript behind Pillow's bicubic in float (MJHQ-30K)",
-    ),
-    "adm": Lineage(
-        TORCH_FIDELITY,
-        RELEASES,
-        "ADM's statistics on our port of its TensorFlow graph: not bit-compatible with the graph itself",
-    ),
-}  # fmt: skip
-
-
 def extractor(lineage: str, path: str | Path | None, device: str = "cpu") -> Port | Clean:
     """What turns pictures into features, with weights from a local file, or a folder that holds it.
 
@@ -300,20 +263,6 @@ def extractor(lineage: str, path: str | Path | None, device: str = "cpu") -> Por
     halved = {"pytorch-fid": lambda x: 2 * resize_torch(x / 255) - 1}
     resize = halved.get(lineage, lambda x: (resize_tf1(x) - 128) / 128)
     return Port(net, resize, kind is LINEAGES["adm"], device)
-
-
-def weights_file(lineage: str, path: str | Path | None) -> Path:
-    """The lineage's weight file; both .pth files hold the same weights, so either name serves."""
-    kind = named_lineage(lineage)
-    others = (TORCH_FIDELITY, LINEAGES["pytorch-fid"].file) if kind.file.endswith(".pth") else ()
-    return find_weights(path, (kind.file, *others), f"Inception ({lineage})", kind.source)
-
-
-def named_lineage(lineage: str) -> Lineage:
-    """The lineage of that name, or a UserError with what there is."""
-    if lineage not in LINEAGES:
-        raise UserError(f"The FID lineage is {lineage!r}." + did_you_mean(lineage, LINEAGES))
-    return LINEAGES[lineage]
 
 
 def with_counters(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_unitok.cli import main
-from open_unitok.eval import inception
+from open_unitok.eval import lineages
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
 
@@ -38,7 +38,7 @@ def formula(state):
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory):
     """A file with torch-fidelity's name and keys."""
-    path = tmp_path_factory.mktemp("inception") / inception.TORCH_FIDELITY
+    path = tmp_path_factory.mktemp("inception") / lineages.TORCH_FIDELITY
     torch.save(formula(json.loads((GOLDEN / "inception.json").read_text())["state_dict"]), path)
     return path
 

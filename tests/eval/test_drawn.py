@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from open_unitok.errors import UserError
-from open_unitok.eval import dpg, features, inception, vqascore
+from open_unitok.eval import dpg, features, lineages, vqascore
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
 
@@ -50,10 +50,10 @@ def quick_net(monkeypatch, tmp_path):
 
     def net(pictures):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
-        return inception.Features(pooled, pooled[:, :5] / 50, pooled[:, :7])
+        return lineages.Features(pooled, pooled[:, :5] / 50, pooled[:, :7])
 
     monkeypatch.setattr(features, "extractor", lambda lineage, file, device: net)
-    for name in (inception.TORCH_FIDELITY, "inception-2015-12-05.pt"):
+    for name in (lineages.TORCH_FIDELITY, "inception-2015-12-05.pt"):
         (tmp_path / name).write_bytes(b"weights")
     return tmp_path
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from open_unitok.errors import UserError
-from open_unitok.eval import crops, features, fid, imagenet, inception, probe, tars, zeroshot
+from open_unitok.eval import crops, features, fid, imagenet, lineages, linear, tars, zeroshot
 from open_unitok.eval.benchmarks import run_benchmark, score_run
 from open_unitok.eval.harness import Scoring, Settings
 from open_unitok.eval.models import Copies
@@ -125,7 +125,7 @@ def quick_net(monkeypatch):
 
     def net(pictures):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
-        return inception.Features(pooled, pooled[:, :5] / 50)
+        return lineages.Features(pooled, pooled[:, :5] / 50)
 
     monkeypatch.setattr(features, "extractor", lambda lineage, file, device: net)
 
@@ -266,17 +266,17 @@ def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe)
 def test_probe_finds_the_minimum_and_no_signal_in_noise():
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(400, 6, generator=draws), torch.arange(400) % 4
-    found = probe.by_lbfgs(x, y, 4, 0.1)
+    found = linear.by_lbfgs(x, y, 4, 0.1)
     z = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
     bias = found(x.mean(dim=0)[None])[0]
     steps = torch.diag(x.std(dim=0, correction=0))
     weight = torch.stack([found((x.mean(dim=0) + row)[None])[0] - bias for row in steps])
     error = torch.softmax(z @ weight + bias, dim=1) - torch.nn.functional.one_hot(y, 4)
     assert (z.T @ error / 400 + 0.1 * weight).abs().max() < 1e-4  # the gradient is zero there
-    _, about = probe.fit(x, y, 4, "lbfgs")
+    _, about = linear.fit(x, y, 4, "lbfgs")
     assert about["held-out accuracy"] < 0.5
     y = (x @ torch.randn(6, 4, generator=draws)).argmax(dim=1)
-    found, about = probe.fit(x, y, 4, "lbfgs")
+    found, about = linear.fit(x, y, 4, "lbfgs")
     assert (found(x).argmax(dim=1) == y).float().mean() > 0.98 and about["held-out accuracy"] > 0.9
 
 
