@@ -2,12 +2,13 @@
 
 import base64
 import binascii
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing, read_jsonl
+from open_unitok.files import existing, read_json
 
 from . import tars
 from .harness import Row, Sample, Settings, Task
@@ -97,16 +98,80 @@ def layout_of(data: Path, settings: Settings, original: Sequence[str], llava: Se
 def read_llava(path: Path, limit: int | None = None) -> list[Row]:
     """The lines of a LLaVA question file, each with "question_id", "text", and "image" where it has one.
 
-    Raises:
-        UserError: a line lacks a key; file and line are named.
+    A line that lacks a key stands as the UserError that names it.
     """
-    rows = read_jsonl(path)[:limit]
-    for i, row in enumerate(rows):
-        for key in ("question_id", "text"):
-            entry(row, key, f"{path}, line {i + 1}")
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise UserError(f"{path}, line {i + 1}: text is {row['text']!r}; it must be a question.")
-    return rows
+    return [
+        checked(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
+        for i, row in enumerate(read_lines(path)[:limit])
+    ]
+
+
+def read_lines(path: Path) -> list[Any]:
+    """The values of a file of JSON lines; a line that is none stands as the UserError that says so.
+
+    `entry` raises such an error as soon as something is asked of the line.
+    """
+    found: list[Any] = []
+    with open(existing(path), "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:  # no JSON, or no UTF-8
+                found.append(UserError(f"{path}, line {number}, is not valid JSON: {error}"))
+    return found
+
+
+def read_as(kind: type, path: Path, key: str = "") -> Any:
+    """A JSON file, or its `key`, that is an object (`dict`) or a list.
+
+    Raises:
+        UserError: it is something else: another kind of file.
+    """
+    value = read_json(path)
+    return of_kind(kind, entry(value, key, path), f"{path}, {key}") if key else of_kind(kind, value, path)
+
+
+def of_kind(kind: type, value: Any, where: str | Path) -> Any:
+    """`value`, an object (`dict`) or a list; UserError names the place."""
+    if not isinstance(value, kind):
+        words = {dict: "an object", list: "a list"}
+        raise UserError(f"{where}: expected {words[kind]}, found {type(value).__name__}.")
+    return value
+
+
+def checked(row: Any, where: str, keys: Sequence[str] = (), texts: Sequence[str] = ()) -> Any:
+    """The row as it is if it has these keys (texts or numbers) and these texts that are not empty.
+
+    Else the UserError that says what it lacks.
+    """
+    try:
+        for key in keys:
+            if not isinstance(entry(row, key, where), str | int):
+                raise UserError(f"{where}: {key} is {row[key]!r}; it must be a text or a whole number.")
+        for key in texts:
+            text_of(row, key, where)
+    except UserError as error:
+        return error
+    return row
+
+
+def usable(samples: Sequence[Sample], path: Path) -> list[Sample]:
+    """The samples as they are.
+
+    Raises:
+        UserError: more than half of them are malformed: the file is of another kind or version.
+    """
+    broken = [s.broken for s in samples if s.broken]
+    if not samples:
+        raise UserError(f"{path} is empty.")
+    if len(broken) > len(samples) / 2:
+        raise UserError(
+            f"{path}: {len(broken)} of {len(samples)} entries are malformed, so that it is taken for another "
+            f"kind of file. The first: {broken[0]}"
+        )
+    return list(samples)
 
 
 def image_in(folders: Sequence[Path], name: str) -> Path:
@@ -138,10 +203,13 @@ def ten_answers(row: Row, where: str) -> tuple[str, ...]:
     answers = entry(row, "answers", where)
     if not isinstance(answers, list) or not answers:
         raise UserError(f"{where}: answers is {answers!r}; expected a list of answers.")
-    return tuple(
-        str(entry(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a)
+    texts = [
+        entry(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a
         for j, a in enumerate(answers)
-    )
+    ]
+    if (bad := next((t for t in texts if not isinstance(t, str | int | float)), "")) != "":
+        raise UserError(f"{where}: one of the answers is {bad!r}; it must be a text.")
+    return tuple(map(str, texts))
 
 
 # --------------------------------------------------------------------------------------------------- asking
@@ -212,7 +280,9 @@ def answered(rows: dict[int, Row]) -> dict[int, str]:
 
 
 def entry(row: Any, key: str, where: str | Path) -> Any:
-    """`row[key]`, or a one-line error that names the place and the key."""
+    """`row[key]`, or a one-line error that names the place and the key; a row that is an error is raised."""
+    if isinstance(row, UserError):
+        raise row
     if not isinstance(row, dict) or key not in row:
         raise UserError(f"{where}: the key {key!r} is missing.")
     return row[key]

@@ -5,13 +5,13 @@ character of the answer, whatever its case. ScienceQA: `official` (default) is L
 "A" or "A. ...".
 """
 
+import contextlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_json
 
 from .asking import (
     RECIPES,
@@ -21,13 +21,16 @@ from .asking import (
     find_file,
     image_in,
     layout_of,
+    of_kind,
+    read_as,
     read_llava,
     recipe_for,
     stem_in,
     text_of,
+    usable,
 )  # fmt: skip
-from .harness import Row, Sample, Scored, Scoring, Settings, Task
-from .rows import cluster_of, sample_row, share, shares_by, write_submission
+from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
+from .rows import cluster_of, named, sample_row, share, shares_by, write_submission
 
 LETTERS = "ABCDE"
 SEED_SCORERS = SQA_SCORERS = ("official", "lmms")
@@ -63,32 +66,56 @@ def load_seedbench(data: Path, settings: Settings) -> Task:
     path = find_file(data, SEED_ORIGINAL, "SEED-Bench annotation file")
     if settings.split not in (None, "image", "video"):
         raise UserError(f"split is {settings.split!r}; allowed: image, video.")
-    content = read_json(path)
-    kinds = {number: name for name, number in entry(content, "question_type", path).items()}
-    known: dict[str, tuple[Question, Path]] = {}
-    for i, row in enumerate(entry(content, "questions", path)):
-        question, image = read_seed(row, f"{path}, questions[{i}]", kinds, data)
-        if question.question_id in known:
-            raise UserError(f"{path}, questions[{i}]: question_id {question.question_id} occurs twice.")
-        known[question.question_id] = question, image
+    known = read_seeds(data, path)
     if layout == "llava":
         file = find_file(data, SEED_LLAVA, "LLaVA question file")
         recipe, asked = f"as in {file.name}", []
         for i, row in enumerate(read_llava(file)):
-            name = str(row["question_id"])
-            if name not in known:
-                raise UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
-            image = data / row["image"] if "image" in row else known[name][1]
-            asked.append((known[name][0], image, row["text"]))
+            name = str(row["question_id"]) if isinstance(row, dict) else f"#{i}"
+            unknown = UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
+            question, image = known.get(name, (unread(name), unknown))
+            if isinstance(row, UserError):
+                image, row = row, {"text": ""}
+            if not isinstance(image, UserError) and isinstance(row.get("image"), str):
+                image = data / row["image"]
+            asked.append((question, image, row["text"]))
     else:
-        recipe = recipe_for(settings, "letter")
+        recipe, file = recipe_for(settings, "letter"), path
         asked = [
             (q, image, RECIPES[recipe].format(lettered(q.question, q.options))) for q, image in known.values()
         ]
-    asked = [row for row in asked if settings.split in (None, row[0].medium)][: settings.limit]
-    samples = [Sample(i, q.question_id, prompt, image, "ask") for i, (q, image, prompt) in enumerate(asked)]
+    # a malformed question whose medium cannot be read counts in either split
+    asked = [row for row in asked if settings.split is None or row[0].medium in ("", settings.split)]
+    samples = [
+        malformed(i, q.question_id, image)
+        if isinstance(image, UserError)
+        else Sample(i, q.question_id, prompt, image, "ask")
+        for i, (q, image, prompt) in enumerate(asked[: settings.limit])
+    ]
     about = about_asking(settings.split or "images and videos", recipe, settings)
-    return Task(samples, [q for q, _, _ in asked], about)
+    return Task(usable(samples, file), [q for q, _, _ in asked[: settings.limit]], about)
+
+
+def unread(name: str, medium: str = "", kind: str = "") -> Question:
+    """In the place of a malformed question."""
+    return Question(name, "", (), "", kind, medium)
+
+
+def read_seeds(data: Path, path: Path) -> dict[str, tuple[Question, Path | UserError]]:
+    """Question id -> the question and its picture, or in the picture's place what is wrong with the entry."""
+    types = read_as(dict, path, "question_type").items()
+    kinds = {number: name for name, number in types if isinstance(number, str | int)}
+    known: dict[str, tuple[Question, Path | UserError]] = {}
+    for i, row in enumerate(read_as(list, path, "questions")):
+        try:
+            question, image = read_seed(row, f"{path}, questions[{i}]", kinds, data)
+            if question.question_id in known:
+                raise UserError(f"{path}, questions[{i}]: question_id {question.question_id} occurs twice.")
+            known[question.question_id] = question, image
+        except UserError as error:
+            medium = row.get("data_type") if isinstance(row, dict) else ""
+            known[f"#{i}"] = unread(f"#{i}", medium if medium in ("image", "video") else ""), error
+    return known
 
 
 def read_seed(row: Row, where: str, kinds: dict[int, str], data: Path) -> tuple[Question, Path]:
@@ -103,7 +130,8 @@ def read_seed(row: Row, where: str, kinds: dict[int, str], data: Path) -> tuple[
         raise UserError(f"{where}: answer is {answer!r}; allowed: A, B, C, D.")
     if medium not in ("image", "video"):
         raise UserError(f"{where}: data_type is {medium!r}; allowed: image, video.")
-    kind = kinds.get(entry(row, "question_type_id", where))
+    number = entry(row, "question_type_id", where)
+    kind = kinds.get(number) if isinstance(number, str | int) else None
     if kind is None:
         raise UserError(
             f"{where}: question_type_id is {row['question_type_id']!r}, which question_type lacks."
@@ -148,7 +176,7 @@ def option_rows(task: Task, rows: dict[int, Row], values: Sequence[float], **mor
 def submit_seedbench(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
     """The leaderboard's upload."""
     texts = answered(rows)
-    content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in task.samples]
+    content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in named(task.samples)]
     return [write_submission(folder, "seedbench_predictions.jsonl", content)]
 
 
@@ -159,10 +187,12 @@ def load_scienceqa(data: Path, settings: Settings) -> Task:
     """One sample per problem of a split of `pid_splits.json` (default: test), with or without a picture."""
     layout = layout_of(data, settings, SQA_ORIGINAL, SQA_LLAVA)
     path = find_file(data, SQA_ORIGINAL, "ScienceQA problem file")
-    problems, splits = read_json(path), read_json(data / "pid_splits.json")
+    problems, splits = read_as(dict, path), read_as(dict, data / "pid_splits.json")
     split = settings.split or "test"
     if split not in splits:
         raise UserError(f"split is {split!r}; {data / 'pid_splits.json'} has: {', '.join(splits)}.")
+    of_kind(list, splits[split], f"{data / 'pid_splits.json'}, {split}")
+    file = path
     prompts: dict[str, str] = {}
     recipe = recipe_for(settings, "letter")
     if layout == "llava":
@@ -170,27 +200,35 @@ def load_scienceqa(data: Path, settings: Settings) -> Task:
         prompts = {name: RECIPES[recipe].format(text) for name, text in read_conversations(file).items()}
     samples, questions = [], []
     for i, name in enumerate(map(str, splits[split][: settings.limit])):
-        question, context, image = read_problem(problems, name, path, split)
-        if layout == "llava" and name not in prompts:
-            raise UserError(f"{file}: problem {name} of split {split} is missing.")
+        try:
+            question, context, image = read_problem(problems, name, path, split)
+            if layout == "llava" and name not in prompts:
+                raise UserError(f"{file}: problem {name} of split {split} is missing or malformed.")
+        except UserError as error:
+            row = problems.get(name)
+            medium = "image" if isinstance(row, dict) and row.get("image") else "text"
+            samples.append(malformed(i, name, error))
+            questions.append(unread(name, medium))
+            continue
         body = f"Context: {context or 'N/A'}\n{lettered(question.question, question.options)}"
         prompt = prompts.get(name) or RECIPES[recipe].format(body)
         samples.append(Sample(i, name, prompt, image, "ask"))
         questions.append(question)
     recipe = f"{recipe} after {file.name}" if layout == "llava" else recipe
-    return Task(samples, questions, about_asking(split, recipe, settings))
+    return Task(usable(samples, file), questions, about_asking(split, recipe, settings))
 
 
 def read_conversations(path: Path) -> dict[str, str]:
-    """Problem id -> the question of LLaVA's list of conversations, without its mark for the picture."""
+    """Problem id -> the question of LLaVA's list of conversations, without its mark for the picture.
+
+    An entry without id or question is left out, and its problem is missed by `load_scienceqa`.
+    """
     result = {}
-    for i, row in enumerate(read_json(path)):
-        where = f"{path}, entry {i + 1}"
-        turns = entry(row, "conversations", where)
-        if not isinstance(turns, list) or not turns:
-            raise UserError(f"{where}: conversations is {turns!r}; expected a list that is not empty.")
-        text = text_of(turns[0], "value", where)
-        result[str(entry(row, "id", where))] = text.replace("<image>", "").strip()
+    for row in read_as(list, path):
+        with contextlib.suppress(UserError):
+            turns = of_kind(list, entry(row, "conversations", path), path)
+            text = text_of(turns[0] if turns else None, "value", path)
+            result[str(entry(row, "id", path))] = text.replace("<image>", "").strip()
     return result
 
 
@@ -208,7 +246,7 @@ def read_problem(problems: Any, name: str, path: Path, split: str) -> tuple[Ques
     image = None
     if row.get("image"):
         folders = [path.parent / split / name, path.parent / "images" / split / name, path.parent / name]
-        image = image_in(folders, row["image"])
+        image = image_in(folders, text_of(row, "image", where))
     medium, subject = "image" if image else "text", str(row.get("subject", ""))
     question = Question(
         name, text_of(row, "question", where), tuple(map(str, options)), LETTERS[answer], subject, medium

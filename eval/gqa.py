@@ -21,57 +21,81 @@ from .asking import (
     find_file,
     image_in,
     layout_of,
+    of_kind,
+    read_as,
     read_llava,
     recipe_for,
     text_of,
+    usable,
 )
-from .harness import Row, Sample, Scored, Scoring, Settings, Task
-from .rows import cluster_of, sample_row, share, shares_by, write_submission
+from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
+from .rows import cluster_of, named, sample_row, share, shares_by, write_submission
 
 SCORERS = ("official", "lenient")
 ORIGINAL, LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
 NOT_A_STEP = ("exist", "query: name", "choose name")
 Questions = dict[str, Row]
+# In the place of a malformed question: in the accuracy, where nothing is right, and in no group.
+UNREAD: Row = {
+    "question": "", "answer": "", "isBalanced": True, "entailed": [], "semantic": [],
+    "types": {"structural": "", "semantic": ""}, "groups": {"global": None},
+}  # fmt: skip
 
 
 def load(data: Path, settings: Settings) -> Task:
     """One sample per question of `{split}_questions.json` in its order, or per line of LLaVA's file.
 
-    Raises:
-        UserError: a question lacks a key, or LLaVA's file has one that is not in the released file.
+    A question that lacks a key, or that LLaVA's file has and the released file has not, is malformed.
     """
     layout = layout_of(data, settings, ORIGINAL, LLAVA)
     path = find_file(data, ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
-    questions = read_json(path)
-    if not isinstance(questions, dict):
-        raise UserError(f"{path}: expected an object id -> question, found {type(questions).__name__}.")
-    for name, row in questions.items():
-        where = f"{path}, question {name}"
-        text_of(row, "question", where)
-        for key in ("answer", "imageId", "isBalanced", "types", "groups", "semantic", "entailed"):
-            entry(row, key, where)
-        for kind in ("structural", "semantic"):
-            entry(row["types"], kind, f"{where}, types")
+    questions, broken = {}, {}
+    for name, row in read_as(dict, path).items():
+        try:
+            check_question(row, f"{path}, question {name}")
+            questions[name] = row
+        except UserError as error:
+            questions[name], broken[name] = UNREAD, error
     if layout == "original":
-        recipe = recipe_for(settings, "short")
+        recipe, file = recipe_for(settings, "short"), path
         asked = [(name, RECIPES[recipe].format(row["question"])) for name, row in questions.items()]
     else:
         file = find_file(data, LLAVA, "LLaVA question file", settings.split)
-        recipe = f"as in {file.name}"
-        asked = [(str(row["question_id"]), row["text"]) for row in read_llava(file)]
-        for i, (name, _) in enumerate(asked):
+        recipe, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava(file)):
+            good = isinstance(row, dict)
+            name = str(row["question_id"]) if good else f"#{i}"
+            asked.append((name, row["text"] if good else ""))
             if name not in questions:
-                raise UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
+                reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
+                questions[name], broken[name] = UNREAD, reason if good else row
     folders = [data / "images", data / "data" / "images", data]
     samples = [
-        Sample(i, name, prompt, image_in(folders, f"{questions[name]['imageId']}.jpg"), "ask")
+        malformed(i, name, broken[name])
+        if name in broken
+        else Sample(i, name, prompt, image_in(folders, f"{questions[name]['imageId']}.jpg"), "ask")
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
     split = path.stem.removesuffix("_questions")
     tier = split.removesuffix("_balanced").removesuffix("_all")
     choices = data / f"{tier}_choices.json"
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
-    return Task(samples, truth, about_asking(split, recipe, settings))
+    return Task(usable(samples, file), truth, about_asking(split, recipe, settings))
+
+
+def check_question(row: Any, where: str) -> None:
+    """Raise UserError with what a released question lacks."""
+    text_of(row, "question", where)
+    for key in ("answer", "imageId", "isBalanced"):
+        entry(row, key, where)
+    for key, kind in (("types", dict), ("groups", dict), ("semantic", list), ("entailed", list)):
+        of_kind(kind, entry(row, key, where), f"{where}, {key}")
+    for kind in ("structural", "semantic"):
+        text_of(row["types"], kind, f"{where}, types")
+    entry(row["groups"], "global", f"{where}, groups")
+    for step in row["semantic"]:
+        for key in ("operation", "argument"):
+            entry(step, key, f"{where}, semantic")
 
 
 def converted(text: str) -> str:
@@ -108,7 +132,7 @@ def measures(
     def by(key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda q: True) -> dict[str, list]:
         groups: dict[str, list[bool]] = defaultdict(list)
         for name, q in balanced.items():
-            if keep(q):
+            if q is not UNREAD and keep(q):
                 groups[str(key(q))].append(right[name])
         return {group: [100 * mean(hits), len(hits)] for group, hits in sorted(groups.items())}
 
@@ -197,7 +221,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     scores, clusters = list(values.values()), [cluster_of(s) for s in kept]
     kinds = [questions[s.id]["types"] for s in kept]
     metrics = {"accuracy": share(scores, clusters)}
-    halves = ["open" if kind["structural"] == "query" else "binary" for kind in kinds]
+    halves = [("open" if k["structural"] == "query" else "binary") * bool(k["structural"]) for k in kinds]
     metrics |= shares_by("half", halves, scores, clusters)
     metrics |= shares_by("structural", [k["structural"] for k in kinds], scores, clusters)
     metrics |= shares_by("semantic", [k["semantic"] for k in kinds], scores, clusters)
@@ -215,6 +239,8 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
 def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
     """The official scorer's input; it wants an answer to every question, so that a missing one is empty."""
     texts = answered(rows)
-    content = [{"questionId": s.id, "prediction": converted(texts.get(s.index, ""))} for s in task.samples]
+    content = [
+        {"questionId": s.id, "prediction": converted(texts.get(s.index, ""))} for s in named(task.samples)
+    ]
     name = f"{task.about['split']}_predictions.json"
     return [write_submission(folder, name, content)]

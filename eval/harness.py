@@ -86,6 +86,7 @@ class Sample(NamedTuple):
     image: Any = None  # a Path, or an `asking.EncodedPicture`
     kind: str = ""  # what is to be done, where a benchmark asks for several things
     seed: int = 0
+    broken: str = ""  # why it cannot be asked at all: its annotation is malformed (see `malformed`)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -100,6 +101,18 @@ class Task(NamedTuple):
     samples: list[Sample]
     truth: Any
     about: dict[str, Any]  # split, recipe, decoding, ...: written into the result
+    problems: Sequence[str] = ()  # of the files, beyond malformed samples; one line each
+
+
+def malformed(index: int, name: Any, error: object, image: Path | None = None) -> Sample:
+    """In the place of a malformed annotation: a sample that is never asked and counts as wrong.
+
+    Args:
+        name: the entry's id where it can be read; else the sample gets a number, "#7".
+        image: its picture where it is known, so that the questions of one picture stay together.
+    """
+    name = name if isinstance(name, str | int) else f"#{index}"
+    return Sample(index, name, "", image, "malformed", broken=str(error))
 
 
 class Metric(NamedTuple):
@@ -232,6 +245,13 @@ class Store:
         return Answers(rows, missing, failed, duplicates, strangers)
 
 
+def asked(batch: list[Sample], work: Callable[[list[Sample]], list[Row]]) -> list[Row]:
+    """The rows of a batch; a malformed sample's says why, without the model."""
+    good = [s for s in batch if not s.broken]
+    rows = iter(work(good) if good else ())
+    return [{"text": "", "error": s.broken} if s.broken else next(rows) for s in batch]
+
+
 def drop_half_line(path: Path) -> None:
     """Cut off what a kill left after the last newline."""
     data = path.read_bytes()
@@ -262,7 +282,7 @@ def answer_all(
     with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            store.append(batch, work(batch))
+            store.append(batch, asked(batch, work))
             bar.update(len(batch))
     ranks.barrier()
     return len(mine)

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_jsonl
 
-from .asking import entry
+from .asking import entry, of_kind, read_lines
 from .harness import Scoring, drop_half_line
 
 TRIES = 3  # requests per reply before it counts as failed
@@ -79,8 +78,8 @@ class Endpoint:
         """The reply; a few failed requests are sent again.
 
         Raises:
-            JudgeFailed: no reply after some tries.
-            UserError: the endpoint refuses the request, or has never answered.
+            JudgeFailed: no reply after some tries, or the endpoint refuses this prompt.
+            UserError: the endpoint refuses the key or the model, or has never answered.
         """
         reason = ""
         for attempt in range(TRIES):
@@ -91,8 +90,10 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    detail = error.read(300).decode(errors="replace")
-                    raise UserError(f"The judge at {self.url} refused with {reason}: {detail}") from error
+                    reason += f": {error.read(300).decode(errors='replace')}"
+                    if error.code in (401, 403, 404):  # the key or the model: no other answer fares better
+                        raise UserError(f"The judge at {self.url} refused with {reason}") from error
+                    break  # this prompt alone: it is too long, or its content is refused
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
                 time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**attempt, LONGEST_WAIT))
             except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
@@ -127,10 +128,14 @@ class Replay:
     """Replies from a file, a line {"id": sample id, "replies": [text, ...]}, in the order of the calls."""
 
     def __init__(self, path: Path, model: str):
-        self.model, self.path, self.replies = model, path, {}
-        for i, row in enumerate(read_jsonl(path)):
+        self.model, self.path, self.replies, self.broken = model, path, {}, ""
+        for i, row in enumerate(read_lines(path)):
             where = f"{path}, line {i + 1}"
-            self.replies[str(entry(row, "id", where))] = list(entry(row, "replies", where))
+            try:
+                replies = of_kind(list, entry(row, "replies", where), f"{where}, replies")
+                self.replies[str(entry(row, "id", where))] = list(replies)
+            except UserError as error:  # whose replies these are is not known: theirs are missed
+                self.broken = self.broken or f" ({error})"
 
     def reply(self, call: Call) -> str:
         """The sample's next reply.
@@ -140,7 +145,7 @@ class Replay:
         """
         left = self.replies.get(call.id)
         if not left:
-            raise JudgeFailed(f"{self.path} has no (more) reply for {call.id}")
+            raise JudgeFailed(f"{self.path} has no (more) reply for {call.id}{self.broken}")
         return str(left.pop(0))
 
 
@@ -152,7 +157,8 @@ class Kept:
         self.known: dict[str, str] = {}
         if path.exists():
             drop_half_line(path)
-            self.known = {row["key"]: row["reply"] for row in read_jsonl(path)}
+            rows = [row for row in read_lines(path) if isinstance(row, dict)]  # others are asked for again
+            self.known = {row["key"]: row["reply"] for row in rows if {"key", "reply"} <= row.keys()}
 
     def reply(self, call: Call) -> str:
         """The kept reply, or a new one."""

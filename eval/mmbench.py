@@ -7,14 +7,15 @@ first two rules fail.
 """
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError
 from open_unitok.files import existing
 
-from .asking import RECIPES, EncodedPicture, about_asking, answered, find_file, recipe_for
-from .harness import Row, Sample, Scored, Scoring, Settings, Task
+from .asking import RECIPES, EncodedPicture, about_asking, answered, find_file, recipe_for, usable
+from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .rows import sample_row, share, shares_by
 from .spreadsheet import write_xlsx
 
@@ -35,40 +36,64 @@ class Question(NamedTuple):
     answer: str
     category: str
     group: str
+    broken: str = ""  # why its row is malformed: it is not asked and counts as wrong
 
 
 def load(data: Path, settings: Settings) -> Task:
     """One sample per row. LLaVA reads the same table; `mmbench_dev_cn_...` is asked in Chinese.
 
+    A row without number, question or option is malformed, and its question wrong in every rotation.
+
     Raises:
-        UserError: no table or several, a row without number, question or option; the row is named.
+        UserError: no table or several, or one without the columns.
     """
     path = find_file(existing(data), FILES, "MMBench table", settings.split, "_dev_2")
-    csv.field_size_limit(2**31 - 1)  # pictures stand in cells
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        columns = set(reader.fieldnames or ())
-        if missing := {"index", "question", "A", "B", "image", "category"} - columns:
-            raise UserError(f"{path}: the columns {', '.join(sorted(missing))} are missing.")
-        pictures: dict[str, str] = {}  # rotations share a picture: one copy in memory
-        questions, images = [], []
-        for i, row in enumerate(reader):
-            question = read_row(row, f"{path}, row {i + 1}")
-            questions.append(question)
-            images.append(pictures.setdefault(row["image"] or "", row["image"] or ""))
-            if len(questions) == settings.limit:
-                break
-    if not questions:
-        raise UserError(f"{path} has no rows.")
+    questions, images = read_table(path, settings.limit)
     first = {q.index: image for q, image in zip(questions, images)}
     recipe = recipe_for(settings, "letter-cn" if "_cn" in path.name else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
         if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the picture
             image = first.get(int(image), "")
-        picture = EncodedPicture(f"{q.index % TURN}.jpg", image)
-        samples.append(Sample(i, q.index, RECIPES[recipe].format(prompt(q)), picture, "ask"))
-    return Task(samples, questions, about_asking(path.stem.removeprefix("mmbench_"), recipe, settings))
+        picture = EncodedPicture(f"{base(q)}.jpg", image)
+        asked = Sample(i, q.index, RECIPES[recipe].format(prompt(q)), picture, "ask")
+        samples.append(malformed(i, q.index if q.index >= 0 else None, q.broken) if q.broken else asked)
+    return Task(
+        usable(samples, path), questions, about_asking(path.stem.removeprefix("mmbench_"), recipe, settings)
+    )
+
+
+def read_table(path: Path, limit: int | None) -> tuple[list[Question], list[str]]:
+    """The rows and their pictures.
+
+    A row without an answer is malformed where others have one; where none has, it is a test set.
+    """
+    csv.field_size_limit(2**31 - 1)  # pictures stand in cells
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t")
+        if missing := {"index", "question", "A", "B", "image", "category"} - set(reader.fieldnames or ()):
+            raise UserError(f"{path}: the columns {', '.join(sorted(missing))} are missing.")
+        pictures: dict[str, str] = {}  # rotations share a picture: one copy in memory
+        questions, images = [], []
+        for i, row in enumerate(itertools.islice(reader, limit)):
+            try:
+                questions.append(read_row(row, f"{path}, row {i + 1}"))
+            except UserError as error:
+                number = str(row["index"] or "")
+                index = int(number) if number.isdigit() else -1 - i
+                questions.append(Question(index, "", "", {}, "", "", "", str(error)))
+            images.append(pictures.setdefault(row["image"] or "", row["image"] or ""))
+    if any(q.answer for q in questions):
+        for i, q in enumerate(questions):
+            if not q.answer and not q.broken:
+                reason = f"{path}, row {i + 1}: it has no answer, but others have."
+                questions[i] = q._replace(broken=reason)
+    return questions, images
+
+
+def base(question: Question) -> int:
+    """The number that a question's rotations share; a negative one stands for a row without a number."""
+    return question.index % TURN if question.index >= 0 else question.index
 
 
 def read_row(row: dict[str, Any], where: str) -> Question:
@@ -149,11 +174,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     questions: list[Question] = task.truth
     texts = answered(rows)
     chosen = [read(texts.get(s.index, ""), q.options) for s, q in zip(task.samples, questions)]
-    if not all(q.answer for q in questions):
-        if any(q.answer for q in questions):
-            raise UserError(
-                "Some rows of the table have an answer and some have none: it is no released one."
-            )
+    if not any(q.answer for q in questions):
         return Scored(
             {},
             {},
@@ -161,13 +182,13 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
         )
     right: dict[int, list[bool]] = {}
     for q, letter in zip(questions, chosen):
-        right.setdefault(q.index % TURN, []).append(letter == q.answer)
+        right.setdefault(base(q), []).append(letter == q.answer and not q.broken)
     values, plain, kept = [], [], []
     for s, q, letter in zip(task.samples, questions, chosen):
         if q.index < TURN:
             kept.append((s, q, letter))
             values.append(float(all(right[q.index])))
-            plain.append(float(letter == q.answer))
+            plain.append(float(letter == q.answer and not q.broken))
     clusters = [q.index for _, q, _ in kept]
     metrics = {"circular": share(values, clusters), "vanilla": share(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
@@ -193,6 +214,8 @@ def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[P
     letters = [letter for letter in LETTERS if any(letter in q.options for q in task.truth)]
     table: list[list[Any]] = [["index", "question", *letters, "prediction"]]
     for sample, q in zip(task.samples, task.truth):
+        if q.broken:
+            continue
         options = [q.options.get(letter, "") for letter in letters]
         table.append([q.index, q.question, *options, texts.get(sample.index, "")])
     path = folder / "submission" / f"mmbench_{task.about['split']}.xlsx"

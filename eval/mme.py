@@ -13,8 +13,18 @@ import numpy as np
 from open_unitok.errors import UserError
 from open_unitok.files import existing
 
-from .asking import RECIPES, about_asking, answered, entry, find_file, read_llava, recipe_for, stem_in
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .asking import (
+    RECIPES,
+    about_asking,
+    answered,
+    find_file,
+    read_llava,
+    recipe_for,
+    stem_in,
+    text_of,
+    usable,
+)
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap
 from .rows import cluster_of, sample_row, write_submission
 
@@ -36,15 +46,17 @@ class Question(NamedTuple):
     image: Path
     question: str
     label: str
+    broken: str = ""  # why its line is malformed: it is not asked and counts as wrong
 
 
 def load(data: Path, settings: Settings) -> Task:
     """Two samples per picture, task by task; `split` picks a single task.
 
-    In LLaVA's layout its file gives the prompts, and the released folders beside it the truth.
+    In LLaVA's layout its file gives the prompts, and the released folders beside it the truth. A line that is
+    no question with Yes or No gives a question that is `broken`, and so does a picture's missing second one.
 
     Raises:
-        UserError: a task's folder is missing, or a line is no question with Yes or No; the place is named.
+        UserError: a task's folder is missing or holds no questions.
     """
     root = data / RELEASE if (data / RELEASE).is_dir() else existing(data)
     tasks = (settings.split,) if settings.split else TASKS
@@ -60,10 +72,14 @@ def load(data: Path, settings: Settings) -> Task:
         questions, prompts = joined(questions, file, tasks)
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
-        Sample(i, f"{q.task}/{q.image.name}", prompt, q.image, "ask")
+        malformed(i, f"{q.task}/{q.image.name}", q.broken, q.image if q.image.name else None)
+        if q.broken
+        else Sample(i, f"{q.task}/{q.image.name}", prompt, q.image, "ask")
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(samples, questions, about_asking(settings.split or "all tasks", recipe, settings))
+    return Task(
+        usable(samples, root), questions, about_asking(settings.split or "all tasks", recipe, settings)
+    )
 
 
 def read_task(root: Path, name: str) -> list[Question]:
@@ -73,15 +89,21 @@ def read_task(root: Path, name: str) -> list[Question]:
     pictures = [folder / "images", folder]
     result = []
     for path in sorted(texts.glob("*.txt")):
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8", errors="replace")
+        lines = [line for line in text.splitlines() if line.strip()]
+        image = stem_in(pictures, path.stem)
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
+            broken = ""
             if not tab or label.strip().lower() not in ("yes", "no") or not question.strip():
-                raise UserError(f"{path}, line {i + 1}: expected a question, a tab and Yes or No: {line!r}.")
-            image = stem_in(pictures, path.stem)
-            result.append(Question(name, image, question, label.strip().lower()))
-        if len(lines) != 2:
-            raise UserError(f"{path}: expected two questions, found {len(lines)}.")
+                broken = f"{path}, line {i + 1}: expected a question, a tab and Yes or No: {line!r}."
+            elif i > 1:
+                broken = f"{path}: expected two questions, found {len(lines)}."
+            result.append(Question(name, image, question, label.strip().lower(), broken))
+        for _ in range(len(lines), 2):
+            result.append(
+                Question(name, image, "", "", f"{path}: expected two questions, found {len(lines)}.")
+            )
     if not result:
         raise UserError(f"{texts}: found no questions (*.txt).")
     return result
@@ -93,18 +115,29 @@ def bare(question: str) -> str:
 
 
 def joined(questions: list[Question], file: Path, tasks: tuple[str, ...]) -> tuple[list[Question], list[str]]:
-    """The released questions in the order of LLaVA's file, and its prompts."""
+    """The released questions in the order of LLaVA's file, and its prompts.
+
+    A line whose question is not released, or that cannot be read, counts as wrong in its task; without one in
+    the first.
+    """
     known = {(q.task, q.image.stem, bare(q.question)): q for q in questions}
     found, prompts = [], []
     for i, row in enumerate(read_llava(file)):
-        where = f"{file}, line {i + 1}"
-        name = entry(row, "category", where)
-        key = (name, Path(entry(row, "image", where)).stem, row["text"].split("\n")[0].strip())
-        if name in tasks:
-            if key not in known:
+        where, name, image = f"{file}, line {i + 1}", tasks[0], Path()
+        try:
+            image = Path(text_of(row, "image", where))
+            name = next((part for part in (row.get("category"), image.parts[0]) if part in TASKS), name)
+            if text_of(row, "category", where) not in TASKS:
+                raise UserError(f"{where}: category is {row['category']!r}; allowed: {', '.join(TASKS)}.")
+            key = (name, image.stem, row["text"].split("\n")[0].strip())
+            if name in tasks and key not in known:
                 raise UserError(f"{where}: the folder {name} has no such question about {key[1]}.")
-            found.append(known[key])
-            prompts.append(row["text"])
+            question, prompt = known.get(key), row["text"]
+        except UserError as error:
+            question, prompt = Question(name, image, "", "", str(error)), ""
+        if name in tasks and question is not None:
+            found.append(question)
+            prompts.append(prompt)
     return found, prompts
 
 
@@ -148,10 +181,11 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     texts = answered(rows)
     parsed = [parse(texts[s.index], scoring.scorer) if s.index in texts else "missing" for s in task.samples]
     right = [float(p == q.label) for p, q in zip(parsed, questions)]
-    both: dict[tuple[str, str], float] = {}
+    pairs: dict[tuple[str, str], list[float]] = {}
     for s, q, hit in zip(task.samples, questions, right):
-        key = q.task, cluster_of(s)
-        both[key] = min(both.get(key, 1.0), hit)
+        pairs.setdefault((q.task, cluster_of(s)), []).append(hit)
+    # a picture that has lost one of its two questions is not right twice
+    both = {key: min(hits) if len(hits) > 1 else 0.0 for key, hits in pairs.items()}
     per_sample = [
         sample_row(
             s, rows, hit, q.label, q.task, q.question, parsed=p, pair=both[q.task, cluster_of(s)]
@@ -190,6 +224,8 @@ def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[P
     texts = answered(rows)
     lines: dict[str, list[str]] = {}
     for sample, question in zip(task.samples, task.truth):
+        if question.broken:
+            continue
         answer = " ".join(texts.get(sample.index, "").split())
         fields = (question.image.name, question.question, question.label.capitalize(), answer)
         lines.setdefault(question.task, []).append("\t".join(fields) + "\n")

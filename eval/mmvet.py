@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_json
 
 from .asking import (
     RECIPES,
@@ -26,13 +25,15 @@ from .asking import (
     find_file,
     image_in,
     layout_of,
+    read_as,
     read_llava,
     recipe_for,
     text_of,
+    usable,
 )
-from .harness import Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .judge import Call, Judge, JudgeFailed, judge_of
-from .rows import sample_row, share, write_submission
+from .rows import named, sample_row, share, write_submission
 
 SCORERS = ("official", "lmms")
 ORIGINAL, LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
@@ -58,30 +59,43 @@ def load(data: Path, settings: Settings) -> Task:
     layout = layout_of(data, settings, ORIGINAL, LLAVA)
     path = find_file(data, ORIGINAL, "MM-Vet annotation file")
     known: dict[str, tuple[Question, str]] = {}
-    for name, row in read_json(path).items():
-        where = f"{path}, {name}"
-        abilities = entry(row, "capability", where)
-        if not isinstance(abilities, list) or not set(abilities) <= set(CAPABILITIES) or not abilities:
-            raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")
-        texts = (text_of(row, "question", where), str(entry(row, "answer", where)))
-        known[name] = Question(name, *texts, tuple(abilities)), entry(row, "imagename", where)
+    broken: dict[str, object] = {}
+    for name, row in read_as(dict, path).items():
+        try:
+            known[name] = read_question(row, name, f"{path}, {name}")
+        except UserError as error:
+            known[name], broken[name] = (Question(name, "", "", ()), ""), error
     recipe = recipe_for(settings, "plain")
     asked = [(name, RECIPES[recipe].format(q.question)) for name, (q, _) in known.items()]
     if layout == "llava":
         file = find_file(data, LLAVA, "LLaVA question file")
-        recipe = f"as in {file.name}"
-        asked = [
-            (f"v1_{str(row['question_id']).removeprefix('v1_')}", row["text"]) for row in read_llava(file)
-        ]
-        for i, (name, _) in enumerate(asked):
+        recipe, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava(file)):
+            good = isinstance(row, dict)
+            name = f"v1_{str(row['question_id']).removeprefix('v1_')}" if good else f"#{i}"
+            asked.append((name, row["text"] if good else ""))
             if name not in known:
-                raise UserError(f"{file}, line {i + 1}: {path.name} has no question {name}.")
+                reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
+                known[name], broken[name] = (Question(name, "", "", ()), ""), reason if good else row
     folders = [data / "images", data / "mm-vet" / "images", data]
     samples = [
-        Sample(i, name, prompt, image_in(folders, known[name][1]), "ask")
+        malformed(i, name, broken[name])
+        if name in broken
+        else Sample(i, name, prompt, image_in(folders, known[name][1]), "ask")
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
-    return Task(samples, [known[s.id][0] for s in samples], about_asking("v1", recipe, settings, 512))
+    return Task(
+        usable(samples, path), [known[s.id][0] for s in samples], about_asking("v1", recipe, settings, 512)
+    )
+
+
+def read_question(row: Any, name: str, where: str) -> tuple[Question, str]:
+    """A question and its picture's name; UserError says what is wrong with the entry."""
+    abilities = entry(row, "capability", where)
+    if not isinstance(abilities, list) or not abilities or any(a not in CAPABILITIES for a in abilities):
+        raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")
+    texts = (text_of(row, "question", where), str(entry(row, "answer", where)))
+    return Question(name, *texts, tuple(abilities)), text_of(row, "imagename", where)
 
 
 # -------------------------------------------------------------------------------------------------- judging
@@ -193,7 +207,7 @@ def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[s
         "total of each run": totals,
         "deviation over runs": round(float(np.std(100 * grades.mean(axis=0))), 1),
         "per set of capabilities": {
-            name: round(over(other == name for other in sets), 1) for name in dict.fromkeys(sets)
+            name: round(over(other == name for other in sets), 1) for name in dict.fromkeys(sets) if name
         },
     }
 
@@ -206,7 +220,8 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     if judge is None:
         note = "no judge was given (--judge): the answers lie in submission/ for the official page"
         lines = [
-            sample_row(s, rows, None, q.answer, q.capabilities[0]) for s, q in zip(task.samples, questions)
+            sample_row(s, rows, None, q.answer, "_".join(sorted(q.capabilities)))
+            for s, q in zip(task.samples, questions)
         ]
         return Scored({}, {}, lines, problems=[note])
     grades = judge_all(judge, task, texts, scoring)
@@ -262,5 +277,7 @@ def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[P
     """The input of the official tool and of its page."""
     texts = answered(rows)
     return [
-        write_submission(folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in task.samples})
+        write_submission(
+            folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in named(task.samples)}
+        )
     ]

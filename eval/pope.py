@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing, read_jsonl
+from open_unitok.files import existing
 
-from .asking import entry
+from .asking import entry, read_lines, text_of
 from .vqa import mean
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -28,13 +28,16 @@ class Question(NamedTuple):
     text: str
     label: str
     category: str
+    broken: str = ""  # why its line is malformed: it is not asked and counts as wrong
 
 
 def load(data: str | Path) -> list[Question]:
     """Read `*_pope_{random,popular,adversarial}.json` from `data`, `data/test` or its `coco` folder.
 
+    A line that lacks a key or has another label gives a question that is `broken`.
+
     Raises:
-        UserError: a category is missing or there twice; a line lacks a key or has another label; named.
+        UserError: a category is missing or there twice.
     """
     data = existing(data)
     folders = (data, data / "test", data / "coco")
@@ -50,24 +53,35 @@ def load(data: str | Path) -> list[Question]:
 def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path: Path) -> list[Question]:
     """The released questions in the order of LLaVA's rows, which name their category.
 
-    Raises:
-        UserError: a row has another question than the released file at that place, or there are too many.
+    Where a row has another question than the released file at that place, the question is `broken`.
     """
     left = {name: [q for q in questions if q.category == name] for name in CATEGORIES}
-    result = []
+    result: list[Question] = []
     for i, row in enumerate(rows):
-        where = f"{path}, line {i + 1}"
-        category = entry(row, "category", where)
-        if not left.get(category):
-            raise UserError(f"{where}: the released files have no (more) question of category {category!r}.")
-        question = left[category].pop(0)
-        if Path(entry(row, "image", where)).name != question.image.name:
-            raise UserError(
-                f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
-                "at this place: the files are of different versions."
-            )
+        where, question = f"{path}, line {i + 1}", None
+        try:
+            category = entry(row, "category", where)
+            if not left.get(category):
+                raise UserError(f"{where}: the released files have no (more) question of {category!r}.")
+            question = left[category].pop(0)
+            if not question.broken and Path(text_of(row, "image", where)).name != question.image.name:
+                raise UserError(
+                    f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
+                    "at this place: the files are of different versions."
+                )
+        except UserError as error:
+            # a line that cannot be read takes the place of one of the category that goes on here
+            before = result[-1].category if result else CATEGORIES[0]
+            if question is None and left[before]:
+                question = left[before].pop(0)
+            question = (question or unread(before))._replace(broken=str(error))
         result.append(question)
     return result
+
+
+def unread(category: str, reason: str = "") -> Question:
+    """In the place of a malformed line: a yes that nothing finds, so that it can only lower a score."""
+    return Question(-1, Path(), "", "yes", category, reason)
 
 
 def columns(judged: Sequence[tuple[str, str, str]], names: Sequence[str]) -> np.ndarray:
@@ -93,15 +107,17 @@ def load_category(path: Path) -> list[Question]:
     places = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
     images = next((d for d in places if d.is_dir()), path.parent)
     result = []
-    for i, row in enumerate(read_jsonl(path)):
+    for i, row in enumerate(read_lines(path)):
         where = f"{path}, question {i + 1}"
-        label = entry(row, "label", where)
-        if label not in ("yes", "no"):
-            raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
-        image = images / Path(entry(row, "image", where)).name
-        result.append(
-            Question(entry(row, "question_id", where), image, entry(row, "text", where), label, category)
-        )
+        try:
+            label = entry(row, "label", where)
+            if label not in ("yes", "no"):
+                raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
+            image = images / Path(text_of(row, "image", where)).name
+            text = text_of(row, "text", where)
+            result.append(Question(entry(row, "question_id", where), image, text, label, category))
+        except UserError as error:
+            result.append(unread(category, str(error)))
     return result
 
 

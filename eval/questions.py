@@ -5,13 +5,26 @@ from typing import Any
 
 import numpy as np
 
+from open_unitok.errors import UserError
 from open_unitok.files import read_json
 
 from . import pope, vqa
-from .asking import RECIPES, about_asking, answered, find_file, image_in, layout_of, read_llava, recipe_for
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .asking import (
+    RECIPES,
+    about_asking,
+    answered,
+    entry,
+    find_file,
+    image_in,
+    layout_of,
+    read_llava,
+    recipe_for,
+    text_of,
+    usable,
+)
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap, f1_of, with_ones
-from .rows import sample_row, share, shares_by, write_submission
+from .rows import cluster_of, named, sample_row, share, shares_by, write_submission
 from .vqa_text import normalise_m4c
 
 VQA_ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
@@ -34,11 +47,13 @@ def load_vqav2(data: Path, settings: Settings) -> Task:
     questions = vqa.load(data, settings.split)[: settings.limit]
     recipe = recipe_for(settings, "short", data)
     samples = [
-        Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
+        malformed(i, q.question_id, q.broken)
+        if q.broken
+        else Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
         for i, q in enumerate(questions)
     ]
     split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
-    return Task(samples, questions, about_asking(split, recipe, settings, longest(recipe)))
+    return Task(usable(samples, path), questions, about_asking(split, recipe, settings, longest(recipe)))
 
 
 def load_vqav2_llava(data: Path, settings: Settings) -> Task:
@@ -50,11 +65,20 @@ def load_vqav2_llava(data: Path, settings: Settings) -> Task:
     folders = [data / name for name in ("test2015", "val2014", "images")] + [data]
     samples, questions = [], []
     for i, row in enumerate(read_llava(path, settings.limit)):
-        image = image_in(folders, Path(row.get("image", "")).name)
-        number, text = row["question_id"], row["text"].removesuffix(SUFFIX)
-        samples.append(Sample(i, number, row["text"], image, "ask"))
-        questions.append(known.get(number) or vqa.Question(number, image.stem, text, image))
-    return Task(samples, questions, about_asking(path.stem, f"as in {path.name}", settings))
+        try:
+            number, text = entry(row, "question_id", path), row["text"].removesuffix(SUFFIX)
+            image = image_in(folders, Path(text_of(row, "image", f"{path}, line {i + 1}")).name)
+            if known and number not in known:
+                raise UserError(f"{path}, line {i + 1}: question_id {number!r} is not in the released files.")
+            question = known.get(number) or vqa.Question(number, image.stem, text, image)
+            if question.broken:
+                raise UserError(question.broken)
+            samples.append(Sample(i, number, row["text"], image, "ask"))
+            questions.append(question)
+        except UserError as error:
+            samples.append(malformed(i, row["question_id"] if isinstance(row, dict) else None, error))
+            questions.append(vqa.Question(i, i, "", Path(), broken=str(error)))
+    return Task(usable(samples, path), questions, about_asking(path.stem, f"as in {path.name}", settings))
 
 
 def load_pope(data: Path, settings: Settings) -> Task:
@@ -66,19 +90,21 @@ def load_pope(data: Path, settings: Settings) -> Task:
     if layout_of(data, settings, POPE_ORIGINAL, POPE_LLAVA) == "original":
         questions = pope.load(data)[: settings.limit]
         recipe = recipe_for(settings, "short", data)
-        prompts = [RECIPES[recipe].format(q.text) for q in questions]
+        prompts, path = [RECIPES[recipe].format(q.text) for q in questions], data
         about = about_asking("all three", recipe, settings, longest(recipe))
     else:
         path = find_file(data, POPE_LLAVA, "LLaVA question file")
         rows = read_llava(path)
         questions = pope.in_order(pope.load(data), rows, path)[: settings.limit]
-        prompts = [row["text"] for row in rows]
+        prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
         about = about_asking("all three", f"as in {path.name}", settings)
     samples = [
-        Sample(i, f"{q.category}/{q.question_id}", prompt, q.image, "ask")
+        malformed(i, None, q.broken)
+        if q.broken
+        else Sample(i, f"{q.category}/{q.question_id}", prompt, q.image, "ask")
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(samples, questions, about)
+    return Task(usable(samples, path), questions, about)
 
 
 def score_vqav2(
@@ -87,13 +113,13 @@ def score_vqav2(
     """Accuracy overall, per question type and per answer type, each beside the best constant answer's."""
     questions: list[vqa.Question] = task.truth
     texts = answered(rows)
-    if not any(q.answers for q in questions):  # test splits: upload the submission
+    if not any(q.answers for q in questions if not q.broken):  # test splits: upload the submission
         return Scored({}, {}, [
             sample_row(s, rows, None, None, "", q.question) for s, q in zip(task.samples, questions)
         ])  # fmt: skip
     result = vqa.score(questions, {questions[i].question_id: t for i, t in texts.items()}, scoring.scorer)
     values = np.array(result["per_question"])
-    clusters = [q.image_id for q in questions]
+    clusters = [s.id if q.broken else q.image_id for s, q in zip(task.samples, questions)]
     metrics = {"accuracy": share(values, clusters)}
     metrics |= shares_by("type", [q.question_type for q in questions], values, clusters)
     metrics |= shares_by("answer", [q.answer_type for q in questions], values, clusters)
@@ -120,8 +146,9 @@ def submit_vqav2(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> 
     The list of ids comes from test2015's question file, LLaVA's or the released one, where it lies in `data`.
     """
     texts = answered(rows)
-    answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in task.samples}
-    ids = [s.id for s in task.samples]
+    known = named(task.samples)
+    answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in known}
+    ids = [s.id for s in known]
     if "test" in str(task.about["split"]):
         ids = all_test_ids(data) or ids
     content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
@@ -132,7 +159,7 @@ def all_test_ids(data: Path) -> list[int]:
     """The question ids of test2015 in its order, [] where its file is not there."""
     for path in data.glob("*vqav2*test2015.jsonl"):
         if "test-dev" not in path.name:
-            return [row["question_id"] for row in read_llava(path)]
+            return [row["question_id"] for row in read_llava(path) if isinstance(row, dict)]
     path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
     return [row["question_id"] for row in read_json(path)["questions"]] if path.exists() else []
 
@@ -148,7 +175,7 @@ def score_pope(
         [(parsed, q.label, q.category) for parsed, q in zip(result["parsed"], questions)], names
     )
     right = [float(parsed == q.label) for parsed, q in zip(result["parsed"], questions)]
-    clusters = [q.image.name for q in questions]
+    clusters = [cluster_of(s) for s in task.samples]
     metrics = {
         "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_of)),
         "accuracy": Metric(result["accuracy"], len(questions), bootstrap(with_ones(right), clusters)),

@@ -68,10 +68,15 @@ def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, pa
         problems.append(f"{empty} answers are empty (scored as the benchmark's own rule says)")
     if answers.duplicates:
         problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
-    if answers.failed:
-        first = answers.rows[answers.failed[0]]
+    broken = [s for s in samples if s.broken]
+    if broken:
         problems.append(
-            f"{len(answers.failed)} samples could not be asked, the first because {first['error']} "
+            f"{len(broken)} annotations are malformed, the first: {broken[0].broken} (counted as wrong)"
+        )
+    failed = sorted(set(answers.failed) - {s.index for s in broken})
+    if failed:
+        problems.append(
+            f"{len(failed)} samples could not be asked, the first because {answers.rows[failed[0]]['error']} "
             "(counted as wrong)"
         )
     return problems
@@ -84,8 +89,9 @@ def result_of(
     main = next(iter(scored.metrics), None)
     limit = run["settings"].get("limit")
     why_not = scored.not_comparable or (f"only the first {limit} samples" if limit else "")
-    if answers.missing:
-        why_not = why_not or f"{len(answers.missing)} answers are missing"
+    broken = sum(bool(s.broken) for s in task.samples)
+    for count, what in ((len(answers.missing), "answers are missing"), (broken, "annotations are malformed")):
+        why_not = why_not or (f"{count} {what}" if count else "")
     return {
         "benchmark": run["benchmark"],
         "metric": main,
@@ -93,6 +99,7 @@ def result_of(
         "n": len(task.samples),
         "missing": len(answers.missing),
         "failed": len(answers.failed),
+        "malformed": broken,
         "complete": not answers.missing,
         "comparable": not why_not,
         **({"why not comparable": why_not} if why_not else {}),
@@ -102,7 +109,7 @@ def result_of(
         "decoding": task.about.get("decoding"),
         "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
         "statistic": scored.statistic,
-        "problems": [*problems, *scored.problems],
+        "problems": [*problems, *task.problems, *scored.problems],
         "about": task.about,
         "settings": run["settings"],
         "scoring": asdict(scoring),

@@ -18,6 +18,11 @@ def cluster_of(sample: Sample) -> str:
     return sample.image.name if sample.image is not None else f"#{sample.index}"
 
 
+def named(samples: Sequence[Sample]) -> list[Sample]:
+    """Those that a submission can name: all but malformed ones whose id cannot be read."""
+    return [s for s in samples if not (s.broken and str(s.id).startswith("#"))]
+
+
 def sample_row(
     sample: Sample,
     rows: dict[int, Row],

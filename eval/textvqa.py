@@ -5,30 +5,32 @@ without them (`--recipe short`) a score is some ten points lower.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_json
 
 from .asking import (
     OCR,
     RECIPES,
     about_asking,
     answered,
+    checked,
     entry,
     find_file,
     image_in,
     layout_of,
+    read_as,
     read_llava,
     recipe_for,
     stem_in,
     ten_answers,
     text_of,
+    usable,
 )
-from .harness import Row, Sample, Scored, Scoring, Settings, Task
-from .rows import cluster_of, sample_row, share, shares_by, write_submission
+from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
+from .rows import cluster_of, named, sample_row, share, shares_by, write_submission
 from .vqa_text import normalise_m4c
 
 SCORERS = ("m4c",)
@@ -70,26 +72,49 @@ def load(data: Path, settings: Settings) -> Task:
     path = find_file(data, ORIGINAL, "TextVQA annotation file", settings.split, "_val.")
     split = path.stem.removeprefix("TextVQA_0.5.1_")
     folders = [data / name for name in ("train_images", "test_images", "images")]
-    rows = entry(read_json(path), "data", path)
-    for i, row in enumerate(rows):
-        for key in ("question_id", "image_id"):
-            entry(row, key, f"{path}, data[{i}]")
-        text_of(row, "question", f"{path}, data[{i}]")
+    rows = with_answers(
+        [
+            checked(row, f"{path}, data[{i}]", ("question_id", "image_id"), ("question",))
+            for i, row in enumerate(read_as(list, path, "data"))
+        ],
+        lambda i: f"{path}, data[{i}]",
+    )
     if layout == "llava":
         return load_llava(data, settings, path, rows, folders, split)
     recipe = recipe_for(settings, "ocr", more=("ocr",))
-    tokens = ocr_tokens(data, split, rows) if recipe == "ocr" else {}
+    tokens, problems = ocr_tokens(data, split, rows) if recipe == "ocr" else ({}, [])
     samples, questions = [], []
     for i, row in enumerate(rows[: settings.limit]):
+        if isinstance(row, UserError):
+            samples.append(malformed(i, None, row))
+            questions.append(Question(None, ""))
+            continue
         text = RECIPES[recipe].format(row["question"]) if recipe != "ocr" else with_ocr(row, tokens)
-        samples.append(Sample(i, row["question_id"], text, stem_in(folders, row["image_id"]), "ask"))
-        questions.append(question_of(row, f"{path}, data[{i}]"))
-    return Task(samples, questions, about_asking(split, recipe, settings))
+        samples.append(Sample(i, row["question_id"], text, stem_in(folders, str(row["image_id"])), "ask"))
+        questions.append(question_of(row))
+    return Task(usable(samples, path), questions, about_asking(split, recipe, settings), problems)
 
 
-def question_of(row: Row, where: str) -> Question:
+def with_answers(rows: Sequence[Any], where: Callable[[int], str]) -> list[Any]:
+    """The rows with their answers as texts; the UserError in the place of a row whose answers are malformed.
+
+    A test set has no answers at all; where some rows have them, one without is malformed.
+    """
+    public = any(isinstance(row, dict) and "answers" in row for row in rows)
+    result = []
+    for i, row in enumerate(rows):
+        try:
+            result.append(row | {"answers": ten_answers(row, where(i))} if public else row)
+        except UserError as error:
+            result.append(error)
+        except TypeError:  # no object: what it lacks stands there already
+            result.append(row)
+    return result
+
+
+def question_of(row: Row) -> Question:
     """An entry of the annotation file; test sets have no answers."""
-    return Question(row["question_id"], row["question"], ten_answers(row, where) if "answers" in row else ())
+    return Question(row["question_id"], row["question"], row.get("answers", ()))
 
 
 def with_ocr(row: Row, tokens: dict[str, list[str]]) -> str:
@@ -97,20 +122,39 @@ def with_ocr(row: Row, tokens: dict[str, list[str]]) -> str:
     return OCR.format(row["question"], ", ".join(tokens.get(row["image_id"], ())))
 
 
-def ocr_tokens(data: Path, split: str, rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Image id -> the words that Rosetta read, from the release's file or from the rows themselves."""
-    if all("ocr_tokens" in row for row in rows):
-        return {row["image_id"]: row["ocr_tokens"] for row in rows}
+def ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, list[str]], list[str]]:
+    """Image id -> the words that Rosetta read, from the release's file or from the rows; what went wrong.
+
+    A picture without an entry is asked about without words, which lowers the score.
+    """
+    good = [row for row in rows if isinstance(row, dict)]
+    if all("ocr_tokens" in row for row in good):
+        return words_by_image(good)
     path = data / OCR_FILE.format(split)
     if not path.exists():
         raise UserError(
             f"{path} does not exist: the published prompt holds OCR words. Put it there, or leave them "
             "out with --recipe short, which scores some ten points lower."
         )
-    return {
-        entry(row, "image_id", f"{path}, data[{i}]"): entry(row, "ocr_tokens", f"{path}, data[{i}]")
-        for i, row in enumerate(entry(read_json(path), "data", path))
-    }
+    tokens, problems = words_by_image(read_as(list, path, "data"), path.name)
+    lost = [row["image_id"] for row in good if row["image_id"] not in tokens]
+    if lost:
+        problems.append(
+            f"{len(lost)} questions have no words in {path.name}, for instance of picture {lost[0]}"
+        )
+    return tokens, problems
+
+
+def words_by_image(rows: Sequence[Any], name: str = "") -> tuple[dict[str, list[str]], list[str]]:
+    """Image id -> words, and a line about the rows that do not say."""
+    tokens, broken = {}, 0
+    for row in rows:
+        words = row.get("ocr_tokens") if isinstance(row, dict) else None
+        if not isinstance(words, list) or not isinstance(row.get("image_id"), str | int):
+            broken += 1
+        else:
+            tokens[row["image_id"]] = [str(word) for word in words]
+    return tokens, [f"{broken} entries of OCR words {name} are malformed (no words there)"] * (broken > 0)
 
 
 def load_llava(
@@ -118,19 +162,27 @@ def load_llava(
 ) -> Task:
     """LLaVA's file, whose question ids are image ids: joined by image and question, as its scorer does."""
     file = find_file(data, LLAVA, "LLaVA question file", settings.split)
-    places = {(str(row["image_id"]), row["question"].lower()): i for i, row in enumerate(rows)}
+    places = {
+        (str(row["image_id"]), row["question"].lower()): i
+        for i, row in enumerate(rows)
+        if isinstance(row, dict)
+    }
     samples, questions = [], []
     for i, asked in enumerate(read_llava(file, settings.limit)):
         where = f"{file}, line {i + 1}"
-        key = (str(asked["question_id"]), question_in(asked["text"], where))
-        if key not in places:
-            raise UserError(f"{where}: {path.name} has no question {key[1]!r} about image {key[0]}.")
-        row = rows[places[key]]
-        image = image_in(folders, Path(asked["image"]).name) if "image" in asked else None
-        image = image or stem_in(folders, row["image_id"])
-        samples.append(Sample(i, row["question_id"], asked["text"], image, "ask"))
-        questions.append(question_of(row, where))
-    return Task(samples, questions, about_asking(split, f"as in {file.name}", settings))
+        try:
+            key = (str(entry(asked, "question_id", where)), question_in(asked["text"], where))
+            if key not in places:
+                raise UserError(f"{where}: {path.name} has no question {key[1]!r} about image {key[0]}.")
+            row = rows[places[key]]
+            image = image_in(folders, Path(text_of(asked, "image", where)).name) if "image" in asked else None
+            image = image or stem_in(folders, str(row["image_id"]))
+            samples.append(Sample(i, row["question_id"], asked["text"], image, "ask"))
+            questions.append(question_of(row))
+        except UserError as error:
+            samples.append(malformed(i, None, error))
+            questions.append(Question(None, ""))
+    return Task(usable(samples, file), questions, about_asking(split, f"as in {file.name}", settings))
 
 
 def question_in(prompt: str, where: str) -> str:
@@ -146,12 +198,12 @@ def question_in(prompt: str, where: str) -> str:
 
 
 def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
-    """Accuracy, and per kind of answer where the questions have kinds."""
+    """Accuracy, and per kind of answer where the questions have kinds; a malformed question is wrong."""
     questions: list[Question] = task.truth
     texts = answered(rows)
-    public = [q for q in questions if q.answers]
+    public = any(q.answers for q in questions)
     values = [
-        (accuracy(texts[s.index], q.answers) if s.index in texts else 0.0) if q.answers else None
+        (accuracy(texts[s.index], q.answers) if s.index in texts else 0.0) if public else None
         for s, q in zip(task.samples, questions)
     ]
     per_sample = [
@@ -160,8 +212,6 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     ]
     if not public:
         return Scored({}, {}, per_sample)
-    if len(public) < len(questions):
-        raise UserError(f"{len(questions) - len(public)} of {len(questions)} questions have no answers.")
     clusters = [cluster_of(s) for s in task.samples]
     metrics = {"accuracy": share(values, clusters)}
     metrics |= shares_by("answer", [q.kind for q in questions], values, clusters)
@@ -176,7 +226,9 @@ def most_common(answers: Sequence[str]) -> str | None:
 def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
     """TextVQA's challenge file."""
     texts = answered(rows)
-    content = [{"question_id": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in task.samples]
+    content = [
+        {"question_id": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in named(task.samples)
+    ]
     return [write_submission(folder, "textvqa_answers.json", content)]
 
 
@@ -186,44 +238,57 @@ def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[P
 def load_vizwiz(data: Path, settings: Settings) -> Task:
     """One sample per entry of `{split}.json`, or of LLaVA's question file; ids are file names."""
     layout = layout_of(data, settings, VIZWIZ_ORIGINAL, VIZWIZ_LLAVA)
-    known: dict[str, tuple[Row, str]] = {}
+    known: dict[str, Any] = {}
     split = settings.split or ("val" if layout == "original" else "test")
     file = None
     if layout == "original" or any(next(data.glob(p), None) for p in VIZWIZ_ORIGINAL):
         file = find_file(data, VIZWIZ_ORIGINAL, "VizWiz annotation file", settings.split, f"{split}.json")
-        for i, row in enumerate(read_rows(file)):
-            where = f"{file}, entry {i + 1}"
-            text_of(row, "question", where)
-            known[entry(row, "image", where)] = row, where
+        found = [
+            checked(row, f"{file}, entry {i + 1}", (), ("question", "image"))
+            for i, row in enumerate(read_as(list, file))
+        ]
+        for i, row in enumerate(with_answers(found, lambda i: f"{file}, entry {i + 1}")):
+            known[row["image"] if isinstance(row, dict) else f"#{i}"] = row
     folders = [data / name for name in (file.stem if file else split, split, "images")] + [data]
     recipe = recipe_for(settings, "unanswerable")
-    asked = [(name, RECIPES[recipe].format(row["question"])) for name, (row, _) in known.items()]
+    asked = [
+        (name, RECIPES[recipe].format(row["question"]) if isinstance(row, dict) else "", row)
+        for name, row in known.items()
+    ]
     if layout == "llava":
-        path = find_file(data, VIZWIZ_LLAVA, "LLaVA question file", settings.split, split)
-        recipe = f"as in {path.name}"
-        asked = [
-            (Path(entry(row, "image", f"{path}, line {i + 1}")).name, row["text"])
-            for i, row in enumerate(read_llava(path))
-        ]
+        file_asked = find_file(data, VIZWIZ_LLAVA, "LLaVA question file", settings.split, split)
+        recipe = f"as in {file_asked.name}"
+        lines = read_llava(file_asked)
+        names = {Path(str(row.get("image"))).name for row in lines if isinstance(row, dict)}
+        if not names & known.keys():  # the annotations are of another split: the answers are not public
+            known = {}
+        asked = [vizwiz_asked(row, known, f"{file_asked}, line {i + 1}") for i, row in enumerate(lines)]
     samples, questions = [], []
-    for i, (name, prompt) in enumerate(asked[: settings.limit]):
-        row, where = known.get(name, ({"question": prompt.split("\n")[0]}, ""))
+    for i, (name, prompt, row) in enumerate(asked[: settings.limit]):
+        if isinstance(row, UserError):
+            samples.append(malformed(i, name, row))
+            questions.append(Question(name, ""))
+            continue
         samples.append(Sample(i, name, prompt, image_in(folders, name), "ask"))
-        answers = ten_answers(row, where) if "answers" in row else ()
-        questions.append(Question(name, row["question"], answers, str(row.get("answer_type", ""))))
-    return Task(samples, questions, about_asking(file.stem if file else split, recipe, settings))
+        kind = str(row.get("answer_type", ""))
+        questions.append(Question(name, row["question"], row.get("answers", ()), kind))
+    about = about_asking(file.stem if file else split, recipe, settings)
+    return Task(usable(samples, file or data), questions, about)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """A JSON list of objects."""
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of questions, found {type(rows).__name__}.")
-    return rows
+def vizwiz_asked(row: Any, known: dict[str, Any], where: str) -> tuple[str | None, str, Any]:
+    """Name, prompt and truth of a line of LLaVA's file; the truth may be the UserError that says why not."""
+    try:
+        name = Path(text_of(row, "image", where)).name
+    except UserError as error:
+        return None, "", error
+    if known and name not in known:
+        return name, "", UserError(f"{where}: the released file has no question about {name}.")
+    return name, row["text"], known.get(name, {"question": row["text"].split("\n")[0]})
 
 
 def submit_vizwiz(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
     """VizWiz' challenge file."""
     texts = answered(rows)
-    content = [{"image": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in task.samples]
+    content = [{"image": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in named(task.samples)]
     return [write_submission(folder, "vizwiz_answers.json", content)]

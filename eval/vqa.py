@@ -6,14 +6,14 @@ ten answers differ and compares raw strings where they agree.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing
 
-from .asking import entry, ten_answers, text_of
+from .asking import entry, of_kind, read_as, ten_answers, text_of
 from .vqa_text import normalise, one_line, strip_punctuation
 
 SCORERS = ("lmms", "official", "gated")
@@ -31,48 +31,68 @@ class Question(NamedTuple):
     answer_type: str = ""
     common_answer: str = ""
     held_out: bool = False  # scenes: the picture shows a colour x shape pair that training never does
+    broken: str = ""  # why its annotation is malformed: it is not asked and counts as wrong
 
 
 def load(data: str | Path, split: str | None = None) -> list[Question]:
     """Read `v2_OpenEnded_*_questions.json` and its annotations from `data` or `data/test`.
 
+    What is malformed, a question without its annotation and an annotation without its question stand in the
+    list as questions that are `broken`.
+
     Args:
         split: the file's middle part (for instance `mscoco_val2014`), needed only where several are there.
 
     Raises:
-        UserError: no file or several, a missing key, a question without its annotation; the place is named.
+        UserError: no file or several, or one that is of another kind.
     """
     path = find_questions(data, split)
-    content = read_json(path)
-    rows = entry(content, "questions", path)
-    subtype = str(content.get("data_subtype", ""))
-    annotations = read_annotations(
-        path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    )
-    locate = image_locator(path.parent, subtype)
-    result, seen = [], set()
+    content = read_as(dict, path)
+    rows = of_kind(list, entry(content, "questions", path), f"{path}, questions")
+    notes = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    annotations = read_annotations(notes)
+    locate = image_locator(path.parent, str(content.get("data_subtype", "")))
+    result: list[Question] = []
+    seen: set[Any] = set()
     for i, row in enumerate(rows):
-        where = f"{path}, questions[{i}]"
-        question_id, image_id = entry(row, "question_id", where), entry(row, "image_id", where)
-        for name, value in (("question_id", question_id), ("image_id", image_id)):
-            if not isinstance(value, int):
-                raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
-        if question_id in seen:
-            raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
-        seen.add(question_id)
-        question = Question(question_id, image_id, text_of(row, "question", where), locate(image_id))
-        if annotations is not None:
-            if question_id not in annotations:
-                raise UserError(
-                    f"{where}: question_id {question_id} has no annotation; questions and annotations differ."
-                )
-            question = question._replace(**annotations[question_id])
+        try:
+            question = read_question(row, f"{path}, questions[{i}]", locate, seen)
+            if annotations is not None:
+                question = annotated(question, annotations, f"{path}, questions[{i}]")
+        except UserError as error:
+            name = row.get("question_id") if isinstance(row, dict) else None
+            question = Question(name, name, "", Path(), broken=str(error))  # pyright: ignore[reportArgumentType]
+        seen.add(question.question_id if isinstance(question.question_id, int) else None)
         result.append(question)
-    if annotations is not None and (unknown := annotations.keys() - seen):
-        raise UserError(
-            f"{path}: the annotations name question ids that are no questions, for instance {min(unknown)}."
-        )
+    for name in annotations or ():
+        if name not in seen:
+            reason = f"{notes}: question_id {name!r} is no question of {path.name}."
+            result.append(Question(name, name, "", Path(), broken=reason))
     return result
+
+
+def read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> Question:
+    """A question of the released file, without its answers; UserError says what is wrong with it."""
+    question_id, image_id = entry(row, "question_id", where), entry(row, "image_id", where)
+    for name, value in (("question_id", question_id), ("image_id", image_id)):
+        if not isinstance(value, int):
+            raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
+    if question_id in seen:
+        raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
+    return Question(question_id, image_id, text_of(row, "question", where), locate(image_id))
+
+
+def annotated(question: Question, annotations: dict[int, dict[str, Any] | UserError], where: str) -> Question:
+    """The question with its annotation; UserError where it has none or a malformed one."""
+    note = annotations.get(question.question_id)
+    if note is None:
+        raise UserError(
+            f"{where}: question_id {question.question_id} has no annotation: "
+            "questions and annotations differ."
+        )
+    if isinstance(note, UserError):
+        raise note
+    return question._replace(**note)
 
 
 def find_questions(data: str | Path, split: str | None) -> Path:
@@ -92,22 +112,38 @@ def find_questions(data: str | Path, split: str | None) -> Path:
     return found[0]
 
 
-def read_annotations(path: Path) -> dict[int, dict[str, Any]] | None:
-    """Question id -> the fields of its annotation; None without such a file (test-dev keeps its answers)."""
+def read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None:
+    """Question id -> the fields of its annotation, or what is wrong with it.
+
+    None without such a file (test-dev keeps its answers). An annotation without a readable id leaves its
+    question without one.
+    """
     if not path.exists():
         return None
-    result = {}
-    for i, row in enumerate(entry(read_json(path), "annotations", path)):
-        where = f"{path}, annotations[{i}]"
-        texts = ten_answers(row, where)
-        result[entry(row, "question_id", where)] = {
-            "answers": texts,
-            "question_type": entry(row, "question_type", where),
-            "answer_type": entry(row, "answer_type", where),
-            "common_answer": str(row.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
-            "held_out": bool(row.get("held_out", False)),
-        }
+    result: dict[int, dict[str, Any] | UserError] = {}
+    for i, row in enumerate(read_as(list, path, "annotations")):
+        where, name = f"{path}, annotations[{i}]", row.get("question_id") if isinstance(row, dict) else None
+        if not isinstance(name, int):
+            continue
+        try:
+            if name in result:
+                raise UserError(f"{where}: question_id {name} occurs twice; which of the two is true?")
+            result[name] = annotation_of(row, where)
+        except UserError as error:
+            result[name] = error
     return result
+
+
+def annotation_of(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `Question` that an annotation gives."""
+    texts = ten_answers(row, where)
+    return {
+        "answers": texts,
+        "question_type": text_of(row, "question_type", where),
+        "answer_type": text_of(row, "answer_type", where),
+        "common_answer": str(row.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
+        "held_out": bool(row.get("held_out", False)),
+    }
 
 
 def image_locator(folder: Path, subtype: str):
@@ -151,6 +187,8 @@ def accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> f
 def score(questions: Sequence[Question], predictions: dict[int, str], scorer: str = "lmms") -> dict[str, Any]:
     """Accuracies in [0, 1]: overall, per answer type, question type and question; a missing answer scores 0.
 
+    A broken question scores 0 and has no type.
+
     `constant` holds, per question type, the type's most frequent answer and what it would score: what a model
     blind to the picture reaches.
 
@@ -162,21 +200,25 @@ def score(questions: Sequence[Question], predictions: dict[int, str], scorer: st
         raise UserError(
             f"{len(unknown)} answers belong to no question of this split, for instance id {min(unknown)}."
         )
-    if any(not q.answers for q in questions):
+    if any(not q.answers for q in questions if not q.broken):
         raise UserError(
             "This split has no public answers: upload the answers file to the challenge server instead."
         )
     values = [
-        accuracy(predictions[q.question_id], q.answers, scorer) if q.question_id in predictions else 0.0
+        accuracy(predictions[q.question_id], q.answers, scorer)
+        if q.question_id in predictions and not q.broken
+        else 0.0
         for q in questions
     ]
-    constant = constant_answers(questions)
-    blind = [accuracy(constant[q.question_type], q.answers, scorer) for q in questions]
-    blind_by_type = mean_by(zip([q.question_type for q in questions], blind))
+    good = [q for q in questions if not q.broken]
+    kept = [v for q, v in zip(questions, values) if not q.broken]
+    constant = constant_answers(good)
+    blind = [accuracy(constant[q.question_type], q.answers, scorer) for q in good]
+    blind_by_type = mean_by(zip([q.question_type for q in good], blind))
     return {
         "overall": mean(values),
-        "per_answer_type": mean_by(zip([q.answer_type for q in questions], values)),
-        "per_question_type": mean_by(zip([q.question_type for q in questions], values)),
+        "per_answer_type": mean_by(zip([q.answer_type for q in good], kept)),
+        "per_question_type": mean_by(zip([q.question_type for q in good], kept)),
         "per_question": values,
         "constant": {t: {"answer": constant[t], "accuracy": blind_by_type[t]} for t in blind_by_type},
         "constant_overall": mean(blind),

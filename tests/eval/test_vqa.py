@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -89,8 +90,12 @@ def test_malformed_files_name_file_and_key(folder, golden, change, message):
     change(questions, annotations)
     (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
     (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(annotations))
-    with pytest.raises(UserError, match=message):
-        vqa.load(folder)
+    found = vqa.load(folder)
+    broken = [(i, q) for i, q in enumerate(found) if q.broken]
+    assert len(broken) == 1 and re.search(message, broken[0][1].broken)
+    answers = {q.question_id: q.answers[0] for q in found if not q.broken}
+    values = vqa.score(found, answers)["per_question"]
+    assert values[broken[0][0]] == 0.0 and sum(v > 0 for v in values) == len(found) - 1
 
 
 def test_missing_files_and_unknown_ids_are_refused(tmp_path, folder):
