@@ -10,8 +10,8 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
 
 from . import imagenet, zeroshot
-from .asking import entry
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .asking import entry, usable
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .imagenet import SUFFIXES
 from .intervals import bootstrap, with_ones
 from .pictures import open_pictures
@@ -81,7 +81,7 @@ def load_scene_classes(data: Path, settings: Settings) -> Task:
 
 
 def zeroshot_task(
-    files: list[tuple[Path, int]],
+    files: imagenet.Labelled,
     prompts: list[list[str]],
     names: list[str],
     apart: list[bool],
@@ -91,9 +91,14 @@ def zeroshot_task(
     """The samples; their truth is (class of each, prompts, names, whether each is scored apart)."""
     if not files:
         raise UserError("There are no pictures to classify.")
-    samples = [Sample(i, f.name, "", f, "classify") for i, (f, _) in enumerate(files)]
-    truth = {"classes": [c for _, c in files], "prompts": prompts, "names": names, "apart": apart}
+    samples = [
+        malformed(i, f.name, c, f) if isinstance(c, UserError) else Sample(i, f.name, "", f, "classify")
+        for i, (f, c) in enumerate(files)
+    ]
+    classes = [-1 if isinstance(c, UserError) else c for _, c in files]
+    truth = {"classes": classes, "prompts": prompts, "names": names, "apart": apart}
     about |= {"classes": len(names), "prompts per class": len(prompts[0])}
+    usable(samples, files[0][0].parent)
     return Task(samples, truth, about | {"preprocessing": f"{settings.crop or 'lanczos'} crop"})
 
 
@@ -132,7 +137,7 @@ def score_zeroshot(
     chance = 1 / len(names)
     return Scored(result, {"chance": chance, "classes": names}, [
         {
-            "index": s.index, "image": str(s.image), "truth": names[c],
+            "index": s.index, "image": str(s.image), "truth": "" if s.broken else names[c],
             "answer": names[b[0]] if b else None, "score": float(hit), "held_out": bool(far),
         }
         for s, c, b, hit, far in zip(task.samples, classes, choices, hits["top1"], apart)

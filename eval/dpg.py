@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_jsonl
+from open_unitok.files import existing
 
-from .asking import entry, read_picture
+from .asking import entry, of_kind, usable
 from .drawn import about_drawing, require_drawings
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap, with_ones
-from .looks import look_all, looked, with_pictures
+from .looks import Findings, look_all, looked, read_findings, said, with_pictures
 from .vqascore import stem
 
 PICTURES = 4
@@ -38,29 +38,48 @@ class Item(NamedTuple):
     id: str
     prompt: str
     questions: tuple[Question, ...]
+    broken: str = ""  # why there is no prompt
 
 
-def load_items(data: Path) -> list[Item]:
-    """Read `dpg_bench.csv`; a repeated header is passed over, no question is.
+def load_items(data: Path) -> tuple[list[Item], list[str]]:
+    """Read `dpg_bench.csv`, and what is wrong with it; a repeated header is passed over, no question is.
+
+    A malformed line is a question that is never asked and counts as no; its prompt, where it names none, is
+    that of the line before.
 
     Raises:
-        UserError: a column is missing, or a number is none; the line is named.
+        UserError: a column is missing, or most lines are malformed.
     """
     path = existing(data / "dpg_bench.csv", "DPG-Bench is this table.")
     prompts: dict[str, str] = {}
     questions: dict[str, list[Question]] = defaultdict(list)
-    with open(path, newline="", encoding="utf-8") as file:
+    name, bad, lines = "", [], 0
+    with open(path, newline="", encoding="utf-8", errors="replace") as file:
         reader = csv.DictReader(file)
         if lacking := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
             raise UserError(f"{path} has no column {lacking[0]!r}.")
         for row in reader:
             if row["item_id"] == "item_id":
                 continue
-            prompts.setdefault(row["item_id"], row["text"])
-            questions[row["item_id"]].append(question_of(row, f"{path}, line {reader.line_num}"))
-    if not prompts:
-        raise UserError(f"{path} is empty.")
-    return [Item(i, text, tuple(questions[i])) for i, text in prompts.items()]
+            lines, name = lines + 1, (row["item_id"] or "").strip() or name
+            prompts[name] = prompts.get(name) or (row["text"] or "").strip()
+            try:
+                question = question_of(row, f"{path}, line {reader.line_num}")
+                if question.number in (q.number for q in questions[name]):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: question {question.number} occurs twice."
+                    )
+            except UserError as error:
+                bad.append(str(error))
+                question = Question(-len(bad), (), "", "")
+            questions[name].append(question)
+    if not lines or len(bad) > lines / 2:
+        raise UserError(f"{path} is {f'no table of questions: {bad[0]}' if bad else 'empty.'}")
+    problems = [f"{len(bad)} questions are malformed, the first: {bad[0]} (counted as no)"] if bad else []
+    return [
+        Item(i, text, tuple(questions[i]), "" if text else f"{path}: the prompt of {i!r} is empty.")
+        for i, text in prompts.items()
+    ], problems
 
 
 def question_of(row: dict[str, str], where: str) -> Question:
@@ -68,23 +87,31 @@ def question_of(row: dict[str, str], where: str) -> Question:
     try:
         number = int(row["proposition_id"])
         parents = tuple(int(p) for p in row["dependency"].split(",") if p.strip())
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{where}: proposition_id and dependency must be whole numbers: {error}") from error
-    return Question(number, parents, row["tuple"].split("(")[0].strip(), row["question_natural_language"])
+    if number < 1:
+        raise UserError(f"{where}: proposition_id is {number}; it must be above 0.")
+    if not (row["item_id"] or "").strip() or not (row["question_natural_language"] or "").strip():
+        raise UserError(f"{where}: item_id and question_natural_language must not be empty.")
+    category = (row["tuple"] or "").split("(")[0].strip()
+    return Question(number, parents, category, row["question_natural_language"])
 
 
 def load_dpg(data: Path, settings: Settings) -> Task:
     """Four drawings per prompt."""
-    items = load_items(data)[: settings.limit]
+    items, problems = load_items(data)
+    items = items[: settings.limit]
     each = settings.images_per_prompt or PICTURES
     samples, owners = [], []
     for k, item in enumerate(items):
         for j in range(each):
             place = k * each + j
-            samples.append(Sample(place, f"{item.id}/{j}", item.prompt, None, "draw", settings.seed + place))
+            sample = Sample(place, f"{item.id}/{j}", item.prompt, None, "draw", settings.seed + place)
+            samples.append(malformed(place, f"{item.id}/{j}", item.broken) if item.broken else sample)
             owners.append(k)
     about = about_drawing(settings, "png") | {"prompts": len(items), "pictures per prompt": each}
-    return Task(samples, {"items": items, "owners": owners}, about)
+    truth = {"items": items, "owners": owners, "malformed": len(problems) > 0}
+    return Task(usable(samples, data / "dpg_bench.csv"), truth, about, problems)
 
 
 def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool) -> None:
@@ -95,11 +122,11 @@ def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, devi
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample]) -> list[Row]:
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
         found: list[Row] = []
-        for sample in batch:
-            picture = read_picture(out / rows[sample.index]["file"])
-            questions = task.truth["items"][task.truth["owners"][sample.index]].questions
+        for sample, picture in zip(batch, pictures):
+            item = task.truth["items"][task.truth["owners"][sample.index]]
+            questions = [q for q in item.questions if q.number >= 0]
             texts: list[str] = []
             for start in range(0, len(questions), 8):
                 piece = [q.text for q in questions[start : start + 8]]
@@ -109,40 +136,43 @@ def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, devi
             )
         return found
 
-    look_all(out, "dpg", model.about, with_pictures(task.samples, rows), work, 4, quiet)
+    look_all(out, "dpg", model.about, with_pictures(task.samples, rows), rows, work, 4, quiet)
 
 
-def read_answers(task: Task, rows: dict[int, Row], folder: Path) -> tuple[dict[int, dict[str, str]], str]:
-    """Answers by index, and whose: `vqa_answers.jsonl` ({"index", "answers": {number: text}}) comes first."""
+def answers_in(row: Row, where: str) -> dict[str, str]:
+    """The answers of a line of `vqa_answers.jsonl` by the question's number."""
+    answers = of_kind(dict, entry(row, "answers", where), f"{where}, answers")
+    return {str(number): str(text) for number, text in answers.items()}
+
+
+def read_answers(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+    """Answers, and whose: `vqa_answers.jsonl` ({"index", "answers": {number: text}}) comes first."""
     path = folder / "vqa_answers.jsonl"
     if path.exists():
-        found, names = {}, set()
-        for k, row in enumerate(read_jsonl(path)):
-            where = f"{path}, line {k + 1}"
-            names.add(str(row.get("model", "a model without a name")))
-            found[entry(row, "index", where)] = {
-                str(n): str(t) for n, t in entry(row, "answers", where).items()
-            }
-        return found, ", ".join(sorted(names))
+        return read_findings(path, task.samples, answers_in, "model", "a model without a name")
     seen = looked(folder, "dpg", with_pictures(task.samples, rows))
     if seen is None:
         raise UserError(
             f"{folder}: the pictures are drawn, but nothing has been asked about them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's answers to {path}."
         )
-    return {i: row["answers"] for i, row in seen[0].rows.items()}, seen[1]["model"]
+    found, problems = said(seen[0])
+    return Findings({i: row["answers"] for i, row in found.items()}, seen[1]["model"], problems)
 
 
 def raw_scores(questions: Sequence[Question], answers: dict[str, str]) -> dict[int, float]:
-    """1 for the very string "yes", else 0, by question number; what was not answered is 0."""
-    return {q.number: float(answers.get(str(q.number)) == "yes") for q in questions}
+    """1 for the very string "yes", else 0, by question number; what was not answered or asked is 0."""
+    return {q.number: float(q.number >= 0 and answers.get(str(q.number)) == "yes") for q in questions}
 
 
 def picture_score(questions: Sequence[Question], answers: dict[str, str]) -> float:
-    """The mean over questions; one whose parent stands at 0 when its turn comes is 0, in the file's order."""
+    """The mean over questions; one whose parent stands at 0 when its turn comes is 0, in the file's order.
+
+    A parent that is not there, since its line is malformed, stands at 0.
+    """
     scores = raw_scores(questions, answers)
     for question in questions:
-        if any(scores.get(p, 1.0) == 0 for p in question.parents if p != 0):
+        if any(scores.get(p, 0.0) == 0 for p in question.parents if p != 0):
             scores[question.number] = 0.0
     return float(np.mean([scores[q.number] for q in questions]))
 
@@ -153,6 +183,8 @@ def categories(items: Sequence[Item], last: Sequence[dict[str, str]]) -> dict[st
     for item, answers in zip(items, last):
         raw = raw_scores(item.questions, answers)
         for question in item.questions:
+            if not question.category:  # malformed
+                continue
             levels["l1"][question.category.split("-")[0].strip()].append(raw[question.number])
             levels["l2"][question.category].append(raw[question.number])
     return levels
@@ -165,9 +197,11 @@ def score_dpg(
     require_drawings(task, rows, folder)
     items: list[Item] = task.truth["items"]
     owners = task.truth["owners"]
-    found, by = read_answers(task, rows, folder)
+    found, by, problems = read_answers(task, rows, folder)
     values = [
-        picture_score(items[owners[s.index]].questions, found[s.index]) if s.index in found else 0.0
+        picture_score(items[owners[s.index]].questions, found[s.index])
+        if s.index in found and not s.broken
+        else 0.0
         for s in task.samples
     ]
     each = task.about["pictures per prompt"]
@@ -179,11 +213,13 @@ def score_dpg(
         for name, scores in sorted(groups.items()):
             metrics[f"{level}/{name}"] = Metric(100 * float(np.mean(scores)), len(scores), None, "points")
     missing = sum(s.index not in found for s in task.samples)
+    problems = problems + [f"{missing} drawings have no answers (counted as 0)"] * (missing > 0)
+    why = "" if by == PUBLISHED else f"answers by {by}, not by {PUBLISHED}"
+    why = why or "questions are malformed" * task.truth["malformed"]
     return Scored(metrics, {"vqa model": by, "categories": "answers about the last picture, as published"}, [
         {
             "index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file"),
             "score": 100 * value, "cluster": items[owners[s.index]].id,
         }
         for s, value in zip(task.samples, values)
-    ], not_comparable="" if by == PUBLISHED else f"answers by {by}, not by {PUBLISHED}",
-       problems=[f"{missing} drawings have no answers (counted as 0)"] * (missing > 0))  # fmt: skip
+    ], not_comparable=why, problems=problems)  # fmt: skip

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json, read_jsonl
+from open_unitok.files import existing, read_json
 
 from . import geneval
-from .asking import entry, read_picture
+from .asking import entry
 from .drawn import draw
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap, by_group, mean_of_groups, with_ones
-from .looks import look_all, looked, with_pictures
+from .looks import Findings, look_all, looked, read_findings, said, with_pictures
 from .pictures import open_pictures, save_picture
 from .vqa import mean_by
 
@@ -50,7 +50,7 @@ def load_geneval(data: Path, settings: Settings) -> Task:
     if detector == "scenes":
         rules = scene_rules(data)
         for i, row in enumerate(prompts):
-            for path in fitting_pictures(data, row, rules, start=i):
+            for path in () if "broken" in row else fitting_pictures(data, row, rules, start=i):
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
@@ -61,7 +61,9 @@ def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample],
     """`each` drawings per prompt, named as GenEval lays them, with seeds; and of each its prompt's number."""
     numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(each)]
     samples = [
-        Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "draw", seed + n)
+        malformed(n, f"{i:05d}/samples/{j:04d}", prompts[i]["broken"])
+        if "broken" in prompts[i]
+        else Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "draw", seed + n)
         for n, (i, j, prompt) in enumerate(numbered)
     ]
     return samples, [i for i, _, _ in numbered]
@@ -204,8 +206,7 @@ def look_for_objects(
     clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
     names = sorted({clause["class"] for clause in clauses})
 
-    def work(batch: list[Sample]) -> list[Row]:
-        pictures = [read_picture(out / rows[s.index]["file"]) for s in batch]
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
         kept = [[t for t in things if t.name in names] for things in find(pictures, names)]
         return [detectors.as_row(t, colours(p, t)) for p, t in zip(pictures, kept)]
 
@@ -215,31 +216,29 @@ def look_for_objects(
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
     drawn = [s for s in with_pictures(task.samples, rows) if s.kind == "draw"]
-    look_all(out, "detections", about, drawn, work, 8, quiet)
+    look_all(out, "detections", about, drawn, rows, work, 8, quiet)
 
 
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def findings(task: Task, rows: dict[int, Row], folder: Path) -> dict[int, Row]:
-    """Index -> detections: those of `detections.jsonl` where it is, else those noted while drawing."""
+def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+    """Detections: those of `detections.jsonl` where it is, else a model's, else those noted while drawing."""
     path = folder / "detections.jsonl"
     if path.exists():
-        found = {}
-        for i, row in enumerate(read_jsonl(path)):
-            entry(row, "detections", f"{path}, line {i + 1}")
-            found[entry(row, "index", f"{path}, line {i + 1}")] = row
-    elif seen := looked(folder, "detections", with_pictures(task.samples, rows)):
-        found = seen[0].rows
-    else:
-        found = {i: row for i, row in rows.items() if "detections" in row}
+        check = geneval.check_detections
+        return read_findings(path, task.samples, check, "detector", "a detector without a name")
+    if seen := looked(folder, "detections", with_pictures(task.samples, rows)):
+        found, problems = said(seen[0])
+        return Findings(found, f"{seen[1]['model']} of transformers", problems)
+    found = {i: row for i, row in rows.items() if "detections" in row}
     if not found and any(not row.get("error") for row in rows.values()):
         raise UserError(
             f"{folder}: the pictures are drawn, but nothing has looked at them. Run again with "
             "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
             f"{folder / 'pictures'} and write its findings to {path}."
         )
-    return found
+    return Findings(found, "scenes" if task.about["detector"] == "scenes" else "nothing", [])
 
 
 def score_geneval(
@@ -251,13 +250,14 @@ def score_geneval(
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        verdict = judged(geneval.judge, prompt, found.get(sample.index), rules)
+        seen = None if sample.broken else found.by_index.get(sample.index)
+        verdict = judged(geneval.judge, prompt, seen, rules)
         per_sample.append(
             describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
             | {"group": prompt["tag"], "owner": owners[sample.index]}
         )
         if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "draw":
-            seen = found.get(sample.index, {}).get("detections", {})
+            seen = found.by_index.get(sample.index, {}).get("detections", {})
             alone = sum(map(len, seen.values())) == prompt["include"][0]["count"]
             per_sample[-1]["exact"] = float(verdict.correct and alone)
     drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
@@ -285,24 +285,16 @@ def score_geneval(
         "images": summary["images"],
         "prompts": summary["prompts"],
     }
-    why, details["detected by"] = detected_by(task, rows, folder)
-    return Scored(metrics, details, per_sample, "group mean", why)
+    details["detected by"] = found.by
+    return Scored(metrics, details, per_sample, "group mean", why_not(task, found), found.problems)
 
 
-def detected_by(task: Task, rows: dict[int, Row], folder: Path) -> tuple[str, str]:
-    """Why the numbers must not stand beside published ones, "" if they may; and what found the objects."""
+def why_not(task: Task, found: Findings) -> str:
+    """Why the numbers must not stand beside published ones, "" if they may."""
     if task.about["detector"] == "scenes":
-        return "the prompts and the detector are those of scenes", "scenes"
-    path = folder / "detections.jsonl"
-    if path.exists():
-        names = {str(row.get("detector", "a detector without a name")) for row in read_jsonl(path)}
-        if names == {PUBLISHED_DETECTOR}:
-            return "", PUBLISHED_DETECTOR
-        text = ", ".join(sorted(names))
-        return f'objects found by {text}; a line\'s "detector" is not {PUBLISHED_DETECTOR!r}', text
-    seen = looked(folder, "detections", with_pictures(task.samples, rows))
-    name = seen[1]["model"] if seen else "nothing"
-    return f"objects found by {name} of transformers, not by {PUBLISHED_DETECTOR}", name
+        return "the prompts and the detector are those of scenes"
+    same = found.by == PUBLISHED_DETECTOR
+    return "" if same else f"objects found by {found.by}, not by {PUBLISHED_DETECTOR}"
 
 
 def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
@@ -314,8 +306,9 @@ def describe(sample: Sample, rows: dict[int, Row], good: bool, reason: str, held
     """A line of the per-sample scores."""
     row = rows.get(sample.index, {})
     return {
-        "index": sample.index, "kind": sample.kind, "prompt": sample.prompt, "file": row.get("file"),
-        "score": float(good), "reason": reason or row.get("unclear", ""), "held_out": bool(held_out),
+        "index": sample.index, "kind": "draw" if sample.broken else sample.kind, "prompt": sample.prompt,
+        "file": row.get("file"), "score": float(good), "reason": reason or row.get("unclear", ""),
+        "held_out": bool(held_out), **({"error": row["error"]} if row.get("error") else {}),
     }  # fmt: skip
 
 

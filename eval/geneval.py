@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_jsonl
+from open_unitok.files import existing
 
-from .asking import entry
+from .asking import entry, of_kind, read_lines, text_of
+from .harness import Row
 from .vqa import mean
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -52,8 +53,11 @@ class Found(NamedTuple):
 def load(data: str | Path) -> list[dict[str, Any]]:
     """Read `evaluation_metadata.jsonl` from `data`, `data/test/geneval` or `data/geneval`.
 
+    A malformed line becomes a prompt that is "broken" with the reason; its tag, where it cannot be read, is
+    that of the line before, since the released file goes tag by tag.
+
     Raises:
-        UserError: no such file, a missing key, an unknown tag; file and line are named.
+        UserError: no such file, or an empty one, or one of another kind.
     """
     data = existing(data)
     folders = (data, data / "test" / "geneval", data / "geneval", data / "prompts")
@@ -62,27 +66,54 @@ def load(data: str | Path) -> list[dict[str, Any]]:
     )
     if path is None:
         raise UserError(f"{data}: no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
-    rows = read_jsonl(path)
+    rows = read_lines(path)
+    tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
+    tag = tags[0] if tags else TAGS[0]
     for i, row in enumerate(rows):
-        check_metadata(row, f"{path}, prompt {i + 1}")
-    if not rows:
-        raise UserError(f"{path} is empty.")
+        tag = row["tag"] if isinstance(row, dict) and row.get("tag") in TAGS else tag
+        try:
+            check_metadata(row, f"{path}, prompt {i + 1}")
+        except UserError as error:
+            rows[i] = {"tag": tag, "prompt": "", "include": [], "broken": str(error)}
+    broken = [row["broken"] for row in rows if "broken" in row]
+    if not rows or len(broken) > len(rows) / 2:
+        raise UserError(f"{path} is {f'no list of prompts: {broken[0]}' if rows else 'empty.'}")
     return rows
 
 
 def check_metadata(row: Any, where: str) -> None:
     """Raise UserError with the place where a prompt's description is not GenEval's."""
-    entry(row, "prompt", where)
+    text_of(row, "prompt", where)
     if entry(row, "tag", where) not in TAGS:
         raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
-    for i, clause in enumerate(entry(row, "include", where)):
-        entry(clause, "class", f"{where}, include[{i}]")
-        if not isinstance(entry(clause, "count", f"{where}, include[{i}]"), int):
-            raise UserError(f"{where}, include[{i}]: count is {clause['count']!r}; expected a whole number.")
-        if "position" in clause and not 0 <= clause["position"][1] < i:
-            raise UserError(
-                f"{where}, include[{i}]: position names clause {clause['position'][1]}, not one before."
-            )
+    if not of_kind(list, entry(row, "include", where), f"{where}, include"):
+        raise UserError(f"{where}: include is empty, so that every picture would be right.")
+    for key in ("include", "exclude"):
+        for i, clause in enumerate(of_kind(list, row.get(key, []), f"{where}, {key}")):
+            place = f"{where}, {key}[{i}]"
+            text_of(clause, "class", place)
+            if not isinstance(entry(clause, "count", place), int):
+                raise UserError(f"{place}: count is {clause['count']!r}; expected a whole number.")
+            if key == "include" and "position" in clause:
+                relation = clause["position"]
+                if not isinstance(relation, list) or len(relation) != 2 or not isinstance(relation[1], int):
+                    raise UserError(f"{place}: position is {relation!r}; expected [relation, clause number].")
+                if not 0 <= relation[1] < i:
+                    raise UserError(f"{place}: position names clause {relation[1]}, not one before.")
+
+
+def check_detections(row: Any, where: str) -> Row:
+    """What a detector found in a picture; UserError where boxes or colours are not as they should be."""
+    colours = of_kind(dict, row.get("colors", {}), f"{where}, colors")
+    for name, boxes in of_kind(dict, entry(row, "detections", where), f"{where}, detections").items():
+        try:
+            count = len(np.asarray(boxes, dtype=np.float32).reshape(-1, 5))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: boxes of {name!r} must be [x0, y0, x1, y1, score]: {error}") from error
+        named = of_kind(list, colours.get(name) or [""] * count, f"{where}, colors of {name!r}")
+        if len(named) != count:
+            raise UserError(f"{where}: detections of {name!r}: {count} boxes, but {len(named)} colours.")
+    return row
 
 
 def judge(metadata: dict[str, Any], seen: dict[str, Any], settings: Settings = Settings()) -> Verdict:

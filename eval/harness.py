@@ -115,6 +115,11 @@ def malformed(index: int, name: Any, error: object, image: Path | None = None) -
     return Sample(index, name, "", image, "malformed", broken=str(error))
 
 
+def reasons(samples: Sequence[Sample]) -> list[str]:
+    """What is wrong with the malformed annotations, each once however many samples hang on it."""
+    return list(dict.fromkeys(s.broken for s in samples if s.broken))
+
+
 class Metric(NamedTuple):
     """One number in its unit ("share", "dB", ...), of n samples, with a 95 % interval if there is one."""
 
@@ -278,7 +283,12 @@ def answer_all(
     open_samples.sort(key=lambda s: (s.kind, s.index))
     count, rank, world = len(open_samples), ranks.rank(), ranks.world_size()
     mine = open_samples[count * rank // world : count * (rank + 1) // world]
-    bar = tqdm(total=len(mine), desc=store.benchmark, unit=" samples", disable=quiet or not ranks.is_main())
+    bar = tqdm(
+        total=len(mine),
+        desc=store.benchmark,
+        unit=" samples",
+        disable=quiet or not mine or not ranks.is_main(),
+    )
     with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]

@@ -33,13 +33,14 @@ def names() -> list[str]:
     return [name for _, name in classes()]
 
 
-def find(data: Path, split: str = "val") -> list[tuple[Path, int]] | None:
+Labelled = list[tuple[Path, int | UserError]]
+
+
+def find(data: Path, split: str = "val") -> Labelled | None:
     """(picture, class number) of a split, in the order of the names; None where no layout of ImageNet is.
 
+    In the place of an id or a class number that ImageNet does not have stands the UserError that says so.
     Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files.
-
-    Raises:
-        UserError: an id, a class number or a picture that ImageNet does not have; the place is named.
     """
     for folder in (data / split, data / "ILSVRC" / "Data" / "CLS-LOC" / split, data):
         if not folder.is_dir():
@@ -54,7 +55,7 @@ def find(data: Path, split: str = "val") -> list[tuple[Path, int]] | None:
     return None
 
 
-def by_folder(folder: Path) -> list[tuple[Path, int]]:
+def by_folder(folder: Path) -> Labelled:
     """A folder per WordNet id."""
     return [
         (path, number_of(one.name, str(one)))
@@ -65,32 +66,34 @@ def by_folder(folder: Path) -> list[tuple[Path, int]]:
     ]
 
 
-def by_table(folder: Path, table: Path) -> list[tuple[Path, int]]:
+def by_table(folder: Path, table: Path) -> Labelled:
     """One flat folder and a table of ImageId and "WordNet-id box ..." per picture."""
-    with open(table, newline="", encoding="utf-8") as file:
+    with open(table, newline="", encoding="utf-8", errors="replace") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
-    result = []
+    result: Labelled = []
     for row in rows:
-        image, prediction = row.get("ImageId"), row.get("PredictionString")
+        image, prediction = (row.get("ImageId") or "").strip(), (row.get("PredictionString") or "").strip()
         if not image or not prediction:
-            raise UserError(f"{table}: a row lacks ImageId or PredictionString: {row}.")
+            lacks = UserError(f"{table}: a row lacks ImageId or PredictionString: {row}.")
+            result.append((folder / f"{image or 'unknown'}.JPEG", lacks))
+            continue
         result.append((folder / f"{image}.JPEG", number_of(prediction.split()[0], f"{table}, {image}")))
     return result
 
 
-def by_class_file(shard: Path) -> list[tuple[Path, int]]:
+def by_class_file(shard: Path) -> Labelled:
     """A tar with a .cls file beside every picture."""
-    result = []
+    result: Labelled = []
     for picture in tars.members(shard, SUFFIXES):
         text = tars.beside(picture, ".cls")
-        if text is None or not text.strip().isdigit() or int(text) >= len(classes()):
-            raise UserError(f"{picture} has no .cls file with a class number from 0 to {len(classes()) - 1}.")
-        result.append((picture, int(text)))
+        known = text is not None and text.strip().isdigit() and int(text) < len(classes())
+        lacks = UserError(f"{picture} has no .cls file with a class number from 0 to {len(classes()) - 1}.")
+        result.append((picture, int(text) if known and text else lacks))
     return result
 
 
-def number_of(wnid: str, where: str) -> int:
-    """The class number of a WordNet id."""
+def number_of(wnid: str, where: str) -> int | UserError:
+    """The class number of a WordNet id, or that it is none."""
     if wnid not in numbers():
-        raise UserError(f"{where}: {wnid!r} is no WordNet id of ImageNet's 1000 classes.")
+        return UserError(f"{where}: {wnid!r} is no WordNet id of ImageNet's 1000 classes.")
     return numbers()[wnid]

@@ -6,11 +6,13 @@ of them counts. Another model starts another folder, so that nothing is drawn ag
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_unitok import ranks
+from open_unitok.errors import UserError
 from open_unitok.files import read_json, write_json
 
+from .asking import entry, read_lines, read_picture
 from .harness import Answers, Row, Sample, Store, answer_all
 
 
@@ -41,18 +43,88 @@ def look_all(
     kind: str,
     about: dict[str, Any],
     samples: Sequence[Sample],
-    work: Callable[[list[Sample]], list[Row]],
+    rows: dict[int, Row],
+    work: Callable[[list[Sample], list[Any]], list[Row]],
     batch_size: int,
     quiet: bool = False,
 ) -> None:
-    """Let a model look at every sample that it has not seen yet; resumes and shares like the drawing."""
-    answer_all(Store(open_look(out, kind, about), kind), samples, work, batch_size, quiet)
+    """Let a model look at every sample that it has not seen yet; resumes and shares like the drawing.
+
+    Args:
+        rows: the run's, whose "file" is the picture.
+        work: (samples, pictures) -> what the model says; a picture that cannot be read gets a row with why.
+    """
+
+    def look(batch: list[Sample]) -> list[Row]:
+        found: list[Row] = [{} for _ in batch]
+        pictures = {}
+        for i, sample in enumerate(batch):
+            try:
+                pictures[i] = read_picture(out / rows[sample.index]["file"])
+            except UserError as error:
+                found[i] = {"error": str(error)}
+        if pictures:
+            said = work([batch[i] for i in pictures], list(pictures.values()))
+            for i, row in zip(pictures, said, strict=True):
+                found[i] = row
+        return found
+
+    answer_all(Store(open_look(out, kind, about), kind), samples, look, batch_size, quiet)
 
 
 def looked(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, dict[str, Any]] | None:
     """The rows of the model that counts and the model, or None where nothing has looked."""
     found = current(out, kind)
     return None if found is None else (Store(found[0], kind).gather(samples), found[1])
+
+
+def said(answers: Answers) -> tuple[dict[int, Row], list[str]]:
+    """What a model said, by index, and a line about the pictures that it could not be shown."""
+    found = {i: row for i, row in answers.rows.items() if not row.get("error")}
+    if not answers.failed:
+        return found, []
+    reason = answers.rows[answers.failed[0]]["error"]
+    return found, [f"{len(answers.failed)} pictures could not be looked at, the first because {reason}"]
+
+
+class Findings(NamedTuple):
+    """What another tool found: by sample index; whose it is; what has to be said about its file."""
+
+    by_index: dict[int, Any]
+    by: str
+    problems: list[str]
+
+
+def read_findings(
+    path: Path, samples: Sequence[Sample], value: Callable[[Row, str], Any], key: str, unnamed: str
+) -> Findings:
+    """A file of lines {"index", ..., key: who found it}; a line that cannot be used is counted and named.
+
+    Args:
+        value: (line, where it stands) -> what was found; UserError where it is malformed.
+
+    Raises:
+        UserError: not one line can be used.
+    """
+    wanted = {sample.index for sample in samples}
+    found: dict[int, Any] = {}
+    names, bad = set(), []
+    for number, row in enumerate(read_lines(path), 1):
+        where = f"{path}, line {number}"
+        try:
+            index = entry(row, "index", where)
+            if not isinstance(index, int) or index not in wanted:
+                raise UserError(f"{where}: index {index!r} is no sample of this benchmark.")
+            if index in found:
+                raise UserError(f"{where}: index {index} occurs twice; the first line counts.")
+            found[index] = value(row, where)
+            names.add(str(row.get(key, unnamed)))
+        except UserError as error:
+            bad.append(str(error))
+    if not found:
+        raise UserError(f"{path} holds no line that can be used. {(bad or ['It is empty.'])[0]}")
+    problems = [f"{len(bad)} lines of {path.name} cannot be used, the first: {bad[0]}"] if bad else []
+    return Findings(found, ", ".join(sorted(names)), problems)
 
 
 def with_pictures(samples: Sequence[Sample], rows: dict[int, Row]) -> list[Sample]:

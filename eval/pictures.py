@@ -19,7 +19,7 @@ from .crops import crop_of
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
 from .imagenet import SUFFIXES
 from .intervals import bootstrap, with_ones
-from .looks import look_all, looked
+from .looks import look_all, looked, said
 
 LPIPS_BATCH = 16
 
@@ -141,15 +141,15 @@ def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device
     file = find_weights(weights, (FILE,), "LPIPS", f"https://huggingface.co/{HUB}")
     net = LPIPS.from_file(file).to(device)
 
-    def work(batch: list[Sample]) -> list[Row]:
-        copies = np.stack([np.asarray(read_picture(out / rows[s.index]["file"])) for s in batch])
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
+        copies = np.stack([np.asarray(picture) for picture in pictures])
         both = (originals_of(batch, copies.shape[1], task.truth["crop"]), copies)
         with torch.inference_mode():
             a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1 for x in both)
             return [{"lpips": value} for value in net(a, b).tolist()]
 
     about = {"network": "VGG16, published linear heads", "fingerprint": sha256(file)}
-    look_all(out, "lpips", about, copied(task, rows), work, LPIPS_BATCH, quiet)
+    look_all(out, "lpips", about, copied(task, rows), rows, work, LPIPS_BATCH, quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -206,11 +206,12 @@ def add_lpips(result: dict[str, Metric], folder: Path, good: list[Sample]) -> li
     found = looked(folder, "lpips", good)
     if found is None:
         return []
-    values = [row["lpips"] for row in found[0].rows.values()]
+    seen, problems = said(found[0])
+    values = [row["lpips"] for row in seen.values()]
     if values:
         result["lpips"] = Metric(float(np.mean(values)), len(values), bootstrap(with_ones(values)), "lpips")
-    missing = len(good) - len(values)
-    return [f"{missing} pictures have no LPIPS yet; run again with --lpips"] * (missing > 0)
+    missing = len(good) - len(found[0].rows)
+    return problems + [f"{missing} pictures have no LPIPS yet; run again with --lpips"] * (missing > 0)
 
 
 def add_rfid(

@@ -11,12 +11,12 @@ from .drawings import (
     about_drawing,
     add_apart,
     describe,
-    detected_by,
     detector_for,
     findings,
     judged,
     share,
     to_draw,
+    why_not,
 )
 from .harness import Row, Sample, Scored, Scoring, Settings, Task
 
@@ -69,7 +69,7 @@ def score_positions(
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        verdict = judged(judge_position, prompt, found.get(sample.index), task.truth["cell"])
+        verdict = judged(judge_position, prompt, found.by_index.get(sample.index), task.truth["cell"])
         row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
         whole = verdict.correct or verdict.reason == "right object, wrong place"
         per_sample.append(
@@ -82,5 +82,7 @@ def score_positions(
     }
     add_apart(metrics, per_sample)
     ceiling = metrics["ceiling"].value if "ceiling" in metrics else None
-    why = detected_by(task, rows, folder)[0]
-    return Scored(metrics, {"ceiling_overall": ceiling}, per_sample, not_comparable=why)
+    why = why_not(task, found)
+    return Scored(
+        metrics, {"ceiling_overall": ceiling}, per_sample, not_comparable=why, problems=found.problems
+    )

@@ -12,7 +12,8 @@ import numpy as np
 from open_unitok.errors import UserError, did_you_mean
 
 from . import imagenet
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .asking import usable
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .imagenet import SUFFIXES
 from .intervals import bootstrap, with_ones
 from .pictures import open_pictures
@@ -32,16 +33,20 @@ def load_probe(data: Path, settings: Settings) -> Task:
     if pooling not in POOLINGS:
         raise UserError(f"pooling is {pooling!r}." + did_you_mean(pooling, POOLINGS))
     parts, names = labelled(data)
-    samples, labels = [], []
+    samples, labels, kinds = [], [], []
     for part in ("train", "val"):
         for path, number in parts[part][: settings.limit]:
-            samples.append(Sample(len(samples), f"{part}/{path.name}", "", path, part))
-            labels.append(number)
+            name, broken = f"{part}/{path.name}", isinstance(number, UserError)
+            sample = Sample(len(samples), name, "", path, part)
+            samples.append(malformed(len(samples), name, number, path) if broken else sample)
+            labels.append(-1 if broken else number)
+            kinds.append(part)
     about = {"split": "val", "recipe": f"{pooling}: {POOLINGS[pooling]}", "classes": len(names)}
-    return Task(samples, {"labels": labels, "names": names, "pooling": pooling}, about)
+    truth = {"labels": labels, "names": names, "pooling": pooling, "parts": kinds}
+    return Task(usable(samples, data), truth, about)
 
 
-def labelled(data: Path) -> tuple[dict[str, list[tuple[Path, int]]], list[str]]:
+def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
     """(picture, class) of train and val, and the classes' names."""
     for part in ("train", "val"):
         if not (data / part).is_dir():
@@ -86,18 +91,19 @@ def score_probe(
     from .linear import fit
 
     labels, names = task.truth["labels"], task.truth["names"]
-    usable = {i: row["vector"] for i, row in rows.items() if "vector" in row}
-    train = [s for s in task.samples if s.kind == "train" and s.index in usable]
-    val = [s for s in task.samples if s.kind == "val"]
+    vectors = {i: row["vector"] for i, row in rows.items() if "vector" in row}
+    parts = task.truth["parts"]
+    train = [s for s in task.samples if parts[s.index] == "train" and s.index in vectors]
+    val = [s for s in task.samples if parts[s.index] == "val"]
     if len({labels[s.index] for s in train}) < 2:
         raise UserError(f"{folder}: features of fewer than two classes to train on.")
-    x = torch.from_numpy(np.stack([unpack(usable[s.index]) for s in train]))
+    x = torch.from_numpy(np.stack([unpack(vectors[s.index]) for s in train]))
     y = torch.tensor([labels[s.index] for s in train])
     probe, chosen = fit(x, y, len(names), scoring.scorer)
-    seen = [s for s in val if s.index in usable]
+    seen = [s for s in val if s.index in vectors]
     best: dict[int, list[int]] = {}
     if seen:
-        scores = probe(torch.from_numpy(np.stack([unpack(usable[s.index]) for s in seen])))
+        scores = probe(torch.from_numpy(np.stack([unpack(vectors[s.index]) for s in seen])))
         ranked = scores.topk(min(5, len(names)), dim=1).indices.tolist()
         best = {s.index: row for s, row in zip(seen, ranked)}
     hits = {
@@ -112,10 +118,10 @@ def score_probe(
         "chosen": chosen,
         "chance": 1 / len(names),
     }
-    left_out = sum(s.kind == "train" for s in task.samples) - len(train)
+    left_out = parts.count("train") - len(train)
     return Scored(metrics, details, [
         {
-            "index": s.index, "image": str(s.image), "truth": names[labels[s.index]],
+            "index": s.index, "image": str(s.image), "truth": "" if s.broken else names[labels[s.index]],
             "answer": names[best[s.index][0]] if s.index in best else None, "score": hit,
         }
         for s, hit in zip(val, hits["top1"])

@@ -8,12 +8,12 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing
 
 from . import features, fid, imagenet
-from .asking import entry, read_picture
+from .asking import read_as, read_picture, text_of, usable
 from .drawn import about_drawing, require_drawings
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .looks import with_pictures
 
 SAMPLES = 50_000  # class-conditional drawings
@@ -22,16 +22,17 @@ SAMPLES = 50_000  # class-conditional drawings
 def load_mjhq(data: Path, settings: Settings) -> Task:
     """`meta_data.json`: {id: {category, prompt}}, a drawing each at category/id."""
     path = existing(data / "meta_data.json", "MJHQ-30K is this file and its pictures.")
-    rows = list(read_json(path).items())[: settings.limit]
-    if not rows:
-        raise UserError(f"{path} is empty.")
+    rows = list(read_as(dict, path).items())[: settings.limit]
     samples = []
     for k, (name, row) in enumerate(rows):
         where = f"{path}, {name}"
-        place = f"{entry(row, 'category', where)}/{name}"
-        samples.append(Sample(k, place, entry(row, "prompt", where), None, "draw", settings.seed + k))
+        try:
+            place = f"{text_of(row, 'category', where)}/{name}"
+            samples.append(Sample(k, place, text_of(row, "prompt", where), None, "draw", settings.seed + k))
+        except UserError as error:
+            samples.append(malformed(k, name, error))
     about = about_drawing(settings, "jpg") | {"split": f"{len(rows)} prompts"}
-    return Task(samples, {"data": data}, about)
+    return Task(usable(samples, path), {"data": data}, about)
 
 
 def real_mjhq(data: Path, reference: str, size: int) -> features.Pictures:

@@ -11,7 +11,7 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.files import read_json, write_json
 
-from .harness import Answers, Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Answers, Row, Sample, Scored, Scoring, Settings, Task, reasons
 
 
 def open_run(folder: str | Path, run: dict[str, Any]) -> None:
@@ -68,12 +68,9 @@ def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, pa
         problems.append(f"{empty} answers are empty (scored as the benchmark's own rule says)")
     if answers.duplicates:
         problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
-    broken = [s for s in samples if s.broken]
-    if broken:
-        problems.append(
-            f"{len(broken)} annotations are malformed, the first: {broken[0].broken} (counted as wrong)"
-        )
-    failed = sorted(set(answers.failed) - {s.index for s in broken})
+    if broken := reasons(samples):
+        problems.append(f"{len(broken)} annotations are malformed, the first: {broken[0]} (counted as wrong)")
+    failed = sorted(set(answers.failed) - {s.index for s in samples if s.broken})
     if failed:
         problems.append(
             f"{len(failed)} samples could not be asked, the first because {answers.rows[failed[0]]['error']} "
@@ -89,7 +86,7 @@ def result_of(
     main = next(iter(scored.metrics), None)
     limit = run["settings"].get("limit")
     why_not = scored.not_comparable or (f"only the first {limit} samples" if limit else "")
-    broken = sum(bool(s.broken) for s in task.samples)
+    broken = len(reasons(task.samples))
     for count, what in ((len(answers.missing), "answers are missing"), (broken, "annotations are malformed")):
         why_not = why_not or (f"{count} {what}" if count else "")
     return {

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json, read_jsonl
+from open_unitok.files import existing
 
-from .asking import entry, read_picture
+from .asking import entry, of_kind, read_as, text_of, usable
 from .drawn import about_drawing, require_drawings
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap, with_ones
-from .looks import look_all, looked, with_pictures
+from .looks import Findings, look_all, looked, read_findings, said, with_pictures
 
 QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
 PUBLISHED = "clip-flant5-xxl"  # what vqascore.jsonl has to say to be comparable
@@ -38,31 +38,66 @@ def vqascore(logits: np.ndarray, labels: Sequence[int]) -> float:
 def load_genai(data: Path, settings: Settings) -> Task:
     """A drawing per prompt of `prompts.txt` (527) or `genai_image.json` (1600), with `genai_skills.json`.
 
+    A prompt that is malformed, or that a skill names and that is not there, counts as 0 in its skills.
+
     Raises:
-        UserError: neither is there, or a skill names a prompt that is not.
+        UserError: neither is there, or one is of another kind.
     """
-    prompts = read_prompts(data)
+    prompts, broken = read_prompts(data)
     path = existing(data / "genai_skills.json", "It says which prompts need which skill.")
-    skills = {str(tag): [int(i) for i in ids] for tag, ids in read_json(path).items()}
-    for tag, ids in skills.items():
-        if stranger := next((i for i in ids if i not in prompts), None):
-            raise UserError(f"{path}: the skill {tag!r} names prompt {stranger}, which is not there.")
-    chosen = list(prompts.items())[: settings.limit]
+    skills: dict[str, list[int]] = {}
+    for tag, ids in read_as(dict, path).items():
+        skills[tag] = []
+        for place, i in enumerate(of_kind(list, ids, f"{path}, {tag!r}")):
+            number = whole(i)
+            if number is None:
+                number = -1 - len(broken)
+                broken[number] = f"{path}: the skill {tag!r} names prompt {i!r} at place {place}, no number."
+            elif number not in prompts and number not in broken:
+                broken[number] = f"{path}: the skill {tag!r} names prompt {number}, which is not there."
+            skills[tag].append(number)
+    chosen = [*prompts.items(), *((number, "") for number in broken)][: settings.limit]
     samples = [
-        Sample(k, f"{number:05d}", text, None, "draw", settings.seed + k)
+        malformed(k, f"{number:05d}" if number > 0 else None, broken[number])
+        if number in broken
+        else Sample(k, f"{number:05d}", text, None, "draw", settings.seed + k)
         for k, (number, text) in enumerate(chosen)
     ]
     about = about_drawing(settings, "jpg") | {"question": QUESTION, "split": f"{len(prompts)} prompts"}
-    return Task(samples, {"numbers": [n for n, _ in chosen], "skills": skills}, about)
+    truth = {"numbers": [n for n, _ in chosen], "skills": skills}
+    return Task(usable(samples, data), truth, about)
 
 
-def read_prompts(data: Path) -> dict[int, str]:
-    """Prompt by number: the line of `prompts.txt`, from 1, or the key of `genai_image.json`."""
+def read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """Prompt by number: the line of `prompts.txt`, from 1, or the key of `genai_image.json`; what is wrong.
+
+    The second gives by number why there is no prompt; a key that is no number gets a negative one.
+    """
+    prompts, broken = {}, {}
     if (data / "prompts.txt").exists():
-        lines = (data / "prompts.txt").read_text(encoding="utf-8").splitlines()
-        return {i + 1: line.strip() for i, line in enumerate(lines)}
+        lines = (data / "prompts.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompts[number] = line.strip()
+            else:
+                broken[number] = f"{data / 'prompts.txt'}, line {number}, is empty."
+        return prompts, broken
     path = existing(data / "genai_image.json", "GenAI-Bench is prompts.txt or genai_image.json.")
-    return {int(key): entry(row, "prompt", f"{path}, {key}") for key, row in read_json(path).items()}
+    for key, row in read_as(dict, path).items():
+        number = whole(key)
+        try:
+            if number is None:
+                raise UserError(f"{path}: the key {key!r} is no number.")
+            prompts[number] = text_of(row, "prompt", f"{path}, {key}")
+        except UserError as error:
+            broken[-1 - len(broken) if number is None else number] = str(error)
+    return prompts, broken
+
+
+def whole(value: Any) -> int | None:
+    """A whole number above 0, also as digits."""
+    number = int(value) if str(value).isdigit() else 0
+    return number if number > 0 else None
 
 
 def look_genai(
@@ -75,34 +110,34 @@ def look_genai(
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample]) -> list[Row]:
-        pictures = [read_picture(out / rows[s.index]["file"]) for s in batch]
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
         values = model.probabilities(pictures, [QUESTION.format(s.prompt) for s in batch], ANSWER)
         return [{"vqascore": value} for value in values]
 
-    look_all(out, "vqascore", model.about, with_pictures(task.samples, rows), work, 8, quiet)
+    look_all(out, "vqascore", model.about, with_pictures(task.samples, rows), rows, work, 8, quiet)
 
 
-def read_scores(task: Task, rows: dict[int, Row], folder: Path) -> tuple[dict[int, float], str]:
-    """Score by index, and whose: `vqascore.jsonl` (a line {"index", "score", "model"}) comes first."""
+def score_in(row: Row, where: str) -> float:
+    """The score of a line of `vqascore.jsonl`."""
+    value = entry(row, "score", where)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where}: score is {value!r}; a number from 0 to 1 is needed.")
+    return float(value)
+
+
+def read_scores(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+    """Scores, and whose: `vqascore.jsonl` (a line {"index", "score", "model"}) comes first."""
     path = folder / "vqascore.jsonl"
     if path.exists():
-        found, names = {}, set()
-        for k, row in enumerate(read_jsonl(path)):
-            where = f"{path}, line {k + 1}"
-            value = entry(row, "score", where)
-            if not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise UserError(f"{where}: score is {value!r}; a number from 0 to 1 is needed.")
-            found[entry(row, "index", where)] = float(value)
-            names.add(str(row.get("model", "a model without a name")))
-        return found, ", ".join(sorted(names))
+        return read_findings(path, task.samples, score_in, "model", "a model without a name")
     seen = looked(folder, "vqascore", with_pictures(task.samples, rows))
     if seen is None:
         raise UserError(
             f"{folder}: the pictures are drawn, but nothing has scored them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's scores to {path}."
         )
-    return {i: row["vqascore"] for i, row in seen[0].rows.items()}, seen[1]["model"]
+    found, problems = said(seen[0])
+    return Findings({i: row["vqascore"] for i, row in found.items()}, seen[1]["model"], problems)
 
 
 def summarise(
@@ -126,8 +161,8 @@ def score_genai(
 ) -> Scored:
     """The mean score of the advanced prompts (the published table's overall), of all, and of each skill."""
     require_drawings(task, rows, folder)
-    found, by = read_scores(task, rows, folder)
-    scores = [found.get(s.index, 0.0) for s in task.samples]
+    found, by, problems = read_scores(task, rows, folder)
+    scores = [0.0 if s.broken else found.get(s.index, 0.0) for s in task.samples]
     numbers, skills = task.truth["numbers"], task.truth["skills"]
     summary = summarise(scores, numbers, skills)
     place = {n: k for k, n in enumerate(numbers)}
@@ -141,7 +176,7 @@ def score_genai(
         metrics[tag] = Metric(summary[tag]["mean"], len(values), bootstrap(with_ones(values)), "score")
     formula = "the file's own" if (folder / "vqascore.jsonl").exists() else 'P("Yes")'
     missing = sum(s.index not in found for s in task.samples)
-    problems = [f"{missing} drawings have no score (counted as 0)"] * (missing > 0)
+    problems = problems + [f"{missing} drawings have no score (counted as 0)"] * (missing > 0)
     why = "" if by == PUBLISHED else f"VQAScore by {by}, not by {PUBLISHED} with its own formula"
     tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
     return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [

@@ -1,6 +1,7 @@
 """GenEval's scorer against the golden vectors: verdicts, reasons, kept boxes, relations, summary."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,12 +72,26 @@ def test_malformed_metadata_names_the_line(tmp_path):
         ({"include": [{"count": 1}]}, r"prompt 2, include\[0\]: the key 'class' is missing"),
         ({"include": [{"class": "a", "count": "1"}]}, "count is '1'"),
         ({"include": [{"class": "a", "count": 1, "position": ["above", 0]}]}, "not one before"),
+        ({"include": [{"class": "a", "count": 1, "position": "above"}]}, "expected .relation, clause"),
+        ({"include": []}, "include is empty"),
+        ({"exclude": [{"class": "a"}]}, r"exclude\[0\]: the key 'count' is missing"),
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-        with pytest.raises(UserError, match=message):
+        first, second = geneval.load(tmp_path)
+        assert first == good and re.search(message, second["broken"]) and second["tag"] == "position"
+        path.write_text(json.dumps(good | change) + "\n")
+        with pytest.raises(UserError, match=message.replace("prompt 2", "prompt 1")):
             geneval.load(tmp_path)
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
         geneval.load(tmp_path)
+    for found, message in (
+        ({"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}}, "2 boxes, but 1 colours"),
+        ({"detections": {"a": [[0, 0, 1]]}}, "boxes of 'a' must be"),
+        ({"detections": {"a": 5}, "colors": []}, "colors: expected an object, found list"),
+        ({"detections": []}, "detections: expected an object, found list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            geneval.check_detections(found, "line 1")
     with pytest.raises(UserError, match="2 boxes, but 1 colours"):
         geneval.judge(good, {"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}})

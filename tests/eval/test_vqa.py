@@ -81,7 +81,7 @@ def test_constant_answer_is_the_most_frequent_of_its_type():
         (lambda q, a: q["questions"][3].pop("image_id"), r"questions\[3\]: the key 'image_id' is missing"),
         (lambda q, a: a["annotations"][2].pop("answers"), r"annotations\[2\]: the key 'answers' is missing"),
         (lambda q, a: a["annotations"].pop(5), "has no annotation"),
-        (lambda q, a: q["questions"].pop(5), "no questions, for instance"),
+        (lambda q, a: q["questions"].pop(5), "is no question of v2_OpenEnded"),
         (lambda q, a: q["questions"].append(q["questions"][0]), "occurs twice"),
     ],
 )
