@@ -265,7 +265,7 @@ def same_rows(one: list[dict], other: list[dict], tolerance: float) -> None:
 @pytest.fixture(scope="session")
 def mllm(mllm_place):
     """place (folder), train(out, *overrides) -> run folder, rows(folder), weights(folder), write_tokenizer,
-    same_rows; what `unitok train place/config.yaml` does in this process."""
+    write_codes, same_rows; what `unitok train place/config.yaml` does in this process."""
     return SimpleNamespace(
         place=mllm_place,
         train=lambda out, *overrides: train(mllm_place, out, *overrides),
@@ -273,6 +273,7 @@ def mllm(mllm_place):
         weights=weights,
         same_rows=same_rows,
         write_tokenizer=write_tokenizer,
+        write_codes=write_codes,
     )
 
 
