@@ -4,9 +4,9 @@ B batch, N visual tokens (registers first), D width, (rows, columns) grid of vis
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from . import fast_cpu
 from .config import UniTokConfig
 from .layers import NORM_EPS, ChannelNorm, Conv2d, Upsample, build_transformer, conv_stage
 
@@ -40,4 +40,4 @@ class Decoder(nn.Module):
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
         map = self.leave(self.narrow(self.wide(self.enter(map))))
-        return self.to_pixels(F.gelu(self.leave_norm(map)))
+        return self.to_pixels(fast_cpu.gelu(self.leave_norm(map)))

@@ -4,9 +4,9 @@ B batch, N visual tokens (registers first), D width, (H, W) image size in pixels
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from . import fast_cpu
 from .config import UniTokConfig
 from .layers import NORM_EPS, ChannelNorm, Conv2d, build_transformer, conv_stage
 
@@ -21,7 +21,7 @@ class Stem(nn.Module):
         self.conv2 = Conv2d(width, width, 3, start="fan_out")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.conv2(F.gelu(self.norm(self.conv1(pixels))))
+        return self.conv2(fast_cpu.gelu(self.norm(self.conv1(pixels))))
 
 
 class Encoder(nn.Module):

@@ -220,10 +220,10 @@ class ConvBlock(nn.Module):
             shortcut = F.avg_pool2d(shortcut, 3, 2, 1, count_include_pad=False)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)
-        branch = F.gelu(self.widen(self.norm(map)))
+        branch = fast_cpu.gelu(self.widen(self.norm(map)))
         if self.upsample is not None:
             branch = self.upsample(branch)
-        return shortcut + self.narrow(F.gelu(self.depthwise(branch)))
+        return shortcut + self.narrow(fast_cpu.gelu(self.depthwise(branch)))
 
 
 def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:

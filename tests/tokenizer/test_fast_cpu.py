@@ -166,6 +166,15 @@ def test_where_nothing_is_chosen(model, monkeypatch, why):
         assert fast_cpu.chosen() == {} and model.decoder.enter._kept._made is None
 
 
+def test_gelu_takes_the_maps_own_memory_in_inference_alone():
+    map = torch.randn(1, 8, 4, 4)
+    expected, kept = torch.nn.functional.gelu(map), map.clone()
+    assert torch.equal(fast_cpu.gelu(map), expected) and torch.equal(map, kept)  # gradients may be wanted
+    with torch.no_grad():
+        result = fast_cpu.gelu(map)
+    assert torch.equal(result, expected) and result.data_ptr() == map.data_ptr()
+
+
 def test_training_after_inference_is_as_without(model):
     untouched = copy.deepcopy(model)
     model.decode(model.encode(pixels()))
