@@ -1,6 +1,7 @@
 """What a model folder on disk holds, before anything of it is loaded."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,19 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not an MLLM ({UniTokMLLMConfig.model_type!r}).{hint}"
         )
+
+
+def check_complete(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+    """Refuse a model that would be part random; `info` is what transformers tells of a loading.
+
+    Raises:
+        UserError: weights are missing; the message names them and those that are there instead.
+    """
+    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        found = "; ".join(
+            f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            for kind, names in (("missing", missing), ("unexpected", unexpected))
+            if names
+        )
+        raise UserError(f"{folder} does not hold the weights of its config.json ({found}).")

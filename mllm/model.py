@@ -26,7 +26,7 @@ from open_unitok.tokenizer.projection import ProjectionAttention
 from .config import UniTokMLLMConfig
 from .depth_head import DepthHead
 from .embedder import VisualEmbedder
-from .folders import PUBLISHED_TYPE, check_folder, folder_type
+from .folders import PUBLISHED_TYPE, check_complete, check_folder, folder_type
 from .loss import image_loss, targets, text_loss
 
 
@@ -291,8 +291,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         too, with `dtype` and `attn_implementation` as the only ones.
 
         Raises:
-            UserError: the folder holds no model, or one of another kind; a package that an argument needs
-                (flash-attn, bitsandbytes, accelerate) is not installed.
+            UserError: the folder holds no model, one of another kind, or one that lacks weights; a package
+                that an argument needs (flash-attn, bitsandbytes, accelerate) is not installed.
         """
         path = Path(pretrained_model_name_or_path)
         published = path.is_dir() and not args and folder_type(path) == PUBLISHED_TYPE
@@ -311,13 +311,16 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # the embedder's attention takes its weights as plain matrices
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
+        told = kwargs.pop("output_loading_info", False)
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         except ImportError as error:
             raise UserError(f"{path} cannot be loaded so: {' '.join(str(error).split())}") from error
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        check_complete(path, info)
         model.visual_embedder.codebooks.requires_grad_(False)  # loading forgets it
-        return loaded
+        return (model, info) if told else model
 
     def _losses(
         self,

@@ -169,7 +169,8 @@ def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
     folder.note(data=stream.fingerprint())
     log = Logbook(folder, config.steps, config.log.every, config.batch_size, "tokenizer")
     if ranks.is_main():
-        work = flops.tokenizer_flops(model.config, captions is not None, config.reconstruct_share)
+        share = decoded_first(micro, config.reconstruct_share)[1] / micro
+        work = flops.tokenizer_flops(model.config, captions is not None, share)
         log.measures(work, config.log.peak_tflops or flops.peak_tflops(device))
     if latest is None and other is None and config.codebooks.init_images:
         log.phase(f"codebooks begin on encoder outputs of {config.codebooks.init_images} images")

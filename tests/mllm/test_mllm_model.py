@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from open_unitok.errors import UserError
@@ -199,6 +200,15 @@ def test_save_and_load(tiny, codes, pad_rows, tmp_path):
     assert half.dtype == torch.bfloat16
     loss = half(**pad_rows(ROWS), image_codes=codes).loss
     assert loss.dtype == torch.float32 and abs(loss - before.loss) < 0.1
+
+
+def test_a_folder_that_lacks_weights_is_refused(tiny, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    state["lm_heads.weight"] = state.pop("lm_head.weight")
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"\(1 missing: lm_head\.weight; 1 unexpected: lm_heads\.weight\)"):
+        UniTokForConditionalGeneration.from_pretrained(tmp_path)
 
 
 def test_resized_embeddings_leave_images_alone(tiny, codes, pad_rows):

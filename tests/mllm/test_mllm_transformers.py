@@ -103,7 +103,7 @@ def test_quantised_loading_spares_what_reads_plain_matrices(tiny, tmp_path, monk
 
         def look(cls, path, **kwargs):
             seen.update(kwargs)
-            return original(cls, path)
+            return original(cls, path, output_loading_info=True)
 
         patch.setattr(PreTrainedModel, "from_pretrained", classmethod(look))
         UniTokForConditionalGeneration.from_pretrained(tmp_path, quantization_config=wanted)
