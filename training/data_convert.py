@@ -62,17 +62,17 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f"{args.dst}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
     if args.tokenizer:
-        extract_into(Path(args.dst), args.tokenizer)
+        extract_into(Path(args.dst), args.tokenizer, "pad" if args.kind == "llava" else "crop")
 
 
-def extract_into(folder: Path, tokenizer: str) -> None:
-    """`unitok extract-codes` of the tars in `folder`, with its own defaults, to `folder`/codes."""
+def extract_into(folder: Path, tokenizer: str, mode: str) -> None:
+    """`unitok extract-codes` of the tars in `folder` to `folder`/codes; `mode` as suits what they are for."""
     from . import extract
 
     parser = argparse.ArgumentParser()
     extract.add_arguments(parser)
     told = ["--tokenizer", tokenizer, "--data", str(folder / "*.tar"), "--out", str(folder / "codes")]
-    extract.run(parser.parse_args(told))
+    extract.run(parser.parse_args([*told, "--mode", mode]))
 
 
 def convert(

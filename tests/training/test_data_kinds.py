@@ -354,3 +354,11 @@ def test_torchrun_shares_the_tars(images, tokenizer, picture_codes, tmp_path):
     assert len(CodeFolder(tmp_path / "codes")) == 20
     for path in picture_codes.iterdir():
         assert (tmp_path / "codes" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("llava", "pad"), ("folder", "crop")])
+def test_convert_makes_codes_in_the_mode_that_suits(kind, mode, llava, images, tokenizer, tmp_path):
+    told = ["data", "convert", kind, llava / "talks.json" if kind == "llava" else images, tmp_path / "out"]
+    told += ["--tokenizer", tokenizer, *(["--images", images] if kind == "llava" else [])]
+    run(list(map(str, told)))
+    assert CodeFolder(tmp_path / "out" / "codes").manifest["mode"] == mode
