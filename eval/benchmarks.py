@@ -128,6 +128,7 @@ GENERATION: dict[str, Benchmark] = {
         realism.score_classes,
         64,
         files=("VIRTUAL_imagenet*.npz",),
+        submit=realism.submit_classes,
         look=realism.look_classes,
     ),
 }

@@ -209,9 +209,16 @@ def score_dpg(
     interval = bootstrap(with_ones(100 * np.array(by_prompt)))
     metrics = {"dpg": Metric(100 * float(np.mean(by_prompt)), len(items), interval, "points")}
     last = [found.get(k * each + each - 1, {}) for k in range(len(items))]
-    for level, groups in categories(items, last).items():
-        for name, scores in sorted(groups.items()):
-            metrics[f"{level}/{name}"] = Metric(100 * float(np.mean(scores)), len(scores), None, "points")
+    pooled: dict[str, tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
+    for item, answers in zip(items, last):
+        for level, groups in categories([item], [answers]).items():
+            for name, scores in groups.items():
+                pooled[f"{level}/{name}"][0].extend(scores)
+                pooled[f"{level}/{name}"][1].extend([item.id] * len(scores))
+    for name, (scores, owned_by) in sorted(pooled.items()):
+        points = 100 * np.array(scores)
+        interval = bootstrap(with_ones(points), owned_by)
+        metrics[name] = Metric(float(points.mean()), len(points), interval, "points")
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} drawings have no answers (counted as 0)"] * (missing > 0)
     why = "" if by == PUBLISHED else f"answers by {by}, not by {PUBLISHED}"

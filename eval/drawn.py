@@ -75,14 +75,17 @@ def require_drawings(task: Task, rows: dict[int, Row], folder: Path) -> None:
 class DrawnElsewhere:
     """Pictures of another system in a model's place: a folder in the benchmark's layout or an .npz.
 
+    With `grid` a prompt's pictures stand in one file `ID.png`, row by row in 2 x 2 squares of that side, as
+    DPG-Bench's own scorer takes them.
+
     Raises:
         UserError: neither.
     """
 
     device, kind = "cpu", "pictures"
 
-    def __init__(self, path: Path, device: str = "cpu"):
-        self.path, self.device, self.arrays = path, device, None
+    def __init__(self, path: Path, device: str = "cpu", grid: int | None = None):
+        self.path, self.device, self.grid, self.arrays = path, device, grid, None
         if path.is_file():
             from .features import of_array
 
@@ -92,6 +95,8 @@ class DrawnElsewhere:
         """Raise UserError for a benchmark that does not draw."""
         if kind != "drawer":
             raise UserError(f"{benchmark} needs a model, but {self.path} holds pictures alone.")
+        if self.grid and (benchmark != "dpg_bench" or self.arrays is not None):
+            raise UserError("--grid is for DPG-Bench, whose drawings may be a folder of 2 x 2 pictures.")
 
     def describe(self) -> dict[str, Any]:
         """Path and fingerprint: of names and sizes."""
@@ -117,12 +122,24 @@ class DrawnElsewhere:
                         raise UserError(f"{self.path} holds only {len(self.arrays.names)} pictures.")
                     results.append(self.arrays.load(sample.index))
                     continue
-                places = [self.path / f"{sample.id}{suffix}" for suffix in SUFFIXES]
+                name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
+                places = [self.path / f"{name}{suffix}" for suffix in SUFFIXES]
                 path = next((p for p in places if p.exists()), places[0])
-                results.append(np.asarray(read_picture(path)))
+                picture = np.asarray(read_picture(path))
+                results.append(cell(picture, int(number), self.grid, path) if self.grid else picture)
             except UserError as error:
                 results.append(str(error))
         return results
+
+
+def cell(picture: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
+    """The number-th of four pictures, row by row: uint8 (H, W, 3) -> (side, side, 3)."""
+    top, left = side * (number // 2), side * (number % 2)
+    if number > 3 or picture.shape[0] < top + side or picture.shape[1] < left + side:
+        raise UserError(
+            f"{path}: {picture.shape[1]} x {picture.shape[0]} pixels have no {number + 1}. square of {side}."
+        )
+    return picture[top : top + side, left : left + side]
 
 
 def drawn_elsewhere(path: str | Path) -> bool:

@@ -118,7 +118,17 @@ class Coverage(NamedTuple):
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000) -> Coverage:
-    """Coverage of manifolds made of balls that reach to the k-th neighbour (arXiv 1904.06991), in float64.
+    """The shares of `inside`."""
+    precision, recall = inside(reference, samples, k, rows)
+    return Coverage(float(precision.mean()), float(recall.mean()))
+
+
+def inside(
+    reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples (M,) lie in the reference's manifold, and which of the reference (N,) in the samples'.
+
+    Manifolds are made of balls that reach to the k-th neighbour (arXiv 1904.06991); in float64.
 
     ADM's evaluator measures in float16, which can move single pictures across a ball's edge.
 
@@ -138,7 +148,7 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, row
         squares = squared_distances(samples[start : start + rows], reference)
         inside_r[start : start + rows] = (squares <= radii_r).any(axis=1)
         inside_s |= (squares <= radii_s[start : start + rows, None]).any(axis=0)
-    return Coverage(float(inside_r.mean()), float(inside_s.mean()))
+    return inside_r, inside_s
 
 
 def radii(x: np.ndarray, k: int, rows: int) -> np.ndarray:

@@ -37,6 +37,7 @@ class Settings:
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
     picture_format: str | None = None  # of drawings: jpg or png
+    grid: int | None = None  # drawings from elsewhere: side of each picture in a file of 2 x 2 (DPG-Bench)
     crop: str | None = None  # how a picture comes to the tokenizer's square: see `crops.CROPS`
     pooling: str | None = None  # what a linear probe reads: see `probe.POOLINGS`
     dtype: str = "float32"
@@ -44,7 +45,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.layout not in (None, "original", "llava"):
             raise UserError(f"layout is {self.layout!r}; allowed: original, llava.")
-        for name in ("max_new_tokens", "images_per_prompt", "limit"):
+        for name in ("max_new_tokens", "images_per_prompt", "limit", "grid"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
@@ -271,18 +272,27 @@ def answer_all(
     work: Callable[[list[Sample]], list[Row]],
     batch_size: int,
     quiet: bool = False,
+    whole: bool = False,
 ) -> int:
     """Ask for every sample that has no row yet, this rank's share of them; returns how many were asked.
 
     In the benchmark's order and in one piece per rank, so that questions about one picture meet in a batch
     and it is encoded once.
+
+    Args:
+        whole: batches are the same however many ranks there are and wherever a run was killed: one that lacks
+            a row is computed again as a whole. For numbers whose last digits depend on the batch around them.
     """
     done = store.done()
-    open_samples = [s for s in samples if s.key not in done]
     ranks.barrier()  # nobody writes before all have read
-    open_samples.sort(key=lambda s: (s.kind, s.index))
-    count, rank, world = len(open_samples), ranks.rank(), ranks.world_size()
-    mine = open_samples[count * rank // world : count * (rank + 1) // world]
+    ordered = sorted(samples, key=lambda s: (s.kind, s.index))
+    if not whole:
+        ordered = [s for s in ordered if s.key not in done]
+    rank, world, size = ranks.rank(), ranks.world_size(), batch_size if whole else 1
+    pieces = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    pieces = [piece for piece in pieces if any(s.key not in done for s in piece)]
+    count = len(pieces)
+    mine = [s for piece in pieces[count * rank // world : count * (rank + 1) // world] for s in piece]
     bar = tqdm(
         total=len(mine),
         desc=store.benchmark,
@@ -292,7 +302,9 @@ def answer_all(
     with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            store.append(batch, asked(batch, work))
+            rows = asked(batch, work)
+            fresh = [(s, row) for s, row in zip(batch, rows, strict=True) if s.key not in done]
+            store.append([s for s, _ in fresh], [row for _, row in fresh])
             bar.update(len(batch))
     ranks.barrier()
     return len(mine)

@@ -69,7 +69,7 @@ def look_all(
                 found[i] = row
         return found
 
-    answer_all(Store(open_look(out, kind, about), kind), samples, look, batch_size, quiet)
+    answer_all(Store(open_look(out, kind, about), kind), samples, look, batch_size, quiet, whole=True)
 
 
 def looked(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, dict[str, Any]] | None:

@@ -189,7 +189,8 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
             kept.append((s, q, letter))
             values.append(float(all(right[q.index])))
             plain.append(float(letter == q.answer and not q.broken))
-    clusters = [q.index for _, q, _ in kept]
+    pictures: dict[str, int] = {}  # a picture's text -> the first question about it
+    clusters = [pictures.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
     metrics = {"circular": share(values, clusters), "vanilla": share(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
         metrics |= shares_by(name, [q.category for _, q, _ in kept], scores, clusters)
@@ -202,8 +203,8 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
         problems.append(f"{unreadable} answers name no option (wrong)")
     per_sample = [
         sample_row(s, rows, v, q.answer, q.category, prompt(q), parsed=letter, rotations=len(right[q.index]))
-        | {"cluster": str(q.index)}
-        for (s, q, letter), v in zip(kept, values)
+        | {"cluster": str(cluster)}
+        for (s, q, letter), v, cluster in zip(kept, values, clusters)
     ]  # fmt: skip
     return Scored(metrics, {}, per_sample, problems=problems)
 

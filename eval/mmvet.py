@@ -33,7 +33,7 @@ from .asking import (
 )
 from .harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .judge import Call, Judge, JudgeFailed, judge_of
-from .rows import named, sample_row, share, write_submission
+from .rows import cluster_of, named, sample_row, share, write_submission
 
 SCORERS = ("official", "lmms")
 ORIGINAL, LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
@@ -229,7 +229,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
         reason = next(iter(grades.failed.values()))
         raise UserError(f"The judge {judge.model} graded not one answer: {reason}")
     table = np.array([grades.by_index.get(s.index, [0.0] * scoring.judge_runs) for s in task.samples])
-    values, names = table.mean(axis=1), [s.id for s in task.samples]
+    values, names = table.mean(axis=1), [cluster_of(s) for s in task.samples]
     metrics = {"total": share(values, names)}
     for ability in CAPABILITIES:
         kept = [i for i, q in enumerate(questions) if ability in q.capabilities]

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.files import existing
 
@@ -14,7 +15,9 @@ from . import features, fid, imagenet
 from .asking import read_as, read_picture, text_of, usable
 from .drawn import about_drawing, require_drawings
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from .intervals import bootstrap, with_ones
 from .looks import with_pictures
+from .samples_file import shuffled, write_samples
 
 SAMPLES = 50_000  # class-conditional drawings
 
@@ -167,8 +170,10 @@ def reference_of(data: Path, scoring: Scoring) -> Path:
 def look_classes(
     task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """Inception features of the drawings and of the reference's 10,000 pictures."""
+    """ADM's file of the drawings; Inception features of them and of the reference's 10,000 pictures."""
     drawn = samples_set(task, rows, out)
+    if ranks.is_main() and drawn.names:
+        write_samples(drawn, out / "submission" / "samples.npz")
     if not scoring.inception or not drawn.names:
         return
     reference = features.reference_set(str(reference_of(task.truth["data"], scoring)))
@@ -192,15 +197,14 @@ def score_classes(
     spatial = features.reference_moments(reference, folder, lineage, "spatial")
     metrics["sfid"] = Metric(fid.frechet(drawn.moments("spatial"), spatial[0]), drawn.n, None, "fid")
     logits = drawn.column("logits")
-    order = np.random.RandomState(2020).permutation(
-        len(logits)
-    )  # ADM's blocks take shuffled samples for granted
-    metrics["inception_score"] = Metric(fid.inception_score_adm(logits[order]), drawn.n, None, "score")
+    metrics["inception_score"] = Metric(
+        fid.inception_score_adm(logits[shuffled(len(logits))]), drawn.n, None, "score"
+    )
     real = features.read(folder, lineage, "reference")
     if real is not None and min(real.n, drawn.n) > 3:
-        found = fid.precision_recall(real.column("pooled"), drawn.column("pooled"))
-        metrics["precision"] = Metric(found.precision, drawn.n)
-        metrics["recall"] = Metric(found.recall, real.n)
+        both = fid.inside(real.column("pooled"), drawn.column("pooled"))
+        for name, flags in zip(("precision", "recall"), both):
+            metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(with_ones(flags)))
         problems += features.unread(real, "reference pictures")
     absent = len(task.samples) - drawn.n
     problems += [f"{absent} drawings are missing from the numbers"] * (absent > 0)
@@ -210,3 +214,9 @@ def score_classes(
     return Scored(
         metrics, {"fid": result.details}, per_drawing(task, rows), not_comparable=why, problems=problems
     )
+
+
+def submit_classes(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+    """The input of ADM's evaluator, which lies there since the drawings were looked at."""
+    path = folder / "submission" / "samples.npz"
+    return [path] if path.exists() else []

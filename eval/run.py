@@ -31,6 +31,7 @@ OPTIONS = {
     "limit": (int, "only the first samples, for a quick look"),
     "detector": (str, "scenes (default where DATA has a scenes.json) or none: detections come from a file"),
     "picture_format": (str, "drawings as jpg or png (default: as published)"),
+    "grid": (int, "drawings from elsewhere are files of 2 x 2 pictures, each of this side (dpg_bench)"),
     "crop": (str, "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)"),
     "pooling": (str, "what a linear probe reads: embedding, quantised or latents"),
     "dtype": (str, "float32, bfloat16 or float16"),
@@ -117,7 +118,13 @@ def run(args: argparse.Namespace) -> None:
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     with together(args.device) as device:
         elsewhere = drawn_elsewhere(args.model)
-        model = DrawnElsewhere(Path(args.model), device) if elsewhere else Model(args.model, settings, device)
+        if settings.grid and not elsewhere:
+            raise UserError("--grid is for drawings from elsewhere, but --model is a model.")
+        model = (
+            DrawnElsewhere(Path(args.model), device, settings.grid)
+            if elsewhere
+            else Model(args.model, settings, device)
+        )
         for name in names:
             model.needs(BENCHMARKS[name].needs, name)
         for name in names:

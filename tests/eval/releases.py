@@ -242,10 +242,11 @@ def mmbench(folder, llava):
         "comment",
         "split",
     ]
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(buffer, "JPEG")
-    encoded, body, replies = base64.b64encode(buffer.getvalue()).decode(), [], {}
+    body, replies = [], {}
     for i in range(5):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8), (max(i - 1, 0) * 50, 9, 9)).save(buffer, "JPEG")  # the first two share one
+        encoded = base64.b64encode(buffer.getvalue()).decode()
         options = ["ape", "bee", "cat"]
         for turn in range(3):
             turned = options[turn:] + options[:turn]

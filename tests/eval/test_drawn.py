@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from open_unitok.errors import UserError
 from open_unitok.eval import dpg, features, lineages, vqascore
+from open_unitok.eval.samples_file import write_samples
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
 
@@ -206,6 +208,9 @@ def test_dpg_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert result["value"] == pytest.approx(100 / 3 * 4 / 5)
     assert result["metrics"]["l1/entity"]["value"] == pytest.approx(80)
     assert result["metrics"]["l2/attribute - color"]["value"] == pytest.approx(40)
+    assert result["metrics"]["l1/entity"]["interval"] == pytest.approx(
+        [40, 100]
+    )  # by prompt, one of five is 0
     assert "2 drawings have no answers (counted as 0)" in out and result["failed"] == 2
     assert result["metrics"]["dpg"]["n"] == 5 and "not by mPLUG-large" in result["why not comparable"]
     folder = tmp_path / "dpg_bench"
@@ -299,6 +304,10 @@ def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp
     values = {k: m["value"] for k, m in result["metrics"].items()}
     assert values["gfid"] == pytest.approx(features.fid.frechet(a, b), rel=1e-5)
     assert values["precision"] == 1.0 and values["recall"] >= 5 / 6 and values["sfid"] >= 0
+    assert (
+        result["metrics"]["precision"]["interval"] == [1.0, 1.0] and result["metrics"]["recall"]["interval"]
+    )
+    assert result["metrics"]["gfid"]["interval"] is result["metrics"]["inception_score"]["interval"] is None
     assert "replaced by our port" in result["why not comparable"]
     assert "class names" not in result["why not comparable"]
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b")
@@ -306,6 +315,9 @@ def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp
     result = result_of(tmp_path / "b", "imagenet_generation")
     assert "drawn from class names as prompts" in result["why not comparable"]
     assert result["metrics"].keys() == {"gfid", "sfid", "inception_score", "precision", "recall"}
+    assert result["submission"] == ["samples.npz"]
+    with np.load(tmp_path / "b" / "imagenet_generation" / "submission" / "samples.npz") as file:
+        assert file["arr_0"].shape == (5, 16, 16, 3)
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b", "--lineage", "clean")
     assert code == 2 and "measured with 'adm'" in err
     (data / "VIRTUAL_imagenet256_labeled.npz").rename(data / "x.npz")
@@ -327,3 +339,78 @@ def test_drawings_of_another_system_take_a_models_place(call, judge, tmp_path):
     assert result["model"]["kind"] == "pictures drawn elsewhere"
     code, _, err = call("eval", "run", "pope", *words)
     assert code == 2 and "holds pictures alone" in err
+
+
+def test_drawings_of_another_system_may_stand_in_grids(call, judge, tmp_path):
+    write_dpg(tmp_path / "data", ("p", "q", "r", "s", "t"))
+    (tmp_path / "theirs").mkdir()
+    for k in range(4):  # the fourth is too small for its lower half, the fifth is not there
+        four = [picture(f"{k}", j) for j in range(4)]
+        grid = np.concatenate([np.concatenate(four[:2], axis=1), np.concatenate(four[2:], axis=1)])
+        Image.fromarray(grid[:20] if k == 3 else grid).save(tmp_path / "theirs" / f"item{k}.png")
+    words = ("dpg_bench", "--data", tmp_path / "data", "--model", tmp_path / "theirs", "--out", tmp_path)
+    code, out, err = call("eval", "run", *words, "--grid", 16, "--vqa-model", tmp_path)
+    assert code == 0, err
+    for j in range(4):
+        with Image.open(tmp_path / "dpg_bench" / "pictures" / "item1" / f"{j}.png") as image:
+            assert np.array_equal(np.asarray(image), picture("1", j))
+    result = result_of(tmp_path, "dpg_bench")
+    assert result["value"] == pytest.approx(100 / 3 * (3 + 2 / 4) / 5) and result["failed"] == 6
+    assert "32 x 20 pixels have no 3. square of 16" in out
+    for name, more, message in (
+        ("dpg_bench", ("--grid", 0), "grid is 0; it must be at least 1"),
+        ("genai_bench", ("--grid", 16), "--grid is for DPG-Bench"),
+    ):
+        code, _, err = call("eval", "run", name, *words[1:-1], tmp_path / "o", *more)
+        assert code == 2 and message in err
+    words = ("dpg_bench", "--data", tmp_path / "data", "--model", "m", "--out", tmp_path / "o")
+    code, _, err = call("eval", "run", *words, "--grid", 16)
+    assert code == 2 and "--grid is for drawings from elsewhere" in err
+
+
+def test_sfid_is_the_distance_of_the_spatial_features(call, quick_net, tmp_path):
+    """Expected: |m - n|^2 + tr(S + T - 2 (S T)^1/2) of 7 spatial features, with scipy's root."""
+    import scipy.linalg
+
+    random, data = np.random.default_rng(0), tmp_path / "data"
+    data.mkdir()
+    pictures = random.integers(0, 255, (60, 8, 8, 3), np.uint8)
+    mean, root = random.normal(100, 20, 7), random.normal(0, 30, (7, 7))
+    other = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": mean, "sigma_s": root @ root.T}
+    np.savez(data / "VIRTUAL_imagenet256_labeled.npz", **other)
+    np.savez(tmp_path / "samples.npz", arr_0=pictures)
+    words = ("imagenet_generation", "--data", data, "--inception", quick_net, "--limit", 60)
+    code, _, err = call("eval", "run", *words, "--model", tmp_path / "samples.npz", "--out", tmp_path)
+    assert code == 0, err
+    x = pictures[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # what the quick net calls spatial
+    s = np.cov(x, rowvar=False)
+    product = scipy.linalg.sqrtm(s @ other["sigma_s"]).real
+    expected = ((x.mean(0) - mean) ** 2).sum() + np.trace(s + other["sigma_s"] - 2 * product)
+    sfid = result_of(tmp_path, "imagenet_generation")["metrics"]["sfid"]
+    assert sfid["value"] == pytest.approx(expected, rel=1e-6) and sfid["interval"] is None and sfid["n"] == 60
+
+
+def test_adms_file_of_samples(tmp_path):
+    def load(i):
+        if i == 3:
+            raise UserError("broken")
+        return picture("x", i, 8 if i == 5 else 64)
+
+    pictures = features.Pictures("samples", [str(i) for i in range(300)], load)
+    path = tmp_path / "submission" / "samples.npz"
+    tracemalloc.start()
+    assert write_samples(pictures, path) == 298
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 298 * 64 * 64 * 3 / 8  # never all of them
+    with np.load(path) as file:
+        found = file["arr_0"]
+    order = [i for i in np.random.RandomState(2020).permutation(300) if i not in (3, 5)]
+    assert found.dtype == np.uint8 and found.shape == (298, 64, 64, 3)
+    assert all(np.array_equal(a, load(i)) for a, i in zip(found, order))
+    time = path.stat().st_mtime_ns
+    assert write_samples(pictures, path) == 298 and path.stat().st_mtime_ns == time
+    assert write_samples(features.Pictures("samples", ["other"], load), path) == 1
+    path.write_bytes(b"half a file")
+    assert write_samples(pictures, path) == 298
+    assert write_samples(features.Pictures("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz") == 0

@@ -9,7 +9,7 @@ import pytest
 
 from open_unitok.cli import main
 from open_unitok.errors import UserError
-from open_unitok.eval import models
+from open_unitok.eval import intervals, models
 from open_unitok.eval.understanding import UNDERSTANDING
 
 spec = importlib.util.spec_from_file_location("releases", Path(__file__).with_name("releases.py"))
@@ -238,3 +238,21 @@ def test_all_runs_what_is_there(capsys, tmp_path):
     code, _, err = run(capsys, "all", tmp_path / "vizwiz" / "val", tmp_path / "o")
     assert code == 2 and "holds the files of no benchmark" in err
     assert issubclass(UserError, ValueError)
+
+
+def test_questions_about_one_picture_are_resampled_together(capsys, tmp_path):
+    """MMBench's and MM-Vet's too, whose questions name pictures by content and by file."""
+    Scripted.replies, _ = BUILDERS["mmbench"](tmp_path / "mmbench", False)
+    replies, _ = BUILDERS["mmvet"](tmp_path / "mmvet", False)
+    Scripted.replies |= replies
+    path = tmp_path / "mmvet" / "mm-vet.json"
+    path.write_text(path.read_text().replace("v1_1.jpg", "v1_0.jpg"))
+    for name in ("mmbench", "mmvet"):
+        assert run(capsys, name, tmp_path / name, tmp_path / "o")[0] == 0
+        lines = (tmp_path / "o" / name / "scores.jsonl").read_text().splitlines()
+        clusters = [json.loads(line)["cluster"] for line in lines]
+        assert clusters[0] == clusters[1] and len(set(clusters)) == 4, name
+        scores, metric = [json.loads(line)["score"] for line in lines], result_of(tmp_path / "o", name)
+        interval = metric["metrics"][metric["metric"]]["interval"]
+        assert interval == intervals.bootstrap(intervals.with_ones(scores), clusters), name
+        assert interval != intervals.bootstrap(intervals.with_ones(scores)), name

@@ -159,6 +159,31 @@ def test_failures_of_the_judge_are_counted_and_never_help(data, server, tmp_path
     assert result["value"] == pytest.approx(4 / 5)
 
 
+def test_a_prompt_that_the_judge_refuses_is_counted_alone(data, server, tmp_path):
+    """Too long, or its content: the other answers are graded all the same."""
+
+    def behaviour(number, body):
+        refused = "41-1?" in body["messages"][0]["content"]
+        return (400, "the prompt is too long") if refused else (200, said("1.0"))
+
+    server.behaviour = behaviour
+    run_benchmark("mmvet", Answerer(), data, tmp_path / "o", quiet=True)
+    result = score_run(tmp_path / "o", scoring=Scoring(judge="gpt-4-0613", judge_url=server.url))
+    assert result["value"] == pytest.approx(4 / 5) and not result["comparable"]
+    assert "HTTP 400: the prompt is too long (counted as 0)" in " ".join(result["problems"])
+
+
+def test_malformed_replies_are_missed_by_their_answers_alone(data, tmp_path):
+    run_benchmark("mmvet", Answerer(), data, tmp_path / "o", quiet=True)
+    rows = [json.dumps({"id": f"v1_{i}", "replies": ["1.0"]}) for i in range(3)]
+    path = tmp_path / "replies.jsonl"
+    path.write_text("\n".join([*rows, "{oops", '{"id": "v1_4", "replies": "1.0"}']) + "\n")
+    result = score_run(tmp_path / "o", scoring=Scoring(judge_replay=str(path)))
+    assert result["value"] == pytest.approx(3 / 5)
+    words = " ".join(result["problems"])
+    assert "2 answers could not be judged, the first v1_3" in words and "line 4, is not valid JSON" in words
+
+
 def test_a_judge_that_refuses_dawdles_or_is_not_there(data, server, tmp_path):
     run_benchmark("mmvet", Answerer(), data, tmp_path / "o", quiet=True)
     server.behaviour = lambda number, body: (401, "wrong key")
