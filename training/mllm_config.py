@@ -129,6 +129,7 @@ class LoraOptions:
 
     The run then leaves an adapter: OUT/model holds adapter_config.json and adapter_model.safetensors.
     base: number format of the frozen weights; bf16 halves their memory and goes with engine.dtype bf16.
+    dropout: of the adapters' input; it is drawn per rank, so that with it other ranks make another run.
     """
 
     rank: int = 16

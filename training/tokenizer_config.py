@@ -64,7 +64,8 @@ class DiscriminatorOptions:
 
     `kind`: "dino" trains small heads on a frozen DINOv2 whose `weights` are a file, a folder or a hub id;
     "patch" trains `layers` strided convolutions from `width` channels on, from scratch. `norm` and
-    `spectral_norm` are of the heads: "gn" group norm, "bn" batch norm over groups of 8, "sbn" over all ranks.
+    `spectral_norm` are of the heads: "gn" group norm, "bn" batch norm over groups of 8 of
+    a micro-batch (how it is cut then matters), "sbn" over all ranks.
     `loss`: what tells real from reconstructed. `adaptive`: the adversarial term is scaled until it moves the
     decoder's last layer as much as the reconstruction losses do, within limits that the number chooses
     (`losses.LIMITS`); null leaves it unscaled. `consistency`: weight of judging an image and its strong
