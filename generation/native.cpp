@@ -11,27 +11,9 @@
 #include <cstring>
 #include <thread>
 #include <vector>
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
-#ifdef __AVX512F__
-constexpr int LANES = 16;
-#else
-constexpr int LANES = 8;
-#endif
-typedef float vf __attribute__((vector_size(LANES * 4)));
-typedef int32_t vi __attribute__((vector_size(LANES * 4)));
-typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
-typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
-typedef int8_t vb __attribute__((vector_size(LANES)));
+#include "products.h"
 
 extern "C" {
-struct Matrix {  // outputs x inputs, row by row; kind 0 = float32, 1 = bfloat16, 2 = int8 with a scale per row
-    const void* weight;
-    const float *scale, *bias;  // or null
-    int64_t outputs, inputs, kind;
-};
 struct Norm {
     const float *weight, *bias;
     double eps;
@@ -58,57 +40,6 @@ struct Embedder {
 
 namespace {
 
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-#if defined(__AVX512F__)
-inline vf load(const uint16_t* p) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16); }
-inline vf load(const int8_t* p) { return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
-#elif defined(__AVX2__)  // compilers take several steps for these two
-inline vf load(const uint16_t* p) { return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16); }
-inline vf load(const int8_t* p) { return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
-#else
-inline vf load(const uint16_t* p) {
-    vh h; std::memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-inline vf load(const int8_t* p) {
-    vb b; std::memcpy(&b, p, sizeof b);
-    return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
-}
-#endif
-inline float value(const float* p) { return *p; }
-inline float value(const uint16_t* p) { uint32_t u = uint32_t(*p) << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline float value(const int8_t* p) { return *p; }
-inline float sum(vf v) {  // by halves, which is shorter than one lane after the other
-    for (int half = LANES / 2; half; half /= 2) {
-#ifdef __clang__
-        vf other;
-        for (int i = 0; i < LANES; i++) other[i] = v[i ^ half];
-#else
-        vi from;
-        for (int i = 0; i < LANES; i++) from[i] = i ^ half;
-        vf other = __builtin_shuffle(v, from);
-#endif
-        v += other;
-    }
-    return v[0];
-}
-
-// exp of lanes to 2 ulp: 2^k by the exponent bits, the rest by a polynomial on [-ln2/2, ln2/2]
-inline vf exp_lanes(vf x) {
-    vf low = vf{} - 87.0f, high = vf{} + 88.0f;
-    x = x < low ? low : x; x = x > high ? high : x;
-    vf t = x * 1.44269504f + 12582912.0f, k = t - 12582912.0f;
-    vf r = x - k * 0.693359375f + k * 2.12194440e-4f;
-    vf p = r * (r * (r * (r * (r * 1.9875691e-4f + 1.3981999e-3f) + 8.3334519e-3f) + 4.1665795e-2f) + 1.6666665e-1f) + 0.5f;
-    p = p * r * r + r + 1.0f;
-    vi bits = (__builtin_convertvector(k, vi) + 127) << 23;
-    return p * (vf)bits;
-}
-inline float exp_one(float x) { return exp_lanes(vf{} + x)[0]; }
-inline float silu(float x) { return x / (1 + exp_one(-x)); }
-inline float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x))); }
-inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
-
 // The threads of one call; `meet` lets nobody on before all are there.
 struct Team {
     int size;
@@ -132,99 +63,6 @@ struct Team {
         for (auto& thread : others) thread.join();
     }
 };
-
-// O rows of weights times R rows of x
-template <int O, int R, class T> inline void tile(const T* const* w, const float* x, int64_t stride, int64_t n, float* y) {
-    vf acc[O][R] = {};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vf in[R];
-        for (int r = 0; r < R; r++) in[r] = load(x + r * stride + i);
-        for (int o = 0; o < O; o++) {
-            vf weight = load(w[o] + i);
-            for (int r = 0; r < R; r++) acc[o][r] += weight * in[r];
-        }
-    }
-    for (int o = 0; o < O; o++)
-        for (int r = 0; r < R; r++) {
-            float total = sum(acc[o][r]);
-            for (int64_t j = i; j < n; j++) total += value(w[o] + j) * x[r * stride + j];
-            y[o * R + r] = total;
-        }
-}
-
-template <class T, class Store> void rows_of_four(const T* const* w, const float* x, int64_t rows, int64_t n, Store store) {
-    float y[12];
-    for (int64_t r = 0; r < rows;) {
-        int64_t left = rows - r;
-        int take = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-        if (take == 3) tile<4, 3>(w, x + r * n, n, n, y);
-        else if (take == 2) tile<4, 2>(w, x + r * n, n, n, y);
-        else tile<4, 1>(w, x + r * n, n, n, y);
-        for (int o = 0; o < 4; o++)
-            for (int i = 0; i < take; i++) store(r + i, o, y[take * o + i]);
-        r += take;
-    }
-}
-
-template <class T, class Store> void four(const T* const* w, const float* x, int64_t rows, int64_t n, float* spare, Store store) {
-    if (sizeof(T) == 4 || rows <= 4) return rows_of_four(w, x, rows, n, store);
-    const float* plain[4];  // many rows: unpack the weights once
-    for (int o = 0; o < 4; o++) {
-        float* to = spare + o * n;
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) { vf v = load(w[o] + i); std::memcpy(to + i, &v, sizeof v); }
-        for (; i < n; i++) to[i] = value(w[o] + i);
-        plain[o] = to;
-    }
-    rows_of_four(plain, x, rows, n, store);
-}
-
-template <class T> const T* row(const Matrix& m, int64_t o) { return (const T*)m.weight + std::min(o, m.outputs - 1) * m.inputs; }
-inline float finish(const Matrix& m, int64_t o, float y) {
-    return (m.scale ? y * m.scale[o] : y) + (m.bias ? m.bias[o] : 0);
-}
-
-struct Share { int64_t begin, end; };
-inline Share share(int64_t count, int64_t step, int me, int size) {  // whole steps
-    int64_t steps = (count + step - 1) / step;
-    return {std::min(count, steps * me / size * step), std::min(count, steps * (me + 1) / size * step)};
-}
-
-// my share of x (rows, inputs) -> store(row, output, value)
-template <class Store> void multiply(const Matrix& m, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
-    auto run = [&](auto type) {
-        using T = decltype(type);
-        spare.resize(std::max<size_t>(spare.size(), 4 * m.inputs));
-        Share mine = share(m.outputs, 4, me, size);
-        for (int64_t o = mine.begin; o < mine.end; o += 4) {
-            const T* w[4] = {row<T>(m, o), row<T>(m, o + 1), row<T>(m, o + 2), row<T>(m, o + 3)};
-            four(w, x, rows, m.inputs, spare.data(), [&](int64_t r, int i, float y) {
-                if (o + i < m.outputs) store(r, o + i, finish(m, o + i, y));
-            });
-        }
-    };
-    if (m.kind == 0) run(float()); else if (m.kind == 1) run(uint16_t()); else run(int8_t());
-}
-
-// my share of act(gate x) * up x -> h (rows, outputs)
-template <class Act> void gated(const Matrix& gate, const Matrix& up, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, float* h, Act act) {
-    auto run = [&](auto type) {
-        using T = decltype(type);
-        spare.resize(std::max<size_t>(spare.size(), 4 * gate.inputs));
-        Share mine = share(gate.outputs, 2, me, size);
-        for (int64_t o = mine.begin; o < mine.end; o += 2) {
-            const T* w[4] = {row<T>(gate, o), row<T>(gate, o + 1), row<T>(up, o), row<T>(up, o + 1)};
-            four(w, x, rows, gate.inputs, spare.data(), [&](int64_t r, int i, float y) {
-                int64_t at = o + i % 2;
-                if (at >= gate.outputs) return;
-                float* to = h + r * gate.outputs + at;
-                if (i < 2) *to = act(finish(gate, at, y)); else *to *= finish(up, at, y);
-            });
-        }
-    };
-    if (gate.kind == 0) run(float()); else if (gate.kind == 1) run(uint16_t()); else run(int8_t());
-}
 
 void rms(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
@@ -254,11 +92,13 @@ void attend(const float* q, const float* keys, const float* values, int64_t from
     int64_t count = to - from + 1;
     p.resize(std::max<size_t>(p.size(), count + LANES));
     float top = -INFINITY, scale = 1 / std::sqrt((float)head);
-    for (int64_t s = 0; s < count; s++) {
-        const float* k[1] = {keys + (from + s) * head};
-        tile<1, 1>(k, q, head, head, &p[s]);
-        top = std::max(top, p[s] *= scale);
+    for (int64_t s = 0; s < count; s += 4) {
+        const float* k = keys + (from + s) * head;
+        const float* four[4] = {k, k + head, k + 2 * head, k + 3 * head};
+        if (s + 4 <= count) tile<4, 1>(four, q, head, head, &p[s]);
+        else for (int64_t i = 0; s + i < count; i++) tile<1, 1>(four + i, q, head, head, &p[s + i]);
     }
+    for (int64_t s = 0; s < count; s++) top = std::max(top, p[s] *= scale);
     for (int64_t s = count; s < count + LANES; s++) p[s] = -INFINITY;
     vf total = {};
     for (int64_t s = 0; s < count; s += LANES) {
@@ -268,11 +108,18 @@ void attend(const float* q, const float* keys, const float* values, int64_t from
         std::memcpy(&p[s], &e, sizeof e);
     }
     float norm = 1 / sum(total);
-    for (int64_t i = 0; i < head; i++) y[i] = 0;
-    for (int64_t s = 0; s < count; s++) {
-        const float* v = values + (from + s) * head;
-        float weight = p[s] * norm;
-        for (int64_t i = 0; i < head; i++) y[i] += weight * v[i];
+    for (int64_t s = 0; s < count; s++) p[s] *= norm;
+    values += from * head;
+    int64_t i = 0;
+    for (; i + 4 * LANES <= head; i += 4 * LANES) {
+        vf sums[4] = {};
+        for (int64_t s = 0; s < count; s++)
+            for (int j = 0; j < 4; j++) sums[j] += p[s] * load(values + s * head + i + j * LANES);
+        std::memcpy(y + i, sums, sizeof sums);
+    }
+    for (; i < head; i++) {
+        y[i] = 0;
+        for (int64_t s = 0; s < count; s++) y[i] += p[s] * values[s * head + i];
     }
 }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = (SOURCE, SOURCE.with_name("products.h"))
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -79,7 +80,9 @@ def library() -> Any:
 
 def _build(compiler: str | None) -> Path | None:
     """The library in the user's cache, named by all that decides its content."""
-    key = hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode() + _processor().encode()).hexdigest()
+    key = hashlib.sha256(
+        b"".join(path.read_bytes() for path in SOURCES) + " ".join(FLAGS).encode() + _processor().encode()
+    ).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-unitok"
     path = folder / f"native-{key[:16]}.so"
     if path.exists() or compiler is None:
