@@ -223,16 +223,40 @@ def seconds(work, times: int = 3) -> float:
     return min(found)
 
 
+# name -> (images that 32 questions are about, new ids each)
+ASKING = {"photos": (32, 16), "dialogues": (8, 32)}
+
+
 def answers() -> dict:
-    """Seconds for 32 questions about 32 images, 16 new ids each: in batches and one by one."""
+    """Seconds for 32 questions of mixed length, in batches and one by one (here every fourth, times four).
+
+    "photos": each question about an image of its own, 16 new ids. "dialogues": four questions an image, 32 new
+    ids, the default of `answer`. "plain" is transformers' `generate` with one question at a time. "floor" is
+    of the batch: multiplications at this run's GFLOP/s.
+    """
     from open_unitok.generation import answer_ids
 
-    model = benchmark_model()
-    prompts, codes = asked(32, 32)
-    together = seconds(lambda: answer_ids(model, prompts, codes, 16), 2)
+    model, found = benchmark_model(), {}
+    decoder, embedder, _ = weights_read(model)
+    speed = machine()["fp32_gflop_s"] * 1e9
     few = range(0, 32, 4)
-    alone = 4 * seconds(lambda: [answer_ids(model, [prompts[i]], [codes[i]], 16) for i in few], 2)
-    return {"together_s": together, "one_by_one_s": alone}
+    for name, (images, new) in ASKING.items():
+        prompts, codes = asked(32, images)
+
+        def alone(prompts=prompts, codes=codes, new=new, **options):
+            return [answer_ids(model, [prompts[i]], [codes[i]], new, **options) for i in few]
+
+        together = seconds(lambda: answer_ids(model, prompts, codes, new), 2)  # noqa: B023
+        read = images * 256 * (decoder + embedder) + sum(len(p) - 256 for p in prompts) * decoder
+        written = 32 * (new * model.lm_head.weight.numel() + (new - 1) * decoder)
+        found[name] = {
+            "together_s": together,
+            "one_by_one_s": 4 * seconds(alone, 2),
+            "plain_one_by_one_s": 4 * seconds(lambda: alone(use_cache=True), 2),  # noqa: B023
+            "floor_reading_s": 2 * read / speed,
+            "floor_writing_s": 2 * written / speed,
+        }
+    return found
 
 
 def prefix() -> dict:

@@ -15,6 +15,7 @@ from open_unitok.errors import UserError
 from .checks import check_whole
 from .decoder import Decoder, context_length, pad_left
 from .sampling import Sampling, check_seed, choose
+from .writing import can_write, write
 
 
 def answer_ids(
@@ -47,7 +48,6 @@ def answer_ids(
     if options.get("num_return_sequences", 1) != 1:
         raise UserError("num_return_sequences must be 1: ask the question several times instead.")
     ends = end_ids(model)
-    options = {"do_sample": False, "pad_token_id": pad_id(model), **options}
     if seed is not None:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(check_seed(seed))
@@ -60,13 +60,22 @@ def answer_ids(
         batch = order[start : start + batch_size]
         prompts, codes = [prompt_ids[i] for i in batch], [image_codes[i] for i in batch]
         heads = common_heads(prompts, codes) if share_prefix else []
+        if can_write(model, options):
+            shared = [h for h in heads if len(h.rows) > 1 and can_share(model, prompts, [h])]
+            loners = set(range(len(batch))).difference(*(h.rows for h in shared))
+            heads = shared + [Head([], codes[i], [i]) for i in loners]
+            new = write(model, prompts, codes, heads, max_new_tokens, ends, lambda c: join_codes(c, model))
+            for i, row in zip(batch, new):
+                answers[i] = row
+            continue
         if 0 < len(heads) < len(prompts) and can_share(model, prompts, heads):
             inputs = after_heads(model, prompts, heads, options.get("num_beams", 1))
         else:
             ids, mask = pad_left(prompts, pad_id(model), model.device)
             # no images are given as such: with image_codes, `generate` returns the new ids alone
             inputs = {"input_ids": ids, "attention_mask": mask, "image_codes": join_codes(codes, model)}
-        new = model.generate(**inputs, max_new_tokens=max_new_tokens, **options)
+        settings = {"do_sample": False, "pad_token_id": pad_id(model), **options}
+        new = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
         for i, row in zip(batch, new.tolist()):
             answers[i] = until_end(row, ends)
     return answers

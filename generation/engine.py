@@ -119,7 +119,7 @@ class Native:
         text, depth = model.config.text_config, model.config.depth_config
         caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, RoomyLayer)]
         room = self.slot + model.config.num_image_tokens
-        self.stack = _stack(
+        self.stack = stack_struct(
             keep,
             weights.decoder,
             text,
@@ -131,7 +131,7 @@ class Native:
         head, books = model.depth_head, model.config.num_codebooks
         shape = (self.rows, depth.num_key_value_heads, books, depth.head_dim)
         empty = [(torch.empty(shape), torch.empty(shape)) for _ in range(depth.num_hidden_layers)]
-        self.depth = _stack(keep, weights.depth, depth, head.norm, empty, head.rotary, books)
+        self.depth = stack_struct(keep, weights.depth, depth, head.norm, empty, head.rotary, books)
         self.output, self.embedder = weights.output, weights.embedder
         self._embedder_cache(eager)
         self.entries = torch.empty(self.rows, model.config.codebook_size)
@@ -174,9 +174,9 @@ class Native:
         else:
             entry = F.embedding(chosen + (k - 1) * head.codebook_size, head.embeddings.weight).float()
             entry = entry.repeat(self.copies, 1)
-        self.steps.depth_step(
-            ctypes.addressof(self.depth), ctypes.addressof(self.output), self.rows, k, entry.data_ptr(),
-            self.entries.data_ptr(), self.threads,
+        self.steps.logits_step(
+            ctypes.addressof(self.depth), ctypes.addressof(self.output), self.rows, k, None, None,
+            entry.data_ptr(), self.entries.data_ptr(), self.threads,
         )  # fmt: skip
         return self.entries
 
@@ -186,8 +186,8 @@ class _Weights:
 
     def __init__(self, model: Any, int8: bool):
         keep = self.keep = native.Keeper(int8)
-        self.decoder = [_layer(keep, layer) for layer in model.language_model.layers]
-        self.depth = [_layer(keep, layer) for layer in model.depth_head.layers]
+        self.decoder = [layer_struct(keep, layer) for layer in model.language_model.layers]
+        self.depth = [layer_struct(keep, layer) for layer in model.depth_head.layers]
         self.output = keep.linear(model.depth_head.output)
         embedder = model.visual_embedder
         projection, attention = embedder.projection, embedder.projection.attention
@@ -219,7 +219,7 @@ def _weights(model: Any, int8: bool) -> _Weights:
     return _rounded[model][1]
 
 
-def _layer(keep: native.Keeper, layer: Any) -> Any:
+def layer_struct(keep: native.Keeper, layer: Any) -> Any:
     attention, mlp = layer.self_attn, layer.mlp
     return native.Layer(
         *map(keep.norm, (layer.input_layernorm, layer.post_attention_layernorm)),
@@ -228,7 +228,7 @@ def _layer(keep: native.Keeper, layer: Any) -> Any:
     )
 
 
-def _stack(
+def stack_struct(
     keep: native.Keeper, layers: list[Any], config: Any, norm: Any, caches: list[Any], rotary: Any, room: int
 ) -> Any:
     """Layers with the caches (keys, values), each (R, kv_heads, places, head), and rotary tables."""

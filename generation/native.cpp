@@ -1,4 +1,5 @@
-// The steps of drawing on a CPU, each one call: (embedder + decoder) of a position, and the depth head of a code.
+// The steps of drawing and answering on a CPU, each one call: (embedder + decoder) of a visual token, and a stack
+// with its output layer: the depth head for a code, the decoder for a word.
 //
 // With a row or two a step is as fast as its weights can be read, so everything else stays out of the way: no
 // operator calls, one team of threads for the whole call, weights where the model has them. R rows, B images,
@@ -139,22 +140,24 @@ struct Work {  // shared by the threads of a call
     Work(int64_t rows, int64_t q, int64_t kv, int64_t h) : q(rows * q), k(rows * kv), v(rows * kv), mixed(rows * q), h(rows * h) {}
 };
 
-// x (rows, width) through all layers at cache place `slot`; row r's own places begin at starts[r]
-void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64_t* starts, Work& w, Team& team, int me, Scratch& own) {
+// x (rows, width) through all layers at cache place `slot`; row r's own places begin at starts[r], its cache is
+// that of row caches[r] (or r). `last` is the matrix that follows.
+void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64_t* starts, const int64_t* caches, Work& w, Team& team, int me, Scratch& own, const Matrix* last) {
     int64_t qw = s.heads * s.head, kw = s.kv_heads * s.head, group = s.heads / s.kv_heads;
     own.x.resize(rows * s.width);
     for (int64_t l = 0; l < s.depth; l++) {
         const Layer& layer = s.layers[l];
         rms(layer.norm1, x, rows, s.width, own.x.data());
-        multiply(layer.query, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.q[r * qw + o] = y; });
-        multiply(layer.key, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.k[r * kw + o] = y; });
-        multiply(layer.value, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.v[r * kw + o] = y; });
+        multiply(layer.query, &layer.key, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.q[r * qw + o] = y; });
+        multiply(layer.key, &layer.value, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.k[r * kw + o] = y; });
+        multiply(layer.value, &layer.out, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.v[r * kw + o] = y; });
         team.meet();
         Share mine = share(rows * s.kv_heads, 1, me, team.size);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             int64_t r = i / s.kv_heads, h = i % s.kv_heads, start = starts ? starts[r] : 0;
             const float *cos = s.cos + (slot - start) * s.head, *sin = s.sin + (slot - start) * s.head;
-            float *keys = layer.keys + i * s.room * s.head, *values = layer.values + i * s.room * s.head;
+            int64_t at = ((caches ? caches[r] : r) * s.kv_heads + h) * s.room * s.head;
+            float *keys = layer.keys + at, *values = layer.values + at;
             float* k = &w.k[r * kw + h * s.head];
             rotate(k, cos, sin, s.head);
             std::memcpy(keys + slot * s.head, k, s.head * 4);
@@ -167,12 +170,12 @@ void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64
         }
         team.meet();
         auto add = [&](int64_t r, int64_t o, float y) { x[r * s.width + o] += y; };
-        multiply(layer.out, w.mixed.data(), rows, me, team.size, own.spare, add);
+        multiply(layer.out, &layer.gate, w.mixed.data(), rows, me, team.size, own.spare, add);
         team.meet();
         rms(layer.norm2, x, rows, s.width, own.x.data());
-        gated(layer.gate, layer.up, own.x.data(), rows, me, team.size, own.spare, w.h.data(), silu);
+        gated(layer.gate, layer.up, &layer.down, own.x.data(), rows, me, team.size, own.spare, w.h.data(), [](vf v) { return silu(v); });
         team.meet();
-        multiply(layer.down, w.h.data(), rows, me, team.size, own.spare, add);
+        multiply(layer.down, l + 1 < s.depth ? &s.layers[l + 1].query : last, w.h.data(), rows, me, team.size, own.spare, add);
         team.meet();
     }
 }
@@ -188,11 +191,11 @@ void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64
     centred(e.attention_norm, latents.data(), images, latent, own.x.data());
     auto into = [&](std::vector<float>& to, int64_t width) { return [&to, width](int64_t r, int64_t o, float y) { to[r * width + o] = y; }; };
     auto add = [&](int64_t r, int64_t o, float y) { state[r * wide + o] += y; };
-    multiply(e.query, own.x.data(), images, me, team.size, own.spare, into(w.q, wide));
-    multiply(e.key, own.x.data(), images, me, team.size, own.spare, into(w.k, wide));
-    multiply(e.value, own.x.data(), images, me, team.size, own.spare, into(w.v, wide));
+    multiply(e.query, &e.key, own.x.data(), images, me, team.size, own.spare, into(w.q, wide));
+    multiply(e.key, &e.value, own.x.data(), images, me, team.size, own.spare, into(w.k, wide));
+    multiply(e.value, &e.linear, own.x.data(), images, me, team.size, own.spare, into(w.v, wide));
     centred(e.linear_norm, latents.data(), images, latent, own.x.data());
-    multiply(e.linear, own.x.data(), images, me, team.size, own.spare, into(state, wide));
+    multiply(e.linear, &e.out, own.x.data(), images, me, team.size, own.spare, into(state, wide));
     team.meet();
     Share mine = share(images * e.heads, 1, me, team.size);
     for (int64_t i = mine.begin; i < mine.end; i++) {
@@ -203,18 +206,18 @@ void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64
         attend(&w.q[at], keys, values, 0, place, e.head, own.p, &w.mixed[at]);
     }
     team.meet();
-    multiply(e.out, w.mixed.data(), images, me, team.size, own.spare, add);
+    multiply(e.out, &e.gate, w.mixed.data(), images, me, team.size, own.spare, add);
     team.meet();
     centred(e.mlp_norm, state.data(), images, wide, own.x.data());
     centred(e.gate_norm, own.x.data(), images, wide, own.x.data());
-    gated(e.gate, e.up, own.x.data(), images, me, team.size, own.spare, w.h.data(), gelu_tanh);
+    gated(e.gate, e.up, &e.down, own.x.data(), images, me, team.size, own.spare, w.h.data(), [](vf v) { return gelu_tanh(v); });
     team.meet();
-    multiply(e.down, w.h.data(), images, me, team.size, own.spare, add);
+    multiply(e.down, &e.first, w.h.data(), images, me, team.size, own.spare, add);
     team.meet();
     centred(e.projector_norm, state.data(), images, wide, own.x.data());
-    multiply(e.first, own.x.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.mixed[r * out + o] = gelu(y); });
+    multiply(e.first, &e.second, own.x.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.mixed[r * out + o] = gelu(y); });
     team.meet();
-    multiply(e.second, w.mixed.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) {
+    multiply(e.second, &e.query, w.mixed.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) {
         for (int64_t c = 0; c < copies; c++) x[(c * images + r) * out + o] = y;
     });
     team.meet();
@@ -233,21 +236,20 @@ void decoder_step(const Embedder* e, const Stack* s, const int64_t* codes, int64
     team.run([&](int me) {
         Scratch own;
         run_embedder(*e, codes, images, rows / images, place, x.data(), state, work, team, me, own);
-        run_stack(*s, x.data(), rows, slot, starts, work, team, me, own);
+        run_stack(*s, x.data(), rows, slot, starts, nullptr, work, team, me, own, &s->layers[0].query);
         if (me == 0) rms(s->norm, x.data(), rows, s->width, hidden);
     });
 }
 
-// entry (rows, width), changed, at place k of the head -> logits (rows, entries)
-void depth_step(const Stack* s, const Matrix* output, int64_t rows, int64_t k, float* entry, float* logits, int64_t threads) {
+// entry (rows, width), changed, at cache place `slot` -> logits (rows, outputs)
+void logits_step(const Stack* s, const Matrix* output, int64_t rows, int64_t slot, const int64_t* starts, const int64_t* caches, float* entry, float* logits, int64_t threads) {
     Team team(threads);
-    int64_t qw = s->heads * s->head;
-    Work work(rows, qw, qw, s->layers[0].gate.outputs);
+    Work work(rows, std::max(s->heads * s->head, s->width), s->kv_heads * s->head, s->layers[0].gate.outputs);
     team.run([&](int me) {
         Scratch own;
-        run_stack(*s, entry, rows, k, nullptr, work, team, me, own);
+        run_stack(*s, entry, rows, slot, starts, caches, work, team, me, own, output);
         rms(s->norm, entry, rows, s->width, own.x.data());
-        multiply(*output, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { logits[r * output->outputs + o] = y; });
+        multiply(*output, &s->layers[0].query, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { logits[r * output->outputs + o] = y; });
     });
 }
 

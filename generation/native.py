@@ -74,7 +74,7 @@ def library() -> Any:
         steps.sizes.restype = _INT
         assert steps.sizes(i) == ctypes.sizeof(struct), struct
     steps.decoder_step.argtypes = [_POINTER] * 3 + [_INT] * 4 + [_POINTER] * 2 + [_INT]
-    steps.depth_step.argtypes = [_POINTER] * 2 + [_INT] * 2 + [_POINTER] * 2 + [_INT]
+    steps.logits_step.argtypes = [_POINTER] * 2 + [_INT] * 2 + [_POINTER] * 4 + [_INT]
     return steps
 
 

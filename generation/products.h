@@ -80,9 +80,11 @@ inline vf exp_lanes(vf x) {
     vi bits = (__builtin_convertvector(k, vi) + 127) << 23;
     return p * (vf)bits;
 }
-inline float exp_one(float x) { return exp_lanes(vf{} + x)[0]; }
-inline float silu(float x) { return x / (1 + exp_one(-x)); }
-inline float gelu_tanh(float x) { return 0.5f * x * (1 + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x))); }
+inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
+inline vf gelu_tanh(vf x) {
+    for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1 + std::tanh(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
+    return x;
+}
 inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 
 // O rows of weights times R rows of x
@@ -136,7 +138,7 @@ inline Share share(int64_t count, int64_t step, int me, int size) {  // whole st
 // and the next block is fetched meanwhile. Weights of two bytes or one are widened in the tile, which is free
 // beside the multiplications (unpacking them first is a fifth slower, measured).
 constexpr int OUTS = 3, GROUP = 4;
-constexpr int64_t BLOCK_BYTES = 96 << 10;
+constexpr int64_t BLOCK_BYTES = 16 << 10;
 
 inline bool is_many(int64_t rows, int64_t n) { return rows >= GROUP && n % LANES == 0; }
 
@@ -164,6 +166,8 @@ template <int R> inline void sums(const vf* acc, float* y) {
     for (int r = 0; r < R; r++) y[r] = sum(acc[r]);
 }
 
+typedef float Tile[16];  // OUTS x GROUP numbers, and room for whole lanes
+
 template <int R, class T> inline void group_tile(const T* const* w, const float* x, int64_t n, float* y) {
     vf acc[OUTS][R] = {};
     const T *w0 = w[0], *w1 = w[1], *w2 = w[2];
@@ -177,37 +181,44 @@ template <int R, class T> inline void group_tile(const T* const* w, const float*
     for (int o = 0; o < OUTS; o++) sums<R>(acc[o], y + o * GROUP);
 }
 
-// my share of M matrices of one shape times x -> store(which, row, output, value), by output
-template <class T, int M, class Store> void many(const Matrix* const (&m)[M], const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
+// my share of M matrices of one shape times x -> store(first row, rows, first output, sums of the M tiles);
+// `after` is the matrix that comes next, whose beginning is fetched at the end
+template <class T, int M, class Store> void many(const Matrix* const (&m)[M], const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
     int64_t n = m[0]->inputs, outputs = m[0]->outputs, groups = (rows + GROUP - 1) / GROUP;
     const float* packed = pack(x, rows, n, spare);
     int64_t block = std::max<int64_t>(1, BLOCK_BYTES / (OUTS * M * n * sizeof(T))) * OUTS, part = OUTS * n * sizeof(T) / groups;
     Share mine = share(outputs, OUTS, me, size);
+    const char* beyond = (const char*)row<T>(*after, share(after->outputs, OUTS, me, size).begin);
     for (int64_t from = mine.begin; from < mine.end; from += block)
         for (int64_t g = 0; g < groups; g++)
-            for (int64_t o = from; o < std::min(mine.end, from + block); o += OUTS)
+            for (int64_t o = from; o < std::min(mine.end, from + block); o += OUTS) {
+                Tile y[M] = {};
+                int64_t count = std::min<int64_t>(GROUP, rows - g * GROUP);
                 for (int which = 0; which < M; which++) {
                     const T* w[OUTS] = {row<T>(*m[which], o), row<T>(*m[which], o + 1), row<T>(*m[which], o + 2)};
-                    const char* next = (const char*)row<T>(*m[which], o + block) + g * part;
-                    if (o + block < mine.end) for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(next + i, 0, 2);
-                    float y[OUTS * GROUP];
+                    const char* next = (const char*)row<T>(*m[which], o + block);
+                    if (o + block >= mine.end) next = beyond + (o - from + which * OUTS) * n * sizeof(T);
+                    for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(next + g * part + i, 0, 2);
                     const float* in = packed + g * GROUP * n;
-                    int64_t count = std::min<int64_t>(GROUP, rows - g * GROUP);
-                    if (count == 4) group_tile<4>(w, in, n, y);
-                    else if (count == 3) group_tile<3>(w, in, n, y);
-                    else if (count == 2) group_tile<2>(w, in, n, y);
-                    else group_tile<1>(w, in, n, y);
-                    for (int64_t i = 0; i < std::min<int64_t>(OUTS, outputs - o); i++)
-                        for (int64_t r = 0; r < count; r++) store(which, g * GROUP + r, o + i, finish(*m[which], o + i, y[i * GROUP + r]));
+                    if (count == 4) group_tile<4>(w, in, n, y[which]);
+                    else if (count == 3) group_tile<3>(w, in, n, y[which]);
+                    else if (count == 2) group_tile<2>(w, in, n, y[which]);
+                    else group_tile<1>(w, in, n, y[which]);
+                    for (int i = 0; i < OUTS * GROUP; i++) y[which][i] = finish(*m[which], std::min(o + i / GROUP, outputs - 1), y[which][i]);
                 }
+                store(g * GROUP, count, o, y);
+            }
 }
 
-// my share of x (rows, inputs) -> store(row, output, value)
-template <class Store> void multiply(const Matrix& m, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
+// my share of x (rows, inputs) -> store(row, output, value); `after` as above
+template <class Store> void multiply(const Matrix& m, const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
     auto run = [&](auto type) {
         using T = decltype(type);
         const Matrix* const all[1] = {&m};
-        if (is_many(rows, m.inputs)) return many<T>(all, x, rows, me, size, spare, [&](int, int64_t r, int64_t o, float y) { store(r, o, y); });
+        if (is_many(rows, m.inputs)) return many<T>(all, after, x, rows, me, size, spare, [&](int64_t r, int64_t count, int64_t o, Tile* y) {
+            for (int64_t i = 0; i < std::min<int64_t>(OUTS, m.outputs - o); i++)
+                for (int64_t j = 0; j < count; j++) store(r + j, o + i, y[0][i * GROUP + j]);
+        });
         Share mine = share(m.outputs, 4, me, size);
         for (int64_t o = mine.begin; o < mine.end; o += 4) {
             const T* w[4] = {row<T>(m, o), row<T>(m, o + 1), row<T>(m, o + 2), row<T>(m, o + 3)};
@@ -219,21 +230,27 @@ template <class Store> void multiply(const Matrix& m, const float* x, int64_t ro
     if (m.kind == 0) run(float()); else if (m.kind == 1) run(uint16_t()); else run(int8_t());
 }
 
-// my share of act(gate x) * up x -> h (rows, outputs)
-template <class Act> void gated(const Matrix& gate, const Matrix& up, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, float* h, Act act) {
-    auto store = [&](int which, int64_t r, int64_t o, float y) {
-        float* to = h + r * gate.outputs + o;
-        if (which == 0) *to = act(y); else *to *= y;
-    };
+// my share of act(gate x) * up x -> h (rows, outputs); `act` of lanes
+template <class Act> void gated(const Matrix& gate, const Matrix& up, const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, float* h, Act act) {
     auto run = [&](auto type) {
         using T = decltype(type);
         const Matrix* const both[2] = {&gate, &up};
-        if (is_many(rows, gate.inputs)) return many<T>(both, x, rows, me, size, spare, store);
+        if (is_many(rows, gate.inputs)) return many<T>(both, after, x, rows, me, size, spare, [&](int64_t r, int64_t count, int64_t o, Tile* y) {
+            for (int i = 0; i < OUTS * GROUP; i += LANES) {
+                vf product = act(load(y[0] + i)) * load(y[1] + i);
+                std::memcpy(y[0] + i, &product, sizeof product);
+            }
+            for (int64_t i = 0; i < std::min<int64_t>(OUTS, gate.outputs - o); i++)
+                for (int64_t j = 0; j < count; j++) h[(r + j) * gate.outputs + o + i] = y[0][i * GROUP + j];
+        });
         Share mine = share(gate.outputs, 2, me, size);
         for (int64_t o = mine.begin; o < mine.end; o += 2) {
             const T* w[4] = {row<T>(gate, o), row<T>(gate, o + 1), row<T>(up, o), row<T>(up, o + 1)};
             few(w, x, rows, gate.inputs, [&](int64_t r, int i, float y) {
-                if (o + i % 2 < gate.outputs) store(i / 2, r, o + i % 2, finish(*both[i / 2], o + i % 2, y));
+                int64_t at = o + i % 2;
+                if (at >= gate.outputs) return;
+                float* to = h + r * gate.outputs + at;
+                if (i < 2) *to = act(vf{} + finish(gate, at, y))[0]; else *to *= finish(up, at, y);
             });
         }
     };
