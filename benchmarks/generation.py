@@ -228,11 +228,11 @@ ASKING = {"photos": (32, 16), "dialogues": (8, 32)}
 
 
 def answers() -> dict:
-    """Seconds for 32 questions of mixed length, in batches and one by one (here every fourth, times four).
+    """Seconds for 32 questions of mixed length, in batches and one by one (every fourth, times four).
 
-    "photos": each question about an image of its own, 16 new ids. "dialogues": four questions an image, 32 new
-    ids, the default of `answer`. "plain" is transformers' `generate` with one question at a time. "floor" is
-    of the batch: multiplications at this run's GFLOP/s.
+    "photos": each question about an image of its own, 16 new ids. "dialogues": four questions an image, 32
+    new ids, the default of `answer`. "plain" is transformers' `generate` with one question at a time. "floor"
+    is of the batch: multiplications at this run's GFLOP/s.
     """
     from open_unitok.generation import answer_ids
 
@@ -252,7 +252,7 @@ def answers() -> dict:
         found[name] = {
             "together_s": together,
             "one_by_one_s": 4 * seconds(alone, 2),
-            "plain_one_by_one_s": 4 * seconds(lambda: alone(use_cache=True), 2),  # noqa: B023
+            "plain_one_by_one_s": 4 * seconds(lambda: alone(use_cache=True), 2),
             "floor_reading_s": 2 * read / speed,
             "floor_writing_s": 2 * written / speed,
         }
@@ -331,14 +331,13 @@ def report(found: dict) -> str:
             f"{part:12} {now['ms']:8.2f} {ratio:6.2f} {BARS.get(part, ''):>4} {floor:7.2f} "
             f"{now['ms'] / floor:5.2f} {now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
         )
-    for part, bar in (("answers", 3), ("prefix", 2)):
-        if part in found:
-            now = {k: v for k, v in found[part].items() if k.endswith("_s")}
-            first = next(iter(now.values()))
-            ratios = ", ".join(
-                f"{name[:-2]} {value:.2f} s = {value / first:.2f}x" for name, value in now.items()
-            )
-            lines.append(f"{part} (bar {bar}): {ratios}")
+    rest = {"prefix": (2, found["prefix"])} if "prefix" in found else {}
+    asked_for = found.get("answers", {})
+    for part, (bar, times) in {**{n: (3, asked_for[n]) for n in ASKING if n in asked_for}, **rest}.items():
+        now = {k: v for k, v in times.items() if k.endswith("_s")}
+        first = next(iter(now.values()))
+        ratios = ", ".join(f"{name[:-2]} {value:.2f} s = {value / first:.2f}x" for name, value in now.items())
+        lines.append(f"{part} (bar {bar}): {ratios}")
     return "\n".join(lines)
 
 

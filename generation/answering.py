@@ -197,6 +197,23 @@ def _write(
             hidden = decoder.step(model.get_input_embeddings()(new).unsqueeze(1))
 
 
+def text_pieces(processor: Any, steps: Iterator[list[int | None]], count: int) -> Iterator[list[str]]:
+    """New ids of `count` answers, step by step -> new pieces of their texts."""
+    written: list[list[int]] = [[] for _ in range(count)]
+    shown = [""] * count
+    for new in steps:
+        for row, token in zip(written, new):
+            row += [] if token is None else [token]
+        whole = [processor.decode(row).strip() for row in written]
+        # half a character is held back: it changes when its other half comes
+        seen = [old if text.endswith("\ufffd") else text for old, text in zip(shown, whole)]
+        yield [text[len(old) :] for old, text in zip(shown, seen)]
+        shown = seen
+    whole = [processor.decode(row).strip() for row in written]
+    if whole != shown:
+        yield [text[len(old) :] for old, text in zip(shown, whole)]
+
+
 def join_codes(image_codes: Sequence[Tensor], model: Any) -> Tensor:
     """The images (I, N, K) of several prompts in their order; I may be 0."""
     config = model.config

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures to talk about")
     add_model_options(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, default=256, help="an answer is cut there at the latest"
+        "--max-new-tokens", type=int, help="an answer is cut there at the latest (default: 256, or what fits)"
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest word")
     parser.add_argument("--seed", type=int, help="of the words drawn, where the temperature is not 0")
@@ -56,7 +56,8 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
     from .checks import check_whole
     from .sampling import Sampling
 
-    check_whole("max_new_tokens", args.max_new_tokens)
+    if args.max_new_tokens is not None:
+        check_whole("max_new_tokens", args.max_new_tokens)
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
     if args.temperature != 0:
         Sampling(1.0, args.temperature)

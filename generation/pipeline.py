@@ -14,12 +14,14 @@ from open_unitok.mllm.adapters import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 
-from .answering import answer_ids, answer_steps
+from .answering import answer_ids, answer_steps, text_pieces
 from .checks import check_history, check_texts, check_whole, spread_seeds
+from .decoder import context_length
 from .drawing import draw_codes, draw_steps
 from .folders import check_belongs, check_device, check_weights, find_model
 from .sampling import Sampling
 
+CHAT_TOKENS = 256  # of one answer in a conversation, where nothing else is asked for
 History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers
 
 
@@ -284,30 +286,14 @@ class Pipeline:
         steps = answer_steps(
             self.model, prompts, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p
         )
-        return self._pieces(steps, len(prompts))
-
-    def _pieces(self, steps: Iterator[list[int | None]], count: int) -> Iterator[list[str]]:
-        """New ids of `count` answers, step by step -> new pieces of their texts."""
-        written: list[list[int]] = [[] for _ in range(count)]
-        shown = [""] * count
-        for new in steps:
-            for row, token in zip(written, new):
-                row += [] if token is None else [token]
-            whole = [self.processor.decode(row).strip() for row in written]
-            # half a character is held back: it changes when its other half comes
-            seen = [old if text.endswith("\ufffd") else text for old, text in zip(shown, whole)]
-            yield [text[len(old) :] for old, text in zip(shown, seen)]
-            shown = seen
-        whole = [self.processor.decode(row).strip() for row in written]
-        if whole != shown:
-            yield [text[len(old) :] for old, text in zip(shown, whole)]
+        return text_pieces(self.processor, steps, len(prompts))
 
     def chat(
         self,
         question: str,
         images: Any = None,
         history: History = (),
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> str:
         """The answer to one more question of a conversation; options and errors as `answer`.
@@ -315,7 +301,9 @@ class Pipeline:
         Args:
             images: of the whole conversation: a picture, a list, or None.
             history: earlier (question, answer) pairs.
+            max_new_tokens: None = 256, or what the context has left where that is less.
         """
+        max_new_tokens = self._room(question, images, history, max_new_tokens)
         return self.answer([images], [question], max_new_tokens, histories=[history], **options)[0]
 
     def chat_stream(
@@ -323,12 +311,22 @@ class Pipeline:
         question: str,
         images: Any = None,
         history: History = (),
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
         """`chat` piece by piece; options as `answer_stream`."""
+        max_new_tokens = self._room(question, images, history, max_new_tokens)
         steps = self.answer_stream([images], [question], max_new_tokens, histories=[history], **options)
         return (pieces[0] for pieces in steps if pieces[0])
+
+    def _room(self, question: str, images: Any, history: Any, wanted: int | None) -> int:
+        """How long the next answer of a conversation may be: what is wanted, else what fits."""
+        limit = context_length(self.model.config)
+        if wanted is not None or limit is None:
+            return CHAT_TOKENS if wanted is None else wanted
+        check_texts([question], "question")
+        ids = self.processor.question_ids(question, len(_as_list(images)), history=check_history(history))
+        return max(1, min(CHAT_TOKENS, limit - len(ids)))
 
     def _asking(
         self, images: Sequence[Any], questions: Sequence[str], histories: Sequence[History] | None
@@ -346,9 +344,8 @@ class Pipeline:
         place = {key: i for i, key in enumerate(pictures)}
         codes = self.encode_to_read(list(pictures.values()), batch_size=64)
         asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
-        ids = {  # the same question comes often
-            key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)
-        }
+        # the same question comes often
+        ids = {key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)}
         return [ids[key] for key in asked], [
             codes[[place[_identity(picture)] for picture in group]] for group in groups
         ]

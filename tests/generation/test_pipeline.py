@@ -75,6 +75,19 @@ def test_answers_stream_word_by_word(pipe, pictures):
     assert ["".join(column) for column in zip(*pieces)] == pipe.answer(images, questions, max_new_tokens=12)
 
 
+def test_a_chat_fills_the_context_at_most(pipe, pictures):
+    """The model's context is 64: what is left of it is the default; more is refused where it is asked for."""
+    prompt = len(pipe.processor.question_ids("And now?", 1, history=()))
+    answer = pipe.chat("And now?", pictures[0])
+    assert answer == pipe.chat("And now?", pictures[0], max_new_tokens=64 - prompt)
+    streams = [pipe.chat_stream("And now?", pictures[0], (), n) for n in (None, 64 - prompt)]
+    assert list(streams[0]) == list(streams[1])
+    with pytest.raises(UserError, match="more than the context of 64"):
+        pipe.chat("And now?", pictures[0], max_new_tokens=65 - prompt)
+    with pytest.raises(UserError, match="context of 64"):
+        pipe.chat("And now? " * 40, pictures[0])
+
+
 def test_a_chat_is_one_long_prompt(pipe, pictures):
     history = [("What is it?", "A star."), ("Is it red?", "Yes.")]
     told = "<image>\nWhat is it? ASSISTANT: A star.</s>USER: Is it red? ASSISTANT: Yes.</s>USER: And now?"
