@@ -28,7 +28,7 @@ DRAWING = {
     "bf16_1": (1, "bf16", 256),
     "int8_1": (1, "int8", 256),
     "eager_1": (1, "eager", 40),  # without a compiler
-    "baseline_8": (8, "baseline", 12),
+    "baseline_8": (8, "baseline", 64),  # as many as the others: memory is compared
     "fp32_8": (8, "fp32", 64),
     "bf16_8": (8, "bf16", 64),
     "int8_8": (8, "int8", 64),

@@ -4,6 +4,7 @@ B images, R rows of the batch (B, or 2B under guidance: conditional rows, then u
 tokens per image, K sub-codebooks, V entries per sub-codebook, L prompt length, D decoder width.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from open_unitok.errors import UserError
 
 from .checks import check_prompts
 from .engine import check_weights, start
+from .graph import Position, can_fix
 from .sampling import Noise, Sampling, choose, guide
 
 
@@ -90,19 +92,30 @@ def _draw(
     weights: str | None,
 ) -> Iterator[Tensor]:
     engine = start(model, rows, codes[:, :given], weights)
-    guidances = sampling.guidances(codes.shape[1])
+    guidances, position = sampling.guidances(codes.shape[1]), None
     for t in range(codes.shape[1]):
         gumbel = noise.draw() if noise else None  # of given places too: the rest is drawn as without a prefix
         if t < given:
             continue
-        if t > given:
-            engine.advance(codes[:, t - 1])
-        draw_visual_token(engine, sampling, guidances[t], gumbel, codes[:, t])
+        if position is not None:
+            position.run(gumbel)
+        else:
+            if t > given:
+                engine.advance(codes[:, t - 1])
+            draw_visual_token(engine, sampling, guidances[t], gumbel, codes[:, t])
+            if t == given and can_fix(engine, codes.shape[1] - t - 1):
+                draw = functools.partial(_draw_visual_token, sampling)
+                position = Position(engine, codes, guidances, gumbel, draw)
+                position.capture()
         yield codes[:, : t + 1]
 
 
+def _draw_visual_token(sampling: Sampling, engine: Any, *rest: Any) -> None:
+    draw_visual_token(engine, sampling, *rest)
+
+
 def draw_visual_token(
-    engine: Any, sampling: Sampling, guidance: float, noise: Tensor | None, codes: Tensor
+    engine: Any, sampling: Sampling, guidance: float | Tensor, noise: Tensor | None, codes: Tensor
 ) -> None:
     """Choose the K codes of one visual token and write them into `codes` (B, K), one after the other.
 

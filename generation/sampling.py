@@ -113,7 +113,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def guide(logits: Tensor, guidance: float) -> Tensor:
+def guide(logits: Tensor, guidance: float | Tensor) -> Tensor:
     """Logits (2B, V), conditional rows first -> (B, V), moved away from the unconditional ones."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + guidance * (conditional - unconditional)

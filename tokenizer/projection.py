@@ -18,6 +18,8 @@ class KeyValueCache:
     `max_length` tokens are allotted at once, at the first append.
     """
 
+    mask: torch.Tensor | None = None  # of caches that return places which are not filled yet
+
     def __init__(self, max_length: int) -> None:
         self.max_length, self.length = max_length, 0
         self._keys = self._values = torch.empty(0)
@@ -61,7 +63,8 @@ class ProjectionAttention(nn.Module):
         query, key, value = split_heads(fast_cpu.linear(hidden, self.qkv.weight, bias), self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = self._attend(query, key, value)  # (B, heads, N, d)
+        mask = None if cache is None else cache.mask
+        mixed = self._attend(query, key, value, mask)  # (B, heads, N, d)
         if not self.average:
             return self.out(mixed.transpose(1, 2).flatten(2))
         mixed = mixed.mean(dim=1)
@@ -69,8 +72,12 @@ class ProjectionAttention(nn.Module):
             mixed = F.adaptive_avg_pool1d(mixed, self.outputs)
         return self.out(mixed)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
         new, seen = query.shape[2], key.shape[2]
+        if mask is not None:
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         if self.causal and new != seen and new > 1:  # a piece of several tokens behind earlier ones
             mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
