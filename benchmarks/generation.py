@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+from generation_plain import plain_loop
+
 PROMPT, FREE = list(range(10, 30)), [1, 5, 6, 3]
 GUIDANCE = 5.0
 # part -> (images, weights, positions drawn); a baseline's time hardly depends on the position
@@ -94,6 +96,19 @@ def benchmark_model(**changes):
     return UniTokForConditionalGeneration(UniTokMLLMConfig(text_config={**text, **changes})).eval()
 
 
+def processor() -> str:
+    """The processor's name, family and model, as far as the system tells."""
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    rows = (
+        (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else ()
+    )
+    known = {key.strip(): value.strip() for key, value in rows}
+    name = known.get("model name", platform.processor() or platform.machine())
+    return f"{name} family {known.get('cpu family', '?')} model {known.get('model', '?')}"
+
+
 def machine() -> dict:
     """Read bandwidth in GB/s, from memory and from the last cache, and fp32 GFLOP/s of a product."""
     import torch
@@ -113,7 +128,7 @@ def machine() -> dict:
         "memory_gb_s": 4 * numbers.numel() / best(numbers.sum, 8) / 1e9,
         "cache_gb_s": 2**24 / best(numbers[: 2**22].sum, 60) / 1e9,
         "fp32_gflop_s": 2 * 256 * 1024 * 3072 / best(lambda: torch.nn.functional.linear(x, w), 30) / 1e9,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
     }
 
 
@@ -131,23 +146,44 @@ def drawing(images: int, weights: str, positions: int) -> dict:
     sampling = Sampling(guidance=GUIDANCE, greedy=True)
     prompts = [[*PROMPT, i, 3] for i in range(images)]
     if weights == "baseline":
-        steps = plain_loop(model, prompts, images)
+        steps = plain_loop(model, prompts, FREE, images, GUIDANCE)
     else:
         rounding = "int8" if weights == "int8" else None
         steps = draw_steps(model, prompts, sampling, [0] * images, FREE, weights=rounding)
-    times, codes = [], None
+    times, codes, spent = [], None, watch_engine()
     for _ in range(positions):
         start = time.perf_counter()
         codes = next(steps)
         times.append(1000 * (time.perf_counter() - start))
     assert codes is not None
+    parts = {name: statistics.median(ms) for name, ms in spent.items() if ms}
     quarter = max(1, (positions - 1) // 4)
     first, last = statistics.median(times[1 : 1 + quarter]), statistics.median(times[-quarter:])
     return {
         "ms": statistics.median(times[1:]), "best_ms": min(times[1:]), "last_over_first": last / first,
         "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "codes": codes[:, :40].tolist(),
-        "weights": dict(zip(("decoder", "embedder", "depth"), weights_read(model))),
+        "weights": dict(zip(("decoder", "embedder", "depth"), weights_read(model))), "profile_ms": parts,
     }  # fmt: skip
+
+
+def watch_engine() -> dict[str, list[float]]:
+    """Milliseconds of each step of the C++ engine from now on: embedder with decoder, and a code's logits."""
+    from open_unitok.generation.engine import Native
+
+    spent: dict[str, list[float]] = {"advance": [], "logits": []}
+
+    def watched(name, work):
+        def run(*args):
+            start = time.perf_counter()
+            result = work(*args)
+            spent[name].append(1000 * (time.perf_counter() - start))
+            return result
+
+        return run
+
+    for name in spent:
+        setattr(Native, name, watched(name, getattr(Native, name)))
+    return spent
 
 
 def weights_read(model) -> tuple[int, int, int]:
@@ -157,48 +193,6 @@ def weights_read(model) -> tuple[int, int, int]:
     parts = (model.language_model.layers, model.visual_embedder, model.depth_head)
     sizes = [sum(m.weight.numel() for m in p.modules() if isinstance(m, nn.Linear)) for p in parts]
     return sizes[0], sizes[1], sizes[2] * model.config.num_codebooks
-
-
-def plain_loop(model, prompts, images):
-    """The published way: transformers' growing cache, the depth head again on its whole prefix for each code,
-    its output layer on all of them, a multinomial draw (here of a one-hot, to compare codes)."""
-    import torch
-    from transformers import DynamicCache
-
-    rows = [*prompts, *[[0] * (len(prompts[0]) - len(FREE)) + FREE] * images]
-    ids = torch.tensor(rows, device=model.device)
-    mask = torch.ones_like(ids)
-    mask[images:, : -len(FREE)] = 0
-    cache, seen = DynamicCache(config=model.config.text_config), model.visual_embedder.new_cache(256)
-    embeds, codes = model.get_input_embeddings()(ids), []
-    head = model.depth_head
-    while True:
-        with torch.no_grad():
-            positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-            hidden = model.language_model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            token = torch.zeros(images, 0, dtype=torch.long, device=model.device)
-            for k in range(model.config.num_codebooks):
-                given = head.embeddings(token + torch.arange(k, device=token.device) * head.codebook_size)
-                state = torch.cat([hidden.unsqueeze(1), given.repeat(2, 1, 1)], dim=1)
-                places = torch.arange(k + 1, device=token.device)[None]
-                for layer in head.layers:
-                    state = layer(state, position_embeddings=head.rotary(state, places))
-                wanted, other = head.output(head.norm(state))[:, -1].float().chunk(2)
-                guided = other + GUIDANCE * (wanted - other)
-                shares = torch.nn.functional.one_hot(guided.argmax(-1), guided.shape[-1]).float().softmax(-1)
-                shares = torch.where(guided == guided.amax(-1, keepdim=True), shares, 0.0)
-                token = torch.cat([token, torch.multinomial(shares, 1)], dim=1)
-            codes.append(token)
-        yield torch.stack(codes, dim=1)
-        with torch.no_grad():
-            embeds = model.visual_embedder.step(token.unsqueeze(1), seen).to(embeds.dtype).repeat(2, 1, 1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
 
 def asked(count: int, images: int):
@@ -306,6 +300,16 @@ def agreement(folder: str) -> dict:
     return found
 
 
+def profile(part: str, now: dict) -> str:
+    """Where a position's time goes; the rest is guidance, argmax and Python."""
+    codes, spent = len(now["codes"][0][0]), now["profile_ms"]
+    depth, rest = codes * spent["logits"], now["ms"] - spent["advance"] - codes * spent["logits"]
+    return (
+        f"{part}: embedder and decoder {spent['advance']:.1f} ms, depth head {depth:.1f}, "
+        f"choosing and Python {rest:.1f}"
+    )
+
+
 def report(found: dict) -> str:
     """A table of what was measured."""
     lines, here = [], found.get("machine", {})
@@ -333,6 +337,7 @@ def report(found: dict) -> str:
         )
     rest = {"prefix": (2, found["prefix"])} if "prefix" in found else {}
     asked_for = found.get("answers", {})
+    lines += [profile(part, found[part]) for part in DRAWING if found.get(part, {}).get("profile_ms")]
     for part, (bar, times) in {**{n: (3, asked_for[n]) for n in ASKING if n in asked_for}, **rest}.items():
         now = {k: v for k, v in times.items() if k.endswith("_s")}
         first = next(iter(now.values()))
@@ -376,7 +381,7 @@ def gpu() -> dict:
                 pass
 
         def plain(prompts=prompts, images=images):
-            for _, _ in zip(range(32), plain_loop(model, prompts, images)):
+            for _, _ in zip(range(32), plain_loop(model, prompts, FREE, images, GUIDANCE)):
                 pass
 
         timed(ours)
