@@ -204,9 +204,7 @@ def text_pieces(processor: Any, steps: Iterator[list[int | None]], count: int) -
     for new in steps:
         for row, token in zip(written, new):
             row += [] if token is None else [token]
-        whole = [processor.decode(row).strip() for row in written]
-        # half a character is held back: it changes when its other half comes
-        seen = [old if text.endswith("\ufffd") else text for old, text in zip(shown, whole)]
+        seen = [processor.decode_settled(row).strip() for row in written]
         yield [text[len(old) :] for old, text in zip(shown, seen)]
         shown = seen
     whole = [processor.decode(row).strip() for row in written]

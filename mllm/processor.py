@@ -5,6 +5,7 @@ preprocessing (published UniTok).
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ BOI, EOI = (
     ("<0x00>", "<|boi|>"),
     ("<0x01>", "<|eoi|>"),
 )  # a byte piece of LLaMA's vocabulary, or else a new one
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # such pieces, which vocabularies of sentencepiece fall back to
 
 
 class UniTokProcessor:
@@ -206,6 +208,21 @@ class UniTokProcessor:
         """Text of ids; images and special ids are left out."""
         kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
         return self.text_tokenizer.decode(kept, skip_special_tokens=True)
+
+    def decode_settled(self, ids: Iterable[int]) -> str:
+        """The beginning of `decode(ids)` that no id behind these can change.
+
+        Byte pieces at the end wait for the piece that ends their run: one byte that fits no character turns
+        the characters of the whole run into replacement characters. So does half a character.
+        """
+        passed_over = {*self.text_tokenizer.all_special_ids, self.image_token_id}
+        kept = [int(i) for i in ids]
+        while kept:  # what decoding passes over ends no run
+            piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
+            if piece and kept[-1] not in passed_over and not BYTE.fullmatch(piece):
+                break
+            kept.pop()
+        return self.decode(kept).rstrip("\ufffd")
 
     # ---- batches and pictures ----
 

@@ -81,7 +81,9 @@ class Work:
         columns = round((count - registers) ** 0.5)
         ids, away, seeds = ([task[i] for task in tasks] for i in range(3))
         codes = None
-        for codes in draw_steps(pipe.model, ids, jobs[0].key.sampling, seeds, away):  # type: ignore[attr-defined]
+        key = jobs[0].key
+        assert isinstance(key, DrawKey)
+        for codes in draw_steps(pipe.model, ids, key.sampling, seeds, away, weights=pipe.weights):
             row, rest = divmod(codes.shape[1] - registers, columns)
             showing = [
                 i for i, job in enumerate(jobs) if not rest and row in tasks[i].shown_rows and is_open(job)
@@ -159,15 +161,13 @@ class Writer:
         if found:
             text, self.reason = text[: min(found)].rstrip(), "stop"
         if not self.reason:
-            text = self._certain(text)
+            text = self._certain(self.processor.decode_settled(self.ids).strip())
         new = text[len(self.shown) :]
         self.shown = text if len(text) > len(self.shown) else self.shown
         return new
 
     def _certain(self, text: str) -> str:
-        """The text without what the next id may still change: half a character, the head of a stop text."""
-        if text.endswith("\ufffd"):
-            return self.shown
+        """The text without what may become a stop text."""
         held = max(
             (n for stop in self.task.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
         )

@@ -7,6 +7,7 @@ import torch
 
 from open_unitok.errors import UserError
 from open_unitok.generation import Pipeline, Sampling, draw_codes, engine, native
+from open_unitok.generation.serving import work
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 FREE = [1, 90, 91, 3]
@@ -92,7 +93,7 @@ def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path, caplog):
 
 
 @needs_compiler
-def test_int8_is_a_dtype_of_the_pipeline(folder):
+def test_int8_is_a_dtype_of_the_pipeline_and_of_the_server(folder, monkeypatch, serving, ask):
     pipe = Pipeline.from_pretrained(folder, dtype="int8")
     assert pipe.weights == "int8" and pipe.model.dtype == torch.float32
     drawn = pipe.draw(["a star"], Sampling(guidance=2.0))
@@ -100,3 +101,10 @@ def test_int8_is_a_dtype_of_the_pipeline(folder):
                                          pipe.processor.unconditional_ids(), weights="int8"))  # fmt: skip
     steps = list(pipe.stream(["a star"], Sampling(guidance=2.0)))
     assert steps[-1][0].tobytes() == pipe.decode(drawn)[0].tobytes()
+    taken, whole = [], work.draw_steps
+    monkeypatch.setattr(
+        work, "draw_steps", lambda *a, weights=None: taken.append(weights) or whole(*a, weights=weights)
+    )
+    with serving(pipe) as (url, _):
+        assert ask(url, {"prompt": "a star"}, "/v1/images/generations")[0] == 200
+    assert taken == ["int8"]
