@@ -85,6 +85,8 @@ class Position:
         vectors = model.visual_embedder.step(before, self.embedder_cache).to(self.engine.hidden.dtype)
         seen = (self.columns <= self.slot)[None]
         seen = seen if self.real is None else seen & self.real
+        if model.language_model.config._attn_implementation == "eager":  # which adds its mask
+            seen = self.engine.hidden.new_zeros(seen.shape).masked_fill(~seen, -torch.inf)
         self.places += 1
         self.engine.hidden = model.language_model(
             inputs_embeds=vectors.repeat(self.engine.copies, 1, 1),

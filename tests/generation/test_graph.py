@@ -72,6 +72,16 @@ def test_the_fixed_step_draws_the_same_and_nobody_waits(model, sampling, given, 
     assert not position.watch.waits
 
 
+def test_the_fixed_step_knows_attention_that_adds_its_mask(make_model, recorded):
+    eager = make_model()
+    eager.language_model.set_attn_implementation("eager")
+    with pytest.MonkeyPatch.context() as plain:
+        plain.setattr(drawing, "can_fix", lambda engine, left: False)
+        expected = draw_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    assert torch.equal(draw_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
+    assert len(Recorded.made) == 1 and not Recorded.made[0].watch.waits
+
+
 def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
     expected = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     monkeypatch.setattr(engine, "native_can", lambda model: False)
