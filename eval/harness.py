@@ -203,14 +203,14 @@ class Store:
     def rows(self) -> Iterator[Row]:
         """Every row on disk, all ranks' files in order; a last line cut off by a kill is passed over."""
         for path in sorted(self.folder.glob("answers-*.jsonl")):
-            with open(path, encoding="utf-8") as file:
+            with open(path, "rb") as file:  # a kill may have left half a character
                 for number, line in enumerate(file, 1):
-                    if not line.endswith("\n"):
+                    if not line.endswith(b"\n"):
                         continue
                     try:
                         row = json.loads(line)
                         yield row | {"key": (row["index"], row["prompt_hash"])}
-                    except (json.JSONDecodeError, KeyError, TypeError) as error:
+                    except (ValueError, KeyError, TypeError) as error:
                         raise UserError(
                             f"{path}, line {number}, is no answer of ours ({error}). "
                             "Remove the line, and the next run asks again."

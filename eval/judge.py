@@ -1,6 +1,7 @@
 """Models that grade answers: an OpenAI-compatible endpoint or a file of replies; every reply is kept."""
 
 import hashlib
+import http.client
 import json
 import os
 import threading
@@ -90,13 +91,13 @@ class Endpoint:
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}"
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
-                    reason += f": {error.read(300).decode(errors='replace')}"
+                    reason += f": {body_of(error)}"
                     if error.code in (401, 403, 404):  # the key or the model: no other answer fares better
                         raise UserError(f"The judge at {self.url} refused with {reason}") from error
                     break  # this prompt alone: it is too long, or its content is refused
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
                 time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**attempt, LONGEST_WAIT))
-            except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
+            except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 time.sleep(self.pause * 2**attempt)
         if self.failures >= 0:
@@ -122,6 +123,14 @@ class Endpoint:
         if not isinstance(content, str):
             raise ValueError(f"the reply's content is {content!r}")
         return content
+
+
+def body_of(error: urllib.error.HTTPError) -> str:
+    """The beginning of what a server says of its refusal, "" where it does not get that far."""
+    try:
+        return error.read(300).decode(errors="replace")
+    except (OSError, http.client.HTTPException):
+        return ""
 
 
 class Replay:
@@ -158,7 +167,8 @@ class Kept:
         if path.exists():
             drop_half_line(path)
             rows = [row for row in read_lines(path) if isinstance(row, dict)]  # others are asked for again
-            self.known = {row["key"]: row["reply"] for row in rows if {"key", "reply"} <= row.keys()}
+            pairs = [(row.get("key"), row.get("reply")) for row in rows]
+            self.known = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
 
     def reply(self, call: Call) -> str:
         """The kept reply, or a new one."""

@@ -92,13 +92,13 @@ def read_jsonl(path: str | Path) -> list[Any]:
         UserError: the file is missing, or a line is not JSON; the message names file and line.
     """
     rows = []
-    with open(existing(path), encoding="utf-8") as file:
+    with open(existing(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # no JSON, or no UTF-8
                 raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
     return rows
 

@@ -96,6 +96,9 @@ def server():
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.asked.append(body)
             status, content = self.server.behaviour(len(self.server.asked), body)
+            if not status:  # the content is all that it says
+                self.wfile.write(content.encode())
+                return
             self.send_response(status)
             self.end_headers()
             self.wfile.write(content.encode())
@@ -203,6 +206,24 @@ def test_a_judge_that_refuses_dawdles_or_is_not_there(data, server, tmp_path):
         score_run(tmp_path / "o", scoring=Scoring(judge="m", judge_url="localhost:8000"))
     with pytest.raises(UserError, match="needs --judge"):
         score_run(tmp_path / "o", scoring=Scoring(judge_url=server.url))
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        ("nonsense\r\n\r\n", "BadStatusLine"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n{", "IncompleteRead"),
+        ("HTTP/1.1 400 No\r\nContent-Length: 500\r\n\r\nbad", "HTTP 400"),
+    ],
+)
+def test_a_judge_that_speaks_half_of_http_fails_one_answer(data, server, tmp_path, reply, why):
+    run_benchmark("mmvet", Answerer(), data, tmp_path / "o", quiet=True)
+    spoilt = "| answer to Synthetic question 41-2?"
+    server.behaviour = lambda number, body: (
+        (0, reply) if spoilt in body["messages"][0]["content"] else (200, said("0.5"))
+    )
+    result = score_run(tmp_path / "o", scoring=Scoring(judge="m", judge_url=server.url))
+    assert result["value"] == pytest.approx(4 * 0.5 / 5) and why in result["problems"][0]
 
 
 def test_without_a_judge_the_answers_are_laid_out(data, tmp_path):

@@ -146,6 +146,8 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["ask", "--model", "MODEL"], "--questions FILE"),
         (["ask", "PICTURE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
         (["ask", "--questions", "TEXT", "--model", "MODEL"], "line 1, is not valid JSON"),
+        (["ask", "--questions", "PICTURE", "--model", "MODEL"], "line 1, is not valid JSON"),
+        (["generate", "--prompts", "PICTURE", "--model", "MODEL", "--out", "OUT"], "no UTF-8 text file"),
         (["ask", "PICTURE", "What?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["ask", "PICTURE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
         (["chat", "gone.png", "--model", "MODEL"], "gone.png"),
