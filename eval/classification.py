@@ -10,11 +10,12 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
 
 from . import imagenet, zeroshot
-from .asking import entry, usable
+from .asking import entry, of_kind, read_as, usable
 from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .imagenet import SUFFIXES
 from .intervals import bootstrap, with_ones
 from .pictures import open_pictures
+from .scene_files import read_scenes
 
 SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
 
@@ -46,8 +47,8 @@ def load_zeroshot(data: Path, settings: Settings) -> Task:
 def load_own_classes(data: Path, settings: Settings) -> Task:
     """A folder per class and `classes.json`."""
     path = data / "classes.json"
-    content = read_json(path)
-    names = entry(content, "classes", path)
+    content = read_as(dict, path)
+    names = of_kind(dict, entry(content, "classes", path), f"{path}, classes")
     templates = content.get("templates") or zeroshot.clip_templates()
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: the template {bad[0]!r} does not hold {{}} exactly once.")
@@ -66,15 +67,22 @@ def load_own_classes(data: Path, settings: Settings) -> Task:
 def load_scene_classes(data: Path, settings: Settings) -> Task:
     """The test pictures of scenes that hold one object."""
     scenes = read_json(data / "scenes.json")
-    pairs = list(itertools.product(entry(scenes, "palette", "scenes.json"), scenes["outlines"]))
+    words = [
+        of_kind(dict, entry(scenes, key, "scenes.json"), f"scenes.json, {key}")
+        for key in ("palette", "outlines")
+    ]
+    pairs = list(itertools.product(*words))
     names = [with_article(f"{colour} {shape}") for colour, shape in pairs]
     held_out = {tuple(pair) for pair in scenes.get("held_out", ())}
-    path, files, apart = existing(data / "test" / "captions.json"), [], []
-    for i, row in enumerate(read_json(path)):
-        objects = entry(entry(row, "scene", f"{path}, entry {i}"), "objects", f"{path}, entry {i}")
-        if len(objects) == 1:
-            pair = (objects[0]["color"], objects[0]["shape"])
-            files.append((data / "test" / row["file"], pairs.index(pair)))
+    files, apart = [], []
+    for i, scene in enumerate(read_scenes(data / "test" / "captions.json")):
+        if isinstance(scene, UserError):  # it may have been of one object
+            files.append((data / "test" / f"entry {i}", scene))
+            apart.append(False)
+        elif len(scene.objects) == 1:
+            pair = (scene.objects[0]["color"], scene.objects[0]["shape"])
+            unknown = UserError(f"{scene.file} shows a {' '.join(pair)}, which scenes.json does not know.")
+            files.append((data / "test" / scene.file, pairs.index(pair) if pair in pairs else unknown))
             apart.append(pair in held_out)
     prompts = zeroshot.from_templates(names, SCENE_TEMPLATES)
     return zeroshot_task(files[: settings.limit], prompts, names, apart, {"recipe": "scenes"}, settings)

@@ -23,6 +23,7 @@ from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malfo
 from .intervals import bootstrap, by_group, mean_of_groups, with_ones
 from .looks import Findings, look_all, looked, read_findings, said, with_pictures
 from .pictures import open_pictures, save_picture
+from .scene_files import Scene, read_scenes
 from .vqa import mean_by
 
 DETECTORS = ("scenes", "none")
@@ -46,15 +47,18 @@ def load_geneval(data: Path, settings: Settings) -> Task:
     detector = detector_for(data, settings)
     each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
     samples, owners = to_draw(prompts, each, settings.seed)
-    rules = geneval.Settings()
+    rules, problems = geneval.Settings(), []
     if detector == "scenes":
         rules = scene_rules(data)
+        scenes, problems = scenes_to_copy(data)
+        known = [(data / "test" / scene.file, truth_of(scene.objects)) for scene in scenes]
         for i, row in enumerate(prompts):
-            for path in () if "broken" in row else fitting_pictures(data, row, rules, start=i):
+            for path in () if "broken" in row else fitting_pictures(known, row, rules, start=i):
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
-    return Task(samples, truth, about_drawing(settings, detector, each) | {"prompts": len(prompts)})
+    about = about_drawing(settings, detector, each) | {"prompts": len(prompts)}
+    return Task(samples, truth, about, problems)
 
 
 def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample], list[int]]:
@@ -86,39 +90,37 @@ def scene_rules(data: Path) -> geneval.Settings:
     return geneval.Settings(threshold=0.0, counting_threshold=0.0, colours=palette)
 
 
-def truth_of(scene: dict[str, Any]) -> Row:
-    """What a perfect detector would find in a scene of `captions.json`."""
+def truth_of(objects: Sequence[Row]) -> Row:
+    """What a perfect detector would find in a scene."""
     seen: Row = {"detections": {}, "colors": {}}
-    for thing in scene["objects"]:
+    for thing in objects:
         seen["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
         seen["colors"].setdefault(thing["shape"], []).append(thing["color"])
     return seen
 
 
-def fitting_pictures(data: Path, prompt: Row, rules: geneval.Settings, start: int) -> list[Path]:
+def scenes_to_copy(data: Path) -> tuple[list[Scene], list[str]]:
+    """The scenes of `test/captions.json`, and a line about the entries that describe none."""
+    found = read_scenes(data / "test" / "captions.json")
+    bad = [scene for scene in found if isinstance(scene, UserError)]
+    good = [scene for scene in found if not isinstance(scene, UserError)]
+    told = f"{len(bad)} pictures have no part in the ceiling, their entries are malformed, the first: "
+    return good, [told + str(bad[0])] if bad else []
+
+
+def fitting_pictures(
+    scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: geneval.Settings, start: int
+) -> list[Path]:
     """A few test pictures whose true scene satisfies the prompt; `start` spreads prompts over pictures."""
-    path = data / "test" / "captions.json"
-    rows = scenes_of(path)
     need = {clause["class"] for clause in prompt["include"]}
     found = []
-    for k in range(len(rows)):
-        file, seen = rows[(start * 17 + k) % len(rows)]
+    for k in range(len(scenes)):
+        path, seen = scenes[(start * 17 + k) % len(scenes)]
         if need <= seen["detections"].keys() and geneval.judge(prompt, seen, rules).correct:
-            found.append(data / "test" / file)
+            found.append(path)
             if len(found) == COPIES_PER_PROMPT:
                 break
     return found
-
-
-_scenes: dict[Path, list[tuple[str, Row]]] = {}
-
-
-def scenes_of(path: Path) -> list[tuple[str, Row]]:
-    """(file, truth) of the test pictures; read once, since every prompt looks through them."""
-    if path not in _scenes:
-        rows = read_json(path)
-        _scenes[path] = [(entry(r, "file", path), truth_of(entry(r, "scene", path))) for r in rows]
-    return _scenes[path]
 
 
 # ------------------------------------------------------------------------------------------------- inference
@@ -176,8 +178,13 @@ def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
     read = ScenesDetector.from_file(data / "scenes.json")
 
     def detect(pictures: Sequence[np.ndarray]) -> list[Row]:
-        result = []
-        for reading in read(np.stack(pictures)):
+        shape, result = (read.size, read.size, 3), []
+        readings = iter(read([picture for picture in pictures if picture.shape == shape]))
+        for picture in pictures:
+            if picture.shape != shape:
+                result.append({"error": f"the picture is {picture.shape}; these scenes are {shape}"})
+                continue
+            reading = next(readings)
             boxes, colours = reading.geneval()
             boxes = {
                 name: [[round(float(v), 4) for v in box] for box in rows] for name, rows in boxes.items()

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from open_unitok.files import existing, read_json, read_jsonl
+from open_unitok.errors import UserError
+from open_unitok.files import existing, read_json
 
 from . import geneval
-from .asking import entry
+from .asking import entry, of_kind, read_lines, text_of, usable
 from .drawings import (
     about_drawing,
     add_apart,
@@ -14,6 +15,7 @@ from .drawings import (
     detector_for,
     findings,
     judged,
+    scenes_to_copy,
     share,
     to_draw,
     why_not,
@@ -24,25 +26,45 @@ from .harness import Row, Sample, Scored, Scoring, Settings, Task
 def load_positions(data: Path, settings: Settings) -> Task:
     """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real pictures."""
     path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
-    prompts = read_jsonl(path)[: settings.limit]
-    for i, row in enumerate(prompts):
-        for key in ("prompt", "class", "color", "cell"):
-            entry(row, key, f"{path}, prompt {i + 1}")
+    prompts = [
+        position_of(row, f"{path}, prompt {i}") for i, row in enumerate(read_lines(path)[: settings.limit], 1)
+    ]
     each = settings.images_per_prompt or 1
     samples, owners = to_draw(prompts, each, settings.seed)
-    scenes = read_json(data / "scenes.json")
+    usable(samples, path)
+    scenes, problems = scenes_to_copy(data)
     places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
-    for row in read_json(data / "test" / "captions.json"):
-        things = row["scene"]["objects"]
-        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"]))
-        if len(things) == 1 and key in places:
+    for file, things in scenes:
+        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"])) if len(things) == 1 else None
+        if key in places:
             owner = places.pop(key)
-            picture = data / "test" / row["file"]
-            samples.append(Sample(len(samples), row["file"], prompts[owner]["prompt"], picture, "copy"))
+            picture = data / "test" / file
+            samples.append(Sample(len(samples), file, prompts[owner]["prompt"], picture, "copy"))
             owners.append(owner)
-    truth = {"prompts": prompts, "owners": owners, "cell": scenes["size"] / scenes["grid"]}
+    truth = {"prompts": prompts, "owners": owners, "cell": cell_of(data / "scenes.json")}
     about = about_drawing(settings, detector_for(data, settings), each)
-    return Task(samples, truth, about | {"prompts": len(prompts)})
+    return Task(samples, truth, about | {"prompts": len(prompts)}, problems)
+
+
+def position_of(row: Any, where: str) -> Row:
+    """A prompt with what it asks for; one that is malformed is "broken" with the reason, and fits nothing."""
+    try:
+        for key in ("prompt", "class", "color"):
+            text_of(row, key, where)
+        cell = of_kind(list, entry(row, "cell", where), f"{where}, cell")
+        if len(cell) != 2 or not all(isinstance(n, int) for n in cell):
+            raise UserError(f"{where}: cell is {cell!r}; it must be [row, column].")
+    except UserError as error:
+        return {"prompt": "", "class": "", "color": "", "cell": [], "broken": str(error)}
+    return row
+
+
+def cell_of(path: Path) -> float:
+    """The side of a cell of the scenes' grid in pixels."""
+    size, grid = (entry(read_json(path), key, path) for key in ("size", "grid"))
+    if not isinstance(size, int) or not isinstance(grid, int) or min(size, grid) < 1:
+        raise UserError(f"{path}: size is {size!r} and grid {grid!r}; they must be whole numbers above 0.")
+    return size / grid
 
 
 def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
@@ -51,7 +73,7 @@ def judge_position(prompt: Row, seen: Row, cell: float) -> geneval.Verdict:
     if len(boxes) != 1:
         return geneval.Verdict(False, f"expected one object, found {len(boxes)}", {})
     name, box = boxes[0]
-    colour = seen["colors"][name][0]
+    colour = (seen.get("colors", {}).get(name) or [""])[0]
     if (name, colour) != (prompt["class"], prompt["color"]):
         return geneval.Verdict(False, f"found a {colour} {name}", {name: 1})
     place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
@@ -69,7 +91,8 @@ def score_positions(
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        verdict = judged(judge_position, prompt, found.by_index.get(sample.index), task.truth["cell"])
+        seen = None if sample.broken else found.by_index.get(sample.index)
+        verdict = judged(judge_position, prompt, seen, task.truth["cell"])
         row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
         whole = verdict.correct or verdict.reason == "right object, wrong place"
         per_sample.append(

@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import read_json
 
 from . import pope, vqa
 from .asking import (
@@ -17,6 +16,7 @@ from .asking import (
     find_file,
     image_in,
     layout_of,
+    read_as,
     read_llava,
     recipe_for,
     text_of,
@@ -161,7 +161,8 @@ def all_test_ids(data: Path) -> list[int]:
         if "test-dev" not in path.name:
             return [row["question_id"] for row in read_llava(path) if isinstance(row, dict)]
     path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
-    return [row["question_id"] for row in read_json(path)["questions"]] if path.exists() else []
+    rows = read_as(list, path, "questions") if path.exists() else []
+    return [row["question_id"] for row in rows if isinstance(row, dict) and "question_id" in row]
 
 
 def score_pope(

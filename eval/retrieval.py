@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing
 
-from .asking import entry
-from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from .asking import entry, read_as, text_of, usable
+from .harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from .intervals import bootstrap, with_ones
 from .pictures import open_pictures
 
@@ -27,17 +27,17 @@ def load_retrieval(data: Path, settings: Settings) -> Task:
     """
     folder = data / "test" if (data / "scenes.json").exists() else data
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
-    rows, samples = read_json(path), []
-    if not isinstance(rows, list):
-        raise UserError(f'{path} must be a list of {{"file": ..., "captions": [...]}}.')
-    for i, row in enumerate(rows[: settings.limit]):
-        file = entry(row, "file", f"{path}, entry {i}")
-        captions = entry(row, "captions", f"{path}, entry {i}")
-        if not isinstance(captions, list) or not captions or not isinstance(captions[0], str):
-            raise UserError(f"{path}, entry {i}: captions is {captions!r}; it must be a list of texts.")
-        samples.append(Sample(i, file, captions[0], folder / file, "retrieve"))
-    if not samples:
-        raise UserError(f"{path} names no picture.")
+    samples = []
+    for i, row in enumerate(read_as(list, path)[: settings.limit]):
+        where = f"{path}, entry {i}"
+        try:
+            file, captions = text_of(row, "file", where), entry(row, "captions", where)
+            if not isinstance(captions, list) or not captions or not isinstance(captions[0], str):
+                raise UserError(f"{where}: captions is {captions!r}; it must be a list of texts.")
+            samples.append(Sample(i, file, captions[0], folder / file, "retrieve"))
+        except UserError as error:
+            samples.append(malformed(i, None, error))
+    usable(samples, path)
     pool = min(POOL, len(samples))
     return Task(samples[: len(samples) // pool * pool], None, {"pool": pool, "recipe": "first caption"})
 
@@ -72,7 +72,7 @@ def score_retrieval(
 ) -> Scored:
     """Recall at 1 and 5, in pools of 100 in the order of the file.
 
-    A picture that could not be read is never found, and finds nothing.
+    A picture that could not be read, or whose entry is malformed, is never found, and finds nothing.
     """
     size, samples = task.about["pool"], task.samples
     width = next((len(row["picture"]) for row in rows.values() if "picture" in row), 1)

@@ -100,7 +100,7 @@ class ScenesDetector:
         self.size, self.grid = int(description["size"]), int(description["grid"])
         self.cell = self.size // self.grid
         self.palette = {name: np.array(color, np.float32) for name, color in description["palette"].items()}
-        self.shapes = list(description["outlines"])
+        self.shapes = [shape for shape, _ in description["outlines"].items()]
         self._darkest = description.get("light", [0, 255])[0] - self.limits.dark
         self._description = description
 
@@ -119,7 +119,10 @@ class ScenesDetector:
         ]
         if missing:
             raise UserError(f"{path} does not describe scenes: it has no {', '.join(missing)}.")
-        return cls(description, limits)
+        try:
+            return cls(description, limits)
+        except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not describe scenes: {type(error).__name__}: {error}.") from error
 
     def __call__(self, pictures: Any) -> list[Reading]:
         """Read pictures, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from open_unitok.eval.questions import all_test_ids
+
 from .test_end_to_end import BUILDERS, Scripted, call, releases, result_of, run, scripted
 
 assert scripted  # the fixture that puts Scripted in a model's place
@@ -204,3 +206,9 @@ def test_more_malformed_than_sound_entries_are_refused(capsys, tmp_path):
     releases.write(tmp_path / "d" / GQA, content)
     code, _, err = run(capsys, "gqa", tmp_path / "d", tmp_path / "o")
     assert code == 2 and "3 of 5 entries are malformed" in err and "the key 'answer' is missing" in err
+
+
+def test_the_list_of_all_test_ids_passes_over_what_is_no_question(tmp_path):
+    path = tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json"
+    path.write_text(json.dumps({"questions": [{"question_id": 3}, 5, {"question": "?"}, {"question_id": 4}]}))
+    assert all_test_ids(tmp_path) == [3, 4]

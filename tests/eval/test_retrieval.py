@@ -68,7 +68,7 @@ def test_equal_captions_are_equally_right_and_fewer_than_k_are_all():
     [
         ([{"file": "a.png"}], "captions"),
         ([{"file": "a.png", "captions": []}], "list of texts"),
-        ([], "names no picture"),
+        ([], "is empty"),
         ({"file": 1}, "captions.json"),
     ],
 )
