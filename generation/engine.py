@@ -56,14 +56,22 @@ def native_can(model: Any) -> bool:
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if config.hidden_act != "silu" or rope not in STATIC_ROPE:
             return False
-    for part in (model.language_model.layers, model.depth_head, embedder):
-        for module in part.modules():  # adapters are linear layers of other kinds
-            linear = isinstance(module, nn.Linear)
-            if hasattr(module, "base_layer") or (
-                linear and (type(module) not in (nn.Linear, Linear) or module.weight.dtype != model.dtype)
-            ):
-                return False
+    parts = (model.language_model.layers, model.depth_head, embedder)
+    if not all(is_plain(part, model.dtype) for part in parts):
+        return False
     return not embedder.projection.attention.average and native.library() is not None
+
+
+def is_plain(part: nn.Module, dtype: torch.dtype) -> bool:
+    """True if all linear layers of this part are nothing but their weights: adapters are of other kinds."""
+    for module in part.modules():
+        if hasattr(module, "base_layer"):
+            return False
+        if isinstance(module, nn.Linear) and (
+            type(module) not in (nn.Linear, Linear) or module.weight.dtype != dtype
+        ):
+            return False
+    return True
 
 
 class Eager:

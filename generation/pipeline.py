@@ -274,7 +274,8 @@ class Pipeline:
         top_p: float = 1.0,
     ) -> Iterator[list[str]]:
         """The answers as they are written: each time one new piece of text per question, empty where there is
-        nothing new. Joined, the greedy pieces are what `answer` returns; closing the iterator ends the work.
+        nothing new. Joined, the greedy pieces are what `answer` returns, in float32; closing the iterator
+        ends the work.
 
         Args:
             do_sample: draw with temperature, top_k (0 = all) and top_p; else the likeliest words.

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from . import native
 from .decoder import pad_left
-from .engine import layer_struct, native_can, stack_struct
+from .engine import is_plain, layer_struct, native_can, stack_struct
 
 PIECE = 512  # tokens read at once, where prompts are short
 # of a generation config, what a greedy answer may come with
@@ -27,7 +27,8 @@ PLAIN |= {"use_cache"}
 def can_write(model: Any, options: dict[str, Any]) -> bool:
     """True if these options of `generate` mean the likeliest words of a model that the C++ steps know."""
     config = model.generation_config.to_diff_dict()
-    return config.keys() <= PLAIN and not any(options.values()) and native_can(model)
+    known = config.keys() <= PLAIN and not any(options.values()) and is_plain(model.lm_head, model.dtype)
+    return known and native_can(model)
 
 
 class Writer:

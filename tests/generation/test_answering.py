@@ -39,6 +39,19 @@ def test_batch_equals_one_by_one_and_the_plain_loop(full_model, asked):
         assert until_end(plain_loop(full_model, prompt, code, 8), {2}) == answer
 
 
+def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_model, asked):
+    class Adapted(torch.nn.Linear):
+        def forward(self, input):
+            return -super().forward(input)
+
+    model, (prompts, codes) = make_model(), asked
+    adapted = Adapted(32, 512, bias=False)
+    adapted.weight = model.lm_head.weight
+    model.lm_head = adapted
+    answer = answer_ids(model, prompts[:1], codes[:1], max_new_tokens=8)[0]
+    assert until_end(plain_loop(model, prompts[0], codes[0], 8), {2}) == answer
+
+
 def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     prompts, codes = asked
     long = answer_ids(full_model, prompts, codes, max_new_tokens=8)
