@@ -154,7 +154,7 @@ def _begin(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def _forget(out: Path) -> None:
     """Take away a conversion that failed: the mended command begins anew, and says again what it skips."""
-    for part in (*out.glob("part-*"), out / STATE):
+    for part in (*out.glob("part-*"), *out.glob(".*.tmp"), out / STATE):  # a kill leaves .tmp files behind
         part.unlink()
     out.rmdir()
 

@@ -117,10 +117,26 @@ def test_bad_pictures_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
     (pictures / "broken2.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="2 of 22 samples"):
         convert("folder", pictures, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
     (tmp_path / "m.jsonl").write_text('{"file_name": "nothing.png", "text": "a"}\n')
     with pytest.raises(UserError, match="nothing usable"):
         convert("folder", tmp_path / "m.jsonl", tmp_path / "three")
     assert "there is no such file" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(pictures, tmp_path, monkeypatch):
+    def killed(*_):
+        (tmp_path / "out" / ".part-000000.tar.1.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "broken2.jpg").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_convert, "_add_item", killed)
+        convert("folder", pictures, tmp_path / "out")
+    with pytest.raises(UserError, match="2 of 22 samples"):
+        convert("folder", pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_mended_mistake_is_mended(pictures, tmp_path, capsys):
