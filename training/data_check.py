@@ -111,8 +111,10 @@ def check(
         line, fits = _tokenizer_line(reading.codes, fingerprint)
         lines.append(line)
         broken += [] if fits else [line.strip()]
-        unsuited = reading.codes.unsuited("conversation" if "conversations" in found.roles else "drawing")
-        lines += [f"  note: {unsuited}"] if unsuited and found.roles else []
+        kinds = {"conversations": "conversation", "captions": "drawing"}
+        kind = next((kinds[role] for role in kinds if role in found.roles), None)
+        unsuited = reading.codes.unsuited(kind) if kind else None
+        lines += [f"  note: {unsuited}"] if unsuited else []
     lines += [f"  broken: {text}" for text in broken[:SHOWN]]
     lines += [f"  broken: {len(broken) - SHOWN:,} more"] if len(broken) > SHOWN else []
     return Report(looked_at, broken, [*lines, f"  {len(broken):,} broken"])

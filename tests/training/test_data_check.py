@@ -81,6 +81,9 @@ def test_codes_of_the_wrong_mode_are_told(tmp_path):
         write_json(path, {**facts, "mode": mode, "pictures": 2, "oblong": 1})
         report = check(str(path.parent), quiet=True)
         assert f"--mode {mode}; kind {kind} wants" in " ".join(report.lines) and not report.broken
+    path = write_codes(tmp_path / "document", [{"document": ["a", 0]}]) / "codes.json"  # no mode suits better
+    write_json(path, {**json.loads(path.read_text()), "mode": "pad", "pictures": 1, "oblong": 1})
+    assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)
 
 
 def test_broken_codes(tmp_path, capsys):
