@@ -1,5 +1,6 @@
 """The settings of a set of scenes, checked when they are made."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass, fields, replace
 from random import Random
@@ -10,39 +11,44 @@ from open_unitok.errors import UserError, did_you_mean
 from .scene_shapes import COLORS, SHAPES, TEXTURES
 
 
+def _told(default: Any, what: str) -> Any:
+    """A field that says in `unitok data scenes --help` what it is."""
+    return dataclasses.field(default=default, metadata={"help": what})
+
+
 @dataclass(frozen=True)
 class SceneConfig:
     """What the scenes may hold and how many are made. The defaults are the demo's."""
 
-    size: int = 32  # picture side in pixels
-    grid: int = 2  # cells per side; an object stays inside its cell
-    min_objects: int = 1
-    max_objects: int = 2
-    shapes: int = 4
-    colors: int = 6
-    sizes: tuple[float, ...] = (10, 11, 12)  # side of an object's box in pixels
-    size_names: tuple[str, ...] = ()  # one per size, to be named in captions and questions; or none
-    textures: tuple[str, ...] = ("plain",)
-    jitter: float = 1.0  # largest shift of an object from the middle of its cell, pixels
-    step: float = 1.0  # shifts are multiples of this, pixels
-    light_min: int = 222  # a background's red, green and blue lie between these two
-    light_max: int = 250
-    gradient: int = 0  # largest change of the background across the picture, levels of 255
-    held_out: float = 0.1  # share of colour x shape pairs that training never shows
-    test_share: float = 0.1  # share of all possible arrangements that only the test split may use
-    train: int = 20_000
-    test: int = 1_000
-    shard: int = 2_000  # training scenes per tar
-    corners: bool = False  # captions also say "in the top left corner"
-    captions: int = 4  # captions per scene
-    conversations: int = 4  # conversations per training scene
-    turns: int = 4  # most questions in one conversation
-    questions: int = 4  # questions per test scene
-    pope: int = 150  # test scenes asked about in each POPE category, two questions each
-    prompts: int = 25  # prompts per GenEval tag
-    text_lines: int = 4_000  # lines of plain text
-    vocabulary: int = 512  # pieces of the text tokenizer, 259 of which are bytes and controls
-    seed: int = 0
+    size: int = _told(32, "picture side in pixels")
+    grid: int = _told(2, "cells per side; an object stays inside its cell")
+    min_objects: int = _told(1, "fewest objects in a scene")
+    max_objects: int = _told(2, "most objects in a scene")
+    shapes: int = _told(4, "how many shapes there are")
+    colors: int = _told(6, "how many colours there are")
+    sizes: tuple[float, ...] = _told((10, 11, 12), "side of an object's box in pixels")
+    size_names: tuple[str, ...] = _told((), "one per size, to be named in captions and questions; or none")
+    textures: tuple[str, ...] = _told(("plain",), "how objects are filled: plain, striped, dotted")
+    jitter: float = _told(1.0, "largest shift of an object from the middle of its cell, pixels")
+    step: float = _told(1.0, "shifts are multiples of this, pixels")
+    light_min: int = _told(222, "a background's red, green and blue are this at least")
+    light_max: int = _told(250, "a background's red, green and blue are this at most")
+    gradient: int = _told(0, "largest change of the background across the picture, levels of 255")
+    held_out: float = _told(0.1, "share of colour x shape pairs that training never shows")
+    test_share: float = _told(0.1, "share of all possible arrangements that only the test split may use")
+    train: int = _told(20_000, "training scenes")
+    test: int = _told(1_000, "test scenes")
+    shard: int = _told(2_000, "training scenes per tar")
+    corners: bool = _told(False, 'captions also say "in the top left corner"')
+    captions: int = _told(4, "captions per scene")
+    conversations: int = _told(4, "conversations per training scene")
+    turns: int = _told(4, "most questions in one conversation")
+    questions: int = _told(4, "questions per test scene")
+    pope: int = _told(150, "test scenes asked about in each POPE category, two questions each")
+    prompts: int = _told(25, "prompts per GenEval tag")
+    text_lines: int = _told(4_000, "lines of plain text")
+    vocabulary: int = _told(512, "pieces of the text tokenizer, 259 of which are bytes and controls")
+    seed: int = _told(0, "of everything that is drawn by lot")
 
     def __post_init__(self) -> None:
         for field in fields(self):

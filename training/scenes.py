@@ -42,15 +42,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in fields(SceneConfig):
         default = field.default
         assert default is not MISSING
+        what = field.metadata["help"]
         if isinstance(default, tuple):
             kind: Any = str if field.name in ("size_names", "textures") else float
             shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
-            parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"default: {shown}")
+            parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"{what} (default: {shown})")
         elif isinstance(default, bool):
-            on_off = argparse.BooleanOptionalAction
-            parser.add_argument(_option(field.name), action=on_off, default=None, help=f"default: {default}")
+            on_off, what = argparse.BooleanOptionalAction, f"{what} (default: {'yes' if default else 'no'})"
+            parser.add_argument(_option(field.name), action=on_off, default=None, help=what)
         else:
-            parser.add_argument(_option(field.name), type=type(default), help=f"default: {default}")
+            parser.add_argument(_option(field.name), type=type(default), help=f"{what} (default: {default})")
 
 
 def _option(name: str) -> str:
