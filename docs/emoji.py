@@ -18,6 +18,8 @@ SIDE, FONT_SIZE = 64, 109  # the font holds bitmaps of this one size
 
 def main(folder: Path) -> None:
     """Write FOLDER/NAME.png and FOLDER/NAME.txt for each."""
+    if not Path(FONT).exists():
+        sys.exit(f"{FONT} does not exist: apt install fonts-noto-color-emoji, or change FONT in this file.")
     folder.mkdir(parents=True, exist_ok=True)
     font = ImageFont.truetype(FONT, FONT_SIZE)
     for emoji in EMOJI:
