@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from open_unitok.errors import UserError
+from open_unitok.files import SHIPPED
 
 if TYPE_CHECKING:
     from .pipeline import Pipeline
@@ -15,9 +16,9 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
     """--model, --device, --dtype, and --adapter where the decoder is used."""
     parser.add_argument(
         "--model",
-        default="scenes",
+        default=SHIPPED,
         metavar="M",
-        help="model folder, hub id, or the shipped model (default: scenes)",
+        help=f"model folder, hub id, or the shipped model (default: {SHIPPED})",
     )
     if adapter:
         parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")

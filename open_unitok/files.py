@@ -12,6 +12,7 @@ from typing import Any
 from .errors import UserError
 
 MODELS = Path(__file__).parent / "models"  # those that ship with the package, a folder each
+SHIPPED = "scenes"  # the one that commands take where none is named
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
@@ -49,11 +50,23 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def model_path(name: str | Path) -> Path:
-    """The path meant by a model's name: a shipped model's, unless there is a model of this name here."""
+    """The path meant by a model's name: a shipped model's, unless there is a model of this name here.
+
+    Raises:
+        UserError: the shipped model is meant, and this copy comes without it.
+    """
     path = Path(name)
     shipped = MODELS / path
-    here = path.is_file() or (path / "config.json").exists()
-    return shipped if not here and len(path.parts) == 1 and (shipped / "config.json").exists() else path
+    if len(path.parts) != 1 or path.is_file() or (path / "config.json").exists():
+        return path
+    if (shipped / "config.json").exists():
+        return shipped
+    if path == Path(SHIPPED):
+        raise UserError(
+            f"The model {SHIPPED!r} is not in this copy: train it with `make model` (hours) and give "
+            f"--model runs/{SHIPPED}/model, or give the folder or hub id of another one."
+        )
+    return path
 
 
 def tokenizer_path(name: str | Path) -> Path:

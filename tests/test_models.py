@@ -5,6 +5,7 @@ import pathlib
 import pytest
 
 from open_unitok import files
+from open_unitok.cli import main
 
 
 @pytest.fixture
@@ -32,3 +33,17 @@ def test_a_model_of_the_same_name_here_comes_first_but_another_folder_does_not(s
     assert files.model_path("small") == shipped
     pathlib.Path("small/config.json").write_text("{}")
     assert files.model_path("small") == files.tokenizer_path("small") == pathlib.Path("small")
+
+
+@pytest.mark.parametrize("folder_here", [False, True])
+def test_the_default_model_says_what_to_do_where_a_copy_lacks_it(shipped, capsys, folder_here):
+    if folder_here:
+        pathlib.Path("scenes").mkdir()  # data, for instance
+    pathlib.Path("x.png").touch()
+    for command in (["generate", "a star"], ["reconstruct", "x.png"]):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--out", "drawings"])
+        told = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and "\n" not in told
+        assert "make model" in told and "--model runs/scenes/model" in told
+    assert not pathlib.Path("drawings").exists()
