@@ -1,9 +1,7 @@
 """LoRA adapters by peft: which layers they sit on, and how they are put on, loaded and merged."""
 
-import argparse
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +9,9 @@ from typing import Any
 from torch import nn
 
 from open_unitok.errors import UserError
-from open_unitok.files import atomic_folder, existing, read_json
+from open_unitok.files import read_json
 
 from .model import UniTokForConditionalGeneration
-from .processor import UniTokProcessor
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -102,24 +99,3 @@ def _peft() -> Any:
     except ImportError as error:
         raise UserError(f"Adapters need peft ({error}): pip install 'open-unitok[train]'.") from error
     return peft
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok convert adapter`."""
-    parser.add_argument("base", metavar="BASE", help="the MLLM folder that the adapter was trained on")
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, e.g. runs/lora/model, or hub id")
-    parser.add_argument("target", metavar="DST", help="new folder, a whole MLLM")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Write base and adapter as one model."""
-    source, target = existing(args.base), Path(args.target)
-    if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another name.")
-    model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
-    with atomic_folder(target) as folder:
-        UniTokProcessor.from_pretrained(source).save_pretrained(folder)
-        model.save_pretrained(folder)
-        if (source / "unitok").exists():
-            shutil.copytree(source / "unitok", folder / "unitok")
-    print(f"{source} + {args.adapter} -> {target}")

@@ -35,12 +35,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval compare": ("open_unitok.eval.compare", "is one run better than another: paired bootstrap"),
     "eval report": ("open_unitok.eval.runs_report", "runs beside published numbers, as one HTML page"),
     "convert tokenizer": (
-        "open_unitok.tokenizer.convert",
+        "open_unitok.generation.convert_tokenizer",
         "rewrite a published tokenizer as a folder of ours",
     ),
-    "convert mllm": ("open_unitok.mllm.convert", "rewrite a published MLLM as a folder of ours"),
-    "convert bf16": ("open_unitok.generation.rounding", "round a model's weights: half the bytes"),
-    "convert adapter": ("open_unitok.mllm.adapters", "write an MLLM and its LoRA adapter as one model"),
+    "convert mllm": ("open_unitok.generation.convert_mllm", "rewrite a published MLLM as a folder of ours"),
+    "convert bf16": ("open_unitok.generation.convert_bf16", "round a model's weights: half the bytes"),
+    "convert adapter": (
+        "open_unitok.generation.convert_adapter",
+        "write an MLLM and its LoRA adapter as one model",
+    ),
 }
 # groups of commands, for the help text of `unitok data`, `unitok eval`, ...
 GROUPS = {"data": "make and check data sets", "eval": "benchmarks", "convert": "published weights to ours"}

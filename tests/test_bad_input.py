@@ -31,6 +31,7 @@ def places(tmp_path):
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
+    (tmp_path / "list.json").write_text("[1, 2]")
     return tmp_path
 
 
@@ -52,6 +53,7 @@ def places(tmp_path):
         ([*EXTRACT, "--tokenizer", "HERE/other_kind"], "bert"),
         ([*EXTRACT, "--tokenizer", "HERE/gone"], "gone"),
         ([*EXTRACT, "--tokenizer", "HERE/tokenizer"], "garbage.tar"),
+        (["convert", "tokenizer", "HERE/garbage.tar", "HERE/m", "--config", "HERE/list.json"], "list.json"),
         (["data", "scenes", "--out", "HERE/scenes", "--size", "33"], "size"),
         (["data", "scenes", "--out", "HERE/scenes", "--config", "HERE/gone.yaml"], "gone.yaml"),
     ],

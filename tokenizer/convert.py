@@ -4,7 +4,6 @@ The published code keeps codes as (B, K, N) and every sub-codebook in a table of
 and one stacked parameter. This module is the border.
 """
 
-import argparse
 import os
 import pickle
 import re
@@ -16,10 +15,9 @@ import torch
 from torch import Tensor
 
 from open_unitok.errors import UserError
-from open_unitok.files import atomic_folder, read_json
 
 from .config import SIZES, UniTokConfig
-from .model import UniTok, check_folder
+from .model import UniTok
 
 # Published module -> ours, # for a number; tensors keep their last name (weight, bias) unless it stands here.
 _BLOCK = {
@@ -293,35 +291,6 @@ def load_clip_start(model: UniTok, path: str | os.PathLike[str]) -> list[str]:
     _check_fit(path, state, {name: target[name] for name in state})
     model.load_state_dict(state, strict=False)
     return sorted(wanted.keys() - state.keys() - {"encoder.position_offset", "encoder.register_tokens"})
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok convert tokenizer`."""
-    parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth), or a folder of ours")
-    parser.add_argument("target", metavar="DST", help="new folder, or new .pth file where SRC is a folder")
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="config.json with the sizes, where the file's name for them is unknown",
-    )
-
-
-def run(args: argparse.Namespace) -> None:
-    """Convert one way or, from a folder, the other."""
-    target = Path(args.target)
-    if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another name.")
-    if Path(args.source).is_dir():
-        check_folder(args.source)
-        if target.suffix != ".pth":
-            raise UserError(f"{target}: a folder of ours becomes a published file, whose name ends in .pth.")
-        save_reference(UniTok.from_pretrained(args.source), target)
-    else:
-        config = UniTokConfig(**read_json(args.config)) if args.config else None
-        model = load_reference(args.source, config)
-        with atomic_folder(target) as folder:
-            model.save_pretrained(folder)
-    print(f"{args.source} -> {target}")
 
 
 def _plain(value: Any) -> Any:

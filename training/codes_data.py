@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from open_unitok.errors import UserError
 from open_unitok.files import existing, read_json
@@ -219,5 +218,7 @@ class Order:
 
     def _group_of(self, epoch: int, group: int, chosen: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         sizes = [self.sizes[shard] for shard in chosen]
+        import torch
+
         random = draws.generator(self.seed, "samples", self.name, epoch, group)
         return np.cumsum([0, *sizes[:-1]]), torch.randperm(sum(sizes), generator=random).numpy()

@@ -21,10 +21,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from open_unitok import ranks
@@ -34,9 +33,12 @@ from open_unitok.files import read_json, sha256, tokenizer_path, write_atomic, w
 from .codes_data import FORMAT, MANIFEST
 from .tarindex import BadSample, Record, index, tars_of
 
+if TYPE_CHECKING:
+    import torch
+
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 CHECKED = 8  # pictures per tar that are decoded again
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class Options(NamedTuple):
@@ -54,7 +56,7 @@ class Loaded(NamedTuple):
     """A sample with its pictures; mostly one, several in conversations and documents, or none."""
 
     key: str
-    pictures: list[torch.Tensor]  # each (3, H, W)
+    pictures: "list[torch.Tensor]"  # each (3, H, W)
     info: dict[str, Any]
     oblong: int  # pictures that were not square
 
@@ -78,14 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from open_unitok.generation.folders import check_device
     from open_unitok.tokenizer import UniTok
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size is 1 or more, --workers 0 or more.")
     tars = tars_of(args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{ranks.local_rank()}"
+    device = check_device(f"cuda:{ranks.local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
     options = Options(
         unitok.fingerprint(), args.mode, args.dtype, args.batch_size, args.workers, args.max_bad_share
@@ -95,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.tokenizer} has {unitok.config.codebook_size} codes per sub-codebook: code shards hold "
             "at most 65536 (uint16)."
         )
-    unitok = unitok.to(device=device, dtype=DTYPES[args.dtype])
+    unitok = unitok.to(device=device, dtype=getattr(torch, DTYPES[args.dtype]))
     manifest = extract(unitok, tars, Path(args.out), options)
     if manifest is None:
         print(f"{args.out}: this process is done, others are still at work")
@@ -108,7 +112,6 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-@torch.no_grad()
 def extract(
     unitok: Any, tars: list[str], out: Path, options: Options, quiet: bool = False
 ) -> dict[str, Any] | None:
@@ -118,6 +121,8 @@ def extract(
         UserError: `out` is a file, or holds codes of other pictures or of another tokenizer; too many
             pictures are unreadable.
     """
+    import torch
+
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {out}, which is a file: name a folder.")
     for number, tar in enumerate(tars):
@@ -128,14 +133,8 @@ def extract(
         if not _finished(out, n, tars[n], options)
     ]
     total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
-    with tqdm(
-        total=total,
-        desc="codes",
-        unit=" pictures",
-        disable=quiet or not mine,
-        file=sys.stderr,
-        mininterval=1.0,
-    ) as bar:
+    shown = {"desc": "codes", "unit": " pictures", "file": sys.stderr, "mininterval": 1.0}
+    with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
             _extract_tar(unitok, tars[number], out / _name(number), options, bar.update)
     facts = [_finished(out, number, tar, options) for number, tar in enumerate(tars)]
@@ -204,8 +203,10 @@ def _extract_tar(
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
 
 
-def _encode(unitok: Any, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
+def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
     """The codes of each picture, uint16 (N, K)."""
+    import torch
+
     found: list[np.ndarray] = []
     for start in range(0, len(pixels), batch_size):
         batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
@@ -287,8 +288,10 @@ def _add(
         writer.addfile(member, io.BytesIO(content))
 
 
-def _check_written(path: Path, samples: int, unitok: Any, first: list[torch.Tensor]) -> float:
+def _check_written(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
     """Read the tar as it lies on disk and decode its first codes: summed squared errors of these pictures."""
+    import torch
+
     records, problem = index(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(

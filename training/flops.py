@@ -12,21 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.tokenizer import UniTok, UniTokConfig
 
-# Dense bf16 matrix products in 10^12 operations per second, from the makers' data sheets.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "H200": 989.0,
-    "H100 PCIe": 756.0,
-    "H100": 989.0,
-    "H20": 148.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "A10G": 70.0,
-    "RTX 4090": 165.0,
-    "RTX 3090": 71.0,
-}
+from .gpus import PEAK_TFLOPS
 
 
 def peak_tflops(device: torch.device) -> float | None:

@@ -11,14 +11,17 @@ ZeRO 3 cuts the weights too, but for small ones, and keeps a bucket for the redu
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from open_unitok.errors import UserError
 
-from .flops import PEAK_TFLOPS, Cost, Work
+from .gpus import PEAK_TFLOPS
 from .mllm_config import PARTS, MLLMRun
+
+if TYPE_CHECKING:  # `unitok plan --help` shall not wait for torch
+    import torch
+
+    from .flops import Work
 
 # DeepSpeed's defaults, where `engine.deepspeed` does not say otherwise
 BUCKET, SMALL, LIVE = 500_000_000, 100_000, 1_000_000_000
@@ -44,7 +47,7 @@ class Plan(NamedTuple):
 
     counts: dict[str, tuple[int, int]]  # part -> parameters, trained ones
     memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
-    work: Work  # of a whole step
+    work: "Work"  # of a whole step
     flops: float  # of a whole step
     assumed: list[str]  # what stands in for what is not here
 
@@ -87,6 +90,8 @@ def plan(config: MLLMRun, gpus: int, text_tokens: int = 64) -> Plan:
     Raises:
         UserError: the config does not fit what is on disk, or does not split over the ranks.
     """
+    from .flops import Cost, Work
+
     micro = config.micro_batch(gpus)
     model, assumed = model_without_storage(config)
     work = Work(*(config.batch_size * value for value in mean_sample(config, model.config, text_tokens)))
@@ -99,7 +104,7 @@ def plan(config: MLLMRun, gpus: int, text_tokens: int = 64) -> Plan:
     return Plan(counts, memory, work, Cost(model).flops(work), assumed)
 
 
-def _trained(module: torch.nn.Module) -> list[int]:
+def _trained(module: "torch.nn.Module") -> list[int]:
     return [p.numel() for p in module.parameters() if p.requires_grad]
 
 
@@ -108,6 +113,8 @@ def _trained(module: torch.nn.Module) -> list[int]:
 
 def model_without_storage(config: MLLMRun) -> tuple[Any, list[str]]:
     """The model of the run on the meta device, frozen and adapted as it will be; and what was assumed."""
+    import torch
+
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
 
     from .mllm_stage import freeze, put_adapters
@@ -220,11 +227,15 @@ def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) 
 # ---- work --------------------------------------------------------------------------------------------------
 
 
-def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> Work:
+def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> "Work":
     """What a sample of the mixture brings on average; every caption, answer or line has `text_tokens`.
 
     A document is taken as those and one picture.
     """
+    import torch
+
+    from .flops import Work
+
     total = sum(entry.weight for entry in config.data.mixture)
     image = sizes.num_image_tokens
     mean = torch.zeros(len(Work._fields), dtype=torch.float64)

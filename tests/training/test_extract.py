@@ -88,6 +88,12 @@ def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
         }
 
 
+def test_a_device_that_is_not_there_is_named(tokenizer, data, tmp_path):
+    with pytest.raises(UserError, match="device is 'gpu'; it must be cpu"):
+        run(tokenizer, data, tmp_path / "codes", "--device", "gpu")
+    assert not (tmp_path / "codes").exists()
+
+
 def test_goes_on_where_it_stopped(tokenizer, data, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     real, calls = extract._extract_tar, []
