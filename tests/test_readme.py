@@ -1,0 +1,67 @@
+"""What the READMEs tell to type: commands parse, their configs load, keys are known, paths are there."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from open_unitok.cli import COMMANDS
+from open_unitok.training.run import load
+
+ROOT = Path(__file__).resolve().parent.parent
+TOKENIZER = "configs/tokenizer/unitok_large.yaml"
+MLLM, FINETUNE = "configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml"
+
+
+def commands(text):
+    """The words of every `unitok` command in the fenced blocks, under a launcher too."""
+    for block in re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.M | re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = re.split(r"(?:^unitok|-m open_unitok|--module open_unitok) ", line)
+            if len(words) > 1:
+                yield shlex.split(words[1], comments=True)
+
+
+def parse(words):
+    """The options of a command; an unknown one ends the test."""
+    name = next(n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS)
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(prog=f"unitok {name}")
+    module.add_arguments(parser)
+    return name, parser.parse_args(words[len(name.split()) :])
+
+
+@pytest.mark.parametrize("file", ["README.md", "training/README.md"])
+def test_commands_parse_and_their_configs_load(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = list(commands((ROOT / file).read_text(encoding="utf-8")))
+    assert len(found) > 5
+    for words in found:
+        name, args = parse(words)
+        if name in ("train", "plan"):
+            load(args.config, args.overrides)
+
+
+def test_keys_in_the_training_readme_are_keys_of_a_config(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
+    found = 0
+    for section in re.split(r"^## ", text, flags=re.M)[1:]:
+        config = TOKENIZER if section.startswith("The visual tokenizer") else MLLM
+        prose = re.sub(r"^```.*?^```$", "", section, flags=re.M | re.S).replace("`, then `", " ")
+        for span in re.findall(r"`([a-z_.]+=[^`]+)`", prose):
+            load(FINETUNE if span.startswith("lora=") else config, shlex.split(span))
+            found += 1
+    assert found > 10
+
+
+def test_paths_in_the_readmes_exist():
+    for file in ("README.md", "training/README.md", "eval/README.md", "CONTRIBUTING.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        named = re.findall(r"\b(?:configs|benchmarks|docs)/[\w/]+\.(?:yaml|py|png|json)\b", text)
+        for path in [*named, *re.findall(r"\]\(([\w./]+)\)", text)]:
+            there = (ROOT / path).exists() or ((ROOT / file).parent / path).exists()
+            assert there, f"{file} names {path}"
