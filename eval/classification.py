@@ -53,7 +53,7 @@ def load_own_classes(data: Path, settings: Settings) -> Task:
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: the template {bad[0]!r} does not hold {{}} exactly once.")
     prompts = zeroshot.from_templates(list(names.values()), templates)
-    files = [
+    files: imagenet.Labelled = [
         (p, number)
         for number, folder in enumerate(names)
         for p in sorted(existing(data / folder).iterdir())
