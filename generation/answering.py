@@ -45,6 +45,7 @@ def answer_ids(
     """
     config = model.config
     check_answering(prompt_ids, max_new_tokens, batch_size, config)
+    check_whole("num_beams", options.get("num_beams", 1))
     if options.get("num_return_sequences", 1) != 1:
         raise UserError("num_return_sequences must be 1: ask the question several times instead.")
     ends = end_ids(model)

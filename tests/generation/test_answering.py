@@ -112,6 +112,12 @@ def test_beams_and_sampling_run(full_model, asked):
     assert len(answer_ids(full_model, prompts, codes, max_new_tokens=3, do_sample=True, top_k=5)) == 4
 
 
+@pytest.mark.parametrize("beams", [0, -1, 1.5, True, None])
+def test_beams_are_a_whole_number(full_model, asked, beams):
+    with pytest.raises(UserError, match="num_beams is"):
+        answer_ids(full_model, *asked, max_new_tokens=2, num_beams=beams)
+
+
 @pytest.mark.parametrize(
     ("prompts", "tokens", "words"),
     [
