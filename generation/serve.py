@@ -1,6 +1,7 @@
 """`unitok serve`: an HTTP server with OpenAI's shapes for one model, for this machine alone unless told."""
 
 import argparse
+import contextlib
 import ipaddress
 import os
 import socket
@@ -58,10 +59,10 @@ def run(args: argparse.Namespace) -> None:
     if own_names(args.host) is None and token is None:
         print("Anyone who reaches this address may use it: --token-file asks for a token.", file=sys.stderr)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none")
-    try:
+    # uvicorn ends everything in order and passes the signal on, where the caller has not ignored it
+    with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:  # uvicorn has ended everything in order and passes the signal on
-        print("Stopped.", file=sys.stderr)
+    print("Stopped.", file=sys.stderr)
 
 
 def limits_of(args: argparse.Namespace):
