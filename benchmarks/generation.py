@@ -68,7 +68,8 @@ def main() -> None:
         found[part] = json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 1)}
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(found, indent=1) + "\n")
+            rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
+            Path(args.out).write_text(f"{{\n{rows}\n}}\n")
     print(report(found))
 
 

@@ -29,10 +29,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.tokenizer import UniTok, UniTokConfig, fast_cpu
+from open_unitok.training.flops import peak_tflops
 
 RESULTS = Path(__file__).parent / "results"
-# Dense bf16 operations per second that makers state; MFU is relative to it, or to the measured rate.
-STATED = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 # Measuring
@@ -221,7 +220,8 @@ def run_cuda(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, A
     needed = operations(config, args.side)
     needed["train"] = 3 * (needed["encode"] + needed["decode"])  # backward is twice forward
     rate = best_rate(torch.bfloat16, "cuda", 4 * args.product)
-    stated = next((v for k, v in STATED.items() if k in torch.cuda.get_device_name()), rate)
+    peak = peak_tflops(torch.device("cuda"))
+    stated = peak * 1e12 if peak else rate  # MFU is relative to what makers state, or to the measured rate
     rows = []
     for batch in args.batch:
         pixels = torch.rand(batch, 3, args.side, args.side, device="cuda") * 2 - 1

@@ -2,13 +2,12 @@
 
 import base64
 import binascii
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing, read_json, read_lines
 
 from . import tars
 from .harness import Row, Sample, Settings, Task
@@ -104,23 +103,6 @@ def read_llava(path: Path, limit: int | None = None) -> list[Row]:
         checked(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
         for i, row in enumerate(read_lines(path)[:limit])
     ]
-
-
-def read_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines; a line that is none stands as the UserError that says so.
-
-    `entry` raises such an error as soon as something is asked of the line.
-    """
-    found: list[Any] = []
-    with open(existing(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:  # no JSON, or no UTF-8
-                found.append(UserError(f"{path}, line {number}, is not valid JSON: {error}"))
-    return found
 
 
 def read_as(kind: type, path: Path, key: str = "") -> Any:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing
+from open_unitok.files import existing, read_lines
 
-from .asking import entry, of_kind, read_lines, text_of
+from .asking import entry, of_kind, text_of
 from .harness import Row
 from .vqa import mean
 

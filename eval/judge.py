@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from open_unitok.errors import UserError
+from open_unitok.files import read_lines
 
-from .asking import entry, of_kind, read_lines
+from .asking import entry, of_kind
 from .harness import Scoring, drop_half_line
 
 TRIES = 3  # requests per reply before it counts as failed

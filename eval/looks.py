@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
-from open_unitok.files import read_json, write_json
+from open_unitok.files import read_json, read_lines, write_json
 
-from .asking import entry, read_lines, read_picture
+from .asking import entry, read_picture
 from .harness import Answers, Row, Sample, Store, answer_all
 
 

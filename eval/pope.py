@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.errors import UserError, did_you_mean
-from open_unitok.files import existing
+from open_unitok.files import existing, read_lines
 
-from .asking import entry, read_lines, text_of
+from .asking import entry, text_of
 from .vqa import mean
 
 CATEGORIES = ("random", "popular", "adversarial")

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json
+from open_unitok.files import existing, read_json, read_lines
 
 from . import geneval
-from .asking import entry, of_kind, read_lines, text_of, usable
+from .asking import entry, of_kind, text_of, usable
 from .drawings import (
     about_drawing,
     add_apart,

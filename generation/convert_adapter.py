@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
     from open_unitok.mllm.adapters import merge_adapter
 
+    from .sampling import FILE
+
     source, target = existing(args.base), Path(args.target)
     if target.exists():
         raise UserError(f"{target} exists already: remove it or choose another name.")
@@ -29,4 +31,6 @@ def run(args: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         if (source / "unitok").exists():
             shutil.copytree(source / "unitok", folder / "unitok")
+        if (source / FILE).exists():
+            shutil.copy(source / FILE, folder / FILE)
     print(f"{source} + {args.adapter} -> {target}")

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"{args.target} exists already: remove it or choose another name.")
     quiet_loading()
     source = find_model(args.source)
-    sampling = sampling_of(args, args.source)
+    sampling = sampling_of(args, str(source))
     pipe = Pipeline.from_pretrained(source, dtype=torch.float32)
     model, unitok = pipe.model.to(torch.bfloat16), pipe.unitok.to(torch.bfloat16)
     # rounding has made it a tokenizer of slightly other codes

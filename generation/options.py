@@ -90,11 +90,7 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
 
 def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":
     """The sampling settings that the options ask for over those of the model, checked."""
-    import dataclasses
-
     from .folders import find_model
     from .sampling import Sampling
 
-    own = Sampling.of_model(find_model(model))
-    given = {f.name: getattr(args, f.name, None) for f in dataclasses.fields(Sampling)}
-    return dataclasses.replace(own, **{name: value for name, value in given.items() if value is not None})
+    return Sampling.of_model(find_model(model)).but(vars(args))

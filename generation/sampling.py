@@ -5,7 +5,7 @@ Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,12 @@ class Sampling:
         except TypeError as error:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
             raise UserError(f"{path} must be a mapping with some of {names}.") from error
+
+    def but(self, settings: Mapping[str, Any]) -> "Sampling":
+        """These settings with others in their place; those that are None, or no settings, change nothing."""
+        names = {field.name for field in dataclasses.fields(self)}
+        given = {name: value for name, value in settings.items() if name in names and value is not None}
+        return dataclasses.replace(self, **given)
 
     def guidances(self, count: int) -> list[float]:
         """The guidance at each of `count` visual tokens."""

@@ -148,6 +148,10 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
             raise UserError(message if str(path) in message else f"{path}: {message}") from error
         if name == "tokenizer.yaml":
             home = Path(config.out).parent.as_posix()
+            if home == ".":
+                raise UserError(
+                    f"{path}: out is {config.out}; it must lie in a folder of the run, as {HOME}/tokenizer."
+                )
         texts[name] = path.read_text(encoding="utf-8")
     return {name: text.replace(home, out.as_posix()) for name, text in texts.items()}
 

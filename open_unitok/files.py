@@ -98,21 +98,34 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read a file of one JSON value per line; blank lines are passed over.
+def read_lines(path: str | Path) -> list[Any]:
+    """The values of a file of JSON lines; a line that is none stands as the UserError that says so.
 
     Raises:
-        UserError: the file is missing, or a line is not JSON; the message names file and line.
+        UserError: the file is missing.
     """
-    rows = []
+    found: list[Any] = []
     with open(existing(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                rows.append(json.loads(line))
+                found.append(json.loads(line))
             except ValueError as error:  # no JSON, or no UTF-8
-                raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
+                found.append(UserError(f"{path}, line {number}, is not valid JSON: {error}"))
+    return found
+
+
+def read_jsonl(path: str | Path) -> list[Any]:
+    """Read one JSON value per line.
+
+    Raises:
+        UserError: the file is missing, or a line is not JSON; the message names file and line.
+    """
+    rows = read_lines(path)
+    for row in rows:
+        if isinstance(row, UserError):
+            raise row
     return rows
 
 

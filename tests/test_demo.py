@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from open_unitok.errors import UserError
 from open_unitok.eval.scenes_detector import ScenesDetector, same_scene
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import to_pil
@@ -186,6 +187,16 @@ def test_shipped_configs_are_valid_and_lie_in_one_home_that_out_replaces(run):
     texts = demo.read_configs(pathlib.Path("elsewhere"), str(folder))
     for name, text in texts.items():
         assert home in (folder / name).read_text() and home not in text and "elsewhere/" in text
+
+
+def test_configs_without_a_home_are_refused(tmp_path):
+    from open_unitok import demo
+
+    shutil.copytree(CONFIGS, tmp_path / "configs")
+    path = tmp_path / "configs" / "tokenizer.yaml"
+    path.write_text(path.read_text().replace("out: runs/demo/tokenizer", "out: tokenizer"))
+    with pytest.raises(UserError, match="out is tokenizer; it must lie in a folder"):
+        demo.read_configs(tmp_path / "run", str(tmp_path / "configs"))
 
 
 def test_the_demos_scenes_are_the_default_ones():

@@ -90,7 +90,7 @@ class Inbox:
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         seeds = [check_seed(first + i) for i in range(request.n or 1)]
         shown = self._shown_rows(request.partial_images or 0) if request.stream else frozenset()
-        return DrawKey(request.sampling(self.pipe.sampling)), [
+        return DrawKey(self.pipe.sampling.but(request.model_dump())), [
             DrawTask(ids, away, seed, shown) for seed in seeds
         ]
 

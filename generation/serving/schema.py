@@ -4,12 +4,11 @@ A field that is not named here is refused by its name, as OpenAI's servers do; w
 this kind has no use for is taken and changes nothing.
 """
 
-import dataclasses
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from open_unitok.generation.sampling import SCHEDULES, Sampling
+from open_unitok.generation.sampling import SCHEDULES
 
 MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
 MAX_TURNS = 200
@@ -149,8 +148,3 @@ class ImageRequest(Strict):
     background: Ignored = None
     moderation: Ignored = None
     output_compression: Ignored = None
-
-    def sampling(self, own: Sampling) -> Sampling:
-        """How the codes are chosen: what is given here, over the model's own settings."""
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)}
-        return dataclasses.replace(own, **{name: v for name, v in given.items() if v is not None})

@@ -55,7 +55,7 @@ def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded
         record = json.loads(image.text["unitok"])
     assert (record["guidance"], record["temperature"], record["top_k"]) == (3.0, 0.3, 5)
     asked = ImageRequest(prompt="a star", guidance=2.0)
-    assert asked.sampling(OWN) == Sampling(guidance=2.0, temperature=0.3)
+    assert OWN.but(asked.model_dump()) == Sampling(guidance=2.0, temperature=0.3)
 
 
 @pytest.mark.parametrize(

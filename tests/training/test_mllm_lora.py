@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -134,8 +135,11 @@ def test_peft_pipeline_and_merged_folder_agree(tuned, base, tmp_path):
     assert type(pipe.model) is UniTokForConditionalGeneration
     torch.testing.assert_close(logits(pipe.model), by_peft, atol=1e-5, rtol=1e-4)
     codes = pipe.draw(["a red cat"], Sampling(greedy=True, guidance=1))
-    cli.run(["convert", "adapter", str(base), str(tuned / "model"), str(tmp_path / "merged")])
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
+    cli.run(["convert", "adapter", str(tmp_path / "base"), str(tuned / "model"), str(tmp_path / "merged")])
     again = Pipeline.from_pretrained(tmp_path / "merged")
+    assert again.sampling == Sampling(guidance=3.0)
     assert torch.equal(again.draw(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
 
 
