@@ -3,7 +3,7 @@
 B prompts, L longest prompt, I images of a batch, N visual tokens per image, K sub-codebooks, D decoder width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,12 +62,9 @@ def answer_ids(
         prompts, codes = [prompt_ids[i] for i in batch], [image_codes[i] for i in batch]
         heads = common_heads(prompts, codes) if share_prefix else []
         if can_write(model, options):
-            shared = [h for h in heads if len(h.rows) > 1 and can_share(model, prompts, [h])]
-            loners = set(range(len(batch))).difference(*(h.rows for h in shared))
-            heads = shared + [Head([], codes[i], [i]) for i in loners]
-            new = write(model, prompts, codes, heads, max_new_tokens, ends, lambda c: join_codes(c, model))
-            for i, row in zip(batch, new):
-                answers[i] = row
+            for new in _write(model, prompts, codes, heads, max_new_tokens, lambda x: x.argmax(-1)):
+                for i, id in zip(batch, new):
+                    answers[i] += [] if id is None else [id]
             continue
         if 0 < len(heads) < len(prompts) and can_share(model, prompts, heads):
             inputs = after_heads(model, prompts, heads, options.get("num_beams", 1))
@@ -167,28 +164,50 @@ def answer_steps(
     generator = None if seed is None else torch.Generator(model.device).manual_seed(check_seed(seed))
     if not prompt_ids:
         return iter(())
-    return _write(model, prompt_ids, image_codes, max_new_tokens, sampling, generator)
+
+    def pick(logits: Tensor) -> Tensor:
+        gumbel = None
+        if not sampling.greedy:
+            gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
+        return choose(logits, sampling, gumbel)
+
+    if can_write(model, {}):
+        heads = common_heads(prompt_ids, image_codes)
+        return _write(model, prompt_ids, image_codes, heads, max_new_tokens, pick)
+    return _write_by_torch(model, prompt_ids, image_codes, max_new_tokens, pick)
+
+
+def _write(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    image_codes: Sequence[Tensor],
+    heads: Sequence[Head],
+    count: int,
+    pick: Callable[[Tensor], Tensor],
+) -> Iterator[list[int | None]]:
+    """`write` with those of the heads that can be shared, each prompt for itself where none can."""
+    shared = [h for h in heads if len(h.rows) > 1 and can_share(model, prompts, [h])]
+    loners = set(range(len(prompts))).difference(*(h.rows for h in shared))
+    heads = shared + [Head([], image_codes[i], [i]) for i in loners]
+    return write(
+        model, prompts, image_codes, heads, count, end_ids(model), lambda c: join_codes(c, model), pick
+    )
 
 
 @torch.no_grad()
-def _write(
+def _write_by_torch(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
     image_codes: Sequence[Tensor],
     max_new_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator | None,
+    pick: Callable[[Tensor], Tensor],
 ) -> Iterator[list[int | None]]:
     ids, mask = pad_left(prompt_ids, pad_id(model), model.device)
     embeds = model.embed_inputs(ids, join_codes(image_codes, model))
     decoder = Decoder(model.language_model, embeds, mask, torch.arange(len(ids)), room=max_new_tokens - 1)
     ends, going, hidden = end_ids(model), [True] * len(ids), decoder.hidden
     for left in reversed(range(max_new_tokens)):
-        logits = model.text_logits(hidden).float()
-        gumbel = None
-        if not sampling.greedy:
-            gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-        new = choose(logits, sampling, gumbel)
+        new = pick(model.text_logits(hidden).float())
         rows = new.tolist()
         going = [on and row not in ends for on, row in zip(going, rows)]
         if not any(going):

@@ -1,4 +1,4 @@
-"""Greedy answers through the C++ steps: prompts are read piece by piece, words written for all rows at once.
+"""Answers through the C++ steps: prompts are read piece by piece, words written for all rows at once.
 
 P prompts, L longest prompt, D decoder width. Reading is bound by multiplications, which batches do not make
 cheaper; writing is bound by the reading of weights, which all rows share. So the pieces that are read are as
@@ -6,7 +6,7 @@ small as the caches like, and rows whose answers have ended take part no more.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -105,12 +105,14 @@ def write(
     count: int,
     ends: set[int],
     join: Callable[[Sequence[Tensor]], Tensor],
-) -> list[list[int]]:
-    """Up to `count` greedy ids of each prompt, without the end.
+    pick: Callable[[Tensor], Tensor],
+) -> Iterator[list[int | None]]:
+    """Yield the next id of each prompt, None where its answer has ended, up to `count` times.
 
     Args:
         heads: of `common_heads`, for prompts that share theirs; the others are read as they are.
         join: the codes of several prompts as one tensor.
+        pick: logits (R, vocabulary) of the answers that go on -> their next ids (R,).
     """
     writer = Writer(model, [len(prompt) for prompt in prompts], room=count - 1)
     alone = []
@@ -125,16 +127,15 @@ def write(
         most = next((i for i in range(len(alone), 1, -1) if i * len(prompts[alone[i - 1]]) <= PIECE), 1)
         piece, alone = alone[:most], alone[most:]
         writer.read(piece, (), [prompts[row] for row in piece], join([image_codes[row] for row in piece]))
-    answers: list[list[int]] = [[] for _ in prompts]
     rows = torch.arange(len(prompts))
     logits = model.text_logits(writer.hidden)
     for left in reversed(range(count)):
-        new = logits.argmax(-1)
+        new = pick(logits)
         going = torch.tensor([id not in ends for id in new.tolist()], dtype=torch.bool)
         rows, new = rows[going], new[going]
-        for row, id in zip(rows.tolist(), new.tolist()):
-            answers[row].append(id)
-        if not left or not len(rows):
-            break
-        logits = writer.step(rows, new)
-    return answers
+        if not len(rows):
+            return
+        written = dict(zip(rows.tolist(), new.tolist()))
+        yield [written.get(row) for row in range(len(prompts))]
+        if left:
+            logits = writer.step(rows, new)

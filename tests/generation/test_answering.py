@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_unitok.errors import UserError
-from open_unitok.generation import answer_ids, answer_steps
+from open_unitok.generation import answer_ids, answer_steps, answering
 from open_unitok.generation.answering import until_end
 
 
@@ -82,16 +82,21 @@ def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
     assert len({tuple(answer) for answer in shared}) > 3
 
 
-def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch):
+@pytest.mark.parametrize("native", [True, False])
+def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
     prompts, codes = asked
     end = answer_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]
     for ends in ([2], [end, 2]):
         monkeypatch.setattr(full_model.generation_config, "eos_token_id", ends)
+        want = answer_ids(full_model, prompts, codes, max_new_tokens=8)
         rows = [[] for _ in prompts]
-        for new in answer_steps(full_model, prompts, codes, max_new_tokens=8):
-            for row, token in zip(rows, new):
-                row += [] if token is None else [token]
-        assert rows == answer_ids(full_model, prompts, codes, max_new_tokens=8)
+        with monkeypatch.context() as patch:
+            if not native:
+                patch.setattr(answering, "can_write", lambda model, options: False)
+            for new in answer_steps(full_model, prompts, codes, max_new_tokens=8):
+                for row, token in zip(rows, new):
+                    row += [] if token is None else [token]
+        assert rows == want
 
 
 def test_draws_follow_their_seed(full_model, asked):
