@@ -78,8 +78,7 @@ def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any
     return {
         "detector": detector,
         "pictures per prompt": each,
-        "decoding": f"guidance {settings.guidance}, temperature {settings.temperature}, "
-        f"top-k {settings.top_k}, top-p {settings.top_p}",
+        "decoding": settings.decoding,
         "pictures": "PNG",
     }
 

@@ -24,8 +24,7 @@ def about_drawing(settings: Settings, default: str) -> dict[str, Any]:
     if kind not in FORMATS:
         raise UserError(f"picture_format is {kind!r}; allowed: {', '.join(FORMATS)}.")
     return {
-        "decoding": f"guidance {settings.guidance}, temperature {settings.temperature}, "
-        f"top-k {settings.top_k}, top-p {settings.top_p}",
+        "decoding": settings.decoding,
         "pictures": "JPEG of quality 75" if kind == "jpg" else "PNG",
         "format": kind,
     }

@@ -18,6 +18,8 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 
 Row = dict[str, Any]
+# the settings of a drawing, which a model folder may name for itself
+DRAWING = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Settings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    greedy: bool = False
+    guidance_schedule: str = "constant"
     seed: int = 0
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
@@ -51,6 +55,13 @@ class Settings:
                 raise UserError(f"{name} is {value}; it must be at least 1.")
         if self.seed < 0:
             raise UserError(f"seed is {self.seed}; it must be 0 or more.")
+
+    @property
+    def decoding(self) -> str:
+        """How pictures are drawn, in words."""
+        rise = "" if self.guidance_schedule == "constant" else f" ({self.guidance_schedule})"
+        chosen = f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}"
+        return f"guidance {self.guidance}{rise}, {'greedy' if self.greedy else chosen}"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from open_unitok.errors import UserError
 from open_unitok.files import existing, model_path, read_json
 
 from .crops import crop_of
-from .harness import Settings
+from .harness import DRAWING, Settings
 
 DEFAULTS = Settings()
 DTYPES = ("float32", "bfloat16", "float16")
@@ -54,8 +54,7 @@ class Model:
         """How it draws; a UserError where a setting is out of range."""
         from open_unitok.generation import Sampling
 
-        s = self.settings
-        return Sampling(guidance=s.guidance, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+        return Sampling(**{name: getattr(self.settings, name) for name in DRAWING})
 
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError where a benchmark asks for more than this model can do, or for the impossible."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from . import charts
-from .harness import Row
+from .harness import Row, Settings
 from .report import Line, Material, about_held_out, asked, copied, drawn, percent, placed, shown, stage_curves
 from .report_style import STYLE
 
@@ -282,10 +282,10 @@ def ending(material: Material) -> str:
     warnings = "".join(f'<div class="warn card">{text(problem)}</div>' for problem in problems)
     result = next(iter(material.results.values()))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    settings = result["settings"]
+    settings = Settings(**result["settings"])
     prints = {text(r["model"]["kind"]): r["model"]["fingerprint"][:16] for r in material.results.values()}
     models = ", ".join(f"{kind} <code>{value}</code>" for kind, value in prints.items())
     return (
-        f'{warnings}<footer class="end">Drawn with guidance {settings["guidance"]:g}, temperature '
-        f"{settings['temperature']:g}; answers are greedy. Models: {models}. {text(versions)}.</footer>"
+        f'{warnings}<footer class="end">Drawn with {text(settings.decoding)}; answers are greedy. '
+        f"Models: {models}. {text(versions)}.</footer>"
     )

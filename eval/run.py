@@ -6,16 +6,17 @@ import datetime
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from open_unitok import ranks
 from open_unitok.errors import UserError
+from open_unitok.files import model_path
 
 from .asking import RECIPES
 from .benchmarks import BENCHMARKS, named, present, run_benchmark, settled
 from .drawn import DrawnElsewhere, drawn_elsewhere
-from .harness import Row, Scoring, Settings
+from .harness import DRAWING, Row, Scoring, Settings
 
 OPTIONS = {
     "split": (str, "where a folder holds several, for instance mscoco_val2014"),
@@ -23,10 +24,12 @@ OPTIONS = {
     "layout": (str, "original or llava, where a folder holds the files of both"),
     "max_new_tokens": (int, "longest answer (default: 128 as published, 16 for scenes)"),
     "images_per_prompt": (int, "drawings per prompt (default: 4 as published, 1 for scenes)"),
-    "guidance": (float, "how strongly a drawing follows its prompt"),
-    "temperature": (float, "of drawing"),
-    "top_k": (int, "codes to choose among when drawing, 0 = all"),
-    "top_p": (float, "probability to choose among when drawing"),
+    "guidance": (float, "how strongly a drawing follows its prompt (default: the model's own, else 5)"),
+    "temperature": (float, "of drawing (default: the model's own, else 1)"),
+    "top_k": (int, "codes to choose among when drawing (default: the model's own, else 0: all)"),
+    "top_p": (float, "probability to choose among when drawing (default: the model's own, else 1)"),
+    "greedy": (bool, "draw the likeliest codes (default: the model's own, else not)"),
+    "guidance_schedule": (str, "constant, linear or cosine (default: the model's own, else constant)"),
     "seed": (int, "of the first drawing; each has its own"),
     "limit": (int, "only the first samples, for a quick look"),
     "detector": (str, "scenes (default where DATA has a scenes.json) or none: detections come from a file"),
@@ -77,12 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="samples per call of the model")
     defaults = Settings()
     for field in fields(Settings):
-        default = getattr(defaults, field.name)
+        default = None if field.name in DRAWING else getattr(defaults, field.name)
         kind, line = OPTIONS[field.name]
         shown = "" if default is None else f" (default: {default})"
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=default, help=line + shown
-        )
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=default, help=line + shown, **how)
     add_scoring(parser)
 
 
@@ -115,9 +117,9 @@ def run(args: argparse.Namespace) -> None:
         settled(name, scoring)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     with together(args.device) as device:
         elsewhere = drawn_elsewhere(args.model)
+        settings = settings_of(args, None if elsewhere else args.model)
         if settings.grid and not elsewhere:
             raise UserError("--grid is for drawings from elsewhere, but --model is a model.")
         model = (
@@ -132,6 +134,17 @@ def run(args: argparse.Namespace) -> None:
             result = run_benchmark(name, model, args.data, out, settings, args.batch_size, scoring)
             if result:
                 print(table(result))
+
+
+def settings_of(args: argparse.Namespace, model: str | None) -> Settings:
+    """What is asked for, over what the model's folder says that it draws best with."""
+    from open_unitok.generation import Sampling
+
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    if model is not None:
+        own = asdict(Sampling.of_model(model_path(model)))
+        given |= {name: own[name] for name in DRAWING if given[name] is None}
+    return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
 @contextlib.contextmanager
