@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from open_unitok import ranks
 from open_unitok.errors import UserError
 
+from .muon import Muon, muon_groups
 from .options import EngineOptions, Optimizer
 
 # Published UniTok: no weight decay for vectors and for names that contain one of these words.
@@ -140,7 +141,7 @@ def wrap(
     options: EngineOptions,
     micro_batch: int,
 ) -> Any:
-    """A DeepSpeed engine around `module`, with AdamW on `groups`.
+    """A DeepSpeed engine around `module`, with AdamW or Muon on `groups`.
 
     Masters stay fp32; bf16 runs through torch's autocast, so that the quantiser can step out of it. Call the
     engine for the forward pass, `engine.backward(loss)`, then `step(engine)` of this module, per micro-batch.
@@ -150,7 +151,10 @@ def wrap(
     """
     import deepspeed
 
-    adam = torch.optim.AdamW(
+    kind: Any = torch.optim.AdamW
+    if optimizer.kind == "muon":
+        kind, groups = Muon, muon_groups(module, groups)
+    adam = kind(
         [{**group, "lr": optimizer.lr * group.get("lr_factor", 1.0)} for group in groups],
         betas=optimizer.betas,
         eps=optimizer.eps,

@@ -26,6 +26,7 @@ from .mixture import Mixture
 from .mllm_config import PARTS, LossOptions, MLLMRun
 from .mllm_model import Parts, load_parts, new_parts, save_parts
 from .mllm_progress import Progress
+from .profiler import profiled
 from .runfolder import RunFolder
 
 
@@ -73,13 +74,14 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
 
     model.train()
     log.begin(step)
-    with contextlib.closing(log), stopping() as stop:
+    with contextlib.closing(log), stopping() as stop, profiled(config, folder.path, step) as profiler:
         while step < config.last_step:
             plan = config.schedule
             rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
             engine.set_lr(trained, rate)
             sums, norm = learn(trained, config, mixture.next(), step, progress)
             step += 1
+            profiler.step(step)
             if step % config.log.every == 0:
                 log.note("lr", config.optimizer.lr * rate)
                 for name, value in progress.take().items():

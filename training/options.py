@@ -11,8 +11,12 @@ from .schedules import check_kind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW (reference defaults of the published tokenizer recipe); `clip_grad` 0 turns clipping off."""
+    """AdamW (reference defaults of the published tokenizer recipe); `clip_grad` 0 turns clipping off.
 
+    `kind` "muon" moves hidden matrices by Muon instead (see `muon.py`), at the same `lr` and `weight_decay`.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-6
@@ -175,6 +179,11 @@ class RunConfig:
             raise UserError(f"seed is {self.seed}: it is 0 or more.")
         if self.stop_at is not None and self.stop_at < 1:
             raise UserError(f"stop_at is {self.stop_at}: a step, 1 or more.")
+        if self.optimizer.kind == "muon" and self.engine.zero_stage:
+            raise UserError(
+                f"optimizer.kind is muon, but engine.zero_stage is {self.engine.zero_stage}: Muon needs "
+                "whole matrices, so set engine.zero_stage to 0 or optimizer.kind to adamw."
+            )
 
     @property
     def last_step(self) -> int:

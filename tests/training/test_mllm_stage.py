@@ -2,6 +2,7 @@
 and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -53,6 +54,20 @@ def test_resumed_equals_uninterrupted(mllm, reference):
     assert mllm.rows(folder) == mllm.rows(reference)
     one, other = mllm.weights(folder), mllm.weights(reference)
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_muon_goes_on_exactly_and_steps_are_profiled(mllm):
+    muon = ("optimizer.kind=muon", "optimizer.lr=1e-2", "steps=40")
+    whole = mllm.train("muon", *muon)
+    profile = "profile={start: 2, steps: 1}"
+    halves = mllm.train("muon-halves", *muon, "stop_at=5", profile)
+    assert sorted(os.listdir(halves / "profile")) == ["steps-3-3.json.gz", "steps-3-3.txt"]
+    mllm.train("muon-halves", *muon)
+    assert mllm.rows(halves) == mllm.rows(whole)
+    one, other = mllm.weights(halves), mllm.weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    adamw = mllm.rows(mllm.train("adamw", *muon[1:]))
+    assert mllm.rows(whole)[-1]["loss"] < 0.9 * adamw[-1]["loss"]
 
 
 @pytest.mark.parametrize(
