@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from open_unitok.errors import UserError
-from open_unitok.files import atomic_folder, existing
+from open_unitok.files import atomic_folder, existing, model_path, tokenizer_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,24 +13,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", metavar="BASE", help="the MLLM folder that the adapter was trained on")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, e.g. runs/lora/model, or hub id")
     parser.add_argument("target", metavar="DST", help="new folder, a whole MLLM")
+    parser.add_argument(
+        "--unitok",
+        metavar="U",
+        help="visual tokenizer to take in place of the base's: same codes, other decoder",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Write base and adapter as one model."""
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
     from open_unitok.mllm.adapters import merge_adapter
+    from open_unitok.tokenizer import UniTok
 
+    from .folders import check_belongs
     from .sampling import FILE
 
-    source, target = existing(args.base), Path(args.target)
+    source, target = existing(model_path(args.base)), Path(args.target)
+    unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
     if target.exists():
         raise UserError(f"{target} exists already: remove it or choose another name.")
     model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
+    processor = UniTokProcessor.from_pretrained(source)
+    if args.unitok:
+        check_belongs(model, UniTok.from_pretrained(unitok), processor, unitok)
     with atomic_folder(target) as folder:
-        UniTokProcessor.from_pretrained(source).save_pretrained(folder)
+        processor.save_pretrained(folder)
         model.save_pretrained(folder)
-        if (source / "unitok").exists():
-            shutil.copytree(source / "unitok", folder / "unitok")
+        if unitok.exists():
+            shutil.copytree(unitok, folder / "unitok")
         if (source / FILE).exists():
             shutil.copy(source / FILE, folder / FILE)
     print(f"{source} + {args.adapter} -> {target}")

@@ -9,6 +9,7 @@ import torch
 
 from open_unitok.errors import UserError, did_you_mean
 from open_unitok.files import existing, model_path
+from open_unitok.generation.sampling import FILE as SAMPLING
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.model import check_folder
@@ -93,6 +94,9 @@ def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None =
         return
     parts.processor.save_pretrained(path)
     shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
+    own = parts.unitok.parent / SAMPLING  # of the model that the training began with
+    if own.exists():
+        shutil.copy(own, path / SAMPLING)
 
 
 def _decoder(folder: str) -> Any:

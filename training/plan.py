@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from open_unitok.errors import UserError
+from open_unitok.files import model_path
 
 from .gpus import PEAK_TFLOPS
 from .mllm_config import PARTS, MLLMRun
@@ -124,7 +125,7 @@ def model_without_storage(config: MLLMRun) -> tuple[Any, list[str]]:
         sizes = _known_or(
             config.start_from,
             assumed,
-            lambda: UniTokMLLMConfig.from_pretrained(str(config.start_from)),
+            lambda: UniTokMLLMConfig.from_pretrained(str(model_path(config.start_from))),
             lambda: UniTokMLLMConfig.named("unitok_mllm_7b"),
         )
     else:

@@ -126,7 +126,8 @@ class CodebookOptions:
 class TokenizerRun(RunConfig):
     """A run of stage 1.
 
-    `model`: `size` (a named size) and any field of UniTokConfig. `clip_start`: an open_clip ViTamin
+    `model`: `size` (a named size) and any field of UniTokConfig; it may be missing where `start_from` names a
+    trained one and no contrast is learnt. `clip_start`: an open_clip ViTamin
     checkpoint (file, folder or hub id) whose image and text towers a fresh model begins with. `go_on_from`: a
     checkpoint of a run with another number of ranks or workers, to go on from at its step: weights are kept,
     Adam's moments begin anew, and tars that it had begun are passed over in its epoch. `decoder_init`: how
@@ -139,7 +140,7 @@ class TokenizerRun(RunConfig):
     """
 
     data: ShardOptions
-    model: dict[str, Any]
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
     clip_start: str | None = None
     go_on_from: str | None = None
     decoder_init: Literal["published", "kaiming"] = "published"
@@ -157,6 +158,10 @@ class TokenizerRun(RunConfig):
 
     def check(self) -> None:
         super().check()
+        if not self.model and (self.start_from is None or self.losses.clip):
+            raise UserError(
+                "Config key 'model' is missing: name the sizes, or give start_from and set losses.clip to 0."
+            )
         if self.losses.clip > 0 and not self.caption_tokenizer:
             raise UserError(
                 f"losses.clip is {self.losses.clip}, but caption_tokenizer is not set: name a CLIP "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from open_unitok.errors import UserError, did_you_mean
+from open_unitok.files import tokenizer_path
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.published import find_weights
 
@@ -59,7 +60,8 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
             if getattr(model.config, key) != getattr(wanted, key):
                 other = getattr(model.config, key)
                 raise UserError(f"model.{key} is {fields[key]}, but the model at start_from has {other}.")
-        model.config.drop_path_rate = wanted.drop_path_rate
+        if config.model:
+            model.config.drop_path_rate = wanted.drop_path_rate
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
     if not config.losses.clip:  # without contrast these get no gradient, and must not decay
@@ -72,11 +74,12 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
 
 
 def start_model(path: str) -> UniTok:
-    """The tokenizer at a path or hub id, its weights in fp32.
+    """The tokenizer of a folder (an MLLM's too), shipped model or hub id, its weights in fp32.
 
     Raises:
         UserError: there is none.
     """
+    path = str(tokenizer_path(path))
     if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
         raise UserError(f"start_from is {path}, but there is no such folder or file.")
     try:

@@ -17,6 +17,7 @@ from open_unitok.errors import UserError
 from open_unitok.generation import Pipeline, Sampling
 from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.mllm.adapters import add_lora, linear_layers, merge_adapter
+from open_unitok.tokenizer import UniTok
 from open_unitok.training.codes_data import CodeFolder
 
 MORE = ("lora={rank: 4, alpha: 8, dropout: 0.1}", "optimizer.lr=1e-2", "engine.gradient_checkpointing=true")
@@ -141,6 +142,30 @@ def test_peft_pipeline_and_merged_folder_agree(tuned, base, tmp_path):
     again = Pipeline.from_pretrained(tmp_path / "merged")
     assert again.sampling == Sampling(guidance=3.0)
     assert torch.equal(again.draw(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
+
+
+def test_a_merged_folder_takes_a_tokenizer_of_the_same_codes(tuned, base, mllm, tmp_path):
+    unitok = UniTok.from_pretrained(base / "unitok")
+    with torch.no_grad():
+        for parameter in unitok.decoder.parameters():
+            parameter.mul_(1.5)
+    unitok.save_pretrained(tmp_path / "unitok")
+    command = ["convert", "adapter", str(base), str(tuned / "model")]
+    cli.run([*command, str(tmp_path / "merged"), "--unitok", str(tmp_path / "unitok")])
+    codes = torch.zeros(1, unitok.config.num_visual_tokens, unitok.config.num_codebooks, dtype=torch.long)
+    found = Pipeline.from_pretrained(tmp_path / "merged").unitok.decode(codes)
+    assert torch.equal(found, unitok.decode(codes))
+    mllm.write_tokenizer(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match="was trained on the codes of tokenizer"):
+        cli.run([*command, str(tmp_path / "refused"), "--unitok", str(tmp_path / "other")])
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_fine_tuned_model_keeps_how_its_base_draws(base, mllm, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
+    folder = mllm.train("keeps", "model=null", f"start_from={tmp_path / 'base'}", "steps=1")
+    assert Sampling.of_model(folder / "model") == Sampling(guidance=3.0)
 
 
 def test_adapters_sit_on_all_linear_layers_of_their_parts(base):

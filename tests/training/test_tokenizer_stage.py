@@ -145,6 +145,7 @@ def test_one_batch_is_learnt_by_heart(data, tmp_path):
         ("caption_tokenizer=nowhere.model", "nowhere.model"),
         ("losses={lpips: 1.0, lpips_weights: nowhere.pth}", "nowhere.pth"),
         ("start_from=nowhere", "nowhere"),
+        ("model={}", "'model' is missing"),
         ("batch_size=7", "multiple of 2"),
         ("model.text_vocab_size=9", "leave the key out"),
     ],
@@ -195,10 +196,16 @@ def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
         "steps=2",
     ]
     train(data, out, *start, "ema=null")
-    before, after = (UniTok.from_pretrained(folder / "model") for folder in (whole, out))
-    assert before.fingerprint() == after.fingerprint()
-    weight = "decoder.norm.weight"
-    assert not torch.equal(before.get_parameter(weight), after.get_parameter(weight))
+    bare = ["model={}", "losses.clip=0", "caption_tokenizer=null"]  # sizes are those of start_from
+    train(data, tmp_path / "bare", *start, *bare, "ema=null")
+    before, *found = (UniTok.from_pretrained(folder / "model") for folder in (whole, out, tmp_path / "bare"))
+    for after in found:
+        assert (
+            before.fingerprint() == after.fingerprint()
+            and before.config.to_diff_dict() == after.config.to_diff_dict()
+        )
+        weight = "decoder.norm.weight"
+        assert not torch.equal(before.get_parameter(weight), after.get_parameter(weight))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
