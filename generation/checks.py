@@ -10,13 +10,20 @@ from .sampling import check_seed
 
 
 def check_texts(texts: Any, name: str) -> Sequence[str]:
-    """The texts; UserError where they are one string, or one of them is empty or no string."""
+    """The texts; UserError where they are no list, or one of them is empty or no text."""
     if isinstance(texts, str):
         raise UserError(f"One string was given where a list of {name}s is needed: put it into [...].")
+    if not isinstance(texts, Sequence):
+        raise UserError(f"{texts!r} was given where a list of {name}s is needed.")
     for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
+        if not is_text(text) or not text.strip():
             raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a text that is not empty.")
     return texts
+
+
+def is_text(value: Any) -> bool:
+    """True for a string without halves of characters, which bytes that are no UTF-8 leave behind."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def check_history(history: Any) -> tuple[tuple[str, str], ...]:
@@ -27,7 +34,7 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     pairs = list(history) if isinstance(history, (list, tuple)) else [history]
     for i, pair in enumerate(pairs):
         whole = isinstance(pair, (list, tuple)) and len(pair) == 2
-        if not whole or not all(isinstance(text, str) for text in pair):
+        if not whole or not all(is_text(text) for text in pair):
             raise UserError(f"Entry {i} of a history is {pair!r}; it must be (question, answer), two texts.")
     return tuple((question, answer) for question, answer in pairs)
 

@@ -157,11 +157,20 @@ def fill_prefix(model: Any, codes: Tensor, prefix: Tensor) -> int:
     Raises:
         UserError: they are of another shape or range, or nothing is left to draw.
     """
-    if prefix.dim() != 3 or prefix.shape[0] not in (1, len(codes)) or prefix.shape[1] >= codes.shape[1]:
-        raise UserError(
-            f"prefix has shape {tuple(prefix.shape)}; (1 or {len(codes)} images, at most "
-            f"{codes.shape[1] - 1} visual tokens, {codes.shape[2]} sub-codebooks) is needed."
-        )
+    check_prefix(prefix, len(codes), model.config)
     model.visual_embedder.check_codes(prefix)
     codes[:, : prefix.shape[1]] = prefix
     return prefix.shape[1]
+
+
+def check_prefix(prefix: Any, images: int, config: Any) -> None:
+    """
+    Raises:
+        UserError: it is no tensor, or of another shape than so many images begin with.
+    """
+    shape, tokens = tuple(getattr(prefix, "shape", ())), config.num_image_tokens
+    if not isinstance(prefix, Tensor) or len(shape) != 3 or shape[0] not in (1, images) or shape[1] >= tokens:
+        raise UserError(
+            f"prefix has shape {shape}; a tensor of (1 or {images} images, at most {tokens - 1} visual "
+            f"tokens, {config.num_codebooks} sub-codebooks) is needed."
+        )

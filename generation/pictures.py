@@ -2,9 +2,7 @@
 
 import io
 import json
-import struct
 import warnings
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,13 @@ from PIL import Image, PngImagePlugin
 
 from open_unitok.errors import UserError
 from open_unitok.files import write_atomic
+from open_unitok.tokenizer.images import BROKEN
 
 GAP = 2  # pixels between the pictures of a grid
 KEY = (
     "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
 )
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # some of Pillow's other readers start programs
-# what Pillow's readers raise on bytes that only look like a picture
-BROKEN = (
-    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:

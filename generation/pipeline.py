@@ -17,7 +17,7 @@ from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 from .answering import answer_ids, answer_steps, text_pieces
 from .checks import check_history, check_texts, check_whole, spread_seeds
 from .decoder import context_length
-from .drawing import draw_codes, draw_steps
+from .drawing import check_prefix, draw_codes, draw_steps
 from .folders import check_belongs, check_device, check_weights, find_model
 from .sampling import Sampling
 
@@ -126,6 +126,8 @@ class Pipeline:
         check_whole("batch_size", batch_size)
         sampling = sampling or self.sampling
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
+        if prefix is not None:
+            check_prefix(prefix, len(ids), self.model.config)
         parts = []
         for i in range(0, len(ids), batch_size):
             part = slice(i, i + batch_size)
@@ -145,10 +147,10 @@ class Pipeline:
         seeds = spread_seeds(seed, count * num_images)
         away = [self.processor.unconditional_ids()] * count
         if negative is not None:
-            texts = [negative] * count if isinstance(negative, str) else list(negative)
-            if len(texts) != count:
+            texts = [negative] * count if isinstance(negative, str) else negative
+            if len(check_texts(texts, "negative prompt")) != count:
                 raise UserError(f"{len(texts)} negative prompts for {count} prompts: give one, or one each.")
-            away = self.prompt_ids(check_texts(texts, "negative prompt"), "Negative prompt")
+            away = self.prompt_ids(texts, "Negative prompt")
         ids, away = (
             [row for row in rows for _ in range(num_images)] for rows in (self.prompt_ids(prompts), away)
         )
@@ -334,12 +336,15 @@ class Pipeline:
     ) -> tuple[list[list[int]], list[Tensor]]:
         """The ids of each question and the codes (n, N, K) of its images."""
         check_texts(questions, "question")
+        histories = [()] * len(questions) if histories is None else histories
         for name, given in (("images", images), ("histories", histories)):
-            if given is not None and len(given) != len(questions):
+            if not isinstance(given, Sequence):
+                raise UserError(f"{name} is {given!r}; it must be a list with one entry per question.")
+            if len(given) != len(questions):
                 raise UserError(
                     f"{len(given)} {name} for {len(questions)} questions: give one entry per question."
                 )
-        earlier = [check_history(entry) for entry in histories or [()] * len(questions)]
+        earlier = [check_history(entry) for entry in histories]
         groups = [_as_list(entry) for entry in images]
         pictures = {_identity(picture): picture for group in groups for picture in group}
         place = {key: i for i, key in enumerate(pictures)}
@@ -377,7 +382,9 @@ def reconstruct(
     Raises:
         UserError: a file that is missing or no image, a size that is no multiple of 16.
     """
-    size = size or unitok.config.image_size
+    size = unitok.config.image_size if size is None else size
+    check_whole("size", size)
+    check_whole("batch_size", batch_size)
     for part in _batches(images, batch_size):
         pixels = torch.stack([to_pixels(load_image(image), size, mode="crop") for image in part])
         copies = unitok.decode(unitok.encode(pixels.to(unitok.device))).float().cpu()

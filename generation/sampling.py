@@ -5,6 +5,7 @@ Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class Sampling:
 def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:
     """Refuse what is no finite number (a bool is none) or fails `ok`."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not ok(value):
+    # compared, not converted: a whole number may be larger than every float
+    if not number or not abs(value) <= sys.float_info.max or not ok(value):
         raise UserError(f"{name} is {value!r}; it must be {allowed}.")
 
 

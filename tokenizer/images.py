@@ -2,8 +2,9 @@
 
 import io
 import os
+import struct
 import warnings
-from pathlib import Path
+import zlib
 
 import numpy as np
 import torch
@@ -14,6 +15,11 @@ from open_unitok.errors import UserError, did_you_mean
 MAX_PIXELS = 178_956_970  # a file that unpacks to more is taken for an attack, as Pillow does
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, around pictures that are padded to a square
 MODES = ("crop", "pad", "squash")
+# what Pillow's readers raise on bytes that only look like a picture
+BROKEN = (
+    OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
+    RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
 
@@ -26,8 +32,11 @@ def load_image(picture: Picture) -> Image.Image:
     """
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
+    if not isinstance(picture, (bytes, str, os.PathLike)):
+        kind = type(picture).__name__
+        raise UserError(f"No {kind} can be read as a picture: give a file's path, its bytes or a PIL image.")
     name = "The given bytes" if isinstance(picture, bytes) else str(picture)
-    if not isinstance(picture, bytes) and not Path(picture).is_file():
+    if not isinstance(picture, bytes) and not os.path.isfile(picture):
         raise UserError(f"{name} is no file.")
     try:
         with warnings.catch_warnings():
@@ -38,9 +47,9 @@ def load_image(picture: Picture) -> Image.Image:
                 return image.convert("RGB")
     except Image.DecompressionBombError as error:
         raise UserError(f"{name} has too many pixels to unpack: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except BROKEN as error:
         raise UserError(f"{name} is no picture that can be read: {error}") from error
 
 

@@ -83,6 +83,8 @@ def test_choices_follow_the_probabilities():
         ({"guidance": float("inf")}, "guidance is inf"),
         ({"guidance": 0.5}, "1 = no guidance"),
         ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 10**400}, "top_k is 1000"),
+        ({"guidance": 10**400}, "guidance is 1000"),
         ({"top_k": 2.0}, "whole number"),
         ({"top_p": 0}, "top_p is 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
