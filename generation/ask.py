@@ -1,11 +1,12 @@
 """`unitok ask`: questions about a picture, or a file of them, which torchrun's processes share."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, read_jsonl, write_jsonl
+from open_unitok.files import existing, make_folder, read_jsonl, write_jsonl
 
 from .options import add_model_options, load_pipeline
 
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     check_texts([row["question"] for row in rows], "question")
     if world_size() > 1 and args.out is None:
         raise UserError("Several processes need --out FILE: their answers would be printed in disorder.")
+    if args.out is not None:
+        begin_share(Path(args.out), rank(), world_size())
     mine = rows[rank() :: world_size()]
     for image in {row["image"] for row in mine}:
         existing(image)
@@ -76,12 +79,29 @@ def read_questions(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**row, "image": str(path.parent / row["image"])} for row in rows]
 
 
+def begin_share(out: Path, rank: int, world: int) -> None:
+    """Forget the share that a launch which was killed has left: its answers are to other questions.
+
+    Raises:
+        UserError: `out` cannot be a file.
+    """
+    if os.path.isdir(out):
+        raise UserError(f"--out {out} is a folder; it must be a file of JSON lines.")
+    make_folder(out.parent)
+    shares_of(out, world)[rank].unlink(missing_ok=True)
+
+
+def shares_of(out: Path, world: int) -> list[Path]:
+    """Where each process leaves its rows."""
+    return [out.with_name(f".{out.name}.{i}-of-{world}") for i in range(world)]
+
+
 def write_share(out: Path, rows: list[dict[str, Any]], rank: int, world: int) -> None:
     """Write one process's rows; the one that finds all shares there joins them in the questions' order."""
     if world == 1:
         write_jsonl(out, rows)
         return
-    parts = [out.with_name(f".{out.name}.{i}-of-{world}") for i in range(world)]
+    parts = shares_of(out, world)
     write_jsonl(parts[rank], rows)
     try:
         shares = [read_jsonl(part) for part in parts]

@@ -1,6 +1,7 @@
 """`unitok chat`: a conversation about pictures; words appear as they are written."""
 
 import argparse
+import io
 import sys
 from typing import Any
 
@@ -30,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     options = answer_options(args)
     pipe = load_pipeline(args)
     talk = Conversation(pipe, images, options)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 does not end the conversation
     asks = sys.stdin.isatty()
     if asks:
         print(HELP)

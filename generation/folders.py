@@ -1,5 +1,6 @@
 """What may be loaded: model folders and hub ids, devices and number formats, each refused with its reason."""
 
+import os
 import re
 from pathlib import Path
 
@@ -21,9 +22,9 @@ def find_model(folder: str | Path) -> Path:
         UserError: nothing is there, or something of another kind; the message says what it is.
     """
     path = model_path(folder)
-    if path.is_file():
+    if os.path.isfile(path):
         raise UserError(f"{folder} is a file; a model is a folder with config.json, the weights and unitok/.")
-    if not path.exists():
+    if not os.path.exists(path):
         path = download(str(folder))
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         raise UserError(f"{folder} is no model folder: it has no config.json. Is {path / 'model'} meant?")
@@ -39,7 +40,7 @@ def download(name: str) -> Path:
     Raises:
         UserError: `name` cannot be a hub id, or the hub does not have or give it.
     """
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or Path(name).parent.is_dir():
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or os.path.isdir(Path(name).parent):
         raise UserError(f"{name} does not exist.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing
+from open_unitok.files import existing, make_folder
 
 from .options import add_model_options, add_sampling_options, load_pipeline, sampling_of
 
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt a line")
     add_model_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the PNGs and grid.png go")
+    parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
     parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first picture; each next one takes one more"
@@ -51,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
                 f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be a whole number >= 1."
             )
     jobs = plan(read_prompts(args), args, dataclasses.asdict(sampling))
+    make_folder(args.out)
     mine = [job for job in jobs[rank() :: world_size()] if not is_drawn(job)]
     if mine:
         pipe = load_pipeline(args)
@@ -58,7 +60,8 @@ def run(args: argparse.Namespace) -> None:
             for start in range(0, len(mine), args.batch_size):
                 batch = mine[start : start + args.batch_size]
                 prompts, seeds = ([job.record[key] for job in batch] for key in ("prompt", "seed"))
-                for job, image in zip(batch, pipe.generate(prompts, sampling, seeds, args.batch_size)):
+                images = pipe.generate(prompts, sampling, seeds, args.batch_size, negative=args.negative)
+                for job, image in zip(batch, images):
                     save_png(image, job.path, job.record)
                 bar.update(len(batch))
     print(f"{len(mine)} pictures drawn into {args.out}, {len(jobs) - len(mine)} were there.", file=sys.stderr)
@@ -92,12 +95,15 @@ def plan(prompts: list[str], args: argparse.Namespace, settings: dict[str, Any])
     """One job per picture, its file named by number, prompt and seed."""
     from .sampling import check_seed
 
+    # what else changes a picture, where it was asked for
+    rest = {"negative_prompt": args.negative, "adapter": args.adapter, "dtype": args.dtype}
+    given = {key: value for key, value in rest.items() if value is not None}
     jobs = []
     for i, prompt in enumerate(prompts):
         for j in range(args.num_images):
             seed = check_seed(args.seed + i * args.num_images + j)
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
-            record = {"prompt": prompt, "seed": seed, "model": str(args.model), **settings}
+            record = {"prompt": prompt, "seed": seed, "model": str(args.model), **settings, **given}
             jobs.append(Job(Path(args.out) / f"{i:05d}-{slug}-seed{seed}.png", record))
     return jobs
 
@@ -113,12 +119,13 @@ def is_drawn(job: Job) -> bool:
     if not job.path.exists():
         return False
     found = read_record(job.path) or {}
-    other = [key for key in job.record if found.get(key) != job.record[key]]
-    if other:
-        raise UserError(
-            f"{job.path} was drawn with {other[0]} = {found.get(other[0])!r}, not {job.record[other[0]]!r}: "
-            "choose another --out, or remove it."
-        )
+    for key in {**job.record, **found}:
+        had, wanted = found.get(key), job.record.get(key)
+        if had != wanted:
+            raise UserError(
+                f"{job.path} was drawn with {key} = {had!r}, not {wanted!r}: choose another --out, or "
+                "remove it."
+            )
     return True
 
 

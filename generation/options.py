@@ -42,6 +42,11 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, help=f"choose among the likeliest codes up to this probability {own % 1}"
     )
+    parser.add_argument(
+        "--guidance-schedule",
+        metavar="S",
+        help=f"constant; linear and cosine rise from 1 {own % 'constant'}",
+    )
     parser.add_argument("--greedy", action="store_true", default=None, help="always take the likeliest code")
 
 

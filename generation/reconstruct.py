@@ -1,11 +1,12 @@
 """`unitok reconstruct`: pictures through the visual tokenizer and back, original beside copy."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
 from open_unitok.errors import UserError
-from open_unitok.files import existing, tokenizer_path
+from open_unitok.files import existing, make_folder, tokenizer_path
 
 from .options import add_model_options, pick_device, quiet_loading
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
         existing(image)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be a whole number >= 1.")
+    make_folder(args.out)
     unitok = load_tokenizer(args)
     pairs = reconstruct(unitok, args.images, args.batch_size, args.size)
     for name, source, (original, copy) in zip(
@@ -54,7 +56,7 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
     quiet_loading()
     device = check_device(pick_device(args.device))
     path = tokenizer_path(args.model)
-    if not path.exists():
+    if not os.path.exists(path):
         path = tokenizer_path(download(args.model))
     return UniTok.from_pretrained(path).to(device=device, dtype=check_dtype(args.dtype, device)).eval()
 

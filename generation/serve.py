@@ -91,11 +91,12 @@ def read_token(args: argparse.Namespace) -> str | None:
     """The bearer token; None = everyone may ask.
 
     Raises:
-        UserError: the file is missing or empty.
+        UserError: the file is missing, a folder, or empty.
     """
     if args.token_file is None:
         return os.environ.get(TOKEN) or None
-    token = existing(args.token_file).read_text(encoding="utf-8", errors="replace").strip()
+    path = existing(args.token_file)
+    token = "" if path.is_dir() else path.read_text(encoding="utf-8", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"--token-file {args.token_file} must hold one line of ASCII without spaces.")
     return token
@@ -109,6 +110,8 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port < 65536:
         raise UserError(f"--port is {port}; it must be a whole number from 0 to 65535.")
+    if not host:  # which sockets take for all addresses
+        raise UserError("--host is empty; it must be an address of this machine, or 0.0.0.0 for all of them.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # asyncio turns Nagle's algorithm off only where the protocol is named; with it every answer, written as
     # head and body, would wait 40 ms for the client to acknowledge the head
@@ -118,10 +121,11 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
         listening.listen(512)
         return listening
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # of another kind where the name is malformed
         listening.close()
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"--host {host} --port {port} cannot be had: {error.strerror or error}; choose another --port."
+            f"--host {host} --port {port} cannot be had: {reason}; choose another --port."
         ) from error
 
 

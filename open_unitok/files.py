@@ -16,16 +16,39 @@ SHIPPED = "scenes"  # the one that commands take where none is named
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to a temporary file beside `path`, flush it to disk, and rename it over `path`."""
+    """Write `content` to a temporary file beside `path`, flush it to disk, and rename it over `path`.
+
+    Raises:
+        UserError: a folder stands there, a file in the way, the disk is full, ...
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        make_folder(path.parent)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+
+
+def make_folder(path: str | Path) -> Path:
+    """The folder `path`, made where it is missing.
+
+    Raises:
+        UserError: it cannot be.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be a folder: {error.strerror}.") from error
+    return path
 
 
 @contextlib.contextmanager
@@ -57,9 +80,9 @@ def model_path(name: str | Path) -> Path:
     """
     path = Path(name)
     shipped = MODELS / path
-    if len(path.parts) != 1 or path.is_file() or (path / "config.json").exists():
+    if len(path.parts) != 1 or os.path.isfile(path) or os.path.exists(path / "config.json"):
         return path
-    if (shipped / "config.json").exists():
+    if os.path.exists(shipped / "config.json"):
         return shipped
     if path == Path(SHIPPED):
         raise UserError(
@@ -73,7 +96,7 @@ def tokenizer_path(name: str | Path) -> Path:
     """As `model_path`, of a visual tokenizer: an MLLM's is in its `unitok/`."""
     path = model_path(name)
     within = path / "unitok"
-    return within if (within / "config.json").exists() else path
+    return within if os.path.exists(within / "config.json") else path
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -136,7 +159,7 @@ def existing(path: str | Path, hint: str = "") -> Path:
         UserError: nothing is there; the message names the path and ends with `hint`.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):  # Path's own raises on names that are too long
         raise UserError(f"{path} does not exist.{' ' + hint if hint else ''}")
     return path
 

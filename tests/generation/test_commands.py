@@ -1,5 +1,6 @@
 """`unitok generate`, `ask` and `reconstruct` through the command line's own entry."""
 
+import argparse
 import io
 import json
 import subprocess
@@ -10,6 +11,7 @@ from PIL import Image
 
 from open_unitok import ranks
 from open_unitok.cli import main
+from open_unitok.generation import Sampling, ask, serve, ui
 
 
 @pytest.fixture
@@ -53,6 +55,23 @@ def test_generate_writes_pictures_with_their_settings_and_skips_them_then(unitok
 
     code, _, err = unitok(*command, "--temperature", "0.5")
     assert code == 2 and "temperature = 1.0, not 0.5" in err and err.count("\n") == 1
+    code, _, err = unitok(*command, "--adapter", "other")
+    assert code == 2 and "adapter = None, not 'other'" in err and err.count("\n") == 1
+
+
+def test_generate_takes_every_setting_of_drawing(unitok, folder, pipe, tmp_path):
+    command = ["generate", "a star", "--model", folder, "--out", tmp_path, "--seed", "3"]
+    command += ["--guidance", "4", "--guidance-schedule", "linear", "--temperature", "0.8", "--top-k", "9"]
+    command += ["--top-p", "0.9", "--negative", "a square"]
+    assert unitok(*command)[0] == 0
+    sampling = Sampling(4.0, 0.8, 9, 0.9, guidance_schedule="linear")
+    expected = pipe.generate(["a star"], sampling, seed=3, negative="a square")[0]
+    with Image.open(tmp_path / "00000-a-star-seed3.png") as image:
+        assert image.tobytes() == expected.tobytes()
+        record = json.loads(image.text["unitok"])
+    assert record["guidance_schedule"] == "linear" and record["negative_prompt"] == "a square"
+    code, _, err = unitok(*command[:-2])
+    assert code == 2 and "negative_prompt = 'a square', not None" in err
 
 
 def test_inference_needs_no_training_package(folder, pictures, tmp_path):
@@ -115,6 +134,44 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, pictures,
     assert code == 2 and "--out FILE" in err
 
 
+def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(
+    unitok, folder, pictures, tmp_path, monkeypatch
+):
+    """Rank 1 of an earlier launch has left its answers; now rank 0 ends before rank 1 does."""
+
+    def command(*questions):
+        rows = [{"image": str(pictures[0]), "question": question} for question in questions]
+        (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return ["ask", "--questions", tmp_path / "q.jsonl", "--model", folder, "--max-new-tokens", "3",
+                "--out", tmp_path / "a.jsonl"]  # fmt: skip
+
+    def as_rank(rank, words):
+        monkeypatch.setenv("RANK", rank)
+        assert unitok(*words)[0] == 0
+
+    def load_later(args):
+        monkeypatch.setattr(ask, "load_pipeline", load)
+        as_rank("0", words)
+        monkeypatch.setenv("RANK", "1")
+        return load(args)
+
+    monkeypatch.setattr(ranks, "group", lambda: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    as_rank("1", command("Old?", "Older?"))
+    words, load = command("New?", "And?"), ask.load_pipeline
+    monkeypatch.setattr(ask, "load_pipeline", load_later)
+    as_rank("1", words)
+    found = [json.loads(line)["question"] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert found == ["New?", "And?"] and not list(tmp_path.glob(".*"))
+
+
+def test_this_machine_alone_is_served_unless_told_otherwise():
+    for module in (serve, ui):
+        parser = argparse.ArgumentParser()
+        module.add_arguments(parser)
+        assert parser.parse_args([]).host == "127.0.0.1"
+
+
 def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_path):
     for model in (folder, folder / "unitok"):
         code, out, _ = unitok("reconstruct", *pictures, pictures[0], "--model", model, "--out", tmp_path)
@@ -131,6 +188,14 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["generate", " ", "--model", "MODEL", "--out", "OUT"], "Prompt 0 is empty"),
         (["generate", "a", "--model", "MODEL", "--out", "OUT", "--temperature", "nan"], "temperature is nan"),
         (["generate", "a", "--model", "MODEL", "--out", "OUT", "--num-images", "0"], "--num-images is 0"),
+        (["generate", "a", "--model", "MODEL", "--out", "OUT", "--top-k", "1" + "0" * 400], "top_k is 1000"),
+        (
+            ["generate", "a", "--model", "MODEL", "--out", "OUT", "--guidance-schedule", "up"],
+            "constant, linear",
+        ),
+        (["generate", "a\udcff", "--model", "MODEL", "--out", "OUT"], r"Prompt 0 is 'a\udcff'"),
+        (["generate", "a", "--model", "MODEL", "--out", "TEXT"], "text.png cannot be a folder: File exists"),
+        (["generate", "a", "--model", "x" * 300, "--out", "OUT"], "does not exist"),
         (["generate", "a", "--model", "MODEL", "--out", "OUT", "--seed", "-1"], "seed is -1"),
         (["generate", "word " * 99, "--model", "MODEL", "--out", "OUT"], "shorten the prompt"),
         (
@@ -142,6 +207,10 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["ask", "gone.png", "What?", "--model", "MODEL"], "gone.png"),
         (["ask", "TEXT", "What?", "--model", "MODEL"], "no picture"),
         (["ask", "PICTURE", " ", "--model", "MODEL"], "Question 0"),
+        (["ask", "word " * 99, "PICTURE", "--model", "MODEL"], "does not exist"),
+        (["ask", "PICTURE", "a\udcff", "--model", "MODEL"], r"Question 0 is 'a\udcff'"),
+        (["ask", "PICTURE", "a", "--model", "MODEL", "--out", "OTHER"], "other_kind is a folder"),
+        (["ask", "PICTURE", "a", "--model", "MODEL", "--out", "TEXT/a"], "text.png cannot be a folder"),
         (["ask", "PICTURE", "--model", "MODEL"], "nothing to answer"),
         (["ask", "--model", "MODEL"], "--questions FILE"),
         (["ask", "PICTURE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
@@ -159,10 +228,17 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["serve", "--model", "MODEL", "--port", "0", "--max-waiting", "0"], "--max-waiting is 0"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "gone.txt"], "gone.txt does not exist"),
         (["serve", "--model", "MODEL", "--port", "0", "--files", "PICTURE"], "is no folder"),
+        (["serve", "--model", "MODEL", "--port", "0", "--token-file", "OTHER"], "must hold one line"),
+        (["serve", "--model", "MODEL", "--port", "0", "--host", ""], "--host is empty"),
+        (["serve", "--model", "MODEL", "--port", "0", "--host", "a..b"], "--host a..b"),
+        (["ui", "--model", "MODEL", "--port", "7860", "--host", ""], "--host is empty"),
         (["serve", "--model", "gone/away/x", "--port", "0"], "gone/away/x does not exist"),
         (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
         (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no picture"),
         (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
+        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "-16"], "size is -16"),
+        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "0"], "size is 0"),
+        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "TEXT"], "cannot be a folder"),
         (["reconstruct", "PICTURE", "--model", "OTHER", "--out", "OUT"], "bert"),
         (["ask", "PICTURE", "word " * 99, "--model", "MODEL"], "shorten the question"),
     ],
@@ -181,6 +257,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures
         "TEXT": text,
         "PICTURE": pictures[0],
     }
+    names["TEXT/a"] = text / "a"
     code, _, err = unitok(*[names.get(a, a) for a in arguments])
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("unitok: error: "), err
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
@@ -205,3 +282,9 @@ def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, pictures, mo
     last = pipe.chat("What?", both, max_new_tokens=3)
     assert code == 0 and out == f"{first}\n{second}\n{third}\n{last}\n"
     assert "no command '/nothing'" in err and "gone.png" in err and err.count("\n") == 2
+
+
+def test_chat_goes_on_behind_bytes_that_are_no_text(unitok, folder, pipe, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff?\nWhat?\n"), encoding="utf-8"))
+    code, out, _ = unitok("chat", "--model", folder, "--max-new-tokens", "3")
+    assert code == 0 and out.count("\n") == 2
