@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import dataclasses
 import json
 import logging
 import time
@@ -21,6 +22,7 @@ from open_unitok import __version__
 from open_unitok.errors import UserError
 from open_unitok.generation.pictures import image_bytes
 from open_unitok.generation.pipeline import Pipeline
+from open_unitok.generation.sampling import Sampling
 
 from .batcher import Batcher, Job, QueueFull, ShuttingDown
 from .guard import Guard, Limits, error_body
@@ -276,13 +278,13 @@ async def draw_images(server: Server, body: ImageRequest, request: Request) -> R
         key, tasks = await server.while_there(request, server.aside(server.inbox.drawing, body))
         jobs = [Job(key, task) for task in tasks]
         if body.stream:
-            return _stream(server, jobs, _picture_events(server, body, jobs[0]))
+            return _stream(server, jobs, _picture_events(server, body, jobs[0], key.sampling))
         with server.queued(jobs):
             pictures = await server.while_there(request, _results(jobs))
         server.metrics.count("unitok_pictures_total", len(pictures))
         data = []
         for picture, task in zip(pictures, tasks):
-            encoded = await server.aside(_base64, picture, body, task.seed)
+            encoded = await server.aside(_base64, picture, body, key.sampling, task.seed)
             inline = f"data:image/{body.output_format or 'png'};base64,{encoded}"
             shown = {"url": inline} if body.response_format == "url" else {"b64_json": encoded}
             data.append({**shown, "seed": task.seed})
@@ -294,11 +296,13 @@ async def _results(jobs: Sequence[Job]) -> list[Any]:
     return [await job.result() for job in jobs]
 
 
-async def _picture_events(server: Server, body: ImageRequest, job: Job) -> AsyncIterator[str]:
+async def _picture_events(
+    server: Server, body: ImageRequest, job: Job, sampling: Sampling
+) -> AsyncIterator[str]:
     number = 0
     async for kind, picture in job.events():
         event: dict[str, Any] = {"created_at": int(time.time()), "output_format": body.output_format or "png"}
-        event["b64_json"] = await server.aside(_base64, picture, body, job.payload.seed)
+        event["b64_json"] = await server.aside(_base64, picture, body, sampling, job.payload.seed)
         event["size"] = f"{server.inbox.image_size}x{server.inbox.image_size}"
         if kind == "piece":
             event |= {"type": "image_generation.partial_image", "partial_image_index": number}
@@ -309,10 +313,8 @@ async def _picture_events(server: Server, body: ImageRequest, job: Job) -> Async
         yield f"event: {event['type']}\n{_data(event)}"
 
 
-def _base64(picture: Any, body: ImageRequest, seed: int) -> str:
-    settings = body.model_dump(
-        include={"guidance", "guidance_schedule", "temperature", "top_k", "top_p", "greedy"}
-    )
+def _base64(picture: Any, body: ImageRequest, sampling: Sampling, seed: int) -> str:
+    settings = dataclasses.asdict(sampling)
     record = {"prompt": body.prompt, "seed": seed, "negative_prompt": body.negative_prompt, **settings}
     return base64.b64encode(image_bytes(picture, body.output_format or "png", record)).decode()
 

@@ -78,4 +78,5 @@ class Metrics:
 
 def _line(name: str, labels: Labels, value: float) -> str:
     inside = ",".join(f'{key}="{text}"' for key, text in labels)
-    return f"{name}{{{inside}}} {value:g}" if inside else f"{name} {value:g}"
+    number = f"{value:.15g}"  # with fewer digits a counter of millions would stand still
+    return f"{name}{{{inside}}} {number}" if inside else f"{name} {number}"

@@ -17,6 +17,7 @@ from open_unitok.generation import Sampling
 from open_unitok.generation.pictures import KEY
 from open_unitok.generation.serve import listen
 from open_unitok.generation.serving.guard import Limits
+from open_unitok.generation.serving.metrics import Metrics
 
 
 @pytest.fixture
@@ -105,6 +106,8 @@ def test_pictures_are_those_of_the_pipeline(client, pipe):
         prompt="a star", size="48x48", response_format="url", output_format="webp"
     )
     assert answer.data[0].url.startswith("data:image/webp;base64,")
+    record = json.loads(decoded(client.images.generate(prompt="a star").data[0]).text[KEY])
+    assert (record["guidance"], record["temperature"], record["greedy"]) == (5.0, 1.0, False)
 
 
 def test_a_streamed_picture_grows(client, pipe):
@@ -258,6 +261,14 @@ def test_other_names_than_its_own_are_refused_on_loopback(pipe, serving, ask):
         assert ask(url, path="/v1/models", host="evil.example")[0] == 403
         assert ask(url, path="/v1/models", host=f"localhost:{port}")[0] == 200
         assert ask(url, path="/v1/models", host=f"[::1]:{port}")[0] == 200
+
+
+def test_a_counter_of_millions_still_counts():
+    metrics = Metrics()
+    metrics.counter("tokens_total", "Tokens.")
+    metrics.count("tokens_total", 12_345_678)
+    metrics.count("tokens_total", 1, kind="prompt")
+    assert metrics.text().splitlines()[2:] == ["tokens_total 12345678", 'tokens_total{kind="prompt"} 1']
 
 
 def test_models_are_listed(client):
