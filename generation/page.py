@@ -74,6 +74,13 @@ def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
     return url
 
 
+def unopened(picture: gr.Image) -> gr.Image:
+    """The component, which now hands over the file as it came: gradio would open it first, and answer one
+    that is no picture with a traceback."""
+    picture.preprocess = lambda payload: None if payload is None else payload.path
+    return picture
+
+
 @contextlib.contextmanager
 def mistakes_shown() -> Iterator[None]:
     """A user's mistake becomes a note on the page."""
@@ -126,12 +133,17 @@ class Draw:
             raise UserError("One of the settings is empty.")
         if count not in (1, 2, 4):
             raise UserError(f"{count!r} pictures; it must be 1, 2 or 4.")
-        first = secrets.randbelow(2**31) if fresh else seed
-        if first != int(first) or not 0 <= first < 2**53:
+        first = secrets.randbelow(2**31) if fresh else as_whole(seed)
+        if not isinstance(first, int) or not 0 <= first < 2**53:
             raise UserError(f"The seed is {first!r}; it must be a whole number from 0 to 2**53 - 1.")
         guidance, schedule, temperature, top_k, top_p = settings
-        sampling = Sampling(guidance, temperature, int(top_k), top_p, guidance_schedule=schedule)
-        return sampling, int(first), int(count)
+        sampling = Sampling(guidance, temperature, as_whole(top_k), top_p, guidance_schedule=schedule)
+        return sampling, first, int(count)
+
+
+def as_whole(number: Any) -> Any:
+    """An int where the browser sent a whole number, else what it sent."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
 
 
 def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
@@ -217,8 +229,8 @@ class Ask:
         if None in (length, temperature):
             raise UserError("One of the settings is empty.")
         images = [] if path is None else [open_picture(Path(path).read_bytes(), MAX_SIDE)]
-        options: dict[str, Any] = {"max_new_tokens": int(length)}
-        if temperature > 0:
+        options: dict[str, Any] = {"max_new_tokens": as_whole(length)}
+        if temperature != 0:
             options |= {"do_sample": True, "temperature": temperature}
         answer = ""
         yield [*history, (question, "…")]
@@ -231,10 +243,10 @@ class Ask:
 def _ask_tab(ask: Ask) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
-            picture = gr.Image(
+            picture = unopened(gr.Image(
                 label="Picture", type="filepath", image_mode=None, height=340,
                 sources=["upload", "clipboard"], buttons=[], elem_id="asked",
-            )  # fmt: skip
+            ))  # fmt: skip
             with gr.Accordion("More settings", open=False):
                 length = gr.Slider(1, 512, 64, step=1, label="Longest answer, in tokens")
                 temperature = gr.Slider(
@@ -320,10 +332,10 @@ class Reconstruct:
 def _reconstruct_tab(reconstruct: Reconstruct) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=260):
-            picture = gr.Image(
+            picture = unopened(gr.Image(
                 label="Picture", type="filepath", image_mode=None, height=300,
                 sources=["upload", "clipboard"], buttons=[], elem_id="original",
-            )  # fmt: skip
+            ))  # fmt: skip
         with gr.Column(scale=7, min_width=420):
             pair = gr.HTML(RECONSTRUCT_HINT, elem_id="pair")
             maps = gr.HTML("", elem_id="maps", js_on_load=MAPS_SCRIPT)

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import socket
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -102,6 +103,38 @@ def test_it_draws_and_keeps_what_was_drawn(page, pipe):
 
 
 @needs_browser
+def test_a_picture_grows_row_by_row(page, pipe, monkeypatch):
+    whole, go_on = pipe.stream, threading.Event()
+
+    def held(*arguments, **options):
+        for images in whole(*arguments, **options):
+            yield images
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(pipe, "stream", held)
+    page.get_by_label("Prompt", exact=True).fill("a star")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("#drawing .ou-going img")
+    assert "row 1 of 3" in page.locator("#drawing").inner_text() and saved(page) == []
+    go_on.set()
+    page.wait_for_selector("#drawing .ou-done")
+    assert len(saved(page)) == 1
+
+
+@needs_browser
+def test_a_broken_upload_is_told_and_the_page_goes_on(page, pictures, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload = page.locator("#original input[type=file]")
+    upload.set_input_files(tmp_path / "empty.png")
+    page.get_by_text("The picture cannot be read").wait_for()
+    page.reload()
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload.set_input_files(pictures[0])
+    page.wait_for_selector("#maps rect")
+
+
+@needs_browser
 def test_it_answers_and_starts_again(page, pipe, pictures):
     page.get_by_role("tab", name="Ask").click()
     page.locator("#asked input[type=file]").set_input_files(pictures[0])
@@ -165,6 +198,8 @@ def test_pictures_that_are_none_are_refused(pipe, tmp_path, content, words):
         (("a", "", 1, -1, False, 5, "constant", 1, 0, 1), "seed is -1"),
         (("a", "", 1, 0, False, float("nan"), "constant", 1, 0, 1), "guidance is nan"),
         (("a", "", 1, 0, False, 5, "wild", 1, 0, 1), "guidance_schedule"),
+        (("a", "", 1, float("nan"), False, 5, "constant", 1, 0, 1), "seed is nan"),
+        (("a", "", 1, 0, False, 5, "constant", 1, float("nan"), 1), "top_k is nan"),
         (("a", "", 1, 0, False, 5, "constant", 1, 0, None), "empty"),
         (("word " * 90, "", 1, 0, False, 5, "constant", 1, 0, 1), "shorten"),
     ],
@@ -174,6 +209,40 @@ def test_wrong_settings_are_refused(pipe, arguments, words):
 
     with pytest.raises(UserError, match=words):
         list(Draw(pipe)(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("length", "temperature", "words"),
+    [(float("nan"), 0, "max_new_tokens is nan"), (4, float("nan"), "temperature is nan"), (4, -1, "is -1")],
+)
+def test_wrong_settings_of_an_answer_are_refused(pipe, length, temperature, words):
+    from open_unitok.generation.page import Ask
+
+    with pytest.raises(UserError, match=words):
+        list(Ask(pipe)(None, "What?", [], length, temperature))
+
+
+def test_a_drawing_is_shown_after_each_row(pipe):
+    from open_unitok.generation.page import Draw
+
+    shown = list(Draw(pipe)("a star", "", 2, 5, False, 2.0, "constant", 1, 0, 1))
+    assert [text.count("<img") for text, _, _ in shown] == [0, 2, 2, 2]
+    assert [f"row {row} of 3" in text for row, (text, _, _) in enumerate(shown)] == [False, True, True, False]
+    assert [len(drawn) for _, _, drawn in shown] == [0, 0, 0, 2]
+
+
+def test_an_upload_is_opened_by_us_alone(address, pipe, tmp_path):
+    import gradio as gr
+    from gradio.data_classes import ImageData
+
+    from open_unitok.generation.page import build
+
+    (tmp_path / "a.png").write_bytes(bomb())
+    uploads = [b for b in build(pipe, "tiny").blocks.values() if isinstance(b, gr.Image)]
+    assert len(uploads) == 2
+    for upload in uploads:
+        given = ImageData(path=str(tmp_path / "a.png"), orig_name="a.png")
+        assert upload.preprocess(given) == given.path and upload.preprocess(None) is None
 
 
 def test_files_of_the_machine_are_not_served(address):
