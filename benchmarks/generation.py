@@ -271,7 +271,7 @@ def prefix() -> dict:
 
 def agreement(folder: str) -> dict:
     """Shares of codes that bf16 and int8 weights choose as fp32 does, teacher-forced on fp32's greedy
-    drawings with guidance."""
+    drawings with guidance; and of those that a seed draws alone as within a batch."""
     import torch
 
     from open_unitok import Pipeline
@@ -298,6 +298,11 @@ def agreement(folder: str) -> dict:
                     logits = run.logits(k, None if k == 0 else codes[:, t, k - 1]).float()
                     hits += int((guide(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
         found[name] = hits / codes.numel()
+        if name != "int8":
+            sampled = Sampling(guidance=GUIDANCE)
+            together = draw_codes(model, ids, sampled, range(len(ids)), rows[-1])
+            alone = [draw_codes(model, [row], sampled, [i], rows[-1]) for i, row in enumerate(ids)]
+            found[f"{name}, alone as in a batch"] = (torch.cat(alone) == together).float().mean().item()
     return found
 
 
