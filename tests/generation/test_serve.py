@@ -196,7 +196,8 @@ def test_work_stops_when_its_client_leaves(pipe, stream, serving):
 
 
 def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
-    with serving(pipe, Limits(max_batch=1, max_waiting=2)) as (url, server):
+    # a batch of 4: with less the guard, which counts requests, would refuse before the queue does
+    with serving(pipe, Limits(max_batch=4, max_waiting=2)) as (url, server):
         real, slow = server.batcher.work, Slow(server)
         body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
         results = []
@@ -208,10 +209,11 @@ def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
         until(lambda: server.batcher.waiting == 2)
         status, answer = ask(url, body)
         assert status == 429 and answer["error"]["code"] == "queue_full"
+        assert "2 pictures or answers are waiting and 1 more" in answer["error"]["message"]
         status, answer = ask(url, {**body, "stream": True})
-        assert status == 429
+        assert status == 429 and "1 more" in answer["error"]["message"]
         status, answer = ask(url, {"prompt": "a star", "n": 2}, "/v1/images/generations")
-        assert status == 429
+        assert status == 429 and "2 more" in answer["error"]["message"]
         assert ask(url, path="/health") == (200, {"status": "ok"})
         assert "unitok_waiting 2" in ask(url, path="/metrics")[1]
         server.batcher.work = real
@@ -221,6 +223,18 @@ def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
         # the one under way failed, by name; those behind it were answered
         assert sorted(status for status, _ in results) == [200, 200, 500]
         assert next(a for s, a in results if s == 500)["error"]["code"] == "internal_error"
+
+
+def test_more_requests_than_could_be_queued_are_429_before_their_bodies_are_read(pipe, serving, ask):
+    with serving(pipe, Limits(max_batch=1, max_waiting=1)) as (url, server):
+        slow = Slow(server)
+        connections = [leave_after_sending(url, "/v1/chat/completions", user("What?")) for _ in range(2)]
+        until(lambda: slow.steps > 0 and server.batcher.waiting == 1)
+        status, answer = ask(url, b"no JSON")
+        assert status == 429 and "Too many requests at once" in answer["error"]["message"]
+        for connection in connections:
+            connection.close()
+        until(lambda: server.batcher.running == server.batcher.waiting == 0)
 
 
 def test_a_request_that_takes_too_long_is_504(pipe, serving, ask):
