@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> None:
             )
     jobs = plan(read_prompts(args), args, dataclasses.asdict(sampling))
     make_folder(args.out)
-    mine = [job for job in jobs[rank() :: world_size()] if not is_drawn(job)]
+    share = jobs[rank() :: world_size()]
+    mine = [job for job in share if not is_drawn(job)]
     if mine:
         pipe = load_pipeline(args)
         with tqdm(total=len(mine), unit="picture", disable=None) as bar:
@@ -64,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
                 for job, image in zip(batch, images):
                     save_png(image, job.path, job.record)
                 bar.update(len(batch))
-    print(f"{len(mine)} pictures drawn into {args.out}, {len(jobs) - len(mine)} were there.", file=sys.stderr)
+    print(
+        f"{len(mine)} pictures drawn into {args.out}, {len(share) - len(mine)} were there.", file=sys.stderr
+    )
     write_grid(jobs, Path(args.out) / "grid.png")
 
 
