@@ -37,7 +37,6 @@ MANIFEST_FIELDS = (
 )
 SUITED = {"drawing": "crop", "conversation": "pad", "alignment": "pad"}  # kind -> extract-codes --mode
 SHARDS_AT_ONCE = 16  # samples are shuffled within so many tars: as many are kept open and indexed
-KEPT_SAMPLES = 100_000  # parsed samples kept in memory
 
 
 class CodeSample(NamedTuple):
@@ -78,7 +77,6 @@ class CodeFolder:
                 "`unitok extract-codes` again with that one."
             )
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
-        self.read = lru_cache(maxsize=KEPT_SAMPLES)(self._read)
         self._index = lru_cache(maxsize=2 * SHARDS_AT_ONCE)(self._index_of)
 
     def __len__(self) -> int:
@@ -130,7 +128,7 @@ class CodeFolder:
             )
         return records
 
-    def _read(self, shard: int, number: int) -> CodeSample:
+    def read(self, shard: int, number: int) -> CodeSample:
         """Sample `number` of tar `shard`; raises BadSample if it cannot be used."""
         return self._parse(self._index(shard)[number])
 

@@ -23,7 +23,7 @@ from .tarindex import BadSample
 
 IGNORED = -100
 KINDS = ("drawing", "captioning", "conversation", "alignment", "text", "document", "reading")
-KEPT_TEXTS = 400_000  # token rows kept, so that a text is tokenised once
+KEPT_TEXTS = 100_000  # token rows kept, so that a text is tokenised once
 
 
 class Row(NamedTuple):
