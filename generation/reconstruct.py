@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
         existing(image)
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be a whole number >= 1.")
-    make_folder(args.out)
     unitok = load_tokenizer(args)
+    make_folder(args.out)
     pairs = reconstruct(unitok, args.images, args.batch_size, args.size)
     for name, source, (original, copy) in zip(
         names, args.images, tqdm(pairs, total=len(names), disable=None)
