@@ -30,7 +30,7 @@ demo: .venv/.installed
 model: .venv/.installed
 	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
 	test -d runs/scenes/model || $(BIN)/unitok convert bf16 runs/scenes/finetune/model runs/scenes/model --guidance 3 --temperature 0.3
-	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16 --guidance 3 --temperature 0.3
+	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n 2 --durations 15

@@ -128,7 +128,7 @@ def write(
         piece, alone = alone[:most], alone[most:]
         writer.read(piece, (), [prompts[row] for row in piece], join([image_codes[row] for row in piece]))
     rows = torch.arange(len(prompts))
-    logits = model.text_logits(writer.hidden)
+    logits = model.text_logits(writer.hidden).float()
     for left in reversed(range(count)):
         new = pick(logits)
         going = torch.tensor([id not in ends for id in new.tolist()], dtype=torch.bool)

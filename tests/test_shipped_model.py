@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from open_unitok import Pipeline
+from open_unitok import Pipeline, Sampling
 from open_unitok.eval.scenes_detector import ScenesDetector, only_object
 from open_unitok.files import MODELS, SHIPPED, write_json
 from open_unitok.training.scene_world import render, sample_scene
@@ -21,6 +21,8 @@ def test_it_is_small_and_says_what_it_is():
     files = [file for file in (MODELS / SHIPPED).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert "make model" in (MODELS / SHIPPED / "README.md").read_text()
+    assert (MODELS / SHIPPED / "unitok" / "caption_tokenizer" / "tokenizer.model").exists()
+    assert Sampling.of_model(MODELS / SHIPPED) != Sampling()
 
 
 def test_it_draws_what_is_asked_for(pipe, tmp_path):

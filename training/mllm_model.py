@@ -24,6 +24,7 @@ class Parts(NamedTuple):
     model: Any  # UniTokForConditionalGeneration
     processor: UniTokProcessor
     unitok: Path  # folder of the visual tokenizer
+    sampling: Path | None = None  # how the model draws best, where its folder says so
 
 
 def new_parts(config: MLLMRun) -> Parts:
@@ -83,7 +84,8 @@ def load_parts(name: str) -> Parts:
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     unitok = existing(folder / "unitok", "An MLLM folder holds its visual tokenizer there.")
-    return Parts(model, UniTokProcessor.from_pretrained(folder), unitok)
+    own = folder / SAMPLING
+    return Parts(model, UniTokProcessor.from_pretrained(folder), unitok, own if own.exists() else None)
 
 
 def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -94,9 +96,8 @@ def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None =
         return
     parts.processor.save_pretrained(path)
     shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
-    own = parts.unitok.parent / SAMPLING  # of the model that the training began with
-    if own.exists():
-        shutil.copy(own, path / SAMPLING)
+    if parts.sampling:
+        shutil.copy(parts.sampling, path / SAMPLING)
 
 
 def _decoder(folder: str) -> Any:

@@ -5,6 +5,7 @@ B images of one micro-batch, N visual tokens, K sub-codebooks, V entries each, T
 
 import contextlib
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from open_unitok import ranks
+from open_unitok.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
 
 from . import draws, engine, flops, schedules
@@ -206,8 +208,12 @@ def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
         f"{shown / 1e6:.1f} M parameters, steps {step} to {config.last_step}, {config.batch_size} images each"
     )
 
+    kept = tokenizer_path(config.start_from or "") / "caption_tokenizer"  # where captions are not learnt here
+
     def write_model(path: Path) -> None:
         save_model(path, model, captions, ema)
+        if captions is None and config.start_from and kept.exists():
+            shutil.copytree(kept, path / kept.name, dirs_exist_ok=True)
 
     def save(step: int) -> None:
         state = {"batches": batches.state_dict(), "log": log.state_dict(), "restarts": restarts.state_dict()}

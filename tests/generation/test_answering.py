@@ -1,5 +1,7 @@
 """Answers: batches = one by one = a plain loop without cache, with and without images, ends included."""
 
+import copy
+
 import pytest
 import torch
 
@@ -109,6 +111,20 @@ def test_draws_follow_their_seed(full_model, asked):
     assert first != answer_ids(full_model, prompts, codes, seed=4, **options)
     steps = [list(answer_steps(full_model, prompts, codes, seed=s, **options)) for s in (3, 3, 4)]
     assert steps[0] == steps[1] != steps[2]
+
+
+def test_noise_of_bf16_models_is_drawn_in_fp32(full_model, asked, monkeypatch):
+    seen = []
+    choose = answering.choose
+
+    def watched(logits, *rest):
+        seen.append(logits.dtype)
+        return choose(logits, *rest)
+
+    monkeypatch.setattr(answering, "choose", watched)
+    model = copy.deepcopy(full_model).to(torch.bfloat16)
+    list(answer_steps(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
+    assert len(seen) > 1 and set(seen) == {torch.float32}
 
 
 def test_beams_and_sampling_run(full_model, asked):

@@ -166,6 +166,8 @@ def test_a_fine_tuned_model_keeps_how_its_base_draws(base, mllm, tmp_path):
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
     folder = mllm.train("keeps", "model=null", f"start_from={tmp_path / 'base'}", "steps=1")
     assert Sampling.of_model(folder / "model") == Sampling(guidance=3.0)
+    fresh = mllm.train("fresh", f"model.unitok={tmp_path / 'base' / 'unitok'}", "steps=1")
+    assert not (fresh / "model" / "sampling.json").exists()  # another model, on the same tokenizer
 
 
 def test_adapters_sit_on_all_linear_layers_of_their_parts(base):

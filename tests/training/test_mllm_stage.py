@@ -66,8 +66,8 @@ def test_muon_goes_on_exactly_and_steps_are_profiled(mllm):
     assert mllm.rows(halves) == mllm.rows(whole)
     one, other = mllm.weights(halves), mllm.weights(whole)
     assert all(torch.equal(one[name], other[name]) for name in other)
-    adamw = mllm.rows(mllm.train("adamw", *muon[1:]))
-    assert mllm.rows(whole)[-1]["loss"] < adamw[-1]["loss"]
+    adamw = mllm.weights(mllm.train("adamw", *muon[1:]))
+    assert not all(torch.equal(one[name], adamw[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -199,6 +199,7 @@ def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
     bare = ["model={}", "losses.clip=0", "caption_tokenizer=null"]  # sizes are those of start_from
     train(data, tmp_path / "bare", *start, *bare, "ema=null")
     before, *found = (UniTok.from_pretrained(folder / "model") for folder in (whole, out, tmp_path / "bare"))
+    assert (tmp_path / "bare" / "model" / "caption_tokenizer").exists()
     for after in found:
         assert (
             before.fingerprint() == after.fingerprint()
