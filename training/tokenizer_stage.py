@@ -208,12 +208,12 @@ def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
         f"{shown / 1e6:.1f} M parameters, steps {step} to {config.last_step}, {config.batch_size} images each"
     )
 
-    kept = tokenizer_path(config.start_from or "") / "caption_tokenizer"  # where captions are not learnt here
-
     def write_model(path: Path) -> None:
         save_model(path, model, captions, ema)
-        if captions is None and config.start_from and kept.exists():
-            shutil.copytree(kept, path / kept.name, dirs_exist_ok=True)
+        if captions is None and config.start_from:  # its own stays, where no captions are learnt
+            kept = tokenizer_path(config.start_from) / "caption_tokenizer"
+            if kept.exists():
+                shutil.copytree(kept, path / kept.name, dirs_exist_ok=True)
 
     def save(step: int) -> None:
         state = {"batches": batches.state_dict(), "log": log.state_dict(), "restarts": restarts.state_dict()}

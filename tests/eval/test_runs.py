@@ -1,10 +1,7 @@
 """Runs from files to score with scripted models: known scores, kills, duplicates, gaps, bad pictures."""
 
-import argparse
 import json
 import shutil
-from dataclasses import asdict
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +11,8 @@ from open_unitok import ranks
 from open_unitok.errors import UserError
 from open_unitok.eval.benchmarks import present, run_benchmark, score_run
 from open_unitok.eval.harness import Sample, Settings, Store
-from open_unitok.eval.models import Copies, Model
+from open_unitok.eval.models import Copies
 from open_unitok.eval.report import choose, stage_curves, text_table, write_report
-from open_unitok.eval.run import add_arguments, settings_of
-from open_unitok.generation import Sampling
 from open_unitok.training.scenes import SceneConfig, write_scenes
 
 QUIET = {"quiet": True}
@@ -389,19 +384,3 @@ def test_empty_answers_are_counted_and_named(data, tmp_path):
 
     result = run_benchmark("vqav2", Silent(data), data, tmp_path, **QUIET)
     assert result["value"] == 0.0 and f"{result['n']} answers are empty" in result["problems"][0]
-
-
-def test_drawings_are_made_as_the_model_says(tmp_path):
-    def settings(*options):
-        parser = argparse.ArgumentParser()
-        add_arguments(parser)
-        command = ["geneval", "--model", str(tmp_path), "--data", "d", "--out", "o", *options]
-        return settings_of(parser.parse_args(command), str(tmp_path))
-
-    assert settings() == Settings()
-    own = {"guidance": 2.5, "temperature": 0.25, "greedy": True, "guidance_schedule": "linear"}
-    (tmp_path / "sampling.json").write_text(json.dumps(own))
-    assert settings() == Settings(**own)
-    assert settings("--no-greedy", "--guidance", "3") == Settings(**own | {"greedy": False, "guidance": 3.0})
-    assert settings().decoding == "guidance 2.5 (linear), greedy"
-    assert asdict(Model.sampling.fget(SimpleNamespace(settings=settings()))) == asdict(Sampling(**own))
