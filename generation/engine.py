@@ -108,7 +108,8 @@ class Eager:
 
 
 class Native:
-    """The C++ steps, which go on where an `Eager` engine stands; sums are float32 whatever the weights are.
+    """The C++ steps, which go on where an `Eager` engine stands. States and sums are float32 whatever the
+    weights are; products with bfloat16 and int8 weights round their inputs to 16 bits on AVX-512.
 
     Attributes:
         hidden: (R, D) float32.

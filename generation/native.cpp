@@ -90,14 +90,14 @@ void centred(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y
 
 // one query (head) over keys and values `from`..`to` inclusive -> y (head)
 void attend(const float* q, const float* keys, const float* values, int64_t from, int64_t to, int64_t head, std::vector<float>& p, float* y) {
+    constexpr int O = outs(1);
     int64_t count = to - from + 1;
-    p.resize(std::max<size_t>(p.size(), count + LANES));
+    p.resize(std::max<size_t>(p.size(), count + 16));
     float top = -INFINITY, scale = 1 / std::sqrt((float)head);
-    for (int64_t s = 0; s < count; s += 4) {
-        const float* k = keys + (from + s) * head;
-        const float* four[4] = {k, k + head, k + 2 * head, k + 3 * head};
-        if (s + 4 <= count) tile<4, 1>(four, q, head, head, &p[s]);
-        else for (int64_t i = 0; s + i < count; i++) tile<1, 1>(four + i, q, head, head, &p[s + i]);
+    for (int64_t s = 0; s < count; s += O) {
+        const float* k[O];
+        for (int i = 0; i < O; i++) k[i] = keys + std::min(to, from + s + i) * head;
+        tile<O, 1>(k, q, head, &p[s], keys + (from + s + O) * head);
     }
     for (int64_t s = 0; s < count; s++) top = std::max(top, p[s] *= scale);
     for (int64_t s = count; s < count + LANES; s++) p[s] = -INFINITY;
@@ -133,7 +133,15 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t head) {
     }
 }
 
-struct Scratch { std::vector<float> x, spare, p; };  // of one thread
+// what to do with a product's numbers: put them into or add them onto rows of `width`
+inline auto into(float* to, int64_t width) {
+    return [=](int64_t r, int64_t o, const float* y, int64_t count) { std::memcpy(to + r * width + o, y, count * 4); };
+}
+inline auto onto(float* to, int64_t width) {
+    return [=](int64_t r, int64_t o, const float* y, int64_t count) { for (int64_t i = 0; i < count; i++) to[r * width + o + i] += y[i]; };
+}
+
+struct Scratch { std::vector<float> x, p; };  // of one thread
 
 struct Work {  // shared by the threads of a call
     std::vector<float> q, k, v, mixed, h;
@@ -145,12 +153,13 @@ struct Work {  // shared by the threads of a call
 void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64_t* starts, const int64_t* caches, Work& w, Team& team, int me, Scratch& own, const Matrix* last) {
     int64_t qw = s.heads * s.head, kw = s.kv_heads * s.head, group = s.heads / s.kv_heads;
     own.x.resize(rows * s.width);
+    auto add = onto(x, s.width);
     for (int64_t l = 0; l < s.depth; l++) {
         const Layer& layer = s.layers[l];
         rms(layer.norm1, x, rows, s.width, own.x.data());
-        multiply(layer.query, &layer.key, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.q[r * qw + o] = y; });
-        multiply(layer.key, &layer.value, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.k[r * kw + o] = y; });
-        multiply(layer.value, &layer.out, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.v[r * kw + o] = y; });
+        multiply(layer.query, &layer.key, own.x.data(), rows, me, team.size, into(w.q.data(), qw));
+        multiply(layer.key, &layer.value, own.x.data(), rows, me, team.size, into(w.k.data(), kw));
+        multiply(layer.value, &layer.out, own.x.data(), rows, me, team.size, into(w.v.data(), kw));
         team.meet();
         Share mine = share(rows * s.kv_heads, 1, me, team.size);
         for (int64_t i = mine.begin; i < mine.end; i++) {
@@ -169,13 +178,12 @@ void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64
             }
         }
         team.meet();
-        auto add = [&](int64_t r, int64_t o, float y) { x[r * s.width + o] += y; };
-        multiply(layer.out, &layer.gate, w.mixed.data(), rows, me, team.size, own.spare, add);
+        multiply(layer.out, &layer.gate, w.mixed.data(), rows, me, team.size, add);
         team.meet();
         rms(layer.norm2, x, rows, s.width, own.x.data());
-        gated(layer.gate, layer.up, &layer.down, own.x.data(), rows, me, team.size, own.spare, w.h.data(), [](vf v) { return silu(v); });
+        gated(layer.gate, layer.up, &layer.down, own.x.data(), rows, me, team.size, w.h.data(), [](vf v) { return silu(v); });
         team.meet();
-        multiply(layer.down, l + 1 < s.depth ? &s.layers[l + 1].query : last, w.h.data(), rows, me, team.size, own.spare, add);
+        multiply(layer.down, l + 1 < s.depth ? &s.layers[l + 1].query : last, w.h.data(), rows, me, team.size, add);
         team.meet();
     }
 }
@@ -189,13 +197,12 @@ void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64
             std::memcpy(&latents[b * latent + k * e.code], e.codebooks + (k * e.entries + codes[b * e.books + k]) * e.code, e.code * 4);
     own.x.resize(images * std::max(latent, wide));
     centred(e.attention_norm, latents.data(), images, latent, own.x.data());
-    auto into = [&](std::vector<float>& to, int64_t width) { return [&to, width](int64_t r, int64_t o, float y) { to[r * width + o] = y; }; };
-    auto add = [&](int64_t r, int64_t o, float y) { state[r * wide + o] += y; };
-    multiply(e.query, &e.key, own.x.data(), images, me, team.size, own.spare, into(w.q, wide));
-    multiply(e.key, &e.value, own.x.data(), images, me, team.size, own.spare, into(w.k, wide));
-    multiply(e.value, &e.linear, own.x.data(), images, me, team.size, own.spare, into(w.v, wide));
+    auto add = onto(state.data(), wide);
+    multiply(e.query, &e.key, own.x.data(), images, me, team.size, into(w.q.data(), wide));
+    multiply(e.key, &e.value, own.x.data(), images, me, team.size, into(w.k.data(), wide));
+    multiply(e.value, &e.linear, own.x.data(), images, me, team.size, into(w.v.data(), wide));
     centred(e.linear_norm, latents.data(), images, latent, own.x.data());
-    multiply(e.linear, &e.out, own.x.data(), images, me, team.size, own.spare, into(state, wide));
+    multiply(e.linear, &e.out, own.x.data(), images, me, team.size, into(state.data(), wide));
     team.meet();
     Share mine = share(images * e.heads, 1, me, team.size);
     for (int64_t i = mine.begin; i < mine.end; i++) {
@@ -206,19 +213,21 @@ void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64
         attend(&w.q[at], keys, values, 0, place, e.head, own.p, &w.mixed[at]);
     }
     team.meet();
-    multiply(e.out, &e.gate, w.mixed.data(), images, me, team.size, own.spare, add);
+    multiply(e.out, &e.gate, w.mixed.data(), images, me, team.size, add);
     team.meet();
     centred(e.mlp_norm, state.data(), images, wide, own.x.data());
     centred(e.gate_norm, own.x.data(), images, wide, own.x.data());
-    gated(e.gate, e.up, &e.down, own.x.data(), images, me, team.size, own.spare, w.h.data(), [](vf v) { return gelu_tanh(v); });
+    gated(e.gate, e.up, &e.down, own.x.data(), images, me, team.size, w.h.data(), [](vf v) { return gelu_tanh(v); });
     team.meet();
-    multiply(e.down, &e.first, w.h.data(), images, me, team.size, own.spare, add);
+    multiply(e.down, &e.first, w.h.data(), images, me, team.size, add);
     team.meet();
     centred(e.projector_norm, state.data(), images, wide, own.x.data());
-    multiply(e.first, &e.second, own.x.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { w.mixed[r * out + o] = gelu(y); });
+    multiply(e.first, &e.second, own.x.data(), images, me, team.size, [&](int64_t r, int64_t o, const float* y, int64_t count) {
+        for (int64_t i = 0; i < count; i++) w.mixed[r * out + o + i] = gelu(y[i]);
+    });
     team.meet();
-    multiply(e.second, &e.query, w.mixed.data(), images, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) {
-        for (int64_t c = 0; c < copies; c++) x[(c * images + r) * out + o] = y;
+    multiply(e.second, &e.query, w.mixed.data(), images, me, team.size, [&](int64_t r, int64_t o, const float* y, int64_t count) {
+        for (int64_t c = 0; c < copies; c++) std::memcpy(x + (c * images + r) * out + o, y, count * 4);
     });
     team.meet();
 }
@@ -249,7 +258,7 @@ void logits_step(const Stack* s, const Matrix* output, int64_t rows, int64_t slo
         Scratch own;
         run_stack(*s, entry, rows, slot, starts, caches, work, team, me, own, output);
         rms(s->norm, entry, rows, s->width, own.x.data());
-        multiply(*output, &s->layers[0].query, own.x.data(), rows, me, team.size, own.spare, [&](int64_t r, int64_t o, float y) { logits[r * output->outputs + o] = y; });
+        multiply(*output, &s->layers[0].query, own.x.data(), rows, me, team.size, into(logits, output->outputs));
     });
 }
 

@@ -1,8 +1,8 @@
 // Lanes of floats, and products of weight matrices with rows of numbers, for native.cpp.
 //
-// R rows of x, n inputs, O outputs. A few rows are as fast as the weights can be read: each weight is loaded once
-// and nothing is moved. Many rows are as fast as the processor multiplies: see `many`. Either way a row's numbers
-// are summed in one order (lane by lane, then halves of lanes), so that it does not depend on its neighbours.
+// R rows of x, n inputs, O outputs. A few rows are as fast as the weights can be read, many as the processor
+// multiplies. Either way a row's numbers are summed in one order (lane by lane, then halves of lanes), so that it
+// does not depend on its neighbours. With AVX-512 the inputs of bfloat16 and int8 weights are rounded to 16 bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,6 +17,13 @@
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
+#endif
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#ifdef __AVX2__  // in a register, or gcc reads it anew for every row
+#define HOLD(v) asm("" : "+v"(v))
+#else
+#define HOLD(v)
 #endif
 typedef float vf __attribute__((vector_size(LANES * 4)));
 typedef int32_t vi __attribute__((vector_size(LANES * 4)));
@@ -51,10 +58,10 @@ inline vf load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(b, vi), vf);
 }
 #endif
-inline float value(const float* p) { return *p; }
-inline float value(const uint16_t* p) { uint32_t u = uint32_t(*p) << 16; float f; std::memcpy(&f, &u, 4); return f; }
-inline float value(const int8_t* p) { return *p; }
 inline float sum(vf v) {  // by halves, which is shorter than one lane after the other
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);  // gcc makes fifty instructions of what follows
+#else
     for (int half = LANES / 2; half; half /= 2) {
 #ifdef __clang__
         vf other;
@@ -67,6 +74,7 @@ inline float sum(vf v) {  // by halves, which is shorter than one lane after the
         v += other;
     }
     return v[0];
+#endif
 }
 
 // exp of lanes to 2 ulp: 2^k by the exponent bits, the rest by a polynomial on [-ln2/2, ln2/2]
@@ -81,180 +89,255 @@ inline vf exp_lanes(vf x) {
     return p * (vf)bits;
 }
 inline vf silu(vf x) { return x / (1.0f + exp_lanes(-x)); }
-inline vf gelu_tanh(vf x) {
-    for (int i = 0; i < LANES; i++) x[i] *= 0.5f * (1 + std::tanh(0.7978845608f * (x[i] + 0.044715f * x[i] * x[i] * x[i])));
-    return x;
-}
+inline vf gelu_tanh(vf x) { return x / (1.0f + exp_lanes(-1.5957691216f * (x + 0.044715f * x * x * x))); }
 inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 
-// O rows of weights times R rows of x
-template <int O, int R, class T> inline void tile(const T* const* w, const float* x, int64_t stride, int64_t n, float* y) {
-    vf acc[O][R] = {};
+// How STEP weights of type T meet as many inputs: these are floats / unit of their row, as `put` stores them.
+template <class T> struct Dot {
+    typedef float In;
+    typedef vf Sum;
+    static constexpr int STEP = LANES;
+    static float unit(const float*, int64_t) { return 1; }
+    static void put(const float* x, float, In* to) { std::memcpy(to, x, sizeof(vf)); }
+    static vf inputs(const In* x) { return load(x); }
+    static vf weights(const T* w) { return load(w); }
+    static Sum add(Sum sum, vf w, vf x) { return sum + w * x; }
+    static vf lanes(Sum sum) { return sum; }
+};
+#ifdef __AVX512BF16__
+template <> struct Dot<uint16_t> {  // pairs; inputs rounded to bfloat16, as they are in torch's products
+    typedef uint16_t In;
+    typedef vf Sum;
+    static constexpr int STEP = 32;
+    static float unit(const float*, int64_t) { return 1; }
+    static void put(const float* x, float, In* to) {
+        auto pairs = _mm512_cvtne2ps_pbh((__m512)load(x + 16), (__m512)load(x));
+        std::memcpy(to, &pairs, sizeof pairs);
+    }
+    static __m512i inputs(const In* x) { return _mm512_loadu_si512(x); }
+    static __m512i weights(const uint16_t* w) { return _mm512_loadu_si512(w); }
+    static Sum add(Sum sum, __m512i w, __m512i x) { return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x); }
+    static vf lanes(Sum sum) { return sum; }
+};
+#endif
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+template <> struct Dot<int8_t> {  // pairs; inputs of 16 bits, which their row's greatest fills unless sums overflow
+    typedef int16_t In;
+    typedef __m512i Sum;
+    static constexpr int STEP = 32;
+    static float unit(const float* x, int64_t n) {
+        vf tops = vf{} + 1e-30f;
+        int64_t i = 0;
+        for (; i + LANES <= n; i += LANES) {
+            vf v = load(x + i);
+            v = v < 0 ? -v : v;
+            tops = v > tops ? v : tops;
+        }
+        float top = _mm512_reduce_max_ps((__m512)tops), most = 2147483520.0f / (127 * 2 * (n / STEP + 1));
+        for (; i < n; i++) top = std::max(top, std::abs(x[i]));
+        return top / std::min(32767.0f, most);
+    }
+    static void put(const float* x, float unit, In* to) {
+        for (int i = 0; i < STEP; i += LANES) {
+            __m256i lanes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(x + i) / unit)));
+            std::memcpy(to + i, &lanes, sizeof lanes);
+        }
+    }
+    static __m512i inputs(const In* x) { return _mm512_loadu_si512(x); }
+    static __m512i weights(const int8_t* w) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)w)); }
+    static Sum add(Sum sum, __m512i w, __m512i x) { return _mm512_dpwssd_epi32(sum, w, x); }
+    static vf lanes(Sum sum) { return (vf)_mm512_cvtepi32_ps(sum); }
+};
+#endif
+
+// A tile is some outputs times up to GROUP rows, a strip the tiles of STRIP outputs. 32 registers hold 16 sums,
+// 16 hold 12. Few rows take many outputs, so that enough loads are under way.
+constexpr int GROUP = 4;
+#ifdef __AVX512F__
+constexpr int STRIP = 16;
+constexpr int outs(int rows) { return rows == 1 ? 16 : rows == 2 ? 8 : 4; }
+#else
+constexpr int STRIP = 12;
+constexpr int outs(int rows) { return rows == GROUP ? 3 : 4; }
+#endif
+typedef float Row[16];  // STRIP outputs of a row, and room for whole lanes
+
+// y[r][o] = sum(acc[o][r]), bit for bit
+template <int O, int R> INLINE void sums(const vf (&acc)[O][R], float* y) {
+#if defined(__AVX512F__)
+    static_assert(O * R <= 16);  // sixteen at once take 45 instructions, one alone seven
+    vf v[16] = {};
+    UNROLL for (int i = 0; i < O * R; i++) v[i / 4 + i % 4 * 4] = acc[i % O][i / O];
+    auto halves = [](vf a, vf b) { return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x44) + (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xEE); };
+    auto quarters = [](vf a, vf b) { return (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_f32x4((__m512)a, (__m512)b, 0xDD); };
+    auto pairs = [](vf a, vf b) { return (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x44) + (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xEE); };
+    auto ones = [](vf a, vf b) { return (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0x88) + (vf)_mm512_shuffle_ps((__m512)a, (__m512)b, 0xDD); };
+    UNROLL for (int i = 0; i < 8; i++) v[i] = halves(v[2 * i], v[2 * i + 1]);
+    UNROLL for (int i = 0; i < 4; i++) v[i] = quarters(v[2 * i], v[2 * i + 1]);
+    vf all = ones(pairs(v[0], v[1]), pairs(v[2], v[3]));
+    float flat[16];
+    std::memcpy(flat, &all, sizeof flat);
+    UNROLL for (int r = 0; r < R; r++) std::memcpy(y + r * 16, flat + r * O, O * 4);
+#else
+    UNROLL for (int o = 0; o < O; o++) {
+#ifdef __AVX2__
+        if constexpr (R == 4) {  // the same halves of lanes, of four at once
+            auto low = [](vf a, vf b) { return (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20) + (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31); };
+            __m256 a = (__m256)low(acc[o][0], acc[o][1]), b = (__m256)low(acc[o][2], acc[o][3]);
+            vf pairs = (vf)_mm256_shuffle_ps(a, b, 0x44) + (vf)_mm256_shuffle_ps(a, b, 0xEE);
+            vf one = pairs + (vf)_mm256_permute_ps((__m256)pairs, 0xB1);
+            y[o] = one[0], y[16 + o] = one[4], y[32 + o] = one[2], y[48 + o] = one[6];
+            continue;
+        }
+#endif
+        UNROLL for (int r = 0; r < R; r++) y[16 * r + o] = sum(acc[o][r]);
+    }
+#endif
+}
+
+// O rows of weights, w[o], times R packed rows of inputs -> y[r][o]. Meanwhile O rows `ahead` are fetched into the
+// second cache, of a whole group those of the bits of `fetch`: rows are too short for the processor's own guesses
+// (measured: two rows of fp32 take 20 ms instead of 27, of int8 3.6 instead of 8).
+template <int O, int R, class T> inline void tile(const T* const* w, const typename Dot<T>::In* x, int64_t n, float* y, const T* ahead, int fetch = 0) {
+    typedef Dot<T> D;
+    typename D::Sum acc[O][R] = {};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        vf in[R];
-        for (int r = 0; r < R; r++) in[r] = load(x + r * stride + i);
-        for (int o = 0; o < O; o++) {
-            vf weight = load(w[o] + i);
-            for (int r = 0; r < R; r++) acc[o][r] += weight * in[r];
+    for (; i + D::STEP <= n; i += D::STEP, x += R * D::STEP) {
+        auto fetch_row = [&](int o) {
+            if (R < GROUP || fetch >> o & 1) __builtin_prefetch(ahead + o * n + i, 0, 2);
+        };
+        if constexpr (R == GROUP) {  // 12 sums, 3 weights and an input are all that 16 registers hold
+            decltype(D::weights(w[0])) weight[O];
+            UNROLL for (int o = 0; o < O; o++) weight[o] = D::weights(w[o] + i), fetch_row(o);
+            UNROLL for (int r = 0; r < R; r++) {
+                auto in = D::inputs(x + r * D::STEP);
+                HOLD(in);
+                UNROLL for (int o = 0; o < O; o++) acc[o][r] = D::add(acc[o][r], weight[o], in);
+            }
+        } else {
+            decltype(D::inputs(x)) in[R];
+            UNROLL for (int r = 0; r < R; r++) in[r] = D::inputs(x + r * D::STEP);
+            UNROLL for (int o = 0; o < O; o++) {
+                auto weight = D::weights(w[o] + i);
+                HOLD(weight);
+                fetch_row(o);
+                UNROLL for (int r = 0; r < R; r++) acc[o][r] = D::add(acc[o][r], weight, in[r]);
+            }
         }
     }
-    for (int o = 0; o < O; o++)
+    vf all[O][R];
+    UNROLL for (int o = 0; o < O; o++) UNROLL for (int r = 0; r < R; r++) all[o][r] = D::lanes(acc[o][r]);
+    for (int o = 0; i < n && o < O; o++)  // the rest, filled with zeros
         for (int r = 0; r < R; r++) {
-            float total = sum(acc[o][r]);
-            for (int64_t j = i; j < n; j++) total += value(w[o] + j) * x[r * stride + j];
-            y[o * R + r] = total;
+            T weights[D::STEP] = {};
+            typename D::In inputs[D::STEP] = {};
+            std::memcpy(weights, w[o] + i, (n - i) * sizeof weights[0]);
+            std::memcpy(inputs, x + r * D::STEP, (n - i) * sizeof inputs[0]);
+            all[o][r] += D::lanes(D::add(typename D::Sum{}, D::weights(weights), D::inputs(inputs)));
         }
+    sums<O, R>(all, y);
 }
 
-// few rows: four outputs at a time
-template <class T, class Store> void few(const T* const* w, const float* x, int64_t rows, int64_t n, Store store) {
-    float y[12];
-    for (int64_t r = 0; r < rows;) {
-        int64_t left = rows - r;
-        int take = left == 1 ? 1 : left == 2 || left == 4 ? 2 : 3;
-        if (take == 3) tile<4, 3>(w, x + r * n, n, n, y);
-        else if (take == 2) tile<4, 2>(w, x + r * n, n, n, y);
-        else tile<4, 1>(w, x + r * n, n, n, y);
-        for (int o = 0; o < 4; o++)
-            for (int i = 0; i < take; i++) store(r + i, o, y[take * o + i]);
-        r += take;
+// x (rows, n) by groups of rows, step beside step, the last one filled with zeros; and the rows' units
+template <class T> struct Packed {
+    typedef Dot<T> D;
+    std::vector<typename D::In> x;
+    std::vector<float> unit;
+    int64_t size;  // of a row
+    Packed(const float* from, int64_t rows, int64_t n) : unit(rows), size((n + D::STEP - 1) / D::STEP * D::STEP) {
+        x.resize(rows * size);
+        for (int64_t r = 0; r < rows; r++) unit[r] = D::unit(from + r * n, n);
+        auto* to = x.data();
+        for (int64_t g = 0; g < rows; g += GROUP)
+            for (int64_t i = 0; i < n; i += D::STEP)
+                for (int64_t r = g; r < std::min(rows, g + GROUP); r++, to += D::STEP) {
+                    float some[D::STEP] = {};
+                    std::memcpy(some, from + r * n + i, std::min<int64_t>(D::STEP, n - i) * 4);
+                    D::put(some, unit[r], to);
+                }
     }
-}
-
-template <class T> const T* row(const Matrix& m, int64_t o) { return (const T*)m.weight + std::min(o, m.outputs - 1) * m.inputs; }
-inline float finish(const Matrix& m, int64_t o, float y) {
-    return (m.scale ? y * m.scale[o] : y) + (m.bias ? m.bias[o] : 0);
-}
+};
 
 struct Share { int64_t begin, end; };
 inline Share share(int64_t count, int64_t step, int me, int size) {  // whole steps
     int64_t steps = (count + step - 1) / step;
     return {std::min(count, steps * me / size * step), std::min(count, steps * (me + 1) / size * step)};
 }
+template <class T> const T* row(const Matrix& m, int64_t o) { return (const T*)m.weight + std::min(o, m.outputs - 1) * m.inputs; }
 
-// Many rows. A tile is OUTS outputs times GROUP rows: 12 sums, 3 weights and an input fill 16 registers. The rows of
-// a group lie packed, lane beside lane, in the first cache; a block of weights stays in the second for all groups,
-// and the next block is fetched meanwhile. Weights of two bytes or one are widened in the tile, which is free
-// beside the multiplications (unpacking them first is a fifth slower, measured).
-constexpr int OUTS = 3, GROUP = 4;
-constexpr int64_t BLOCK_BYTES = 16 << 10;
-
-inline bool is_many(int64_t rows, int64_t n) { return rows >= GROUP && n % LANES == 0; }
-
-inline const float* pack(const float* x, int64_t rows, int64_t n, std::vector<float>& spare) {
-    spare.resize(std::max<size_t>(spare.size(), rows * n));
-    float* to = spare.data();
-    for (int64_t g = 0; g < rows; g += GROUP)
-        for (int64_t i = 0; i < n; i += LANES)
-            for (int64_t r = g; r < std::min(rows, g + GROUP); r++, to += LANES) std::memcpy(to, x + r * n + i, sizeof(vf));
-    return spare.data();
-}
-
-// y[r] = sum(acc[r]), bit for bit
-template <int R> inline void sums(const vf* acc, float* y) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    if (R == 4) {  // the same halves of lanes, of four at once
-        auto low = [](vf a, vf b) { return (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20) + (vf)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31); };
-        __m256 a = (__m256)low(acc[0], acc[1]), b = (__m256)low(acc[2], acc[R - 1]);
-        vf pairs = (vf)_mm256_shuffle_ps(a, b, 0x44) + (vf)_mm256_shuffle_ps(a, b, 0xEE);
-        vf one = pairs + (vf)_mm256_permute_ps((__m256)pairs, 0xB1);
-        y[0] = one[0], y[1] = one[4], y[2] = one[2], y[R - 1] = one[6];
-        return;
+// outputs o .. o + STRIP of R packed rows -> y[r][i]; the strip at `next` is fetched, a part by each of the groups
+template <int R, class T> inline void strip(const Matrix& m, int64_t o, const typename Dot<T>::In* x, const T* next, int64_t group, int64_t groups, Row* y) {
+    constexpr int O = outs(R);
+    int fetch = 0;
+    for (int j = 0; j < O; j++) fetch |= (j % groups == group) << j;
+    for (int i = 0; i < STRIP; i += O) {
+        const T* w[O];
+        for (int j = 0; j < O; j++) w[j] = row<T>(m, o + i + j);
+        tile<O, R>(w, x, m.inputs, y[0] + i, next + i * m.inputs, fetch);
     }
-#endif
-    for (int r = 0; r < R; r++) y[r] = sum(acc[r]);
 }
 
-typedef float Tile[16];  // OUTS x GROUP numbers, and room for whole lanes
-
-template <int R, class T> inline void group_tile(const T* const* w, const float* x, int64_t n, float* y) {
-    vf acc[OUTS][R] = {};
-    const T *w0 = w[0], *w1 = w[1], *w2 = w[2];
-    for (int64_t i = 0; i < n; i += LANES, x += R * LANES) {
-        vf a = load(w0 + i), b = load(w1 + i), c = load(w2 + i);
-        for (int r = 0; r < R; r++) {
-            vf in = load(x + r * LANES);
-            acc[0][r] += a * in; acc[1][r] += b * in; acc[2][r] += c * in;
-        }
-    }
-    for (int o = 0; o < OUTS; o++) sums<R>(acc[o], y + o * GROUP);
-}
-
-// my share of M matrices of one shape times x -> store(first row, rows, first output, sums of the M tiles);
-// `after` is the matrix that comes next, whose beginning is fetched at the end
-template <class T, int M, class Store> void many(const Matrix* const (&m)[M], const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
+// my share of M matrices of one shape times x -> store(row, first output, numbers of each matrix, their count). A
+// strip of weights stays in the second cache for all groups of rows; the groups lie packed in the first. `after` is
+// the matrix that comes next, whose beginning is fetched at the end.
+template <class T, int M, class Store> void product(const Matrix* const (&m)[M], const Matrix* after, const float* x, int64_t rows, int me, int size, Store store) {
     int64_t n = m[0]->inputs, outputs = m[0]->outputs, groups = (rows + GROUP - 1) / GROUP;
-    const float* packed = pack(x, rows, n, spare);
-    int64_t block = std::max<int64_t>(1, BLOCK_BYTES / (OUTS * M * n * sizeof(T))) * OUTS, part = OUTS * n * sizeof(T) / groups;
-    Share mine = share(outputs, OUTS, me, size);
-    const char* beyond = (const char*)row<T>(*after, share(after->outputs, OUTS, me, size).begin);
-    for (int64_t from = mine.begin; from < mine.end; from += block)
-        for (int64_t g = 0; g < groups; g++)
-            for (int64_t o = from; o < std::min(mine.end, from + block); o += OUTS) {
-                Tile y[M] = {};
-                int64_t count = std::min<int64_t>(GROUP, rows - g * GROUP);
-                for (int which = 0; which < M; which++) {
-                    const T* w[OUTS] = {row<T>(*m[which], o), row<T>(*m[which], o + 1), row<T>(*m[which], o + 2)};
-                    const char* next = (const char*)row<T>(*m[which], o + block);
-                    if (o + block >= mine.end) next = beyond + (o - from + which * OUTS) * n * sizeof(T);
-                    for (int64_t i = 0; i < part; i += 64) __builtin_prefetch(next + g * part + i, 0, 2);
-                    const float* in = packed + g * GROUP * n;
-                    if (count == 4) group_tile<4>(w, in, n, y[which]);
-                    else if (count == 3) group_tile<3>(w, in, n, y[which]);
-                    else if (count == 2) group_tile<2>(w, in, n, y[which]);
-                    else group_tile<1>(w, in, n, y[which]);
-                    for (int i = 0; i < OUTS * GROUP; i++) y[which][i] = finish(*m[which], std::min(o + i / GROUP, outputs - 1), y[which][i]);
-                }
-                store(g * GROUP, count, o, y);
+    Packed<T> packed(x, rows, n);
+    Share mine = share(outputs, STRIP, me, size);
+    const T* beyond = row<T>(*after, share(after->outputs, STRIP, me, size).begin);
+    for (int64_t o = mine.begin; o < mine.end; o += STRIP) {
+        Row scale[M] = {}, bias[M] = {};
+        int64_t count = std::min<int64_t>(STRIP, outputs - o);
+        for (int which = 0; which < M; which++)
+            for (int64_t i = 0; i < count; i++) {
+                scale[which][i] = m[which]->scale ? m[which]->scale[o + i] : 1;
+                bias[which][i] = m[which]->bias ? m[which]->bias[o + i] : 0;
             }
+        for (int64_t g = 0; g < groups; g++) {
+            Row y[GROUP][M] = {}, sums[GROUP] = {};
+            int64_t first = g * GROUP, some = std::min<int64_t>(GROUP, rows - first);
+            for (int which = 0; which < M; which++) {
+                const auto* in = packed.x.data() + first * packed.size;
+                const T* next = o + STRIP < mine.end ? row<T>(*m[which], o + STRIP) : beyond + which * STRIP * n;
+                if (some == 4) strip<4>(*m[which], o, in, next, g, groups, sums);
+                else if (some == 3) strip<3>(*m[which], o, in, next, g, groups, sums);
+                else if (some == 2) strip<2>(*m[which], o, in, next, g, groups, sums);
+                else strip<1>(*m[which], o, in, next, g, groups, sums);
+                for (int64_t r = 0; r < some; r++)
+                    for (int i = 0; i < 16; i++) y[r][which][i] = sums[r][i] * packed.unit[first + r] * scale[which][i] + bias[which][i];
+            }
+            for (int64_t r = 0; r < some; r++) store(first + r, o, y[r], count);
+        }
+    }
 }
 
-// my share of x (rows, inputs) -> store(row, output, value); `after` as above
-template <class Store> void multiply(const Matrix& m, const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, Store store) {
-    auto run = [&](auto type) {
-        using T = decltype(type);
-        const Matrix* const all[1] = {&m};
-        if (is_many(rows, m.inputs)) return many<T>(all, after, x, rows, me, size, spare, [&](int64_t r, int64_t count, int64_t o, Tile* y) {
-            for (int64_t i = 0; i < std::min<int64_t>(OUTS, m.outputs - o); i++)
-                for (int64_t j = 0; j < count; j++) store(r + j, o + i, y[0][i * GROUP + j]);
-        });
-        Share mine = share(m.outputs, 4, me, size);
-        for (int64_t o = mine.begin; o < mine.end; o += 4) {
-            const T* w[4] = {row<T>(m, o), row<T>(m, o + 1), row<T>(m, o + 2), row<T>(m, o + 3)};
-            few(w, x, rows, m.inputs, [&](int64_t r, int i, float y) {
-                if (o + i < m.outputs) store(r, o + i, finish(m, o + i, y));
-            });
-        }
-    };
+template <class Run> void by_kind(const Matrix& m, Run run) {
     if (m.kind == 0) run(float()); else if (m.kind == 1) run(uint16_t()); else run(int8_t());
 }
 
-// my share of act(gate x) * up x -> h (rows, outputs); `act` of lanes
-template <class Act> void gated(const Matrix& gate, const Matrix& up, const Matrix* after, const float* x, int64_t rows, int me, int size, std::vector<float>& spare, float* h, Act act) {
-    auto run = [&](auto type) {
-        using T = decltype(type);
-        const Matrix* const both[2] = {&gate, &up};
-        if (is_many(rows, gate.inputs)) return many<T>(both, after, x, rows, me, size, spare, [&](int64_t r, int64_t count, int64_t o, Tile* y) {
-            for (int i = 0; i < OUTS * GROUP; i += LANES) {
-                vf product = act(load(y[0] + i)) * load(y[1] + i);
-                std::memcpy(y[0] + i, &product, sizeof product);
-            }
-            for (int64_t i = 0; i < std::min<int64_t>(OUTS, gate.outputs - o); i++)
-                for (int64_t j = 0; j < count; j++) h[(r + j) * gate.outputs + o + i] = y[0][i * GROUP + j];
+// my share of x (rows, inputs) -> store(row, first output, numbers, their count)
+template <class Store> void multiply(const Matrix& m, const Matrix* after, const float* x, int64_t rows, int me, int size, Store store) {
+    const Matrix* const one[1] = {&m};
+    by_kind(m, [&](auto type) {
+        product<decltype(type)>(one, after, x, rows, me, size, [&](int64_t r, int64_t o, const Row* y, int64_t count) {
+            store(r, o, y[0], count);
         });
-        Share mine = share(gate.outputs, 2, me, size);
-        for (int64_t o = mine.begin; o < mine.end; o += 2) {
-            const T* w[4] = {row<T>(gate, o), row<T>(gate, o + 1), row<T>(up, o), row<T>(up, o + 1)};
-            few(w, x, rows, gate.inputs, [&](int64_t r, int i, float y) {
-                int64_t at = o + i % 2;
-                if (at >= gate.outputs) return;
-                float* to = h + r * gate.outputs + at;
-                if (i < 2) *to = act(vf{} + finish(gate, at, y))[0]; else *to *= finish(up, at, y);
-            });
-        }
-    };
-    if (gate.kind == 0) run(float()); else if (gate.kind == 1) run(uint16_t()); else run(int8_t());
+    });
+}
+
+// my share of act(gate x) * up x -> h (rows, outputs); `act` of lanes
+template <class Act> void gated(const Matrix& gate, const Matrix& up, const Matrix* after, const float* x, int64_t rows, int me, int size, float* h, Act act) {
+    const Matrix* const both[2] = {&gate, &up};
+    by_kind(gate, [&](auto type) {
+        product<decltype(type)>(both, after, x, rows, me, size, [&](int64_t r, int64_t o, const Row* y, int64_t count) {
+            Row product;
+            for (int i = 0; i < STRIP; i += LANES) {
+                vf lanes = act(load(y[0] + i)) * load(y[1] + i);
+                std::memcpy(product + i, &lanes, sizeof lanes);
+            }
+            std::memcpy(h + r * gate.outputs + o, product, count * 4);
+        });
+    });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 """The C++ steps: what torch's operators give, rounded weights near it, and life without a compiler."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -51,7 +52,71 @@ def test_both_engines_give_the_same_logits(make_model, context, changes, threads
     finally:
         torch.set_num_threads(before)
     assert kind is engine.Native
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=4e-5)
+
+
+def through_a_stack(x, weights, depth, threads):
+    """Logits of rows x (R, n) behind `depth` layers; weights: of a layer of one head, then the output's."""
+    keep, (rows, width) = native.Keeper(weights[0].dtype == torch.int8), x.shape
+    matrices = [keep.matrix(w.float() if keep.int8 else w) for w in weights[:-1]]
+    output = keep.matrix(
+        weights[-1].float() if keep.int8 else weights[-1], torch.arange(len(weights[-1])) / 8
+    )
+    norm = native.Norm(keep.floats(torch.ones(width)), None, 0)
+    cache = [keep.pointer(torch.empty(rows, 1, 1, width)) for _ in range(2)]
+    layers = (native.Layer * 1)(native.Layer(norm, norm, *matrices, *cache))
+    turn = [keep.floats(torch.full((1, width), f)) for f in (1.0, 0.0)]
+    stack = native.Stack(ctypes.addressof(layers), norm, *turn, depth, width, 1, 1, width, 1)
+    entry, logits = x.clone(), torch.empty(rows, len(weights[-1]))
+    native.library().logits_step(
+        ctypes.addressof(stack), ctypes.addressof(output), rows, 0, None, None, entry.data_ptr(),
+        logits.data_ptr(), threads,
+    )  # fmt: skip
+    return logits
+
+
+def random_weights(width, inner, outputs, dtype):
+    generator = torch.Generator().manual_seed(width)
+    shapes = [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner), (outputs, width)]
+    if dtype == torch.int8:  # already what rounding makes of them: a scale of 1
+        found = [torch.randint(-127, 128, shape, generator=generator) for shape in shapes]
+        for weight in found:
+            weight[:, 0] = 127
+    else:
+        found = [torch.randn(shape, generator=generator) for shape in shapes]
+    return [w.to(dtype) for w in found], torch.randn(17, width, generator=generator)
+
+
+# neither whole steps of inputs nor whole tiles of outputs
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.KINDS)
+@pytest.mark.parametrize("width, outputs", [(4, 3), (16, 16), (46, 37), (96, 12), (130, 70)])
+def test_products_of_all_sizes_are_near_float64(dtype, width, outputs):
+    weights, x = random_weights(width, 2 * width + 1, outputs, dtype)
+    x[3] *= 1e4
+    exact = x.double() / x.double().pow(2).mean(dim=1, keepdim=True).sqrt()
+    weight = weights[-1].double()
+    each = torch.zeros_like(exact)  # by how much an input may be rounded
+    if dtype == torch.bfloat16:
+        each = 2**-8 * exact.abs()
+    elif dtype == torch.int8:
+        each = 2**-16 * exact.abs().amax(dim=1, keepdim=True).expand_as(exact)
+    bound = (each + 2e-6 * exact.abs()) @ weight.abs().T + 1e-5
+    exact = exact @ weight.T + torch.arange(outputs) / 8
+    for rows in range(1, 18):
+        found = through_a_stack(x[:rows], weights, depth=0, threads=1 + rows % 3)
+        assert ((found - exact[:rows]).abs() <= bound[:rows]).all(), rows
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", native.KINDS)
+@pytest.mark.parametrize("width, inner", [(20, 33), (64, 176)])
+def test_a_row_does_not_depend_on_its_neighbours(dtype, width, inner):
+    weights, x = random_weights(width, inner, 50, dtype)
+    alone = torch.cat([through_a_stack(row[None], weights, depth=1, threads=1) for row in x])
+    assert alone.isfinite().all() and alone.std() > 0.1
+    for rows in range(2, 18):
+        assert torch.equal(through_a_stack(x[:rows], weights, depth=1, threads=2), alone[:rows])
 
 
 @needs_compiler
