@@ -130,7 +130,7 @@ template <> struct Dot<int8_t> {  // pairs; inputs of 16 bits, which their row's
         int64_t i = 0;
         for (; i + LANES <= n; i += LANES) {
             vf v = load(x + i);
-            v = v < 0 ? -v : v;
+            v = v < vf{} ? -v : v;
             tops = v > tops ? v : tops;
         }
         float top = _mm512_reduce_max_ps((__m512)tops), most = 2147483520.0f / (127 * 2 * (n / STEP + 1));

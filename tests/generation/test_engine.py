@@ -149,6 +149,7 @@ def test_without_a_compiler_torch_draws_the_same(full_model, monkeypatch):
 
 
 def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path, caplog):
+    monkeypatch.delenv("UNITOK_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     assert native.library.__wrapped__() is None
