@@ -43,6 +43,12 @@ class SceneConfig:
     captions: int = _told(4, "captions per scene")
     conversations: int = _told(4, "conversations per training scene")
     turns: int = _told(4, "most questions in one conversation")
+    asked: tuple[float, ...] = _told(
+        (3, 1, 1, 1, 1, 3),
+        "how often training asks for existence, count, colour, shape, position, relation: their shares",
+    )
+    short_names: bool = _told(False, "training also asks where things are by a part of their names")
+    pair_captions: int = _told(0, "further captions of training scenes of two objects")
     questions: int = _told(4, "questions per test scene")
     pope: int = _told(150, "test scenes asked about in each POPE category, two questions each")
     prompts: int = _told(25, "prompts per GenEval tag")
@@ -55,6 +61,7 @@ class SceneConfig:
             _check_type(field.name, getattr(self, field.name), field.default)
         # 10 and 10.0 are one setting, and must give one set of scenes
         object.__setattr__(self, "sizes", tuple(map(float, self.sizes)))
+        object.__setattr__(self, "asked", tuple(map(float, self.asked)))
         for name in ("jitter", "step", "held_out", "test_share"):
             object.__setattr__(self, name, float(getattr(self, name)))
         _require(self.grid in (2, 3), "grid", self.grid, "2 or 3")
@@ -114,6 +121,9 @@ class SceneConfig:
             "text_lines",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        good = len(self.asked) == 6 and min(self.asked) >= 0 and sum(self.asked) > 0
+        _require(good, "asked", self.asked, "six shares, 0 or more, not all of them 0")
+        _require(self.pair_captions >= 0, "pair_captions", self.pair_captions, "0 or more")
         _require(self.vocabulary >= 300, "vocabulary", self.vocabulary, "300 or more (256 are bytes)")
 
     @property

@@ -1,7 +1,7 @@
 """What is said of a scene: captions, questions with one-word answers, and sentences without a picture."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -13,6 +13,10 @@ ROWS = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 COLUMNS = {2: ("left", "right"), 3: ("left", "middle", "right")}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 RELATIONS = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
+
+
+Known = list[tuple[str, str]]  # (colour, shape) pairs
+Names = Callable[[Thing], list[str]]
 
 
 class Question(NamedTuple):
@@ -100,11 +104,8 @@ def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callabl
 def _placed_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
     things = list(scene.things)
     rng.shuffle(things)
-    related = relations(things[0], things[1]) if len(things) == 2 else []
-    if related and rng.random() < 0.6:
-        relation = RELATIONS[rng.choice(related)]
-        frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
-        return frame.format(article(name(things[0])), relation, article(name(things[1])))
+    if len(things) == 2 and rng.random() < 0.6:
+        return _related_caption(things, rng, name)
     frames = ["{} at the {}", "{} at the {}", "{} in the {}"]
     if config.corners and all(is_corner(thing.cell, scene.grid) for thing in things):
         frames.append("{} in the {} corner")
@@ -113,40 +114,93 @@ def _placed_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callab
     return rng.choice(("{}", "{}", "a picture of {}", "there is {}")).format(said)
 
 
+def _related_caption(things: Sequence[Thing], rng: Random, name: Callable[[Thing], str]) -> str:
+    first, second = things
+    relation = RELATIONS[rng.choice(relations(first, second))]
+    frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
+    return frame.format(article(name(first)), relation, article(name(second)))
+
+
 def _bare_caption(scene: Scene, config: SceneConfig, rng: Random, name: Callable[[Thing], str]) -> str:
     kind = rng.choice((_plain_caption, _plain_caption, _placed_caption))
     return kind(scene, config, rng, lambda thing: thing.shape)
 
 
+def pair_captions(scene: Scene, config: SceneConfig, rng: Random) -> list[str]:
+    """Further captions of two objects: a third gives each its colour, the others say how they stand."""
+    said = []
+    for i in range(config.pair_captions if len(scene.things) == 2 else 0):
+        name = (lambda thing: thing.shape) if i % 3 == 1 else (lambda thing: " ".join(thing.pair))
+        if i % 3 == 0:
+            said.append(_plain_caption(scene, config, rng, name))
+        else:
+            said.append(_related_caption(rng.sample(scene.things, 2), rng, name))
+    return said
+
+
 # ---- questions ---------------------------------------------------------------------------------------------
 
 
+def full_name(thing: Thing) -> list[str]:
+    return [thing.name]
+
+
+def all_names(thing: Thing) -> list[str]:
+    """What an object may be called, from all that can be said of it to its shape or its colour alone."""
+    words = (
+        f"{thing.texture} {' '.join(thing.pair)}",
+        " ".join(thing.pair),
+        thing.shape,
+        f"{thing.color} object",
+    )
+    return list(dict.fromkeys((thing.name, *(words if thing.texture != "plain" else words[1:]))))
+
+
 def ask(
-    scene: Scene, config: SceneConfig, rng: Random, kind: str, known: list[tuple[str, str]]
+    scene: Scene,
+    config: SceneConfig,
+    rng: Random,
+    kind: str,
+    known: Known,
+    names: Names = full_name,
 ) -> Question | None:
     """A question of one kind, or None where the scene gives none.
 
-    Absent objects are named out of `known`, the (colour, shape) pairs a reader may have heard of.
+    Absent objects are named out of `known`, the (colour, shape) pairs a reader may have heard of; `names` are
+    what an object may be called where its place is asked for.
     """
-    asked = QUESTIONS[kind](scene, config, rng, known)
+    asked = QUESTIONS[kind](scene, config, rng, known, names)
     return Question(kind, *asked) if asked else None
 
 
-def conversation(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
-) -> list[Question]:
-    """One to `turns` different questions, their kinds drawn by ASKED."""
-    wanted, kinds, shares = rng.randint(1, config.turns), list(ASKED), list(ASKED.values())
+def _called(scene: Scene, names: Names) -> dict[Thing, list[str]]:
+    """The objects that can be told from the others, with the names that no other object has."""
+    heard = Counter(name for thing in scene.things for name in names(thing))
+    called = {thing: [name for name in names(thing) if heard[name] == 1] for thing in scene.things}
+    return {thing: own for thing, own in called.items() if own}
+
+
+def _one(names: list[str], rng: Random) -> str:
+    """One of the names; a lot is drawn only where there is a choice."""
+    return rng.choice(names) if len(names) > 1 else names[0]
+
+
+def conversation(scene: Scene, config: SceneConfig, rng: Random, known: Known) -> list[Question]:
+    """One to `turns` different questions, their kinds drawn by the shares of `asked`."""
+    wanted, names = rng.randint(1, config.turns), all_names if config.short_names else full_name
     asked: dict[str, Question] = {}
-    for kind in rng.choices(kinds, shares, k=4 * wanted):  # some scenes give no question of some kinds
-        question = ask(scene, config, rng, kind, known)
+    # some scenes give no question of some kinds
+    for kind in rng.choices(list(QUESTIONS), config.asked, k=4 * wanted):
+        if config.short_names and kind == "relation" and any(q.kind == kind for q in asked.values()):
+            continue  # the answer to one may give away the other's
+        question = ask(scene, config, rng, kind, known, names)
         if question and len(asked) < wanted:
             asked.setdefault(question.text, question)
     return list(asked.values())
 
 
 def _existence(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
     lot, yes = rng.random(), rng.random() < 0.5
     if lot < 0.6:
@@ -170,7 +224,7 @@ def _existence(
     return rng.choice(frames).format(subject), "yes" if yes else "no"
 
 
-def absent_pair(scene: Scene, rng: Random, known: list[tuple[str, str]], alike: bool) -> tuple[str, str]:
+def absent_pair(scene: Scene, rng: Random, known: Known, alike: bool) -> tuple[str, str]:
     """A (colour, shape) pair that is not in the scene; `alike` pairs share colour or shape with an object."""
     present = {t.pair for t in scene.things}
     absent = [pair for pair in known if pair not in present]
@@ -179,23 +233,23 @@ def absent_pair(scene: Scene, rng: Random, known: list[tuple[str, str]], alike: 
 
 
 def _count(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
     kind = rng.choice(("objects", "shape", "shape", "color"))
     if kind == "objects":
         subject, number = "objects", len(scene.things)
     else:
-        names = config.shape_names if kind == "shape" else config.color_names
+        words = config.shape_names if kind == "shape" else config.color_names
         found = Counter(t.shape if kind == "shape" else t.color for t in scene.things)
         number = rng.choice(sorted({0, *found.values()}))
-        name = rng.choice([n for n in names if found[n] == number])
+        name = rng.choice([n for n in words if found[n] == number])
         subject = plural(name) if kind == "shape" else f"{name} objects"
     frames = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?")
     return rng.choice(frames).format(subject), str(number)
 
 
 def _color(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
     thing = rng.choice(scene.things)
     subjects = [f"object at the {position(thing.cell, scene.grid)}"]
@@ -208,7 +262,7 @@ def _color(
 
 
 def _shape(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
     thing = rng.choice(scene.things)
     subjects = [f"object at the {position(thing.cell, scene.grid)}"]
@@ -221,35 +275,36 @@ def _shape(
 
 
 def _position(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
-    single = [t for t in scene.things if sum(o.name == t.name for o in scene.things) == 1]
-    if not single:
+    called = _called(scene, names)
+    if not called:
         return None
-    thing = rng.choice(single)
+    thing = rng.choice(list(called))
     if rng.random() < 0.5:
         words, answer = ROWS[scene.grid], ROWS[scene.grid][thing.cell[0]]
     else:
         words, answer = COLUMNS[scene.grid], COLUMNS[scene.grid][thing.cell[1]]
     choices = f"{', '.join(words[:-1])} or {words[-1]}"
     frames = ("Where is the {}, {}?", "Is the {} at the {}?", "On which side is the {}, {}?")
-    return rng.choice(frames).format(thing.name, choices), answer
+    return rng.choice(frames).format(_one(called[thing], rng), choices), answer
 
 
 def _relation(
-    scene: Scene, config: SceneConfig, rng: Random, known: list[tuple[str, str]]
+    scene: Scene, config: SceneConfig, rng: Random, known: Known, names: Names
 ) -> tuple[str, str] | None:
-    single = [t for t in scene.things if sum(o.name == t.name for o in scene.things) == 1]
-    if len(single) < 2:
+    called = _called(scene, names)
+    if len(called) < 2:
         return None
-    first, second = rng.sample(single, 2)
+    first, second = rng.sample(list(called), 2)
     answer = rng.choice(relations(first, second))
     choices = "left or right" if answer in ("left", "right") else "above or below"
     if choices == "left or right":
         frames = ("Is the {} left or right of the {}?", "Is the {} to the left or to the right of the {}?")
     else:
         frames = ("Is the {} above or below the {}?", "Is the {} placed above or below the {}?")
-    return rng.choice(frames).format(first.name, second.name), answer
+    frame = rng.choice(frames)
+    return frame.format(_one(called[first], rng), _one(called[second], rng)), answer
 
 
 QUESTIONS: dict[str, Callable[..., tuple[str, str] | None]] = {
@@ -260,9 +315,6 @@ QUESTIONS: dict[str, Callable[..., tuple[str, str] | None]] = {
     "position": _position,
     "relation": _relation,
 }
-
-# How often training asks each kind: what must be compared, not only read off, is learnt last.
-ASKED = {"existence": 3, "count": 1, "colour": 1, "shape": 1, "position": 1, "relation": 3}
 
 
 # ---- text without a picture --------------------------------------------------------------------------------

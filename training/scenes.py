@@ -153,7 +153,8 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
     talks = (scene_text.conversation(scene, config, rng, known) for _ in range(config.conversations))
     record = {
         "scene": scene.as_json(),
-        "captions": scene_text.captions(scene, config, rng, config.captions),
+        "captions": scene_text.captions(scene, config, rng, config.captions)
+        + scene_text.pair_captions(scene, config, rng),
         "conversations": [_as_turns(talk) for talk in talks if talk],
         "held_out": False,
     }

@@ -1,6 +1,8 @@
 """Scenes: pictures are a function of the scene, splits share nothing, and what is said of a scene is true."""
 
 import collections
+import hashlib
+import json
 import random
 
 import numpy as np
@@ -168,6 +170,61 @@ def test_answers_are_true():
     assert min(checked[k] for k in ("existence", "count", "colour", "shape")) > 100
 
 
+def things_named(question: str, scene) -> list:
+    """The objects that a question names, in its order."""
+    names = [(thing, f"the {name}") for thing in scene.things for name in scene_text.all_names(thing)]
+    found = [(question.index(name), thing) for thing, name in names if name in question]
+    return [thing for _, thing in sorted(found, key=lambda pair: pair[0])]
+
+
+def test_training_asks_by_short_names_too_where_they_are_one_objects_own():
+    config = with_values(RICH, {"grid": 2, "short_names": True, "asked": [0, 0, 0, 0, 1, 1]})
+    lengths = collections.Counter()
+    for index in range(150):
+        scene = sample_scene(config, "train", index)
+        talk = scene_text.conversation(scene, config, random.Random(index), config.pairs)
+        assert sum(question.kind == "relation" for question in talk) <= 1
+        for question in talk:
+            first, *rest = things_named(question.text, scene)
+            assert len(rest) == (question.kind == "relation")
+            if rest:
+                assert question.answer in scene_text.relations(first, rest[0])
+            else:
+                assert question.answer in scene_text.position(first.cell, 2).split()
+            lengths[len(question.text.split())] += 1
+    assert len(lengths) > 6
+
+
+def test_shares_of_questions_and_more_captions_of_two_objects():
+    config = with_values(RICH, {"asked": [0, 2, 0, 1, 0, 0], "pair_captions": 6})
+    kinds, related = collections.Counter(), 0
+    for index in range(200):
+        scene, record = scenes.training_record(config, index)
+        plain = scenes.training_record(RICH, index)[1]["captions"]
+        assert record["captions"][: len(plain)] == plain
+        more = record["captions"][len(plain) :]
+        assert len(more) == (6 if len(scene.things) == 2 else 0)
+        for caption in more:
+            first, *others = sorted(scene.things, key=lambda t: caption.index(t.shape))
+            for word, phrase in scene_text.RELATIONS.items():
+                if phrase in caption and first.shape != others[0].shape:
+                    assert word in scene_text.relations(first, others[0])
+                    related += 1
+        talk = scene_text.conversation(scene, config, random.Random(index), config.pairs)
+        kinds.update(question.kind for question in talk)
+    assert related > 50 and kinds.keys() == {"count", "shape"} and kinds["count"] > kinds["shape"] > 50
+
+
+def test_the_shipped_models_test_split_is_frozen():
+    config = scenes.load_config("configs/scenes/scenes.yaml")
+    said = []
+    for index in range(config.test):
+        scene = sample_scene(config, "test", index)
+        said.append([scene.as_json(), questions_of(config, scene, index)])
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert digest == "aeb328db92b661774ac8ab107309ce43173ba67c9ed773db54a84ef3af2254ac"
+
+
 def test_questions_are_balanced():
     answers = collections.defaultdict(collections.Counter)
     for index in range(800):
@@ -217,6 +274,11 @@ def test_sentences_are_many(config):
         ({"shapes": 9}, "2 to 8"),
         ({"textures": ["checked"]}, "striped"),
         ({"size_names": ["small"]}, "one per size"),
+        ({"asked": [1, 1]}, "six shares"),
+        ({"asked": [0, 0, 0, 0, 0, 0]}, "six shares"),
+        ({"asked": [1, 1, 1, 1, 1, -1]}, "six shares"),
+        ({"asked": [1, 1, 1, 1, 1, "x"]}, "list of numbers"),
+        ({"pair_captions": -1}, "0 or more"),
         ({"held_out": 0.9}, "0 to 0.5"),
         ({"held_out": float("nan")}, "0 to 0.5"),
     ],
