@@ -29,7 +29,10 @@ demo: .venv/.installed
 # The model that ships (open_unitok/models/scenes): hours on 2 cores, resumable; its numbers stand in runs/scenes/eval-bf16.
 model: .venv/.installed
 	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
-	test -d runs/scenes/model || $(BIN)/unitok convert bf16 runs/scenes/finetune/model runs/scenes/model --guidance 3 --temperature 0.3
+	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --asked 3 3 2 2 3 4 --short-names --pair-captions 6 --out runs/scenes/data2
+	$(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
+	$(BIN)/unitok train configs/scenes/questions.yaml
+	test -d runs/scenes/model || $(BIN)/unitok convert bf16 runs/scenes/questions/model runs/scenes/model --guidance 3 --temperature 0.3
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev
