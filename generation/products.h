@@ -2,7 +2,8 @@
 //
 // R rows of x, n inputs, O outputs. A few rows are as fast as the weights can be read, many as the processor
 // multiplies. Either way a row's numbers are summed in one order (lane by lane, then halves of lanes), so that it
-// does not depend on its neighbours. With AVX-512 the inputs of bfloat16 and int8 weights are rounded to 16 bits.
+// does not depend on its neighbours. Inputs are rounded to 16 bits where AVX-512 multiplies such numbers: those of
+// bfloat16 weights with AVX512_BF16, those of int8 weights with VNNI.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -126,16 +127,17 @@ template <> struct Dot<int8_t> {  // pairs; inputs of 16 bits, which their row's
     typedef __m512i Sum;
     static constexpr int STEP = 32;
     static float unit(const float* x, int64_t n) {
-        vf tops = vf{} + 1e-30f;
+        vf tops = vf{} + 1e-30f, odd = {};
         int64_t i = 0;
         for (; i + LANES <= n; i += LANES) {
             vf v = load(x + i);
             v = v < vf{} ? -v : v;
-            tops = v > tops ? v : tops;
+            tops = v > tops ? v : tops, odd += v * 0.0f;
         }
-        float top = _mm512_reduce_max_ps((__m512)tops), most = 2147483520.0f / (127 * 2 * (n / STEP + 1));
-        for (; i < n; i++) top = std::max(top, std::abs(x[i]));
-        return top / std::min(32767.0f, most);
+        float top = _mm512_reduce_max_ps((__m512)tops), wrong = sum(odd);  // NaN where an input is no number
+        for (; i < n; i++) top = std::max(top, std::abs(x[i])), wrong += x[i] * 0.0f;
+        float most = std::floor(2147483520.0f / (127 * 2 * (n / STEP + 1)));
+        return top / std::min(32767.0f, most) + wrong;
     }
     static void put(const float* x, float unit, In* to) {
         for (int i = 0; i < STEP; i += LANES) {

@@ -169,7 +169,11 @@ def prepare(config: MLLMRun) -> Parts:
     Raises:
         UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
-    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
+    parts = (
+        new_parts(config)
+        if config.model
+        else load_parts(str(config.start_from), config.visual_positions, config.seed)
+    )
     parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
     torch.manual_seed(draws.key(config.seed, "lora"))
     put_adapters(parts.model, config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
@@ -47,7 +48,9 @@ class SceneConfig:
         (3, 1, 1, 1, 1, 3),
         "how often training asks for existence, count, colour, shape, position, relation: their shares",
     )
-    short_names: bool = _told(False, "training also asks where things are by a part of their names")
+    short_names: bool = _told(
+        False, "training also asks where things are by a part of their names, and for one relation at a time"
+    )
     pair_captions: int = _told(0, "further captions of training scenes of two objects")
     questions: int = _told(4, "questions per test scene")
     pope: int = _told(150, "test scenes asked about in each POPE category, two questions each")
@@ -121,7 +124,7 @@ class SceneConfig:
             "text_lines",
         ):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        good = len(self.asked) == 6 and min(self.asked) >= 0 and sum(self.asked) > 0
+        good = len(self.asked) == 6 and min(self.asked) >= 0 and 0 < sum(self.asked) < math.inf
         _require(good, "asked", self.asked, "six shares, 0 or more, not all of them 0")
         _require(self.pair_captions >= 0, "pair_captions", self.pair_captions, "0 or more")
         _require(self.vocabulary >= 300, "vocabulary", self.vocabulary, "300 or more (256 are bytes)")

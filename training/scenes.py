@@ -84,10 +84,10 @@ def write_scenes(
     Raises:
         UserError: `out` holds something else.
     """
-    out, wanted = Path(out), json.loads(json.dumps(asdict(config)))
+    out, wanted, defaults = Path(out), _as_json(config), _as_json(SceneConfig())
     state = next((out / n for n in (FINISHED, UNFINISHED) if (out / n).exists()), None)
     if state:
-        found = read_json(state)["config"]
+        found = {**defaults, **read_json(state)["config"]}  # settings may have come since
         if found == wanted and state.name == FINISHED:
             return False
         if found != wanted:
@@ -107,6 +107,10 @@ def write_scenes(
     write_json(out / FINISHED, describe(config))
     (out / UNFINISHED).unlink(missing_ok=True)
     return True
+
+
+def _as_json(config: SceneConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _make_room(out: Path, state: Path, found: dict, wanted: dict, overwrite: bool) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -14,7 +15,7 @@ from open_unitok import cli
 from open_unitok.errors import UserError
 from open_unitok.eval import geneval
 from open_unitok.training import scenes
-from open_unitok.training.scene_config import SceneConfig
+from open_unitok.training.scene_config import SceneConfig, with_values
 from open_unitok.training.scene_split import PROMPTS
 from open_unitok.training.scene_world import render_array, sample_scene
 
@@ -48,6 +49,17 @@ def test_the_same_bytes_after_a_kill_and_nothing_to_do_when_finished(data, tmp_p
     (out / "test" / "images.partial" / "scenes_test_000000000000.png").write_bytes(b"half")
     assert scenes.write_scenes(SMALL, out, progress=False)
     assert digests(out) == before
+
+
+def test_a_folder_from_before_a_setting_came_is_finished_too(data, tmp_path):
+    shutil.copytree(data, tmp_path / "older")
+    told = json.loads((data / "scenes.json").read_text())
+    for name in ("asked", "short_names", "pair_captions"):
+        del told["config"][name]
+    (tmp_path / "older" / "scenes.json").write_text(json.dumps(told))
+    assert not scenes.write_scenes(SMALL, tmp_path / "older", progress=False)
+    with pytest.raises(UserError, match="short_names = False, now True"):
+        scenes.write_scenes(with_values(SMALL, {"short_names": True}), tmp_path / "older", progress=False)
 
 
 def test_another_configuration_or_foreign_files_are_refused(data, tmp_path):
