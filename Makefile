@@ -32,9 +32,8 @@ model: .venv/.installed
 	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --asked 3 3 2 2 3 4 --short-names --pair-captions 6 --out runs/scenes/data2
 	$(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
 	$(BIN)/unitok train configs/scenes/questions.yaml
-	$(BIN)/unitok train configs/scenes/places.yaml
-	test runs/scenes/model -nt runs/scenes/places/model || { rm -rf runs/scenes/model && \
-	  $(BIN)/unitok convert bf16 runs/scenes/places/model runs/scenes/model --guidance 3 --temperature 0.3; }
+	test runs/scenes/model -nt runs/scenes/questions/model || { rm -rf runs/scenes/model && \
+	  $(BIN)/unitok convert bf16 runs/scenes/questions/model runs/scenes/model --guidance 3 --temperature 0.3; }
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev

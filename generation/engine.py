@@ -88,15 +88,15 @@ class Eager:
         self.embedder_cache = model.visual_embedder.new_cache(count)
         self.hidden, self.drawn = self.decoder.hidden, prefix.shape[1]
         if self.drawn:
-            self._read(prefix, 0)
+            self._read(prefix)
 
     def advance(self, codes: Tensor) -> None:
         """Take in the codes (B, K) of the visual token just drawn."""
-        self._read(codes.unsqueeze(1), self.drawn)
         self.drawn += 1
+        self._read(codes.unsqueeze(1))
 
-    def _read(self, codes: Tensor, place: int) -> None:
-        vectors = self.model.visual_embedder.step(codes, self.embedder_cache, place).to(self.hidden.dtype)
+    def _read(self, codes: Tensor) -> None:
+        vectors = self.model.visual_embedder.step(codes, self.embedder_cache).to(self.hidden.dtype)
         self.hidden = self.decoder.step(vectors.repeat(self.copies, 1, 1))
 
     def logits(self, k: int, chosen: Tensor | None) -> Tensor:
@@ -212,8 +212,7 @@ class _Weights:
             keep.matrix(value, attention.value_bias),
             *map(keep.linear, (attention.out, projection.linear, projection.mlp.gate, projection.mlp.up)),
             *map(keep.linear, (projection.mlp.down, embedder.projector[1], embedder.projector[3])),
-            keep.floats(embedder.positions), None, None,
-            books, entries, code, attention.heads, wide // attention.heads, 0, 0,
+            None, None, books, entries, code, attention.heads, wide // attention.heads, 0, 0,
         )  # fmt: skip
 
 

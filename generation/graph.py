@@ -82,8 +82,7 @@ class Position:
         """The work of `run`: fixed shapes, nothing that the host waits for."""
         model = self.engine.model
         before = self.codes.index_select(1, self.drawn - 1)
-        vectors = model.visual_embedder.step(before, self.embedder_cache, self.drawn - 1)
-        vectors = vectors.to(self.engine.hidden.dtype)
+        vectors = model.visual_embedder.step(before, self.embedder_cache).to(self.engine.hidden.dtype)
         seen = (self.columns <= self.slot)[None]
         seen = seen if self.real is None else seen & self.real
         if model.language_model.config._attn_implementation == "eager":  # which adds its mask

@@ -34,7 +34,6 @@ struct Embedder {
     const float* codebooks;  // (K, V, C), rows of length 1
     Norm attention_norm, linear_norm, mlp_norm, gate_norm, projector_norm;
     Matrix query, key, value, out, linear, gate, up, down, first, second;
-    const float* positions;  // (places, heads x head), or null
     float *keys, *values;  // (images, heads, room, head)
     int64_t books, entries, code, heads, head, room, context;  // context 0: a token sees itself alone
 };
@@ -223,7 +222,6 @@ void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64
     multiply(e.down, &e.first, w.h.data(), images, me, team.size, add);
     team.meet();
     centred(e.projector_norm, state.data(), images, wide, own.x.data());
-    for (int64_t i = 0; e.positions && i < images * wide; i++) own.x[i] += e.positions[slot * wide + i % wide];
     multiply(e.first, &e.second, own.x.data(), images, me, team.size, [&](int64_t r, int64_t o, const float* y, int64_t count) {
         for (int64_t i = 0; i < count; i++) w.mixed[r * out + o + i] = gelu(y[i]);
     });

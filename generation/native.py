@@ -49,7 +49,7 @@ Embedder = _struct(
     ("codebooks", _POINTER),
     ("attention_norm linear_norm mlp_norm gate_norm projector_norm", Norm),
     ("query key value out linear gate up down first second", Matrix),
-    ("positions keys values", _POINTER),
+    ("keys values", _POINTER),
     ("books entries code heads head room context", _INT),
 )
 

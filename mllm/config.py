@@ -61,8 +61,6 @@ class UniTokMLLMConfig(PretrainedConfig):
         num_image_tokens: N of a drawn image. Read images may have other numbers.
         visual_context: what a visual vector knows while an image is drawn: "full" = all earlier codes of its
             image, as in training; "last" = its own codes alone, as the published sampler had it.
-        visual_positions: whether each of an image's num_image_tokens places has a learnt vector, which joins
-            the normalised input of the embedder's MLP (not in the published model).
         image_z_loss_weight: weight of the mean squared largest logit, beside the image's cross entropy.
         image_token_id: marks an image's places in `input_ids`, and in `labels` that the image is learnt; not
             an entry of the vocabulary, so that text logits stay those of the plain decoder.
@@ -86,7 +84,6 @@ class UniTokMLLMConfig(PretrainedConfig):
     projection_heads: int | None = None
     num_image_tokens: int = 256
     visual_context: Literal["full", "last"] | str = "full"
-    visual_positions: bool = False
     image_z_loss_weight: float | int = 5e-5
     image_token_id: int = IMAGE_TOKEN_ID
     boi_token_id: int = 3

@@ -153,7 +153,6 @@ class MLLMRun(RunConfig):
     """The MLLM stage; either `model` (pretraining) or `start_from` (fine-tuning an MLLM folder) is given.
 
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
-    visual_positions: the model of start_from gets positions of visual tokens (a new one: model.fields).
     lora: train adapters on the model of `start_from` instead of its weights.
     attention: of the decoder, as transformers names it; "auto" = flash_attention_2 where that can run.
     """
@@ -162,7 +161,6 @@ class MLLMRun(RunConfig):
     loss: LossOptions = LossOptions()
     model: ModelOptions | None = None
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
-    visual_positions: bool = False
     lora: LoraOptions | None = None
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
 
@@ -173,12 +171,6 @@ class MLLMRun(RunConfig):
                 "Give either `model` (build a new MLLM) or `start_from` (train an MLLM folder further), not "
                 f"{'both' if self.model else 'neither'}."
             )
-        if self.visual_positions and self.model:
-            raise UserError(
-                "visual_positions is for start_from; a new model has model.fields.visual_positions."
-            )
-        if self.visual_positions and self.lora:
-            raise UserError("visual_positions are weights of the model, which lora does not train.")
         for part, factor in self.lr_factors.items():
             if part not in PARTS:
                 raise UserError(f"lr_factors.{part}: there is no such part.{did_you_mean(part, PARTS)}")

@@ -73,9 +73,8 @@ def new_parts(config: MLLMRun) -> Parts:
     return Parts(model, processor, folder)
 
 
-def load_parts(name: str, visual_positions: bool = False, seed: int = 0) -> Parts:
-    """The MLLM of a folder, or the shipped one of this name, in float32, for further training; with
-    `visual_positions` it has positions from now on, if it had none, drawn by `seed`.
+def load_parts(name: str) -> Parts:
+    """The MLLM of a folder, or the shipped one of this name, in float32, for further training.
 
     Raises:
         UserError: no MLLM folder, or one without its visual tokenizer.
@@ -84,10 +83,6 @@ def load_parts(name: str, visual_positions: bool = False, seed: int = 0) -> Part
         model_path(name), "start_from is the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    if visual_positions and not model.config.visual_positions:
-        model.config.visual_positions = True
-        torch.manual_seed(draws.key(seed, "positions"))
-        model.visual_embedder.add_positions(model.config)
     unitok = existing(folder / "unitok", "An MLLM folder holds its visual tokenizer there.")
     own = folder / SAMPLING
     return Parts(model, UniTokProcessor.from_pretrained(folder), unitok, own if own.exists() else None)

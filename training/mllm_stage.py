@@ -169,11 +169,7 @@ def prepare(config: MLLMRun) -> Parts:
     Raises:
         UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
-    parts = (
-        new_parts(config)
-        if config.model
-        else load_parts(str(config.start_from), config.visual_positions, config.seed)
-    )
+    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
     parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
     torch.manual_seed(draws.key(config.seed, "lora"))
     put_adapters(parts.model, config)

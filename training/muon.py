@@ -13,7 +13,7 @@ RMS = 0.2  # of an update's entries where the learning rate is 1: about AdamW's
 STEPS = 5  # of Newton and Schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Of the two-dimensional weights these are AdamW's: tables of embeddings, and layers that end in logits.
-NOT_HIDDEN = ("embed_tokens", "embedding", "positions", "lm_head", "depth_head.output")
+NOT_HIDDEN = ("embed_tokens", "embedding", "lm_head", "depth_head.output")
 
 
 def muon_groups(module: torch.nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -37,12 +37,7 @@ def logits_along(model, codes, weights=None, eager=False, monkeypatch=None):
 @needs_compiler
 @pytest.mark.parametrize("context", ["full", "last"])
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}},
-        {"visual_positions": True},
-    ],
+    "changes", [{}, {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}}]
 )
 @pytest.mark.parametrize("threads", [1, 2])
 def test_both_engines_give_the_same_logits(make_model, context, changes, threads, monkeypatch):

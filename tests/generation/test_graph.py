@@ -82,17 +82,6 @@ def test_the_fixed_step_knows_attention_that_adds_its_mask(make_model, recorded)
     assert len(Recorded.made) == 1 and not Recorded.made[0].watch.waits
 
 
-@pytest.mark.parametrize("context", ["full", "last"])
-def test_the_fixed_step_knows_learnt_positions(make_model, context, recorded):
-    placed = make_model(visual_positions=True, visual_context=context)
-    with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(drawing, "can_fix", lambda engine, left: False)
-        expected = draw_codes(placed, PROMPTS, SAMPLED, [1, 2, 3], FREE)
-    assert torch.equal(draw_codes(placed, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
-    assert not torch.equal(draw_codes(make_model(), PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
-    assert not Recorded.made[0].watch.waits
-
-
 def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
     expected = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     monkeypatch.setattr(engine, "native_can", lambda model: False)

@@ -53,33 +53,6 @@ def test_embedder_step_by_step(tiny, codes, context):
             assert cache is None and (steps - whole)[:, 1:].abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("context", ["full", "last"])
-def test_learnt_positions(tiny, codes, context, tmp_path):
-    plain, model = tiny(visual_context=context), tiny(visual_context=context, visual_positions=True)
-    model.load_state_dict({**plain.state_dict(), "visual_embedder.positions": torch.zeros(4, 24)})
-    embedder = model.visual_embedder
-    torch.testing.assert_close(embedder(codes), plain.visual_embedder(codes))
-    with torch.no_grad():
-        embedder.positions.normal_()
-    whole = embedder(codes)
-    assert ((whole - plain.visual_embedder(codes)).abs().amax(dim=2) > 1e-3).all()
-    alike = embedder(codes[:, :1].expand(-1, 4, -1))  # one token all over: places alone make the difference
-    assert (alike[:, 1:] - alike[:, :1]).abs().amax(dim=2).min() > 1e-3
-    for pieces in ([1, 1, 1, 1], [2, 1, 1], [4]):
-        cache, steps = embedder.new_cache(4), []
-        for part in codes.split(pieces, dim=1):
-            steps.append(embedder.step(part, cache, torch.tensor([sum(s.shape[1] for s in steps)])))
-        expected = whole if context == "full" else embedder.step(codes, None)
-        torch.testing.assert_close(torch.cat(steps, dim=1), expected)
-    whole.sum().backward()
-    assert (embedder.positions.grad.abs().amax(dim=1) > 0).all()
-    model.save_pretrained(tmp_path)
-    loaded = UniTokForConditionalGeneration.from_pretrained(tmp_path).visual_embedder
-    assert torch.equal(loaded.positions, embedder.positions)
-    with pytest.raises(UserError, match=r"5 visual tokens, .* positions for 4 \(num_image_tokens\)"):
-        model(torch.full((1, 6), IMAGE).index_fill(1, torch.tensor([0]), 1), image_codes=codes[:1, [0] * 5])
-
-
 def test_each_image_is_a_sequence_of_its_own(tiny, codes):
     model = tiny()
     torch.testing.assert_close(model.embed_codes(codes)[2:], model.embed_codes(codes[2:]))

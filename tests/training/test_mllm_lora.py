@@ -61,23 +61,6 @@ def test_the_run_leaves_an_adapter_alone(tuned, base, mllm):
     assert saved < whole / 2
 
 
-def test_a_trained_model_may_get_positions(base, mllm):
-    folder = mllm.train("placed", "model=null", f"start_from={base}", "visual_positions=true")
-    before = UniTokForConditionalGeneration.from_pretrained(base)
-    model = UniTokForConditionalGeneration.from_pretrained(folder / "model")
-    assert before.visual_embedder.positions is None and model.config.visual_positions
-    assert 0.4 < model.visual_embedder.positions.std() < 0.6
-    again = mllm.train("again", "model=null", f"start_from={base}", "visual_positions=true")
-    assert mllm.weights(again).keys() == mllm.weights(folder).keys()
-    assert all(torch.equal(w, mllm.weights(folder)[name]) for name, w in mllm.weights(again).items())
-    for more, words in (
-        (["visual_positions=true"], "model.fields.visual_positions"),
-        (["model=null", f"start_from={base}", "visual_positions=true", *MORE], "lora does not train"),
-    ):
-        with pytest.raises(UserError, match=words):
-            mllm.train("wrong", *more)
-
-
 def test_a_few_pictures_are_learnt(mllm, base):
     few = f"{{kind: drawing, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
