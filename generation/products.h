@@ -270,6 +270,7 @@ template <class T> const T* row(const Matrix& m, int64_t o) { return (const T*)m
 // outputs o .. o + STRIP of R packed rows -> y[r][i]; the strip at `next` is fetched, a part by each of the groups
 template <int R, class T> inline void strip(const Matrix& m, int64_t o, const typename Dot<T>::In* x, const T* next, int64_t group, int64_t groups, Row* y) {
     constexpr int O = outs(R);
+    static_assert(STRIP % O == 0);
     int fetch = 0;
     for (int j = 0; j < O; j++) fetch |= (j % groups == group) << j;
     for (int i = 0; i < STRIP; i += O) {
@@ -279,9 +280,9 @@ template <int R, class T> inline void strip(const Matrix& m, int64_t o, const ty
     }
 }
 
-// my share of M matrices of one shape times x -> store(row, first output, numbers of each matrix, their count). A
-// strip of weights stays in the second cache for all groups of rows; the groups lie packed in the first. `after` is
-// the matrix that comes next, whose beginning is fetched at the end.
+// my share of M matrices of one shape times x -> store(row, first output, numbers of each matrix, their count). At
+// some hundred inputs a strip of weights stays in the second cache for all groups of rows, which lie packed in the
+// first. `after` is the matrix that comes next, whose beginning is fetched at the end.
 template <class T, int M, class Store> void product(const Matrix* const (&m)[M], const Matrix* after, const float* x, int64_t rows, int me, int size, Store store) {
     int64_t n = m[0]->inputs, outputs = m[0]->outputs, groups = (rows + GROUP - 1) / GROUP;
     Packed<T> packed(x, rows, n);
@@ -296,17 +297,17 @@ template <class T, int M, class Store> void product(const Matrix* const (&m)[M],
                 bias[which][i] = m[which]->bias ? m[which]->bias[o + i] : 0;
             }
         for (int64_t g = 0; g < groups; g++) {
-            Row y[GROUP][M] = {}, sums[GROUP] = {};
+            Row y[GROUP][M] = {}, dots[GROUP] = {};
             int64_t first = g * GROUP, some = std::min<int64_t>(GROUP, rows - first);
             for (int which = 0; which < M; which++) {
                 const auto* in = packed.x.data() + first * packed.size;
                 const T* next = o + STRIP < mine.end ? row<T>(*m[which], o + STRIP) : beyond + which * STRIP * n;
-                if (some == 4) strip<4>(*m[which], o, in, next, g, groups, sums);
-                else if (some == 3) strip<3>(*m[which], o, in, next, g, groups, sums);
-                else if (some == 2) strip<2>(*m[which], o, in, next, g, groups, sums);
-                else strip<1>(*m[which], o, in, next, g, groups, sums);
+                if (some == 4) strip<4>(*m[which], o, in, next, g, groups, dots);
+                else if (some == 3) strip<3>(*m[which], o, in, next, g, groups, dots);
+                else if (some == 2) strip<2>(*m[which], o, in, next, g, groups, dots);
+                else strip<1>(*m[which], o, in, next, g, groups, dots);
                 for (int64_t r = 0; r < some; r++)
-                    for (int i = 0; i < 16; i++) y[r][which][i] = sums[r][i] * packed.unit[first + r] * scale[which][i] + bias[which][i];
+                    for (int i = 0; i < 16; i++) y[r][which][i] = dots[r][i] * packed.unit[first + r] * scale[which][i] + bias[which][i];
             }
             for (int64_t r = 0; r < some; r++) store(first + r, o, y[r], count);
         }
@@ -332,12 +333,12 @@ template <class Act> void gated(const Matrix& gate, const Matrix& up, const Matr
     const Matrix* const both[2] = {&gate, &up};
     by_kind(gate, [&](auto type) {
         product<decltype(type)>(both, after, x, rows, me, size, [&](int64_t r, int64_t o, const Row* y, int64_t count) {
-            Row product;
+            Row made;
             for (int i = 0; i < STRIP; i += LANES) {
                 vf lanes = act(load(y[0] + i)) * load(y[1] + i);
-                std::memcpy(product + i, &lanes, sizeof lanes);
+                std::memcpy(made + i, &lanes, sizeof lanes);
             }
-            std::memcpy(h + r * gate.outputs + o, product, count * 4);
+            std::memcpy(h + r * gate.outputs + o, made, count * 4);
         });
     });
 }

@@ -1,11 +1,14 @@
 """The model in the box: small, found by its name, and able to draw and to answer."""
 
+import collections
+
 import pytest
 from PIL import Image
 
 from open_unitok import Pipeline, Sampling
 from open_unitok.eval.scenes_detector import ScenesDetector, only_object
 from open_unitok.files import MODELS, SHIPPED, write_json
+from open_unitok.training.scene_split import questions_of
 from open_unitok.training.scene_world import render, sample_scene
 from open_unitok.training.scenes import describe, load_config
 
@@ -37,7 +40,12 @@ def test_it_draws_what_is_asked_for(pipe, tmp_path):
 
 def test_it_answers_about_scenes_of_the_test_split(pipe):
     scenes = [sample_scene(CONFIG, "test", index) for index in range(60)]
-    pictures: list[Image.Image] = [render(scene) for scene in scenes]
-    answers = pipe.answer(pictures, ["How many objects are there?"] * len(scenes), max_new_tokens=4)
-    right = [answer == str(len(scene.things)) for answer, scene in zip(answers, scenes)]
-    assert sum(right) > 0.6 * len(right)
+    asked = [(render(scene), q) for i, scene in enumerate(scenes) for q in questions_of(CONFIG, scene, i)]
+    pictures: list[Image.Image] = [picture for picture, _ in asked]
+    answers = pipe.answer(pictures, [question.text for _, question in asked], max_new_tokens=4)
+    right = collections.defaultdict(list)
+    for answer, (_, question) in zip(answers, asked):
+        right[question.kind].append(answer == question.answer)
+    good = [hit for kind in ("existence", "count", "colour", "shape") for hit in right[kind]]
+    assert len(good) > 100 and sum(good) > 0.9 * len(good)
+    assert sum(right["position"]) > 0.6 * len(right["position"])

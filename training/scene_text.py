@@ -181,7 +181,8 @@ def _called(scene: Scene, names: Names) -> dict[Thing, list[str]]:
 
 
 def _one(names: list[str], rng: Random) -> str:
-    """One of the names; a lot is drawn only where there is a choice."""
+    """One of the names. A lot is drawn only where there is a choice, so that full names alone, which the test
+    split has, leave the lots that follow as they are."""
     return rng.choice(names) if len(names) > 1 else names[0]
 
 
