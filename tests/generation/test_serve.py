@@ -228,8 +228,10 @@ def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
 def test_more_requests_than_could_be_queued_are_429_before_their_bodies_are_read(pipe, serving, ask):
     with serving(pipe, Limits(max_batch=1, max_waiting=1)) as (url, server):
         slow = Slow(server)
-        connections = [leave_after_sending(url, "/v1/chat/completions", user("What?")) for _ in range(2)]
-        until(lambda: slow.steps > 0 and server.batcher.waiting == 1)
+        connections = [leave_after_sending(url, "/v1/chat/completions", user("What?"))]
+        until(lambda: slow.steps > 0)  # before that a second one may be refused too
+        connections.append(leave_after_sending(url, "/v1/chat/completions", user("What?")))
+        until(lambda: server.batcher.waiting == 1)
         status, answer = ask(url, b"no JSON")
         assert status == 429 and "Too many requests at once" in answer["error"]["message"]
         for connection in connections:
