@@ -13,8 +13,8 @@ import json
 import math
 from pathlib import Path
 
-from open_unitok import cli
-from open_unitok.files import read_json, write_atomic
+from open_unitok.cli import main as cli
+from open_unitok.core.files import read_json, write_atomic
 
 CONFIG = "configs/tokenizer/codebooks.yaml"
 ENTRIES, WIDTH = 512, 32  # of all sub-codebooks together

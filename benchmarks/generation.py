@@ -169,7 +169,7 @@ def drawing(images: int, weights: str, positions: int) -> dict:
 
 def watch_engine() -> dict[str, list[float]]:
     """Milliseconds of each step of the C++ engine from now on: embedder with decoder, and a code's logits."""
-    from open_unitok.generation.engine import Native
+    from open_unitok.generation.backends.eager import Native
 
     spent: dict[str, list[float]] = {"advance": [], "logits": []}
 
@@ -276,7 +276,7 @@ def agreement(folder: str) -> dict:
 
     from open_unitok import Pipeline
     from open_unitok.generation import Sampling, draw_codes
-    from open_unitok.generation.engine import start
+    from open_unitok.generation.backends.eager import start
     from open_unitok.generation.sampling import guide
 
     pipe = Pipeline.from_pretrained(folder)

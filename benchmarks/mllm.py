@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from open_unitok.files import write_json
+from open_unitok.core.files import write_json
 from open_unitok.mllm import SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
-from open_unitok.mllm.adapters import add_lora
-from open_unitok.training import engine
-from open_unitok.training.flops import Cost, Work, peak_tflops
-from open_unitok.training.options import EngineOptions, Optimizer
+from open_unitok.mllm.lora import add_lora
+from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.flops import Cost, Work, peak_tflops
+from open_unitok.training.core.options import EngineOptions, Optimizer
 
 
 class Case(NamedTuple):
@@ -133,13 +133,15 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     torch.manual_seed(0)
     model = make_model(case, device)
     model.language_model.set_attn_implementation(args.attention)
-    engine.checkpoint_activations(model)
+    deepspeed_engine.checkpoint_activations(model)
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total_count, cost = sum(p.numel() for p in model.parameters()), Cost(model)
     batch, work = batch_of(model.config, args.rows, args.length, device)
     options = EngineOptions(dtype="bf16", gradient_checkpointing=True)
     optimizer = Optimizer(lr=1e-5, weight_decay=0.0, clip_grad=1.0)
-    trained = engine.wrap(model.train(), engine.decay_groups(model, 0.0), optimizer, options, args.rows)
+    trained = deepspeed_engine.wrap(
+        model.train(), deepspeed_engine.decay_groups(model, 0.0), optimizer, options, args.rows
+    )
     seconds = []
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device.type == "cuda":
@@ -147,7 +149,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         begun = time.perf_counter()
         out = trained(**batch, return_logits=False)
         trained.backward(out.loss)
-        engine.step(trained)
+        deepspeed_engine.step(trained)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
@@ -194,7 +196,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of a device that the table does not know")
     parser.add_argument("--out", help="results (default: benchmarks/results/mllm-DEVICE.json)")
     args = parser.parse_args()
-    device = engine.start(EngineOptions(), 0)
+    device = deepspeed_engine.start(EngineOptions(), 0)
     name = device_name(device)
     file = re.sub(r"[^\w]+", "-", name).strip("-")
     out = Path(args.out or Path(__file__).parent / "results" / f"mllm-{file}.json")

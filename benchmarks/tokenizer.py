@@ -28,8 +28,8 @@ from tokenizer_plain import plain_decode, plain_encode, plain_latents
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from open_unitok.tokenizer import UniTok, UniTokConfig, fast_cpu
-from open_unitok.training.flops import peak_tflops
+from open_unitok.tokenizer import UniTok, UniTokConfig, cpu
+from open_unitok.training.core.flops import peak_tflops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,7 +50,7 @@ def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
 def best_rate(dtype: torch.dtype, device: str, side: int) -> float:
     """Operations per second of a (side x side) product in `dtype`, by the best operator there is."""
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    ways = fast_cpu.LINEAR_BFLOAT16 if dtype == torch.bfloat16 else fast_cpu.LINEAR_FLOAT32
+    ways = cpu.LINEAR_BFLOAT16 if dtype == torch.bfloat16 else cpu.LINEAR_FLOAT32
     best = float("inf")
     for way in ways.values() if device == "cpu" else [F.linear]:
         with contextlib.suppress(RuntimeError):  # the processor may not have the format
@@ -174,7 +174,7 @@ def run_cpu(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, An
                 row |= {"floor_seconds": floor, "best_gflops": rates[dtype] / 1e9, "load": os.getloadavg()[0]}
                 rows.append(row)
                 show(row)
-    for key, way in fast_cpu.chosen().items():
+    for key, way in cpu.chosen().items():
         print("chosen:", *key, "->", way)
     return rows
 
@@ -268,7 +268,7 @@ def parts_on_cuda(fast: UniTok, eager: UniTok, pixels: Tensor, repeats: int) -> 
 
 def training_step(model: UniTok, pixels: Tensor) -> Callable[[], Any]:
     """One update on images and captions: reconstruction, LPIPS, quantiser and contrast, AdamW."""
-    from open_unitok.tokenizer.lpips import LPIPS
+    from open_unitok.tokenizer.frozen.lpips import LPIPS
 
     lpips = LPIPS().to(pixels.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)

@@ -8,18 +8,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from open_unitok.errors import UserError
+from open_unitok.core.devices import check_device
+from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.mllm.adapters import merge_adapter
+from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
 
-from .answering import answer_ids, answer_steps, text_pieces
-from .checks import check_history, check_texts, check_whole, spread_seeds
-from .decoder import context_length
-from .drawing import check_prefix, draw_codes, draw_steps
-from .folders import check_belongs, check_device, check_weights, find_model
+from .image_sampling import check_prefix, draw_codes, draw_steps
+from .kv_cache import context_length
+from .loading import check_belongs, check_weights, find_model
 from .sampling import Sampling
+from .text_generation import answer_ids, answer_steps, text_pieces
+from .validation import check_history, check_texts, check_whole, spread_seeds
 
 CHAT_TOKENS = 256  # of one answer in a conversation, where nothing else is asked for
 History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_unitok.errors import UserError
-from open_unitok.files import read_json
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import SAMPLING_FILE, read_json
 
-FILE = "sampling.json"  # in a model folder: what it draws best with
 # how far guidance has risen from 1 (0) to its full value (1), by the share of the image that is drawn
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
@@ -73,7 +72,7 @@ class Sampling:
         Raises:
             UserError: sampling.json is no JSON, or holds something that is no setting.
         """
-        path = Path(folder) / FILE
+        path = Path(folder) / SAMPLING_FILE
         if not path.exists():
             return cls()
         try:

@@ -4,11 +4,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 
 from .config import SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
-from .embedder import VisualEmbedder
-from .folders import check_folder
+from .loading import check_folder
 from .model import UniTokForConditionalGeneration, UniTokMLLMOutput, positions_from_mask
 from .processor import UniTokProcessor
 from .prompts import DRAW_INSTRUCTION, IMAGE_MARK, TEMPLATES, UNCONDITIONAL, drawing_prompt
+from .visual_embedder import VisualEmbedder
 
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
 AutoModel.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
-from open_unitok.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.config import UniTokConfig
 
 # A placeholder is no entry of the vocabulary: the published number, which no text tokenizer gives out.

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig
 
-from open_unitok.errors import UserError
-from open_unitok.files import existing, read_json, write_json
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing, read_json, write_json
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.convert import PROJECTION, rename
 
 from .config import UniTokMLLMConfig
-from .folders import PUBLISHED_TYPE
+from .loading import PUBLISHED_TYPE
 from .model import UniTokForConditionalGeneration
 from .processor import UniTokProcessor
 

@@ -19,15 +19,15 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import AttentionProjection, UniTok
 from open_unitok.tokenizer.projection import ProjectionAttention
 
 from .config import UniTokMLLMConfig
 from .depth_head import DepthHead
-from .embedder import VisualEmbedder
-from .folders import PUBLISHED_TYPE, check_complete, check_folder, folder_type
-from .loss import image_loss, targets, text_loss
+from .loading import PUBLISHED_TYPE, check_complete, check_folder, folder_type
+from .losses import image_loss, targets, text_loss
+from .visual_embedder import VisualEmbedder
 
 
 @dataclass

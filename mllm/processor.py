@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from open_unitok.errors import UserError
-from open_unitok.files import read_json, write_json
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json, write_json
 
 from .config import IMAGE_TOKEN_ID
 from .prompts import (

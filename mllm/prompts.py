@@ -8,7 +8,7 @@ visual tokens are made at the very end.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from open_unitok.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError, did_you_mean
 
 IMAGE_MARK = "<image>"
 UNCONDITIONAL = "<unconditional>"  # ordinary text to the text tokenizer, not an id of its own

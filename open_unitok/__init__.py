@@ -1,16 +1,39 @@
 """OpenUniTok: a unified visual tokenizer and a multimodal language model on its codes (arXiv 2502.20321)."""
 
 import importlib
+import importlib.util
 import pathlib
+import sys
 from typing import TYPE_CHECKING
 
-_here = pathlib.Path(__file__).resolve().parent
-if not (
-    _here / "tokenizer"
-).is_dir():  # a checkout, not an installed wheel: the subpackages are the root's folders
-    __path__.append(str(_here.parent))
-
 __version__ = "0.1.0"
+
+
+class _Checkout:
+    """Finds the six packages that lie at the root of a checkout, and nothing else of that root.
+
+    In a wheel they lie in this folder and no finder is needed. Appending the root to `__path__` instead would
+    also make `open_unitok.tests` and a second `open_unitok.open_unitok` importable.
+    """
+
+    root = pathlib.Path(__file__).resolve().parents[1]
+    packages = frozenset(
+        f"open_unitok.{name}" for name in ("tokenizer", "mllm", "generation", "training", "eval", "configs")
+    )
+
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        """The spec of one of the six, None for every other name (importlib's protocol)."""
+        if fullname not in cls.packages:
+            return None
+        folder = cls.root / fullname.rpartition(".")[2]
+        return importlib.util.spec_from_file_location(
+            fullname, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+if not (pathlib.Path(__file__).parent / "tokenizer").is_dir() and _Checkout not in sys.meta_path:
+    sys.meta_path.insert(0, _Checkout)
 
 _HOMES = {
     "UniTok": "tokenizer",
@@ -31,9 +54,8 @@ __all__ = [
     "UniTokProcessor",
 ]
 
-if (
-    TYPE_CHECKING
-):  # so that editors and type checkers see the names; at run time they are imported on first use
+# Editors and type checkers see the names; at run time each is imported on first use.
+if TYPE_CHECKING:
     from open_unitok.generation import Pipeline as Pipeline
     from open_unitok.generation import Sampling as Sampling
     from open_unitok.mllm import UniTokForConditionalGeneration as UniTokForConditionalGeneration

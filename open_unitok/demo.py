@@ -1,14 +1,12 @@
-"""`unitok demo`: from nothing to a model that draws and answers, by calling the other commands in order.
+"""From nothing to a model that generates and answers, by calling the other commands in order.
 
 It only calls: every phase is a command that can be run by hand, with the configs it leaves in OUT/configs.
 Each of them skips what is finished and goes on where it was stopped: a killed demo is simply run again.
 """
 
-import argparse
 import contextlib
 import importlib.resources
 import re
-import shlex
 import sys
 import threading
 import time
@@ -16,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import cli
-from .errors import UserError
-from .files import existing, read_json, write_atomic, write_json
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing, read_json, write_atomic, write_json
 
 HOME = "runs/demo"
 # config -> the phase that uses it
@@ -37,37 +34,6 @@ PROMPTS = (
 )
 QUESTION = "How many objects are there?"
 DRAWING = ("--guidance", "3.0", "--temperature", "0.3")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where to work, and with which configs."""
-    parser.add_argument("--out", default=HOME, help=f"folder of the run (default: {HOME})")
-    parser.add_argument("--configs", help=f"folder with {', '.join(CONFIGS)} (default: the shipped ones)")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Run all phases, or those that are left, and print the table."""
-    out = Path(args.out)
-    texts = read_configs(out, args.configs)
-    with alone_in(out):
-        timings = Timings(out / "phases.json")
-        write_configs(out, texts, timings)
-        for name, commands in phases(out):
-            print(f"\n=== {name}", flush=True)
-            if timings.finished(name):
-                print("done before")
-                continue
-            with timings.phase(name):
-                for command in commands:
-                    print(f"$ unitok {shlex.join(command)}", flush=True)
-                    cli.run(command)
-        from .eval.report import text_table, write_report
-
-        write_report(out, timings.rows)
-        minutes = sum(row["seconds"] for row in timings.rows) / 60
-        again = [row["name"] for row in timings.rows if row["calls"] > 1]
-        stopped = f" ({', '.join(again)} stopped and resumed)" if again else ""
-        print(f"\n{text_table(out)}\n\n{minutes:.1f} minutes in all{stopped}; look at {out / 'report.html'}")
 
 
 def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
@@ -127,8 +93,8 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
     Raises:
         UserError: a config is missing or wrong, OUT cannot stand in a YAML, or OUT is a file.
     """
-    from .training.run import load
-    from .training.scenes import load_config
+    from open_unitok.training.run import load
+    from open_unitok.training.scenes.dataset import load_config
 
     if not re.fullmatch(r"[\w./~+@-]+", out.as_posix()):
         raise UserError(

@@ -1,6 +1,5 @@
-"""`unitok doctor`: what this machine has, versions against tested ones, and what a missing thing costs."""
+"""What this machine has, versions against tested ones, and what a missing thing costs."""
 
-import argparse
 import importlib.metadata
 import importlib.resources
 import importlib.util
@@ -33,20 +32,6 @@ class Check(NamedTuple):
     cost: str = ""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok doctor` takes no options."""
-
-
-def run(args: argparse.Namespace) -> None:
-    """Print one line per check; the exit code stays 0, since nothing here stops a run by itself."""
-    for title, checks in (("Machine", machine()), ("Speed", speed()), ("Versions", versions())):
-        print(title)
-        for check in checks:
-            print(f"  {'!' if check.cost else '✓'} {check.name:<18} {check.found}")
-            if check.cost:
-                print(f"      {check.cost}")
-
-
 def machine() -> list[Check]:
     """Python, cores, memory, disk and accelerators."""
     import torch
@@ -76,7 +61,7 @@ def machine() -> list[Check]:
 
 def speed() -> list[Check]:
     """What makes a run fast: bf16, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting."""
-    from .training.engine import bf16_in_hardware
+    from open_unitok.core.devices import bf16_in_hardware
 
     checks = []
     bf16 = bf16_in_hardware()

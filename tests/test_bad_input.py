@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from open_unitok.cli import main
+from open_unitok.cli.main import main
 from open_unitok.tokenizer import UniTok, UniTokConfig
 
 MODEL = {"image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "hidden_size": 16, "num_hidden_layers": 1,

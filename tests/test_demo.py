@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from open_unitok.errors import UserError
-from open_unitok.eval.scenes_detector import ScenesDetector, same_scene
+from open_unitok.core.errors import UserError
+from open_unitok.eval.judges.scenes_detector import ScenesDetector, same_scene
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import to_pil
 
@@ -112,7 +112,7 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
     ],
 )
 def test_mistakes_stop_before_anything_is_made(tmp_path, capsys, config, change, out, words):
-    from open_unitok.cli import main
+    from open_unitok.cli.main import main
 
     configs = tmp_path / "configs"
     shutil.copytree(CONFIGS, configs)
@@ -130,8 +130,8 @@ def test_mistakes_stop_before_anything_is_made(tmp_path, capsys, config, change,
 
 
 def test_a_config_may_change_until_its_phase_has_begun(tmp_path):
+    from open_unitok.core.errors import UserError
     from open_unitok.demo import Timings, read_configs, write_configs
-    from open_unitok.errors import UserError
 
     out, configs = tmp_path / "out", tmp_path / "configs"
     shutil.copytree(CONFIGS, configs)
@@ -170,8 +170,8 @@ def test_seconds_until_a_kill_are_counted(tmp_path):
 
 
 def test_two_demos_in_one_folder_are_refused(tmp_path):
+    from open_unitok.core.errors import UserError
     from open_unitok.demo import alone_in
-    from open_unitok.errors import UserError
 
     with alone_in(tmp_path), pytest.raises(UserError, match="Another unitok demo"), alone_in(tmp_path):
         pass
@@ -200,7 +200,7 @@ def test_configs_without_a_home_are_refused(tmp_path):
 
 
 def test_the_demos_scenes_are_the_default_ones():
-    from open_unitok.training.scene_config import SceneConfig
-    from open_unitok.training.scenes import load_config
+    from open_unitok.training.scenes.config import SceneConfig
+    from open_unitok.training.scenes.dataset import load_config
 
     assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == SceneConfig()

@@ -12,16 +12,23 @@ import types
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ROOMS = ["tokenizer", "mllm", "generation", "training", "eval"]
-# room -> the rooms it may import from; configs is data, open_unitok's small helpers are open to all
+PACKAGES = ["tokenizer", "mllm", "generation", "training", "eval"]
+# package -> the packages it may import from, beside open_unitok.core; configs is data
 MAY_IMPORT = {
     "tokenizer": set(),
     "mllm": {"tokenizer"},
     "generation": {"tokenizer", "mllm"},
-    "training": {"tokenizer", "mllm", "generation", "configs"},
+    "training": {"tokenizer", "mllm", "configs"},
     "eval": {"tokenizer", "mllm", "generation", "configs"},
 }
-HELPERS = {"errors", "files", "ranks"}
+# rooms of a package, from left to right: a room imports from itself, from rooms left of it
+ROOMS = {
+    "tokenizer": [],
+    "mllm": [],
+    "generation": [],
+    "training": [{"core"}, {"data"}, {"tokenizer", "mllm", "scenes"}],
+    "eval": [{"core"}, {"metrics", "judges"}, {"understanding", "generation", "tokenizer"}],
+}
 
 
 def imports_of(path: pathlib.Path) -> list[tuple[int, str]]:
@@ -37,7 +44,7 @@ def imports_of(path: pathlib.Path) -> list[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", PACKAGES)
 def test_imports_point_left(room):
     files = sorted((ROOT / room).rglob("*.py"))
     assert files
@@ -48,25 +55,25 @@ def test_imports_point_left(room):
                 assert level <= len(file.relative_to(ROOT / room).parts), f"{where}: out of the room"
             elif module.split(".")[0] == "open_unitok":
                 target = module.split(".")[1] if "." in module else ""
-                assert target == room or target in HELPERS | MAY_IMPORT[room] | {"__version__"}, where
+                assert target == room or target in {"core", "__version__"} | MAY_IMPORT[room], where
             else:
-                assert module.split(".")[0] not in [*ROOMS, "configs"], f"{where}: a second copy"
+                assert module.split(".")[0] not in [*PACKAGES, "configs"], f"{where}: a second copy"
 
 
-def test_helpers_of_the_front_door_import_nothing_of_ours():
-    for helper in HELPERS:
-        for level, module in imports_of(ROOT / "open_unitok" / f"{helper}.py"):
-            assert level == 0 or module.split(".")[0] in HELPERS, f"{helper} imports {module}"
-            assert not module.startswith("open_unitok"), f"{helper} imports {module}"
+def test_core_imports_nothing_of_ours():
+    for file in sorted((ROOT / "open_unitok" / "core").glob("*.py")):
+        for level, module in imports_of(file):
+            assert level < 2 and not module.startswith("open_unitok"), f"{file.name} imports {module}"
 
 
 def test_pyproject_lists_every_package_folder():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {"open_unitok": "open_unitok"}
-    for room in [*ROOMS, "configs"]:
-        for init in (ROOT / room).rglob("__init__.py"):
+    folders = {}
+    for top in ["open_unitok", *PACKAGES, "configs"]:
+        for init in (ROOT / top).rglob("__init__.py"):
             folder = init.parent.relative_to(ROOT)
-            folders["open_unitok." + ".".join(folder.parts)] = folder.as_posix()
+            parts = folder.parts if top == "open_unitok" else ("open_unitok", *folder.parts)
+            folders[".".join(parts)] = folder.as_posix()
     assert sorted(settings["packages"]) == sorted(folders)
     assert settings["package-dir"] == folders
 
@@ -83,7 +90,9 @@ def run_python(code: str, cwd: pathlib.Path = ROOT) -> str:
 
 def test_the_front_door_imports_nothing_heavy():
     loaded = json.loads(
-        run_python("import json, sys, open_unitok, open_unitok.cli; print(json.dumps(sorted(sys.modules)))")
+        run_python(
+            "import json, sys, open_unitok, open_unitok.cli.main; print(json.dumps(sorted(sys.modules)))"
+        )
     )
     assert not {"torch", "transformers", "numpy"} & set(loaded)
 
@@ -101,7 +110,7 @@ def test_help_of_every_command_loads_no_torch():
     """It would take seconds; all in one process, as a new one per command would too."""
     code = """
 import sys
-from open_unitok.cli import COMMANDS, main
+from open_unitok.cli.main import COMMANDS, main
 for name in COMMANDS:
     try:
         main([*name.split(), "--help"])
@@ -109,10 +118,10 @@ for name in COMMANDS:
         assert stop.code == 0
     print(name, sorted({"torch", "torchvision", "transformers", "deepspeed", "pandas"} & sys.modules.keys()))
 """
-    from open_unitok.cli import COMMANDS
+    from open_unitok.cli.main import COMMANDS
 
     lines = run_python(code).splitlines()
-    for name, (_, line) in COMMANDS.items():
+    for name, line in COMMANDS.items():
         assert f"{name} []" in lines, f"{name} --help loads a heavy package"
         assert any(found.startswith(f"usage: unitok {name} ") for found in lines)
         assert len(line) < 80
@@ -133,18 +142,19 @@ def test_unknown_commands_are_one_line_and_exit_2(arguments, words):
 
 
 def test_help_lists_every_command_with_one_line():
-    from open_unitok.cli import COMMANDS
+    from open_unitok.cli.main import COMMANDS
 
     result = run_command("-m", "open_unitok", "--help")
     assert result.returncode == 0
-    for name, (_, line) in COMMANDS.items():
+    for name, line in COMMANDS.items():
         assert re.search(rf"^  {name}\s+{re.escape(line)}$", result.stdout, re.MULTILINE)
 
 
 def test_doctor_reports_versions_and_costs(capsys):
     from open_unitok import doctor
+    from open_unitok.cli import doctor as doctor_command
 
-    doctor.run(None)
+    doctor_command.run(None)
     out = capsys.readouterr().out
     assert "free memory" in out and "torch" in out and "flash-attn" in out
     assert set(doctor.tested_versions()) >= {"torch", "deepspeed", "transformers"}
@@ -154,7 +164,7 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
     import torch
 
     from open_unitok import doctor
-    from open_unitok.training import engine
+    from open_unitok.core import devices
 
     def absent(name):
         raise doctor.importlib.metadata.PackageNotFoundError(name)
@@ -167,7 +177,7 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         patch.setattr(doctor.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=3e8))
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.backends.mps, "is_available", lambda: False)
-        patch.setattr(engine, "bf16_in_hardware", lambda: False)
+        patch.setattr(devices, "bf16_in_hardware", lambda: False)
         patch.setattr(doctor, "importable", lambda name: False)
         patch.setattr(
             doctor.importlib.util, "find_spec", lambda n, *a: None if n == "deepspeed" else find_spec(n, *a)

@@ -4,8 +4,8 @@ import pathlib
 
 import pytest
 
-from open_unitok import files
-from open_unitok.cli import main
+from open_unitok.cli.main import main
+from open_unitok.core import files
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """What the READMEs tell to type: commands parse, their configs load, keys are known, paths are there."""
 
 import argparse
-import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from open_unitok.cli import COMMANDS
+from open_unitok.cli.main import COMMANDS, command_module
 from open_unitok.training.run import load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +27,7 @@ def commands(text):
 def parse(words):
     """The options of a command; an unknown one ends the test."""
     name = next(n for n in (" ".join(words[:2]), words[0]) if n in COMMANDS)
-    module = importlib.import_module(COMMANDS[name][0])
+    module = command_module(name)
     parser = argparse.ArgumentParser(prog=f"unitok {name}")
     module.add_arguments(parser)
     return name, parser.parse_args(words[len(name.split()) :])

@@ -6,11 +6,11 @@ import pytest
 from PIL import Image
 
 from open_unitok import Pipeline, Sampling
-from open_unitok.eval.scenes_detector import ScenesDetector, only_object
-from open_unitok.files import MODELS, SHIPPED, write_json
-from open_unitok.training.scene_split import questions_of
-from open_unitok.training.scene_world import render, sample_scene
-from open_unitok.training.scenes import describe, load_config
+from open_unitok.core.files import MODELS, SHIPPED, write_json
+from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
+from open_unitok.training.scenes.dataset import describe, load_config
+from open_unitok.training.scenes.scene import render, sample_scene
+from open_unitok.training.scenes.test_split import questions_of
 
 CONFIG = load_config("configs/scenes/scenes.yaml")
 

@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .config import SIZES, UniTokConfig
 from .model import UniTok, UniTokOutput
 from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
-from .quantizer import Quantizer, QuantizerOutput
+from .quantizers.multi_codebook import Quantizer, QuantizerOutput
 
 AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
 AutoModel.register(UniTokConfig, UniTok, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
-from open_unitok.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError, did_you_mean
 
 PROJECTIONS = ("attention", "linear")
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 
 from .config import SIZES, UniTokConfig
 from .model import UniTok

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from open_unitok.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError, did_you_mean
 
 MAX_PIXELS = 178_956_970  # a file that unpacks to more is taken for an attack, as Pillow does
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, around pictures that are padded to a square
@@ -146,3 +146,9 @@ def _centre_crop(image: Image.Image, size: int) -> Image.Image:
         image, (width, height) = larger, larger.size
     left, top = round((width - size) / 2), round((height - size) / 2)
     return image.crop((left, top, left + size, top + size))
+
+
+def psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two images of one size; infinite where they are equal."""
+    error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))

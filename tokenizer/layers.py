@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import fast_cpu
+from . import cpu
 from .config import UniTokConfig
 
 NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
@@ -31,14 +31,14 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         options = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
-        return fast_cpu.conv2d(map, self.weight, self.bias, **options)
+        return cpu.conv2d(map, self.weight, self.bias, **options)
 
 
 class Linear(nn.Linear):
     """A linear map; for inference on a CPU, by the operator that is fastest there."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return fast_cpu.linear(hidden, self.weight, self.bias)
+        return cpu.linear(hidden, self.weight, self.bias)
 
 
 def middle_width(outputs: int) -> int:
@@ -167,15 +167,15 @@ class Upsample(nn.Module):
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = Conv2d(inputs, outputs, 3)
-        self._kept = fast_cpu.Kept()
+        self._kept = cpu.Kept()
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
-        if not self.training and fast_cpu.active(map):
+        if not self.training and cpu.active(map):
             kernel = self._kept.get(self.conv.weight, _doubled_kernel_last)
         else:
             self._kept.drop()
             kernel = doubled_kernel(self.conv.weight)
-        return fast_cpu.conv_transpose2d(map, kernel, self.conv.bias, stride=2, padding=1)
+        return cpu.conv_transpose2d(map, kernel, self.conv.bias, stride=2, padding=1)
 
 
 def doubled_kernel(kernel: torch.Tensor) -> torch.Tensor:
@@ -220,10 +220,10 @@ class ConvBlock(nn.Module):
             shortcut = F.avg_pool2d(shortcut, 3, 2, 1, count_include_pad=False)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)
-        branch = fast_cpu.gelu(self.widen(self.norm(map)))
+        branch = cpu.gelu(self.widen(self.norm(map)))
         if self.upsample is not None:
             branch = self.upsample(branch)
-        return shortcut + self.narrow(fast_cpu.gelu(self.depthwise(branch)))
+        return shortcut + self.narrow(cpu.gelu(self.depthwise(branch)))
 
 
 def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:

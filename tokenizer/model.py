@@ -17,17 +17,17 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from open_unitok.errors import UserError
-from open_unitok.files import read_json
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json
 
 from .config import UniTokConfig
-from .decoder import Decoder
-from .encoder import Encoder
+from .decoders.vitamin import Decoder
+from .encoders.vitamin import Encoder
 from .layers import NORM_EPS, Conv2d, exact_float32
+from .loading import find_weights
 from .projection import ProjectionAttention, build_projection
-from .published import find_weights
-from .quantizer import Quantizer
-from .text import TextBlock, TextEncoder
+from .quantizers.multi_codebook import Quantizer
+from .text_tower import TextBlock, TextEncoder
 
 PUBLISHED, HUB = "unitok_tokenizer.pth", "FoundationVision/unitok_tokenizer"  # the published file, its place
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from . import fast_cpu
+from . import cpu
 from .layers import GeGLU, Linear, split_heads
 
 
@@ -60,7 +60,7 @@ class ProjectionAttention(nn.Module):
 
     def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
-        query, key, value = split_heads(fast_cpu.linear(hidden, self.qkv.weight, bias), self.heads)
+        query, key, value = split_heads(cpu.linear(hidden, self.qkv.weight, bias), self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
         mask = None if cache is None else cache.mask

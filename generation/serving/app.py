@@ -19,17 +19,17 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from starlette.exceptions import HTTPException
 
 from open_unitok import __version__
-from open_unitok.errors import UserError
-from open_unitok.generation.pictures import image_bytes
-from open_unitok.generation.pipeline import Pipeline
-from open_unitok.generation.sampling import Sampling
+from open_unitok.core.errors import UserError
 
+from ..image_files import image_bytes
+from ..pipeline import Pipeline
+from ..sampling import Sampling
 from .batcher import Batcher, Job, QueueFull, ShuttingDown
-from .guard import Guard, Limits, error_body
-from .inbox import Inbox
 from .metrics import ROWS, SECONDS, Metrics
+from .middleware import Guard, Limits, error_body
+from .requests import Inbox
 from .schema import ChatRequest, ImageRequest
-from .work import Answer, Work
+from .worker import Answer, Work
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 
 log = logging.getLogger(__name__)
 

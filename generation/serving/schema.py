@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from open_unitok.generation.sampling import SCHEDULES
+from ..sampling import SCHEDULES
 
 MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
 MAX_TURNS = 200

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from open_unitok.cli import main
-from open_unitok.eval import lineages
+from open_unitok.cli.main import main
+from open_unitok.eval.metrics import inception_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
 
@@ -36,9 +36,9 @@ def formula(state):
 
 
 @pytest.fixture(scope="session")
-def inception_weights(tmp_path_factory):
+def inception_file(tmp_path_factory):
     """A file with torch-fidelity's name and keys."""
-    path = tmp_path_factory.mktemp("inception") / lineages.TORCH_FIDELITY
+    path = tmp_path_factory.mktemp("inception") / inception_weights.TORCH_FIDELITY
     torch.save(formula(json.loads((GOLDEN / "inception.json").read_text())["state_dict"]), path)
     return path
 

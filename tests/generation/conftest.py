@@ -165,7 +165,7 @@ def running(pipe, limits=None, **options):
     """A running server; yields (its address, its `Server`)."""
     import uvicorn
 
-    from open_unitok.generation.serve import listen
+    from open_unitok.cli.serve import listen
     from open_unitok.generation.serving.app import create_app
 
     app = create_app(pipe, "tiny", limits, **options)
@@ -192,7 +192,7 @@ def serving():
 @pytest.fixture(scope="session")
 def server(pipe):
     """(address, `Server`) with small limits."""
-    from open_unitok.generation.serving.guard import Limits
+    from open_unitok.generation.serving.middleware import Limits
 
     limits = Limits(max_batch=4, max_waiting=6, max_body=200_000, max_side=1000, timeout=60, body_timeout=2)
     with running(pipe, limits) as found:

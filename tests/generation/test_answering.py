@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from open_unitok.errors import UserError
-from open_unitok.generation import answer_ids, answer_steps, answering
-from open_unitok.generation.answering import until_end
+from open_unitok.core.errors import UserError
+from open_unitok.generation import answer_ids, answer_steps, text_generation
+from open_unitok.generation.text_generation import until_end
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
         rows = [[] for _ in prompts]
         with monkeypatch.context() as patch:
             if not native:
-                patch.setattr(answering, "can_write", lambda model, options: False)
+                patch.setattr(text_generation, "can_write", lambda model, options: False)
             for new in answer_steps(full_model, prompts, codes, max_new_tokens=8):
                 for row, token in zip(rows, new):
                     row += [] if token is None else [token]
@@ -115,13 +115,13 @@ def test_draws_follow_their_seed(full_model, asked):
 
 def test_noise_of_bf16_models_is_drawn_in_fp32(full_model, asked, monkeypatch):
     seen = []
-    choose = answering.choose
+    choose = text_generation.choose
 
     def watched(logits, *rest):
         seen.append(logits.dtype)
         return choose(logits, *rest)
 
-    monkeypatch.setattr(answering, "choose", watched)
+    monkeypatch.setattr(text_generation, "choose", watched)
     model = copy.deepcopy(full_model).to(torch.bfloat16)
     list(answer_steps(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
     assert len(seen) > 1 and set(seen) == {torch.float32}

@@ -9,9 +9,10 @@ import sys
 import pytest
 from PIL import Image
 
-from open_unitok import ranks
-from open_unitok.cli import main
-from open_unitok.generation import Sampling, ask, serve, ui
+from open_unitok.cli import ask, serve, ui
+from open_unitok.cli.main import main
+from open_unitok.core import distributed
+from open_unitok.generation import Sampling
 
 
 @pytest.fixture
@@ -78,12 +79,12 @@ def test_inference_needs_no_training_package(folder, pictures, tmp_path):
     """Every command of this room, drawing and answering done, in a process of its own."""
     code = """
 import json, sys
-from open_unitok.cli import main
+from open_unitok.cli.main import main
 folder, picture, out = sys.argv[1:]
 main(["generate", "a circle", "--model", folder, "--out", out])
 main(["ask", picture, "What?", "--model", folder, "--max-new-tokens", "2"])
 main(["reconstruct", picture, "--model", folder, "--out", out])
-import open_unitok.generation.chat, open_unitok.generation.serve, open_unitok.generation.ui
+import open_unitok.cli.chat, open_unitok.cli.serve, open_unitok.cli.ui
 print(json.dumps(sorted(sys.modules)))
 """
     words = [sys.executable, "-c", code, str(folder), str(pictures[0]), str(tmp_path)]
@@ -112,7 +113,7 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, pictures,
     ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
     assert unitok(*draw, tmp_path / "alone")[0] == 0
     assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
-    monkeypatch.setattr(ranks, "group", lambda: None)  # another test's in this process may still be up
+    monkeypatch.setattr(distributed, "group", lambda: None)  # another test's in this process may still be up
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
@@ -156,7 +157,7 @@ def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(
         monkeypatch.setenv("RANK", "1")
         return load(args)
 
-    monkeypatch.setattr(ranks, "group", lambda: None)
+    monkeypatch.setattr(distributed, "group", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     as_rank("1", command("Old?", "Older?"))
     words, load = command("New?", "And?"), ask.load_pipeline

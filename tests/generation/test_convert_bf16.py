@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from open_unitok import Pipeline, Sampling
-from open_unitok.cli import main
-from open_unitok.errors import UserError
+from open_unitok.cli.main import main
+from open_unitok.core.errors import UserError
 from open_unitok.generation.serving.schema import ImageRequest
 
 OWN = Sampling(guidance=3.0, temperature=0.3)

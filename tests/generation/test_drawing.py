@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from open_unitok.errors import UserError
-from open_unitok.generation import Sampling, decoder, draw_codes, draw_steps
+from open_unitok.core.errors import UserError
+from open_unitok.generation import Sampling, draw_codes, draw_steps, kv_cache
 from open_unitok.generation.sampling import Noise, choose, guide
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
@@ -72,8 +72,10 @@ def test_an_image_depends_on_its_own_prompt_and_seed_alone(model):
 
 def test_equal_prompts_are_read_once(full_model, monkeypatch):
     """Several images of a prompt and their unconditional rows share what is read."""
-    read, whole = [], decoder.pad_left
-    monkeypatch.setattr(decoder, "pad_left", lambda rows, *rest: read.append(len(rows)) or whole(rows, *rest))
+    read, whole = [], kv_cache.pad_left
+    monkeypatch.setattr(
+        kv_cache, "pad_left", lambda rows, *rest: read.append(len(rows)) or whole(rows, *rest)
+    )
     draw_codes(full_model, [*[PROMPTS[0]] * 3, PROMPTS[1]], SAMPLED, [1, 2, 3, 4], FREE)
     assert read == [3]
 

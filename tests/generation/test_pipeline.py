@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline, Sampling
 
 PROMPTS = ["a red circle", "two blue squares on white", "a star"]

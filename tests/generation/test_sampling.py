@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling, filter_logits
 from open_unitok.generation.sampling import Noise, choose, guide
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from open_unitok.generation.answering import text_pieces
-from open_unitok.generation.serving.work import AnswerTask, Writer
+from open_unitok.generation.serving.worker import AnswerTask, Writer
+from open_unitok.generation.text_generation import text_pieces
 
 A, B, NO_CHARACTER = 68, 69, 258  # LLaMA's byte pieces <0x41>, <0x42>, <0xFF>
 NI = (231, 192, 163)  # the three bytes of one Chinese character

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from open_unitok import cli
-from open_unitok.errors import UserError
+from open_unitok.cli import main
+from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.convert import load_published, read_shards, to_ours
 from open_unitok.tokenizer import UniTok, UniTokConfig
@@ -32,7 +32,7 @@ def folder(tmp_path, golden, reference):
 
 
 def test_there_and_back(folder, reference, tmp_path, capsys):
-    cli.run(["convert", "mllm", str(folder), str(tmp_path / "ours")])
+    main.run(["convert", "mllm", str(folder), str(tmp_path / "ours")])
     assert "--unitok" in capsys.readouterr().out
     model = UniTokForConditionalGeneration.from_pretrained(tmp_path / "ours")
     published = reference("tiny")
@@ -47,7 +47,7 @@ def test_there_and_back(folder, reference, tmp_path, capsys):
     assert processor.legacy and processor.template == "vicuna_v1"
     assert processor.encode_text("A photo of a cat") == [1, 368, 348, 360, 260, 335]
 
-    cli.run(["convert", "mllm", str(tmp_path / "ours"), str(tmp_path / "back")])
+    main.run(["convert", "mllm", str(tmp_path / "ours"), str(tmp_path / "back")])
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == published.weights.keys()
     for key, tensor in back.items():
@@ -95,7 +95,7 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=r"type 'llama', not a published MLLM"):
         load_published(folder)
     with pytest.raises(UserError, match=r"exists already"):
-        cli.run(["convert", "mllm", str(folder), str(tmp_path)])
+        main.run(["convert", "mllm", str(folder), str(tmp_path)])
 
 
 def test_the_visual_tokenizer_must_be_the_right_one(folder, reference, tmp_path):
@@ -106,12 +106,12 @@ def test_the_visual_tokenizer_must_be_the_right_one(folder, reference, tmp_path)
     unitok.save_pretrained(tmp_path / "other")
     command = ["convert", "mllm", str(folder), str(tmp_path / "ours"), "--unitok"]
     with pytest.raises(UserError, match=r"sub-codebooks are not those of the MLLM"):
-        cli.run([*command, str(tmp_path / "other")])
+        main.run([*command, str(tmp_path / "other")])
     assert not (tmp_path / "ours").exists()
     with torch.no_grad():
         unitok.quantizer.codebooks.copy_(2 * reference("tiny").model.visual_embedder.codebooks)
     unitok.save_pretrained(tmp_path / "right")
-    cli.run([*command, str(tmp_path / "right")])
+    main.run([*command, str(tmp_path / "right")])
     model = UniTokForConditionalGeneration.from_pretrained(tmp_path / "ours")
     assert model.config.unitok_fingerprint == unitok.fingerprint()
     assert model.config.num_image_tokens == 16

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.mllm.prompts import IGNORED, drawing_prompt, expand_images
 

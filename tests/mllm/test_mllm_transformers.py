@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.masking_utils import flash_attention_mask
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 
 IDS = torch.tensor([[7, 8, -200, -200, -200, -200, 9, 10, 11], [20, 21, 22, -200, -200, -200, -200, 4, 2]])

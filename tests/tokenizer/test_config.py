@@ -2,7 +2,7 @@
 
 import pytest
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import SIZES, UniTokConfig
 
 

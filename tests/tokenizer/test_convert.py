@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from open_unitok.cli import run as unitok
-from open_unitok.errors import UserError
+from open_unitok.cli.main import run as unitok
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.convert import codes_to_ours, load_clip_start, to_ours, to_published
 

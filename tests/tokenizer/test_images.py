@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import images
 from open_unitok.tokenizer.images import from_pil, load_image, to_pil, to_pixels, to_uint8
 

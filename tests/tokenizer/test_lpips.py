@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from open_unitok.errors import UserError
-from open_unitok.tokenizer.lpips import LPIPS, layer_distance
+from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.frozen.lpips import LPIPS, layer_distance
 
 SEED = 20250
 

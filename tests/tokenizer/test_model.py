@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from open_unitok.errors import UserError
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import SIZES, UniTok, UniTokConfig
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from open_unitok.tokenizer import quantizer as module
-from open_unitok.tokenizer.quantizer import Quantizer
+from open_unitok.tokenizer.quantizers import multi_codebook as module
+from open_unitok.tokenizer.quantizers.multi_codebook import Quantizer
 
 
 @pytest.fixture

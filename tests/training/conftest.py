@@ -16,11 +16,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from open_unitok.cli import extract_codes
+from open_unitok.cli import train as train_command
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.lpips import LPIPS
-from open_unitok.training import extract, run
-from open_unitok.training.dino import Dino
-from open_unitok.training.discriminator import DinoDiscriminator
+from open_unitok.tokenizer.frozen.dinov2 import Dino
+from open_unitok.tokenizer.frozen.lpips import LPIPS
+from open_unitok.training.tokenizer.discriminator import DinoDiscriminator
 
 SEED = 20250
 COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200), "black": (20, 20, 20)}
@@ -181,9 +182,9 @@ def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
     parser = argparse.ArgumentParser()
-    extract.add_arguments(parser)
+    extract_codes.add_arguments(parser)
     given = ["--tokenizer", folder / "unitok", "--data", folder / f"{name}.tar", "--out", folder / name]
-    extract.run(parser.parse_args(list(map(str, given))))
+    extract_codes.run(parser.parse_args(list(map(str, given))))
     return str(folder / name)
 
 
@@ -241,7 +242,7 @@ def train(place: Path, out: str, *overrides: str) -> Path:
     """`unitok train` in this process; returns the run's folder."""
     folder = place / out
     given = [f"out={folder}", *overrides]
-    run.run(argparse.Namespace(config=str(place / "config.yaml"), overrides=given))
+    train_command.run(argparse.Namespace(config=str(place / "config.yaml"), overrides=given))
     return folder
 
 

@@ -12,13 +12,13 @@ import torch
 import yaml
 from PIL import Image
 
-from open_unitok.cli import run
+from open_unitok.cli.main import run
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.training.collate import KINDS, Rows
-from open_unitok.training.config import build
-from open_unitok.training.mixture import Mixture
-from open_unitok.training.mllm_config import MixtureOptions
+from open_unitok.training.core.config import build
+from open_unitok.training.data.collate import KINDS, Rows
+from open_unitok.training.data.mixture import Mixture
+from open_unitok.training.mllm.config import MixtureOptions
 
 README = Path(__file__).resolve().parent.parent.parent / "training" / "README.md"
 

@@ -6,12 +6,12 @@ import pathlib
 import pytest
 import torch
 
-from open_unitok.cli import main
-from open_unitok.errors import UserError
+from open_unitok.cli.main import main
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.convert import to_published
-from open_unitok.tokenizer.lpips import LPIPS
+from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.training.run import load
-from open_unitok.training.tokenizer_model import build_model, caption_tokenizer
+from open_unitok.training.tokenizer.model import build_model, caption_tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nstage:" in p.read_text())

@@ -1,0 +1,1 @@
+"""The harness: running, resuming, records, results, bootstrap intervals."""

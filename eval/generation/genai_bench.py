@@ -1,0 +1,193 @@
+"""VQAScore: how sure an image-text model is that a drawing shows its prompt (arXiv 2404.01291); GenAI-Bench.
+
+Published numbers are clip-flant5-xxl's exp(-mean cross-entropy) of "Yes" and the end token. The score here is
+the probability of "Yes" as the next token of any image-text model, which is another number: never comparable.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+from ..core.annotations import entry, of_kind, read_as, text_of, usable
+from ..core.bootstrap import bootstrap, with_ones
+from ..core.generated_images import about_drawing, require_drawings
+from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_pictures
+
+QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
+PUBLISHED = "clip-flant5-xxl"  # what vqascore.jsonl has to say to be comparable
+
+
+def vqascore(logits: np.ndarray, labels: Sequence[int]) -> float:
+    """(T, V) logits and T label tokens -> exp(-mean cross-entropy); labels of -100 do not count."""
+    from scipy.special import log_softmax
+
+    kept = [i for i, label in enumerate(labels) if label != -100]
+    if not kept:
+        raise UserError("VQAScore needs at least one label that counts.")
+    logs = log_softmax(np.asarray(logits, np.float64), axis=-1)
+    return float(np.exp(np.mean([logs[i, labels[i]] for i in kept])))
+
+
+def load_genai(data: Path, settings: Settings) -> Task:
+    """A drawing per prompt of `prompts.txt` (527) or `genai_image.json` (1600), with `genai_skills.json`.
+
+    A prompt that is malformed, or that a skill names and that is not there, counts as 0 in its skills.
+
+    Raises:
+        UserError: neither is there, or one is of another kind.
+    """
+    prompts, broken = read_prompts(data)
+    path = existing(data / "genai_skills.json", "It says which prompts need which skill.")
+    skills: dict[str, list[int]] = {}
+    for tag, ids in read_as(dict, path).items():
+        skills[tag] = []
+        for place, i in enumerate(of_kind(list, ids, f"{path}, {tag!r}")):
+            number = whole(i)
+            if number is None:
+                number = -1 - len(broken)
+                broken[number] = f"{path}: the skill {tag!r} names prompt {i!r} at place {place}, no number."
+            elif number not in prompts and number not in broken:
+                broken[number] = f"{path}: the skill {tag!r} names prompt {number}, which is not there."
+            skills[tag].append(number)
+    chosen = [*prompts.items(), *((number, "") for number in broken)][: settings.limit]
+    samples = [
+        malformed(k, f"{number:05d}" if number > 0 else None, broken[number])
+        if number in broken
+        else Sample(k, f"{number:05d}", text, None, "draw", settings.seed + k)
+        for k, (number, text) in enumerate(chosen)
+    ]
+    about = about_drawing(settings, "jpg") | {"question": QUESTION, "split": f"{len(prompts)} prompts"}
+    truth = {"numbers": [n for n, _ in chosen], "skills": skills}
+    return Task(usable(samples, data), truth, about)
+
+
+def read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
+    """Prompt by number: the line of `prompts.txt`, from 1, or the key of `genai_image.json`; what is wrong.
+
+    The second gives by number why there is no prompt; a key that is no number gets a negative one.
+    """
+    prompts, broken = {}, {}
+    if (data / "prompts.txt").exists():
+        lines = (data / "prompts.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                prompts[number] = line.strip()
+            else:
+                broken[number] = f"{data / 'prompts.txt'}, line {number}, is empty."
+        return prompts, broken
+    path = existing(data / "genai_image.json", "GenAI-Bench is prompts.txt or genai_image.json.")
+    for key, row in read_as(dict, path).items():
+        number = whole(key)
+        try:
+            if number is None:
+                raise UserError(f"{path}: the key {key!r} is no number.")
+            prompts[number] = text_of(row, "prompt", f"{path}, {key}")
+        except UserError as error:
+            broken[-1 - len(broken) if number is None else number] = str(error)
+    return prompts, broken
+
+
+def whole(value: Any) -> int | None:
+    """A whole number above 0, also as digits."""
+    number = int(value) if str(value).isdigit() else 0
+    return number if number > 0 else None
+
+
+def look_genai(
+    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+) -> None:
+    """Ask the VQA model about every drawing."""
+    if not scoring.vqa_model:
+        return
+    from ..judges.vqa_model import VqaModel
+
+    model = VqaModel(scoring.vqa_model, device)
+
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
+        values = model.probabilities(pictures, [QUESTION.format(s.prompt) for s in batch], ANSWER)
+        return [{"vqascore": value} for value in values]
+
+    look_all(out, "vqascore", model.about, with_pictures(task.samples, rows), rows, work, 8, quiet)
+
+
+def score_in(row: Row, where: str) -> float:
+    """The score of a line of `vqascore.jsonl`."""
+    value = entry(row, "score", where)
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where}: score is {value!r}; a number from 0 to 1 is needed.")
+    return float(value)
+
+
+def read_scores(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+    """Scores, and whose: `vqascore.jsonl` (a line {"index", "score", "model"}) comes first."""
+    path = folder / "vqascore.jsonl"
+    if path.exists():
+        return read_findings(path, task.samples, score_in, "model", "a model without a name")
+    seen = looked(folder, "vqascore", with_pictures(task.samples, rows))
+    if seen is None:
+        raise UserError(
+            f"{folder}: the pictures are drawn, but nothing has scored them. Run again with "
+            f"--vqa-model FOLDER (nothing is drawn again), or write another model's scores to {path}."
+        )
+    found, problems = said(seen[0])
+    return Findings({i: row["vqascore"] for i, row in found.items()}, seen[1]["model"], problems)
+
+
+def summarise(
+    scores: Sequence[float], numbers: Sequence[int], skills: dict[str, list[int]]
+) -> dict[str, Row]:
+    """Per tag, and over all tagged prompts, the mean, the sample deviation and n, in float32 as published."""
+    by_number = dict(zip(numbers, scores))
+    groups = {tag: [i for i in ids if i in by_number] for tag, ids in skills.items()}
+    groups["all"] = sorted({i for ids in groups.values() for i in ids})
+    result = {}
+    for tag, ids in groups.items():
+        values = np.array([by_number[i] for i in ids], np.float32)
+        if len(values):
+            deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+            result[tag] = {"mean": float(values.mean()), "std": deviation, "n": len(values)}
+    return result
+
+
+def score_genai(
+    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+) -> Scored:
+    """The mean score of the advanced prompts (the published table's overall), of all, and of each skill."""
+    require_drawings(task, rows, folder)
+    found, by, problems = read_scores(task, rows, folder)
+    scores = [0.0 if s.broken else found.get(s.index, 0.0) for s in task.samples]
+    numbers, skills = task.truth["numbers"], task.truth["skills"]
+    summary = summarise(scores, numbers, skills)
+    place = {n: k for k, n in enumerate(numbers)}
+    order = [t for t in ("advanced", "all") if t in summary] + [
+        t for t in summary if t not in ("advanced", "all")
+    ]
+    metrics = {}
+    for tag in order:
+        members = sorted({i for ids in skills.values() for i in ids}) if tag == "all" else skills[tag]
+        values = [scores[place[i]] for i in members if i in place]
+        metrics[tag] = Metric(summary[tag]["mean"], len(values), bootstrap(with_ones(values)), "score")
+    formula = "the file's own" if (folder / "vqascore.jsonl").exists() else 'P("Yes")'
+    missing = sum(s.index not in found for s in task.samples)
+    problems = problems + [f"{missing} drawings have no score (counted as 0)"] * (missing > 0)
+    why = "" if by == PUBLISHED else f"VQAScore by {by}, not by {PUBLISHED} with its own formula"
+    tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
+    return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [
+        {
+            "index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file"),
+            "score": scores[k], "group": tags.get(numbers[k], "untagged"),
+        }
+        for k, s in enumerate(task.samples)
+    ], not_comparable=why, problems=problems)  # fmt: skip
+
+
+def stem(text: str) -> str:
+    """An answer as yes-or-no scorers read it: lower case, without blanks and closing punctuation."""
+    return re.sub(r"[\s.!,]+$", "", text.strip().lower())

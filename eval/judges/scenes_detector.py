@@ -1,0 +1,315 @@
+"""Reads the scene back out of a picture of coloured shapes, by finding the rendering that explains it.
+
+Stands where GenEval has Mask2Former and CLIP: shapes are its classes. It knows scenes by `scenes.json` alone.
+A picture with anything that neither objects nor the background explain yields no objects at all.
+
+Shapes: B pictures, H sides, G cells, P pixels of a cell, T templates.
+"""
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json
+
+SUPERSAMPLING = 4
+POSITION_STEP = 0.5  # pixels between the places tried
+SLACK = 0.5  # how far beyond the scenes' own sizes and shifts a drawing may go, pixels
+CHUNK = 256  # cells fitted at a time
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What still passes as a rendering, in levels of 255.
+
+    Set so that reconstructions of 28 dB and more pass, and strong blur, blends and shuffled tiles do not.
+    """
+
+    empty: float = 16.0  # root mean square difference from the background in a cell without object
+    blob: float = 60.0  # largest mean of 3 x 3 pixels left unexplained
+    dark: float = 25.0  # how far below the scenes' darkest background one may lie
+    local: float = 18.0  # how far a cell's background may lie from the picture's
+    residual: float = 0.25  # share of an object's energy that its template leaves
+    color: float = 60.0  # Euclidean distance of an object's colour from the palette's
+    margin: float = 1.1  # how many times the residual of the best other shape must exceed the best
+
+
+@dataclass(frozen=True)
+class Found:
+    """An object: `cell` is (row, column), `box` x0, y0, x1, y1 in pixels, `score` from 0.9 to a perfect 1."""
+
+    shape: str
+    color: str
+    texture: str
+    size: float
+    cell: tuple[int, int]
+    box: tuple[float, float, float, float]
+    score: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture holds. Without `clean` something is unexplained: `reason`, and no objects."""
+
+    clean: bool
+    objects: tuple[Found, ...]
+    reason: str = ""
+
+    @property
+    def key(self) -> Counter:
+        """Shape, colour, texture and cell of all objects: what makes two scenes the same."""
+        return Counter((o.shape, o.color, o.texture, o.cell) for o in self.objects)
+
+    def geneval(self) -> tuple[dict[str, list[list[float]]], dict[str, list[str]]]:
+        """Boxes with score per class, best first, and each one's colour, as the GenEval scorer takes them."""
+        boxes: dict[str, list[list[float]]] = {}
+        colors: dict[str, list[str]] = {}
+        for found in sorted(self.objects, key=lambda o: -o.score):
+            boxes.setdefault(found.shape, []).append([*found.box, found.score])
+            colors.setdefault(found.shape, []).append(found.color)
+        return boxes, colors
+
+
+def same_scene(reading: Reading, scene: dict[str, Any]) -> bool:
+    """Whether a reading has exactly the objects of a scene, as `captions.json` describes it."""
+    wanted = Counter((o["shape"], o["color"], o["texture"], tuple(o["cell"])) for o in scene["objects"])
+    return reading.clean and reading.key == wanted
+
+
+def only_object(reading: Reading, shape: str, color: str, cell: Sequence[int] | None = None) -> bool:
+    """Whether a picture holds one object and no other, of this shape and colour (and in this grid cell)."""
+    if len(reading.objects) != 1:
+        return False
+    found = reading.objects[0]
+    return (found.shape, found.color) == (shape, color) and (cell is None or found.cell == tuple(cell))
+
+
+class ScenesDetector:
+    """Detector for the scenes that one `scenes.json` describes."""
+
+    def __init__(self, description: dict[str, Any], limits: Limits = Limits()):
+        self.limits = limits
+        self.size, self.grid = int(description["size"]), int(description["grid"])
+        self.cell = self.size // self.grid
+        self.palette = {name: np.array(color, np.float32) for name, color in description["palette"].items()}
+        self.shapes = [shape for shape, _ in description["outlines"].items()]
+        self._darkest = description.get("light", [0, 255])[0] - self.limits.dark
+        self._description = description
+
+    @classmethod
+    def from_file(cls, path: str | Path, limits: Limits = Limits()) -> "ScenesDetector":
+        """The detector for `scenes.json`, or for a folder that holds one.
+
+        Raises:
+            UserError: the file is missing or does not describe scenes.
+        """
+        path = Path(path)
+        path = path / "scenes.json" if path.is_dir() else path
+        description = read_json(path)
+        missing = [
+            k for k in ("size", "grid", "palette", "outlines", "sizes", "jitter") if k not in description
+        ]
+        if missing:
+            raise UserError(f"{path} does not describe scenes: it has no {', '.join(missing)}.")
+        try:
+            return cls(description, limits)
+        except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise UserError(f"{path} does not describe scenes: {type(error).__name__}: {error}.") from error
+
+    def __call__(self, pictures: Any) -> list[Reading]:
+        """Read pictures, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
+
+        Raises:
+            UserError: a picture is not of the scenes' size.
+        """
+        batch = np.stack([np.asarray(picture) for picture in pictures]) if len(pictures) else None
+        if batch is None:
+            return []
+        if batch.shape[1:] != (self.size, self.size, 3):
+            raise UserError(
+                f"pictures of shape {batch.shape[1:]}; these scenes are {(self.size, self.size, 3)}."
+            )
+        return [reading for i in range(0, len(batch), CHUNK) for reading in self._read(batch[i : i + CHUNK])]
+
+    # ---- one batch -----------------------------------------------------------------------------------------
+
+    def _read(self, batch: np.ndarray) -> list[Reading]:
+        cells = self._cells(batch.astype(np.float32))  # (B, G, c, c, 3)
+        background = self._background(cells)  # (B, G, c, c, 3), a plane per picture
+        rim = _rim(cells - background)  # (B, G, R, 3)
+        local = np.median(rim, axis=2)  # (B, G, 3)
+        off = (np.abs(local).max(axis=2) > self.limits.local).any(axis=1)
+        off |= (background.mean(axis=(1, 2, 3)) < self._darkest).any(axis=1)
+        ground = background + local[:, :, None, None]
+        difference = cells - ground
+        full = np.sqrt((difference**2).mean(axis=(2, 3, 4))) > self.limits.empty
+        full |= _blob(difference) > self.limits.blob
+        where = np.argwhere(full)
+        found: dict[tuple[int, int], Found | str] = {}
+        for start in range(0, len(where), CHUNK):
+            picked = where[start : start + CHUNK]
+            results = self._fit(difference[tuple(picked.T)], ground[tuple(picked.T)], picked[:, 1])
+            found.update({(int(b), int(g)): result for (b, g), result in zip(picked, results)})
+        readings = []
+        for b in range(len(batch)):
+            results = [found[b, g] for g in range(self.grid**2) if (b, g) in found]
+            bad = [r for r in results if isinstance(r, str)]
+            bad += ["background"] if off[b] else []
+            objects = () if bad else tuple(r for r in results if isinstance(r, Found))
+            readings.append(Reading(not bad, objects, bad[0] if bad else ""))
+        return readings
+
+    def _cells(self, batch: np.ndarray) -> np.ndarray:
+        g, c = self.grid, self.cell
+        cut = batch.reshape(-1, g, c, g, c, 3).transpose(0, 1, 3, 2, 4, 5)
+        return np.ascontiguousarray(cut.reshape(-1, g * g, c, c, 3))
+
+    def _background(self, cells: np.ndarray) -> np.ndarray:
+        """The light ground of each picture: the median of the cells' rims, or a plane through them."""
+        rim = _rim(cells)
+        flat = rim.reshape(len(cells), -1, 3)
+        ground = np.median(flat, axis=1)[:, None, None, None]
+        if not self._description.get("gradient"):
+            return np.broadcast_to(ground, cells.shape)
+        at = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size - 0.5
+        y, x = np.meshgrid(at, at, indexing="ij")
+        plane = self._cells(np.stack([x, y, np.ones_like(x)], axis=2)[None])  # (1, G, c, c, 3): x, y, 1
+        design = _rim(plane).reshape(-1, 3)
+        keep = np.abs(flat - ground[:, 0, 0]).max(axis=2) < self._description["gradient"] + 16
+        planes = []
+        for values, good in zip(flat, keep):  # twice, the second time without what lies off the first plane
+            for _ in range(2):
+                usable = good if good.sum() > 8 else np.ones_like(good)
+                solution = np.linalg.lstsq(design[usable], values[usable], rcond=None)[0]
+                good = np.abs(values - design @ solution).max(axis=1) < 12
+            planes.append(plane[0] @ solution)
+        return np.stack(planes).astype(np.float32)
+
+    @functools.cached_property
+    def _templates(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, float, float, float]]]:
+        """(T, P) coverages, (T,) their energies, and what each is: shape, texture, size, x and y shift."""
+        about = self._description
+        steps = math.floor((about["jitter"] + SLACK) / POSITION_STEP + 1e-6)
+        sizes = sorted({float(size) + slack for size in about["sizes"] for slack in (-SLACK, 0, SLACK)})
+        masks, kinds = [], []
+        for (shape, outline), texture, size in itertools.product(
+            about["outlines"].items(), about.get("textures", ["plain"]), sizes
+        ):
+            fine, unit = fine_cover(outline, texture, size, self.cell, steps, about.get("pale", 1.0))
+            pixels = _box_means(fine, SUPERSAMPLING)  # what a pixel sees that begins at each sample
+            for right, down in itertools.product(range(-steps, steps + 1), repeat=2):
+                rows, columns = (
+                    slice(first, first + (self.cell - 1) * SUPERSAMPLING + 1, SUPERSAMPLING)
+                    for first in ((steps - down) * unit, (steps - right) * unit)
+                )
+                masks.append(pixels[rows, columns].ravel())
+                kinds.append((shape, texture, size, right * POSITION_STEP, down * POSITION_STEP))
+        matrix = np.stack(masks)
+        return matrix, (matrix**2).sum(axis=1), kinds
+
+    @functools.cached_property
+    def _shape_of(self) -> np.ndarray:
+        """(T,) index of each template's shape."""
+        return np.array([self.shapes.index(kind[0]) for kind in self._templates[2]])
+
+    def _fit(self, difference: np.ndarray, ground: np.ndarray, where: np.ndarray) -> list["Found | str"]:
+        """For each cell (M, c, c, 3) the object that explains it, or in one word why none does."""
+        matrix, norms, kinds = self._templates
+        flat = difference.reshape(len(difference), -1, 3)
+        energy = (flat**2).sum(axis=(1, 2)) + 1e-6
+        # an object is one colour times a coverage: look along the strongest colour direction alone
+        _, axes = np.linalg.eigh(np.einsum("mpi,mpj->mij", flat, flat))
+        gain = (np.einsum("mpi,mi->mp", flat, axes[:, :, -1]) @ matrix.T) ** 2 / norms  # (M, T)
+        best = gain.argmax(axis=1)
+        by_shape = [gain[:, self._shape_of == index].max(axis=1) for index in range(len(self.shapes))]
+        rivals = np.sort(1 - np.stack(by_shape, axis=1) / energy[:, None], axis=1)  # residuals, best first
+        mask = matrix[best]  # (M, P)
+        amount = np.einsum("mp,mpi->mi", mask, flat) / norms[best][:, None]
+        left = flat - mask[:, :, None] * amount[:, None]
+        residual = (left**2).sum(axis=(1, 2)) / energy
+        blobs = _blob(left.reshape(difference.shape)[:, None])[:, 0]
+        base = (mask[:, :, None] * ground.reshape(flat.shape)).sum(axis=1) / mask.sum(axis=1)[:, None]
+        results: list[Found | str] = []
+        for m, cell in enumerate(where):
+            color, distance = self._color(base[m] + amount[m])
+            if residual[m] > self.limits.residual:
+                results.append("shape")
+            elif blobs[m] > self.limits.blob:
+                results.append("smudge")
+            elif distance > self.limits.color:
+                results.append("color")
+            elif rivals[m, 1] < self.limits.margin * rivals[m, 0]:
+                results.append("unsure")
+            else:
+                results.append(self._found(kinds[best[m]], color, int(cell), float(residual[m])))
+        return results
+
+    def _color(self, color: np.ndarray) -> tuple[str, float]:
+        """The palette's nearest colour and how far it is."""
+        distances = {name: float(np.linalg.norm(color - known)) for name, known in self.palette.items()}
+        name = min(distances, key=lambda n: distances[n])
+        return name, distances[name]
+
+    def _found(self, kind: tuple, color: str, cell: int, residual: float) -> Found:
+        shape, texture, size, dx, dy = kind
+        row, column = divmod(cell, self.grid)
+        x, y, half = (column + 0.5) * self.cell + dx, (row + 0.5) * self.cell + dy, size / 2
+        score = 1 - 0.3 * residual  # above GenEval's 0.9 for counting wherever the residual passes
+        return Found(
+            shape, color, texture, size, (row, column), (x - half, y - half, x + half, y + half), score
+        )
+
+
+def _rim(cells: np.ndarray) -> np.ndarray:
+    """The outermost pixels of each cell, (B, G, R, 3)."""
+    top, bottom = cells[:, :, 0], cells[:, :, -1]
+    left, right = cells[:, :, 1:-1, 0], cells[:, :, 1:-1, -1]
+    return np.concatenate([top, bottom, left, right], axis=2)
+
+
+def _blob(difference: np.ndarray) -> np.ndarray:
+    """Largest mean of 3 x 3 pixels in any channel, (B, G)."""
+    c = difference.shape[2] - 2
+    rows = np.sum([difference[:, :, i : c + i] for i in range(3)], axis=0)
+    means = np.sum([rows[:, :, :, i : c + i] for i in range(3)], axis=0) / 9
+    return np.abs(means).max(axis=(2, 3, 4))
+
+
+def _box_means(fine: np.ndarray, side: int) -> np.ndarray:
+    """Means of all side x side boxes of (S, S), as (S - side + 1, S - side + 1) float32."""
+    sums = np.pad(fine.astype(np.float64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
+    boxes = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    return (boxes / side**2).astype(np.float32)
+
+
+def fine_cover(
+    outline: Sequence, texture: str, size: float, cell: int, steps: int, pale: float
+) -> tuple[np.ndarray, int]:
+    """A shape in the middle of a cell, sampled finely, with room to shift it by `steps` either way.
+
+    Returns (S, S) float32 in [0, 1], S = SUPERSAMPLING * cell + 2 * steps * unit, and the samples per step.
+    """
+    unit = round(POSITION_STEP * SUPERSAMPLING)
+    count = cell * SUPERSAMPLING + 2 * steps * unit
+    at = (np.arange(count, dtype=np.float32) + 0.5 - count / 2) / SUPERSAMPLING
+    x, y = at[None, :], at[:, None]
+    inside = np.zeros((count, count), bool)
+    for ring in outline:
+        corners = np.asarray(ring, np.float32) * size
+        for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
+            if y0 != y1:  # a ray to the right crosses this edge: even-odd rule
+                inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+    weight = np.ones((count, count), np.float32)
+    if texture == "striped":
+        weight[np.broadcast_to(np.mod(y + 2, 6) >= 4, weight.shape)] = pale
+    elif texture == "dotted":
+        weight[(np.mod(x, 6) - 3) ** 2 + (np.mod(y, 6) - 3) ** 2 <= 1.9**2] = pale
+    return inside * weight, unit

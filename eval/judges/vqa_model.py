@@ -1,0 +1,78 @@
+"""An image-text model of transformers from a local folder, which judges what others draw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+
+class VqaModel:
+    """Any folder that AutoModelForImageTextToText loads; nothing is downloaded.
+
+    Raises:
+        UserError: the folder is missing or holds no such model.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu"):
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        from ..core.model import fingerprint
+
+        path = existing(folder, "It is what --vqa-model names: a folder in transformers' layout.")
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        try:
+            self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+            self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, local_files_only=True)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{path} holds no image-text model that transformers can load: {reason}"
+            ) from error
+        self.model = self.model.to(device).eval()
+        self.tokens = self.processor.tokenizer
+        self.tokens.padding_side = "left"
+        if self.tokens.pad_token is None:
+            self.tokens.pad_token = self.tokens.eos_token
+        self.device = device
+        self.about: dict[str, Any] = {"model": path.name, "fingerprint": fingerprint(path)}
+
+    def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]):
+        """A batch for the model, in its own chat form where it has one."""
+        if getattr(self.processor, "chat_template", None):
+            content = [[{"type": "image"}, {"type": "text", "text": q}] for q in questions]
+            texts = [
+                self.processor.apply_chat_template(
+                    [{"role": "user", "content": c}], add_generation_prompt=True
+                )
+                for c in content
+            ]
+        else:
+            texts = [f"USER: <image>\n{q} ASSISTANT:" for q in questions]
+        batch = self.processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+        return batch.to(self.device, dtype=self.model.dtype)
+
+    def probabilities(
+        self, pictures: Sequence[Image.Image], questions: Sequence[str], answer: str
+    ) -> list[float]:
+        """The probability that the answer's first token comes next."""
+        import torch
+
+        token = self.tokens(answer, add_special_tokens=False).input_ids[0]
+        with torch.inference_mode():
+            logits = self.model(**self.inputs(pictures, questions)).logits[:, -1].float()
+        return logits.softmax(dim=-1)[:, token].cpu().tolist()
+
+    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str], words: int = 5) -> list[str]:
+        """What the model says, decoded greedily."""
+        import torch
+
+        batch = self.inputs(pictures, questions)
+        with torch.inference_mode():
+            ids = self.model.generate(**batch, max_new_tokens=words, do_sample=False)
+        new = ids[:, batch["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokens.batch_decode(new, skip_special_tokens=True)]

@@ -1,0 +1,230 @@
+"""The table of benchmarks, and how each is read, run and scored."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.files import existing, read_json, write_json, write_jsonl
+
+from .core import generated_images
+from .core.harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
+from .core.results import check_complete, describe_run, open_run, result_of
+from .generation import dpg_bench, genai_bench, geneval, positions, realism
+from .metrics import image_quality
+from .tokenizer import linear_probe, reconstruction, retrieval, zeroshot
+from .understanding.table import UNDERSTANDING
+
+SETTINGS, SCORING = Settings(), Scoring()
+
+# What a tokenizer alone can do.
+TOKENIZER: dict[str, Benchmark] = {
+    "reconstruction": Benchmark(
+        "rFID, PSNR, SSIM, LPIPS and codebook use of encode-decode on pictures",
+        "tokenizer",
+        reconstruction.load_reconstruction,
+        always(reconstruction.reconstruct),
+        reconstruction.score_reconstruction,
+        64,
+        ("skimage7", *(mode for mode in image_quality.SSIM_MODES if mode != "skimage7")),
+        ("scenes.json", "val"),
+        look=reconstruction.look_at_copies,
+    ),
+    "zeroshot": Benchmark(
+        "classification by the tokenizer's image and text embeddings",
+        "tokenizer",
+        zeroshot.load_zeroshot,
+        always(zeroshot.classify),
+        zeroshot.score_zeroshot,
+        64,
+        files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
+    ),
+    "retrieval": Benchmark(
+        "which of 100 captions is a picture's own, and back, by the tokenizer's embeddings",
+        "tokenizer",
+        retrieval.load_retrieval,
+        always(retrieval.embed),
+        retrieval.score_retrieval,
+        64,
+        files=("scenes.json", "captions.json"),
+    ),
+    "linear_probe": Benchmark(
+        "classes told apart by one linear layer on frozen features",
+        "tokenizer",
+        linear_probe.load_probe,
+        always(linear_probe.read_features),
+        linear_probe.score_probe,
+        64,
+        linear_probe.SCORERS,
+        ("train/n*",),
+    ),
+}
+
+GENERATION: dict[str, Benchmark] = {
+    "geneval": Benchmark(
+        "do drawings show the objects, number, colours and places of their prompts",
+        "drawer",
+        geneval.load_geneval,
+        geneval.worker,
+        geneval.score_geneval,
+        128,
+        files=("scenes.json", "evaluation_metadata.jsonl"),
+        look=geneval.look_for_objects,
+    ),
+    "drawing_positions": Benchmark(
+        "one object of a colour at a named place (scenes)",
+        "drawer",
+        positions.load_positions,
+        geneval.worker,
+        positions.score_positions,
+        128,
+        files=("scenes.json",),
+    ),
+    "genai_bench": Benchmark(
+        "VQAScore of drawings, by skill (GenAI-Bench)",
+        "drawer",
+        genai_bench.load_genai,
+        generated_images.worker,
+        genai_bench.score_genai,
+        64,
+        files=("genai_skills.json",),
+        look=genai_bench.look_genai,
+    ),
+    "dpg_bench": Benchmark(
+        "questions about drawings of dense prompts (DPG-Bench)",
+        "drawer",
+        dpg_bench.load_dpg,
+        generated_images.worker,
+        dpg_bench.score_dpg,
+        64,
+        files=("dpg_bench.csv",),
+        look=dpg_bench.look_dpg,
+    ),
+    "mjhq": Benchmark(
+        "FID of drawings against MJHQ-30K",
+        "drawer",
+        realism.load_mjhq,
+        generated_images.worker,
+        realism.score_mjhq,
+        64,
+        files=("meta_data.json",),
+        look=realism.look_mjhq,
+    ),
+    "imagenet_generation": Benchmark(
+        "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
+        "drawer",
+        realism.load_classes,
+        generated_images.worker,
+        realism.score_classes,
+        64,
+        files=("VIRTUAL_imagenet*.npz",),
+        submit=realism.submit_classes,
+        look=realism.look_classes,
+    ),
+}
+
+BENCHMARKS: dict[str, Benchmark] = {**TOKENIZER, **UNDERSTANDING, **GENERATION}
+
+
+def named(name: str) -> Benchmark:
+    """The benchmark of that name, or a UserError with what there is."""
+    if name not in BENCHMARKS:
+        raise UserError(f"There is no benchmark {name!r}." + did_you_mean(name, BENCHMARKS))
+    return BENCHMARKS[name]
+
+
+def data_of(data: str | Path, name: str) -> Path:
+    """The folder of one benchmark: DATA/NAME if there is such a folder, else DATA itself."""
+    data = existing(data)
+    return data / name if (data / name).is_dir() else data
+
+
+def present(data: str | Path) -> list[str]:
+    """The names of the benchmarks whose files lie in `data`.
+
+    Raises:
+        UserError: there are none.
+    """
+    names = [
+        name
+        for name, benchmark in BENCHMARKS.items()
+        if any(next(data_of(data, name).glob(pattern), None) for pattern in benchmark.files)
+    ]
+    if not names:
+        raise UserError(f"{data} holds the files of no benchmark; eval/README.md says what each one needs.")
+    return names
+
+
+def settled(name: str, scoring: Scoring) -> Scoring:
+    """`scoring` with the scorer's name filled in.
+
+    Raises:
+        UserError: the benchmark has no scorer of that name.
+    """
+    allowed = named(name).scorers
+    if scoring.scorer and scoring.scorer not in allowed:
+        raise UserError(f"{name}: scorer is {scoring.scorer!r}." + did_you_mean(scoring.scorer, allowed))
+    return replace(scoring, scorer=scoring.scorer or allowed[0])
+
+
+def run_benchmark(
+    name: str,
+    model: Any,
+    data: str | Path,
+    out: str | Path,
+    settings: Settings = SETTINGS,
+    batch_size: int | None = None,
+    scoring: Scoring = SCORING,
+    quiet: bool = False,
+) -> Row | None:
+    """Answer what is still open, then score; a finished run is only read.
+
+    `model` needs `describe()` and the methods that the benchmark calls (see `models.Model`); the answers lie
+    in `out`. Several processes share the questions; the main one scores and gets the result, the others None.
+    """
+    benchmark, data, out = named(name), data_of(data, name), Path(out)
+    settled(name, scoring)
+    task = benchmark.load(data, settings)
+    open_run(out, describe_run(name, settings, model.describe(), data))
+    store, work = Store(out, name), benchmark.work(data, settings)
+    answer_all(
+        store,
+        task.samples,
+        lambda batch: work(model, batch, out, task),
+        batch_size or benchmark.batch_size,
+        quiet,
+    )
+    if benchmark.look:
+        rows = store.gather(task.samples).rows
+        benchmark.look(task, rows, out, settled(name, scoring), getattr(model, "device", "cpu"), quiet)
+    return score_run(out, scoring=scoring, task=task) if distributed.is_main() else None
+
+
+def score_run(
+    folder: str | Path, partial: bool = False, scoring: Scoring = SCORING, task: Task | None = None
+) -> Row:
+    """Score the answers in `folder` from files alone, and write `results.json` and `scores.jsonl`.
+
+    Raises:
+        UserError: the folder is no run of ours, or answers are missing and `partial` was not asked for.
+    """
+    folder = Path(folder)
+    run = read_json(
+        existing(folder / "run.json", "`unitok eval run` writes it; give the folder of one benchmark.")
+    )
+    benchmark = named(run["benchmark"])
+    scoring = settled(run["benchmark"], scoring)
+    if task is None:
+        task = benchmark.load(existing(run["data"]), Settings(**run["settings"]))
+    answers = Store(folder, run["benchmark"]).gather(task.samples)
+    problems = check_complete(answers, task.samples, folder, partial)
+    scored = benchmark.score(task, answers.rows, folder, run, scoring)
+    result = result_of(run, task, answers, scored, problems, scoring)
+    if benchmark.submit:
+        result["submission"] = [
+            p.name for p in benchmark.submit(task, answers.rows, folder, Path(run["data"]))
+        ]
+    write_jsonl(folder / "scores.jsonl", scored.per_sample)
+    write_json(folder / "results.json", result)
+    return result

@@ -1,0 +1,1 @@
+"""Benchmarks of the visual tokenizer: reconstruction, zero-shot, linear probe, retrieval."""

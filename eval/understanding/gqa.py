@@ -1,0 +1,246 @@
+"""GQA: reader of the released questions, accuracy and the other published measures.
+
+Scorers: `official` (default) wants the answer letter by letter after LLaVA's conversion (a last period goes,
+lower case), over balanced questions; `lenient` ignores case and punctuation, as another harness does.
+"""
+
+import string
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json
+
+from ..core.annotations import (
+    RECIPES,
+    about_asking,
+    answered,
+    entry,
+    find_file,
+    image_in,
+    layout_of,
+    of_kind,
+    read_as,
+    read_llava,
+    recipe_for,
+    text_of,
+    usable,
+)
+from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.records import cluster_of, named, sample_row, share, shares_by, write_submission
+
+SCORERS = ("official", "lenient")
+ORIGINAL, LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
+NOT_A_STEP = ("exist", "query: name", "choose name")
+Questions = dict[str, Row]
+# In the place of a malformed question: in the accuracy, where nothing is right, and in no group.
+UNREAD: Row = {
+    "question": "", "answer": "", "isBalanced": True, "entailed": [], "semantic": [],
+    "types": {"structural": "", "semantic": ""}, "groups": {"global": None},
+}  # fmt: skip
+
+
+def load(data: Path, settings: Settings) -> Task:
+    """One sample per question of `{split}_questions.json` in its order, or per line of LLaVA's file.
+
+    A question that lacks a key, or that LLaVA's file has and the released file has not, is malformed.
+    """
+    layout = layout_of(data, settings, ORIGINAL, LLAVA)
+    path = find_file(data, ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
+    questions, broken = {}, {}
+    for name, row in read_as(dict, path).items():
+        try:
+            check_question(row, f"{path}, question {name}")
+            questions[name] = row
+        except UserError as error:
+            questions[name], broken[name] = UNREAD, error
+    if layout == "original":
+        recipe, file = recipe_for(settings, "short"), path
+        asked = [(name, RECIPES[recipe].format(row["question"])) for name, row in questions.items()]
+    else:
+        file = find_file(data, LLAVA, "LLaVA question file", settings.split)
+        recipe, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava(file)):
+            good = isinstance(row, dict)
+            name = str(row["question_id"]) if good else f"#{i}"
+            asked.append((name, row["text"] if good else ""))
+            if name not in questions:
+                reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
+                questions[name], broken[name] = UNREAD, reason if good else row
+    folders = [data / "images", data / "data" / "images", data]
+    samples = [
+        malformed(i, name, broken[name])
+        if name in broken
+        else Sample(i, name, prompt, image_in(folders, f"{questions[name]['imageId']}.jpg"), "ask")
+        for i, (name, prompt) in enumerate(asked[: settings.limit])
+    ]
+    split = path.stem.removesuffix("_questions")
+    tier = split.removesuffix("_balanced").removesuffix("_all")
+    choices = data / f"{tier}_choices.json"
+    truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
+    return Task(usable(samples, file), truth, about_asking(split, recipe, settings))
+
+
+def check_question(row: Any, where: str) -> None:
+    """Raise UserError with what a released question lacks."""
+    text_of(row, "question", where)
+    for key in ("answer", "imageId", "isBalanced"):
+        entry(row, key, where)
+    for key, kind in (("types", dict), ("groups", dict), ("semantic", list), ("entailed", list)):
+        of_kind(kind, entry(row, key, where), f"{where}, {key}")
+    for kind in ("structural", "semantic"):
+        text_of(row["types"], kind, f"{where}, types")
+    entry(row["groups"], "global", f"{where}, groups")
+    for step in row["semantic"]:
+        for key in ("operation", "argument"):
+            entry(step, key, f"{where}, semantic")
+
+
+def converted(text: str) -> str:
+    """An answer as LLaVA hands it to the official scorer."""
+    return text.rstrip(".").lower()
+
+
+def is_right(text: str, answer: str, scorer: str = "official") -> bool:
+    """Does the raw answer count?"""
+    if scorer == "official":
+        return converted(text) == answer
+    return bare(text.strip()) == bare(answer)
+
+
+def bare(text: str) -> str:
+    """Lower case, without punctuation."""
+    return text.lower().translate(str.maketrans("", "", string.punctuation))
+
+
+# ------------------------------------------------------------------------------------- the official measures
+
+
+def measures(
+    questions: Questions, predictions: dict[str, str], choices: dict[str, Row] | None = None
+) -> dict[str, Any]:
+    """What the official scorer prints, in per cent, over balanced questions; a missing prediction is wrong.
+
+    `validity` and `plausibility` need the choices file, `consistency` the answers to all entailed questions;
+    what cannot be had is None. Groups are {name: [per cent, n]}.
+    """
+    balanced = {name: q for name, q in questions.items() if q["isBalanced"]}
+    right = {name: predictions.get(name) == q["answer"] for name, q in balanced.items()}
+
+    def by(key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda q: True) -> dict[str, list]:
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for name, q in balanced.items():
+            if q is not UNREAD and keep(q):
+                groups[str(key(q))].append(right[name])
+        return {group: [100 * mean(hits), len(hits)] for group, hits in sorted(groups.items())}
+
+    open_or_binary = by(lambda q: "open" if q["types"]["structural"] == "query" else "binary")
+    return {
+        "accuracy": 100 * mean(right.values()),
+        "binary": open_or_binary.get("binary", [0])[0],
+        "open": open_or_binary.get("open", [0])[0],
+        "validity": within(balanced, predictions, choices, "valid"),
+        "plausibility": within(balanced, predictions, choices, "plausible"),
+        "consistency": consistency(questions, predictions),
+        "distribution": distribution(balanced, predictions),
+        "accuracyPerStructuralType": by(lambda q: q["types"]["structural"]),
+        "accuracyPerSemanticType": by(lambda q: q["types"]["semantic"]),
+        "accuracyPerLength": by(lambda q: len(q["question"].split())),
+        "accuracyPerSteps": by(steps),
+    }
+
+
+def steps(question: Row) -> int:
+    """How many reasoning steps a question takes, as the official scorer counts."""
+    named = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
+    return sum(not any(word in text for word in NOT_A_STEP) for text in named)
+
+
+def within(
+    questions: Questions, predictions: dict[str, str], choices: dict[str, Row] | None, kind: str
+) -> float | None:
+    """Per cent of predictions that are among a question's valid or plausible answers."""
+    if choices is None:
+        return None
+    return 100 * mean(predictions.get(name) in choices.get(name, {}).get(kind, ()) for name in questions)
+
+
+def consistency(questions: Questions, predictions: dict[str, str]) -> float | None:
+    """Per cent of right answers to what a rightly answered question entails; None where one is missing."""
+    shares = []
+    for name, question in questions.items():
+        entailed = [e for e in question["entailed"] if e != name]
+        if not question["isBalanced"] or not entailed or predictions.get(name) != question["answer"]:
+            continue
+        if any(e not in questions or e not in predictions for e in entailed):
+            return None
+        shares.append(mean(predictions[e] == questions[e]["answer"] for e in entailed))
+    return 100 * mean(shares)
+
+
+def distribution(questions: Questions, predictions: dict[str, str]) -> float:
+    """How far a group's answers are from the true ones: chi-square / 100, weighted by the groups' sizes."""
+    gold: dict[str, Counter] = defaultdict(Counter)
+    found: dict[str, Counter] = defaultdict(Counter)
+    for name, question in questions.items():
+        group = question["groups"]["global"]
+        if group is not None:
+            gold[group][question["answer"]] += 1
+            found[group][predictions.get(name)] += 1
+    total = weight = 0.0
+    for group, counts in gold.items():
+        size = counts.total()
+        total += size * sum((found[group][answer] - n) ** 2 / n for answer, n in counts.items())
+        weight += size
+    return total / weight / 100 if weight else 0.0
+
+
+def mean(values: Iterable[float]) -> float:
+    """Arithmetic mean, 0 of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0
+
+
+# --------------------------------------------------------------------------------------------------- scoring
+
+
+def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+    """Accuracy over balanced questions, per type; the official measures in the details."""
+    questions: Questions = {s.id: task.truth["questions"][s.id] for s in task.samples}
+    texts = answered(rows)
+    predictions = {s.id: converted(texts[s.index]) for s in task.samples if s.index in texts}
+    kept = [s for s in task.samples if questions[s.id]["isBalanced"]]
+    values = {
+        s.index: float(
+            s.index in texts and is_right(texts[s.index], questions[s.id]["answer"], scoring.scorer)
+        )
+        for s in kept
+    }
+    scores, clusters = list(values.values()), [cluster_of(s) for s in kept]
+    kinds = [questions[s.id]["types"] for s in kept]
+    metrics = {"accuracy": share(scores, clusters)}
+    halves = [("open" if k["structural"] == "query" else "binary") * bool(k["structural"]) for k in kinds]
+    metrics |= shares_by("half", halves, scores, clusters)
+    metrics |= shares_by("structural", [k["structural"] for k in kinds], scores, clusters)
+    metrics |= shares_by("semantic", [k["semantic"] for k in kinds], scores, clusters)
+    details = {"official": measures(questions, predictions, task.truth["choices"])}
+    per_sample = [
+        sample_row(
+            s, rows, values.get(s.index), questions[s.id]["answer"],
+            questions[s.id]["types"]["structural"], questions[s.id]["question"],
+        )
+        for s in task.samples
+    ]  # fmt: skip
+    return Scored(metrics, details, per_sample)
+
+
+def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+    """The official scorer's input; it wants an answer to every question, so that a missing one is empty."""
+    texts = answered(rows)
+    content = [
+        {"questionId": s.id, "prediction": converted(texts.get(s.index, ""))} for s in named(task.samples)
+    ]
+    name = f"{task.about['split']}_predictions.json"
+    return [write_submission(folder, name, content)]

@@ -1,0 +1,285 @@
+"""MM-Vet: open answers graded by a judge, per capability and per set of capabilities.
+
+The published numbers are of `gpt-4-0613`; any other judge makes a result that must not stand beside them.
+Scorers name the judge's prompt: `official` (default), or `lmms`, which differs by a word, a blank line and
+how long a reply may be.
+"""
+
+import functools
+import importlib.resources
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from open_unitok.core.errors import UserError
+
+from ..core.annotations import (
+    RECIPES,
+    about_asking,
+    answered,
+    entry,
+    find_file,
+    image_in,
+    layout_of,
+    read_as,
+    read_llava,
+    recipe_for,
+    text_of,
+    usable,
+)
+from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.records import cluster_of, named, sample_row, share, write_submission
+from ..judges.llm_judge import Call, Judge, JudgeFailed, judge_of
+
+SCORERS = ("official", "lmms")
+ORIGINAL, LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
+PUBLISHED_JUDGE = "gpt-4-0613"
+# of the first request, and of those after replies without a grade
+TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
+AGAIN = "\nPredict the correctness of the answer (digit): "
+LONGEST = {"official": 3, "lmms": 128}  # tokens of a reply
+CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+
+
+class Question(NamedTuple):
+    """A question, its model answer and the capabilities that it takes."""
+
+    name: str
+    question: str
+    answer: str
+    capabilities: tuple[str, ...]
+
+
+def load(data: Path, settings: Settings) -> Task:
+    """One sample per entry of `mm-vet.json`; LLaVA's numbers are v1_{number}."""
+    layout = layout_of(data, settings, ORIGINAL, LLAVA)
+    path = find_file(data, ORIGINAL, "MM-Vet annotation file")
+    known: dict[str, tuple[Question, str]] = {}
+    broken: dict[str, object] = {}
+    for name, row in read_as(dict, path).items():
+        try:
+            known[name] = read_question(row, name, f"{path}, {name}")
+        except UserError as error:
+            known[name], broken[name] = (Question(name, "", "", ()), ""), error
+    recipe = recipe_for(settings, "plain")
+    asked = [(name, RECIPES[recipe].format(q.question)) for name, (q, _) in known.items()]
+    if layout == "llava":
+        file = find_file(data, LLAVA, "LLaVA question file")
+        recipe, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava(file)):
+            good = isinstance(row, dict)
+            name = f"v1_{str(row['question_id']).removeprefix('v1_')}" if good else f"#{i}"
+            asked.append((name, row["text"] if good else ""))
+            if name not in known:
+                reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
+                known[name], broken[name] = (Question(name, "", "", ()), ""), reason if good else row
+    folders = [data / "images", data / "mm-vet" / "images", data]
+    samples = [
+        malformed(i, name, broken[name])
+        if name in broken
+        else Sample(i, name, prompt, image_in(folders, known[name][1]), "ask")
+        for i, (name, prompt) in enumerate(asked[: settings.limit])
+    ]
+    return Task(
+        usable(samples, path), [known[s.id][0] for s in samples], about_asking("v1", recipe, settings, 512)
+    )
+
+
+def read_question(row: Any, name: str, where: str) -> tuple[Question, str]:
+    """A question and its picture's name; UserError says what is wrong with the entry."""
+    abilities = entry(row, "capability", where)
+    if not isinstance(abilities, list) or not abilities or any(a not in CAPABILITIES for a in abilities):
+        raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")
+    texts = (text_of(row, "question", where), str(entry(row, "answer", where)))
+    return Question(name, *texts, tuple(abilities)), text_of(row, "imagename", where)
+
+
+# -------------------------------------------------------------------------------------------------- judging
+
+
+@functools.cache
+def examples(scorer: str = "official") -> str:
+    """The instruction and the seven graded examples (data file `mmvet_judge.txt`, published with MM-Vet)."""
+    text = (
+        importlib.resources.files("open_unitok.eval.understanding")
+        .joinpath("mmvet_judge.txt")
+        .read_text(encoding="utf-8")
+    )
+    if scorer == "lmms":
+        text = text.replace("\n\nQuestion |", "\ngpt_query_prompt |")
+    return text
+
+
+def judge_prompt(question: Question, answer: str, scorer: str = "official") -> str:
+    """What the judge is asked: the examples, then a line that lacks its grade."""
+    truth = question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    line = f"\n{question.question} | {truth} | {answer} |"
+    return examples(scorer) + line + (" " if scorer == "official" else "")
+
+
+def grade_in(reply: str) -> float | None:
+    """The grade in [0, 1] that a reply begins with, None if it does not."""
+    try:
+        grade = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return grade if 0.0 <= grade <= 1.0 and not math.isnan(grade) else None
+
+
+def grade(ask: Callable[[str, float, int], str], prompt: str) -> tuple[float, str, int]:
+    """(grade, last reply, requests): asked again, ever warmer, while replies hold no grade; then 0.
+
+    As in the published tool the sixth reply is kept but not read. `ask` takes prompt, temperature and try.
+    """
+    reply = ""
+    for attempt, temperature in enumerate(TEMPERATURES):
+        reply = ask(prompt + (AGAIN if attempt else ""), temperature, attempt)
+        found = grade_in(reply)
+        content = reply.split(" ")[0].strip()
+        if attempt == len(TEMPERATURES) - 1:
+            return 0.0, content, attempt + 1
+        if found is not None:
+            return found, content, attempt + 1
+    raise AssertionError("unreachable")
+
+
+class Grades(NamedTuple):
+    """Per sample index its grade in every run; what went wrong."""
+
+    by_index: dict[int, list[float]]
+    replies: dict[int, list[str]]
+    nonsense: int  # answers that no reply graded: 0
+    failed: dict[int, str]  # samples whose judge did not reply: 0
+
+
+def judge_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Scoring) -> Grades:
+    """Grade every answer `scoring.judge_runs` times, several at once."""
+
+    def one(sample: Sample) -> tuple[list[float], list[str], int, str]:
+        question: Question = task.truth[sample.index]
+        prompt = judge_prompt(question, texts[sample.index], scoring.scorer)
+        longest, nonsense = LONGEST[scoring.scorer], 0
+        grades: list[float] = []
+        replies: list[str] = []
+        for run in range(scoring.judge_runs):
+
+            def ask(text: str, temperature: float, attempt: int, run: int = run) -> str:
+                return judge.reply(Call(sample.id, text, temperature, longest, run, attempt))
+
+            try:
+                value, reply, calls = grade(ask, prompt)
+            except JudgeFailed as error:
+                return [0.0] * scoring.judge_runs, replies, nonsense, str(error)
+            nonsense += calls == len(TEMPERATURES)
+            grades.append(value)
+            replies.append(reply)
+        return grades, replies, nonsense, ""
+
+    asked = [s for s in task.samples if s.index in texts]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        found = dict(zip([s.index for s in asked], pool.map(one, asked)))
+    return Grades(
+        {i: row[0] for i, row in found.items()},
+        {i: row[1] for i, row in found.items()},
+        sum(row[2] for row in found.values()),
+        {i: row[3] for i, row in found.items() if row[3]},
+    )
+
+
+# -------------------------------------------------------------------------------------------------- scoring
+
+
+def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[str, Any]:
+    """The published report, in per cent, of grades (M samples, R runs)."""
+    mean = grades.mean(axis=1)
+    sets = ["_".join(sorted(row)) for row in capabilities]
+
+    def over(keep: Iterable[bool]) -> float:
+        return 100 * float(mean[np.array(list(keep))].mean())
+
+    present = [name for name in CAPABILITIES if any(name in row for row in capabilities)]
+    totals = [round(100 * float(total), 1) for total in grades.mean(axis=0)]
+    return {
+        "per capability": {name: over(name in row for row in capabilities) for name in present},
+        "total": 100 * float(mean.mean()),
+        "total of each run": totals,
+        "deviation over runs": round(float(np.std(100 * grades.mean(axis=0))), 1),
+        "per set of capabilities": {
+            name: round(over(other == name for other in sets), 1) for name in dict.fromkeys(sets) if name
+        },
+    }
+
+
+def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+    """Mean grade, per capability; without a judge the answers are only laid out for one."""
+    questions: list[Question] = task.truth
+    texts = answered(rows)
+    judge = judge_of(scoring, folder)
+    if judge is None:
+        note = "no judge was given (--judge): the answers lie in submission/ for the official page"
+        lines = [
+            sample_row(s, rows, None, q.answer, "_".join(sorted(q.capabilities)))
+            for s, q in zip(task.samples, questions)
+        ]
+        return Scored({}, {}, lines, problems=[note])
+    grades = judge_all(judge, task, texts, scoring)
+    if texts and len(grades.failed) == len(texts):
+        reason = next(iter(grades.failed.values()))
+        raise UserError(f"The judge {judge.model} graded not one answer: {reason}")
+    table = np.array([grades.by_index.get(s.index, [0.0] * scoring.judge_runs) for s in task.samples])
+    values, names = table.mean(axis=1), [cluster_of(s) for s in task.samples]
+    metrics = {"total": share(values, names)}
+    for ability in CAPABILITIES:
+        kept = [i for i, q in enumerate(questions) if ability in q.capabilities]
+        if kept:
+            metrics[f"capability/{ability}"] = share(values[kept], [names[i] for i in kept])
+    details = {"judge": judge.model, "runs": scoring.judge_runs}
+    details |= summary([q.capabilities for q in questions], table)
+    per_sample = [
+        sample_row(
+            s, rows, float(value), q.answer, "_".join(sorted(q.capabilities)), q.question,
+            grades=grades.by_index.get(s.index), replies=grades.replies.get(s.index),
+        )
+        for s, q, value in zip(task.samples, questions, values)
+    ]  # fmt: skip
+    reason = why_not(judge, scoring) or ("some answers could not be judged" if grades.failed else "")
+    return Scored(metrics, details, per_sample, "mean", reason, problems_of(grades, task))
+
+
+def why_not(judge: Judge, scoring: Scoring) -> str:
+    """Why a result must not stand beside published ones, "" if it may."""
+    if judge.model != PUBLISHED_JUDGE:
+        return f"the judge is {judge.model}, the published one is {PUBLISHED_JUDGE}"
+    return (
+        ""
+        if scoring.scorer == "official"
+        else f"the judge's prompt is {scoring.scorer!r}, not the official one"
+    )
+
+
+def problems_of(grades: Grades, task: Task) -> list[str]:
+    """What went wrong with the judge."""
+    problems = []
+    if grades.nonsense:
+        problems.append(f"{grades.nonsense} answers got no grade in six replies (counted as 0, as published)")
+    if grades.failed:
+        index, reason = next(iter(grades.failed.items()))
+        problems.append(
+            f"{len(grades.failed)} answers could not be judged, the first {task.samples[index].id} because "
+            f"{reason} (counted as 0)"
+        )
+    return problems
+
+
+def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+    """The input of the official tool and of its page."""
+    texts = answered(rows)
+    return [
+        write_submission(
+            folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in named(task.samples)}
+        )
+    ]

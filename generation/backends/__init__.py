@@ -1,0 +1,1 @@
+"""Decoding backends: eager torch, CUDA graph, compiled C++."""

@@ -1,0 +1,87 @@
+"""Pictures as files: PNGs that carry how they were drawn, grids, and what strangers send in."""
+
+import io
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import write_atomic
+from open_unitok.tokenizer.images import BROKEN
+
+GAP = 2  # pixels between the pictures of a grid
+KEY = (
+    "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
+)
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # some of Pillow's other readers start programs
+
+
+def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
+    """Write a PNG whole or not at all; `record` goes into its text chunks, for `read_record`."""
+    write_atomic(path, image_bytes(image, "png", record))
+
+
+def image_bytes(image: Image.Image, kind: str = "png", record: dict[str, Any] | None = None) -> bytes:
+    """The picture as a file of kind "png", "jpeg" or "webp"; only a PNG carries the record."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in (record or {}).items():
+        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    if record is not None:
+        info.add_itxt(KEY, json.dumps(record, ensure_ascii=False, sort_keys=True))
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **({"pnginfo": info} if kind == "png" else {"quality": 95}))
+    return buffer.getvalue()
+
+
+def read_record(path: str | Path) -> dict[str, Any] | None:
+    """The record of a PNG written by `save_png`; None where there is none.
+
+    Raises:
+        UserError: the file is not a whole PNG.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = getattr(image, "text", {}).get(KEY)
+            return json.loads(text) if text else None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a whole PNG ({error}): remove it and run again.") from error
+
+
+def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """The pictures in reading order on white, about as many columns as rows unless told."""
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
+    rows = -(-len(images) // columns)
+    width = max(image.width for image in images) + GAP
+    height = max(image.height for image in images) + GAP
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (GAP + i % columns * width, GAP + i // columns * height))
+    return sheet
+
+
+def open_picture(data: bytes, max_side: int) -> Image.Image:
+    """A stranger's picture as RGB, unpacked only where its header says that it is small enough.
+
+    Raises:
+        UserError: it is no picture, broken, or too large.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if max(image.size) > max_side:
+                    raise UserError(
+                        f"The picture has {image.width} x {image.height} pixels; a side may have {max_side}."
+                    )
+                return image.convert("RGB")
+    except UserError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        raise UserError(f"The picture cannot be read: it is none of {', '.join(FORMATS)}.") from error
+    except BROKEN as error:
+        raise UserError(f"The picture cannot be read: {error}") from error

@@ -1,0 +1,1 @@
+"""The Gradio page behind `unitok ui`."""

@@ -1,0 +1,97 @@
+"""What is learnt where, and the losses of text and images (arXiv 2502.20321, section 3.4; z-term as
+published).
+
+B batch, L sequence, I images in the batch, J learnt images, N visual tokens per image, K sub-codebooks,
+V entries per sub-codebook, T learnt text tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from open_unitok.core.errors import UserError
+
+IGNORED = -100
+
+
+class Targets(NamedTuple):
+    """Places in the flattened batch; a token is predicted from the place before its own."""
+
+    text_before: torch.Tensor  # (T,)
+    text_ids: torch.Tensor  # (T,)
+    images: torch.Tensor | None  # (J,) which of the I images are learnt; None = no image
+    image_before: torch.Tensor | None  # (J, N)
+
+
+def targets(
+    labels: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    places: torch.Tensor | None,
+    image_token_id: int,
+) -> Targets:
+    """Sort the labels of a batch.
+
+    Args:
+        labels: (B, L) text ids, `image_token_id` or -100.
+        attention_mask: (B, L) or None. position_ids: (B, L) or None, 0 at the start of each packed sample.
+        places: (I, N) of the images in the flattened batch, or None.
+
+    Raises:
+        UserError: an image is learnt in part, or has no token before it.
+    """
+    first = first_tokens(labels, attention_mask, position_ids).flatten()
+    flat = labels.flatten()
+    learnt = (flat != IGNORED) & ~first
+    text = (learnt & (flat != image_token_id)).nonzero().squeeze(1)
+    images = image_before = None
+    if places is not None:
+        marked = flat[places] == image_token_id  # (I, N)
+        images = marked.any(dim=1).nonzero().squeeze(1)
+        if not bool(marked[images].all()):
+            raise UserError("labels mark only part of an image: all its places are learnt, or none.")
+        if len(images):
+            if bool(first[places[images, 0]].any()):
+                raise UserError(
+                    "An image stands first in its sample and cannot be learnt: put a token before it."
+                )
+            image_before = places[images] - 1
+        else:
+            images = None
+    return Targets(text - 1, flat[text], images, image_before)
+
+
+def first_tokens(
+    labels: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """(B, L) bool: where nothing real stands before, so that nothing can predict this place."""
+    first = torch.zeros_like(labels, dtype=torch.bool)
+    first[:, 0] = True
+    if attention_mask is not None and attention_mask.dim() == 2:
+        mask = attention_mask[:, -labels.shape[1] :].bool()
+        first[:, 1:] |= ~mask[:, :-1]
+        first |= ~mask
+    elif position_ids is not None:
+        first |= position_ids == 0
+    return first
+
+
+def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """(T, vocabulary) logits and (T,) ids -> summed cross entropy."""
+    return F.cross_entropy(logits.float(), ids, reduction="sum")
+
+
+def image_loss(
+    logits: torch.Tensor, codes: torch.Tensor, z_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(M, K, V) logits and (M, K) codes -> summed cross entropy and z-term, the z-term alone, and per
+    sub-codebook the number of right guesses (K,).
+
+    The published z-term squares the largest logit, not the log of the summed exponentials.
+    """
+    logits = logits.float()
+    largest, guess = logits.max(dim=-1)
+    z_term = z_weight * largest.square().sum()
+    entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
+    return entropy + z_term, z_term.detach(), (guess == codes).sum(dim=0)

@@ -1,0 +1,1 @@
+"""`unitok convert ...`: published weights to ours, adapters, bf16."""

@@ -1,0 +1,46 @@
+"""`unitok convert adapter`: an MLLM and a LoRA adapter of it, written as one model folder."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import atomic_folder, existing, model_path, tokenizer_path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`unitok convert adapter`."""
+    parser.add_argument("base", metavar="BASE", help="the MLLM folder that the adapter was trained on")
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, e.g. runs/lora/model, or hub id")
+    parser.add_argument("target", metavar="DST", help="new folder, a whole MLLM")
+    parser.add_argument(
+        "--unitok",
+        metavar="U",
+        help="visual tokenizer to take in place of the base's: same codes, other decoder",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write base and adapter as one model."""
+    from open_unitok.core.files import SAMPLING_FILE
+    from open_unitok.generation.loading import check_belongs
+    from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+    from open_unitok.mllm.lora import merge_adapter
+    from open_unitok.tokenizer import UniTok
+
+    source, target = existing(model_path(args.base)), Path(args.target)
+    unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it or choose another name.")
+    model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
+    processor = UniTokProcessor.from_pretrained(source)
+    if args.unitok:
+        check_belongs(model, UniTok.from_pretrained(unitok), processor, unitok)
+    with atomic_folder(target) as folder:
+        processor.save_pretrained(folder)
+        model.save_pretrained(folder)
+        if unitok.exists():
+            shutil.copytree(unitok, folder / "unitok")
+        if (source / SAMPLING_FILE).exists():
+            shutil.copy(source / SAMPLING_FILE, folder / SAMPLING_FILE)
+    print(f"{source} + {args.adapter} -> {target}")

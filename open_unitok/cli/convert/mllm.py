@@ -1,0 +1,64 @@
+"""`unitok convert mllm`: the published MLLM's folder (mini_gemini) to a folder of ours, or back."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import atomic_folder, existing, read_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`unitok convert mllm`."""
+    parser.add_argument("source", metavar="SRC", help="published folder, or a folder of ours to go back")
+    parser.add_argument("target", metavar="DST", help="new folder")
+    parser.add_argument(
+        "--unitok", metavar="PATH", help="its visual tokenizer (published .pth, or a folder of ours)"
+    )
+    parser.add_argument("--text-tokenizer", metavar="PATH", help="tokenizer.model or folder, if SRC has none")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert one way or, from a folder of ours, the other."""
+    from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+    from open_unitok.mllm.convert import check_codebooks, load_published, save_published
+    from open_unitok.tokenizer import UniTok
+
+    source, target = existing(args.source), Path(args.target)
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it or choose another name.")
+    if read_json(source / "config.json").get("model_type") == UniTokMLLMConfig.model_type:
+        model = UniTokForConditionalGeneration.from_pretrained(source)
+        with atomic_folder(target) as folder:
+            save_published(model, UniTokProcessor.from_pretrained(source), folder)
+        print(f"{source} -> {target}")
+        return
+    model = load_published(source)
+    unitok = UniTok.from_pretrained(args.unitok) if args.unitok else None
+    fields = {"image_size": 256, "num_image_tokens": model.config.num_image_tokens, "legacy": True}
+    if unitok is not None:
+        check_codebooks(model, unitok)
+        model.config.unitok_fingerprint = unitok.fingerprint()
+        model.config.num_image_tokens = fields["num_image_tokens"] = unitok.config.num_visual_tokens
+        fields["image_size"] = unitok.config.image_size
+    processor = UniTokProcessor.from_text_tokenizer(args.text_tokenizer or source, **fields)
+    if (processor.boi_token_id, processor.eoi_token_id) != (
+        model.config.boi_token_id,
+        model.config.eoi_token_id,
+    ):
+        raise UserError(
+            f"The text tokenizer has <0x00> and <0x01> at {processor.boi_token_id} and "
+            f"{processor.eoi_token_id}; the model wants {model.config.boi_token_id} and "
+            f"{model.config.eoi_token_id}: take the one it belongs to."
+        )
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if unitok is not None:
+            unitok.save_pretrained(folder / "unitok")
+        for name in ("LICENSE", "NOTICE"):
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+    print(f"{source} -> {target}")
+    if unitok is None:
+        print("No visual tokenizer was given (--unitok): pictures can be neither read nor drawn.")

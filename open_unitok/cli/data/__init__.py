@@ -1,0 +1,1 @@
+"""`unitok data ...`: make and check data sets."""

@@ -1,0 +1,40 @@
+"""`unitok data scenes`: write captioned scenes of coloured shapes: training shards and a test split."""
+
+import argparse
+from dataclasses import MISSING, fields
+from typing import Any
+
+from open_unitok.training.scenes.config import SceneConfig, with_values
+from open_unitok.training.scenes.dataset import load_config, write_scenes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--config", help="YAML of settings; options given here win over it")
+    parser.add_argument("--overwrite", action="store_true", help="replace scenes of another configuration")
+    for field in fields(SceneConfig):
+        default = field.default
+        assert default is not MISSING
+        what = field.metadata["help"]
+        if isinstance(default, tuple):
+            kind: Any = str if field.name in ("size_names", "textures") else float
+            shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
+            parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"{what} (default: {shown})")
+        elif isinstance(default, bool):
+            on_off, what = argparse.BooleanOptionalAction, f"{what} (default: {'yes' if default else 'no'})"
+            parser.add_argument(_option(field.name), action=on_off, default=None, help=what)
+        else:
+            parser.add_argument(_option(field.name), type=type(default), help=f"{what} (default: {default})")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def run(args: argparse.Namespace) -> None:
+    config = load_config(args.config)
+    given = {f.name: getattr(args, f.name) for f in fields(SceneConfig) if getattr(args, f.name) is not None}
+    config = with_values(config, given)
+    done = write_scenes(config, args.out, overwrite=args.overwrite)
+    counts = f"{config.train:,} training and {config.test:,} test scenes"
+    print(f"{args.out}: {counts}{'' if done else ', already there'}")

@@ -1,0 +1,1 @@
+"""`unitok eval ...`: benchmarks."""

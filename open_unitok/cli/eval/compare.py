@@ -1,0 +1,26 @@
+"""`unitok eval compare A B`: is run B better than run A? A paired bootstrap over images."""
+
+import argparse
+
+from open_unitok.core.errors import UserError
+from open_unitok.eval.core.compare import compare, folders_of, table
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("a", help="a run's folder: one benchmark's, or one that holds several")
+    parser.add_argument("b", help="the run to compare with it")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare and print one table per benchmark that both runs have."""
+    a, b = folders_of(args.a), folders_of(args.b)
+    if len(a) == len(b) == 1:
+        b = dict(zip(a, b.values())) if set(a) != set(b) else b
+    shared = [name for name in a if name in b]
+    if not shared:
+        raise UserError(f"{args.a} has {', '.join(a)}, {args.b} has {', '.join(b)}: no benchmark in common.")
+    for name in shared:
+        print(table(name, compare(a[name], b[name])))
+    for name in sorted(set(a) ^ set(b)):
+        print(f"{name}: in one of the runs only")

@@ -1,0 +1,258 @@
+"""Every benchmark of understanding through the whole command, in both layouts, with answers from a script."""
+
+import importlib.util
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from open_unitok.cli.main import main
+from open_unitok.core.errors import UserError
+from open_unitok.eval.core import bootstrap, model
+from open_unitok.eval.understanding.table import UNDERSTANDING
+
+spec = importlib.util.spec_from_file_location("releases", Path(__file__).with_name("releases.py"))
+releases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(releases)
+BUILDERS = releases.BUILDERS
+
+
+class Scripted:
+    """A model whose answers are looked up by the question that a prompt begins with or holds."""
+
+    replies, asked = {}, 0
+
+    def __init__(self, folder, settings, device):
+        pass
+
+    def needs(self, kind, benchmark):
+        assert kind == "mllm"
+
+    def describe(self):
+        return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
+
+    def answer(self, images, questions, max_new_tokens):
+        Scripted.asked += len(questions)
+        found = []
+        for question in questions:
+            fits = [reply for key, reply in self.replies.items() if key in question]
+            assert len(fits) == 1, question
+            found.append(fits[0])
+        return found
+
+
+@pytest.fixture(autouse=True)
+def scripted(monkeypatch):
+    monkeypatch.setattr(model, "Model", Scripted)
+
+
+def call(capsys, *words):
+    """Exit code, stdout, stderr of a command."""
+    try:
+        main([str(word) for word in words])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    output = capsys.readouterr()
+    return code, output.out, output.err
+
+
+def run(capsys, name, folder, out, *more):
+    words = ["eval", "run", name, "--model", "m", "--data", folder, "--out", out]
+    if name == "mmvet":
+        words += ["--judge-replay", folder / "replies.jsonl"]
+    return call(capsys, *words, *more)
+
+
+def result_of(out, name):
+    return json.loads((out / name / "results.json").read_text())
+
+
+def test_every_benchmark_has_a_release():
+    assert list(BUILDERS) == list(UNDERSTANDING) or set(BUILDERS) == set(UNDERSTANDING)
+
+
+@pytest.mark.parametrize("layout", ["original", "llava"])
+@pytest.mark.parametrize("name", BUILDERS)
+def test_five_samples_give_the_known_score(capsys, tmp_path, name, layout):
+    Scripted.replies, expected = BUILDERS[name](tmp_path / name, layout == "llava")
+    # DATA may hold a folder per benchmark
+    code, out, err = (
+        run(capsys, name, tmp_path, tmp_path / "o", "--layout", layout, "--batch-size", 2)
+        if (name != "mmvet")
+        else run(capsys, name, tmp_path / name, tmp_path / "o", "--layout", layout)
+    )
+    assert code == 0, err
+    result = result_of(tmp_path / "o", name)
+    assert result["value"] == pytest.approx(expected, abs=1e-9)
+    assert f"{name}  ({result['n']} samples, 0 missing)" in out
+    metric = result["metrics"][result["metric"]]
+    assert metric["interval"][0] <= result["value"] <= metric["interval"][1]
+    assert result["complete"] and result["scorer"] == UNDERSTANDING[name].scorers[0]
+    assert result["split"] and result["decoding"] == "greedy" and result["versions"]["torch"]
+    assert result["recipe"].startswith(
+        ("as in", "letter after") if layout == "llava" and name != "mmbench" else ""
+    )
+    assert result["comparable"] == (name != "mmvet")
+    rows = [json.loads(line) for line in (tmp_path / "o" / name / "scores.jsonl").read_text().splitlines()]
+    assert all(row["cluster"] and row["question"] and "answer" in row for row in rows)
+    before = (tmp_path / "o" / name / "results.json").read_bytes()
+    asked = Scripted.asked
+    words = ["--judge-replay", tmp_path / name / "replies.jsonl"] if name == "mmvet" else []
+    code, _, err = call(capsys, "eval", "score", tmp_path / "o" / name, *words)
+    assert code == 0 and Scripted.asked == asked, err
+    assert (tmp_path / "o" / name / "results.json").read_bytes() == before
+
+
+def submission(tmp_path, name, file):
+    return json.loads((tmp_path / "o" / name / "submission" / file).read_text())
+
+
+def test_prompts_and_submissions_are_the_published_ones(capsys, tmp_path):
+    for name, builder in BUILDERS.items():
+        Scripted.replies, _ = builder(tmp_path / name, False)
+        assert run(capsys, name, tmp_path / name, tmp_path / "o")[0] == 0
+
+    def prompts(name):
+        lines = (tmp_path / "o" / name / "answers-00000.jsonl").read_text().splitlines()
+        return [json.loads(line)["prompt"] for line in lines]
+
+    short, letter = releases.SHORT, releases.LETTER
+    assert prompts("vqav2")[0] == f"What is thing 0?{short}"
+    assert prompts("textvqa")[0] == f"What does sign 0 say?\nReference OCR token: A1, nokia{short}"
+    assert prompts("mme")[0] == f"Is existence picture 0 right?{short}"
+    assert prompts("mme")[2] == f"Is existence picture 1 right?{short}"
+    assert prompts("mmvet")[0] == "Explain joke 0."
+    unanswerable = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    assert prompts("vizwiz")[0] == f"What is can 0?{unanswerable}{short}"
+    assert prompts("seedbench")[0] == f"Which seed 0?\nA. w\nB. x\nC. y\nD. z{letter}"
+    assert prompts("scienceqa")[0] == f"Context: A hint.\nWhich science 0?\nA. ape\nB. bee{letter}"
+    assert prompts("mmbench")[0] == f"A hint\nWhich picture 0?\nA. ape\nB. bee\nC. cat{letter}"
+    assert prompts("mmbench")[3] == f"Which picture 1?\nA. ape\nB. bee\nC. cat{letter}"
+
+    assert submission(tmp_path, "vqav2", "vqav2_answers.json")[:2] == [
+        {"question_id": 10, "answer": "red"}, {"question_id": 11, "answer": "2"},
+    ]  # fmt: skip
+    predictions = submission(tmp_path, "gqa", "testdev_balanced_predictions.json")
+    assert predictions[0] == {"questionId": "00", "prediction": "yes"}
+    assert submission(tmp_path, "textvqa", "textvqa_answers.json")[2]["answer"] == "mcdonald 's"
+    assert submission(tmp_path, "vizwiz", "vizwiz_answers.json")[0] == {
+        "image": "VizWiz_val_00000000.jpg", "answer": "soup 0",
+    }  # fmt: skip
+    assert submission(tmp_path, "scienceqa", "scienceqa_results.json")["results"]["3"] == -1
+    text = (tmp_path / "o" / "mme" / "submission" / "OCR.txt").read_text()
+    assert text.splitlines()[0] == "0000.jpg\tIs OCR picture 0 right? Please answer yes or no.\tYes\tYes"
+    sheet = tmp_path / "o" / "mmbench" / "submission" / "mmbench_dev_20230712.xlsx"
+    cells = zipfile.ZipFile(sheet).read("xl/worksheets/sheet1.xml").decode()
+    assert cells.count("<row>") == 16 and "<c><v>2000004</v></c>" in cells and "prediction" in cells
+
+
+def test_textvqa_without_ocr_words_is_another_recipe(capsys, tmp_path):
+    Scripted.replies, _ = BUILDERS["textvqa"](tmp_path / "d", False)
+    (tmp_path / "d" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
+    code, _, err = run(capsys, "textvqa", tmp_path / "d", tmp_path / "o")
+    assert code == 2 and "--recipe short, which scores some ten points lower" in err
+    assert run(capsys, "textvqa", tmp_path / "d", tmp_path / "o", "--recipe", "short")[0] == 0
+    assert result_of(tmp_path / "o", "textvqa")["recipe"] == "short"
+
+
+def test_a_split_without_answers_gives_the_submission_alone(capsys, tmp_path):
+    Scripted.replies, _ = BUILDERS["vqav2"](tmp_path / "d", True)
+    for path in (tmp_path / "d").glob("v2_*"):
+        path.unlink()
+    asked = tmp_path / "d" / "llava_vqav2_mscoco_val2014.jsonl"
+    asked = asked.rename(asked.with_name("llava_vqav2_mscoco_test-dev2015.jsonl"))
+    rows = [json.loads(line) for line in asked.read_text().splitlines()]
+    releases.lines(
+        asked.with_name("llava_vqav2_mscoco_test2015.jsonl"), [{"question_id": 3, "text": "?"}, *rows]
+    )
+    code, out, err = run(capsys, "vqav2", tmp_path / "d", tmp_path / "o")
+    assert code == 0 and "no public answers" in out, err
+    content = submission(tmp_path, "vqav2", "vqav2_answers.json")
+    assert (
+        content[0] == {"question_id": 3, "answer": ""} and content[1]["answer"] == "red" and len(content) == 6
+    )
+    assert result_of(tmp_path / "o", "vqav2")["value"] is None
+
+
+def test_the_lmms_or_lenient_scorer_is_named_and_others_are_refused(capsys, tmp_path):
+    Scripted.replies, _ = BUILDERS["gqa"](tmp_path / "d", False)
+    code, _, err = run(capsys, "gqa", tmp_path / "d", tmp_path / "o", "--scorer", "lenint")
+    assert (
+        code == 2
+        and "gqa: scorer is 'lenint'. Did you mean 'lenient'?" in err
+        and not (tmp_path / "o").exists()
+    )
+    assert run(capsys, "gqa", tmp_path / "d", tmp_path / "o")[0] == 0
+    assert call(capsys, "eval", "score", tmp_path / "o" / "gqa", "--scorer", "lenient")[0] == 0
+    result = result_of(tmp_path / "o", "gqa")
+    assert result["scorer"] == "lenient" and result["value"] == 3 / 4  # "no!" counts there
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_missing_pictures_and_files_never_help(capsys, tmp_path, name):
+    Scripted.replies, expected = BUILDERS[name](tmp_path / "d", False)
+    code, _, err = run(capsys, name, tmp_path / "nowhere", tmp_path / "o")
+    assert code == 2 and "does not exist" in err
+    (tmp_path / "empty").mkdir()
+    releases.lines(tmp_path / "empty" / "replies.jsonl", [])
+    code, _, err = run(capsys, name, tmp_path / "empty", tmp_path / "o")
+    assert code == 2 and err.count("\n") == 1, err
+    pictures = sorted(p for p in (tmp_path / "d").rglob("*") if p.suffix in (".jpg", ".png"))
+    if not pictures:  # mmbench keeps them in its table
+        table = tmp_path / "d" / "mmbench_dev_20230712.tsv"
+        head, *rows = table.read_text().splitlines()
+        rows = [row if i else row.replace(row.split("\t")[9], "aGVsbG8=") for i, row in enumerate(rows)]
+        table.write_text("\n".join([head, *rows]) + "\n")
+    for path in pictures:
+        path.write_bytes(b"no picture")
+    code, out, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
+    assert code == 0, err
+    result = result_of(tmp_path / "o", name)
+    assert result["failed"] and result["value"] < expected
+    assert "samples could not be asked, the first because" in out
+
+
+def test_unknown_split_layout_and_image_are_one_line(capsys, tmp_path):
+    for name, option, value, message in (
+        ("seedbench", "--split", "audio", "allowed: image, video"),
+        ("mme", "--split", "smell", "split is 'smell'"),
+        ("scienceqa", "--split", "exam", "split is 'exam'"),
+        ("textvqa", "--split", "test", "of split test, found TextVQA_0.5.1_val.json"),
+        ("gqa", "--layout", "lava", "layout is 'lava'"),
+        ("vqav2", "--recipe", "ocr", "recipe is 'ocr'"),
+        ("vizwiz", "--layout", "llava", "expected one LLaVA question file"),
+    ):
+        BUILDERS[name](tmp_path / name, False)
+        code, _, err = run(capsys, name, tmp_path / name, tmp_path / "o", option, value)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_all_runs_what_is_there(capsys, tmp_path):
+    Scripted.replies, _ = BUILDERS["vizwiz"](tmp_path / "vizwiz", False)
+    replies, _ = BUILDERS["seedbench"](tmp_path / "seedbench", False)
+    Scripted.replies |= replies
+    code, out, err = run(capsys, "all", tmp_path, tmp_path / "o")
+    assert code == 0 and "vizwiz  (5" in out and "seedbench  (5" in out, err
+    code, _, err = run(capsys, "all", tmp_path / "vizwiz" / "val", tmp_path / "o")
+    assert code == 2 and "holds the files of no benchmark" in err
+    assert issubclass(UserError, ValueError)
+
+
+def test_questions_about_one_picture_are_resampled_together(capsys, tmp_path):
+    """MMBench's and MM-Vet's too, whose questions name pictures by content and by file."""
+    Scripted.replies, _ = BUILDERS["mmbench"](tmp_path / "mmbench", False)
+    replies, _ = BUILDERS["mmvet"](tmp_path / "mmvet", False)
+    Scripted.replies |= replies
+    path = tmp_path / "mmvet" / "mm-vet.json"
+    path.write_text(path.read_text().replace("v1_1.jpg", "v1_0.jpg"))
+    for name in ("mmbench", "mmvet"):
+        assert run(capsys, name, tmp_path / name, tmp_path / "o")[0] == 0
+        lines = (tmp_path / "o" / name / "scores.jsonl").read_text().splitlines()
+        clusters = [json.loads(line)["cluster"] for line in lines]
+        assert clusters[0] == clusters[1] and len(set(clusters)) == 4, name
+        scores, metric = [json.loads(line)["score"] for line in lines], result_of(tmp_path / "o", name)
+        interval = metric["metrics"][metric["metric"]]["interval"]
+        assert interval == bootstrap.bootstrap(bootstrap.with_ones(scores), clusters), name
+        assert interval != bootstrap.bootstrap(bootstrap.with_ones(scores)), name

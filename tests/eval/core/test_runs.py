@@ -1,0 +1,386 @@
+"""Runs from files to score with scripted models: known scores, kills, duplicates, gaps, bad pictures."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError
+from open_unitok.eval.core.harness import Sample, Settings, Store
+from open_unitok.eval.core.model import Copies
+from open_unitok.eval.registry import present, run_benchmark, score_run
+from open_unitok.eval.report.demo import choose, stage_curves, text_table, write_report
+from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
+
+QUIET = {"quiet": True}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    config = SceneConfig(train=4, shard=4, test=40, pope=6, prompts=6, text_lines=20, questions=3)
+    write_scenes(config, folder, progress=False)
+    return folder
+
+
+class Scripted:
+    """Answers from a table, draws what a table says, copies with a little noise."""
+
+    def __init__(self, data, right=lambda i: True):
+        self.right, self.asked = right, 0
+        questions = json.loads((data / "test" / "v2_OpenEnded_scenes_test_questions.json").read_text())
+        annotations = json.loads((data / "test" / "v2_scenes_test_annotations.json").read_text())
+        truth = {a["question_id"]: a["multiple_choice_answer"] for a in annotations["annotations"]}
+        self.truth = {
+            (self.name(data, q["image_id"]), q["question"]): truth[q["question_id"]]
+            for q in questions["questions"]
+        }
+
+    @staticmethod
+    def name(data, image_id):
+        with Image.open(data / "test" / "images" / f"scenes_test_{image_id:012d}.png") as image:
+            return image.convert("RGB").tobytes()
+
+    def describe(self):
+        return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
+
+    def answer(self, images, questions, max_new_tokens=16):
+        result = []
+        for image, question in zip(images, questions):
+            truth = self.truth.get((image.tobytes(), question), "yes")
+            result.append(truth if self.right(self.asked) else "nonsense")
+            self.asked += 1
+        return result
+
+    def reconstruct(self, images, again=False):
+        originals = np.stack([np.asarray(image) for image in images])
+        codes = np.arange(len(images) * 8).reshape(len(images), 4, 2) % 8
+        return Copies(originals, originals ^ 1, codes, 8)
+
+    def embed_images(self, images):
+        return np.stack([self.mean_colour(image) for image in images])
+
+    @staticmethod
+    def mean_colour(image):
+        pixels = np.asarray(image).reshape(-1, 3) / 255
+        vector = pixels.min(axis=0) - pixels.min(axis=0).mean() + 1e-3
+        return vector / np.linalg.norm(vector)
+
+    def embed_texts(self, texts):
+        return np.stack([np.eye(3)[hash_of(t) % 3] for t in texts])
+
+    def draw(self, prompts, seeds):
+        self.asked += len(prompts)
+        return [Image.fromarray(np.full((32, 32, 3), 240, np.uint8)) for _ in prompts]
+
+
+def hash_of(text):
+    return sum(map(ord, text))
+
+
+def test_known_vqa_score_comes_out_of_the_command(data, tmp_path):
+    result = run_benchmark("vqav2", Scripted(data), data, tmp_path / "a", **QUIET)
+    assert result["metrics"]["accuracy"]["value"] == 1.0 and result["n"] > 60
+    assert result["complete"] and not result["problems"] and result["about"]["recipe"] == "plain"
+    result = run_benchmark("vqav2", Scripted(data, lambda i: i % 4 != 0), data, tmp_path / "b", **QUIET)
+    assert result["value"] == pytest.approx(1 - np.ceil(result["n"] / 4) / result["n"])
+    low, high = result["metrics"]["accuracy"]["interval"]
+    assert low < result["value"] < high
+    for kind, constant in result["details"]["constant"].items():
+        margin = result["metrics"][f"type/{kind}"]["value"] - constant["accuracy"]
+        assert result["details"]["above_constant"][kind] == pytest.approx(margin)
+
+
+def test_reconstruction_and_codebook_use(data, tmp_path):
+    result = run_benchmark("reconstruction", Scripted(data), data, tmp_path, **QUIET)
+    assert result["metrics"]["psnr"]["value"] == pytest.approx(20 * np.log10(255), abs=1e-6)
+    assert result["details"]["usage"] == [
+        0.5,
+        0.5,
+    ]  # the script's codes are even in one book, odd in the other
+    assert result["details"]["perplexity"] == pytest.approx([4.0, 4.0])
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 40
+
+
+def test_drawings_and_their_ceiling(data, tmp_path):
+    result = run_benchmark("geneval", Scripted(data), data, tmp_path / "g", **QUIET)
+    assert result["value"] == 0.0  # empty pictures show nothing
+    assert result["details"]["ceiling_overall"] == 1.0  # the detector knows real pictures with a little noise
+    assert set(result["details"]["ceiling"]) <= {m.removeprefix("tag/") for m in result["metrics"]}
+    layout = sorted((tmp_path / "g" / "pictures").glob("*/samples/0000.png"))
+    assert len(layout) == len(list((tmp_path / "g" / "pictures").glob("*/metadata.jsonl")))
+    result = run_benchmark("drawing_positions", Scripted(data), data, tmp_path / "p", **QUIET)
+    assert result["value"] == 0.0 and result["metrics"]["ceiling"]["value"] == 1.0
+
+
+def test_detections_of_another_detector_are_scored(data, tmp_path):
+    settings = Settings(detector="none", images_per_prompt=2)
+    with pytest.raises(UserError, match="nothing has looked at them"):
+        run_benchmark("geneval", Scripted(data), data, tmp_path, settings, **QUIET)
+    rows = [json.loads(line) for line in (tmp_path / "answers-00000.jsonl").read_text().splitlines()]
+    found = [{"index": row["index"], "detections": {}, "colors": {}} for row in rows]
+    (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
+    result = score_run(tmp_path)
+    assert result["value"] == 0.0 and not result["comparable"]
+    assert "a detector without a name" in result["why not comparable"]
+    named = [row | {"detector": "mmdet Mask2Former"} for row in found]
+    (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    assert score_run(tmp_path)["comparable"]
+
+
+def test_zeroshot_runs_over_all_pairs(data, tmp_path):
+    result = run_benchmark("zeroshot", Scripted(data), data, tmp_path, **QUIET)
+    assert result["details"]["chance"] == pytest.approx(1 / 24)
+    assert 0 <= result["metrics"]["top1"]["value"] <= result["metrics"]["top5"]["value"] <= 1
+
+
+def test_pope_counts_a_yes_sayer(data, tmp_path):
+    result = run_benchmark("pope", Scripted(data), data, tmp_path, **QUIET)
+    assert result["metrics"]["accuracy"]["value"] == pytest.approx(0.5)
+    assert result["value"] == pytest.approx(2 / 3)
+
+
+def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
+    class Killed(Scripted):
+        def answer(self, images, questions, max_new_tokens=16):
+            if self.asked >= 20:
+                raise KeyboardInterrupt
+            return super().answer(images, questions, max_new_tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_benchmark("vqav2", Killed(data), data, tmp_path / "a", batch_size=10, **QUIET)
+    path = tmp_path / "a" / "answers-00000.jsonl"
+    path.write_bytes(path.read_bytes()[:-9] + "é".encode()[:1])  # the kill cut the last line off
+    with pytest.raises(UserError, match=r"samples have no answer.*--partial"):
+        score_run(tmp_path / "a")
+    partial = score_run(tmp_path / "a", partial=True)
+    assert partial["missing"] == partial["n"] - 19 and not partial["complete"]
+    assert partial["value"] == pytest.approx(19 / partial["n"])  # what is missing is wrong
+    model = Scripted(data)
+    again = run_benchmark("vqav2", model, data, tmp_path / "a", batch_size=7, **QUIET)
+    assert model.asked == again["n"] - 19
+    whole = run_benchmark("vqav2", Scripted(data), data, tmp_path / "b", **QUIET)
+    assert again == whole
+    for name in ("results.json", "scores.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_a_finished_run_asks_nothing_and_scores_the_same(data, tmp_path):
+    first = run_benchmark("vqav2", Scripted(data), data, tmp_path, **QUIET)
+    model = Scripted(data)
+    assert run_benchmark("vqav2", model, data, tmp_path, **QUIET) == first and model.asked == 0
+    assert score_run(tmp_path) == first
+
+
+def test_other_settings_or_model_are_refused(data, tmp_path):
+    run_benchmark("vqav2", Scripted(data), data, tmp_path, Settings(limit=5), **QUIET)
+    with pytest.raises(UserError, match=r"setting limit = 5, this run has 6"):
+        run_benchmark("vqav2", Scripted(data), data, tmp_path, Settings(limit=6), **QUIET)
+    other = Scripted(data)
+    other.describe = lambda: Scripted.describe(other) | {"fingerprint": "1"}
+    with pytest.raises(UserError, match="model fingerprint = '0', this run has '1'"):
+        run_benchmark("vqav2", other, data, tmp_path, Settings(limit=5), **QUIET)
+
+
+def test_duplicates_and_strangers_are_found(tmp_path):
+    store, samples = Store(tmp_path, "vqav2"), [Sample(0, "a", "q"), Sample(1, "b", "r")]
+    store.append(samples, [{"text": "x"}, {"text": "y"}])
+    store.append(samples[:1], [{"text": "z"}])
+    store.append([Sample(7, "c", "s"), Sample(1, "b", "another prompt")], [{"text": "u"}, {"text": "v"}])
+    answers = store.gather(samples)
+    assert (answers.rows[0]["text"], answers.duplicates, answers.strangers) == ("x", 1, 2)
+    (tmp_path / "answers-00001.jsonl").write_text('{"index": 3}\n')
+    with pytest.raises(UserError, match="line 1, is no answer of ours"):
+        store.gather(samples)
+
+
+def test_unreadable_pictures_are_counted_and_never_help(data, tmp_path):
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    (mine / "test" / "images" / "scenes_test_000000000000.png").write_bytes(b"no picture")
+    (mine / "test" / "images" / "scenes_test_000000000001.png").unlink()
+    model = Scripted(data)
+    result = run_benchmark("vqav2", model, mine, tmp_path / "v", **QUIET)
+    broken = 6  # three questions about each
+    assert result["failed"] == broken and result["value"] == pytest.approx(1 - broken / result["n"])
+    assert (
+        "samples could not be asked" in result["problems"][0] and "000000000000.png" in result["problems"][0]
+    )
+    copies = run_benchmark("reconstruction", model, mine, tmp_path / "r", **QUIET)
+    assert copies["failed"] == 1 and copies["metrics"]["psnr"]["n"] == 38
+    positions = run_benchmark("pope", model, mine, tmp_path / "p", **QUIET)
+    assert positions["failed"] == 12 and positions["value"] < 2 / 3
+
+
+def test_a_question_that_the_model_refuses_is_named_alone(data, tmp_path):
+    class Strict(Scripted):
+        def answer(self, images, questions, max_new_tokens=16):
+            if any("How many" in q for q in questions):
+                raise UserError("too long for the model")
+            return super().answer(images, questions, max_new_tokens)
+
+    result = run_benchmark("vqav2", Strict(data), data, tmp_path, **QUIET)
+    assert 0 < result["failed"] < result["n"]
+    assert result["metrics"]["type/count"]["value"] == 0.0
+    assert result["metrics"]["type/colour"]["value"] == 1.0
+
+
+def test_bad_requests_are_one_line(data, tmp_path):
+    with pytest.raises(UserError, match="Did you mean 'vqav2'"):
+        run_benchmark("vqa2", Scripted(data), data, tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        run_benchmark("vqav2", Scripted(data), tmp_path / "nowhere", tmp_path / "o")
+    with pytest.raises(UserError, match="does not exist"):
+        score_run(tmp_path)
+    with pytest.raises(UserError, match="Did you mean 'plain'"):
+        run_benchmark("vqav2", Scripted(data), data, tmp_path / "o", Settings(recipe="plane"))
+    assert not (tmp_path / "o").exists()  # nothing half-written
+
+
+# what the stages write into metrics.jsonl
+TOKENIZER_NAMES = [
+    "step",
+    "seconds",
+    "samples_per_second",
+    "loss",
+    "l1",
+    "l2",
+    "vq",
+    "entropy",
+    "clip",
+    "skipped",
+    "grad_norm",
+    "lr",
+    "logit_scale",
+    "usage/0",
+    "perplexity/0",
+    "usage/1",
+    "perplexity/1",
+]
+MLLM_NAMES = [
+    "step",
+    "seconds",
+    "samples_per_second",
+    "loss",
+    "text_loss",
+    "image_loss",
+    "grad_norm",
+    "lr",
+    "text_loss/drawing",
+    "text_loss/captioning",
+    "text_loss/conversation",
+    "text_loss/text",
+    "accuracy/0",
+    "accuracy/1",
+    "padding",
+    "tokens_per_second",
+]
+
+
+def curve_rows(names):
+    return [{name: i if name == "step" else 1 / i for name in names} for i in range(1, 60)]
+
+
+def test_the_curves_shown_are_the_losses():
+    assert list(stage_curves(curve_rows(TOKENIZER_NAMES)))[:5] == ["loss", "l2", "l1", "vq", "clip"]
+    shown = list(stage_curves(curve_rows(MLLM_NAMES)))
+    assert shown[:3] == ["loss", "text_loss", "image_loss"] and len(shown) == 6
+    assert all(name.startswith("text_loss/") for name in shown[3:])
+    assert list(stage_curves(curve_rows(MLLM_NAMES), 1)) == ["loss"]
+
+
+def test_report_is_whole_and_self_contained(data, tmp_path):
+    for name in present(data):
+        model = Scripted(data, lambda i: i % 5 != 0)
+        run_benchmark(name, model, data, tmp_path / "eval" / name, Settings(guidance=2.0), **QUIET)
+    (tmp_path / "tokenizer").mkdir()
+    rows = curve_rows(TOKENIZER_NAMES)
+    (tmp_path / "tokenizer" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    phases = [{"name": "tokenizer", "seconds": 12.5, "peak_memory": 2**30, "calls": 2}]
+    phases.append({"name": "codes", "seconds": 2.5, "peak_memory": 2**29, "calls": 1})
+    metrics = write_report(tmp_path, phases)
+    page = (tmp_path / "report.html").read_text()
+    for needed in ("It draws", "It sees", "It remembers", "codebook 2", "1.00 GiB", "<svg", "base64,"):
+        assert needed in page, needed
+    for needed in ("vq", "clip", "pictures with held-out pairs", "those with held-out pairs included"):
+        assert needed in page, needed
+    assert page.count("stopped and resumed") == 1
+    for loaded in ("http://", "https://", "<script", "<link", "url("):
+        assert loaded not in page, loaded
+    with Image.open(tmp_path / "report.png") as sheet:
+        assert sheet.width == 1600 and sheet.height > 800
+    assert metrics["metrics"]["reconstruction"]["psnr"] == pytest.approx(48.13, abs=0.01)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert "Question answering" in text_table(tmp_path)
+    held_out = metrics["metrics"]["vqav2"]["pictures with held-out pairs"]
+    line = next(row for row in text_table(tmp_path).split("\n") if "pictures with held-out pairs" in row)
+    assert f"{100 * held_out:.1f} %" in line
+    first = (tmp_path / "report.html").read_bytes()
+    write_report(tmp_path, phases)
+    assert (tmp_path / "report.html").read_bytes() == first
+    with pytest.raises(UserError, match="holds no results"):
+        write_report(tmp_path / "eval")
+
+
+def test_report_of_a_tokenizer_alone(data, tmp_path):
+    run_benchmark("reconstruction", Scripted(data), data, tmp_path / "eval" / "reconstruction", **QUIET)
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert "It remembers" in page and "It draws" not in page and "Time and memory" not in page
+
+
+def test_samples_are_chosen_in_turn_from_the_groups():
+    rows = [{"group": "a", "i": i} for i in range(9)] + [{"group": "b", "i": 9}]
+    chosen = choose(rows, 5, "group")
+    assert [r["group"] for r in chosen] == ["a", "b", "a", "a", "a"] and choose(rows, 5, "group") == chosen
+
+
+def as_rank(monkeypatch, rank, world):
+    """This process plays one of several, without a group: it waits for nobody."""
+    monkeypatch.setattr(distributed, "rank", lambda: rank)
+    monkeypatch.setattr(distributed, "world_size", lambda: world)
+
+
+def test_shares_of_ranks_that_died_are_taken_up_by_any_number_of_others(data, tmp_path, monkeypatch):
+    whole = run_benchmark("vqav2", Scripted(data), data, tmp_path / "one", **QUIET)
+    asked = []
+    for rank, world in ((2, 3), (1, 3), (1, 2), (0, 1)):  # rank 0 of three died before it asked anything
+        as_rank(monkeypatch, rank, world)
+        model = Scripted(data)
+        result = run_benchmark("vqav2", model, data, tmp_path / "many", batch_size=7, **QUIET)
+        assert (result is None) == (rank > 0)
+        asked.append(model.asked)
+    assert result == whole and sum(asked) == whole["n"] and min(asked) > 0
+    for name in ("results.json", "scores.jsonl", "run.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "many" / name).read_bytes()
+
+
+def test_memory_stays_flat_however_many_answers(tmp_path):
+    """What a batch leaves behind is on disk alone: 4,000 long answers take less than a tenth of it."""
+    import tracemalloc
+
+    from open_unitok.eval.core.harness import answer_all
+
+    samples = [Sample(i, i, f"question {i}") for i in range(4_000)]
+    store = Store(tmp_path, "vqav2")
+    tracemalloc.start()
+    answer_all(store, samples[:100], lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    before = tracemalloc.get_traced_memory()[0]
+    tracemalloc.reset_peak()
+    answer_all(store, samples, lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    grown = tracemalloc.get_traced_memory()[1] - before
+    tracemalloc.stop()
+    assert (tmp_path / "answers-00000.jsonl").stat().st_size > 20_000_000
+    assert grown < 2_000_000
+
+
+def test_empty_answers_are_counted_and_named(data, tmp_path):
+    class Silent(Scripted):
+        def answer(self, images, questions, max_new_tokens=16):
+            return ["" for _ in questions]
+
+    result = run_benchmark("vqav2", Silent(data), data, tmp_path, **QUIET)
+    assert result["value"] == 0.0 and f"{result['n']} answers are empty" in result["problems"][0]

@@ -1,0 +1,325 @@
+"""Reconstruction, zero-shot and linear probe through the command line, in the layouts that people have."""
+
+import functools
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from open_unitok.core.errors import UserError
+from open_unitok.eval.core import crops, imagenet, tar_images
+from open_unitok.eval.core.harness import Scoring, Settings
+from open_unitok.eval.core.model import Copies
+from open_unitok.eval.metrics import fid, inception_features
+from open_unitok.eval.metrics import inception_weights as lineages
+from open_unitok.eval.registry import run_benchmark, score_run
+from open_unitok.eval.tokenizer import linear_classifier, zeroshot_classifier
+from open_unitok.tokenizer.frozen.lpips import FILE, LPIPS
+
+from ..conftest import GOLDEN
+
+WNIDS = ("n01440764", "n01443537", "n02123045", "n03255030", "n15075141")  # classes 0, 1, 281, 542, 999
+
+
+class Scripted:
+    """Copies with the lowest bit turned; keeps all codes but the first token's in book 1; sees by colour."""
+
+    device = "cpu"
+
+    def __init__(self, folder="scripted", settings=None, device="cpu"):
+        self.reads = 0
+
+    def needs(self, kind, benchmark):
+        pass
+
+    def describe(self):
+        return {"path": "scripted", "kind": "tokenizer", "fingerprint": "0"}
+
+    def reconstruct(self, images, again=False):
+        pictures = [np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in images]
+        originals = np.stack(pictures)
+        self.reads += len(images)
+        codes = np.stack([p.reshape(-1)[:8].reshape(4, 2).astype(np.int64) for p in originals])
+        second = codes.copy()
+        second[:, 0, 1] += 1
+        return Copies(originals, originals ^ 1, codes, 256, second if again else None)
+
+    def pooled(self, images, pooling):
+        return np.stack([np.asarray(i, np.float32).mean(axis=(0, 1)) / 255 for i in images])
+
+    def embed_images(self, images):
+        """The colour of class n is that of its caption's hash, so that every picture is told right."""
+        return np.stack([zeroshot_classifier.unit(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
+
+    def embed_texts(self, texts):
+        return np.stack([vectors()[t] for t in texts])
+
+
+@functools.cache
+def vectors():
+    """Caption -> the direction of its class's colour."""
+    colours = np.array([colour_of(n) for n in range(1000)], np.float64)
+    prompts = zeroshot_classifier.from_templates(imagenet.names(), zeroshot_classifier.clip_templates())
+    rows = zeroshot_classifier.unit(colours - 127.5)
+    return {text: row for row, texts in zip(rows, prompts) for text in texts}
+
+
+def colour_of(number):
+    return list(hashlib.sha256(str(number).encode()).digest()[:3])
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Five pictures in ImageNet's layout, 32 pixels and in noise."""
+    folder, random = tmp_path_factory.mktemp("imagenet") / "data", np.random.default_rng(0)
+    for wnid in WNIDS:
+        path = folder / "val" / wnid / "ILSVRC2012_val_00000001.JPEG"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(random.integers(0, 255, (32, 32, 3), np.uint8)).save(path, "PNG")
+    return folder
+
+
+def write_colours(folder, part, wnids=WNIDS, suffix="JPEG", copies=1):
+    for wnid in wnids:
+        colour = colour_of(imagenet.numbers()[wnid])
+        for k in range(copies):
+            path = folder / part / wnid / f"{wnid}_{k}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(path, "PNG")
+
+
+def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_path, inception_file):
+    torch.manual_seed(0)
+    torch.save(LPIPS().state_dict(), tmp_path / FILE)
+    words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path / "o")
+    more = ("--inception", inception_file, "--lpips", tmp_path)
+    code, _, err = call(*words, *more)
+    assert code == 0, err
+    folder = tmp_path / "o" / "reconstruction"
+    result = json.loads((folder / "results.json").read_text())
+    values = {name: metric["value"] for name, metric in result["metrics"].items()}
+    assert values["psnr"] == pytest.approx(20 * np.log10(255), abs=1e-6)
+    assert values["codes_kept"] == pytest.approx(7 / 8) and result["details"]["codes_kept"] == [1.0, 0.75]
+    assert result["metrics"]["codes_kept"]["interval"] == pytest.approx([7 / 8, 7 / 8])
+    lpips = LPIPS.from_file(tmp_path)
+    pictures = [np.asarray(Image.open(p).convert("RGB")) for p in sorted(photos.rglob("*.JPEG"))]
+    pairs = [torch.from_numpy(np.stack([p, p ^ 1])).permute(0, 3, 1, 2).float() / 127.5 - 1 for p in pictures]
+    assert values["lpips"] == pytest.approx(np.mean([lpips(a[:1], a[1:]).item() for a in pairs]), rel=1e-4)
+    assert 0 < values["rfid"] < 1e-3 and result["metrics"]["rfid"]["interval"] is None
+    about = result["details"]["fid"]
+    assert (about["lineage"], about["pictures"]) == ("torch-fidelity", 5)
+    assert any("5 pictures are few" in p for p in result["problems"])
+
+
+@pytest.fixture
+def quick_net(monkeypatch):
+    """In Inception's place something that needs no time."""
+
+    def net(pictures):
+        pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
+        return lineages.Features(pooled, pooled[:, :5] / 50)
+
+    monkeypatch.setattr(inception_features, "extractor", lambda lineage, file, device: net)
+
+
+def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
+    monkeypatch.setattr(inception_features, "PIECE", 2)
+    scoring = Scoring(inception=str(inception_file))
+    run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
+    pieces = sorted((tmp_path / "a" / "looks").rglob("*.npz"))
+    assert len(pieces) == 6
+    whole = (tmp_path / "a" / "results.json").read_bytes()
+    pieces[1].unlink()
+    partial = score_run(tmp_path / "a", scoring=scoring)
+    assert "rfid" not in partial["metrics"] and any("3 of 5" in p for p in partial["problems"])
+    run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
+    assert (tmp_path / "a" / "results.json").read_bytes() == whole
+    assert b"rfid" in whole
+
+
+def test_lineages_never_mix_and_files_alone_give_the_score(
+    call, scripted, quick_net, photos, tmp_path, inception_file
+):
+    words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path)
+    folder, more = tmp_path / "reconstruction", ("--inception", inception_file)
+    code, out, err = call(*words, *more)
+    assert code == 0 and "rfid" in out, err
+    pieces = {p: p.stat().st_mtime_ns for p in (folder / "looks").rglob("*.npz")}
+    assert len(pieces) == 2
+    assert call("eval", "score", folder)[1] == out  # without weights
+    assert call(*words, *more)[1] == out  # nothing is computed again
+    assert {p: p.stat().st_mtime_ns for p in (folder / "looks").rglob("*.npz")} == pieces
+    code, other, _ = call("eval", "score", folder, "--lineage", "pytorch-fid")
+    assert code == 0 and "rfid" not in other
+    code, _, err = call("eval", "score", folder, "--lineage", "fidelity")
+    assert code == 2 and "The FID lineage is 'fidelity'" in err
+
+
+def test_bad_pictures_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):
+    shutil.copytree(photos, tmp_path / "data")
+    (tmp_path / "data" / "val" / WNIDS[0] / "broken.png").write_bytes(b"no picture")
+    scoring = Scoring(inception=str(inception_file))
+    result = run_benchmark(
+        "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", scoring=scoring, quiet=True
+    )
+    assert result["failed"] == 1 and "broken.png" in result["problems"][0]
+    assert result["metrics"]["psnr"]["n"] == result["metrics"]["rfid"]["n"] == 5
+
+
+def test_a_tar_is_a_folder_of_pictures(call, scripted, photos, tmp_path):
+    tar = tmp_path / "data" / "000.tar"
+    tar.parent.mkdir()
+    with tarfile.open(tar, "w") as file:
+        for number, path in enumerate(sorted(photos.rglob("*.JPEG"))):
+            for suffix, data in (("png", path.read_bytes()), ("cls", str(number).encode())):
+                info = tarfile.TarInfo(f"{number:06d}.{suffix}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+    for name, data in (("a", photos), ("b", tar.parent)):
+        words = ("eval", "run", "reconstruction", "--model", "m", "--data", data, "--out", tmp_path / name)
+        assert call(*words)[0] == 0
+    a, b = (json.loads((tmp_path / x / "reconstruction" / "results.json").read_text()) for x in "ab")
+    assert a["metrics"] == b["metrics"] and b["n"] == 5
+    assert imagenet.find(tar.parent)[3] == (tar / "000003.png", 3)
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[: tar_images.index(tar)["000004.png"][0] + 9])
+    with pytest.raises(UserError, match=r"cut\.tar"):
+        tar_images.members(tmp_path / "cut.tar", (".png",))
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        file.addfile(tarfile.TarInfo("1.png"), io.BytesIO())
+    assert "1.png has no .cls file" in str(imagenet.by_class_file(tmp_path / "x.tar")[0][1])
+
+
+def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
+    write_colours(tmp_path / "data", "val")
+    words = ("eval", "run", "zeroshot", "--model", "m", "--out", tmp_path / "o", "--data", tmp_path / "data")
+    code, _, err = call(*words)
+    assert code == 0, err
+    result = json.loads((tmp_path / "o" / "zeroshot" / "results.json").read_text())
+    assert result["metrics"]["top1"]["value"] == result["metrics"]["top5"]["value"] == 1.0
+    assert result["n"] == 5 and result["about"]["classes"] == 1000
+    assert result["about"]["prompts per class"] == 80 and "lanczos" in result["about"]["preprocessing"]
+    # the flat layout with a table, one label wrong and one picture missing: three of five
+    flat = tmp_path / "flat"
+    (flat / "val").mkdir(parents=True)
+    lines = ["ImageId,PredictionString"]
+    for i, path in enumerate(sorted((tmp_path / "data").rglob("*.JPEG"))):
+        wnid = WNIDS[0] if i == 3 else path.parent.name
+        lines.append(f"ILSVRC2012_val_{i:08d},{wnid} 1 2 3 4")
+        if i != 4:
+            shutil.copy(path, flat / "val" / f"ILSVRC2012_val_{i:08d}.JPEG")
+    (flat / "LOC_val_solution.csv").write_text("\n".join(lines) + "\n")
+    code, out, err = call(*words[:-2], "--data", flat, "--out", tmp_path / "p")
+    assert code == 0, err
+    result = json.loads((tmp_path / "p" / "zeroshot" / "results.json").read_text())
+    assert result["value"] == pytest.approx(0.6) and result["failed"] == 1 and "00000004.JPEG" in out
+    lines[1] = lines[1].replace(WNIDS[0], "n99999999")
+    (flat / "LOC_val_solution.csv").write_text("\n".join([*lines, ",n01440764 1"]) + "\n")
+    code, out, err = call(*words[:-2], "--data", flat, "--out", tmp_path / "r")
+    assert code == 0, err
+    result = json.loads((tmp_path / "r" / "zeroshot" / "results.json").read_text())
+    assert result["value"] == pytest.approx(2 / 6) and result["malformed"] == 2
+    assert "2 annotations are malformed" in out and "lacks ImageId or PredictionString" in out
+    (flat / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nx,n99999999 1\n")
+    code, _, err = call(*words[:-2], "--data", flat, "--out", tmp_path / "q")
+    assert code == 2 and "'n99999999' is no WordNet id" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = call(*words[:-2], "--data", tmp_path / "empty", "--out", tmp_path / "q")
+    assert code == 2 and "nothing to classify" in err
+
+
+def test_class_names_are_the_published_ones():
+    golden = json.loads((GOLDEN / "zeroshot.json").read_text())
+    joined = hashlib.sha256("\n".join(imagenet.names()).encode()).hexdigest()
+    assert joined == golden["imagenet_classnames_sha256_joined_by_newline"]
+    assert [wnid for wnid, _ in imagenet.classes()] == sorted(imagenet.numbers())
+    assert (imagenet.names()[0], imagenet.classes()[999][0]) == ("tench", "n15075141")
+
+
+@pytest.mark.parametrize("recipe", ["lbfgs", "sgd"])
+def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe):
+    wnids = WNIDS[:3]
+    write_colours(tmp_path / "data", "train", wnids, copies=12)
+    write_colours(tmp_path / "data", "val", wnids)
+    shutil.move(tmp_path / "data" / "train" / wnids[0], tmp_path / "data" / "train" / "x")
+    shutil.move(tmp_path / "data" / "val" / wnids[0], tmp_path / "data" / "val" / "x")
+    for part in ("train", "val"):  # names of one's own
+        for number, wnid in enumerate(wnids[1:]):
+            shutil.move(tmp_path / "data" / part / wnid, tmp_path / "data" / part / f"y{number}")
+    (tmp_path / "data" / "train" / "x" / "broken.png").write_bytes(b"")
+    (tmp_path / "data" / "val" / "x" / "broken.png").write_bytes(b"")
+    words = ("eval", "run", "linear_probe", "--model", "m", "--data", tmp_path / "data", "--scorer", recipe)
+    code, out, err = call(*words, "--out", tmp_path / "o", "--pooling", "latents")
+    assert code == 0, err
+    result = json.loads((tmp_path / "o" / "linear_probe" / "results.json").read_text())
+    assert result["value"] == pytest.approx(3 / 4)  # all but the broken one
+    assert result["details"]["training pictures"] == 36 and "1 training pictures have no features" in out
+    assert "before quantisation" in result["details"]["features"]
+    code, _, err = call(*words, "--out", tmp_path / "q", "--pooling", "mean")
+    assert code == 2 and "pooling is 'mean'" in err
+    (tmp_path / "data" / "val" / "z").mkdir()
+    code, _, err = call(*words, "--out", tmp_path / "q")
+    assert code == 2 and "the class 'z', which train/ does not have" in err
+
+
+def test_probe_finds_the_minimum_and_no_signal_in_noise():
+    draws = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 6, generator=draws), torch.arange(400) % 4
+    found = linear_classifier.by_lbfgs(x, y, 4, 0.1)
+    z = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
+    bias = found(x.mean(dim=0)[None])[0]
+    steps = torch.diag(x.std(dim=0, correction=0))
+    weight = torch.stack([found((x.mean(dim=0) + row)[None])[0] - bias for row in steps])
+    error = torch.softmax(z @ weight + bias, dim=1) - torch.nn.functional.one_hot(y, 4)
+    assert (z.T @ error / 400 + 0.1 * weight).abs().max() < 1e-4  # the gradient is zero there
+    _, about = linear_classifier.fit(x, y, 4, "lbfgs")
+    assert about["held-out accuracy"] < 0.5
+    y = (x @ torch.randn(6, 4, generator=draws)).argmax(dim=1)
+    found, about = linear_classifier.fit(x, y, 4, "lbfgs")
+    assert (found(x).argmax(dim=1) == y).float().mean() > 0.98 and about["held-out accuracy"] > 0.9
+
+
+def test_crops_equal_the_published_ones():
+    arrays = np.load(GOLDEN / "metrics.npz")
+    picture = Image.fromarray(arrays["crop_in"])
+    for size in (16, 32, 64):
+        assert np.array_equal(np.asarray(crops.adm_crop(picture, size)), arrays[f"adm_center_crop_{size}"])
+    assert np.array_equal(crops.to_uint8_llamagen(arrays["float_pm1"]), arrays["to_uint8_llamagen"])
+    pixels = crops.crop_of("adm")(picture, 32)
+    back = ((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy()
+    assert np.array_equal(back, arrays["adm_center_crop_32"])
+    with pytest.raises(UserError, match="Did you mean 'lanczos'"):
+        crops.crop_of("lancsoz")
+
+
+def test_crop_is_part_of_the_settings(photos, tmp_path):
+    run_benchmark("reconstruction", Scripted(), photos, tmp_path, Settings(crop="adm"), quiet=True)
+    with pytest.raises(UserError, match="setting crop = 'adm', this run has None"):
+        run_benchmark("reconstruction", Scripted(), photos, tmp_path, quiet=True)
+
+
+def test_nan_features_are_refused():
+    with pytest.raises(UserError, match="NaN or infinity"):
+        fid.moments([np.array([[1.0, np.nan], [0.0, 1.0]])])
+
+
+def test_linear_probe_counts_pictures_of_unknown_classes_as_wrong(scripted, call, tmp_path):
+    for part, copies in (("train", 4), ("val", 1)):
+        write_colours(tmp_path / "data", part, WNIDS[:3], copies=copies)
+        shutil.copytree(tmp_path / "data" / part / WNIDS[0], tmp_path / "data" / part / "n99999999")
+    words = ("eval", "run", "linear_probe", "--model", "m", "--data", tmp_path / "data", "--out", tmp_path)
+    code, out, err = call(*words, "--pooling", "latents")
+    assert code == 0, err
+    result = json.loads((tmp_path / "linear_probe" / "results.json").read_text())
+    assert result["value"] == pytest.approx(3 / 4) and result["metrics"]["top1"]["n"] == 4
+    assert "'n99999999' is no WordNet id" in out and "4 training pictures have no features" in out

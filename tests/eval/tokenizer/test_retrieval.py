@@ -1,0 +1,93 @@
+"""Retrieval: known scores from known embeddings, through the command line."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_unitok.cli.main import main
+from open_unitok.eval.tokenizer.retrieval import hits
+
+
+class Scripted:
+    """The embedding of a picture is its corner's red level as a one-hot row, that of a caption its number."""
+
+    device = "cpu"
+
+    def __init__(self, folder, settings=None, device="cpu"):
+        pass
+
+    def needs(self, kind, benchmark):
+        pass
+
+    def describe(self):
+        return {"path": "scripted", "kind": "tokenizer", "fingerprint": "0"}
+
+    def embed_images(self, images):
+        return np.eye(256, dtype=np.float32)[[np.asarray(image)[0, 0, 0] for image in images]]
+
+    def embed_texts(self, texts):
+        return np.eye(256, dtype=np.float32)[[int(text) for text in texts]]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """230 pictures: in the first hundred, two are told as each other's and one cannot be read."""
+    rows = []
+    for i in range(230):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
+        rows.append({"file": f"{i}.png", "captions": [str({3: 4, 4: 3}.get(i, i)), "unread"]})
+    (tmp_path / "9.png").write_bytes(b"no picture")
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_recall_through_the_command_line(pictures, monkeypatch, capsys):
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
+    out = pictures / "out"
+    main(["eval", "run", "retrieval", "--model", "m", "--data", str(pictures), "--out", str(out)])
+    result = json.loads((out / "retrieval" / "results.json").read_text())
+    assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(197 / 200)
+    assert result["metrics"]["text_to_image/R@1"]["value"] == pytest.approx(197 / 200)
+    assert result["n"] == 200 and result["failed"] == 1 and result["about"]["pool"] == 100
+    low, high = result["metrics"]["image_to_text/R@1"]["interval"]
+    assert 0.95 < low < 197 / 200 < high <= 1
+    assert "9.png" in capsys.readouterr().out
+
+
+def test_equal_captions_are_equally_right_and_fewer_than_k_are_all():
+    queries, candidates = np.eye(3), np.eye(3)[[1, 0, 2]]
+    assert hits(queries, candidates, ["a", "b", "c"], 1).tolist() == [0, 0, 1]
+    assert hits(queries, candidates, ["a", "a", "c"], 1).tolist() == [1, 1, 1]
+    assert hits(queries, candidates, ["a", "b", "c"], 5).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"file": "a.png"}], "captions"),
+        ([{"file": "a.png", "captions": []}], "list of texts"),
+        ([], "is empty"),
+        ({"file": 1}, "captions.json"),
+    ],
+)
+def test_captions_that_are_none_are_named(tmp_path, capsys, monkeypatch, rows, words):
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
+    (tmp_path / "captions.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit) as stop:
+        main(
+            [
+                "eval",
+                "run",
+                "retrieval",
+                "--model",
+                "m",
+                "--data",
+                str(tmp_path),
+                "--out",
+                str(tmp_path / "o"),
+            ]
+        )
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and words in error and error.count("\n") == 1

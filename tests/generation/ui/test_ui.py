@@ -1,0 +1,265 @@
+"""The page of `unitok ui` in headless Chromium: it loads, draws, answers, reconstructs, and takes no harm."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import socket
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_unitok.core.errors import UserError
+from open_unitok.generation import Sampling
+from open_unitok.generation.image_files import KEY
+from open_unitok.generation.ui.views import code_colours, code_maps
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+         "disable-component-update", "disable-sync"]  # fmt: skip
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium here: apt-get install --no-install-recommends chromium"
+)
+
+
+@pytest.fixture(scope="module")
+def address(pipe):
+    """The page, running."""
+    import os
+
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    from open_unitok.generation.ui.page import build, launch
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    page = build(pipe, "tiny", ["a star"])
+    yield launch(page, "127.0.0.1", port).rstrip("/")
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[f"--{flag}" for flag in FLAGS])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium, address):
+    """A fresh visit; at its end there was no error on the console and no request to anywhere else."""
+    tab = chromium.new_page(viewport={"width": 1280, "height": 900})
+    tab.set_default_timeout(30_000)
+    errors, elsewhere = [], []
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.on("pageerror", lambda error: errors.append(str(error)))
+    tab.on("request", lambda request: elsewhere.append(request.url))
+    tab.goto(address)
+    tab.wait_for_selector("#drawing")
+    yield tab
+    tab.close()
+    assert errors == []
+    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+
+
+def saved(tab):
+    """The pictures that the page offers to save."""
+    links = [link.get_attribute("href") for link in tab.locator("#drawing figcaption a").all()]
+    return [Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) for link in links]
+
+
+@needs_browser
+def test_it_draws_and_keeps_what_was_drawn(page, pipe):
+    page.get_by_label("A new seed each time").uncheck()
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_label("Prompt", exact=True).fill("two blue squares")
+    page.get_by_text("2", exact=True).click()
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("#drawing .ou-done")
+    pictures = saved(page)
+    expected = pipe.generate(["two blue squares"] * 2, Sampling(guidance=5.0), seed=7)
+    assert [np.array_equal(a, b) for a, b in zip(pictures, expected, strict=True)] == [True, True]
+    record = json.loads(pictures[1].text[KEY])
+    assert (record["prompt"], record["seed"], record["guidance"]) == ("two blue squares", 8, 5.0)
+
+    page.get_by_label("Prompt", exact=True).fill("a star")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.locator("#history button.thumbnail-item").nth(3).wait_for()
+    page.locator("#history button.thumbnail-item").nth(2).click()  # seed 8 of the first prompt
+    page.wait_for_function("document.querySelector('textarea').value == 'two blue squares'")
+    assert page.get_by_label("Seed", exact=True).input_value() == "8"
+
+    page.get_by_label("Prompt", exact=True).fill("")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_text("Write what to draw.").wait_for()
+
+
+@needs_browser
+def test_a_picture_grows_row_by_row(page, pipe, monkeypatch):
+    whole, go_on = pipe.stream, threading.Event()
+
+    def held(*arguments, **options):
+        for images in whole(*arguments, **options):
+            yield images
+            assert go_on.wait(30)
+
+    monkeypatch.setattr(pipe, "stream", held)
+    page.get_by_label("Prompt", exact=True).fill("a star")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_selector("#drawing .ou-going img")
+    assert "row 1 of 3" in page.locator("#drawing").inner_text() and saved(page) == []
+    go_on.set()
+    page.wait_for_selector("#drawing .ou-done")
+    assert len(saved(page)) == 1
+
+
+@needs_browser
+def test_a_broken_upload_is_told_and_the_page_goes_on(page, pictures, tmp_path):
+    (tmp_path / "empty.png").write_bytes(b"")
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload = page.locator("#original input[type=file]")
+    upload.set_input_files(tmp_path / "empty.png")
+    page.get_by_text("The picture cannot be read").wait_for()
+    page.reload()
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload.set_input_files(pictures[0])
+    page.wait_for_selector("#maps rect")
+
+
+@needs_browser
+def test_it_answers_and_starts_again(page, pipe, pictures):
+    page.get_by_role("tab", name="Ask").click()
+    # a new picture begins a new conversation, and would end an answer that is asked for before that
+    with page.expect_response(re.compile(r"/queue/join|/run/")):
+        page.locator("#asked input[type=file]").set_input_files(pictures[0])
+    page.locator("#asked img").wait_for()
+    page.get_by_role("button", name="More settings").last.click()
+    page.get_by_label("number input for Longest answer, in tokens").fill("4")
+    page.locator("#question textarea").fill("What is it?")
+    page.get_by_role("button", name="Ask", exact=True).click()
+    expected = pipe.answer([pictures[0]], ["What is it?"], max_new_tokens=4)[0] or "(no words)"
+    page.wait_for_function("text => document.querySelector('#talk').innerText.includes(text)", arg=expected)
+    page.get_by_role("button", name="New conversation").click()
+    page.wait_for_function("() => !document.querySelector('#talk').innerText.includes('What is it?')")
+
+
+@needs_browser
+def test_it_shows_the_codes(page, pictures):
+    page.get_by_role("tab", name="Reconstruct").click()
+    upload = page.locator("#original input[type=file]")
+    upload.set_input_files(pictures[1])
+    page.wait_for_selector("#maps rect")
+    assert page.locator("#maps svg").count() == 3 and page.locator("#maps rect").count() == 27
+    assert page.locator("#pair img").count() == 3 and "dB" in page.locator("#pair").inner_text()
+    page.locator("#maps svg").nth(1).locator("rect").nth(4).hover()
+    page.wait_for_function("document.querySelectorAll('#maps .ou-marked').length == 3")
+    assert page.locator("#maps .ou-codes").inner_text().startswith("row 2, column 2: ")
+
+
+def bomb():
+    """A PNG whose header says 30,000 x 30,000 pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    content = bytearray(buffer.getvalue())
+    content[16:24] = (30_000).to_bytes(4) + (30_000).to_bytes(4)
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "cannot be read"), (b"no picture", "none of PNG"), (bomb(), "exceeds limit"),
+     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG")],
+)  # fmt: skip
+def test_pictures_that_are_none_are_refused(pipe, tmp_path, content, words):
+    from open_unitok.generation.ui.page import Ask, Reconstruct
+
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        Reconstruct(pipe)(str(path))
+    with pytest.raises(UserError, match=words):
+        list(Ask(pipe)(str(path), "What?", [], 4, 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("", "", 1, 0, True, 5, "constant", 1, 0, 1), "Write what to draw"),
+        ((None, None, 1, 0, True, 5, "constant", 1, 0, 1), "Write what to draw"),
+        (("a", "", 1, None, False, 5, "constant", 1, 0, 1), "empty"),
+        (("a", "", 99, 0, False, 5, "constant", 1, 0, 1), "must be 1, 2 or 4"),
+        (("a", "", 1, -1, False, 5, "constant", 1, 0, 1), "seed is -1"),
+        (("a", "", 1, 0, False, float("nan"), "constant", 1, 0, 1), "guidance is nan"),
+        (("a", "", 1, 0, False, 5, "wild", 1, 0, 1), "guidance_schedule"),
+        (("a", "", 1, float("nan"), False, 5, "constant", 1, 0, 1), "seed is nan"),
+        (("a", "", 1, 0, False, 5, "constant", 1, float("nan"), 1), "top_k is nan"),
+        (("a", "", 1, 0, False, 5, "constant", 1, 0, None), "empty"),
+        (("word " * 90, "", 1, 0, False, 5, "constant", 1, 0, 1), "shorten"),
+    ],
+)
+def test_wrong_settings_are_refused(pipe, arguments, words):
+    from open_unitok.generation.ui.page import Draw
+
+    with pytest.raises(UserError, match=words):
+        list(Draw(pipe)(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("length", "temperature", "words"),
+    [(float("nan"), 0, "max_new_tokens is nan"), (4, float("nan"), "temperature is nan"), (4, -1, "is -1")],
+)
+def test_wrong_settings_of_an_answer_are_refused(pipe, length, temperature, words):
+    from open_unitok.generation.ui.page import Ask
+
+    with pytest.raises(UserError, match=words):
+        list(Ask(pipe)(None, "What?", [], length, temperature))
+
+
+def test_a_drawing_is_shown_after_each_row(pipe):
+    from open_unitok.generation.ui.page import Draw
+
+    shown = list(Draw(pipe)("a star", "", 2, 5, False, 2.0, "constant", 1, 0, 1))
+    assert [text.count("<img") for text, _, _ in shown] == [0, 2, 2, 2]
+    assert [f"row {row} of 3" in text for row, (text, _, _) in enumerate(shown)] == [False, True, True, False]
+    assert [len(drawn) for _, _, drawn in shown] == [0, 0, 0, 2]
+
+
+def test_an_upload_is_opened_by_us_alone(address, pipe, tmp_path):
+    import gradio as gr
+    from gradio.data_classes import ImageData
+
+    from open_unitok.generation.ui.page import build
+
+    (tmp_path / "a.png").write_bytes(bomb())
+    uploads = [b for b in build(pipe, "tiny").blocks.values() if isinstance(b, gr.Image)]
+    assert len(uploads) == 2
+    for upload in uploads:
+        given = ImageData(path=str(tmp_path / "a.png"), orig_name="a.png")
+        assert upload.preprocess(given) == given.path and upload.preprocess(None) is None
+
+
+def test_files_of_the_machine_are_not_served(address):
+    for path in ("/etc/passwd", __file__):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{address}/gradio_api/file={urllib.parse.quote(path)}", timeout=30)
+        assert refused.value.code in (403, 404)
+
+
+def test_like_codes_get_like_colours(tiny_unitok):
+    books = tiny_unitok.quantizer.codebooks.detach().clone()
+    books[0, 1] = books[0, 0] * 2 + 1e-4  # the same direction
+    colours = code_colours(books)
+    assert colours.shape == (3, 16, 3) and colours.min() >= 0 and colours.max() <= 255
+    assert (colours[0, 0] - colours[0, 1]).abs().max() <= 205 / 15 + 1  # neighbours by rank
+    drawn = code_maps(colours.new_zeros(9, 3), colours, 3)
+    assert drawn.count("<svg") == 3 and drawn.count("<rect") == 27 and "1 used" in drawn

@@ -1,0 +1,55 @@
+"""Captions to token ids: CLIP's, equal to the golden ones, and sentencepiece's."""
+
+import json
+
+import pytest
+import sentencepiece
+
+from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
+
+
+@pytest.fixture(scope="module")
+def clip_tokens(golden):
+    return json.loads((golden / "preprocess" / "preprocess.meta.json").read_text())["clip_tokens"]
+
+
+def test_clip(golden, clip_tokens, tmp_path):
+    """The file holds only the merges that these captions need, at their true ranks."""
+    for length, captions in clip_tokens.items():
+        tokenizer = CaptionTokenizer.from_path(golden / "preprocess" / "merges_reduced.txt.gz", int(length))
+        assert tokenizer(list(captions)).tolist() == list(captions.values())
+        assert tokenizer.vocab_size == 49408
+        tokenizer.save(tmp_path)
+        again = CaptionTokenizer.from_model_folder(tmp_path, int(length))
+        assert again(list(captions)).tolist() == list(captions.values())
+
+
+def test_sentencepiece(tmp_path):
+    sentences = iter(["a red circle above a blue square", "three small green triangles"] * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences,
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=40,
+        model_type="bpe",
+        minloglevel=2,
+    )
+    tokenizer = CaptionTokenizer.from_path(tmp_path / "tokenizer.model", context_length=6)
+    assert (tokenizer.start, tokenizer.end, tokenizer.vocab_size) == (40, 41, 42)
+    ids = tokenizer(["a red circle above a blue square", ""])
+    assert ids.shape == (2, 6)
+    assert ids[0, 0] == 40 and ids[0, 5] == 41 and ids[0].argmax() == 5
+    assert ids[1].tolist() == [40, 41, 0, 0, 0, 0]
+    tokenizer.save(tmp_path / "model")
+    again = CaptionTokenizer.from_model_folder(tmp_path / "model", 6)
+    assert again(["three green squares"]).tolist() == tokenizer(["three green squares"]).tolist()
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(UserError, match="holds no caption tokenizer"):
+        CaptionTokenizer.from_path(tmp_path)
+    with pytest.raises(UserError, match="saved without its caption tokenizer"):
+        CaptionTokenizer.from_model_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("nothing of the kind")
+    with pytest.raises(UserError, match="is no sentencepiece model"):
+        CaptionTokenizer.from_path(tmp_path)

@@ -1,0 +1,183 @@
+"""Configs: what is read, what is refused and in which words, and what a resumed run may change."""
+
+import dataclasses
+from typing import Any, Literal
+
+import pytest
+import yaml
+
+from open_unitok.core.errors import UserError
+from open_unitok.training.core import config as configs
+from open_unitok.training.core.options import RunConfig, ShardOptions
+from open_unitok.training.core.run_dir import RunFolder
+from open_unitok.training.run import load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    size: int = 1
+    kind: Literal["a", "bee"] = "a"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole:
+    name: str
+    rate: float = 0.1
+    pair: tuple[float, float] = (0.0, 1.0)
+    some: list[int] = dataclasses.field(default_factory=list)
+    part: Part = Part()
+    parts: list[Part] = dataclasses.field(default_factory=list)
+    free: dict[str, Any] = dataclasses.field(default_factory=dict)
+    either: str | list[str] | None = None
+    flag: bool = False
+
+
+def test_values_of_every_kind_are_built():
+    raw = yaml.load(
+        "{name: x, rate: 2e-4, pair: [1, 2.5], some: [3], part: {size: 2, kind: bee}, parts: [{size: 5}],"
+        " free: {a: {b: 1}}, either: [p, q], flag: true}",
+        configs._Loader,
+    )
+    made = configs.build(Whole, raw)
+    assert made == Whole(
+        name="x",
+        rate=2e-4,
+        pair=(1.0, 2.5),
+        some=[3],
+        part=Part(size=2, kind="bee"),
+        parts=[Part(size=5)],
+        free={"a": {"b": 1}},
+        either=["p", "q"],
+        flag=True,
+    )
+    assert configs.build(Whole, yaml.safe_load(configs.to_yaml(made))) == made
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"nam": "x"}, ["'nam'", "Did you mean 'name'"]),
+        ({}, ["'name' is missing", "a text"]),
+        ({"name": 3}, ["name is 3", "a text"]),
+        ({"name": "x", "rate": "fast"}, ["rate is 'fast'", "a number"]),
+        ({"name": "x", "rate": True}, ["rate is True", "a number"]),
+        ({"name": "x", "rate": float("nan")}, ["rate is nan", "finite"]),
+        ({"name": "x", "flag": 1}, ["flag is 1", "true or false"]),
+        ({"name": "x", "pair": [1]}, ["pair is [1]", "a list of 2 values"]),
+        ({"name": "x", "some": [1, 2.5]}, ["some.1 is 2.5", "a whole number"]),
+        ({"name": "x", "part": {"sice": 1}}, ["'part.sice'", "Did you mean 'size'"]),
+        ({"name": "x", "part": {"kind": "be"}}, ["part.kind is 'be'", "Did you mean 'bee'"]),
+        ({"name": "x", "parts": [{"size": "1"}]}, ["parts.0.size is '1'"]),
+        ({"name": "x", "part": 3}, ["part is 3", "section"]),
+        ({"name": "x", "either": 3}, ["either is 3", "a text or a list"]),
+    ],
+)
+def test_mistakes_are_named(raw, words):
+    with pytest.raises(UserError) as error:
+        configs.build(Whole, raw)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_overrides(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("name: x\nparts: [{size: 1}]\n")
+    raw = configs.read(file, ["rate=1e-3", "part.size=4", "parts.0.size=7", "either=[a,b]", "name=a=b"])
+    made = configs.build(Whole, raw)
+    assert (made.rate, made.part.size, made.parts[0].size, made.either) == (1e-3, 4, 7, ["a", "b"])
+    assert made.name == "a=b"
+    for bad, words in [
+        ("rate", "key=value"),
+        ("parts.3.size=1", "0 to 0"),
+        ("name.sub=1", "not a section"),
+        ("rate=[", "not valid YAML"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            configs.read(file, [bad])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("a: [1", "not valid YAML"), ("- 1", "not a mapping"), ("a: 1\na: 2", "stands twice")]
+)
+def test_broken_yaml(tmp_path, text, words):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=words) as error:
+        configs.read(file)
+    assert "c.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"no config nowhere.yaml"):
+        configs.read("nowhere.yaml")
+    with pytest.raises(UserError, match="folder"):
+        configs.read(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load("configs/demo/tokenizer.yaml", []).stage == "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("stage=tokeniser", "Did you mean 'tokenizer'"),
+        ("steps=0", "steps and batch_size"),
+        ("optimizer.lr=fast", "optimizer.lr is 'fast'"),
+        ("optimiser.lr=1", "Did you mean 'optimizer'"),
+        ("schedule.kind=cosine", "Did you mean 'cos'"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("losses.lpips=1.0", "lpips_with_vgg.pth"),
+        ("caption_tokenizer=null", "losses.clip to 0"),
+        ("engine.zero_stage=3", "0 to 2"),
+        ("engine.zero_stage=5", "engine.zero_stage is 5"),
+        ("pictures.crop_scale=[1.0, 0.5]", "low <= high"),
+        ("freeze=[encoder]", "without start_from"),
+        ("freeze=[encodr]", "Did you mean 'encoder'"),
+    ],
+)
+def test_the_demo_config_with_one_mistake(override, words):
+    with pytest.raises(UserError, match=words):
+        load("configs/demo/tokenizer.yaml", [override])
+
+
+def run_config(out, **changes) -> RunConfig:
+    return RunConfig(**{"stage": "tokenizer", "out": str(out), "steps": 8, "batch_size": 12, **changes})
+
+
+def test_micro_batches_must_divide():
+    config = configs.build(RunConfig, configs.to_dict(run_config("x")) | {"engine": {"accumulation": 2}})
+    assert config.micro_batch(3) == 2
+    with pytest.raises(UserError, match="multiple of 10"):
+        config.micro_batch(5)
+
+
+def test_resume_with_another_config_shows_the_difference(tmp_path):
+    out = tmp_path / "run"
+    RunFolder.open(run_config(out, seed=7))
+    RunFolder.open(run_config(out))  # no checkpoint yet: a corrected config begins anew
+    (out / "checkpoints" / "step-00000001").mkdir(parents=True)
+    RunFolder.open(run_config(out, stop_at=4))  # may change: it does not touch what is computed
+    with pytest.raises(UserError) as error:
+        RunFolder.open(run_config(out, steps=9, seed=1))
+    assert "steps: 8 -> 9" in str(error.value)
+    assert "seed: 0 -> 1" in str(error.value)
+
+
+def test_noted_facts_must_stay(tmp_path):
+    folder = RunFolder.open(run_config(tmp_path / "run"))
+    folder.note(data="abc")
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    RunFolder.open(run_config(tmp_path / "run")).note(data="abc")
+    with pytest.raises(UserError, match="data abc, but now it is xyz"):
+        RunFolder.open(run_config(tmp_path / "run")).note(data="xyz")
+
+
+def test_a_run_cannot_live_in_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder.open(run_config(tmp_path / "file"))
+
+
+def test_shard_options_check():
+    with pytest.raises(UserError, match="above 0"):
+        configs.build(ShardOptions, {"sources": [{"path": "x", "weight": 0}]})

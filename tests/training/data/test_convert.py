@@ -1,0 +1,182 @@
+"""Converting what people have to tars: every layout, exactly; resume; bad input is named."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from open_unitok.cli.main import run
+from open_unitok.core.errors import UserError
+from open_unitok.training.data import convert as data_convert
+from open_unitok.training.data.convert import convert
+from open_unitok.training.data.tar_index import index
+
+SIZE = 24
+
+
+def draw(path, number):
+    """A random picture, written as its ending says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE + 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def samples(folder):
+    """key -> (extensions, info) of everything in the tars of a folder."""
+    records = [r for tar in sorted(folder.glob("*.tar")) for r in index(str(tar)).records]
+    assert all(index(str(tar)).problem is None for tar in folder.glob("*.tar"))
+    return {r.key: (sorted(set(r.members) - {"json"}), r.json()) for r in records}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Twenty user pictures with .txt files, some in a subfolder, in four formats; one has no caption."""
+    for number in range(20):
+        folder = tmp_path / "pictures" / ("more" if number % 4 == 0 else "")
+        path = draw(folder / f"my photo.{number:02d}.{('jpg', 'png', 'webp', 'gif')[number % 4]}", number)
+        if number != 7:
+            path.with_suffix(".txt").write_text(
+                f"a cat {number}\n\n a dog {number} \n" if number == 3 else "a cat"
+            )
+    (tmp_path / "pictures" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "pictures" / "notes.md").write_text("mine")
+    return tmp_path / "pictures"
+
+
+def test_a_folder_of_pictures_with_texts(pictures, tmp_path, capsys):
+    out = tmp_path / "tars"
+    run(["data", "convert", "folder", str(pictures), str(out), "--shard", "8"])
+    assert "20 samples, 20 pictures, 1 without a caption" in capsys.readouterr().out
+    assert sorted(p.name for p in out.glob("*.tar")) == [f"part-00000{i}.tar" for i in range(3)]
+    found = samples(out)
+    assert len(found) == 20
+    assert found["my_photo_03"] == (["png"], {  # a gif becomes a png
+        "captions": ["a cat 3", "a dog 3"], "file": "my photo.03.gif", "images": 1,
+    })  # fmt: skip
+    assert found["more/my_photo_04"][0] == ["jpg"] and found["my_photo_07"][1]["captions"] == []
+    record = next(r for r in index(str(out / "part-000000.tar")).records if r.key == "more/my_photo_04")
+    assert record.read("jpg") == (pictures / "more" / "my photo.04.jpg").read_bytes()
+
+
+def test_metadata_names_pictures_and_captions(tmp_path):
+    rows = [{"file_name": draw(tmp_path / "a" / f"{n}.png", n).name, "text": f"cat {n}"} for n in range(4)]
+    rows[1] = {"file_name": "1.png", "captions": ["cat", "dog"], "long_caption": "a long cat"}
+    (tmp_path / "a" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert convert("folder", tmp_path / "a", tmp_path / "one")["samples"] == 4
+    found = samples(tmp_path / "one")
+    assert found["2"][1]["captions"] == ["cat 2"] and found["1"][1]["long_caption"] == "a long cat"
+    with open(tmp_path / "b.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["image", "beschreibung"], ["0.png", "Katze, schwarz"], ["3.png", "Hund"]])
+    convert("folder", tmp_path / "b.csv", tmp_path / "two", images=tmp_path / "a", column="beschreibung")
+    assert samples(tmp_path / "two")["0"][1]["captions"] == ["Katze, schwarz"]
+
+
+def test_pictures_are_turned_upright(tmp_path):
+    path = draw(tmp_path / "a" / "x.jpg", 1)
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[data_convert.ORIENTATION] = 6
+        image.save(path, exif=exif)
+    convert("folder", tmp_path / "a", tmp_path / "out")
+    (record,) = index(str(tmp_path / "out" / "part-000000.tar")).records
+    (tmp_path / "turned.jpg").write_bytes(record.read("jpg"))
+    with Image.open(tmp_path / "turned.jpg") as turned:
+        assert turned.size == (SIZE, SIZE + 8)
+
+
+def test_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    counts = convert("folder", pictures, whole, shard=6)
+    real, calls = data_convert._add_item, []
+
+    def stopped(tar, item, counted):
+        calls.append(item.key)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        real(tar, item, counted)
+
+    monkeypatch.setattr(data_convert, "_add_item", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        convert("folder", pictures, tmp_path / "out", shard=6)
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["part-000000.tar"]
+    assert convert("folder", pictures, tmp_path / "out", shard=6) == counts
+    assert len(calls) == 9 + 14  # the first tar was not made again
+    for path in whole.iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert convert("folder", pictures, tmp_path / "out", shard=6) == counts and len(calls) == 23
+
+
+def test_bad_pictures_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes(b"no picture")
+    assert convert("folder", pictures, tmp_path / "one")["skipped"] == 1
+    assert "broken.png" in capsys.readouterr().err
+    (pictures / "broken2.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="2 of 22 samples"):
+        convert("folder", pictures, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
+    (tmp_path / "m.jsonl").write_text('{"file_name": "nothing.png", "text": "a"}\n')
+    with pytest.raises(UserError, match="nothing usable"):
+        convert("folder", tmp_path / "m.jsonl", tmp_path / "three")
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(pictures, tmp_path, monkeypatch):
+    def killed(*_):
+        (tmp_path / "out" / ".part-000000.tar.1.tmp").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "broken2.jpg").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data_convert, "_add_item", killed)
+        convert("folder", pictures, tmp_path / "out")
+    with pytest.raises(UserError, match="2 of 22 samples"):
+        convert("folder", pictures, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mended_mistake_is_mended(pictures, tmp_path, capsys):
+    """Another --images is another conversion, and what failed is not taken for done."""
+    (tmp_path / "m.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "a"}}\n' for n in range(4)))
+    for n in range(4):
+        draw(tmp_path / "right" / f"{n}.png", n)
+    (tmp_path / "wrong").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="4 of 4 samples"):
+            convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+        assert "there is no such file" in capsys.readouterr().err  # said each time
+        assert not (tmp_path / "out").exists()
+    counts = convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "right")
+    assert counts["samples"] == 4
+    with pytest.raises(UserError, match="other images"):
+        convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+
+
+def test_mistakes_are_named(pictures, tmp_path):
+    out = tmp_path / "out"
+    convert("folder", pictures, out)
+    for changed, words in (({"shard": 3}, "other shard"), ({"column": "x"}, "other column")):
+        with pytest.raises(UserError, match=words):
+            convert("folder", pictures, out, **changed)
+    draw(pictures / "new.png", 99)
+    with pytest.raises(UserError, match="the source has changed"):
+        convert("folder", pictures, out)
+    (tmp_path / "m.jsonl").write_text('{"file_name": "a.png"\n')
+    (tmp_path / "n.csv").write_text("file_name,text\na.png,b\n")
+    (tmp_path / "empty").mkdir()
+    for arguments, words in (
+        (("fodler", pictures, tmp_path / "x"), "Did you mean 'folder'"),
+        (("folder", tmp_path / "nothing", tmp_path / "x"), "does not exist"),
+        (("folder", tmp_path / "empty", tmp_path / "x"), r"metadata\.jsonl"),
+        (("folder", tmp_path / "m.jsonl", tmp_path / "y"), "line 1, is not valid JSON"),
+        (("folder", pictures, pictures / "tars"), "lies within"),
+        (("folder", tmp_path / "n.csv", tmp_path), "holds something else"),
+    ):
+        with pytest.raises(UserError, match=words):
+            convert(*arguments)
+    with pytest.raises(UserError, match="--column is x"):
+        convert("folder", tmp_path / "n.csv", tmp_path / "z", column="x")

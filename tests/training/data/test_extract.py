@@ -1,0 +1,179 @@
+"""Code extraction: the tokenizer's codes, work resumed per tar and shared by ranks, errors that are clear."""
+
+import argparse
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from open_unitok.cli import extract_codes
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError
+from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.images import to_pixels
+from open_unitok.training.data import extract
+from open_unitok.training.data.code_shards import CodeFolder
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
+    decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
+    codes = {"num_codebooks": 3, "codebook_size": 16, "codebook_dim": 4, "num_hidden_layers": 1}
+    text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
+    config = UniTokConfig(image_size=SIZE, embed_dim=8, **sizes, **decoder, **codes, **text)
+    folder = tmp_path_factory.mktemp("tokenizer") / "unitok"
+    UniTok(config).save_pretrained(folder)
+    return folder
+
+
+def picture(number):
+    return Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+
+
+def write_tar(path, numbers, bad=()):
+    """A webdataset tar of random pictures; those in `bad` cannot be read."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            png = io.BytesIO()
+            picture(number).save(png, "PNG")
+            info = {"conversations": [], "note": number}
+            content = b"no picture" if number in bad else png.getvalue()
+            for ending, data in (
+                ("png", content),
+                ("txt", f"caption {number}".encode()),
+                ("json", json.dumps(info).encode()),
+            ):
+                member = tarfile.TarInfo(f"{number:05d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def data(tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / "data" / f"part-{shard}.tar", range(10 * shard, 10 * shard + 10))
+    return tmp_path / "data"
+
+
+def run(tokenizer, data, out, *more):
+    parser = argparse.ArgumentParser()
+    extract_codes.add_arguments(parser)
+    given = ["--tokenizer", tokenizer, "--data", f"{data}/*.tar", "--out", out, "--batch-size", 4, *more]
+    extract_codes.run(parser.parse_args(list(map(str, given))))
+
+
+def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
+    run(tokenizer, data, tmp_path / "codes", "--workers", 2)
+    assert "30 pictures in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
+    unitok = UniTok.from_pretrained(tokenizer).eval()
+    codes = CodeFolder(tmp_path / "codes", unitok.fingerprint())
+    assert len(codes) == 30 and codes.manifest["grid"] == [2, 2] and codes.manifest["psnr"] > 0
+    for shard, place in ((0, 0), (1, 7), (2, 9)):
+        sample, number = codes.read(shard, place), 10 * shard + place
+        wanted = unitok.encode(to_pixels(picture(number), SIZE)[None])[0]
+        assert sample.codes.dtype == np.uint16 and sample.codes.tolist() == wanted.tolist()
+        assert sample.info == {
+            "conversations": [],
+            "note": number,
+            "captions": [f"caption {number}"],
+            "grid": [2, 2],
+        }
+
+
+def test_a_device_that_is_not_there_is_named(tokenizer, data, tmp_path):
+    with pytest.raises(UserError, match="device is 'gpu'; it must be cpu"):
+        run(tokenizer, data, tmp_path / "codes", "--device", "gpu")
+    assert not (tmp_path / "codes").exists()
+
+
+def test_goes_on_where_it_stopped(tokenizer, data, tmp_path, monkeypatch):
+    out = tmp_path / "codes"
+    real, calls = extract._extract_tar, []
+
+    def stopped(unitok, tar, *rest):
+        calls.append(tar)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(unitok, tar, *rest)
+
+    monkeypatch.setattr(extract, "_extract_tar", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(tokenizer, data, out)
+    assert sorted(p.name for p in out.iterdir()) == ["codes-000000.json", "codes-000000.tar"]
+    run(tokenizer, data, out)
+    assert len(calls) == 4 and len(CodeFolder(out)) == 30  # the first tar was not made again
+    whole = (out / "codes.json").read_bytes()
+    (out / "codes-000001.json").unlink()
+    run(tokenizer, data, out)
+    assert len(calls) == 5 and (out / "codes.json").read_bytes() == whole
+
+
+def test_ranks_share_the_tars(tokenizer, data, tmp_path, monkeypatch, capsys):
+    run(tokenizer, data, tmp_path / "alone")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    out = tmp_path / "shared"
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        run(tokenizer, data, out)
+        assert (out / "codes.json").exists() == (rank == 1)
+    assert "others are still at work" in capsys.readouterr().out
+    for file in (tmp_path / "alone").iterdir():
+        assert (out / file.name).read_bytes() == file.read_bytes()
+
+
+def test_unreadable_pictures_are_skipped_up_to_a_share(tokenizer, tmp_path, capsys):
+    write_tar(tmp_path / "few" / "a.tar", range(20), bad=(4,))
+    run(tokenizer, tmp_path / "few", tmp_path / "codes")
+    assert len(CodeFolder(tmp_path / "codes")) == 19
+    assert "00004" in capsys.readouterr().err
+    write_tar(tmp_path / "many" / "a.tar", range(20), bad=range(6))
+    with pytest.raises(UserError, match="max-bad-share"):
+        run(tokenizer, tmp_path / "many", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_refusals(tokenizer, data, tmp_path):
+    out = tmp_path / "codes"
+    run(tokenizer, data, out)
+    with pytest.raises(UserError, match="another extraction"):
+        run(tokenizer, data, out, "--mode", "squash")
+    with pytest.raises(UserError, match=r"nothing/\*\.tar"):
+        run(tokenizer, tmp_path / "nothing", out)
+    with pytest.raises(UserError, match="batch-size"):
+        run(tokenizer, data, out, "--batch-size", 0)
+    broken = tmp_path / "broken"
+    write_tar(broken / "a.tar", range(5))
+    (broken / "a.tar").write_bytes((broken / "a.tar").read_bytes()[:4000])
+    with pytest.raises(UserError, match=r"a\.tar is broken"):
+        run(tokenizer, broken, tmp_path / "none")
+
+
+def test_a_kind_that_wants_its_pictures_square_in_another_way_is_told(tokenizer, tmp_path):
+    data = tmp_path / "data"
+    write_tar(data / "a.tar", range(4))
+    run(tokenizer, data, tmp_path / "square")
+    assert CodeFolder(tmp_path / "square").unsuited("conversation") is None  # there was nothing to cut
+    wide = io.BytesIO()
+    picture(5).resize((SIZE, SIZE // 2)).save(wide, "PNG")
+    with tarfile.open(data / "a.tar", "a") as tar:
+        member = tarfile.TarInfo("wide.png")
+        member.size = len(wide.getvalue())
+        tar.addfile(member, io.BytesIO(wide.getvalue()))
+    for mode, bad in (("crop", {"conversation", "alignment"}), ("pad", {"drawing"})):
+        run(tokenizer, data, tmp_path / mode, "--mode", mode)
+        codes = CodeFolder(tmp_path / mode)
+        assert codes.manifest["mode"] == mode and codes.manifest["oblong"] == 1
+        found = {
+            kind: codes.unsuited(kind) for kind in ("drawing", "captioning", "conversation", "alignment")
+        }
+        assert {kind for kind, text in found.items() if text} == bad
+        assert all("1 of 5 pictures" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)

@@ -1,0 +1,281 @@
+"""The mixture of tasks: shares, captions as published, same batches on any number of ranks, exact resume."""
+
+import io
+import json
+import tarfile
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import sha256, write_json
+from open_unitok.mllm import UniTokProcessor
+from open_unitok.training.core.config import build
+from open_unitok.training.data import text
+from open_unitok.training.data.code_shards import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order
+from open_unitok.training.data.collate import KINDS, Rows
+from open_unitok.training.data.mixture import Mixture
+from open_unitok.training.data.text import TextLines
+from open_unitok.training.mllm.config import MixtureOptions
+
+TOKENS, BOOKS, ENTRIES = 4, 3, 16
+
+
+def write_codes(folder, samples=40, shards=2, broken=(), info=None):
+    """A code folder with random codes; the first code of sample i is i modulo ENTRIES."""
+    folder.mkdir()
+    listed, number = [], 0
+    for shard in range(shards):
+        path = folder / f"codes-{shard:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for _ in range(samples // shards):
+                codes = np.random.default_rng(number).integers(0, ENTRIES, (TOKENS, BOOKS)).astype(np.uint16)
+                codes[0, 0] = number % ENTRIES
+                array = io.BytesIO()
+                np.save(array, codes)
+                turns = [
+                    {"from": "human", "value": f"<image>\nWhat is {number}"},
+                    {"from": "gpt", "value": f"a cat {number}"},
+                ]
+                facts = info or {"captions": [f"a cat {number}", f"a dog {number}"], "conversations": [turns]}
+                data = b"nothing" if number in broken else array.getvalue()
+                for name, content in (("codes.npy", data), ("json", json.dumps(facts).encode())):
+                    member = tarfile.TarInfo(f"{number:06d}.{name}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+                number += 1
+        listed.append({"file": path.name, "samples": samples // shards, "sha256": sha256(path)})
+    shapes = {"num_codebooks": BOOKS, "codebook_size": ENTRIES, "num_tokens": TOKENS, "grid": [2, 2]}
+    write_json(folder / "codes.json", {"format": FORMAT, "tokenizer": "abc", **shapes, "shards": listed})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = write_codes(tmp_path_factory.mktemp("mixture") / "codes")
+    (path.parent / "text.txt").write_text("The quick brown fox\n\nA photo of a dog\nin the blue sky\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(golden):
+    path = golden / "mllm" / "tokenizer.model"
+    return Rows(UniTokProcessor.from_text_tokenizer(path, num_image_tokens=TOKENS, template="plain"), 200)
+
+
+@pytest.fixture
+def make(folder, rows):
+    def build_mixture(entries=None, batch_size=10, accumulation=1, seed=3, fingerprint="abc", **options):
+        entries = entries or [("drawing", 0.6), ("conversation", 0.3), ("text", 0.1)]
+        listed = [
+            {"kind": k, "weight": w, "path": str(folder.parent / "text.txt" if k == "text" else folder)}
+            for k, w in entries
+        ]
+        checked = build(MixtureOptions, {"mixture": listed, **options})
+        return Mixture(
+            checked,
+            rows,
+            seed=seed,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            fingerprint=fingerprint,
+        )
+
+    return build_mixture
+
+
+def same(one, other):
+    for a, b in zip(one, other, strict=True):
+        assert a.kinds.equal(b.kinds) and a[2:] == b[2:]
+        for name, value in a.inputs.items():
+            assert (value is None and b.inputs[name] is None) or value.equal(b.inputs[name]), name
+
+
+def rows_of(batches):
+    """Every sample of some batches: its ids without padding."""
+    return [
+        tuple(ids[mask.bool()].tolist())
+        for batch in batches
+        for ids, mask in zip(batch.inputs["input_ids"], batch.inputs["attention_mask"])
+    ]
+
+
+def test_shares_follow_the_weights(make):
+    mixture = make()
+    kinds = Counter()
+    for step in range(1, 8):
+        kinds.update(KINDS[k] for batch in mixture.next() for k in batch.kinds[:, 0])
+        for kind, share in (("drawing", 0.6), ("conversation", 0.3), ("text", 0.1)):
+            assert abs(kinds[kind] - share * 10 * step) <= 1
+
+
+def test_every_sample_comes_once_per_epoch(folder):
+    sizes = CodeFolder(folder).sizes
+    order = Order(sizes, seed=0, name="a")
+    epochs = [[order[e * 40 + i] for i in range(40)] for e in range(3)]
+    assert all(sorted(epoch) == [(s, i) for s in range(2) for i in range(20)] for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [Order(sizes, seed=0, name="a")[i] for i in range(40)] == epochs[0]
+    assert [Order(sizes, seed=1, name="a")[i] for i in range(40)] != epochs[0]
+    many = Order([3, 0, 5] * SHARDS_AT_ONCE, seed=0, name="a")
+    seen = [many[i] for i in range(many.total)]
+    assert len(set(seen)) == many.total == 8 * SHARDS_AT_ONCE
+    assert len({shard for shard, _ in seen[: 3 * SHARDS_AT_ONCE]}) <= SHARDS_AT_ONCE  # read tar by tar
+
+
+@pytest.mark.parametrize("options", [{}, {"pack_to": 100}, {"group_by_length": True}])
+def test_resumes_exactly(make, options):
+    through, before = make(accumulation=2, **options), make(accumulation=2, **options)
+    wanted = [through.next() for _ in range(9)]
+    for _ in range(4):
+        before.next()
+    state = json.loads(json.dumps(before.state_dict()))  # plain numbers only
+    after = make(accumulation=2, **options)
+    after.load_state_dict(state)
+    for batches in wanted[4:]:
+        same(after.next(), batches)
+
+
+def test_workers_change_nothing_and_their_number_may_change(make):
+    """Nine steps over two epochs, stopped at the fourth and at the sixth, with 2, 1 and no processes."""
+    alone = make()
+    wanted = [alone.next() for _ in range(9)]
+    state = make().state_dict()
+    for workers, steps in ((2, range(4)), (1, range(4, 6)), (0, range(6, 9))):
+        part = make(workers=workers)
+        part.load_state_dict(state)
+        for step in steps:
+            same(part.next(), wanted[step])
+        state = json.loads(json.dumps(part.state_dict()))
+    assert state == alone.state_dict()
+
+
+def test_workers_count_bad_samples_and_stop(tmp_path, rows):
+    codes = write_codes(tmp_path / "codes", broken=range(0, 40, 20))
+    options = {"mixture": [{"kind": "drawing", "path": str(codes)}], "workers": 2}
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
+    for _ in range(3):
+        mixture.next()
+    assert mixture.seen == 120 and mixture.bad >= 6
+    many = write_codes(tmp_path / "many", broken=range(10))
+    options["mixture"][0]["path"] = str(many)
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=200)
+    with pytest.raises(UserError, match="max_bad_share") as error:
+        for _ in range(5):
+            mixture.next()
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_and_accumulation_cut_the_same_batch(make, monkeypatch):
+    whole = rows_of(make().next())
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        parts += rows_of(make(batch_size=10).next())
+    assert sorted(parts) == sorted(whole)
+    monkeypatch.undo()
+    assert rows_of(make(accumulation=5).next()) == whole
+
+
+def test_grouping_by_length_saves_padding(make):
+    mixed, grouped = (
+        make(batch_size=40, accumulation=4),
+        make(batch_size=40, accumulation=4, group_by_length=True),
+    )
+    first, second = mixed.next(), grouped.next()
+    assert sorted(rows_of(first)) == sorted(rows_of(second))
+    assert sum(b.kinds.numel() for b in second) < sum(b.kinds.numel() for b in first)
+
+
+def test_unconditional_share_and_captions(make, rows):
+    mixture = make([("drawing", 1.0)], batch_size=400, unconditional=0.25)
+    found = Counter(rows_of(mixture.next()))
+    bare = rows.make("drawing", None, (TOKENS,)).ids.tolist()
+    assert abs(found[tuple(bare)] / 400 - 0.25) < 0.07
+    assert len(found) > 70  # of 40 samples with two captions each, nearly all were drawn
+    both = make([("drawing", 1.0)], batch_size=400, drawing_share=0.7, unconditional=0.0)
+    kinds = Counter(KINDS[k] for batch in both.next() for k in batch.kinds[:, 0])
+    assert abs(kinds["drawing"] / 400 - 0.7) < 0.08 and kinds["captioning"] == 400 - kinds["drawing"]
+
+
+def test_short_captions_are_taken_as_published(tmp_path, rows):
+    info = {"short_caption": "a cat", "long_caption": "a photo of a red cat"}
+    codes = write_codes(tmp_path / "codes", info=info)
+    options = {"mixture": [{"kind": "drawing", "path": str(codes)}], "unconditional": 0.0}
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=400)
+    found = Counter(rows_of(mixture.next()))
+    short = tuple(rows.make("drawing", "a cat", (TOKENS,)).ids.tolist())
+    assert len(found) == 2 and abs(found[short] / 400 - 0.2) < 0.06
+
+
+def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
+    few = write_codes(tmp_path / "few", broken=(3,))
+    options = {"mixture": [{"kind": "drawing", "path": str(few)}]}
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
+    assert len(rows_of(mixture.next())) == 40 and mixture.bad == 1
+    assert "codes.npy cannot be read" in capsys.readouterr().err
+    many = write_codes(tmp_path / "many", broken=range(10))
+    options["mixture"][0]["path"] = str(many)
+    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=100)
+    with pytest.raises(UserError, match="max_bad_share"):
+        for _ in range(10):
+            mixture.next()
+
+
+def test_each_entry_has_one_order(make):
+    mixture = make()
+    assert len(mixture.orders) == len(mixture.entries) == len(mixture.sets)
+
+
+def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, rows):
+    """Without <image> the picture comes first, and roles are known by other names, as `data check` has it."""
+    talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
+    own = write_codes(tmp_path / "own", info={"conversations": [talk]})
+    options = build(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
+    mixture = Mixture(options, rows, seed=0, batch_size=4)
+    (batch,) = mixture.next()
+    assert mixture.bad == 0
+    marked = [{"from": "human", "value": "<image>\nWhat is it"}, {"from": "gpt", "value": "a cat"}]
+    expected, _ = rows.make("conversation", json.dumps(marked), (TOKENS,))
+    assert batch.inputs["input_ids"][0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+def test_lines_are_found_piece_by_piece(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(text, "SCANNED_AT_ONCE", at_once)
+    (tmp_path / "lines.txt").write_bytes(b"\nab\ncde\r\n\n\nf")
+    lines = text.Lines(tmp_path / "lines.txt")
+    assert [lines[number] for number in range(len(lines))] == [b"ab", b"cde", b"f"]
+
+
+def test_refusals(tmp_path, make, folder):
+    with pytest.raises(UserError, match="another visual tokenizer"):
+        make(fingerprint="xyz")
+    with pytest.raises(UserError, match="extract-codes"):
+        CodeFolder(tmp_path / "nothing")
+    with pytest.raises(UserError, match="not finished"):
+        (tmp_path / "half").mkdir()
+        CodeFolder(tmp_path / "half")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="no line of text"):
+        TextLines(tmp_path / "empty.txt")
+    with pytest.raises(UserError, match="is a folder"):
+        options = {"mixture": [{"kind": kind, "path": str(folder)} for kind in ("drawing", "text")]}
+        Mixture(build(MixtureOptions, options), None, seed=0, batch_size=4)
+    with pytest.raises(UserError, match=r"unconditional is 1\.5"):
+        make(unconditional=1.5)
+    broken = write_codes(tmp_path / "broken")
+    path = broken / "codes-000001.tar"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"codes-000001\.tar is broken"):
+        for place in range(20):
+            CodeFolder(broken).read(1, place)
+
+
+def test_other_data_has_another_fingerprint(make, tmp_path, rows):
+    assert make().fingerprint == make().fingerprint != make([("drawing", 1.0)]).fingerprint
+    assert torch.equal(make().next()[0].kinds, make().next()[0].kinds)

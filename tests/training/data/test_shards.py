@@ -1,0 +1,273 @@
+"""Reading tars: order, exact resume, ranks and workers, broken samples and tars."""
+
+import gzip
+import io
+import json
+import tarfile
+from collections import Counter
+
+import pytest
+
+from open_unitok.core.errors import UserError
+from open_unitok.training.core.options import DataSource, ShardOptions
+from open_unitok.training.data.shards import BadSample, ShardStream, loader, read
+from open_unitok.training.data.tar_index import index, tars_of
+
+
+def write_tar(path, keys, extra=()):
+    """A tar of key.txt and key.json for every key."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for key in keys:
+            for extension, data in (
+                ("txt", f"text {key}".encode()),
+                ("json", json.dumps({"k": key}).encode()),
+            ):
+                member = tarfile.TarInfo(f"{key}.{extension}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        for name, data in extra:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return str(path)
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Four tars of 10 samples, keys 0 to 39."""
+    for tar in range(4):
+        write_tar(tmp_path / f"s-{tar:03d}.tar", [f"{n:04d}" for n in range(10 * tar, 10 * tar + 10)])
+    return tmp_path
+
+
+class Keys:
+    """Decodes a record to its number and a draw of its own; the numbers in `bad` are unusable."""
+
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
+    def __call__(self, record, rng):
+        number = int(record.text("txt").split()[1])
+        if number in self.bad:
+            raise BadSample("is bad")
+        assert record.json()["k"] == record.key
+        return number, rng.random()
+
+
+def collate(samples):
+    return {"numbers": [n for n, _ in samples], "draws": [d for _, d in samples]}
+
+
+def options(folder, **changes):
+    return ShardOptions(**{"sources": [DataSource(path=f"{folder}/s-*.tar")], "shuffle": 12, **changes})
+
+
+def stream(folder, rank=0, ranks=1, bad=(), micro_batch=4, seed=0, **changes):
+    return ShardStream(
+        options(folder, **changes), Keys(bad), seed=seed, micro_batch=micro_batch, rank=rank, ranks=ranks
+    )
+
+
+def first(batches, count):
+    rows = read(batches)
+    return [next(rows) for _ in range(count)]
+
+
+def test_every_sample_once_an_epoch_and_another_order_each(tars):
+    batches = first(loader(stream(tars), collate), 20)
+    numbers = [n for batch in batches for n in batch["numbers"]]
+    one, two = numbers[:40], numbers[40:]
+    assert sorted(one) == sorted(two) == list(range(40))
+    assert one != two and one != sorted(one)
+    again = [n for batch in first(loader(stream(tars), collate), 20) for n in batch["numbers"]]
+    other = [n for batch in first(loader(stream(tars, seed=1), collate), 20) for n in batch["numbers"]]
+    assert again == numbers != other
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("split", ["samples", "shards"])
+def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
+    """7 + 13 batches are the 20 batches of an uninterrupted reader, over the end of an epoch."""
+    whole = first(loader(stream(tars, workers=workers, split=split), collate), 20)
+    begun = loader(stream(tars, workers=workers, split=split), collate)
+    rows = read(begun)
+    parts = [next(rows) for _ in range(7)]
+    state = begun.state_dict()
+    resumed = loader(stream(tars, workers=workers, split=split), collate)
+    resumed.load_state_dict(state)
+    parts += first(resumed, 13)
+    assert parts == whole
+    if split == "samples":
+        counts = Counter(n for batch in parts for n in batch["numbers"])
+        assert set(counts.values()) == {2} and len(counts) == 40
+
+
+@pytest.mark.parametrize("split", ["samples", "shards"])
+@pytest.mark.parametrize("before", [(2, 0), (1, 3)])
+def test_going_on_with_other_ranks_and_workers(tars, split, before):
+    """Tars that nobody had begun make up the rest of the epoch, each once; the next epoch is whole."""
+    ranks, workers = before
+    seen, states = set(), []
+    for rank in range(ranks):
+        part = loader(
+            stream(tars, rank, ranks, split=split, workers=workers, micro_batch=1, shuffle=1), collate
+        )
+        rows = read(part)
+        seen |= {n // 10 for _ in range(2 if split == "shards" else 7) for n in next(rows)["numbers"]}
+        states.append(part.state_dict())
+    other = stream(tars, split=split, micro_batch=1, shuffle=1)
+    other.pass_over(states)
+    begun = other.sources[0].passed
+    if split == "samples":
+        assert len(seen) <= len(begun) < 4
+        order = [tar for tar in range(4) if tar not in begun]
+        batches = loader(other, collate)
+        rows = read(batches)
+        rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
+        state = batches.state_dict()  # and from there exactly again
+        whole = [next(rows)["numbers"][0] for _ in range(43)]
+        assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
+        assert sorted(whole[3:]) == list(range(40))
+        again = loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
+        again.load_state_dict(state)
+        assert [b["numbers"][0] for b in first(again, 43)] == whole
+    else:
+        assert begun == seen
+
+
+def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
+    begun = loader(stream(tars, shuffle=100), collate)
+    first(begun, 2)
+    other = stream(tars, shuffle=100)
+    other.pass_over([begun.state_dict()])
+    assert other.sources[0].epoch == 1 and not other.sources[0].passed
+    more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
+    with pytest.raises(UserError, match="another number of data"):
+        ShardStream(more, Keys(), seed=0, micro_batch=1).pass_over([begun.state_dict()])
+    with pytest.raises(UserError, match="does not say which tars"):
+        other.pass_over([{}])
+
+
+def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
+    alone = first(loader(stream(tars, micro_batch=8), collate), 6)
+    ranks = [first(loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]
+    joined = [[*a["numbers"], *b["numbers"]] for a, b in zip(*ranks)]
+    assert joined == [batch["numbers"] for batch in alone]
+    draws = [[*a["draws"], *b["draws"]] for a, b in zip(*ranks)]
+    assert draws == [batch["draws"] for batch in alone]
+    workers = first(loader(stream(tars, micro_batch=8, workers=2), collate), 6)
+    assert [b["numbers"] for b in workers] == [batch["numbers"] for batch in alone]
+
+
+def test_split_by_shards_shares_nothing(tars):
+    seen = [
+        {
+            n
+            for batch in first(loader(stream(tars, rank=r, ranks=2, split="shards"), collate), 5)
+            for n in batch["numbers"]
+        }
+        for r in (0, 1)
+    ]
+    assert seen[0] | seen[1] == set(range(40)) and not seen[0] & seen[1]
+    with pytest.raises(UserError, match=r"4 tar\(s\) for 3 rank\(s\) x 2 worker"):
+        stream(tars, rank=0, ranks=3, workers=2, split="shards")
+
+
+def test_sources_are_mixed_by_weight(tars, tmp_path):
+    write_tar(tmp_path / "other.tar", [f"{n:04d}" for n in range(100, 105)])
+    mixed = ShardOptions(
+        sources=[DataSource(path=f"{tars}/s-*.tar", weight=3), DataSource(path=f"{tmp_path}/other.tar")],
+        shuffle=10,
+    )
+    batches = first(loader(ShardStream(mixed, Keys(), seed=0, micro_batch=50), collate), 20)
+    other = sum(n >= 100 for batch in batches for n in batch["numbers"])
+    assert 200 < other < 300
+
+
+def test_bad_samples_are_counted_logged_and_skipped(tars, capfd):
+    batches = first(loader(stream(tars, bad=[7, 23]), collate), 19)
+    numbers = [n for batch in batches for n in batch["numbers"]]
+    assert sum(batch["skipped"] for batch in batches) == 4
+    assert Counter(numbers).keys() == set(range(40)) - {7, 23}
+    assert "sample 0007 is skipped: is bad" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_bad_samples_stop_the_run(tars, workers):
+    with pytest.raises(UserError, match="samples are unreadable") as error:
+        first(loader(stream(tars, bad=range(0, 40, 3), workers=workers), collate), 200)
+    assert "\n" not in str(error.value) and "max_bad_share" in str(error.value)
+
+
+def test_nothing_readable(tars):
+    with pytest.raises(UserError, match="unreadable"):
+        first(loader(stream(tars, bad=range(40)), collate), 1)
+
+
+def damage(path, at=None, cut=None):
+    data = bytearray(path.read_bytes())
+    if at is not None:
+        data[at : at + 512] = b"\xff" * 512
+    path.write_bytes(bytes(data[:cut]))
+
+
+def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
+    damage(tars / "s-001.tar", cut=5 * 2048 + 1024 + 100)
+    found = index(str(tars / "s-001.tar"))
+    assert len(found.records) == 6 and "ends at byte" in str(found.problem)
+    numbers = [n for b in first(loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
+    assert sorted(numbers) == [*range(15), *range(20, 40)]  # the sixth lost its .json
+    error = capfd.readouterr().err
+    assert error.count("s-001.tar is broken") == 1 and "0015 is skipped" in error
+    damage(tars / "s-002.tar", at=0)
+    with pytest.raises(UserError, match=r"2 of 4 tars are broken"):
+        first(loader(stream(tars), collate), 20)
+
+
+def test_a_header_in_the_middle_is_damaged(tars):
+    damage(tars / "s-003.tar", at=4 * 1024)
+    found = index(str(tars / "s-003.tar"))
+    assert [r.key for r in found.records] == ["0030", "0031"]
+    assert "header at byte 4096 is damaged" in str(found.problem)
+
+
+def test_names_of_every_kind(tmp_path):
+    long = "folder/" + "x" * 120
+    path = write_tar(
+        tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]
+    )
+    assert [(r.key, set(r.members)) for r in index(path).records] == [
+        (long, {"seg.png"}),
+        ("b/c", {"txt", "json"}),
+    ]
+    assert index(path).records[0].read("seg.png") == b"1"
+    with pytest.raises(BadSample, match=r"has no \.png"):
+        index(path).records[1].read("png")
+
+
+def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
+    path = write_tar(tmp_path / "a.tar", ["0001"])
+    assert index(path).records[0].text("txt") == "text 0001"
+    write_tar(tmp_path / "a.tar", ["0002", "0003"])
+    assert [r.text("txt") for r in index(path).records] == ["text 0002", "text 0003"]
+
+
+def test_patterns(tars):
+    assert len(tars_of(f"{tars}/s-{{000..002}}.tar")) == 3
+    for pattern, words in [
+        (f"{tars}/x-*.tar", "no file"),
+        (f"{tars}/s-{{000..009}}.tar", "s-004.tar"),
+        (str(tars), "folders"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            tars_of(pattern)
+    (tars / "s-000.tar").write_bytes(gzip.compress((tars / "s-000.tar").read_bytes()))
+    with pytest.raises(UserError, match="compressed"):
+        index(str(tars / "s-000.tar"))
+
+
+def test_fingerprint_changes_with_the_data(tars):
+    before = stream(tars).fingerprint()
+    assert before == stream(tars).fingerprint()
+    write_tar(tars / "s-000.tar", [f"{n:04d}" for n in range(1, 11)])
+    assert before != stream(tars).fingerprint()

@@ -1,0 +1,59 @@
+"""Started by torchrun from the tests: MLLM runs one after the other in one launch, told by a JSON file.
+
+[{"config", "overrides": [...], "memory": null or a file for the bytes of live tensors in step 2}, ...]
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_unitok.training import run
+from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.run_dir import RunFolder
+from open_unitok.training.mllm import train
+
+
+def live_bytes() -> int:
+    """Summed sizes of the storages of all tensors that are alive."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def measured(path: str | None, before: int) -> Callable[[Any], Any]:
+    """`engine.step` that writes down what is alive beyond `before` when step 2 has its gradients: everything
+    that training needs is there then."""
+    calls = []
+
+    def step(trained: Any) -> Any:
+        calls.append(None)
+        if path and len(calls) == 2:
+            Path(f"{path}.{torch.distributed.get_rank()}").write_text(str(live_bytes() - before))
+        return original(trained)
+
+    return step
+
+
+original = deepspeed_engine.step
+
+
+def main() -> None:
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        config = run.load(job["config"], job["overrides"])
+        train.engine.step = measured(job.get("memory"), live_bytes())
+        train.main(config, RunFolder.open(config))
+        gc.collect()
+    deepspeed_engine.finish()
+
+
+if __name__ == "__main__":
+    main()

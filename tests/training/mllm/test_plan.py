@@ -1,0 +1,111 @@
+"""The planner: published sizes, arithmetic by hand, mistakes; test_mllm_ranks.py measures its memory."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_unitok.cli import main
+from open_unitok.core.errors import UserError
+from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.training import run
+from open_unitok.training.core.flops import Cost, Work
+from open_unitok.training.mllm import plan
+
+CONFIGS = ["configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml"]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_the_published_7b(config, capsys):
+    main.run(["plan", config, "--gpus", "8"])
+    out = capsys.readouterr().out
+    assert "parameters 7,508.7 M, of which 7,508.4 M are trained" in out
+    assert "is not here: the published sizes stand in" in out
+    cells = [line.lstrip("* ").split() for line in out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if row and row[0].isdigit()}
+    assert rows["0"][:3] == ["27.97", "27.97", "55.94"]  # 4, 4 and 8 bytes for each of 7.5 G parameters
+    assert rows["2"][:3] == ["27.97", "3.50", "10.49"]
+    assert "GPU-hours" in out
+
+
+def test_lora_on_the_7b_needs_little_beside_the_weights():
+    config = run.load(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
+    found = plan.plan(config, 8)
+    trained = sum(learnt for _, learnt in found.counts.values())
+    total = sum(count for count, _ in found.counts.values())
+    assert 0.15e9 < trained < 0.2e9
+    assert found.memory[0].parameters == pytest.approx(2 * (total - trained) + 4 * trained, rel=0.01)
+    assert found.memory[0].optimizer == 8 * trained
+
+
+def test_flops_are_those_that_torch_counts(mllm_reference):
+    """A forward pass of one drawn image and one answered question, against torch's own count."""
+    model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([[1, 7, 3, -200, -200, -200, -200, 4, 2], [1, -200, -200, -200, -200, 9, 8, 7, 2]])
+    labels = torch.where(ids == -200, -100, ids)
+    labels[0], labels[:, :5] = ids[0], torch.tensor([[-100, -100, 3, -200, -200], [-100] * 5])
+    codes = torch.zeros(2, 4, 3, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        out = model(ids, image_codes=codes, labels=labels)
+    work = Work(tokens=18, pairs=2 * 9 * 9, text_targets=int(out.text_tokens), visual=8, drawn=4)
+    cost = Cost(model)
+    forward = cost.flops(work, backward=False)
+    # torch also counts the pairs that a mask takes away, here all of them, and the projection's attention
+    assert counter.get_total_flops() == pytest.approx(forward, rel=0.03)
+    assert cost.flops(work) == pytest.approx(3 * forward, rel=1e-6)
+    model.language_model.requires_grad_(False)
+    model.visual_embedder.requires_grad_(False)
+    less = Cost(model).flops(work)
+    assert forward < less < 3 * forward
+
+
+def test_a_frozen_part_that_nothing_learnt_precedes_has_no_backward_pass(mllm_reference):
+    model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
+    work = Work(tokens=18, pairs=2 * 9 * 9, text_targets=5, visual=8, drawn=4)
+    all_learnt, weights = Cost(model).flops(work), Cost(model).weights["visual_embedder"]
+    model.visual_embedder.requires_grad_(False)
+    assert Cost(model).flops(work) == pytest.approx(all_learnt - 4 * work.visual * weights)
+
+
+def test_documents_are_planned_as_drawn():
+    mixture = "data.mixture=[{kind: KIND, path: data/docs, weight: 1}]"
+    work = {
+        kind: plan.plan(run.load(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).work
+        for kind in ("document", "reading")
+    }
+    assert work["document"].drawn == work["document"].visual == work["reading"].visual > 0
+    assert work["reading"].drawn == 0 and work["document"].text_targets > work["reading"].text_targets
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["configs/demo/tokenizer.yaml"], "knows stage mllm alone"),
+        ([CONFIGS[0], "--gpus", "7"], "does not split"),
+        ([CONFIGS[0], "--gpus", "0"], "--gpus and"),
+        ([CONFIGS[0], "--gpu", "H1000"], "known are"),
+        ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),
+    ],
+)
+def test_mistakes_are_named(arguments, words):
+    with pytest.raises(UserError, match=words):
+        main.run(["plan", *arguments])
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch):
+    script = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "mllm.py"))
+    out = tmp_path / "results.json"
+    size = ["--rows", "1", "--length", "100", "--steps", "1", "--warmup", "0"]
+    told = ["--case", "tiny", "tiny_lora", *size, "--peak-tflops", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["mllm.py", *told])
+    script["main"]()
+    whole, lora = json.loads(out.read_text())["results"]
+    assert lora["trained"] < lora["parameters"] / 5 and whole["trained"] == 335_872 - 4 * 64 * 8
+    for row in (whole, lora):
+        speed = row["tokens_per_second"] * row["seconds_per_step"]
+        assert speed == pytest.approx(100) and row["mfu"] == row["tflops_per_second"] > 0

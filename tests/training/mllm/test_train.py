@@ -1,0 +1,243 @@
+"""The MLLM stage: one batch is overfitted, a resumed run equals an uninterrupted one, accumulation, packing
+and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from open_unitok.core.errors import UserError
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.tokenizer import UniTok
+from open_unitok.training.core.metric_logger import Logbook
+from open_unitok.training.mllm import train
+from open_unitok.training.mllm.config import LossOptions
+from open_unitok.training.mllm.train import join
+
+
+@pytest.fixture(scope="module")
+def place(mllm):
+    return mllm.place
+
+
+@pytest.fixture(scope="module")
+def reference(mllm_reference):
+    return mllm_reference
+
+
+def test_one_batch_is_overfitted(mllm, place):
+    few = f"[{{kind: drawing, path: {place}/few}}, {{kind: conversation, path: {place}/few}}]"
+    folder = mllm.train(
+        "overfit",
+        "steps=160",
+        "log.every=40",
+        f"data.mixture={few}",
+        "data.unconditional=0",
+        "optimizer.lr=1e-2",
+    )
+    first, *_, last = mllm.rows(folder)
+    assert first["text_loss"] > 0.5 and first["image_loss"] > 0.5
+    assert last["text_loss"] < 0.02 and last["image_loss"] < 0.02
+    assert all(last[f"accuracy/{book}"] == 1 for book in range(3))
+    assert last["text_loss/drawing"] < 0.02 and last["text_loss/conversation"] < 0.02
+
+
+def test_resumed_equals_uninterrupted(mllm, reference):
+    folder = mllm.train("resumed", "stop_at=2")
+    assert not (folder / "model").exists()
+    mllm.train("resumed", "stop_at=3")
+    mllm.train("resumed")
+    assert mllm.rows(folder) == mllm.rows(reference)
+    one, other = mllm.weights(folder), mllm.weights(reference)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_muon_goes_on_exactly_and_steps_are_profiled(mllm):
+    muon = ("optimizer.kind=muon", "optimizer.lr=1e-2", "steps=40")
+    whole = mllm.train("muon", *muon)
+    profile = "profile={start: 2, steps: 1}"
+    halves = mllm.train("muon-halves", *muon, "stop_at=5", profile)
+    assert sorted(os.listdir(halves / "profile")) == ["steps-3-3.json.gz", "steps-3-3.txt"]
+    mllm.train("muon-halves", *muon)
+    assert mllm.rows(halves) == mllm.rows(whole)
+    one, other = mllm.weights(halves), mllm.weights(whole)
+    assert all(torch.equal(one[name], other[name]) for name in other)
+    adamw = mllm.weights(mllm.train("adamw", *muon[1:]))
+    assert not all(torch.equal(one[name], adamw[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["engine.accumulation=4"],
+        ["data.pack_to=100"],
+        ["data.workers=2"],
+        ["engine.accumulation=2", "data.group_by_length=true"],
+    ],
+)
+def test_cut_in_another_way_the_losses_are_the_same(mllm, reference, overrides):
+    folder = mllm.train("-".join(o.replace(".", "_") for o in overrides), *overrides)
+    mllm.same_rows(mllm.rows(folder), mllm.rows(reference), 1e-4)
+
+
+def test_the_model_folder_has_all_that_inference_needs(place, reference):
+    folder = reference / "model"
+    model = UniTokForConditionalGeneration.from_pretrained(folder)
+    processor = UniTokProcessor.from_pretrained(folder)
+    unitok = UniTok.from_pretrained(folder / "unitok")
+    assert model.config.unitok_fingerprint == unitok.fingerprint()
+    assert processor.template == "plain" and processor.num_image_tokens == unitok.config.num_visual_tokens
+    assert torch.equal(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
+    facts = json.loads((reference / "run.json").read_text())["facts"]
+    assert facts["tokenizer"] == unitok.fingerprint()
+    checkpoint = UniTokForConditionalGeneration.from_pretrained(reference / "checkpoints" / "step-00000006")
+    assert torch.equal(checkpoint.lm_head.weight, model.lm_head.weight)
+
+
+def test_fine_tuning_goes_on_from_a_model_with_parts_frozen(mllm, reference):
+    folder = mllm.train(
+        "tuned",
+        "model=null",
+        f"start_from={reference}/model",
+        "lr_factors={depth_head: 0, lm_head: 0.5}",
+    )
+    before, after = mllm.weights(reference), mllm.weights(folder)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.startswith("depth_head.") for name in changed)
+    assert "visual_embedder.codebooks" not in changed
+    assert {"lm_head.weight", "visual_embedder.projector.1.weight"} <= changed
+    assert (folder / "model" / "unitok" / "config.json").exists()
+
+
+def test_a_trained_decoder_is_taken_over(mllm, place):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(
+        LlamaConfig(vocab_size=500, max_position_embeddings=128, **sizes)
+    )  # 512 ids are used
+    base.save_pretrained(place / "decoder")
+    folder = mllm.train(
+        "taken", "model.text={}", f"model.language_model={place}/decoder", "steps=1", "optimizer.lr=0"
+    )
+    model = UniTokForConditionalGeneration.from_pretrained(folder / "model")
+    assert (
+        len(model.get_input_embeddings().weight)
+        >= UniTokProcessor.from_pretrained(folder / "model").vocab_size
+    )
+    for own, other in (
+        (model.language_model.layers[0].mlp.up_proj.weight, base.model.layers[0].mlp.up_proj.weight),
+        (model.lm_head.weight[:490], base.lm_head.weight),
+        (model.get_input_embeddings().weight[:490], base.model.embed_tokens.weight),
+    ):
+        assert torch.equal(own, other[: len(own)])
+
+
+def test_the_published_weighting_counts_every_code_as_one_token():
+    text, image, targets = torch.tensor(6.0), torch.tensor(8.0), torch.tensor([3, 16])
+    published = join(text, image, targets, LossOptions())
+    ce, codes = 6.0 / 3, 8.0 / 16
+    assert published.loss.item() == pytest.approx(codes * 16 / 19 + ce * 3 / 19)
+    assert (published.text_loss.item(), published.image_loss.item()) == (ce, codes)
+    means = join(text, image, targets, LossOptions(weighting="means", text=0.5, image=2.0))
+    assert means.loss.item() == pytest.approx(0.5 * ce + 2 * codes)
+    assert join(text * 0, image, torch.tensor([0, 16]), LossOptions()).loss.item() == pytest.approx(codes)
+    assert join(text, image * 0, torch.tensor([3, 0]), LossOptions(text=0.5)).loss.item() == pytest.approx(ce)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["model=null"], "Give either `model`"),
+        (["start_from=somewhere"], "Give either `model`"),
+        (["model=null", "start_from=/nowhere"], "/nowhere does not exist"),
+        (["model.text.hiden_size=8"], "hidden_size"),
+        (["model.text.model_type=lama"], "no decoder"),
+        (["model.fields.visual_contex=full"], "visual_context"),
+        (["model.processor.templat=plain"], "template"),
+        (["model.processor.template=vicuna"], "vicuna_v1"),
+        (["lr_factors={head: 1}"], "no such part"),
+        (["data.mixture.0.kind=draw"], "drawing"),
+        (["data.max_length=500"], "context is 128"),
+        (["batch_size=7", "engine.accumulation=2"], "batch_size 7"),
+        (["loss={text: 0, image: 0}"], "not both 0"),
+    ],
+)
+def test_mistakes_are_named(mllm, place, overrides, message):
+    with pytest.raises(UserError, match=message):
+        mllm.train(f"mistake-{message[:9]}", *overrides)
+    assert not (place / f"mistake-{message[:9]}" / "model").exists()
+
+
+def test_other_folders_are_refused(mllm, place, reference, tmp_path):
+    with pytest.raises(UserError, match="not an MLLM"):
+        mllm.train("wrong-a", "model=null", f"start_from={place}/unitok")
+    with pytest.raises(UserError, match="not a visual tokenizer"):
+        mllm.train("wrong-b", f"model.unitok={reference}/model")
+    mllm.write_tokenizer(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="another visual tokenizer"):
+        mllm.train("wrong-c", f"model.unitok={tmp_path}/other")
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch):
+    add = Logbook.add
+
+    def interrupted(self, step, values):
+        add(self, step, values)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Logbook, "add", interrupted)
+        with pytest.raises(SystemExit) as left:
+            mllm.train("terminated")
+    assert left.value.code == 128 + signal.SIGTERM
+    folder = mllm.place / "terminated"
+    assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-00000003"]
+    mllm.train("terminated")
+    assert mllm.rows(folder) == mllm.rows(reference)
+
+
+def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
+    def poisoned(text_sum, image_sum, targets, options):
+        found = join(text_sum, image_sum, targets, options)
+        steps.append(None)
+        return found._replace(loss=found.loss * float("nan")) if len(steps) == 3 else found
+
+    steps = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "join", poisoned)
+        with pytest.raises(UserError, match=r"Step 3 is not finite \(loss=nan, text_loss="):
+            mllm.train("poisoned", "checkpoint.every=2")
+    checkpoint = mllm.place / "poisoned" / "checkpoints" / "step-00000002"
+    UniTokForConditionalGeneration.from_pretrained(checkpoint)
+    assert not (mllm.place / "poisoned" / "model").exists()
+
+
+def test_zero_3_cuts_the_model_before_it_is_moved_to_its_device(mllm, monkeypatch):
+    """No device holds the whole model at any time: whoever moves it finds parameters without storage."""
+    held = []
+    original = UniTokForConditionalGeneration.to
+
+    def to(self, *arguments, **options):
+        held.append(sum(parameter.numel() for parameter in self.parameters()))
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(UniTokForConditionalGeneration, "to", to)
+    mllm.train("placed", "engine.zero_stage=3", "steps=1")
+    assert held and not any(held)
+
+
+def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
+    shutil.copytree(mllm.place / "codes", tmp_path / "codes")
+    facts = json.loads((tmp_path / "codes" / "codes.json").read_text())
+    assert facts["mode"] == "crop" and facts["oblong"] == 0
+    (tmp_path / "codes" / "codes.json").write_text(json.dumps({**facts, "oblong": 3}))
+    entries = ", ".join(
+        f"{{kind: {kind}, path: {tmp_path}/codes}}" for kind in ("conversation", "conversation", "drawing")
+    )
+    mllm.train("told", f"data.mixture=[{entries}]", "steps=2")
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(told) == 1 and "3 of 16 pictures were not square" in told[0] and "--mode pad" in told[0]

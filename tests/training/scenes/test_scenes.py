@@ -1,0 +1,292 @@
+"""Scenes: pictures are a function of the scene, splits share nothing, and what is said of a scene is true."""
+
+import collections
+import hashlib
+import json
+import random
+
+import numpy as np
+import pytest
+
+from open_unitok.core.errors import UserError
+from open_unitok.training.scenes import dataset, language, test_split
+from open_unitok.training.scenes.config import SceneConfig, with_values
+from open_unitok.training.scenes.scene import centre, in_test, render_array, sample_scene
+from open_unitok.training.scenes.shapes import COLORS
+from open_unitok.training.scenes.test_split import questions_of
+
+DEMO = SceneConfig()
+RICH = SceneConfig(
+    size=96,
+    grid=3,
+    max_objects=4,
+    shapes=8,
+    colors=10,
+    sizes=(14, 18, 24),
+    size_names=("small", "medium", "large"),
+    textures=("plain", "striped", "dotted"),
+    jitter=2,
+    step=0.5,
+    gradient=20,
+)
+both = pytest.mark.parametrize("config", [DEMO, RICH], ids=["demo", "rich"])
+
+
+@both
+def test_pictures_are_a_function_of_seed_split_and_index(config):
+    for index in (0, 7):
+        scene = sample_scene(config, "train", index)
+        assert scene == sample_scene(config, "train", index)
+        assert scene != sample_scene(config, "test", index)
+        assert scene != sample_scene(with_values(config, {"seed": 1}), "train", index)
+        assert (render_array(scene) == render_array(scene)).all()
+        assert render_array(scene).shape == (config.size, config.size, 3)
+
+
+def test_whole_and_decimal_numbers_are_one_setting():
+    same = with_values(DEMO, {"sizes": [10, 11.0, 12], "step": 1})
+    assert same == DEMO and sample_scene(same, "test", 3) == sample_scene(DEMO, "test", 3)
+    assert repr(sample_scene(same, "test", 3)) == repr(sample_scene(DEMO, "test", 3))
+
+
+@both
+def test_objects_have_their_colour_in_the_middle_and_stay_inside_their_cell(config):
+    for index in range(60):
+        scene = sample_scene(config, "train", index)
+        picture = render_array(scene).astype(int)
+        rim = np.arange(config.size) % config.cell
+        rim = (rim == 0) | (rim == config.cell - 1)
+        background = np.array(scene.background)
+        allowed = sum(map(abs, scene.gradient)) / 2 + 1
+        assert abs(picture[rim][:, rim] - background).max() <= allowed
+        assert abs(picture[rim] - background).max() <= allowed
+        for thing in scene.things:
+            x, y = centre(thing, config.cell)
+            if thing.shape != "ring" and thing.texture == "plain":
+                assert tuple(picture[int(y), int(x)]) == COLORS[thing.color]
+
+
+@both
+def test_training_and_test_share_no_arrangement_and_training_no_held_out_pair(config):
+    train = [sample_scene(config, "train", i) for i in range(600)]
+    test = [sample_scene(config, "test", i) for i in range(300)]
+    assert not {s.things for s in train} & {s.things for s in test}
+    assert all(in_test(config, s) for s in test) and not any(in_test(config, s) for s in train)
+    assert len(config.held_out_pairs) == round(0.1 * len(config.pairs))
+    seen = {thing.pair for scene in train for thing in scene.things}
+    assert seen == set(config.pairs) - config.held_out_pairs
+    assert config.held_out_pairs <= {thing.pair for scene in test for thing in scene.things}
+
+
+def test_training_text_never_names_a_held_out_pair():
+    names = [f"{color} {shape}" for color, shape in DEMO.held_out_pairs]
+    for index in range(300):
+        record = dataset.training_record(DEMO, index)[1]
+        said = str(record["captions"]) + str(record["conversations"])
+        assert not any(name in said for name in names)
+
+
+@both
+def test_captions_name_what_is_there(config):
+    for index in range(200):
+        scene, record = dataset.training_record(config, index)
+        first = record["captions"][0]
+        assert all(t.color in first and t.shape in first for t in scene.things)
+        for caption in record["captions"]:
+            assert all(t.shape in caption for t in scene.things)
+            absent = set(config.shape_names) - {t.shape for t in scene.things}
+            assert not any(shape in caption for shape in absent)
+
+
+def test_rich_captions_name_sizes_and_textures_or_leave_them_out():
+    special = {*RICH.size_names, "striped", "dotted"}
+    for index in range(100):
+        scene, record = dataset.training_record(RICH, index)
+        full, placed, plain, bare = [set(c.replace(",", "").split()) for c in record["captions"]]
+        for thing in scene.things:
+            assert thing.size_name in full and thing.size_name in plain
+            assert thing.texture == "plain" or thing.texture in full
+            assert thing.color in placed and thing.color not in bare
+        assert not special & placed and not special & bare
+
+
+@pytest.mark.parametrize("grid", [2, 3])
+def test_corners_are_named_where_all_objects_stand_in_one(grid):
+    config = SceneConfig(corners=True, grid=grid, size=48)
+    named = 0
+    for index in range(300):
+        scene, record = dataset.training_record(config, index)
+        if any("corner" in caption for caption in record["captions"]):
+            assert all(set(thing.cell) <= {0, grid - 1} for thing in scene.things)
+            named += 1
+    assert named > 20
+    assert "corner" not in str([dataset.training_record(DEMO, i)[1] for i in range(100)])
+
+
+def answer_by_hand(question: str, scene) -> str | None:
+    """The answer by counting objects that the question's words leave; None where this does not tell."""
+    words = question.strip("?").lower().split()
+    singular = {language.plural(s): s for s in DEMO.shape_names}
+    shape = next((singular.get(w, w) for w in words if singular.get(w, w) in DEMO.shape_names), None)
+    color = next((w for w in words if w in DEMO.color_names), None)
+    row = next((r for r, w in enumerate(("top", "bottom")) if w in words), None)
+    column = next((c for c, w in enumerate(("left", "right")) if w in words), None)
+    things = [t for t in scene.things if shape in (None, t.shape) and color in (None, t.color)]
+    if words[0] == "how":
+        return str(len(things))
+    if "color" in words or ("shape" in words and words[0] in ("what", "which")):
+        if "at" in words:
+            things = [t for t in things if t.cell == (row, column)]
+        assert len(things) == 1, "the question has one answer"
+        return things[0].color if "color" in words else things[0].shape
+    if " or " in question:
+        return None
+    return "yes" if things else "no"
+
+
+def test_answers_are_true():
+    checked = collections.Counter()
+    for index in range(400):
+        scene = sample_scene(DEMO, "test", index)
+        for question in questions_of(DEMO, scene, index):
+            assert len(question.answer.split()) == 1
+            expected = answer_by_hand(question.text, scene)
+            if expected is not None:
+                assert question.answer == expected, (question, scene)
+                checked[question.kind] += 1
+            else:
+                named = [t for t in scene.things if t.name in question.text]
+                named.sort(key=lambda t: question.text.index(t.name))
+                (row, column), other = named[0].cell, named[-1].cell
+                truth = {
+                    "top": row == 0,
+                    "bottom": row == 1,
+                    "above": row < other[0],
+                    "below": row > other[0],
+                    "left": column < (1 if question.kind == "position" else other[1]),
+                    "right": column > (0 if question.kind == "position" else other[1]),
+                }
+                assert truth[question.answer], (question, scene)
+    assert min(checked[k] for k in ("existence", "count", "colour", "shape")) > 100
+
+
+def things_named(question: str, scene) -> list:
+    """The objects that a question names, in its order."""
+    names = [(thing, f"the {name}") for thing in scene.things for name in language.all_names(thing)]
+    found = [(question.index(name), thing) for thing, name in names if name in question]
+    return [thing for _, thing in sorted(found, key=lambda pair: pair[0])]
+
+
+def test_training_asks_by_short_names_too_where_they_are_one_objects_own():
+    config = with_values(RICH, {"grid": 2, "short_names": True, "asked": [0, 0, 0, 0, 1, 1]})
+    short = set()
+    for index in range(150):
+        scene = sample_scene(config, "train", index)
+        talk = language.conversation(scene, config, random.Random(index), config.pairs)
+        assert sum(question.kind == "relation" for question in talk) <= 1
+        for question in talk:
+            first, *rest = things_named(question.text, scene)
+            assert len(rest) == (question.kind == "relation")
+            if rest:
+                assert question.answer in language.relations(first, rest[0])
+            else:
+                assert question.answer in language.position(first.cell, 2).split()
+            said = f"the {first.shape}", f"the {first.color} object", f"the {first.color} {first.shape}"
+            short.update(name for name in said if name in question.text)
+    assert len(short) > 40
+
+
+def test_shares_of_questions_and_more_captions_of_two_objects():
+    config = with_values(RICH, {"asked": [0, 2, 0, 1, 0, 0], "pair_captions": 6})
+    kinds, related = collections.Counter(), 0
+    for index in range(200):
+        scene, record = dataset.training_record(config, index)
+        plain = dataset.training_record(RICH, index)[1]["captions"]
+        assert record["captions"][: len(plain)] == plain
+        more = record["captions"][len(plain) :]
+        assert len(more) == (6 if len(scene.things) == 2 else 0)
+        for caption in more:
+            first, *others = sorted(scene.things, key=lambda t: caption.index(t.shape))
+            for word, phrase in language.RELATIONS.items():
+                if phrase in caption and first.shape != others[0].shape:
+                    assert word in language.relations(first, others[0])
+                    related += 1
+        talk = language.conversation(scene, config, random.Random(index), config.pairs)
+        kinds.update(question.kind for question in talk)
+    assert related > 50 and kinds.keys() == {"count", "shape"} and kinds["count"] > kinds["shape"] > 50
+
+
+def test_the_shipped_models_test_split_is_frozen():
+    config = dataset.load_config("configs/scenes/scenes.yaml")
+    said: list = [test_split.geneval_prompts(config), test_split.position_prompts(config)]
+    for index in range(config.test):
+        scene = sample_scene(config, "test", index)
+        words = language.captions(scene, config, random.Random(index), config.captions)
+        pixels = hashlib.sha256(render_array(scene).tobytes()).hexdigest() if index < 40 else ""
+        said.append([scene.as_json(), questions_of(config, scene, index), words, pixels])
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    assert digest == "47713404c503aa8b101dff9229be88fa6decc46325ea6b96e145a0bdcd0e8e8c"
+
+
+def test_questions_are_balanced():
+    answers = collections.defaultdict(collections.Counter)
+    for index in range(800):
+        for question in questions_of(DEMO, sample_scene(DEMO, "test", index), index):
+            answers[question.kind][question.answer] += 1
+    assert answers.keys() == language.QUESTIONS.keys()
+    best = {kind: max(c.values()) / sum(c.values()) for kind, c in answers.items()}
+    assert 0.45 < answers["existence"]["yes"] / sum(answers["existence"].values()) < 0.55
+    limits = {
+        "existence": 0.55,
+        "count": 0.5,
+        "colour": 0.25,
+        "shape": 0.35,
+        "position": 0.35,
+        "relation": 0.35,
+    }
+    assert {kind for kind in best if best[kind] > limits.get(kind, 0.35)} == set()
+
+
+def test_positions_and_articles():
+    assert language.position((0, 1), 2) == "top right"
+    assert [language.position((r, 1), 3) for r in range(3)] == ["top", "middle", "bottom"]
+    assert language.counted("orange cross", 2) == "two orange crosses"
+    assert language.article("orange circle") == "an orange circle"
+
+
+@both
+def test_sentences_are_many(config):
+    drawn = (sample_scene(config, "train", i) for i in range(200))
+    lines = list(language.sentences(config, drawn, random.Random(0)))
+    assert len(lines) == 200 and len(set(lines)) > 60
+    assert all(line.endswith(".") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"sise": 32}, "Did you mean 'size'?"),
+        ({"size": 33}, "size = 33"),
+        ({"size": "32"}, "whole number"),
+        ({"size": True}, "whole number"),
+        ({"sizes": [10, 16]}, "stay in their cells"),
+        ({"sizes": 10}, "list of numbers"),
+        ({"corners": 1}, "true or false"),
+        ({"max_objects": 5}, "at most one per cell"),
+        ({"min_objects": 3}, "1 to max_objects"),
+        ({"shapes": 9}, "2 to 8"),
+        ({"textures": ["checked"]}, "striped"),
+        ({"size_names": ["small"]}, "one per size"),
+        ({"asked": [1, 1]}, "six shares"),
+        ({"asked": [0, 0, 0, 0, 0, 0]}, "six shares"),
+        ({"asked": [1, 1, 1, 1, 1, float("inf")]}, "six shares"),
+        ({"asked": [1, 1, 1, 1, 1, -1]}, "six shares"),
+        ({"asked": [1, 1, 1, 1, 1, "x"]}, "list of numbers"),
+        ({"pair_captions": -1}, "0 or more"),
+        ({"held_out": 0.9}, "0 to 0.5"),
+        ({"held_out": float("nan")}, "0 to 0.5"),
+    ],
+)
+def test_impossible_settings_are_refused(values, words):
+    with pytest.raises(UserError, match=words):
+        with_values(DEMO, values)

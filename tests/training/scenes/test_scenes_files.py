@@ -1,0 +1,175 @@
+"""The files of `unitok data scenes`: the same bytes every time, resumable, and laid out as real data sets."""
+
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import sentencepiece
+from PIL import Image
+
+from open_unitok.cli import main
+from open_unitok.core.errors import UserError
+from open_unitok.eval.generation import geneval_scorer
+from open_unitok.training.scenes import dataset
+from open_unitok.training.scenes.config import SceneConfig, with_values
+from open_unitok.training.scenes.scene import render_array, sample_scene
+from open_unitok.training.scenes.test_split import PROMPTS
+
+SMALL = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40)
+
+
+def digests(folder):
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "data"
+    assert dataset.write_scenes(SMALL, out, progress=False)
+    return out
+
+
+def test_the_same_bytes_after_a_kill_and_nothing_to_do_when_finished(data, tmp_path):
+    before = digests(data)
+    assert not dataset.write_scenes(SMALL, data, progress=False)
+    assert digests(data) == before
+    out = tmp_path / "killed"
+    out.mkdir()  # what a kill leaves: a shard, half a folder of pictures, and the mark of an unfinished run
+    (out / "unfinished.json").write_text(
+        json.dumps({"config": json.loads((data / "scenes.json").read_text())["config"]})
+    )
+    (out / "train").mkdir()
+    (out / "train" / "scenes-000001.tar").write_bytes((data / "train" / "scenes-000001.tar").read_bytes())
+    (out / "test" / "images.partial").mkdir(parents=True)
+    (out / "test" / "images.partial" / "scenes_test_000000000000.png").write_bytes(b"half")
+    assert dataset.write_scenes(SMALL, out, progress=False)
+    assert digests(out) == before
+
+
+def test_a_folder_from_before_a_setting_came_is_finished_too(data, tmp_path):
+    shutil.copytree(data, tmp_path / "older")
+    told = json.loads((data / "scenes.json").read_text())
+    for name in ("asked", "short_names", "pair_captions"):
+        del told["config"][name]
+    (tmp_path / "older" / "scenes.json").write_text(json.dumps(told))
+    assert not dataset.write_scenes(SMALL, tmp_path / "older", progress=False)
+    with pytest.raises(UserError, match="short_names = False, now True"):
+        dataset.write_scenes(with_values(SMALL, {"short_names": True}), tmp_path / "older", progress=False)
+
+
+def test_another_configuration_or_foreign_files_are_refused(data, tmp_path):
+    other = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40, seed=1)
+    before = digests(data)
+    with pytest.raises(UserError, match=r"seed = 0, now 1.*--overwrite"):
+        dataset.write_scenes(other, data, progress=False)
+    assert digests(data) == before
+    (tmp_path / "holiday.jpg").write_bytes(b"x")
+    with pytest.raises(UserError, match="choose an empty or new folder"):
+        dataset.write_scenes(SMALL, tmp_path, overwrite=True, progress=False)
+    out = tmp_path / "again"
+    out.mkdir()
+    (out / "scenes.json").write_text((data / "scenes.json").read_text())
+    assert dataset.write_scenes(other, out, overwrite=True, progress=False)
+    assert digests(out)["train/scenes-000000.tar"] != before["train/scenes-000000.tar"]
+
+
+def test_shards_are_webdataset_tars(data):
+    keys = []
+    for path in sorted((data / "train").iterdir()):
+        with tarfile.open(path) as tar:
+            members = {m.name: tar.extractfile(m).read() for m in tar}
+        names = [name.split(".")[0] for name in members]
+        assert names == sorted(names)
+        for key in dict.fromkeys(names):
+            keys.append(key)
+            record = json.loads(members[f"{key}.json"])
+            assert members[f"{key}.txt"].decode() == record["captions"][0]
+            assert record["held_out"] is False and len(record["captions"]) == 4
+            picture = np.asarray(Image.open(io.BytesIO(members[f"{key}.png"])))
+            assert (picture == render_array(sample_scene(SMALL, "train", int(key)))).all()
+            for turns in record["conversations"]:
+                assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
+                assert [t["value"].count("<image>\n") for t in turns] == [1] + [0] * (len(turns) - 1)
+    assert keys == [f"{i:08d}" for i in range(60)]
+
+
+def test_questions_are_laid_out_as_vqav2(data):
+    asked = json.loads((data / "test" / "v2_OpenEnded_scenes_test_questions.json").read_text())
+    told = json.loads((data / "test" / "v2_scenes_test_annotations.json").read_text())
+    assert asked["data_subtype"] == told["data_subtype"] == "scenes_test"
+    assert len(asked["questions"]) == len(told["annotations"]) > 3 * 30
+    for question, note in zip(asked["questions"], told["annotations"]):
+        assert (question["question_id"], question["image_id"]) == (note["question_id"], note["image_id"])
+        assert (data / "test" / "images" / f"scenes_test_{note['image_id']:012d}.png").exists()
+        assert note["answer_type"] in ("yes/no", "number", "other")
+        assert [a["answer"] for a in note["answers"]] == [note["multiple_choice_answer"]] * 10
+
+
+def test_pope_labels_are_true_and_adversarial_negatives_are_alike(data):
+    truth = json.loads((data / "test" / "captions.json").read_text())
+    for category in ("random", "popular", "adversarial"):
+        lines = (data / "test" / f"scenes_pope_{category}.json").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        assert [r["label"] for r in rows] == ["yes", "no"] * 10
+        for row in rows:
+            scene = truth[int(row["image"][-16:-4])]["scene"]["objects"]
+            assert ((data / "test" / "images") / row["image"]).exists()
+            color, shape = row["text"].split()[3:5]
+            assert (row["label"] == "yes") == any((o["color"], o["shape"]) == (color, shape) for o in scene)
+            assert category != "adversarial" or any(color == o["color"] or shape == o["shape"] for o in scene)
+
+
+def test_prompts_are_laid_out_as_geneval_and_can_be_drawn(data):
+    rows = [json.loads(x) for x in (data / "test/geneval/evaluation_metadata.jsonl").read_text().splitlines()]
+    tags = [row["tag"] for row in rows]
+    assert list(dict.fromkeys(tags)) == list(PROMPTS)
+    assert min(tags.count(tag) for tag in tags) >= 20
+    assert any(row["held_out"] for row in rows) and not all(row["held_out"] for row in rows)
+    # a scene whose true boxes are handed to the scorer satisfies the prompts made of it
+    description = json.loads((data / "scenes.json").read_text())
+    rules = geneval_scorer.Settings(threshold=0, counting_threshold=0, colours=tuple(description["palette"]))
+    seen = []
+    for i in range(1500):
+        found = {"detections": {}, "colors": {}}
+        for thing in sample_scene(SMALL, "test", i).as_json()["objects"]:
+            found["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
+            found["colors"].setdefault(thing["shape"], []).append(thing["color"])
+        seen.append(found)
+    for tag in dict.fromkeys(tags):
+        some = [row for row in rows if row["tag"] == tag][:6]
+        satisfied = sum(
+            any(geneval_scorer.judge(row, found, rules).correct for found in seen) for row in some
+        )
+        assert satisfied >= (3 if tag == "color_attr" else 6), tag  # chance rarely draws the same two objects
+    places = [json.loads(x) for x in (data / "test/drawing_positions.jsonl").read_text().splitlines()]
+    assert len(places) == 24 * 4 and {tuple(p["cell"]) for p in places} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+
+
+def test_the_text_tokenizer_has_llamas_first_ids_and_whole_words(data):
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(data / "text" / "tokenizer.model"))
+    assert [tokenizer.id_to_piece(i) for i in range(5)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>"]
+    for word in [*SMALL.color_names, *SMALL.shape_names, "yes", "no", "left", "above", "circles", "crosses"]:
+        assert len(tokenizer.encode(word)) == 1, word
+    for text in ("Is there a red circle?", "naïve 漢字 🙂", "<unconditional>", "two\nlines"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert 0 not in tokenizer.encode(text)
+
+
+def test_the_command_reads_yaml_and_options(tmp_path, capsys):
+    config = tmp_path / "scenes.yaml"
+    config.write_text("train: 4\ntest: 2\npope: 1\ntext_lines: 3\nsizes: [9, 10]\n")
+    out = tmp_path / "out"
+    main.main(["data", "scenes", "--config", str(config), "--out", str(out), "--test", "3"])
+    assert json.loads((out / "scenes.json").read_text())["config"]["sizes"] == [9, 10]
+    assert len(list((out / "test" / "images").iterdir())) == 3
+    assert "4 training and 3 test scenes" in capsys.readouterr().out
+    for arguments in (["--size", "33"], ["--config", str(tmp_path / "none.yaml")]):
+        with pytest.raises(SystemExit) as stop:
+            main.main(["data", "scenes", "--out", str(tmp_path / "new"), *arguments])
+        assert stop.value.code == 2 and not (tmp_path / "new").exists()
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -1,0 +1,122 @@
+"""Parts of stage 1 alone: pictures and chance per image, codebooks, averages, losses."""
+
+import io
+import random
+
+import numpy as np
+import torch
+from PIL import Image
+
+from open_unitok.training.core import config as configs
+from open_unitok.training.core.ema import Ema
+from open_unitok.training.data import seeding
+from open_unitok.training.run import load
+from open_unitok.training.tokenizer import losses as tokenizer_losses
+from open_unitok.training.tokenizer.config import CodebookOptions
+from open_unitok.training.tokenizer.data import PairDecoder, crop_box, decoded_first
+from open_unitok.training.tokenizer.dead_codes import Restarts, init_codebooks, spread
+
+
+def test_crop_boxes_keep_to_their_bounds():
+    rng = random.Random(0)
+    for width, height in ((64, 48), (10, 300), (5, 5)):
+        for _ in range(200):
+            left, top, w, h = crop_box(width, height, (0.64, 1.0), (0.75, 4 / 3), rng)
+            assert 0 <= left <= width - w and 0 <= top <= height - h and w > 0 and h > 0
+    boxes = [crop_box(64, 64, (0.9, 1.0), (0.75, 4 / 3), rng) for _ in range(500)]
+    shares = [w * h / 64**2 for _, _, w, h in boxes]
+    assert 0.88 < min(shares) < 0.92 and max(shares) <= 1.0
+    assert crop_box(64, 64, (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 64, 64)
+
+
+def test_a_picture_of_the_right_size_is_taken_as_it_is(data):
+    from open_unitok.training.data.tar_index import index
+    from open_unitok.training.tokenizer.config import PictureOptions
+
+    record = index(str(data / "pairs-0.tar")).records[0]
+    options = PictureOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
+    pair = PairDecoder(options, 32, True)(record, random.Random(0))
+    assert np.array_equal(pair.picture, np.asarray(Image.open(io.BytesIO(record.read("png")))))
+    assert pair.caption in record.json()["captions"]
+    assert PairDecoder(options, 16, False)(record, random.Random(0)).picture.shape == (16, 16, 3)
+
+
+def test_codebooks_begin_on_encoder_outputs():
+    latents = torch.randn(40, 6)
+    for entries in (16, 64):
+        books = torch.nn.Parameter(torch.zeros(2, entries, 3))
+        init_codebooks(books, latents, seed=0)
+        chunks = torch.nn.functional.normalize(latents.view(40, 2, 3), dim=-1)
+        nearest = (books.detach()[1] @ chunks[:, 1].T).max(-1).values
+        assert (nearest > 0.95).all()
+        assert len(torch.unique(books.detach()[0], dim=0)) == entries
+
+
+def test_unused_entries_move_onto_latents(monkeypatch):
+    from open_unitok.tokenizer import Quantizer
+    from open_unitok.training.core import deepspeed_engine
+
+    quantizer = Quantizer(2, 8, 3)
+    monkeypatch.setattr(
+        deepspeed_engine, "write_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values)
+    )
+    restarts = Restarts(quantizer, CodebookOptions(restart_after=2, restart_share=0.5), steps=12, seed=0)
+    latents = torch.randn(4, 5, 6)
+    moved = []
+    for step in range(1, 13):
+        quantizer(latents)
+        moved.append(restarts.after_step(step, None))
+    assert moved[0] is None and moved[1] is not None
+    assert all(mask is None for mask in moved[6:])  # only in the first half
+    chunks = torch.nn.functional.normalize(latents.view(20, 2, 3), dim=-1)
+    values = quantizer.codebooks.detach()[moved[1]]
+    best = torch.stack([(values @ chunks[:, k].T).max(-1).values for k in (0, 1)]).max(0).values
+    assert (best > 0.999).all()
+    used, perplexity = spread(quantizer.usage)
+    assert len(used) == 2 and all(0 < u <= 100 for u in used) and all(1 <= p <= 8 for p in perplexity)
+
+
+def test_averages_follow_and_swap():
+    layer = torch.nn.Linear(2, 2)
+    ema = Ema(layer, 0.5)
+    before = layer.weight.detach().clone()
+    layer.weight.data += 1
+    ema.update(1000)
+    with ema.applied():
+        assert torch.allclose(layer.weight, before + 0.5)
+    assert torch.allclose(layer.weight, before + 1)
+
+
+def test_contrast_is_clip_loss_by_hand():
+    image, text = (torch.nn.functional.normalize(torch.randn(5, 4), dim=-1) for _ in range(2))
+    logits = 3.0 * image @ text.T
+    want = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
+    found = tokenizer_losses.contrastive_loss(image, text, torch.tensor(3.0))
+    torch.testing.assert_close(found, want)
+
+
+def test_weights_of_zero_leave_losses_out():
+    weights = configs.build(type(load("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0})
+    losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
+    assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
+
+
+def test_the_same_images_are_decoded_however_a_batch_is_split():
+    for count, share, parts in ((16, 0.25, 2), (12, 0.5, 3), (20, 0.3, 2), (8, 1.0, 4)):
+        order, decoded = decoded_first(count, share)
+        assert sorted(order) == list(range(count)) and decoded == count * share
+        found = []
+        for part in range(parts):
+            places, own = decoded_first(count // parts, share)
+            found += [part * count // parts + place for place in places[:own]]
+        assert found == order[:decoded]
+    assert decoded_first(4, 1e-9) == ([0, 1, 2, 3], 1)
+    assert decoded_first(10, 0.11)[1] == 2  # rounded up
+
+
+def test_an_image_has_its_own_drop_path():
+    one = seeding.per_sample((2, 3), [4, 9], 0, "drop path", 5)
+    assert one.shape == (2, 3, 2) and torch.equal(
+        one[..., 1:], seeding.per_sample((2, 3), [9], 0, "drop path", 5)
+    )
+    assert not torch.equal(one[..., 0], one[..., 1])

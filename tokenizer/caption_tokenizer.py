@@ -1,0 +1,152 @@
+"""Captions to token ids as CLIP's text tower reads them: start, words, end, zeros (arXiv 2103.00020)."""
+
+import gzip
+import html
+import os
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+_MERGES = 48894  # of the file's lines only these are CLIP's: 49408 ids - 512 letters - 2 marks
+FOLDER = "caption_tokenizer"  # inside a tokenizer model's folder
+_HINT = (
+    "give a folder or hub id of a CLIPTokenizer, a bpe_simple_vocab file or a sentencepiece tokenizer.model"
+)
+
+
+class CaptionTokenizer:
+    """Turns captions into (B, T) ids, T = context_length; the end of text has the largest id.
+
+    Attributes:
+        vocab_size: what `UniTokConfig.text_vocab_size` must be at least.
+        start, end: ids of start and end of text.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], list[int]],
+        save: Callable[[Path], object],
+        start: int,
+        end: int,
+        context_length: int,
+    ) -> None:
+        self._encode, self._save = encode, save
+        self.start, self.end, self.context_length = start, end, context_length
+        self.vocab_size = end + 1
+
+    def __call__(self, captions: Sequence[str]) -> torch.Tensor:
+        """(B, context_length) int64; one that is too long is cut, its last id is still the end of text."""
+        ids = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, caption in zip(ids, captions, strict=True):
+            words = self._encode(caption)[: self.context_length - 2]
+            row[: len(words) + 2] = torch.tensor([self.start, *words, self.end])
+        return ids
+
+    def save(self, model_folder: str | os.PathLike[str]) -> None:
+        """Put a copy into a tokenizer model's folder, for `from_model_folder`."""
+        folder = Path(model_folder) / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(folder)
+
+    @classmethod
+    def from_path(
+        cls, path_or_hub_id: str | os.PathLike[str], context_length: int = 77
+    ) -> "CaptionTokenizer":
+        """Read CLIP's vocabulary (folder, hub id, or bpe_simple_vocab_16e6.txt.gz) or a sentencepiece model.
+
+        Of a sentencepiece model with S pieces the start of text is S and the end of text S + 1.
+
+        Raises:
+            UserError: nothing of the kind is there.
+        """
+        path = Path(path_or_hub_id)
+        if (path / "tokenizer.model").is_file():
+            path = path / "tokenizer.model"
+        if path.suffix == ".model":
+            return cls._sentencepiece(existing(path), context_length)
+        if path.name.endswith((".txt", ".txt.gz")):
+            return cls._clip(_read_bpe(existing(path)), context_length)
+        from transformers import CLIPTokenizer
+
+        if path.is_dir() and not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise UserError(f"{path} holds no caption tokenizer: {_HINT}.")
+        try:
+            return cls._clip(CLIPTokenizer.from_pretrained(str(path_or_hub_id)), context_length)
+        except (OSError, ValueError) as error:
+            raise UserError(f"No caption tokenizer at {path_or_hub_id}: {_HINT} ({error}).") from error
+
+    @classmethod
+    def from_model_folder(
+        cls, folder: str | os.PathLike[str], context_length: int = 77
+    ) -> "CaptionTokenizer":
+        """The caption tokenizer that training left in a tokenizer model's folder.
+
+        Raises:
+            UserError: there is none.
+        """
+        hint = "This model was saved without its caption tokenizer: name one by its path or hub id."
+        return cls.from_path(existing(Path(folder) / FOLDER, hint), context_length)
+
+    @classmethod
+    def _clip(cls, tokenizer: Any, context_length: int) -> "CaptionTokenizer":
+        def encode(caption: str) -> list[int]:
+            text = " ".join(html.unescape(html.unescape(caption)).split())
+            # CLIP's own spelling of the two marks; the vocabulary files of transformers have another.
+            text = re.sub("<end_of_text>", tokenizer.eos_token, text, flags=re.IGNORECASE)
+            text = re.sub("<start_of_text>", tokenizer.bos_token, text, flags=re.IGNORECASE)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        save = tokenizer.save_pretrained
+        return cls(encode, save, tokenizer.bos_token_id, tokenizer.eos_token_id, context_length)
+
+    @classmethod
+    def _sentencepiece(cls, path: Path, context_length: int) -> "CaptionTokenizer":
+        from sentencepiece import SentencePieceProcessor
+
+        try:
+            pieces: Any = SentencePieceProcessor(model_file=str(path))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} is no sentencepiece model: {_HINT}.") from error
+        size = pieces.get_piece_size()
+
+        def save(folder: Path) -> None:
+            shutil.copyfile(path, folder / "tokenizer.model")
+
+        return cls(lambda caption: pieces.encode(caption), save, size, size + 1, context_length)
+
+
+def _read_bpe(path: Path) -> Any:
+    """A CLIPTokenizer from CLIP's merges file: a header, then one merge a line, by rank (blanks count)."""
+    from transformers import CLIPTokenizer
+
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    lines = text.split("\n")[1 : 1 + _MERGES]
+    letters = _byte_letters()
+    vocab = {letter: i for i, letter in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    merges = []
+    for rank, line in enumerate(lines):
+        if line.strip():
+            left, right = line.split()
+            vocab[left + right] = 512 + rank
+            merges.append((left, right))
+    vocab |= {"<|startoftext|>": 512 + len(lines), "<|endoftext|>": 513 + len(lines)}
+    return CLIPTokenizer(vocab=vocab, merges=merges)
+
+
+def _byte_letters() -> list[str]:
+    """The letters that stand for bytes in byte-level BPE, in the vocabulary's order: printable ones first."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = len(range(256)) - len(printable)
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

@@ -1,0 +1,1 @@
+"""Pixel decoders: latents to pixels."""

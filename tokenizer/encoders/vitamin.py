@@ -1,0 +1,64 @@
+"""From pixels to tokens: the hybrid ViTamin encoder (arXiv 2404.02132; arXiv 2502.20321, section 4.1).
+
+B batch, N visual tokens (registers first), D width, (H, W) image size in pixels.
+"""
+
+import torch
+from torch import nn
+
+from .. import cpu
+from ..config import UniTokConfig
+from ..layers import NORM_EPS, ChannelNorm, Conv2d, build_transformer, conv_stage
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions, the first with stride 2; (B, 3, H, W) -> (B, width, H/2, W/2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = Conv2d(3, width, 3, stride=2, start="fan_out")
+        self.norm = ChannelNorm(width)
+        self.conv2 = Conv2d(width, width, 3, start="fan_out")
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.conv2(cpu.gelu(self.norm(self.conv1(pixels))))
+
+
+class Encoder(nn.Module):
+    """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256."""
+
+    position_offset: torch.Tensor
+
+    def __init__(self, config: UniTokConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        inputs, outputs = config.stage_widths
+        self.stem = Stem(config.stem_width)
+        self.stages = nn.ModuleList(
+            [
+                conv_stage(config.stem_width, inputs, config.stage_depths[0], scale=0.5),
+                conv_stage(inputs, outputs, config.stage_depths[1], scale=0.5),
+            ]
+        )
+        self.pool_norm = ChannelNorm(outputs)
+        self.pool = Conv2d(outputs, width, 3, stride=2)
+        registers = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
+        # One offset for all tokens, which published checkpoints carry: zero at the start, never trained.
+        self.register_buffer("position_offset", torch.zeros(1, 1, width))
+        self.blocks = build_transformer(config)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+
+    def patches(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, H*W/256, D), row by row: the convolutional half."""
+        map = self.stem(pixels.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            map = stage(map)
+        return self.pool(self.pool_norm(map)).flatten(2).transpose(1, 2)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(pixels)
+        if self.register_tokens is not None:
+            registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([registers, tokens], dim=1)
+        return self.norm(self.blocks(tokens + self.position_offset.to(tokens.dtype)))

@@ -1,0 +1,1 @@
+"""Frozen networks that training and evaluation share: LPIPS, DINOv2, Inception."""

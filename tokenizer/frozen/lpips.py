@@ -1,0 +1,88 @@
+"""LPIPS, the perceptual distance between two images, on VGG16 features (arXiv 1801.03924, section 3).
+
+B batch, H and W rows and columns. Module names are those of the published weight file.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..loading import HUB, find_weights, load_exactly, read_weights
+
+FILE = "lpips_with_vgg.pth"
+MIN_SIZE = 48  # smaller images leave the deepest features next to nothing; the published training skips them
+_SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+_CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16, up to relu5_3
+
+
+class LPIPS(nn.Module):
+    """Frozen; `lpips(a, b)` is differentiable in the images, not in the weights.
+
+    Images are (B, 3, H, W) in [-1, 1], at least 16 pixels high and wide.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.ModuleDict()
+        inputs = 3
+        for number, widths in enumerate(_CHANNELS, 1):
+            layers: list[nn.Module] = [] if number == 1 else [nn.MaxPool2d(2)]
+            for width in widths:
+                layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
+                inputs = width
+            self.net[f"slice{number}"] = nn.Sequential(*layers)
+        # the linear heads stand at model.1 because training them had a dropout at model.0
+        heads = (nn.Sequential(nn.Identity(), nn.Conv2d(w[-1], 1, 1, bias=False)) for w in _CHANNELS)
+        self.lins = nn.ModuleList(nn.ModuleDict({"model": head}) for head in heads)
+        self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 3, H, W) twice -> (B,) float32 distances; their mean is the published loss."""
+        return self.by_layer(first, second).sum(dim=1)
+
+    def by_layer(self, first: Tensor, second: Tensor) -> Tensor:
+        """(B, 5): the distance that each of the five layers contributes."""
+        distances = []
+        a, b = (image.float() - self.shift for image in (first, second))
+        a, b = a / self.scale, b / self.scale
+        for block, head in zip(self.net.values(), self.lins):
+            a, b = block(a), block(b)
+            with torch.autocast(a.device.type, enabled=False):
+                weight = head["model"][1].weight.float()  # type: ignore[index]
+                distances.append(layer_distance(a, b, weight))
+        return torch.stack(distances, dim=1)
+
+    @classmethod
+    def from_file(cls, path: str | Path | None) -> "LPIPS":
+        """With the published weights; `path` is a file, a folder or a hub id.
+
+        Raises:
+            UserError: the file is missing (the message names it and its origin), or holds something else.
+        """
+        file = find_weights(path, (FILE,), "LPIPS (the perceptual loss)", f"https://huggingface.co/{HUB}")
+        weights = read_weights(file)
+        model = cls()
+        load_exactly(model, weights, file)
+        return model.eval()
+
+    def train(self, mode: bool = True) -> "LPIPS":
+        return super().train(False)
+
+
+def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """(B, C, H, W) features twice and a (1, C, 1, 1) head -> (B,): what one layer adds to the distance."""
+    return F.conv2d((_unit(a) - _unit(b)).square(), weight).mean(dim=(1, 2, 3))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Unit length over the channels, in float32; the two constants are the published ones."""
+    features = features.float()
+    length = (features.square().sum(dim=1, keepdim=True) + 1e-9).sqrt()
+    return features / (length + 1e-10)

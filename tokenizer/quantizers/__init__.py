@@ -1,0 +1,1 @@
+"""Quantisers: latents to codes and back."""

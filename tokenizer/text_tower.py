@@ -1,0 +1,58 @@
+"""The CLIP text tower (arXiv 2103.00020, section 2.4; arXiv 2502.20321, section 3.1).
+
+B batch, T text positions, W text width, E width of the joint space.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from open_unitok.core.errors import UserError
+
+from .config import UniTokConfig
+from .layers import Attention, Linear
+
+
+class TextBlock(nn.Module):
+    """Pre-norm causal transformer block with an erf-GELU MLP; (B, T, W) -> (B, T, W)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attention = Attention(width, heads, causal=True)
+        self.norm2 = nn.LayerNorm(width)
+        self.up = Linear(width, 4 * width)
+        self.down = Linear(4 * width, width)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden + self.attention(self.norm1(hidden))
+        return hidden + self.down(F.gelu(self.up(self.norm2(hidden))))
+
+
+class TextEncoder(nn.Module):
+    """Token ids (B, T) -> (B, E), not normalised; read off at the largest id, the end of text."""
+
+    def __init__(self, config: UniTokConfig) -> None:
+        super().__init__()
+        width = config.text_hidden_size
+        self.token_embedding = nn.Embedding(config.text_vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.zeros(config.text_context_length, width))
+        self.blocks = nn.ModuleList(
+            TextBlock(width, config.text_num_heads) for _ in range(config.text_num_layers)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.projection = Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            UserError: more positions than the tower has.
+        """
+        length, most = token_ids.shape[1], self.position_embedding.shape[0]
+        if length > most:
+            raise UserError(f"Captions of {length} token ids do not fit in text_context_length = {most}.")
+        hidden = self.token_embedding(token_ids) + self.position_embedding[:length]
+        for block in self.blocks:
+            hidden = block(hidden)
+        rows = torch.arange(token_ids.shape[0], device=token_ids.device)
+        return self.projection(self.norm(hidden[rows, token_ids.argmax(dim=-1)]))

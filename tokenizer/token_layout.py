@@ -1,0 +1,84 @@
+"""How the visual tokens of one image are arranged: a grid of rows x columns behind register tokens.
+
+The only place that derives a grid from a number of tokens. Configs and codes.json store the layout as a dict;
+where it is absent (all files written before it existed) the grid is the square of the tokens minus registers.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from open_unitok.core.errors import UserError
+
+
+class TokenLayout(NamedTuple):
+    """A grid of `rows` x `columns` tokens in raster order; `registers` tokens come first and carry no position."""
+
+    rows: int
+    columns: int
+    registers: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """N: tokens per image, registers included."""
+        return self.rows * self.columns + self.registers
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        return self.rows, self.columns
+
+    @classmethod
+    def square(cls, num_tokens: int, registers: int = 0) -> "TokenLayout":
+        """The square grid of `num_tokens` minus `registers`.
+
+        Raises:
+            UserError: that is not a square number.
+        """
+        side = math.isqrt(max(num_tokens - registers, 0))
+        if side == 0 or side * side != num_tokens - registers:
+            raise UserError(
+                f"{num_tokens} visual tokens minus {registers} registers do not fill a square grid: "
+                "give token_layout = {rows, columns, registers}."
+            )
+        return cls(side, side, registers)
+
+    @classmethod
+    def from_config(
+        cls, value: "Mapping[str, Any] | TokenLayout | None", num_tokens: int, registers: int = 0
+    ) -> "TokenLayout":
+        """The layout that a config stores as `token_layout`, or the square where it stores None.
+
+        Raises:
+            UserError: a key is unknown or not a whole number, or the layout does not have `num_tokens` tokens.
+        """
+        if value is None:
+            return cls.square(num_tokens, registers)
+        given = value._asdict() if isinstance(value, TokenLayout) else dict(value)
+        known = {"registers": registers} | given
+        whole = {name: v for name, v in known.items() if isinstance(v, int) and not isinstance(v, bool)}
+        if whole.keys() != set(cls._fields) or len(known) != len(whole):
+            raise UserError(
+                f"token_layout is {given!r}; it takes the whole numbers rows, columns, registers."
+            )
+        layout = cls(**whole)
+        if layout.rows < 1 or layout.columns < 1 or layout.registers < 0:
+            raise UserError(
+                f"token_layout is {given!r}: rows and columns are 1 or more, registers 0 or more."
+            )
+        if layout.num_tokens != num_tokens:
+            raise UserError(f"token_layout {given!r} has {layout.num_tokens} tokens, not {num_tokens}.")
+        return layout
+
+    def to_dict(self) -> dict[str, int]:
+        """What configs and codes.json store."""
+        return self._asdict()
+
+    def complete_rows(self, num_generated: int) -> int:
+        """Rows of the grid that are complete once the first `num_generated` tokens are known: where a preview
+        may be shown."""
+        return min(max(num_generated - self.registers, 0) // self.columns, self.rows)
+
+    def tokens_of_rows(self, rows: int) -> int:
+        """Tokens that come before the end of the first `rows` rows, registers included."""
+        return self.registers + rows * self.columns

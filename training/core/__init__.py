@@ -1,0 +1,1 @@
+"""The training engine and what every stage shares: DeepSpeed, checkpoints, config, logging."""

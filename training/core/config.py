@@ -1,0 +1,267 @@
+"""YAML to strict dataclasses: a mistake stops a run before its first batch, in one line that says what to do.
+
+This module and the `*_config.py` files import no torch, so that a finished run is recognised at once.
+"""
+
+import dataclasses
+import importlib.resources
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from open_unitok.core.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `2e-4` is a number (YAML 1.1 wants 2.0e-4), and a key may stand only once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+# Keys that a resumed run may change: they leave what is computed as it is.
+FREE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
+FREE_IN_STAGE = {"mllm": ("data.workers",)}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain dict of a YAML file (or of a shipped one) with `a.b=value` overrides applied.
+
+    Raises:
+        UserError: no such file, not a YAML mapping, or an override that is not `key=value`.
+    """
+    text = _text(path)
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, not a mapping of keys to values.")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"Override {override!r} is not of the form key=value or section.key=value.")
+        _set(raw, key, _parse(value, override), override)
+    return raw
+
+
+def _text(path: str | Path) -> str:
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{path} is a folder: name the YAML file.")
+    shipped = importlib.resources.files("open_unitok.configs").joinpath(str(path).removeprefix("configs/"))
+    if not file.exists():
+        if not (str(path).endswith(".yaml") and shipped.is_file()):
+            raise UserError(f"There is no config {path}, neither here nor among the shipped ones (configs/).")
+        return shipped.read_text(encoding="utf-8")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file: {error}") from error
+
+
+def _parse(value: str, override: str) -> Any:
+    try:
+        return yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"Override {override!r}: the value is not valid YAML.") from error
+
+
+def _set(raw: Any, key: str, value: Any, override: str) -> None:
+    """Set raw[a][b] for key "a.b"; a number steps into a list."""
+    *parents, last = key.split(".")
+    where = raw
+    for part in parents:
+        if isinstance(where, list):
+            where = where[_index(part, where, override)]
+        else:
+            if where.get(part) is None:
+                where[part] = {}
+            where = where[part]
+        if not isinstance(where, dict | list):
+            raise UserError(f"Override {override!r}: {part!r} is a value, not a section.")
+    if isinstance(where, list):
+        where[_index(last, where, override)] = value
+    else:
+        where[last] = value
+
+
+def _index(part: str, items: list, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(items):
+        raise UserError(f"Override {override!r}: {part!r} is not one of 0 to {len(items) - 1}.")
+    return int(part)
+
+
+# ---- building --------------------------------------------------------------------------------------------
+
+
+def build(cls: type[T], raw: Any, where: str = "") -> T:
+    """An instance of the dataclass `cls` from plain values, every type checked; then its `check()` is called.
+
+    Raises:
+        UserError: unknown or missing key, wrong type, or what `check` refuses; names the dotted key.
+    """
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where or 'The config'} is {raw!r}: a section of keys and values is wanted.")
+    fields: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in raw:
+        if key not in fields:
+            raise UserError(f"Unknown config key {_join(where, key)!r}.{did_you_mean(str(key), fields)}")
+    values = {}
+    for name, field in fields.items():
+        if name in raw:
+            values[name] = _convert(hints[name], raw[name], _join(where, name))
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise UserError(
+                f"Config key {_join(where, name)!r} is missing: {_describe(hints[name])} is wanted."
+            )
+    made = cls(**values)
+    check = getattr(made, "check", None)
+    if check is not None:
+        check()
+    return made
+
+
+def _join(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`; ints pass as floats, lists as tuples, nothing else is bent."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(inner, value, where, hint)
+    if origin is Literal:
+        if value in inner and not (isinstance(value, bool) and not any(isinstance(i, bool) for i in inner)):
+            return value
+        near = did_you_mean(str(value), map(str, inner))
+        raise UserError(f"{where} is {value!r}.{near}")
+    if dataclasses.is_dataclass(hint):
+        return build(typing.cast(type, hint), value, where)
+    if origin is list and isinstance(value, list):
+        return [_convert(inner[0], item, f"{where}.{i}") for i, item in enumerate(value)]
+    if origin is tuple and isinstance(value, list | tuple):
+        if inner[-1] is Ellipsis:
+            return tuple(_convert(inner[0], item, f"{where}.{i}") for i, item in enumerate(value))
+        if len(inner) == len(value):
+            return tuple(_convert(t, item, f"{where}.{i}") for i, (t, item) in enumerate(zip(inner, value)))
+    if origin is dict and isinstance(value, dict):
+        return {
+            _convert(inner[0], k, where): _convert(inner[1], v, _join(where, k)) for k, v in value.items()
+        }
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and not (isinstance(value, bool) and hint is not bool)
+    ):
+        if hint is float and not math.isfinite(value):
+            raise UserError(f"{where} is {value!r}: a finite number is wanted.")
+        return value
+    raise UserError(f"{where} is {value!r}: {_describe(hint)} is wanted.")
+
+
+def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    if len(options) == 1:
+        return _convert(options[0], value, where)
+    for option in options:
+        try:
+            return _convert(option, value, where)
+        except UserError:
+            continue
+    raise UserError(f"{where} is {value!r}: {_describe(hint)} is wanted.")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    bool: "true or false",
+    type(None): "nothing (null)",
+}
+
+
+def _describe(hint: Any) -> str:
+    """A type in words."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(i) for i in inner)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner))
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)} values ({', '.join(_describe(i) for i in inner)})"
+    if origin in (list, tuple):
+        return f"a list ({_describe(inner[0])} each)"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a section of keys and values"
+    return _NAMES.get(hint, str(hint))
+
+
+# ---- writing and comparing -------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain dicts, lists, texts and numbers."""
+    return _plain(dataclasses.asdict(config))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved config as YAML, keys in the order of the dataclass."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE_KEYS) -> list[str]:
+    """ "key: old -> new" for every key that differs, those in `free` (and below) left out."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        and not any(key == name or key.startswith(f"{name}.") for name in free)
+    ]
+
+
+_ABSENT = object()
+
+
+def _flat(value: Any, where: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        return {k: v for key, item in value.items() for k, v in _flat(item, _join(where, key)).items()}
+    return {where: value}

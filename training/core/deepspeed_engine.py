@@ -1,0 +1,347 @@
+"""DeepSpeed as the training engine, on one CPU process as on many GPUs; its traps are handled here alone."""
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers.utils import logging as transformers_logging
+
+from open_unitok.core import distributed
+from open_unitok.core.devices import bf16_in_hardware
+from open_unitok.core.errors import UserError
+
+from .muon import Muon, muon_groups
+from .options import EngineOptions, Optimizer
+
+# Published UniTok: no weight decay for vectors and for names that contain one of these words.
+NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
+
+
+def start(options: EngineOptions, seed: int) -> torch.device:
+    """Begin: process group, threads, seed; returns this rank's device. Without a launcher: rank 0 of 1.
+
+    Raises:
+        UserError: deepspeed is not installed, or the options ask for what this machine has not.
+    """
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    if not cuda:  # importing torch's compiler costs seconds, and nothing is compiled here
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    deepspeed = _import_deepspeed()
+    transformers_logging.disable_progress_bar()  # there is one bar, the logbook's
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        # gloo beside nccl: small decisions (stop now?) are taken on the CPU without waiting for the GPU
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        if under_launcher():
+            dist.init_process_group(backend)
+        else:  # no launcher's variables, and so none that child processes would take for theirs
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            os.environ.setdefault("LOCAL_RANK", "0")
+            atexit.register(_leave_group)
+    from deepspeed.ops import __compatible_ops__ as operators
+
+    if (
+        "deepspeed_shm_comm" in operators
+    ):  # only speeds up inference; building it takes minutes and a compiler
+        operators["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    torch.manual_seed(seed)
+    return device
+
+
+def under_launcher() -> bool:
+    """True if torchrun or deepspeed started this process."""
+    return "RANK" in os.environ
+
+
+def _import_deepspeed() -> Any:
+    for name in ("DeepSpeed", "deepspeed", "numexpr", "torch.distributed.elastic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"Training needs deepspeed ({error}): pip install 'open-unitok[train]'.") from error
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def decay_groups(
+    module: torch.nn.Module, weight_decay: float, multipliers: dict[str, float] | None = None
+) -> list[dict[str, Any]]:
+    """AdamW parameter groups by the published rule: vectors, biases and scales without weight decay.
+
+    `multipliers` maps a part of a parameter's name to a factor on its learning rate (first match counts).
+    """
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY_WORDS)
+        factor = next((f for part, f in (multipliers or {}).items() if part in name), 1.0)
+        decay = 0.0 if plain else weight_decay
+        group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_factor": factor})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def place(
+    module: torch.nn.Module,
+    device: torch.device,
+    optimizer: Optimizer,
+    options: EngineOptions,
+    micro_batch: int,
+) -> None:
+    """Move a model to its device before `wrap`; under ZeRO 3 it is cut into parts on the way.
+
+    One parameter after the other goes to the device, takes rank 0's values and leaves this rank's part there
+    (or on the host, where parameters are offloaded): no device ever holds the whole model. Afterwards
+    parameters have no shape.
+
+    Raises:
+        UserError: see `wrap`.
+    """
+    import deepspeed
+
+    if options.zero_stage == 3:
+        with _refusals():
+            deepspeed.zero.Init(
+                module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
+            )
+    module.to(device)  # buffers, and what is left of parameters
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """DeepSpeed's complaint about its config as one line."""
+    import deepspeed
+
+    try:
+        yield
+    except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
+        raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+
+
+def wrap(
+    module: torch.nn.Module,
+    groups: Sequence[dict[str, Any]],
+    optimizer: Optimizer,
+    options: EngineOptions,
+    micro_batch: int,
+) -> Any:
+    """A DeepSpeed engine around `module`, with AdamW or Muon on `groups`.
+
+    Masters stay fp32; bf16 runs through torch's autocast, so that the quantiser can step out of it. Call the
+    engine for the forward pass, `engine.backward(loss)`, then `step(engine)` of this module, per micro-batch.
+
+    Raises:
+        UserError: an option of `engine.deepspeed` that DeepSpeed does not take.
+    """
+    import deepspeed
+
+    kind: Any = torch.optim.AdamW
+    if optimizer.kind == "muon":
+        kind, groups = Muon, muon_groups(module, groups)
+    adam = kind(
+        [{**group, "lr": optimizer.lr * group.get("lr_factor", 1.0)} for group in groups],
+        betas=optimizer.betas,
+        eps=optimizer.eps,
+        fused=True,
+    )
+    for group in adam.param_groups:
+        group["init_lr"] = group["lr"]
+    settings = deepspeed_settings(optimizer, options, micro_batch)
+    with _refusals(), _scalars_can_be_sent(module):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+    engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
+    if distributed.world_size() == 1 and options.zero_stage == 0:
+        engine.enable_backward_allreduce = False  # copying all gradients to meet nobody
+    return engine
+
+
+@contextlib.contextmanager
+def _scalars_can_be_sent(module: torch.nn.Module) -> Iterator[None]:
+    """DeepSpeed's first broadcast fails on a parameter without dimensions: lend it one, there alone."""
+    from deepspeed import DeepSpeedEngine
+
+    scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
+    original = getattr(DeepSpeedEngine, "_broadcast_model", None)
+    if not scalars or original is None:
+        yield
+        return
+
+    def broadcast(self: Any) -> None:
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        original(self)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    DeepSpeedEngine._broadcast_model = broadcast
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = original
+
+
+def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch: int) -> dict[str, Any]:
+    """DeepSpeed's own config: what the options say, with `engine.deepspeed` merged over it."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": options.accumulation,
+        # stage 0 clips in step() below: DeepSpeed's own clipping there forgets the norm it computed
+        "gradient_clipping": optimizer.clip_grad if options.zero_stage else 0.0,
+        "zero_optimization": {"stage": options.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {
+            "enabled": options.dtype == "bf16" or (options.dtype == "auto" and bf16_in_hardware()),
+            "dtype": "bfloat16",
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if options.zero_stage == 3:
+        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if options.offload != "none":
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        settings["zero_optimization"]["offload_optimizer"] = host
+        if options.offload == "parameters":
+            settings["zero_optimization"]["offload_param"] = host
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs there too; nothing is compiled
+    return _merge(settings, options.deepspeed)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the engine's module makes of the arguments, under its autocast.
+
+    Unlike what `engine(...)` gives, it may also be differentiated by torch.autograd.grad before the backward
+    pass: the engine would take that for the backward pass itself. ZeRO 0 to 2.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization():  # what the engine's own call tells it, by hooks on the outputs
+        optimizer.clear_backward_seen_flag()
+        optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
+    with autocast(engine):
+        return engine.module(*args, **kwargs)
+
+
+def autocast(engine: Any) -> torch.autocast:
+    """The engine's precision, for what is computed beside its module."""
+    on = engine.torch_autocast_enabled()
+    kind = next(engine.module.parameters()).device.type
+    return torch.autocast(kind, dtype=engine.torch_autocast_dtype() if on else torch.bfloat16, enabled=on)
+
+
+def set_lr(engine: Any, multiplier: float) -> None:
+    """Learning rate of the coming step: `multiplier` x what each group began with."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["init_lr"] * multiplier
+
+
+def step(engine: Any) -> torch.Tensor | float | None:
+    """Clip and update at the end of an accumulation; returns the gradient norm before clipping, else None."""
+    boundary = engine.is_gradient_accumulation_boundary()
+    norm: torch.Tensor | float | None = None
+    if boundary and not engine.zero_optimization():
+        limit = engine.unitok_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit, foreach=True)
+    engine.step()
+    if boundary and norm is None:
+        norm = engine.get_global_grad_norm()
+    return norm
+
+
+def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Overwrite rows of a parameter and forget their Adam moments; under ZeRO the fp32 master follows.
+
+    Args:
+        parameter: (..., C), the same call on every rank.
+        rows: bool mask over the leading dimensions.
+        values: (rows that are True, C), the same on every rank.
+    """
+    with torch.no_grad():
+        if not engine.zero_optimization():
+            parameter[rows] = values.to(parameter.dtype)
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if moment in engine.optimizer.state.get(parameter, {}):
+                    engine.optimizer.state[parameter][moment][rows] = 0.0
+            return
+    from deepspeed.utils import (
+        safe_get_full_fp32_param,
+        safe_get_full_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_optimizer_state,
+    )
+
+    zero = engine.optimizer
+    if zero.optimizer.state and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        # DeepSpeed links moments once, after the first group's first step: those of later groups stay unknown
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+    with torch.no_grad():
+        full = safe_get_full_fp32_param(parameter).clone()
+        full[rows] = values.to(full)
+        safe_set_full_fp32_param(parameter, full)
+        if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 keep a whole copy of the parameter on every rank
+            parameter[rows] = values.to(parameter)
+        for moment in ("exp_avg", "exp_avg_sq") if zero.optimizer.state else ():
+            state = safe_get_full_optimizer_state(parameter, moment)
+            if state is not None:
+                state = state.clone()
+                state[rows] = 0.0
+                safe_set_full_optimizer_state(parameter, state, moment)
+
+
+def clamp(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -> None:
+    """Keep a small parameter within bounds; under ZeRO the fp32 master follows."""
+    with torch.no_grad():
+        parameter.clamp_(low, high)
+        if engine.zero_optimization() and parameter.requires_grad:
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, parameter.detach().float())
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Trade time for memory; transformers renamed the method between the versions that are supported."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)()
+
+
+def finish() -> None:
+    """End a launched process without the interpreter's shutdown, where gloo's threads may abort.
+
+    A process of its own keeps its group, which DeepSpeed remembers, for the next stage.
+    """
+    if not (dist.is_initialized() and under_launcher()):
+        return
+    dist.barrier()
+    _leave_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

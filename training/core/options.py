@@ -1,0 +1,205 @@
+"""The config sections that every stage shares: optimiser, schedule, engine, data, checkpoints, logging."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+from open_unitok.core.errors import UserError
+
+from .schedules import check_kind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """AdamW (reference defaults of the published tokenizer recipe); `clip_grad` 0 turns clipping off.
+
+    `kind` "muon" moves hidden matrices by Muon instead (see `muon.py`), at the same `lr` and `weight_decay`.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-6
+    weight_decay: float = 0.02
+    clip_grad: float = 10.0
+
+    def check(self) -> None:
+        if self.lr < 0 or self.eps < 0 or self.weight_decay < 0 or self.clip_grad < 0:
+            raise UserError("optimizer: lr, eps, weight_decay and clip_grad are zero or more.")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer.betas is {self.betas}: both are in [0, 1).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Learning rate over a run: from `start`*lr over `warmup` steps, then `kind` down to `end`*lr."""
+
+    kind: str = "cos"
+    warmup: float = 0.0
+    start: float = 0.0
+    end: float = 0.1
+
+    def check(self) -> None:
+        check_kind(self.kind)
+        if self.warmup < 0:
+            raise UserError(f"schedule.warmup is {self.warmup}: a number of steps, zero or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How DeepSpeed runs: `deepspeed` is merged into its own config (offload, bucket sizes, ...).
+
+    `dtype` "auto" is bf16 where the processor or GPU has units for it, which saves time there only.
+    `offload` keeps in the host's memory: "optimizer" moments and fp32 copies (ZeRO 1 to 3), "parameters" also
+    the weights (ZeRO 3); slower, for models that do not fit otherwise.
+    """
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Literal["fp32", "bf16", "auto"] = "fp32"
+    accumulation: int = 1
+    threads: int = 0
+    gradient_checkpointing: bool = False
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        if self.accumulation < 1:
+            raise UserError(f"engine.accumulation is {self.accumulation}: it is 1 or more.")
+        least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < least:
+            wanted = f"engine.zero_stage {least} or more, not {self.zero_stage}"
+            raise UserError(f"engine.offload {self.offload} needs {wanted}.")
+        if self.threads < 0:
+            raise UserError(f"engine.threads is {self.threads}: it is 0 (all cores) or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """Save every `every` steps and keep the last `keep` checkpoints."""
+
+    every: int = 500
+    keep: int = 2
+
+    def check(self) -> None:
+        if self.every < 1 or self.keep < 1:
+            raise UserError("checkpoint.every and checkpoint.keep are 1 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """A row of metrics every `every` steps; pictures every `images_every` steps (0: never).
+
+    `peak_tflops`: what one device could do at most, in 10^12 floating-point operations per second, for the
+    share of it that is used ("mfu"); null looks the GPU up in a table.
+    """
+
+    every: int = 20
+    images_every: int = 0
+    peak_tflops: float | None = None
+
+    def check(self) -> None:
+        if self.every < 1 or self.images_every < 0:
+            raise UserError("log.every is 1 or more, log.images_every is 0 (never) or more.")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            raise UserError(f"log.peak_tflops is {self.peak_tflops}: above 0, or null.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Record `steps` steps after step `start` with torch.profiler (0 steps: none); see OUT/profile."""
+
+    start: int = 10
+    steps: int = 0
+
+    def check(self) -> None:
+        if self.start < 0 or self.steps < 0:
+            raise UserError("profile.start and profile.steps are 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Some webdataset tars: globs and {000..127} braces; sources are mixed by `weight`."""
+
+    path: str | list[str]
+    weight: float = 1.0
+    name: str = ""
+
+    def check(self) -> None:
+        if not (self.weight > 0 and math.isfinite(self.weight)):
+            raise UserError(f"data.sources: weight of {self.path} is {self.weight}: it is above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """Reading webdataset tars; `max_bad_share` the share of unreadable samples or tars that stops a run."""
+
+    sources: list[DataSource]
+    workers: int = 0
+    shuffle: int = 5000
+    split: Literal["samples", "shards"] = "samples"
+    max_bad_share: float = 0.05
+
+    def check(self) -> None:
+        if not self.sources:
+            raise UserError(
+                "data.sources is empty: name at least one source, e.g. [{path: 'data/train/*.tar'}]."
+            )
+        if self.workers < 0 or self.shuffle < 1:
+            raise UserError("data.workers is 0 or more, data.shuffle is 1 (no shuffling) or more.")
+        if not 0 <= self.max_bad_share <= 1:
+            raise UserError(f"data.max_bad_share is {self.max_bad_share}: a share between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every run has; a stage adds its own sections. `batch_size` counts over all ranks and accumulation.
+
+    `stop_at` ends this call early with a checkpoint; the same command without it goes on. `start_from` takes
+    the weights (only) of a model folder.
+    """
+
+    stage: str
+    out: str
+    steps: int
+    batch_size: int
+    seed: int = 0
+    stop_at: int | None = None
+    start_from: str | None = None
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)
+    checkpoint: CheckpointOptions = CheckpointOptions()
+    log: LogOptions = LogOptions()
+    profile: ProfileOptions = ProfileOptions()
+
+    def check(self) -> None:
+        if self.steps < 1 or self.batch_size < 1:
+            raise UserError("steps and batch_size are 1 or more.")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}: it is 0 or more.")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise UserError(f"stop_at is {self.stop_at}: a step, 1 or more.")
+        if self.optimizer.kind == "muon" and self.engine.zero_stage:
+            raise UserError(
+                f"optimizer.kind is muon, but engine.zero_stage is {self.engine.zero_stage}: Muon needs "
+                "whole matrices, so set engine.zero_stage to 0 or optimizer.kind to adamw."
+            )
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this call ends."""
+        return min(self.steps, self.stop_at or self.steps)
+
+    def micro_batch(self, ranks: int) -> int:
+        """Samples per rank and forward pass.
+
+        Raises:
+            UserError: batch_size is not a multiple of ranks x accumulation.
+        """
+        parts = ranks * self.engine.accumulation
+        if self.batch_size % parts:
+            raise UserError(
+                f"batch_size {self.batch_size} does not split into {ranks} rank(s) x engine.accumulation "
+                f"{self.engine.accumulation}: make it a multiple of {parts}."
+            )
+        return self.batch_size // parts

@@ -1,0 +1,1 @@
+"""Data sets and code shards: formats, shards, mixture, collation."""

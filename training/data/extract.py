@@ -1,0 +1,293 @@
+"""Image shards to code shards, so that the MLLM trains without the visual tokenizer.
+
+Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., beside `KEY.json` or
+`KEY.txt` (a caption); "images" in the .json says how many pictures there must be, 0 is allowed.
+
+Tar i of the input becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json,
+written last: where it stands, the tar is whole and is not made again. `codes.json` lists them all; the
+process that finds the last one finished writes it. Under torchrun each process takes every n-th tar; they
+need not meet, but see the same files.
+
+N visual tokens per image, K sub-codebooks, B images per batch.
+"""
+
+import io
+import json
+import math
+import sys
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json, sha256, write_atomic, write_json
+
+from .code_shards import FORMAT, MANIFEST
+from .tar_index import BadSample, Record, index
+
+if TYPE_CHECKING:
+    import torch
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+CHECKED = 8  # pictures per tar that are decoded again
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+class Options(NamedTuple):
+    """What the codes of a tar depend on, and how they are made."""
+
+    fingerprint: str
+    mode: str
+    dtype: str
+    batch_size: int
+    workers: int
+    max_bad_share: float
+
+
+class Loaded(NamedTuple):
+    """A sample with its pictures; mostly one, several in conversations and documents, or none."""
+
+    key: str
+    pictures: "list[torch.Tensor]"  # each (3, H, W)
+    info: dict[str, Any]
+    oblong: int  # pictures that were not square
+
+
+def extract(
+    unitok: Any, tars: list[str], out: Path, options: Options, quiet: bool = False
+) -> dict[str, Any] | None:
+    """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
+
+    Raises:
+        UserError: `out` is a file, or holds codes of other pictures or of another tokenizer; too many
+            pictures are unreadable.
+    """
+    import torch
+
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out is {out}, which is a file: name a folder.")
+    for number, tar in enumerate(tars):
+        _finished(out, number, tar, options)  # refuse before the first batch
+    mine = [
+        n
+        for n in range(distributed.rank(), len(tars), distributed.world_size())
+        if not _finished(out, n, tars[n], options)
+    ]
+    total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
+    shown = {"desc": "codes", "unit": " pictures", "file": sys.stderr, "mininterval": 1.0}
+    with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
+        for number in mine:
+            _extract_tar(unitok, tars[number], out / _name(number), options, bar.update)
+    facts = [_finished(out, number, tar, options) for number, tar in enumerate(tars)]
+    done = [fact for fact in facts if fact]
+    return _write_manifest(unitok, out, done, options) if len(done) == len(tars) else None
+
+
+def _name(number: int) -> str:
+    return f"codes-{number:06d}.tar"
+
+
+def _finished(out: Path, number: int, tar: str, options: Options) -> dict[str, Any] | None:
+    """What is known of an output tar that is there, else None; raises UserError if it is of other origin."""
+    path = (out / _name(number)).with_suffix(".json")
+    if not (path.exists() and path.with_suffix(".tar").exists()):
+        return None
+    facts = read_json(path)
+    wanted = _origin(tar, options)
+    differing = [name for name, value in wanted.items() if facts.get(name) != value]
+    if differing:
+        shown = ", ".join(
+            f"{name} {str(facts.get(name))[:16]}, now {str(wanted[name])[:16]}" for name in differing
+        )
+        raise UserError(
+            f"{out} holds codes of another extraction ({shown}): choose another --out, or delete it."
+        )
+    return facts
+
+
+def _origin(tar: str, options: Options) -> dict[str, Any]:
+    return {
+        "source": Path(tar).name,
+        "source_bytes": Path(tar).stat().st_size,
+        "tokenizer": options.fingerprint,
+        "mode": options.mode,
+        "dtype": options.dtype,
+    }
+
+
+def _extract_tar(
+    unitok: Any, tar: str, target: Path, options: Options, progress: Callable[[int], Any]
+) -> None:
+    """One tar of pictures to one tar of codes, its description last."""
+    records, problem = index(tar)
+    if problem:
+        raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
+    bad: list[str] = []
+    buffer, first, samples, pictures, oblong, grid = io.BytesIO(), [], 0, 0, 0, None
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
+        for batch in _batches(records, unitok.config.image_size, options, bad, progress):
+            pixels = [picture for sample in batch for picture in sample.pictures]
+            codes = iter(_encode(unitok, pixels, options.batch_size))
+            if pixels:
+                grid = [side // unitok.config.patch_size for side in pixels[0].shape[1:]]
+            for sample in batch:
+                _add(writer, sample, [next(codes) for _ in sample.pictures], unitok.config, grid)
+            first += pixels[: CHECKED - len(first)]
+            samples, pictures = samples + len(batch), pictures + len(pixels)
+            oblong += sum(sample.oblong for sample in batch)
+    if not samples:
+        raise UserError(f"{tar} holds no readable picture ({bad[-1] if bad else 'it is empty'}).")
+    write_atomic(target, buffer.getvalue())
+    error = _check_written(target, samples, unitok, first)
+    counts = {"samples": samples, "pictures": pictures, "oblong": oblong, "broken": len(bad)}
+    checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
+
+
+def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
+    """The codes of each picture, uint16 (N, K)."""
+    import torch
+
+    found: list[np.ndarray] = []
+    for start in range(0, len(pixels), batch_size):
+        batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
+        found += list(unitok.encode(batch).cpu().numpy().astype(np.uint16))
+    return found
+
+
+def _batches(
+    records: list[Record], size: int, options: Options, bad: list[str], progress: Callable[[int], Any]
+) -> Iterator[list[Loaded]]:
+    """Batches of readable samples; what cannot be read is noted in `bad`; much of it stops the run."""
+
+    def load(record: Record) -> Loaded | str:
+        try:
+            return _load(record, size, options.mode)
+        except (BadSample, UserError) as error:
+            return f"{record.tar}: {record.key}: {error}"
+
+    pool = ThreadPoolExecutor(options.workers) if options.workers else None
+    remaining = iter(records)
+    try:
+        while group := list(islice(remaining, options.batch_size)):
+            loaded = list(pool.map(load, group) if pool else map(load, group))
+            for text in (item for item in loaded if isinstance(item, str)):
+                bad.append(text)
+                tqdm.write(f"codes: skipped {text}", file=sys.stderr)
+            if len(bad) > max(1, options.max_bad_share * len(records)):
+                raise UserError(
+                    f"{len(bad)} of {len(records)} pictures of {records[0].tar} are unreadable, more than "
+                    f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
+                )
+            readable = [item for item in loaded if isinstance(item, Loaded)]
+            if readable:
+                yield readable
+            progress(len(group))
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def _load(record: Record, size: int, mode: str) -> Loaded:
+    from open_unitok.tokenizer.images import load_image, to_pixels
+
+    members, info = picture_members(record)
+    images = [load_image(record.read(member)) for member in members]
+    oblong = sum(image.width != image.height for image in images)
+    return Loaded(record.key, [to_pixels(image, size, mode) for image in images], info, oblong)
+
+
+def picture_members(record: Record) -> tuple[list[str], dict[str, Any]]:
+    """A sample's pictures in the order of their numbers, and its info; raises BadSample if one is missing."""
+    info = record.json("json") if "json" in record.members else {}
+    if not isinstance(info, dict):
+        raise BadSample(".json holds no mapping")
+    if "captions" not in info and "txt" in record.members:
+        info["captions"] = [record.text("txt")]
+    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
+    parts = [(member, *member.partition(".")[::2]) for member in record.members]
+    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
+    members = [single] if single else [member for _, member in sorted(numbered)]
+    if len(members) != info.get("images", max(1, len(members))):
+        wanted = f"{info['images']} picture(s) are" if "images" in info else "a picture is"
+        raise BadSample(f"{wanted} wanted, it has {', '.join(record.members)}")
+    return members, info
+
+
+def _add(
+    writer: tarfile.TarFile, sample: Loaded, codes: list[np.ndarray], sizes: Any, grid: list[int] | None
+) -> None:
+    """A sample's codes, (N, K), or (I, N, K) for another number of images than one, and its .json."""
+    empty = np.empty((0, sizes.num_visual_tokens, sizes.num_codebooks), dtype=np.uint16)
+    array = io.BytesIO()
+    np.save(array, codes[0] if len(codes) == 1 else np.stack(codes) if codes else empty, allow_pickle=False)
+    info = {**sample.info, "grid": grid} if codes else sample.info
+    text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
+    for ending, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
+        member = tarfile.TarInfo(f"{sample.key}.{ending}")
+        member.size = len(content)
+        writer.addfile(member, io.BytesIO(content))
+
+
+def _check_written(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
+    """Read the tar as it lies on disk and decode its first codes: summed squared errors of these pictures."""
+    import torch
+
+    records, problem = index(str(path))
+    if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
+        raise UserError(
+            f"{path} was not written well ({problem or f'{len(records)} of {samples} samples'}): is the "
+            "disk full, or are there two pictures of one name in a tar?"
+        )
+    found: list[np.ndarray] = []
+    for record in records:
+        if len(found) >= len(first):
+            break
+        codes = np.load(io.BytesIO(record.read("codes.npy")))
+        found += [codes] if codes.ndim == 2 else list(codes)
+    if not first:
+        return 0.0
+    codes = torch.from_numpy(np.stack(found[: len(first)]).astype(np.int64)).to(unitok.device)
+    copies = unitok.decode(codes)
+    pixels = torch.stack(first).to(unitok.device)
+    return (copies.float() - pixels).square().mean((1, 2, 3)).sum().item() / 4
+
+
+def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
+    """codes.json, from the descriptions of all tars."""
+    grids = {tuple(fact["grid"]) for fact in facts if fact["grid"]}
+    if not grids:
+        raise UserError(f"{out}: no sample of --data has a picture; texts alone need no codes.")
+    assert len(grids) == 1, grids
+    checked = sum(fact["checked"] for fact in facts)
+    error = sum(fact["error"] for fact in facts) / checked
+    shards = [
+        {"file": _name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
+        for number, fact in enumerate(facts)
+    ]
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": options.fingerprint,
+        "num_codebooks": unitok.config.num_codebooks,
+        "codebook_size": unitok.config.codebook_size,
+        "num_tokens": unitok.config.num_visual_tokens,
+        "grid": list(grids.pop()),
+        "image_size": unitok.config.image_size,
+        "mode": options.mode,
+        "samples": sum(fact["samples"] for fact in facts),
+        "pictures": sum(fact.get("pictures", fact["samples"]) for fact in facts),
+        "oblong": sum(fact.get("oblong", 0) for fact in facts),
+        "broken": sum(fact["broken"] for fact in facts),
+        "checked": checked,
+        "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),
+        "shards": shards,
+    }
+    write_json(out / MANIFEST, manifest)
+    return manifest

@@ -1,0 +1,311 @@
+"""Webdataset tars as an endless stream of samples that resumes exactly in the middle of an epoch.
+
+The order of samples is a function of (seed, epoch): tars are shuffled, their samples pass a shuffle buffer,
+and sources are mixed by weight. The buffer holds places in tars, not bytes: the whole state is a few numbers.
+"""
+
+import hashlib
+import itertools
+import os
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import IterableDataset, get_worker_info
+from tqdm import tqdm
+
+from open_unitok.core.errors import UserError
+
+from ..core.options import DataSource, ShardOptions
+from . import seeding
+from .tar_index import BadSample, Record, index, tars_of
+
+__all__ = ["BadSample", "Record", "ShardStream", "loader", "read"]
+
+# A share of bad samples is judged once this many were seen; the first few bad ones are logged one by one.
+JUDGED_FROM, LOGGED_ONE_BY_ONE = 200, 10
+
+
+class _Source:
+    """The order of one source's records: position in the epoch, and the shuffle buffer."""
+
+    def __init__(self, number: int, options: DataSource, seed: int, shuffle: int):
+        self.name = options.name or f"source{number}"
+        self.tars = tars_of(options.path)
+        self.weight = options.weight
+        self.seed = seed
+        self.shuffle = shuffle
+        self.number = number
+        self.epoch = self.cursor = self.record = self.popped = 0
+        self.broken: set[int] = set()
+        self.order: list[int] | None = None  # the tars of this epoch
+        self.passed: set[int] = set()  # tars that `passed_epoch` leaves out, see ShardStream.pass_over
+        self.passed_epoch = -1
+        self.buffer: list[tuple[int, int, Record]] = []
+
+    def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, Record]:
+        """(tar, number in it, record) of the next sample of this part (of `parts`) of the tars."""
+        for _ in range(2):
+            self._fill(part, parts, report)
+            if self.buffer:
+                at = seeding.key(self.seed, "pop", self.number, part, self.epoch, self.popped) % len(
+                    self.buffer
+                )
+                self.popped += 1
+                self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
+                return self.buffer.pop()
+            self.epoch, self.cursor, self.record, self.popped = self.epoch + 1, 0, 0, 0
+            self.order = None
+        raise UserError(f"Source {self.name} has no readable sample ({self.tars[0]}, ...).")
+
+    def _fill(self, part: int, parts: int, report: Callable[[str], None]) -> None:
+        if len(self.buffer) >= self.shuffle:
+            return
+        if self.order is None:
+            self.order = self.order_of(self.epoch, part, parts)
+        order = self.order
+        while len(self.buffer) < self.shuffle and self.cursor < len(order):
+            tar = order[self.cursor]
+            records, problem = index(self.tars[tar], self.name)
+            if problem and tar not in self.broken and self.record == 0:
+                self.broken.add(tar)
+                report(f"{self.tars[tar]} is broken: {problem}; the rest of it is skipped")
+            take = min(self.shuffle - len(self.buffer), len(records) - self.record)
+            self.buffer += [(tar, n, records[n]) for n in range(self.record, self.record + take)]
+            self.record += take
+            if self.record >= len(records):
+                self.cursor, self.record = self.cursor + 1, 0
+
+    def order_of(self, epoch: int, part: int, parts: int) -> list[int]:
+        """The tars that a part reads in an epoch, in this order."""
+        order = list(range(len(self.tars)))
+        seeding.python_random(self.seed, "tars", self.number, epoch).shuffle(order)
+        if epoch == self.passed_epoch:
+            order = [tar for tar in order if tar not in self.passed]
+        return order[part::parts]
+
+    def pass_over(self, states: Sequence[tuple[dict[str, Any], int, int]]) -> None:
+        """Begin in the epoch of `states` (state, part, parts) without the tars that they had begun."""
+        epoch = min(state["epoch"] for state, _, _ in states)
+        self.passed, self.passed_epoch = set(states[0][0]["passed"]), states[0][0]["passed_epoch"]
+        begun = set(self.passed) if self.passed_epoch == epoch else set()
+        for state, part, parts in states:
+            own = self.order_of(epoch, part, parts)
+            begun |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
+            self.broken |= set(state["broken"])
+        whole = len(begun) == len(self.tars)
+        self.epoch, self.passed = (epoch + 1, set()) if whole else (epoch, begun)
+        self.passed_epoch, self.order = self.epoch, None
+
+    def state_dict(self) -> dict[str, Any]:
+        places = [number for tar, record, _ in self.buffer for number in (tar, record)]
+        numbers = {
+            name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "passed_epoch")
+        }
+        return {**numbers, "broken": sorted(self.broken), "passed": sorted(self.passed), "buffer": places}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("epoch", "cursor", "record", "popped"):
+            setattr(self, name, state[name])
+        self.broken, self.order = set(state["broken"]), None
+        self.passed, self.passed_epoch = set(state.get("passed", ())), state.get("passed_epoch", -1)
+        pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
+        found = {tar: index(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})}
+        self.buffer = [(tar, number, found[tar][number]) for tar, number in pairs]
+
+
+class ShardStream(IterableDataset):
+    """An endless stream of decoded samples for one rank.
+
+    With split "samples" every rank and worker follows the same order and takes its own micro-batches, so that
+    the global batches do not depend on their number; with "shards" each takes its own tars, as large data
+    needs.
+
+    Args:
+        decode: (record, random) -> sample; raises BadSample (or UserError) for a sample to be skipped.
+            `random` is keyed by (seed, epoch, source, tar, number): augmentation does not depend on ranks.
+    """
+
+    def __init__(
+        self,
+        options: ShardOptions,
+        decode: Callable[[Record, random.Random], Any],
+        *,
+        seed: int,
+        micro_batch: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.options = options
+        self.decode = decode
+        self.seed = seed
+        self.micro_batch = micro_batch
+        self.rank, self.ranks = rank, ranks
+        self.position = self.seen = self.bad = 0
+        self.part, self.parts = 0, 1
+        self.sources = [_Source(n, s, seed, options.shuffle) for n, s in enumerate(options.sources)]
+        parts = ranks * max(1, options.workers)
+        for source in self.sources:
+            if options.split == "shards" and len(source.tars) < parts:
+                raise UserError(
+                    f"Source {source.name} has {len(source.tars)} tar(s) for {ranks} rank(s) x "
+                    f"{options.workers} worker(s): lower data.workers, or use data.split=samples."
+                )
+
+    def fingerprint(self) -> str:
+        """Hex digest of names, sizes and beginnings of all tars: another data set gives another one."""
+        digest = hashlib.sha256()
+        for source in self.sources:
+            for path in source.tars:
+                digest.update(f"{os.path.basename(path)} {os.path.getsize(path)} ".encode())
+                with open(path, "rb") as file:
+                    digest.update(file.read(1 << 16))
+        return digest.hexdigest()
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        """Yields (sample, bad samples skipped since the one before)."""
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        whole = self.options.split == "samples"
+        part, parts = (0, 1) if whole else (self.rank * workers + number, self.ranks * workers)
+        self.part, self.parts = part, parts
+        skipped = 0
+        while True:
+            source = self._draw_source(part)
+            tar, place, record = source.next(part, parts, lambda text: self._report(text, part))
+            epoch = source.epoch
+            micro = self.position // self.micro_batch
+            self.position += 1
+            if whole and (micro % self.ranks != self.rank or micro // self.ranks % workers != number):
+                continue
+            self.seen += 1
+            try:
+                keyed = seeding.python_random(self.seed, "sample", source.number, epoch, tar, place)
+                sample = self.decode(record, keyed)
+            except (BadSample, UserError) as error:
+                self.bad += 1
+                skipped += 1
+                self._report(f"{record.tar}: sample {record.key} is skipped: {error}", part)
+                continue
+            yield sample, skipped
+            skipped = 0
+
+    def _draw_source(self, part: int) -> _Source:
+        if len(self.sources) == 1:
+            return self.sources[0]
+        at = (
+            seeding.key(self.seed, "source", part, self.position)
+            / (1 << 63)
+            * sum(s.weight for s in self.sources)
+        )
+        for source in self.sources:
+            at -= source.weight
+            if at < 0:
+                return source
+        return self.sources[-1]
+
+    def _report(self, text: str, part: int) -> None:
+        """Log a defect, and stop where there are too many."""
+        if self.bad <= LOGGED_ONE_BY_ONE and (part or self.rank == 0):
+            tqdm.write(f"data: {text}", file=sys.stderr)
+        limit = self.options.max_bad_share
+        advice = (
+            f"more than data.max_bad_share = {limit:.2%}: mend the data or raise it. The last one: {text}."
+        )
+        if self.seen >= JUDGED_FROM and self.bad > limit * self.seen:
+            raise UserError(f"{self.bad} of {self.seen} samples are unreadable, {advice}")
+        for source in self.sources:
+            # a single broken tar is never too many: small data sets have few
+            if len(source.broken) > max(1, limit * len(source.tars)):
+                raise UserError(f"{len(source.broken)} of {len(source.tars)} tars are broken, {advice}")
+
+    def take(self) -> list[tuple[Any, int]]:
+        """The first micro-batch, undisturbed by any worker: (sample, skipped) pairs."""
+        return list(itertools.islice(iter(self), self.micro_batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where this worker stands."""
+        counts = {name: getattr(self, name) for name in ("position", "seen", "bad", "part", "parts")}
+        return {**counts, "sources": [source.state_dict() for source in self.sources]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        for name in ("position", "seen", "bad"):
+            setattr(self, name, state[name])
+        for source, saved in zip(self.sources, state["sources"], strict=True):
+            source.load_state_dict(saved)
+
+    def pass_over(self, states: Any) -> None:
+        """Go on at the granularity of tars where readers of another number of ranks or workers stopped.
+
+        Their epoch goes on without the tars that any of them had begun; what still waited in their shuffle
+        buffers is not seen in that epoch. Call it before `loader`.
+
+        Args:
+            states: their loaders' states, in any nesting.
+
+        Raises:
+            UserError: they had other sources, or come from a version that did not write what this needs.
+        """
+        found = list(_stream_states(states))
+        if not found or any("passed" not in source for state in found for source in state["sources"]):
+            raise UserError(
+                "go_on_from: the checkpoint does not say which tars it had begun; take start_from."
+            )
+        if any(len(state["sources"]) != len(self.sources) for state in found):
+            raise UserError("go_on_from: that run had another number of data.sources: take start_from.")
+        for number, source in enumerate(self.sources):
+            source.pass_over([(state["sources"][number], state["part"], state["parts"]) for state in found])
+
+
+def _stream_states(value: Any) -> Iterator[dict[str, Any]]:
+    """The states of streams anywhere in a loader's state."""
+    if isinstance(value, dict) and "sources" in value and "position" in value:
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _stream_states(inner)
+
+
+class _Collate:
+    """Adds the number of skipped samples to the batch; a class, so that it reaches a spawned worker."""
+
+    def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
+        self.collate = collate
+
+    def __call__(self, items: Sequence[tuple[Any, int]]) -> dict[str, Any]:
+        batch = self.collate([sample for sample, _ in items])
+        batch["skipped"] = sum(skipped for _, skipped in items)
+        return batch
+
+
+def loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
+    """A StatefulDataLoader of micro-batches: what `collate` makes of a list, and "skipped" (a count).
+
+    Its state_dict is this rank's exact place in the data; read it with `read`.
+    """
+    import torch
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it calls a deprecated function of torch
+        return StatefulDataLoader(
+            stream,
+            batch_size=stream.micro_batch,
+            num_workers=stream.options.workers,
+            collate_fn=_Collate(collate),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def read(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The loader's batches; a user's mistake found in a worker process comes back as its one line."""
+    try:
+        yield from batches
+    except UserError as error:
+        text = str(error).strip()
+        if "Original Traceback" not in text:
+            raise
+        raise UserError(text.splitlines()[-1].partition("UserError: ")[2]) from None

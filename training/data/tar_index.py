@@ -1,0 +1,187 @@
+"""Where the samples of a webdataset tar lie: a header scan that says exactly where a broken tar breaks."""
+
+import json
+import os
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from open_unitok.core.errors import UserError
+
+BLOCK = 512
+
+
+class BadSample(Exception):
+    """A sample that cannot be used: counted, logged and skipped by the stream."""
+
+
+class Record(NamedTuple):
+    """One sample of a tar: its key, and where its members lie; nothing is read before it is asked for."""
+
+    tar: str
+    key: str
+    members: dict[str, tuple[int, int]]
+    source: str = ""
+
+    def read(self, extension: str) -> bytes:
+        """The bytes of the member `extension` ("png", "codes.npy").
+
+        Raises:
+            BadSample: there is no such member, or the tar ends before it does.
+        """
+        if extension not in self.members:
+            raise BadSample(f"has no .{extension} (it has {', '.join(self.members)})")
+        offset, size = self.members[extension]
+        data = os.pread(_open(self.tar), size, offset)
+        if len(data) != size:
+            raise BadSample(f".{extension} is cut off")
+        return data
+
+    def text(self, extension: str) -> str:
+        """The member as UTF-8 text; raises BadSample."""
+        try:
+            return self.read(extension).decode()
+        except UnicodeDecodeError as error:
+            raise BadSample(f".{extension} is not UTF-8: {error}") from error
+
+    def json(self, extension: str = "json") -> Any:
+        """The member as JSON; raises BadSample."""
+        try:
+            return json.loads(self.read(extension))
+        except ValueError as error:
+            raise BadSample(f".{extension} is not JSON: {error}") from error
+
+
+class TarIndex(NamedTuple):
+    """The records of one tar, and what is wrong with it (None if it is whole)."""
+
+    records: list[Record]
+    problem: str | None
+
+
+_OPEN: dict[str, int] = {}
+_OPEN_AT_ONCE = 64
+
+
+def _open(path: str) -> int:
+    """A file descriptor for reading; the last 64 stay open."""
+    if path not in _OPEN:
+        if len(_OPEN) == _OPEN_AT_ONCE:
+            os.close(_OPEN.pop(next(iter(_OPEN))))
+        _OPEN[path] = os.open(path, os.O_RDONLY)
+    return _OPEN[path]
+
+
+def index(path: str, source: str = "") -> TarIndex:
+    """Scan the headers of a tar; neighbours that share the name up to the first dot are one sample.
+
+    Raises:
+        UserError: the file is compressed.
+    """
+    stat = os.stat(path)
+    return _index(path, source, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _index(path: str, source: str, _size: int, _changed: int) -> TarIndex:
+    if path in _OPEN:  # perhaps the file of this name before it was written anew
+        os.close(_OPEN.pop(path))
+    records: list[Record] = []
+    problem = None
+    try:
+        for name, offset, size in _members(path):
+            folder, base = os.path.split(name)
+            stem, _, extension = base.partition(".")
+            key = os.path.join(folder, stem)
+            if not records or records[-1].key != key:
+                records.append(Record(path, key, {}, source))
+            records[-1].members[extension.lower()] = (offset, size)
+    except (OSError, _Broken) as error:
+        problem = str(error)
+    return TarIndex(records, problem)
+
+
+class _Broken(Exception):
+    pass
+
+
+def _members(path: str) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every regular file; raises _Broken with the byte where the tar breaks."""
+    total = os.path.getsize(path)
+    long_name = ""
+    with open(path, "rb") as file:
+        offset = 0
+        while True:
+            file.seek(offset)
+            header = file.read(BLOCK)
+            if offset == 0 and header[:2] == b"\x1f\x8b":
+                raise UserError(f"{path} is compressed: unpack it (gunzip), images gain nothing from it.")
+            if len(header) < BLOCK:
+                raise _Broken(f"it ends at byte {total} without an end mark")
+            if not header.strip(b"\0"):
+                return
+            size = _header_size(header, offset)
+            data = offset + BLOCK
+            if data + size > total:
+                raise _Broken(f"it ends at byte {total} inside a member of {size} bytes")
+            kind = header[156:157]
+            if kind == b"L":  # GNU: the name of the next member, too long for its header
+                long_name = file.read(size).rstrip(b"\0").decode(errors="replace")
+            elif kind == b"x":
+                long_name = _pax_path(file.read(size)) or long_name
+            elif kind in (b"0", b"\0"):
+                yield long_name or _header_name(header), data, size
+                long_name = ""
+            offset = data + (size + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _header_size(header: bytes, offset: int) -> int:
+    """The size field, after the checksum is found right."""
+    try:
+        wanted = int(header[148:156].strip(b"\0 ") or b"0", 8)
+        if header[124] & 0x80:  # sizes from 8 GiB on are binary
+            size = int.from_bytes(header[125:136], "big")
+        else:
+            size = int(header[124:136].strip(b"\0 ") or b"0", 8)
+    except ValueError:
+        raise _Broken(f"the header at byte {offset} is damaged") from None
+    if wanted != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+        raise _Broken(f"the header at byte {offset} is damaged")
+    return size
+
+
+def _header_name(header: bytes) -> str:
+    name = header[:100].rstrip(b"\0").decode(errors="replace")
+    prefix = header[345:500].rstrip(b"\0").decode(errors="replace") if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _pax_path(data: bytes) -> str | None:
+    """The path of a POSIX extended header: records "LENGTH key=value\\n"."""
+    for line in data.split(b"\n"):
+        key, _, value = line.partition(b" ")[2].partition(b"=")
+        if key == b"path":
+            return value.decode(errors="replace")
+    return None
+
+
+def tars_of(pattern: str | list[str], where: str = "data.sources") -> list[str]:
+    """The tars (or other files) that globs and {000..127} braces name, sorted; `where` begins an error.
+
+    Raises:
+        UserError: a pattern matches nothing; the message names it.
+    """
+    from braceexpand import braceexpand
+
+    found: list[str] = []
+    for text in [pattern] if isinstance(pattern, str) else pattern:
+        for part in braceexpand(os.path.expanduser(text)):
+            path = Path(part)
+            matches = sorted(str(p) for p in Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+            if not matches:
+                raise UserError(f"{where}: there is no file {part}.")
+            found += [match for match in matches if os.path.isfile(match)]
+    if not found:
+        raise UserError(f"{where}: {pattern} names folders: name files, e.g. {pattern}/*.tar.")
+    return sorted(set(found))

@@ -1,0 +1,163 @@
+"""Reading texts that lie in files: plain text, and conversations in LLaVA's JSON whose images are codes.
+
+Lines are found once and stay on disk. A conversation is {"image": name | [names], "conversations": [{"from":
+"human" | "gpt", "value"}]}; without "image" it is text alone. A picture's name is looked up in a code folder
+that `unitok data convert folder` and `unitok extract-codes` made of the pictures.
+
+I images of a sample, N visual tokens per image, K sub-codebooks.
+"""
+
+import hashlib
+import json
+import mmap
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing, read_json
+
+from .code_shards import CodeFolder, CodeSample
+from .formats import picture_key, picture_names, turns_of
+from .tar_index import BadSample, tars_of
+
+TEXT_KEYS = ("text", "content")
+NEWLINE = ord("\n")
+SCANNED_AT_ONCE = 1 << 26  # bytes
+
+
+class Lines:
+    """The lines of a file that are not empty, by number; the file stays on disk.
+
+    Raises:
+        UserError: there is no such file, or no line in it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = existing(path)
+        if self.path.is_dir():
+            raise UserError(f"{path} is a folder: name a text file with one text per line.")
+        size = self.path.stat().st_size
+        self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as the data set
+        self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        if self._bytes[:2] == b"\x1f\x8b":
+            raise UserError(f"{path} is compressed: unpack it (gunzip), as lines are read where they lie.")
+        ends = []
+        for start in range(
+            0, size, SCANNED_AT_ONCE
+        ):  # compared as a whole, a large file would fill the memory
+            piece = np.frombuffer(self._bytes[start : start + SCANNED_AT_ONCE], dtype=np.uint8)
+            ends.append(start + np.flatnonzero(piece == NEWLINE))
+        bounds = np.concatenate([[-1], *ends, [size]])
+        self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
+        self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
+        if not len(self._spans):
+            raise UserError(f"{path} holds no line of text.")
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def __getitem__(self, number: int) -> bytes:
+        start, end = self._spans[number]
+        return self._bytes[start:end].rstrip(b"\r")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digest of the file's size and beginning."""
+        head = f"{len(self._bytes)} ".encode() + bytes(self._bytes[: 1 << 20])
+        return hashlib.sha256(head).hexdigest()
+
+
+class TextLines:
+    """Plain text: a .txt file of lines, a .jsonl file of {"text": ...}, or a glob of such files."""
+
+    def __init__(self, path: str | Path):
+        named = str(path)
+        paths = tars_of(named, "data.mixture") if any(c in named for c in "*?[{") else [named]
+        self.files = [Lines(p) for p in paths]
+        self.sizes = [len(file) for file in self.files]
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of all files' sizes and beginnings."""
+        each = [file.fingerprint for file in self.files]
+        return each[0] if len(each) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
+
+    def read(self, shard: int, number: int) -> str:
+        """Text `number` of file `shard`; raises BadSample if it is none."""
+        file = self.files[shard]
+        try:
+            text = file[number].decode()
+        except UnicodeDecodeError as error:
+            raise BadSample(f"line {number} of {file.path.name} is not UTF-8: {error}") from error
+        if file.path.suffix != ".jsonl":
+            return text
+        try:
+            row = json.loads(text)
+        except ValueError as error:
+            raise BadSample(f"line {number} of {file.path.name} is not JSON: {error}") from error
+        found = next((row[k] for k in TEXT_KEYS if k in row), None) if isinstance(row, dict) else row
+        if not isinstance(found, str):
+            raise BadSample(f"line {number} of {file.path.name} holds no {' or '.join(TEXT_KEYS)}")
+        return found
+
+
+class Conversations:
+    """LLaVA's conversation JSON (a list) or JSONL, its images looked up in a code folder.
+
+    Raises:
+        UserError: no such file, or a .json that is no list. The .json form is held in memory.
+    """
+
+    def __init__(self, path: str | Path, codes: CodeFolder | None):
+        self.path = existing(path)
+        self.codes = codes
+        if self.path.suffix == ".jsonl":
+            self.rows: Any = Lines(self.path)
+            self._facts = [self.rows.fingerprint]
+        else:
+            rows = read_json(self.path)
+            if not isinstance(rows, list) or not rows:
+                raise UserError(f"{path} holds no list of conversations.")
+            self.rows = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+            self._facts = [hashlib.sha256(self.path.read_bytes()).hexdigest()]
+        self.sizes = [len(self.rows)]
+        self._places = codes.places() if codes else {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the conversations and of the codes."""
+        facts = [*self._facts, self.codes.fingerprint if self.codes else None]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def read(self, _shard: int, number: int) -> CodeSample:
+        """Conversation `number` with the codes of its images; raises BadSample if it cannot be used."""
+        try:
+            row = json.loads(self.rows[number])
+        except ValueError as error:
+            raise BadSample(f"line {number} of {self.path.name} is not JSON: {error}") from error
+        names = picture_names(row)
+        info = {"conversations": [turns_of(row, len(names))]}
+        images = [self._codes_of(name) for name in names]
+        return CodeSample(
+            str(row.get("id", number)), np.stack(images) if images else np.empty((0, 0, 0)), info
+        )
+
+    def _codes_of(self, name: str) -> np.ndarray:
+        if self.codes is None:
+            raise BadSample(f"has the image {name}, but data.mixture gives no `codes` to look it up in")
+        key = picture_key(name)
+        if key not in self._places:
+            raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
+        found = self.codes.read_at(key, self._places[key])
+        if found.codes.ndim != 2 or found.info.get("file", name) != name:
+            raise BadSample(f"has the image {name}, but {self.codes.folder} has {found.info.get('file')}")
+        return found.codes

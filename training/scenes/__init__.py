@@ -1,0 +1,1 @@
+"""The generator of captioned scenes of coloured shapes."""

@@ -1,0 +1,1 @@
+"""Stage 1: training of the visual tokenizer (arXiv 2502.20321, section 3.1)."""
