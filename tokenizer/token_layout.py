@@ -12,7 +12,7 @@ from open_unitok.core.errors import UserError
 
 
 class TokenLayout(NamedTuple):
-    """A grid of `rows` x `columns` tokens in raster order; `registers` tokens come first and carry no position."""
+    """A grid of `rows` x `columns` tokens in raster order; `registers` tokens come first, outside the grid."""
 
     rows: int
     columns: int
@@ -50,7 +50,7 @@ class TokenLayout(NamedTuple):
         """The layout that a config stores as `token_layout`, or the square where it stores None.
 
         Raises:
-            UserError: a key is unknown or not a whole number, or the layout does not have `num_tokens` tokens.
+            UserError: a key or value is not valid, or the layout does not have `num_tokens` tokens.
         """
         if value is None:
             return cls.square(num_tokens, registers)
