@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/codebooks"), help="folder of all runs")
     parser.add_argument("--steps", type=int, default=1000, help="of each training")
     parser.add_argument("--books", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of sub-codebooks")
-    parser.add_argument("--scenes", type=int, default=4000, help="pictures to train on")
+    parser.add_argument("--scenes", type=int, default=4000, help="images to train on")
     args = parser.parse_args()
     for books in args.books:
         if WIDTH % books or ENTRIES % books:

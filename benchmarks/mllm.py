@@ -4,7 +4,7 @@
     python benchmarks/mllm.py --case tiny --out x.json   # on any machine, to try it
 
 Results go to benchmarks/results/mllm-DEVICE.json; a case that does not fit the device says so. Half of the
-samples draw a picture, half answer a question about one; rows are packed to `--length` tokens. The whole
+samples draw an image, half answer a question about one; rows are packed to `--length` tokens. The whole
 step is timed: forward, backward, clipping and AdamW, as `unitok train` has them, but with data made
 beforehand. Each case says what it is: "7b_8of32" has the published 7B's widths and 8 of its 32 layers.
 """

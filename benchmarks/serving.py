@@ -3,8 +3,8 @@
     python benchmarks/serving.py --model runs/demo/finetune/model
 
 One client asks for --alone seconds, then --clients ask at once for --seconds, each sending its next request
-when the last one is answered; both send the same requests: pictures to draw and questions about a
-picture in turn. Printed: requests a second, their ratio, seconds a request, errors, and the server's memory.
+when the last one is answered; both send the same requests: images to draw and questions about a
+image in turn. Printed: requests a second, their ratio, seconds a request, errors, and the server's memory.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def picture() -> str:
 def requests_of(kind: str) -> list[Request]:
     """What clients send, in turn."""
     asked = [{"type": "image_url", "image_url": {"url": picture()}}]
-    questions = ("What is in the picture?", "How many objects are there?", "What colour is the circle?")
+    questions = ("What is in the image?", "How many objects are there?", "What colour is the circle?")
     prompts = ("a red circle", "two blue squares", "a green star and a yellow circle")
     draw = [("/v1/images/generations", {"prompt": prompt, "seed": i}) for i, prompt in enumerate(prompts)]
     ask = [

@@ -1,4 +1,4 @@
-"""Draws twenty emoji with their names beside them: pictures of one's own for the README's LoRA example.
+"""Draws twenty emoji with their names beside them: images of one's own for the README's LoRA example.
 
     python docs/emoji.py my_emoji
 
@@ -24,10 +24,10 @@ def main(folder: Path) -> None:
     font = ImageFont.truetype(FONT, FONT_SIZE)
     for emoji in EMOJI:
         name = unicodedata.name(emoji).lower()
-        picture = Image.new("RGB", (136, 136), (240, 240, 240))
-        ImageDraw.Draw(picture).text((68, 68), emoji, font=font, embedded_color=True, anchor="mm")
+        image = Image.new("RGB", (136, 136), (240, 240, 240))
+        ImageDraw.Draw(image).text((68, 68), emoji, font=font, embedded_color=True, anchor="mm")
         stem = folder / name.replace(" ", "-")
-        picture.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(stem.with_suffix(".png"))
+        image.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(name + "\n")
 
 

@@ -21,7 +21,7 @@ SETTINGS, SCORING = Settings(), Scoring()
 # What a tokenizer alone can do.
 TOKENIZER: dict[str, Benchmark] = {
     "reconstruction": Benchmark(
-        "rFID, PSNR, SSIM, LPIPS and codebook use of encode-decode on pictures",
+        "rFID, PSNR, SSIM, LPIPS and codebook use of encode-decode on images",
         "tokenizer",
         reconstruction.load_reconstruction,
         always(reconstruction.reconstruct),
@@ -41,7 +41,7 @@ TOKENIZER: dict[str, Benchmark] = {
         files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
     ),
     "retrieval": Benchmark(
-        "which of 100 captions is a picture's own, and back, by the tokenizer's embeddings",
+        "which of 100 captions is an image's own, and back, by the tokenizer's embeddings",
         "tokenizer",
         retrieval.load_retrieval,
         always(retrieval.embed),

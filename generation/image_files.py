@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs that carry how they were drawn, grids, and what strangers send in."""
+"""Images as files: PNGs that carry how they were drawn, grids, and what strangers send in."""
 
 import io
 import json
@@ -13,7 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
 from open_unitok.tokenizer.images import BROKEN
 
-GAP = 2  # pixels between the pictures of a grid
+GAP = 2  # pixels between the images of a grid
 KEY = (
     "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
 )
@@ -26,7 +26,7 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None
 
 
 def image_bytes(image: Image.Image, kind: str = "png", record: dict[str, Any] | None = None) -> bytes:
-    """The picture as a file of kind "png", "jpeg" or "webp"; only a PNG carries the record."""
+    """The image as a file of kind "png", "jpeg" or "webp"; only a PNG carries the record."""
     info = PngImagePlugin.PngInfo()
     for key, value in (record or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -53,7 +53,7 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """The pictures in reading order on white, about as many columns as rows unless told."""
+    """The images in reading order on white, about as many columns as rows unless told."""
     columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
     rows = -(-len(images) // columns)
     width = max(image.width for image in images) + GAP
@@ -64,11 +64,11 @@ def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.
     return sheet
 
 
-def open_picture(data: bytes, max_side: int) -> Image.Image:
-    """A stranger's picture as RGB, unpacked only where its header says that it is small enough.
+def open_image(data: bytes, max_side: int) -> Image.Image:
+    """A stranger's image as RGB, unpacked only where its header says that it is small enough.
 
     Raises:
-        UserError: it is no picture, broken, or too large.
+        UserError: it is no image, broken, or too large.
     """
     try:
         with warnings.catch_warnings():
@@ -76,12 +76,12 @@ def open_picture(data: bytes, max_side: int) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if max(image.size) > max_side:
                     raise UserError(
-                        f"The picture has {image.width} x {image.height} pixels; a side may have {max_side}."
+                        f"The image has {image.width} x {image.height} pixels; a side may have {max_side}."
                     )
                 return image.convert("RGB")
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"The picture cannot be read: it is none of {', '.join(FORMATS)}.") from error
+        raise UserError(f"The image cannot be read: it is none of {', '.join(FORMATS)}.") from error
     except BROKEN as error:
-        raise UserError(f"The picture cannot be read: {error}") from error
+        raise UserError(f"The image cannot be read: {error}") from error

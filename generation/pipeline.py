@@ -13,7 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
-from open_unitok.tokenizer.images import Picture, load_image, to_pil, to_pixels
+from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 
 from .image_sampling import check_prefix, draw_codes, draw_steps
 from .kv_cache import context_length
@@ -59,7 +59,7 @@ class Pipeline:
         Args:
             device: "cpu", "cuda", "cuda:1", "mps".
             dtype: of the decoder and the visual tokenizer; None = bfloat16 on cuda, float32 elsewhere.
-                "int8", on a CPU with a C++ compiler: float32, but pictures are drawn with 8-bit weights.
+                "int8", on a CPU with a C++ compiler: float32, but images are drawn with 8-bit weights.
             adapter: folder or hub id of a LoRA adapter trained on this model; it is merged into the weights.
 
         Raises:
@@ -94,15 +94,15 @@ class Pipeline:
         num_images: int = 1,
         prefix: Tensor | None = None,
     ) -> list[Image.Image]:
-        """`num_images` pictures per prompt, those of the first prompt first.
+        """`num_images` images per prompt, those of the first prompt first.
 
         Args:
-            seed: of the first picture, the next one's is one more; or a list with one seed per picture.
-            batch_size: pictures drawn together; each depends on its own prompt and seed alone.
+            seed: of the first image, the next one's is one more; or a list with one seed per image.
+            batch_size: images drawn together; each depends on its own prompt and seed alone.
             negative: what guidance leads away from, one text for all prompts or one per prompt; None =
                 the unconditional prompt of training.
             num_images: >= 1.
-            prefix: (1 or B, n, K) codes with which all pictures, or each of the B, begin; see `first_rows`.
+            prefix: (1 or B, n, K) codes with which all images, or each of the B, begin; see `first_rows`.
 
         Raises:
             UserError: an empty or over-long prompt, a wrong seed, number or prefix.
@@ -123,7 +123,7 @@ class Pipeline:
         num_images: int = 1,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        """The codes (B, N, K) of the pictures; arguments and errors as `generate`."""
+        """The codes (B, N, K) of the images; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
         sampling = sampling or self.sampling
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
@@ -142,7 +142,7 @@ class Pipeline:
     def _drawing(
         self, prompts: Any, seed: Any, negative: Any, num_images: Any
     ) -> tuple[list[list[int]], list[int], list[list[int]]]:
-        """Ids to draw from, seeds, and ids to lead away from, one per picture."""
+        """Ids to draw from, seeds, and ids to lead away from, one per image."""
         check_whole("num_images", num_images)
         count = len(check_texts(prompts, "prompt"))
         seeds = spread_seeds(seed, count * num_images)
@@ -179,7 +179,7 @@ class Pipeline:
         num_images: int = 1,
         prefix: Tensor | None = None,
     ) -> Iterator[list[Image.Image]]:
-        """The pictures of one batch as they grow: all so far after every row of visual tokens, grey below.
+        """The images of one batch as they grow: all so far after every row of visual tokens, grey below.
 
         The last ones are exactly what `generate` returns. Closing the iterator ends the work. Arguments and
         errors as `generate`.
@@ -197,14 +197,14 @@ class Pipeline:
         return previews()  # so that mistakes are refused by the call itself, not by the first step
 
     def _columns(self) -> int:
-        """Visual tokens in a row of a drawn picture."""
+        """Visual tokens in a row of a drawn image."""
         return round((self.model.config.num_image_tokens - self.unitok.config.num_register_tokens) ** 0.5)
 
     @torch.no_grad()
-    def first_rows(self, pictures: Sequence[Picture], rows: int) -> Tensor:
-        """Codes (I, n, K) of the first `rows` rows of visual tokens of pictures, for `generate(prefix=...)`.
+    def first_rows(self, pictures: Sequence[ImageSource], rows: int) -> Tensor:
+        """Codes (I, n, K) of the first `rows` rows of visual tokens of images, for `generate(prefix=...)`.
 
-        The pictures are cropped to squares; registers' codes, where the tokenizer has some, come first.
+        The images are cropped to squares; registers' codes, where the tokenizer has some, come first.
 
         Raises:
             UserError: a file that is missing or no image; `rows` is not 1 to one less than there are.
@@ -218,7 +218,7 @@ class Pipeline:
         return codes[:, : self.unitok.config.num_register_tokens + rows * columns]
 
     def preview(self, codes: Tensor, count: int, rows: int) -> list[Image.Image]:
-        """Pictures of the first `rows` rows of visual tokens, codes (B, n, K) of `count`; grey below."""
+        """Images of the first `rows` rows of visual tokens, codes (B, n, K) of `count`; grey below."""
         missing = count - codes.shape[1]
         if not missing:
             return self.decode(codes)
@@ -230,7 +230,7 @@ class Pipeline:
         return images
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Codes (B, N, K) -> B pictures."""
+        """Codes (B, N, K) -> B images."""
         return [to_pil(pixels) for pixels in self.unitok.decode(codes).float().cpu()] if len(codes) else []
 
     def answer(
@@ -247,8 +247,8 @@ class Pipeline:
         """One answer per question.
 
         Args:
-            images: one per question: a picture (PIL, path or bytes), a list of several, or None.
-                A picture that comes again (same object or path) is encoded once.
+            images: one per question: an image (PIL, path or bytes), a list of several, or None.
+                An image that comes again (same object or path) is encoded once.
             max_new_tokens: an answer is cut there at the latest.
             batch_size: questions answered together.
             histories: per question the earlier (question, answer) pairs of its conversation; its images are
@@ -303,7 +303,7 @@ class Pipeline:
         """The answer to one more question of a conversation; options and errors as `answer`.
 
         Args:
-            images: of the whole conversation: a picture, a list, or None.
+            images: of the whole conversation: an image, a list, or None.
             history: earlier (question, answer) pairs.
             max_new_tokens: None = 256, or what the context has left where that is less.
         """
@@ -358,8 +358,8 @@ class Pipeline:
         ]
 
     @torch.no_grad()
-    def encode_to_read(self, pictures: Sequence[Picture], batch_size: int = 64) -> Tensor:
-        """Codes (I, N, K) of pictures as the model reads them: padded to a square, then scaled."""
+    def encode_to_read(self, pictures: Sequence[ImageSource], batch_size: int = 64) -> Tensor:
+        """Codes (I, N, K) of images as the model reads them: padded to a square, then scaled."""
         codes = [
             self.unitok.encode(
                 torch.stack([self.processor.pixels(load_image(p)) for p in part]).to(self.unitok.device)
@@ -369,16 +369,16 @@ class Pipeline:
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.cat(codes) if codes else torch.empty(shape, dtype=torch.long, device=self.device)
 
-    def reconstruct(self, images: Sequence[Picture], batch_size: int = 16) -> list[Image.Image]:
-        """Each picture, cropped to a square of the tokenizer's size, encoded and decoded again."""
+    def reconstruct(self, images: Sequence[ImageSource], batch_size: int = 16) -> list[Image.Image]:
+        """Each image, cropped to a square of the tokenizer's size, encoded and decoded again."""
         return [copy for _, copy in reconstruct(self.unitok, images, batch_size)]
 
 
 @torch.no_grad()
 def reconstruct(
-    unitok: UniTok, images: Sequence[Picture], batch_size: int = 16, size: int | None = None
+    unitok: UniTok, images: Sequence[ImageSource], batch_size: int = 16, size: int | None = None
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """(what went in, what came out) per picture; `size` in pixels, the tokenizer's own if None.
+    """(what went in, what came out) per image; `size` in pixels, the tokenizer's own if None.
 
     Raises:
         UserError: a file that is missing or no image, a size that is no multiple of 16.
@@ -396,8 +396,8 @@ def _as_list(entry: Any) -> list[Any]:
     return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
 
 
-def _identity(picture: Picture) -> Any:
-    """What tells pictures apart: the object, or the name of the file."""
+def _identity(picture: ImageSource) -> Any:
+    """What tells images apart: the object, or the name of the file."""
     return str(picture) if isinstance(picture, (str, Path)) else id(picture)
 
 

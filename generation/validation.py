@@ -40,10 +40,10 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
 
 
 def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed per picture: the list given, or seed, seed + 1, ..."""
+    """One seed per image: the list given, or seed, seed + 1, ..."""
     if isinstance(seed, (list, tuple, range)):
         if len(seed) != count:
-            raise UserError(f"{len(seed)} seeds for {count} pictures: give one seed per picture.")
+            raise UserError(f"{len(seed)} seeds for {count} images: give one seed per image.")
         return [check_seed(s) for s in seed]
     first = check_seed(seed)
     return [first + i for i in range(count)]

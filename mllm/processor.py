@@ -1,4 +1,4 @@
-"""From words and pictures to what the MLLM takes, and back: text tokenizer, prompts, special ids,
+"""From words and images to what the MLLM takes, and back: text tokenizer, prompts, special ids,
 preprocessing (published UniTok).
 """
 
@@ -224,7 +224,7 @@ class UniTokProcessor:
             kept.pop()
         return self.decode(kept).rstrip("\ufffd")
 
-    # ---- batches and pictures ----
+    # ---- batches and images ----
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
         """Rows of ids -> ids and mask (B, L), int64, filled up on one side ("left" to write behind them)."""
@@ -238,7 +238,7 @@ class UniTokProcessor:
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """A picture to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey."""
+        """An image to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey."""
         from open_unitok.tokenizer.images import load_image, to_pixels
 
         return to_pixels(load_image(image), self.image_size, mode="pad")

@@ -42,7 +42,7 @@ TEMPLATES = {
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    "plain": Template("", draw=""),  # for small models: the begin-of-image id alone asks for a picture
+    "plain": Template("", draw=""),  # for small models: the begin-of-image id alone asks for an image
 }
 
 
@@ -57,7 +57,7 @@ def find_template(name: str) -> Template:
 
 
 def drawing_prompt(text: str, template: str = "vicuna_v1") -> str:
-    """What is written before a picture of `text`."""
+    """What is written before an image of `text`."""
     return text + find_template(template).draw
 
 

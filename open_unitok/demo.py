@@ -39,7 +39,7 @@ DRAWING = ("--guidance", "3.0", "--temperature", "0.3")
 def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
     """Phase -> the commands it consists of."""
     data, configs, model = out / "data", out / "configs", out / "finetune" / "model"
-    picture = data / "test" / "images" / "scenes_test_000000000001.png"
+    image = data / "test" / "images" / "scenes_test_000000000001.png"
 
     def words(*command: Any) -> list[str]:
         return [str(word) for word in command]
@@ -67,7 +67,7 @@ def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
             "evaluate",
             [
                 words("generate", *PROMPTS, "--model", model, "--out", out / "drawings", *DRAWING),
-                words("ask", picture, QUESTION, "--model", model, "--out", out / "answer.jsonl"),
+                words("ask", image, QUESTION, "--model", model, "--out", out / "answer.jsonl"),
                 words(
                     "eval",
                     "run",

@@ -77,7 +77,7 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
     for word in ("Reconstruction", "Question answering", "Drawn"):
         assert word in again.stdout
 
-    # codes by lot are a picture, but not the scene that was asked for
+    # codes by lot are an image, but not the scene that was asked for
     unitok = UniTok.from_pretrained(whole / "tokenizer" / "model")
     detect = ScenesDetector.from_file(whole / "data")
     scenes = [row["scene"] for row in json.loads((whole / "data" / "test" / "captions.json").read_text())]

@@ -33,16 +33,16 @@ def test_it_draws_what_is_asked_for(pipe, tmp_path):
     detect = ScenesDetector.from_file(tmp_path / "scenes.json")
     held_out = {(color, shape) for color, shape in CONFIG.held_out_pairs}
     wanted = [pair for pair in CONFIG.pairs if pair not in held_out][::4]
-    pictures = pipe.generate([f"a {color} {shape}" for color, shape in wanted], seed=0)
-    hits = [only_object(found, shape, color) for found, (color, shape) in zip(detect(pictures), wanted)]
+    images = pipe.generate([f"a {color} {shape}" for color, shape in wanted], seed=0)
+    hits = [only_object(found, shape, color) for found, (color, shape) in zip(detect(images), wanted)]
     assert len(hits) > 15 and sum(hits) > 0.75 * len(hits)
 
 
 def test_it_answers_about_scenes_of_the_test_split(pipe):
     scenes = [sample_scene(CONFIG, "test", index) for index in range(60)]
     asked = [(render(scene), q) for i, scene in enumerate(scenes) for q in questions_of(CONFIG, scene, i)]
-    pictures: list[Image.Image] = [picture for picture, _ in asked]
-    answers = pipe.answer(pictures, [question.text for _, question in asked], max_new_tokens=4)
+    images: list[Image.Image] = [image for image, _ in asked]
+    answers = pipe.answer(images, [question.text for _, question in asked], max_new_tokens=4)
     right = collections.defaultdict(list)
     for answer, (_, question) in zip(answers, asked):
         right[question.kind].append(answer == question.answer)

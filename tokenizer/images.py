@@ -1,4 +1,4 @@
-"""Pictures to pixels in [-1, 1] and back (the preprocessing of published UniTok's scripts)."""
+"""Images to pixels in [-1, 1] and back (the preprocessing of published UniTok's scripts)."""
 
 import io
 import os
@@ -13,28 +13,28 @@ from PIL import Image
 from open_unitok.core.errors import UserError, did_you_mean
 
 MAX_PIXELS = 178_956_970  # a file that unpacks to more is taken for an attack, as Pillow does
-PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, around pictures that are padded to a square
+PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, around images that are padded to a square
 MODES = ("crop", "pad", "squash")
-# what Pillow's readers raise on bytes that only look like a picture
+# what Pillow's readers raise on bytes that only look like an image
 BROKEN = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
-Picture = str | os.PathLike[str] | bytes | Image.Image
+ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
-def load_image(picture: Picture) -> Image.Image:
-    """A picture file, its bytes, or a PIL image -> an RGB PIL image.
+def load_image(picture: ImageSource) -> Image.Image:
+    """An image file, its bytes, or a PIL image -> an RGB PIL image.
 
     Raises:
-        UserError: no picture can be read; the message names the file.
+        UserError: no image can be read; the message names the file.
     """
     if isinstance(picture, Image.Image):
         return picture.convert("RGB")
     if not isinstance(picture, (bytes, str, os.PathLike)):
         kind = type(picture).__name__
-        raise UserError(f"No {kind} can be read as a picture: give a file's path, its bytes or a PIL image.")
+        raise UserError(f"No {kind} can be read as an image: give a file's path, its bytes or a PIL image.")
     name = "The given bytes" if isinstance(picture, bytes) else str(picture)
     if not isinstance(picture, bytes) and not os.path.isfile(picture):
         raise UserError(f"{name} is no file.")
@@ -50,7 +50,7 @@ def load_image(picture: Picture) -> Image.Image:
     except UserError:
         raise
     except BROKEN as error:
-        raise UserError(f"{name} is no picture that can be read: {error}") from error
+        raise UserError(f"{name} is no image that can be read: {error}") from error
 
 
 def to_pixels(
@@ -63,13 +63,13 @@ def to_pixels(
     """An RGB image -> (3, size, size) float32 in [-1, 1].
 
     Args:
-        mode: "crop" scales the shorter side to `resize` and cuts out the middle; "pad" puts the picture in
+        mode: "crop" scales the shorter side to `resize` and cuts out the middle; "pad" puts the image in
             the middle of a square of `PAD_COLOUR` and scales that; "squash" scales both sides on their own.
         resize: for "crop": the shorter side in pixels; None = `size`, 0 = as it is (missing parts are black).
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:
-        UserError: there is no such mode; the picture is so long and thin that its square would not fit.
+        UserError: there is no such mode; the image is so long and thin that its square would not fit.
     """
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
@@ -87,7 +87,7 @@ def to_pixels(
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The picture in the middle of a square of its longer side.
+    """The image in the middle of a square of its longer side.
 
     Raises:
         UserError: it is so long and thin that the square would not fit.
@@ -105,7 +105,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR)
 def _check_pixels(image: Image.Image, pixels: int) -> None:
     if pixels > MAX_PIXELS:  # a few kilobytes of 1 x 100,000,000 pixels would else become a petabyte
         raise UserError(
-            f"The picture has {image.width} x {image.height} pixels: as a square it would have more than "
+            f"The image has {image.width} x {image.height} pixels: as a square it would have more than "
             f"{MAX_PIXELS:,}. Crop it."
         )
 

@@ -12,7 +12,7 @@ from open_unitok.core.errors import UserError
 
 
 class TokenLayout(NamedTuple):
-    """A grid of `rows` x `columns` tokens in raster order; `registers` tokens come first, outside the grid."""
+    """A grid of `rows` x `columns` tokens in raster order; `registers` tokens precede it."""
 
     rows: int
     columns: int

@@ -1,4 +1,4 @@
-"""Asking questions about pictures: the words around a question, the LLaVA question files, the answers."""
+"""Asking questions about images: the words around a question, the LLaVA question files, the answers."""
 
 import base64
 import binascii
@@ -27,8 +27,8 @@ OCR = "{}\nReference OCR token: {}\nAnswer the question using a single word or p
 LAYOUTS = ("original", "llava")
 
 
-class EncodedPicture(NamedTuple):
-    """A picture that stands as base64 in a table."""
+class EncodedImage(NamedTuple):
+    """An image that stands as base64 in a table."""
 
     name: str
     text: str
@@ -157,13 +157,13 @@ def usable(samples: Sequence[Sample], path: Path) -> list[Sample]:
 
 
 def image_in(folders: Sequence[Path], name: str) -> Path:
-    """The picture of that name in the first folder that has it; else in the first folder, where it lacks."""
+    """The image of that name in the first folder that has it; else in the first folder, where it lacks."""
     places = [folder / name for folder in folders]
     return next((place for place in places if place.exists()), places[0])
 
 
 def stem_in(folders: Sequence[Path], stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")) -> Path:
-    """As `image_in`, of a picture whose suffix is not known."""
+    """As `image_in`, of an image whose suffix is not known."""
     places = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
     return next((place for place in places if place.is_file()), places[1])
 
@@ -198,15 +198,15 @@ def ten_answers(row: Row, where: str) -> tuple[str, ...]:
 
 
 def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Answer a batch; a sample whose picture or question cannot be used gets a row that says so."""
+    """Answer a batch; a sample whose image or question cannot be used gets a row that says so."""
     rows: list[Row] = [{} for _ in batch]
     images, read = {}, {}
     for i, sample in enumerate(batch):
         try:
             if sample.image not in read:  # the same object again: the model encodes it once
-                read[sample.image] = None if sample.image is None else read_picture(sample.image)
+                read[sample.image] = None if sample.image is None else read_image(sample.image)
             images[i] = read[sample.image]
-            if isinstance(sample.image, EncodedPicture):
+            if isinstance(sample.image, EncodedImage):
                 rows[i] = {"file": keep(sample.image, out)}
         except UserError as error:
             rows[i] = {"text": "", "error": str(error)}
@@ -227,24 +227,24 @@ def ask(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
     return rows
 
 
-def keep(picture: EncodedPicture, out: Path) -> str:
-    """Write the picture below `out`, for people to look at; returns the path there."""
-    path = out / "pictures" / picture.name
+def keep(picture: EncodedImage, out: Path) -> str:
+    """Write the image below `out`, for people to look at; returns the path there."""
+    path = out / "images" / picture.name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(picture.text))
-    return f"pictures/{picture.name}"
+    return f"images/{picture.name}"
 
 
-def read_picture(path: Path | EncodedPicture | None):
-    """A picture in RGB, also from within a tar; UserError names the file that is missing or no picture."""
+def read_image(path: Path | EncodedImage | None):
+    """An image in RGB, also from within a tar; UserError names the file that is missing or no image."""
     from open_unitok.tokenizer.images import load_image
 
-    if isinstance(path, EncodedPicture):
+    if isinstance(path, EncodedImage):
         try:
             return load_image(base64.b64decode(path.text, validate=True))
         except (UserError, binascii.Error) as error:
-            raise UserError(f"{path.name} is no picture that can be read: {error}") from error
+            raise UserError(f"{path.name} is no image that can be read: {error}") from error
     assert path is not None
     if inside := tar_images.split(path):
         try:

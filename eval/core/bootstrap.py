@@ -1,6 +1,6 @@
 """Bootstrap intervals of metrics that are ratios of sums over samples, resampling whole clusters.
 
-M samples, G clusters (the questions of one picture belong together), S sums.
+M samples, G clusters (the questions of one image belong together), S sums.
 """
 
 from collections.abc import Callable, Hashable, Sequence

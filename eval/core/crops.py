@@ -1,4 +1,4 @@
-"""How a picture of any size comes to the tokenizer's square; published numbers differ in it."""
+"""How an image of any size comes to the tokenizer's square; published numbers differ in it."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Pictures saved as a benchmark lays them out, drawn by a model or drawn elsewhere."""
+"""Images saved as a benchmark lays them out, drawn by a model or drawn elsewhere."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,23 +15,23 @@ JPEG_QUALITY = 75  # Pillow's default, with which the published drawings were sa
 
 
 def about_drawing(settings: Settings, default: str) -> dict[str, Any]:
-    """What a result says of how its pictures came about.
+    """What a result says of how its images came about.
 
     Raises:
-        UserError: an unknown picture format.
+        UserError: an unknown image format.
     """
-    kind = settings.picture_format or default
+    kind = settings.image_format or default
     if kind not in FORMATS:
-        raise UserError(f"picture_format is {kind!r}; allowed: {', '.join(FORMATS)}.")
+        raise UserError(f"image_format is {kind!r}; allowed: {', '.join(FORMATS)}.")
     return {
         "decoding": settings.decoding,
-        "pictures": "JPEG of quality 75" if kind == "jpg" else "PNG",
+        "images": "JPEG of quality 75" if kind == "jpg" else "PNG",
         "format": kind,
     }
 
 
 def draw(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
-    """One uint8 picture per sample, or why there is none."""
+    """One uint8 image per sample, or why there is none."""
     if hasattr(model, "take"):  # drawn elsewhere
         return model.take(batch)
     try:
@@ -43,7 +43,7 @@ def draw(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
 
 
 def save_drawings(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Draw a batch and save it below `out/pictures` under the samples' ids."""
+    """Draw a batch and save it below `out/images` under the samples' ids."""
     from PIL import Image
 
     rows: list[Row] = []
@@ -52,7 +52,7 @@ def save_drawings(model: Any, batch: list[Sample], out: Path, task: Task) -> lis
         if isinstance(result, str):
             rows.append({"error": result})
             continue
-        path = out / "pictures" / f"{sample.id}.{kind}"
+        path = out / "images" / f"{sample.id}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         options = {"quality": JPEG_QUALITY} if kind == "jpg" else {}
         Image.fromarray(result).save(path, **options)
@@ -72,16 +72,16 @@ def require_drawings(task: Task, rows: dict[int, Row], folder: Path) -> None:
 
 
 class DrawnElsewhere:
-    """Pictures of another system in a model's place: a folder in the benchmark's layout or an .npz.
+    """Images of another system in a model's place: a folder in the benchmark's layout or an .npz.
 
-    With `grid` a prompt's pictures stand in one file `ID.png`, row by row in 2 x 2 squares of that side, as
+    With `grid` a prompt's images stand in one file `ID.png`, row by row in 2 x 2 squares of that side, as
     DPG-Bench's own scorer takes them.
 
     Raises:
         UserError: neither.
     """
 
-    device, kind = "cpu", "pictures"
+    device, kind = "cpu", "images"
 
     def __init__(self, path: Path, device: str = "cpu", grid: int | None = None):
         self.path, self.device, self.grid, self.arrays = path, device, grid, None
@@ -93,9 +93,9 @@ class DrawnElsewhere:
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError for a benchmark that does not draw."""
         if kind != "drawer":
-            raise UserError(f"{benchmark} needs a model, but {self.path} holds pictures alone.")
+            raise UserError(f"{benchmark} needs a model, but {self.path} holds images alone.")
         if self.grid and (benchmark != "dpg_bench" or self.arrays is not None):
-            raise UserError("--grid is for DPG-Bench, whose drawings may be a folder of 2 x 2 pictures.")
+            raise UserError("--grid is for DPG-Bench, whose drawings may be a folder of 2 x 2 images.")
 
     def describe(self) -> dict[str, Any]:
         """Path and fingerprint: of names and sizes."""
@@ -106,11 +106,11 @@ class DrawnElsewhere:
             f"{p.name if p == self.path else p.relative_to(self.path)} {p.stat().st_size}" for p in files
         )
         found = hashlib.sha256(text.encode()).hexdigest()
-        return {"path": str(self.path), "kind": "pictures drawn elsewhere", "fingerprint": found}
+        return {"path": str(self.path), "kind": "images drawn elsewhere", "fingerprint": found}
 
     def take(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
-        """The picture of each sample: by its place in an array, else by its id and any suffix."""
-        from .annotations import read_picture
+        """The image of each sample: by its place in an array, else by its id and any suffix."""
+        from .annotations import read_image
         from .imagenet import SUFFIXES
 
         results: list[np.ndarray | str] = []
@@ -118,31 +118,31 @@ class DrawnElsewhere:
             try:
                 if self.arrays is not None:
                     if sample.index >= len(self.arrays.names):
-                        raise UserError(f"{self.path} holds only {len(self.arrays.names)} pictures.")
+                        raise UserError(f"{self.path} holds only {len(self.arrays.names)} images.")
                     results.append(self.arrays.load(sample.index))
                     continue
                 name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
                 places = [self.path / f"{name}{suffix}" for suffix in SUFFIXES]
                 path = next((p for p in places if p.exists()), places[0])
-                picture = np.asarray(read_picture(path))
-                results.append(cell(picture, int(number), self.grid, path) if self.grid else picture)
+                image = np.asarray(read_image(path))
+                results.append(cell(image, int(number), self.grid, path) if self.grid else image)
             except UserError as error:
                 results.append(str(error))
         return results
 
 
-def cell(picture: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
-    """The number-th of four pictures, row by row: uint8 (H, W, 3) -> (side, side, 3)."""
+def cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
+    """The number-th of four images, row by row: uint8 (H, W, 3) -> (side, side, 3)."""
     top, left = side * (number // 2), side * (number % 2)
-    if number > 3 or picture.shape[0] < top + side or picture.shape[1] < left + side:
+    if number > 3 or image.shape[0] < top + side or image.shape[1] < left + side:
         raise UserError(
-            f"{path}: {picture.shape[1]} x {picture.shape[0]} pixels have no {number + 1}. square of {side}."
+            f"{path}: {image.shape[1]} x {image.shape[0]} pixels have no {number + 1}. square of {side}."
         )
-    return picture[top : top + side, left : left + side]
+    return image[top : top + side, left : left + side]
 
 
 def drawn_elsewhere(path: str | Path) -> bool:
-    """Whether a path holds pictures in place of a model."""
+    """Whether a path holds images in place of a model."""
     path = Path(path)
     if path.suffix == ".npz":
         return True

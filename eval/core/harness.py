@@ -1,6 +1,6 @@
 """Inference that survives: answers appended to JSON lines, resumed by key, scored only when complete.
 
-A row is keyed by (benchmark, sample index, hash of prompt and picture name); the benchmark's own id stands
+A row is keyed by (benchmark, sample index, hash of prompt and image name); the benchmark's own id stands
 beside it, since ids repeat in some benchmarks. Rows of the same key, and samples without a row, are found
 before scoring.
 """
@@ -40,9 +40,9 @@ class Settings:
     seed: int = 0
     limit: int | None = None  # only the first samples, for a quick look
     detector: str | None = None
-    picture_format: str | None = None  # of drawings: jpg or png
-    grid: int | None = None  # drawings from elsewhere: side of each picture in a file of 2 x 2 (DPG-Bench)
-    crop: str | None = None  # how a picture comes to the tokenizer's square: see `crops.CROPS`
+    image_format: str | None = None  # of drawings: jpg or png
+    grid: int | None = None  # drawings from elsewhere: side of each image in a file of 2 x 2 (DPG-Bench)
+    crop: str | None = None  # how an image comes to the tokenizer's square: see `crops.CROPS`
     pooling: str | None = None  # what a linear probe reads: see `probe.POOLINGS`
     dtype: str = "float32"
 
@@ -58,7 +58,7 @@ class Settings:
 
     @property
     def decoding(self) -> str:
-        """How pictures are drawn, in words."""
+        """How images are drawn, in words."""
         rise = "" if self.guidance_schedule == "constant" else f" ({self.guidance_schedule})"
         chosen = f"temperature {self.temperature}, top-k {self.top_k}, top-p {self.top_p}"
         return f"guidance {self.guidance}{rise}, {'greedy' if self.greedy else chosen}"
@@ -76,7 +76,7 @@ class Scoring:
     judge_timeout: float = 60.0
     lineage: str = ""  # of the Inception network behind FID: see `lineages.LINEAGES`
     inception: str = ""  # its weight file
-    reference: str = ""  # real pictures, or an .npz of their statistics
+    reference: str = ""  # real images, or an .npz of their statistics
     lpips: str = ""  # the weight file of LPIPS
     detector_model: str = ""  # a Mask2Former or OWL folder in transformers' layout
     colour_model: str = ""  # a CLIP folder in transformers' layout, which names the colours of boxes
@@ -95,7 +95,7 @@ class Sample(NamedTuple):
     index: int  # place in the benchmark, the key
     id: Any  # the benchmark's own id
     prompt: str = ""
-    image: Any = None  # a Path, or an `asking.EncodedPicture`
+    image: Any = None  # a Path, or an `asking.EncodedImage`
     kind: str = ""  # what is to be done, where a benchmark asks for several things
     seed: int = 0
     broken: str = ""  # why it cannot be asked at all: its annotation is malformed (see `malformed`)
@@ -121,7 +121,7 @@ def malformed(index: int, name: Any, error: object, image: Path | None = None) -
 
     Args:
         name: the entry's id where it can be read; else the sample gets a number, "#7".
-        image: its picture where it is known, so that the questions of one picture stay together.
+        image: its image where it is known, so that the questions of one image stay together.
     """
     name = name if isinstance(name, str | int) else f"#{index}"
     return Sample(index, name, "", image, "malformed", broken=str(error))
@@ -144,7 +144,7 @@ class Metric(NamedTuple):
 class Scored(NamedTuple):
     """A benchmark's numbers by name, the main one first; what belongs beside them; a row per sample.
 
-    A row has "index", "score" and, where the main number is a statistic of rows, "cluster" (the picture) and
+    A row has "index", "score" and, where the main number is a statistic of rows, "cluster" (the image) and
     "group": `intervals.STATISTICS[statistic]` makes the main number of them, so two runs can be compared.
     """
 
@@ -172,7 +172,7 @@ class Benchmark:
         scorers: the variants of the scorer, the default first.
         files: patterns below the data folder; one that is there means that the benchmark is (for `all`).
         look: (task, rows by index, folder, scoring, device, quiet): lets other models look at a run's
-            pictures and writes what they say (see `looks`), so that `score` needs files alone.
+            images and writes what they say (see `looks`), so that `score` needs files alone.
         submit: (task, rows by index, folder, data) -> the files that its server or official tool takes.
     """
 
@@ -198,7 +198,7 @@ class Answers(NamedTuple):
 
     rows: dict[int, Row]
     missing: list[int]
-    failed: list[int]  # samples whose row says that they could not be asked, such as an unreadable picture
+    failed: list[int]  # samples whose row says that they could not be asked, such as an unreadable image
     duplicates: int
     strangers: int  # rows of samples that this benchmark does not have
 
@@ -287,7 +287,7 @@ def answer_all(
 ) -> int:
     """Ask for every sample that has no row yet, this rank's share of them; returns how many were asked.
 
-    In the benchmark's order and in one piece per rank, so that questions about one picture meet in a batch
+    In the benchmark's order and in one piece per rank, so that questions about one image meet in a batch
     and it is encoded once.
 
     Args:

@@ -1,4 +1,4 @@
-"""ImageNet's 1000 classes and the layouts that its pictures lie in on people's disks."""
+"""ImageNet's 1000 classes and the layouts that its images lie in on people's disks."""
 
 import csv
 import functools
@@ -37,7 +37,7 @@ Labelled = list[tuple[Path, int | UserError]]
 
 
 def find(data: Path, split: str = "val") -> Labelled | None:
-    """(picture, class number) of a split, in the order of the names; None where no layout of ImageNet is.
+    """(image, class number) of a split, in the order of the names; None where no layout of ImageNet is.
 
     In the place of an id or a class number that ImageNet does not have stands the UserError that says so.
     Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files.
@@ -67,7 +67,7 @@ def by_folder(folder: Path) -> Labelled:
 
 
 def by_table(folder: Path, table: Path) -> Labelled:
-    """One flat folder and a table of ImageId and "WordNet-id box ..." per picture."""
+    """One flat folder and a table of ImageId and "WordNet-id box ..." per image."""
     with open(table, newline="", encoding="utf-8", errors="replace") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
     result: Labelled = []
@@ -82,7 +82,7 @@ def by_table(folder: Path, table: Path) -> Labelled:
 
 
 def by_class_file(shard: Path) -> Labelled:
-    """A tar with a .cls file beside every picture."""
+    """A tar with a .cls file beside every image."""
     result: Labelled = []
     for picture in tar_images.members(shard, SUFFIXES):
         text = tar_images.beside(picture, ".cls")

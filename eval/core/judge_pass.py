@@ -1,4 +1,4 @@
-"""What other models say of a run's pictures: a pass of its own after drawing, kept apart per model.
+"""What other models say of a run's images: a pass of its own after drawing, kept apart per model.
 
 The rows of one detector, VQA model or distance lie in `looks/KIND-FINGERPRINT`; `looks/KIND.json` says which
 of them counts. Another model starts another folder, so that nothing is drawn again and two never mix.
@@ -12,7 +12,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, read_lines, write_json
 
-from .annotations import entry, read_picture
+from .annotations import entry, read_image
 from .harness import Answers, Row, Sample, Store, answer_all
 
 
@@ -51,21 +51,21 @@ def look_all(
     """Let a model look at every sample that it has not seen yet; resumes and shares like the drawing.
 
     Args:
-        rows: the run's, whose "file" is the picture.
-        work: (samples, pictures) -> what the model says; a picture that cannot be read gets a row with why.
+        rows: the run's, whose "file" is the image.
+        work: (samples, images) -> what the model says; an image that cannot be read gets a row with why.
     """
 
     def look(batch: list[Sample]) -> list[Row]:
         found: list[Row] = [{} for _ in batch]
-        pictures = {}
+        images = {}
         for i, sample in enumerate(batch):
             try:
-                pictures[i] = read_picture(out / rows[sample.index]["file"])
+                images[i] = read_image(out / rows[sample.index]["file"])
             except UserError as error:
                 found[i] = {"error": str(error)}
-        if pictures:
-            said = work([batch[i] for i in pictures], list(pictures.values()))
-            for i, row in zip(pictures, said, strict=True):
+        if images:
+            said = work([batch[i] for i in images], list(images.values()))
+            for i, row in zip(images, said, strict=True):
                 found[i] = row
         return found
 
@@ -79,12 +79,12 @@ def looked(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, di
 
 
 def said(answers: Answers) -> tuple[dict[int, Row], list[str]]:
-    """What a model said, by index, and a line about the pictures that it could not be shown."""
+    """What a model said, by index, and a line about the images that it could not be shown."""
     found = {i: row for i, row in answers.rows.items() if not row.get("error")}
     if not answers.failed:
         return found, []
     reason = answers.rows[answers.failed[0]]["error"]
-    return found, [f"{len(answers.failed)} pictures could not be looked at, the first because {reason}"]
+    return found, [f"{len(answers.failed)} images could not be looked at, the first because {reason}"]
 
 
 class Findings(NamedTuple):
@@ -127,6 +127,6 @@ def read_findings(
     return Findings(found, ", ".join(sorted(names)), problems)
 
 
-def with_pictures(samples: Sequence[Sample], rows: dict[int, Row]) -> list[Sample]:
-    """The samples that have a picture in the run's folder."""
+def with_images(samples: Sequence[Sample], rows: dict[int, Row]) -> list[Sample]:
+    """The samples that have an image in the run's folder."""
     return [s for s in samples if rows.get(s.index, {}).get("file")]

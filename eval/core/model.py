@@ -1,6 +1,6 @@
 """The one place of `eval` that runs a model: codes, copies, embeddings, answers and drawings.
 
-B pictures, N visual tokens, K sub-codebooks, E width of the joint image-text space.
+B images, N visual tokens, K sub-codebooks, E width of the joint image-text space.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ TOKENIZER, MLLM = "unitok", "unitok_mllm"
 
 
 class Copies(NamedTuple):
-    """Pictures as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and codes (B, N, K)."""
+    """Images as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and codes (B, N, K)."""
 
     originals: np.ndarray
     copies: np.ndarray
@@ -100,7 +100,7 @@ class Model:
         return self._pipeline
 
     def pixels(self, images: Sequence[Image.Image], crop: str = "bicubic"):
-        """Pictures cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1], by the settings' crop first."""
+        """Images cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1], by the settings' crop first."""
         import torch
 
         cut, size = crop_of(self.settings.crop or crop), self.unitok.config.image_size
@@ -124,11 +124,11 @@ class Model:
         return Copies(channels_last[0], channels_last[1], codes.cpu().numpy(), size, second)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Unit embeddings (B, E); pictures are cropped as the published zero-shot evaluation crops them."""
+        """Unit embeddings (B, E); images are cropped as the published zero-shot evaluation crops them."""
         return self.pooled(images, "embedding")
 
     def pooled(self, images: Sequence[Image.Image], pooling: str) -> np.ndarray:
-        """One vector per picture (B, F): see `probe.POOLINGS`."""
+        """One vector per image (B, F): see `probe.POOLINGS`."""
         import torch
 
         with torch.inference_mode():
@@ -157,11 +157,11 @@ class Model:
     def answer(
         self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """One short text per picture and question, decoded greedily."""
+        """One short text per image and question, decoded greedily."""
         return self.pipeline.answer(list(images), list(questions), max_new_tokens=max_new_tokens)
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One picture per prompt; its seed alone decides it, not the batch around it."""
+        """One image per prompt; its seed alone decides it, not the batch around it."""
         return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))
 
 

@@ -1,4 +1,4 @@
-"""Numbers of questions: a row per sample, shares with intervals by picture, submission files."""
+"""Numbers of questions: a row per sample, shares with intervals by image, submission files."""
 
 import json
 from collections.abc import Hashable, Sequence
@@ -14,7 +14,7 @@ from .harness import Metric, Row, Sample
 
 
 def cluster_of(sample: Sample) -> str:
-    """What a sample shares with others: its picture; without one it stands alone."""
+    """What a sample shares with others: its image; without one it stands alone."""
     return sample.image.name if sample.image is not None else f"#{sample.index}"
 
 

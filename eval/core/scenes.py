@@ -1,4 +1,4 @@
-"""`captions.json` of scenes: what each picture shows, entry by entry."""
+"""`captions.json` of scenes: what each image shows, entry by entry."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from .annotations import entry, of_kind, read_as, text_of
 
 
 class Scene(NamedTuple):
-    """A picture's file and what it shows: "shape", "color", "cell" and "box" of each object."""
+    """An image's file and what it shows: "shape", "color", "cell" and "box" of each object."""
 
     file: str
     objects: list[dict[str, Any]]
 
 
 def read_scenes(path: Path) -> list[Scene | UserError]:
-    """The pictures of a `captions.json`; an entry that describes none stands as the UserError that says why.
+    """The images of a `captions.json`; an entry that describes none stands as the UserError that says why.
 
     Raises:
         UserError: no such file, or no list.

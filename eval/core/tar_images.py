@@ -1,4 +1,4 @@
-"""Pictures inside tar files (webdataset layout), named as if the tar were a folder: shard.tar/000001.jpg."""
+"""Images inside tar files (webdataset layout), named as if the tar were a folder: shard.tar/000001.jpg."""
 
 import functools
 import tarfile
@@ -50,9 +50,9 @@ def members(tar: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return [tar / name for name in index(tar) if Path(name).suffix in suffixes]
 
 
-def beside(picture: Path, suffix: str) -> bytes | None:
+def beside(image: Path, suffix: str) -> bytes | None:
     """What lies beside a member under the same key, such as its class in .cls; None where nothing does."""
-    place = split(picture)
+    place = split(image)
     if place is None:
         return None
     tar, name = place

@@ -15,10 +15,10 @@ from ..core.annotations import entry, of_kind, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.generated_images import about_drawing, require_drawings
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_pictures
+from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
 from .genai_bench import stem
 
-PICTURES = 4
+IMAGES = 4
 PUBLISHED = "mPLUG-large"  # what vqa_answers.jsonl has to say to be comparable
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
@@ -101,7 +101,7 @@ def load_dpg(data: Path, settings: Settings) -> Task:
     """Four drawings per prompt."""
     items, problems = load_items(data)
     items = items[: settings.limit]
-    each = settings.images_per_prompt or PICTURES
+    each = settings.images_per_prompt or IMAGES
     samples, owners = [], []
     for k, item in enumerate(items):
         for j in range(each):
@@ -109,7 +109,7 @@ def load_dpg(data: Path, settings: Settings) -> Task:
             sample = Sample(place, f"{item.id}/{j}", item.prompt, None, "draw", settings.seed + place)
             samples.append(malformed(place, f"{item.id}/{j}", item.broken) if item.broken else sample)
             owners.append(k)
-    about = about_drawing(settings, "png") | {"prompts": len(items), "pictures per prompt": each}
+    about = about_drawing(settings, "png") | {"prompts": len(items), "images per prompt": each}
     truth = {"items": items, "owners": owners, "malformed": len(problems) > 0}
     return Task(usable(samples, data / "dpg_bench.csv"), truth, about, problems)
 
@@ -122,21 +122,21 @@ def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, devi
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
+    def work(batch: list[Sample], images: list[Any]) -> list[Row]:
         found: list[Row] = []
-        for sample, picture in zip(batch, pictures):
+        for sample, image in zip(batch, images):
             item = task.truth["items"][task.truth["owners"][sample.index]]
             questions = [q for q in item.questions if q.number >= 0]
             texts: list[str] = []
             for start in range(0, len(questions), 8):
                 piece = [q.text for q in questions[start : start + 8]]
-                texts += model.answers([picture] * len(piece), piece)
+                texts += model.answers([image] * len(piece), piece)
             found.append(
                 {"answers": {str(q.number): stem(t) for q, t in zip(questions, texts)}, "raw": texts}
             )
         return found
 
-    look_all(out, "dpg", model.about, with_pictures(task.samples, rows), rows, work, 4, quiet)
+    look_all(out, "dpg", model.about, with_images(task.samples, rows), rows, work, 4, quiet)
 
 
 def answers_in(row: Row, where: str) -> dict[str, str]:
@@ -150,10 +150,10 @@ def read_answers(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
     path = folder / "vqa_answers.jsonl"
     if path.exists():
         return read_findings(path, task.samples, answers_in, "model", "a model without a name")
-    seen = looked(folder, "dpg", with_pictures(task.samples, rows))
+    seen = looked(folder, "dpg", with_images(task.samples, rows))
     if seen is None:
         raise UserError(
-            f"{folder}: the pictures are drawn, but nothing has been asked about them. Run again with "
+            f"{folder}: the images are drawn, but nothing has been asked about them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's answers to {path}."
         )
     found, problems = said(seen[0])
@@ -165,7 +165,7 @@ def raw_scores(questions: Sequence[Question], answers: dict[str, str]) -> dict[i
     return {q.number: float(q.number >= 0 and answers.get(str(q.number)) == "yes") for q in questions}
 
 
-def picture_score(questions: Sequence[Question], answers: dict[str, str]) -> float:
+def image_score(questions: Sequence[Question], answers: dict[str, str]) -> float:
     """The mean over questions; one whose parent stands at 0 when its turn comes is 0, in the file's order.
 
     A parent that is not there, since its line is malformed, stands at 0.
@@ -178,7 +178,7 @@ def picture_score(questions: Sequence[Question], answers: dict[str, str]) -> flo
 
 
 def categories(items: Sequence[Item], last: Sequence[dict[str, str]]) -> dict[str, dict[str, list[float]]]:
-    """Scores by coarse and fine category: plain answers about each prompt's last picture, pooled."""
+    """Scores by coarse and fine category: plain answers about each prompt's last image, pooled."""
     levels: dict[str, dict[str, list[float]]] = {"l1": defaultdict(list), "l2": defaultdict(list)}
     for item, answers in zip(items, last):
         raw = raw_scores(item.questions, answers)
@@ -193,18 +193,18 @@ def categories(items: Sequence[Item], last: Sequence[dict[str, str]]) -> dict[st
 def score_dpg(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """100 x the mean over prompts of the mean over pictures; a picture without answers counts as 0."""
+    """100 x the mean over prompts of the mean over images; an image without answers counts as 0."""
     require_drawings(task, rows, folder)
     items: list[Item] = task.truth["items"]
     owners = task.truth["owners"]
     found, by, problems = read_answers(task, rows, folder)
     values = [
-        picture_score(items[owners[s.index]].questions, found[s.index])
+        image_score(items[owners[s.index]].questions, found[s.index])
         if s.index in found and not s.broken
         else 0.0
         for s in task.samples
     ]
-    each = task.about["pictures per prompt"]
+    each = task.about["images per prompt"]
     by_prompt = [float(np.mean(values[k * each : (k + 1) * each])) for k in range(len(items))]
     interval = bootstrap(with_ones(100 * np.array(by_prompt)))
     metrics = {"dpg": Metric(100 * float(np.mean(by_prompt)), len(items), interval, "points")}
@@ -223,7 +223,7 @@ def score_dpg(
     problems = problems + [f"{missing} drawings have no answers (counted as 0)"] * (missing > 0)
     why = "" if by == PUBLISHED else f"answers by {by}, not by {PUBLISHED}"
     why = why or "questions are malformed" * task.truth["malformed"]
-    return Scored(metrics, {"vqa model": by, "categories": "answers about the last picture, as published"}, [
+    return Scored(metrics, {"vqa model": by, "categories": "answers about the last image, as published"}, [
         {
             "index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file"),
             "score": 100 * value, "cluster": items[owners[s.index]].id,

@@ -18,7 +18,7 @@ from ..core.annotations import entry, of_kind, read_as, text_of, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.generated_images import about_drawing, require_drawings
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_pictures
+from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
 
 QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
 PUBLISHED = "clip-flant5-xxl"  # what vqascore.jsonl has to say to be comparable
@@ -110,11 +110,11 @@ def look_genai(
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
-        values = model.probabilities(pictures, [QUESTION.format(s.prompt) for s in batch], ANSWER)
+    def work(batch: list[Sample], images: list[Any]) -> list[Row]:
+        values = model.probabilities(images, [QUESTION.format(s.prompt) for s in batch], ANSWER)
         return [{"vqascore": value} for value in values]
 
-    look_all(out, "vqascore", model.about, with_pictures(task.samples, rows), rows, work, 8, quiet)
+    look_all(out, "vqascore", model.about, with_images(task.samples, rows), rows, work, 8, quiet)
 
 
 def score_in(row: Row, where: str) -> float:
@@ -130,10 +130,10 @@ def read_scores(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
     path = folder / "vqascore.jsonl"
     if path.exists():
         return read_findings(path, task.samples, score_in, "model", "a model without a name")
-    seen = looked(folder, "vqascore", with_pictures(task.samples, rows))
+    seen = looked(folder, "vqascore", with_images(task.samples, rows))
     if seen is None:
         raise UserError(
-            f"{folder}: the pictures are drawn, but nothing has scored them. Run again with "
+            f"{folder}: the images are drawn, but nothing has scored them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's scores to {path}."
         )
     found, problems = said(seen[0])

@@ -1,8 +1,8 @@
 """The benchmarks that draw: GenEval, and single objects at named places, each with the tokenizer's ceiling.
 
 The detector is apart from the scorer: `detector=scenes` reads the scenes of `unitok data scenes`; with
-`detector=none` the pictures lie in GenEval's layout for any detector, whose findings come back as
-`detections.jsonl` (a line {"index", "detections", "colors", "detector"} per picture; see `geneval`).
+`detector=none` the images lie in GenEval's layout for any detector, whose findings come back as
+`detections.jsonl` (a line {"index", "detections", "colors", "detector"} per image; see `geneval`).
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from ..core.annotations import entry
 from ..core.bootstrap import bootstrap, by_group, mean_of_groups, with_ones
 from ..core.generated_images import draw
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_pictures
+from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
 from ..core.scenes import Scene, read_scenes
-from ..tokenizer.reconstruction import open_pictures, save_picture
+from ..tokenizer.reconstruction import open_images, save_image
 from ..understanding.vqav2 import mean_by
 from . import geneval_scorer
 
 DETECTORS = ("scenes", "none")
 PUBLISHED_DETECTOR = "mmdet Mask2Former"  # what detections.jsonl has to say to be comparable
-COPIES_PER_PROMPT = 2  # real pictures that fit a prompt, reconstructed for its ceiling
+COPIES_PER_PROMPT = 2  # real images that fit a prompt, reconstructed for its ceiling
 
 
 def detector_for(data: Path, settings: Settings) -> str:
@@ -42,7 +42,7 @@ def detector_for(data: Path, settings: Settings) -> str:
 
 
 def load_geneval(data: Path, settings: Settings) -> Task:
-    """Per prompt its drawings; for scenes also real pictures that fit the prompt, to be reconstructed."""
+    """Per prompt its drawings; for scenes also real images that fit the prompt, to be reconstructed."""
     prompts = geneval_scorer.load(data)[: settings.limit]
     detector = detector_for(data, settings)
     each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
@@ -53,7 +53,7 @@ def load_geneval(data: Path, settings: Settings) -> Task:
         scenes, problems = scenes_to_copy(data)
         known = [(data / "test" / scene.file, truth_of(scene.objects)) for scene in scenes]
         for i, row in enumerate(prompts):
-            for path in () if "broken" in row else fitting_pictures(known, row, rules, start=i):
+            for path in () if "broken" in row else fitting_images(known, row, rules, start=i):
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
@@ -74,12 +74,12 @@ def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample],
 
 
 def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:
-    """What the result says of how the pictures came about."""
+    """What the result says of how the images came about."""
     return {
         "detector": detector,
-        "pictures per prompt": each,
+        "images per prompt": each,
         "decoding": settings.decoding,
-        "pictures": "PNG",
+        "images": "PNG",
     }
 
 
@@ -103,14 +103,14 @@ def scenes_to_copy(data: Path) -> tuple[list[Scene], list[str]]:
     found = read_scenes(data / "test" / "captions.json")
     bad = [scene for scene in found if isinstance(scene, UserError)]
     good = [scene for scene in found if not isinstance(scene, UserError)]
-    told = f"{len(bad)} pictures have no part in the ceiling, their entries are malformed, the first: "
+    told = f"{len(bad)} images have no part in the ceiling, their entries are malformed, the first: "
     return good, [told + str(bad[0])] if bad else []
 
 
-def fitting_pictures(
+def fitting_images(
     scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: geneval_scorer.Settings, start: int
 ) -> list[Path]:
-    """A few test pictures whose true scene satisfies the prompt; `start` spreads prompts over pictures."""
+    """A few test images whose true scene satisfies the prompt; `start` spreads prompts over images."""
     need = {clause["class"] for clause in prompt["include"]}
     found = []
     for k in range(len(scenes)):
@@ -126,7 +126,7 @@ def fitting_pictures(
 
 
 def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path, Task], list[Row]]:
-    """The function that draws or copies a batch, saves the pictures and notes what the detector finds."""
+    """The function that draws or copies a batch, saves the images and notes what the detector finds."""
     detect = detector(data) if detector_for(data, settings) == "scenes" else None
 
     def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
@@ -141,13 +141,13 @@ def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path,
                 else:
                     pictures[i] = result
         if copied:
-            errors, images = open_pictures([batch[i] for i in copied])
+            errors, images = open_images([batch[i] for i in copied])
             for place, i in enumerate(copied):
                 rows[i] = errors[place]
             copies = model.reconstruct(list(images.values())).copies if images else []
             pictures |= {copied[place]: copy for place, copy in zip(images, copies)}
-        for i, picture in pictures.items():
-            rows[i] = {"file": write_picture(batch[i], picture, out, task), "seed": batch[i].seed}
+        for i, image in pictures.items():
+            rows[i] = {"file": write_image(batch[i], image, out, task), "seed": batch[i].seed}
         if detect and pictures:
             for i, found in zip(pictures, detect([pictures[i] for i in pictures])):
                 rows[i] |= found
@@ -156,32 +156,32 @@ def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path,
     return work
 
 
-def write_picture(sample: Sample, picture: np.ndarray, out: Path, task: Task) -> str:
+def write_image(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
     """Save a drawing as GenEval lays them out, a copy aside; returns the path below `out`."""
     if sample.kind == "copy":
         file = f"copies/{sample.index:06d}.png"
     else:
-        file = f"pictures/{sample.id}.png"
+        file = f"images/{sample.id}.png"
         metadata = (out / file).parent.parent / "metadata.jsonl"
         if not metadata.exists():
             metadata.parent.mkdir(parents=True, exist_ok=True)
             metadata.write_text(json.dumps(task.truth["prompts"][task.truth["owners"][sample.index]]) + "\n")
-    save_picture(picture, out / file)
+    save_image(image, out / file)
     return file
 
 
 def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
-    """Pictures -> what the scenes detector finds in each, as JSON."""
+    """Images -> what the scenes detector finds in each, as JSON."""
     from ..judges.scenes_detector import ScenesDetector
 
     read = ScenesDetector.from_file(data / "scenes.json")
 
     def detect(pictures: Sequence[np.ndarray]) -> list[Row]:
         shape, result = (read.size, read.size, 3), []
-        readings = iter(read([picture for picture in pictures if picture.shape == shape]))
-        for picture in pictures:
-            if picture.shape != shape:
-                result.append({"error": f"the picture is {picture.shape}; these scenes are {shape}"})
+        readings = iter(read([image for image in pictures if image.shape == shape]))
+        for image in pictures:
+            if image.shape != shape:
+                result.append({"error": f"the image is {image.shape}; these scenes are {shape}"})
                 continue
             reading = next(readings)
             boxes, colours = reading.geneval()
@@ -221,7 +221,7 @@ def look_for_objects(
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
-    drawn = [s for s in with_pictures(task.samples, rows) if s.kind == "draw"]
+    drawn = [s for s in with_images(task.samples, rows) if s.kind == "draw"]
     look_all(out, "detections", about, drawn, rows, work, 8, quiet)
 
 
@@ -234,13 +234,13 @@ def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
     if path.exists():
         check = geneval_scorer.check_detections
         return read_findings(path, task.samples, check, "detector", "a detector without a name")
-    if seen := looked(folder, "detections", with_pictures(task.samples, rows)):
+    if seen := looked(folder, "detections", with_images(task.samples, rows)):
         found, problems = said(seen[0])
         return Findings(found, f"{seen[1]['model']} of transformers", problems)
     found = {i: row for i, row in rows.items() if "detections" in row}
     if not found and any(not row.get("error") for row in rows.values()):
         raise UserError(
-            f"{folder}: the pictures are drawn, but nothing has looked at them. Run again with "
+            f"{folder}: the images are drawn, but nothing has looked at them. Run again with "
             "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
             f"{folder / 'pictures'} and write its findings to {path}."
         )
@@ -250,7 +250,7 @@ def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
 def score_geneval(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """The share of correct pictures per tag and their mean; the ceiling beside, held-out pairs apart."""
+    """The share of correct images per tag and their mean; the ceiling beside, held-out pairs apart."""
     prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
     found = findings(task, rows, folder)
     per_sample = []
@@ -304,8 +304,8 @@ def why_not(task: Task, found: Findings) -> str:
 
 
 def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
-    """A verdict; a picture that is missing or that nothing looked at is wrong."""
-    return judge(prompt, seen, *more) if seen is not None else geneval_scorer.Verdict(False, "no picture", {})
+    """A verdict; an image that is missing or that nothing looked at is wrong."""
+    return judge(prompt, seen, *more) if seen is not None else geneval_scorer.Verdict(False, "no image", {})
 
 
 def describe(sample: Sample, rows: dict[int, Row], good: bool, reason: str, held_out: bool) -> Row:
@@ -325,7 +325,7 @@ def share(rows: Sequence[Row]) -> Metric:
 
 
 def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Row]) -> None:
-    """Add what is scored apart: drawings of held-out pairs, and copies of real pictures (the ceiling)."""
+    """Add what is scored apart: drawings of held-out pairs, and copies of real images (the ceiling)."""
     apart = [r for r in per_sample if r["kind"] == "draw" and r["held_out"]]
     copies = [r for r in per_sample if r["kind"] == "copy" and not r["held_out"]]
     if apart:

@@ -1,4 +1,4 @@
-"""GenEval's scorer on detections: does a picture show the objects, number, colours and places of its prompt.
+"""GenEval's scorer on detections: does an image show the objects, number, colours and places of its prompt.
 
 A detection file line holds boxes and colours per class name, whatever detector wrote them:
 `{"detections": {class: [[x0, y0, x1, y1, score], ...]}, "colors": {class: [colour of each box]}}`.
@@ -36,7 +36,7 @@ class Settings:
 
 
 class Verdict(NamedTuple):
-    """One picture's result; `reason` is empty where it is correct, `kept` counts the boxes used per class."""
+    """One image's result; `reason` is empty where it is correct, `kept` counts the boxes used per class."""
 
     correct: bool
     reason: str
@@ -87,7 +87,7 @@ def check_metadata(row: Any, where: str) -> None:
     if entry(row, "tag", where) not in TAGS:
         raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
     if not of_kind(list, entry(row, "include", where), f"{where}, include"):
-        raise UserError(f"{where}: include is empty, so that every picture would be right.")
+        raise UserError(f"{where}: include is empty, so that every image would be right.")
     for key in ("include", "exclude"):
         for i, clause in enumerate(of_kind(list, row.get(key, []), f"{where}, {key}")):
             place = f"{where}, {key}[{i}]"
@@ -103,7 +103,7 @@ def check_metadata(row: Any, where: str) -> None:
 
 
 def check_detections(row: Any, where: str) -> Row:
-    """What a detector found in a picture; UserError where boxes or colours are not as they should be."""
+    """What a detector found in an image; UserError where boxes or colours are not as they should be."""
     colours = of_kind(dict, row.get("colors", {}), f"{where}, colors")
     for name, boxes in of_kind(dict, entry(row, "detections", where), f"{where}, detections").items():
         try:
@@ -117,7 +117,7 @@ def check_detections(row: Any, where: str) -> Row:
 
 
 def judge(metadata: dict[str, Any], seen: dict[str, Any], settings: Settings = Settings()) -> Verdict:
-    """Compare one picture's detections with its prompt's description; the wording of reasons is GenEval's."""
+    """Compare one image's detections with its prompt's description; the wording of reasons is GenEval's."""
     kept = keep(metadata["tag"], seen, settings)
     reasons: list[str] = []
     targets: list[list[Found] | None] = []  # what each clause matched; None where it failed
@@ -216,9 +216,9 @@ def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]
 def summarise(
     metadata: Sequence[dict[str, Any]], correct: Sequence[bool], prompts: Sequence[int]
 ) -> dict[str, Any]:
-    """Share of correct pictures per tag, their mean, of all pictures, of prompts with any correct picture.
+    """Share of correct images per tag, their mean, of all images, of prompts with any correct image.
 
-    `prompts[i]` is the prompt that picture i was drawn from; pictures of one prompt are grouped by it.
+    `prompts[i]` is the prompt that image i was drawn from; images of one prompt are grouped by it.
     """
     by_tag: dict[str, list[float]] = defaultdict(list)
     by_prompt: dict[int, bool] = defaultdict(bool)

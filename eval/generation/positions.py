@@ -24,7 +24,7 @@ from .geneval import (
 
 
 def load_positions(data: Path, settings: Settings) -> Task:
-    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real pictures."""
+    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real images."""
     path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
     prompts = [
         position_of(row, f"{path}, prompt {i}") for i, row in enumerate(read_lines(path)[: settings.limit], 1)
@@ -38,8 +38,8 @@ def load_positions(data: Path, settings: Settings) -> Task:
         key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"])) if len(things) == 1 else None
         if key in places:
             owner = places.pop(key)
-            picture = data / "test" / file
-            samples.append(Sample(len(samples), file, prompts[owner]["prompt"], picture, "copy"))
+            image = data / "test" / file
+            samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "copy"))
             owners.append(owner)
     truth = {"prompts": prompts, "owners": owners, "cell": cell_of(data / "scenes.json")}
     about = about_drawing(settings, detector_for(data, settings), each)

@@ -1,4 +1,4 @@
-"""Drawings against real pictures as a whole: MJHQ-30K, and class-conditional ImageNet as ADM measures it."""
+"""Drawings against real images as a whole: MJHQ-30K, and class-conditional ImageNet as ADM measures it."""
 
 from collections import Counter
 from pathlib import Path
@@ -12,11 +12,11 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core import imagenet
-from ..core.annotations import read_as, read_picture, text_of, usable
+from ..core.annotations import read_as, read_image, text_of, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.generated_images import about_drawing, require_drawings
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import with_pictures
+from ..core.judge_pass import with_images
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import shuffled, write_samples
 
@@ -25,7 +25,7 @@ SAMPLES = 50_000  # class-conditional drawings
 
 def load_mjhq(data: Path, settings: Settings) -> Task:
     """`meta_data.json`: {id: {category, prompt}}, a drawing each at category/id."""
-    path = existing(data / "meta_data.json", "MJHQ-30K is this file and its pictures.")
+    path = existing(data / "meta_data.json", "MJHQ-30K is this file and its images.")
     rows = list(read_as(dict, path).items())[: settings.limit]
     samples = []
     for k, (name, row) in enumerate(rows):
@@ -39,34 +39,34 @@ def load_mjhq(data: Path, settings: Settings) -> Task:
     return Task(usable(samples, path), {"data": data}, about)
 
 
-def real_mjhq(data: Path, reference: str, size: int) -> inception_features.Pictures:
-    """The released pictures, scaled to the drawings' size (Lanczos; the published size is 256)."""
+def real_mjhq(data: Path, reference: str, size: int) -> inception_features.ImageSet:
+    """The released images, scaled to the drawings' size (Lanczos; the published size is 256)."""
     folder = Path(reference) if reference else data
     if not reference and (data / "mjhq30k_imgs").is_dir():
         folder = data / "mjhq30k_imgs"
     found = inception_features.of_folder("reference", folder)
 
     def load(i: int) -> np.ndarray:
-        picture = found.load(i)
-        if picture.shape[:2] == (size, size):
-            return picture
-        return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))
+        image = found.load(i)
+        if image.shape[:2] == (size, size):
+            return image
+        return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
 
-    return inception_features.Pictures("reference", [f"{name} {size}" for name in found.names], load)
+    return inception_features.ImageSet("reference", [f"{name} {size}" for name in found.names], load)
 
 
-def samples_set(task: Task, rows: dict[int, Row], out: Path) -> inception_features.Pictures:
+def samples_set(task: Task, rows: dict[int, Row], out: Path) -> inception_features.ImageSet:
     """The run's drawings."""
-    drawn = with_pictures(task.samples, rows)
+    drawn = with_images(task.samples, rows)
     paths = [out / rows[s.index]["file"] for s in drawn]
     names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(drawn, paths)]
-    return inception_features.Pictures("samples", names, lambda i: np.asarray(read_picture(paths[i])))
+    return inception_features.ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
 
 
 def look_mjhq(
     task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """Inception features of drawings and real pictures."""
+    """Inception features of drawings and real images."""
     drawn = samples_set(task, rows, out)
     if not scoring.inception or not drawn.names:
         return
@@ -81,7 +81,7 @@ def look_mjhq(
 def score_mjhq(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """FID against all real pictures, and per category where the real ones are pictures."""
+    """FID against all real images, and per category where the real ones are images."""
     require_drawings(task, rows, folder)
     lineage = inception_features.lineage_of(scoring, "clean")
     drawn = inception_features.needed(folder, lineage, "samples")
@@ -91,17 +91,17 @@ def score_mjhq(
         real = None
     else:
         found = inception_features.needed(folder, lineage, "reference")
-        moments = (found.moments(), "the released pictures, scaled to the drawings' size")
+        moments = (found.moments(), "the released images, scaled to the drawings' size")
         inception_features.save_statistics(folder / "reference.npz", moments[0], lineage)
     result = inception_features.distances(folder, lineage, drawn, moments, others=real)
     metrics, problems = result.metrics, result.problems
-    incomplete = len(with_pictures(task.samples, rows)) - drawn.n - len(drawn.bad)
+    incomplete = len(with_images(task.samples, rows)) - drawn.n - len(drawn.bad)
     if incomplete > 0:
         raise UserError(
             f"{folder}: {incomplete} drawings have no Inception features. {inception_features.HINT}"
         )
     if real is not None:
-        problems += inception_features.unread(real, "real pictures")
+        problems += inception_features.unread(real, "real images")
         metrics |= by_category(task, rows, drawn, real)
     absent = len(task.samples) - drawn.n
     problems += [f"{absent} drawings are missing from the FID"] * (absent > 0)
@@ -114,8 +114,8 @@ def score_mjhq(
 def by_category(
     task: Task, rows: dict[int, Row], drawn: inception_features.Stored, real: inception_features.Stored
 ) -> dict[str, Metric]:
-    """FID of each category that has two pictures on either side."""
-    samples = with_pictures(task.samples, rows)
+    """FID of each category that has two images on either side."""
+    samples = with_images(task.samples, rows)
     mine = [str(samples[i].id).split("/")[0] for i in drawn.numbers()]
     theirs = [name.split("/")[-2] if "/" in name else "" for name in real.names()]
     a, b = drawn.column("pooled"), real.column("pooled")
@@ -133,7 +133,7 @@ def by_category(
 
 
 def per_drawing(task: Task, rows: dict[int, Row]) -> list[Row]:
-    """A row per sample; these benchmarks have no score per picture."""
+    """A row per sample; these benchmarks have no score per image."""
     return [
         {"index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file")}
         for s in task.samples
@@ -175,7 +175,7 @@ def reference_of(data: Path, scoring: Scoring) -> Path:
 def look_classes(
     task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """ADM's file of the drawings; Inception features of them and of the reference's 10,000 pictures."""
+    """ADM's file of the drawings; Inception features of them and of the reference's 10,000 images."""
     drawn = samples_set(task, rows, out)
     if distributed.is_main() and drawn.names:
         write_samples(drawn, out / "submission" / "samples.npz")
@@ -212,11 +212,11 @@ def score_classes(
         both = fid.inside(real.column("pooled"), drawn.column("pooled"))
         for name, flags in zip(("precision", "recall"), both):
             metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(with_ones(flags)))
-        problems += inception_features.unread(real, "reference pictures")
+        problems += inception_features.unread(real, "reference images")
     absent = len(task.samples) - drawn.n
     problems += [f"{absent} drawings are missing from the numbers"] * (absent > 0)
     why = "ADM's TensorFlow graph is replaced by our port of it"
-    if run["model"].get("kind") != "pictures drawn elsewhere":
+    if run["model"].get("kind") != "images drawn elsewhere":
         why += "; drawn from class names as prompts, not by a class-conditional model"
     return Scored(
         metrics, {"fid": result.details}, per_drawing(task, rows), not_comparable=why, problems=problems

@@ -1,8 +1,8 @@
-"""Objects and their colours in pictures, by models of transformers from local folders: GenEval's detector.
+"""Objects and their colours in images, by models of transformers from local folders: GenEval's detector.
 
 The published detector is mmdet's Mask2Former with a Swin-S backbone, the colours are CLIP ViT-L/14's. The
 same weights in transformers are resized and filtered a little differently: close, but not bit-compatible.
-B pictures, Q queries of the detector, C classes.
+B images, Q queries of the detector, C classes.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from ..generation.geneval_scorer import COLOURS
 
 # COCO's names that GenEval's prompts put in other words
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-KEPT = 100  # instances per picture, as mmdet keeps them
+KEPT = 100  # instances per image, as mmdet keeps them
 LEAST = 0.05  # scores below are not written down; GenEval's own threshold is 0.3
 COLOUR_TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 BACKGROUND = (0x99, 0x99, 0x99)
@@ -81,11 +81,11 @@ def mask2former(path: Path, device: str) -> Find:
             ]  # (B, Q, C); the last is nothing
             side = inputs["pixel_values"].shape[-2:]
             results = []
-            for share, masks, picture in zip(shares, out.masks_queries_logits.float(), pictures):
+            for share, masks, image in zip(shares, out.masks_queries_logits.float(), pictures):
                 best = share.flatten().topk(min(KEPT, share.numel()))
                 query, kind = best.indices // share.shape[1], best.indices % share.shape[1]
                 grown = F.interpolate(masks[None], side, mode="bilinear", align_corners=False)
-                size = (picture.height, picture.width)
+                size = (image.height, image.width)
                 grown = F.interpolate(grown, size, mode="bilinear", align_corners=False)[0]
                 things = []
                 for value, q, c in zip(best.values.tolist(), query.tolist(), kind.tolist()):
@@ -119,11 +119,11 @@ def owl(path: Path, device: str) -> Find:
         with torch.inference_mode():
             out = model(**inputs)
         results = []
-        for logits, boxes, picture in zip(out.logits.float(), out.pred_boxes.float(), pictures):
+        for logits, boxes, image in zip(out.logits.float(), out.pred_boxes.float(), pictures):
             best = logits[:, : len(names)].sigmoid().max(dim=1)
-            # OWLv2 sees the picture in the corner of a square of its longer side
-            square = max(picture.size)
-            scale = (square, square) if kind == "owlv2" else picture.size
+            # OWLv2 sees the image in the corner of a square of its longer side
+            square = max(image.size)
+            scale = (square, square) if kind == "owlv2" else image.size
             things = []
             for value, label, (x, y, w, h) in zip(
                 best.values.tolist(), best.indices.tolist(), boxes.tolist()
@@ -160,14 +160,14 @@ class Colours:
                 self.known[name] = F.normalize(means, dim=-1).T
         return self.known[name]
 
-    def __call__(self, picture: Image.Image, things: Sequence[Thing]) -> list[str]:
+    def __call__(self, image: Image.Image, things: Sequence[Thing]) -> list[str]:
         """The colour of each object."""
         import torch
         import torch.nn.functional as F
 
         if not things:
             return []
-        crops = [crop(picture, thing) for thing in things]
+        crops = [crop(image, thing) for thing in things]
         inputs = self.processor(images=crops, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             seen = F.normalize(features_of(self.model.get_image_features(**inputs)), dim=-1)
@@ -179,16 +179,16 @@ def features_of(output: Any):
     return output.pooler_output if hasattr(output, "pooler_output") else output
 
 
-def crop(picture: Image.Image, thing: Thing) -> Image.Image:
+def crop(image: Image.Image, thing: Thing) -> Image.Image:
     """The object's box, grey where its mask is not."""
     if thing.mask is not None:
-        array = np.array(picture)
+        array = np.array(image)
         array[~thing.mask] = BACKGROUND
-        picture = Image.fromarray(array)
+        image = Image.fromarray(array)
     x0, y0, x1, y1 = thing.box[:4]
-    left, top = min(max(int(x0), 0), picture.width - 1), min(max(int(y0), 0), picture.height - 1)
-    right, bottom = max(min(round(x1), picture.width), left + 1), max(min(round(y1), picture.height), top + 1)
-    return picture.crop((left, top, right, bottom))
+    left, top = min(max(int(x0), 0), image.width - 1), min(max(int(y0), 0), image.height - 1)
+    right, bottom = max(min(round(x1), image.width), left + 1), max(min(round(y1), image.height), top + 1)
+    return image.crop((left, top, right, bottom))
 
 
 def as_row(things: Sequence[Thing], colours: Sequence[str]) -> Row:

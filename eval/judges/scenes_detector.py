@@ -1,9 +1,9 @@
-"""Reads the scene back out of a picture of coloured shapes, by finding the rendering that explains it.
+"""Reads the scene back out of an image of coloured shapes, by finding the rendering that explains it.
 
 Stands where GenEval has Mask2Former and CLIP: shapes are its classes. It knows scenes by `scenes.json` alone.
-A picture with anything that neither objects nor the background explain yields no objects at all.
+An image with anything that neither objects nor the background explain yields no objects at all.
 
-Shapes: B pictures, H sides, G cells, P pixels of a cell, T templates.
+Shapes: B images, H sides, G cells, P pixels of a cell, T templates.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Limits:
     empty: float = 16.0  # root mean square difference from the background in a cell without object
     blob: float = 60.0  # largest mean of 3 x 3 pixels left unexplained
     dark: float = 25.0  # how far below the scenes' darkest background one may lie
-    local: float = 18.0  # how far a cell's background may lie from the picture's
+    local: float = 18.0  # how far a cell's background may lie from the image's
     residual: float = 0.25  # share of an object's energy that its template leaves
     color: float = 60.0  # Euclidean distance of an object's colour from the palette's
     margin: float = 1.1  # how many times the residual of the best other shape must exceed the best
@@ -57,7 +57,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture holds. Without `clean` something is unexplained: `reason`, and no objects."""
+    """What an image holds. Without `clean` something is unexplained: `reason`, and no objects."""
 
     clean: bool
     objects: tuple[Found, ...]
@@ -85,7 +85,7 @@ def same_scene(reading: Reading, scene: dict[str, Any]) -> bool:
 
 
 def only_object(reading: Reading, shape: str, color: str, cell: Sequence[int] | None = None) -> bool:
-    """Whether a picture holds one object and no other, of this shape and colour (and in this grid cell)."""
+    """Whether an image holds one object and no other, of this shape and colour (and in this grid cell)."""
     if len(reading.objects) != 1:
         return False
     found = reading.objects[0]
@@ -124,18 +124,18 @@ class ScenesDetector:
         except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not describe scenes: {type(error).__name__}: {error}.") from error
 
-    def __call__(self, pictures: Any) -> list[Reading]:
-        """Read pictures, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
+    def __call__(self, images: Any) -> list[Reading]:
+        """Read images, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
 
         Raises:
-            UserError: a picture is not of the scenes' size.
+            UserError: an image is not of the scenes' size.
         """
-        batch = np.stack([np.asarray(picture) for picture in pictures]) if len(pictures) else None
+        batch = np.stack([np.asarray(image) for image in images]) if len(images) else None
         if batch is None:
             return []
         if batch.shape[1:] != (self.size, self.size, 3):
             raise UserError(
-                f"pictures of shape {batch.shape[1:]}; these scenes are {(self.size, self.size, 3)}."
+                f"images of shape {batch.shape[1:]}; these scenes are {(self.size, self.size, 3)}."
             )
         return [reading for i in range(0, len(batch), CHUNK) for reading in self._read(batch[i : i + CHUNK])]
 
@@ -143,7 +143,7 @@ class ScenesDetector:
 
     def _read(self, batch: np.ndarray) -> list[Reading]:
         cells = self._cells(batch.astype(np.float32))  # (B, G, c, c, 3)
-        background = self._background(cells)  # (B, G, c, c, 3), a plane per picture
+        background = self._background(cells)  # (B, G, c, c, 3), a plane per image
         rim = _rim(cells - background)  # (B, G, R, 3)
         local = np.median(rim, axis=2)  # (B, G, 3)
         off = (np.abs(local).max(axis=2) > self.limits.local).any(axis=1)
@@ -173,7 +173,7 @@ class ScenesDetector:
         return np.ascontiguousarray(cut.reshape(-1, g * g, c, c, 3))
 
     def _background(self, cells: np.ndarray) -> np.ndarray:
-        """The light ground of each picture: the median of the cells' rims, or a plane through them."""
+        """The light ground of each image: the median of the cells' rims, or a plane through them."""
         rim = _rim(cells)
         flat = rim.reshape(len(cells), -1, 3)
         ground = np.median(flat, axis=1)[:, None, None, None]

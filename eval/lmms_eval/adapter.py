@@ -18,7 +18,7 @@ MARK = "<image>"
 
 
 class Question(NamedTuple):
-    """Pictures, a text that may hold their marks, and how the answer is to be generated."""
+    """Images, a text that may hold their marks, and how the answer is to be generated."""
 
     images: list[Any]
     text: str
@@ -102,23 +102,23 @@ def cut(text: str, until: Sequence[str]) -> str:
     return text.strip()
 
 
-def pictures_of(visuals: Any) -> list[Any]:
-    """What a task's `doc_to_visual` gave, as a list of pictures.
+def images_of(visuals: Any) -> list[Any]:
+    """What a task's `doc_to_visual` gave, as a list of images.
 
     Raises:
-        UserError: something that is no picture, such as a video's path.
+        UserError: something that is no image, such as a video's path.
     """
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
         if not hasattr(visual, "convert"):
             raise UserError(
-                f"The task shows {type(visual).__name__} {str(visual)[:60]!r}; only pictures can be read."
+                f"The task shows {type(visual).__name__} {str(visual)[:60]!r}; only images can be read."
             )
     return [visual.convert("RGB") if visual.mode != "RGB" else visual for visual in visuals]
 
 
 def question_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
-    """Chat messages -> (pictures, text with a mark where each of them stands); turns follow each other.
+    """Chat messages -> (images, text with a mark where each of them stands); turns follow each other.
 
     Raises:
         UserError: a video or a sound.
@@ -130,10 +130,10 @@ def question_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
             if piece["type"] == "text":
                 parts.append(str(piece["text"]))
             elif piece["type"] == "image":
-                images += pictures_of(piece["url"])
+                images += images_of(piece["url"])
                 parts.append(MARK)
             else:
-                raise UserError(f"The task shows a {piece['type']}; only pictures and texts can be read.")
+                raise UserError(f"The task shows a {piece['type']}; only images and texts can be read.")
     return images, "\n".join(parts)
 
 

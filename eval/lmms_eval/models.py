@@ -13,7 +13,7 @@ from . import adapter
 
 
 class OpenUniTok(Base):
-    """For tasks that give a text and pictures apart.
+    """For tasks that give a text and images apart.
 
     Args:
         pretrained: a model folder or hub id.
@@ -51,11 +51,11 @@ class OpenUniTok(Base):
     def question(self, arguments: tuple[Any, ...]) -> adapter.Question:
         """A simple request: (text, options, doc_to_visual, number, task, split)."""
         text, options, visuals, number, task, split = arguments
-        images = adapter.pictures_of(visuals(self.document(task, split, number)))
+        images = adapter.images_of(visuals(self.document(task, split, number)))
         return adapter.Question(images, plain(text), dict(options))
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; pictures are opened batch by batch."""
+        """Answers in the order of the requests; images are opened batch by batch."""
         answers: list[str] = []
         with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
             size = 16 * self.batch_size  # enough to make batches of like options, little enough to hold
@@ -73,9 +73,7 @@ class OpenUniTok(Base):
             text, target, visuals, number, task, split = request.args
             document = self.document(task, split, number)
             option = target(document) if callable(target) else target
-            found = adapter.loss_of(
-                self.pipeline, adapter.pictures_of(visuals(document)), plain(text), option
-            )
+            found = adapter.loss_of(self.pipeline, adapter.images_of(visuals(document)), plain(text), option)
             results.append(GenerationResult(text=found))  # pyright: ignore[reportArgumentType]
         return results
 
@@ -85,7 +83,7 @@ class OpenUniTok(Base):
 
 
 class OpenUniTokChat(OpenUniTok):
-    """For tasks that give messages; pictures stay where they stand between the texts."""
+    """For tasks that give messages; images stay where they stand between the texts."""
 
     is_simple = False
 
@@ -97,5 +95,5 @@ class OpenUniTokChat(OpenUniTok):
 
 
 def plain(text: str) -> str:
-    """A simple task's text; its pictures come first, so that marks of other models go."""
+    """A simple task's text; its images come first, so that marks of other models go."""
     return text.replace(adapter.MARK, "").strip()

@@ -9,7 +9,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
-from .inception_features import Pictures
+from .inception_features import ImageSet
 
 
 def shuffled(count: int) -> np.ndarray:
@@ -17,19 +17,19 @@ def shuffled(count: int) -> np.ndarray:
     return np.random.RandomState(2020).permutation(count)
 
 
-def write_samples(pictures: Pictures, path: Path) -> int:
-    """Write `arr_0`, uint8 (N, H, W, 3), in shuffled order, one picture in memory at a time; returns N.
+def write_samples(images: ImageSet, path: Path) -> int:
+    """Write `arr_0`, uint8 (N, H, W, 3), in shuffled order, one image in memory at a time; returns N.
 
     A drawing that cannot be read, or has another size than the first, has no place in the array. Every
-    picture is read twice, since N stands before them. A file that holds these very pictures stays.
+    image is read twice, since N stands before them. A file that holds these very images stays.
     """
-    stamp = hashlib.sha256("\n".join(pictures.names).encode()).hexdigest()
+    stamp = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
     if (known := count_in(path, stamp)) is not None:
         return known
     good, size = [], None
-    for i in shuffled(len(pictures.names)).tolist():
+    for i in shuffled(len(images.names)).tolist():
         with contextlib.suppress(UserError):
-            shape = pictures.load(i).shape
+            shape = images.load(i).shape
             size = size or shape
             if shape == size:
                 good.append(i)
@@ -44,13 +44,13 @@ def write_samples(pictures: Pictures, path: Path) -> int:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, about)  # pyright: ignore[reportArgumentType]
             for i in good:
-                file.write(np.ascontiguousarray(pictures.load(i)).tobytes())
+                file.write(np.ascontiguousarray(images.load(i)).tobytes())
     temporary.replace(path)
     return len(good)
 
 
 def count_in(path: Path, stamp: str) -> int | None:
-    """How many pictures a file of this stamp holds; None where it is another or none."""
+    """How many images a file of this stamp holds; None where it is another or none."""
     if not path.exists():
         return None
     try:

@@ -1,7 +1,7 @@
-"""Distances between two sets of pictures by their features: FID, Inception Score, KID, precision and recall.
+"""Distances between two sets of images by their features: FID, Inception Score, KID, precision and recall.
 
 Everything here takes features and knows no network; see `inception` for the lineages that features come in.
-N and M pictures, D features, C classes. All in float64 unless said otherwise.
+N and M images, D features, C classes. All in float64 unless said otherwise.
 """
 
 import itertools
@@ -16,7 +16,7 @@ from open_unitok.core.errors import UserError
 
 
 class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D) with N - 1, of n pictures."""
+    """Mean (D,) and covariance (D, D) with N - 1, of n images."""
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -27,20 +27,20 @@ def moments(batches: Iterable[np.ndarray]) -> Moments:
     """Over batches (B, D) of features, so that memory does not grow with their number.
 
     Raises:
-        UserError: fewer than two pictures, which have no covariance, or features that are not finite.
+        UserError: fewer than two images, which have no covariance, or features that are not finite.
     """
     n, total, products, origin = 0, np.zeros(()), np.zeros(()), np.zeros(())
     for batch in batches:
         batch = np.asarray(batch, np.float64)
         if not np.isfinite(batch).all():
-            raise UserError("Features hold NaN or infinity: a picture or the weights are broken.")
+            raise UserError("Features hold NaN or infinity: an image or the weights are broken.")
         if n == 0:
             origin = batch.mean(axis=0)  # sums around a typical value lose no digits
             total, products = np.zeros_like(origin), np.zeros((len(origin), len(origin)))
         centred = batch - origin
         n, total, products = n + len(batch), total + centred.sum(axis=0), products + centred.T @ centred
     if n < 2:
-        raise UserError(f"FID needs at least two pictures on either side, there are {n}.")
+        raise UserError(f"FID needs at least two images on either side, there are {n}.")
     shift = total / n
     return Moments(origin + shift, (products - n * np.outer(shift, shift)) / (n - 1), n)
 
@@ -65,7 +65,7 @@ def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) 
     """torch-fidelity's: (N, C) logits without bias -> mean and population deviation over the splits."""
     n = len(logits)
     if n < splits:
-        raise UserError(f"The Inception Score in {splits} splits needs {splits} pictures, there are {n}.")
+        raise UserError(f"The Inception Score in {splits} splits needs {splits} images, there are {n}.")
     order = np.random.RandomState(2020).permutation(n) if shuffle else np.arange(n)
     bounds = [i * n // splits for i in range(splits + 1)]
     scores = [block_score(logits[order[a:b]]) for a, b in itertools.pairwise(bounds)]
@@ -73,12 +73,12 @@ def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) 
 
 
 def inception_score_adm(logits: np.ndarray, block: int = 5000) -> float:
-    """ADM's: the mean over consecutive blocks, the short last one included; the order of pictures counts."""
+    """ADM's: the mean over consecutive blocks, the short last one included; the order of images counts."""
     return float(np.mean([block_score(logits[i : i + block]) for i in range(0, len(logits), block)]))
 
 
 def block_score(logits: np.ndarray) -> float:
-    """exp of the mean divergence of each picture's classes from those of all."""
+    """exp of the mean divergence of each image's classes from those of all."""
     logs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     shares = np.exp(logs)
     mean = shares.mean(axis=0)
@@ -98,10 +98,10 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> t
     """Mean and population deviation of `mmd` over random subsets, drawn as torch-fidelity draws them.
 
     Raises:
-        UserError: a subset is larger than a set of pictures.
+        UserError: a subset is larger than a set of images.
     """
     if size > min(len(x), len(y)):
-        raise UserError(f"KID's subsets of {size} need as many pictures; there are {len(x)} and {len(y)}.")
+        raise UserError(f"KID's subsets of {size} need as many images; there are {len(x)} and {len(y)}.")
     random = np.random.RandomState(2020)
     values = []
     for _ in range(subsets):
@@ -130,7 +130,7 @@ def inside(
 
     Manifolds are made of balls that reach to the k-th neighbour (arXiv 1904.06991); in float64.
 
-    ADM's evaluator measures in float16, which can move single pictures across a ball's edge.
+    ADM's evaluator measures in float16, which can move single images across a ball's edge.
 
     Args:
         reference: (N, D), samples: (M, D); more than k of each.
@@ -138,7 +138,7 @@ def inside(
     """
     if min(len(reference), len(samples)) <= k:
         raise UserError(
-            f"Precision and recall with k = {k} need more than {k} pictures on either side; "
+            f"Precision and recall with k = {k} need more than {k} images on either side; "
             f"there are {len(reference)} and {len(samples)}."
         )
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)

@@ -1,7 +1,7 @@
-"""Picture and code metrics: PSNR and SSIM per picture, codebook usage and perplexity (UniTok, section 4).
+"""Image and code metrics: PSNR and SSIM per image, codebook usage and perplexity (UniTok, section 4).
 
-Pictures are uint8 arrays (B, H, W, 3) or (H, W, 3): a reconstruction is measured as it would be saved.
-B pictures, N visual tokens, K sub-codebooks, V entries.
+Images are uint8 arrays (B, H, W, 3) or (H, W, 3): a reconstruction is measured as it would be saved.
+B images, N visual tokens, K sub-codebooks, V entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ K1, K2 = 0.01, 0.03
 
 
 class SSIM(NamedTuple):
-    """One convention: 1-D window, data range and scale of the pictures, kind of covariance, border."""
+    """One convention: 1-D window, data range and scale of the images, kind of covariance, border."""
 
     window: tuple[float, ...]
     data_range: float
@@ -41,9 +41,9 @@ SSIM_MODES = {
 
 
 def psnr(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB with range 255, one value per picture (B,); equal pictures give 100.
+    """Peak signal-to-noise ratio in dB with range 255, one value per image (B,); equal images give 100.
 
-    Published tables are the mean of these, which differs from the PSNR of the mean error over all pictures.
+    Published tables are the mean of these, which differs from the PSNR of the mean error over all images.
     """
     a, b = as_batch(originals, copies)
     error = ((a - b) ** 2).reshape(len(a), -1).mean(axis=1)
@@ -52,10 +52,10 @@ def psnr(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
 
 
 def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> np.ndarray:
-    """Structural similarity, mean over pixels and channels, one value per picture (B,).
+    """Structural similarity, mean over pixels and channels, one value per image (B,).
 
     Raises:
-        UserError: an unknown mode, or pictures smaller than the mode's window.
+        UserError: an unknown mode, or images smaller than the mode's window.
     """
     if mode not in SSIM_MODES:
         raise UserError(f"SSIM mode is {mode!r}." + did_you_mean(mode, SSIM_MODES))
@@ -64,7 +64,7 @@ def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> n
     size = len(kind.window)
     if min(a.shape[1:3]) < size:
         raise UserError(
-            f"Pictures of {a.shape[2]}x{a.shape[1]} are smaller than SSIM's window of {size}x{size} pixels."
+            f"Images of {a.shape[2]}x{a.shape[1]} are smaller than SSIM's window of {size}x{size} pixels."
         )
     if kind.mirror_border:
         pad = ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0))
@@ -95,9 +95,9 @@ def separable(window: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
 def as_batch(originals: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both as float64 (B, H, W, 3)."""
     if originals.shape != copies.shape:
-        raise UserError(f"The pictures differ in shape: {originals.shape} and {copies.shape}.")
+        raise UserError(f"The images differ in shape: {originals.shape} and {copies.shape}.")
     if originals.dtype != np.uint8 or copies.dtype != np.uint8:
-        raise UserError(f"Pictures must be uint8, got {originals.dtype} and {copies.dtype}.")
+        raise UserError(f"Images must be uint8, got {originals.dtype} and {copies.dtype}.")
     if originals.ndim == 3:
         originals, copies = originals[None], copies[None]
     return originals.astype(np.float64), copies.astype(np.float64)

@@ -1,9 +1,9 @@
 """The Inception networks behind FID and the Inception Score, in the four lineages that circulate.
 
 One port serves three of them: the network of the 2015 TensorFlow graph, with the names of torch-fidelity's
-published weight file. What differs is how a picture comes to 299 x 299, and that moves FID by more than most
+published weight file. What differs is how an image comes to 299 x 299, and that moves FID by more than most
 papers' gains; a result therefore names its lineage and two lineages never meet in one number.
-B pictures, H and W rows and columns.
+B images, H and W rows and columns.
 """
 
 from collections.abc import Callable, Sequence
@@ -165,7 +165,7 @@ class Inception(nn.Module):
         return found
 
 
-# ------------------------------------------------------------------------------------- a picture to 299 x 299
+# ------------------------------------------------------------------------------------- an image to 299 x 299
 
 
 def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
@@ -190,18 +190,18 @@ def resize_torch(x: Tensor, side: int = SIDE) -> Tensor:
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
-def resize_clean(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
+def resize_clean(image: np.ndarray, side: int = SIDE) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (side, side, 3): Pillow's bicubic per channel in float, not rounded."""
     channels = [
-        Image.fromarray(picture[:, :, c].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
+        Image.fromarray(image[:, :, c].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
         for c in range(3)
     ]
     return np.stack([np.asarray(channel) for channel in channels], axis=2).clip(0, 255)
 
 
-def stack(pictures: Sequence[np.ndarray]) -> Tensor:
-    """uint8 (H, W, 3) pictures of one size -> float (B, 3, H, W) of 0 to 255."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+def stack(images: Sequence[np.ndarray]) -> Tensor:
+    """uint8 (H, W, 3) images of one size -> float (B, 3, H, W) of 0 to 255."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
 # --------------------------------------------------------------------------------------------------- lineages
@@ -213,17 +213,17 @@ class Port:
     def __init__(self, net: Inception, resize: Callable[[Tensor], Tensor], spatial: bool, device: str):
         self.net, self.resize, self.spatial, self.device = net.to(device), resize, spatial, device
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> Features:
-        """uint8 (H, W, 3) pictures, of any sizes -> features in their order."""
+    def __call__(self, images: Sequence[np.ndarray]) -> Features:
+        """uint8 (H, W, 3) images, of any sizes -> features in their order."""
         found = {}
-        for shape in dict.fromkeys(p.shape for p in pictures):  # equal sizes share a batch
-            places = [i for i, p in enumerate(pictures) if p.shape == shape]
+        for shape in dict.fromkeys(p.shape for p in images):  # equal sizes share a batch
+            places = [i for i, p in enumerate(images) if p.shape == shape]
             with torch.inference_mode():
-                taps = self.net.taps(self.resize(stack([pictures[i] for i in places]).to(self.device)))
+                taps = self.net.taps(self.resize(stack([images[i] for i in places]).to(self.device)))
             wanted = ("2048", "logits_unbiased", *(("spatial",) if self.spatial else ()))
             for k, i in enumerate(places):
                 found[i] = [taps[name][k].float().cpu().numpy() for name in wanted]
-        columns = [np.stack([found[i][k] for i in range(len(pictures))]) for k in range(2 + self.spatial)]
+        columns = [np.stack([found[i][k] for i in range(len(images))]) for k in range(2 + self.spatial)]
         return Features(*columns)
 
 
@@ -240,16 +240,16 @@ class Clean:
             ) from error
         self.device = device
 
-    def __call__(self, pictures: Sequence[np.ndarray]) -> Features:
-        """uint8 (H, W, 3) pictures, of any sizes -> pooled features."""
-        x = torch.from_numpy(np.stack([resize_clean(p) for p in pictures])).permute(0, 3, 1, 2)
+    def __call__(self, images: Sequence[np.ndarray]) -> Features:
+        """uint8 (H, W, 3) images, of any sizes -> pooled features."""
+        x = torch.from_numpy(np.stack([resize_clean(p) for p in images])).permute(0, 3, 1, 2)
         with torch.inference_mode():
             pooled = self.layers((x.to(self.device) - 128) / 128)
-        return Features(pooled.reshape(len(pictures), -1).float().cpu().numpy())
+        return Features(pooled.reshape(len(images), -1).float().cpu().numpy())
 
 
 def extractor(lineage: str, path: str | Path | None, device: str = "cpu") -> Port | Clean:
-    """What turns pictures into features, with weights from a local file, or a folder that holds it.
+    """What turns images into features, with weights from a local file, or a folder that holds it.
 
     Raises:
         UserError: no such lineage, no such file, or other weights.

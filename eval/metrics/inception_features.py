@@ -13,7 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 from open_unitok.eval.metrics.inception_weights import Features, named_lineage, weights_file
 
-from ..core.annotations import read_picture
+from ..core.annotations import read_image
 from ..core.harness import Metric, Scoring
 from ..core.imagenet import SUFFIXES
 from ..core.judge_pass import current, open_look
@@ -23,39 +23,39 @@ PIECE, BATCH = 512, 32
 HINT = "Run `unitok eval run` again with --inception PATH: nothing is drawn again."
 
 
-class Pictures(NamedTuple):
-    """A set of pictures: what it is in the run, a name for each that changes with it, and how it is read."""
+class ImageSet(NamedTuple):
+    """A set of images: what it is in the run, a name for each that changes with it, and how it is read."""
 
     what: str
     names: list[str]
     load: Callable[[int], np.ndarray]  # the i-th, uint8 (H, W, 3); UserError where it cannot be read
 
 
-def of_folder(what: str, folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> Pictures:
-    """All pictures of a folder and its folders, in the order of their names.
+def of_folder(what: str, folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> ImageSet:
+    """All images of a folder and its folders, in the order of their names.
 
     Raises:
         UserError: there are none.
     """
     paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in SUFFIXES and keep(p))
     if not paths:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES[:4])}).")
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES[:4])}).")
     names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
-    return Pictures(what, names, lambda i: np.asarray(read_picture(paths[i])))
+    return ImageSet(what, names, lambda i: np.asarray(read_image(paths[i])))
 
 
-def of_array(what: str, path: Path) -> Pictures:
-    """The pictures of an .npz file's `arr_0`, uint8 (N, H, W, 3)."""
+def of_array(what: str, path: Path) -> ImageSet:
+    """The images of an .npz file's `arr_0`, uint8 (N, H, W, 3)."""
     arrays = open_npz(path)
     if "arr_0" not in arrays.files:
-        raise UserError(f"{path} holds no arr_0, the array of pictures.")
-    pictures = arrays["arr_0"]
-    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[3] != 3:
+        raise UserError(f"{path} holds no arr_0, the array of images.")
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
-            f"{path}: arr_0 is {pictures.dtype} of shape {pictures.shape}; uint8 (N, H, W, 3) is needed."
+            f"{path}: arr_0 is {images.dtype} of shape {images.shape}; uint8 (N, H, W, 3) is needed."
         )
     stamp = f"{path.name} {path.stat().st_size}"
-    return Pictures(what, [f"{stamp} {i}" for i in range(len(pictures))], lambda i: pictures[i])
+    return ImageSet(what, [f"{stamp} {i}" for i in range(len(images))], lambda i: images[i])
 
 
 def open_npz(path: Path):
@@ -67,50 +67,50 @@ def open_npz(path: Path):
 
 
 def extractor(lineage: str, file: Path, device: str) -> Callable[..., Features]:
-    """`inception.extractor`, imported only where pictures are looked at: help and scores need no torch."""
+    """`inception.extractor`, imported only where images are looked at: help and scores need no torch."""
     from open_unitok.eval.metrics import inception
 
     return inception.extractor(lineage, file, device)
 
 
 def extract(
-    out: Path, lineage: str, weights: str, sets: list[Pictures], device: str = "cpu", quiet: bool = False
+    out: Path, lineage: str, weights: str, sets: list[ImageSet], device: str = "cpu", quiet: bool = False
 ) -> None:
-    """Compute what is missing of the features of `sets`, each rank its pieces of 512 pictures."""
+    """Compute what is missing of the features of `sets`, each rank its pieces of 512 images."""
     file = weights_file(lineage, weights)
     about = {"lineage": lineage, "weights": file.name, "fingerprint": sha256(file)}
     folder = open_look(out, f"inception-{lineage}", about)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [
-        (pictures, start)
-        for pictures in sets
-        for start in range(0, len(pictures.names), PIECE)
-        if stored(folder, pictures, start) is None
+        (images, start)
+        for images in sets
+        for start in range(0, len(images.names), PIECE)
+        if stored(folder, images, start) is None
     ]
     if distributed.is_main():
-        for pictures in sets:  # of a set that has become smaller
-            for path in folder.glob(f"{pictures.what}-*.npz"):
-                if int(path.stem.rsplit("-", 1)[1]) >= len(pictures.names):
+        for images in sets:  # of a set that has become smaller
+            for path in folder.glob(f"{images.what}-*.npz"):
+                if int(path.stem.rsplit("-", 1)[1]) >= len(images.names):
                     path.unlink()
     distributed.barrier()
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
         net = extractor(lineage, file, device)
-        for pictures, start in tqdm(mine, desc=f"inception ({lineage})", unit=" pieces", disable=quiet):
-            save_piece(folder, pictures, start, net)
+        for images, start in tqdm(mine, desc=f"inception ({lineage})", unit=" pieces", disable=quiet):
+            save_piece(folder, images, start, net)
     distributed.barrier()
 
 
-def save_piece(folder: Path, pictures: Pictures, start: int, net: Callable[..., Features]) -> None:
-    """The features of the pictures from `start` on; one that cannot be read is noted, not skipped over."""
-    count = min(PIECE, len(pictures.names) - start)
+def save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Features]) -> None:
+    """The features of the images from `start` on; one that cannot be read is noted, not skipped over."""
+    count = min(PIECE, len(images.names) - start)
     parts: list[Features] = []
     good, bad = [], []
     for first in range(start, start + count, BATCH):
         batch = []
         for i in range(first, min(first + BATCH, start + count)):
             try:
-                batch.append(pictures.load(i))
+                batch.append(images.load(i))
                 good.append(i)
             except UserError as error:
                 bad.append(f"{i} {error}")
@@ -121,35 +121,35 @@ def save_piece(folder: Path, pictures: Pictures, start: int, net: Callable[..., 
         for name in Features._fields
         if parts and getattr(parts[0], name) is not None
     }
-    temporary = folder / f".{pictures.what}-{start:08d}.npz"
+    temporary = folder / f".{images.what}-{start:08d}.npz"
     np.savez(
         temporary,
-        stamp=stamp_of(pictures, start),
+        stamp=stamp_of(images, start),
         good=np.array(good, int),
         bad=np.array(bad, str),
-        names=np.array([pictures.names[i] for i in good], str),
+        names=np.array([images.names[i] for i in good], str),
         **arrays,
     )
-    temporary.replace(piece_of(folder, pictures.what, start))
+    temporary.replace(piece_of(folder, images.what, start))
 
 
 def piece_of(folder: Path, what: str, start: int) -> Path:
-    """Where the features of the pictures from `start` on lie."""
+    """Where the features of the images from `start` on lie."""
     return folder / f"{what}-{start:08d}.npz"
 
 
-def stamp_of(pictures: Pictures, start: int) -> str:
-    """Changes when a picture of this piece does."""
-    return hashlib.sha256("\n".join(pictures.names[start : start + PIECE]).encode()).hexdigest()
+def stamp_of(images: ImageSet, start: int) -> str:
+    """Changes when an image of this piece does."""
+    return hashlib.sha256("\n".join(images.names[start : start + PIECE]).encode()).hexdigest()
 
 
-def stored(folder: Path, pictures: Pictures, start: int) -> Any:
-    """The piece on disk if it is of these very pictures, else None."""
-    path = piece_of(folder, pictures.what, start)
+def stored(folder: Path, images: ImageSet, start: int) -> Any:
+    """The piece on disk if it is of these very images, else None."""
+    path = piece_of(folder, images.what, start)
     if not path.exists():
         return None
     piece = open_npz(path)
-    return piece if str(piece["stamp"]) == stamp_of(pictures, start) else None
+    return piece if str(piece["stamp"]) == stamp_of(images, start) else None
 
 
 class Stored(NamedTuple):
@@ -157,7 +157,7 @@ class Stored(NamedTuple):
 
     pieces: list[Path]
     n: int
-    bad: list[str]  # why pictures are missing, one each
+    bad: list[str]  # why images are missing, one each
 
     def column(self, name: str) -> np.ndarray:
         """All rows of "pooled", "logits" or "spatial"."""
@@ -175,11 +175,11 @@ class Stored(NamedTuple):
         return fid.moments(self.batches(name))
 
     def numbers(self) -> np.ndarray:
-        """The place in its set of every picture that has features."""
+        """The place in its set of every image that has features."""
         return np.concatenate(list(self.batches("good")))
 
     def names(self) -> list[str]:
-        """The name of every picture that has features."""
+        """The name of every image that has features."""
         return np.concatenate(list(self.batches("names"))).tolist()
 
 
@@ -209,9 +209,9 @@ def needed(out: Path, lineage: str, what: str) -> Stored:
 # -------------------------------------------------------------------------------------------------- reference
 
 
-def reference_set(path: str) -> Pictures | None:
-    """The pictures behind --reference: a folder's, an .npz's `arr_0`; None where it has statistics alone."""
-    file = existing(path, "It is what --reference names: a folder of pictures or an .npz of statistics.")
+def reference_set(path: str) -> ImageSet | None:
+    """The images behind --reference: a folder's, an .npz's `arr_0`; None where it has statistics alone."""
+    file = existing(path, "It is what --reference names: a folder of images or an .npz of statistics.")
     if file.is_dir():
         return of_folder("reference", file)
     return of_array("reference", file) if "arr_0" in open_npz(file).files else None
@@ -226,7 +226,7 @@ def reference_moments(path: str, out: Path, lineage: str, name: str = "pooled") 
     file = existing(path)
     mean, covariance = ("mu_s", "sigma_s") if name == "spatial" else ("mu", "sigma")
     if file.is_dir() or "mu" not in (arrays := open_npz(file)).files:
-        return needed(out, lineage, "reference").moments(name), f"pictures of {path}"
+        return needed(out, lineage, "reference").moments(name), f"images of {path}"
     if mean not in arrays.files:
         raise UserError(f"{path} holds no {mean} and {covariance}.")
     own = str(arrays["lineage"]) if "lineage" in arrays.files else ("adm" if "mu_s" in arrays.files else "")
@@ -277,8 +277,8 @@ def distances(
         "lineage": lineage,
         "lineage note": named_lineage(lineage).note,
         "reference": reference[1],
-        "reference pictures": reference[0].n or "not said",
-        "pictures": samples.n,
+        "reference images": reference[0].n or "not said",
+        "images": samples.n,
         "inception": (current(out, f"inception-{lineage}") or (None, {}))[1],
     }
     if others is not None and min(samples.n, others.n) >= 1000:
@@ -289,10 +289,8 @@ def distances(
         mean, deviation = fid.inception_score(samples.column("logits"))
         metrics["inception_score"] = Metric(mean, samples.n, None, "score")
         details["inception_score deviation over 10 splits"] = deviation
-    problems = [f"{samples.n} pictures are few: FID is biased upwards below some 10,000"] * (
-        samples.n < 10_000
-    )
-    return Distances(metrics, details, problems + unread(samples, "pictures"))
+    problems = [f"{samples.n} images are few: FID is biased upwards below some 10,000"] * (samples.n < 10_000)
+    return Distances(metrics, details, problems + unread(samples, "images"))
 
 
 def unread(found: Stored, what: str) -> list[str]:

@@ -1,6 +1,6 @@
 """The four lineages of Inception by name: their weight files, and what their features are; no network here.
 
-B pictures.
+B images.
 """
 
 from pathlib import Path

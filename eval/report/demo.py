@@ -14,7 +14,7 @@ from open_unitok.core.files import read_json, read_jsonl, write_atomic, write_js
 from ..core.harness import Row
 
 STAGES = ("tokenizer", "pretrain", "finetune")
-APART = "pictures with held-out pairs"
+APART = "images with held-out pairs"
 
 
 @dataclass
@@ -137,7 +137,7 @@ def headline(material: Material) -> list[Line]:
             f"  {kind}",
             f"always “{constant['answer']}” {percent(constant['accuracy'])}",
         )
-    add("vqav2", APART, "  pictures with held-out pairs")
+    add("vqav2", APART, "  images with held-out pairs")
     add("pope", "f1", "POPE, F1 (mean of three)", tile="POPE F1")
     add(
         "geneval",
@@ -156,7 +156,7 @@ def headline(material: Material) -> list[Line]:
 
 
 def beside_ceiling(value: float | None) -> str:
-    """What the detector finds on reconstructions of real pictures."""
+    """What the detector finds on reconstructions of real images."""
     return "" if value is None else f"ceiling {percent(value)}"
 
 
@@ -166,7 +166,7 @@ def about_held_out(material: Material) -> str:
         return ""
     return (
         "Held-out pairs are colour x shape pairs that training never shows. Reconstruction, codebooks, "
-        "questions and POPE are measured on all test pictures, those with held-out pairs included; zero-shot "
+        "questions and POPE are measured on all test images, those with held-out pairs included; zero-shot "
         "and drawing leave the held-out pairs out, and have lines of their own for them."
     )
 
@@ -200,7 +200,7 @@ def text_table(run: str | Path) -> str:
 
 
 def choose(rows: list[Row], count: int, group: str = "", seed: int = 0) -> list[Row]:
-    """`count` rows by lot, in turn from the groups that `row[group]` names: no picture is hand-picked."""
+    """`count` rows by lot, in turn from the groups that `row[group]` names: no image is hand-picked."""
     rng = random.Random(seed)
     groups: dict[Any, list[Row]] = {}
     for row in rows:
@@ -216,7 +216,7 @@ def choose(rows: list[Row], count: int, group: str = "", seed: int = 0) -> list[
 
 
 def drawn(material: Material) -> list[Row]:
-    """The drawings of GenEval-style prompts by lot, with the path of each picture."""
+    """The drawings of GenEval-style prompts by lot, with the path of each image."""
     rows = [r for r in material.samples.get("geneval", []) if r["kind"] == "draw" and r["file"]]
     folder = material.run / "eval" / "geneval"
     return [row | {"path": folder / row["file"]} for row in choose(rows, 35, "group")]
@@ -237,7 +237,7 @@ def copied(material: Material, count: int = 16) -> list[Row]:
 
 
 def asked(material: Material, count: int = 24) -> list[Row]:
-    """Questions by lot, the types in turn, with the path of each picture."""
+    """Questions by lot, the types in turn, with the path of each image."""
     rows = choose(material.samples.get("vqav2", []), count, "group")
     return [row | {"path": Path(row["image"])} for row in rows]
 

@@ -1,4 +1,4 @@
-"""The report as one HTML page: pictures inline, curves as SVG, light and dark, nothing loaded."""
+"""The report as one HTML page: images inline, curves as SVG, light and dark, nothing loaded."""
 
 import base64
 import html
@@ -42,7 +42,7 @@ def text(value: object) -> str:
 
 
 def picture(path: Path, alt: str) -> str:
-    """An inline picture; small ones are kept pixel for pixel, large ones shrunk to 256."""
+    """An inline image; small ones are kept pixel for pixel, large ones shrunk to 256."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
@@ -80,7 +80,7 @@ def head(material: Material, lines: Sequence[Line], title: str) -> str:
     took = f", in {minutes(seconds)} from nothing" if seconds else ""
     return (
         f"<header><h1>{text(title)}</h1><p>One tokenizer that both sees and draws, and one decoder that "
-        f"reads and writes text and pictures through it{took}. Every picture below was chosen by lot.</p>"
+        f"reads and writes text and images through it{took}. Every image below was chosen by lot.</p>"
         f'<div class="tiles">{"".join(tiles)}</div></header>'
     )
 
@@ -111,7 +111,7 @@ def drawings(material: Material) -> str:
         body += f'<h3>One object at a place</h3><div class="gallery">{"".join(map(shot, singles))}</div>'
     return section(
         "It draws",
-        "The prompt below each picture is all that the model was given; the verdict is the detector's.",
+        "The prompt below each image is all that the model was given; the verdict is the detector's.",
         body,
     )
 
@@ -157,10 +157,10 @@ def scores(material: Material) -> str:
         panel(material, "pope", "f1/", "POPE, F1 per category", no_mark),
     ]
     line = (
-        "Bars are per cent, whiskers 95 % bootstrap intervals by picture or prompt. "
+        "Bars are per cent, whiskers 95 % bootstrap intervals by image or prompt. "
         '<i class="key"></i> marks what to '
         "compare with: the best constant answer, or for drawings the ceiling, that is the same detector on "
-        "reconstructions of real pictures that fit the prompt."
+        "reconstructions of real images that fit the prompt."
     )
     body = "".join(panels)
     return section("Scores", line, f'<div class="columns">{body}</div>' if body else "")
@@ -213,9 +213,9 @@ def codebooks(material: Material) -> str:
         for i, (u, p) in enumerate(zip(details["usage"], details["perplexity"]))
     )
     values = [row["psnr"] for row in material.samples["reconstruction"]]
-    spread = charts.histogram("PSNR of the test pictures", values, "dB")
+    spread = charts.histogram("PSNR of the test images", values, "dB")
     tokens = f"{details['tokens']:,}"
-    line = f"Entries hit by {tokens} visual tokens of the test pictures; perplexity is exp(entropy)."
+    line = f"Entries hit by {tokens} visual tokens of the test images; perplexity is exp(entropy)."
     bars = f'<div class="panel card"><h3>Entries used, per cent</h3>{used}</div>'
     body = f'<div class="columns">{bars}{spread}</div>'
     return section("The codebooks", line, body)

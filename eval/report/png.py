@@ -1,4 +1,4 @@
-"""The report as one picture: drawings, answers, copies and curves on a contact sheet, drawn by PIL."""
+"""The report as one image: drawings, answers, copies and curves on a contact sheet, drawn by PIL."""
 
 import functools
 import io
@@ -66,7 +66,7 @@ class Pen:
         self.draw.polygon([(x * self.SCALE, y * self.SCALE) for x, y in points], colour)
 
     def picture(self, path: Path, x: int, y: int, side: int) -> None:
-        """A picture scaled to side x side, crisp where it is small; nothing where it cannot be read."""
+        """An image scaled to side x side, crisp where it is small; nothing where it cannot be read."""
         try:
             with Image.open(path) as opened:
                 image = opened.convert("RGB")

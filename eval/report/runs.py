@@ -155,14 +155,14 @@ def pick(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
 
 
 def card(row: Row, folder: Path) -> str:
-    """One sample: picture, question or prompt, answer, truth, score."""
+    """One sample: image, question or prompt, answer, truth, score."""
     place = row.get("image") or row.get("file") or row.get("copy") or ""
     path = (
         Path(place)
         if Path(place).is_absolute()
         else next((p for p in (folder / place, Path(place)) if p.is_file()), folder / place)
     )
-    image = picture(path, "the sample's picture") if place else "<span></span>"
+    image = picture(path, "the sample's image") if place else "<span></span>"
     asked = row.get("question") or row.get("prompt") or path.name
     lines = []
     if row.get("answer") is not None:

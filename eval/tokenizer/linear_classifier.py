@@ -1,8 +1,8 @@
 """One linear layer on features, by two recipes.
 
 "lbfgs" is CLIP's (logistic regression, L2 strength swept), "sgd" that of MAE and DINO (batch norm without
-parameters, 90 epochs, learning rate swept). Both choose on a tenth of the training pictures, then fit all of
-them. N pictures, F features, C classes.
+parameters, 90 epochs, learning rate swept). Both choose on a tenth of the training images, then fit all of
+them. N images, F features, C classes.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def fit(x: Tensor, y: Tensor, classes: int, recipe: str) -> tuple[Probe, dict[st
 
 
 def scaling(x: Tensor) -> Probe:
-    """Features -> mean 0 and deviation 1 as on the training pictures."""
+    """Features -> mean 0 and deviation 1 as on the training images."""
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
     return lambda z: (z - mean) / deviation
 

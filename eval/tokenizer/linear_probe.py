@@ -16,9 +16,9 @@ from ..core.annotations import usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from ..core.imagenet import SUFFIXES
-from .reconstruction import open_pictures
+from .reconstruction import open_images
 
-# What is read, (B, F) per picture.
+# What is read, (B, F) per image.
 POOLINGS = {
     "embedding": "the CLIP branch's unit embedding, after quantisation",
     "quantised": "mean of the quantised latents over the visual tokens",
@@ -47,7 +47,7 @@ def load_probe(data: Path, settings: Settings) -> Task:
 
 
 def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
-    """(picture, class) of train and val, and the classes' names."""
+    """(image, class) of train and val, and the classes' names."""
     for part in ("train", "val"):
         if not (data / part).is_dir():
             raise UserError(f"{data} holds no folder {part}; a linear probe needs train/ and val/.")
@@ -69,13 +69,13 @@ def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
             for part in ("train", "val")
         )
     if not train or not val:
-        raise UserError(f"{data}: train/ holds {len(train)} pictures and val/ {len(val)}; both need some.")
+        raise UserError(f"{data}: train/ holds {len(train)} images and val/ {len(val)}; both need some.")
     return {"train": train, "val": val}, names
 
 
 def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Note each picture's features, in half precision."""
-    rows, images = open_pictures(batch)
+    """Note each image's features, in half precision."""
+    rows, images = open_images(batch)
     if images:
         for i, vector in zip(images, model.pooled(list(images.values()), task.truth["pooling"])):
             rows[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
@@ -85,7 +85,7 @@ def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> lis
 def score_probe(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Top-1 and top-5 on val; a picture without features is wrong there, and left out of training."""
+    """Top-1 and top-5 on val; an image without features is wrong there, and left out of training."""
     import torch
 
     from .linear_classifier import fit
@@ -114,7 +114,7 @@ def score_probe(
     details = {
         "features": POOLINGS[task.truth["pooling"]],
         "width": x.shape[1],
-        "training pictures": len(train),
+        "training images": len(train),
         "chosen": chosen,
         "chance": 1 / len(names),
     }
@@ -125,7 +125,7 @@ def score_probe(
             "answer": names[best[s.index][0]] if s.index in best else None, "score": hit,
         }
         for s, hit in zip(val, hits["top1"])
-    ], problems=[f"{left_out} training pictures have no features (left out)"] * (left_out > 0))  # fmt: skip
+    ], problems=[f"{left_out} training images have no features (left out)"] * (left_out > 0))  # fmt: skip
 
 
 def unpack(text: str) -> np.ndarray:

@@ -1,6 +1,6 @@
-"""Reconstruction: what comes back when a picture is encoded and decoded, picture by picture and as a whole.
+"""Reconstruction: what comes back when an image is encoded and decoded, image by image and as a whole.
 
-B pictures, N visual tokens, K sub-codebooks.
+B images, N visual tokens, K sub-codebooks.
 """
 
 import base64
@@ -14,7 +14,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 
 from ..core import tar_images
-from ..core.annotations import read_picture
+from ..core.annotations import read_image
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.crops import crop_of
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
@@ -26,14 +26,14 @@ LPIPS_BATCH = 16
 
 
 def load_reconstruction(data: Path, settings: Settings) -> Task:
-    """Every picture of `data/test/images`, or of `data` and its folders, or of its tars, by name."""
+    """Every image of `data/test/images`, or of `data` and its folders, or of its tars, by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
     files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
     if not files:
         files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_images.members(tar, SUFFIXES)]
     files = files[: settings.limit]
     if not files:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}), nor tars with pictures.")
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}), nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "copy") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
     crop_of(crop)
@@ -41,13 +41,13 @@ def load_reconstruction(data: Path, settings: Settings) -> Task:
 
 
 def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Write each picture's copy below `out/pictures` and note its codes, and how many the copy keeps."""
-    rows, images = open_pictures(batch)
+    """Write each image's copy below `out/images` and note its codes, and how many the copy keeps."""
+    rows, images = open_images(batch)
     if images:
         copies = model.reconstruct(list(images.values()), again=True)
         for place, (i, copy, codes) in enumerate(zip(images, copies.copies, copies.codes)):
-            file = f"pictures/{batch[i].index:06d}.png"
-            save_picture(copy, out / file)
+            file = f"images/{batch[i].index:06d}.png"
+            save_image(copy, out / file)
             books = [codes.shape[1], copies.codebook_size]
             rows[i] = {"file": file, "codes": pack(codes), "codebooks": books}
             if copies.again is not None:
@@ -55,19 +55,19 @@ def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[
     return rows
 
 
-def open_pictures(batch: list[Sample]) -> tuple[list[Row], dict[int, Any]]:
-    """Rows with an error where a picture cannot be read, and the pictures that can, by place in the batch."""
+def open_images(batch: list[Sample]) -> tuple[list[Row], dict[int, Any]]:
+    """Rows with an error where an image cannot be read, and the images that can, by place in the batch."""
     rows: list[Row] = [{} for _ in batch]
     images = {}
     for i, sample in enumerate(batch):
         try:
-            images[i] = read_picture(sample.image)
+            images[i] = read_image(sample.image)
         except UserError as error:
             rows[i] = {"error": str(error)}
     return rows, images
 
 
-def save_picture(picture: np.ndarray, path: Path) -> None:
+def save_image(picture: np.ndarray, path: Path) -> None:
     """uint8 (H, W, 3) to a PNG."""
     from PIL import Image
 
@@ -91,13 +91,13 @@ def copied(task: Task, rows: dict[int, Row]) -> list[Sample]:
 
 
 def originals_of(batch: list[Sample], size: int, crop: str) -> np.ndarray:
-    """The pictures as the tokenizer saw them, uint8 (B, size, size, 3)."""
+    """The images as the tokenizer saw them, uint8 (B, size, size, 3)."""
     import torch
 
     from open_unitok.tokenizer.images import to_uint8
 
     cut = crop_of(crop)
-    pixels = torch.stack([cut(read_picture(s.image), size) for s in batch])
+    pixels = torch.stack([cut(read_image(s.image), size) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
@@ -116,7 +116,7 @@ def look_at_copies(
     good, crop = copied(task, rows), task.truth["crop"]
 
     def copy_of(i: int) -> np.ndarray:
-        return np.asarray(read_picture(out / rows[good[i].index]["file"]))
+        return np.asarray(read_image(out / rows[good[i].index]["file"]))
 
     def original_of(i: int) -> np.ndarray:
         return originals_of([good[i]], copy_of(i).shape[0], crop)[0]
@@ -125,8 +125,8 @@ def look_at_copies(
         lineage = inception_features.lineage_of(scoring, "torch-fidelity")
         names = [f"{s.id} {crop} {s.index}" for s in good]
         copies = [f"{rows[s.index]['codes']}" for s in good]  # another copy has other codes
-        sets = [inception_features.Pictures("originals", names, original_of)]
-        sets.append(inception_features.Pictures("copies", copies, copy_of))
+        sets = [inception_features.ImageSet("originals", names, original_of)]
+        sets.append(inception_features.ImageSet("copies", copies, copy_of))
         inception_features.extract(out, lineage, scoring.inception, sets, device, quiet)
     if scoring.lpips:
         look_lpips(task, rows, out, scoring.lpips, device, quiet)
@@ -159,15 +159,15 @@ def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device
 def score_reconstruction(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """rFID first where there is one, PSNR, SSIM and LPIPS per picture, use of the codebooks, codes kept."""
+    """rFID first where there is one, PSNR, SSIM and LPIPS per image, use of the codebooks, codes kept."""
     mode, good = scoring.scorer, copied(task, rows)
     if not good:
-        raise UserError(f"{folder}: not one picture could be read, so there is nothing to score.")
+        raise UserError(f"{folder}: not one image could be read, so there is nothing to score.")
     k, v = rows[good[0].index]["codebooks"]
     use = image_quality.CodebookUse(k, v)
     psnr, ssim = [], []
     for batch in in_batches(good, 64):
-        copies = [np.asarray(read_picture(folder / rows[s.index]["file"])) for s in batch]
+        copies = [np.asarray(read_image(folder / rows[s.index]["file"])) for s in batch]
         originals = originals_of(batch, copies[0].shape[0], task.truth["crop"])
         psnr += image_quality.psnr(originals, np.stack(copies)).tolist()
         ssim += image_quality.ssim(originals, np.stack(copies), mode).tolist()
@@ -214,7 +214,7 @@ def add_lpips(result: dict[str, Metric], folder: Path, good: list[Sample]) -> li
     if values:
         result["lpips"] = Metric(float(np.mean(values)), len(values), bootstrap(with_ones(values)), "lpips")
     missing = len(good) - len(found[0].rows)
-    return problems + [f"{missing} pictures have no LPIPS yet; run again with --lpips"] * (missing > 0)
+    return problems + [f"{missing} images have no LPIPS yet; run again with --lpips"] * (missing > 0)
 
 
 def add_rfid(
@@ -225,9 +225,9 @@ def add_rfid(
     if copies is None or originals is None:
         return []
     if min(copies.n, originals.n) < n:
-        return [f"only {min(copies.n, originals.n)} of {n} pictures have features, so no rFID: run again"]
+        return [f"only {min(copies.n, originals.n)} of {n} images have features, so no rFID: run again"]
     if n < 2:
-        return ["FID needs two pictures"]
+        return ["FID needs two images"]
     reference = (originals.moments(), "the originals, cropped as the tokenizer saw them")
     found = inception_features.distances(folder, lineage, copies, reference, "r", originals)
     result |= found.metrics

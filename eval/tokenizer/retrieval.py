@@ -1,6 +1,6 @@
-"""Retrieval by the tokenizer's image and text embeddings: which of 100 captions is a picture's own, and back.
+"""Retrieval by the tokenizer's image and text embeddings: which of 100 captions is an image's own, and back.
 
-B pictures, E embedding width.
+B images, E embedding width.
 """
 
 from pathlib import Path
@@ -14,16 +14,16 @@ from open_unitok.core.files import existing
 from ..core.annotations import entry, read_as, text_of, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from .reconstruction import open_pictures
+from .reconstruction import open_images
 
-POOL = 100  # pictures and captions that are told apart; the next 100 are another pool
+POOL = 100  # images and captions that are told apart; the next 100 are another pool
 DIGITS = 6  # of an embedding's numbers in the answers
 
 
 def load_retrieval(data: Path, settings: Settings) -> Task:
-    """`captions.json` beside the pictures, or in the `test/` of scenes: a list of {"file", "captions"}.
+    """`captions.json` beside the images, or in the `test/` of scenes: a list of {"file", "captions"}.
 
-    The first caption of each picture is taken; the last pictures, which fill no pool, are left out.
+    The first caption of each image is taken; the last images, which fill no pool, are left out.
     """
     folder = data / "test" if (data / "scenes.json").exists() else data
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
@@ -43,14 +43,14 @@ def load_retrieval(data: Path, settings: Settings) -> Task:
 
 
 def embed(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Note the embeddings of each picture and of its caption."""
-    rows, images = open_pictures(batch)
+    """Note the embeddings of each image and of its caption."""
+    rows, images = open_images(batch)
     if images:
         pictures = model.embed_images(list(images.values()))
         captions = model.embed_texts([batch[i].prompt for i in images])
         for i, picture, caption in zip(images, pictures, captions):
             rows[i] = {
-                "picture": picture.round(DIGITS).tolist(),
+                "image": picture.round(DIGITS).tolist(),
                 "caption": caption.round(DIGITS).tolist(),
             }
     return rows
@@ -61,7 +61,7 @@ def hits(queries: np.ndarray, candidates: np.ndarray, names: list[str], k: int) 
 
     Args:
         queries, candidates: (B, E), pairs by index.
-        names: what makes two candidates equal, such as the same caption of two pictures.
+        names: what makes two candidates equal, such as the same caption of two images.
     """
     best = np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, :k]
     return np.array([any(names[j] == name for j in row) for name, row in zip(names, best)], float)
@@ -72,18 +72,18 @@ def score_retrieval(
 ) -> Scored:
     """Recall at 1 and 5, in pools of 100 in the order of the file.
 
-    A picture that could not be read, or whose entry is malformed, is never found, and finds nothing.
+    An image that could not be read, or whose entry is malformed, is never found, and finds nothing.
     """
     size, samples = task.about["pool"], task.samples
-    width = next((len(row["picture"]) for row in rows.values() if "picture" in row), 1)
-    nothing = {"picture": [0.0] * width, "caption": [0.0] * width}
+    width = next((len(row["image"]) for row in rows.values() if "image" in row), 1)
+    nothing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
     for first in range(0, len(samples), size):
         pool = samples[first : first + size]
         kept = [rows.get(s.index, {}) for s in pool]
-        there = np.array(["picture" in row for row in kept], float)
-        vectors = [row if "picture" in row else nothing for row in kept]
-        pictures, captions = (np.array([v[key] for v in vectors]) for key in ("picture", "caption"))
+        there = np.array(["image" in row for row in kept], float)
+        vectors = [row if "image" in row else nothing for row in kept]
+        pictures, captions = (np.array([v[key] for v in vectors]) for key in ("image", "caption"))
         names = [s.prompt for s in pool]
         for k in (1, 5):
             for way, values in (

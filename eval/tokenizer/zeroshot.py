@@ -16,15 +16,15 @@ from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task,
 from ..core.imagenet import SUFFIXES
 from ..core.scenes import read_scenes
 from . import zeroshot_classifier
-from .reconstruction import open_pictures
+from .reconstruction import open_images
 
-SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
+SCENE_TEMPLATES = ("{}", "an image of {}", "there is {}", "an image with {}")
 
 
 def load_zeroshot(data: Path, settings: Settings) -> Task:
-    """Pictures and captions of their classes.
+    """Images and captions of their classes.
 
-    Scenes: single-object pictures against all colour x shape captions. `classes.json` beside a folder per
+    Scenes: single-object images against all colour x shape captions. `classes.json` beside a folder per
     class: {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}, without templates CLIP's 80.
     Else ImageNet (see `imagenet.find`) with CLIP's 80 templates and open_clip's names.
     """
@@ -66,7 +66,7 @@ def load_own_classes(data: Path, settings: Settings) -> Task:
 
 
 def load_scene_classes(data: Path, settings: Settings) -> Task:
-    """The test pictures of scenes that hold one object."""
+    """The test images of scenes that hold one object."""
     scenes = read_json(data / "scenes.json")
     words = [
         of_kind(dict, entry(scenes, key, "scenes.json"), f"scenes.json, {key}")
@@ -99,7 +99,7 @@ def zeroshot_task(
 ) -> Task:
     """The samples; their truth is (class of each, prompts, names, whether each is scored apart)."""
     if not files:
-        raise UserError("There are no pictures to classify.")
+        raise UserError("There are no images to classify.")
     samples = [
         malformed(i, f.name, c, f) if isinstance(c, UserError) else Sample(i, f.name, "", f, "classify")
         for i, (f, c) in enumerate(files)
@@ -117,13 +117,13 @@ def with_article(name: str) -> str:
 
 
 def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-    """Note each picture's five best classes."""
+    """Note each image's five best classes."""
     weights = task.truth.get("weights")
     if weights is None:  # the classifier is built once per run
         weights = task.truth["weights"] = zeroshot_classifier.classifier(
             task.truth["prompts"], model.embed_texts
         )
-    rows, images = open_pictures(batch)
+    rows, images = open_images(batch)
     if images:
         embeds = model.embed_images(list(images.values()))
         for i, best in zip(
@@ -136,7 +136,7 @@ def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row
 def score_zeroshot(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Top-1 and top-5; pictures of pairs that training never showed apart."""
+    """Top-1 and top-5; images of pairs that training never showed apart."""
     classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])
     choices = [rows.get(s.index, {}).get("best", []) for s in task.samples]
     hits = {k: np.array(v, float) for k, v in zeroshot_classifier.score(choices, classes).items()}

@@ -1,6 +1,6 @@
 """Zero-shot classification by the CLIP branch: prompts per class -> classifier -> top-1 and top-5.
 
-B pictures, C classes, E embedding width.
+B images, C classes, E embedding width.
 """
 
 import functools
@@ -61,7 +61,7 @@ def best(values: np.ndarray, k: int) -> np.ndarray:
 
 
 def score(choices: Sequence[Sequence[int]], targets: Sequence[int]) -> Mapping[str, list[bool]]:
-    """Per picture whether its class is the first, and among the first five, of its `choices`."""
+    """Per image whether its class is the first, and among the first five, of its `choices`."""
     return {
         "top1": [target in list(row)[:1] for row, target in zip(choices, targets)],
         "top5": [target in list(row)[:5] for row, target in zip(choices, targets)],

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import RECIPES, EncodedPicture, about_asking, answered, find_file, recipe_for, usable
+from ..core.annotations import RECIPES, EncodedImage, about_asking, answered, find_file, recipe_for, usable
 from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
 from ..core.records import sample_row, share, shares_by
 from ..core.xlsx import write_xlsx
@@ -53,9 +53,9 @@ def load(data: Path, settings: Settings) -> Task:
     recipe = recipe_for(settings, "letter-cn" if "_cn" in path.name else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
-        if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the picture
+        if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the image
             image = first.get(int(image), "")
-        picture = EncodedPicture(f"{base(q)}.jpg", image)
+        picture = EncodedImage(f"{base(q)}.jpg", image)
         asked = Sample(i, q.index, RECIPES[recipe].format(prompt(q)), picture, "ask")
         samples.append(malformed(i, q.index if q.index >= 0 else None, q.broken) if q.broken else asked)
     return Task(
@@ -64,16 +64,16 @@ def load(data: Path, settings: Settings) -> Task:
 
 
 def read_table(path: Path, limit: int | None) -> tuple[list[Question], list[str]]:
-    """The rows and their pictures.
+    """The rows and their images.
 
     A row without an answer is malformed where others have one; where none has, it is a test set.
     """
-    csv.field_size_limit(2**31 - 1)  # pictures stand in cells
+    csv.field_size_limit(2**31 - 1)  # images stand in cells
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         if missing := {"index", "question", "A", "B", "image", "category"} - set(reader.fieldnames or ()):
             raise UserError(f"{path}: the columns {', '.join(sorted(missing))} are missing.")
-        pictures: dict[str, str] = {}  # rotations share a picture: one copy in memory
+        pictures: dict[str, str] = {}  # rotations share an image: one copy in memory
         questions, images = [], []
         for i, row in enumerate(itertools.islice(reader, limit)):
             try:
@@ -189,7 +189,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
             kept.append((s, q, letter))
             values.append(float(all(right[q.index])))
             plain.append(float(letter == q.answer and not q.broken))
-    pictures: dict[str, int] = {}  # a picture's text -> the first question about it
+    pictures: dict[str, int] = {}  # an image's text -> the first question about it
     clusters = [pictures.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
     metrics = {"circular": share(values, clusters), "vanilla": share(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):

@@ -1,6 +1,6 @@
 """MME: reader of the fourteen released folders, and the two totals over their tasks.
 
-A task's score is 100 * (share of right answers + share of pictures with both answers right). Published tables
+A task's score is 100 * (share of right answers + share of images with both answers right). Published tables
 quote the sum over the ten perception tasks, at most 2000. Scorers: `official` (default) looks for yes and no
 in the first four characters as they are; `lmms` strips blanks and periods first and takes a single y or n.
 """
@@ -50,10 +50,10 @@ class Question(NamedTuple):
 
 
 def load(data: Path, settings: Settings) -> Task:
-    """Two samples per picture, task by task; `split` picks a single task.
+    """Two samples per image, task by task; `split` picks a single task.
 
     In LLaVA's layout its file gives the prompts, and the released folders beside it the truth. A line that is
-    no question with Yes or No gives a question that is `broken`, and so does a picture's missing second one.
+    no question with Yes or No gives a question that is `broken`, and so does an image's missing second one.
 
     Raises:
         UserError: a task's folder is missing or holds no questions.
@@ -86,12 +86,12 @@ def read_task(root: Path, name: str) -> list[Question]:
     """The questions of one folder: flat, or `images/` beside `questions_answers_YN/`."""
     folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(TASKS)}.")
     texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
-    pictures = [folder / "images", folder]
+    images = [folder / "images", folder]
     result = []
     for path in sorted(texts.glob("*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        image = stem_in(pictures, path.stem)
+        image = stem_in(images, path.stem)
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
             broken = ""
@@ -157,21 +157,21 @@ def parse(answer: str, scorer: str = "official") -> str:
 def columns(rows: list[Row]) -> np.ndarray:
     """M rows with "group" (the task), "score" and "pair" (are both right) -> (M, 4 * T) for `total`."""
     names = list(dict.fromkeys(row["group"] for row in rows))
-    pictures: dict[tuple[str, str], int] = {}
+    images: dict[tuple[str, str], int] = {}
     for row in rows:
         key = row["group"], row["cluster"]
-        pictures[key] = pictures.get(key, 0) + 1
+        images[key] = images.get(key, 0) + 1
     result = np.zeros((len(rows), len(names), 4))
     for i, row in enumerate(rows):
-        part = 1 / pictures[row["group"], row["cluster"]]
+        part = 1 / images[row["group"], row["cluster"]]
         result[i, names.index(row["group"])] = row["score"], 1, row["pair"] * part, part
     return result.reshape(len(rows), -1)
 
 
 def total(sums: np.ndarray) -> np.ndarray:
     """(..., 4 * T) sums -> the sum over tasks of 100 * (accuracy + accuracy+)."""
-    right, count, both, pictures = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 4), -1, 0)
-    parts = right / np.maximum(count, 1e-12) + both / np.maximum(pictures, 1e-12)
+    right, count, both, images = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 4), -1, 0)
+    parts = right / np.maximum(count, 1e-12) + both / np.maximum(images, 1e-12)
     return 100 * parts.sum(axis=-1)
 
 
@@ -184,7 +184,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     pairs: dict[tuple[str, str], list[float]] = {}
     for s, q, hit in zip(task.samples, questions, right):
         pairs.setdefault((q.task, cluster_of(s)), []).append(hit)
-    # a picture that has lost one of its two questions is not right twice
+    # an image that has lost one of its two questions is not right twice
     both = {key: min(hits) if len(hits) > 1 else 0.0 for key, hits in pairs.items()}
     per_sample = [
         sample_row(
@@ -206,21 +206,21 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
 
 
 def per_task(rows: list[Row]) -> dict[str, Row]:
-    """Task -> score, accuracy, accuracy+, unreadable answers and pictures."""
+    """Task -> score, accuracy, accuracy+, unreadable answers and images."""
     result = {}
     for name in dict.fromkeys(row["group"] for row in rows):
         chosen = [row for row in rows if row["group"] == name]
-        right, count, both, pictures = columns(chosen).sum(axis=0)
+        right, count, both, images = columns(chosen).sum(axis=0)
         result[name] = {
-            "score": 100 * (right / count + both / pictures),
-            "acc": right / count, "acc_plus": both / pictures,
-            "other": sum(row["parsed"] == "other" for row in chosen), "images": round(pictures),
+            "score": 100 * (right / count + both / images),
+            "acc": right / count, "acc_plus": both / images,
+            "other": sum(row["parsed"] == "other" for row in chosen), "images": round(images),
         }  # fmt: skip
     return result
 
 
 def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
-    """The official tool's input: per task a file of picture, question, truth and answer."""
+    """The official tool's input: per task a file of image, question, truth and answer."""
     texts = answered(rows)
     lines: dict[str, list[str]] = {}
     for sample, question in zip(task.samples, task.truth):

@@ -90,7 +90,7 @@ def load(data: Path, settings: Settings) -> Task:
 
 
 def read_question(row: Any, name: str, where: str) -> tuple[Question, str]:
-    """A question and its picture's name; UserError says what is wrong with the entry."""
+    """A question and its image's name; UserError says what is wrong with the entry."""
     abilities = entry(row, "capability", where)
     if not isinstance(abilities, list) or not abilities or any(a not in CAPABILITIES for a in abilities):
         raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")

@@ -60,7 +60,7 @@ def lettered(question: str, options: Sequence[str]) -> str:
 def load_seedbench(data: Path, settings: Settings) -> Task:
     """One sample per question; a video stands as one frame, as LLaVA shows it. `split`: "image" or "video".
 
-    Pictures: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
+    Images: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
     """
     layout = layout_of(data, settings, SEED_ORIGINAL, SEED_LLAVA)
     path = find_file(data, SEED_ORIGINAL, "SEED-Bench annotation file")
@@ -102,7 +102,7 @@ def unread(name: str, medium: str = "", kind: str = "") -> Question:
 
 
 def read_seeds(data: Path, path: Path) -> dict[str, tuple[Question, Path | UserError]]:
-    """Question id -> the question and its picture, or in the picture's place what is wrong with the entry."""
+    """Question id -> the question and its image, or in the image's place what is wrong with the entry."""
     types = read_as(dict, path, "question_type").items()
     kinds = {number: name for name, number in types if isinstance(number, str | int)}
     known: dict[str, tuple[Question, Path | UserError]] = {}
@@ -119,7 +119,7 @@ def read_seeds(data: Path, path: Path) -> dict[str, tuple[Question, Path | UserE
 
 
 def read_seed(row: Row, where: str, kinds: dict[int, str], data: Path) -> tuple[Question, Path]:
-    """A question of `SEED-Bench.json` and its picture or frame."""
+    """A question of `SEED-Bench.json` and its image or frame."""
     options = tuple(str(entry(row, f"choice_{letter}", where)) for letter in "abcd")
     answer, name, medium = (
         entry(row, "answer", where),
@@ -184,7 +184,7 @@ def submit_seedbench(task: Task, rows: dict[int, Row], folder: Path, data: Path)
 
 
 def load_scienceqa(data: Path, settings: Settings) -> Task:
-    """One sample per problem of a split of `pid_splits.json` (default: test), with or without a picture."""
+    """One sample per problem of a split of `pid_splits.json` (default: test), with or without an image."""
     layout = layout_of(data, settings, SQA_ORIGINAL, SQA_LLAVA)
     path = find_file(data, SQA_ORIGINAL, "ScienceQA problem file")
     problems, splits = read_as(dict, path), read_as(dict, data / "pid_splits.json")
@@ -219,7 +219,7 @@ def load_scienceqa(data: Path, settings: Settings) -> Task:
 
 
 def read_conversations(path: Path) -> dict[str, str]:
-    """Problem id -> the question of LLaVA's list of conversations, without its mark for the picture.
+    """Problem id -> the question of LLaVA's list of conversations, without its mark for the image.
 
     An entry without id or question is left out, and its problem is missed by `load_scienceqa`.
     """
@@ -233,7 +233,7 @@ def read_conversations(path: Path) -> dict[str, str]:
 
 
 def read_problem(problems: Any, name: str, path: Path, split: str) -> tuple[Question, str, Path | None]:
-    """A problem, its context, and its picture if it has one."""
+    """A problem, its context, and its image if it has one."""
     where = f"{path}, problem {name}"
     row = entry(problems, name, path)
     options, answer = entry(row, "choices", where), entry(row, "answer", where)
@@ -275,7 +275,7 @@ def scienceqa_right(text: str, question: Question, scorer: str = "official") -> 
 def score_scienceqa(
     task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Accuracy over the split, and over problems with a picture; a missing answer is wrong."""
+    """Accuracy over the split, and over problems with an image; a missing answer is wrong."""
     questions: list[Question] = task.truth
     texts = answered(rows)
     values = [

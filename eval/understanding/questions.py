@@ -125,7 +125,7 @@ def score_vqav2(
     metrics |= shares_by("answer", [q.answer_type for q in questions], values, clusters)
     apart = [i for i, q in enumerate(questions) if q.held_out]
     if apart:
-        metrics["pictures with held-out pairs"] = share(values[apart], [clusters[i] for i in apart])
+        metrics["images with held-out pairs"] = share(values[apart], [clusters[i] for i in apart])
     constant = result["constant"]
     margins = {t: result["per_question_type"][t] - c["accuracy"] for t, c in constant.items()}
     details = {

@@ -1,4 +1,4 @@
-"""The table of the benchmarks that ask questions about pictures; what each needs stands in README.md here."""
+"""The table of the benchmarks that ask questions about images; what each needs stands in README.md here."""
 
 from ..core.annotations import ask
 from ..core.harness import Benchmark, always
@@ -14,12 +14,12 @@ UNDERSTANDING: dict[str, Benchmark] = {
         vqav2.SCORERS, ("scenes.json", *questions.VQA_ORIGINAL, *questions.VQA_LLAVA), questions.submit_vqav2,
     ),
     "gqa": Benchmark(
-        "compositional questions about real pictures",
+        "compositional questions about real images",
         "mllm", gqa.load, always(ask), gqa.score, BATCH,
         gqa.SCORERS, ("testdev_balanced_questions.json", *gqa.LLAVA), gqa.submit,
     ),
     "textvqa": Benchmark(
-        "questions about text in pictures, with the OCR words in the prompt or without",
+        "questions about text in images, with the OCR words in the prompt or without",
         "mllm", textvqa.load, always(ask), textvqa.score, BATCH,
         textvqa.SCORERS, textvqa.ORIGINAL, textvqa.submit,
     ),
@@ -29,7 +29,7 @@ UNDERSTANDING: dict[str, Benchmark] = {
         pope.SCORERS, ("scenes.json", *questions.POPE_ORIGINAL, *questions.POPE_LLAVA),
     ),
     "mme": Benchmark(
-        "fourteen tasks of yes or no, two questions per picture",
+        "fourteen tasks of yes or no, two questions per image",
         "mllm", mme.load, always(ask), mme.score, BATCH,
         mme.SCORERS, ("existence/*.txt", f"{mme.RELEASE}/existence/*.txt"), mme.submit,
     ),
@@ -44,12 +44,12 @@ UNDERSTANDING: dict[str, Benchmark] = {
         textvqa.SCORERS, ("val.json", "test.json", "Annotations/val.json"), textvqa.submit_vizwiz,
     ),
     "seedbench": Benchmark(
-        "twelve dimensions with four options, pictures and videos",
+        "twelve dimensions with four options, images and videos",
         "mllm", multiple_choice.load_seedbench, always(ask), multiple_choice.score_seedbench, BATCH,
         multiple_choice.SEED_SCORERS, multiple_choice.SEED_ORIGINAL, multiple_choice.submit_seedbench,
     ),
     "scienceqa": Benchmark(
-        "school questions with options, half of them with a picture",
+        "school questions with options, half of them with an image",
         "mllm", multiple_choice.load_scienceqa, always(ask), multiple_choice.score_scienceqa, BATCH,
         multiple_choice.SQA_SCORERS, multiple_choice.SQA_ORIGINAL, multiple_choice.submit_scienceqa,
     ),

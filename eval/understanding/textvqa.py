@@ -118,14 +118,14 @@ def question_of(row: Row) -> Question:
 
 
 def with_ocr(row: Row, tokens: dict[str, list[str]]) -> str:
-    """The published prompt: the question, the words read in the picture, what kind of answer is wanted."""
+    """The published prompt: the question, the words read in the image, what kind of answer is wanted."""
     return OCR.format(row["question"], ", ".join(tokens.get(row["image_id"], ())))
 
 
 def ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, list[str]], list[str]]:
     """Image id -> the words that Rosetta read, from the release's file or from the rows; what went wrong.
 
-    A picture without an entry is asked about without words, which lowers the score.
+    An image without an entry is asked about without words, which lowers the score.
     """
     good = [row for row in rows if isinstance(row, dict)]
     if all("ocr_tokens" in row for row in good):
@@ -140,7 +140,7 @@ def ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, l
     lost = [row["image_id"] for row in good if row["image_id"] not in tokens]
     if lost:
         problems.append(
-            f"{len(lost)} questions have no words in {path.name}, for instance of picture {lost[0]}"
+            f"{len(lost)} questions have no words in {path.name}, for instance of image {lost[0]}"
         )
     return tokens, problems
 

@@ -30,7 +30,7 @@ class Question(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     common_answer: str = ""
-    held_out: bool = False  # scenes: the picture shows a colour x shape pair that training never does
+    held_out: bool = False  # scenes: the image shows a colour x shape pair that training never does
     broken: str = ""  # why its annotation is malformed: it is not asked and counts as wrong
 
 
@@ -190,7 +190,7 @@ def score(questions: Sequence[Question], predictions: dict[int, str], scorer: st
     A broken question scores 0 and has no type.
 
     `constant` holds, per question type, the type's most frequent answer and what it would score: what a model
-    blind to the picture reaches.
+    blind to the image reaches.
 
     Raises:
         UserError: a prediction for a question id that does not exist, or questions without public answers.

@@ -62,7 +62,7 @@ class Server:
             limits.window,
             lambda kind, size: self.metrics.observe("unitok_batch_rows", size, kind=kind),
         )
-        # one thread: opening pictures and reading texts must not starve the model of the processor
+        # one thread: opening images and reading texts must not starve the model of the processor
         self.beside = ThreadPoolExecutor(1, thread_name_prefix="unitok-inbox")
         self._announce()
 
@@ -70,12 +70,12 @@ class Server:
         m = self.metrics
         m.counter("unitok_requests_total", "Requests by route and status; 499: the client left.")
         m.histogram("unitok_request_seconds", "Seconds from a request's arrival to its end.", SECONDS)
-        m.histogram("unitok_batch_rows", "Pictures or answers that share a batch.", ROWS)
-        m.counter("unitok_pictures_total", "Pictures drawn.")
+        m.histogram("unitok_batch_rows", "Images or answers that share a batch.", ROWS)
+        m.counter("unitok_images_total", "Images drawn.")
         m.counter("unitok_tokens_total", "Text tokens read (prompt) and written (completion).")
-        m.counter("unitok_cancelled_total", "Pictures and answers given up because nobody waited any more.")
-        m.gauge("unitok_waiting", "Pictures and answers in the queue.", lambda: self.batcher.waiting)
-        m.gauge("unitok_running", "Pictures and answers under way.", lambda: self.batcher.running)
+        m.counter("unitok_cancelled_total", "Images and answers given up because nobody waited any more.")
+        m.gauge("unitok_waiting", "Images and answers in the queue.", lambda: self.batcher.waiting)
+        m.gauge("unitok_running", "Images and answers under way.", lambda: self.batcher.running)
 
     def check_model(self, asked: str | None) -> None:
         """
@@ -278,13 +278,13 @@ async def draw_images(server: Server, body: ImageRequest, request: Request) -> R
         key, tasks = await server.while_there(request, server.aside(server.inbox.drawing, body))
         jobs = [Job(key, task) for task in tasks]
         if body.stream:
-            return _stream(server, jobs, _picture_events(server, body, jobs[0], key.sampling))
+            return _stream(server, jobs, _image_events(server, body, jobs[0], key.sampling))
         with server.queued(jobs):
             pictures = await server.while_there(request, _results(jobs))
-        server.metrics.count("unitok_pictures_total", len(pictures))
+        server.metrics.count("unitok_images_total", len(pictures))
         data = []
-        for picture, task in zip(pictures, tasks):
-            encoded = await server.aside(_base64, picture, body, key.sampling, task.seed)
+        for image, task in zip(pictures, tasks):
+            encoded = await server.aside(_base64, image, body, key.sampling, task.seed)
             inline = f"data:image/{body.output_format or 'png'};base64,{encoded}"
             shown = {"url": inline} if body.response_format == "url" else {"b64_json": encoded}
             data.append({**shown, "seed": task.seed})
@@ -296,27 +296,27 @@ async def _results(jobs: Sequence[Job]) -> list[Any]:
     return [await job.result() for job in jobs]
 
 
-async def _picture_events(
+async def _image_events(
     server: Server, body: ImageRequest, job: Job, sampling: Sampling
 ) -> AsyncIterator[str]:
     number = 0
-    async for kind, picture in job.events():
+    async for kind, image in job.events():
         event: dict[str, Any] = {"created_at": int(time.time()), "output_format": body.output_format or "png"}
-        event["b64_json"] = await server.aside(_base64, picture, body, sampling, job.payload.seed)
+        event["b64_json"] = await server.aside(_base64, image, body, sampling, job.payload.seed)
         event["size"] = f"{server.inbox.image_size}x{server.inbox.image_size}"
         if kind == "piece":
             event |= {"type": "image_generation.partial_image", "partial_image_index": number}
             number += 1
         else:
-            server.metrics.count("unitok_pictures_total")
+            server.metrics.count("unitok_images_total")
             event |= {"type": "image_generation.completed", "seed": job.payload.seed}
         yield f"event: {event['type']}\n{_data(event)}"
 
 
-def _base64(picture: Any, body: ImageRequest, sampling: Sampling, seed: int) -> str:
+def _base64(image: Any, body: ImageRequest, sampling: Sampling, seed: int) -> str:
     settings = dataclasses.asdict(sampling)
     record = {"prompt": body.prompt, "seed": seed, "negative_prompt": body.negative_prompt, **settings}
-    return base64.b64encode(image_bytes(picture, body.output_format or "png", record)).decode()
+    return base64.b64encode(image_bytes(image, body.output_format or "png", record)).decode()
 
 
 def _stream(server: Server, jobs: list[Job], events: AsyncIterator[str]) -> Response:

@@ -1,7 +1,7 @@
 """Joins requests that may share a batch and runs them on one thread, which owns the model.
 
 One batch of each kind may be under way, and they take turns step by step: an answer of a second does not wait
-behind a picture of a minute.
+behind an image of a minute.
 """
 
 import asyncio
@@ -165,7 +165,7 @@ class Batcher:
                 raise ShuttingDown("The server is shutting down.")
             if len(self._queue) + len(jobs) > self.max_waiting:
                 raise QueueFull(
-                    f"{len(self._queue)} pictures or answers are waiting and {len(jobs)} more would be more "
+                    f"{len(self._queue)} images or answers are waiting and {len(jobs)} more would be more "
                     f"than {self.max_waiting}: try again later."
                 )
             self._queue.extend(jobs)

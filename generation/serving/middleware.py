@@ -17,10 +17,10 @@ class Limits:
     """How much one server takes.
 
     Attributes:
-        max_batch: pictures or answers worked on together.
-        max_waiting: pictures and answers that wait; more are refused with 429.
+        max_batch: images or answers worked on together.
+        max_waiting: images and answers that wait; more are refused with 429.
         max_body: bytes of a request.
-        max_side: pixels of a picture's longer side.
+        max_side: pixels of an image's longer side.
         max_new_tokens: of one answer.
         timeout: seconds for one request from its arrival to its end; 504 after that.
         body_timeout: seconds for the body to arrive; 408 after that.
@@ -99,7 +99,7 @@ class Guard:
         if scope["method"] in ("GET", "HEAD") or scope["path"] in OPEN_PATHS:
             await self.app(scope, receive, send)
             return
-        # every request is at least one picture or answer: more could not be queued anyway
+        # every request is at least one image or answer: more could not be queued anyway
         if self.busy > self.limits.max_batch + self.limits.max_waiting:
             raise Refused(
                 429, "Too many requests at once: try again later.", "queue_full", **{"retry-after": "1"}

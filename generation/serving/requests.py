@@ -1,4 +1,4 @@
-"""From a checked request to what the model's thread takes: pictures opened, texts as ids, lengths checked.
+"""From a checked request to what the model's thread takes: images opened, texts as ids, lengths checked.
 
 It runs on one thread beside the model's, and refuses with a `UserError` before anything is queued.
 """
@@ -15,7 +15,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm.prompts import IMAGE_MARK
 from open_unitok.tokenizer.images import pad_to_square
 
-from ..image_files import open_picture
+from ..image_files import open_image
 from ..image_sampling import check_prompts
 from ..kv_cache import context_length
 from ..pipeline import Pipeline
@@ -31,7 +31,7 @@ class Inbox:
     """Prepares requests for one pipeline.
 
     Args:
-        max_side: pixels; a picture is padded to a square, so its longer side decides what it costs.
+        max_side: pixels; an image is padded to a square, so its longer side decides what it costs.
         files: the folder from which file: URLs may be read; None = no file at all.
         max_new_tokens: of one answer.
     """
@@ -47,11 +47,11 @@ class Inbox:
     def chat(self, request: ChatRequest) -> tuple[AnswerKey, AnswerTask]:
         """
         Raises:
-            UserError: turns in a wrong order, a picture that cannot be read, too many tokens.
+            UserError: turns in a wrong order, an image that cannot be read, too many tokens.
         """
         questions, answers, urls = read_turns(request.messages)
         if len(urls) > MAX_ROWS:
-            raise UserError(f"The conversation has {len(urls)} pictures; at most {MAX_ROWS} are allowed.")
+            raise UserError(f"The conversation has {len(urls)} images; at most {MAX_ROWS} are allowed.")
         processor = self.pipe.processor
         ids = processor.question_ids(questions[-1], len(urls), history=list(zip(questions, answers)))
         room = self.max_new_tokens if self.context is None else self.context - len(ids)
@@ -60,7 +60,7 @@ class Inbox:
             raise UserError(f"max_tokens is {limit}; this server writes at most {self.max_new_tokens}.")
         if limit > room:
             raise UserError(
-                f"The conversation has {len(ids)} tokens, pictures included; with {limit} new ones more than "
+                f"The conversation has {len(ids)} tokens, images included; with {limit} new ones more than "
                 f"the context of {self.context}: shorten it or lower max_tokens."
             )
         images = [self.open(url) for url in urls]
@@ -82,7 +82,7 @@ class Inbox:
         if request.size not in allowed:
             raise UserError(f"size is {request.size!r}; this model draws {allowed[2]} ('auto').")
         if request.stream and (request.n or 1) > 1:
-            raise UserError("stream needs n = 1: one picture a stream.")
+            raise UserError("stream needs n = 1: one image a stream.")
         ids = self._ids(request.prompt, "Prompt")
         away = self.pipe.processor.unconditional_ids()
         if request.negative_prompt:
@@ -108,13 +108,13 @@ class Inbox:
         return frozenset(round(rows * (i + 1) / (previews + 1)) for i in range(previews)) - {0, rows}
 
     def open(self, url: str) -> Image.Image:
-        """The picture of a data: URL, as a square of the size that the model reads.
+        """The image of a data: URL, as a square of the size that the model reads.
 
         Raises:
-            UserError: it is no such URL, or no picture within the limits.
+            UserError: it is no such URL, or no image within the limits.
         """
         data = self._file(url) if self.files is not None and url.startswith("file:") else read_data_url(url)
-        image = pad_to_square(open_picture(data, self.max_side))
+        image = pad_to_square(open_image(data, self.max_side))
         size = self.pipe.processor.image_size
         return image.resize((size, size), Image.Resampling.BILINEAR)  # as `processor.pixels` does it
 
@@ -148,10 +148,10 @@ def read_turns(messages: list[Message]) -> tuple[list[str], list[str], list[str]
         text = "\n".join(part.text for part in parts if not isinstance(part, ImagePart)).strip()
         if IMAGE_MARK in text:
             raise UserError(
-                f"messages[{i}] holds the text {IMAGE_MARK}, which marks pictures: write it otherwise."
+                f"messages[{i}] holds the text {IMAGE_MARK}, which marks images: write it otherwise."
             )
         if message.role != "user" and images:
-            raise UserError(f"messages[{i}] is of the {message.role} and shows pictures; only the user may.")
+            raise UserError(f"messages[{i}] is of the {message.role} and shows images; only the user may.")
         if message.role in ("system", "developer"):
             if questions:
                 raise UserError(f"messages[{i}] is of the {message.role}; such messages must come first.")

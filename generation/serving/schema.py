@@ -12,7 +12,7 @@ from ..sampling import SCHEDULES
 
 MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
 MAX_TURNS = 200
-MAX_ROWS = 16  # pictures of one request, drawn or shown
+MAX_ROWS = 16  # images of one request, drawn or shown
 
 Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -28,14 +28,14 @@ class Strict(BaseModel):
 
 
 class ImageUrl(Strict):
-    """Where a picture is: a data: URL."""
+    """Where an image is: a data: URL."""
 
     url: str
     detail: Ignored = None
 
 
 class ImagePart(Strict):
-    """A picture within a message."""
+    """An image within a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl

@@ -1,4 +1,4 @@
-"""What the model's thread does for the server: a batch of pictures, or a batch of answers, step by step."""
+"""What the model's thread does for the server: a batch of images, or a batch of answers, step by step."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ from ..sampling import Sampling
 from ..text_generation import answer_steps
 from .batcher import Job, is_open
 
-DECODED_TOGETHER = 8  # pictures; between such parts others get their turn
+DECODED_TOGETHER = 8  # images; between such parts others get their turn
 
 
 @dataclasses.dataclass(frozen=True)
 class DrawKey:
-    """Pictures with the same settings share a batch; prompts and seeds may differ."""
+    """Images with the same settings share a batch; prompts and seeds may differ."""
 
     sampling: Sampling
     kind: ClassVar[str] = "draw"
@@ -38,7 +38,7 @@ class AnswerKey:
 
 
 class DrawTask(NamedTuple):
-    """One picture: ids to draw from, ids to lead away from, its seed, and after which rows to show it."""
+    """One image: ids to draw from, ids to lead away from, its seed, and after which rows to show it."""
 
     ids: list[int]
     away: list[int]
@@ -74,7 +74,7 @@ class Work:
         return self.draw(jobs) if isinstance(jobs[0].key, DrawKey) else self.answer(jobs)
 
     def draw(self, jobs: list[Job]) -> Iterator[None]:
-        """Pictures of one batch; a job is sent previews where it asks for them, then its picture."""
+        """Images of one batch; a job is sent previews where it asks for them, then its image."""
         pipe, tasks = self.pipe, [job.payload for job in jobs]
         count, registers = pipe.model.config.num_image_tokens, pipe.unitok.config.num_register_tokens
         columns = round((count - registers) ** 0.5)

@@ -15,21 +15,21 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.images import psnr, to_pil, to_pixels
 
-from ..image_files import open_picture
+from ..image_files import open_image
 from ..pipeline import Pipeline
 from ..sampling import SCHEDULES, Sampling
-from .views import HINT, MAPS_SCRIPT, code_colours, code_maps, pair_view, pictures_view
+from .views import HINT, MAPS_SCRIPT, code_colours, code_maps, images_view, pair_view
 
 STYLE = Path(__file__).with_name("page.css")
-MAX_SIDE = 8192  # pixels of a picture that is uploaded
+MAX_SIDE = 8192  # pixels of an image that is uploaded
 MAX_UPLOAD = "20mb"
-KEPT = 48  # pictures in the history
+KEPT = 48  # images in the history
 SETTINGS = ("guidance", "guidance_schedule", "temperature", "top_k", "top_p")
-Drawn = list[tuple[Image.Image, dict[str, Any]]]  # pictures and how they were drawn
+Drawn = list[tuple[Image.Image, dict[str, Any]]]  # images and how they were drawn
 Pairs = list[tuple[str, str]]  # questions and answers
-QUESTIONS = ("What is in the picture?", "How many objects are there?", "Describe the picture.")
+QUESTIONS = ("What is in the image?", "How many objects are there?", "Describe the image.")
 RECONSTRUCT_HINT = HINT.format(
-    "What the codes of a picture keep of it,<br>and the codes themselves, appear here."
+    "What the codes of an image keep of it,<br>and the codes themselves, appear here."
 )
 ONE_AT_A_TIME: dict[str, Any] = {
     "concurrency_id": "model",
@@ -75,7 +75,7 @@ def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
 
 def unopened(picture: gr.Image) -> gr.Image:
     """The component, which now hands over the file as it came: gradio would open it first, and answer one
-    that is no picture with a traceback."""
+    that is no image with a traceback."""
     picture.preprocess = lambda payload: None if payload is None else payload.path
     return picture
 
@@ -90,7 +90,7 @@ def mistakes_shown() -> Iterator[None]:
 
 
 class Draw:
-    """Draws pictures that grow."""
+    """Draws images that grow."""
 
     def __init__(self, pipe: Pipeline):
         self.pipe = pipe
@@ -118,7 +118,7 @@ class Draw:
             seconds = time.perf_counter() - started
             status = f"row {row} of {rows} · {seconds:.1f} s" if row < rows else f"drawn in {seconds:.1f} s"
             done = list(zip(images, records)) if row == rows else []
-            yield pictures_view(images, records, row / rows, status), first, done
+            yield images_view(images, records, row / rows, status), first, done
 
     @staticmethod
     def check(prompt: Any, count: Any, seed: Any, fresh: Any, settings: Any) -> tuple[Sampling, int, int]:
@@ -131,7 +131,7 @@ class Draw:
         if None in (count, *settings) or (seed is None and not fresh):
             raise UserError("One of the settings is empty.")
         if count not in (1, 2, 4):
-            raise UserError(f"{count!r} pictures; it must be 1, 2 or 4.")
+            raise UserError(f"{count!r} images; it must be 1, 2 or 4.")
         first = secrets.randbelow(2**31) if fresh else as_whole(seed)
         if not isinstance(first, int) or not 0 <= first < 2**53:
             raise UserError(f"The seed is {first!r}; it must be a whole number from 0 to 2**53 - 1.")
@@ -158,7 +158,7 @@ def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
             if examples:
                 gr.Examples([[text] for text in examples], [prompt], label="For example")
             with gr.Row():
-                count = gr.Radio([1, 2, 4], value=1, label="Pictures")
+                count = gr.Radio([1, 2, 4], value=1, label="Images")
                 guidance = gr.Slider(1, 20, own.guidance, step=0.1, label="Guidance")
             with gr.Row():
                 seed = gr.Number(0, label="Seed", precision=0, minimum=0)
@@ -172,7 +172,7 @@ def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
                 top_k = gr.Slider(0, 4096, own.top_k, step=1, label="Top-k", info="0 keeps all codes")
                 top_p = gr.Slider(0.05, 1, own.top_p, step=0.01, label="Top-p")
         with gr.Column(scale=6, min_width=360):
-            hint = HINT.format("The picture appears here,<br>row by row as it is drawn.")
+            hint = HINT.format("The image appears here,<br>row by row as it is drawn.")
             view = gr.HTML(hint, elem_id="drawing")
     title = gr.HTML(
         "<div class='ou-title'>History <span>choose one to take its settings up again</span></div>",
@@ -209,7 +209,7 @@ def _draw_tab(draw: Draw, examples: Sequence[str]) -> None:
 
 
 class Ask:
-    """Answers questions about one picture, in a conversation."""
+    """Answers questions about one image, in a conversation."""
 
     def __init__(self, pipe: Pipeline):
         self.pipe = pipe
@@ -227,7 +227,7 @@ class Ask:
             raise UserError("Write a question.")
         if None in (length, temperature):
             raise UserError("One of the settings is empty.")
-        images = [] if path is None else [open_picture(Path(path).read_bytes(), MAX_SIDE)]
+        images = [] if path is None else [open_image(Path(path).read_bytes(), MAX_SIDE)]
         options: dict[str, Any] = {"max_new_tokens": as_whole(length)}
         if temperature != 0:
             options |= {"do_sample": True, "temperature": temperature}
@@ -243,7 +243,7 @@ def _ask_tab(ask: Ask) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=320):
             picture = unopened(gr.Image(
-                label="Picture", type="filepath", image_mode=None, height=340,
+                label="Image", type="filepath", image_mode=None, height=340,
                 sources=["upload", "clipboard"], buttons=[], elem_id="asked",
             ))  # fmt: skip
             with gr.Accordion("More settings", open=False):
@@ -255,7 +255,7 @@ def _ask_tab(ask: Ask) -> None:
             talk = gr.Chatbot(
                 label="Conversation", height=400, layout="bubble", render_markdown=False,
                 feedback_options=None, buttons=[], elem_id="talk",
-                placeholder="Show a picture and ask about it.",
+                placeholder="Show an image and ask about it.",
             )  # fmt: skip
             with gr.Row():
                 chips = [gr.Button(text, size="sm", elem_classes="ou-chip") for text in QUESTIONS]
@@ -299,7 +299,7 @@ def messages(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 class Reconstruct:
-    """Encodes a picture, decodes its codes again and shows both, and the codes."""
+    """Encodes an image, decodes its codes again and shows both, and the codes."""
 
     def __init__(self, pipe: Pipeline):
         self.unitok = pipe.unitok
@@ -307,11 +307,11 @@ class Reconstruct:
 
     @torch.no_grad()
     def __call__(self, path: str | None) -> tuple[str, str]:
-        """The picture beside its copy, and the maps of its codes."""
+        """The image beside its copy, and the maps of its codes."""
         if path is None:
             return RECONSTRUCT_HINT, ""
         config = self.unitok.config
-        image = open_picture(Path(path).read_bytes(), MAX_SIDE)
+        image = open_image(Path(path).read_bytes(), MAX_SIDE)
         pixels = to_pixels(image, config.image_size, mode="crop")
         codes = self.unitok.encode(pixels[None].to(self.unitok.device))
         original, copy = to_pil(pixels), to_pil(self.unitok.decode(codes)[0])
@@ -332,7 +332,7 @@ def _reconstruct_tab(reconstruct: Reconstruct) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=260):
             picture = unopened(gr.Image(
-                label="Picture", type="filepath", image_mode=None, height=300,
+                label="Image", type="filepath", image_mode=None, height=300,
                 sources=["upload", "clipboard"], buttons=[], elem_id="original",
             ))  # fmt: skip
         with gr.Column(scale=7, min_width=420):

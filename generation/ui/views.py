@@ -1,4 +1,4 @@
-"""What the page of `unitok ui` shows, as HTML: pictures that grow, a picture beside its copy, maps of codes.
+"""What the page of `unitok ui` shows, as HTML: images that grow, an image beside its copy, maps of codes.
 
 N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
@@ -18,50 +18,50 @@ HINT = "<div class='ou-hint'>{}</div>"
 
 
 def inline(image: Image.Image, record: dict[str, Any] | None = None) -> str:
-    """The picture as a data: URL of a PNG, with its record inside."""
+    """The image as a data: URL of a PNG, with its record inside."""
     return "data:image/png;base64," + base64.b64encode(image_bytes(image, "png", record)).decode()
 
 
-def pictures_view(
+def images_view(
     images: Sequence[Image.Image], records: Sequence[dict[str, Any]], done: float, status: str
 ) -> str:
-    """Pictures side by side over a bar that is filled to `done` of 1; once done, each can be saved."""
+    """Images side by side over a bar that is filled to `done` of 1; once done, each can be saved."""
     figures = []
     for image, record in zip(images, records):
         url = inline(image, record)
         name = f"unitok-{record['seed']}.png"
         save = f"<a download='{name}' href='{url}'>Save</a>" if done >= 1 else ""
         figures.append(
-            f"<figure>{_picture(url, image, record['prompt'])}"
+            f"<figure>{_image(url, image, record['prompt'])}"
             f"<figcaption><span>seed {record['seed']}</span>{save}</figcaption></figure>"
         )
     state = "done" if done >= 1 else "going"
     return (
-        f"<div class='ou-pictures ou-{state} ou-many-{min(len(images), 2)}'>{''.join(figures)}</div>"
+        f"<div class='ou-images ou-{state} ou-many-{min(len(images), 2)}'>{''.join(figures)}</div>"
         f"<div class='ou-bar'><div style='width:{100 * done:.1f}%'></div></div>"
         f"<div class='ou-status'>{html.escape(status)}</div>"
     )
 
 
-def _picture(url: str, image: Image.Image, text: str) -> str:
+def _image(url: str, image: Image.Image, text: str) -> str:
     small = " class='ou-small'" if max(image.size) <= 160 else ""
     return f"<img{small} src='{url}' alt='{html.escape(text, quote=True)}'>"
 
 
 def pair_view(original: Image.Image, copy: Image.Image, facts: Sequence[tuple[str, str]]) -> str:
-    """A picture, its copy and where they differ (three times as bright), over some facts."""
+    """An image, its copy and where they differ (three times as bright), over some facts."""
     from PIL import ImageChops
 
     difference = ImageChops.difference(original, copy).point(lambda value: min(255, 3 * value))
     shown = [("original", original), ("copy from its codes", copy), ("difference x 3", difference)]
     figures = "".join(
-        f"<figure>{_picture(inline(image), image, name)}<figcaption><span>{name}</span></figcaption></figure>"
+        f"<figure>{_image(inline(image), image, name)}<figcaption><span>{name}</span></figcaption></figure>"
         for name, image in shown
     )
     items = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in facts
     )
-    return f"<div class='ou-pictures ou-done ou-many-3'>{figures}</div><div class='ou-facts'>{items}</div>"
+    return f"<div class='ou-images ou-done ou-many-3'>{figures}</div><div class='ou-facts'>{items}</div>"
 
 
 def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:

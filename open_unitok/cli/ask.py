@@ -1,4 +1,4 @@
-"""`unitok ask`: questions about a picture, or a file of them, which torchrun's processes share."""
+"""`unitok ask`: questions about an image, or a file of them, which torchrun's processes share."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from .options import add_model_options, load_pipeline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IMAGE "QUESTION" ... --model M, or --questions FILE --out FILE --model M."""
-    parser.add_argument("image", metavar="IMAGE", nargs="?", help="picture to look at")
+    parser.add_argument("image", metavar="IMAGE", nargs="?", help="image to look at")
     parser.add_argument("words", metavar="QUESTION", nargs="*", help="what to ask; several get a line each")
     parser.add_argument(
         "--questions", metavar="FILE", help='JSON lines {"image": PATH, "question": TEXT}, PATHs beside FILE'
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     for image in {row["image"] for row in mine}:
         existing(image)
     if args.image is not None:
-        load_image(args.image)  # before the model, so that what is no picture shows at once
+        load_image(args.image)  # before the model, so that what is no image shows at once
     pipe = load_pipeline(args)
     images, questions = ([row[key] for row in mine] for key in ("image", "question"))
     answers = pipe.answer(images, questions, args.max_new_tokens, args.batch_size)
@@ -63,7 +63,7 @@ def read_questions(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UserError('Give IMAGE and "QUESTION" ..., or --questions FILE.')
     if args.questions is None:
         if not args.words:
-            raise UserError('There is nothing to answer: give a "QUESTION" behind the picture.')
+            raise UserError('There is nothing to answer: give a "QUESTION" behind the image.')
         return [{"image": args.image, "question": question} for question in args.words]
     path = existing(args.questions)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""`unitok chat`: a conversation about pictures; words appear as they are written."""
+"""`unitok chat`: a conversation about images; words appear as they are written."""
 
 import argparse
 import io
@@ -9,12 +9,12 @@ from open_unitok.core.errors import UserError
 
 from .options import add_model_options, load_pipeline
 
-HELP = "An empty line or Ctrl-D ends, /new forgets the conversation, /image PATH shows one more picture."
+HELP = "An empty line or Ctrl-D ends, /new forgets the conversation, /image PATH shows one more image."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IMAGE ... --model M."""
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="pictures to talk about")
+    parser.add_argument("images", metavar="IMAGE", nargs="*", help="images to talk about")
     add_model_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, help="an answer is cut there at the latest (default: 256, or what fits)"
@@ -69,7 +69,7 @@ def answer_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Conversation:
-    """Pictures, what was said about them, and how the next answer is written."""
+    """Images, what was said about them, and how the next answer is written."""
 
     def __init__(self, pipe: Any, images: list[Any], options: dict[str, Any]):
         self.pipe, self.images, self.options = pipe, images, options
@@ -79,7 +79,7 @@ class Conversation:
         """A question, which is answered, or a command.
 
         Raises:
-            UserError: a question too long for what the model can still read, a picture that is none.
+            UserError: a question too long for what the model can still read, an image that is none.
         """
         if line == "/new":
             self.history = []
@@ -87,7 +87,7 @@ class Conversation:
             from open_unitok.tokenizer.images import load_image
 
             self.images.append(load_image(line.removeprefix("/image").strip()))
-            self.history = []  # the places of the pictures are before the first question
+            self.history = []  # the places of the images are before the first question
         elif line.startswith("/"):
             raise UserError(f"There is no command {line.split()[0]!r}. {HELP}")
         else:

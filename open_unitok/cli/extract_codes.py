@@ -12,16 +12,16 @@ from open_unitok.training.data.tar_index import tars_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", required=True, help="folder of the visual tokenizer (or a hub id)")
-    parser.add_argument("--data", required=True, nargs="+", help="tars of pictures: globs, {000..127} braces")
+    parser.add_argument("--data", required=True, nargs="+", help="tars of images: globs, {000..127} braces")
     parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures at a time (default: 64)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images at a time (default: 64)")
     parser.add_argument(
-        "--workers", type=int, default=0, help="threads that read pictures (default: 0, no others)"
+        "--workers", type=int, default=0, help="threads that read images (default: 0, no others)"
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 changes 2 to 5 %% of the codes")
     parser.add_argument(
-        "--mode", choices=("crop", "pad", "squash"), default="crop", help="how pictures become square"
+        "--mode", choices=("crop", "pad", "squash"), default="crop", help="how images become square"
     )
     parser.add_argument(
         "--max-bad-share", type=float, default=0.05, help="unreadable share that stops (default: 0.05)"
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: this process is done, others are still at work")
         return
     print(
-        f"{args.out}: {manifest['pictures']:,} pictures in {len(manifest['shards'])} tar(s), "
+        f"{args.out}: {manifest['images']:,} images in {len(manifest['shards'])} tar(s), "
         f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
         f"{manifest['broken']} unreadable; "
         f"decoding {manifest['checked']} of them again gives {manifest['psnr']:.2f} dB"

@@ -1,4 +1,4 @@
-"""`unitok generate`: pictures from prompts, as PNGs that carry prompt, seed and settings."""
+"""`unitok generate`: images from prompts, as PNGs that carry prompt, seed and settings."""
 
 import argparse
 import dataclasses
@@ -12,11 +12,11 @@ from open_unitok.core.files import existing, make_folder
 
 from .options import add_model_options, add_sampling_options, load_pipeline, sampling_of
 
-GRID_LIMIT = 100  # pictures in grid.png
+GRID_LIMIT = 100  # images in grid.png
 
 
 class Job(NamedTuple):
-    """One picture to draw."""
+    """One image to draw."""
 
     path: Path
     record: dict[str, Any]  # what the PNG carries: prompt, seed, model and settings
@@ -29,11 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="where the PNGs and grid.png go")
     parser.add_argument("--negative", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--num-images", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--num-images", type=int, default=1, help="images per prompt")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the first picture; each next one takes one more"
+        "--seed", type=int, default=0, help="of the first image; each next one takes one more"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="pictures drawn together")
+    parser.add_argument("--batch-size", type=int, default=64, help="images drawn together")
     add_sampling_options(parser)
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     mine = [job for job in share if not is_drawn(job)]
     if mine:
         pipe = load_pipeline(args)
-        with tqdm(total=len(mine), unit="picture", disable=None) as bar:
+        with tqdm(total=len(mine), unit="image", disable=None) as bar:
             for start in range(0, len(mine), args.batch_size):
                 batch = mine[start : start + args.batch_size]
                 prompts, seeds = ([job.record[key] for job in batch] for key in ("prompt", "seed"))
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> None:
                 for job, image in zip(batch, images):
                     save_png(image, job.path, job.record)
                 bar.update(len(batch))
-    print(
-        f"{len(mine)} pictures drawn into {args.out}, {len(share) - len(mine)} were there.", file=sys.stderr
-    )
+    print(f"{len(mine)} images drawn into {args.out}, {len(share) - len(mine)} were there.", file=sys.stderr)
     write_grid(jobs, Path(args.out) / "grid.png")
 
 
@@ -94,27 +92,27 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def plan(prompts: list[str], args: argparse.Namespace, settings: dict[str, Any]) -> list[Job]:
-    """One job per picture, its file named by number, prompt and seed."""
+    """One job per image, its file named by number, prompt and seed."""
     from open_unitok.generation.sampling import check_seed
 
-    # what else changes a picture, where it was asked for
+    # what else changes an image, where it was asked for
     rest = {"negative_prompt": args.negative, "adapter": args.adapter, "dtype": args.dtype}
     given = {key: value for key, value in rest.items() if value is not None}
     jobs = []
     for i, prompt in enumerate(prompts):
         for j in range(args.num_images):
             seed = check_seed(args.seed + i * args.num_images + j)
-            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
             record = {"prompt": prompt, "seed": seed, "model": str(args.model), **settings, **given}
             jobs.append(Job(Path(args.out) / f"{i:05d}-{slug}-seed{seed}.png", record))
     return jobs
 
 
 def is_drawn(job: Job) -> bool:
-    """True if this very picture is there.
+    """True if this very image is there.
 
     Raises:
-        UserError: a picture of other settings stands in its place.
+        UserError: an image of other settings stands in its place.
     """
     from open_unitok.generation.image_files import read_record
 
@@ -132,7 +130,7 @@ def is_drawn(job: Job) -> bool:
 
 
 def write_grid(jobs: list[Job], path: Path) -> None:
-    """All pictures on one sheet, once all are there: the last process of a launch finds them so."""
+    """All images on one sheet, once all are there: the last process of a launch finds them so."""
     from PIL import Image
 
     from open_unitok.generation.image_files import grid_of, save_png

@@ -1,4 +1,4 @@
-"""`unitok reconstruct`: pictures through the visual tokenizer and back, original beside copy."""
+"""`unitok reconstruct`: images through the visual tokenizer and back, original beside copy."""
 
 import argparse
 import os
@@ -13,7 +13,7 @@ from .options import add_model_options, pick_device, quiet_loading
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """IMG ... --model M --out DIR."""
-    parser.add_argument("images", metavar="IMG", nargs="+", help="pictures to encode and decode")
+    parser.add_argument("images", metavar="IMG", nargs="+", help="images to encode and decode")
     add_model_options(parser, adapter=False)
     parser.add_argument(
         "--out", required=True, metavar="DIR", help="where the PNGs go: original left, copy right"
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write NAME.png into DIR for each picture and print its PSNR."""
+    """Write NAME.png into DIR for each image and print its PSNR."""
     from tqdm import tqdm
 
     from open_unitok.generation.image_files import grid_of, save_png
@@ -63,7 +63,7 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
 
 
 def output_names(images: list[str]) -> list[str]:
-    """File names without ending; where two pictures share one, a number makes the difference."""
+    """File names without ending; where two images share one, a number makes the difference."""
     names: list[str] = []
     for image in images:
         stem, number = Path(image).stem, 2

@@ -28,12 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--token-file", metavar="FILE", help=f"holds the bearer token that clients must send (or set {TOKEN})"
     )
     parser.add_argument(
-        "--files", metavar="DIR", help="pictures in DIR may be named as file: URLs (default: none)"
+        "--files", metavar="DIR", help="images in DIR may be named as file: URLs (default: none)"
     )
-    parser.add_argument("--max-batch", type=int, default=16, help="pictures or answers worked on together")
+    parser.add_argument("--max-batch", type=int, default=16, help="images or answers worked on together")
     parser.add_argument("--max-waiting", type=int, default=64, help="more that wait are refused with 429")
     parser.add_argument("--max-body", type=float, default=20, metavar="MB", help="of a request")
-    parser.add_argument("--max-side", type=int, default=8192, metavar="PIXELS", help="of a picture sent in")
+    parser.add_argument("--max-side", type=int, default=8192, metavar="PIXELS", help="of an image sent in")
     parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer")
     parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one request")
 

@@ -1,4 +1,4 @@
-"""`unitok ui`: a page in the browser to draw, to ask about pictures and to look at their codes."""
+"""`unitok ui`: a page in the browser to draw, to ask about images and to look at their codes."""
 
 import argparse
 import os

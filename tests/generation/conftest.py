@@ -129,9 +129,9 @@ def pipe(folder):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
+def photos(tmp_path_factory):
     """Three PNGs of different shapes."""
-    path, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    path, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     files = []
     for i, shape in enumerate([(48, 48, 3), (60, 40, 3), (50, 90, 3)]):
         files.append(path / f"p{i}.png")

@@ -31,12 +31,12 @@ def unitok(capsys):
     return run
 
 
-def test_generate_writes_pictures_with_their_settings_and_skips_them_then(unitok, folder, tmp_path):
+def test_generate_writes_images_with_their_settings_and_skips_them_then(unitok, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("two blue squares\n\na star\n")
     command = ["generate", "A red circle!", "--prompts", tmp_path / "prompts.txt", "--model", folder]
     command += ["--out", tmp_path / "out", "--num-images", "2", "--seed", "9", "--guidance", "2"]
     code, _, err = unitok(*command)
-    assert code == 0 and "6 pictures drawn" in err
+    assert code == 0 and "6 images drawn" in err
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files[:2] == ["00000-a-red-circle-seed10.png", "00000-a-red-circle-seed9.png"]
     assert len(files) == 7 and files[-1] == "grid.png"
@@ -50,7 +50,7 @@ def test_generate_writes_pictures_with_their_settings_and_skips_them_then(unitok
     content = removed.read_bytes()
     removed.unlink()
     code, _, err = unitok(*command)
-    assert code == 0 and "1 pictures drawn" in err and "5 were there" in err
+    assert code == 0 and "1 images drawn" in err and "5 were there" in err
     assert removed.read_bytes() == content  # alone as in the batch
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != removed)
 
@@ -75,19 +75,19 @@ def test_generate_takes_every_setting_of_drawing(unitok, folder, pipe, tmp_path)
     assert code == 2 and "negative_prompt = 'a square', not None" in err
 
 
-def test_inference_needs_no_training_package(folder, pictures, tmp_path):
+def test_inference_needs_no_training_package(folder, photos, tmp_path):
     """Every command of this room, drawing and answering done, in a process of its own."""
     code = """
 import json, sys
 from open_unitok.cli.main import main
-folder, picture, out = sys.argv[1:]
+folder, image, out = sys.argv[1:]
 main(["generate", "a circle", "--model", folder, "--out", out])
-main(["ask", picture, "What?", "--model", folder, "--max-new-tokens", "2"])
-main(["reconstruct", picture, "--model", folder, "--out", out])
+main(["ask", image, "What?", "--model", folder, "--max-new-tokens", "2"])
+main(["reconstruct", image, "--model", folder, "--out", out])
 import open_unitok.cli.chat, open_unitok.cli.serve, open_unitok.cli.ui
 print(json.dumps(sorted(sys.modules)))
 """
-    words = [sys.executable, "-c", code, str(folder), str(pictures[0]), str(tmp_path)]
+    words = [sys.executable, "-c", code, str(folder), str(photos[0]), str(tmp_path)]
     result = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
     assert len(list(tmp_path.glob("*.png"))) >= 2
@@ -98,16 +98,14 @@ print(json.dumps(sorted(sys.modules)))
     assert not others & {name.split(".")[0] for name in loaded}
 
 
-def test_ask_prints_one_line_per_question(unitok, folder, pictures):
-    code, out, _ = unitok(
-        "ask", pictures[0], "What?", "How many?", "--model", folder, "--max-new-tokens", "3"
-    )
+def test_ask_prints_one_line_per_question(unitok, folder, photos):
+    code, out, _ = unitok("ask", photos[0], "What?", "How many?", "--model", folder, "--max-new-tokens", "3")
     assert code == 0 and out.count("\n") == 2
 
 
-def test_several_processes_share_prompts_and_questions(unitok, folder, pictures, tmp_path, monkeypatch):
-    rows = [{"image": path.name, "question": q} for q in ("What?", "How many?") for path in pictures]
-    questions = pictures[0].parent / "questions.jsonl"
+def test_several_processes_share_prompts_and_questions(unitok, folder, photos, tmp_path, monkeypatch):
+    rows = [{"image": path.name, "question": q} for q in ("What?", "How many?") for path in photos]
+    questions = photos[0].parent / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
     draw = ["generate", "a", "b", "c", "--model", folder, "--guidance", "2", "--out"]
     ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
@@ -119,7 +117,7 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, pictures,
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
         monkeypatch.setenv("RANK", rank)
         code, _, err = unitok(*draw, tmp_path / "shared")
-        assert code == 0 and f"{2 - int(rank)} pictures drawn" in err and "0 were there" in err
+        assert code == 0 and f"{2 - int(rank)} photos drawn" in err and "0 were there" in err
         assert unitok(*ask, tmp_path / "shared.jsonl")[0] == 0
     assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
     names = sorted(path.name for path in (tmp_path / "alone").iterdir())
@@ -132,17 +130,15 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, pictures,
         "shared",
         "shared.jsonl",
     ]
-    code, _, err = unitok("ask", pictures[0], "What?", "--model", folder)
+    code, _, err = unitok("ask", photos[0], "What?", "--model", folder)
     assert code == 2 and "--out FILE" in err
 
 
-def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(
-    unitok, folder, pictures, tmp_path, monkeypatch
-):
+def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(unitok, folder, photos, tmp_path, monkeypatch):
     """Rank 1 of an earlier launch has left its answers; now rank 0 ends before rank 1 does."""
 
     def command(*questions):
-        rows = [{"image": str(pictures[0]), "question": question} for question in questions]
+        rows = [{"image": str(photos[0]), "question": question} for question in questions]
         (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return ["ask", "--questions", tmp_path / "q.jsonl", "--model", folder, "--max-new-tokens", "3",
                 "--out", tmp_path / "a.jsonl"]  # fmt: skip
@@ -174,9 +170,9 @@ def test_this_machine_alone_is_served_unless_told_otherwise():
         assert parser.parse_args([]).host == "127.0.0.1"
 
 
-def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_path):
+def test_reconstruct_lays_copies_beside_originals(unitok, folder, photos, tmp_path):
     for model in (folder, folder / "unitok"):
-        code, out, _ = unitok("reconstruct", *pictures, pictures[0], "--model", model, "--out", tmp_path)
+        code, out, _ = unitok("reconstruct", *photos, photos[0], "--model", model, "--out", tmp_path)
         assert code == 0 and out.count("PSNR") == 4
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p0-2.png", "p0.png", "p1.png", "p2.png"]
     with Image.open(tmp_path / "p2.png") as image:
@@ -207,47 +203,47 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, pictures, tmp_
         (["generate", "a", "--model", "gone/away/x", "--out", "OUT"], "gone/away/x does not exist"),
         (["generate", "a", "--model", "UNITOK", "--out", "OUT"], "visual tokenizer"),
         (["ask", "gone.png", "What?", "--model", "MODEL"], "gone.png"),
-        (["ask", "TEXT", "What?", "--model", "MODEL"], "no picture"),
-        (["ask", "PICTURE", " ", "--model", "MODEL"], "Question 0"),
-        (["ask", "word " * 99, "PICTURE", "--model", "MODEL"], "does not exist"),
-        (["ask", "PICTURE", "a\udcff", "--model", "MODEL"], r"Question 0 is 'a\udcff'"),
-        (["ask", "PICTURE", "a", "--model", "MODEL", "--out", "OTHER"], "other_kind is a folder"),
-        (["ask", "PICTURE", "a", "--model", "MODEL", "--out", "TEXT/a"], "text.png cannot be a folder"),
-        (["ask", "PICTURE", "--model", "MODEL"], "nothing to answer"),
+        (["ask", "TEXT", "What?", "--model", "MODEL"], "no image"),
+        (["ask", "IMAGE", " ", "--model", "MODEL"], "Question 0"),
+        (["ask", "word " * 99, "IMAGE", "--model", "MODEL"], "does not exist"),
+        (["ask", "IMAGE", "a\udcff", "--model", "MODEL"], r"Question 0 is 'a\udcff'"),
+        (["ask", "IMAGE", "a", "--model", "MODEL", "--out", "OTHER"], "other_kind is a folder"),
+        (["ask", "IMAGE", "a", "--model", "MODEL", "--out", "TEXT/a"], "text.png cannot be a folder"),
+        (["ask", "IMAGE", "--model", "MODEL"], "nothing to answer"),
         (["ask", "--model", "MODEL"], "--questions FILE"),
-        (["ask", "PICTURE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
+        (["ask", "IMAGE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
         (["ask", "--questions", "TEXT", "--model", "MODEL"], "line 1, is not valid JSON"),
-        (["ask", "--questions", "PICTURE", "--model", "MODEL"], "line 1, is not valid JSON"),
-        (["generate", "--prompts", "PICTURE", "--model", "MODEL", "--out", "OUT"], "no UTF-8 text file"),
-        (["ask", "PICTURE", "What?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
-        (["ask", "PICTURE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
+        (["ask", "--questions", "IMAGE", "--model", "MODEL"], "line 1, is not valid JSON"),
+        (["generate", "--prompts", "IMAGE", "--model", "MODEL", "--out", "OUT"], "no UTF-8 text file"),
+        (["ask", "IMAGE", "What?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["ask", "IMAGE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
         (["chat", "gone.png", "--model", "MODEL"], "gone.png"),
-        (["chat", "PICTURE", "--model", "MODEL", "--temperature", "nan"], "temperature is nan"),
-        (["chat", "PICTURE", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["chat", "IMAGE", "--model", "MODEL", "--temperature", "nan"], "temperature is nan"),
+        (["chat", "IMAGE", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["serve", "--model", "MODEL", "--port", "70000"], "--port is 70000"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", "no such host"], "--host no such host"),
         (["serve", "--model", "MODEL", "--port", "0", "--timeout", "nan"], "--timeout is nan"),
         (["serve", "--model", "MODEL", "--port", "0", "--max-waiting", "0"], "--max-waiting is 0"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "gone.txt"], "gone.txt does not exist"),
-        (["serve", "--model", "MODEL", "--port", "0", "--files", "PICTURE"], "is no folder"),
+        (["serve", "--model", "MODEL", "--port", "0", "--files", "IMAGE"], "is no folder"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "OTHER"], "must hold one line"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", ""], "--host is empty"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", "a..b"], "--host a..b"),
         (["ui", "--model", "MODEL", "--port", "7860", "--host", ""], "--host is empty"),
         (["serve", "--model", "gone/away/x", "--port", "0"], "gone/away/x does not exist"),
         (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
-        (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no picture"),
-        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
-        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "-16"], "size is -16"),
-        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "OUT", "--size", "0"], "size is 0"),
-        (["reconstruct", "PICTURE", "--model", "MODEL", "--out", "TEXT"], "cannot be a folder"),
-        (["reconstruct", "PICTURE", "--model", "OTHER", "--out", "OUT"], "bert"),
-        (["ask", "PICTURE", "word " * 99, "--model", "MODEL"], "shorten the question"),
+        (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "no image"),
+        (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
+        (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "OUT", "--size", "-16"], "size is -16"),
+        (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "OUT", "--size", "0"], "size is 0"),
+        (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "TEXT"], "cannot be a folder"),
+        (["reconstruct", "IMAGE", "--model", "OTHER", "--out", "OUT"], "bert"),
+        (["ask", "IMAGE", "word " * 99, "--model", "MODEL"], "shorten the question"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures, tmp_path, arguments, words):
+def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, photos, tmp_path, arguments, words):
     text = tmp_path / "text.png"
-    text.write_text("no picture at all")
+    text.write_text("no image at all")
     other = tmp_path / "other_kind"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "bert"}')
@@ -257,7 +253,7 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures
         "UNITOK": folder / "unitok",
         "OUT": tmp_path / "out",
         "TEXT": text,
-        "PICTURE": pictures[0],
+        "IMAGE": photos[0],
     }
     names["TEXT/a"] = text / "a"
     code, _, err = unitok(*[names.get(a, a) for a in arguments])
@@ -265,10 +261,10 @@ def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, pictures
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
-def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, pictures, monkeypatch):
+def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, photos, monkeypatch):
     lines = [
         "What is it?",
-        f"/image {pictures[1]}",
+        f"/image {photos[1]}",
         "How many?",
         "",
         "Is it red?",
@@ -276,9 +272,9 @@ def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, pictures, mo
         "/image gone.png",
     ]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/new", "What?\n"])))
-    code, out, err = unitok("chat", pictures[0], "--model", folder, "--max-new-tokens", "3")
-    both = [pictures[0], pictures[1]]
-    first = pipe.chat("What is it?", pictures[0], max_new_tokens=3)
+    code, out, err = unitok("chat", photos[0], "--model", folder, "--max-new-tokens", "3")
+    both = [photos[0], photos[1]]
+    first = pipe.chat("What is it?", photos[0], max_new_tokens=3)
     second = pipe.chat("How many?", both, max_new_tokens=3)
     third = pipe.chat("Is it red?", both, [("How many?", second)], max_new_tokens=3)
     last = pipe.chat("What?", both, max_new_tokens=3)

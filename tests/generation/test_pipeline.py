@@ -19,7 +19,7 @@ def same(a, b):
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_a_picture_is_the_same_in_every_batch(pipe):
+def test_a_image_is_the_same_in_every_batch(pipe):
     images = pipe.generate(PROMPTS, SAMPLING, seed=5)
     assert [image.size for image in images] == [(48, 48)] * 3
     split = pipe.generate(PROMPTS, SAMPLING, seed=5, batch_size=2)
@@ -29,7 +29,7 @@ def test_a_picture_is_the_same_in_every_batch(pipe):
     assert pipe.generate([]) == []
 
 
-def test_the_stream_ends_in_the_same_pictures(pipe):
+def test_the_stream_ends_in_the_same_images(pipe):
     steps = list(pipe.stream(PROMPTS, SAMPLING, seed=5))
     assert len(steps) == 3  # rows of visual tokens
     assert all(map(same, steps[-1], pipe.generate(PROMPTS, SAMPLING, seed=5)))
@@ -40,7 +40,7 @@ def test_the_stream_ends_in_the_same_pictures(pipe):
             assert (np.asarray(image)[: 16 * rows] != 128).any()
 
 
-def test_several_pictures_of_a_prompt_and_negative_prompts(pipe):
+def test_several_images_of_a_prompt_and_negative_prompts(pipe):
     two = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2)
     assert torch.equal(two, pipe.draw([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, SAMPLING, seed=5, batch_size=3))
     away = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative=["blurred", "a dog"])
@@ -48,15 +48,15 @@ def test_several_pictures_of_a_prompt_and_negative_prompts(pipe):
     assert not torch.equal(away, two)
 
 
-def test_a_picture_is_completed_from_its_first_rows(pipe, pictures):
-    prefix = pipe.first_rows(pictures[:2], 2)
+def test_a_image_is_completed_from_its_first_rows(pipe, photos):
+    prefix = pipe.first_rows(photos[:2], 2)
     assert prefix.shape == (2, 6, 3)
     codes = pipe.draw(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
     assert torch.equal(codes[:, :6], prefix)
     steps = list(pipe.stream(PROMPTS[:2], SAMPLING, prefix=prefix))
     assert len(steps) == 1 and all(map(same, steps[0], pipe.decode(codes)))
     with pytest.raises(UserError, match="rows is 3; it must be a whole number from 1 to 2"):
-        pipe.first_rows(pictures[:1], 3)
+        pipe.first_rows(photos[:1], 3)
 
 
 def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
@@ -67,43 +67,43 @@ def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
     assert list(steps) == []
 
 
-def test_answers_stream_word_by_word(pipe, pictures):
+def test_answers_stream_word_by_word(pipe, photos):
     questions = ["What is it?", "Is it red?"]
-    images = [pictures[0], None]
+    images = [photos[0], None]
     pieces = list(pipe.answer_stream(images, questions, max_new_tokens=12))
     assert len(pieces) > 2 and all(len(p) == 2 for p in pieces)
     assert ["".join(column) for column in zip(*pieces)] == pipe.answer(images, questions, max_new_tokens=12)
 
 
-def test_a_chat_fills_the_context_at_most(pipe, pictures):
+def test_a_chat_fills_the_context_at_most(pipe, photos):
     """The model's context is 64: what is left of it is the default; more is refused where it is asked for."""
     prompt = len(pipe.processor.question_ids("And now?", 1, history=()))
-    answer = pipe.chat("And now?", pictures[0])
-    assert answer == pipe.chat("And now?", pictures[0], max_new_tokens=64 - prompt)
-    streams = [pipe.chat_stream("And now?", pictures[0], (), n) for n in (None, 64 - prompt)]
+    answer = pipe.chat("And now?", photos[0])
+    assert answer == pipe.chat("And now?", photos[0], max_new_tokens=64 - prompt)
+    streams = [pipe.chat_stream("And now?", photos[0], (), n) for n in (None, 64 - prompt)]
     assert list(streams[0]) == list(streams[1])
     with pytest.raises(UserError, match="more than the context of 64"):
-        pipe.chat("And now?", pictures[0], max_new_tokens=65 - prompt)
+        pipe.chat("And now?", photos[0], max_new_tokens=65 - prompt)
     with pytest.raises(UserError, match="context of 64"):
-        pipe.chat("And now? " * 40, pictures[0])
+        pipe.chat("And now? " * 40, photos[0])
 
 
-def test_a_chat_is_one_long_prompt(pipe, pictures):
+def test_a_chat_is_one_long_prompt(pipe, photos):
     history = [("What is it?", "A star."), ("Is it red?", "Yes.")]
     told = "<image>\nWhat is it? ASSISTANT: A star.</s>USER: Is it red? ASSISTANT: Yes.</s>USER: And now?"
-    answer = pipe.chat("And now?", pictures[0], history, max_new_tokens=6)
-    assert answer == pipe.answer([pictures[0]], [told], max_new_tokens=6)[0]
-    assert "".join(pipe.chat_stream("And now?", pictures[0], history, max_new_tokens=6)) == answer
-    several = pipe.answer([pictures[0], None], ["And now?", "Hi"], max_new_tokens=6, histories=[history, []])
+    answer = pipe.chat("And now?", photos[0], history, max_new_tokens=6)
+    assert answer == pipe.answer([photos[0]], [told], max_new_tokens=6)[0]
+    assert "".join(pipe.chat_stream("And now?", photos[0], history, max_new_tokens=6)) == answer
+    several = pipe.answer([photos[0], None], ["And now?", "Hi"], max_new_tokens=6, histories=[history, []])
     assert several == [answer, pipe.chat("Hi", max_new_tokens=6)]
     second = [("What is it?", "A star."), ("And <image> this?", "Two.")]
     marked = pipe.processor.question_ids("Which?", 1, history=second)
     assert marked.index(pipe.processor.image_token_id) > 10
 
 
-def test_answers_do_not_depend_on_the_batch(pipe, pictures):
-    questions = ["What is it?", "How many stars are there in the picture?", "Is it red?", "And without?"]
-    images = [pictures[0], Image.open(pictures[1]), [pictures[0], pictures[2].read_bytes()], None]
+def test_answers_do_not_depend_on_the_batch(pipe, photos):
+    questions = ["What is it?", "How many stars are there in the image?", "Is it red?", "And without?"]
+    images = [photos[0], Image.open(photos[1]), [photos[0], photos[2].read_bytes()], None]
     answers = pipe.answer(images, questions, max_new_tokens=6)
     assert len(answers) == 4 and all(isinstance(answer, str) for answer in answers)
     for image, question, answer in zip(images, questions, answers):
@@ -111,18 +111,18 @@ def test_answers_do_not_depend_on_the_batch(pipe, pictures):
     assert pipe.answer([], []) == []
 
 
-def test_a_picture_that_comes_again_is_encoded_once(pipe, pictures, monkeypatch):
+def test_a_image_that_comes_again_is_encoded_once(pipe, photos, monkeypatch):
     seen = []
     encode = pipe.encode_to_read
     monkeypatch.setattr(pipe, "encode_to_read", lambda p, **k: seen.append(len(p)) or encode(p, **k))
-    pipe.answer([pictures[0]] * 3, ["a?", "b?", "c?"], max_new_tokens=1)
+    pipe.answer([photos[0]] * 3, ["a?", "b?", "c?"], max_new_tokens=1)
     assert seen == [1]
 
 
-def test_reconstruction_is_encode_and_decode(pipe, pictures):
-    copies = pipe.reconstruct(pictures, batch_size=2)
+def test_reconstruction_is_encode_and_decode(pipe, photos):
+    copies = pipe.reconstruct(photos, batch_size=2)
     assert [copy.size for copy in copies] == [(48, 48)] * 3
-    assert same(copies[2], pipe.reconstruct(pictures[2:])[0])
+    assert same(copies[2], pipe.reconstruct(photos[2:])[0])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_reconstruction_is_encode_and_decode(pipe, pictures):
         (lambda p: p.generate(3), "3 was given where a list of prompts"),
         (lambda p: p.generate(["a\udcff"]), r"Prompt 0 is 'a\\udcff'"),
         (lambda p: p.generate(["word " * 60]), "shorten the prompt"),
-        (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 pictures"),
+        (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 images"),
         (lambda p: p.generate(["a"], seed=1.5), "seed is 1.5"),
         (lambda p: p.generate(["a"], batch_size=0), "batch_size is 0"),
         (lambda p: p.generate(["a"], num_images=0), "num_images is 0"),
@@ -157,11 +157,11 @@ def test_reconstruction_is_encode_and_decode(pipe, pictures):
         (lambda p: p.answer([None], [""]), "Question 0 is ''"),
         (lambda p: p.answer([None], None), "None was given where a list of questions"),
         (lambda p: p.answer(None, ["a?"]), "images is None"),
-        (lambda p: p.answer([3], ["a?"]), "No int can be read as a picture"),
+        (lambda p: p.answer([3], ["a?"]), "No int can be read as an image"),
         (lambda p: p.answer(["x" * 300], ["a?"]), "is no file"),
         (lambda p: p.answer([None], ["word " * 60]), "context"),
         (lambda p: p.answer(["nothing.png"], ["a?"]), "nothing.png"),
-        (lambda p: p.answer([b"not a picture"], ["a?"]), "no picture"),
+        (lambda p: p.answer([b"not an image"], ["a?"]), "no image"),
         (lambda p: p.reconstruct(["nothing.png"]), "nothing.png"),
         (lambda p: p.reconstruct(["nothing.png"], batch_size=-1), "batch_size is -1"),
     ],
@@ -211,7 +211,7 @@ def test_wrong_devices_and_dtypes_are_refused(folder, device, dtype, words):
         Pipeline.from_pretrained(folder, device, dtype)
 
 
-def test_bfloat16_draws_and_answers(folder, pictures):
+def test_bfloat16_draws_and_answers(folder, photos):
     pipe = Pipeline.from_pretrained(folder, dtype="bfloat16")
     assert pipe.generate(PROMPTS[:1], SAMPLING)[0].size == (48, 48)
-    assert len(pipe.answer([pictures[0]], ["What?"], max_new_tokens=2)) == 1
+    assert len(pipe.answer([photos[0]], ["What?"], max_new_tokens=2)) == 1

@@ -45,8 +45,8 @@ def test_text_is_not_held_back_longer_than_need_be(pipe):
     assert [bool(piece) for piece in pieces] == [True, False, True, True]
 
 
-def test_chat_streams_what_it_answers(pipe, pictures):
+def test_chat_streams_what_it_answers(pipe, photos):
     for question in ("What?", "And now?", "a b c", "Where is it?"):
-        for picture in pictures[:2]:
-            whole = pipe.chat(question, picture)
-            assert "".join(pipe.chat_stream(question, picture)) == whole
+        for image in photos[:2]:
+            whole = pipe.chat(question, image)
+            assert "".join(pipe.chat_stream(question, image)) == whole

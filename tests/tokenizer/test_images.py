@@ -1,4 +1,4 @@
-"""Pictures to pixels and back, against the published scripts' preprocessing."""
+"""Images to pixels and back, against the published scripts' preprocessing."""
 
 import contextlib
 import io
@@ -50,7 +50,7 @@ def test_round_trip():
     assert to_pil(from_pil(picture)).tobytes() == picture.tobytes()
 
 
-def test_small_pictures_are_framed_in_black():
+def test_small_images_are_framed_in_black():
     pixels = to_pixels(Image.new("RGB", (5, 8), "white"), 8, resize=0)
     assert pixels[0, 0].tolist() == [-1, 1, 1, 1, 1, 1, -1, -1]
 
@@ -75,19 +75,19 @@ def test_load(tmp_path, monkeypatch):
 
 
 def test_load_mistakes(tmp_path):
-    (tmp_path / "a.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"a\.png is no picture that can be read"):
+    (tmp_path / "a.png").write_text("no image")
+    with pytest.raises(UserError, match=r"a\.png is no image that can be read"):
         load_image(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"b\.png is no file"):
         load_image(tmp_path / "b.png")
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(buffer, "PNG")
-    with pytest.raises(UserError, match="The given bytes is no picture"):
+    with pytest.raises(UserError, match="The given bytes is no image"):
         load_image(buffer.getvalue()[:300])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "QOI", "DDS", "TGA"])
-def test_broken_pictures_of_every_kind_are_refused(kind):
+def test_broken_images_of_every_kind_are_refused(kind):
     """Cut off, or with other bytes in the head: Pillow's readers raise nearly every error there is."""
     buffer, random = io.BytesIO(), Random(0)
     try:
@@ -102,7 +102,7 @@ def test_broken_pictures_of_every_kind_are_refused(kind):
             load_image(bytes(content[: random.randint(0, len(content))]))
 
 
-def test_long_and_thin_pictures_do_not_fill_the_memory():
+def test_long_and_thin_images_do_not_fill_the_memory():
     thin = Image.new("RGB", (1, 50_000))
     for mode in ("crop", "pad"):
         with pytest.raises(UserError, match="1 x 50000 pixels"):

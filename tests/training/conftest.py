@@ -33,7 +33,7 @@ out: {folder}/run
 steps: 8
 batch_size: 8
 data: {{sources: [{{path: "{folder}/pairs-*.tar"}}], shuffle: 16}}
-pictures: {{captions: json}}
+images: {{captions: json}}
 caption_tokenizer: {folder}/tokenizer.model
 model:
   {{image_size: 32, stem_width: 8, stage_widths: [8, 8], stage_depths: [1, 1], decoder_widths: [8, 8],
@@ -60,11 +60,11 @@ def data(tmp_path_factory):
         with tarfile.open(folder / f"pairs-{tar}.tar", "w") as file:
             for n in range(20):
                 name = list(COLOURS)[rng.integers(4)]
-                picture = np.full((32, 32, 3), 235, np.uint8)
+                image = np.full((32, 32, 3), 235, np.uint8)
                 x, y = rng.integers(0, 20, 2)
-                picture[y : y + 12, x : x + 12] = COLOURS[name]
+                image[y : y + 12, x : x + 12] = COLOURS[name]
                 buffer = io.BytesIO()
-                Image.fromarray(picture).save(buffer, "PNG")
+                Image.fromarray(image).save(buffer, "PNG")
                 words = [f"a {name} square", f"{name} and square"]
                 captions += words
                 for extension, content in (
@@ -157,14 +157,14 @@ def dino_file(tmp_path_factory):
     return path
 
 
-# ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen pictures, and how a run is started ----------
+# ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen images, and how a run is started ----------
 
 NAMES = ("red", "blue", "brown", "black")
 THINGS = ("cat", "dog", "fox", "sky")
 
 
 def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
-    """Pictures by number as a tar, and that as a code folder; returns its path."""
+    """Images by number as a tar, and that as a code folder; returns its path."""
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for number in numbers:
             colour, thing = NAMES[number % 4], THINGS[number // 4]
@@ -201,7 +201,7 @@ def write_tokenizer(folder: Path, seed: int) -> None:
 
 @pytest.fixture(scope="session")
 def mllm_place(tmp_path_factory, golden):
-    """A folder with a tiny visual tokenizer, code shards of sixteen pictures and of four, and plain text."""
+    """A folder with a tiny visual tokenizer, code shards of sixteen images and of four, and plain text."""
     folder = tmp_path_factory.mktemp("stage")
     write_tokenizer(folder / "unitok", seed=0)
     path = write_codes(folder, "codes", range(16), captions=2)

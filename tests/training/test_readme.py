@@ -36,7 +36,7 @@ def blocks(language=""):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """What the commands name: pictures, conversations, documents, text, and a tiny tokenizer."""
+    """What the commands name: images, conversations, documents, text, and a tiny tokenizer."""
     torch.manual_seed(0)
     sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
     decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
@@ -44,10 +44,10 @@ def place(tmp_path, monkeypatch):
     text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
     unitok = UniTok(UniTokConfig(image_size=32, embed_dim=8, **sizes, **decoder, **codes, **text))
     unitok.save_pretrained(tmp_path / "runs" / "demo" / "tokenizer" / "model")
-    for name in ("my_pictures/a.jpg", "my_pictures/b.png", "llava/images/coco/1.jpg", "docs/images/a.jpg"):
+    for name in ("my_images/a.jpg", "my_images/b.png", "llava/images/coco/1.jpg", "docs/images/a.jpg"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (len(name) * 9, 50, 9)).save(tmp_path / name)
-    (tmp_path / "my_pictures" / "a.txt").write_text("a cat\na red cat\n")
+    (tmp_path / "my_images" / "a.txt").write_text("a cat\na red cat\n")
     (tmp_path / "pairs.csv").write_text("file_name,text\na.jpg,a cat\n")
     talks = [json.loads(text) for text in blocks("json")]
     (tmp_path / "llava" / "talks.json").write_text(json.dumps(talks))

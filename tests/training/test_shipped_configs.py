@@ -75,7 +75,7 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
     changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
     changes += [
         f"data.sources=[{{path: '{data}/pairs-*.tar'}}]",
-        "pictures.captions=json",
+        "images.captions=json",
         "engine.threads=1",
     ]
     changes += [
@@ -100,7 +100,7 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
 def test_missing_helper_weights_stop_it(data, helpers, tmp_path, capsys):
     """LPIPS first, then DINOv2: the message names the file and where it comes from."""
     changes = [f"data.sources=[{{path: '{data}/pairs-*.tar'}}]", f"caption_tokenizer={data}/tokenizer.model"]
-    changes += [f"out={tmp_path}/run", "pictures.captions=json", "batch_size=4", "data.workers=0"]
+    changes += [f"out={tmp_path}/run", "images.captions=json", "batch_size=4", "data.workers=0"]
     changes += [f"model.{name}={value}" for name, value in SMALL.items()]
     for more, file in (
         ([], "lpips_with_vgg.pth"),

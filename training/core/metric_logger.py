@@ -131,10 +131,10 @@ class Logbook:
         if self._bar is not None and "loss" in row:
             self._bar.set_postfix_str(f"loss {row['loss']:.4g}", refresh=False)
 
-    def images(self, step: int, name: str, picture: Any) -> None:
-        """A picture for TensorBoard: uint8 array (H, W, 3)."""
+    def images(self, step: int, name: str, image: Any) -> None:
+        """An image for TensorBoard: uint8 array (H, W, 3)."""
         if distributed.is_main():
-            self._writer().add_image(name, picture, step, dataformats="HWC")
+            self._writer().add_image(name, image, step, dataformats="HWC")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs for its rows to go on; refuses NaN and Inf as `add` does."""

@@ -87,7 +87,7 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """A row of metrics every `every` steps; pictures every `images_every` steps (0: never).
+    """A row of metrics every `every` steps; images every `images_every` steps (0: never).
 
     `peak_tflops`: what one device could do at most, in 10^12 floating-point operations per second, for the
     share of it that is used ("mfu"); null looks the GPU up in a table.

@@ -1,6 +1,6 @@
 """What a data set holds, what of it is broken, and whether its codes fit a tokenizer.
 
-Reads a code folder, tars of pictures (a folder or a glob), conversations in LLaVA's .json or .jsonl, and
+Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA's .json or .jsonl, and
 plain text; each sample is looked at as training would read it. Exit code 2 where anything is broken.
 """
 
@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256, tokenizer_path
 
 from .code_shards import MANIFEST, CodeFolder
-from .extract import picture_members
+from .extract import image_members
 from .formats import read_rows, turns_of
 from .tar_index import BadSample, Record, index, tars_of
 from .text import TEXT_KEYS, Conversations, TextLines
@@ -27,7 +27,7 @@ SHOWN = 10  # broken samples that are named one by one
 
 
 class Checked(NamedTuple):
-    """One sample as it was found: its pictures (codes where they are codes), and what is said of them."""
+    """One sample as it was found: its images (codes where they are codes), and what is said of them."""
 
     pictures: list[Any]
     info: dict[str, Any]
@@ -62,7 +62,7 @@ def check(
     """Look at a data set of any kind.
 
     Args:
-        codes: code folder for conversations whose pictures are looked up by name.
+        codes: code folder for conversations whose images are looked up by name.
         samples: how many to look at, evenly spread; 0 = all.
         fingerprint: of the visual tokenizer that codes must belong to.
 
@@ -111,7 +111,7 @@ class _Tally:
         self.used: np.ndarray | None = None  # (K, V) bool
 
     def add(self, sample: Checked) -> None:
-        """Count one sample; raises BadSample if what is said of its pictures cannot be used."""
+        """Count one sample; raises BadSample if what is said of its images cannot be used."""
         info, pictures = sample.info, len(sample.pictures)
         texts = _texts(info, pictures)
         self.pictures += pictures
@@ -127,7 +127,7 @@ class _Tally:
 
     def lines(self) -> list[str]:
         """The counts, for people."""
-        lines = [f"  {self.pictures:,} pictures"] if self.pictures else []
+        lines = [f"  {self.pictures:,} images"] if self.pictures else []
         for name, count in self.roles.items():
             words = self.words.get(name, [])
             lines.append(f"  {count:,} samples with {name}{_lengths(words) if words else ''}")
@@ -167,7 +167,7 @@ def _texts(info: dict[str, Any], pictures: int) -> list[tuple[str, list[str]]]:
             raise BadSample("has a document that is no list")
         places = [piece for piece in document if not isinstance(piece, str)]
         if not all(isinstance(place, int) and 0 <= place < pictures for place in places):
-            raise BadSample(f"names pictures {places} in its document, but has {pictures}")
+            raise BadSample(f"names images {places} in its document, but has {pictures}")
         found.append(("a document", [" ".join(piece for piece in document if isinstance(piece, str))]))
     if isinstance(info.get("text"), str):
         found.append(("text", [info["text"]]))
@@ -187,7 +187,7 @@ def _open(path: str, codes: str | None) -> Reading:
         if not any(folder.glob("*.tar")):
             raise UserError(
                 f"{path} holds neither {MANIFEST} nor tars: `unitok data convert folder` makes tars of "
-                "pictures."
+                "images."
             )
         return _tars(tars_of(f"{path}/*.tar", "PATH"))
     if path.endswith(".tar"):
@@ -232,7 +232,7 @@ def _code_folder(folder: Path) -> Reading:
                 yield f"{codes.manifest['shards'][shard]['file']} sample {number}", read
 
     facts = codes.manifest
-    what = f"codes in {len(codes.sizes)} tar(s), {facts['num_tokens']} x {facts['num_codebooks']} per picture"
+    what = f"codes in {len(codes.sizes)} tar(s), {facts['num_tokens']} x {facts['num_codebooks']} per image"
     return Reading(what, sum(codes.sizes[shard] for shard in good), samples(), codes, tuple(problems))
 
 
@@ -243,19 +243,19 @@ def _tars(tars: list[str]) -> Reading:
 
     def samples() -> Iterator[tuple[str, Callable[[], Checked]]]:
         for record in records:
-            yield f"{record.tar} {record.key}", lambda record=record: _pictures(record)
+            yield f"{record.tar} {record.key}", lambda record=record: _images(record)
 
-    return Reading(f"pictures in {len(tars)} tar(s)", len(records), samples(), None, problems)
+    return Reading(f"images in {len(tars)} tar(s)", len(records), samples(), None, problems)
 
 
-def _pictures(record: Record) -> Checked:
+def _images(record: Record) -> Checked:
     from open_unitok.tokenizer.images import load_image
 
-    members, info = picture_members(record)
+    members, info = image_members(record)
     try:
         return Checked([load_image(record.read(member)).size for member in members], info)
     except UserError as error:
-        raise BadSample(f"has a broken picture: {error}") from error
+        raise BadSample(f"has a broken image: {error}") from error
 
 
 def _talks(talks: Conversations) -> Iterator[tuple[str, Callable[[], Checked]]]:

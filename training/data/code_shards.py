@@ -89,12 +89,12 @@ class CodeFolder:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def unsuited(self, kind: str) -> str | None:
-        """One line where pictures were made square in another way than suits `kind`, else None."""
+        """One line where images were made square in another way than suits `kind`, else None."""
         mode, oblong = self.manifest.get("mode"), self.manifest.get("oblong", 0)  # of older folders: unknown
         if not oblong or mode in (None, SUITED.get(kind, mode)):
             return None
         return (
-            f"{self.folder}: {oblong} of {self.manifest['pictures']} pictures were not square and came "
+            f"{self.folder}: {oblong} of {self.manifest['images']} images were not square and came "
             f"through --mode {mode}; kind {kind} wants codes of `unitok extract-codes --mode {SUITED[kind]}`."
         )
 
@@ -174,6 +174,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     manifest = read_json(
         existing(path, hint if Path(folder).is_dir() else "Run `unitok extract-codes` first.")
     )
+    if isinstance(manifest, dict) and "pictures" in manifest:  # what `images` was called before 0.2
+        manifest["images"] = manifest.pop("pictures")
     lacking = (
         [name for name in MANIFEST_FIELDS if name not in manifest] if isinstance(manifest, dict) else ["all"]
     )

@@ -47,11 +47,11 @@ def convert(
 
     Args:
         kind: a name in `LAYOUTS`.
-        images: folder that the picture names in `source` are relative to.
+        images: folder that the image names in `source` are relative to.
         column: the key that holds the caption.
 
     Returns:
-        Counts by name: "samples", "pictures", "skipped", "without a caption", "lost pictures" (named by
+        Counts by name: "samples", "images", "skipped", "without a caption", "lost images" (named by
         documents, but not on disk).
 
     Raises:
@@ -71,7 +71,7 @@ def convert(
     found = _begin(out, wanted)
     if "counts" in found:
         return found["counts"]
-    counts = Counter(samples=0, pictures=0)
+    counts = Counter(samples=0, images=0)
     items = LAYOUTS[kind].items(place)
     with tqdm(desc=kind, unit=" samples", disable=quiet, file=sys.stderr, mininterval=1.0) as bar:
         for number in itertools.count():
@@ -147,11 +147,11 @@ def _convert_tar(out: Path, number: int, group: list[Item]) -> dict[str, int]:
 
 
 def _add_item(tar: tarfile.TarFile, item: Item, counts: Counter[str]) -> None:
-    """Add a sample's pictures and its .json, or note why it cannot be used."""
+    """Add a sample's images and its .json, or note why it cannot be used."""
     try:
         if item.problem:
             raise BadSample(item.problem)
-        pictures = [read_picture(path) for path in item.pictures]
+        pictures = [read_image(path) for path in item.pictures]
     except BadSample as error:
         counts["skipped"] += 1
         if counts["skipped"] <= LOGGED_ONE_BY_ONE:
@@ -165,18 +165,18 @@ def _add_item(tar: tarfile.TarFile, item: Item, counts: Counter[str]) -> None:
         member.size = len(data)
         tar.addfile(member, io.BytesIO(data))
     counts["samples"] += 1
-    counts["pictures"] += len(pictures)
+    counts["images"] += len(pictures)
     if "captions" in item.info and not (item.info["captions"] or item.info.get("long_caption")):
         counts["without a caption"] += 1
     if item.info.get("lost"):
-        counts["lost pictures"] += item.info["lost"]
+        counts["lost images"] += item.info["lost"]
 
 
-def read_picture(path: Path) -> tuple[str, bytes]:
-    """(extension, bytes) of a picture file, as it is where extraction can read it; turned upright.
+def read_image(path: Path) -> tuple[str, bytes]:
+    """(extension, bytes) of an image file, as it is where extraction can read it; turned upright.
 
     Raises:
-        BadSample: there is no such file, or it is no picture.
+        BadSample: there is no such file, or it is no image.
     """
     try:
         data = path.read_bytes()

@@ -1,7 +1,7 @@
 """Image shards to code shards, so that the MLLM trains without the visual tokenizer.
 
 Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., beside `KEY.json` or
-`KEY.txt` (a caption); "images" in the .json says how many pictures there must be, 0 is allowed.
+`KEY.txt` (a caption); "images" in the .json says how many images there must be, 0 is allowed.
 
 Tar i of the input becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json,
 written last: where it stands, the tar is whole and is not made again. `codes.json` lists them all; the
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import torch
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
-CHECKED = 8  # pictures per tar that are decoded again
+CHECKED = 8  # images per tar that are decoded again
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -52,12 +52,12 @@ class Options(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A sample with its pictures; mostly one, several in conversations and documents, or none."""
+    """A sample with its images; mostly one, several in conversations and documents, or none."""
 
     key: str
     pictures: "list[torch.Tensor]"  # each (3, H, W)
     info: dict[str, Any]
-    oblong: int  # pictures that were not square
+    oblong: int  # images that were not square
 
 
 def extract(
@@ -66,8 +66,8 @@ def extract(
     """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
 
     Raises:
-        UserError: `out` is a file, or holds codes of other pictures or of another tokenizer; too many
-            pictures are unreadable.
+        UserError: `out` is a file, or holds codes of other images or of another tokenizer; too many
+            images are unreadable.
     """
     import torch
 
@@ -81,7 +81,7 @@ def extract(
         if not _finished(out, n, tars[n], options)
     ]
     total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
-    shown = {"desc": "codes", "unit": " pictures", "file": sys.stderr, "mininterval": 1.0}
+    shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
             _extract_tar(unitok, tars[number], out / _name(number), options, bar.update)
@@ -125,7 +125,7 @@ def _origin(tar: str, options: Options) -> dict[str, Any]:
 def _extract_tar(
     unitok: Any, tar: str, target: Path, options: Options, progress: Callable[[int], Any]
 ) -> None:
-    """One tar of pictures to one tar of codes, its description last."""
+    """One tar of images to one tar of codes, its description last."""
     records, problem = index(tar)
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
@@ -143,16 +143,16 @@ def _extract_tar(
             samples, pictures = samples + len(batch), pictures + len(pixels)
             oblong += sum(sample.oblong for sample in batch)
     if not samples:
-        raise UserError(f"{tar} holds no readable picture ({bad[-1] if bad else 'it is empty'}).")
+        raise UserError(f"{tar} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
     write_atomic(target, buffer.getvalue())
     error = _check_written(target, samples, unitok, first)
-    counts = {"samples": samples, "pictures": pictures, "oblong": oblong, "broken": len(bad)}
+    counts = {"samples": samples, "images": pictures, "oblong": oblong, "broken": len(bad)}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
 
 
 def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
-    """The codes of each picture, uint16 (N, K)."""
+    """The codes of each image, uint16 (N, K)."""
     import torch
 
     found: list[np.ndarray] = []
@@ -183,7 +183,7 @@ def _batches(
                 tqdm.write(f"codes: skipped {text}", file=sys.stderr)
             if len(bad) > max(1, options.max_bad_share * len(records)):
                 raise UserError(
-                    f"{len(bad)} of {len(records)} pictures of {records[0].tar} are unreadable, more than "
+                    f"{len(bad)} of {len(records)} images of {records[0].tar} are unreadable, more than "
                     f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
                 )
             readable = [item for item in loaded if isinstance(item, Loaded)]
@@ -198,14 +198,14 @@ def _batches(
 def _load(record: Record, size: int, mode: str) -> Loaded:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
-    members, info = picture_members(record)
+    members, info = image_members(record)
     images = [load_image(record.read(member)) for member in members]
     oblong = sum(image.width != image.height for image in images)
     return Loaded(record.key, [to_pixels(image, size, mode) for image in images], info, oblong)
 
 
-def picture_members(record: Record) -> tuple[list[str], dict[str, Any]]:
-    """A sample's pictures in the order of their numbers, and its info; raises BadSample if one is missing."""
+def image_members(record: Record) -> tuple[list[str], dict[str, Any]]:
+    """A sample's images in the order of their numbers, and its info; raises BadSample if one is missing."""
     info = record.json("json") if "json" in record.members else {}
     if not isinstance(info, dict):
         raise BadSample(".json holds no mapping")
@@ -216,7 +216,7 @@ def picture_members(record: Record) -> tuple[list[str], dict[str, Any]]:
     numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
     members = [single] if single else [member for _, member in sorted(numbered)]
     if len(members) != info.get("images", max(1, len(members))):
-        wanted = f"{info['images']} picture(s) are" if "images" in info else "a picture is"
+        wanted = f"{info['images']} image(s) are" if "images" in info else "an image is"
         raise BadSample(f"{wanted} wanted, it has {', '.join(record.members)}")
     return members, info
 
@@ -237,14 +237,14 @@ def _add(
 
 
 def _check_written(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
-    """Read the tar as it lies on disk and decode its first codes: summed squared errors of these pictures."""
+    """Read the tar as it lies on disk and decode its first codes: summed squared errors of these images."""
     import torch
 
     records, problem = index(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written well ({problem or f'{len(records)} of {samples} samples'}): is the "
-            "disk full, or are there two pictures of one name in a tar?"
+            "disk full, or are there two images of one name in a tar?"
         )
     found: list[np.ndarray] = []
     for record in records:
@@ -264,7 +264,7 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
     """codes.json, from the descriptions of all tars."""
     grids = {tuple(fact["grid"]) for fact in facts if fact["grid"]}
     if not grids:
-        raise UserError(f"{out}: no sample of --data has a picture; texts alone need no codes.")
+        raise UserError(f"{out}: no sample of --data has an image; texts alone need no codes.")
     assert len(grids) == 1, grids
     checked = sum(fact["checked"] for fact in facts)
     error = sum(fact["error"] for fact in facts) / checked
@@ -282,7 +282,7 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
-        "pictures": sum(fact.get("pictures", fact["samples"]) for fact in facts),
+        "images": sum(fact.get("images", fact["samples"]) for fact in facts),
         "oblong": sum(fact.get("oblong", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
         "checked": checked,

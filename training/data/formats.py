@@ -2,7 +2,7 @@
 
 An item's info is what `KEY.json` will say: {"captions": [str]} and perhaps "long_caption", "short_caption";
 {"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]}, whose numbers are
-those of the pictures.
+those of the images.
 """
 
 import csv
@@ -19,7 +19,7 @@ from open_unitok.core.files import existing, read_json
 
 from .tar_index import BadSample
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -30,12 +30,12 @@ class Source(NamedTuple):
     """Where a data set lies, and what the user said about it."""
 
     path: Path
-    images: Path | None = None  # folder that picture names are relative to
+    images: Path | None = None  # folder that image names are relative to
     column: str | None = None  # name of the caption's key
 
     @property
     def folder(self) -> Path:
-        """Where the pictures are."""
+        """Where the images are."""
         return self.images or (self.path if self.path.is_dir() else self.path.parent)
 
 
@@ -55,8 +55,8 @@ class Layout(NamedTuple):
     wanted: str
 
 
-def picture_key(name: str) -> str:
-    """The key of a picture's sample: its name without extension; odd characters become "_"."""
+def image_key(name: str) -> str:
+    """The key of an image's sample: its name without extension; odd characters become "_"."""
     stem = str(Path(name).with_suffix("")) if Path(name).suffix else name
     key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"), flags=re.ASCII)
     if len(key) <= LONGEST_KEY:
@@ -64,26 +64,26 @@ def picture_key(name: str) -> str:
     return f"{key[: LONGEST_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
-# ---- pictures with captions: a folder with .txt files, or with metadata.jsonl or .csv ----------------------
+# ---- images with captions: a folder with .txt files, or with metadata.jsonl or .csv ----------------------
 
 
 def folder_items(source: Source) -> Iterator[Item]:
     """A folder with `x.jpg` and `x.txt` (a caption per line), or with metadata; or a metadata file itself."""
     seen: Counter[str] = Counter()
-    for name, info, problem in _named_pictures(source):
-        key = picture_key(name)
+    for name, info, problem in _named_images(source):
+        key = image_key(name)
         seen[key] += 1
         if seen[key] > 1:  # a.b.jpg beside a_b.jpg
             key = f"{key}-{seen[key]}"
         yield Item(key, [source.folder / name], {**info, "file": name}, problem)
 
 
-def _named_pictures(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(name of the picture, what is said of it, problem)."""
+def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """(name of the image, what is said of it, problem)."""
     if source.path.is_dir():
         metadata = next((source.path / m for m in METADATA if (source.path / m).exists()), None)
         if metadata is None:
-            yield from _pictures_with_texts(source.path)
+            yield from _images_with_texts(source.path)
             return
     else:
         metadata = source.path
@@ -91,16 +91,16 @@ def _named_pictures(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]
         name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
         if name is None:
             has = ", ".join(map(str, row)) or "nothing"
-            yield f"{metadata.name}_{number}", {}, f"names no picture ({FILE_KEYS[0]}); it has {has}"
+            yield f"{metadata.name}_{number}", {}, f"names no image ({FILE_KEYS[0]}); it has {has}"
         else:
             yield name, _captions_of(row, source.column), ""
 
 
-def _pictures_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in PICTURES or not path.is_file():
+        if hidden or path.suffix.lower() not in IMAGES or not path.is_file():
             continue
         captions, problem = [], ""
         text = next((t for e in (".txt", ".caption") if (t := path.with_suffix(e)).is_file()), None)
@@ -133,21 +133,21 @@ def llava_items(source: Source) -> Iterator[Item]:
     """LLaVA's JSON: [{"id", "image": name | [names], "conversations": [{"from", "value"}]}, ...]."""
     for number, row in enumerate(read_rows(source.path)):
         try:
-            names = picture_names(row)
+            names = image_names(row)
             info = {"conversations": [turns_of(row, len(names))], "id": str(row.get("id", number))}
             yield Item(f"{number:09d}", [source.folder / name for name in names], info)
         except BadSample as error:
             yield Item(f"{number:09d}", [], {}, str(error))
 
 
-def picture_names(row: Any) -> list[str]:
-    """The pictures that a conversation is about; raises BadSample."""
+def image_names(row: Any) -> list[str]:
+    """The images that a conversation is about; raises BadSample."""
     if not isinstance(row, dict):
         raise BadSample(f"is {type(row).__name__}, not a mapping")
     named = row.get("image", row.get("images"))
     names = [] if named is None else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) and name for name in names):
-        raise BadSample(f"names its pictures {named!r}: a name or a list of names is wanted")
+        raise BadSample(f"names its images {named!r}: a name or a list of names is wanted")
     return names
 
 
@@ -223,7 +223,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _document(number: int, pieces: list[Any], images: int) -> Item:
-    """Texts and pictures (paths) in their order; how many of the `images` are not on disk is noted."""
+    """Texts and images (paths) in their order; how many of the `images` are not on disk is noted."""
     document: list[str | int] = []
     pictures: list[Path] = []
     for piece in pieces:
@@ -237,7 +237,7 @@ def _document(number: int, pieces: list[Any], images: int) -> Item:
 
 
 class _Finder:
-    """Pictures of documents by name, or by URL where img2dataset has left a .json beside each."""
+    """Images of documents by name, or by URL where img2dataset has left a .json beside each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -256,7 +256,7 @@ class _Finder:
 
 def _downloaded(folder: Path) -> Iterator[tuple[str, Path]]:
     for described in sorted(folder.rglob("*.json")):
-        picture = next((p for e in PICTURES if (p := described.with_suffix(e)).is_file()), None)
+        picture = next((p for e in IMAGES if (p := described.with_suffix(e)).is_file()), None)
         if picture is not None:
             facts = read_json(described)
             if isinstance(facts, dict) and isinstance(facts.get("url"), str):
@@ -307,7 +307,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 LAYOUTS: dict[str, Layout] = {
     "folder": Layout(
         folder_items,
-        "a folder with pictures beside .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
+        "a folder with images beside .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
     ),
     "llava": Layout(llava_items, 'a JSON list of {"image": name or names, "conversations": [...]}.'),
     "obelics": Layout(obelics_items, 'JSON lines of {"texts": [...], "images": [...]}.'),

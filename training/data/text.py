@@ -1,8 +1,8 @@
 """Reading texts that lie in files: plain text, and conversations in LLaVA's JSON whose images are codes.
 
 Lines are found once and stay on disk. A conversation is {"image": name | [names], "conversations": [{"from":
-"human" | "gpt", "value"}]}; without "image" it is text alone. A picture's name is looked up in a code folder
-that `unitok data convert folder` and `unitok extract-codes` made of the pictures.
+"human" | "gpt", "value"}]}; without "image" it is text alone. An image's name is looked up in a code folder
+that `unitok data convert folder` and `unitok extract-codes` made of the images.
 
 I images of a sample, N visual tokens per image, K sub-codebooks.
 """
@@ -20,7 +20,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
 from .code_shards import CodeFolder, CodeSample
-from .formats import picture_key, picture_names, turns_of
+from .formats import image_key, image_names, turns_of
 from .tar_index import BadSample, tars_of
 
 TEXT_KEYS = ("text", "content")
@@ -144,7 +144,7 @@ class Conversations:
             row = json.loads(self.rows[number])
         except ValueError as error:
             raise BadSample(f"line {number} of {self.path.name} is not JSON: {error}") from error
-        names = picture_names(row)
+        names = image_names(row)
         info = {"conversations": [turns_of(row, len(names))]}
         images = [self._codes_of(name) for name in names]
         return CodeSample(
@@ -154,7 +154,7 @@ class Conversations:
     def _codes_of(self, name: str) -> np.ndarray:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but data.mixture gives no `codes` to look it up in")
-        key = picture_key(name)
+        key = image_key(name)
         if key not in self._places:
             raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
         found = self.codes.read_at(key, self._places[key])

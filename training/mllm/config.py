@@ -26,7 +26,7 @@ class MixtureEntry:
     """A data set in a role; `weight` is its share.
 
     path: a code folder; for text a .txt or .jsonl file or a glob of them; for conversation and alignment also
-    LLaVA's .json or .jsonl, whose pictures are looked up by name in the code folder `codes`. A document's
+    LLaVA's .json or .jsonl, whose images are looked up by name in the code folder `codes`. A document's
     texts and images are learnt, of kind reading its texts alone.
     """
 

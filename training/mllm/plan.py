@@ -201,7 +201,7 @@ def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) 
 def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> "Work":
     """What a sample of the mixture brings on average; every caption, answer or line has `text_tokens`.
 
-    A document is taken as those and one picture.
+    A document is taken as those and one image.
     """
     import torch
 

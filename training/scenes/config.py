@@ -21,7 +21,7 @@ def _told(default: Any, what: str) -> Any:
 class SceneConfig:
     """What the scenes may hold and how many are made. The defaults are the demo's."""
 
-    size: int = _told(32, "picture side in pixels")
+    size: int = _told(32, "image side in pixels")
     grid: int = _told(2, "cells per side; an object stays inside its cell")
     min_objects: int = _told(1, "fewest objects in a scene")
     max_objects: int = _told(2, "most objects in a scene")
@@ -34,7 +34,7 @@ class SceneConfig:
     step: float = _told(1.0, "shifts are multiples of this, pixels")
     light_min: int = _told(222, "a background's red, green and blue are this at least")
     light_max: int = _told(250, "a background's red, green and blue are this at most")
-    gradient: int = _told(0, "largest change of the background across the picture, levels of 255")
+    gradient: int = _told(0, "largest change of the background across the image, levels of 255")
     held_out: float = _told(0.1, "share of colour x shape pairs that training never shows")
     test_share: float = _told(0.1, "share of all possible arrangements that only the test split may use")
     train: int = _told(20_000, "training scenes")

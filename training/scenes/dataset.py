@@ -93,7 +93,7 @@ def _make_room(out: Path, state: Path, found: dict, wanted: dict, overwrite: boo
 
 
 def describe(config: SceneConfig) -> dict[str, Any]:
-    """What a reader of the pictures must know: the detector of `eval` works from this alone."""
+    """What a reader of the images must know: the detector of `eval` works from this alone."""
     return {
         "config": asdict(config),
         "size": config.size,
@@ -171,7 +171,7 @@ def _write_text(config: SceneConfig, folder: Path) -> None:
     """text/train.txt, text/captions.txt and the text tokenizer that is trained on all that is said."""
     if (folder / "tokenizer.model").exists():
         return
-    # scenes beyond the training set's, of the same kind: text alone shows no picture
+    # scenes beyond the training set's, of the same kind: text alone shows no image
     scenes = (sample_scene(config, "train", config.train + i) for i in range(config.text_lines))
     plain = list(language.sentences(config, scenes, Random(f"{config.seed}/text")))
     write_atomic(folder / "train.txt", "".join(line + "\n" for line in plain))

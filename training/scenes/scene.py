@@ -1,6 +1,6 @@
-"""A scene of coloured shapes: how one is drawn by lot, and how it becomes a picture.
+"""A scene of coloured shapes: how one is drawn by lot, and how it becomes an image.
 
-A scene is data; its picture is a pure function of it. Lengths are pixels, x to the right and y downwards.
+A scene is data; its image is a pure function of it. Lengths are pixels, x to the right and y downwards.
 """
 
 import hashlib
@@ -48,7 +48,7 @@ class Scene:
     grid: int
     things: tuple[Thing, ...]
     background: tuple[int, int, int]
-    gradient: tuple[int, int] = (0, 0)  # change of all three channels across the picture, along x and along y
+    gradient: tuple[int, int] = (0, 0)  # change of all three channels across the image, along x and along y
 
     def as_json(self) -> dict[str, Any]:
         objects = []
@@ -70,7 +70,7 @@ class Scene:
 
 
 def centre(thing: Thing, cell: int) -> tuple[float, float]:
-    """x, y of the middle of an object, in pixels from the picture's top left corner."""
+    """x, y of the middle of an object, in pixels from the image's top left corner."""
     return (thing.cell[1] + 0.5) * cell + thing.shift[0], (thing.cell[0] + 0.5) * cell + thing.shift[1]
 
 
@@ -84,7 +84,7 @@ def sample_scene(config: SceneConfig, split: str, index: int) -> Scene:
     pairs = config.pairs if split == "test" else [p for p in config.pairs if p not in config.held_out_pairs]
     while True:
         counts = range(config.min_objects, config.max_objects + 1)
-        # training shows full pictures more often: what stands where is learnt from several objects
+        # training shows full images more often: what stands where is learnt from several objects
         count = rng.choice(counts) if split == "test" else rng.choices(counts, weights=counts)[0]
         scene = _draw(config, rng, pairs, count)
         if in_test(config, scene) == (split == "test"):
@@ -131,21 +131,21 @@ def _thing(config: SceneConfig, rng: Random, pair: tuple[str, str], cell: tuple[
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene, `size` x `size`, RGB."""
+    """The image of a scene, `size` x `size`, RGB."""
     return Image.fromarray(render_array(scene))
 
 
 def render_array(scene: Scene) -> np.ndarray:
-    """The picture of a scene as (size, size, 3) uint8: anti-aliased shapes over the background."""
+    """The image of a scene as (size, size, 3) uint8: anti-aliased shapes over the background."""
     cell = scene.size // scene.grid
-    picture = np.empty((scene.size, scene.size, 3), np.float32)
-    picture[:] = scene.background
+    image = np.empty((scene.size, scene.size, 3), np.float32)
+    image[:] = scene.background
     if any(scene.gradient):
         ramp = (np.arange(scene.size, dtype=np.float32) + 0.5) / scene.size - 0.5
-        picture += (scene.gradient[0] * ramp[None, :] + scene.gradient[1] * ramp[:, None])[..., None]
+        image += (scene.gradient[0] * ramp[None, :] + scene.gradient[1] * ramp[:, None])[..., None]
     for thing in scene.things:
         cover = coverage(thing.shape, thing.texture, thing.size, thing.shift, cell)[..., None]
         top, left = thing.cell[0] * cell, thing.cell[1] * cell
-        patch = picture[top : top + cell, left : left + cell]
+        patch = image[top : top + cell, left : left + cell]
         patch += cover * (np.array(COLORS[thing.color], np.float32) - patch)
-    return np.rint(picture.clip(0, 255)).astype(np.uint8)
+    return np.rint(image.clip(0, 255)).astype(np.uint8)

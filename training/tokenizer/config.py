@@ -9,11 +9,11 @@ from ..core.options import Optimizer, RunConfig, Schedule, ShardOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PictureOptions:
+class ImageOptions:
     """From a tar's sample to (pixels, caption).
 
     A random rectangle of `crop_scale` of the area and `crop_ratio` width/height is resized to the model's
-    image_size; [1, 1] twice takes the picture as it is. `captions`: "txt" reads key.txt, "json" draws one of
+    image_size; [1, 1] twice takes the image as it is. `captions`: "txt" reads key.txt, "json" draws one of
     key.json's "captions".
     """
 
@@ -24,9 +24,9 @@ class PictureOptions:
     def check(self) -> None:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise UserError(f"pictures.crop_scale is {list(self.crop_scale)}: 0 < low <= high <= 1.")
+            raise UserError(f"images.crop_scale is {list(self.crop_scale)}: 0 < low <= high <= 1.")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise UserError(f"pictures.crop_ratio is {list(self.crop_ratio)}: 0 < low <= high.")
+            raise UserError(f"images.crop_ratio is {list(self.crop_ratio)}: 0 < low <= high.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class TokenizerRun(RunConfig):
     go_on_from: str | None = None
     decoder_init: Literal["published", "kaiming"] = "published"
     caption_tokenizer: str | None = None
-    pictures: PictureOptions = PictureOptions()
+    images: ImageOptions = ImageOptions()
     losses: LossWeights
     discriminator: DiscriminatorOptions = dataclasses.field(default_factory=DiscriminatorOptions)
     codebooks: CodebookOptions = CodebookOptions()

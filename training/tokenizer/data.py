@@ -16,14 +16,14 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.images import load_image
 
 from ..data.tar_index import BadSample, Record
-from .config import PictureOptions
+from .config import ImageOptions
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-REMEMBERED = 2**26  # bytes of pictures that, taken as they are, need to be decoded only once
+REMEMBERED = 2**26  # bytes of images that, taken as they are, need to be decoded only once
 
 
 class Pair(NamedTuple):
-    """One picture, uint8 (S, S, 3), and its caption ("" where none is learnt)."""
+    """One image, uint8 (S, S, 3), and its caption ("" where none is learnt)."""
 
     picture: np.ndarray
     caption: str
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
 class PairDecoder:
     """Decodes records into pairs; a class, so that it reaches spawned workers."""
 
-    def __init__(self, options: PictureOptions, size: int, captions: bool):
+    def __init__(self, options: ImageOptions, size: int, captions: bool):
         self.options = options
         self.size = size
         self.captions = captions
@@ -40,10 +40,10 @@ class PairDecoder:
         self._known: dict[tuple[str, int, int], np.ndarray] = {}
 
     def __call__(self, record: Record, rng: random.Random) -> Pair:
-        """Raises BadSample where picture or caption is missing or unreadable."""
+        """Raises BadSample where image or caption is missing or unreadable."""
         extension = next((e for e in EXTENSIONS if e in record.members), None)
         if extension is None:
-            raise BadSample(f"has no picture (.{', .'.join(EXTENSIONS)})")
+            raise BadSample(f"has no image (.{', .'.join(EXTENSIONS)})")
         place = (record.tar, *record.members[extension])
         picture = self._known.get(place)
         if picture is None:
@@ -111,7 +111,7 @@ def decoded_first(count: int, share: float) -> tuple[list[int], int]:
 
 
 class PairCollate:
-    """Pairs -> {"picture": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}, those to decode first.
+    """Pairs -> {"image": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}, those to decode first.
 
     Args:
         share: see `decoded_first`.
@@ -125,7 +125,7 @@ class PairCollate:
         pairs = [pairs[place] for place in decoded_first(len(pairs), self.share)[0]]
         captions = [pair.caption for pair in pairs]
         return {
-            "picture": torch.from_numpy(np.stack([pair.picture for pair in pairs])),
+            "image": torch.from_numpy(np.stack([pair.picture for pair in pairs])),
             "token_ids": self.tokenize(captions) if self.tokenize else None,
         }
 
@@ -136,7 +136,7 @@ def to_pixels(picture: torch.Tensor, device: torch.device) -> torch.Tensor:
     return moved.float().div_(255).sub_(0.5).div_(0.5)
 
 
-def grid_picture(originals: torch.Tensor, copies: torch.Tensor, columns: int = 8) -> np.ndarray:
+def grid_image(originals: torch.Tensor, copies: torch.Tensor, columns: int = 8) -> np.ndarray:
     """(B, 3, S, S) pixels twice -> uint8 (2S, columns*S, 3): originals above their reconstructions."""
     rows = [torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (originals, copies)]
     picture = torch.cat(rows, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()

@@ -26,7 +26,7 @@ from ..core.run_dir import RunFolder
 from ..data import seeding
 from ..data.shards import ShardStream, loader, read
 from .config import TokenizerRun
-from .data import PairCollate, PairDecoder, decoded_first, grid_picture, to_pixels
+from .data import PairCollate, PairDecoder, decoded_first, grid_image, to_pixels
 from .dead_codes import Restarts, spread
 from .gan import Adversary
 from .losses import contrastive_loss, reconstruction_losses, weighted_sum
@@ -84,7 +84,7 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                 norms["discriminator_grad_norm"] = rival.grad_norm
             log.add(step, {**sums, **norms})
             if config.log.images_every and step % config.log.images_every == 0:
-                shown = grid_picture(turn.pixels, turn.copies)
+                shown = grid_image(turn.pixels, turn.copies)
                 log.images(step, "originals above reconstructions", shown)
             profiler.step(step)
             asked = stop()
@@ -114,7 +114,7 @@ class Turn(NamedTuple):
 def learn(run: Run, config: TokenizerRun, batch: dict[str, Any], step: int, part: int) -> Turn:
     """One micro-batch through tokenizer and discriminator; `part` counts them within the step."""
     model, trained, rival = run.model, run.trained, run.rival
-    pixels = to_pixels(batch["picture"], run.device)
+    pixels = to_pixels(batch["image"], run.device)
     token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(run.device)
     # all chance belongs to an image by its number in the global batch, however that is split
     order, decoded = decoded_first(len(pixels), config.reconstruct_share)
@@ -179,7 +179,7 @@ def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
         log.phase(f"codebooks begin on encoder outputs of {config.codebooks.init_images} images")
         first, _ = build_data(config, model, captions, config.codebooks.init_images, alone=True)
         pairs = collate([pair for pair, _ in first.take()])
-        begin_codebooks(model, to_pixels(pairs["picture"], device), config.seed)
+        begin_codebooks(model, to_pixels(pairs["image"], device), config.seed)
     groups = deepspeed_engine.decay_groups(model, config.optimizer.weight_decay, config.lr_factors)
     trained = deepspeed_engine.wrap(model, groups, config.optimizer, config.engine, micro)
     engines = {"tokenizer": trained, **({"discriminator": rival.engine} if rival else {})}
@@ -229,7 +229,7 @@ def build_data(
     config: TokenizerRun, model: UniTok, captions: Any, micro: int, alone: bool = False
 ) -> tuple[ShardStream, PairCollate]:
     """The stream of pairs in micro-batches of `micro` (for one rank `alone`, or for this one of all)."""
-    decoder = PairDecoder(config.pictures, model.config.image_size, captions is not None)
+    decoder = PairDecoder(config.images, model.config.image_size, captions is not None)
     rank, count = (0, 1) if alone else (distributed.rank(), distributed.world_size())
     stream = ShardStream(config.data, decoder, seed=config.seed, micro_batch=micro, rank=rank, ranks=count)
     return stream, PairCollate(captions, config.reconstruct_share)

@@ -61,4 +61,4 @@ def run(args: argparse.Namespace) -> None:
                 shutil.copy(source / name, folder / name)
     print(f"{source} -> {target}")
     if unitok is None:
-        print("No visual tokenizer was given (--unitok): pictures can be neither read nor drawn.")
+        print("No visual tokenizer was given (--unitok): images can be neither read nor drawn.")

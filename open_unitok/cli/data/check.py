@@ -10,7 +10,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What to look at."""
     parser.add_argument("path", help="code folder, folder or glob of tars, .json, .jsonl or .txt")
     parser.add_argument("--tokenizer", help="visual tokenizer (or MLLM folder) that codes must belong to")
-    parser.add_argument("--codes", help="code folder in which conversations look up their pictures")
+    parser.add_argument("--codes", help="code folder in which conversations look up their images")
     parser.add_argument(
         "--samples", type=int, default=0, help="look at so many, evenly spread (default: all)"
     )

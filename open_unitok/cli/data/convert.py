@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help=f"layout of SRC: {', '.join(LAYOUTS)} (see training/README.md)")
     parser.add_argument("src", help="folder or file to read")
     parser.add_argument("dst", help="folder to write")
-    parser.add_argument("--images", help="folder that picture names are relative to (default: that of SRC)")
+    parser.add_argument("--images", help="folder that image names are relative to (default: that of SRC)")
     parser.add_argument("--column", help="column or key with the caption (default: caption, text, prompt)")
     parser.add_argument("--shard", type=int, default=1000, help="samples per tar (default: 1000)")
     parser.add_argument(

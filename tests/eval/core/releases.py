@@ -80,7 +80,7 @@ def textvqa(folder, llava):
     words = ["nokia", "stop", "mcdonald's", "10", "exit"]
     rows, tokens = [], []
     for i, word in enumerate(words):
-        image = f"{i // 2:016x}"  # two questions about one picture: LLaVA's ids repeat
+        image = f"{i // 2:016x}"  # two questions about one image: LLaVA's ids repeat
         rows.append({
             "question_id": 37000 + i, "question": f"What does sign {i} say?", "image_id": image,
             "answers": [word] * 8 + ["unclear"] * 2, "set_name": "val",
@@ -128,13 +128,13 @@ def mme(folder, llava):
         deep = task in ("artwork", "celebrity", "landmark", "posters", "scene")
         for i in range(2):
             texts = folder / task / ("questions_answers_YN" if deep else "")
-            asked = [f"Is {task} picture {i} right?", f"Is {task} picture {i} wrong?"]
+            asked = [f"Is {task} image {i} right?", f"Is {task} image {i} wrong?"]
             gap = "  " if i else " "
             body = [f"{q}{gap}{MME_ASK.strip()}\t{a}\n" for q, a in zip(asked, ("Yes", "No"))]
             write(texts / f"{i:04d}.txt", "".join(body))
             name = f"{i:04d}.jpg"
             picture(folder / task / ("images" if deep else "") / name, i)
-            replies |= {asked[0]: "Yes", asked[1]: "no" if i else "yes"}  # the first picture: one of two
+            replies |= {asked[0]: "Yes", asked[1]: "no" if i else "yes"}  # the first image: one of two
             path = f"{task}/images/{name}" if deep else f"{task}/{name}"
             rows += [{"question_id": path, "image": path, "text": q + SHORT, "category": task} for q in asked]
     if llava:
@@ -250,7 +250,7 @@ def mmbench(folder, llava):
         options = ["ape", "bee", "cat"]
         for turn in range(3):
             turned = options[turn:] + options[:turn]
-            question, right = f"Which picture {i}?", "ABC"[turned.index("ape")]
+            question, right = f"Which image {i}?", "ABC"[turned.index("ape")]
             cells = [i + turn * 1_000_000, question, "nan" if i else "A hint", *turned, "nan", right, "cat",
                      encoded, "s", "coarse", "nan", "dev"]  # fmt: skip
             body.append("\t".join(map(str, cells)))

@@ -67,7 +67,7 @@ def runs(tmp_path_factory):
         replies, _ = releases.BUILDERS[name](root / "data" / name, False)
         better = replies | ({"What is thing 3?": "yes"} if name == "vqav2" else {})
         if name == "mme":
-            better |= {key: "no" for key in replies if "count picture" in key}
+            better |= {key: "no" for key in replies if "count image" in key}
         judge = str(root / "data" / "mmvet" / "replies.jsonl")
         scoring = Scoring(judge_replay=judge if name == "mmvet" else "")
         for label, script in (("a", replies), ("b", better)):

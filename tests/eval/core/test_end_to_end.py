@@ -121,15 +121,15 @@ def test_prompts_and_submissions_are_the_published_ones(capsys, tmp_path):
     short, letter = releases.SHORT, releases.LETTER
     assert prompts("vqav2")[0] == f"What is thing 0?{short}"
     assert prompts("textvqa")[0] == f"What does sign 0 say?\nReference OCR token: A1, nokia{short}"
-    assert prompts("mme")[0] == f"Is existence picture 0 right?{short}"
-    assert prompts("mme")[2] == f"Is existence picture 1 right?{short}"
+    assert prompts("mme")[0] == f"Is existence image 0 right?{short}"
+    assert prompts("mme")[2] == f"Is existence image 1 right?{short}"
     assert prompts("mmvet")[0] == "Explain joke 0."
     unanswerable = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
     assert prompts("vizwiz")[0] == f"What is can 0?{unanswerable}{short}"
     assert prompts("seedbench")[0] == f"Which seed 0?\nA. w\nB. x\nC. y\nD. z{letter}"
     assert prompts("scienceqa")[0] == f"Context: A hint.\nWhich science 0?\nA. ape\nB. bee{letter}"
-    assert prompts("mmbench")[0] == f"A hint\nWhich picture 0?\nA. ape\nB. bee\nC. cat{letter}"
-    assert prompts("mmbench")[3] == f"Which picture 1?\nA. ape\nB. bee\nC. cat{letter}"
+    assert prompts("mmbench")[0] == f"A hint\nWhich image 0?\nA. ape\nB. bee\nC. cat{letter}"
+    assert prompts("mmbench")[3] == f"Which image 1?\nA. ape\nB. bee\nC. cat{letter}"
 
     assert submission(tmp_path, "vqav2", "vqav2_answers.json")[:2] == [
         {"question_id": 10, "answer": "red"}, {"question_id": 11, "answer": "2"},
@@ -142,7 +142,7 @@ def test_prompts_and_submissions_are_the_published_ones(capsys, tmp_path):
     }  # fmt: skip
     assert submission(tmp_path, "scienceqa", "scienceqa_results.json")["results"]["3"] == -1
     text = (tmp_path / "o" / "mme" / "submission" / "OCR.txt").read_text()
-    assert text.splitlines()[0] == "0000.jpg\tIs OCR picture 0 right? Please answer yes or no.\tYes\tYes"
+    assert text.splitlines()[0] == "0000.jpg\tIs OCR image 0 right? Please answer yes or no.\tYes\tYes"
     sheet = tmp_path / "o" / "mmbench" / "submission" / "mmbench_dev_20230712.xlsx"
     cells = zipfile.ZipFile(sheet).read("xl/worksheets/sheet1.xml").decode()
     assert cells.count("<row>") == 16 and "<c><v>2000004</v></c>" in cells and "prediction" in cells
@@ -191,7 +191,7 @@ def test_the_lmms_or_lenient_scorer_is_named_and_others_are_refused(capsys, tmp_
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_missing_pictures_and_files_never_help(capsys, tmp_path, name):
+def test_missing_images_and_files_never_help(capsys, tmp_path, name):
     Scripted.replies, expected = BUILDERS[name](tmp_path / "d", False)
     code, _, err = run(capsys, name, tmp_path / "nowhere", tmp_path / "o")
     assert code == 2 and "does not exist" in err
@@ -206,7 +206,7 @@ def test_missing_pictures_and_files_never_help(capsys, tmp_path, name):
         rows = [row if i else row.replace(row.split("\t")[9], "aGVsbG8=") for i, row in enumerate(rows)]
         table.write_text("\n".join([head, *rows]) + "\n")
     for path in pictures:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     code, out, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
     assert code == 0, err
     result = result_of(tmp_path / "o", name)
@@ -240,8 +240,8 @@ def test_all_runs_what_is_there(capsys, tmp_path):
     assert issubclass(UserError, ValueError)
 
 
-def test_questions_about_one_picture_are_resampled_together(capsys, tmp_path):
-    """MMBench's and MM-Vet's too, whose questions name pictures by content and by file."""
+def test_questions_about_one_image_are_resampled_together(capsys, tmp_path):
+    """MMBench's and MM-Vet's too, whose questions name images by content and by file."""
     Scripted.replies, _ = BUILDERS["mmbench"](tmp_path / "mmbench", False)
     replies, _ = BUILDERS["mmvet"](tmp_path / "mmvet", False)
     Scripted.replies |= replies

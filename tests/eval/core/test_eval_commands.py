@@ -109,7 +109,7 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
         ("vqav2", {"--model": other}, "model_type is 'bert'"),
         ("pope", {"--data": tmp_path / "empty"}, "found nothing"),
         ("geneval", {"--data": tmp_path / "empty"}, "no evaluation_metadata.jsonl"),
-        ("reconstruction", {"--data": tmp_path / "empty"}, "holds no pictures"),
+        ("reconstruction", {"--data": tmp_path / "empty"}, "holds no images"),
         ("reconstruction", {"--dtype": "int8"}, "dtype is 'int8'"),
         ("geneval", {"--guidance": 0.5}, "guidance is 0.5"),
         ("pope", {"--limit": 0}, "limit is 0; it must be at least 1"),

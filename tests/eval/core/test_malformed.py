@@ -133,19 +133,19 @@ def test_malformed_lines_of_pope_mme_and_mmbench(capsys, tmp_path):
 
     whole = 10 * 100 * (3 / 4 + 1 / 2)
     for number, (content, message, lost, count) in enumerate((
-        # picture 0000 had one right of two; 0001 both
+        # image 0000 had one right of two; 0001 both
         ("Is {} right?\tMaybe\nIs {} wrong?\tNo\n", "0001.txt, line 1: expected a question", 1, 1),
         ("Is {} right?\tYes\n", "expected two questions, found 1", 1, 1),
         ("Is {} right?\tYes\nIs {} wrong?\tNo\nMore?\tNo\n", "expected two questions, found 3", None, 1),
         ("oops\n", "0001.txt, line 1: expected a question", 2, 2),
     )):  # fmt: skip
         Scripted.replies, _ = BUILDERS["mme"](tmp_path / "m", False)
-        (tmp_path / "m" / "count" / "0001.txt").write_text(content.replace("{}", "count picture 1"))
+        (tmp_path / "m" / "count" / "0001.txt").write_text(content.replace("{}", "count image 1"))
         out_folder = tmp_path / f"o{number}"
         code, out, err = run(capsys, "mme", tmp_path / "m", out_folder)
         assert code == 0, err
         result = result_of(out_folder, "mme")
-        # accuracy of 4 questions, accuracy+ of 2 pictures; with a third line of 5 questions
+        # accuracy of 4 questions, accuracy+ of 2 images; with a third line of 5 questions
         task = 100 * ((3 - lost) / 4 + 0) if lost else 100 * (3 / 5 + 0)
         assert result["value"] == pytest.approx(whole - 125 + task) and message in out
         assert f"{count} annotations are malformed" in out
@@ -155,7 +155,7 @@ def test_malformed_lines_of_pope_mme_and_mmbench(capsys, tmp_path):
         ("\tA\tcat\t", "\tnan\tcat\t", "row 1: it has no answer, but others have", 2 / 5),
         ("\n0\t", "\nzero\t", "row 1: index is 'zero'", 2 / 5),
         ("\n1000000\t", "\nmillion\t", "row 2: index is 'million'", 3 / 6),
-        ("\tWhich picture 2?\t", "\t\t", "row 7: a question and its options", 2 / 5),
+        ("\tWhich image 2?\t", "\t\t", "row 7: a question and its options", 2 / 5),
     )):  # fmt: skip
         Scripted.replies, _ = BUILDERS["mmbench"](tmp_path / "b", False)
         table = tmp_path / "b" / "mmbench_dev_20230712.tsv"

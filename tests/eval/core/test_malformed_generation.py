@@ -1,4 +1,4 @@
-"""Benchmarks that draw: a malformed prompt, finding or picture is named and wrong; the run goes on."""
+"""Benchmarks that draw: a malformed prompt, finding or image is named and wrong; the run goes on."""
 
 import json
 
@@ -154,15 +154,15 @@ def test_mjhq_counts_malformed_prompts(call, drawer, quick_net, tmp_path):
     assert code == 2 and "expected an object, found list" in err
 
 
-def test_a_picture_that_breaks_after_drawing_is_counted(call, drawer, judge, tmp_path):
+def test_a_image_that_breaks_after_drawing_is_counted(call, drawer, judge, tmp_path):
     """Between drawing and looking a disk may fail: the pass that looks names it and goes on."""
     write_genai(tmp_path / "data", ("a", "b", "c", "d", "e"))
     run(call, "genai_bench", tmp_path / "data", tmp_path)
-    (tmp_path / "genai_bench" / "pictures" / "00001.jpg").write_bytes(b"broken")
-    (tmp_path / "genai_bench" / "pictures" / "00003.jpg").unlink()
+    (tmp_path / "genai_bench" / "images" / "00001.jpg").write_bytes(b"broken")
+    (tmp_path / "genai_bench" / "images" / "00003.jpg").unlink()
     code, out, err = run(call, "genai_bench", tmp_path / "data", tmp_path, "--vqa-model", tmp_path)
     assert code == 0, err
     assert result_of(tmp_path, "genai_bench")["value"] == pytest.approx(0.25)
-    assert "2 pictures could not be looked at, the first because " in out and "00001.jpg" in out
+    assert "2 images could not be looked at, the first because " in out and "00001.jpg" in out
     assert "2 drawings have no score (counted as 0)" in out
-    assert np.asarray(Image.open(tmp_path / "genai_bench" / "pictures" / "00002.jpg")).shape == (16, 16, 3)
+    assert np.asarray(Image.open(tmp_path / "genai_bench" / "images" / "00002.jpg")).shape == (16, 16, 3)

@@ -63,7 +63,7 @@ def test_a_malformed_scene_has_no_part_in_the_ceiling(own, tmp_path, name, fault
     spoil(own / "test" / "captions.json", FAULTS[fault])
     result = run_benchmark(name, Scripted(own), own, tmp_path / "o", **QUIET)
     assert result["details"]["ceiling_overall"] == 1.0 and result["value"] == 0.0
-    assert any("1 pictures have no part in the ceiling" in p and "entry 0" in p for p in result["problems"])
+    assert any("1 images have no part in the ceiling" in p and "entry 0" in p for p in result["problems"])
 
 
 def test_a_scene_without_objects_is_none_to_copy(own, tmp_path):

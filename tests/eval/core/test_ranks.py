@@ -17,7 +17,7 @@ from open_unitok.eval.core import judge_pass
 from open_unitok.eval.core.harness import Sample, Store
 from open_unitok.eval.metrics.inception_weights import LINEAGES
 
-from ..generation.test_generated_images import picture, write_dpg, write_genai
+from ..generation.test_generated_images import random_image, write_dpg, write_genai
 from ..judges.test_judges import clip, llava, mask2former, words
 
 assert clip and llava and mask2former and words  # fixtures: tiny models in transformers' layout
@@ -40,7 +40,7 @@ class CleanNet(torch.nn.Module):
 
 def save(path, seed, size=32):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture("x", seed, size)).save(path)
+    Image.fromarray(random_image("x", seed, size)).save(path)
 
 
 @pytest.fixture
@@ -68,12 +68,12 @@ def command(clip, llava, mask2former, tmp_path):
     for i in range(10):
         for j in range(2):
             save(drawn / f"item{i}" / f"{j}.png", 400 + 2 * i + j)
-    (drawn / "00007.png").write_bytes(b"no picture")
+    (drawn / "00007.png").write_bytes(b"no image")
     torch.manual_seed(0)
     weights = tmp_path / LINEAGES["clean"].file
     torch.jit.script(CleanNet()).save(str(weights))
     more = ["--detector-model", mask2former, "--colour-model", clip, "--vqa-model", llava]
-    more += ["--inception", weights, "--picture-format", "png", "--images-per-prompt", "1"]
+    more += ["--inception", weights, "--image-format", "png", "--images-per-prompt", "1"]
     words = ["eval", "run", *NAMES, "--model", drawn, "--data", data, *more]
     return [str(word) for word in words]
 
@@ -141,7 +141,7 @@ def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
         monkeypatch.setattr(distributed, "world_size", lambda: world)
         monkeypatch.setattr(distributed, "is_main", lambda: rank == 0)
 
-        def work(batch, pictures):
+        def work(batch, images):
             return [{"batch": [s.index for s in batch]} for _ in batch]
 
         out = tmp_path / name

@@ -1,4 +1,4 @@
-"""Runs from files to score with scripted models: known scores, kills, duplicates, gaps, bad pictures."""
+"""Runs from files to score with scripted models: known scores, kills, duplicates, gaps, bad images."""
 
 import json
 import shutil
@@ -102,16 +102,16 @@ def test_reconstruction_and_codebook_use(data, tmp_path):
         0.5,
     ]  # the script's codes are even in one book, odd in the other
     assert result["details"]["perplexity"] == pytest.approx([4.0, 4.0])
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 40
+    assert len(list((tmp_path / "images").glob("*.png"))) == 40
 
 
 def test_drawings_and_their_ceiling(data, tmp_path):
     result = run_benchmark("geneval", Scripted(data), data, tmp_path / "g", **QUIET)
-    assert result["value"] == 0.0  # empty pictures show nothing
-    assert result["details"]["ceiling_overall"] == 1.0  # the detector knows real pictures with a little noise
+    assert result["value"] == 0.0  # empty images show nothing
+    assert result["details"]["ceiling_overall"] == 1.0  # the detector knows real images with a little noise
     assert set(result["details"]["ceiling"]) <= {m.removeprefix("tag/") for m in result["metrics"]}
-    layout = sorted((tmp_path / "g" / "pictures").glob("*/samples/0000.png"))
-    assert len(layout) == len(list((tmp_path / "g" / "pictures").glob("*/metadata.jsonl")))
+    layout = sorted((tmp_path / "g" / "images").glob("*/samples/0000.png"))
+    assert len(layout) == len(list((tmp_path / "g" / "images").glob("*/metadata.jsonl")))
     result = run_benchmark("drawing_positions", Scripted(data), data, tmp_path / "p", **QUIET)
     assert result["value"] == 0.0 and result["metrics"]["ceiling"]["value"] == 1.0
 
@@ -197,10 +197,10 @@ def test_duplicates_and_strangers_are_found(tmp_path):
         store.gather(samples)
 
 
-def test_unreadable_pictures_are_counted_and_never_help(data, tmp_path):
+def test_unreadable_images_are_counted_and_never_help(data, tmp_path):
     mine = tmp_path / "data"
     shutil.copytree(data, mine)
-    (mine / "test" / "images" / "scenes_test_000000000000.png").write_bytes(b"no picture")
+    (mine / "test" / "images" / "scenes_test_000000000000.png").write_bytes(b"no image")
     (mine / "test" / "images" / "scenes_test_000000000001.png").unlink()
     model = Scripted(data)
     result = run_benchmark("vqav2", model, mine, tmp_path / "v", **QUIET)
@@ -305,7 +305,7 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
     page = (tmp_path / "report.html").read_text()
     for needed in ("It draws", "It sees", "It remembers", "codebook 2", "1.00 GiB", "<svg", "base64,"):
         assert needed in page, needed
-    for needed in ("vq", "clip", "pictures with held-out pairs", "those with held-out pairs included"):
+    for needed in ("vq", "clip", "images with held-out pairs", "those with held-out pairs included"):
         assert needed in page, needed
     assert page.count("stopped and resumed") == 1
     for loaded in ("http://", "https://", "<script", "<link", "url("):
@@ -315,8 +315,8 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
     assert metrics["metrics"]["reconstruction"]["psnr"] == pytest.approx(48.13, abs=0.01)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert "Question answering" in text_table(tmp_path)
-    held_out = metrics["metrics"]["vqav2"]["pictures with held-out pairs"]
-    line = next(row for row in text_table(tmp_path).split("\n") if "pictures with held-out pairs" in row)
+    held_out = metrics["metrics"]["vqav2"]["images with held-out pairs"]
+    line = next(row for row in text_table(tmp_path).split("\n") if "images with held-out pairs" in row)
     assert f"{100 * held_out:.1f} %" in line
     first = (tmp_path / "report.html").read_bytes()
     write_report(tmp_path, phases)

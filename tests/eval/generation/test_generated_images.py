@@ -32,10 +32,10 @@ class Drawer:
     def draw(self, prompts, seeds):
         if any("refuse" in p for p in prompts):
             raise UserError("this prompt is too long")
-        return [Image.fromarray(picture(p, seed)) for p, seed in zip(prompts, seeds)]
+        return [Image.fromarray(random_image(p, seed)) for p, seed in zip(prompts, seeds)]
 
 
-def picture(prompt, seed, size=16):
+def random_image(prompt, seed, size=16):
     random = np.random.default_rng([len(prompt), seed])
     return random.integers(0, 255, (size, size, 3), np.uint8)
 
@@ -49,8 +49,8 @@ def drawer(monkeypatch):
 def quick_net(monkeypatch, tmp_path):
     """In Inception's place something that needs no time; returns a file that stands for its weights."""
 
-    def net(pictures):
-        pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
+    def net(images):
+        pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50, pooled[:, :7])
 
     monkeypatch.setattr(inception_features, "extractor", lambda lineage, file, device: net)
@@ -65,11 +65,11 @@ class Judge:
     def __init__(self, folder, device):
         self.about = {"model": "scripted", "fingerprint": "f" * 64}
 
-    def probabilities(self, pictures, questions, answer):
+    def probabilities(self, images, questions, answer):
         assert answer == "Yes" and all(q.startswith('Does this figure show "') for q in questions)
-        return [0.25 + 0.5 * (np.asarray(p).mean() > 0) for p in pictures]
+        return [0.25 + 0.5 * (np.asarray(p).mean() > 0) for p in images]
 
-    def answers(self, pictures, questions, words=5):
+    def answers(self, images, questions, words=5):
         return ["Yes." if "1" in q else "No" for q in questions]
 
 
@@ -126,7 +126,7 @@ def test_genai_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert result["failed"] == 1 and "1 drawings have no score" in out and "too long" in out
     assert not result["comparable"] and "not by clip-flant5-xxl" in result["why not comparable"]
     folder = tmp_path / "genai_bench"
-    with Image.open(folder / "pictures" / "00001.jpg") as image:
+    with Image.open(folder / "images" / "00001.jpg") as image:
         assert image.format == "JPEG"
     assert call("eval", "score", folder)[1] == out  # from files alone
     lines = [{"index": i, "score": 1.0} for i in range(5)]
@@ -167,7 +167,7 @@ def test_dpg_scores_equal_the_published_ones(dpg_golden):
     averages, chosen, last = [], [], []
     for row in golden["items"]:
         questions = items[row["item_id"]]
-        scores = [dpg_bench.picture_score(questions, answers) for answers in row["answers_per_picture"]]
+        scores = [dpg_bench.image_score(questions, answers) for answers in row["answers_per_picture"]]
         assert scores == pytest.approx(row["expected_per_picture"], abs=1e-9)
         assert np.mean(scores) == pytest.approx(row["expected_average"], abs=1e-9)
         raw = dpg_bench.raw_scores(questions, row["answers_per_picture"][-1])
@@ -243,23 +243,23 @@ def write_mjhq(folder, size=16, n=5):
     for i, (name, row) in enumerate(meta.items()):
         path = folder / "mjhq30k_imgs" / row["category"] / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture(row["prompt"], i, size)).save(path, "PNG")
+        Image.fromarray(random_image(row["prompt"], i, size)).save(path, "PNG")
     (folder / "meta_data.json").write_text(json.dumps(meta))
 
 
 def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
     write_mjhq(tmp_path / "data")
-    words = (call, "mjhq", tmp_path / "data", tmp_path, "--picture-format", "png")
+    words = (call, "mjhq", tmp_path / "data", tmp_path, "--image-format", "png")
     code, _, err = run(*words)
     assert code == 2 and "no Inception features (clean)" in err and "--inception PATH" in err
     code, out, err = run(*words, "--inception", quick_net)
     assert code == 0, err
     result = result_of(tmp_path, "mjhq")
-    # the drawer draws the very pictures of the release
+    # the drawer draws the very images of the release
     assert result["value"] == pytest.approx(0.0, abs=1e-6) and result["comparable"]
     assert result["metrics"].keys() == {"fid", "fid/art", "fid/food"}
     assert result["metrics"]["fid/art"]["n"] == 2 and result["metrics"]["fid"]["interval"] is None
-    assert result["details"]["fid"]["lineage"] == "clean" and "5 pictures are few" in out
+    assert result["details"]["fid"]["lineage"] == "clean" and "5 images are few" in out
     folder = tmp_path / "mjhq"
     assert call("eval", "score", folder)[1] == out
     # the statistics of this run serve the next one, but not another lineage
@@ -272,7 +272,7 @@ def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
     assert code == 2 and "never mixed" in err
 
 
-def test_mjhq_counts_what_is_missing_and_scales_real_pictures(call, drawer, quick_net, tmp_path):
+def test_mjhq_counts_what_is_missing_and_scales_real_images(call, drawer, quick_net, tmp_path):
     write_mjhq(tmp_path / "data", size=32)
     (tmp_path / "data" / "mjhq30k_imgs" / "art" / "x.jpg").write_bytes(b"broken")
     meta = json.loads((tmp_path / "data" / "meta_data.json").read_text())
@@ -280,7 +280,7 @@ def test_mjhq_counts_what_is_missing_and_scales_real_pictures(call, drawer, quic
     (tmp_path / "data" / "meta_data.json").write_text(json.dumps(meta))
     code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception", quick_net)
     assert code == 0, err
-    assert "1 real pictures could not be read" in out and "1 drawings are missing from the FID" in out
+    assert "1 real images could not be read" in out and "1 drawings are missing from the FID" in out
     (tmp_path / "data" / "meta_data.json").write_text('{"a": {"prompt": "x"}}')
     code, _, err = run(call, "mjhq", tmp_path / "data", tmp_path / "o")
     assert code == 2 and "the key 'category' is missing" in err
@@ -289,12 +289,12 @@ def test_mjhq_counts_what_is_missing_and_scales_real_pictures(call, drawer, quic
 def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    pictures = np.stack([picture("real", i) for i in range(6)])
-    x = pictures[:, :2, :2].reshape(6, -1).astype(np.float64)
+    images = np.stack([random_image("real", i) for i in range(6)])
+    x = images[:, :2, :2].reshape(6, -1).astype(np.float64)
     means = {"mu": x.mean(0), "sigma": np.cov(x, rowvar=False)}
     spatial = {"mu_s": x[:, :7].mean(0), "sigma_s": np.cov(x[:, :7], rowvar=False)}
-    np.savez(data / "VIRTUAL_imagenet256_labeled.npz", arr_0=pictures, **means, **spatial)
-    np.savez(tmp_path / "samples.npz", arr_0=pictures[:5])
+    np.savez(data / "VIRTUAL_imagenet256_labeled.npz", arr_0=images, **means, **spatial)
+    np.savez(tmp_path / "samples.npz", arr_0=images[:5])
     words = ("eval", "run", "imagenet_generation", "--data", data, "--inception", quick_net, "--limit", 5)
     code, _, err = call(*words, "--model", tmp_path / "samples.npz", "--out", tmp_path / "a")
     assert code == 0, err
@@ -329,30 +329,30 @@ def test_drawings_of_another_system_take_a_models_place(call, judge, tmp_path):
     for number in (1, 2, 4, 5):
         path = tmp_path / "theirs" / f"{number:05d}.png"
         path.parent.mkdir(exist_ok=True)
-        Image.fromarray(picture("a", number)).save(path)
+        Image.fromarray(random_image("a", number)).save(path)
     words = ("--data", tmp_path / "data", "--model", tmp_path / "theirs", "--out", tmp_path)
     code, out, err = call("eval", "run", "genai_bench", *words, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
     assert result["value"] == pytest.approx(0.5) and "00003.png does not exist" in out
-    assert result["model"]["kind"] == "pictures drawn elsewhere"
+    assert result["model"]["kind"] == "images drawn elsewhere"
     code, _, err = call("eval", "run", "pope", *words)
-    assert code == 2 and "holds pictures alone" in err
+    assert code == 2 and "holds images alone" in err
 
 
 def test_drawings_of_another_system_may_stand_in_grids(call, judge, tmp_path):
     write_dpg(tmp_path / "data", ("p", "q", "r", "s", "t"))
     (tmp_path / "theirs").mkdir()
     for k in range(4):  # the fourth is too small for its lower half, the fifth is not there
-        four = [picture(f"{k}", j) for j in range(4)]
+        four = [random_image(f"{k}", j) for j in range(4)]
         grid = np.concatenate([np.concatenate(four[:2], axis=1), np.concatenate(four[2:], axis=1)])
         Image.fromarray(grid[:20] if k == 3 else grid).save(tmp_path / "theirs" / f"item{k}.png")
     words = ("dpg_bench", "--data", tmp_path / "data", "--model", tmp_path / "theirs", "--out", tmp_path)
     code, out, err = call("eval", "run", *words, "--grid", 16, "--vqa-model", tmp_path)
     assert code == 0, err
     for j in range(4):
-        with Image.open(tmp_path / "dpg_bench" / "pictures" / "item1" / f"{j}.png") as image:
-            assert np.array_equal(np.asarray(image), picture("1", j))
+        with Image.open(tmp_path / "dpg_bench" / "images" / "item1" / f"{j}.png") as image:
+            assert np.array_equal(np.asarray(image), random_image("1", j))
     result = result_of(tmp_path, "dpg_bench")
     assert result["value"] == pytest.approx(100 / 3 * (3 + 2 / 4) / 5) and result["failed"] == 6
     assert "32 x 20 pixels have no 3. square of 16" in out

@@ -94,8 +94,8 @@ def mask2former(tmp_path_factory):
 
 def test_mask2former_gives_boxes_around_its_masks(mask2former):
     find = object_detector.load(str(mask2former), "cpu")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
-    (things, again) = find([picture, picture], ["cup"])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+    (things, again) = find([image, image], ["cup"])
     assert things and len(things) == len(again)
     for thing in things:
         assert thing.name in ("cup", "computer mouse", "dog") and thing.mask.shape == (48, 64)
@@ -106,7 +106,7 @@ def test_mask2former_gives_boxes_around_its_masks(mask2former):
     assert sum(map(len, row["detections"].values())) == len(things)
 
 
-def test_owl_scales_its_boxes_to_the_picture(words, tmp_path):
+def test_owl_scales_its_boxes_to_the_image(words, tmp_path):
     from transformers import OwlViTConfig, OwlViTForObjectDetection, OwlViTImageProcessor, OwlViTProcessor
 
     torch.manual_seed(0)
@@ -118,8 +118,8 @@ def test_owl_scales_its_boxes_to_the_picture(words, tmp_path):
     OwlViTForObjectDetection(config).save_pretrained(tmp_path)
     images = OwlViTImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
     OwlViTProcessor(image_processor=images, tokenizer=words).save_pretrained(tmp_path)
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8))
-    (things,) = object_detector.load(str(tmp_path), "cpu")([picture], ["cup", "red cup"])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8))
+    (things,) = object_detector.load(str(tmp_path), "cpu")([image], ["cup", "red cup"])
     assert things and {t.name for t in things} <= {"cup", "red cup"}
     centres = [((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2) for t in things]
     assert max(x for x, _ in centres) > 40  # the whole width is used
@@ -128,24 +128,24 @@ def test_owl_scales_its_boxes_to_the_picture(words, tmp_path):
 
 def test_colours_see_the_object_alone(clip):
     colours = object_detector.Colours(str(clip), "cpu")
-    picture = np.full((32, 32, 3), 200, np.uint8)
-    picture[8:16, 8:16] = (255, 0, 0)
+    image = np.full((32, 32, 3), 200, np.uint8)
+    image[8:16, 8:16] = (255, 0, 0)
     mask = np.zeros((32, 32), bool)
     mask[8:16, 8:16] = True
     cut = object_detector.crop(
-        Image.fromarray(picture), object_detector.Thing("cup", [4, 4, 20, 20, 0.9], mask)
+        Image.fromarray(image), object_detector.Thing("cup", [4, 4, 20, 20, 0.9], mask)
     )
     assert np.asarray(cut)[0, 0].tolist() == [0x99] * 3 and np.asarray(cut)[8, 8].tolist() == [255, 0, 0]
     whole = object_detector.crop(
-        Image.fromarray(picture), object_detector.Thing("cup", [-9, 30.2, 99, 99, 0.9], None)
+        Image.fromarray(image), object_detector.Thing("cup", [-9, 30.2, 99, 99, 0.9], None)
     )
     assert whole.size == (32, 2)
     things = [object_detector.Thing("cup", [4, 4, 20, 20, 0.9], mask)] * 2
-    found = colours(Image.fromarray(picture), things)
+    found = colours(Image.fromarray(image), things)
     assert (
         found[0] == found[1]
         and found[0] in geneval_scorer.COLOURS
-        and colours(Image.fromarray(picture), []) == []
+        and colours(Image.fromarray(image), []) == []
     )
 
 
@@ -163,18 +163,18 @@ def test_geneval_through_the_command_line_with_a_detector(call, clip, mask2forme
     code, _, err = call(*words, "--detector-model", clip, "--colour-model", clip)
     assert code == 2 and "model_type is 'clip'; allowed: mask2former" in err
 
-    # a detector with a script: a cup is in every picture but the fourth prompt's
+    # a detector with a script: a cup is in every image but the fourth prompt's
     def find(pictures, names):
         assert names == ["cup"]
         return [
             [object_detector.Thing("cup", [0, 0, 9, 9, 0.95], None)] * (not is_fourth(p)) for p in pictures
         ]
 
-    def is_fourth(picture):
-        return any(np.array_equal(np.asarray(picture), known) for known in fourth)
+    def is_fourth(image):
+        return any(np.array_equal(np.asarray(image), known) for known in fourth)
 
     folder = tmp_path / "geneval"
-    fourth = [np.asarray(Image.open(p)) for p in sorted((folder / "pictures" / "00003").rglob("*.png"))]
+    fourth = [np.asarray(Image.open(p)) for p in sorted((folder / "images" / "00003").rglob("*.png"))]
     assert len(fourth) == 4
     monkeypatch.setattr(object_detector, "load", lambda path, device: find)
     code, out, err = call(*words, "--detector-model", mask2former, "--colour-model", clip)

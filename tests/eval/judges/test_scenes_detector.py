@@ -1,6 +1,6 @@
 """The detector of scenes: finds what is there, in renders and in fair copies, and believes no broken one.
 
-A broken picture is accepted when it would still be scored right as the scene it was made from.
+A broken image is accepted when it would still be scored right as the scene it was made from.
 """
 
 import numpy as np
@@ -41,12 +41,12 @@ class World:
         self.random = np.random.default_rng(0)
 
     def accepted(self, pictures: np.ndarray) -> float:
-        """Share of pictures that are scored right as the original scene."""
+        """Share of images that are scored right as the original scene."""
         readings = self.detect(pictures)
         return float(np.mean([same_scene(r, s.as_json()) for r, s in zip(readings, self.scenes)]))
 
     def believed(self, pictures: np.ndarray) -> float:
-        """Share of pictures that are taken for whole scenes, whichever."""
+        """Share of images that are taken for whole scenes, whichever."""
         return float(np.mean([reading.clean for reading in self.detect(pictures)]))
 
     def f1(self, pictures: np.ndarray) -> float:
@@ -143,7 +143,7 @@ def test_strong_blur_is_refused(demo):
 
 
 def test_a_half_painted_over_is_refused(demo):
-    """The half of the picture that holds an object, and the half of each object."""
+    """The half of the image that holds an object, and the half of each object."""
     halves, parts = demo.renders.copy(), demo.renders.copy()
     for half, part, scene in zip(halves, parts, demo.scenes):
         thing = scene.things[0]
@@ -166,7 +166,7 @@ def test_a_half_painted_over_is_refused(demo):
         assert demo.believed(broken) <= 0.05
 
 
-def test_two_blended_pictures_are_refused(demo):
+def test_two_blended_images_are_refused(demo):
     others = np.roll(demo.renders, 1, axis=0).astype(float)
     broken = as_levels((demo.renders + others) / 2)
     assert demo.accepted(broken) <= 0.05 and demo.believed(broken) <= 0.05
@@ -179,7 +179,7 @@ def test_shuffled_tiles_are_refused(demo):
         assert demo.accepted(joined(mixed)) <= 0.05 and demo.believed(joined(mixed)) <= 0.05
 
 
-def test_pictures_as_of_random_codes_are_refused(demo):
+def test_images_as_of_random_codes_are_refused(demo):
     cut = tiles(demo.renders, 8)
     flat = cut.reshape(-1, *cut.shape[2:])
     mixed = joined(flat[demo.random.permutation(len(flat))].reshape(cut.shape))
@@ -191,7 +191,7 @@ def test_pictures_as_of_random_codes_are_refused(demo):
         assert demo.believed(broken) <= 0.05
 
 
-def test_richer_broken_pictures_are_refused(rich):
+def test_richer_broken_images_are_refused(rich):
     cut = tiles(rich.renders, 8)
     shuffled = joined(np.stack([t[rich.random.permutation(len(t))] for t in cut]))
     blended = (rich.renders + np.roll(rich.renders, 1, axis=0).astype(float)) / 2
@@ -199,7 +199,7 @@ def test_richer_broken_pictures_are_refused(rich):
         assert rich.accepted(broken) <= 0.05
 
 
-def test_a_smudge_beside_a_good_object_spoils_the_picture(demo):
+def test_a_smudge_beside_a_good_object_spoils_the_image(demo):
     scene = Scene(32, 2, (Thing("circle", "red", 12.0, (0, 0)),), (240, 240, 240))
     picture = render_array(scene)
     assert demo.detect([picture])[0].clean

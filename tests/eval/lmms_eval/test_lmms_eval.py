@@ -52,20 +52,20 @@ def pipeline(folder):
     return Pipeline.from_pretrained(folder)
 
 
-def picture(number=0):
+def image(number=0):
     return Image.new("RGB", (32, 32), (40 * number, 100, 200))
 
 
 def test_batches_of_mixed_options_equal_single_questions(pipeline):
     questions = [
-        adapter.Question([picture(i)], f"Question {i}?", {"until": ["\n\n"], "max_new_tokens": 3 + i % 2})
+        adapter.Question([image(i)], f"Question {i}?", {"until": ["\n\n"], "max_new_tokens": 3 + i % 2})
         for i in range(5)
     ]
     counted = []
     together = adapter.answer(pipeline, questions, 4, counted.append)
     alone = [adapter.answer(pipeline, [question], 1, counted.append)[0] for question in questions]
     assert together == alone and sum(counted) == 10
-    assert together[0] == pipeline.answer([picture(0)], ["Question 0?"], 3)[0]
+    assert together[0] == pipeline.answer([image(0)], ["Question 0?"], 3)[0]
 
 
 def test_options_stops_and_what_is_refused():
@@ -81,15 +81,15 @@ def test_options_stops_and_what_is_refused():
     assert adapter.cut("a b\n\nc", ["\n\n", "b"]) == "a"
     with pytest.raises(UserError, match="not known here: penalty"):
         adapter.options_of({"penalty": 1})
-    with pytest.raises(UserError, match="only pictures can be read"):
-        adapter.pictures_of(["film.mp4"])
+    with pytest.raises(UserError, match="only images can be read"):
+        adapter.images_of(["film.mp4"])
 
 
-def test_messages_keep_their_pictures_in_place(pipeline):
+def test_messages_keep_their_images_in_place(pipeline):
     content = [
-        {"type": "text", "text": "First"}, {"type": "image", "url": picture()},
+        {"type": "text", "text": "First"}, {"type": "image", "url": image()},
         {"type": "text", "text": "and"},
-        {"type": "image", "url": picture(1).convert("L")}, {"type": "text", "text": "same?"},
+        {"type": "image", "url": image(1).convert("L")}, {"type": "text", "text": "same?"},
     ]  # fmt: skip
     images, text = adapter.question_of([{"role": "user", "content": content}])
     assert len(images) == 2 and images[1].mode == "RGB" and text == "First\n<image>\nand\n<image>\nsame?"
@@ -101,9 +101,9 @@ def test_messages_keep_their_pictures_in_place(pipeline):
 
 
 def test_losses_are_those_of_the_model_token_by_token(pipeline):
-    loss, greedy = adapter.loss_of(pipeline, [picture()], "Which?", "a cat")
+    loss, greedy = adapter.loss_of(pipeline, [image()], "Which?", "a cat")
     ids = pipeline.processor.question_ids("Which?", 1)
-    codes = pipeline.encode_to_read([picture()])
+    codes = pipeline.encode_to_read([image()])
     total = 0.0
     for token in pipeline.processor.text_tokenizer("a cat", add_special_tokens=False)["input_ids"]:
         with torch.no_grad():
@@ -113,9 +113,9 @@ def test_losses_are_those_of_the_model_token_by_token(pipeline):
         total -= float(logits[0, -1].log_softmax(-1)[token])
         ids = [*ids, token]
     assert loss == pytest.approx(total, rel=1e-4) and greedy is False
-    first = pipeline.answer([picture()], ["Which?"], 1)[0]
+    first = pipeline.answer([image()], ["Which?"], 1)[0]
     if first:
-        assert adapter.loss_of(pipeline, [picture()], "Which?", first)[0] > 0
+        assert adapter.loss_of(pipeline, [image()], "Which?", first)[0] > 0
 
 
 def test_the_entry_point_names_the_manifest():
@@ -134,7 +134,7 @@ dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
 output_type: {kind}
-doc_to_visual: !function pictures.visual
+doc_to_visual: !function images.visual
 doc_to_text: "{{{{question}}}}"
 doc_to_target: "{{{{answer}}}}"
 {more}
@@ -168,7 +168,7 @@ def test_a_tiny_local_task_runs_offline(folder, pipeline, tmp_path):
         {"question": f"Question {i}?", "answer": "x", "image": i, "options": ["a cat", "x"]} for i in range(3)
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "pictures.py").write_text(
+    (tmp_path / "images.py").write_text(
         "from PIL import Image\n"
         "def visual(doc):\n    return [Image.new('RGB', (32, 32), (40 * doc['image'], 100, 200))]\n"
     )
@@ -193,7 +193,7 @@ def test_a_tiny_local_task_runs_offline(folder, pipeline, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert [row[0] for row in found] == ["OpenUniTokChat", "OpenUniTok", "OpenUniTok"]
-    expected = [pipeline.answer([picture(i)], [f"Question {i}?"], 4)[0] for i in range(3)]
+    expected = [pipeline.answer([image(i)], [f"Question {i}?"], 4)[0] for i in range(3)]
     for _, _, samples in found[:2]:
         assert all(expected[i].split("\n\n")[0].strip() in answer for i, answer in samples)
     assert "acc,none" in found[2][1]

@@ -9,7 +9,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.eval.metrics import inception_features
 from open_unitok.eval.metrics.adm_samples import write_samples
 
-from ..generation.test_generated_images import picture, quick_net, result_of
+from ..generation.test_generated_images import quick_net, random_image, result_of
 
 assert quick_net  # a fixture
 
@@ -20,15 +20,15 @@ def test_sfid_is_the_distance_of_the_spatial_features(call, quick_net, tmp_path)
 
     random, data = np.random.default_rng(0), tmp_path / "data"
     data.mkdir()
-    pictures = random.integers(0, 255, (60, 8, 8, 3), np.uint8)
+    images = random.integers(0, 255, (60, 8, 8, 3), np.uint8)
     mean, root = random.normal(100, 20, 7), random.normal(0, 30, (7, 7))
     other = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": mean, "sigma_s": root @ root.T}
     np.savez(data / "VIRTUAL_imagenet256_labeled.npz", **other)
-    np.savez(tmp_path / "samples.npz", arr_0=pictures)
+    np.savez(tmp_path / "samples.npz", arr_0=images)
     words = ("imagenet_generation", "--data", data, "--inception", quick_net, "--limit", 60)
     code, _, err = call("eval", "run", *words, "--model", tmp_path / "samples.npz", "--out", tmp_path)
     assert code == 0, err
-    x = pictures[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # what the quick net calls spatial
+    x = images[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # what the quick net calls spatial
     s = np.cov(x, rowvar=False)
     product = scipy.linalg.sqrtm(s @ other["sigma_s"]).real
     expected = ((x.mean(0) - mean) ** 2).sum() + np.trace(s + other["sigma_s"] - 2 * product)
@@ -40,12 +40,12 @@ def test_adms_file_of_samples(tmp_path):
     def load(i):
         if i == 3:
             raise UserError("broken")
-        return picture("x", i, 8 if i == 5 else 64)
+        return random_image("x", i, 8 if i == 5 else 64)
 
-    pictures = inception_features.Pictures("samples", [str(i) for i in range(300)], load)
+    images = inception_features.ImageSet("samples", [str(i) for i in range(300)], load)
     path = tmp_path / "submission" / "samples.npz"
     tracemalloc.start()
-    assert write_samples(pictures, path) == 298
+    assert write_samples(images, path) == 298
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 298 * 64 * 64 * 3 / 8  # never all of them
@@ -55,11 +55,11 @@ def test_adms_file_of_samples(tmp_path):
     assert found.dtype == np.uint8 and found.shape == (298, 64, 64, 3)
     assert all(np.array_equal(a, load(i)) for a, i in zip(found, order))
     time = path.stat().st_mtime_ns
-    assert write_samples(pictures, path) == 298 and path.stat().st_mtime_ns == time
-    assert write_samples(inception_features.Pictures("samples", ["other"], load), path) == 1
+    assert write_samples(images, path) == 298 and path.stat().st_mtime_ns == time
+    assert write_samples(inception_features.ImageSet("samples", ["other"], load), path) == 1
     path.write_bytes(b"half a file")
-    assert write_samples(pictures, path) == 298
+    assert write_samples(images, path) == 298
     assert (
-        write_samples(inception_features.Pictures("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz")
+        write_samples(inception_features.ImageSet("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz")
         == 0
     )

@@ -43,7 +43,7 @@ def test_moments_do_not_depend_on_the_batches(arrays):
     whole, parts = fid.moments([x]), fid.moments(np.array_split(x, 7))
     assert parts.covariance == pytest.approx(np.cov(x, rowvar=False), abs=1e-9)
     assert parts.mean == pytest.approx(whole.mean, abs=1e-9) and parts.n == len(x)
-    with pytest.raises(UserError, match="at least two pictures on either side, there are 1"):
+    with pytest.raises(UserError, match="at least two images on either side, there are 1"):
         fid.moments([x[:1]])
     with pytest.raises(UserError, match="NaN or infinity"):
         fid.moments([np.full((3, 2), np.nan)])
@@ -63,7 +63,7 @@ def test_inception_score_of_adm(expected, arrays):
     for block in (5000, 120):
         value = fid.inception_score_adm(arrays["is_logits"], block)
         assert value == pytest.approx(expected["inception_score"][f"adm_split_size_{block}"], abs=1e-5)
-    with pytest.raises(UserError, match="10 splits needs 10 pictures, there are 3"):
+    with pytest.raises(UserError, match="10 splits needs 10 images, there are 3"):
         fid.inception_score(arrays["is_logits"][:3])
 
 
@@ -86,5 +86,5 @@ def test_precision_and_recall(expected, arrays):
     assert found.recall == pytest.approx(row["recall_float64"], abs=1e-9)
     row = expected["precision_recall_torch_fidelity_k3"]
     assert tuple(found) == pytest.approx((row["precision"], row["recall"]), abs=0.006)
-    with pytest.raises(UserError, match="more than 3 pictures"):
+    with pytest.raises(UserError, match="more than 3 images"):
         fid.precision_recall(arrays["fid_a"][:3], arrays["fid_b"])

@@ -30,7 +30,7 @@ def arrays():
     return np.load(GOLDEN / "metrics.npz")
 
 
-def test_psnr_per_picture_and_its_mean(expected, arrays):
+def test_psnr_per_image_and_its_mean(expected, arrays):
     values = image_quality.psnr(arrays["img_ref"], arrays["img_rec"])
     rows = expected["image_metrics"]["per_image"]
     assert values == pytest.approx([r["psnr_255"] for r in rows], abs=1e-9)
@@ -46,7 +46,7 @@ def test_ssim_in_every_convention(expected, arrays, mode):
     assert image_quality.ssim(arrays["img_ref"][0], arrays["img_ref"][0], mode) == pytest.approx([1.0])
 
 
-def test_pictures_that_cannot_be_compared_are_refused(arrays):
+def test_images_that_cannot_be_compared_are_refused(arrays):
     a = arrays["img_ref"]
     with pytest.raises(UserError, match="differ in shape"):
         image_quality.psnr(a, a[:, :-1])

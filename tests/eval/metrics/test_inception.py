@@ -43,10 +43,10 @@ def test_port_equals_torch_fidelity(golden, inception_file):
 def test_lineages_differ_and_adm_has_what_sfid_needs(golden, inception_file):
     pictures = [i.transpose(1, 2, 0) for i in golden[1]["images"]]
     other = inception.extractor("pytorch-fid", inception_file)(pictures).pooled
-    # the formula weights hardly see the pictures, so the resize moves them little, but by more than noise
+    # the formula weights hardly see the images, so the resize moves them little, but by more than noise
     assert 5e-5 < np.abs(other - golden[1]["feat_2048"]).max() < 1
     adm = inception.extractor("adm", inception_file)
-    # pictures of two sizes in one batch keep their order
+    # images of two sizes in one batch keep their order
     mixed = adm([pictures[0][:50], pictures[1], pictures[0]])
     assert mixed.spatial is not None and mixed.spatial.shape == (3, 2023) and (mixed.spatial >= 0).all()
     assert mixed.pooled[1:] == pytest.approx(golden[1]["feat_2048"][::-1], abs=1e-5)
@@ -54,12 +54,12 @@ def test_lineages_differ_and_adm_has_what_sfid_needs(golden, inception_file):
 
 @pytest.mark.parametrize("side", [23, 64])
 def test_resizes_equal_the_published_ones(arrays, side):
-    picture = arrays["img_ref"][0]
-    x = inception.stack([picture])
+    image = arrays["img_ref"][0]
+    x = inception.stack([image])
     assert np.array_equal(
         inception.resize_tf1(x, side)[0].numpy(), arrays[f"resize_tf1_bilinear_{side}x{side}"]
     )
-    clean = inception.resize_clean(picture, side)
+    clean = inception.resize_clean(image, side)
     assert np.array_equal(clean, arrays[f"resize_clean_pil_bicubic_{side}x{side}"])
     if side == 64:
         torch_way = inception.resize_torch(x / 255, side)[0].numpy()
@@ -77,9 +77,9 @@ def test_clean_runs_the_torchscript_file_as_it_is(arrays, tmp_path):
 
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(Base()).save(str(path))
-    picture = arrays["img_ref"][0]
-    found = inception.extractor("clean", tmp_path)([picture, picture[:30]])
-    x = torch.from_numpy(inception.resize_clean(picture)).permute(2, 0, 1)
+    image = arrays["img_ref"][0]
+    found = inception.extractor("clean", tmp_path)([image, image[:30]])
+    x = torch.from_numpy(inception.resize_clean(image)).permute(2, 0, 1)
     assert found.pooled[0] == pytest.approx(Base()((x[None] - 128) / 128).numpy()[0], abs=1e-5)
     assert found.pooled.shape == (2, 12) and found.logits is None
 

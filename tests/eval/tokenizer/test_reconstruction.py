@@ -54,7 +54,7 @@ class Scripted:
         return np.stack([np.asarray(i, np.float32).mean(axis=(0, 1)) / 255 for i in images])
 
     def embed_images(self, images):
-        """The colour of class n is that of its caption's hash, so that every picture is told right."""
+        """The colour of class n is that of its caption's hash, so that every image is told right."""
         return np.stack([zeroshot_classifier.unit(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
 
     def embed_texts(self, texts):
@@ -81,7 +81,7 @@ def scripted(monkeypatch):
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Five pictures in ImageNet's layout, 32 pixels and in noise."""
+    """Five images in ImageNet's layout, 32 pixels and in noise."""
     folder, random = tmp_path_factory.mktemp("imagenet") / "data", np.random.default_rng(0)
     for wnid in WNIDS:
         path = folder / "val" / wnid / "ILSVRC2012_val_00000001.JPEG"
@@ -118,8 +118,8 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
     assert values["lpips"] == pytest.approx(np.mean([lpips(a[:1], a[1:]).item() for a in pairs]), rel=1e-4)
     assert 0 < values["rfid"] < 1e-3 and result["metrics"]["rfid"]["interval"] is None
     about = result["details"]["fid"]
-    assert (about["lineage"], about["pictures"]) == ("torch-fidelity", 5)
-    assert any("5 pictures are few" in p for p in result["problems"])
+    assert (about["lineage"], about["images"]) == ("torch-fidelity", 5)
+    assert any("5 images are few" in p for p in result["problems"])
 
 
 @pytest.fixture
@@ -166,9 +166,9 @@ def test_lineages_never_mix_and_files_alone_give_the_score(
     assert code == 2 and "The FID lineage is 'fidelity'" in err
 
 
-def test_bad_pictures_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):
+def test_bad_images_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):
     shutil.copytree(photos, tmp_path / "data")
-    (tmp_path / "data" / "val" / WNIDS[0] / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "data" / "val" / WNIDS[0] / "broken.png").write_bytes(b"no image")
     scoring = Scoring(inception=str(inception_file))
     result = run_benchmark(
         "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", scoring=scoring, quiet=True
@@ -177,7 +177,7 @@ def test_bad_pictures_are_counted_and_left_out(quick_net, photos, tmp_path, ince
     assert result["metrics"]["psnr"]["n"] == result["metrics"]["rfid"]["n"] == 5
 
 
-def test_a_tar_is_a_folder_of_pictures(call, scripted, photos, tmp_path):
+def test_a_tar_is_a_folder_of_images(call, scripted, photos, tmp_path):
     tar = tmp_path / "data" / "000.tar"
     tar.parent.mkdir()
     with tarfile.open(tar, "w") as file:
@@ -209,7 +209,7 @@ def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
     assert result["metrics"]["top1"]["value"] == result["metrics"]["top5"]["value"] == 1.0
     assert result["n"] == 5 and result["about"]["classes"] == 1000
     assert result["about"]["prompts per class"] == 80 and "lanczos" in result["about"]["preprocessing"]
-    # the flat layout with a table, one label wrong and one picture missing: three of five
+    # the flat layout with a table, one label wrong and one image missing: three of five
     flat = tmp_path / "flat"
     (flat / "val").mkdir(parents=True)
     lines = ["ImageId,PredictionString"]
@@ -263,7 +263,7 @@ def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe)
     assert code == 0, err
     result = json.loads((tmp_path / "o" / "linear_probe" / "results.json").read_text())
     assert result["value"] == pytest.approx(3 / 4)  # all but the broken one
-    assert result["details"]["training pictures"] == 36 and "1 training pictures have no features" in out
+    assert result["details"]["training images"] == 36 and "1 training images have no features" in out
     assert "before quantisation" in result["details"]["features"]
     code, _, err = call(*words, "--out", tmp_path / "q", "--pooling", "mean")
     assert code == 2 and "pooling is 'mean'" in err
@@ -313,7 +313,7 @@ def test_nan_features_are_refused():
         fid.moments([np.array([[1.0, np.nan], [0.0, 1.0]])])
 
 
-def test_linear_probe_counts_pictures_of_unknown_classes_as_wrong(scripted, call, tmp_path):
+def test_linear_probe_counts_images_of_unknown_classes_as_wrong(scripted, call, tmp_path):
     for part, copies in (("train", 4), ("val", 1)):
         write_colours(tmp_path / "data", part, WNIDS[:3], copies=copies)
         shutil.copytree(tmp_path / "data" / part / WNIDS[0], tmp_path / "data" / part / "n99999999")
@@ -322,4 +322,4 @@ def test_linear_probe_counts_pictures_of_unknown_classes_as_wrong(scripted, call
     assert code == 0, err
     result = json.loads((tmp_path / "linear_probe" / "results.json").read_text())
     assert result["value"] == pytest.approx(3 / 4) and result["metrics"]["top1"]["n"] == 4
-    assert "'n99999999' is no WordNet id" in out and "4 training pictures have no features" in out
+    assert "'n99999999' is no WordNet id" in out and "4 training images have no features" in out

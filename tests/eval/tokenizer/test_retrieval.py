@@ -11,7 +11,7 @@ from open_unitok.eval.tokenizer.retrieval import hits
 
 
 class Scripted:
-    """The embedding of a picture is its corner's red level as a one-hot row, that of a caption its number."""
+    """The embedding of an image is its corner's red level as a one-hot row, that of a caption its number."""
 
     device = "cpu"
 
@@ -33,12 +33,12 @@ class Scripted:
 
 @pytest.fixture
 def pictures(tmp_path):
-    """230 pictures: in the first hundred, two are told as each other's and one cannot be read."""
+    """230 images: in the first hundred, two are told as each other's and one cannot be read."""
     rows = []
     for i in range(230):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
         rows.append({"file": f"{i}.png", "captions": [str({3: 4, 4: 3}.get(i, i)), "unread"]})
-    (tmp_path / "9.png").write_bytes(b"no picture")
+    (tmp_path / "9.png").write_bytes(b"no image")
     (tmp_path / "captions.json").write_text(json.dumps(rows))
     return tmp_path
 

@@ -83,8 +83,8 @@ def test_mme_parses_and_totals():
         label = item["gt"].lower()
         for scorer, key in (("official", "official_parsed"), ("lmms", "lmms_parsed")):
             assert mme.parse(item["prediction"], scorer) == item[key], item
-        task, _, picture = item["question_id"].partition("/")
-        rows.append({"group": task, "cluster": picture, "label": label, "text": item["prediction"]})
+        task, _, image = item["question_id"].partition("/")
+        rows.append({"group": task, "cluster": image, "label": label, "text": item["prediction"]})
     for scorer, totals in (
         ("official", [vectors["expected"][k]["total"] for k in ("Perception", "Cognition")]),
         ("lmms", list(vectors["lmms_eval_expected"].values())),
@@ -148,8 +148,8 @@ def test_scienceqa_parser_items_and_totals():
     assert (
         sum(right.values()) == vectors["expected"]["correct"] and len(right) == vectors["expected"]["count"]
     )
-    pictured = [right[n] for n, q in questions.items() if q.medium == "image"]
-    assert f"IMG-Accuracy: {100 * sum(pictured) / len(pictured):.2f}%" in vectors["official_stdout"]
+    imaged = [right[n] for n, q in questions.items() if q.medium == "image"]
+    assert f"IMG-Accuracy: {100 * sum(imaged) / len(imaged):.2f}%" in vectors["official_stdout"]
     for name, expected in vectors["lmms_eval_items"].items():
         assert multiple_choice.scienceqa_right(texts[name], questions[name], "lmms") == bool(expected), texts[
             name

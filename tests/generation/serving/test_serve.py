@@ -44,11 +44,11 @@ def decoded(entry):
     return Image.open(io.BytesIO(base64.b64decode(entry.b64_json)))
 
 
-def test_answers_are_those_of_the_pipeline(client, pipe, pictures):
-    body = showing(pictures[1].read_bytes())
+def test_answers_are_those_of_the_pipeline(client, pipe, photos):
+    body = showing(photos[1].read_bytes())
     answer = client.chat.completions.create(model="tiny", **body)
     [choice] = answer.choices
-    assert choice.message.content == pipe.answer([pictures[1]], ["What is it?"], max_new_tokens=4)[0]
+    assert choice.message.content == pipe.answer([photos[1]], ["What is it?"], max_new_tokens=4)[0]
     assert choice.finish_reason in ("stop", "length") and answer.model == "tiny"
     assert answer.usage.prompt_tokens > 9 and answer.usage.completion_tokens <= 4
 
@@ -58,12 +58,12 @@ def test_answers_are_those_of_the_pipeline(client, pipe, pictures):
         {"role": "user", "content": "Red?"},
     ]
     answer = client.chat.completions.create(model="tiny", messages=talk, max_completion_tokens=5)
-    expected = pipe.chat("Red?", pictures[1], [("What is it?", "a star")], max_new_tokens=5)
+    expected = pipe.chat("Red?", photos[1], [("What is it?", "a star")], max_new_tokens=5)
     assert answer.choices[0].message.content == expected
 
 
-def test_a_streamed_answer_is_the_same(client, pictures):
-    body = {"model": "tiny", **showing(pictures[0].read_bytes()), "max_tokens": 12}
+def test_a_streamed_answer_is_the_same(client, photos):
+    body = {"model": "tiny", **showing(photos[0].read_bytes()), "max_tokens": 12}
     whole = client.chat.completions.create(**body)
     chunks = list(client.chat.completions.create(**body, stream=True, stream_options={"include_usage": True}))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -92,7 +92,7 @@ def test_sampled_answers_with_a_seed_repeat(client):
     assert draw(3) == draw(3) and len({draw(seed) for seed in range(4)}) > 1
 
 
-def test_pictures_are_those_of_the_pipeline(client, pipe):
+def test_images_are_those_of_the_pipeline(client, pipe):
     settings = {"seed": 5, "guidance": 2.0, "negative_prompt": "a square"}
     answer = client.images.generate(model="tiny", prompt="a red circle", n=2, extra_body=settings)
     expected = pipe.generate(["a red circle"] * 2, Sampling(guidance=2.0), seed=5, negative="a square")
@@ -110,7 +110,7 @@ def test_pictures_are_those_of_the_pipeline(client, pipe):
     assert (record["guidance"], record["temperature"], record["greedy"]) == (5.0, 1.0, False)
 
 
-def test_a_streamed_picture_grows(client, pipe):
+def test_a_streamed_image_grows(client, pipe):
     body = {"model": "tiny", "prompt": "a star", "extra_body": {"seed": 1}}
     events = list(client.images.generate(**body, stream=True, partial_images=2))
     kinds = [event.type.rpartition(".")[2] for event in events]
@@ -128,7 +128,7 @@ def test_requests_that_come_together_share_batches(pipe, serving, ask):
         assert [status for status, _ in results] == [200] * 5
         assert results[0][1]["data"][0]["b64_json"] == alone
         text = server.metrics.text()
-    assert 'unitok_batch_rows_count{kind="draw"} 2' in text and "unitok_pictures_total 6" in text
+    assert 'unitok_batch_rows_count{kind="draw"} 2' in text and "unitok_images_total 6" in text
     assert 'unitok_batch_rows_sum{kind="draw"} 6' in text
 
 
@@ -209,7 +209,7 @@ def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
         until(lambda: server.batcher.waiting == 2)
         status, answer = ask(url, body)
         assert status == 429 and answer["error"]["code"] == "queue_full"
-        assert "2 pictures or answers are waiting and 1 more" in answer["error"]["message"]
+        assert "2 images or answers are waiting and 1 more" in answer["error"]["message"]
         status, answer = ask(url, {**body, "stream": True})
         assert status == 429 and "1 more" in answer["error"]["message"]
         status, answer = ask(url, {"prompt": "a star", "n": 2}, "/v1/images/generations")
@@ -250,7 +250,7 @@ def test_a_request_that_takes_too_long_is_504(pipe, serving, ask):
         until(lambda: server.batcher.running == 0)
 
 
-def test_an_answer_does_not_wait_behind_a_picture(pipe, serving, ask):
+def test_an_answer_does_not_wait_behind_a_image(pipe, serving, ask):
     with serving(pipe) as (url, server):
         real, slow = server.batcher.work, Slow(server)
         server.batcher.work = lambda jobs: slow(jobs) if jobs[0].key.kind == "draw" else real(jobs)

@@ -57,7 +57,7 @@ def metric(address, line):
     return next(float(row.rpartition(" ")[2]) for row in text.splitlines() if row.startswith(line + " "))
 
 
-def picture(side=48):
+def image(side=48):
     buffer = io.BytesIO()
     Image.effect_noise((side, side), 80).save(buffer, "PNG")
     return buffer.getvalue()
@@ -69,7 +69,7 @@ def shown(content: bytes):
 
 def bodies(number):
     """Requests of all kinds, a different one for each number."""
-    parts = [{"type": "image_url", "image_url": {"url": shown(picture())}}, {"type": "text", "text": "What?"}]
+    parts = [{"type": "image_url", "image_url": {"url": shown(image())}}, {"type": "text", "text": "What?"}]
     ask = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1 + number % 7}
     return [
         (CHAT, ask),
@@ -159,9 +159,9 @@ def mutated(draw):
 
 
 @st.composite
-def broken_pictures(draw):
-    """A picture some of whose bytes are others, or that is cut off."""
-    content = bytearray(PICTURES[draw(st.integers(0, len(PICTURES) - 1))])
+def broken_images(draw):
+    """An image some of whose bytes are others, or that is cut off."""
+    content = bytearray(IMAGES[draw(st.integers(0, len(IMAGES) - 1))])
     for _ in range(draw(st.integers(0, 6))):
         content[draw(st.integers(0, min(len(content) - 1, 120)))] = draw(st.integers(0, 255))
     content = content[: draw(st.integers(0, len(content)))]
@@ -171,7 +171,7 @@ def broken_pictures(draw):
     return CHAT, json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 1}).encode()
 
 
-def pictures_of_all_kinds():
+def images_of_all_kinds():
     found = []
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
         buffer = io.BytesIO()
@@ -180,13 +180,13 @@ def pictures_of_all_kinds():
     return found
 
 
-PICTURES = pictures_of_all_kinds()
+IMAGES = images_of_all_kinds()
 paths = st.sampled_from([CHAT, DRAW])
 requests = st.one_of(
     st.tuples(paths, st.binary(max_size=200)),
     st.tuples(paths, json_values.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))),
     mutated(),
-    broken_pictures(),
+    broken_images(),
 )
 
 

@@ -1,4 +1,4 @@
-"""What `unitok serve` refuses: malformed, too large, too slow, pictures that are none, files of others."""
+"""What `unitok serve` refuses: malformed, too large, too slow, images that are none, files of others."""
 
 import base64
 import contextlib
@@ -14,8 +14,8 @@ def data_url(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
-def showing(picture: bytes | str, text="What is it?"):
-    url = picture if isinstance(picture, str) else data_url(picture)
+def showing(image: bytes | str, text="What is it?"):
+    url = image if isinstance(image, str) else data_url(image)
     parts = [{"type": "text", "text": text}, {"type": "image_url", "image_url": {"url": url}}]
     return {"messages": [{"role": "user", "content": parts}], "max_tokens": 4}
 
@@ -59,7 +59,7 @@ CHAT, DRAW = "/v1/chat/completions", "/v1/images/generations"
         (CHAT, user(""), "no text"),
         (CHAT, user("word " * 90), "context"),
         (CHAT, user("x" * 40_000), "32000"),
-        (CHAT, user("a <image> b"), "marks pictures"),
+        (CHAT, user("a <image> b"), "marks images"),
         (CHAT, user("\ud800"), "messages"),
         (CHAT, user(7), "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "role"),
@@ -82,7 +82,7 @@ CHAT, DRAW = "/v1/chat/completions", "/v1/images/generations"
         (CHAT, showing("data:image/png;base64,@@"), "base64"),
         (CHAT, showing("data:text/html;base64,aaaa"), "data:image"),
         (CHAT, showing(b""), "cannot be read"),
-        (CHAT, showing(b"no picture"), "cannot be read: it is none of PNG"),
+        (CHAT, showing(b"no image"), "cannot be read: it is none of PNG"),
         (CHAT, showing(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "none of PNG"),
         (CHAT, showing(truncated()), "cannot be read"),
         (CHAT, showing(bomb()), "900000000 pixels"),
@@ -137,16 +137,16 @@ def test_bodies_are_limited_in_size_and_time(server, ask):
     assert ask(url, user("still there?"))[0] == 200
 
 
-def test_files_are_read_from_the_allowed_folder_alone(pipe, pictures, tmp_path, serving, ask):
+def test_files_are_read_from_the_allowed_folder_alone(pipe, photos, tmp_path, serving, ask):
     folder, outside = tmp_path / "open", tmp_path / "secret.png"
     folder.mkdir()
     outside.write_bytes(png())
-    (folder / "a b.png").write_bytes(pictures[0].read_bytes())
+    (folder / "a b.png").write_bytes(photos[0].read_bytes())
     (folder / "link.png").symlink_to(outside)
     with serving(pipe, files=folder) as (url, _):
         status, answer = ask(url, showing(f"file://{folder}/a%20b.png"))
         assert status == 200
-        expected = pipe.answer([pictures[0]], ["What is it?"], max_new_tokens=4)[0]
+        expected = pipe.answer([photos[0]], ["What is it?"], max_new_tokens=4)[0]
         assert answer["choices"][0]["message"]["content"] == expected
         for path in (outside, folder / "link.png", f"{folder}/../secret.png", folder / "gone.png", folder,
                      f"{folder}/%2e%2e/secret.png", f"{folder}/a%00.png", "/etc/passwd"):  # fmt: skip

@@ -72,7 +72,7 @@ def page(chromium, address):
 
 
 def saved(tab):
-    """The pictures that the page offers to save."""
+    """The images that the page offers to save."""
     links = [link.get_attribute("href") for link in tab.locator("#drawing figcaption a").all()]
     return [Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) for link in links]
 
@@ -85,10 +85,10 @@ def test_it_draws_and_keeps_what_was_drawn(page, pipe):
     page.get_by_text("2", exact=True).click()
     page.get_by_role("button", name="Draw", exact=True).click()
     page.wait_for_selector("#drawing .ou-done")
-    pictures = saved(page)
+    photos = saved(page)
     expected = pipe.generate(["two blue squares"] * 2, Sampling(guidance=5.0), seed=7)
-    assert [np.array_equal(a, b) for a, b in zip(pictures, expected, strict=True)] == [True, True]
-    record = json.loads(pictures[1].text[KEY])
+    assert [np.array_equal(a, b) for a, b in zip(photos, expected, strict=True)] == [True, True]
+    record = json.loads(photos[1].text[KEY])
     assert (record["prompt"], record["seed"], record["guidance"]) == ("two blue squares", 8, 5.0)
 
     page.get_by_label("Prompt", exact=True).fill("a star")
@@ -104,7 +104,7 @@ def test_it_draws_and_keeps_what_was_drawn(page, pipe):
 
 
 @needs_browser
-def test_a_picture_grows_row_by_row(page, pipe, monkeypatch):
+def test_a_image_grows_row_by_row(page, pipe, monkeypatch):
     whole, go_on = pipe.stream, threading.Event()
 
     def held(*arguments, **options):
@@ -123,40 +123,40 @@ def test_a_picture_grows_row_by_row(page, pipe, monkeypatch):
 
 
 @needs_browser
-def test_a_broken_upload_is_told_and_the_page_goes_on(page, pictures, tmp_path):
+def test_a_broken_upload_is_told_and_the_page_goes_on(page, photos, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
     upload.set_input_files(tmp_path / "empty.png")
-    page.get_by_text("The picture cannot be read").wait_for()
+    page.get_by_text("The image cannot be read").wait_for()
     page.reload()
     page.get_by_role("tab", name="Reconstruct").click()
-    upload.set_input_files(pictures[0])
+    upload.set_input_files(photos[0])
     page.wait_for_selector("#maps rect")
 
 
 @needs_browser
-def test_it_answers_and_starts_again(page, pipe, pictures):
+def test_it_answers_and_starts_again(page, pipe, photos):
     page.get_by_role("tab", name="Ask").click()
-    # a new picture begins a new conversation, and would end an answer that is asked for before that
+    # a new image begins a new conversation, and would end an answer that is asked for before that
     with page.expect_response(re.compile(r"/queue/join|/run/")):
-        page.locator("#asked input[type=file]").set_input_files(pictures[0])
+        page.locator("#asked input[type=file]").set_input_files(photos[0])
     page.locator("#asked img").wait_for()
     page.get_by_role("button", name="More settings").last.click()
     page.get_by_label("number input for Longest answer, in tokens").fill("4")
     page.locator("#question textarea").fill("What is it?")
     page.get_by_role("button", name="Ask", exact=True).click()
-    expected = pipe.answer([pictures[0]], ["What is it?"], max_new_tokens=4)[0] or "(no words)"
+    expected = pipe.answer([photos[0]], ["What is it?"], max_new_tokens=4)[0] or "(no words)"
     page.wait_for_function("text => document.querySelector('#talk').innerText.includes(text)", arg=expected)
     page.get_by_role("button", name="New conversation").click()
     page.wait_for_function("() => !document.querySelector('#talk').innerText.includes('What is it?')")
 
 
 @needs_browser
-def test_it_shows_the_codes(page, pictures):
+def test_it_shows_the_codes(page, photos):
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
-    upload.set_input_files(pictures[1])
+    upload.set_input_files(photos[1])
     page.wait_for_selector("#maps rect")
     assert page.locator("#maps svg").count() == 3 and page.locator("#maps rect").count() == 27
     assert page.locator("#pair img").count() == 3 and "dB" in page.locator("#pair").inner_text()
@@ -177,10 +177,10 @@ def bomb():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "cannot be read"), (b"no picture", "none of PNG"), (bomb(), "exceeds limit"),
+    [(b"", "cannot be read"), (b"no image", "none of PNG"), (bomb(), "exceeds limit"),
      (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG")],
 )  # fmt: skip
-def test_pictures_that_are_none_are_refused(pipe, tmp_path, content, words):
+def test_images_that_are_none_are_refused(pipe, tmp_path, content, words):
     from open_unitok.generation.ui.page import Ask, Reconstruct
 
     path = tmp_path / "a.png"

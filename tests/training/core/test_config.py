@@ -130,7 +130,7 @@ def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
         ("caption_tokenizer=null", "losses.clip to 0"),
         ("engine.zero_stage=3", "0 to 2"),
         ("engine.zero_stage=5", "engine.zero_stage is 5"),
-        ("pictures.crop_scale=[1.0, 0.5]", "low <= high"),
+        ("images.crop_scale=[1.0, 0.5]", "low <= high"),
         ("freeze=[encoder]", "without start_from"),
         ("freeze=[encodr]", "Did you mean 'encoder'"),
     ],

@@ -56,7 +56,7 @@ def test_codes(tmp_path, capsys):
     out = capsys.readouterr().out
     for words in (
         "20 samples, 20 looked at",
-        "22 pictures",
+        "22 images",
         "16 samples with captions: 32 texts of 2 to 6 words, median 2, 95 % up to 6",
         "16 samples with conversations: 16 texts of 3 to 3 words",
         "2 samples with a document: 2 texts of 5 to 5 words",
@@ -78,11 +78,11 @@ def test_codes_of_the_wrong_mode_are_told(tmp_path):
         path = write_codes(tmp_path / mode, infos) / "codes.json"
         facts = json.loads(path.read_text())
         assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)  # of an older folder
-        write_json(path, {**facts, "mode": mode, "pictures": 2, "oblong": 1})
+        write_json(path, {**facts, "mode": mode, "images": 2, "oblong": 1})
         report = check(str(path.parent), quiet=True)
         assert f"--mode {mode}; kind {kind} wants" in " ".join(report.lines) and not report.broken
     path = write_codes(tmp_path / "document", [{"document": ["a", 0]}]) / "codes.json"  # no mode suits better
-    write_json(path, {**json.loads(path.read_text()), "mode": "pad", "pictures": 1, "oblong": 1})
+    write_json(path, {**json.loads(path.read_text()), "mode": "pad", "images": 1, "oblong": 1})
     assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)
 
 
@@ -96,7 +96,7 @@ def test_broken_codes(tmp_path, capsys):
     out = capsys.readouterr().out
     for words in (
         "sample 0 has captions",
-        "names pictures [3]",
+        "names images [3]",
         "code 9 is not below 8",
         "(5, 3)",
         "marks 2",
@@ -111,10 +111,10 @@ def test_broken_codes(tmp_path, capsys):
     assert any("is broken" in text for text in check(str(folder), quiet=True).broken)
 
 
-def test_pictures(tmp_path):
+def test_images(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for number in range(20):
-            add(tar, f"{number:03d}.png", b"no picture" if number == 4 else png(number))
+            add(tar, f"{number:03d}.png", b"no image" if number == 4 else png(number))
             if number != 7:
                 add(tar, f"{number:03d}.txt", f"a cat {number}".encode())
         add(tar, "many.0.png", png(1))
@@ -123,11 +123,9 @@ def test_pictures(tmp_path):
         add(tar, "few.json", json.dumps({"images": 1}).encode())
     report = check(str(tmp_path), quiet=True)
     assert report.samples == 22 and len(report.broken) == 2
-    assert (
-        "004 has a broken picture" in report.broken[0] and "few 1 picture(s) are wanted" in report.broken[1]
-    )
+    assert "004 has a broken image" in report.broken[0] and "few 1 image(s) are wanted" in report.broken[1]
     text = "\n".join(report.lines)
-    assert "21 pictures" in text and "18 samples with captions" in text and "1 samples with nothing" in text
+    assert "21 images" in text and "18 samples with captions" in text and "1 samples with nothing" in text
     assert check(f"{tmp_path}/*.tar", quiet=True).samples == 22
 
 

@@ -17,7 +17,7 @@ SIZE = 24
 
 
 def draw(path, number):
-    """A random picture, written as its ending says."""
+    """A random image, written as its ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE + 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -33,23 +33,23 @@ def samples(folder):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Twenty user pictures with .txt files, some in a subfolder, in four formats; one has no caption."""
+    """Twenty user images with .txt files, some in a subfolder, in four formats; one has no caption."""
     for number in range(20):
-        folder = tmp_path / "pictures" / ("more" if number % 4 == 0 else "")
+        folder = tmp_path / "images" / ("more" if number % 4 == 0 else "")
         path = draw(folder / f"my photo.{number:02d}.{('jpg', 'png', 'webp', 'gif')[number % 4]}", number)
         if number != 7:
             path.with_suffix(".txt").write_text(
                 f"a cat {number}\n\n a dog {number} \n" if number == 3 else "a cat"
             )
-    (tmp_path / "pictures" / ".hidden.png").write_bytes(b"")
-    (tmp_path / "pictures" / "notes.md").write_text("mine")
-    return tmp_path / "pictures"
+    (tmp_path / "images" / ".hidden.png").write_bytes(b"")
+    (tmp_path / "images" / "notes.md").write_text("mine")
+    return tmp_path / "images"
 
 
-def test_a_folder_of_pictures_with_texts(pictures, tmp_path, capsys):
+def test_a_folder_of_images_with_texts(pictures, tmp_path, capsys):
     out = tmp_path / "tars"
     run(["data", "convert", "folder", str(pictures), str(out), "--shard", "8"])
-    assert "20 samples, 20 pictures, 1 without a caption" in capsys.readouterr().out
+    assert "20 samples, 20 images, 1 without a caption" in capsys.readouterr().out
     assert sorted(p.name for p in out.glob("*.tar")) == [f"part-00000{i}.tar" for i in range(3)]
     found = samples(out)
     assert len(found) == 20
@@ -61,7 +61,7 @@ def test_a_folder_of_pictures_with_texts(pictures, tmp_path, capsys):
     assert record.read("jpg") == (pictures / "more" / "my photo.04.jpg").read_bytes()
 
 
-def test_metadata_names_pictures_and_captions(tmp_path):
+def test_metadata_names_images_and_captions(tmp_path):
     rows = [{"file_name": draw(tmp_path / "a" / f"{n}.png", n).name, "text": f"cat {n}"} for n in range(4)]
     rows[1] = {"file_name": "1.png", "captions": ["cat", "dog"], "long_caption": "a long cat"}
     (tmp_path / "a" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -75,7 +75,7 @@ def test_metadata_names_pictures_and_captions(tmp_path):
     assert samples(tmp_path / "two")["0"][1]["captions"] == ["Katze, schwarz"]
 
 
-def test_pictures_are_turned_upright(tmp_path):
+def test_images_are_turned_upright(tmp_path):
     path = draw(tmp_path / "a" / "x.jpg", 1)
     with Image.open(path) as image:
         exif = image.getexif()
@@ -110,8 +110,8 @@ def test_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
     assert convert("folder", pictures, tmp_path / "out", shard=6) == counts and len(calls) == 23
 
 
-def test_bad_pictures_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
-    (pictures / "broken.png").write_bytes(b"no picture")
+def test_bad_images_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
+    (pictures / "broken.png").write_bytes(b"no image")
     assert convert("folder", pictures, tmp_path / "one")["skipped"] == 1
     assert "broken.png" in capsys.readouterr().err
     (pictures / "broken2.jpg").write_bytes(b"")
@@ -129,7 +129,7 @@ def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(pictures, tmp_p
         (tmp_path / "out" / ".part-000000.tar.1.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    (pictures / "broken.png").write_bytes(b"no picture")
+    (pictures / "broken.png").write_bytes(b"no image")
     (pictures / "broken2.jpg").write_bytes(b"")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(data_convert, "_add_item", killed)

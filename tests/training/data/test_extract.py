@@ -34,19 +34,19 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-def picture(number):
+def image(number):
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
 
 
 def write_tar(path, numbers, bad=()):
-    """A webdataset tar of random pictures; those in `bad` cannot be read."""
+    """A webdataset tar of random images; those in `bad` cannot be read."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
             png = io.BytesIO()
-            picture(number).save(png, "PNG")
+            image(number).save(png, "PNG")
             info = {"conversations": [], "note": number}
-            content = b"no picture" if number in bad else png.getvalue()
+            content = b"no image" if number in bad else png.getvalue()
             for ending, data in (
                 ("png", content),
                 ("txt", f"caption {number}".encode()),
@@ -73,13 +73,13 @@ def run(tokenizer, data, out, *more):
 
 def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
     run(tokenizer, data, tmp_path / "codes", "--workers", 2)
-    assert "30 pictures in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
+    assert "30 images in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
     unitok = UniTok.from_pretrained(tokenizer).eval()
     codes = CodeFolder(tmp_path / "codes", unitok.fingerprint())
     assert len(codes) == 30 and codes.manifest["grid"] == [2, 2] and codes.manifest["psnr"] > 0
     for shard, place in ((0, 0), (1, 7), (2, 9)):
         sample, number = codes.read(shard, place), 10 * shard + place
-        wanted = unitok.encode(to_pixels(picture(number), SIZE)[None])[0]
+        wanted = unitok.encode(to_pixels(image(number), SIZE)[None])[0]
         assert sample.codes.dtype == np.uint16 and sample.codes.tolist() == wanted.tolist()
         assert sample.info == {
             "conversations": [],
@@ -130,7 +130,7 @@ def test_ranks_share_the_tars(tokenizer, data, tmp_path, monkeypatch, capsys):
         assert (out / file.name).read_bytes() == file.read_bytes()
 
 
-def test_unreadable_pictures_are_skipped_up_to_a_share(tokenizer, tmp_path, capsys):
+def test_unreadable_images_are_skipped_up_to_a_share(tokenizer, tmp_path, capsys):
     write_tar(tmp_path / "few" / "a.tar", range(20), bad=(4,))
     run(tokenizer, tmp_path / "few", tmp_path / "codes")
     assert len(CodeFolder(tmp_path / "codes")) == 19
@@ -157,13 +157,13 @@ def test_refusals(tokenizer, data, tmp_path):
         run(tokenizer, broken, tmp_path / "none")
 
 
-def test_a_kind_that_wants_its_pictures_square_in_another_way_is_told(tokenizer, tmp_path):
+def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, tmp_path):
     data = tmp_path / "data"
     write_tar(data / "a.tar", range(4))
     run(tokenizer, data, tmp_path / "square")
     assert CodeFolder(tmp_path / "square").unsuited("conversation") is None  # there was nothing to cut
     wide = io.BytesIO()
-    picture(5).resize((SIZE, SIZE // 2)).save(wide, "PNG")
+    image(5).resize((SIZE, SIZE // 2)).save(wide, "PNG")
     with tarfile.open(data / "a.tar", "a") as tar:
         member = tarfile.TarInfo("wide.png")
         member.size = len(wide.getvalue())
@@ -176,4 +176,4 @@ def test_a_kind_that_wants_its_pictures_square_in_another_way_is_told(tokenizer,
             kind: codes.unsuited(kind) for kind in ("drawing", "captioning", "conversation", "alignment")
         }
         assert {kind for kind, text in found.items() if text} == bad
-        assert all("1 of 5 pictures" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)
+        assert all("1 of 5 images" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)

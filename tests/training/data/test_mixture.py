@@ -232,7 +232,7 @@ def test_each_entry_has_one_order(make):
 
 
 def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, rows):
-    """Without <image> the picture comes first, and roles are known by other names, as `data check` has it."""
+    """Without <image> the image comes first, and roles are known by other names, as `data check` has it."""
     talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
     own = write_codes(tmp_path / "own", info={"conversations": [talk]})
     options = build(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})

@@ -1,5 +1,5 @@
 """Every kind of data set on twenty samples, from the public layout on disk to a batch: `unitok data convert`,
-`unitok extract-codes`, the mixture; codes are those of the right pictures, and what is learnt is right."""
+`unitok extract-codes`, the mixture; codes are those of the right images, and what is learnt is right."""
 
 import json
 import subprocess
@@ -43,7 +43,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Twenty pictures train/00.png to train/19.png."""
+    """Twenty images train/00.png to train/19.png."""
     folder = tmp_path_factory.mktemp("images")
     (folder / "train").mkdir()
     for number in range(20):
@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def codes_of(tokenizer, images):
-    """number -> (N, K) codes of picture `number`, as lists."""
+    """number -> (N, K) codes of image `number`, as lists."""
     unitok = UniTok.from_pretrained(tokenizer).eval()
     pixels = [to_pixels(load_image(images / "train" / f"{n:02d}.png"), 32) for n in range(20)]
     codes = [unitok.encode(p[None])[0].tolist() for p in pixels]
@@ -63,9 +63,9 @@ def codes_of(tokenizer, images):
 
 
 @pytest.fixture(scope="module")
-def picture_codes(tokenizer, images, tmp_path_factory):
-    """The pictures alone as a code folder."""
-    place = tmp_path_factory.mktemp("pictures")
+def image_codes(tokenizer, images, tmp_path_factory):
+    """The images alone as a code folder."""
+    place = tmp_path_factory.mktemp("images")
     return prepare("folder", images, place, tokenizer)
 
 
@@ -128,7 +128,7 @@ def entry(kind, path, **more):
 
 
 def llava_rows():
-    """Twenty conversations: one, two or no images, one or two rounds; the answers name the pictures."""
+    """Twenty conversations: one, two or no images, one or two rounds; the answers name the images."""
     rows = []
     for n in range(20):
         images = [f"train/{n:02d}.png", f"train/{(n + 1) % 20:02d}.png"][: n % 3]
@@ -164,19 +164,19 @@ def check_talks(found, codes_of):
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_llava_with_pictures_on_disk(llava, ending, images, tokenizer, mixture, codes_of, tmp_path):
+def test_llava_with_images_on_disk(llava, ending, images, tokenizer, mixture, codes_of, tmp_path):
     codes = prepare("llava", llava / f"talks.{ending}", tmp_path, tokenizer, "--images", images)
-    assert json.loads((codes / "codes.json").read_text())["pictures"] == sum(n % 3 for n in range(20))
+    assert json.loads((codes / "codes.json").read_text())["images"] == sum(n % 3 for n in range(20))
     check_talks(read_batch(mixture([entry("conversation", codes)])), codes_of)
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
-def test_llava_with_codes_looked_up(llava, ending, picture_codes, mixture, codes_of):
-    made = mixture([entry("conversation", llava / f"talks.{ending}", codes=str(picture_codes))])
+def test_llava_with_codes_looked_up(llava, ending, image_codes, mixture, codes_of):
+    made = mixture([entry("conversation", llava / f"talks.{ending}", codes=str(image_codes))])
     check_talks(read_batch(made), codes_of)
 
 
-def test_conversations_that_cannot_be_used(picture_codes, tokenizer, images, tmp_path, mixture, capsys):
+def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_path, mixture, capsys):
     rows = [
         *llava_rows()[:4],
         {"id": "nowhere", "image": "train/99.png", "conversations": rows_of("<image>\na", "b")},
@@ -190,7 +190,7 @@ def test_conversations_that_cannot_be_used(picture_codes, tokenizer, images, tmp
     ]
     path = tmp_path / "bad.json"
     path.write_text(json.dumps(rows))
-    made = mixture([entry("conversation", path, codes=str(picture_codes))], batch_size=9)
+    made = mixture([entry("conversation", path, codes=str(image_codes))], batch_size=9)
     found = read_batch(made)
     assert made.bad >= 4 and len(found) == 9
     error = capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_conversations_that_cannot_be_used(picture_codes, tokenizer, images, tmp
     with pytest.raises(UserError, match="no code folder, as kind drawing"):
         mixture([entry("drawing", path)])
     with pytest.raises(UserError, match="belongs to conversations"):
-        mixture([entry("drawing", picture_codes, codes=str(picture_codes))])
+        mixture([entry("drawing", image_codes, codes=str(image_codes))])
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UserError, match="no list of conversations"):
         mixture([entry("conversation", tmp_path / "no.json")])
@@ -216,7 +216,7 @@ def rows_of(question, answer):
 
 
 def obelics_rows():
-    """Twenty documents: image, text, image, text; every fifth also names a picture that is not there."""
+    """Twenty documents: image, text, image, text; every fifth also names an image that is not there."""
     rows = []
     for n in range(20):
         lost = ["nowhere.png"] if n % 5 == 0 else []
@@ -244,7 +244,7 @@ def test_documents(kind, images, tokenizer, mixture, codes_of, tmp_path, capsys)
     rows = obelics_rows() if kind == "obelics" else mmc4_rows()
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     codes = prepare(kind, source, tmp_path, tokenizer, "--images", images)
-    assert "20 samples, 40 pictures, 4 lost pictures" in capsys.readouterr().out
+    assert "20 samples, 40 images, 4 lost images" in capsys.readouterr().out
     for role in ("document", "reading"):
         found = read_batch(mixture([entry(role, codes)]))
         numbers = []
@@ -277,7 +277,7 @@ def test_a_long_document_ends_before_an_image_that_does_not_fit(
     assert min(lengths) <= 10 and max(lengths) > 20
 
 
-def test_pictures_that_img2dataset_fetched_are_found_by_url(images, tmp_path):
+def test_images_that_img2dataset_fetched_are_found_by_url(images, tmp_path):
     fetched = tmp_path / "fetched" / "00000"
     fetched.mkdir(parents=True)
     (fetched / "000000003.png").write_bytes((images / "train" / "05.png").read_bytes())
@@ -289,7 +289,7 @@ def test_pictures_that_img2dataset_fetched_are_found_by_url(images, tmp_path):
     assert (tmp_path / "out" / "part-000000.tar").read_bytes().count(b"000000000.png") == 1
 
 
-# ---- pictures with captions, plain text --------------------------------------------------------------------
+# ---- images with captions, plain text --------------------------------------------------------------------
 
 
 def test_image_text_pairs(images, tokenizer, mixture, codes_of, tmp_path):
@@ -326,7 +326,7 @@ def test_plain_text(tmp_path, mixture):
 # ---- extraction by several processes -----------------------------------------------------------------------
 
 
-def test_samples_lack_no_picture(images, tokenizer, tmp_path, capsys):
+def test_samples_lack_no_image(images, tokenizer, tmp_path, capsys):
     rows = [row for row in llava_rows() if row.get("image")]
     (tmp_path / "talks.json").write_text(json.dumps(rows))
     unitok("data", "convert", "llava", tmp_path / "talks.json", tmp_path / "whole", "--images", images)
@@ -339,12 +339,12 @@ def test_samples_lack_no_picture(images, tokenizer, tmp_path, capsys):
             if member.name != "000000001.1.png":
                 tar.addfile(member, whole.extractfile(member))
     extract(tokenizer, tmp_path / "tars", tmp_path / "codes")
-    assert "2 picture(s) are wanted, it has 0.png, json" in capsys.readouterr().err
+    assert "2 image(s) are wanted, it has 0.png, json" in capsys.readouterr().err
     assert len(CodeFolder(tmp_path / "codes")) == len(rows) - 1
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_tars(images, tokenizer, picture_codes, tmp_path):
+def test_torchrun_shares_the_tars(images, tokenizer, image_codes, tmp_path):
     """Two processes that never meet write the files that one writes."""
     unitok("data", "convert", "folder", images, tmp_path / "tars", "--shard", 7)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -352,7 +352,7 @@ def test_torchrun_shares_the_tars(images, tokenizer, picture_codes, tmp_path):
     given = ["--data", f"{tmp_path}/tars/*.tar", "--out", tmp_path / "codes"]
     subprocess.run([str(word) for word in [*launch, *command, *given]], check=True, timeout=120)
     assert len(CodeFolder(tmp_path / "codes")) == 20
-    for path in picture_codes.iterdir():
+    for path in image_codes.iterdir():
         assert (tmp_path / "codes" / path.name).read_bytes() == path.read_bytes()
 
 

@@ -61,7 +61,7 @@ def test_the_run_leaves_an_adapter_alone(tuned, base, mllm):
     assert saved < whole / 2
 
 
-def test_a_few_pictures_are_learnt(mllm, base):
+def test_a_few_images_are_learnt(mllm, base):
     few = f"{{kind: drawing, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
     more = [f"data.mixture=[{few}]", lora, "steps=60", "log.every=20", "data.unconditional=0"]
@@ -71,8 +71,8 @@ def test_a_few_pictures_are_learnt(mllm, base):
 
 
 @pytest.mark.slow
-def test_pictures_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
-    """In small what the bar asks of the demo: a base that answers about twelve pictures learns four others by
+def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
+    """In small what the bar asks of the demo: a base that answers about twelve images learns four others by
     their captions; half of what it sees are the questions it knew."""
     seen = mllm.write_codes(mllm.place, "seen", range(12), captions=1)
     mine = mllm.write_codes(mllm.place, "mine", range(12, 16), captions=1)
@@ -99,7 +99,7 @@ def test_pictures_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
 
 
 def tar_samples(path):
-    """[(picture, caption)] of a tar."""
+    """[(image, caption)] of a tar."""
     with tarfile.open(path) as tar:
         members = {member.name: tar.extractfile(member).read() for member in tar}
     names = sorted(name[:-4] for name in members if name.endswith(".png"))
@@ -110,8 +110,8 @@ def tar_samples(path):
 
 
 def answered(pipe, samples):
-    """Per cent of the questions about these pictures that are answered rightly."""
-    answers = pipe.answer([picture for picture, _ in samples], ["What is in this photo"] * len(samples))
+    """Per cent of the questions about these images that are answered rightly."""
+    answers = pipe.answer([image for image, _ in samples], ["What is in this photo"] * len(samples))
     return 100 * np.mean([answer.strip() == caption for answer, (_, caption) in zip(answers, samples)])
 
 

@@ -240,4 +240,4 @@ def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
     )
     mllm.train("told", f"data.mixture=[{entries}]", "steps=2")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
-    assert len(told) == 1 and "3 of 16 pictures were not square" in told[0] and "--mode pad" in told[0]
+    assert len(told) == 1 and "3 of 16 images were not square" in told[0] and "--mode pad" in told[0]

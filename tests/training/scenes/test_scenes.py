@@ -1,4 +1,4 @@
-"""Scenes: pictures are a function of the scene, splits share nothing, and what is said of a scene is true."""
+"""Scenes: images are a function of the scene, splits share nothing, and what is said of a scene is true."""
 
 import collections
 import hashlib
@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("config", [DEMO, RICH], ids=["demo", "rich"])
 
 
 @both
-def test_pictures_are_a_function_of_seed_split_and_index(config):
+def test_images_are_a_function_of_seed_split_and_index(config):
     for index in (0, 7):
         scene = sample_scene(config, "train", index)
         assert scene == sample_scene(config, "train", index)
@@ -53,17 +53,17 @@ def test_whole_and_decimal_numbers_are_one_setting():
 def test_objects_have_their_colour_in_the_middle_and_stay_inside_their_cell(config):
     for index in range(60):
         scene = sample_scene(config, "train", index)
-        picture = render_array(scene).astype(int)
+        image = render_array(scene).astype(int)
         rim = np.arange(config.size) % config.cell
         rim = (rim == 0) | (rim == config.cell - 1)
         background = np.array(scene.background)
         allowed = sum(map(abs, scene.gradient)) / 2 + 1
-        assert abs(picture[rim][:, rim] - background).max() <= allowed
-        assert abs(picture[rim] - background).max() <= allowed
+        assert abs(image[rim][:, rim] - background).max() <= allowed
+        assert abs(image[rim] - background).max() <= allowed
         for thing in scene.things:
             x, y = centre(thing, config.cell)
             if thing.shape != "ring" and thing.texture == "plain":
-                assert tuple(picture[int(y), int(x)]) == COLORS[thing.color]
+                assert tuple(image[int(y), int(x)]) == COLORS[thing.color]
 
 
 @both

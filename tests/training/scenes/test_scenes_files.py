@@ -39,7 +39,7 @@ def test_the_same_bytes_after_a_kill_and_nothing_to_do_when_finished(data, tmp_p
     assert not dataset.write_scenes(SMALL, data, progress=False)
     assert digests(data) == before
     out = tmp_path / "killed"
-    out.mkdir()  # what a kill leaves: a shard, half a folder of pictures, and the mark of an unfinished run
+    out.mkdir()  # what a kill leaves: a shard, half a folder of images, and the mark of an unfinished run
     (out / "unfinished.json").write_text(
         json.dumps({"config": json.loads((data / "scenes.json").read_text())["config"]})
     )
@@ -90,8 +90,8 @@ def test_shards_are_webdataset_tars(data):
             record = json.loads(members[f"{key}.json"])
             assert members[f"{key}.txt"].decode() == record["captions"][0]
             assert record["held_out"] is False and len(record["captions"]) == 4
-            picture = np.asarray(Image.open(io.BytesIO(members[f"{key}.png"])))
-            assert (picture == render_array(sample_scene(SMALL, "train", int(key)))).all()
+            image = np.asarray(Image.open(io.BytesIO(members[f"{key}.png"])))
+            assert (image == render_array(sample_scene(SMALL, "train", int(key)))).all()
             for turns in record["conversations"]:
                 assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
                 assert [t["value"].count("<image>\n") for t in turns] == [1] + [0] * (len(turns) - 1)

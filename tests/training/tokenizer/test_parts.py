@@ -1,4 +1,4 @@
-"""Parts of stage 1 alone: pictures and chance per image, codebooks, averages, losses."""
+"""Parts of stage 1 alone: images and chance per image, codebooks, averages, losses."""
 
 import io
 import random
@@ -29,12 +29,12 @@ def test_crop_boxes_keep_to_their_bounds():
     assert crop_box(64, 64, (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 64, 64)
 
 
-def test_a_picture_of_the_right_size_is_taken_as_it_is(data):
+def test_a_image_of_the_right_size_is_taken_as_it_is(data):
     from open_unitok.training.data.tar_index import index
-    from open_unitok.training.tokenizer.config import PictureOptions
+    from open_unitok.training.tokenizer.config import ImageOptions
 
     record = index(str(data / "pairs-0.tar")).records[0]
-    options = PictureOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
+    options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
     pair = PairDecoder(options, 32, True)(record, random.Random(0))
     assert np.array_equal(pair.picture, np.asarray(Image.open(io.BytesIO(record.read("png")))))
     assert pair.caption in record.json()["captions"]

@@ -1,4 +1,4 @@
-"""Stage 1 on tiny pictures: exact resume, what is left behind, codebooks in use, refusals."""
+"""Stage 1 on tiny images: exact resume, what is left behind, codebooks in use, refusals."""
 
 import json
 import os
@@ -116,7 +116,7 @@ def test_a_finished_run_says_so_at_once(data, whole, capsys):
 
 def test_the_loss_falls_on_one_batch(data, tmp_path):
     out = tmp_path / "run"
-    same = ["steps=60", "batch_size=20", "pictures.crop_scale=[1.0,1.0]", "pictures.crop_ratio=[1.0,1.0]"]
+    same = ["steps=60", "batch_size=20", "images.crop_scale=[1.0,1.0]", "images.crop_ratio=[1.0,1.0]"]
     settings = ["losses.entropy=0", "log.every=10", "checkpoint.every=60", "optimizer.lr=5e-3", "ema=null"]
     train(data, out, *same, *settings, "data.shuffle=1", f"data.sources.0.path={data}/pairs-0.tar")
     found = rows(out)
@@ -126,8 +126,8 @@ def test_the_loss_falls_on_one_batch(data, tmp_path):
 
 @pytest.mark.slow
 def test_one_batch_is_learnt_by_heart(data, tmp_path):
-    """Twenty pictures of noise, rebuilt to a mean square error of 0.04 (of a range of 2): 20 dB."""
-    same = ["steps=300", "batch_size=20", "pictures.crop_scale=[1.0,1.0]", "pictures.crop_ratio=[1.0,1.0]"]
+    """Twenty images of noise, rebuilt to a mean square error of 0.04 (of a range of 2): 20 dB."""
+    same = ["steps=300", "batch_size=20", "images.crop_scale=[1.0,1.0]", "images.crop_ratio=[1.0,1.0]"]
     alone = ["losses.entropy=0", "losses.clip=0", "ema=null", "data.shuffle=1", "decoder_init=kaiming"]
     settings = ["optimizer.lr=3e-3", "optimizer.weight_decay=0", "checkpoint.every=300", "log.every=50"]
     out = tmp_path / "run"
