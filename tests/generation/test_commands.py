@@ -117,7 +117,7 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
         monkeypatch.setenv("RANK", rank)
         code, _, err = unitok(*draw, tmp_path / "shared")
-        assert code == 0 and f"{2 - int(rank)} photos drawn" in err and "0 were there" in err
+        assert code == 0 and f"{2 - int(rank)} images drawn" in err and "0 were there" in err
         assert unitok(*ask, tmp_path / "shared.jsonl")[0] == 0
     assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
     names = sorted(path.name for path in (tmp_path / "alone").iterdir())
