@@ -16,7 +16,7 @@ def shipped(tmp_path, monkeypatch):
         (tmp_path / "models" / folder / "config.json").write_text("{}")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(files, "MODELS", tmp_path / "models")
+    monkeypatch.setattr(files, "SHIPPED_MODELS", tmp_path / "models")
     return tmp_path / "models" / "small"
 
 

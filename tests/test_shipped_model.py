@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from open_unitok import Pipeline, Sampling
-from open_unitok.core.files import MODELS, SHIPPED, write_json
+from open_unitok.core.files import DEFAULT_MODEL, SHIPPED_MODELS, write_json
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
 from open_unitok.training.scenes.dataset import describe, load_config
 from open_unitok.training.scenes.scene import render, sample_scene
@@ -17,15 +17,15 @@ CONFIG = load_config("configs/scenes/scenes.yaml")
 
 @pytest.fixture(scope="module")
 def pipe():
-    return Pipeline.from_pretrained(SHIPPED, device="cpu")
+    return Pipeline.from_pretrained(DEFAULT_MODEL, device="cpu")
 
 
 def test_it_is_small_and_says_what_it_is():
-    files = [file for file in (MODELS / SHIPPED).rglob("*") if file.is_file()]
+    files = [file for file in (SHIPPED_MODELS / DEFAULT_MODEL).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
-    assert "make model" in (MODELS / SHIPPED / "README.md").read_text()
-    assert (MODELS / SHIPPED / "unitok" / "caption_tokenizer" / "tokenizer.model").exists()
-    assert Sampling.of_model(MODELS / SHIPPED) != Sampling()
+    assert "make model" in (SHIPPED_MODELS / DEFAULT_MODEL / "README.md").read_text()
+    assert (SHIPPED_MODELS / DEFAULT_MODEL / "unitok" / "caption_tokenizer" / "tokenizer.model").exists()
+    assert Sampling.of_model(SHIPPED_MODELS / DEFAULT_MODEL) != Sampling()
 
 
 def test_it_draws_what_is_asked_for(pipe, tmp_path):

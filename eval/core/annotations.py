@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing, read_json, read_lines
+from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from . import tar_images
 from .harness import Row, Sample, Settings, Task
@@ -101,7 +101,7 @@ def read_llava(path: Path, limit: int | None = None) -> list[Row]:
     """
     return [
         checked(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
-        for i, row in enumerate(read_lines(path)[:limit])
+        for i, row in enumerate(read_jsonl_lenient(path)[:limit])
     ]
 
 

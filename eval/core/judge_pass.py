@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, read_lines, write_json
+from open_unitok.core.files import read_json, read_jsonl_lenient, write_json
 
 from .annotations import entry, read_image
 from .harness import Answers, Row, Sample, Store, answer_all
@@ -109,7 +109,7 @@ def read_findings(
     wanted = {sample.index for sample in samples}
     found: dict[int, Any] = {}
     names, bad = set(), []
-    for number, row in enumerate(read_lines(path), 1):
+    for number, row in enumerate(read_jsonl_lenient(path), 1):
         where = f"{path}, line {number}"
         try:
             index = entry(row, "index", where)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_lines
+from open_unitok.core.files import existing, read_jsonl_lenient
 
 from ..core.annotations import entry, of_kind, text_of
 from ..core.harness import Row
@@ -66,7 +66,7 @@ def load(data: str | Path) -> list[dict[str, Any]]:
     )
     if path is None:
         raise UserError(f"{data}: no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
-    rows = read_lines(path)
+    rows = read_jsonl_lenient(path)
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
     tag = tags[0] if tags else TAGS[0]
     for i, row in enumerate(rows):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, read_lines
+from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from ..core.annotations import entry, of_kind, text_of, usable
 from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task
@@ -27,7 +27,8 @@ def load_positions(data: Path, settings: Settings) -> Task:
     """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real images."""
     path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
     prompts = [
-        position_of(row, f"{path}, prompt {i}") for i, row in enumerate(read_lines(path)[: settings.limit], 1)
+        position_of(row, f"{path}, prompt {i}")
+        for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)
     ]
     each = settings.images_per_prompt or 1
     samples, owners = to_draw(prompts, each, settings.seed)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_lines
+from open_unitok.core.files import read_jsonl_lenient
 
 from ..core.annotations import entry, of_kind
 from ..core.harness import Scoring, drop_half_line
@@ -139,7 +139,7 @@ class Replay:
 
     def __init__(self, path: Path, model: str):
         self.model, self.path, self.replies, self.broken = model, path, {}, ""
-        for i, row in enumerate(read_lines(path)):
+        for i, row in enumerate(read_jsonl_lenient(path)):
             where = f"{path}, line {i + 1}"
             try:
                 replies = of_kind(list, entry(row, "replies", where), f"{where}, replies")
@@ -167,7 +167,9 @@ class Kept:
         self.known: dict[str, str] = {}
         if path.exists():
             drop_half_line(path)
-            rows = [row for row in read_lines(path) if isinstance(row, dict)]  # others are asked for again
+            rows = [
+                row for row in read_jsonl_lenient(path) if isinstance(row, dict)
+            ]  # the rest is judged again
             pairs = [(row.get("key"), row.get("reply")) for row in rows]
             self.known = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
 

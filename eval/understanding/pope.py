@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing, read_lines
+from open_unitok.core.files import existing, read_jsonl_lenient
 
 from ..core.annotations import entry, text_of
 from .vqav2 import mean
@@ -107,7 +107,7 @@ def load_category(path: Path) -> list[Question]:
     places = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
     images = next((d for d in places if d.is_dir()), path.parent)
     result = []
-    for i, row in enumerate(read_lines(path)):
+    for i, row in enumerate(read_jsonl_lenient(path)):
         where = f"{path}, question {i + 1}"
         try:
             label = entry(row, "label", where)

@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import SHIPPED
+from open_unitok.core.files import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from open_unitok.generation.pipeline import Pipeline
@@ -16,9 +16,9 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
     """--model, --device, --dtype, and --adapter where the decoder is used."""
     parser.add_argument(
         "--model",
-        default=SHIPPED,
+        default=DEFAULT_MODEL,
         metavar="M",
-        help=f"model folder, hub id, or the shipped model (default: {SHIPPED})",
+        help=f"model folder, hub id, or the shipped model (default: {DEFAULT_MODEL})",
     )
     if adapter:
         parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")

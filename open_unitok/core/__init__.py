@@ -1,1 +1,1 @@
-"""Errors, files and ranks: what every package may import; imports nothing of ours."""
+"""Errors, files, devices and ranks. Imports nothing of ours; every package may import it."""

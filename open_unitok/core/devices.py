@@ -1,4 +1,4 @@
-"""Devices and dtypes by name, each refused with what this machine has instead."""
+"""Parse device and dtype names, and check them against this machine."""
 
 from pathlib import Path
 
@@ -6,40 +6,43 @@ import torch
 
 from .errors import UserError
 
+_DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
 
 def check_device(device: str | torch.device) -> torch.device:
     """
     Raises:
-        UserError: there is no such device here.
+        UserError: not a valid device name, or this machine has no such device.
     """
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps.") from error
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(found.type) or (
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(found.type) or (
         found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
     ):
-        here = [name for name, is_there in there.items() if is_there]
-        raise UserError(f"device is {device!r}, which this machine does not have; it has: {', '.join(here)}.")
+        here = ", ".join(name for name, is_available in available.items() if is_available)
+        raise UserError(f"device is {device!r}, which this machine does not have; available: {here}.")
     return found
 
 
-ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype meant; UserError if there is none of this name."""
+    """The dtype of that name; None means bfloat16 on CUDA and float32 elsewhere.
+
+    Raises:
+        UserError: not float32, bfloat16 or float16.
+    """
     if dtype is None:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    found = getattr(torch, ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
+    found = getattr(torch, _DTYPE_ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
     return found
 
 
 def bf16_in_hardware() -> bool:
-    """True where bf16 is faster than fp32, not emulated."""
+    """True if this machine computes bf16 natively; emulated bf16 is slower than fp32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     path = Path("/proc/cpuinfo")

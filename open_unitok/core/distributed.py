@@ -1,4 +1,4 @@
-"""Who am I among the processes of one launch (torchrun or deepspeed); one process alone is rank 0 of 1."""
+"""Rank and world size, with or without torch.distributed; a single process is rank 0 of 1."""
 
 import os
 import sys
@@ -8,45 +8,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def group() -> Any:
-    """torch.distributed where a process group is up, else None; torch is not loaded only to ask."""
-    dist = sys.modules.get("torch.distributed")
-    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None
-
-
 def rank() -> int:
-    """This process's number over all nodes."""
-    dist = group()
+    """Global rank of this process."""
+    dist = _process_group()
     return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes run together."""
-    dist = group()
+    """Number of processes of this launch."""
+    dist = _process_group()
     return dist.get_world_size() if dist else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """This process's number on its own node: the index of its GPU."""
+    """Rank within this node: the index of the process's GPU."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def is_main() -> bool:
-    """True on the one process that prints and writes shared files."""
+    """True on rank 0, the one process that prints and writes shared files."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Wait for all processes; nothing to do when alone."""
-    if dist := group():
+    """Wait for all ranks; a no-op without a process group."""
+    if dist := _process_group():
         dist.barrier()
 
 
 def sum_over_ranks(value: "Tensor") -> "Tensor":
-    """The sum of `value` over all processes, on each of them; not differentiable."""
-    dist = group()
+    """All-reduce (sum) of `value`, out of place and not differentiable."""
+    dist = _process_group()
+    # all-reduce is a no-op on one rank
     if dist is None or dist.get_world_size() == 1:
         return value
     value = value.clone()
     dist.all_reduce(value)
     return value
+
+
+def _process_group() -> Any:
+    """torch.distributed if a process group is initialised, else None."""
+    # sys.modules instead of an import: asking for the rank must not load torch
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_available() and dist.is_initialized() else None

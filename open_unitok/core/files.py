@@ -1,4 +1,4 @@
-"""Reading and writing files so that a kill at any moment leaves either the old file or the new one."""
+"""Atomic writes, JSON files and model paths; a killed process leaves the old file or the new one."""
 
 import contextlib
 import hashlib
@@ -11,18 +11,19 @@ from typing import Any
 
 from .errors import UserError
 
-MODELS = Path(__file__).parents[1] / "models"  # those that ship with the package, a folder each
-SAMPLING_FILE = "sampling.json"  # in a model folder: the sampling settings that suit the model
-SHIPPED = "scenes"  # the one that commands take where none is named
+SHIPPED_MODELS = Path(__file__).parents[1] / "models"  # models inside the package, one folder each
+DEFAULT_MODEL = "scenes"  # the shipped model that commands use if no --model is given
+SAMPLING_FILE = "sampling.json"  # in a model folder: its recommended sampling settings
 
 
 def write_atomic(path: str | Path, content: str | bytes) -> None:
-    """Write `content` to a temporary file beside `path`, flush it to disk, and rename it over `path`.
+    """Write `content` to a temporary file next to `path`, flush it to disk, and rename it to `path`.
 
     Raises:
-        UserError: a folder stands there, a file in the way, the disk is full, ...
+        UserError: the file cannot be written (`path` is a folder, the disk is full, ...).
     """
     path = Path(path)
+    # same folder: os.replace is atomic only inside one file system
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -35,26 +36,26 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from error
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
 
 
 def make_folder(path: str | Path) -> Path:
-    """The folder `path`, made where it is missing.
+    """Create the folder `path` with its parents if it is missing.
 
     Raises:
-        UserError: it cannot be.
+        UserError: the folder cannot be created.
     """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path} cannot be a folder: {error.strerror}.") from error
+        raise UserError(f"Cannot create the folder {path}: {error.strerror}.") from error
     return path
 
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder; on a clean exit it takes the place of `path`, on an error it is removed."""
+    """Yield a temporary folder that replaces `path` on a clean exit and is removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -65,6 +66,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    # flush before the rename, or a power cut could leave a complete name with empty files
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
@@ -74,47 +76,48 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def model_path(name: str | Path) -> Path:
-    """The path meant by a model's name: a shipped model's, unless there is a model of this name here.
+    """The path of a model: a folder with that name here, else the shipped model of that name.
 
     Raises:
-        UserError: the shipped model is meant, and this copy comes without it.
+        UserError: the default model is requested, but this copy does not contain it.
     """
     path = Path(name)
-    shipped = MODELS / path
+    shipped = SHIPPED_MODELS / path
+    # a folder without config.json is not a model (e.g. data called "scenes"): the shipped one wins
     if len(path.parts) != 1 or os.path.isfile(path) or os.path.exists(path / "config.json"):
         return path
     if os.path.exists(shipped / "config.json"):
         return shipped
-    if path == Path(SHIPPED):
+    if path == Path(DEFAULT_MODEL):
         raise UserError(
-            f"The model {SHIPPED!r} is not in this copy: train it with `make model` (hours) and give "
-            f"--model runs/{SHIPPED}/model, or give the folder or hub id of another one."
+            f"This copy does not contain the model {DEFAULT_MODEL!r}: train it with `make model` (hours) and "
+            f"pass --model runs/{DEFAULT_MODEL}/model, or pass the folder or hub id of another model."
         )
     return path
 
 
 def tokenizer_path(name: str | Path) -> Path:
-    """As `model_path`, of a visual tokenizer: an MLLM's is in its `unitok/`."""
+    """As `model_path`, for a visual tokenizer; that of an MLLM folder is in its `unitok/`."""
     path = model_path(name)
-    within = path / "unitok"
-    return within if os.path.exists(within / "config.json") else path
+    inside = path / "unitok"
+    return inside if os.path.exists(inside / "config.json") else path
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Atomically write `value` as strict JSON (NaN is refused)."""
+    """Atomically write `value` as strict JSON (NaN is rejected)."""
     write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_jsonl(path: str | Path, rows: Iterable[Any]) -> None:
-    """Atomically write one JSON value per line."""
-    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
+    """Atomically write JSON lines."""
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or is not JSON; the message names it.
+        UserError: the file is missing or not valid JSON.
     """
     try:
         return json.loads(existing(path).read_text(encoding="utf-8"))
@@ -122,8 +125,8 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_lines(path: str | Path) -> list[Any]:
-    """The values of a file of JSON lines; a line that is none stands as the UserError that says so.
+def read_jsonl_lenient(path: str | Path) -> list[Any]:
+    """The values of a JSON-lines file; an invalid line becomes a UserError in the list.
 
     Raises:
         UserError: the file is missing.
@@ -135,37 +138,37 @@ def read_lines(path: str | Path) -> list[Any]:
                 continue
             try:
                 found.append(json.loads(line))
-            except ValueError as error:  # no JSON, or no UTF-8
+            except ValueError as error:  # not JSON, or not UTF-8
                 found.append(UserError(f"{path}, line {number}, is not valid JSON: {error}"))
     return found
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """Read one JSON value per line.
+    """Read JSON lines.
 
     Raises:
-        UserError: the file is missing, or a line is not JSON; the message names file and line.
+        UserError: the file is missing, or a line is not valid JSON.
     """
-    rows = read_lines(path)
-    for row in rows:
-        if isinstance(row, UserError):
-            raise row
-    return rows
+    values = read_jsonl_lenient(path)
+    for value in values:
+        if isinstance(value, UserError):
+            raise value
+    return values
 
 
 def existing(path: str | Path, hint: str = "") -> Path:
     """`path` as a Path.
 
     Raises:
-        UserError: nothing is there; the message names the path and ends with `hint`.
+        UserError: it does not exist; the message ends with `hint`.
     """
     path = Path(path)
-    if not os.path.exists(path):  # Path's own raises on names that are too long
+    if not os.path.exists(path):  # Path.exists raises on names that are too long
         raise UserError(f"{path} does not exist.{' ' + hint if hint else ''}")
     return path
 
 
 def sha256(path: str | Path) -> str:
-    """Hex sha256 of a file."""
+    """Hex sha256 digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
