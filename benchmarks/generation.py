@@ -139,7 +139,7 @@ def drawing(images: int, weights: str, positions: int) -> dict:
 
     if weights == "eager":
         os.environ["UNITOK_NATIVE"] = "0"
-    from open_unitok.generation import Sampling, draw_steps
+    from open_unitok.generation import Sampling, iter_image_codes
 
     model = benchmark_model()
     if weights == "bf16":
@@ -150,7 +150,7 @@ def drawing(images: int, weights: str, positions: int) -> dict:
         steps = plain_loop(model, prompts, FREE, images, GUIDANCE)
     else:
         rounding = "int8" if weights == "int8" else None
-        steps = draw_steps(model, prompts, sampling, [0] * images, FREE, weights=rounding)
+        steps = iter_image_codes(model, prompts, sampling, [0] * images, FREE, weights=rounding)
     times, codes, spent = [], None, watch_engine()
     for _ in range(positions):
         start = time.perf_counter()
@@ -171,7 +171,7 @@ def watch_engine() -> dict[str, list[float]]:
     """Milliseconds of each step of the C++ engine from now on: embedder with decoder, and a code's logits."""
     from open_unitok.generation.backends.eager import Native
 
-    spent: dict[str, list[float]] = {"advance": [], "logits": []}
+    spent: dict[str, list[float]] = {"decode_step": [], "logits": []}
 
     def watched(name, work):
         def run(*args):
@@ -229,7 +229,7 @@ def answers() -> dict:
     new ids, the default of `answer`. "plain" is transformers' `generate` with one question at a time. "floor"
     is of the batch: multiplications at this run's GFLOP/s.
     """
-    from open_unitok.generation import answer_ids
+    from open_unitok.generation import generate_text_ids
 
     model, found = benchmark_model(), {}
     decoder, embedder, _ = weights_read(model)
@@ -239,9 +239,9 @@ def answers() -> dict:
         prompts, codes = asked(32, images)
 
         def alone(prompts=prompts, codes=codes, new=new, **options):
-            return [answer_ids(model, [prompts[i]], [codes[i]], new, **options) for i in few]
+            return [generate_text_ids(model, [prompts[i]], [codes[i]], new, **options) for i in few]
 
-        together = seconds(lambda: answer_ids(model, prompts, codes, new), 2)  # noqa: B023
+        together = seconds(lambda: generate_text_ids(model, prompts, codes, new), 2)  # noqa: B023
         read = images * 256 * (decoder + embedder) + sum(len(p) - 256 for p in prompts) * decoder
         written = 32 * (new * model.lm_head.weight.numel() + (new - 1) * decoder)
         found[name] = {
@@ -256,15 +256,17 @@ def answers() -> dict:
 
 def prefix() -> dict:
     """Seconds for four questions about one image, 4 new ids each: with its prefix read once, and without."""
-    from open_unitok.generation import answer_ids
+    from open_unitok.generation import generate_text_ids
 
     model = benchmark_model()
     prompts, codes = asked(4, 1)
     return {
-        "shared_s": seconds(lambda: answer_ids(model, prompts, codes, 4)),
-        "batch_s": seconds(lambda: answer_ids(model, prompts, codes, 4, share_prefix=False)),
+        "shared_s": seconds(lambda: generate_text_ids(model, prompts, codes, 4)),
+        "batch_s": seconds(lambda: generate_text_ids(model, prompts, codes, 4, share_prefix=False)),
         "one_by_one_s": seconds(
-            lambda: [answer_ids(model, [p], [c], 4, share_prefix=False) for p, c in zip(prompts, codes)]
+            lambda: [
+                generate_text_ids(model, [p], [c], 4, share_prefix=False) for p, c in zip(prompts, codes)
+            ]
         ),
     }
 
@@ -275,7 +277,7 @@ def agreement(folder: str) -> dict:
     import torch
 
     from open_unitok import Pipeline
-    from open_unitok.generation import Sampling, draw_codes
+    from open_unitok.generation import Sampling, generate_image_codes
     from open_unitok.generation.backends.eager import start
     from open_unitok.generation.sampling import guide
 
@@ -283,7 +285,7 @@ def agreement(folder: str) -> dict:
     ids = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
     rows = [*ids, *[pipe.processor.unconditional_ids()] * len(ids)]
     sampling = Sampling(guidance=GUIDANCE, greedy=True)
-    codes = draw_codes(pipe.model, ids, sampling, [0] * len(ids), rows[-1])
+    codes = generate_image_codes(pipe.model, ids, sampling, [0] * len(ids), rows[-1])
     found = {}
     for name in ("fp32", "bf16", "int8"):
         model = pipe.model.to(torch.bfloat16) if name == "bf16" else pipe.model
@@ -293,15 +295,15 @@ def agreement(folder: str) -> dict:
         with torch.no_grad():
             for t in range(codes.shape[1]):
                 if t:
-                    run.advance(codes[:, t - 1])
+                    run.decode_step(codes[:, t - 1])
                 for k in range(codes.shape[2]):
                     logits = run.logits(k, None if k == 0 else codes[:, t, k - 1]).float()
                     hits += int((guide(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
         found[name] = hits / codes.numel()
         if name != "int8":
             sampled = Sampling(guidance=GUIDANCE)
-            together = draw_codes(model, ids, sampled, range(len(ids)), rows[-1])
-            alone = [draw_codes(model, [row], sampled, [i], rows[-1]) for i, row in enumerate(ids)]
+            together = generate_image_codes(model, ids, sampled, range(len(ids)), rows[-1])
+            alone = [generate_image_codes(model, [row], sampled, [i], rows[-1]) for i, row in enumerate(ids)]
             found[f"{name}, alone as in a batch"] = (torch.cat(alone) == together).float().mean().item()
     return found
 
@@ -309,7 +311,7 @@ def agreement(folder: str) -> dict:
 def profile(part: str, now: dict) -> str:
     """Where a position's time goes; the rest is guidance, argmax and Python."""
     codes, spent = len(now["codes"][0][0]), now["profile_ms"]
-    depth, rest = codes * spent["logits"], now["ms"] - spent["advance"] - codes * spent["logits"]
+    depth, rest = codes * spent["logits"], now["ms"] - spent["decode_step"] - codes * spent["logits"]
     return (
         f"{part}: embedder and decoder {spent['advance']:.1f} ms, depth head {depth:.1f}, "
         f"choosing and Python {rest:.1f}"
@@ -357,7 +359,7 @@ def gpu() -> dict:
     import torch
 
     from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
-    from open_unitok.generation import Sampling, draw_steps
+    from open_unitok.generation import Sampling, iter_image_codes
 
     assert torch.cuda.is_available(), "--gpu needs a CUDA device"
     with torch.device("cuda"):
@@ -383,7 +385,7 @@ def gpu() -> dict:
         prompts = [[*PROMPT, i, 3] for i in range(images)]
 
         def ours(prompts=prompts):
-            for _ in draw_steps(model, prompts, sampling, list(range(len(prompts))), FREE):
+            for _ in iter_image_codes(model, prompts, sampling, list(range(len(prompts))), FREE):
                 pass
 
         def plain(prompts=prompts, images=images):

@@ -1,8 +1,16 @@
 """Image and text generation: sampling, KV caches, streaming, and the Pipeline around them."""
 
-from .image_sampling import draw_codes, draw_steps
+from .image_sampling import generate_image_codes, iter_image_codes
 from .pipeline import Pipeline
 from .sampling import Sampling, filter_logits
-from .text_generation import answer_ids, answer_steps
+from .text_generation import generate_text_ids, iter_text_ids
 
-__all__ = ["Pipeline", "Sampling", "answer_ids", "answer_steps", "draw_codes", "draw_steps", "filter_logits"]
+__all__ = [
+    "Pipeline",
+    "Sampling",
+    "filter_logits",
+    "generate_image_codes",
+    "generate_text_ids",
+    "iter_image_codes",
+    "iter_text_ids",
+]

@@ -19,7 +19,7 @@ from .sampling import Noise, Sampling, choose, guide
 from .validation import check_prompts
 
 
-def draw_codes(
+def generate_image_codes(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -44,12 +44,12 @@ def draw_codes(
             another shape or range.
     """
     codes = torch.empty(0)
-    for codes in draw_steps(model, prompt_ids, sampling, seeds, unconditional_ids, prefix, weights):  # noqa: B007
+    for codes in iter_image_codes(model, prompt_ids, sampling, seeds, unconditional_ids, prefix, weights):  # noqa: B007
         pass
     return codes
 
 
-def draw_steps(
+def iter_image_codes(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -58,7 +58,7 @@ def draw_steps(
     prefix: Tensor | None = None,
     weights: str | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the codes so far (B, t, K) after each visual token t = n+1..N; else as `draw_codes`.
+    """Yield the codes so far (B, t, K) after each visual token t = n+1..N; else as `generate_image_codes`.
 
     Wrong arguments are refused by the call itself, not by the first step. Every step yields a view of one
     tensor, which is filled further: copy it to keep it as it was.
@@ -101,7 +101,7 @@ def _draw(
             position.run(gumbel)
         else:
             if t > given:
-                engine.advance(codes[:, t - 1])
+                engine.decode_step(codes[:, t - 1])
             draw_visual_token(engine, sampling, guidances[t], gumbel, codes[:, t])
             if t == given and can_fix(engine, codes.shape[1] - t - 1):
                 draw = functools.partial(_draw_visual_token, sampling)

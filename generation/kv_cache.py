@@ -11,15 +11,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
-def read_prompts(model: Any, rows: Sequence[Sequence[int]], room: int) -> "Decoder":
+def prefill(model: Any, rows: Sequence[Sequence[int]], room: int) -> "CachedDecoder":
     """A decoder that has read R prompts of text ids, equal ones once, and goes on for up to `room` steps."""
     place = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     ids, mask = pad_left(list(place), model.config.pad_token_id or 0, model.device)
     select = torch.tensor([place[tuple(row)] for row in rows], device=model.device)
-    return Decoder(model.language_model, model.get_input_embeddings()(ids), mask, select, room)
+    return CachedDecoder(model.language_model, model.get_input_embeddings()(ids), mask, select, room)
 
 
-class Decoder:
+class CachedDecoder:
     """The language model behind its KV cache: left-padded inputs once, then one vector per row and step.
 
     Args:
@@ -65,7 +65,7 @@ class Decoder:
         ).last_hidden_state[:, -1]
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values of one layer with room for the steps to come, which write and copy nothing else."""
 
     def __init__(self, layer: DynamicLayer, select: Tensor, room: int):
@@ -101,7 +101,7 @@ def spread(cache: Cache, select: Tensor, room: int) -> Cache:
     """The cache with its rows `select`ed (repeats allowed) and room for `room` more places."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
-            cache.layers[i] = RoomyLayer(layer, select, room)
+            cache.layers[i] = PreallocatedLayer(layer, select, room)
         else:  # sliding windows and the like grow as transformers has it
             layer.batch_select_indices(select)  # type: ignore[attr-defined]
     return cache

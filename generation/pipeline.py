@@ -15,11 +15,11 @@ from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 
-from .image_sampling import check_prefix, draw_codes, draw_steps
+from .image_sampling import check_prefix, generate_image_codes, iter_image_codes
 from .kv_cache import context_length
 from .loading import check_belongs, check_weights, find_model
 from .sampling import Sampling
-from .text_generation import answer_ids, answer_steps, text_pieces
+from .text_generation import generate_text_ids, iter_text_ids, text_pieces
 from .validation import check_history, check_texts, check_whole, spread_seeds
 
 CHAT_TOKENS = 256  # of one answer in a conversation, where nothing else is asked for
@@ -107,12 +107,12 @@ class Pipeline:
         Raises:
             UserError: an empty or over-long prompt, a wrong seed, number or prefix.
         """
-        codes = self.draw(
+        codes = self.generate_codes(
             prompts, sampling, seed, batch_size, negative=negative, num_images=num_images, prefix=prefix
         )
         return [image for part in codes.split(batch_size) for image in self.decode(part)]
 
-    def draw(
+    def generate_codes(
         self,
         prompts: Sequence[str],
         sampling: Sampling | None = None,
@@ -134,7 +134,9 @@ class Pipeline:
             part = slice(i, i + batch_size)
             begun = prefix if prefix is None or len(prefix) != len(ids) else prefix[part]
             parts.append(
-                draw_codes(self.model, ids[part], sampling, seeds[part], free[part], begun, self.weights)
+                generate_image_codes(
+                    self.model, ids[part], sampling, seeds[part], free[part], begun, self.weights
+                )
             )
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.cat(parts) if parts else torch.empty(shape, dtype=torch.long, device=self.device)
@@ -163,7 +165,10 @@ class Pipeline:
         Raises:
             UserError: a prompt that the processor would cut.
         """
-        rows, limit = [self.processor.drawing_ids(prompt) for prompt in prompts], self.processor.max_prompt
+        rows, limit = (
+            [self.processor.text_to_image_ids(prompt) for prompt in prompts],
+            self.processor.max_prompt,
+        )
         for i, row in enumerate(rows):
             if len(row) > limit:  # the cut ids and boi
                 raise UserError(f"{name} {i} has {limit} tokens or more: shorten the prompt.")
@@ -186,7 +191,9 @@ class Pipeline:
         """
         ids, seeds, free = self._drawing(prompts, seed, negative, num_images)
         registers, columns = self.unitok.config.num_register_tokens, self._columns()
-        steps = draw_steps(self.model, ids, sampling or self.sampling, seeds, free, prefix, self.weights)
+        steps = iter_image_codes(
+            self.model, ids, sampling or self.sampling, seeds, free, prefix, self.weights
+        )
 
         def previews() -> Iterator[list[Image.Image]]:
             for codes in steps if ids else ():
@@ -260,7 +267,7 @@ class Pipeline:
             UserError: not one image entry per question, a file that is no image, an empty or long question.
         """
         prompts, codes = self._asking(images, questions, histories)
-        new = answer_ids(self.model, prompts, codes, max_new_tokens, batch_size, seed, **options)
+        new = generate_text_ids(self.model, prompts, codes, max_new_tokens, batch_size, seed, **options)
         return [self.processor.decode(ids).strip() for ids in new]
 
     def answer_stream(
@@ -287,7 +294,7 @@ class Pipeline:
             UserError: as `answer`, or a number out of range.
         """
         prompts, codes = self._asking(images, questions, histories)
-        steps = answer_steps(
+        steps = iter_text_ids(
             self.model, prompts, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p
         )
         return text_pieces(self.processor, steps, len(prompts))
@@ -349,7 +356,7 @@ class Pipeline:
         groups = [_as_list(entry) for entry in images]
         pictures = {_identity(picture): picture for group in groups for picture in group}
         place = {key: i for i, key in enumerate(pictures)}
-        codes = self.encode_to_read(list(pictures.values()), batch_size=64)
+        codes = self.encode_for_reading(list(pictures.values()), batch_size=64)
         asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
         # the same question comes often
         ids = {key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)}
@@ -358,7 +365,7 @@ class Pipeline:
         ]
 
     @torch.no_grad()
-    def encode_to_read(self, pictures: Sequence[ImageSource], batch_size: int = 64) -> Tensor:
+    def encode_for_reading(self, pictures: Sequence[ImageSource], batch_size: int = 64) -> Tensor:
         """Codes (I, N, K) of images as the model reads them: padded to a square, then scaled."""
         codes = [
             self.unitok.encode(

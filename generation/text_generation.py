@@ -13,12 +13,12 @@ from transformers.cache_utils import DynamicCache
 from open_unitok.core.errors import UserError
 
 from .backends.native_text import can_write, write
-from .kv_cache import Decoder, context_length, pad_left
+from .kv_cache import CachedDecoder, context_length, pad_left
 from .sampling import Sampling, check_seed, choose
 from .validation import check_whole
 
 
-def answer_ids(
+def generate_text_ids(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
     image_codes: Sequence[Tensor],
@@ -52,7 +52,7 @@ def answer_ids(
     if seed is not None:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(check_seed(seed))
-            return answer_ids(
+            return generate_text_ids(
                 model, prompt_ids, image_codes, max_new_tokens, batch_size, None, share_prefix, **options
             )
     answers: list[list[int]] = [[] for _ in prompt_ids]
@@ -140,7 +140,7 @@ def after_heads(
     }
 
 
-def answer_steps(
+def iter_text_ids(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
     image_codes: Sequence[Tensor],
@@ -153,8 +153,8 @@ def answer_steps(
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each prompt, None where its answer has ended, until all have.
 
-    Else as `answer_ids`, whose greedy ids these are. Wrong arguments are refused by the call itself; closing
-    the iterator ends the work.
+    Arguments and greedy ids as `generate_text_ids`. The call itself, not the first step, rejects wrong
+    arguments; closing the iterator stops the work.
 
     Args:
         do_sample: draw with temperature, top_k and top_p; else take the likeliest.
@@ -204,7 +204,9 @@ def _write_by_torch(
 ) -> Iterator[list[int | None]]:
     ids, mask = pad_left(prompt_ids, pad_id(model), model.device)
     embeds = model.embed_inputs(ids, join_codes(image_codes, model))
-    decoder = Decoder(model.language_model, embeds, mask, torch.arange(len(ids)), room=max_new_tokens - 1)
+    decoder = CachedDecoder(
+        model.language_model, embeds, mask, torch.arange(len(ids)), room=max_new_tokens - 1
+    )
     ends, going, hidden = end_ids(model), [True] * len(ids), decoder.hidden
     for left in reversed(range(max_new_tokens)):
         new = pick(model.text_logits(hidden).float())
@@ -262,7 +264,7 @@ def check_answering(
 ) -> None:
     """
     Raises:
-        UserError: see `answer_ids`.
+        UserError: see `generate_text_ids`.
     """
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("batch_size", batch_size)

@@ -7,7 +7,7 @@ from .depth_head import DepthCache, DepthHead
 from .loading import check_folder
 from .model import UniTokForConditionalGeneration, UniTokMLLMOutput, positions_from_mask
 from .processor import UniTokProcessor
-from .prompts import DRAW_INSTRUCTION, IMAGE_MARK, TEMPLATES, UNCONDITIONAL, drawing_prompt
+from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL, text_to_image_prompt
 from .visual_embedder import VisualEmbedder
 
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
@@ -16,10 +16,10 @@ AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokForConditionalGeneration, 
 AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = [
-    "DRAW_INSTRUCTION",
     "IMAGE_MARK",
     "SIZES",
     "TEMPLATES",
+    "TEXT_TO_IMAGE_INSTRUCTION",
     "UNCONDITIONAL",
     "DepthCache",
     "DepthHead",
@@ -29,6 +29,6 @@ __all__ = [
     "UniTokProcessor",
     "VisualEmbedder",
     "check_folder",
-    "drawing_prompt",
     "positions_from_mask",
+    "text_to_image_prompt",
 ]

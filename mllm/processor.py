@@ -163,12 +163,11 @@ class UniTokProcessor:
         ids = self._mark(self._prompt(earlier, questions[-1]), bos=self.template != CHAT)
         return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)
 
-    def drawing_ids(self, prompt: str) -> list[int]:
-        """A prompt to draw from; boi stands at its end."""
-        draw = "" if self.template == CHAT else find_template(self.template).draw
-        if self.template == CHAT:
-            draw = find_template("vicuna_v1").draw
-        return [*self.encode_text(prompt + draw)[: self.max_prompt], self.boi_token_id]
+    def text_to_image_ids(self, prompt: str) -> list[int]:
+        """Ids of a text-to-image prompt with its instruction, cut to `max_prompt`, and boi."""
+        # a chat template has no text-to-image instruction of its own
+        template = find_template("vicuna_v1" if self.template == CHAT else self.template)
+        return [*self.encode_text(prompt + template.text_to_image)[: self.max_prompt], self.boi_token_id]
 
     def unconditional_ids(self) -> list[int]:
         """The prompt that guidance leads away from; boi stands at its end."""

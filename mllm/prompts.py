@@ -12,7 +12,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 IMAGE_MARK = "<image>"
 UNCONDITIONAL = "<unconditional>"  # ordinary text to the text tokenizer, not an id of its own
-DRAW_INSTRUCTION = " Generate an image based on this description."
+TEXT_TO_IMAGE_INSTRUCTION = " Generate an image based on this description."
 IGNORED = -100
 
 Encode = Callable[[str], list[int]]  # text -> ids, beginning with bos
@@ -25,7 +25,7 @@ class Template(NamedTuple):
     system: str
     user: str = "USER"
     assistant: str = "ASSISTANT"
-    draw: str = DRAW_INSTRUCTION
+    text_to_image: str = TEXT_TO_IMAGE_INSTRUCTION
 
     def prompt(self, question: str) -> str:
         """The text that an answer to `question` follows, up to the colon."""
@@ -42,7 +42,9 @@ TEMPLATES = {
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    "plain": Template("", draw=""),  # for small models: the begin-of-image id alone asks for an image
+    "plain": Template(
+        "", text_to_image=""
+    ),  # for small models: the begin-of-image id alone asks for an image
 }
 
 
@@ -56,9 +58,9 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def drawing_prompt(text: str, template: str = "vicuna_v1") -> str:
+def text_to_image_prompt(text: str, template: str = "vicuna_v1") -> str:
     """What is written before an image of `text`."""
-    return text + find_template(template).draw
+    return text + find_template(template).text_to_image
 
 
 def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:

@@ -145,7 +145,7 @@ def loss_of(pipeline: Pipeline, images: Sequence[Any], text: str, continuation: 
     target = processor.text_tokenizer(continuation.strip(), add_special_tokens=False)["input_ids"]
     if not target:
         raise UserError(f"The option {continuation!r} has no tokens.")
-    codes = pipeline.encode_to_read(list(images))
+    codes = pipeline.encode_for_reading(list(images))
     ids = torch.tensor([[*prompt, *target]], device=model.device)
     logits = model(input_ids=ids, image_codes=codes.to(model.device), return_logits=True).logits
     logits = logits[0, len(prompt) - 1 : -1].float()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from ..kv_cache import RoomyLayer
+from ..kv_cache import PreallocatedLayer
 from .eager import STATIC_ROPE, Eager
 
 SHORT = 8  # positions for which a capture costs more than it saves
@@ -29,7 +29,7 @@ def can_fix(engine: Any, left: int) -> bool:
     return (
         masked
         and rope in STATIC_ROPE
-        and all(isinstance(layer, RoomyLayer) for layer in engine.decoder.cache.layers)
+        and all(isinstance(layer, PreallocatedLayer) for layer in engine.decoder.cache.layers)
     )
 
 
@@ -55,7 +55,7 @@ class Position:
         self.engine, self.codes, self.draw = engine, codes, draw
         self.guidances = torch.tensor(guidances, device=device)
         self.noise = None if noise is None else noise.clone()
-        buffers = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, RoomyLayer)]
+        buffers = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
         total = buffers[0][0].shape[2]
         # counters are tensors: a graph reads them anew each time
         self.drawn = torch.tensor([engine.drawn + 1], device=device)

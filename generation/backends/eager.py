@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.layers import Linear
 
-from ..kv_cache import RoomyLayer, read_prompts
+from ..kv_cache import PreallocatedLayer, prefill
 from . import native_library
 
 # rotary tables of these kinds do not change with the length
@@ -84,13 +84,13 @@ class Eager:
     def __init__(self, model: Any, rows: Sequence[Sequence[int]], prefix: Tensor):
         count = model.config.num_image_tokens
         self.model, self.copies = model, len(rows) // len(prefix)
-        self.decoder = read_prompts(model, rows, room=count - 1)
+        self.decoder = prefill(model, rows, room=count - 1)
         self.embedder_cache = model.visual_embedder.new_cache(count)
         self.hidden, self.drawn = self.decoder.hidden, prefix.shape[1]
         if self.drawn:
             self._read(prefix)
 
-    def advance(self, codes: Tensor) -> None:
+    def decode_step(self, codes: Tensor) -> None:
         """Take in the codes (B, K) of the visual token just drawn."""
         self.drawn += 1
         self._read(codes.unsqueeze(1))
@@ -127,7 +127,7 @@ class Native:
         weights = _weights(model, int8)
         keep = self.keep = native_library.Keeper()
         text, depth = model.config.text_config, model.config.depth_config
-        caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, RoomyLayer)]
+        caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
         room = self.slot + model.config.num_image_tokens
         self.stack = stack_struct(
             keep,
@@ -159,7 +159,7 @@ class Native:
         self.embedder.keys, self.embedder.values = map(self.keep.pointer, states)
         self.embedder.room, self.embedder.context = room, int(cache is not None)
 
-    def advance(self, codes: Tensor) -> None:
+    def decode_step(self, codes: Tensor) -> None:
         """Take in the codes (B, K) of the visual token just drawn."""
         codes = codes.contiguous()
         self.hidden = torch.empty_like(self.hidden)

@@ -6,11 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 
-from ..image_sampling import draw_steps
+from ..image_sampling import iter_image_codes
 from ..kv_cache import context_length
 from ..pipeline import Pipeline
 from ..sampling import Sampling
-from ..text_generation import answer_steps
+from ..text_generation import iter_text_ids
 from .batcher import Job, is_open
 
 DECODED_TOGETHER = 8  # images; between such parts others get their turn
@@ -82,7 +82,7 @@ class Work:
         codes = None
         key = jobs[0].key
         assert isinstance(key, DrawKey)
-        for codes in draw_steps(pipe.model, ids, key.sampling, seeds, away, weights=pipe.weights):
+        for codes in iter_image_codes(pipe.model, ids, key.sampling, seeds, away, weights=pipe.weights):
             row, rest = divmod(codes.shape[1] - registers, columns)
             showing = [
                 i for i, job in enumerate(jobs) if not rest and row in tasks[i].shown_rows and is_open(job)
@@ -107,10 +107,10 @@ class Work:
         pipe, key = self.pipe, jobs[0].key
         assert isinstance(key, AnswerKey)
         tasks: list[AnswerTask] = [job.payload for job in jobs]
-        codes = pipe.encode_to_read([image for task in tasks for image in task.images])
+        codes = pipe.encode_for_reading([image for task in tasks for image in task.images])
         parts = codes.split([len(task.images) for task in tasks])
         writers = [Writer(pipe.processor, task) for task in tasks]
-        steps = answer_steps(
+        steps = iter_text_ids(
             pipe.model,
             [task.ids for task in tasks],
             parts,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.generation import answer_ids, answer_steps, text_generation
+from open_unitok.generation import generate_text_ids, iter_text_ids, text_generation
 from open_unitok.generation.text_generation import until_end
 
 
@@ -33,11 +33,11 @@ def asked(full_model):
 
 def test_batch_equals_one_by_one_and_the_plain_loop(full_model, asked):
     prompts, codes = asked
-    answers = answer_ids(full_model, prompts, codes, max_new_tokens=8)
+    answers = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)
     assert len({tuple(answer) for answer in answers}) > 1
-    assert answers == answer_ids(full_model, prompts, codes, max_new_tokens=8, batch_size=2)
+    assert answers == generate_text_ids(full_model, prompts, codes, max_new_tokens=8, batch_size=2)
     for prompt, code, answer in zip(prompts, codes, answers):
-        assert answer_ids(full_model, [prompt], [code], max_new_tokens=8) == [answer]
+        assert generate_text_ids(full_model, [prompt], [code], max_new_tokens=8) == [answer]
         assert until_end(plain_loop(full_model, prompt, code, 8), {2}) == answer
 
 
@@ -50,18 +50,18 @@ def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_mo
     adapted = Adapted(32, 512, bias=False)
     adapted.weight = model.lm_head.weight
     model.lm_head = adapted
-    answer = answer_ids(model, prompts[:1], codes[:1], max_new_tokens=8)[0]
+    answer = generate_text_ids(model, prompts[:1], codes[:1], max_new_tokens=8)[0]
     assert until_end(plain_loop(model, prompts[0], codes[0], 8), {2}) == answer
 
 
 def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     prompts, codes = asked
-    long = answer_ids(full_model, prompts, codes, max_new_tokens=8)
+    long = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)
     end = long[0][2]
     monkeypatch.setattr(full_model.generation_config, "eos_token_id", [end, 2])
     expected = [until_end(row, {end, 2}) for row in long]
     assert len(expected[0]) < 3
-    assert answer_ids(full_model, prompts, codes, max_new_tokens=8) == expected
+    assert generate_text_ids(full_model, prompts, codes, max_new_tokens=8) == expected
 
 
 def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
@@ -75,27 +75,27 @@ def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
     monkeypatch.setattr(full_model, "embed_inputs", lambda ids, c: read.append(ids.numel()) or embed(ids, c))
     for options in ({}, {"num_beams": 2}):
         read.clear()
-        shared = answer_ids(full_model, prompts, codes, max_new_tokens=8, **options)
+        shared = generate_text_ids(full_model, prompts, codes, max_new_tokens=8, **options)
         # three beginnings, at most 12 ids each; the C++ steps read each alone, and what follows on it
         assert read == [3 * 12] or (not options and read == [12, 3 * 3, 12, 2 * 2, 3])
-        single = [answer_ids(full_model, [p], [c], 8, **options)[0] for p, c in zip(prompts, codes)]
+        single = [generate_text_ids(full_model, [p], [c], 8, **options)[0] for p, c in zip(prompts, codes)]
         assert shared == single
-        assert shared == answer_ids(full_model, prompts, codes, 8, share_prefix=False, **options)
+        assert shared == generate_text_ids(full_model, prompts, codes, 8, share_prefix=False, **options)
     assert len({tuple(answer) for answer in shared}) > 3
 
 
 @pytest.mark.parametrize("native", [True, False])
 def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
     prompts, codes = asked
-    end = answer_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]
+    end = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]
     for ends in ([2], [end, 2]):
         monkeypatch.setattr(full_model.generation_config, "eos_token_id", ends)
-        want = answer_ids(full_model, prompts, codes, max_new_tokens=8)
+        want = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)
         rows = [[] for _ in prompts]
         with monkeypatch.context() as patch:
             if not native:
                 patch.setattr(text_generation, "can_write", lambda model, options: False)
-            for new in answer_steps(full_model, prompts, codes, max_new_tokens=8):
+            for new in iter_text_ids(full_model, prompts, codes, max_new_tokens=8):
                 for row, token in zip(rows, new):
                     row += [] if token is None else [token]
         assert rows == want
@@ -104,12 +104,12 @@ def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
 def test_draws_follow_their_seed(full_model, asked):
     prompts, codes = asked
     options = {"max_new_tokens": 6, "do_sample": True, "top_k": 50}
-    first = answer_ids(full_model, prompts, codes, seed=3, **options)
+    first = generate_text_ids(full_model, prompts, codes, seed=3, **options)
     state = torch.get_rng_state()
-    assert first == answer_ids(full_model, prompts, codes, seed=3, **options)
+    assert first == generate_text_ids(full_model, prompts, codes, seed=3, **options)
     assert torch.equal(state, torch.get_rng_state())  # the user's own draws go on undisturbed
-    assert first != answer_ids(full_model, prompts, codes, seed=4, **options)
-    steps = [list(answer_steps(full_model, prompts, codes, seed=s, **options)) for s in (3, 3, 4)]
+    assert first != generate_text_ids(full_model, prompts, codes, seed=4, **options)
+    steps = [list(iter_text_ids(full_model, prompts, codes, seed=s, **options)) for s in (3, 3, 4)]
     assert steps[0] == steps[1] != steps[2]
 
 
@@ -123,20 +123,20 @@ def test_noise_of_bf16_models_is_drawn_in_fp32(full_model, asked, monkeypatch):
 
     monkeypatch.setattr(text_generation, "choose", watched)
     model = copy.deepcopy(full_model).to(torch.bfloat16)
-    list(answer_steps(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
+    list(iter_text_ids(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
     assert len(seen) > 1 and set(seen) == {torch.float32}
 
 
 def test_beams_and_sampling_run(full_model, asked):
     prompts, codes = asked
-    assert len(answer_ids(full_model, prompts, codes, max_new_tokens=3, num_beams=2)) == 4
-    assert len(answer_ids(full_model, prompts, codes, max_new_tokens=3, do_sample=True, top_k=5)) == 4
+    assert len(generate_text_ids(full_model, prompts, codes, max_new_tokens=3, num_beams=2)) == 4
+    assert len(generate_text_ids(full_model, prompts, codes, max_new_tokens=3, do_sample=True, top_k=5)) == 4
 
 
 @pytest.mark.parametrize("beams", [0, -1, 1.5, True, None])
 def test_beams_are_a_whole_number(full_model, asked, beams):
     with pytest.raises(UserError, match="num_beams is"):
-        answer_ids(full_model, *asked, max_new_tokens=2, num_beams=beams)
+        generate_text_ids(full_model, *asked, max_new_tokens=2, num_beams=beams)
 
 
 @pytest.mark.parametrize(
@@ -150,4 +150,4 @@ def test_beams_are_a_whole_number(full_model, asked, beams):
 )
 def test_wrong_requests_are_refused(full_model, prompts, tokens, words):
     with pytest.raises(UserError, match=words):
-        answer_ids(full_model, prompts, [torch.empty(0, 9, 3)], max_new_tokens=tokens)
+        generate_text_ids(full_model, prompts, [torch.empty(0, 9, 3)], max_new_tokens=tokens)

@@ -42,8 +42,10 @@ def test_it_loads_in_fp32_and_draws_with_its_own_settings(rounded):
     pipe = Pipeline.from_pretrained(rounded)
     assert pipe.model.dtype == torch.float32 and pipe.sampling == OWN
     prompt = ["a red circle"]
-    assert torch.equal(pipe.draw(prompt, seed=1), pipe.draw(prompt, OWN, seed=1))
-    assert not torch.equal(pipe.draw(prompt, seed=1), pipe.draw(prompt, Sampling(), seed=1))
+    assert torch.equal(pipe.generate_codes(prompt, seed=1), pipe.generate_codes(prompt, OWN, seed=1))
+    assert not torch.equal(
+        pipe.generate_codes(prompt, seed=1), pipe.generate_codes(prompt, Sampling(), seed=1)
+    )
 
 
 def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.generation import Sampling, draw_codes, draw_steps, kv_cache
+from open_unitok.generation import Sampling, generate_image_codes, iter_image_codes, kv_cache
 from open_unitok.generation.sampling import Noise, choose, guide
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
@@ -45,7 +45,7 @@ def plain_loop(model, prompt, sampling, seed, free):
 )
 def test_cached_batch_equals_the_plain_loop(model, sampling):
     seeds = [11, 12, 13]
-    codes = draw_codes(model, PROMPTS, sampling, seeds, FREE)
+    codes = generate_image_codes(model, PROMPTS, sampling, seeds, FREE)
     assert codes.shape == (3, 9, 3) and codes.unique().numel() > 8
     for prompt, seed, drawn in zip(PROMPTS, seeds, codes):
         assert torch.equal(drawn, plain_loop(model, prompt, sampling, seed, FREE))
@@ -53,7 +53,7 @@ def test_cached_batch_equals_the_plain_loop(model, sampling):
 
 def test_drawn_codes_are_the_teacher_forced_ones(full_model):
     """A training pass over prompt and drawn codes finds each greedy code the likeliest."""
-    codes = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0, 0, 0])
+    codes = generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0, 0, 0])
     mark = full_model.config.image_token_id
     for prompt, drawn in zip(PROMPTS, codes):
         ids = torch.tensor([prompt + [mark] * len(drawn)])
@@ -64,9 +64,9 @@ def test_drawn_codes_are_the_teacher_forced_ones(full_model):
 
 
 def test_an_image_depends_on_its_own_prompt_and_seed_alone(model):
-    together = draw_codes(model, [*PROMPTS, PROMPTS[1], PROMPTS[1]], SAMPLED, [1, 2, 3, 2, 4], FREE)
+    together = generate_image_codes(model, [*PROMPTS, PROMPTS[1], PROMPTS[1]], SAMPLED, [1, 2, 3, 2, 4], FREE)
     for i in range(3):
-        assert torch.equal(together[i], draw_codes(model, [PROMPTS[i]], SAMPLED, [i + 1], FREE)[0])
+        assert torch.equal(together[i], generate_image_codes(model, [PROMPTS[i]], SAMPLED, [i + 1], FREE)[0])
     assert torch.equal(together[1], together[3]) and not torch.equal(together[1], together[4])
 
 
@@ -76,21 +76,25 @@ def test_equal_prompts_are_read_once(full_model, monkeypatch):
     monkeypatch.setattr(
         kv_cache, "pad_left", lambda rows, *rest: read.append(len(rows)) or whole(rows, *rest)
     )
-    draw_codes(full_model, [*[PROMPTS[0]] * 3, PROMPTS[1]], SAMPLED, [1, 2, 3, 4], FREE)
+    generate_image_codes(full_model, [*[PROMPTS[0]] * 3, PROMPTS[1]], SAMPLED, [1, 2, 3, 4], FREE)
     assert read == [3]
 
 
 def test_guidance_1_is_no_guidance(full_model):
-    plain = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3])
-    assert torch.equal(plain, draw_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3], FREE))
-    nearly = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0 + 1e-6), [1, 2, 3], FREE)
+    plain = generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3])
+    assert torch.equal(
+        plain, generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0), [1, 2, 3], FREE)
+    )
+    nearly = generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0 + 1e-6), [1, 2, 3], FREE)
     assert torch.equal(plain, nearly)
-    assert not torch.equal(plain, draw_codes(full_model, PROMPTS, Sampling(guidance=5.0), [1, 2, 3], FREE))
+    assert not torch.equal(
+        plain, generate_image_codes(full_model, PROMPTS, Sampling(guidance=5.0), [1, 2, 3], FREE)
+    )
 
 
 def test_steps_end_in_the_same_codes(full_model):
-    steps = [codes.clone() for codes in draw_steps(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)]
-    final = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    steps = [codes.clone() for codes in iter_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)]
+    final = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     assert [step.shape[1] for step in steps] == list(range(1, 10))
     for step in steps:
         assert torch.equal(step, final[:, : step.shape[1]])
@@ -98,21 +102,23 @@ def test_steps_end_in_the_same_codes(full_model):
 
 def test_an_image_goes_on_from_its_given_codes(model):
     """The first codes of an image given back lead to the same image; others to another one."""
-    whole = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    whole = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     for given in (1, 4, 8):
-        again = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:, :given])
+        again = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:, :given])
         assert torch.equal(again, whole)
-    other = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:1, :4].flip(1))
+    other = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, prefix=whole[:1, :4].flip(1))
     assert torch.equal(other[:, :4], whole[:1, :4].flip(1).expand(3, -1, -1))
     assert not torch.equal(other[:, 4:], whole[:, 4:])
 
 
 def test_each_image_is_led_away_from_its_own_negative_prompt(full_model):
     away = [[1, 90, 91, 3], [1, 70, 71, 72, 73, 3], [1, 5, 3]]
-    together = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], away)
+    together = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], away)
     for i in range(3):
-        assert torch.equal(together[i], draw_codes(full_model, [PROMPTS[i]], SAMPLED, [i + 1], away[i])[0])
-    assert not torch.equal(together, draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
+        assert torch.equal(
+            together[i], generate_image_codes(full_model, [PROMPTS[i]], SAMPLED, [i + 1], away[i])[0]
+        )
+    assert not torch.equal(together, generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
 
 
 def test_guidance_rises_as_scheduled(full_model):
@@ -121,14 +127,14 @@ def test_guidance_rises_as_scheduled(full_model):
     cosine = Sampling(guidance=5.0, guidance_schedule="cosine").guidances(5)
     assert cosine[0] == 1 and cosine[-1] == 5 and cosine == sorted(cosine) and cosine[1] < 2
     rising = Sampling(guidance=5.0, guidance_schedule="linear", greedy=True)
-    codes = draw_codes(full_model, PROMPTS, rising, [0] * 3, FREE)
-    plain = draw_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0] * 3)
-    full = draw_codes(full_model, PROMPTS, Sampling(guidance=5.0, greedy=True), [0] * 3, FREE)
+    codes = generate_image_codes(full_model, PROMPTS, rising, [0] * 3, FREE)
+    plain = generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0] * 3)
+    full = generate_image_codes(full_model, PROMPTS, Sampling(guidance=5.0, greedy=True), [0] * 3, FREE)
     assert torch.equal(codes[:, 0], plain[:, 0]) and not torch.equal(codes, full)
 
 
 def test_no_prompts_are_no_images(full_model):
-    assert draw_codes(full_model, [], SAMPLED, [], FREE).shape == (0, 9, 3)
+    assert generate_image_codes(full_model, [], SAMPLED, [], FREE).shape == (0, 9, 3)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +151,7 @@ def test_no_prompts_are_no_images(full_model):
 )
 def test_wrong_requests_are_refused(full_model, prompts, seeds, free, words):
     with pytest.raises(UserError, match=words):
-        draw_codes(full_model, prompts, SAMPLED, seeds, free)
+        generate_image_codes(full_model, prompts, SAMPLED, seeds, free)
 
 
 @pytest.mark.parametrize(
@@ -160,4 +166,4 @@ def test_wrong_requests_are_refused(full_model, prompts, seeds, free, words):
 )
 def test_wrong_prefixes_are_refused(full_model, prefix, words):
     with pytest.raises(UserError, match=words):
-        draw_codes(full_model, PROMPTS[:2], SAMPLED, [0, 1], FREE, prefix)
+        generate_image_codes(full_model, PROMPTS[:2], SAMPLED, [0, 1], FREE, prefix)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from open_unitok.generation import Sampling, answer_ids, draw_codes
+from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.mllm.convert import to_ours
 
@@ -58,7 +58,7 @@ def test_greedy_codes_are_the_published_ones(tiny, run, monkeypatch):
     count = len(expected)
     sampling = Sampling(guidance=settings["cfg_scale"], temperature=settings["temperature"], greedy=True)
     free = rows[count] if len(rows) > count else None
-    assert torch.equal(draw_codes(model, rows[:count], sampling, [0] * count, free), expected)
+    assert torch.equal(generate_image_codes(model, rows[:count], sampling, [0] * count, free), expected)
 
 
 @pytest.mark.parametrize("run", ["vqa_gen0", "vqa_gen1"])
@@ -70,7 +70,7 @@ def test_greedy_answers_are_the_published_ones(tiny, run, monkeypatch):
     ids[place : place + 1] = [mark] * model.config.num_image_tokens
     codes = vectors[f"{run}.image"][0].transpose(1, 2)
     expected = vectors[f"{run}.output_ids"][0].tolist()
-    assert answer_ids(model, [ids], [codes], max_new_tokens=len(expected)) == [expected]
+    assert generate_text_ids(model, [ids], [codes], max_new_tokens=len(expected)) == [expected]
     monkeypatch.setattr(model.generation_config, "eos_token_id", expected[5])
     ended = vectors[f"{run}.output_ids_when_eos_is_6th_token"][0].tolist()
-    assert answer_ids(model, [ids], [codes], max_new_tokens=len(expected)) == [ended[:-1]]
+    assert generate_text_ids(model, [ids], [codes], max_new_tokens=len(expected)) == [ended[:-1]]

@@ -41,17 +41,21 @@ def test_the_stream_ends_in_the_same_images(pipe):
 
 
 def test_several_images_of_a_prompt_and_negative_prompts(pipe):
-    two = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2)
-    assert torch.equal(two, pipe.draw([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, SAMPLING, seed=5, batch_size=3))
-    away = pipe.draw(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative=["blurred", "a dog"])
-    assert torch.equal(away[2:], pipe.draw(PROMPTS[1:2], SAMPLING, seed=7, num_images=2, negative="a dog"))
+    two = pipe.generate_codes(PROMPTS[:2], SAMPLING, seed=5, num_images=2)
+    assert torch.equal(
+        two, pipe.generate_codes([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, SAMPLING, seed=5, batch_size=3)
+    )
+    away = pipe.generate_codes(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative=["blurred", "a dog"])
+    assert torch.equal(
+        away[2:], pipe.generate_codes(PROMPTS[1:2], SAMPLING, seed=7, num_images=2, negative="a dog")
+    )
     assert not torch.equal(away, two)
 
 
 def test_a_image_is_completed_from_its_first_rows(pipe, photos):
     prefix = pipe.first_rows(photos[:2], 2)
     assert prefix.shape == (2, 6, 3)
-    codes = pipe.draw(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
+    codes = pipe.generate_codes(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
     assert torch.equal(codes[:, :6], prefix)
     steps = list(pipe.stream(PROMPTS[:2], SAMPLING, prefix=prefix))
     assert len(steps) == 1 and all(map(same, steps[0], pipe.decode(codes)))
@@ -113,8 +117,8 @@ def test_answers_do_not_depend_on_the_batch(pipe, photos):
 
 def test_a_image_that_comes_again_is_encoded_once(pipe, photos, monkeypatch):
     seen = []
-    encode = pipe.encode_to_read
-    monkeypatch.setattr(pipe, "encode_to_read", lambda p, **k: seen.append(len(p)) or encode(p, **k))
+    encode = pipe.encode_for_reading
+    monkeypatch.setattr(pipe, "encode_for_reading", lambda p, **k: seen.append(len(p)) or encode(p, **k))
     pipe.answer([photos[0]] * 3, ["a?", "b?", "c?"], max_new_tokens=1)
     assert seen == [1]
 

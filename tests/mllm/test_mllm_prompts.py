@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokProcessor
-from open_unitok.mllm.prompts import IGNORED, drawing_prompt, expand_images
+from open_unitok.mllm.prompts import IGNORED, expand_images, text_to_image_prompt
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def ids_and_labels(processor, case):
         both = text != "no" and long != "no"
         caption = (text if draw > 0.8 else long) if both else (text if text != "no" else long)
         free = caption == "no" or draw > 0.9
-        *prompt, boi = processor.unconditional_ids() if free else processor.drawing_ids(caption)
+        *prompt, boi = processor.unconditional_ids() if free else processor.text_to_image_ids(caption)
         learnt = [boi, image, processor.eoi_token_id, processor.eos_token_id]
         return prompt + learnt, [IGNORED] * len(prompt) + learnt
     if kind == "I2T":
@@ -71,7 +71,7 @@ def test_golden_samples(expected, processor, legacy):
 def test_golden_prompts(expected, processor):
     ours = processor(True)
     assert ours.question_ids("What is in this photo", tokens=1) == expected["vqa_prompt_ids"]
-    rows = [ours.drawing_ids(prompt) for prompt in expected["t2i_prompts"]]
+    rows = [ours.text_to_image_ids(prompt) for prompt in expected["t2i_prompts"]]
     ids, mask = ours.pad([*rows, ours.unconditional_ids(), ours.unconditional_ids()])
     assert ids.tolist() == expected["t2i_ids"]
     assert mask.tolist() == expected["t2i_mask"]
@@ -113,9 +113,9 @@ def test_decode_leaves_out_images_and_special_ids(processor):
 
 def test_a_long_drawing_prompt_is_cut_before_boi(processor):
     ours = processor(True, max_prompt=6)
-    ids = ours.drawing_ids("A photo of a cat in a blue sky")
+    ids = ours.text_to_image_ids("A photo of a cat in a blue sky")
     assert len(ids) == 7 and ids[-1] == ours.boi_token_id
-    assert drawing_prompt("a cat").startswith("a cat Generate")
+    assert text_to_image_prompt("a cat").startswith("a cat Generate")
 
 
 @pytest.mark.parametrize(
@@ -189,4 +189,4 @@ def test_tokenizers_of_other_families(without_bos, tmp_path, template):
     question = ours.question_ids("What?", tokens=1)
     assert ids[: len(question)] == question
     assert labels[: len(question)] == [IGNORED] * len(question) and labels[len(question)] != IGNORED
-    assert ours.drawing_ids("a cat")[-1] == ours.boi_token_id
+    assert ours.text_to_image_ids("a cat")[-1] == ours.boi_token_id

@@ -134,7 +134,7 @@ class Rows:
 def _drawing(rows: Rows, caption: str | None) -> tuple[list[int], list[int]]:
     """Text-to-image: the prompt is given, boi, image, eoi and eos are learnt; None draws unconditionally."""
     processor = rows.processor
-    *prompt, boi = processor.unconditional_ids() if caption is None else processor.drawing_ids(caption)
+    *prompt, boi = processor.unconditional_ids() if caption is None else processor.text_to_image_ids(caption)
     learnt = [boi, rows.image_token_id, processor.eoi_token_id, processor.eos_token_id]
     return prompt + learnt, [IGNORED] * len(prompt) + learnt
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from open_unitok.generation import Sampling, draw_codes, image_sampling
+from open_unitok.generation import Sampling, generate_image_codes, image_sampling
 from open_unitok.generation.backends import cuda_graph
 from open_unitok.generation.backends import eager as engine
 
@@ -65,9 +65,9 @@ def test_the_fixed_step_draws_the_same_and_nobody_waits(model, sampling, given, 
     seeds = [1, 2, 3]
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(image_sampling, "can_fix", lambda engine, left: False)
-        expected = draw_codes(model, PROMPTS, sampling, seeds, FREE)
+        expected = generate_image_codes(model, PROMPTS, sampling, seeds, FREE)
     prefix = expected[:, :given] if given else None
-    assert torch.equal(draw_codes(model, PROMPTS, sampling, seeds, FREE, prefix), expected)
+    assert torch.equal(generate_image_codes(model, PROMPTS, sampling, seeds, FREE, prefix), expected)
     (position,) = Recorded.made
     assert len(position.addresses) == 8 - given and position.watch.calls > 100
     assert all(addresses == position.addresses[0] for addresses in position.addresses)
@@ -79,13 +79,13 @@ def test_the_fixed_step_knows_attention_that_adds_its_mask(make_model, recorded)
     eager.language_model.set_attn_implementation("eager")
     with pytest.MonkeyPatch.context() as plain:
         plain.setattr(image_sampling, "can_fix", lambda engine, left: False)
-        expected = draw_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE)
-    assert torch.equal(draw_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
+        expected = generate_image_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    assert torch.equal(generate_image_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
     assert len(Recorded.made) == 1 and not Recorded.made[0].watch.waits
 
 
 def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
-    expected = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    expected = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     monkeypatch.setattr(engine, "native_can", lambda model: False)
     monkeypatch.setattr(image_sampling, "can_fix", lambda engine, left: True)
 
@@ -93,7 +93,7 @@ def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypa
         raise RuntimeError("no stream here\nand more")
 
     monkeypatch.setattr(torch.cuda, "Stream", refuse)
-    assert torch.equal(draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
+    assert torch.equal(generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
     assert "without a CUDA graph: no stream here" in caplog.text and "more" not in caplog.text
 
 
@@ -101,7 +101,7 @@ def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypa
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_a_captured_position_draws_what_torch_draws(make_model, sampling, monkeypatch, caplog):
     model = make_model().cuda()
-    found = draw_codes(model, PROMPTS, sampling, [1, 2, 3], FREE)
+    found = generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], FREE)
     assert "without a CUDA graph" not in caplog.text
     monkeypatch.setattr(image_sampling, "can_fix", lambda engine, left: False)
-    assert torch.equal(found, draw_codes(model, PROMPTS, sampling, [1, 2, 3], FREE))
+    assert torch.equal(found, generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], FREE))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.generation import Pipeline, Sampling, draw_codes
+from open_unitok.generation import Pipeline, Sampling, generate_image_codes
 from open_unitok.generation.backends import eager as engine
 from open_unitok.generation.backends import native_library
 from open_unitok.generation.serving import worker
@@ -30,7 +30,7 @@ def logits_along(model, codes, weights=None, eager=False, monkeypatch=None):
     with torch.no_grad():
         for t in range(codes.shape[1]):
             if t:
-                run.advance(codes[:, t - 1])
+                run.decode_step(codes[:, t - 1])
             for k in range(codes.shape[2]):
                 found.append(run.logits(k, None if k == 0 else codes[:, t, k - 1]).float().clone())
     return type(run), torch.stack(found)
@@ -154,20 +154,22 @@ def test_rounded_weights_stay_near(full_model, monkeypatch):
 @needs_compiler
 def test_int8_follows_weights_that_change(make_model):
     model = make_model()
-    first = draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
-    assert torch.equal(first, draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8"))
+    first = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
+    assert torch.equal(first, generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8"))
     with torch.no_grad():
         model.depth_head.output.weight.neg_()
-    assert not torch.equal(first, draw_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8"))
+    assert not torch.equal(
+        first, generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
+    )
 
 
 def test_without_a_compiler_torch_draws_the_same(full_model, monkeypatch):
-    codes = draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
+    codes = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
     monkeypatch.setattr(native_library, "library", lambda: None)
     assert not engine.native_can(full_model)
-    assert torch.equal(codes, draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
+    assert torch.equal(codes, generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE))
     with pytest.raises(UserError, match=r"a C.. compiler"):
-        draw_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
+        generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE, weights="int8")
 
 
 def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path, caplog):
@@ -184,14 +186,19 @@ def test_a_broken_compiler_is_no_error(monkeypatch, tmp_path, caplog):
 def test_int8_is_a_dtype_of_the_pipeline_and_of_the_server(folder, monkeypatch, serving, ask):
     pipe = Pipeline.from_pretrained(folder, dtype="int8")
     assert pipe.weights == "int8" and pipe.model.dtype == torch.float32
-    drawn = pipe.draw(["a star"], Sampling(guidance=2.0))
-    assert torch.equal(drawn, draw_codes(pipe.model, pipe.prompt_ids(["a star"]), Sampling(guidance=2.0), [0],
-                                         pipe.processor.unconditional_ids(), weights="int8"))  # fmt: skip
+    drawn = pipe.generate_codes(["a star"], Sampling(guidance=2.0))
+    ids, unconditional_ids = pipe.prompt_ids(["a star"]), pipe.processor.unconditional_ids()
+    expected = generate_image_codes(
+        pipe.model, ids, Sampling(guidance=2.0), [0], unconditional_ids, weights="int8"
+    )
+    assert torch.equal(drawn, expected)
     steps = list(pipe.stream(["a star"], Sampling(guidance=2.0)))
     assert steps[-1][0].tobytes() == pipe.decode(drawn)[0].tobytes()
-    taken, whole = [], worker.draw_steps
+    taken, whole = [], worker.iter_image_codes
     monkeypatch.setattr(
-        worker, "draw_steps", lambda *a, weights=None: taken.append(weights) or whole(*a, weights=weights)
+        worker,
+        "iter_image_codes",
+        lambda *a, weights=None: taken.append(weights) or whole(*a, weights=weights),
     )
     with serving(pipe) as (url, _):
         assert ask(url, {"prompt": "a star"}, "/v1/images/generations")[0] == 200

@@ -93,7 +93,7 @@ def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
     wanted = torch.from_numpy(np.stack([codes.read(0, n).codes for n in range(4)]).astype(np.int64))
     agreed = []
     for pipe in pipes:
-        drawn = pipe.draw([caption for _, caption in own], Sampling(greedy=True, guidance=1))
+        drawn = pipe.generate_codes([caption for _, caption in own], Sampling(greedy=True, guidance=1))
         agreed.append((drawn == wanted).float().mean(dim=(1, 2)).min().item())
     assert agreed[0] < 0.5 and agreed[1] >= 0.8, agreed
 
@@ -135,13 +135,13 @@ def test_peft_pipeline_and_merged_folder_agree(tuned, base, tmp_path):
     pipe = Pipeline.from_pretrained(base, adapter=tuned / "model")
     assert type(pipe.model) is UniTokForConditionalGeneration
     torch.testing.assert_close(logits(pipe.model), by_peft, atol=1e-5, rtol=1e-4)
-    codes = pipe.draw(["a red cat"], Sampling(greedy=True, guidance=1))
+    codes = pipe.generate_codes(["a red cat"], Sampling(greedy=True, guidance=1))
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
     main.run(["convert", "adapter", str(tmp_path / "base"), str(tuned / "model"), str(tmp_path / "merged")])
     again = Pipeline.from_pretrained(tmp_path / "merged")
     assert again.sampling == Sampling(guidance=3.0)
-    assert torch.equal(again.draw(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
+    assert torch.equal(again.generate_codes(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
 
 
 def test_a_merged_folder_takes_a_tokenizer_of_the_same_codes(tuned, base, mllm, tmp_path):
