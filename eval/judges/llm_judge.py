@@ -167,9 +167,8 @@ class Kept:
         self.known: dict[str, str] = {}
         if path.exists():
             drop_half_line(path)
-            rows = [
-                row for row in read_jsonl_lenient(path) if isinstance(row, dict)
-            ]  # the rest is judged again
+            # a broken line is judged again
+            rows = [row for row in read_jsonl_lenient(path) if isinstance(row, dict)]
             pairs = [(row.get("key"), row.get("reply")) for row in rows]
             self.known = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
 

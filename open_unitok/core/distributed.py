@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Global rank of this process."""
-    dist = _process_group()
+    dist = process_group()
     return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """Number of processes of this launch."""
-    dist = _process_group()
+    dist = process_group()
     return dist.get_world_size() if dist else int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -32,13 +32,13 @@ def is_main() -> bool:
 
 def barrier() -> None:
     """Wait for all ranks; a no-op without a process group."""
-    if dist := _process_group():
+    if dist := process_group():
         dist.barrier()
 
 
 def sum_over_ranks(value: "Tensor") -> "Tensor":
     """All-reduce (sum) of `value`, out of place and not differentiable."""
-    dist = _process_group()
+    dist = process_group()
     # all-reduce is a no-op on one rank
     if dist is None or dist.get_world_size() == 1:
         return value
@@ -47,7 +47,7 @@ def sum_over_ranks(value: "Tensor") -> "Tensor":
     return value
 
 
-def _process_group() -> Any:
+def process_group() -> Any:
     """torch.distributed if a process group is initialised, else None."""
     # sys.modules instead of an import: asking for the rank must not load torch
     dist = sys.modules.get("torch.distributed")

@@ -111,7 +111,9 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
     ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
     assert unitok(*draw, tmp_path / "alone")[0] == 0
     assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
-    monkeypatch.setattr(distributed, "group", lambda: None)  # another test's in this process may still be up
+    monkeypatch.setattr(
+        distributed, "process_group", lambda: None
+    )  # another test's in this process may still be up
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
@@ -153,7 +155,7 @@ def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(unitok, folder, p
         monkeypatch.setenv("RANK", "1")
         return load(args)
 
-    monkeypatch.setattr(distributed, "group", lambda: None)
+    monkeypatch.setattr(distributed, "process_group", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     as_rank("1", command("Old?", "Older?"))
     words, load = command("New?", "And?"), ask.load_pipeline
