@@ -11,7 +11,8 @@ from open_unitok.core.files import existing, read_json, write_json, write_jsonl
 from .core import generated_images
 from .core.harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
 from .core.results import check_complete, describe_run, open_run, result_of
-from .generation import dpg_bench, genai_bench, geneval, positions, realism
+from .generation import dpg_bench, genai_bench, geneval, imagenet_generation, mjhq, positions
+from .judges import detections
 from .metrics import image_quality
 from .tokenizer import linear_probe, reconstruction, retrieval, zeroshot
 from .understanding.table import UNDERSTANDING
@@ -66,17 +67,17 @@ GENERATION: dict[str, Benchmark] = {
         "do drawings show the objects, number, colours and places of their prompts",
         "drawer",
         geneval.load_geneval,
-        geneval.worker,
+        detections.worker,
         geneval.score_geneval,
         128,
         files=("scenes.json", "evaluation_metadata.jsonl"),
-        look=geneval.look_for_objects,
+        look=detections.look_for_objects,
     ),
     "drawing_positions": Benchmark(
         "one object of a colour at a named place (scenes)",
         "drawer",
         positions.load_positions,
-        geneval.worker,
+        detections.worker,
         positions.score_positions,
         128,
         files=("scenes.json",),
@@ -104,23 +105,23 @@ GENERATION: dict[str, Benchmark] = {
     "mjhq": Benchmark(
         "FID of drawings against MJHQ-30K",
         "drawer",
-        realism.load_mjhq,
+        mjhq.load_mjhq,
         generated_images.worker,
-        realism.score_mjhq,
+        mjhq.score_mjhq,
         64,
         files=("meta_data.json",),
-        look=realism.look_mjhq,
+        look=mjhq.look_mjhq,
     ),
     "imagenet_generation": Benchmark(
         "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
         "drawer",
-        realism.load_classes,
+        imagenet_generation.load_classes,
         generated_images.worker,
-        realism.score_classes,
+        imagenet_generation.score_classes,
         64,
         files=("VIRTUAL_imagenet*.npz",),
-        submit=realism.submit_classes,
-        look=realism.look_classes,
+        submit=imagenet_generation.submit_classes,
+        look=imagenet_generation.look_classes,
     ),
 }
 

@@ -71,6 +71,14 @@ def require_drawings(task: Task, rows: dict[int, Row], folder: Path) -> None:
         raise UserError(f"{folder}: there is not one drawing, so there is nothing to score.")
 
 
+def per_drawing(task: Task, rows: dict[int, Row]) -> list[Row]:
+    """A row per sample; these benchmarks have no score per image."""
+    return [
+        {"index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file")}
+        for s in task.samples
+    ]
+
+
 class DrawnElsewhere:
     """Images of another system in a model's place: a folder in the benchmark's layout or an .npz.
 

@@ -1,7 +1,8 @@
 """Numbers of questions: a row per sample, shares with intervals by image, submission files."""
 
 import json
-from collections.abc import Hashable, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,16 @@ def write_submission(folder: Path, name: str, content: Any) -> Path:
         text = content if path.suffix in (".txt", ".tsv") else json.dumps(content, ensure_ascii=False)
     write_atomic(path, text)
     return path
+
+
+def mean(values: Sequence[float]) -> float:
+    """Arithmetic mean, 0 of nothing."""
+    return sum(values) / len(values) if values else 0.0
+
+
+def mean_by(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Group -> mean of its values, groups in alphabetical order."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for group, value in pairs:
+        groups[group].append(value)
+    return {group: mean(groups[group]) for group in sorted(groups)}

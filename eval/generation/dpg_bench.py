@@ -1,6 +1,7 @@
 """DPG-Bench: dense prompts taken apart into questions, which a VQA model answers about every drawing."""
 
 import csv
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from ..core.bootstrap import bootstrap, with_ones
 from ..core.generated_images import about_drawing, require_drawings
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
-from .genai_bench import stem
 
 IMAGES = 4
 PUBLISHED = "mPLUG-large"  # what vqa_answers.jsonl has to say to be comparable
@@ -230,3 +230,8 @@ def score_dpg(
         }
         for s, value in zip(task.samples, values)
     ], not_comparable=why, problems=problems)  # fmt: skip
+
+
+def stem(text: str) -> str:
+    """An answer as yes-or-no scorers read it: lower case, without blanks and closing punctuation."""
+    return re.sub(r"[\s.!,]+$", "", text.strip().lower())

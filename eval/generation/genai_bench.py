@@ -4,7 +4,6 @@ Published numbers are clip-flant5-xxl's exp(-mean cross-entropy) of "Yes" and th
 the probability of "Yes" as the next token of any image-text model, which is another number: never comparable.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,9 @@ from ..core.bootstrap import bootstrap, with_ones
 from ..core.generated_images import about_drawing, require_drawings
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
 from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
+from ..metrics.vqascore import ANSWER, QUESTION
 
-QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
 PUBLISHED = "clip-flant5-xxl"  # what vqascore.jsonl has to say to be comparable
-
-
-def vqascore(logits: np.ndarray, labels: Sequence[int]) -> float:
-    """(T, V) logits and T label tokens -> exp(-mean cross-entropy); labels of -100 do not count."""
-    from scipy.special import log_softmax
-
-    kept = [i for i, label in enumerate(labels) if label != -100]
-    if not kept:
-        raise UserError("VQAScore needs at least one label that counts.")
-    logs = log_softmax(np.asarray(logits, np.float64), axis=-1)
-    return float(np.exp(np.mean([logs[i, labels[i]] for i in kept])))
 
 
 def load_genai(data: Path, settings: Settings) -> Task:
@@ -186,8 +174,3 @@ def score_genai(
         }
         for k, s in enumerate(task.samples)
     ], not_comparable=why, problems=problems)  # fmt: skip
-
-
-def stem(text: str) -> str:
-    """An answer as yes-or-no scorers read it: lower case, without blanks and closing punctuation."""
-    return re.sub(r"[\s.!,]+$", "", text.strip().lower())

@@ -1,250 +1,78 @@
-"""The benchmarks that draw: GenEval, and single objects at named places, each with the tokenizer's ceiling.
+"""GenEval: does an image show the objects, number, colours and positions of its prompt (arXiv 2310.11513)."""
 
-The detector is apart from the scorer: `detector=scenes` reads the scenes of `unitok data scenes`; with
-`detector=none` the images lie in GenEval's layout for any detector, whose findings come back as
-`detections.jsonl` (a line {"index", "detections", "colors", "detector"} per image; see `geneval`).
-"""
-
-import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
-from ..core.annotations import entry
-from ..core.bootstrap import bootstrap, by_group, mean_of_groups, with_ones
-from ..core.generated_images import draw
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
-from ..core.scenes import Scene, read_scenes
-from ..tokenizer.reconstruction import open_images, save_image
-from ..understanding.vqav2 import mean_by
-from . import geneval_scorer
+from ..core import ceiling
+from ..core.annotations import entry, of_kind, text_of
+from ..core.bootstrap import bootstrap, by_group, mean_of_groups
+from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from ..core.records import mean, mean_by
+from ..judges import detections
+from ..judges.detections import Verdict
+from ..judges.object_detector import COLOURS
 
-DETECTORS = ("scenes", "none")
-PUBLISHED_DETECTOR = "mmdet Mask2Former"  # what detections.jsonl has to say to be comparable
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COPIES_PER_PROMPT = 2  # real images that fit a prompt, reconstructed for its ceiling
 
 
-def detector_for(data: Path, settings: Settings) -> str:
-    """The detector asked for, else "scenes" where `data` says what its scenes are made of."""
-    name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
-    if name not in DETECTORS:
-        raise UserError(f"detector is {name!r}; allowed: {', '.join(DETECTORS)}.")
-    if name == "scenes":
-        existing(data / "scenes.json", "The scenes detector reads the palette and the shapes from it.")
-    return name
+@dataclass(frozen=True)
+class Rules:
+    """The published thresholds; boxes are kept where float32(score) > float32(threshold)."""
+
+    threshold: float = 0.3
+    counting_threshold: float = 0.9
+    max_objects: int = 16
+    max_overlap: float = 1.0  # 1 switches the suppression of overlapping boxes off
+    position_threshold: float = 0.1
+    colours: tuple[str, ...] = COLOURS
 
 
 def load_geneval(data: Path, settings: Settings) -> Task:
     """Per prompt its drawings; for scenes also real images that fit the prompt, to be reconstructed."""
-    prompts = geneval_scorer.load(data)[: settings.limit]
-    detector = detector_for(data, settings)
+    prompts = read_prompts(data)[: settings.limit]
+    detector = detections.detector_for(data, settings)
     each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
-    samples, owners = to_draw(prompts, each, settings.seed)
-    rules, problems = geneval_scorer.Settings(), []
+    samples, owners = ceiling.to_draw(prompts, each, settings.seed)
+    rules, problems = Rules(), []
     if detector == "scenes":
         rules = scene_rules(data)
-        scenes, problems = scenes_to_copy(data)
-        known = [(data / "test" / scene.file, truth_of(scene.objects)) for scene in scenes]
+        scenes, problems = ceiling.scenes_to_copy(data)
+        known = [(data / "test" / scene.file, detections.truth_of(scene.objects)) for scene in scenes]
         for i, row in enumerate(prompts):
             for path in () if "broken" in row else fitting_images(known, row, rules, start=i):
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
-    about = about_drawing(settings, detector, each) | {"prompts": len(prompts)}
+    about = ceiling.about_drawing(settings, detector, each) | {"prompts": len(prompts)}
     return Task(samples, truth, about, problems)
 
 
-def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample], list[int]]:
-    """`each` drawings per prompt, named as GenEval lays them, with seeds; and of each its prompt's number."""
-    numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(each)]
-    samples = [
-        malformed(n, f"{i:05d}/samples/{j:04d}", prompts[i]["broken"])
-        if "broken" in prompts[i]
-        else Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "draw", seed + n)
-        for n, (i, j, prompt) in enumerate(numbered)
-    ]
-    return samples, [i for i, _, _ in numbered]
-
-
-def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:
-    """What the result says of how the images came about."""
-    return {
-        "detector": detector,
-        "images per prompt": each,
-        "decoding": settings.decoding,
-        "images": "PNG",
-    }
-
-
-def scene_rules(data: Path) -> geneval_scorer.Settings:
+def scene_rules(data: Path) -> Rules:
     """GenEval's rules with the palette of the scenes; the detector alone decides what counts as found."""
     palette = tuple(entry(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
-    return geneval_scorer.Settings(threshold=0.0, counting_threshold=0.0, colours=palette)
+    return Rules(threshold=0.0, counting_threshold=0.0, colours=palette)
 
 
-def truth_of(objects: Sequence[Row]) -> Row:
-    """What a perfect detector would find in a scene."""
-    seen: Row = {"detections": {}, "colors": {}}
-    for thing in objects:
-        seen["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
-        seen["colors"].setdefault(thing["shape"], []).append(thing["color"])
-    return seen
-
-
-def scenes_to_copy(data: Path) -> tuple[list[Scene], list[str]]:
-    """The scenes of `test/captions.json`, and a line about the entries that describe none."""
-    found = read_scenes(data / "test" / "captions.json")
-    bad = [scene for scene in found if isinstance(scene, UserError)]
-    good = [scene for scene in found if not isinstance(scene, UserError)]
-    told = f"{len(bad)} images have no part in the ceiling, their entries are malformed, the first: "
-    return good, [told + str(bad[0])] if bad else []
-
-
-def fitting_images(
-    scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: geneval_scorer.Settings, start: int
-) -> list[Path]:
+def fitting_images(scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: Rules, start: int) -> list[Path]:
     """A few test images whose true scene satisfies the prompt; `start` spreads prompts over images."""
     need = {clause["class"] for clause in prompt["include"]}
     found = []
     for k in range(len(scenes)):
         path, seen = scenes[(start * 17 + k) % len(scenes)]
-        if need <= seen["detections"].keys() and geneval_scorer.judge(prompt, seen, rules).correct:
+        if need <= seen["detections"].keys() and judge(prompt, seen, rules).correct:
             found.append(path)
             if len(found) == COPIES_PER_PROMPT:
                 break
     return found
-
-
-# ------------------------------------------------------------------------------------------------- inference
-
-
-def worker(data: Path, settings: Settings) -> Callable[[Any, list[Sample], Path, Task], list[Row]]:
-    """The function that draws or copies a batch, saves the images and notes what the detector finds."""
-    detect = detector(data) if detector_for(data, settings) == "scenes" else None
-
-    def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
-        rows: list[Row] = [{} for _ in batch]
-        pictures: dict[int, np.ndarray] = {}
-        drawn = [i for i, s in enumerate(batch) if s.kind == "draw"]
-        copied = [i for i, s in enumerate(batch) if s.kind == "copy"]
-        if drawn:
-            for i, result in zip(drawn, draw(model, [batch[i] for i in drawn])):
-                if isinstance(result, str):
-                    rows[i] = {"error": result}
-                else:
-                    pictures[i] = result
-        if copied:
-            errors, images = open_images([batch[i] for i in copied])
-            for place, i in enumerate(copied):
-                rows[i] = errors[place]
-            copies = model.reconstruct(list(images.values())).copies if images else []
-            pictures |= {copied[place]: copy for place, copy in zip(images, copies)}
-        for i, image in pictures.items():
-            rows[i] = {"file": write_image(batch[i], image, out, task), "seed": batch[i].seed}
-        if detect and pictures:
-            for i, found in zip(pictures, detect([pictures[i] for i in pictures])):
-                rows[i] |= found
-        return rows
-
-    return work
-
-
-def write_image(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
-    """Save a drawing as GenEval lays them out, a copy aside; returns the path below `out`."""
-    if sample.kind == "copy":
-        file = f"copies/{sample.index:06d}.png"
-    else:
-        file = f"images/{sample.id}.png"
-        metadata = (out / file).parent.parent / "metadata.jsonl"
-        if not metadata.exists():
-            metadata.parent.mkdir(parents=True, exist_ok=True)
-            metadata.write_text(json.dumps(task.truth["prompts"][task.truth["owners"][sample.index]]) + "\n")
-    save_image(image, out / file)
-    return file
-
-
-def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
-    """Images -> what the scenes detector finds in each, as JSON."""
-    from ..judges.scenes_detector import ScenesDetector
-
-    read = ScenesDetector.from_file(data / "scenes.json")
-
-    def detect(pictures: Sequence[np.ndarray]) -> list[Row]:
-        shape, result = (read.size, read.size, 3), []
-        readings = iter(read([image for image in pictures if image.shape == shape]))
-        for image in pictures:
-            if image.shape != shape:
-                result.append({"error": f"the image is {image.shape}; these scenes are {shape}"})
-                continue
-            reading = next(readings)
-            boxes, colours = reading.geneval()
-            boxes = {
-                name: [[round(float(v), 4) for v in box] for box in rows] for name, rows in boxes.items()
-            }
-            result.append({"detections": boxes, "colors": colours, "unclear": reading.reason})
-        return result
-
-    return detect
-
-
-def look_for_objects(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
-) -> None:
-    """Find the objects of every drawing, and their colours, with the models of --detector-model."""
-    if not scoring.detector_model:
-        return
-    from ..core.model import fingerprint
-    from ..judges import object_detector
-
-    if not scoring.colour_model:
-        raise UserError(
-            "--detector-model finds objects; their colours need --colour-model too, a CLIP folder."
-        )
-    find = object_detector.load(scoring.detector_model, device)
-    colours = object_detector.Colours(scoring.colour_model, device)
-    clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
-    names = sorted({clause["class"] for clause in clauses})
-
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
-        kept = [[t for t in things if t.name in names] for things in find(pictures, names)]
-        return [object_detector.as_row(t, colours(p, t)) for p, t in zip(pictures, kept)]
-
-    both = [fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
-    about = {
-        "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
-        "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
-    }
-    drawn = [s for s in with_images(task.samples, rows) if s.kind == "draw"]
-    look_all(out, "detections", about, drawn, rows, work, 8, quiet)
-
-
-# --------------------------------------------------------------------------------------------------- scoring
-
-
-def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
-    """Detections: those of `detections.jsonl` where it is, else a model's, else those noted while drawing."""
-    path = folder / "detections.jsonl"
-    if path.exists():
-        check = geneval_scorer.check_detections
-        return read_findings(path, task.samples, check, "detector", "a detector without a name")
-    if seen := looked(folder, "detections", with_images(task.samples, rows)):
-        found, problems = said(seen[0])
-        return Findings(found, f"{seen[1]['model']} of transformers", problems)
-    found = {i: row for i, row in rows.items() if "detections" in row}
-    if not found and any(not row.get("error") for row in rows.values()):
-        raise UserError(
-            f"{folder}: the images are drawn, but nothing has looked at them. Run again with "
-            "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
-            f"{folder / 'pictures'} and write its findings to {path}."
-        )
-    return Findings(found, "scenes" if task.about["detector"] == "scenes" else "nothing", [])
 
 
 def score_geneval(
@@ -252,14 +80,14 @@ def score_geneval(
 ) -> Scored:
     """The share of correct images per tag and their mean; the ceiling beside, held-out pairs apart."""
     prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
-    found = findings(task, rows, folder)
+    found = detections.findings(task, rows, folder)
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
         seen = None if sample.broken else found.by_index.get(sample.index)
-        verdict = judged(geneval_scorer.judge, prompt, seen, rules)
+        verdict = detections.judged(judge, prompt, seen, rules)
         per_sample.append(
-            describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
+            ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
             | {"group": prompt["tag"], "owner": owners[sample.index]}
         )
         if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "draw":
@@ -267,7 +95,7 @@ def score_geneval(
             alone = sum(map(len, seen.values())) == prompt["include"][0]["count"]
             per_sample[-1]["exact"] = float(verdict.correct and alone)
     drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
-    summary = geneval_scorer.summarise(
+    summary = summarise(
         [prompts[r["owner"]] for r in drawn], [bool(r["score"]) for r in drawn], [r["owner"] for r in drawn]
     )
     interval = bootstrap(
@@ -277,58 +105,196 @@ def score_geneval(
     )
     metrics = {"overall": Metric(summary["overall"], len(drawn), interval)}
     for tag in summary["per_tag"]:
-        metrics[f"tag/{tag}"] = share([r for r in drawn if r["group"] == tag])
-    add_apart(metrics, per_sample)
+        metrics[f"tag/{tag}"] = ceiling.share([r for r in drawn if r["group"] == tag])
+    ceiling.add_apart(metrics, per_sample)
     exact = [r | {"score": r["exact"]} for r in per_sample if "exact" in r and not r["held_out"]]
     if exact:
-        metrics["single objects: colour, shape and number"] = share(exact)
-    ceiling = mean_by(
+        metrics["single objects: colour, shape and number"] = ceiling.share(exact)
+    by_tag = mean_by(
         (r["group"], r["score"]) for r in per_sample if r["kind"] == "copy" and not r["held_out"]
     )
     details = {
-        "ceiling": ceiling,
-        "ceiling_overall": float(np.mean(list(ceiling.values()))) if ceiling else None,
+        "ceiling": by_tag,
+        "ceiling_overall": float(np.mean(list(by_tag.values()))) if by_tag else None,
         "images": summary["images"],
         "prompts": summary["prompts"],
     }
     details["detected by"] = found.by
-    return Scored(metrics, details, per_sample, "group mean", why_not(task, found), found.problems)
+    return Scored(metrics, details, per_sample, "group mean", detections.why_not(task, found), found.problems)
 
 
-def why_not(task: Task, found: Findings) -> str:
-    """Why the numbers must not stand beside published ones, "" if they may."""
-    if task.about["detector"] == "scenes":
-        return "the prompts and the detector are those of scenes"
-    same = found.by == PUBLISHED_DETECTOR
-    return "" if same else f"objects found by {found.by}, not by {PUBLISHED_DETECTOR}"
+class Found(NamedTuple):
+    """One kept box (x0, y0, x1, y1, score) in float32 and its colour."""
+
+    box: np.ndarray
+    colour: str
 
 
-def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
-    """A verdict; an image that is missing or that nothing looked at is wrong."""
-    return judge(prompt, seen, *more) if seen is not None else geneval_scorer.Verdict(False, "no image", {})
+def read_prompts(data: str | Path) -> list[dict[str, Any]]:
+    """Read `evaluation_metadata.jsonl` from `data`, `data/test/geneval` or `data/geneval`.
+
+    A malformed line becomes a prompt that is "broken" with the reason; its tag, where it cannot be read, is
+    that of the line before, since the released file goes tag by tag.
+
+    Raises:
+        UserError: no such file, or an empty one, or one of another kind.
+    """
+    data = existing(data)
+    folders = (data, data / "test" / "geneval", data / "geneval", data / "prompts")
+    path = next(
+        (f / "evaluation_metadata.jsonl" for f in folders if (f / "evaluation_metadata.jsonl").exists()), None
+    )
+    if path is None:
+        raise UserError(f"{data}: no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
+    rows = read_jsonl_lenient(path)
+    tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
+    tag = tags[0] if tags else TAGS[0]
+    for i, row in enumerate(rows):
+        tag = row["tag"] if isinstance(row, dict) and row.get("tag") in TAGS else tag
+        try:
+            check_metadata(row, f"{path}, prompt {i + 1}")
+        except UserError as error:
+            rows[i] = {"tag": tag, "prompt": "", "include": [], "broken": str(error)}
+    broken = [row["broken"] for row in rows if "broken" in row]
+    if not rows or len(broken) > len(rows) / 2:
+        raise UserError(f"{path} is {f'no list of prompts: {broken[0]}' if rows else 'empty.'}")
+    return rows
 
 
-def describe(sample: Sample, rows: dict[int, Row], good: bool, reason: str, held_out: bool) -> Row:
-    """A line of the per-sample scores."""
-    row = rows.get(sample.index, {})
+def check_metadata(row: Any, where: str) -> None:
+    """Raise UserError with the place where a prompt's description is not GenEval's."""
+    text_of(row, "prompt", where)
+    if entry(row, "tag", where) not in TAGS:
+        raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
+    if not of_kind(list, entry(row, "include", where), f"{where}, include"):
+        raise UserError(f"{where}: include is empty, so that every image would be right.")
+    for key in ("include", "exclude"):
+        for i, clause in enumerate(of_kind(list, row.get(key, []), f"{where}, {key}")):
+            place = f"{where}, {key}[{i}]"
+            text_of(clause, "class", place)
+            if not isinstance(entry(clause, "count", place), int):
+                raise UserError(f"{place}: count is {clause['count']!r}; expected a whole number.")
+            if key == "include" and "position" in clause:
+                relation = clause["position"]
+                if not isinstance(relation, list) or len(relation) != 2 or not isinstance(relation[1], int):
+                    raise UserError(f"{place}: position is {relation!r}; expected [relation, clause number].")
+                if not 0 <= relation[1] < i:
+                    raise UserError(f"{place}: position names clause {relation[1]}, not one before.")
+
+
+def judge(metadata: dict[str, Any], seen: dict[str, Any], rules: Rules = Rules()) -> Verdict:
+    """Compare one image's detections with its prompt's description; the wording of reasons is GenEval's."""
+    kept = keep(metadata["tag"], seen, rules)
+    reasons: list[str] = []
+    targets: list[list[Found] | None] = []  # what each clause matched; None where it failed
+    for clause in metadata.get("include", ()):
+        found = kept.get(clause["class"], [])[: clause["count"]]
+        failure = clause_failure(clause, found, targets, rules)
+        if failure:
+            reasons.append(failure)
+        targets.append(None if failure else found)
+    for clause in metadata.get("exclude", ()):
+        count = len(kept.get(clause["class"], []))
+        if count >= clause["count"]:
+            reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
+    return Verdict(not reasons, "\n".join(reasons), {c: len(f) for c, f in kept.items()})
+
+
+def clause_failure(
+    clause: dict[str, Any], found: Sequence[Found], targets: Sequence[list[Found] | None], rules: Rules
+) -> str:
+    """Why `found` does not satisfy an include clause; empty if it does."""
+    name, count = clause["class"], clause["count"]
+    if len(found) < count:
+        return f"expected {name}>={count}, found {len(found)}"
+    if "color" in clause:
+        colours = [f.colour for f in found]
+        right = colours.count(clause["color"])
+        if right < count:
+            listing = ", ".join(f"{colours.count(c)} {c}" for c in rules.colours if c in colours)
+            return (
+                f"expected {clause['color']} {name}>={count}, found {right} {clause['color']}; and {listing}"
+            )
+    if "position" in clause:
+        relation, index = clause["position"]
+        target = targets[index]
+        if target is None:
+            return f"no target for {name} to be {relation}"
+        for one in found:
+            for other in target:
+                there = relations(one.box, other.box, rules.position_threshold)
+                if relation not in there:
+                    return f"expected {name} {relation} target, found {' and '.join(there)} target"
+    return ""
+
+
+def keep(tag: str, seen: dict[str, Any], rules: Rules) -> dict[str, list[Found]]:
+    """Per class the boxes above the threshold, best first, at most `max_objects`, overlaps suppressed."""
+    threshold = np.float32(rules.counting_threshold if tag == "counting" else rules.threshold)
+    kept = {}
+    for name, rows in seen["detections"].items():
+        boxes = np.asarray(rows, dtype=np.float32).reshape(-1, 5)
+        colours = seen.get("colors", {}).get(name) or [""] * len(boxes)
+        if len(colours) != len(boxes):
+            raise UserError(f"detections of {name!r}: {len(boxes)} boxes, but {len(colours)} colours.")
+        order = np.argsort(boxes[:, 4], kind="stable")[::-1]
+        best = [Found(boxes[i], colours[i]) for i in order if boxes[i, 4] > threshold][: rules.max_objects]
+        if rules.max_overlap < 1:
+            best = suppress(best, rules.max_overlap)
+        if best:
+            kept[name] = best
+    return kept
+
+
+def suppress(found: Iterable[Found], max_overlap: float) -> list[Found]:
+    """Greedy: a box stays if it overlaps no better one by `max_overlap` or more."""
+    result: list[Found] = []
+    for one in found:
+        if all(overlap(one.box, other.box) < max_overlap for other in result):
+            result.append(one)
+    return result
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes whose far corner is a pixel of theirs."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    sides = np.maximum(0, np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2]) + 1)
+    shared = sides.prod()
+    areas = (a[2:4] - a[:2] + 1).prod() + (b[2:4] - b[:2] + 1).prod()
+    union = areas - shared
+    return float(shared / union) if union else 0.0
+
+
+def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]:
+    """Where a stands as seen from b, in the order left, right, above, below; two of them may hold."""
+    corners_a, corners_b = np.reshape(a[:4], (2, 2)), np.reshape(b[:4], (2, 2))
+    offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
+    sizes = np.abs(np.diff(corners_a, axis=0))[0] + np.abs(np.diff(corners_b, axis=0))[0]
+    # Overlap is forgiven first; the direction is then measured against the raw offset's length.
+    moved = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
+    if np.all(np.abs(moved) < 1e-3):
+        return []
+    x, y = moved / np.linalg.norm(offset)
+    words = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
+    return [word for word, holds in words if holds]
+
+
+def summarise(
+    metadata: Sequence[dict[str, Any]], correct: Sequence[bool], prompts: Sequence[int]
+) -> dict[str, Any]:
+    """Share of correct images per tag, their mean, of all images, of prompts with any correct image.
+
+    `prompts[i]` is the prompt that image i was drawn from; images of one prompt are grouped by it.
+    """
+    by_tag: dict[str, list[float]] = defaultdict(list)
+    by_prompt: dict[int, bool] = defaultdict(bool)
+    for row, good, prompt in zip(metadata, correct, prompts):
+        by_tag[row["tag"]].append(float(good))
+        by_prompt[prompt] |= bool(good)
+    per_tag = {tag: {"value": mean(by_tag[tag]), "n": len(by_tag[tag])} for tag in TAGS if tag in by_tag}
     return {
-        "index": sample.index, "kind": "draw" if sample.broken else sample.kind, "prompt": sample.prompt,
-        "file": row.get("file"), "score": float(good), "reason": reason or row.get("unclear", ""),
-        "held_out": bool(held_out), **({"error": row["error"]} if row.get("error") else {}),
-    }  # fmt: skip
-
-
-def share(rows: Sequence[Row]) -> Metric:
-    """The mean score of some rows, resampled by prompt."""
-    scores = [r["score"] for r in rows]
-    return Metric(float(np.mean(scores)), len(rows), bootstrap(with_ones(scores), [r["owner"] for r in rows]))
-
-
-def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Row]) -> None:
-    """Add what is scored apart: drawings of held-out pairs, and copies of real images (the ceiling)."""
-    apart = [r for r in per_sample if r["kind"] == "draw" and r["held_out"]]
-    copies = [r for r in per_sample if r["kind"] == "copy" and not r["held_out"]]
-    if apart:
-        metrics["held-out pairs"] = share(apart)
-    if copies:
-        metrics["ceiling"] = share(copies)
+        "per_tag": per_tag,
+        "overall": mean([t["value"] for t in per_tag.values()]),
+        "images": mean([float(c) for c in correct]),
+        "prompts": mean([float(c) for c in by_prompt.values()]),
+    }

@@ -6,21 +6,11 @@ from typing import Any
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
+from ..core import ceiling
 from ..core.annotations import entry, of_kind, text_of, usable
 from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task
-from . import geneval_scorer
-from .geneval import (
-    about_drawing,
-    add_apart,
-    describe,
-    detector_for,
-    findings,
-    judged,
-    scenes_to_copy,
-    share,
-    to_draw,
-    why_not,
-)
+from ..judges import detections
+from ..judges.detections import Verdict
 
 
 def load_positions(data: Path, settings: Settings) -> Task:
@@ -31,9 +21,9 @@ def load_positions(data: Path, settings: Settings) -> Task:
         for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)
     ]
     each = settings.images_per_prompt or 1
-    samples, owners = to_draw(prompts, each, settings.seed)
+    samples, owners = ceiling.to_draw(prompts, each, settings.seed)
     usable(samples, path)
-    scenes, problems = scenes_to_copy(data)
+    scenes, problems = ceiling.scenes_to_copy(data)
     places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
     for file, things in scenes:
         key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"])) if len(things) == 1 else None
@@ -43,7 +33,7 @@ def load_positions(data: Path, settings: Settings) -> Task:
             samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "copy"))
             owners.append(owner)
     truth = {"prompts": prompts, "owners": owners, "cell": cell_of(data / "scenes.json")}
-    about = about_drawing(settings, detector_for(data, settings), each)
+    about = ceiling.about_drawing(settings, detections.detector_for(data, settings), each)
     return Task(samples, truth, about | {"prompts": len(prompts)}, problems)
 
 
@@ -68,19 +58,19 @@ def cell_of(path: Path) -> float:
     return size / grid
 
 
-def judge_position(prompt: Row, seen: Row, cell: float) -> geneval_scorer.Verdict:
+def judge_position(prompt: Row, seen: Row, cell: float) -> Verdict:
     """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
     boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
     if len(boxes) != 1:
-        return geneval_scorer.Verdict(False, f"expected one object, found {len(boxes)}", {})
+        return Verdict(False, f"expected one object, found {len(boxes)}", {})
     name, box = boxes[0]
     colour = (seen.get("colors", {}).get(name) or [""])[0]
     if (name, colour) != (prompt["class"], prompt["color"]):
-        return geneval_scorer.Verdict(False, f"found a {colour} {name}", {name: 1})
+        return Verdict(False, f"found a {colour} {name}", {name: 1})
     place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
     if place != list(prompt["cell"]):
-        return geneval_scorer.Verdict(False, "right object, wrong place", {name: 1})
-    return geneval_scorer.Verdict(True, "", {name: 1})
+        return Verdict(False, "right object, wrong place", {name: 1})
+    return Verdict(True, "", {name: 1})
 
 
 def score_positions(
@@ -88,25 +78,25 @@ def score_positions(
 ) -> Scored:
     """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = findings(task, rows, folder)
+    found = detections.findings(task, rows, folder)
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
         seen = None if sample.broken else found.by_index.get(sample.index)
-        verdict = judged(judge_position, prompt, seen, task.truth["cell"])
-        row = describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
+        verdict = detections.judged(judge_position, prompt, seen, task.truth["cell"])
+        row = ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
         whole = verdict.correct or verdict.reason == "right object, wrong place"
         per_sample.append(
             row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
         )
     drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
     metrics = {
-        "position": share(drawn),
-        "object": share([r | {"score": r["object"]} for r in drawn]),
+        "position": ceiling.share(drawn),
+        "object": ceiling.share([r | {"score": r["object"]} for r in drawn]),
     }
-    add_apart(metrics, per_sample)
-    ceiling = metrics["ceiling"].value if "ceiling" in metrics else None
-    why = why_not(task, found)
+    ceiling.add_apart(metrics, per_sample)
+    upper = metrics["ceiling"].value if "ceiling" in metrics else None
+    why = detections.why_not(task, found)
     return Scored(
-        metrics, {"ceiling_overall": ceiling}, per_sample, not_comparable=why, problems=found.problems
+        metrics, {"ceiling_overall": upper}, per_sample, not_comparable=why, problems=found.problems
     )

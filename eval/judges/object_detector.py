@@ -16,10 +16,10 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
 from ..core.harness import Row
-from ..generation.geneval_scorer import COLOURS
 
 # COCO's names that GenEval's prompts put in other words
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 KEPT = 100  # instances per image, as mmdet keeps them
 LEAST = 0.05  # scores below are not written down; GenEval's own threshold is 0.3
 COLOUR_TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")

@@ -11,13 +11,13 @@ from tqdm import tqdm
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
-from open_unitok.eval.metrics.inception_weights import Features, named_lineage, weights_file
 
 from ..core.annotations import read_image
-from ..core.harness import Metric, Scoring
+from ..core.harness import Metric, Row, Scoring, Task
 from ..core.imagenet import SUFFIXES
-from ..core.judge_pass import current, open_look
+from ..core.judge_pass import current, open_look, with_images
 from . import fid
+from .inception_weights import Features, named_lineage, weights_file
 
 PIECE, BATCH = 512, 32
 HINT = "Run `unitok eval run` again with --inception PATH: nothing is drawn again."
@@ -56,6 +56,14 @@ def of_array(what: str, path: Path) -> ImageSet:
         )
     stamp = f"{path.name} {path.stat().st_size}"
     return ImageSet(what, [f"{stamp} {i}" for i in range(len(images))], lambda i: images[i])
+
+
+def of_run(task: Task, rows: dict[int, Row], out: Path) -> ImageSet:
+    """The run's drawings."""
+    drawn = with_images(task.samples, rows)
+    paths = [out / rows[s.index]["file"] for s in drawn]
+    names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(drawn, paths)]
+    return ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
 
 
 def open_npz(path: Path):

@@ -4,8 +4,9 @@ Its two recipes are the scorers (see `linear`). F features.
 """
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +16,11 @@ from ..core import imagenet
 from ..core.annotations import usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.image_files import open_images
 from ..core.imagenet import SUFFIXES
-from .reconstruction import open_images
+
+if TYPE_CHECKING:  # torch is loaded by the functions that run it
+    from torch import Tensor
 
 # What is read, (B, F) per image.
 POOLINGS = {
@@ -25,6 +29,10 @@ POOLINGS = {
     "latents": "mean of the latents over the visual tokens, before quantisation",
 }
 SCORERS = ("lbfgs", "sgd")
+STRENGTHS = tuple(10.0**e for e in range(-6, 2))
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+EPOCHS, BATCH, STEPS = 90, 1024, 200
+Probe = Callable[["Tensor"], "Tensor"]
 
 
 def load_probe(data: Path, settings: Settings) -> Task:
@@ -88,8 +96,6 @@ def score_probe(
     """Top-1 and top-5 on val; an image without features is wrong there, and left out of training."""
     import torch
 
-    from .linear_classifier import fit
-
     labels, names = task.truth["labels"], task.truth["names"]
     vectors = {i: row["vector"] for i, row in rows.items() if "vector" in row}
     parts = task.truth["parts"]
@@ -131,3 +137,83 @@ def score_probe(
 def unpack(text: str) -> np.ndarray:
     """A row's features, (F,) float32."""
     return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
+
+
+class Choice(NamedTuple):
+    """A setting of the sweep and its accuracy on the held-out tenth."""
+
+    setting: float
+    accuracy: float
+
+
+def fit(x: "Tensor", y: "Tensor", classes: int, recipe: str) -> tuple[Probe, dict[str, Any]]:
+    """(N, F) features and (N,) labels -> what gives (N, C) scores, and what the sweep chose."""
+    import torch
+
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    held, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
+    train, name, settings = (
+        (by_lbfgs, "L2 strength", STRENGTHS) if recipe == "lbfgs" else (by_sgd, "learning rate", RATES)
+    )
+    choices = []
+    for setting in settings:
+        right = train(x[rest], y[rest], classes, setting)(x[held]).argmax(dim=1) == y[held]
+        choices.append(Choice(setting, right.float().mean().item()))
+    best = max(choices, key=lambda c: c.accuracy)
+    about = {name: best.setting, "held-out accuracy": best.accuracy, "swept": [tuple(c) for c in choices]}
+    return train(x, y, classes, best.setting), about
+
+
+def scaling(x: "Tensor") -> Probe:
+    """Features -> mean 0 and deviation 1 as on the training images."""
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
+    return lambda z: (z - mean) / deviation
+
+
+def by_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
+    """The minimum of mean cross-entropy + strength / 2 |W|^2; the bias goes free."""
+    import torch
+    import torch.nn.functional as F
+
+    scale = scaling(x)
+    z, weight = scale(x), torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimiser = torch.optim.LBFGS(
+        [weight, bias], max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> "Tensor":
+        optimiser.zero_grad()
+        value = F.cross_entropy(F.linear(z, weight, bias), y) + strength / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    optimiser.step(loss)  # pyright: ignore[reportArgumentType]
+    w, b = weight.detach(), bias.detach()
+    return lambda q: F.linear(scale(q), w, b)
+
+
+def by_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
+    """A linear layer behind batch norm without parameters: SGD with momentum, cosine schedule."""
+    import torch
+    import torch.nn.functional as F
+
+    batch = min(BATCH, len(x))
+    norm = torch.nn.BatchNorm1d(x.shape[1], affine=False)
+    layer = torch.nn.Linear(x.shape[1], classes)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    steps = EPOCHS * (len(x) // batch)
+    optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    draws = torch.Generator().manual_seed(0)
+    for _ in range(EPOCHS):
+        for piece in torch.randperm(len(x), generator=draws)[: len(x) // batch * batch].split(batch):
+            if len(piece) < 2:  # batch norm has no spread to measure
+                continue
+            optimiser.zero_grad()
+            F.cross_entropy(layer(norm(x[piece])), y[piece]).backward()
+            optimiser.step()
+            schedule.step()
+    norm.eval()
+    return torch.no_grad()(lambda q: layer(norm(q)))

@@ -18,6 +18,7 @@ from ..core.annotations import read_image
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.crops import crop_of
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from ..core.image_files import open_images, save_image
 from ..core.imagenet import SUFFIXES
 from ..core.judge_pass import look_all, looked, said
 from ..metrics import image_quality, inception_features
@@ -53,26 +54,6 @@ def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[
             if copies.again is not None:
                 rows[i]["kept"] = (copies.again[place] == codes).mean(axis=0).tolist()
     return rows
-
-
-def open_images(batch: list[Sample]) -> tuple[list[Row], dict[int, Any]]:
-    """Rows with an error where an image cannot be read, and the images that can, by place in the batch."""
-    rows: list[Row] = [{} for _ in batch]
-    images = {}
-    for i, sample in enumerate(batch):
-        try:
-            images[i] = read_image(sample.image)
-        except UserError as error:
-            rows[i] = {"error": str(error)}
-    return rows, images
-
-
-def save_image(picture: np.ndarray, path: Path) -> None:
-    """uint8 (H, W, 3) to a PNG."""
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
 
 
 def pack(codes: np.ndarray) -> str:

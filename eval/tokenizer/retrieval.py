@@ -14,7 +14,7 @@ from open_unitok.core.files import existing
 from ..core.annotations import entry, read_as, text_of, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from .reconstruction import open_images
+from ..core.image_files import open_images
 
 POOL = 100  # images and captions that are told apart; the next 100 are another pool
 DIGITS = 6  # of an embedding's numbers in the answers

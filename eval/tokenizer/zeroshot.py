@@ -1,6 +1,10 @@
 """Zero-shot classification by the tokenizer's image and text embeddings: ImageNet, any folders, scenes."""
 
+import functools
+import importlib.resources
 import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,11 @@ from ..core import imagenet
 from ..core.annotations import entry, of_kind, read_as, usable
 from ..core.bootstrap import bootstrap, with_ones
 from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.image_files import open_images
 from ..core.imagenet import SUFFIXES
 from ..core.scenes import read_scenes
-from . import zeroshot_classifier
-from .reconstruction import open_images
 
+SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
 SCENE_TEMPLATES = ("{}", "an image of {}", "there is {}", "an image with {}")
 
 
@@ -40,7 +44,7 @@ def load_zeroshot(data: Path, settings: Settings) -> Task:
             f"LOC_{split}_solution.csv, or tars with .cls files) or a classes.json beside a folder per class."
         )
     names = imagenet.names()
-    prompts = zeroshot_classifier.from_templates(names, zeroshot_classifier.clip_templates())
+    prompts = from_templates(names, clip_templates())
     about = {"split": split, "recipe": "CLIP's 80 templates, open_clip's 1000 names"}
     return zeroshot_task(files[: settings.limit], prompts, names, [False] * len(files), about, settings)
 
@@ -50,10 +54,10 @@ def load_own_classes(data: Path, settings: Settings) -> Task:
     path = data / "classes.json"
     content = read_as(dict, path)
     names = of_kind(dict, entry(content, "classes", path), f"{path}, classes")
-    templates = content.get("templates") or zeroshot_classifier.clip_templates()
+    templates = content.get("templates") or clip_templates()
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: the template {bad[0]!r} does not hold {{}} exactly once.")
-    prompts = zeroshot_classifier.from_templates(list(names.values()), templates)
+    prompts = from_templates(list(names.values()), templates)
     files: imagenet.Labelled = [
         (p, number)
         for number, folder in enumerate(names)
@@ -85,7 +89,7 @@ def load_scene_classes(data: Path, settings: Settings) -> Task:
             unknown = UserError(f"{scene.file} shows a {' '.join(pair)}, which scenes.json does not know.")
             files.append((data / "test" / scene.file, pairs.index(pair) if pair in pairs else unknown))
             apart.append(pair in held_out)
-    prompts = zeroshot_classifier.from_templates(names, SCENE_TEMPLATES)
+    prompts = from_templates(names, SCENE_TEMPLATES)
     return zeroshot_task(files[: settings.limit], prompts, names, apart, {"recipe": "scenes"}, settings)
 
 
@@ -120,16 +124,12 @@ def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row
     """Note each image's five best classes."""
     weights = task.truth.get("weights")
     if weights is None:  # the classifier is built once per run
-        weights = task.truth["weights"] = zeroshot_classifier.classifier(
-            task.truth["prompts"], model.embed_texts
-        )
+        weights = task.truth["weights"] = classifier(task.truth["prompts"], model.embed_texts)
     rows, images = open_images(batch)
     if images:
         embeds = model.embed_images(list(images.values()))
-        for i, best in zip(
-            images, zeroshot_classifier.best(zeroshot_classifier.logits(embeds, weights), 5).tolist()
-        ):
-            rows[i] = {"best": best}
+        for i, five in zip(images, best(logits(embeds, weights), 5).tolist()):
+            rows[i] = {"best": five}
     return rows
 
 
@@ -139,7 +139,7 @@ def score_zeroshot(
     """Top-1 and top-5; images of pairs that training never showed apart."""
     classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])
     choices = [rows.get(s.index, {}).get("best", []) for s in task.samples]
-    hits = {k: np.array(v, float) for k, v in zeroshot_classifier.score(choices, classes).items()}
+    hits = {k: np.array(v, float) for k, v in score(choices, classes).items()}
     result = {}
     for label, keep in (("", ~apart), ("/held-out pairs", apart)):
         keep = keep[: len(choices)]
@@ -155,3 +155,60 @@ def score_zeroshot(
         }
         for s, c, b, hit, far in zip(task.samples, classes, choices, hits["top1"], apart)
     ])  # fmt: skip
+
+
+def classifier(
+    prompts: Sequence[Sequence[str]], embed: Callable[[list[str]], np.ndarray], batch: int = 256
+) -> np.ndarray:
+    """Classifier (E, C) with unit columns: per class the normalised mean of its prompts' unit embeddings.
+
+    Args:
+        prompts: for each class its prompts, at least one.
+        embed: texts -> embeddings (len, E); they are normalised here, whatever their length.
+    """
+    if not prompts or not all(prompts):
+        raise UserError("Every class needs at least one prompt.")
+    texts = list(itertools.chain.from_iterable(prompts))
+    rows = np.concatenate(
+        [np.asarray(embed(texts[i : i + batch]), np.float64) for i in range(0, len(texts), batch)]
+    )
+    parts = np.split(unit(rows), np.cumsum([len(p) for p in prompts])[:-1])
+    return unit(np.stack([part.mean(axis=0) for part in parts])).T
+
+
+@functools.cache
+def clip_templates() -> list[str]:
+    """The 80 templates that OpenAI published with CLIP for ImageNet (data file `clip_templates.json`)."""
+    return json.loads(
+        importlib.resources.files("open_unitok.eval.tokenizer")
+        .joinpath("clip_templates.json")
+        .read_text(encoding="utf-8")
+    )
+
+
+def from_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:
+    """For each class name its prompts; a template holds one `{}`."""
+    return [[template.format(name) for template in templates] for name in names]
+
+
+def logits(image_embeds: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(B, E) unit embeddings and (E, C) classifier -> logits (B, C)."""
+    return SCALE * np.asarray(image_embeds, np.float64) @ weights
+
+
+def best(values: np.ndarray, k: int) -> np.ndarray:
+    """Indices (B, k) of the k largest logits, best first; the lower index wins a tie."""
+    return np.argsort(-values, axis=1, kind="stable")[:, : min(k, values.shape[1])]
+
+
+def score(choices: Sequence[Sequence[int]], targets: Sequence[int]) -> Mapping[str, list[bool]]:
+    """Per image whether its class is the first, and among the first five, of its `choices`."""
+    return {
+        "top1": [target in list(row)[:1] for row, target in zip(choices, targets)],
+        "top5": [target in list(row)[:5] for row, target in zip(choices, targets)],
+    }
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)

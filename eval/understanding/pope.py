@@ -14,7 +14,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, read_jsonl_lenient
 
 from ..core.annotations import entry, text_of
-from .vqav2 import mean
+from ..core.records import mean
 
 CATEGORIES = ("random", "popular", "adversarial")
 SCORERS = ("official", "strict")

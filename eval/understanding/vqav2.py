@@ -15,6 +15,7 @@ from open_unitok.core.files import existing
 
 from ..core.annotations import entry, of_kind, read_as, ten_answers, text_of
 from ..core.answer_normalisation import normalise, one_line, strip_punctuation
+from ..core.records import mean, mean_by
 
 SCORERS = ("lmms", "official", "gated")
 
@@ -231,16 +232,3 @@ def constant_answers(questions: Iterable[Question]) -> dict[str, str]:
     for question in questions:
         counts[question.question_type][question.common_answer] += 1
     return {t: min(c, key=lambda answer: (-c[answer], answer)) for t, c in counts.items()}
-
-
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, 0 of nothing."""
-    return sum(values) / len(values) if values else 0.0
-
-
-def mean_by(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Group -> mean of its values, groups in alphabetical order."""
-    groups: dict[str, list[float]] = defaultdict(list)
-    for group, value in pairs:
-        groups[group].append(value)
-    return {group: mean(groups[group]) for group in sorted(groups)}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.generation import dpg_bench, genai_bench
-from open_unitok.eval.metrics import inception_features, inception_weights
+from open_unitok.eval.metrics import inception_features, inception_weights, vqascore
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
@@ -99,10 +99,10 @@ def test_genai_summary_equals_the_published_one():
 
 def test_vqascore_equals_the_published_formula():
     for case in json.loads((GOLDEN / "genai_bench.json").read_text())["vqascore_cases"]:
-        found = genai_bench.vqascore(np.array(case["logits"]), case["labels"])
+        found = vqascore.vqascore(np.array(case["logits"]), case["labels"])
         assert found == pytest.approx(case["score"], abs=1e-5)
     with pytest.raises(UserError, match="at least one label"):
-        genai_bench.vqascore(np.zeros((1, 3)), [-100])
+        vqascore.vqascore(np.zeros((1, 3)), [-100])
 
 
 def write_genai(folder, prompts=("a", "b", "refuse", "d", "e")):

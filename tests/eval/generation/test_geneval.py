@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.generation import geneval_scorer
+from open_unitok.eval.generation import geneval
+from open_unitok.eval.judges import detections
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval" / "geneval.json"
 OPTIONS = {"NMS_THRESHOLD": "max_overlap", "POSITION_THRESHOLD": "position_threshold"}
@@ -21,8 +22,8 @@ def golden():
 
 def test_every_verdict_reason_and_kept_count_is_equal(golden):
     for item in golden["items"]:
-        settings = geneval_scorer.Settings(**{OPTIONS[k]: v for k, v in item["options"].items()})
-        verdict = geneval_scorer.judge(item["metadata"], item, settings)
+        settings = geneval.Rules(**{OPTIONS[k]: v for k, v in item["options"].items()})
+        verdict = geneval.judge(item["metadata"], item, settings)
         assert (verdict.correct, verdict.reason) == (item["expected_correct"], item["expected_reason"]), item[
             "id"
         ]
@@ -32,8 +33,8 @@ def test_every_verdict_reason_and_kept_count_is_equal(golden):
 def test_relations_and_overlaps_are_equal(golden):
     for pair in golden["position_pairs"]:
         a, b = np.asarray(pair["a"], np.float32), np.asarray(pair["b"], np.float32)
-        assert sorted(geneval_scorer.relations(a, b)) == pair["relation_of_a_to_b"]
-        assert geneval_scorer.overlap(np.asarray(pair["a"]), np.asarray(pair["b"])) == pytest.approx(
+        assert sorted(geneval.relations(a, b)) == pair["relation_of_a_to_b"]
+        assert geneval.overlap(np.asarray(pair["a"]), np.asarray(pair["b"])) == pytest.approx(
             pair["iou"], abs=1e-6
         )
 
@@ -42,7 +43,7 @@ def test_summary_equals_the_published_script(golden):
     items = [i for i in golden["items"] if not i["options"]]
     names: dict[str, int] = {}
     prompts = [names.setdefault(json.dumps(i["metadata"], sort_keys=True), len(names)) for i in items]
-    result = geneval_scorer.summarise(
+    result = geneval.summarise(
         [i["metadata"] for i in items], [i["expected_correct"] for i in items], prompts
     )
     text = golden["summary_stdout_default_options_only"]
@@ -57,8 +58,8 @@ def test_summary_equals_the_published_script(golden):
 def test_equal_scores_keep_a_stable_choice():
     row = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a red cup"}
     boxes = [[0, 0, 9, 9, 0.8], [20, 20, 29, 29, 0.8]]
-    first = geneval_scorer.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
-    again = geneval_scorer.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
+    first = geneval.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
+    again = geneval.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
     assert first == again
 
 
@@ -66,7 +67,7 @@ def test_malformed_metadata_names_the_line(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     good = {"tag": "position", "prompt": "x", "include": [{"class": "a", "count": 1}]}
     with pytest.raises(UserError, match=r"no evaluation_metadata\.jsonl"):
-        geneval_scorer.load(tmp_path)
+        geneval.read_prompts(tmp_path)
     for change, message in (
         ({"tag": "places"}, "prompt 2: tag is 'places'"),
         ({"include": [{"count": 1}]}, r"prompt 2, include\[0\]: the key 'class' is missing"),
@@ -77,14 +78,14 @@ def test_malformed_metadata_names_the_line(tmp_path):
         ({"exclude": [{"class": "a"}]}, r"exclude\[0\]: the key 'count' is missing"),
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
-        first, second = geneval_scorer.load(tmp_path)
+        first, second = geneval.read_prompts(tmp_path)
         assert first == good and re.search(message, second["broken"]) and second["tag"] == "position"
         path.write_text(json.dumps(good | change) + "\n")
         with pytest.raises(UserError, match=message.replace("prompt 2", "prompt 1")):
-            geneval_scorer.load(tmp_path)
+            geneval.read_prompts(tmp_path)
     path.write_text("")
     with pytest.raises(UserError, match="is empty"):
-        geneval_scorer.load(tmp_path)
+        geneval.read_prompts(tmp_path)
     for found, message in (
         ({"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}}, "2 boxes, but 1 colours"),
         ({"detections": {"a": [[0, 0, 1]]}}, "boxes of 'a' must be"),
@@ -92,6 +93,6 @@ def test_malformed_metadata_names_the_line(tmp_path):
         ({"detections": []}, "detections: expected an object, found list"),
     ):
         with pytest.raises(UserError, match=message):
-            geneval_scorer.check_detections(found, "line 1")
+            detections.check_detections(found, "line 1")
     with pytest.raises(UserError, match="2 boxes, but 1 colours"):
-        geneval_scorer.judge(good, {"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}})
+        geneval.judge(good, {"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}})

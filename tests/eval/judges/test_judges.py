@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.generation import geneval_scorer
 from open_unitok.eval.judges import object_detector
 from open_unitok.eval.judges.vqa_model import VqaModel
 
@@ -144,7 +143,7 @@ def test_colours_see_the_object_alone(clip):
     found = colours(Image.fromarray(image), things)
     assert (
         found[0] == found[1]
-        and found[0] in geneval_scorer.COLOURS
+        and found[0] in object_detector.COLOURS
         and colours(Image.fromarray(image), []) == []
     )
 

@@ -9,7 +9,7 @@ import pytest
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.metrics import image_quality
-from open_unitok.eval.tokenizer import zeroshot_classifier
+from open_unitok.eval.tokenizer import zeroshot
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 SSIM_NAMES = {
@@ -74,22 +74,18 @@ def hashed_embedding(texts):
 
 def test_classifier_equals_the_golden_weights():
     golden = json.loads((GOLDEN / "zeroshot.json").read_text())
-    templates = zeroshot_classifier.clip_templates()
+    templates = zeroshot.clip_templates()
     joined = hashlib.sha256("\n".join(templates).encode()).hexdigest()
     assert joined == golden["templates_sha256_joined_by_newline"]["openai_80"]
-    weights = zeroshot_classifier.classifier(
-        zeroshot_classifier.from_templates(golden["classnames"], templates), hashed_embedding
-    )
+    weights = zeroshot.classifier(zeroshot.from_templates(golden["classnames"], templates), hashed_embedding)
     assert weights == pytest.approx(np.array(golden["expected_weights_DxC"]), abs=1e-6)
     with pytest.raises(UserError, match="at least one prompt"):
-        zeroshot_classifier.classifier([["a"], []], hashed_embedding)
+        zeroshot.classifier([["a"], []], hashed_embedding)
 
 
 def test_topk_equals_the_golden_counts(expected, arrays):
-    weights = zeroshot_classifier.unit(arrays["zs_classifier"].T).T
-    choices = zeroshot_classifier.best(
-        zeroshot_classifier.logits(zeroshot_classifier.unit(arrays["zs_image_features"]), weights), 5
-    )
-    result = zeroshot_classifier.score(choices.tolist(), arrays["zs_target"].tolist())
+    weights = zeroshot.unit(arrays["zs_classifier"].T).T
+    choices = zeroshot.best(zeroshot.logits(zeroshot.unit(arrays["zs_image_features"]), weights), 5)
+    result = zeroshot.score(choices.tolist(), arrays["zs_target"].tolist())
     wanted = expected["zero_shot_topk"]
     assert (sum(result["top1"]), sum(result["top5"])) == (wanted["top1_correct"], wanted["top5_correct"])

@@ -19,7 +19,7 @@ from open_unitok.eval.core.model import Copies
 from open_unitok.eval.metrics import fid, inception_features
 from open_unitok.eval.metrics import inception_weights as lineages
 from open_unitok.eval.registry import run_benchmark, score_run
-from open_unitok.eval.tokenizer import linear_classifier, zeroshot_classifier
+from open_unitok.eval.tokenizer import linear_probe, zeroshot
 from open_unitok.tokenizer.frozen.lpips import FILE, LPIPS
 
 from ..conftest import GOLDEN
@@ -55,7 +55,7 @@ class Scripted:
 
     def embed_images(self, images):
         """The colour of class n is that of its caption's hash, so that every image is told right."""
-        return np.stack([zeroshot_classifier.unit(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
+        return np.stack([zeroshot.unit(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
 
     def embed_texts(self, texts):
         return np.stack([vectors()[t] for t in texts])
@@ -65,8 +65,8 @@ class Scripted:
 def vectors():
     """Caption -> the direction of its class's colour."""
     colours = np.array([colour_of(n) for n in range(1000)], np.float64)
-    prompts = zeroshot_classifier.from_templates(imagenet.names(), zeroshot_classifier.clip_templates())
-    rows = zeroshot_classifier.unit(colours - 127.5)
+    prompts = zeroshot.from_templates(imagenet.names(), zeroshot.clip_templates())
+    rows = zeroshot.unit(colours - 127.5)
     return {text: row for row, texts in zip(rows, prompts) for text in texts}
 
 
@@ -275,17 +275,17 @@ def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe)
 def test_probe_finds_the_minimum_and_no_signal_in_noise():
     draws = torch.Generator().manual_seed(0)
     x, y = torch.randn(400, 6, generator=draws), torch.arange(400) % 4
-    found = linear_classifier.by_lbfgs(x, y, 4, 0.1)
+    found = linear_probe.by_lbfgs(x, y, 4, 0.1)
     z = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
     bias = found(x.mean(dim=0)[None])[0]
     steps = torch.diag(x.std(dim=0, correction=0))
     weight = torch.stack([found((x.mean(dim=0) + row)[None])[0] - bias for row in steps])
     error = torch.softmax(z @ weight + bias, dim=1) - torch.nn.functional.one_hot(y, 4)
     assert (z.T @ error / 400 + 0.1 * weight).abs().max() < 1e-4  # the gradient is zero there
-    _, about = linear_classifier.fit(x, y, 4, "lbfgs")
+    _, about = linear_probe.fit(x, y, 4, "lbfgs")
     assert about["held-out accuracy"] < 0.5
     y = (x @ torch.randn(6, 4, generator=draws)).argmax(dim=1)
-    found, about = linear_classifier.fit(x, y, 4, "lbfgs")
+    found, about = linear_probe.fit(x, y, 4, "lbfgs")
     assert (found(x).argmax(dim=1) == y).float().mean() > 0.98 and about["held-out accuracy"] > 0.9
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from open_unitok.cli import main
 from open_unitok.core.errors import UserError
-from open_unitok.eval.generation import geneval_scorer
+from open_unitok.eval.generation import geneval
 from open_unitok.training.scenes import dataset
 from open_unitok.training.scenes.config import SceneConfig, with_values
 from open_unitok.training.scenes.scene import render_array, sample_scene
@@ -132,7 +132,7 @@ def test_prompts_are_laid_out_as_geneval_and_can_be_drawn(data):
     assert any(row["held_out"] for row in rows) and not all(row["held_out"] for row in rows)
     # a scene whose true boxes are handed to the scorer satisfies the prompts made of it
     description = json.loads((data / "scenes.json").read_text())
-    rules = geneval_scorer.Settings(threshold=0, counting_threshold=0, colours=tuple(description["palette"]))
+    rules = geneval.Rules(threshold=0, counting_threshold=0, colours=tuple(description["palette"]))
     seen = []
     for i in range(1500):
         found = {"detections": {}, "colors": {}}
@@ -142,9 +142,7 @@ def test_prompts_are_laid_out_as_geneval_and_can_be_drawn(data):
         seen.append(found)
     for tag in dict.fromkeys(tags):
         some = [row for row in rows if row["tag"] == tag][:6]
-        satisfied = sum(
-            any(geneval_scorer.judge(row, found, rules).correct for found in seen) for row in some
-        )
+        satisfied = sum(any(geneval.judge(row, found, rules).correct for found in seen) for row in some)
         assert satisfied >= (3 if tag == "color_attr" else 6), tag  # chance rarely draws the same two objects
     places = [json.loads(x) for x in (data / "test/drawing_positions.jsonl").read_text().splitlines()]
     assert len(places) == 24 * 4 and {tuple(p["cell"]) for p in places} == {(0, 0), (0, 1), (1, 0), (1, 1)}
