@@ -1,12 +1,13 @@
-"""From nothing to a model that generates and answers, by calling the other commands in order.
+"""The demo: train a tokenizer and an MLLM from scratch, generate, answer, evaluate and write a report.
 
-It only calls: every phase is a command that can be run by hand, with the configs it leaves in OUT/configs.
-Each of them skips what is finished and goes on where it was stopped: a killed demo is simply run again.
+Every phase is a list of `unitok` commands that can also be run by hand, with the configs in OUT/configs.
+Each command skips finished work and resumes interrupted work, so a killed demo is simply run again.
 """
 
 import contextlib
 import importlib.resources
 import re
+import shlex
 import sys
 import threading
 import time
@@ -14,164 +15,175 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, write_atomic, write_json
 
-HOME = "runs/demo"
+DEMO_DIR = "runs/demo"
 # config -> the phase that uses it
-CONFIGS = {
+DEMO_CONFIGS = {
     "scenes.yaml": "data",
     "tokenizer.yaml": "tokenizer",
     "pretrain.yaml": "pretrain",
     "finetune.yaml": "finetune",
 }
-BENCHMARKS = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "drawing_positions")
-PROMPTS = (
+_BENCHMARKS = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "drawing_positions")
+_PROMPTS = (
     "a red circle",
     "a blue square and a yellow triangle",
     "a purple cross at the top left",
     "two green squares",
 )
-QUESTION = "How many objects are there?"
-DRAWING = ("--guidance", "3.0", "--temperature", "0.3")
+_QUESTION = "How many objects are there?"
+_SAMPLING = ("--guidance", "3.0", "--temperature", "0.3")
 
 
-def phases(out: Path) -> list[tuple[str, list[list[str]]]]:
-    """Phase -> the commands it consists of."""
+def run_demo(out: Path, configs: str | None = None) -> None:
+    """Run the phases that are not finished yet, write OUT/report.html and print the table of results.
+
+    Args:
+        configs: folder with the files of `DEMO_CONFIGS`; None = the shipped ones.
+
+    Raises:
+        UserError: a config is invalid or has changed since its phase started, or another demo runs in `out`.
+    """
+    texts = read_configs(out, configs)
+    with exclusive(out):
+        timings = Timings(out / "phases.json")
+        write_configs(out, texts, timings)
+        for name, commands in phase_commands(out):
+            print(f"\n=== {name}", flush=True)
+            if timings.finished(name):
+                print("already finished")
+                continue
+            with timings.phase(name):
+                for command in commands:
+                    print(f"$ unitok {shlex.join(command)}", flush=True)
+                    run_command(command)
+        # deferred: `unitok demo --help` must not load torch
+        from open_unitok.eval.report.demo import text_table, write_report
+
+        write_report(out, timings.rows)
+        print(f"\n{text_table(out)}\n\n{timings.summary()}; the report is {out / 'report.html'}")
+
+
+def phase_commands(out: Path) -> list[tuple[str, list[list[str]]]]:
+    """(phase, the arguments of each of its `unitok` commands), in order."""
     data, configs, model = out / "data", out / "configs", out / "finetune" / "model"
     image = data / "test" / "images" / "scenes_test_000000000001.png"
-
-    def words(*command: Any) -> list[str]:
-        return [str(word) for word in command]
-
-    return [
-        ("data", [words("data", "scenes", "--config", configs / "scenes.yaml", "--out", data)]),
-        ("tokenizer", [words("train", configs / "tokenizer.yaml")]),
-        (
-            "codes",
-            [
-                words(
-                    "extract-codes",
-                    "--tokenizer",
-                    out / "tokenizer" / "model",
-                    "--data",
-                    data / "train" / "*.tar",
-                    "--out",
-                    out / "codes",
-                )
-            ],
-        ),
-        ("pretrain", [words("train", configs / "pretrain.yaml")]),
-        ("finetune", [words("train", configs / "finetune.yaml")]),
+    tokenizer, shards = out / "tokenizer" / "model", data / "train" / "*.tar"
+    benchmarks = ["--model", model, "--data", data, "--out", out / "eval", *_SAMPLING]
+    phases: list[tuple[str, list[list[Any]]]] = [
+        ("data", [["data", "scenes", "--config", configs / "scenes.yaml", "--out", data]]),
+        ("tokenizer", [["train", configs / "tokenizer.yaml"]]),
+        ("codes", [["extract-codes", "--tokenizer", tokenizer, "--data", shards, "--out", out / "codes"]]),
+        ("pretrain", [["train", configs / "pretrain.yaml"]]),
+        ("finetune", [["train", configs / "finetune.yaml"]]),
         (
             "evaluate",
             [
-                words("generate", *PROMPTS, "--model", model, "--out", out / "drawings", *DRAWING),
-                words("ask", image, QUESTION, "--model", model, "--out", out / "answer.jsonl"),
-                words(
-                    "eval",
-                    "run",
-                    *BENCHMARKS,
-                    "--model",
-                    model,
-                    "--data",
-                    data,
-                    "--out",
-                    out / "eval",
-                    *DRAWING,
-                ),
+                ["generate", *_PROMPTS, "--model", model, "--out", out / "images", *_SAMPLING],
+                ["ask", image, _QUESTION, "--model", model, "--out", out / "answer.jsonl"],
+                ["eval", "run", *_BENCHMARKS, *benchmarks],
             ],
         ),
     ]
+    return [(name, [[str(word) for word in command] for command in commands]) for name, commands in phases]
 
 
 def read_configs(out: Path, folder: str | None) -> dict[str, str]:
-    """Name -> text of the configs of this run, all checked, with OUT in place of the home that they name.
+    """The validated configs, name -> text, with their base folder replaced by `out`.
 
-    Their home is the folder in which stage 1's `out` lies.
+    The base folder is the parent of tokenizer.yaml's `out`.
 
     Raises:
-        UserError: a config is missing or wrong, OUT cannot stand in a YAML, or OUT is a file.
+        UserError: a config is missing or invalid, `out` is a file or has characters that YAML would escape.
     """
     from open_unitok.training.run import load
     from open_unitok.training.scenes.dataset import load_config
 
     if not re.fullmatch(r"[\w./~+@-]+", out.as_posix()):
         raise UserError(
-            f"--out is {out}: letters, digits and ./~+@_- are allowed, as it is written into configs."
+            f"--out is {out}: only letters, digits and ./~+@_- are allowed, since configs contain it."
         )
-    above = next((path for path in (out, *out.parents) if path.exists()), out)
-    if above.exists() and not above.is_dir():
-        raise UserError(f"--out is {out}, but {above} is a file: name a folder.")
+    nearest = next((path for path in (out, *out.parents) if path.exists()), out)
+    if nearest.exists() and not nearest.is_dir():
+        raise UserError(f"--out is {out}, but {nearest} is a file: choose a folder.")
     source = Path(folder or str(importlib.resources.files("open_unitok.configs").joinpath("demo")))
-    texts, home = {}, HOME
-    for name in CONFIGS:
-        path = existing(source / name, f"--configs needs {', '.join(CONFIGS)}.")
+    texts, base = {}, DEMO_DIR
+    for name in DEMO_CONFIGS:
+        path = existing(source / name, f"--configs needs {', '.join(DEMO_CONFIGS)}.")
         try:
             config: Any = load_config(path) if name == "scenes.yaml" else load(str(path), [])
         except UserError as error:
             message = str(error)
             raise UserError(message if str(path) in message else f"{path}: {message}") from error
         if name == "tokenizer.yaml":
-            home = Path(config.out).parent.as_posix()
-            if home == ".":
+            base = Path(config.out).parent.as_posix()
+            if base == ".":
                 raise UserError(
-                    f"{path}: out is {config.out}; it must lie in a folder of the run, as {HOME}/tokenizer."
+                    f"{path}: out is {config.out}; it must be inside a folder, e.g. {DEMO_DIR}/tokenizer."
                 )
         texts[name] = path.read_text(encoding="utf-8")
-    return {name: text.replace(home, out.as_posix()) for name, text in texts.items()}
+    return {name: text.replace(base, out.as_posix()) for name, text in texts.items()}
 
 
 def write_configs(out: Path, texts: dict[str, str], timings: "Timings") -> None:
-    """Lay the configs into OUT/configs.
+    """Write OUT/configs.
 
     Raises:
-        UserError: a phase was begun with another config.
+        UserError: a phase that has already started used another config.
     """
+    # check all of them first: either every config is written or none
     for name, text in texts.items():
         target = out / "configs" / name
-        begun = timings.begun(CONFIGS[name]) and target.exists()
-        if begun and target.read_text(encoding="utf-8") != text:
+        started = timings.started(DEMO_CONFIGS[name]) and target.exists()
+        if started and target.read_text(encoding="utf-8") != text:
             raise UserError(
-                f"{target} differs from {name}: take another --out, or delete {out} to begin anew."
+                f"{target} differs from {name}: choose another --out, or delete {out} to start over."
             )
     for name, text in texts.items():
         write_atomic(out / "configs" / name, text)
 
 
 @contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Hold OUT for this process; the lock goes with the process, however it ends.
+def exclusive(out: Path) -> Iterator[None]:
+    """Lock `out` for this process.
 
     Raises:
-        UserError: another demo is at work in OUT.
+        UserError: another demo holds the lock.
     """
-    import fcntl
+    import fcntl  # not on Windows
 
     out.mkdir(parents=True, exist_ok=True)
+    # flock, not a pid file: the kernel releases it however the process ends
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"Another unitok demo is at work in {out}: wait for it, or take another --out."
+                f"Another unitok demo runs in {out}: wait for it, or choose another --out."
             ) from None
         yield
 
 
 class Timings:
-    """Seconds and peak memory per phase, kept in a file; a phase that was stopped adds up its parts."""
+    """Seconds and peak memory per phase, saved to a file; the parts of an interrupted phase add up.
 
-    def __init__(self, path: Path, every: float = 5.0):
-        self.path, self.every = path, every  # seconds between two notes of a phase at work
+    Args:
+        interval: seconds between two saves while a phase runs.
+    """
+
+    def __init__(self, path: Path, interval: float = 5.0):
+        self.path, self.interval = path, interval
         self.rows: list[dict[str, Any]] = read_json(path) if path.exists() else []
 
     def finished(self, name: str) -> bool:
-        """True for a phase that an earlier call brought to its end."""
+        """True if an earlier call completed the phase."""
         return any(row["name"] == name and row["finished"] for row in self.rows)
 
-    def begun(self, name: str) -> bool:
-        """True for a phase that an earlier call began."""
+    def started(self, name: str) -> bool:
+        """True if an earlier call started the phase."""
         return any(row["name"] == name for row in self.rows)
 
     @contextlib.contextmanager
@@ -182,43 +194,52 @@ class Timings:
             row = {"name": name, "seconds": 0.0, "peak_memory": 0, "calls": 0, "finished": False}
             self.rows.append(row)
         row["calls"] += 1
-        forget_peak_memory()
-        start, before, over = time.perf_counter(), row["seconds"], threading.Event()
+        _reset_peak_memory()
+        start, before, done = time.perf_counter(), row["seconds"], threading.Event()
 
-        def note() -> None:
+        def save() -> None:
             row["seconds"] = round(before + time.perf_counter() - start, 2)
-            row["peak_memory"] = max(row["peak_memory"], peak_memory())
+            row["peak_memory"] = max(row["peak_memory"], _peak_memory())
             write_json(self.path, self.rows)
 
-        def keep_noting() -> None:  # a kill -9 loses the seconds since the last note; "calls" tells of it
-            while not over.wait(self.every):
-                note()
+        # kill -9 runs no `finally`: it loses only the seconds since the last save
+        def save_periodically() -> None:
+            while not done.wait(self.interval):
+                save()
 
-        note()
-        clock = threading.Thread(target=keep_noting, daemon=True)
-        clock.start()
+        save()
+        saver = threading.Thread(target=save_periodically, daemon=True)
+        saver.start()
         try:
             yield
             row["finished"] = True
         finally:
-            over.set()
-            clock.join()
-            note()
+            done.set()
+            saver.join()
+            save()
+
+    def summary(self) -> str:
+        """Total minutes, and the phases that were interrupted."""
+        minutes = sum(row["seconds"] for row in self.rows) / 60
+        resumed = [row["name"] for row in self.rows if row["calls"] > 1]
+        interrupted = f" ({', '.join(resumed)} interrupted and resumed)" if resumed else ""
+        return f"{minutes:.1f} minutes in total{interrupted}"
 
 
-def forget_peak_memory() -> None:
-    """Begin a new peak where the system can (Linux); elsewhere the peak is that of the process so far."""
+def _reset_peak_memory() -> None:
+    """Reset the kernel's peak counter (Linux); elsewhere the peak is that of the whole process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_memory() -> int:
-    """Bytes that this process has held at most, since the last `forget_peak_memory` on Linux."""
+def _peak_memory() -> int:
+    """Peak resident bytes of this process, on Linux since the last `_reset_peak_memory`."""
     status = Path("/proc/self/status")
     if status.exists():
         peak = next(line for line in status.read_text().split("\n") if line.startswith("VmHWM"))
         return int(peak.split()[1]) * 1024
-    import resource
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # macOS counts bytes, other systems KiB
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,4 +1,4 @@
-"""The demo from end to end with configs of seconds: it goes on after a kill, and errors are one line."""
+"""The demo end to end with configs that take seconds: it resumes after a kill, and errors are one line."""
 
 import json
 import os
@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
+from open_unitok.demo import Timings, exclusive, read_configs, write_configs
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, same_scene
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import to_pil
+from open_unitok.training.scenes.config import SceneConfig
+from open_unitok.training.scenes.dataset import load_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "tests" / "tiny_demo"
@@ -31,14 +35,14 @@ def demo(out: pathlib.Path) -> subprocess.CompletedProcess[str]:
 
 
 def kill_when(out: pathlib.Path, appears: str) -> None:
-    """Run the demo until a file or folder is there, then end it without a chance to clean up."""
+    """Run the demo until `OUT/appears` exists, then SIGKILL it."""
     process = subprocess.Popen(
         [*COMMAND, str(out)], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         deadline = time.monotonic() + 600
         while not (out / appears).exists():
-            assert process.poll() is None, f"the demo ended before {appears} was there"
+            assert process.poll() is None, f"the demo ended before {appears} existed"
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
@@ -47,14 +51,14 @@ def kill_when(out: pathlib.Path, appears: str) -> None:
 
 
 def results(out: pathlib.Path) -> dict:
-    """metrics.json without what may differ: times, and the paths that name the run's folder."""
+    """metrics.json without what may differ between runs: times and the paths of the run directory."""
     metrics = json.loads((out / "metrics.json").read_text().replace(out.as_posix(), "OUT"))
     del metrics["phases"]
     return metrics
 
 
 @pytest.mark.slow
-def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
+def test_demo_killed_twice_gives_the_same_results(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     first = demo(whole)
     assert first.returncode == 0, first.stderr
@@ -67,35 +71,35 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
     calls = {row["name"]: row["calls"] for row in json.loads((killed / "phases.json").read_text())}
     assert calls["tokenizer"] == 2 and calls["finetune"] == 2 and calls["pretrain"] == 1
 
-    # a finished run is only reported again: no training, the same page
+    # a finished run only writes the report: no training, identical page
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")}
     page = (whole / "report.html").read_bytes()
-    again = demo(whole)
-    assert again.returncode == 0, again.stderr
+    rerun = demo(whole)
+    assert rerun.returncode == 0, rerun.stderr
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} == before
     assert (whole / "report.html").read_bytes() == page
     for word in ("Reconstruction", "Question answering", "Drawn"):
-        assert word in again.stdout
+        assert word in rerun.stdout
 
-    # codes by lot are an image, but not the scene that was asked for
+    # random codes decode to an image, but not to the scene of the prompt
     unitok = UniTok.from_pretrained(whole / "tokenizer" / "model")
     detect = ScenesDetector.from_file(whole / "data")
     scenes = [row["scene"] for row in json.loads((whole / "data" / "test" / "captions.json").read_text())]
     shape = (len(scenes), unitok.config.num_visual_tokens, unitok.config.num_codebooks)
     codes = torch.randint(unitok.config.codebook_size, shape, generator=torch.Generator().manual_seed(0))
-    drawn = [np.asarray(to_pil(pixels)) for pixels in unitok.decode(codes).detach()]
-    assert np.mean([same_scene(*pair) for pair in zip(detect(drawn), scenes)]) <= 0.05
+    images = [np.asarray(to_pil(pixels)) for pixels in unitok.decode(codes).detach()]
+    assert np.mean([same_scene(*pair) for pair in zip(detect(images), scenes)]) <= 0.05
 
-    # other configs in the same folder are refused
+    # other configs in the same folder are rejected
     other = tmp_path / "other"
     shutil.copytree(CONFIGS, other)
     text = (other / "tokenizer.yaml").read_text()
     (other / "tokenizer.yaml").write_text(text.replace("steps: 24", "steps: 25"))
-    refused = subprocess.run(
+    rejected = subprocess.run(
         [*COMMAND[:4], "--configs", str(other), "--out", str(whole)], cwd=ROOT, capture_output=True, text=True
     )
-    assert refused.returncode == 2 and "differs from tokenizer.yaml" in refused.stderr
-    assert refused.stderr.count("\n") == 1
+    assert rejected.returncode == 2 and "differs from tokenizer.yaml" in rejected.stderr
+    assert rejected.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -111,9 +115,7 @@ def test_killed_twice_the_demo_ends_as_if_nothing_had_happened(tmp_path):
         ("scenes.yaml", ("", ""), "file/below/it", "is a file"),
     ],
 )
-def test_mistakes_stop_before_anything_is_made(tmp_path, capsys, config, change, out, words):
-    from open_unitok.cli.main import main
-
+def test_invalid_configs_stop_before_anything_is_written(tmp_path, capsys, config, change, out, words):
     configs = tmp_path / "configs"
     shutil.copytree(CONFIGS, configs)
     (tmp_path / "file").write_text("")
@@ -129,10 +131,7 @@ def test_mistakes_stop_before_anything_is_made(tmp_path, capsys, config, change,
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_config_may_change_until_its_phase_has_begun(tmp_path):
-    from open_unitok.core.errors import UserError
-    from open_unitok.demo import Timings, read_configs, write_configs
-
+def test_a_config_may_change_until_its_phase_has_started(tmp_path):
     out, configs = tmp_path / "out", tmp_path / "configs"
     shutil.copytree(CONFIGS, configs)
     timings = Timings(out / "phases.json")
@@ -144,20 +143,18 @@ def test_a_config_may_change_until_its_phase_has_begun(tmp_path):
     write_configs(out, read_configs(out, str(configs)), Timings(out / "phases.json"))
     assert "steps: 25" in (out / "configs" / "finetune.yaml").read_text()
     later.write_text(later.read_text().replace("steps: 25", "steps: 26"))
-    begun = configs / "tokenizer.yaml"
-    begun.write_text(begun.read_text().replace("steps: 24", "steps: 25"))
+    started = configs / "tokenizer.yaml"
+    started.write_text(started.read_text().replace("steps: 24", "steps: 25"))
     with pytest.raises(UserError, match=r"differs from tokenizer\.yaml"):
         write_configs(out, read_configs(out, str(configs)), Timings(out / "phases.json"))
     assert "steps: 25" in (out / "configs" / "finetune.yaml").read_text()  # nothing was written
 
 
-def test_seconds_until_a_kill_are_counted(tmp_path):
-    from open_unitok.demo import Timings
-
+def test_seconds_before_a_kill_are_counted(tmp_path):
     path = tmp_path / "phases.json"
-    with Timings(path, every=0.02).phase("tokenizer"):
+    with Timings(path, interval=0.02).phase("tokenizer"):
         deadline = time.monotonic() + 30
-        while json.loads(path.read_text())[0]["seconds"] < 0.1:  # what a kill here would leave
+        while json.loads(path.read_text())[0]["seconds"] < 0.1:  # the state that a kill here would leave
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert not Timings(path).finished("tokenizer")
@@ -169,38 +166,28 @@ def test_seconds_until_a_kill_are_counted(tmp_path):
     assert row["calls"] == 2 and row["finished"] and row["seconds"] >= before
 
 
-def test_two_demos_in_one_folder_are_refused(tmp_path):
-    from open_unitok.core.errors import UserError
-    from open_unitok.demo import alone_in
-
-    with alone_in(tmp_path), pytest.raises(UserError, match="Another unitok demo"), alone_in(tmp_path):
+def test_two_demos_in_one_folder_are_rejected(tmp_path):
+    with exclusive(tmp_path), pytest.raises(UserError, match="Another unitok demo"), exclusive(tmp_path):
         pass
-    with alone_in(tmp_path):  # and free again
+    with exclusive(tmp_path):  # the lock is released
         pass
 
 
 @pytest.mark.parametrize("run", ["demo", "scenes"])
-def test_shipped_configs_are_valid_and_lie_in_one_home_that_out_replaces(run):
-    from open_unitok import demo
-
-    folder, home = ROOT / "configs" / run, f"runs/{run}"
-    texts = demo.read_configs(pathlib.Path("elsewhere"), str(folder))
+def test_shipped_configs_are_valid_and_out_replaces_their_base_folder(run):
+    folder, base = ROOT / "configs" / run, f"runs/{run}"
+    texts = read_configs(pathlib.Path("elsewhere"), str(folder))
     for name, text in texts.items():
-        assert home in (folder / name).read_text() and home not in text and "elsewhere/" in text
+        assert base in (folder / name).read_text() and base not in text and "elsewhere/" in text
 
 
-def test_configs_without_a_home_are_refused(tmp_path):
-    from open_unitok import demo
-
+def test_configs_without_a_base_folder_are_rejected(tmp_path):
     shutil.copytree(CONFIGS, tmp_path / "configs")
     path = tmp_path / "configs" / "tokenizer.yaml"
     path.write_text(path.read_text().replace("out: runs/demo/tokenizer", "out: tokenizer"))
-    with pytest.raises(UserError, match="out is tokenizer; it must lie in a folder"):
-        demo.read_configs(tmp_path / "run", str(tmp_path / "configs"))
+    with pytest.raises(UserError, match="out is tokenizer; it must be inside a folder"):
+        read_configs(tmp_path / "run", str(tmp_path / "configs"))
 
 
-def test_the_demos_scenes_are_the_default_ones():
-    from open_unitok.training.scenes.config import SceneConfig
-    from open_unitok.training.scenes.dataset import load_config
-
+def test_the_demo_uses_the_default_scenes():
     assert load_config(str(ROOT / "configs" / "demo" / "scenes.yaml")) == SceneConfig()
