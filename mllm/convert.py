@@ -21,13 +21,10 @@ from transformers import LlamaConfig
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, write_json
-from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.convert import PROJECTION, rename
 
 from .config import UniTokMLLMConfig
 from .loading import PUBLISHED_TYPE
-from .model import UniTokForConditionalGeneration
-from .processor import UniTokProcessor
 
 _LLAMA_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
@@ -144,17 +141,17 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
     )
 
 
-def load_published(
+def read_published(
     folder: str | os.PathLike[str], dtype: torch.dtype | str | None = None, **fields: Any
-) -> UniTokForConditionalGeneration:
-    """A model, in evaluation mode, from a published folder.
+) -> tuple[UniTokMLLMConfig, dict[str, Tensor]]:
+    """The config and the state dict, under our names, of a published folder.
 
     Args:
         dtype: of the weights; None or "auto" = as in the files.
-        fields: of `UniTokMLLMConfig`, to be set otherwise, such as visual_context or num_image_tokens.
+        fields: of `UniTokMLLMConfig` that replace the derived ones, such as visual_context.
 
     Raises:
-        UserError: the folder is no such model, or its weights do not fit; the message names them.
+        UserError: the folder holds another kind of model, or names that are not published.
     """
     folder = existing(Path(folder))
     description = read_json(folder / "config.json")
@@ -168,53 +165,13 @@ def load_published(
     for name, value in fields.items():
         setattr(config, name, value)
     state = to_ours(published)
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["language_model.embed_tokens.weight"])
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype)
     if dtype is not None:
         state = {name: tensor.to(dtype) for name, tensor in state.items()}
-    return build(config, state, folder)
-
-
-def build(config: UniTokMLLMConfig, state: dict[str, Tensor], source: Any) -> UniTokForConditionalGeneration:
-    """A model, in evaluation mode, that holds exactly these tensors.
-
-    Raises:
-        UserError: names or shapes differ; the message shows the missing and the unexpected ones.
-    """
-    with torch.device("meta"):
-        model = UniTokForConditionalGeneration(config)
-    target = model.state_dict()
-    if config.tie_word_embeddings:
-        state.setdefault("lm_head.weight", state["language_model.embed_tokens.weight"])
-    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
-    shapes = [
-        f"{n} is {tuple(state[n].shape)}, {tuple(target[n].shape)} is needed"
-        for n in sorted(target.keys() & state.keys())
-        if target[n].shape != state[n].shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit an MLLM: {'; '.join(problems)}.")
-    model.load_state_dict(state, assign=True)
-    model.visual_embedder.codebooks.requires_grad_(False)
-    _fill_rotary(model)
-    dtype = state["language_model.embed_tokens.weight"].dtype
-    for part in (config, config.text_config, config.depth_config):
-        part.dtype = dtype
-    model.tie_weights()
-    return model.eval()
-
-
-def _fill_rotary(model: torch.nn.Module) -> None:
-    """Compute the rotary tables, which no file holds, where they were built without storage."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if "RotaryEmbedding" in type(child).__name__:
-                setattr(parent, name, type(child)(child.config))
+    return config, state
 
 
 def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -254,39 +211,46 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def save_published(
-    model: UniTokForConditionalGeneration, processor: UniTokProcessor | None, folder: str | os.PathLike[str]
+    config: UniTokMLLMConfig,
+    state: Mapping[str, Tensor],
+    text_tokenizer: Any,
+    folder: str | os.PathLike[str],
 ) -> None:
     """Write a LLaMA-based model as a published folder: config.json, model.safetensors, the text tokenizer."""
     from safetensors.torch import save_file
 
-    text = model.config.text_config.to_dict()
+    text = config.text_config.to_dict()
     if text.get("model_type") != "llama":
         raise UserError(f"The published MLLM is a LLaMA; this decoder is {text.get('model_type')!r}.")
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
     fields["rope_theta"] = text["rope_parameters"]["rope_theta"]
-    fields |= {"model_type": PUBLISHED_TYPE, "pad_token_id": model.config.pad_token_id}
+    fields |= {"model_type": PUBLISHED_TYPE, "pad_token_id": config.pad_token_id}
     fields |= {
         "tokenizer_model_max_length": text["max_position_embeddings"],
         "tokenizer_padding_side": "right",
     }
-    state = to_published(model.state_dict(), model.config.codebook_size)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+    published = to_published(state, config.codebook_size)
+    # clones: tied weights share memory, which safetensors rejects
+    published = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in published.items()}
+    save_file(published, Path(folder) / "model.safetensors", metadata={"format": "pt"})
     write_json(Path(folder) / "config.json", fields)
-    if processor is not None:
-        processor.text_tokenizer.save_pretrained(folder)
+    if text_tokenizer is not None:
+        text_tokenizer.save_pretrained(folder)
 
 
-def check_codebooks(model: UniTokForConditionalGeneration, unitok: UniTok) -> None:
+def check_same_codebooks(ours: Tensor, theirs: Tensor) -> None:
     """
+    Args:
+        ours: (K, V, C) codebooks of the MLLM. theirs: those of a visual tokenizer.
+
     Raises:
-        UserError: the visual tokenizer's sub-codebooks are not those that the MLLM was trained on.
+        UserError: their rows point in other directions: the MLLM was trained on another tokenizer.
     """
-    ours, theirs = model.visual_embedder.codebooks.detach(), unitok.quantizer.codebooks.detach()
     same = ours.shape == theirs.shape and bool(
         (F.cosine_similarity(ours.float(), theirs.float(), dim=-1) > 0.999).all()
     )
     if not same:
         raise UserError(
-            "The visual tokenizer's sub-codebooks are not those of the MLLM: take the one it belongs to."
+            "The visual tokenizer's sub-codebooks are not those of the MLLM: give the tokenizer that the "
+            "MLLM was trained with."
         )

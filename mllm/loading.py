@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
 
@@ -57,3 +59,31 @@ def check_complete(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> N
             if names
         )
         raise UserError(f"{folder} does not hold the weights of its config.json ({found}).")
+
+
+def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
+    """Put exactly these tensors into a model that was built on the meta device.
+
+    Raises:
+        UserError: names or shapes differ; the message shows the missing and the unexpected ones.
+    """
+    target = model.state_dict()
+    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
+    shapes = [
+        f"{n} is {tuple(state[n].shape)}, expected {tuple(target[n].shape)}"
+        for n in sorted(target.keys() & state.keys())
+        if target[n].shape != state[n].shape
+    ]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{source} does not fit an MLLM: {'; '.join(problems)}.")
+    model.load_state_dict(state, assign=True)
+    # rotary tables are buffers that no file holds: compute those that the meta device left empty
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if "RotaryEmbedding" in type(child).__name__:
+                setattr(parent, name, type(child)(child.config))

@@ -24,8 +24,9 @@ from open_unitok.tokenizer import AttentionProjection, UniTok
 from open_unitok.tokenizer.projection import ProjectionAttention
 
 from .config import UniTokMLLMConfig
+from .convert import read_published
 from .depth_head import DepthHead
-from .loading import PUBLISHED_TYPE, check_complete, check_folder, folder_type
+from .loading import PUBLISHED_TYPE, assign_state, check_complete, check_folder, folder_type
 from .losses import image_loss, targets, text_loss
 from .visual_embedder import VisualEmbedder
 
@@ -297,10 +298,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         path = Path(pretrained_model_name_or_path)
         published = path.is_dir() and not args and folder_type(path) == PUBLISHED_TYPE
         if published and kwargs.keys() <= {"dtype", "attn_implementation"}:
-            from .convert import load_published
-
             attention = kwargs.pop("attn_implementation", None)
-            model = load_published(path, **kwargs)
+            model = cls.from_state(*read_published(path, **kwargs), source=path)
             if attention is not None:
                 model.set_attn_implementation(attention)
             return model
@@ -321,6 +320,23 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         check_complete(path, info)
         model.visual_embedder.codebooks.requires_grad_(False)  # loading forgets it
         return (model, info) if told else model
+
+    @classmethod
+    def from_state(cls, config: UniTokMLLMConfig, state: dict[str, torch.Tensor], source: Any) -> Any:
+        """A model, in evaluation mode, that holds exactly these tensors; `source` is named in errors.
+
+        Raises:
+            UserError: names or shapes differ.
+        """
+        with torch.device("meta"):
+            model = cls(config)
+        assign_state(model, state, source)
+        model.visual_embedder.codebooks.requires_grad_(False)
+        dtype = state["language_model.embed_tokens.weight"].dtype
+        for part in (config, config.text_config, config.depth_config):
+            part.dtype = dtype
+        model.tie_weights()
+        return model.eval()
 
     def _losses(
         self,

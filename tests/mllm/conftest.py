@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
-from open_unitok.mllm.convert import build, config_from_published, to_ours
+from open_unitok.mllm.convert import config_from_published, to_ours
 
 LENGTH = 16  # visual tokens per image in the golden files
 
@@ -32,7 +32,8 @@ def reference(golden, formula):
         config = config_from_published(described, found.weights)
         config.num_image_tokens, config.visual_context = LENGTH, "full"
         state = {key: tensor.clone() for key, tensor in to_ours(found.weights).items()}
-        return SimpleNamespace(model=build(config, state, name), **vars(found))
+        model = UniTokForConditionalGeneration.from_state(config, state, name)
+        return SimpleNamespace(model=model, **vars(found))
 
     return load
 

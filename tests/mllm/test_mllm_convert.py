@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from open_unitok.cli import main
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.mllm.convert import load_published, read_shards, to_ours
+from open_unitok.mllm.convert import read_published, read_shards, to_ours
 from open_unitok.tokenizer import UniTok, UniTokConfig
 
 
@@ -52,7 +52,8 @@ def test_there_and_back(folder, reference, tmp_path, capsys):
     assert back.keys() == published.weights.keys()
     for key, tensor in back.items():
         assert key.endswith("vocab_usage") or torch.equal(tensor, published.weights[key]), key
-    again = load_published(tmp_path / "back", dtype=torch.bfloat16, visual_context="full")
+    config, state = read_published(tmp_path / "back", dtype=torch.bfloat16, visual_context="full")
+    again = UniTokForConditionalGeneration.from_state(config, state, "back")
     assert again.dtype == torch.bfloat16 and again.config.visual_context == "full"
 
 
@@ -76,24 +77,27 @@ def test_torch_files_run_no_code(folder, reference):
 
 
 def test_mistakes_are_named(folder, tmp_path):
+    def load(folder):
+        UniTokForConditionalGeneration.from_state(*read_published(folder), source=folder)
+
     shards = sorted(folder.glob("*.safetensors"))
     weights = load_file(shards[0])
     name = next(n for n in weights if n.startswith("model.layers"))
     save_file({n: t for n, t in weights.items() if n != name}, shards[0])
     with pytest.raises(UserError, match=f"1 missing: language_{name}"):
-        load_published(folder)
+        load(folder)
     save_file({**weights, name: weights[name][:1].clone()}, shards[0])
     with pytest.raises(UserError, match=f"1 of another shape: language_{name}"):
-        load_published(folder)
+        load(folder)
     save_file({**weights, "vision_tower.weight": torch.zeros(1)}, shards[0])
     with pytest.raises(UserError, match=r"'vision_tower.weight' is no name"):
-        load_published(folder)
+        load(folder)
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name} does not exist"):
-        load_published(folder)
+        load(folder)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"type 'llama', not a published MLLM"):
-        load_published(folder)
+        load(folder)
     with pytest.raises(UserError, match=r"exists already"):
         main.run(["convert", "mllm", str(folder), str(tmp_path)])
 

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Convert one way or, from a folder of ours, the other."""
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
-    from open_unitok.mllm.convert import check_codebooks, load_published, save_published
+    from open_unitok.mllm.convert import check_same_codebooks, read_published, save_published
     from open_unitok.tokenizer import UniTok
 
     source, target = existing(args.source), Path(args.target)
@@ -30,14 +30,15 @@ def run(args: argparse.Namespace) -> None:
     if read_json(source / "config.json").get("model_type") == UniTokMLLMConfig.model_type:
         model = UniTokForConditionalGeneration.from_pretrained(source)
         with atomic_folder(target) as folder:
-            save_published(model, UniTokProcessor.from_pretrained(source), folder)
+            text_tokenizer = UniTokProcessor.from_pretrained(source).text_tokenizer
+            save_published(model.config, model.state_dict(), text_tokenizer, folder)
         print(f"{source} -> {target}")
         return
-    model = load_published(source)
+    model = UniTokForConditionalGeneration.from_state(*read_published(source), source=source)
     unitok = UniTok.from_pretrained(args.unitok) if args.unitok else None
     fields = {"image_size": 256, "num_image_tokens": model.config.num_image_tokens, "legacy": True}
     if unitok is not None:
-        check_codebooks(model, unitok)
+        check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
         model.config.unitok_fingerprint = unitok.fingerprint()
         model.config.num_image_tokens = fields["num_image_tokens"] = unitok.config.num_visual_tokens
         fields["image_size"] = unitok.config.image_size
