@@ -215,7 +215,7 @@ def mllm_place(tmp_path_factory, golden):
         "batch_size": 8,
         "data": {
             "mixture": [
-                {"kind": "drawing", "path": path, "weight": 0.5},
+                {"kind": "text_to_image", "path": path, "weight": 0.5},
                 {"kind": "captioning", "path": path, "weight": 0.2},
                 {"kind": "conversation", "path": path, "weight": 0.2},
                 {"kind": "text", "path": str(folder / "text.txt"), "weight": 0.1},

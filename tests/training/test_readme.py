@@ -80,12 +80,12 @@ def test_preparing_data_runs_as_written(place, golden):
     fingerprint = UniTok.from_pretrained("runs/demo/tokenizer/model").fingerprint()
     (batch,) = Mixture(options, rows, seed=0, batch_size=40, fingerprint=fingerprint).next()
     kinds = {KINDS[kind] for kind in batch.kinds.unique().tolist()}
-    assert kinds == {"drawing", "captioning", "conversation", "document", "text"}
+    assert kinds == {"text_to_image", "captioning", "conversation", "document", "text"}
 
 
 def test_the_defaults_shown_are_the_published_ones():
     (shown,) = blocks("yaml")
     given, entry = yaml.safe_load(shown)["data"], {"kind": "text", "path": "x.txt"}
     default = build(MixtureOptions, {"mixture": [entry]})
-    for name in ("drawing_share", "unconditional", "short_captions", "max_length"):
+    for name in ("text_to_image_share", "unconditional", "short_captions", "max_length"):
         assert given[name] == getattr(default, name)

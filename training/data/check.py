@@ -91,7 +91,7 @@ def check(
         line, fits = _tokenizer_line(reading.codes, fingerprint)
         lines.append(line)
         broken += [] if fits else [line.strip()]
-        kinds = {"conversations": "conversation", "captions": "drawing"}
+        kinds = {"conversations": "conversation", "captions": "text_to_image"}
         kind = next((kinds[role] for role in kinds if role in found.roles), None)
         unsuited = reading.codes.unsuited(kind) if kind else None
         lines += [f"  note: {unsuited}"] if unsuited else []

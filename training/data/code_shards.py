@@ -35,7 +35,7 @@ MANIFEST_FIELDS = (
     "grid",  # [rows, columns]
     "shards",  # [{"file", "samples", "sha256"}]
 )
-SUITED = {"drawing": "crop", "conversation": "pad", "alignment": "pad"}  # kind -> extract-codes --mode
+SUITED = {"text_to_image": "crop", "conversation": "pad", "alignment": "pad"}  # kind -> extract-codes --mode
 SHARDS_AT_ONCE = 16  # samples are shuffled within so many tars: as many are kept open and indexed
 
 

@@ -22,7 +22,7 @@ from open_unitok.core.errors import UserError
 from .tar_index import BadSample
 
 IGNORED = -100
-KINDS = ("drawing", "captioning", "conversation", "alignment", "text", "document", "reading")
+KINDS = ("text_to_image", "captioning", "conversation", "alignment", "text", "document", "reading")
 KEPT_TEXTS = 100_000  # token rows kept, so that a text is tokenised once
 
 
@@ -131,7 +131,7 @@ class Rows:
 # ---- one builder per kind: text -> ids and labels with a single placeholder per image ----------------------
 
 
-def _drawing(rows: Rows, caption: str | None) -> tuple[list[int], list[int]]:
+def _text_to_image(rows: Rows, caption: str | None) -> tuple[list[int], list[int]]:
     """Text-to-image: the prompt is given, boi, image, eoi and eos are learnt; None draws unconditionally."""
     processor = rows.processor
     *prompt, boi = processor.unconditional_ids() if caption is None else processor.text_to_image_ids(caption)
@@ -185,7 +185,7 @@ def _reading(rows: Rows, pieces: str | None) -> tuple[list[int], list[int]]:
 
 
 _BUILDERS: dict[str, Callable[[Rows, str | None], tuple[list[int], list[int]]]] = {
-    "drawing": _drawing,
+    "text_to_image": _text_to_image,
     "captioning": _captioning,
     "conversation": _conversation,
     "alignment": _alignment,

@@ -31,6 +31,7 @@ from .text import Conversations, TextLines
 Dataset = CodeFolder | Conversations | TextLines
 JUDGED_FROM = 200  # samples seen before the share of bad ones is judged
 ATTEMPTS = 20  # other samples tried in place of a bad one
+SHUFFLE_NAMES = {"text_to_image": "drawing"}  # names that seed the shuffle are older than the kinds' names
 
 
 class Mixture:
@@ -57,7 +58,7 @@ class Mixture:
         total = sum(entry.weight for entry in self.entries)
         self.shares = np.array([entry.weight / total for entry in self.entries])
         self.orders = [
-            Order(data.sizes, seed, f"{n} {e.kind}")
+            Order(data.sizes, seed, f"{n} {SHUFFLE_NAMES.get(e.kind, e.kind)}")
             for n, (e, data) in enumerate(zip(self.entries, self.sets))
         ]
         self.step = self.seen = self.bad = 0
@@ -165,7 +166,7 @@ def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: li
     options = mixture.options
     if len(sample.images) != 1:
         raise BadSample(f"has {len(sample.images)} images: one is wanted")
-    drawing = entry.kind == "drawing" and choices[2] < options.drawing_share
+    drawing = entry.kind == "text_to_image" and choices[2] < options.text_to_image_share
     long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
     caption = (short or long) if choices[0] >= 1 - options.short_captions or not long else long
     if caption is None and captions:
@@ -180,7 +181,7 @@ def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: li
         return _with_images(mixture, "captioning", caption, sample.images)
     if choices[1] >= 1 - options.unconditional:
         caption = None
-    return _with_images(mixture, "drawing", caption, sample.images)
+    return _with_images(mixture, "text_to_image", caption, sample.images)
 
 
 def _talk(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
@@ -214,7 +215,7 @@ def _plain(mixture: Mixture, entry: MixtureEntry, line: str, _choices: list[floa
 
 
 _KINDS: dict[str, Callable[..., Sample]] = {
-    "drawing": _pair,
+    "text_to_image": _pair,
     "captioning": _pair,
     "conversation": _talk,
     "alignment": _talk,

@@ -30,7 +30,7 @@ class MixtureEntry:
     texts and images are learnt, of kind reading its texts alone.
     """
 
-    kind: Literal["drawing", "captioning", "conversation", "alignment", "text", "document", "reading"]
+    kind: Literal["text_to_image", "captioning", "conversation", "alignment", "text", "document", "reading"]
     path: str
     weight: float = 1.0
     codes: str | None = None
@@ -56,18 +56,19 @@ class MixtureEntry:
 class MixtureOptions:
     """The data; the defaults are published UniTok's.
 
-    unconditional: share of drawings whose prompt is replaced, for guidance. short_captions: share of samples
-    with the short caption where there is a long one too. drawing_share: of an entry "drawing", the rest is
-    captioned. max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens
-    hold as many samples as fit, without seeing each other; 0 = one sample per row. group_by_length:
-    micro-batches of one step hold samples of like length (every rank then makes all samples of a step).
-    workers: processes per rank that make steps ahead, 0 = none; it changes no batch and may differ on resume.
+    unconditional: share of text_to_image samples whose prompt is dropped, for classifier-free guidance.
+    short_captions: share of samples with the short caption where there is a long one too.
+    text_to_image_share: of an entry text_to_image, the rest is captioned. max_length: longest sample in
+    tokens, visual ones included. pack_to: rows of this many tokens hold as many samples as fit, without
+    attending to each other; 0 = one sample per row. group_by_length: micro-batches of one step hold samples
+    of similar length (every rank then builds all samples of a step). workers: processes per rank that
+    prefetch steps, 0 = none; it changes no batch and may differ on resume.
     """
 
     mixture: list[MixtureEntry]
     unconditional: float = 0.1
     short_captions: float = 0.2
-    drawing_share: float = 1.0
+    text_to_image_share: float = 1.0
     max_length: int = 2048
     pack_to: int = 0
     group_by_length: bool = False
@@ -77,7 +78,7 @@ class MixtureOptions:
     def check(self) -> None:
         if not self.mixture:
             raise UserError("data.mixture is empty: name at least one {kind, path, weight}.")
-        for name in ("unconditional", "short_captions", "drawing_share", "max_bad_share"):
+        for name in ("unconditional", "short_captions", "text_to_image_share", "max_bad_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"data.{name} is {getattr(self, name)}: a share between 0 and 1 is wanted.")
         if self.max_length < 2 or self.pack_to < 0 or self.workers < 0:

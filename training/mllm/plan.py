@@ -211,10 +211,10 @@ def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> "Work":
     image = sizes.num_image_tokens
     mean = torch.zeros(len(Work._fields), dtype=torch.float64)
     for entry in config.data.mixture:
-        share = {"drawing": config.data.drawing_share, "document": 1.0}.get(entry.kind, 0.0)
+        share = {"text_to_image": config.data.text_to_image_share, "document": 1.0}.get(entry.kind, 0.0)
         has_image = entry.kind != "text"
         tokens = min(text_tokens + (image + 4) * has_image, config.data.max_length)
-        targets = share * 3 + (1 - share * (entry.kind == "drawing")) * text_tokens
+        targets = share * 3 + (1 - share * (entry.kind == "text_to_image")) * text_tokens
         one = Work(tokens, tokens * (tokens + 1) / 2, targets, image * has_image, share * image)
         mean += torch.tensor(one, dtype=torch.float64) * (entry.weight / total)
     return Work(*mean.tolist())

@@ -211,7 +211,7 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
             continue
         warnings.add(codes.unsuited(entry.kind))
         tokens = codes.manifest["num_tokens"]
-        if entry.kind in ("drawing", "document") and tokens != model.config.num_image_tokens:
+        if entry.kind in ("text_to_image", "document") and tokens != model.config.num_image_tokens:
             raise UserError(
                 f"{entry.path} holds {tokens} visual tokens per image, but the model draws "
                 f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."

@@ -269,7 +269,7 @@ MLLM_NAMES = [
     "image_loss",
     "grad_norm",
     "lr",
-    "text_loss/drawing",
+    "text_loss/text_to_image",
     "text_loss/captioning",
     "text_loss/conversation",
     "text_loss/text",

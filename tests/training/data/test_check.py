@@ -74,7 +74,10 @@ def test_codes(tmp_path, capsys):
 
 def test_codes_of_the_wrong_mode_are_told(tmp_path):
     talks = [{"captions": ["a cat"], "conversations": [talk()]}] * 2
-    for mode, infos, kind in (("crop", talks, "conversation"), ("pad", [{"captions": ["a cat"]}], "drawing")):
+    for mode, infos, kind in (
+        ("crop", talks, "conversation"),
+        ("pad", [{"captions": ["a cat"]}], "text_to_image"),
+    ):
         path = write_codes(tmp_path / mode, infos) / "codes.json"
         facts = json.loads(path.read_text())
         assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)  # of an older folder

@@ -13,7 +13,7 @@ from open_unitok.training.data.tar_index import BadSample
 
 IMAGE, TOKENS, BOOKS = -200, 4, 4
 PUBLISHED_KINDS = {
-    "T2I": "drawing",
+    "T2I": "text_to_image",
     "I2T": "captioning",
     "mllm_pretrain": "alignment",
     "mllm_finetune": "conversation",
@@ -66,7 +66,9 @@ def test_rows_are_as_published(golden, legacy):
             continue
         row = rows.make(kind, text, images)
         assert row.ids.tolist() == case["input_ids"][0], case["name"]
-        learnt = [IGNORED if kind != "drawing" and label == IMAGE else label for label in case["labels"][0]]
+        learnt = [
+            IGNORED if kind != "text_to_image" and label == IMAGE else label for label in case["labels"][0]
+        ]
         assert row.labels.tolist() == learnt, case["name"]
         seen.add(kind)
     assert seen == set(KINDS) - {"document", "reading"}  # which the published code does not know
@@ -84,11 +86,11 @@ def talk(question, answer):
 
 def mixed(rows):
     return [
-        sample(rows, "drawing", "a red dog"),
+        sample(rows, "text_to_image", "a red dog"),
         sample(rows, "conversation", talk("<image>\nWhat is in <image>", "a cat"), images=2),
         sample(rows, "text", "The quick brown fox in the sky", images=0),
         sample(rows, "captioning", "a cat"),
-        sample(rows, "drawing", None),
+        sample(rows, "text_to_image", None),
     ]
 
 
@@ -146,7 +148,7 @@ def test_long_text_is_cut_but_never_an_image(golden):
     rows = make_rows(golden, template="plain", max_length=24)
     assert len(rows.make("captioning", "a cat " * 50, (TOKENS,)).ids) == 24
     with pytest.raises(BadSample, match="does not fit into max_length 24"):
-        rows.make("drawing", "a cat " * 50, (TOKENS,))
+        rows.make("text_to_image", "a cat " * 50, (TOKENS,))
     with pytest.raises(BadSample, match="nothing to learn"):
         rows.make("conversation", talk("<image>\n" + "What " * 50, "a cat"), (TOKENS,))
 
@@ -158,11 +160,15 @@ def test_what_cannot_be_used_is_a_bad_sample(rows):
         )
     with pytest.raises(BadSample, match="names 2 image"):
         rows.make("conversation", talk("<image><image>", "a"), (TOKENS,))
-    different = sample(rows, "drawing", "a cat")._replace(images=(np.zeros((2, BOOKS), dtype=np.uint16),))
+    different = sample(rows, "text_to_image", "a cat")._replace(
+        images=(np.zeros((2, BOOKS), dtype=np.uint16),)
+    )
     with pytest.raises(BadSample, match="different sizes"):
-        collate([sample(rows, "drawing", "a dog"), different], IMAGE, 0)
+        collate([sample(rows, "text_to_image", "a dog"), different], IMAGE, 0)
 
 
 def test_a_text_is_tokenised_once(rows):
-    assert rows.make("drawing", "a red dog", (TOKENS,)) is rows.make("drawing", "a red dog", (TOKENS,))
+    assert rows.make("text_to_image", "a red dog", (TOKENS,)) is rows.make(
+        "text_to_image", "a red dog", (TOKENS,)
+    )
     assert torch.is_tensor(collate(mixed(rows), IMAGE, 0).inputs["image_codes"])

@@ -168,12 +168,13 @@ def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, t
         member = tarfile.TarInfo("wide.png")
         member.size = len(wide.getvalue())
         tar.addfile(member, io.BytesIO(wide.getvalue()))
-    for mode, bad in (("crop", {"conversation", "alignment"}), ("pad", {"drawing"})):
+    for mode, bad in (("crop", {"conversation", "alignment"}), ("pad", {"text_to_image"})):
         run(tokenizer, data, tmp_path / mode, "--mode", mode)
         codes = CodeFolder(tmp_path / mode)
         assert codes.manifest["mode"] == mode and codes.manifest["oblong"] == 1
         found = {
-            kind: codes.unsuited(kind) for kind in ("drawing", "captioning", "conversation", "alignment")
+            kind: codes.unsuited(kind)
+            for kind in ("text_to_image", "captioning", "conversation", "alignment")
         }
         assert {kind for kind, text in found.items() if text} == bad
         assert all("1 of 5 images" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)

@@ -69,7 +69,7 @@ def rows(golden):
 @pytest.fixture
 def make(folder, rows):
     def build_mixture(entries=None, batch_size=10, accumulation=1, seed=3, fingerprint="abc", **options):
-        entries = entries or [("drawing", 0.6), ("conversation", 0.3), ("text", 0.1)]
+        entries = entries or [("text_to_image", 0.6), ("conversation", 0.3), ("text", 0.1)]
         listed = [
             {"kind": k, "weight": w, "path": str(folder.parent / "text.txt" if k == "text" else folder)}
             for k, w in entries
@@ -108,7 +108,7 @@ def test_shares_follow_the_weights(make):
     kinds = Counter()
     for step in range(1, 8):
         kinds.update(KINDS[k] for batch in mixture.next() for k in batch.kinds[:, 0])
-        for kind, share in (("drawing", 0.6), ("conversation", 0.3), ("text", 0.1)):
+        for kind, share in (("text_to_image", 0.6), ("conversation", 0.3), ("text", 0.1)):
             assert abs(kinds[kind] - share * 10 * step) <= 1
 
 
@@ -155,7 +155,7 @@ def test_workers_change_nothing_and_their_number_may_change(make):
 
 def test_workers_count_bad_samples_and_stop(tmp_path, rows):
     codes = write_codes(tmp_path / "codes", broken=range(0, 40, 20))
-    options = {"mixture": [{"kind": "drawing", "path": str(codes)}], "workers": 2}
+    options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "workers": 2}
     mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
     for _ in range(3):
         mixture.next()
@@ -192,29 +192,31 @@ def test_grouping_by_length_saves_padding(make):
 
 
 def test_unconditional_share_and_captions(make, rows):
-    mixture = make([("drawing", 1.0)], batch_size=400, unconditional=0.25)
+    mixture = make([("text_to_image", 1.0)], batch_size=400, unconditional=0.25)
     found = Counter(rows_of(mixture.next()))
-    bare = rows.make("drawing", None, (TOKENS,)).ids.tolist()
+    bare = rows.make("text_to_image", None, (TOKENS,)).ids.tolist()
     assert abs(found[tuple(bare)] / 400 - 0.25) < 0.07
     assert len(found) > 70  # of 40 samples with two captions each, nearly all were drawn
-    both = make([("drawing", 1.0)], batch_size=400, drawing_share=0.7, unconditional=0.0)
+    both = make([("text_to_image", 1.0)], batch_size=400, text_to_image_share=0.7, unconditional=0.0)
     kinds = Counter(KINDS[k] for batch in both.next() for k in batch.kinds[:, 0])
-    assert abs(kinds["drawing"] / 400 - 0.7) < 0.08 and kinds["captioning"] == 400 - kinds["drawing"]
+    assert (
+        abs(kinds["text_to_image"] / 400 - 0.7) < 0.08 and kinds["captioning"] == 400 - kinds["text_to_image"]
+    )
 
 
 def test_short_captions_are_taken_as_published(tmp_path, rows):
     info = {"short_caption": "a cat", "long_caption": "a photo of a red cat"}
     codes = write_codes(tmp_path / "codes", info=info)
-    options = {"mixture": [{"kind": "drawing", "path": str(codes)}], "unconditional": 0.0}
+    options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "unconditional": 0.0}
     mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=400)
     found = Counter(rows_of(mixture.next()))
-    short = tuple(rows.make("drawing", "a cat", (TOKENS,)).ids.tolist())
+    short = tuple(rows.make("text_to_image", "a cat", (TOKENS,)).ids.tolist())
     assert len(found) == 2 and abs(found[short] / 400 - 0.2) < 0.06
 
 
 def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
     few = write_codes(tmp_path / "few", broken=(3,))
-    options = {"mixture": [{"kind": "drawing", "path": str(few)}]}
+    options = {"mixture": [{"kind": "text_to_image", "path": str(few)}]}
     mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
     assert len(rows_of(mixture.next())) == 40 and mixture.bad == 1
     assert "codes.npy cannot be read" in capsys.readouterr().err
@@ -264,7 +266,7 @@ def test_refusals(tmp_path, make, folder):
     with pytest.raises(UserError, match="no line of text"):
         TextLines(tmp_path / "empty.txt")
     with pytest.raises(UserError, match="is a folder"):
-        options = {"mixture": [{"kind": kind, "path": str(folder)} for kind in ("drawing", "text")]}
+        options = {"mixture": [{"kind": kind, "path": str(folder)} for kind in ("text_to_image", "text")]}
         Mixture(build(MixtureOptions, options), None, seed=0, batch_size=4)
     with pytest.raises(UserError, match=r"unconditional is 1\.5"):
         make(unconditional=1.5)
@@ -277,5 +279,5 @@ def test_refusals(tmp_path, make, folder):
 
 
 def test_other_data_has_another_fingerprint(make, tmp_path, rows):
-    assert make().fingerprint == make().fingerprint != make([("drawing", 1.0)]).fingerprint
+    assert make().fingerprint == make().fingerprint != make([("text_to_image", 1.0)]).fingerprint
     assert torch.equal(make().next()[0].kinds, make().next()[0].kinds)

@@ -36,12 +36,12 @@ def samples(rows):
         return Sample(kind, rows.make(kind, text, (TOKENS,) * images), codes)
 
     return [
-        make("drawing", "a red dog", 1),
+        make("text_to_image", "a red dog", 1),
         make("text", "The quick brown fox", 0),
         make("conversation", json.dumps(TALK), 2),
         make("captioning", "a cat", 1),
         make("document", json.dumps([0, "a cat in the sky", 1]), 2),
-        make("drawing", None, 1),
+        make("text_to_image", None, 1),
         make("reading", json.dumps(["a dog", 0, "a fox"]), 1),
         make("text", "in the blue sky", 0),
     ]

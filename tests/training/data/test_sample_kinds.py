@@ -199,10 +199,10 @@ def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_p
     given = ("--images", images, "--max-bad-share", 0.5)
     unitok("data", "convert", "llava", path, tmp_path / "tars", *given)
     assert "5 samples" in (out := capsys.readouterr().out) and "4 skipped" in out
-    with pytest.raises(UserError, match="no code folder, as kind drawing"):
-        mixture([entry("drawing", path)])
+    with pytest.raises(UserError, match="no code folder, as kind text_to_image"):
+        mixture([entry("text_to_image", path)])
     with pytest.raises(UserError, match="belongs to conversations"):
-        mixture([entry("drawing", image_codes, codes=str(image_codes))])
+        mixture([entry("text_to_image", image_codes, codes=str(image_codes))])
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UserError, match="no list of conversations"):
         mixture([entry("conversation", tmp_path / "no.json")])
@@ -255,8 +255,8 @@ def test_documents(kind, images, tokenizer, mixture, codes_of, tmp_path, capsys)
             assert drawn == (2 if role == "document" else 0)
             numbers.append(number)
         assert sorted(numbers) == list(range(20))
-    with pytest.raises(UserError, match="cannot be used as drawing"):
-        mixture([entry("drawing", codes)], max_bad_share=1.0).next()
+    with pytest.raises(UserError, match="cannot be used as text_to_image"):
+        mixture([entry("text_to_image", codes)], max_bad_share=1.0).next()
 
 
 def test_a_long_document_ends_before_an_image_that_does_not_fit(
@@ -296,7 +296,7 @@ def test_image_text_pairs(images, tokenizer, mixture, codes_of, tmp_path):
     rows = [{"file_name": f"train/{n:02d}.png", "text": f"a {THINGS[n % 4]} {n}"} for n in range(20)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codes = prepare("folder", tmp_path / "m.jsonl", tmp_path, tokenizer, "--images", images)
-    drawn = read_batch(mixture([entry("drawing", codes)], unconditional=0.0))
+    drawn = read_batch(mixture([entry("text_to_image", codes)], unconditional=0.0))
     captioned = read_batch(mixture([entry("captioning", codes)]))
     for text, pictures, learnt, count in drawn:
         assert (pictures, learnt, count) == ([codes_of[int(text.split()[2])]], "", 1)

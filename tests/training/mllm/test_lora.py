@@ -62,7 +62,7 @@ def test_the_run_leaves_an_adapter_alone(tuned, base, mllm):
 
 
 def test_a_few_images_are_learnt(mllm, base):
-    few = f"{{kind: drawing, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
+    few = f"{{kind: text_to_image, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
     more = [f"data.mixture=[{few}]", lora, "steps=60", "log.every=20", "data.unconditional=0"]
     folder = mllm.train("lora-few", "model=null", f"start_from={base}", *more, "optimizer.lr=2e-2")
@@ -76,10 +76,11 @@ def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
     their captions; half of what it sees are the questions it knew."""
     seen = mllm.write_codes(mllm.place, "seen", range(12), captions=1)
     mine = mllm.write_codes(mllm.place, "mine", range(12, 16), captions=1)
-    old = f"{{kind: drawing, path: {seen}, weight: 0.3}}, {{kind: conversation, path: {seen}, weight: 0.7}}"
+    generated = "kind: text_to_image, path"
+    old = f"{{{generated}: {seen}, weight: 0.3}}, {{kind: conversation, path: {seen}, weight: 0.7}}"
     steady = ["batch_size=24", "log.every=1", "optimizer.lr=1e-2", "data.unconditional=0"]
     base = mllm.train("base-answers", f"data.mixture=[{old}]", "steps=150", *steady) / "model"
-    new = f"{{kind: drawing, path: {mine}, weight: 0.35}}, {{kind: captioning, path: {mine}, weight: 0.15}}"
+    new = f"{{{generated}: {mine}, weight: 0.35}}, {{kind: captioning, path: {mine}, weight: 0.15}}"
     mixture = f"data.mixture=[{new}, {{kind: conversation, path: {seen}, weight: 0.5}}]"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head]}"
     tuned = mllm.train("own", "model=null", f"start_from={base}", mixture, lora, "steps=80", *steady)

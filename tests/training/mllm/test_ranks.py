@@ -41,7 +41,7 @@ def jobs(place: Path, base: Path) -> dict[str, list[str]]:
         found[f"parted{stage}"] = [*STEPS, f"engine.zero_stage={stage}", "engine.accumulation=2"]
     found["offloaded2"] = [*STEPS, "engine.zero_stage=2", "engine.offload=optimizer"]
     found["offloaded3"] = [*STEPS, "engine.zero_stage=3", "engine.offload=parameters"]
-    half = f"[{{kind: text, path: {place}/text.txt}}, {{kind: drawing, path: {place}/few}}]"
+    half = f"[{{kind: text, path: {place}/text.txt}}, {{kind: text_to_image, path: {place}/few}}]"
     found["apart"] = [*STEPS, "engine.zero_stage=3", "batch_size=2", f"data.mixture={half}"]
     for stage in (1, 3):
         tune = [*STEPS, LORA, "model=null", f"start_from={base}", f"engine.zero_stage={stage}"]

@@ -30,7 +30,7 @@ def reference(mllm_reference):
 
 
 def test_one_batch_is_overfitted(mllm, place):
-    few = f"[{{kind: drawing, path: {place}/few}}, {{kind: conversation, path: {place}/few}}]"
+    few = f"[{{kind: text_to_image, path: {place}/few}}, {{kind: conversation, path: {place}/few}}]"
     folder = mllm.train(
         "overfit",
         "steps=160",
@@ -43,7 +43,7 @@ def test_one_batch_is_overfitted(mllm, place):
     assert first["text_loss"] > 0.5 and first["image_loss"] > 0.5
     assert last["text_loss"] < 0.02 and last["image_loss"] < 0.02
     assert all(last[f"accuracy/{book}"] == 1 for book in range(3))
-    assert last["text_loss/drawing"] < 0.02 and last["text_loss/conversation"] < 0.02
+    assert last["text_loss/text_to_image"] < 0.02 and last["text_loss/conversation"] < 0.02
 
 
 def test_resumed_equals_uninterrupted(mllm, reference):
@@ -159,7 +159,7 @@ def test_the_published_weighting_counts_every_code_as_one_token():
         (["model.processor.templat=plain"], "template"),
         (["model.processor.template=vicuna"], "vicuna_v1"),
         (["lr_factors={head: 1}"], "no such part"),
-        (["data.mixture.0.kind=draw"], "drawing"),
+        (["data.mixture.0.kind=text2image"], "text_to_image"),
         (["data.max_length=500"], "context is 128"),
         (["batch_size=7", "engine.accumulation=2"], "batch_size 7"),
         (["loss={text: 0, image: 0}"], "not both 0"),
@@ -236,7 +236,8 @@ def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
     assert facts["mode"] == "crop" and facts["oblong"] == 0
     (tmp_path / "codes" / "codes.json").write_text(json.dumps({**facts, "oblong": 3}))
     entries = ", ".join(
-        f"{{kind: {kind}, path: {tmp_path}/codes}}" for kind in ("conversation", "conversation", "drawing")
+        f"{{kind: {kind}, path: {tmp_path}/codes}}"
+        for kind in ("conversation", "conversation", "text_to_image")
     )
     mllm.train("told", f"data.mixture=[{entries}]", "steps=2")
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
