@@ -29,7 +29,7 @@ demo: .venv/.installed
 # The model that ships (open_unitok/models/scenes): hours on 2 cores, resumable; its numbers stand in runs/scenes/eval-bf16.
 model: .venv/.installed
 	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
-	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --asked 3 3 2 2 3 4 --short-names --pair-captions 6 --out runs/scenes/data2
+	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --short-names --pair-captions 6 --out runs/scenes/data2
 	$(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
 	$(BIN)/unitok train configs/scenes/questions.yaml
 	test runs/scenes/model -nt runs/scenes/questions/model || { rm -rf runs/scenes/model && \

@@ -8,9 +8,9 @@ from PIL import Image
 from open_unitok import Pipeline, Sampling
 from open_unitok.core.files import DEFAULT_MODEL, SHIPPED_MODELS, write_json
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
-from open_unitok.training.scenes.dataset import describe, load_config
+from open_unitok.training.scenes.dataset import load_config, scenes_description
 from open_unitok.training.scenes.scene import render, sample_scene
-from open_unitok.training.scenes.test_split import questions_of
+from open_unitok.training.scenes.test_split import sample_test_questions
 
 CONFIG = load_config("configs/scenes/scenes.yaml")
 
@@ -29,7 +29,7 @@ def test_it_is_small_and_says_what_it_is():
 
 
 def test_it_draws_what_is_asked_for(pipe, tmp_path):
-    write_json(tmp_path / "scenes.json", describe(CONFIG))
+    write_json(tmp_path / "scenes.json", scenes_description(CONFIG))
     detect = ScenesDetector.from_file(tmp_path / "scenes.json")
     held_out = {(color, shape) for color, shape in CONFIG.held_out_pairs}
     wanted = [pair for pair in CONFIG.pairs if pair not in held_out][::4]
@@ -40,7 +40,9 @@ def test_it_draws_what_is_asked_for(pipe, tmp_path):
 
 def test_it_answers_about_scenes_of_the_test_split(pipe):
     scenes = [sample_scene(CONFIG, "test", index) for index in range(60)]
-    asked = [(render(scene), q) for i, scene in enumerate(scenes) for q in questions_of(CONFIG, scene, i)]
+    asked = [
+        (render(scene), q) for i, scene in enumerate(scenes) for q in sample_test_questions(CONFIG, scene, i)
+    ]
     images: list[Image.Image] = [image for image, _ in asked]
     answers = pipe.answer(images, [question.text for _, question in asked], max_new_tokens=4)
     right = collections.defaultdict(list)

@@ -14,8 +14,10 @@ from ..judges.detections import Verdict
 
 
 def load_positions(data: Path, settings: Settings) -> Task:
-    """`test/drawing_positions.jsonl`: one object, its colour, its place; the ceiling on real images."""
-    path = existing(data / "test" / "drawing_positions.jsonl", "`unitok data scenes` writes it.")
+    """`test/positions.jsonl`: one object, its colour, its place; the ceiling on real images."""
+    names = ("positions.jsonl", "drawing_positions.jsonl")  # the second is the name until version 0.1.0
+    paths = [data / "test" / name for name in names]
+    path = existing(paths[paths[1].exists() and not paths[0].exists()], "`unitok data scenes` writes it.")
     prompts = [
         position_of(row, f"{path}, prompt {i}")
         for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)

@@ -1,8 +1,9 @@
-"""The settings of a set of scenes, checked when they are made."""
+"""Settings of a scene data set: an immutable dataclass that validates itself."""
 
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from random import Random
 from typing import Any
@@ -11,123 +12,75 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from .shapes import COLORS, SHAPES, TEXTURES
 
+# In this order everywhere: sampling with a seed depends on it.
+QUESTION_KINDS = ("existence", "count", "colour", "shape", "position", "relation")
+_DEFAULT_SHARES = dict(zip(QUESTION_KINDS, (3.0, 1.0, 1.0, 1.0, 1.0, 3.0)))
 
-def _told(default: Any, what: str) -> Any:
-    """A field that says in `unitok data scenes --help` what it is."""
-    return dataclasses.field(default=default, metadata={"help": what})
+
+def _setting(default: Any, help: str) -> Any:
+    """A dataclass field with the help text of its command-line option."""
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    """What the scenes may hold and how many are made. The defaults are the demo's."""
+    """Content and size of a scene data set. The defaults are those of the demo."""
 
-    size: int = _told(32, "image side in pixels")
-    grid: int = _told(2, "cells per side; an object stays inside its cell")
-    min_objects: int = _told(1, "fewest objects in a scene")
-    max_objects: int = _told(2, "most objects in a scene")
-    shapes: int = _told(4, "how many shapes there are")
-    colors: int = _told(6, "how many colours there are")
-    sizes: tuple[float, ...] = _told((10, 11, 12), "side of an object's box in pixels")
-    size_names: tuple[str, ...] = _told((), "one per size, to be named in captions and questions; or none")
-    textures: tuple[str, ...] = _told(("plain",), "how objects are filled: plain, striped, dotted")
-    jitter: float = _told(1.0, "largest shift of an object from the middle of its cell, pixels")
-    step: float = _told(1.0, "shifts are multiples of this, pixels")
-    light_min: int = _told(222, "a background's red, green and blue are this at least")
-    light_max: int = _told(250, "a background's red, green and blue are this at most")
-    gradient: int = _told(0, "largest change of the background across the image, levels of 255")
-    held_out: float = _told(0.1, "share of colour x shape pairs that training never shows")
-    test_share: float = _told(0.1, "share of all possible arrangements that only the test split may use")
-    train: int = _told(20_000, "training scenes")
-    test: int = _told(1_000, "test scenes")
-    shard: int = _told(2_000, "training scenes per tar")
-    corners: bool = _told(False, 'captions also say "in the top left corner"')
-    captions: int = _told(4, "captions per scene")
-    conversations: int = _told(4, "conversations per training scene")
-    turns: int = _told(4, "most questions in one conversation")
-    asked: tuple[float, ...] = _told(
-        (3, 1, 1, 1, 1, 3),
-        "how often training asks for existence, count, colour, shape, position, relation: their shares",
+    size: int = _setting(32, "image side in pixels")
+    grid: int = _setting(2, "cells per side; every object stays inside its cell")
+    min_objects: int = _setting(1, "fewest objects per scene")
+    max_objects: int = _setting(2, "most objects per scene")
+    shapes: int = _setting(4, "number of shapes")
+    colors: int = _setting(6, "number of colours")
+    sizes: tuple[float, ...] = _setting((10, 11, 12), "sides of an object's bounding box in pixels")
+    size_names: tuple[str, ...] = _setting(
+        (), "one name per size for captions and questions, or none: sizes are then not mentioned"
     )
-    short_names: bool = _told(
-        False, "training also asks where things are by a part of their names, and for one relation at a time"
+    textures: tuple[str, ...] = _setting(("plain",), "fill patterns: plain, striped, dotted")
+    jitter: float = _setting(1.0, "largest offset of an object from its cell's centre, pixels")
+    step: float = _setting(1.0, "offsets are multiples of this, pixels")
+    light_min: int = _setting(222, "lower limit of the background's red, green and blue")
+    light_max: int = _setting(250, "upper limit of the background's red, green and blue")
+    gradient: int = _setting(0, "largest change of the background across the image, levels of 255")
+    held_out: float = _setting(0.1, "share of colour x shape pairs that never appear in training")
+    test_share: float = _setting(0.1, "share of all arrangements that is reserved for the test split")
+    train: int = _setting(20_000, "number of training scenes")
+    test: int = _setting(1_000, "number of test scenes")
+    shard: int = _setting(2_000, "training scenes per tar")
+    corners: bool = _setting(False, 'captions also say "in the top left corner"')
+    captions: int = _setting(4, "captions per scene")
+    conversations: int = _setting(4, "conversations per training scene")
+    turns: int = _setting(4, "most questions per conversation")
+    question_shares: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict(_DEFAULT_SHARES),
+        metadata={
+            "help": "relative frequency of each kind of training question; a kind left out is not asked"
+        },
     )
-    pair_captions: int = _told(0, "further captions of training scenes of two objects")
-    questions: int = _told(4, "questions per test scene")
-    pope: int = _told(150, "test scenes asked about in each POPE category, two questions each")
-    prompts: int = _told(25, "prompts per GenEval tag")
-    text_lines: int = _told(4_000, "lines of plain text")
-    vocabulary: int = _told(512, "pieces of the text tokenizer, 259 of which are bytes and controls")
-    seed: int = _told(0, "of everything that is drawn by lot")
+    short_names: bool = _setting(
+        False,
+        "training questions also name objects by shape or colour alone, with one relation per conversation",
+    )
+    pair_captions: int = _setting(0, "additional captions of training scenes with two objects")
+    questions: int = _setting(4, "questions per test scene")
+    pope: int = _setting(150, "test scenes per POPE category, two questions each")
+    prompts: int = _setting(25, "prompts per GenEval tag")
+    text_lines: int = _setting(4_000, "lines of plain text")
+    vocabulary: int = _setting(512, "vocabulary size of the text tokenizer, 259 bytes and controls included")
+    seed: int = _setting(0, "random seed")
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            _check_type(field.name, getattr(self, field.name), field.default)
-        # 10 and 10.0 are one setting, and must give one set of scenes
+        defaults = {field.name: _default(field) for field in fields(self)}
+        for name, default in defaults.items():
+            _check_type(name, getattr(self, name), default)
+        # 10 and 10.0 are the same setting and must give the same scenes
         object.__setattr__(self, "sizes", tuple(map(float, self.sizes)))
-        object.__setattr__(self, "asked", tuple(map(float, self.asked)))
         for name in ("jitter", "step", "held_out", "test_share"):
             object.__setattr__(self, name, float(getattr(self, name)))
-        _require(self.grid in (2, 3), "grid", self.grid, "2 or 3")
-        _require(
-            16 <= self.size <= 1024 and self.size % self.grid == 0,
-            "size",
-            self.size,
-            "a multiple of grid, 16 to 1024",
-        )
-        _require(
-            1 <= self.min_objects <= self.max_objects, "min_objects", self.min_objects, "1 to max_objects"
-        )
-        _require(
-            self.max_objects <= min(self.grid**2, 6),
-            "max_objects",
-            self.max_objects,
-            "at most one per cell, 6 in all",
-        )
-        _require(2 <= self.shapes <= len(SHAPES), "shapes", self.shapes, f"2 to {len(SHAPES)}")
-        _require(2 <= self.colors <= len(COLORS), "colors", self.colors, f"2 to {len(COLORS)}")
-        _require(
-            bool(self.sizes) and min(self.sizes) >= 4, "sizes", self.sizes, "a list of at least 4 pixels each"
-        )
-        room = self.size / self.grid - 2 * self.jitter - 1
-        _require(
-            max(self.sizes) <= room,
-            "sizes",
-            self.sizes,
-            f"at most {room:g}, so that objects stay in their cells",
-        )
-        _require(
-            len(self.size_names) in (0, len(self.sizes)),
-            "size_names",
-            self.size_names,
-            "none, or one per size",
-        )
-        known = bool(self.textures) and set(self.textures) <= set(TEXTURES)
-        _require(known, "textures", self.textures, f"a list out of {', '.join(TEXTURES)}")
-        _require(self.jitter >= 0 and self.step > 0, "jitter", self.jitter, "0 or more, with step above 0")
-        _require(
-            0 <= self.light_min <= self.light_max <= 255,
-            "light_min",
-            self.light_min,
-            "0 to light_max, 255 at most",
-        )
-        _require(0 <= self.gradient <= 128, "gradient", self.gradient, "0 to 128")
-        _require(0 <= self.held_out <= 0.5, "held_out", self.held_out, "0 to 0.5")
-        _require(0 < self.test_share <= 0.5, "test_share", self.test_share, "above 0, at most 0.5")
-        for name in (
-            "train",
-            "test",
-            "shard",
-            "captions",
-            "conversations",
-            "turns",
-            "questions",
-            "text_lines",
-        ):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        good = len(self.asked) == 6 and min(self.asked) >= 0 and 0 < sum(self.asked) < math.inf
-        _require(good, "asked", self.asked, "six shares, 0 or more, not all of them 0")
-        _require(self.pair_captions >= 0, "pair_captions", self.pair_captions, "0 or more")
-        _require(self.vocabulary >= 300, "vocabulary", self.vocabulary, "300 or more (256 are bytes)")
+        object.__setattr__(self, "question_shares", _all_shares(self.question_shares))
+        for holds, name, allowed in _rules(self):
+            if not holds:
+                raise UserError(f"scenes: {name} = {getattr(self, name)!r} is not possible; {allowed}.")
 
     @property
     def cell(self) -> int:
@@ -149,11 +102,12 @@ class SceneConfig:
 
     @functools.cached_property
     def held_out_pairs(self) -> frozenset[tuple[str, str]]:
-        """The pairs that training never shows; no colour or shape loses more than it must."""
+        """The (colour, shape) pairs that training never shows, spread evenly over colours and shapes."""
         pairs = self.pairs
         Random(f"{self.seed}/held out").shuffle(pairs)
         wanted = round(self.held_out * len(pairs))
         chosen: list[tuple[str, str]] = []
+        # raise the limit per colour and per shape only after every pair that fits below it is taken
         for limit in range(1, len(pairs)):
             for color, shape in pairs:
                 used = max(sum(c == color for c, _ in chosen), sum(s == shape for _, s in chosen))
@@ -171,28 +125,89 @@ def with_values(config: SceneConfig, values: dict[str, Any]) -> SceneConfig:
     names = {field.name for field in fields(config)}
     for key in values:
         if key not in names:
-            raise UserError(f"The scenes have no setting {key!r}." + did_you_mean(key, names))
+            raise UserError(f"scenes: {key!r} is not a setting." + did_you_mean(key, names))
     return replace(config, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _require(holds: bool, key: str, value: Any, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"scenes: {key} = {value!r} is not possible; allowed: {allowed}.")
+def parse_shares(words: Sequence[str]) -> dict[str, float]:
+    """["count=3", "shape=1"] -> {"count": 3.0, "shape": 1.0}, as `--question-shares` takes them."""
+    shares = {}
+    for word in words:
+        kind, _, number = word.partition("=")
+        try:
+            shares[kind] = float(number)
+        except ValueError:
+            raise UserError(f"scenes: question_shares: {word!r} must be KIND=NUMBER.") from None
+    return shares
+
+
+def _all_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    """One share for every kind of question, in the order of QUESTION_KINDS; missing ones are 0."""
+    for kind in shares:
+        if kind not in QUESTION_KINDS:
+            hint = did_you_mean(str(kind), QUESTION_KINDS)
+            raise UserError(f"scenes: question_shares: {kind!r} is not a kind of question.{hint}")
+    return {kind: float(shares.get(kind, 0)) for kind in QUESTION_KINDS}
+
+
+def _rules(c: SceneConfig) -> Iterator[tuple[bool, str, str]]:
+    """(whether it holds, setting, what is allowed) for every range and dependency between settings."""
+    yield c.grid in (2, 3), "grid", "expected 2 or 3"  # first: the rules below divide by it
+    largest = c.size / c.grid - 2 * c.jitter - 1  # an object must stay in its cell at the largest offset
+    known_textures = bool(c.textures) and set(c.textures) <= set(TEXTURES)
+    shares = c.question_shares.values()
+    at_least_one = (
+        "train", "test", "shard", "captions", "conversations", "turns", "questions", "text_lines",
+    )  # fmt: skip
+    yield from [
+        (16 <= c.size <= 1024 and c.size % c.grid == 0, "size", "expected a multiple of grid, 16 to 1024"),
+        (1 <= c.min_objects <= c.max_objects, "min_objects", "expected 1 to max_objects"),
+        (c.max_objects <= min(c.grid**2, 6), "max_objects", "expected at most one per cell and at most 6"),
+        (2 <= c.shapes <= len(SHAPES), "shapes", f"expected 2 to {len(SHAPES)}"),
+        (2 <= c.colors <= len(COLORS), "colors", f"expected 2 to {len(COLORS)}"),
+        (bool(c.sizes) and min(c.sizes) >= 4, "sizes", "expected a list of numbers of at least 4 pixels"),
+        (max(c.sizes, default=0) <= largest, "sizes",
+         f"expected at most {largest:g}, so that objects stay in their cells"),
+        (len(c.size_names) in (0, len(c.sizes)), "size_names", "expected none, or one per size"),
+        (known_textures, "textures", f"expected a list of {', '.join(TEXTURES)}"),
+        (c.jitter >= 0 and c.step > 0, "jitter", "expected 0 or more, with step above 0"),
+        (0 <= c.light_min <= c.light_max <= 255, "light_min", "expected 0 to light_max, 255 at most"),
+        (0 <= c.gradient <= 128, "gradient", "expected 0 to 128"),
+        (0 <= c.held_out <= 0.5, "held_out", "expected 0 to 0.5"),
+        (0 < c.test_share <= 0.5, "test_share", "expected above 0 and at most 0.5"),
+        *((getattr(c, name) >= 1, name, "expected 1 or more") for name in at_least_one),
+        (min(shares) >= 0 and 0 < sum(shares) < math.inf, "question_shares",
+         "expected finite numbers of 0 or more, at least one of them above 0"),
+        (c.pair_captions >= 0, "pair_captions", "expected 0 or more"),
+        (c.vocabulary >= 300, "vocabulary", "expected 300 or more (256 are bytes)"),
+    ]  # fmt: skip
+
+
+def _default(field: dataclasses.Field) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def _check_type(key: str, value: Any, default: Any) -> None:
-    if isinstance(default, tuple):
-        kind = str if key in ("size_names", "textures") else (int, float)
-        good = isinstance(value, tuple) and all(
-            isinstance(v, kind) and not isinstance(v, bool) for v in value
+    """Reject a value whose type differs from the default's; a bool is not a number here."""
+    if isinstance(default, dict):
+        good, wanted = (
+            isinstance(value, dict) and all(map(_is_number, value.values())),
+            (f"a mapping of {', '.join(default)} to numbers"),
         )
-        wanted = "a list of words" if kind is str else "a list of numbers"
+    elif isinstance(default, tuple):
+        words = key in ("size_names", "textures")
+        good = isinstance(value, tuple) and all(isinstance(v, str) if words else _is_number(v) for v in value)
+        wanted = "a list of words" if words else "a list of numbers"
     elif isinstance(default, bool):
         good, wanted = isinstance(value, bool), "true or false"
+    elif isinstance(default, float):
+        good, wanted = _is_number(value), "a number"
     else:
-        good = isinstance(value, (int, float) if isinstance(default, float) else int) and not isinstance(
-            value, bool
-        )
-        wanted = "a number" if isinstance(default, float) else "a whole number"
+        good, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     if not good:
         raise UserError(f"scenes: {key} = {value!r} must be {wanted}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""Writes seeded scenes of coloured shapes in the file formats of real data sets: shards and a test split.
+"""Writes a scene data set in the file formats of real data sets: webdataset shards and a test split.
 
-The same configuration gives the same bytes. Every file is renamed into place, and `scenes.json` comes last: a
-folder that has it is finished. A killed run goes on where it stopped; a finished folder of another
-configuration is refused unless `--overwrite` is given.
+The same configuration gives the same bytes. Every file is renamed into place, and `scenes.json` is written
+last: a folder that has it is finished. An interrupted run resumes; a finished folder of another configuration
+is rejected unless `--overwrite` is given.
 """
 
 import io
@@ -21,24 +21,24 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_atomic, write_json
 
 from ..core.config import read
-from . import language, test_split
-from .config import SceneConfig, with_values
+from .captions import sample_captions, sample_pair_captions, sample_sentences
+from .config import QUESTION_KINDS, SceneConfig, with_values
+from .questions import SceneQuestion, sample_conversation
 from .scene import Scene, render, sample_scene
 from .shapes import COLORS, PALE, SHAPES
-
-__all__ = ["Scene", "SceneConfig", "render", "sample_scene", "write_scenes"]
+from .test_split import write_test_split
 
 FINISHED = "scenes.json"
-UNFINISHED = "unfinished.json"  # the configuration of a run that has not come to its end
-# what surrounds captions, questions and answers in a model's input: to be short in the text tokenizer too
-PROMPT_PIECES = ("USER:", "ASSISTANT:", " Generate an image based on this description.", "<unconditional>")
+UNFINISHED = "unfinished.json"  # the configuration of a run in progress
+# prompt templates around captions, questions and answers: few tokens in the text tokenizer too
+_PROMPT_PIECES = ("USER:", "ASSISTANT:", " Generate an image based on this description.", "<unconditional>")
 
 
 def load_config(path: str | Path | None) -> SceneConfig:
-    """The demo's settings with those of a YAML file over them.
+    """The default settings, overridden by those of a YAML file.
 
     Raises:
-        UserError: the file is missing or is not a YAML mapping, or a setting is unknown or impossible.
+        UserError: the file is missing or is not a YAML mapping, or a setting is unknown or invalid.
     """
     return with_values(SceneConfig(), read(path)) if path else SceneConfig()
 
@@ -46,21 +46,21 @@ def load_config(path: str | Path | None) -> SceneConfig:
 def write_scenes(
     config: SceneConfig, out: str | Path, overwrite: bool = False, progress: bool = True
 ) -> bool:
-    """Write everything below `out`; returns False where it was there already.
+    """Write the data set below `out`; returns False if it was finished before.
 
     Raises:
         UserError: `out` holds something else.
     """
-    out, wanted, defaults = Path(out), _as_json(config), _as_json(SceneConfig())
+    out, wanted = Path(out), _as_json(config)
     state = next((out / n for n in (FINISHED, UNFINISHED) if (out / n).exists()), None)
     if state:
-        found = {**defaults, **read_json(state)["config"]}  # settings may have come since
+        found = _stored_settings(state)
         if found == wanted and state.name == FINISHED:
             return False
         if found != wanted:
-            _make_room(out, state, found, wanted, overwrite)
+            _remove_old(out, state, found, wanted, overwrite)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something that is not scenes; choose an empty or new folder.")
+        raise UserError(f"{out} holds files that are not a scene data set; choose an empty or new folder.")
     write_json(out / UNFINISHED, {"config": wanted})
     with tqdm(total=config.train + config.test, desc="scenes", unit=" scenes", disable=not progress) as bar:
         for shard in range(-(-config.train // config.shard)):
@@ -70,8 +70,8 @@ def write_scenes(
                 write_atomic(path, _tar(config, indices))
             bar.update(len(indices))
         _write_text(config, out / "text")
-        test_split.write_test_split(config, out / "test", bar.update)
-    write_json(out / FINISHED, describe(config))
+        write_test_split(config, out / "test", bar.update)
+    write_json(out / FINISHED, scenes_description(config))
     (out / UNFINISHED).unlink(missing_ok=True)
     return True
 
@@ -80,20 +80,27 @@ def _as_json(config: SceneConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
-def _make_room(out: Path, state: Path, found: dict, wanted: dict, overwrite: bool) -> None:
+def _stored_settings(state: Path) -> dict[str, Any]:
+    """The settings in a state file; those that it lacks have been added since, with defaults that keep it."""
+    stored = read_json(state)["config"]
+    if "asked" in stored:  # the key until version 0.1.0: shares in the order of QUESTION_KINDS
+        stored["question_shares"] = dict(zip(QUESTION_KINDS, map(float, stored.pop("asked"))))
+    return {**_as_json(SceneConfig()), **stored}
+
+
+def _remove_old(out: Path, state: Path, found: dict, wanted: dict, overwrite: bool) -> None:
+    """Remove scenes of other settings: an unfinished run's always, a finished one's with `overwrite`."""
     differing = [k for k in {**found, **wanted} if found.get(k) != wanted.get(k)]
     if state.name == FINISHED and not overwrite:
         shown = ", ".join(f"{k} = {found.get(k)!r}, now {wanted.get(k)!r}" for k in differing[:4])
-        raise UserError(
-            f"{out} holds scenes made with other settings ({shown}); use another --out, or --overwrite."
-        )
+        raise UserError(f"{out} holds scenes of other settings ({shown}); use another --out, or --overwrite.")
     for name in ("train", "text", "test"):
         shutil.rmtree(out / name, ignore_errors=True)
     state.unlink()
 
 
-def describe(config: SceneConfig) -> dict[str, Any]:
-    """What a reader of the images must know: the detector of `eval` works from this alone."""
+def scenes_description(config: SceneConfig) -> dict[str, Any]:
+    """Contents of `scenes.json`: all that the object detector of `eval` needs to know about the images."""
     return {
         "config": asdict(config),
         "size": config.size,
@@ -117,24 +124,26 @@ def describe(config: SceneConfig) -> dict[str, Any]:
 
 
 def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, Any]]:
-    """Training scene `index` and what its `key.json` says."""
+    """Training scene `index` and its `key.json`: captions, conversations and ground truth."""
     scene = sample_scene(config, "train", index)
     rng = Random(f"{config.seed}/train text/{index}")
     known = [pair for pair in config.pairs if pair not in config.held_out_pairs]
-    talks = (language.conversation(scene, config, rng, known) for _ in range(config.conversations))
+    # a generator: conversations are sampled after the captions, from the same random numbers
+    conversations = (sample_conversation(scene, config, rng, known) for _ in range(config.conversations))
     record = {
         "scene": scene.as_json(),
-        "captions": language.captions(scene, config, rng, config.captions)
-        + language.pair_captions(scene, config, rng),
-        "conversations": [_as_turns(talk) for talk in talks if talk],
+        "captions": sample_captions(scene, config, rng, config.captions)
+        + sample_pair_captions(scene, config, rng),
+        "conversations": [_as_turns(questions) for questions in conversations if questions],
         "held_out": False,
     }
     return scene, record
 
 
-def _as_turns(talk: list[language.Question]) -> list[dict[str, str]]:
+def _as_turns(questions: list[SceneQuestion]) -> list[dict[str, str]]:
+    """A conversation in LLaVA's format, its image before the first question."""
     turns = []
-    for number, question in enumerate(talk):
+    for number, question in enumerate(questions):
         turns.append({"from": "human", "value": ("" if number else "<image>\n") + question.text})
         turns.append({"from": "gpt", "value": question.answer})
     return turns
@@ -148,7 +157,7 @@ def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:
             scene, record = training_record(config, index)
             text = json.dumps(record, separators=(",", ":")).encode()
             for ending, content in (
-                ("png", png(scene)),
+                ("png", _png(scene)),
                 ("txt", record["captions"][0].encode()),
                 ("json", text),
             ):
@@ -158,7 +167,7 @@ def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:
     return buffer.getvalue()
 
 
-def png(scene: Scene) -> bytes:
+def _png(scene: Scene) -> bytes:
     buffer = io.BytesIO()
     render(scene).save(buffer, "PNG")
     return buffer.getvalue()
@@ -168,31 +177,31 @@ def png(scene: Scene) -> bytes:
 
 
 def _write_text(config: SceneConfig, folder: Path) -> None:
-    """text/train.txt, text/captions.txt and the text tokenizer that is trained on all that is said."""
+    """Write text/train.txt, text/captions.txt and a text tokenizer trained on all texts of the data set."""
     if (folder / "tokenizer.model").exists():
         return
-    # scenes beyond the training set's, of the same kind: text alone shows no image
+    # scene indices beyond the training set: these sentences belong to no training image
     scenes = (sample_scene(config, "train", config.train + i) for i in range(config.text_lines))
-    plain = list(language.sentences(config, scenes, Random(f"{config.seed}/text")))
+    plain = list(sample_sentences(config, scenes, Random(f"{config.seed}/text")))
     write_atomic(folder / "train.txt", "".join(line + "\n" for line in plain))
-    captions, spoken = [], list(plain)
+    captions, corpus = [], list(plain)
     for index in range(min(config.train, 3_000)):
         record = training_record(config, index)[1]
         captions.append(record["captions"][0])
-        spoken += record["captions"]
+        corpus += record["captions"]
         for turns in record["conversations"]:
-            spoken += [turn["value"].removeprefix("<image>\n") for turn in turns]
+            corpus += [turn["value"].removeprefix("<image>\n") for turn in turns]
     write_atomic(folder / "captions.txt", "".join(line + "\n" for line in captions))
-    # every word of the scenes must be heard, the held-out pairs' names included, as single words
-    spoken += [*config.color_names, *config.shape_names] * 40
-    write_atomic(folder / "tokenizer.model", train_text_tokenizer(spoken, config.vocabulary))
+    # every colour and shape becomes a single token, also where few of the texts above name it
+    corpus += [*config.color_names, *config.shape_names] * 40
+    write_atomic(folder / "tokenizer.model", _train_text_tokenizer(corpus, config.vocabulary))
 
 
-def train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
+def _train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
     """A byte-fallback sentencepiece BPE model with LLaMA's ids 0 to 4: <unk>, <s>, </s>, <0x00>, <0x01>."""
     import sentencepiece
 
-    lines = lines + [piece.strip() for piece in PROMPT_PIECES] * 200
+    lines = lines + [piece.strip() for piece in _PROMPT_PIECES] * 200
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),

@@ -1,10 +1,10 @@
 """`unitok data scenes`: write captioned scenes of coloured shapes: training shards and a test split."""
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
-from open_unitok.training.scenes.config import SceneConfig, with_values
+from open_unitok.training.scenes.config import SceneConfig, parse_shares, with_values
 from open_unitok.training.scenes.dataset import load_config, write_scenes
 
 
@@ -13,10 +13,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="YAML of settings; options given here win over it")
     parser.add_argument("--overwrite", action="store_true", help="replace scenes of another configuration")
     for field in fields(SceneConfig):
-        default = field.default
-        assert default is not MISSING
-        what = field.metadata["help"]
-        if isinstance(default, tuple):
+        default, what = getattr(SceneConfig(), field.name), field.metadata["help"]
+        if isinstance(default, dict):
+            shown = " ".join(f"{kind}={share:g}" for kind, share in default.items())
+            what, shares = f"{what} (default: {shown})", "KIND=SHARE"
+            parser.add_argument(_option(field.name), nargs="+", metavar=shares, help=what)
+        elif isinstance(default, tuple):
             kind: Any = str if field.name in ("size_names", "textures") else float
             shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
             parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"{what} (default: {shown})")
@@ -34,6 +36,8 @@ def _option(name: str) -> str:
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.config)
     given = {f.name: getattr(args, f.name) for f in fields(SceneConfig) if getattr(args, f.name) is not None}
+    if "question_shares" in given:
+        given["question_shares"] = parse_shares(given["question_shares"])
     config = with_values(config, given)
     done = write_scenes(config, args.out, overwrite=args.overwrite)
     counts = f"{config.train:,} training and {config.test:,} test scenes"

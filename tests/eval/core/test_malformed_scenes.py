@@ -91,7 +91,7 @@ def test_retrieval_counts_a_malformed_entry_as_never_found(own, tmp_path, fault)
 
 @pytest.mark.parametrize("fault", ["{oops", "5", '{"prompt": "a star"}', '{"prompt": "a", "cell": "x"}'])
 def test_a_malformed_position_is_wrong(own, tmp_path, fault):
-    path = own / "test" / "drawing_positions.jsonl"
+    path = own / "test" / "positions.jsonl"
     n = len(path.read_text().splitlines())
     path.write_text(fault + "\n" + path.read_text())
     result = run_benchmark("drawing_positions", Scripted(own), own, tmp_path / "o", **QUIET)

@@ -11,8 +11,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_json
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object, same_scene
 from open_unitok.training.scenes.config import SceneConfig
-from open_unitok.training.scenes.dataset import describe
-from open_unitok.training.scenes.scene import Scene, Thing, centre, render_array, sample_scene
+from open_unitok.training.scenes.dataset import scenes_description
+from open_unitok.training.scenes.scene import Scene, SceneObject, object_centre, render_array, sample_scene
 
 COUNT = 300
 DEMO = SceneConfig()
@@ -36,7 +36,7 @@ class World:
         self.config = config
         self.scenes = [sample_scene(config, "test", index) for index in range(count)]
         self.renders = np.stack([render_array(scene) for scene in self.scenes])
-        write_json(path / "scenes.json", describe(config))
+        write_json(path / "scenes.json", scenes_description(config))
         self.detect = ScenesDetector.from_file(path)
         self.random = np.random.default_rng(0)
 
@@ -53,7 +53,7 @@ class World:
         """F1 of the objects found, by shape, colour, texture and cell."""
         hits = found = there = 0
         for reading, scene in zip(self.detect(pictures), self.scenes):
-            wanted = [(t.shape, t.color, t.texture, t.cell) for t in scene.things]
+            wanted = [(t.shape, t.color, t.texture, t.cell) for t in scene.objects]
             got = list(reading.key.elements())
             hits += len(set(wanted) & set(got))  # one object a cell, so no key comes twice
             found += len(got)
@@ -146,14 +146,14 @@ def test_a_half_painted_over_is_refused(demo):
     """The half of the image that holds an object, and the half of each object."""
     halves, parts = demo.renders.copy(), demo.renders.copy()
     for half, part, scene in zip(halves, parts, demo.scenes):
-        thing = scene.things[0]
+        thing = scene.objects[0]
         middle = scene.size // 2
         rows, columns = slice(0, middle), slice(middle, None)
         across = demo.random.integers(2)
         lost = rows if thing.cell[1 - across] == 0 else columns
         half[(slice(None), lost) if not across else lost] = scene.background
-        for thing in scene.things:
-            x, y = (round(v) for v in centre(thing, DEMO.cell))
+        for thing in scene.objects:
+            x, y = (round(v) for v in object_centre(thing, DEMO.cell))
             top, left = thing.cell[0] * DEMO.cell, thing.cell[1] * DEMO.cell
             cell = part[top : top + DEMO.cell, left : left + DEMO.cell]
             lost = [np.s_[: y - top], np.s_[y - top :], np.s_[:, : x - left], np.s_[:, x - left :]]
@@ -200,7 +200,7 @@ def test_richer_broken_images_are_refused(rich):
 
 
 def test_a_smudge_beside_a_good_object_spoils_the_image(demo):
-    scene = Scene(32, 2, (Thing("circle", "red", 12.0, (0, 0)),), (240, 240, 240))
+    scene = Scene(32, 2, (SceneObject("circle", "red", 12.0, (0, 0)),), (240, 240, 240))
     picture = render_array(scene)
     assert demo.detect([picture])[0].clean
     picture[22:27, 20:28] = (120, 90, 140)
@@ -212,7 +212,10 @@ def test_a_smudge_beside_a_good_object_spoils_the_image(demo):
 
 
 def test_findings_in_genevals_form(demo):
-    things = (Thing("circle", "red", 12.0, (0, 0), (1.0, -1.0)), Thing("circle", "blue", 10.0, (1, 1)))
+    things = (
+        SceneObject("circle", "red", 12.0, (0, 0), (1.0, -1.0)),
+        SceneObject("circle", "blue", 10.0, (1, 1)),
+    )
     reading = demo.detect([render_array(Scene(32, 2, things, (240, 236, 230)))])[0]
     boxes, colors = reading.geneval()
     assert list(boxes) == list(colors) == ["circle"] and sorted(colors["circle"]) == ["blue", "red"]
@@ -224,7 +227,7 @@ def test_findings_in_genevals_form(demo):
 
 
 def test_only_object(demo):
-    picture = render_array(Scene(32, 2, (Thing("cross", "green", 11.0, (1, 0)),), (240, 236, 230)))
+    picture = render_array(Scene(32, 2, (SceneObject("cross", "green", 11.0, (1, 0)),), (240, 236, 230)))
     reading = demo.detect([picture])[0]
     assert only_object(reading, "cross", "green") and only_object(reading, "cross", "green", [1, 0])
     assert not only_object(reading, "cross", "red")

@@ -1,4 +1,4 @@
-"""Scenes: images are a function of the scene, splits share nothing, and what is said of a scene is true."""
+"""Scenes: rendering is deterministic, splits are disjoint, captions and answers are true."""
 
 import collections
 import hashlib
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.scenes import dataset, language, test_split
-from open_unitok.training.scenes.config import SceneConfig, with_values
-from open_unitok.training.scenes.scene import centre, in_test, render_array, sample_scene
+from open_unitok.training.scenes import captions, dataset, phrases, questions, test_split
+from open_unitok.training.scenes.config import QUESTION_KINDS, SceneConfig, parse_shares, with_values
+from open_unitok.training.scenes.scene import in_test_split, object_centre, render_array, sample_scene
 from open_unitok.training.scenes.shapes import COLORS
-from open_unitok.training.scenes.test_split import questions_of
+from open_unitok.training.scenes.test_split import sample_test_questions
 
 DEMO = SceneConfig()
 RICH = SceneConfig(
@@ -33,7 +33,7 @@ both = pytest.mark.parametrize("config", [DEMO, RICH], ids=["demo", "rich"])
 
 
 @both
-def test_images_are_a_function_of_seed_split_and_index(config):
+def test_a_scene_is_a_function_of_seed_split_and_index(config):
     for index in (0, 7):
         scene = sample_scene(config, "train", index)
         assert scene == sample_scene(config, "train", index)
@@ -43,14 +43,14 @@ def test_images_are_a_function_of_seed_split_and_index(config):
         assert render_array(scene).shape == (config.size, config.size, 3)
 
 
-def test_whole_and_decimal_numbers_are_one_setting():
+def test_integers_and_floats_are_the_same_setting():
     same = with_values(DEMO, {"sizes": [10, 11.0, 12], "step": 1})
     assert same == DEMO and sample_scene(same, "test", 3) == sample_scene(DEMO, "test", 3)
     assert repr(sample_scene(same, "test", 3)) == repr(sample_scene(DEMO, "test", 3))
 
 
 @both
-def test_objects_have_their_colour_in_the_middle_and_stay_inside_their_cell(config):
+def test_objects_have_their_colour_at_the_centre_and_stay_inside_their_cell(config):
     for index in range(60):
         scene = sample_scene(config, "train", index)
         image = render_array(scene).astype(int)
@@ -60,102 +60,102 @@ def test_objects_have_their_colour_in_the_middle_and_stay_inside_their_cell(conf
         allowed = sum(map(abs, scene.gradient)) / 2 + 1
         assert abs(image[rim][:, rim] - background).max() <= allowed
         assert abs(image[rim] - background).max() <= allowed
-        for thing in scene.things:
-            x, y = centre(thing, config.cell)
-            if thing.shape != "ring" and thing.texture == "plain":
-                assert tuple(image[int(y), int(x)]) == COLORS[thing.color]
+        for obj in scene.objects:
+            x, y = object_centre(obj, config.cell)
+            if obj.shape != "ring" and obj.texture == "plain":
+                assert tuple(image[int(y), int(x)]) == COLORS[obj.color]
 
 
 @both
-def test_training_and_test_share_no_arrangement_and_training_no_held_out_pair(config):
+def test_splits_are_disjoint_and_training_lacks_the_held_out_pairs(config):
     train = [sample_scene(config, "train", i) for i in range(600)]
     test = [sample_scene(config, "test", i) for i in range(300)]
-    assert not {s.things for s in train} & {s.things for s in test}
-    assert all(in_test(config, s) for s in test) and not any(in_test(config, s) for s in train)
+    assert not {s.objects for s in train} & {s.objects for s in test}
+    assert all(in_test_split(config, s) for s in test) and not any(in_test_split(config, s) for s in train)
     assert len(config.held_out_pairs) == round(0.1 * len(config.pairs))
-    seen = {thing.pair for scene in train for thing in scene.things}
+    seen = {obj.pair for scene in train for obj in scene.objects}
     assert seen == set(config.pairs) - config.held_out_pairs
-    assert config.held_out_pairs <= {thing.pair for scene in test for thing in scene.things}
+    assert config.held_out_pairs <= {obj.pair for scene in test for obj in scene.objects}
 
 
 def test_training_text_never_names_a_held_out_pair():
     names = [f"{color} {shape}" for color, shape in DEMO.held_out_pairs]
     for index in range(300):
         record = dataset.training_record(DEMO, index)[1]
-        said = str(record["captions"]) + str(record["conversations"])
-        assert not any(name in said for name in names)
+        text = str(record["captions"]) + str(record["conversations"])
+        assert not any(name in text for name in names)
 
 
 @both
-def test_captions_name_what_is_there(config):
+def test_captions_name_exactly_the_objects_of_the_scene(config):
     for index in range(200):
         scene, record = dataset.training_record(config, index)
         first = record["captions"][0]
-        assert all(t.color in first and t.shape in first for t in scene.things)
+        assert all(t.color in first and t.shape in first for t in scene.objects)
         for caption in record["captions"]:
-            assert all(t.shape in caption for t in scene.things)
-            absent = set(config.shape_names) - {t.shape for t in scene.things}
+            assert all(t.shape in caption for t in scene.objects)
+            absent = set(config.shape_names) - {t.shape for t in scene.objects}
             assert not any(shape in caption for shape in absent)
 
 
-def test_rich_captions_name_sizes_and_textures_or_leave_them_out():
+def test_every_other_caption_leaves_out_sizes_and_textures():
     special = {*RICH.size_names, "striped", "dotted"}
     for index in range(100):
         scene, record = dataset.training_record(RICH, index)
         full, placed, plain, bare = [set(c.replace(",", "").split()) for c in record["captions"]]
-        for thing in scene.things:
-            assert thing.size_name in full and thing.size_name in plain
-            assert thing.texture == "plain" or thing.texture in full
-            assert thing.color in placed and thing.color not in bare
+        for obj in scene.objects:
+            assert obj.size_name in full and obj.size_name in plain
+            assert obj.texture == "plain" or obj.texture in full
+            assert obj.color in placed and obj.color not in bare
         assert not special & placed and not special & bare
 
 
 @pytest.mark.parametrize("grid", [2, 3])
-def test_corners_are_named_where_all_objects_stand_in_one(grid):
+def test_corners_are_named_only_where_every_object_is_in_one(grid):
     config = SceneConfig(corners=True, grid=grid, size=48)
     named = 0
     for index in range(300):
         scene, record = dataset.training_record(config, index)
         if any("corner" in caption for caption in record["captions"]):
-            assert all(set(thing.cell) <= {0, grid - 1} for thing in scene.things)
+            assert all(set(obj.cell) <= {0, grid - 1} for obj in scene.objects)
             named += 1
     assert named > 20
     assert "corner" not in str([dataset.training_record(DEMO, i)[1] for i in range(100)])
 
 
-def answer_by_hand(question: str, scene) -> str | None:
-    """The answer by counting objects that the question's words leave; None where this does not tell."""
+def expected_answer(question: str, scene) -> str | None:
+    """The answer by filtering objects with the question's words; None for positions and relations."""
     words = question.strip("?").lower().split()
-    singular = {language.plural(s): s for s in DEMO.shape_names}
+    singular = {phrases.plural(s): s for s in DEMO.shape_names}
     shape = next((singular.get(w, w) for w in words if singular.get(w, w) in DEMO.shape_names), None)
     color = next((w for w in words if w in DEMO.color_names), None)
     row = next((r for r, w in enumerate(("top", "bottom")) if w in words), None)
     column = next((c for c, w in enumerate(("left", "right")) if w in words), None)
-    things = [t for t in scene.things if shape in (None, t.shape) and color in (None, t.color)]
+    objects = [t for t in scene.objects if shape in (None, t.shape) and color in (None, t.color)]
     if words[0] == "how":
-        return str(len(things))
+        return str(len(objects))
     if "color" in words or ("shape" in words and words[0] in ("what", "which")):
         if "at" in words:
-            things = [t for t in things if t.cell == (row, column)]
-        assert len(things) == 1, "the question has one answer"
-        return things[0].color if "color" in words else things[0].shape
+            objects = [t for t in objects if t.cell == (row, column)]
+        assert len(objects) == 1, "the question has one answer"
+        return objects[0].color if "color" in words else objects[0].shape
     if " or " in question:
         return None
-    return "yes" if things else "no"
+    return "yes" if objects else "no"
 
 
 def test_answers_are_true():
     checked = collections.Counter()
     for index in range(400):
         scene = sample_scene(DEMO, "test", index)
-        for question in questions_of(DEMO, scene, index):
+        for question in sample_test_questions(DEMO, scene, index):
             assert len(question.answer.split()) == 1
-            expected = answer_by_hand(question.text, scene)
+            expected = expected_answer(question.text, scene)
             if expected is not None:
                 assert question.answer == expected, (question, scene)
                 checked[question.kind] += 1
             else:
-                named = [t for t in scene.things if t.name in question.text]
+                named = [t for t in scene.objects if t.name in question.text]
                 named.sort(key=lambda t: question.text.index(t.name))
                 (row, column), other = named[0].cell, named[-1].cell
                 truth = {
@@ -170,70 +170,72 @@ def test_answers_are_true():
     assert min(checked[k] for k in ("existence", "count", "colour", "shape")) > 100
 
 
-def things_named(question: str, scene) -> list:
-    """The objects that a question names, in its order."""
-    names = [(thing, f"the {name}") for thing in scene.things for name in language.all_names(thing)]
-    found = [(question.index(name), thing) for thing, name in names if name in question]
-    return [thing for _, thing in sorted(found, key=lambda pair: pair[0])]
+def named_objects(question: str, scene) -> list:
+    """The objects that a question names, in the order of their names."""
+    names = [(obj, f"the {name}") for obj in scene.objects for name in questions.all_names(obj)]
+    found = [(question.index(name), obj) for obj, name in names if name in question]
+    return [obj for _, obj in sorted(found, key=lambda pair: pair[0])]
 
 
-def test_training_asks_by_short_names_too_where_they_are_one_objects_own():
-    config = with_values(RICH, {"grid": 2, "short_names": True, "asked": [0, 0, 0, 0, 1, 1]})
+def test_short_names_are_used_only_where_they_are_unambiguous():
+    config = with_values(
+        RICH, {"grid": 2, "short_names": True, "question_shares": {"position": 1, "relation": 1}}
+    )
     short = set()
     for index in range(150):
         scene = sample_scene(config, "train", index)
-        talk = language.conversation(scene, config, random.Random(index), config.pairs)
-        assert sum(question.kind == "relation" for question in talk) <= 1
-        for question in talk:
-            first, *rest = things_named(question.text, scene)
+        conversation = questions.sample_conversation(scene, config, random.Random(index), config.pairs)
+        assert sum(question.kind == "relation" for question in conversation) <= 1
+        for question in conversation:
+            first, *rest = named_objects(question.text, scene)
             assert len(rest) == (question.kind == "relation")
             if rest:
-                assert question.answer in language.relations(first, rest[0])
+                assert question.answer in phrases.relations_between(first, rest[0])
             else:
-                assert question.answer in language.position(first.cell, 2).split()
-            said = f"the {first.shape}", f"the {first.color} object", f"the {first.color} {first.shape}"
-            short.update(name for name in said if name in question.text)
+                assert question.answer in phrases.position_name(first.cell, 2).split()
+            names = f"the {first.shape}", f"the {first.color} object", f"the {first.color} {first.shape}"
+            short.update(name for name in names if name in question.text)
     assert len(short) > 40
 
 
-def test_shares_of_questions_and_more_captions_of_two_objects():
-    config = with_values(RICH, {"asked": [0, 2, 0, 1, 0, 0], "pair_captions": 6})
+def test_question_shares_and_pair_captions():
+    config = with_values(RICH, {"question_shares": {"count": 2, "shape": 1}, "pair_captions": 6})
     kinds, related = collections.Counter(), 0
     for index in range(200):
         scene, record = dataset.training_record(config, index)
         plain = dataset.training_record(RICH, index)[1]["captions"]
         assert record["captions"][: len(plain)] == plain
         more = record["captions"][len(plain) :]
-        assert len(more) == (6 if len(scene.things) == 2 else 0)
+        assert len(more) == (6 if len(scene.objects) == 2 else 0)
         for caption in more:
-            first, *others = sorted(scene.things, key=lambda t: caption.index(t.shape))
-            for word, phrase in language.RELATIONS.items():
+            first, *others = sorted(scene.objects, key=lambda t: caption.index(t.shape))
+            for word, phrase in phrases.RELATION_PHRASES.items():
                 if phrase in caption and first.shape != others[0].shape:
-                    assert word in language.relations(first, others[0])
+                    assert word in phrases.relations_between(first, others[0])
                     related += 1
-        talk = language.conversation(scene, config, random.Random(index), config.pairs)
-        kinds.update(question.kind for question in talk)
+        conversation = questions.sample_conversation(scene, config, random.Random(index), config.pairs)
+        kinds.update(question.kind for question in conversation)
     assert related > 50 and kinds.keys() == {"count", "shape"} and kinds["count"] > kinds["shape"] > 50
 
 
 def test_the_shipped_models_test_split_is_frozen():
     config = dataset.load_config("configs/scenes/scenes.yaml")
-    said: list = [test_split.geneval_prompts(config), test_split.position_prompts(config)]
+    content: list = [test_split.geneval_prompts(config), test_split.position_prompts(config)]
     for index in range(config.test):
         scene = sample_scene(config, "test", index)
-        words = language.captions(scene, config, random.Random(index), config.captions)
+        words = captions.sample_captions(scene, config, random.Random(index), config.captions)
         pixels = hashlib.sha256(render_array(scene).tobytes()).hexdigest() if index < 40 else ""
-        said.append([scene.as_json(), questions_of(config, scene, index), words, pixels])
-    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        content.append([scene.as_json(), sample_test_questions(config, scene, index), words, pixels])
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert digest == "47713404c503aa8b101dff9229be88fa6decc46325ea6b96e145a0bdcd0e8e8c"
 
 
 def test_questions_are_balanced():
     answers = collections.defaultdict(collections.Counter)
     for index in range(800):
-        for question in questions_of(DEMO, sample_scene(DEMO, "test", index), index):
+        for question in sample_test_questions(DEMO, sample_scene(DEMO, "test", index), index):
             answers[question.kind][question.answer] += 1
-    assert answers.keys() == language.QUESTIONS.keys()
+    assert answers.keys() == set(QUESTION_KINDS)
     best = {kind: max(c.values()) / sum(c.values()) for kind, c in answers.items()}
     assert 0.45 < answers["existence"]["yes"] / sum(answers["existence"].values()) < 0.55
     limits = {
@@ -247,17 +249,24 @@ def test_questions_are_balanced():
     assert {kind for kind in best if best[kind] > limits.get(kind, 0.35)} == set()
 
 
+def test_shares_on_the_command_line():
+    assert parse_shares(["count=2", "shape=0.5"]) == {"count": 2.0, "shape": 0.5}
+    for word in ("count", "count=", "=x", "count=a"):
+        with pytest.raises(UserError, match=f"'{word}' must be KIND=NUMBER"):
+            parse_shares([word])
+
+
 def test_positions_and_articles():
-    assert language.position((0, 1), 2) == "top right"
-    assert [language.position((r, 1), 3) for r in range(3)] == ["top", "middle", "bottom"]
-    assert language.counted("orange cross", 2) == "two orange crosses"
-    assert language.article("orange circle") == "an orange circle"
+    assert phrases.position_name((0, 1), 2) == "top right"
+    assert [phrases.position_name((r, 1), 3) for r in range(3)] == ["top", "middle", "bottom"]
+    assert phrases.with_count("orange cross", 2) == "two orange crosses"
+    assert phrases.with_article("orange circle") == "an orange circle"
 
 
 @both
-def test_sentences_are_many(config):
-    drawn = (sample_scene(config, "train", i) for i in range(200))
-    lines = list(language.sentences(config, drawn, random.Random(0)))
+def test_sentences_are_diverse(config):
+    scenes = (sample_scene(config, "train", i) for i in range(200))
+    lines = list(captions.sample_sentences(config, scenes, random.Random(0)))
     assert len(lines) == 200 and len(set(lines)) > 60
     assert all(line.endswith(".") for line in lines)
 
@@ -267,6 +276,7 @@ def test_sentences_are_many(config):
     [
         ({"sise": 32}, "Did you mean 'size'?"),
         ({"size": 33}, "size = 33"),
+        ({"grid": 0}, "expected 2 or 3"),
         ({"size": "32"}, "whole number"),
         ({"size": True}, "whole number"),
         ({"sizes": [10, 16]}, "stay in their cells"),
@@ -277,16 +287,20 @@ def test_sentences_are_many(config):
         ({"shapes": 9}, "2 to 8"),
         ({"textures": ["checked"]}, "striped"),
         ({"size_names": ["small"]}, "one per size"),
-        ({"asked": [1, 1]}, "six shares"),
-        ({"asked": [0, 0, 0, 0, 0, 0]}, "six shares"),
-        ({"asked": [1, 1, 1, 1, 1, float("inf")]}, "six shares"),
-        ({"asked": [1, 1, 1, 1, 1, -1]}, "six shares"),
-        ({"asked": [1, 1, 1, 1, 1, "x"]}, "list of numbers"),
+        ({"asked": [3, 3, 2, 2, 3, 4]}, "'asked' is not a setting"),
+        ({"question_shares": [1, 1]}, "a mapping of existence, count"),
+        ({"question_shares": {"colour": "x"}}, "a mapping of existence, count"),
+        ({"question_shares": {"color": 1}}, "'color' is not a kind of question. Did you mean 'colour'?"),
+        ({"question_shares": {"size": 1}}, "Allowed: colour, count, existence"),
+        ({"question_shares": {}}, "at least one of them above 0"),
+        ({"question_shares": {"count": 0}}, "at least one of them above 0"),
+        ({"question_shares": {"count": float("inf")}}, "finite numbers"),
+        ({"question_shares": {"count": 2, "shape": -1}}, "numbers of 0 or more"),
         ({"pair_captions": -1}, "0 or more"),
         ({"held_out": 0.9}, "0 to 0.5"),
         ({"held_out": float("nan")}, "0 to 0.5"),
     ],
 )
-def test_impossible_settings_are_refused(values, words):
+def test_invalid_settings_are_rejected(values, words):
     with pytest.raises(UserError, match=words):
         with_values(DEMO, values)

@@ -1,4 +1,4 @@
-"""The files of `unitok data scenes`: the same bytes every time, resumable, and laid out as real data sets."""
+"""Files of `unitok data scenes`: deterministic, resumable, in the layouts of real data sets."""
 
 import hashlib
 import io
@@ -17,7 +17,7 @@ from open_unitok.eval.generation import geneval
 from open_unitok.training.scenes import dataset
 from open_unitok.training.scenes.config import SceneConfig, with_values
 from open_unitok.training.scenes.scene import render_array, sample_scene
-from open_unitok.training.scenes.test_split import PROMPTS
+from open_unitok.training.scenes.test_split import GENEVAL_PROMPTS
 
 SMALL = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40)
 
@@ -34,12 +34,12 @@ def data(tmp_path_factory):
     return out
 
 
-def test_the_same_bytes_after_a_kill_and_nothing_to_do_when_finished(data, tmp_path):
+def test_an_interrupted_run_resumes_to_the_same_bytes_and_a_finished_one_is_kept(data, tmp_path):
     before = digests(data)
     assert not dataset.write_scenes(SMALL, data, progress=False)
     assert digests(data) == before
     out = tmp_path / "killed"
-    out.mkdir()  # what a kill leaves: a shard, half a folder of images, and the mark of an unfinished run
+    out.mkdir()  # after a kill: a shard, some of the images, and the settings of the run in progress
     (out / "unfinished.json").write_text(
         json.dumps({"config": json.loads((data / "scenes.json").read_text())["config"]})
     )
@@ -51,18 +51,31 @@ def test_the_same_bytes_after_a_kill_and_nothing_to_do_when_finished(data, tmp_p
     assert digests(out) == before
 
 
-def test_a_folder_from_before_a_setting_came_is_finished_too(data, tmp_path):
+def test_a_finished_folder_with_fewer_settings_is_recognised(data, tmp_path):
     shutil.copytree(data, tmp_path / "older")
-    told = json.loads((data / "scenes.json").read_text())
-    for name in ("asked", "short_names", "pair_captions"):
-        del told["config"][name]
-    (tmp_path / "older" / "scenes.json").write_text(json.dumps(told))
+    stored = json.loads((data / "scenes.json").read_text())
+    for name in ("question_shares", "short_names", "pair_captions"):
+        del stored["config"][name]
+    (tmp_path / "older" / "scenes.json").write_text(json.dumps(stored))
     assert not dataset.write_scenes(SMALL, tmp_path / "older", progress=False)
     with pytest.raises(UserError, match="short_names = False, now True"):
         dataset.write_scenes(with_values(SMALL, {"short_names": True}), tmp_path / "older", progress=False)
 
 
-def test_another_configuration_or_foreign_files_are_refused(data, tmp_path):
+def test_a_finished_folder_with_the_old_key_of_question_shares_is_recognised(data, tmp_path):
+    """Up to version 0.1.0: `asked`, a list of shares in the order of the kinds."""
+    shutil.copytree(data, tmp_path / "older")
+    stored = json.loads((data / "scenes.json").read_text())
+    del stored["config"]["question_shares"]
+    stored["config"]["asked"] = [3, 1, 1, 1, 1, 3]
+    (tmp_path / "older" / "scenes.json").write_text(json.dumps(stored))
+    assert not dataset.write_scenes(SMALL, tmp_path / "older", progress=False)
+    other = with_values(SMALL, {"question_shares": {"count": 1}})
+    with pytest.raises(UserError, match=r"question_shares = \{'existence': 3\.0"):
+        dataset.write_scenes(other, tmp_path / "older", progress=False)
+
+
+def test_another_configuration_or_foreign_files_are_rejected(data, tmp_path):
     other = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40, seed=1)
     before = digests(data)
     with pytest.raises(UserError, match=r"seed = 0, now 1.*--overwrite"):
@@ -98,19 +111,19 @@ def test_shards_are_webdataset_tars(data):
     assert keys == [f"{i:08d}" for i in range(60)]
 
 
-def test_questions_are_laid_out_as_vqav2(data):
-    asked = json.loads((data / "test" / "v2_OpenEnded_scenes_test_questions.json").read_text())
-    told = json.loads((data / "test" / "v2_scenes_test_annotations.json").read_text())
-    assert asked["data_subtype"] == told["data_subtype"] == "scenes_test"
-    assert len(asked["questions"]) == len(told["annotations"]) > 3 * 30
-    for question, note in zip(asked["questions"], told["annotations"]):
+def test_questions_have_the_layout_of_vqav2(data):
+    questions = json.loads((data / "test" / "v2_OpenEnded_scenes_test_questions.json").read_text())
+    annotations = json.loads((data / "test" / "v2_scenes_test_annotations.json").read_text())
+    assert questions["data_subtype"] == annotations["data_subtype"] == "scenes_test"
+    assert len(questions["questions"]) == len(annotations["annotations"]) > 3 * 30
+    for question, note in zip(questions["questions"], annotations["annotations"]):
         assert (question["question_id"], question["image_id"]) == (note["question_id"], note["image_id"])
         assert (data / "test" / "images" / f"scenes_test_{note['image_id']:012d}.png").exists()
         assert note["answer_type"] in ("yes/no", "number", "other")
         assert [a["answer"] for a in note["answers"]] == [note["multiple_choice_answer"]] * 10
 
 
-def test_pope_labels_are_true_and_adversarial_negatives_are_alike(data):
+def test_pope_labels_are_true_and_adversarial_negatives_are_similar(data):
     truth = json.loads((data / "test" / "captions.json").read_text())
     for category in ("random", "popular", "adversarial"):
         lines = (data / "test" / f"scenes_pope_{category}.json").read_text().splitlines()
@@ -124,31 +137,36 @@ def test_pope_labels_are_true_and_adversarial_negatives_are_alike(data):
             assert category != "adversarial" or any(color == o["color"] or shape == o["shape"] for o in scene)
 
 
-def test_prompts_are_laid_out_as_geneval_and_can_be_drawn(data):
+def test_prompts_have_the_layout_of_geneval_and_can_be_satisfied(data):
     rows = [json.loads(x) for x in (data / "test/geneval/evaluation_metadata.jsonl").read_text().splitlines()]
     tags = [row["tag"] for row in rows]
-    assert list(dict.fromkeys(tags)) == list(PROMPTS)
+    assert list(dict.fromkeys(tags)) == list(GENEVAL_PROMPTS)
     assert min(tags.count(tag) for tag in tags) >= 20
     assert any(row["held_out"] for row in rows) and not all(row["held_out"] for row in rows)
-    # a scene whose true boxes are handed to the scorer satisfies the prompts made of it
+    # for every tag, the true boxes of some scenes satisfy the prompts
     description = json.loads((data / "scenes.json").read_text())
     rules = geneval.Rules(threshold=0, counting_threshold=0, colours=tuple(description["palette"]))
     seen = []
     for i in range(1500):
         found = {"detections": {}, "colors": {}}
-        for thing in sample_scene(SMALL, "test", i).as_json()["objects"]:
-            found["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
-            found["colors"].setdefault(thing["shape"], []).append(thing["color"])
+        for obj in sample_scene(SMALL, "test", i).as_json()["objects"]:
+            found["detections"].setdefault(obj["shape"], []).append([*obj["box"], 1.0])
+            found["colors"].setdefault(obj["shape"], []).append(obj["color"])
         seen.append(found)
     for tag in dict.fromkeys(tags):
         some = [row for row in rows if row["tag"] == tag][:6]
         satisfied = sum(any(geneval.judge(row, found, rules).correct for found in seen) for row in some)
-        assert satisfied >= (3 if tag == "color_attr" else 6), tag  # chance rarely draws the same two objects
-    places = [json.loads(x) for x in (data / "test/drawing_positions.jsonl").read_text().splitlines()]
-    assert len(places) == 24 * 4 and {tuple(p["cell"]) for p in places} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+        assert satisfied >= (3 if tag == "color_attr" else 6), tag  # two given objects rarely meet in a scene
+    positions = [json.loads(x) for x in (data / "test/positions.jsonl").read_text().splitlines()]
+    assert len(positions) == 24 * 4 and {tuple(p["cell"]) for p in positions} == {
+        (0, 0),
+        (0, 1),
+        (1, 0),
+        (1, 1),
+    }
 
 
-def test_the_text_tokenizer_has_llamas_first_ids_and_whole_words(data):
+def test_the_text_tokenizer_has_llamas_first_ids_and_one_token_per_word(data):
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(data / "text" / "tokenizer.model"))
     assert [tokenizer.id_to_piece(i) for i in range(5)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>"]
     for word in [*SMALL.color_names, *SMALL.shape_names, "yes", "no", "left", "above", "circles", "crosses"]:
@@ -158,15 +176,24 @@ def test_the_text_tokenizer_has_llamas_first_ids_and_whole_words(data):
         assert 0 not in tokenizer.encode(text)
 
 
-def test_the_command_reads_yaml_and_options(tmp_path, capsys):
+def test_the_command_takes_yaml_and_options(tmp_path, capsys):
     config = tmp_path / "scenes.yaml"
     config.write_text("train: 4\ntest: 2\npope: 1\ntext_lines: 3\nsizes: [9, 10]\n")
     out = tmp_path / "out"
-    main.main(["data", "scenes", "--config", str(config), "--out", str(out), "--test", "3"])
-    assert json.loads((out / "scenes.json").read_text())["config"]["sizes"] == [9, 10]
+    main.main(["data", "scenes", "--config", str(config), "--out", str(out), "--test", "3",
+               "--question-shares", "count=2", "shape=1"])  # fmt: skip
+    settings = json.loads((out / "scenes.json").read_text())["config"]
+    assert settings["sizes"] == [9, 10]
+    assert settings["question_shares"] == {
+        "existence": 0, "count": 2, "colour": 0, "shape": 1, "position": 0, "relation": 0
+    }  # fmt: skip
     assert len(list((out / "test" / "images").iterdir())) == 3
     assert "4 training and 3 test scenes" in capsys.readouterr().out
-    for arguments in (["--size", "33"], ["--config", str(tmp_path / "none.yaml")]):
+    for arguments in (
+        ["--size", "33"],
+        ["--question-shares", "size=1"],
+        ["--config", str(tmp_path / "none.yaml")],
+    ):
         with pytest.raises(SystemExit) as stop:
             main.main(["data", "scenes", "--out", str(tmp_path / "new"), *arguments])
         assert stop.value.code == 2 and not (tmp_path / "new").exists()

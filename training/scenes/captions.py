@@ -1,0 +1,124 @@
+"""Captions of scenes, and sentences for training on text alone."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from random import Random
+
+from .config import SceneConfig
+from .phrases import (
+    NUMBER_WORDS,
+    RELATION_PHRASES,
+    is_corner,
+    join_phrases,
+    position_name,
+    relations_between,
+    with_article,
+    with_count,
+)
+from .scene import Scene, SceneObject
+
+NameOf = Callable[[SceneObject], str]
+
+
+def sample_captions(scene: Scene, config: SceneConfig, rng: Random, count: int) -> list[str]:
+    """`count` captions of a scene; the first names every object in full, every fourth by shape alone.
+
+    Where scenes have size names or textures, every other caption leaves them out.
+    """
+    kinds = (_any_caption, _position_caption, _plain_caption, _shapes_caption)
+    has_attributes = bool(config.size_names) or len(config.textures) > 1
+    captions = []
+    for i in range(count):
+        # i // 4 shifts the alternation, so that each of the four kinds comes in both forms
+        brief = has_attributes and (i + i // 4) % 2 == 1
+        captions.append(kinds[i % 4](scene, config, rng, _short_name if brief else _full_name))
+    return captions
+
+
+def sample_pair_captions(scene: Scene, config: SceneConfig, rng: Random) -> list[str]:
+    """Additional captions of two objects: every third lists both with colours, the others give a relation."""
+    captions = []
+    for i in range(config.pair_captions if len(scene.objects) == 2 else 0):
+        name = _shape_name if i % 3 == 1 else _short_name
+        if i % 3 == 0:
+            captions.append(_plain_caption(scene, config, rng, name))
+        else:
+            captions.append(_relation_caption(rng.sample(scene.objects, 2), rng, name))
+    return captions
+
+
+def _full_name(obj: SceneObject) -> str:
+    return obj.name
+
+
+def _short_name(obj: SceneObject) -> str:
+    return " ".join(obj.pair)
+
+
+def _shape_name(obj: SceneObject) -> str:
+    return obj.shape
+
+
+def _any_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
+    return rng.choice((_plain_caption, _position_caption))(scene, config, rng, name)
+
+
+def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
+    objects = list(scene.objects)
+    rng.shuffle(objects)
+    listed = join_phrases([with_count(n, k) for n, k in Counter(map(name, objects)).items()])
+    frame = rng.choice(("{}", "{}", "a picture of {}", "there is {}", "an image with {}"))
+    if len(objects) > 1 and frame.startswith("there") and not listed.startswith("a"):
+        frame = "there are {}"
+    if len(objects) == 1 and rng.random() < 0.15:
+        return f"one {name(objects[0])}"
+    return frame.format(listed)
+
+
+def _position_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
+    objects = list(scene.objects)
+    rng.shuffle(objects)
+    if len(objects) == 2 and rng.random() < 0.6:
+        return _relation_caption(objects, rng, name)
+    frames = ["{} at the {}", "{} at the {}", "{} in the {}"]
+    if config.corners and all(is_corner(obj.cell, scene.grid) for obj in objects):
+        frames.append("{} in the {} corner")
+    frame = rng.choice(frames)
+    listed = join_phrases(
+        [frame.format(with_article(name(o)), position_name(o.cell, scene.grid)) for o in objects]
+    )
+    return rng.choice(("{}", "{}", "a picture of {}", "there is {}")).format(listed)
+
+
+def _relation_caption(objects: Sequence[SceneObject], rng: Random, name: NameOf) -> str:
+    first, second = objects
+    relation = RELATION_PHRASES[rng.choice(relations_between(first, second))]
+    frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
+    return frame.format(with_article(name(first)), relation, with_article(name(second)))
+
+
+def _shapes_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
+    kind = rng.choice((_plain_caption, _plain_caption, _position_caption))
+    return kind(scene, config, rng, _shape_name)
+
+
+def sample_sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) -> Iterator[str]:
+    """One sentence per scene, true of that scene or of shapes and colours in general."""
+    facts = [f"{color} is a color." for color in config.color_names]
+    facts += [f"{with_article(shape)} is a shape." for shape in config.shape_names]
+    facts += [
+        f"{NUMBER_WORDS[n]} objects are more than {NUMBER_WORDS[n - 1]}."
+        for n in range(2, config.max_objects + 1)
+    ]
+    facts += ["left is the other side of right.", "above is the other side of below."]
+    for scene in scenes:
+        obj = rng.choice(scene.objects)
+        yield rng.choice(
+            (
+                rng.choice(facts),
+                f"{sample_captions(scene, config, rng, 1)[0]}.",
+                f"the {obj.name} is at the {position_name(obj.cell, scene.grid)}.",
+                f"the {obj.shape} is {obj.color}.",
+                f"the {obj.color} object is {with_article(obj.shape)}.",
+            )
+        )

@@ -1,0 +1,196 @@
+"""Questions about scenes with one-word answers, and conversations made of them."""
+
+from collections import Counter
+from collections.abc import Callable
+from random import Random
+from typing import NamedTuple
+
+from .config import QUESTION_KINDS, SceneConfig
+from .phrases import COLUMN_NAMES, ROW_NAMES, plural, position_name, relations_between, with_article
+from .scene import Scene, SceneObject
+
+Pairs = list[tuple[str, str]]  # (colour, shape)
+NamesOf = Callable[[SceneObject], list[str]]
+TextAndAnswer = tuple[str, str]
+
+
+class SceneQuestion(NamedTuple):
+    """A question about a scene with its one-word answer; `kind` is one of QUESTION_KINDS."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def full_name(obj: SceneObject) -> list[str]:
+    return [obj.name]
+
+
+def all_names(obj: SceneObject) -> list[str]:
+    """All names of an object, from every attribute down to its shape or its colour alone."""
+    words = (
+        f"{obj.texture} {' '.join(obj.pair)}",
+        " ".join(obj.pair),
+        obj.shape,
+        f"{obj.color} object",
+    )
+    return list(dict.fromkeys((obj.name, *(words if obj.texture != "plain" else words[1:]))))
+
+
+def sample_question(
+    scene: Scene,
+    config: SceneConfig,
+    rng: Random,
+    kind: str,
+    known: Pairs,
+    names: NamesOf = full_name,
+) -> SceneQuestion | None:
+    """A question of one kind, or None where the scene allows none.
+
+    Args:
+        known: the (colour, shape) pairs that absent objects are sampled from.
+        names: possible names of an object in questions about its position.
+    """
+    made = _MAKERS[kind](scene, config, rng, known, names)
+    return SceneQuestion(kind, *made) if made else None
+
+
+def sample_conversation(scene: Scene, config: SceneConfig, rng: Random, known: Pairs) -> list[SceneQuestion]:
+    """One to `turns` different questions, their kinds sampled by `question_shares`."""
+    wanted, names = rng.randint(1, config.turns), all_names if config.short_names else full_name
+    found: dict[str, SceneQuestion] = {}
+    # four candidates per question: some scenes allow no question of some kinds, and duplicates are dropped
+    kinds = rng.choices(QUESTION_KINDS, list(config.question_shares.values()), k=4 * wanted)
+    for kind in kinds:
+        if config.short_names and kind == "relation" and any(q.kind == kind for q in found.values()):
+            continue  # one relation can give away the answer to another
+        question = sample_question(scene, config, rng, kind, known, names)
+        if question and len(found) < wanted:
+            found.setdefault(question.text, question)
+    return list(found.values())
+
+
+def absent_pair(scene: Scene, rng: Random, known: Pairs, similar: bool) -> tuple[str, str]:
+    """A (colour, shape) pair that the scene lacks; `similar` ones share colour or shape with an object."""
+    present = {o.pair for o in scene.objects}
+    absent = [pair for pair in known if pair not in present]
+    near = [(c, s) for c, s in absent if any(c == o.color or s == o.shape for o in scene.objects)]
+    return rng.choice(near if similar and near else absent)
+
+
+def _unique_names(scene: Scene, names: NamesOf) -> dict[SceneObject, list[str]]:
+    """Object -> the names that no other object of the scene has; objects without one are left out."""
+    uses = Counter(name for obj in scene.objects for name in names(obj))
+    unique = {obj: [name for name in names(obj) if uses[name] == 1] for obj in scene.objects}
+    return {obj: own for obj, own in unique.items() if own}
+
+
+def _choose_name(names: list[str], rng: Random) -> str:
+    # No random number where there is no choice: the frozen test split has full names only, and its later
+    # samples must not shift.
+    return rng.choice(names) if len(names) > 1 else names[0]
+
+
+def _existence(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    sample, yes = rng.random(), rng.random() < 0.5
+    if sample < 0.6:
+        color, shape = (
+            rng.choice(scene.objects).pair if yes else absent_pair(scene, rng, known, rng.random() < 0.6)
+        )
+        subject = with_article(f"{color} {shape}")
+    elif sample < 0.8:
+        present = sorted({o.shape for o in scene.objects})
+        choices = present if yes else [s for s in config.shape_names if s not in present]
+        if not choices:
+            return None
+        subject = with_article(rng.choice(choices))
+    else:
+        present = sorted({o.color for o in scene.objects})
+        choices = present if yes else [c for c in config.color_names if c not in present]
+        if not choices:
+            return None
+        subject = with_article(f"{rng.choice(choices)} object")
+    frames = ("Is there {}?", "Is there {} in the picture?", "Is there {} in the image?", "Do you see {}?")
+    return rng.choice(frames).format(subject), "yes" if yes else "no"
+
+
+def _count(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    counted = rng.choice(("objects", "shape", "shape", "color"))
+    if counted == "objects":
+        subject, number = "objects", len(scene.objects)
+    else:
+        words = config.shape_names if counted == "shape" else config.color_names
+        found = Counter(o.shape if counted == "shape" else o.color for o in scene.objects)
+        # sample the answer first, then a word with that count: 0 would otherwise dominate
+        number = rng.choice(sorted({0, *found.values()}))
+        name = rng.choice([n for n in words if found[n] == number])
+        subject = plural(name) if counted == "shape" else f"{name} objects"
+    frames = ("How many {} are there?", "How many {} do you see?", "How many {} are in the picture?")
+    return rng.choice(frames).format(subject), str(number)
+
+
+def _color(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    obj = rng.choice(scene.objects)
+    subjects = [f"object at the {position_name(obj.cell, scene.grid)}"]
+    if len(scene.objects) == 1:
+        subjects.append("object")
+    if sum(o.shape == obj.shape for o in scene.objects) == 1:
+        subjects += [obj.shape] * 3  # three times as likely as the position
+    frames = ("What color is the {}?", "What is the color of the {}?", "Which color does the {} have?")
+    return rng.choice(frames).format(rng.choice(subjects)), obj.color
+
+
+def _shape(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    obj = rng.choice(scene.objects)
+    subjects = [f"object at the {position_name(obj.cell, scene.grid)}"]
+    if len(scene.objects) == 1:
+        subjects.append("object")
+    if sum(o.color == obj.color for o in scene.objects) == 1:
+        subjects += [f"{obj.color} object"] * 3
+    frames = ("What shape is the {}?", "What is the shape of the {}?", "Which shape does the {} have?")
+    return rng.choice(frames).format(rng.choice(subjects)), obj.shape
+
+
+def _position(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    unique = _unique_names(scene, names)
+    if not unique:
+        return None
+    obj = rng.choice(list(unique))
+    if rng.random() < 0.5:
+        words, answer = ROW_NAMES[scene.grid], ROW_NAMES[scene.grid][obj.cell[0]]
+    else:
+        words, answer = COLUMN_NAMES[scene.grid], COLUMN_NAMES[scene.grid][obj.cell[1]]
+    choices = f"{', '.join(words[:-1])} or {words[-1]}"
+    frames = ("Where is the {}, {}?", "Is the {} at the {}?", "On which side is the {}, {}?")
+    return rng.choice(frames).format(_choose_name(unique[obj], rng), choices), answer
+
+
+def _relation(
+    scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
+) -> TextAndAnswer | None:
+    unique = _unique_names(scene, names)
+    if len(unique) < 2:
+        return None
+    first, second = rng.sample(list(unique), 2)
+    answer = rng.choice(relations_between(first, second))
+    if answer in ("left", "right"):
+        frames = ("Is the {} left or right of the {}?", "Is the {} to the left or to the right of the {}?")
+    else:
+        frames = ("Is the {} above or below the {}?", "Is the {} placed above or below the {}?")
+    frame = rng.choice(frames)
+    return frame.format(_choose_name(unique[first], rng), _choose_name(unique[second], rng)), answer
+
+
+_MAKERS: dict[str, Callable[..., TextAndAnswer | None]] = dict(
+    zip(QUESTION_KINDS, (_existence, _count, _color, _shape, _position, _relation), strict=True)
+)
