@@ -70,7 +70,7 @@ def operations(config: UniTokConfig, side: int) -> dict[str, float]:
             model.encode(pixels)
         found["encode"] = float(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            model.decode_latents(model.lookup(codes), (count, count))
+            model.decode_latents(model.quantizer.embed(codes), (count, count))
         found["decode"] = float(counter.get_total_flops())
     return found
 

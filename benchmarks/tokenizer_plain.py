@@ -90,7 +90,7 @@ def plain_encode(model: UniTok, pixels: Tensor) -> Tensor:
 def plain_decode(model: UniTok, codes: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, N, K) codes -> (B, 3, H, W) in [-1, 1]."""
     decoder = model.decoder
-    x = plain_projection(model.up_projection, model.lookup(codes))
+    x = plain_projection(model.up_projection, model.quantizer.embed(codes))
     for block in decoder.blocks:
         x = plain_block(block, x)
     x = decoder.norm(x[:, decoder.num_register_tokens :])

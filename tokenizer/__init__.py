@@ -5,7 +5,7 @@ from transformers import AutoConfig, AutoModel
 from .config import SIZES, UniTokConfig
 from .model import UniTok, UniTokOutput
 from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
-from .quantizers.multi_codebook import Quantizer, QuantizerOutput
+from .quantizers.multi_codebook import MultiCodebookQuantizer, QuantizerOutput
 
 AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
 AutoModel.register(UniTokConfig, UniTok, exist_ok=True)
@@ -15,7 +15,7 @@ __all__ = [
     "AttentionProjection",
     "KeyValueCache",
     "LinearProjection",
-    "Quantizer",
+    "MultiCodebookQuantizer",
     "QuantizerOutput",
     "UniTok",
     "UniTokConfig",

@@ -1,11 +1,10 @@
-"""Published UniTok checkpoints to models of ours and back: names, configs, codes; and starting from CLIP.
+"""Published UniTok checkpoints to our configs and state dicts and back; weights of an open_clip ViTamin.
 
-The published code keeps codes as (B, K, N) and every sub-codebook in a table of its own; ours are (B, N, K)
-and one stacked parameter. This module is the border.
+The published code keeps codes as (B, K, N) and one table per sub-codebook; ours are (B, N, K) and one stacked
+parameter. Only this module knows both. It builds no model: see `UniTok.from_reference`.
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +16,9 @@ from torch import Tensor
 from open_unitok.core.errors import UserError
 
 from .config import SIZES, UniTokConfig
-from .model import UniTok
+from .loading import check_weights_fit, read_checkpoint
 
-# Published module -> ours, # for a number; tensors keep their last name (weight, bias) unless it stands here.
+# Published module -> ours; # is a number. A tensor keeps its last name (weight, bias) unless listed here.
 _BLOCK = {
     "norm1": "norm1",
     "attn.qkv": "attention.qkv",
@@ -99,7 +98,7 @@ for _theirs, _ours, _parts in (
     _NAMES |= {f"{_theirs}.{part}": f"{_ours}.{name}" for part, name in _parts.items()}
 _NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 
-# One tensor per sub-codebook there, one stack here.
+# One tensor per sub-codebook in the published file, one stacked tensor in ours.
 _STACKS = {"codebook.weight": "quantizer.codebooks", "vocab_usage": "quantizer.usage"}
 _TRANSPOSED = ("text_encoder.text_projection",)
 
@@ -119,8 +118,8 @@ def rename(name: str, names: Mapping[str, str]) -> str | None:
     return found
 
 
-def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A published state dict under our names; works on the meta device too.
+def state_from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names; works on the meta device as well.
 
     Raises:
         UserError: a name that UniTok does not have, or a key bias that is not zero.
@@ -133,23 +132,22 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stacks.setdefault(_STACKS[book[2]], {})[int(book[1])] = tensor
         elif name.endswith(".attn.zero_k_bias"):
             if not tensor.is_meta and tensor.any():
-                raise UserError(f"{name} is not zero: this is no UniTok checkpoint.")
+                raise UserError(f"{name} is not zero: this is not a UniTok checkpoint.")
         elif (ours := rename(name, _NAMES)) is not None:
             state[ours] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
         else:
-            raise UserError(
-                f"{name!r} is no name of a published UniTok weight: this is another kind of model."
-            )
+            raise UserError(f"{name!r} is not a weight of a published UniTok: this is another kind of model.")
     for name, parts in stacks.items():
         state[name] = torch.stack([parts[book] for book in sorted(parts)])
-    if "quantizer.usage" in state:  # its age is not in the file: a trained model's statistics are settled
+    if "quantizer.usage" in state:
+        # The file lacks the number of batches seen; from 100 on the running average decays at its final rate.
         usage = state["quantizer.usage"]
         state["quantizer.calls"] = torch.full((), 100, dtype=torch.int64, device=usage.device)
     return state
 
 
-def to_published(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our state dict under the published names: the inverse of `to_ours`, key bias buffers included.
+def state_to_published(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under the published names, with the zero key biases; inverts `state_from_published`.
 
     Raises:
         UserError: a name that our UniTok does not have.
@@ -166,17 +164,17 @@ def to_published(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if name.endswith(".query_bias"):
                 state[published.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
         else:
-            raise UserError(f"{name!r} is no name of a UniTok weight.")
+            raise UserError(f"{name!r} is not a weight that published UniTok files have.")
     return state
 
 
-def codes_to_ours(codes: Tensor) -> Tensor:
-    """Published (B, K, N) codes -> (B, N, K); the same call turns ours into the published order."""
+def codes_from_published(codes: Tensor) -> Tensor:
+    """Published (B, K, N) codes -> (B, N, K); the same call converts ours to the published order."""
     return codes.transpose(1, 2).contiguous()
 
 
-def config_from_args(args: Mapping[str, Any]) -> UniTokConfig:
-    """The config that a published checkpoint's `args` describe.
+def tokenizer_config_from_published(args: Mapping[str, Any]) -> UniTokConfig:
+    """The config described by a published checkpoint's `args`.
 
     Raises:
         UserError: its model name is not one of `SIZES`, so that its widths are unknown.
@@ -206,31 +204,37 @@ def config_from_args(args: Mapping[str, Any]) -> UniTokConfig:
     )
 
 
-def load_reference(path: str | os.PathLike[str], config: UniTokConfig | None = None) -> UniTok:
-    """A model, in evaluation mode, from a published checkpoint file; see `UniTok.from_reference`."""
-    checkpoint = _load_file(path)
+def read_published_tokenizer(
+    path: str | os.PathLike[str], config: UniTokConfig | None = None
+) -> tuple[UniTokConfig, dict[str, Tensor]]:
+    """Config and float32 state dict of a published checkpoint file.
+
+    Args:
+        config: needed where the file's model name is not one of `SIZES`.
+
+    Raises:
+        UserError: the file is not such a checkpoint, or its sizes are unknown.
+    """
+    checkpoint = read_checkpoint(path)
     try:
         weights = checkpoint["trainer"]["unitok"]
     except (KeyError, TypeError):
         raise UserError(
-            f"{path} is no published UniTok checkpoint: it has no ['trainer']['unitok']."
+            f"{path} is not a published UniTok checkpoint: it has no ['trainer']['unitok']."
         ) from None
     if config is None:
-        config = config_from_args(checkpoint.get("args", {}))
-    with torch.device("meta"):
-        model = UniTok(config)
+        config = tokenizer_config_from_published(checkpoint.get("args", {}))
     state = {
-        name: tensor.float() if tensor.is_floating_point() else tensor
-        for name, tensor in to_ours(weights).items()
+        name: tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
+        for name, tensor in state_from_published(weights).items()
     }
-    _check_fit(path, state, model.state_dict())
-    model.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
-    return model.eval()
+    return config, state
 
 
-def save_reference(model: UniTok, path: str | os.PathLike[str]) -> None:
-    """Write a model's weights as a published checkpoint file (only weights and the model's `args`)."""
-    config = model.config
+def write_published_tokenizer(
+    config: UniTokConfig, state: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> None:
+    """Write a state dict as a published checkpoint file (weights and the model's `args` only)."""
     shape = {
         "stem_width",
         "stage_widths",
@@ -239,8 +243,8 @@ def save_reference(model: UniTok, path: str | os.PathLike[str]) -> None:
         "num_attention_heads",
         "decoder_widths",
     }
-    ours = {key: _plain(getattr(config, key)) for key in shape}
-    name = next((n for n, s in SIZES.items() if {k: _plain(v) for k, v in s.items()} == ours), "unnamed")
+    ours = {key: _as_list(getattr(config, key)) for key in shape}
+    name = next((n for n, s in SIZES.items() if {k: _as_list(v) for k, v in s.items()} == ours), "unnamed")
     args = {
         "model": name,
         "img_size": config.image_size,
@@ -257,80 +261,49 @@ def save_reference(model: UniTok, path: str | os.PathLike[str]) -> None:
         "text_vocab_size": config.text_vocab_size,
         "text_context_length": config.text_context_length,
     }
-    state = {name: tensor.detach().cpu() for name, tensor in to_published(model.state_dict()).items()}
+    published = {name: tensor.detach().cpu() for name, tensor in state_to_published(state).items()}
     path = Path(path)
+    # write under another name first: an interrupted run leaves no broken file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    torch.save({"args": args, "trainer": {"unitok": state}}, temporary)
+    torch.save({"args": args, "trainer": {"unitok": published}}, temporary)
     os.replace(temporary, path)
 
 
-def load_clip_start(model: UniTok, path: str | os.PathLike[str]) -> list[str]:
-    """Start encoder and text tower from an open_clip ViTamin checkpoint; all else, logit scale too, stays.
+def read_clip_weights(
+    path: str | os.PathLike[str], target: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of encoder and text tower from an open_clip ViTamin checkpoint, under our names.
 
-    Returns the names of the tensors of encoder and text tower that the file does not have.
+    The file's heads, logit scale and position embeddings are left out.
+
+    Args:
+        target: the state dict of the `UniTok` to initialise.
+
+    Returns:
+        The weights, and the names of both towers that the file lacks.
 
     Raises:
-        UserError: the file is no such checkpoint, or its sizes differ from the model's.
+        UserError: the file is not such a checkpoint, or its sizes differ from the target's.
     """
-    checkpoint = _load_file(path)
+    checkpoint = read_checkpoint(path)
     checkpoint = checkpoint.get("state_dict", checkpoint)
     published = {}
     for name, tensor in checkpoint.items():
         name = name.removeprefix("module.")
         if "head" in name or "pos_embed" in name:
             continue
-        for prefix, place in (("visual.trunk.", "encoder."), ("text.", "text_encoder.")):
+        for prefix, ours in (("visual.trunk.", "encoder."), ("text.", "text_encoder.")):
             if name.startswith(prefix):
-                published[place + name.removeprefix(prefix)] = tensor
+                published[ours + name.removeprefix(prefix)] = tensor
     known = {name: tensor for name, tensor in published.items() if rename(name, _NAMES) is not None}
-    target = model.state_dict()
-    state = {name: tensor.float() for name, tensor in to_ours(known).items() if name in target}
+    state = {name: tensor.float() for name, tensor in state_from_published(known).items() if name in target}
     if not any(name.startswith("encoder.blocks.") for name in state):
-        raise UserError(f"{path} is no open_clip ViTamin checkpoint: it has no visual.trunk.blocks.*")
-    wanted = {n: t for n, t in target.items() if n.startswith(("encoder.", "text_encoder."))}
-    _check_fit(path, state, {name: target[name] for name in state})
-    model.load_state_dict(state, strict=False)
-    return sorted(wanted.keys() - state.keys() - {"encoder.position_offset", "encoder.register_tokens"})
+        raise UserError(f"{path} is not an open_clip ViTamin checkpoint: it has no visual.trunk.blocks.*")
+    check_weights_fit(path, state, {name: target[name] for name in state}, "the config")
+    wanted = {name for name in target if name.startswith(("encoder.", "text_encoder."))}
+    ours_alone = {"encoder.position_offset", "encoder.register_tokens"}  # CLIP has none
+    return state, sorted(wanted - state.keys() - ours_alone)
 
 
-def _plain(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
-
-
-def _load_file(path: str | os.PathLike[str]) -> Any:
-    """A .pth or .safetensors file, without ever running code from it."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist, or is no file.")
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path} is no checkpoint that can be read without running code from it: {reason}"
-        ) from None
-
-
-def _check_fit(
-    path: str | os.PathLike[str], state: Mapping[str, Tensor], target: Mapping[str, Tensor]
-) -> None:
-    """
-    Raises:
-        UserError: names or shapes differ; the message shows the first of each kind.
-    """
-    problems = []
-    if missing := sorted(target.keys() - state.keys()):
-        problems.append(f"{len(missing)} weights are missing ({missing[0]}, ...)")
-    if extra := sorted(state.keys() - target.keys()):
-        problems.append(f"{len(extra)} are too many ({extra[0]}, ...)")
-    for name in sorted(target.keys() & state.keys()):
-        if state[name].shape != target[name].shape:
-            problems.append(
-                f"{name} is {tuple(state[name].shape)}, the config wants {tuple(target[name].shape)}"
-            )
-            break
-    if problems:
-        raise UserError(f"{path} does not fit the config: " + "; ".join(problems) + ".")

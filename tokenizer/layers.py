@@ -1,55 +1,83 @@
-"""The tokenizer's blocks: pre-norm transformer, GeGLU with a norm of its own, ViTamin's convolutions
+"""Blocks of the tokenizer: pre-norm transformer, GeGLU with its own norm, ViTamin's convolutions
 (arXiv 2404.02132, section 3; used by arXiv 2502.20321, section 4.1).
 
-B batch, N tokens, D width, (H, W) rows and columns of a feature map.
+B batch, N tokens, D width, (H, W) rows and columns of a feature map. `init_weights` of a module sets its own
+weights as the published training does; `UniTok` calls it for each module, children first.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from . import cpu
-from .config import UniTokConfig
 
 NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
 
 
 class Conv2d(nn.Conv2d):
-    """A "same" convolution with bias; `start` names how its weights begin (see model.py)."""
+    """A "same" convolution with bias.
 
-    start: str
+    Args:
+        weight_init: "torch" (PyTorch's default), "fan_out" (He et al., ViTamin's stem) or "xavier" (gain
+            0.5, the decoder).
+    """
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, start: str = "torch"
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        stride: int = 1,
+        groups: int = 1,
+        weight_init: Literal["torch", "fan_out", "xavier"] = "torch",
     ) -> None:
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
-        self.start = start
+        self.weight_init = weight_init
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         options = {"stride": self.stride, "padding": self.padding, "groups": self.groups}
         return cpu.conv2d(map, self.weight, self.bias, **options)
 
+    def init_weights(self) -> None:
+        if self.weight_init == "torch":
+            self.reset_parameters()
+            return
+        if self.weight_init == "xavier":
+            init.xavier_normal_(self.weight, gain=0.5)
+        else:
+            # The published code does not divide the fan-out by `groups`; no grouped convolution uses it here.
+            fan_out = self.out_channels * self.kernel_size[0] * self.kernel_size[1]
+            init.normal_(self.weight, std=math.sqrt(2 / fan_out))
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
 
 class Linear(nn.Linear):
-    """A linear map; for inference on a CPU, by the operator that is fastest there."""
+    """A linear map that runs the fastest operator for inference on CPU (see cpu.py)."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu.linear(hidden, self.weight, self.bias)
 
+    def init_weights(self) -> None:
+        init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
-def middle_width(outputs: int) -> int:
-    """Width inside an inverted bottleneck: 4 x outputs, to a multiple of 8, never down by over a tenth."""
+
+def bottleneck_width(outputs: int) -> int:
+    """Width inside an inverted bottleneck: 4 x outputs, rounded to a multiple of 8, at most 10 % down."""
     wanted = 4 * outputs
     width = max(8, (wanted + 4) // 8 * 8)
     return width + 8 if width < 0.9 * wanted else width
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W), at every pixel; free of copies for channels_last maps."""
+    """LayerNorm over the channels of (B, C, H, W) at every pixel; copies nothing on channels_last maps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=NORM_EPS)
@@ -59,7 +87,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class GeGLU(nn.Module):
-    """MLP with a gate, tanh-GELU(gate x) * up x, behind a LayerNorm of its own; (B, N, inputs) -> same."""
+    """Gated MLP with its own LayerNorm, tanh-GELU(gate x) * up x; (B, N, inputs) -> same."""
 
     def __init__(self, width: int, ratio: float = 2.0) -> None:
         super().__init__()
@@ -98,110 +126,107 @@ def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tens
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth; (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, drop_path_rate: float = 0.0) -> None:
         super().__init__()
-        self.drop_path = drop_path
+        self.drop_path_rate = drop_path_rate
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
         self.attention = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.mlp = GeGLU(width, mlp_ratio)
 
-    def forward(self, hidden: torch.Tensor, chance: torch.Tensor | None = None) -> torch.Tensor:
-        """`chance` (2, B), in [0, 1): where it is below `drop_path` a branch is left out; None: nowhere."""
-        first, second = (None, None) if chance is None else chance
-        hidden = hidden + self._drop(self.attention(self.norm1(hidden)), first)
-        return hidden + self._drop(self.mlp(self.norm2(hidden)), second)
+    def forward(self, hidden: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """A branch is dropped where `noise` (2, B), uniform in [0, 1), is below the rate; None drops none."""
+        first, second = (None, None) if noise is None else noise
+        hidden = hidden + self._drop_path(self.attention(self.norm1(hidden)), first)
+        return hidden + self._drop_path(self.mlp(self.norm2(hidden)), second)
 
-    def _drop(self, branch: torch.Tensor, chance: torch.Tensor | None) -> torch.Tensor:
-        """Zero whole samples with probability `drop_path`, scale the others up."""
-        if chance is None or self.drop_path == 0.0:
+    def _drop_path(self, branch: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """Zero whole samples with probability `drop_path_rate`; scale the others up to keep the mean."""
+        if noise is None or self.drop_path_rate == 0.0:
             return branch
-        kept = (chance >= self.drop_path) / (1.0 - self.drop_path)
+        kept = (noise >= self.drop_path_rate) / (1.0 - self.drop_path_rate)
         return branch * kept.to(branch.dtype).view(-1, 1, 1)
 
 
 class Transformer(nn.ModuleList):
-    """A stack of blocks; after the model's `gradient_checkpointing_enable()` the backward pass recomputes.
+    """A stack of blocks; recomputes activations after the model's `gradient_checkpointing_enable()`.
 
     Attributes:
-        chances: numbers in [0, 1) of shape (depth, 2, B or more) that decide drop path in training; None
-            draws them anew each time.
+        drop_path_rate: of the last block; the rate grows linearly from 0 at the first.
+        drop_path_noise: (depth, 2, B or more), uniform in [0, 1), decides what training drops; None samples
+            it in each forward pass. A training loop sets it to make the result independent of batch splits.
     """
 
-    chances: torch.Tensor | None = None
+    drop_path_noise: torch.Tensor | None = None
     gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers beside `gradient_checkpointing`
+    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers with `gradient_checkpointing`
 
-    def __init__(self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+    def __init__(
+        self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float = 0.0
+    ) -> None:
+        rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
-        self.drop_path = drop_path
+        self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        chances: Any = [None] * len(self)
-        if self.training and self.drop_path:
-            if self.chances is None:
-                chances = torch.rand(len(self), 2, len(hidden), device=hidden.device)
+        noise: Any = [None] * len(self)
+        if self.training and self.drop_path_rate:
+            if self.drop_path_noise is None:
+                noise = torch.rand(len(self), 2, len(hidden), device=hidden.device)
             else:
-                chances = self.chances[:, :, : len(hidden)].to(hidden.device)
-        for block, chance in zip(self, chances):
+                noise = self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
+        for block, block_noise in zip(self, noise):
             if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(block.__call__, hidden, chance)
+                hidden = self._gradient_checkpointing_func(block.__call__, hidden, block_noise)
             else:
-                hidden = block(hidden, chance)
+                hidden = block(hidden, block_noise)
         return hidden
-
-
-def build_transformer(config: UniTokConfig) -> Transformer:
-    """The transformer of encoder and decoder; they are alike."""
-    heads, depth = config.num_attention_heads, config.num_hidden_layers
-    return Transformer(config.hidden_size, depth, heads, config.mlp_ratio, config.drop_path_rate)
 
 
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution; (B, inputs, H, W) -> (B, outputs, 2H, 2W).
 
-    The two are one transposed convolution (4x4, stride 2), with 4 products per output instead of 9.
+    Both run as one transposed convolution (4x4, stride 2): 4 products per output instead of 9.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.conv = Conv2d(inputs, outputs, 3)
-        self._kept = cpu.Kept()
+        self._kernel_cache = cpu.DerivedWeight()
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
+        # Inference on CPU reuses the derived kernel; training derives it in the graph, for its gradient.
         if not self.training and cpu.active(map):
-            kernel = self._kept.get(self.conv.weight, _doubled_kernel_last)
+            kernel = self._kernel_cache.get(self.conv.weight, _upsampling_kernel_channels_last)
         else:
-            self._kept.drop()
-            kernel = doubled_kernel(self.conv.weight)
+            self._kernel_cache.clear()
+            kernel = upsampling_kernel(self.conv.weight)
         return cpu.conv_transpose2d(map, kernel, self.conv.bias, stride=2, padding=1)
 
 
-def doubled_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """(outputs, inputs, 3, 3) -> (inputs, outputs, 4, 4): a convolution of the doubled map, transposed."""
+def upsampling_kernel(kernel: torch.Tensor) -> torch.Tensor:
+    """(outputs, inputs, 3, 3) of a convolution on the doubled map -> (inputs, outputs, 4, 4), transposed."""
     kernel = kernel.flip(2, 3)
-    # Each input pixel stands twice in a row and in a column: add the kernel to itself, shifted by one.
+    # Doubling repeats each input pixel along a row and a column: sum the kernel and itself shifted by one.
     kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
     kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
     return kernel.transpose(0, 1)
 
 
-def _doubled_kernel_last(kernel: torch.Tensor) -> torch.Tensor:
-    """The same, laid out for channels_last maps."""
-    return doubled_kernel(kernel).contiguous(memory_format=torch.channels_last)
+def _upsampling_kernel_channels_last(kernel: torch.Tensor) -> torch.Tensor:
+    return upsampling_kernel(kernel).contiguous(memory_format=torch.channels_last)
 
 
 class ConvBlock(nn.Module):
     """ViTamin's inverted bottleneck: norm, widen, (resample,) depthwise 3x3, narrow, plus a shortcut.
 
-    (B, inputs, H, W) -> (B, outputs, H*scale, W*scale). With `scale` 1/2 the depthwise convolution strides;
-    with 2 a full 3x3 convolution on the doubled map goes before it.
+    (B, inputs, H, W) -> (B, outputs, H*scale, W*scale). `scale` 1/2 strides the depthwise convolution;
+    `scale` 2 puts a full 3x3 convolution on the doubled map before it.
     """
 
     def __init__(self, inputs: int, outputs: int, scale: float = 1.0) -> None:
         super().__init__()
-        middle = middle_width(outputs)
+        middle = bottleneck_width(outputs)
         self.scale = scale
         self.shortcut: nn.Module | None = None  # identity, or average pooling alone
         if scale == 2.0:
@@ -227,28 +252,6 @@ class ConvBlock(nn.Module):
 
 
 def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:
-    """`depth` blocks, of which the first one resamples."""
+    """`depth` blocks, the first of which resamples."""
     first = ConvBlock(inputs, outputs, scale)
     return nn.Sequential(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))
-
-
-@contextlib.contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Within it, products of float32 matrices are true float32: no autocast, no TF32, no bf16 shortcuts.
-
-    Codes are an argmax: two machines, or two settings of one, must not come to different ones.
-    """
-    backends: list[Any] = [torch.backends.cuda.matmul]
-    backends.append(torch.backends.mkldnn.matmul)  # pyright: ignore[reportAttributeAccessIssue]
-    before = [backend.fp32_precision for backend in backends]
-    autocast = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device.type):
-        autocast = torch.autocast(device.type, enabled=False)
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with autocast:
-            yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = precision

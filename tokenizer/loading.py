@@ -1,41 +1,63 @@
-"""Finding and reading published weights of helper networks: a file, a folder that holds it, or a hub id."""
+"""Find and read weight files: a file, a folder that holds it, or a hub id.
 
+Nothing here runs code from a file: pickles are read with `weights_only=True`.
+"""
+
+import os
 import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import read_json
 
-HUB = "FoundationVision/unitok_external"  # where the published UniTok offers both helper networks
+HELPER_HUB_ID = "FoundationVision/unitok_external"  # the published LPIPS and DINOv2 weights
+
+
+def check_tokenizer_folder(folder: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: `folder` holds no visual tokenizer; the message says what it holds.
+    """
+    config = Path(folder) / "config.json"
+    if not config.exists():
+        raise UserError(f"{folder} is not a model folder: it has no config.json.")
+    kind = read_json(config).get("model_type")
+    if kind != "unitok":
+        inside = Path(folder) / "unitok"
+        hint = f" Its visual tokenizer is in {inside}." if inside.is_dir() else ""
+        raise UserError(f"{folder} holds a model of type {kind!r}, not a visual tokenizer ('unitok').{hint}")
 
 
 def find_weights(path: str | Path | None, names: Sequence[str], what: str, source: str) -> Path:
-    """The weight file that `path` means, downloaded if it is a hub id.
+    """The weight file that `path` names, downloaded if it is a hub id.
 
     Args:
         path: a file, a folder that holds one of `names`, or a hub id ("owner/name").
         names: the published file's name first, then other accepted ones.
-        what: what the weights are for, and `source`: where they come from; both for the message.
+        what: the purpose of the weights, and `source`: their origin; both for the message.
 
     Raises:
-        UserError: nothing is there; the message names the file wanted and its origin.
+        UserError: nothing is there; the message names the expected file and its origin.
     """
     hint = f"It is published as {names[0]}: {source}. Give its path, a folder that holds it, or a hub id."
     if not path:
         raise UserError(f"{what} has no weights: no path is set. {hint}")
-    here = Path(path)
-    if here.is_file():
-        return here
-    if here.is_dir():
+    local = Path(path)
+    if local.is_file():
+        return local
+    if local.is_dir():
         for name in names:
-            if (here / name).is_file():
-                return here / name
+            if (local / name).is_file():
+                return local / name
         raise UserError(f"{what}: the folder {path} holds no {' or '.join(names)}. {hint}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or here.suffix in (
+    # "owner/name" may be a hub id, but with the ending of a weight file it is a mistyped path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or local.suffix in (
         ".pth",
         ".pt",
         ".safetensors",
@@ -44,63 +66,90 @@ def find_weights(path: str | Path | None, names: Sequence[str], what: str, sourc
     return _download(str(path), names, what, hint)
 
 
-def _download(repository: str, names: Sequence[str], what: str, hint: str) -> Path:
+def _download(hub_id: str, names: Sequence[str], what: str, hint: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     reason = ""
     for name in names:
         try:
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(hub_id, name))
         except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = _first_line(error)
     raise UserError(
-        f"{what}: {repository} is neither a path here nor a hub repository that holds {' or '.join(names)} "
+        f"{what}: {hub_id} is neither a local path nor a hub repository that holds {' or '.join(names)} "
         f"({reason}). {hint}"
     )
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file by name, in float32, never running code from the file.
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """The content of a .pth or .safetensors file.
 
     Raises:
-        UserError: the file is no such file.
+        UserError: there is no such file, or it is not readable without running code from it.
     """
     path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not an existing file.")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            weights = load_file(path)
+            return load_file(path)
         except SafetensorError as error:
-            raise UserError(f"{path} is no safetensors file: {error}") from error
-    else:
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{path} cannot be read as a file of weights: {reason}") from error
+            raise UserError(f"{path} is not a valid safetensors file: {error}") from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint that can be read without running code from it: {_first_line(error)}"
+        ) from None
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file by name, in float32.
+
+    Raises:
+        UserError: the file is not readable or holds something else.
+    """
+    weights = read_checkpoint(path)
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise UserError(f"{path} holds no plain mapping from names to tensors.")
+        raise UserError(f"{path} does not hold a plain mapping from names to tensors.")
     return {name: tensor.float() for name, tensor in weights.items()}
 
 
-def load_exactly(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Put `weights` into `module`, all of them and nothing else.
+def check_weights_fit(
+    path: str | os.PathLike[str], weights: Mapping[str, Tensor], target: Mapping[str, Tensor], what: str
+) -> None:
+    """Compare names and shapes of a file's weights with a state dict.
 
     Raises:
-        UserError: a name is missing or too many, or a shape differs; the message shows the first.
+        UserError: they differ; the message shows the first of each kind. `what` names the target.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    problems = [f"{name} is missing" for name in wanted if name not in found]
-    problems += [f"{name} is too many" for name in found if name not in wanted]
-    problems += [
-        f"{name} has shape {found[name]}, {shape} is needed"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
+    problems = []
+    if missing := sorted(target.keys() - weights.keys()):
+        problems.append(f"{len(missing)} weights are missing ({missing[0]}, ...)")
+    if unexpected := sorted(weights.keys() - target.keys()):
+        problems.append(f"{len(unexpected)} are unexpected ({unexpected[0]}, ...)")
+    for name in sorted(target.keys() & weights.keys()):
+        found, expected = tuple(weights[name].shape), tuple(target[name].shape)
+        if found != expected:
+            problems.append(f"{name} has shape {found}, expected {expected}")
+            break
     if problems:
-        raise UserError(f"{path} holds other weights than {type(module).__name__}: {problems[0]}.")
+        raise UserError(f"{path} does not fit {what}: " + "; ".join(problems) + ".")
+
+
+def load_exactly(module: torch.nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load `weights` into `module`: all of them and nothing else.
+
+    Raises:
+        UserError: names or shapes differ.
+    """
+    check_weights_fit(path, weights, module.state_dict(), type(module).__name__)
     module.load_state_dict(dict(weights))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

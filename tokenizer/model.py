@@ -18,18 +18,20 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
 
 from .config import UniTokConfig
-from .decoders.vitamin import Decoder
-from .encoders.vitamin import Encoder
-from .layers import NORM_EPS, Conv2d, exact_float32
-from .loading import find_weights
-from .projection import ProjectionAttention, build_projection
-from .quantizers.multi_codebook import Quantizer
-from .text_tower import TextBlock, TextEncoder
+from .convert import read_published_tokenizer
+from .decoders.vitamin import ViTaminDecoder
+from .encoders.vitamin import ViTaminEncoder
+from .layers import NORM_EPS
+from .loading import check_tokenizer_folder, check_weights_fit, find_weights
+from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
+from .projection import build_projection
+from .quantizers.multi_codebook import MultiCodebookQuantizer
+from .text_tower import TextEncoder
 
-PUBLISHED, HUB = "unitok_tokenizer.pth", "FoundationVision/unitok_tokenizer"  # the published file, its place
+PUBLISHED_FILE = "unitok_tokenizer.pth"
+PUBLISHED_HUB_ID = "FoundationVision/unitok_tokenizer"
 
 
 class UniTokOutput(NamedTuple):
@@ -51,17 +53,19 @@ class UniTok(PreTrainedModel):
     config: UniTokConfig
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = ["down_projection", "quantizer", "up_projection"]
+    _keep_in_fp32_modules_strict = list(FLOAT32_PARTS)  # what from_pretrained(dtype=...) spares
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
         width, latent, heads = config.hidden_size, config.latent_dim, config.num_projection_heads
         causal = config.projection_causal
-        self.encoder = Encoder(config)
+        self.encoder = ViTaminEncoder(config)
         self.down_projection = build_projection(config.projection, width, latent, heads, causal)
-        self.quantizer = Quantizer(config.num_codebooks, config.codebook_size, config.codebook_dim)
+        self.quantizer = MultiCodebookQuantizer(
+            config.num_codebooks, config.codebook_size, config.codebook_dim
+        )
         self.up_projection = build_projection(config.projection, latent, width, heads, causal)
-        self.decoder = Decoder(config)
+        self.decoder = ViTaminDecoder(config)
         self.image_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.image_projection = nn.Linear(width, config.embed_dim)
         self.text_encoder = TextEncoder(config)
@@ -84,15 +88,15 @@ class UniTok(PreTrainedModel):
             entropy: compute the entropy loss too.
         """
         quantised = self.quantizer(self.encode_latents(pixels), entropy=entropy)
-        hidden = self.expand(quantised.quantised)
+        hidden = self.up_project(quantised.quantised)
         first = hidden.shape[0] if reconstruct_first is None else reconstruct_first
         grid = (pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size)
         return UniTokOutput(
-            reconstruction=self.decoder(self._to_decoder(hidden[:first]), grid) if first else None,
+            reconstruction=self.decoder(to_dtype_of(self.decoder, hidden[:first]), grid) if first else None,
             codes=quantised.codes,
             losses=quantised.losses,
             usage=quantised.usage,
-            image_embeds=self._embed(hidden),
+            image_embeds=self._image_embedding(hidden),
             text_embeds=None if token_ids is None else self.embed_text(token_ids),
             logit_scale=self.logit_scale.exp(),
         )
@@ -118,35 +122,31 @@ class UniTok(PreTrainedModel):
             UserError: codes out of range or of another shape; a grid that does not fit them.
         """
         grid = self.check_codes(codes, grid)
-        return self.decode_latents(self.lookup(codes), grid).clamp(-1, 1)
+        return self.decode_latents(self.quantizer.embed(codes), grid).clamp(-1, 1)
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, from the quantised image."""
-        return self._embed(self.expand(self.lookup(self.encode(pixels))))
+        return self._image_embedding(self.up_project(self.quantizer.embed(self.encode(pixels))))
 
     def embed_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) caption token ids, T <= text_context_length -> (B, E) unit-norm embeddings."""
         return F.normalize(self.text_encoder(token_ids).float(), dim=-1)
 
-    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """(B, N, K) codes -> (B, N, K*C) quantised latents: the K unit-norm rows side by side."""
-        return self.quantizer.lookup(codes)
-
     def encode_latents(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pixels -> (B, N, K*C) float32 latents, before quantisation."""
         self._check_pixels(pixels)
-        tokens = self.encoder(pixels.to(self.encoder.stem.conv1.weight.dtype))
+        tokens = self.encoder(to_dtype_of(self.encoder, pixels))
         with exact_float32(tokens.device):
             return self.down_projection(tokens.float())
 
-    def expand(self, latents: torch.Tensor) -> torch.Tensor:
+    def up_project(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
         with exact_float32(latents.device):
             return self.up_projection(latents.float())
 
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, N, K*C) latents -> (B, 3, 16*rows, 16*columns) pixels, not clamped; differentiable."""
-        return self.decoder(self._to_decoder(self.expand(latents)), grid)
+        return self.decoder(to_dtype_of(self.decoder, self.up_project(latents)), grid)
 
     def check_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
         """The grid of these codes, given or square.
@@ -206,9 +206,9 @@ class UniTok(PreTrainedModel):
         if path.is_file():
             return cls.from_reference(path, **kwargs)
         if path.is_dir():
-            if (path / PUBLISHED).is_file() and not (path / "config.json").exists():
-                return cls.from_reference(path / PUBLISHED, **kwargs)
-            check_folder(path)
+            if (path / PUBLISHED_FILE).is_file() and not (path / "config.json").exists():
+                return cls.from_reference(path / PUBLISHED_FILE, **kwargs)
+            check_tokenizer_folder(path)
             return super().from_pretrained(path, *args, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -216,7 +216,9 @@ class UniTok(PreTrainedModel):
             reason = str(error).strip().splitlines()[0]
             message = f"{path} is not here, nor could the hub give it: {reason}"
         try:
-            file = find_weights(str(path), (PUBLISHED,), "The tokenizer", f"https://huggingface.co/{HUB}")
+            file = find_weights(
+                str(path), (PUBLISHED_FILE,), "The tokenizer", f"https://huggingface.co/{PUBLISHED_HUB_ID}"
+            )
         except UserError:
             raise UserError(message) from None
         return cls.from_reference(file, **kwargs)
@@ -233,17 +235,17 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: the file is no such checkpoint, or its weights do not fit the config.
         """
-        from .convert import load_reference
+        config, state = read_published_tokenizer(path, config)
+        with torch.device("meta"):
+            model = cls(config)
+        check_weights_fit(path, state, model.state_dict(), "the config")
+        model.load_state_dict(state, assign=True)
+        return model.eval().to(dtype)  # pyright: ignore
 
-        return load_reference(path, config).to(dtype)  # pyright: ignore
-
-    def _embed(self, hidden: torch.Tensor) -> torch.Tensor:
+    def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; the mean takes in the registers."""
-        pooled = self.image_norm(hidden.mean(dim=1).to(self.image_norm.weight.dtype))
+        pooled = self.image_norm(to_dtype_of(self.image_norm, hidden.mean(dim=1)))
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
-
-    def _to_decoder(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.to(self.decoder.norm.weight.dtype)
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
         step = self.config.patch_size
@@ -256,91 +258,15 @@ class UniTok(PreTrainedModel):
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniTok":
-        """`.to(dtype)`, `.half()` and `.bfloat16()` leave in float32 what decides the codes."""
-        kept = set()
-        for name in self._keep_in_fp32_modules_strict or ():
-            for tensor in self.get_submodule(name).state_dict(keep_vars=True).values():
-                kept |= {id(tensor), id(tensor.grad)} - {id(None)}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            if id(tensor) in kept and moved.dtype in (torch.float16, torch.bfloat16):
-                return tensor.to(moved.device)
-            return moved
-
-        return super()._apply(keep, recurse)
+        """`.to(dtype)`, `.half()` and `.bfloat16()` keep `FLOAT32_PARTS` in float32."""
+        return super()._apply(spare_float32_parts(self, fn), recurse)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """How weights start, as in the published training; transformers calls it for each module."""
-        if isinstance(module, Conv2d):
-            _init_conv(module)
-        elif isinstance(module, nn.Linear):
-            if module is self.image_projection:
-                module.reset_parameters()
-            else:
-                init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        elif isinstance(module, Encoder):
-            init.zeros_(module.position_offset)
-            if module.register_tokens is not None:
-                init.normal_(module.register_tokens, std=0.02)
-        elif isinstance(module, ProjectionAttention):
-            init.zeros_(module.query_bias)
-            init.zeros_(module.value_bias)
-        elif isinstance(module, Quantizer):
-            bound = 1 / (36 * module.codebooks.shape[2] ** 0.5)
-            init.uniform_(module.codebooks, -bound, bound)
-            init.zeros_(module.usage)
-            init.zeros_(module.calls)
-        elif isinstance(module, TextEncoder):
-            _init_text(module)
-        elif module is self:
+        """Initialise one module; transformers calls it for all, children first. Ours have `init_weights`."""
+        if module is self:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
-
-
-def check_folder(folder: str | os.PathLike[str]) -> None:
-    """
-    Raises:
-        UserError: `folder` holds no visual tokenizer; the message says what it holds.
-    """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
-    kind = read_json(config).get("model_type")
-    if kind != UniTokConfig.model_type:
-        inside = Path(folder) / "unitok"
-        hint = f" Its visual tokenizer is in {inside}." if inside.is_dir() else ""
-        raise UserError(f"{folder} holds a model of type {kind!r}, not a visual tokenizer ('unitok').{hint}")
-
-
-def _init_conv(conv: Conv2d) -> None:
-    if conv.start == "torch":
-        conv.reset_parameters()
-        return
-    if conv.start == "xavier":
-        init.xavier_normal_(conv.weight, gain=0.5)
-    else:
-        init.normal_(
-            conv.weight, std=math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] * conv.kernel_size[1]))
-        )
-    if conv.bias is not None:
-        init.zeros_(conv.bias)
-
-
-def _init_text(text: TextEncoder) -> None:
-    """CLIP's rule: widths and depth set the scale (arXiv 2103.00020, section 2.4)."""
-    width, depth = text.token_embedding.embedding_dim, len(text.blocks)
-    init.normal_(text.token_embedding.weight, std=0.02)
-    init.normal_(text.position_embedding, std=0.01)
-    init.normal_(text.projection.weight, std=width**-0.5)
-    for block in text.blocks:
-        assert isinstance(block, TextBlock)
-        init.normal_(block.attention.qkv.weight, std=width**-0.5)
-        init.normal_(block.attention.out.weight, std=width**-0.5 * (2 * depth) ** -0.5)
-        init.normal_(block.up.weight, std=(2 * width) ** -0.5)
-        init.normal_(block.down.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+        elif hasattr(module, "init_weights"):
+            module.init_weights()  # pyright: ignore[reportCallIssue]
+        elif isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()

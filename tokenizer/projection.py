@@ -7,6 +7,7 @@ B batch, N tokens, `heads` heads of width d.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from . import cpu
 from .layers import GeGLU, Linear, split_heads
@@ -57,6 +58,10 @@ class ProjectionAttention(nn.Module):
         self.query_bias = nn.Parameter(torch.zeros(inner))
         self.value_bias = nn.Parameter(torch.zeros(inner))
         self.out = Linear(outputs, outputs)
+
+    def init_weights(self) -> None:
+        init.zeros_(self.query_bias)
+        init.zeros_(self.value_bias)
 
     def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])

@@ -6,6 +6,7 @@ B batch, T text positions, W text width, E width of the joint space.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from open_unitok.core.errors import UserError
 
@@ -30,7 +31,7 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """Token ids (B, T) -> (B, E), not normalised; read off at the largest id, the end of text."""
+    """Token ids (B, T) -> (B, E), not normalised; pooled at the end of text, which has the largest id."""
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
@@ -48,11 +49,30 @@ class TextEncoder(nn.Module):
         Raises:
             UserError: more positions than the tower has.
         """
-        length, most = token_ids.shape[1], self.position_embedding.shape[0]
-        if length > most:
-            raise UserError(f"Captions of {length} token ids do not fit in text_context_length = {most}.")
+        length, longest = token_ids.shape[1], self.position_embedding.shape[0]
+        if length > longest:
+            raise UserError(
+                f"Captions of {length} token ids are longer than text_context_length = {longest}: truncate "
+                "them (CaptionTokenizer does)."
+            )
         hidden = self.token_embedding(token_ids) + self.position_embedding[:length]
         for block in self.blocks:
             hidden = block(hidden)
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)
         return self.projection(self.norm(hidden[rows, token_ids.argmax(dim=-1)]))
+
+    def init_weights(self) -> None:
+        """CLIP's rule: width and depth set the scale (arXiv 2103.00020, section 2.4).
+
+        Overwrites what `Linear.init_weights` has set in the blocks: children are initialised first.
+        """
+        width, depth = self.token_embedding.embedding_dim, len(self.blocks)
+        init.normal_(self.token_embedding.weight, std=0.02)
+        init.normal_(self.position_embedding, std=0.01)
+        init.normal_(self.projection.weight, std=width**-0.5)
+        for block in self.blocks:
+            assert isinstance(block, TextBlock)
+            init.normal_(block.attention.qkv.weight, std=width**-0.5)
+            init.normal_(block.attention.out.weight, std=width**-0.5 * (2 * depth) ** -0.5)
+            init.normal_(block.up.weight, std=(2 * width) ** -0.5)
+            init.normal_(block.down.weight, std=width**-0.5 * (2 * depth) ** -0.5)

@@ -138,7 +138,7 @@ class Model:
             else:
                 found = self.unitok.encode_latents(pixels)
                 if pooling == "quantised":
-                    found = self.unitok.lookup(self.unitok.quantizer.encode(found))
+                    found = self.unitok.quantizer.embed(self.unitok.quantizer.encode(found))
                 found = found.mean(dim=1)
             return found.float().cpu().numpy()
 

@@ -117,10 +117,10 @@ def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device
     """LPIPS of every copy."""
     import torch
 
-    from open_unitok.tokenizer.frozen.lpips import FILE, HUB, LPIPS
-    from open_unitok.tokenizer.loading import find_weights
+    from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
+    from open_unitok.tokenizer.loading import HELPER_HUB_ID, find_weights
 
-    file = find_weights(weights, (FILE,), "LPIPS", f"https://huggingface.co/{HUB}")
+    file = find_weights(weights, (LPIPS_FILE,), "LPIPS", f"https://huggingface.co/{HELPER_HUB_ID}")
     net = LPIPS.from_file(file).to(device)
 
     def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:

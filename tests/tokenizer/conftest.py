@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.convert import to_ours
+from open_unitok.tokenizer.convert import state_from_published
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -74,7 +74,7 @@ def variant(published, tiny_config):
             del weights[key]
         if (GOLDEN / f"{name}.delta.safetensors").exists():
             weights |= load_file(GOLDEN / f"{name}.delta.safetensors")
-        state = to_ours(weights)
+        state = state_from_published(weights)
         state["quantizer.calls"].zero_()
         model = UniTok(tiny_config(**changes[name]))
         model.load_state_dict(state)

@@ -10,7 +10,12 @@ from transformers import PreTrainedModel
 from open_unitok.cli.main import run as unitok
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.convert import codes_to_ours, load_clip_start, to_ours, to_published
+from open_unitok.tokenizer.convert import (
+    codes_from_published,
+    read_clip_weights,
+    state_from_published,
+    state_to_published,
+)
 
 
 @pytest.mark.parametrize("size", ["vitamin_base", "vitamin_large"])
@@ -20,16 +25,16 @@ def test_full_size_names_map_one_to_one(golden, size):
     with torch.device("meta"):
         model = UniTok(UniTokConfig.named(size))
     state = model.state_dict()
-    ours = to_ours(published)
+    ours = state_from_published(published)
     assert {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in state.items()}
-    back = to_published(state)
+    back = state_to_published(state)
     assert {n: list(t.shape) for n, t in back.items()} == listed["keys"]
     count = sum(parameter.numel() for parameter in model.parameters()) + model.config.hidden_size
     assert count == listed["n_params_total"]  # there, the one offset of all positions is a (frozen) parameter
 
 
 def test_there_and_back(published):
-    back = to_published(to_ours(published))
+    back = state_to_published(state_from_published(published))
     assert back.keys() == published.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in published.items())
 
@@ -42,13 +47,13 @@ def test_published_file(variant, golden_folder, tiny_config):
         UniTok.from_pretrained(path, config=tiny_config()),
     ):
         assert not model.training
-        assert torch.equal(model.encode(case.out["image"]), codes_to_ours(case.out["indices"]))
+        assert torch.equal(model.encode(case.out["image"]), codes_from_published(case.out["indices"]))
         assert all(p.requires_grad and p.device.type == "cpu" for p in model.parameters())
         assert model.quantizer.calls == 100
     with pytest.raises(UserError, match=r"model is 'vitamin_tiny_dev'.*Pass a config"):
         UniTok.from_reference(path)
     with pytest.raises(
-        UserError, match=r"does not fit the config: text_encoder.*\(512, 64\), the config wants \(99, 64\)"
+        UserError, match=r"does not fit the config: text_encoder.* has shape \(512, 64\), expected \(99, 64\)"
     ):
         UniTok.from_reference(path, tiny_config(text_vocab_size=99))
     with pytest.raises(UserError, match="weights are missing"):
@@ -56,7 +61,7 @@ def test_published_file(variant, golden_folder, tiny_config):
 
 
 def test_folder_or_hub_id_of_the_published_file(variant, golden_folder, tiny_config, tmp_path, monkeypatch):
-    codes = codes_to_ours(variant("attn").out["indices"])
+    codes = codes_from_published(variant("attn").out["indices"])
     (tmp_path / "unitok_tokenizer.pth").symlink_to(golden_folder / "reference_ckpt.pth")
     model = UniTok.from_pretrained(tmp_path, config=tiny_config())
     assert torch.equal(model.encode(variant("attn").out["image"]), codes)
@@ -92,7 +97,7 @@ def test_named_size_is_read_from_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "SIZES", sizes)
     monkeypatch.setattr(convert, "SIZES", sizes)
     model = UniTok(UniTokConfig.named("vitamin_nano", num_register_tokens=1, projection="linear", **small))
-    convert.save_reference(model, tmp_path / "a.pth")
+    convert.write_published_tokenizer(model.config, model.state_dict(), tmp_path / "a.pth")
     loaded = UniTok.from_pretrained(tmp_path / "a.pth")
     assert loaded.config.to_dict() == model.config.to_dict()
     for name, tensor in model.state_dict().items():
@@ -105,18 +110,18 @@ def test_files_that_are_none(tmp_path):
             return (print, ("code ran",))
 
     torch.save({"trainer": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(UserError, match=r"evil\.pth is no checkpoint that can be read without running code"):
+    with pytest.raises(UserError, match=r"evil\.pth is not a checkpoint that can be read without"):
         UniTok.from_reference(tmp_path / "evil.pth")
     (tmp_path / "text.pth").write_text("hello")
-    with pytest.raises(UserError, match=r"text\.pth is no checkpoint"):
+    with pytest.raises(UserError, match=r"text\.pth is not a checkpoint"):
         UniTok.from_reference(tmp_path / "text.pth")
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth is no published UniTok checkpoint"):
+    with pytest.raises(UserError, match=r"other\.pth is not a published UniTok checkpoint"):
         UniTok.from_reference(tmp_path / "other.pth")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="is not an existing file"):
         UniTok.from_reference(tmp_path / "none.pth")
-    with pytest.raises(UserError, match=r"'layers.0' is no name of a published UniTok weight"):
-        to_ours({"layers.0": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"'layers.0' is not a weight of a published UniTok"):
+        state_from_published({"layers.0": torch.zeros(1)})
 
 
 def test_command(variant, golden_folder, tiny_config, tmp_path, capsys):
@@ -126,7 +131,7 @@ def test_command(variant, golden_folder, tiny_config, tmp_path, capsys):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     image = variant("attn").out["image"]
     codes = UniTok.from_pretrained(folder).encode(image)
-    assert torch.equal(codes, codes_to_ours(variant("attn").out["indices"]))
+    assert torch.equal(codes, codes_from_published(variant("attn").out["indices"]))
     unitok(["convert", "tokenizer", str(folder), str(file)])
     original = torch.load(source, weights_only=True)["trainer"]["unitok"]
     back = torch.load(file, weights_only=True)["trainer"]["unitok"]
@@ -147,14 +152,16 @@ def test_clip_start(variant, tiny_config, tmp_path):
             clip["text." + name.removeprefix("text_encoder.")] = tensor
     torch.save(clip, tmp_path / "clip.pt")
     model = UniTok(tiny_config())
-    assert load_clip_start(model, tmp_path / "clip.pt") == ["encoder.norm.bias", "encoder.norm.weight"]
-    state, expected = model.state_dict(), to_ours(weights)
+    clip_weights, missing = read_clip_weights(tmp_path / "clip.pt", model.state_dict())
+    assert missing == ["encoder.norm.bias", "encoder.norm.weight"]
+    model.load_state_dict(clip_weights, strict=False)
+    state, expected = model.state_dict(), state_from_published(weights)
     for name in ("encoder.blocks.2.mlp.down.weight", "text_encoder.projection.weight", "encoder.pool.bias"):
         assert torch.equal(state[name], expected[name])
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
     assert not model.encoder.position_offset.any()
     with pytest.raises(UserError, match="does not fit the config"):
-        load_clip_start(UniTok(tiny_config(hidden_size=32)), tmp_path / "clip.pt")
+        read_clip_weights(tmp_path / "clip.pt", UniTok(tiny_config(hidden_size=32)).state_dict())
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="no open_clip ViTamin checkpoint"):
-        load_clip_start(model, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not an open_clip ViTamin checkpoint"):
+        read_clip_weights(tmp_path / "other.pt", model.state_dict())

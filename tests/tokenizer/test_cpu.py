@@ -16,7 +16,7 @@ from open_unitok.tokenizer.layers import Linear, Upsample
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """Every operator counts as large, and none has been chosen."""
-    monkeypatch.setattr(cpu, "LARGE", 1)
+    monkeypatch.setattr(cpu, "MIN_WORK", 1)
     monkeypatch.setattr(cpu, "_chosen", {})
 
 
@@ -157,13 +157,13 @@ def test_where_nothing_is_chosen(model, monkeypatch, why):
     if why == "switch":
         monkeypatch.setenv("UNITOK_FAST_CPU", "0")
     if why == "small":
-        monkeypatch.setattr(cpu, "LARGE", 10**6)
+        monkeypatch.setattr(cpu, "MIN_WORK", 10**6)
     with torch.set_grad_enabled(why == "gradients"), torch.autocast("cpu", enabled=why == "autocast"):
         result = layer(x)
     assert cpu.chosen() == {} and result.requires_grad == (why == "gradients")
     if why == "gradients":
         model.train()(pixels()).reconstruction.sum().backward()
-        assert cpu.chosen() == {} and model.decoder.enter._kept._made is None
+        assert cpu.chosen() == {} and model.decoder.enter._kernel_cache._value is None
 
 
 def test_gelu_takes_the_maps_own_memory_in_inference_alone():
@@ -204,8 +204,8 @@ def test_the_kept_kernel_follows_its_weight(change):
     layer, map = Upsample(40, 40).eval(), torch.randn(1, 40, 3, 5)
     layer.conv.bias.zero_()
     before = layer(map)
-    kept = layer._kept._made
-    assert torch.equal(layer(map), before) and layer._kept._made is kept
+    kept = layer._kernel_cache._value
+    assert torch.equal(layer(map), before) and layer._kernel_cache._value is kept
     CHANGES[change](layer)
     after = layer(map.to(layer.conv.weight.dtype)).float()
     torch.testing.assert_close(after, 2 * before, rtol=0, atol=0.05 if change == "half" else 1e-5)
@@ -214,15 +214,15 @@ def test_the_kept_kernel_follows_its_weight(change):
 def test_the_kept_kernel_stays_out_of_copies_and_files(model, tmp_path):
     names = set(model.state_dict())
     model.decode(model.encode(pixels()))
-    assert model.decoder.enter._kept._made is not None and set(model.state_dict()) == names
+    assert model.decoder.enter._kernel_cache._value is not None and set(model.state_dict()) == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other.decoder.enter._kept._made is None
+        assert other.decoder.enter._kernel_cache._value is None
         assert torch.equal(other.encode(pixels()), model.encode(pixels()))
     model.save_pretrained(tmp_path)
     assert torch.equal(UniTok.from_pretrained(tmp_path).encode(pixels()), model.encode(pixels()))
     with torch.no_grad():
         model.train().decoder.enter(torch.randn(1, 64, 2, 2))
-    assert model.decoder.enter._kept._made is None
+    assert model.decoder.enter._kernel_cache._value is None
 
 
 def test_weights_made_in_inference_mode():

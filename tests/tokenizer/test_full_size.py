@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.convert import codes_to_ours, to_ours
+from open_unitok.tokenizer.convert import codes_from_published, state_from_published
 
 SEED = 1101
 
@@ -20,7 +20,7 @@ def test_vitamin_base(golden, formula):
     with torch.device("meta"):
         model = UniTok(UniTokConfig.named("vitamin_base"))
     weights = {name: formula(name, tuple(shape), SEED) for name, shape in keys.items()}
-    model.load_state_dict(to_ours(weights), assign=True)
+    model.load_state_dict(state_from_published(weights), assign=True)
     model.eval()
     image = golden_image(formula("image", (1, 3 * 256 * 256), SEED) * (3 * 256 * 256) ** 0.5)
     out = load_file(folder / "vitamin_base.outputs.safetensors")
@@ -28,18 +28,18 @@ def test_vitamin_base(golden, formula):
         tokens = model.encoder(image)
         latents = model.encode_latents(image)
         codes = model.quantizer.encode(latents)
-        expected = codes_to_ours(out["indices"])
+        expected = codes_from_published(out["indices"])
         sure = out["argmax_margin"].T[None] > 1e-4
         assert torch.equal(codes[sure], expected[sure]) and (~sure).sum() < 20
-        hidden = model.expand(model.lookup(expected))
-        raw = model.decode_latents(model.lookup(expected), (16, 16))
+        hidden = model.up_project(model.quantizer.embed(expected))
+        raw = model.decode_latents(model.quantizer.embed(expected), (16, 16))
         close = {"rtol": 0, "atol": 5e-5}
         torch.testing.assert_close(tokens[:, :4], out["encoder_tokens_first4"], **close)
         torch.testing.assert_close(tokens.mean(-1), out["encoder_tokens_mean"], **close)
         torch.testing.assert_close(latents, out["quant_proj_out"], **close)
         torch.testing.assert_close(hidden[:, :4], out["post_quant_first4"], **close)
         torch.testing.assert_close(raw[..., ::8, ::8], out["decoder_raw_stride8"], **close)
-        torch.testing.assert_close(model._embed(hidden), out["encode_image_norm"], **close)
+        torch.testing.assert_close(model._image_embedding(hidden), out["encode_image_norm"], **close)
         torch.testing.assert_close(model.embed_text(out["text"]), out["encode_text_norm"], **close)
 
 

@@ -61,7 +61,7 @@ def test_captions_may_be_shorter_than_the_context(model):
     ids = torch.zeros(2, 16, dtype=torch.int64)
     ids[:, :3] = torch.tensor([[510, 7, 511], [510, 9, 511]])
     torch.testing.assert_close(model.embed_text(ids), model.embed_text(ids[:, :3]), rtol=0, atol=1e-6)
-    with pytest.raises(UserError, match="17 token ids do not fit in text_context_length = 16"):
+    with pytest.raises(UserError, match="17 token ids are longer than text_context_length = 16"):
         model.embed_text(torch.zeros(2, 17, dtype=torch.int64))
 
 
@@ -116,7 +116,7 @@ def test_weights_missing_in_a_folder_start_as_in_training(model, tmp_path):
 
 
 def test_wrong_folders(tmp_path):
-    with pytest.raises(UserError, match=r"is no model folder: it has no config\.json"):
+    with pytest.raises(UserError, match=r"is not a model folder: it has no config\.json"):
         UniTok.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=rf"{tmp_path} holds a model of type 'llama', not a visual tokenizer"):
@@ -152,7 +152,7 @@ def test_codes_are_float32_under_autocast(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents = model.encode_latents(images)
             result = model.quantizer(latents, entropy=True)
-            hidden = model.expand(result.quantised)
+            hidden = model.up_project(result.quantised)
             assert torch.equal(model.encode(images), expected.codes)
     assert latents.dtype == result.quantised.dtype == hidden.dtype == torch.float32
     assert torch.equal(result.codes, expected.codes)
@@ -212,16 +212,16 @@ def test_gradient_checkpointing_changes_nothing(model):
 def test_drop_path(tiny_config):
     torch.manual_seed(0)
     model = UniTok(tiny_config(drop_path_rate=0.5))
-    assert [block.drop_path for block in model.encoder.blocks] == [0.0, 0.25, 0.5]
+    assert [block.drop_path_rate for block in model.encoder.blocks] == [0.0, 0.25, 0.5]
     images = pixels(2, 3, 64, 64)
     assert not torch.equal(model.train().encoder(images), model.encoder(images))
     assert torch.equal(model.eval().encoder(images), model.encoder(images))
     blocks = model.train().encoder.blocks
-    blocks.chances = torch.ones(3, 2, 5)  # of 1, nothing is dropped, but what stays is scaled up
+    blocks.drop_path_noise = torch.ones(3, 2, 5)  # of 1, nothing is dropped, but what stays is scaled up
     assert torch.equal(model.encoder(images), model.encoder(images))
-    blocks.chances[2, :, 0] = 0.4  # below 0.5: the last block passes the first image on as it is
+    blocks.drop_path_noise[2, :, 0] = 0.4  # below 0.5: the last block passes the first image on as it is
     hidden = torch.randn(2, 4, 64)
-    shown, before = blocks(hidden), blocks[1](blocks[0](hidden), blocks.chances[1, :, :2])
+    shown, before = blocks(hidden), blocks[1](blocks[0](hidden), blocks.drop_path_noise[1, :, :2])
     assert torch.equal(shown[0], before[0]) and not torch.equal(shown[1], before[1])
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from open_unitok.tokenizer.convert import _NAMES, codes_to_ours, rename
+from open_unitok.tokenizer.convert import _NAMES, codes_from_published, rename
 
 VARIANTS = ("attn", "linear", "attn_altsize", "attn_numquery4")
 CLOSE = {"rtol": 0, "atol": 2e-5}
@@ -24,14 +24,14 @@ def test_codes_and_tensors(case):
         tokens = model.encoder(out["image"])
         latents = model.encode_latents(out["image"])
         quantised = model.quantizer(latents)
-    codes = codes_to_ours(out["indices"])
+    codes = codes_from_published(out["indices"])
     assert torch.equal(quantised.codes, codes)
     assert torch.equal(model.encode(out["image"]), codes)
     torch.testing.assert_close(tokens, out["encoder_tokens"], **CLOSE)
     torch.testing.assert_close(latents, out["quant_proj_out"], **CLOSE)
     torch.testing.assert_close(quantised.quantised, out["quantizer_forward"], **CLOSE)
-    torch.testing.assert_close(model.lookup(codes), out["dequant"], **CLOSE)
-    torch.testing.assert_close(model.expand(out["dequant"]), out["post_quant_proj_out"], **CLOSE)
+    torch.testing.assert_close(model.quantizer.embed(codes), out["dequant"], **CLOSE)
+    torch.testing.assert_close(model.up_project(out["dequant"]), out["post_quant_proj_out"], **CLOSE)
     raw = model.decode_latents(out["dequant"], (out["image"].shape[2] // 16,) * 2)
     torch.testing.assert_close(raw, out["decoder_raw"], **CLOSE)
     torch.testing.assert_close(model.decode(codes), out["decoder_raw"].clamp(-1, 1), **CLOSE)

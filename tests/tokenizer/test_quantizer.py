@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from open_unitok.tokenizer.quantizers import multi_codebook as module
-from open_unitok.tokenizer.quantizers.multi_codebook import Quantizer
+from open_unitok.tokenizer.quantizers.multi_codebook import MultiCodebookQuantizer
 
 
 @pytest.fixture
-def quantizer() -> Quantizer:
+def quantizer() -> MultiCodebookQuantizer:
     torch.manual_seed(0)
-    return Quantizer(3, 32, 4)
+    return MultiCodebookQuantizer(3, 32, 4)
 
 
 def test_ties_go_to_the_first_entry(quantizer):
@@ -57,7 +57,7 @@ def test_gradient_passes_straight_through(quantizer):
     latents = torch.randn(1, 5, 12, requires_grad=True)
     copy = latents.detach().clone().requires_grad_()
     out = quantizer(latents)
-    torch.testing.assert_close(out.quantised, quantizer.lookup(out.codes), rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.quantised, quantizer.embed(out.codes), rtol=0, atol=1e-6)
     weights = torch.randn_like(out.quantised)
     (out.quantised * weights).sum().backward()
     unit = torch.nn.functional.normalize(copy.unflatten(-1, (3, 4)), dim=-1).flatten(-2)

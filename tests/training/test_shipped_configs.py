@@ -8,7 +8,7 @@ import torch
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.convert import to_published
+from open_unitok.tokenizer.convert import state_to_published
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.training.run import load
 from open_unitok.training.tokenizer.model import build_model, caption_tokenizer
@@ -128,7 +128,7 @@ def test_a_start_from_clip(data, tmp_path):
     places = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
     weights = {
         places[place] + name.removeprefix(place): tensor
-        for name, tensor in to_published(source.state_dict()).items()
+        for name, tensor in state_to_published(source.state_dict()).items()
         for place in places
         if name.startswith(place) and not name.startswith("encoder.norm.")  # a CLIP tower has none
     }

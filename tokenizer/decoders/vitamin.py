@@ -1,4 +1,4 @@
-"""From tokens to pixels: the encoder's mirror image (arXiv 2502.20321, section 4.1).
+"""Tokens to pixels: the ViTamin encoder mirrored (arXiv 2502.20321, section 4.1).
 
 B batch, N visual tokens (registers first), D width, (rows, columns) grid of visual tokens.
 """
@@ -8,18 +8,26 @@ from torch import nn
 
 from .. import cpu
 from ..config import UniTokConfig
-from ..layers import NORM_EPS, ChannelNorm, Conv2d, Upsample, build_transformer, conv_stage
+from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, Upsample, conv_stage
 
 
-class Decoder(nn.Module):
-    """A transformer, then four doublings; (B, N, D) -> (B, 3, 16*rows, 16*columns), no output activation."""
+class ViTaminDecoder(nn.Module):
+    """A transformer, then four 2x upsamplings; (B, N, D) -> (B, 3, 16*rows, 16*columns), not clamped."""
+
+    patch_size = 16  # 2 to the number of upsamplings
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         wide, narrow = config.decoder_widths
         self.num_register_tokens = config.num_register_tokens
-        self.blocks = build_transformer(config)
+        self.blocks = Transformer(
+            width,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.mlp_ratio,
+            config.drop_path_rate,
+        )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.enter = Upsample(width, wide)
         self.wide = conv_stage(wide, wide, config.decoder_depths[0], scale=2.0)
@@ -29,14 +37,15 @@ class Decoder(nn.Module):
         self.to_pixels = Conv2d(narrow, 3, 3)
         for module in self.modules():
             if isinstance(module, Conv2d):
-                module.start = "xavier"
+                module.weight_init = "xavier"
 
     @property
     def last_weight(self) -> torch.Tensor:
-        """The weight whose gradients balance reconstruction against the discriminator."""
+        """The last layer's weight; the adaptive GAN weight compares gradients there (VQGAN's rule)."""
         return self.to_pixels.weight
 
     def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        # Register tokens take part in attention but have no place in the image.
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
         map = self.leave(self.narrow(self.wide(self.enter(map))))

@@ -1,14 +1,15 @@
-"""From pixels to tokens: the hybrid ViTamin encoder (arXiv 2404.02132; arXiv 2502.20321, section 4.1).
+"""Pixels to tokens: the hybrid ViTamin encoder (arXiv 2404.02132; arXiv 2502.20321, section 4.1).
 
 B batch, N visual tokens (registers first), D width, (H, W) image size in pixels.
 """
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .. import cpu
 from ..config import UniTokConfig
-from ..layers import NORM_EPS, ChannelNorm, Conv2d, build_transformer, conv_stage
+from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, conv_stage
 
 
 class Stem(nn.Module):
@@ -16,22 +17,23 @@ class Stem(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = Conv2d(3, width, 3, stride=2, start="fan_out")
+        self.conv1 = Conv2d(3, width, 3, stride=2, weight_init="fan_out")
         self.norm = ChannelNorm(width)
-        self.conv2 = Conv2d(width, width, 3, start="fan_out")
+        self.conv2 = Conv2d(width, width, 3, weight_init="fan_out")
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.conv2(cpu.gelu(self.norm(self.conv1(pixels))))
 
 
-class Encoder(nn.Module):
+class ViTaminEncoder(nn.Module):
     """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256."""
 
+    patch_size = 16  # the product of the convolutional strides
     position_offset: torch.Tensor
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
-        width = config.hidden_size
+        self.width = width = config.hidden_size
         inputs, outputs = config.stage_widths
         self.stem = Stem(config.stem_width)
         self.stages = nn.ModuleList(
@@ -44,13 +46,20 @@ class Encoder(nn.Module):
         self.pool = Conv2d(outputs, width, 3, stride=2)
         registers = config.num_register_tokens
         self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        # One offset for all tokens, which published checkpoints carry: zero at the start, never trained.
+        # Published checkpoints carry one offset for all tokens: initialised to zero and never trained. There
+        # are no position embeddings; the convolutions tell the transformer where a token is.
         self.register_buffer("position_offset", torch.zeros(1, 1, width))
-        self.blocks = build_transformer(config)
+        self.blocks = Transformer(
+            width,
+            config.num_hidden_layers,
+            config.num_attention_heads,
+            config.mlp_ratio,
+            config.drop_path_rate,
+        )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) -> (B, H*W/256, D), row by row: the convolutional half."""
+        """(B, 3, H, W) -> (B, H*W/256, D) in raster order: the convolutional half."""
         map = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             map = stage(map)
@@ -62,3 +71,8 @@ class Encoder(nn.Module):
             registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
         return self.norm(self.blocks(tokens + self.position_offset.to(tokens.dtype)))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.position_offset)
+        if self.register_tokens is not None:
+            init.normal_(self.register_tokens, std=0.02)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
 
-from ..loading import HUB, find_weights, load_exactly, read_weights
+from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 
-FILES = ("dinov2_vits14_pretrain.pth", "model.safetensors")  # the second: the layout of transformers
+DINOV2_FILES = ("dinov2_vits14_pretrain.pth", "model.safetensors")  # the second: the layout of transformers
 _NORM_EPS = 1e-6
 _HEAD_WIDTH = 64  # of every published DINOv2
 _UNUSED = ("mask_token", "norm.weight", "norm.bias")  # in the file, but not needed for patch features
@@ -82,8 +82,9 @@ class Dino(nn.Module):
         Raises:
             UserError: the file is missing (the message names it and its origin), or holds something else.
         """
-        source = f"https://huggingface.co/{HUB}, or https://github.com/facebookresearch/dinov2 (ViT-S/14)"
-        file = find_weights(path, FILES, "DINOv2 (the discriminator's features)", source)
+        hub = f"https://huggingface.co/{HELPER_HUB_ID}"
+        source = f"{hub}, or https://github.com/facebookresearch/dinov2 (ViT-S/14)"
+        file = find_weights(path, DINOV2_FILES, "DINOv2 (the discriminator's features)", source)
         weights = read_weights(file)
         if any(name.endswith("embeddings.cls_token") for name in weights):
             weights = _from_transformers(weights)

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..loading import HUB, find_weights, load_exactly, read_weights
+from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 
-FILE = "lpips_with_vgg.pth"
+LPIPS_FILE = "lpips_with_vgg.pth"
 MIN_SIZE = 48  # smaller images leave the deepest features next to nothing; the published training skips them
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16, up to relu5_3
@@ -66,7 +66,9 @@ class LPIPS(nn.Module):
         Raises:
             UserError: the file is missing (the message names it and its origin), or holds something else.
         """
-        file = find_weights(path, (FILE,), "LPIPS (the perceptual loss)", f"https://huggingface.co/{HUB}")
+        file = find_weights(
+            path, (LPIPS_FILE,), "LPIPS (the perceptual loss)", f"https://huggingface.co/{HELPER_HUB_ID}"
+        )
         weights = read_weights(file)
         model = cls()
         load_exactly(model, weights, file)

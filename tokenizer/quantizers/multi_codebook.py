@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
 
-from ..layers import exact_float32
+from ..precision import exact_float32
 
 COMMITMENT = 0.25  # weight of pulling latents to codes, beside 1 for pulling codes to latents
 TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
@@ -28,7 +29,7 @@ class QuantizerOutput(NamedTuple):
     usage: torch.Tensor  # (K,) float32: per cent of the entries that this batch uses
 
 
-class Quantizer(nn.Module):
+class MultiCodebookQuantizer(nn.Module):
     """Nearest code by cosine, in each of K sub-codebooks; float32 whatever the autocast.
 
     Attributes:
@@ -47,8 +48,13 @@ class Quantizer(nn.Module):
         self.register_buffer("usage", torch.zeros(num_codebooks, codebook_size))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.average_over_ranks: Callable[[torch.Tensor], torch.Tensor] | None = None
-        bound = 1 / (36 * codebook_dim**0.5)
-        nn.init.uniform_(self.codebooks, -bound, bound)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        bound = 1 / (36 * self.codebooks.shape[2] ** 0.5)  # as the published code, for rows of any width
+        init.uniform_(self.codebooks, -bound, bound)
+        init.zeros_(self.usage)
+        init.zeros_(self.calls)
 
     def forward(self, latents: torch.Tensor, entropy: bool = False) -> QuantizerOutput:
         """Quantise (B, N, K*C) latents; `entropy` also computes the entropy loss."""
@@ -69,7 +75,7 @@ class Quantizer(nn.Module):
         with exact_float32(latents.device):
             return self._search(self._features(latents))
 
-    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) codes -> (..., K*C) float32: the K unit-norm rows side by side; nothing is checked."""
         return self._rows(codes).flatten(-2)
 

@@ -12,7 +12,7 @@ from open_unitok.core.files import SAMPLING_FILE as SAMPLING
 from open_unitok.core.files import existing, model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.tokenizer import UniTok
-from open_unitok.tokenizer.model import check_folder
+from open_unitok.tokenizer.loading import check_tokenizer_folder
 
 from ..data import seeding
 from .config import MLLMRun
@@ -36,7 +36,7 @@ def new_parts(config: MLLMRun) -> Parts:
     wanted = config.model
     assert wanted is not None
     folder = existing(wanted.unitok, "model.unitok is the folder of a trained visual tokenizer.")
-    check_folder(folder)
+    check_tokenizer_folder(folder)
     unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
     options = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(wanted.processor, options, "model.processor")

@@ -95,16 +95,18 @@ def begin_towers(model: UniTok, path: str) -> None:
     Raises:
         UserError: there is none, its sizes differ, or it lacks weights of either tower.
     """
-    from open_unitok.tokenizer.convert import load_clip_start
+    from open_unitok.tokenizer.convert import read_clip_weights
 
     source = "https://huggingface.co/jienengchen/ViTamin-L-256px"
     file = find_weights(path, CLIP_FILES, "clip_start (an open_clip ViTamin)", source)
-    missing = [n for n in load_clip_start(model, file) if not n.startswith("encoder.norm.")]
+    weights, missing = read_clip_weights(file, model.state_dict())
+    missing = [name for name in missing if not name.startswith("encoder.norm.")]
     if missing:
         raise UserError(
             f"clip_start: {file} lacks {len(missing)} weights of the image and text towers ({missing[0]}, "
             "...): they would stay random."
         )
+    model.load_state_dict(weights, strict=False)
 
 
 def begin_decoder(model: UniTok) -> None:

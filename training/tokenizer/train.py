@@ -152,9 +152,9 @@ def learn(run: Run, config: TokenizerRun, batch: dict[str, Any], step: int, part
 def draw_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
     """What decides drop path in the next forward pass over these images of the global batch."""
     for name, blocks in (("encoder", model.encoder.blocks), ("decoder", model.decoder.blocks)):
-        if blocks.drop_path:
+        if blocks.drop_path_rate:
             shape = (len(blocks), 2)
-            blocks.chances = seeding.per_sample(shape, samples, seed, "drop path", step, name)
+            blocks.drop_path_noise = seeding.per_sample(shape, samples, seed, "drop path", step, name)
 
 
 def prepare(config: TokenizerRun, folder: RunFolder) -> Run:

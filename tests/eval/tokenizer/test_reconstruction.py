@@ -20,7 +20,7 @@ from open_unitok.eval.metrics import fid, inception_features
 from open_unitok.eval.metrics import inception_weights as lineages
 from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.eval.tokenizer import linear_probe, zeroshot
-from open_unitok.tokenizer.frozen.lpips import FILE, LPIPS
+from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
 
 from ..conftest import GOLDEN
 
@@ -101,7 +101,7 @@ def write_colours(folder, part, wnids=WNIDS, suffix="JPEG", copies=1):
 
 def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_path, inception_file):
     torch.manual_seed(0)
-    torch.save(LPIPS().state_dict(), tmp_path / FILE)
+    torch.save(LPIPS().state_dict(), tmp_path / LPIPS_FILE)
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path / "o")
     more = ("--inception", inception_file, "--lpips", tmp_path)
     code, _, err = call(*words, *more)

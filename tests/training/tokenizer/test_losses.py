@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.convert import to_ours
+from open_unitok.tokenizer.convert import state_from_published
 from open_unitok.training.core.deepspeed_engine import decay_groups
 from open_unitok.training.tokenizer.diff_augment import Draws
 from open_unitok.training.tokenizer.discriminator import PatchDiscriminator
@@ -77,7 +77,7 @@ def tiny_unitok(golden):
     sizes |= {"text_hidden_size": 64, "text_num_layers": 2, "text_num_heads": 2}
     sizes |= {"text_vocab_size": 512, "text_context_length": 16}
     model = UniTok(UniTokConfig(**sizes))
-    model.load_state_dict(to_ours(published))
+    model.load_state_dict(state_from_published(published))
     return model.train()
 
 
@@ -154,7 +154,9 @@ def check_parameters(model, values, numbers):
     """Every parameter's norm, and the whole of a few, after step 0."""
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     prefix = "train.step0.param."
-    wanted = to_ours({n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)})
+    wanted = state_from_published(
+        {n.removeprefix(prefix): t for n, t in values.items() if n.startswith(prefix)}
+    )
     assert len(wanted) == 6
     for name, tensor in wanted.items():
         ours = found[name]
@@ -166,7 +168,7 @@ def check_parameters(model, values, numbers):
     # a norm takes its parameter's way through the table of names
     norms = numbers["train.step0.param_norms"]
     norms = {name: torch.tensor([[norm]]) for name, norm in norms.items() if ".codebooks." not in name}
-    renamed = to_ours(norms)
+    renamed = state_from_published(norms)
     assert found.keys() - renamed.keys() == {"quantizer.codebooks"}
     for name in found.keys() & renamed.keys():
         if not name.endswith("qkv.bias"):

@@ -53,10 +53,10 @@ def test_codebooks_begin_on_encoder_outputs():
 
 
 def test_unused_entries_move_onto_latents(monkeypatch):
-    from open_unitok.tokenizer import Quantizer
+    from open_unitok.tokenizer import MultiCodebookQuantizer
     from open_unitok.training.core import deepspeed_engine
 
-    quantizer = Quantizer(2, 8, 3)
+    quantizer = MultiCodebookQuantizer(2, 8, 3)
     monkeypatch.setattr(
         deepspeed_engine, "write_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values)
     )
