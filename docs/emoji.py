@@ -1,4 +1,4 @@
-"""Draws twenty emoji with their names beside them: images of one's own for the README's LoRA example.
+"""Renders twenty emoji with their Unicode names as captions: example images for docs/own_images.md.
 
     python docs/emoji.py my_emoji
 
@@ -13,21 +13,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 EMOJI = "😀😎🐱🐶🦊🐸🐧🐢🦋🌵🌻🍎🍌🍕🎂⚽🎸🚗🚀🏠"
-SIDE, FONT_SIZE = 64, 109  # the font holds bitmaps of this one size
+IMAGE_SIZE = 64
+FONT_SIZE, CANVAS = 109, 136  # the font contains bitmaps of this one size; the canvas fits them
 
 
 def main(folder: Path) -> None:
-    """Write FOLDER/NAME.png and FOLDER/NAME.txt for each."""
+    """Write FOLDER/NAME.png and FOLDER/NAME.txt for each emoji."""
     if not Path(FONT).exists():
-        sys.exit(f"{FONT} does not exist: apt install fonts-noto-color-emoji, or change FONT in this file.")
+        sys.exit(
+            f"{FONT} does not exist: apt install fonts-noto-color-emoji, or change FONT in docs/emoji.py."
+        )
     folder.mkdir(parents=True, exist_ok=True)
+    centre = (CANVAS // 2, CANVAS // 2)
     font = ImageFont.truetype(FONT, FONT_SIZE)
     for emoji in EMOJI:
         name = unicodedata.name(emoji).lower()
-        image = Image.new("RGB", (136, 136), (240, 240, 240))
-        ImageDraw.Draw(image).text((68, 68), emoji, font=font, embedded_color=True, anchor="mm")
+        image = Image.new("RGB", (CANVAS, CANVAS), (240, 240, 240))
+        ImageDraw.Draw(image).text(centre, emoji, font=font, embedded_color=True, anchor="mm")
         stem = folder / name.replace(" ", "-")
-        image.resize((SIDE, SIDE), Image.Resampling.LANCZOS).save(stem.with_suffix(".png"))
+        image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS).save(stem.with_suffix(".png"))
         stem.with_suffix(".txt").write_text(name + "\n")
 
 
