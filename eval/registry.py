@@ -73,7 +73,7 @@ GENERATION: dict[str, Benchmark] = {
         files=("scenes.json", "evaluation_metadata.jsonl"),
         look=detections.look_for_objects,
     ),
-    "drawing_positions": Benchmark(
+    "positions": Benchmark(
         "one object of a colour at a named place (scenes)",
         "drawer",
         positions.load_positions,

@@ -27,7 +27,7 @@ DEMO_CONFIGS = {
     "pretrain.yaml": "pretrain",
     "finetune.yaml": "finetune",
 }
-_BENCHMARKS = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "drawing_positions")
+_BENCHMARKS = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "positions")
 _PROMPTS = (
     "a red circle",
     "a blue square and a yellow triangle",
@@ -61,7 +61,8 @@ def run_demo(out: Path, configs: str | None = None) -> None:
                     print(f"$ unitok {shlex.join(command)}", flush=True)
                     run_command(command)
         # deferred: `unitok demo --help` must not load torch
-        from open_unitok.eval.report.demo import text_table, write_report
+        from open_unitok.eval.report.demo import write_report
+        from open_unitok.eval.report.demo_run import text_table
 
         write_report(out, timings.rows)
         print(f"\n{text_table(out)}\n\n{timings.summary()}; the report is {out / 'report.html'}")

@@ -22,7 +22,7 @@ def to_draw(prompts: Sequence[Row], each: int, seed: int) -> tuple[list[Sample],
     samples = [
         malformed(n, f"{i:05d}/samples/{j:04d}", prompts[i]["broken"])
         if "broken" in prompts[i]
-        else Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "draw", seed + n)
+        else Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "generate", seed + n)
         for n, (i, j, prompt) in enumerate(numbered)
     ]
     return samples, [i for i, _, _ in numbered]
@@ -53,8 +53,8 @@ def worker(detect: Callable[[Sequence[np.ndarray]], list[Row]] | None) -> Work:
     def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
         rows: list[Row] = [{} for _ in batch]
         pictures: dict[int, np.ndarray] = {}
-        drawn = [i for i, s in enumerate(batch) if s.kind == "draw"]
-        copied = [i for i, s in enumerate(batch) if s.kind == "copy"]
+        drawn = [i for i, s in enumerate(batch) if s.kind == "generate"]
+        copied = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
         if drawn:
             for i, result in zip(drawn, draw(model, [batch[i] for i in drawn])):
                 if isinstance(result, str):
@@ -79,7 +79,7 @@ def worker(detect: Callable[[Sequence[np.ndarray]], list[Row]] | None) -> Work:
 
 def write_image(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
     """Save a drawing as GenEval lays them out, a copy aside; returns the path below `out`."""
-    if sample.kind == "copy":
+    if sample.kind == "reconstruct":
         file = f"copies/{sample.index:06d}.png"
     else:
         file = f"images/{sample.id}.png"
@@ -95,7 +95,7 @@ def describe(sample: Sample, rows: dict[int, Row], good: bool, reason: str, held
     """A line of the per-sample scores."""
     row = rows.get(sample.index, {})
     return {
-        "index": sample.index, "kind": "draw" if sample.broken else sample.kind, "prompt": sample.prompt,
+        "index": sample.index, "kind": "generate" if sample.broken else sample.kind, "prompt": sample.prompt,
         "file": row.get("file"), "score": float(good), "reason": reason or row.get("unclear", ""),
         "held_out": bool(held_out), **({"error": row["error"]} if row.get("error") else {}),
     }  # fmt: skip
@@ -109,8 +109,8 @@ def share(rows: Sequence[Row]) -> Metric:
 
 def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Row]) -> None:
     """Add what is scored apart: drawings of held-out pairs, and copies of real images (the ceiling)."""
-    apart = [r for r in per_sample if r["kind"] == "draw" and r["held_out"]]
-    copies = [r for r in per_sample if r["kind"] == "copy" and not r["held_out"]]
+    apart = [r for r in per_sample if r["kind"] == "generate" and r["held_out"]]
+    copies = [r for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]]
     if apart:
         metrics["held-out pairs"] = share(apart)
     if copies:

@@ -91,7 +91,7 @@ def counted(path: Path, statistic: str) -> list[Row]:
     rows = [
         row
         for row in read_jsonl(path)
-        if row.get("score") is not None and not row.get("held_out") and row.get("kind") != "copy"
+        if row.get("score") is not None and not row.get("held_out") and row.get("kind") != "reconstruct"
     ]
     if statistic == "mme" and any(row["group"] in mme.PERCEPTION for row in rows):
         rows = [row for row in rows if row["group"] in mme.PERCEPTION]

@@ -106,7 +106,7 @@ def load_dpg(data: Path, settings: Settings) -> Task:
     for k, item in enumerate(items):
         for j in range(each):
             place = k * each + j
-            sample = Sample(place, f"{item.id}/{j}", item.prompt, None, "draw", settings.seed + place)
+            sample = Sample(place, f"{item.id}/{j}", item.prompt, None, "generate", settings.seed + place)
             samples.append(malformed(place, f"{item.id}/{j}", item.broken) if item.broken else sample)
             owners.append(k)
     about = about_drawing(settings, "png") | {"prompts": len(items), "images per prompt": each}

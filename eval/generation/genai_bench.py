@@ -48,7 +48,7 @@ def load_genai(data: Path, settings: Settings) -> Task:
     samples = [
         malformed(k, f"{number:05d}" if number > 0 else None, broken[number])
         if number in broken
-        else Sample(k, f"{number:05d}", text, None, "draw", settings.seed + k)
+        else Sample(k, f"{number:05d}", text, None, "generate", settings.seed + k)
         for k, (number, text) in enumerate(chosen)
     ]
     about = about_drawing(settings, "jpg") | {"question": QUESTION, "split": f"{len(prompts)} prompts"}

@@ -49,7 +49,7 @@ def load_geneval(data: Path, settings: Settings) -> Task:
         known = [(data / "test" / scene.file, detections.truth_of(scene.objects)) for scene in scenes]
         for i, row in enumerate(prompts):
             for path in () if "broken" in row else fitting_images(known, row, rules, start=i):
-                samples.append(Sample(len(samples), path.name, row["prompt"], path, "copy"))
+                samples.append(Sample(len(samples), path.name, row["prompt"], path, "reconstruct"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
     about = ceiling.about_drawing(settings, detector, each) | {"prompts": len(prompts)}
@@ -90,11 +90,11 @@ def score_geneval(
             ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
             | {"group": prompt["tag"], "owner": owners[sample.index]}
         )
-        if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "draw":
+        if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "generate":
             seen = found.by_index.get(sample.index, {}).get("detections", {})
             alone = sum(map(len, seen.values())) == prompt["include"][0]["count"]
             per_sample[-1]["exact"] = float(verdict.correct and alone)
-    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
+    drawn = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
     summary = summarise(
         [prompts[r["owner"]] for r in drawn], [bool(r["score"]) for r in drawn], [r["owner"] for r in drawn]
     )
@@ -111,7 +111,7 @@ def score_geneval(
     if exact:
         metrics["single objects: colour, shape and number"] = ceiling.share(exact)
     by_tag = mean_by(
-        (r["group"], r["score"]) for r in per_sample if r["kind"] == "copy" and not r["held_out"]
+        (r["group"], r["score"]) for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]
     )
     details = {
         "ceiling": by_tag,

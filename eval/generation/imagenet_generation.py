@@ -25,7 +25,7 @@ def load_classes(data: Path, settings: Settings) -> Task:
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.names()
     samples = [
-        Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "draw", settings.seed + i)
+        Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i)
         for i, c in enumerate(labels)
     ]
     about = about_drawing(settings, "png") | {

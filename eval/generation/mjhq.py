@@ -26,7 +26,9 @@ def load_mjhq(data: Path, settings: Settings) -> Task:
         where = f"{path}, {name}"
         try:
             place = f"{text_of(row, 'category', where)}/{name}"
-            samples.append(Sample(k, place, text_of(row, "prompt", where), None, "draw", settings.seed + k))
+            samples.append(
+                Sample(k, place, text_of(row, "prompt", where), None, "generate", settings.seed + k)
+            )
         except UserError as error:
             samples.append(malformed(k, name, error))
     about = about_drawing(settings, "jpg") | {"split": f"{len(rows)} prompts"}

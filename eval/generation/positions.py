@@ -32,7 +32,7 @@ def load_positions(data: Path, settings: Settings) -> Task:
         if key in places:
             owner = places.pop(key)
             image = data / "test" / file
-            samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "copy"))
+            samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "reconstruct"))
             owners.append(owner)
     truth = {"prompts": prompts, "owners": owners, "cell": cell_of(data / "scenes.json")}
     about = ceiling.about_drawing(settings, detections.detector_for(data, settings), each)
@@ -91,7 +91,7 @@ def score_positions(
         per_sample.append(
             row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
         )
-    drawn = [r for r in per_sample if r["kind"] == "draw" and not r["held_out"]]
+    drawn = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
     metrics = {
         "position": ceiling.share(drawn),
         "object": ceiling.share([r | {"score": r["object"]} for r in drawn]),

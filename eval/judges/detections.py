@@ -101,7 +101,7 @@ def look_for_objects(
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
-    drawn = [s for s in with_images(task.samples, rows) if s.kind == "draw"]
+    drawn = [s for s in with_images(task.samples, rows) if s.kind == "generate"]
     look_all(out, "detections", about, drawn, rows, work, 8, quiet)
 
 

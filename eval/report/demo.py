@@ -1,269 +1,261 @@
-"""The report of a whole run: `report.html`, `report.png` and `metrics.json` from what its phases left.
+"""The report of a whole run: `metrics.json`, `report.html` and, with a browser installed, `report.png`."""
 
-Reads results and curves, computes nothing: every number stands in a `results.json` or a `metrics.jsonl`.
-"""
-
-import random
-from dataclasses import dataclass, field
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, read_jsonl, write_atomic, write_json
+from open_unitok.core.files import write_atomic, write_json
 
-from ..core.harness import Row
+from ..core.harness import Row, Settings
+from . import charts, page
+from .demo_run import (
+    DemoRun,
+    Headline,
+    choose_samples,
+    headlines,
+    held_out_note,
+    read_run,
+    stage_curves,
+    summary,
+)
+from .page import escape, grid, inline_image, section
+from .screenshot import save_screenshot
 
-STAGES = ("tokenizer", "pretrain", "finetune")
-APART = "images with held-out pairs"
-
-
-@dataclass
-class Material:
-    """What a report is made of."""
-
-    run: Path
-    results: dict[str, Row] = field(default_factory=dict)  # benchmark -> results.json
-    samples: dict[str, list[Row]] = field(default_factory=dict)  # benchmark -> scores.jsonl
-    curves: dict[str, list[Row]] = field(default_factory=dict)  # stage -> metrics.jsonl
-    phases: list[Row] = field(default_factory=list)  # {"name", "seconds", "peak_memory" in bytes}
-
-    def value(self, benchmark: str, metric: str) -> Row | None:
-        """One metric of one benchmark, None where there is none."""
-        return self.results.get(benchmark, {}).get("metrics", {}).get(metric)
-
-
-@dataclass(frozen=True)
-class Line:
-    """One line of the headline table; `beside` is what the value has to be compared with."""
-
-    name: str
-    value: float
-    unit: str  # "share", "dB", ...
-    interval: list[float] | None = None
-    n: int | None = None
-    beside: str = ""
-    tile: str = ""  # a shorter name; lines that have one are shown large
+BAR_LEGEND = (
+    "Bars are per cent; whiskers are 95 % bootstrap intervals, resampled by image or prompt. "
+    '<i class="key"></i> marks the baseline: the best constant answer of a question type, or, for generated '
+    "images, the ceiling: the detector's score on reconstructions of real images that satisfy the prompt."
+)
 
 
-def write_report(run: str | Path, phases: list[Row] | None = None, title: str = "UniTok in a box") -> Row:
-    """Write the three files into `run` and return what `metrics.json` holds.
+def write_report(folder: str | Path, phases: list[Row] | None = None, title: str = "UniTok in a box") -> Row:
+    """Write the report into a run folder and return the content of `metrics.json`.
 
     Args:
-        run: a folder with `eval/<benchmark>/results.json` and, where they are, `<stage>/metrics.jsonl`.
-        phases: {"name", "seconds", "peak_memory"} per phase; None = `run/phases.json` if it is there.
+        folder: holds `eval/<benchmark>/results.json` and, where they exist, `<stage>/metrics.jsonl`.
+        phases: {"name", "seconds", "peak_memory"} per phase; None = `phases.json` if it exists.
 
     Raises:
-        UserError: there are no results in `run/eval`.
+        UserError: there are no results in `folder/eval`.
     """
-    from .html import page
-    from .png import sheet
-
-    material = collect(Path(run), phases)
-    lines = headline(material)
-    metrics = numbers(material)
-    write_json(material.run / "metrics.json", metrics)
-    write_atomic(material.run / "report.html", page(material, lines, title))
-    write_atomic(material.run / "report.png", sheet(material, lines, title))
+    run = read_run(Path(folder), phases)
+    metrics = summary(run)
+    write_json(run.folder / "metrics.json", metrics)
+    write_atomic(run.folder / "report.html", demo_page(run, title))
+    if reason := save_screenshot(run.folder / "report.html", run.folder / "report.png"):
+        print(f"report.png is not written: {reason}", file=sys.stderr)
     return metrics
 
 
-def collect(run: Path, phases: list[Row] | None = None) -> Material:
-    """Read all that the phases wrote."""
-    material = Material(run)
-    for path in sorted((run / "eval").glob("*/results.json")):
-        result = read_json(path)
-        material.results[result["benchmark"]] = result
-        material.samples[result["benchmark"]] = read_jsonl(path.with_name("scores.jsonl"))
-    if not material.results:
-        raise UserError(
-            f"{run / 'eval'} holds no results; run `unitok eval run ... --out {run / 'eval'}` first."
-        )
-    for stage in STAGES:
-        path = run / stage / "metrics.jsonl"
-        if path.exists():
-            material.curves[stage] = read_jsonl(path)
-    if phases is None and (run / "phases.json").exists():
-        phases = read_json(run / "phases.json")
-    material.phases = list(phases or ())
-    return material
-
-
-def numbers(material: Material) -> Row:
-    """`metrics.json`: every value by benchmark, the same for the same answers; times and memory apart."""
-    return {
-        "metrics": {
-            name: {metric: row["value"] for metric, row in result["metrics"].items()}
-            for name, result in material.results.items()
-        },
-        "intervals": {
-            name: {m: row["interval"] for m, row in result["metrics"].items() if row["interval"]}
-            for name, result in material.results.items()
-        },
-        "details": {
-            name: {k: v for k, v in result["details"].items() if k not in ("classes",)}
-            for name, result in material.results.items()
-        },
-        "problems": {name: r["problems"] for name, r in material.results.items() if r["problems"]},
-        "phases": material.phases,
-    }
-
-
-def headline(material: Material) -> list[Line]:
-    """The table of a run in reading order: the tokenizer, then seeing, then drawing."""
-    details = {name: result["details"] for name, result in material.results.items()}
-    lines: list[Line] = []
-
-    def add(benchmark: str, metric: str, name: str, beside: str = "", tile: str = "") -> None:
-        row = material.value(benchmark, metric)
-        if row:
-            lines.append(Line(name, row["value"], row["unit"], row["interval"], row["n"], beside, tile))
-
-    add("reconstruction", "psnr", "Reconstruction, PSNR", tile="reconstruction")
-    add("reconstruction", "ssim", "Reconstruction, SSIM")
-    size = details.get("reconstruction", {}).get("codebook_size")
-    add("reconstruction", "codebook_usage_min", "Codebook entries used, worst sub-codebook")
-    add("reconstruction", "codebook_perplexity_mean", "Codebook perplexity, mean", f"of {size} entries")
-    chance = details.get("zeroshot", {}).get("chance", 0)
-    add("zeroshot", "top1", "Zero-shot top-1", f"chance {percent(chance)}", "zero-shot")
-    add("zeroshot", "top1/held-out pairs", "Zero-shot top-1, held-out pairs", f"chance {percent(chance)}")
-    add("retrieval", "image_to_text/R@1", "Retrieval of its caption among 100", "chance 1 %")
-    vqa = details.get("vqav2", {})
-    blind = f"best constant {percent(vqa.get('constant_overall', 0))}"
-    add("vqav2", "accuracy", "Question answering", blind, "questions")
-    for kind, constant in vqa.get("constant", {}).items():
-        add(
-            "vqav2",
-            f"type/{kind}",
-            f"  {kind}",
-            f"always “{constant['answer']}” {percent(constant['accuracy'])}",
-        )
-    add("vqav2", APART, "  images with held-out pairs")
-    add("pope", "f1", "POPE, F1 (mean of three)", tile="POPE F1")
-    add(
-        "geneval",
-        "single objects: colour, shape and number",
-        "Drawn: colour, shape and number",
-        tile="drawn right",
+def demo_page(run: DemoRun, title: str) -> str:
+    """The whole page."""
+    rows = headlines(run)
+    tiles = [page.tile(row.value, row.unit, row.tile, row.baseline) for row in rows if row.tile]
+    seconds = sum(phase["seconds"] for phase in run.phases)
+    took = f", trained and evaluated in {_duration(seconds)}" if seconds else ""
+    intro = (
+        "<p>A visual tokenizer and a decoder that reads and generates text and images through it"
+        f"{took}. All images below are random samples of the test sets.</p>"
     )
-    add("drawing_positions", "position", "Drawn: and at the place asked", tile="drawn in place")
-    add("drawing_positions", "held-out pairs", "  held-out pairs at the place asked")
-    ceiling = details.get("geneval", {}).get("ceiling_overall")
-    add("geneval", "overall", "GenEval-style, mean of tags", beside_ceiling(ceiling), "GenEval-style")
-    for tag, value in details.get("geneval", {}).get("ceiling", {}).items():
-        add("geneval", f"tag/{tag}", f"  {tag.replace('_', ' ')}", beside_ceiling(value))
-    add("geneval", "held-out pairs", "  held-out pairs")
-    return lines
+    sections = [
+        generated_images(run),
+        question_answering(run),
+        reconstructions(run),
+        scores(run),
+        codebooks(run),
+        training_curves(run),
+        phase_times(run),
+        headline_table(rows, held_out_note(run)),
+        page.warnings(f"{name}: {text}" for name, r in run.results.items() for text in r["problems"]),
+    ]
+    return page.render_page(title, intro + grid(tiles, "tiles"), sections, _footer(run))
 
 
-def beside_ceiling(value: float | None) -> str:
-    """What the detector finds on reconstructions of real images."""
-    return "" if value is None else f"ceiling {percent(value)}"
+def generated_images(run: DemoRun) -> str:
+    """Prompts and the images generated from them."""
+    cards = {}
+    for benchmark, count in (("geneval", 35), ("positions", 14)):
+        rows = [r for r in run.samples.get(benchmark, []) if r["kind"] == "generate" and r["file"]]
+        cards[benchmark] = [
+            page.generated_card(
+                run.folder / "eval" / benchmark / row["file"],
+                row["prompt"],
+                bool(row["score"]),
+                (
+                    "" if row["score"] else _short_reason(row["reason"]),
+                    "held-out pair: never seen in training" if row.get("held_out") else "",
+                ),
+            )
+            for row in choose_samples(rows, count, "group")
+        ]
+    return section(
+        "Generated images",
+        "The model is given the prompt below each image; ticks and crosses are the detector's verdicts.",
+        grid(cards["geneval"], "gallery") + grid(cards["positions"], "gallery", "One object at a position"),
+    )
 
 
-def about_held_out(material: Material) -> str:
-    """Which numbers include colour x shape pairs that training never showed; "" where nothing is apart."""
-    if not any("held-out pairs" in metric for r in material.results.values() for metric in r["metrics"]):
+def question_answering(run: DemoRun) -> str:
+    """Questions and the model's answers."""
+    cards = []
+    for row in choose_samples(run.samples.get("vqav2", []), 24, "group"):
+        answer, correct = escape(row["answer"] or "no answer"), row["score"] > 0.5
+        line = f"<b>{answer}</b>" if correct else f"<s>{answer}</s> <b>{escape(row['truth'])}</b>"
+        image = inline_image(Path(row["image"]), "a test image")
+        kind = f"<small>{escape(row['group'])}</small>"
+        cards.append(page.sample_card(image, row["question"], (line, kind), correct))
+    return section(
+        "Question answering",
+        "Questions about test scenes, none of which occurs in training. A wrong answer is struck out and "
+        "followed by the correct one.",
+        grid(cards, "samples"),
+    )
+
+
+def reconstructions(run: DemoRun) -> str:
+    """Originals beside their reconstructions."""
+    folder, details = run.folder / "eval" / "reconstruction", run.details("reconstruction")
+    cards = [
+        f'<div class="pair card"><div>{inline_image(Path(row["image"]), "original")}'
+        f"{inline_image(folder / row['reconstruction'], 'reconstruction')}"
+        f"</div><footer><span>original · reconstruction</span>"
+        f"<span>{row['psnr']:.1f} dB</span></footer></div>"
+        for row in choose_samples(run.samples.get("reconstruction", []), 16)
+    ]
+    note = (
+        f"Left the original, right its reconstruction from {len(details.get('usage', ()))} codes per visual "
+        f"token (sub-codebooks of {details.get('codebook_size')} entries), with its PSNR."
+    )
+    return section("Reconstructions", note, grid(cards, "pairs"))
+
+
+def scores(run: DemoRun) -> str:
+    """Bars per question type, GenEval tag and POPE category."""
+
+    def constant(details: Row, kind: str) -> tuple[float | None, str]:
+        best = details["constant"][kind]
+        return best["accuracy"], f"always “{best['answer']}”"
+
+    def ceiling(details: Row, tag: str) -> tuple[float | None, str]:
+        return details["ceiling"].get(tag), "ceiling"
+
+    panels = [
+        _metric_panel(run, "vqav2", "type/", "Question answering, accuracy per type", constant),
+        _metric_panel(run, "geneval", "tag/", "Generated images, GenEval score per tag", ceiling),
+        _metric_panel(run, "pope", "f1/", "POPE, F1 per category", lambda details, name: (None, "")),
+    ]
+    return section("Scores by category", BAR_LEGEND, grid([p for p in panels if p], "columns"))
+
+
+def _metric_panel(
+    run: DemoRun,
+    benchmark: str,
+    prefix: str,
+    title: str,
+    baseline: Callable[[Row, str], tuple[float | None, str]],
+) -> str:
+    """Bars of the metrics whose names start with `prefix`; `baseline`: (details, label) -> value and name."""
+    result = run.results.get(benchmark, {"metrics": {}, "details": {}})
+    bars = []
+    for name, metric in result["metrics"].items():
+        if name.startswith(prefix):
+            label = name.removeprefix(prefix)
+            mark, mark_name = baseline(result["details"], label)
+            bars.append(page.metric_bar(label.replace("_", " "), metric, mark=mark, mark_name=mark_name))
+    return page.panel(title, bars)
+
+
+def codebooks(run: DemoRun) -> str:
+    """Usage and perplexity of each sub-codebook, and a histogram of PSNR."""
+    details = run.details("reconstruction")
+    if not details:
         return ""
-    return (
-        "Held-out pairs are colour x shape pairs that training never shows. Reconstruction, codebooks, "
-        "questions and POPE are measured on all test images, those with held-out pairs included; zero-shot "
-        "and drawing leave the held-out pairs out, and have lines of their own for them."
+    size = details["codebook_size"]
+    bars = [
+        charts.bar_row(f"codebook {i + 1}", u, f"{round(u * size)} of {size} entries, perplexity {p:.1f}")
+        for i, (u, p) in enumerate(zip(details["usage"], details["perplexity"]))
+    ]
+    values = [row["psnr"] for row in run.samples["reconstruction"]]
+    body = grid(
+        [
+            page.panel("Codebook usage, per cent", bars),
+            charts.histogram("PSNR of the test images", values, "dB"),
+        ],
+        "columns",
+    )
+    note = (
+        f"Usage is the share of entries that occur at least once in {details['tokens']:,} visual tokens of "
+        "the test images; perplexity is the exponential of the entropy of their frequencies."
+    )
+    return section("Codebooks", note, body)
+
+
+def training_curves(run: DemoRun) -> str:
+    """The training curves of every stage."""
+    body = "".join(
+        grid(
+            [charts.line_chart(name, points) for name, points in stage_curves(rows).items()], "charts", stage
+        )
+        for stage, rows in run.curves.items()
+    )
+    return section("Training curves", "Values over optimiser steps, smoothed; raw values are pale.", body)
+
+
+def phase_times(run: DemoRun) -> str:
+    """Seconds and peak memory of every phase."""
+    total = sum(phase["seconds"] for phase in run.phases) or 1.0
+    rows = []
+    for phase in run.phases:
+        memory = phase.get("peak_memory")
+        resumed = " <small>stopped and resumed</small>" if phase.get("calls", 1) > 1 else ""
+        width = 100 * phase["seconds"] / total
+        rows.append(
+            (
+                f"{escape(phase['name'])}{resumed}",
+                f"{phase['seconds']:.1f} s",
+                f"{memory / 2**30:.2f} GiB" if memory else "–",
+                f'<div class="track"><i class="fill" style="width:{width:.1f}%"></i></div>',
+            )
+        )
+    if rows:
+        rows.append(("<b>total</b>", f"<b>{total:.1f} s</b>", "", ""))
+    return section(
+        "Time and memory", "", page.table(("phase", "time", "peak memory", "share of time"), rows, (1, 2))
     )
 
 
-def percent(value: float) -> str:
-    """A share in per cent."""
-    return f"{100 * value:.1f} %"
-
-
-def shown(value: float, unit: str) -> str:
-    """A value in its unit."""
-    if unit == "share":
-        return percent(value)
-    return f"{value:.2f} dB" if unit == "dB" else f"{value:.3f}" if unit == "ssim" else f"{value:.1f}"
-
-
-def text_table(run: str | Path) -> str:
-    """The headline table as text, for a terminal."""
-    lines = headline(collect(Path(run)))
-    width = max(len(line.name) for line in lines)
-    rows = []
-    for line in lines:
-        around = ""
-        if line.interval:
-            low, high = (shown(v, line.unit).split()[0] for v in line.interval)
-            around = f"[{low}, {high}]"
-        rows.append(
-            f"{line.name:<{width}}  {shown(line.value, line.unit):>9}  {around:<16}  {line.beside}".rstrip()
+def headline_table(rows: Sequence[Headline], note: str) -> str:
+    """All headline numbers with their intervals and baselines."""
+    cells = []
+    for row in rows:
+        name = escape(row.name.strip())
+        cells.append(
+            (
+                f'<span class="sub">{name}</span>' if row.name.startswith("  ") else name,
+                page.format_value(row.value, row.unit),
+                page.format_interval(row.interval, row.unit),
+                str(row.n or ""),
+                escape(row.baseline),
+            )
         )
-    return "\n".join(rows)
+    columns = ("metric", "value", "95 % interval", "n", "baseline")
+    return section("All numbers", escape(note), page.table(columns, cells, (1, 2, 3)))
 
 
-def choose(rows: list[Row], count: int, group: str = "", seed: int = 0) -> list[Row]:
-    """`count` rows by lot, in turn from the groups that `row[group]` names: no image is hand-picked."""
-    rng = random.Random(seed)
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.get(group), []).append(row)
-    for members in groups.values():
-        rng.shuffle(members)
-    chosen: list[Row] = []
-    while len(chosen) < count and any(groups.values()):
-        for members in groups.values():
-            if members and len(chosen) < count:
-                chosen.append(members.pop())
-    return chosen
+def _short_reason(reason: str) -> str:
+    """The first of a verdict's reasons."""
+    return (reason or "no object recognised").split("\n")[0].split("; and")[0]
 
 
-def drawn(material: Material) -> list[Row]:
-    """The drawings of GenEval-style prompts by lot, with the path of each image."""
-    rows = [r for r in material.samples.get("geneval", []) if r["kind"] == "draw" and r["file"]]
-    folder = material.run / "eval" / "geneval"
-    return [row | {"path": folder / row["file"]} for row in choose(rows, 35, "group")]
+def _duration(seconds: float) -> str:
+    """A duration in words."""
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.1f} minutes"
 
 
-def placed(material: Material) -> list[Row]:
-    """Drawings of single objects at a place, by lot."""
-    rows = [r for r in material.samples.get("drawing_positions", []) if r["kind"] == "draw" and r["file"]]
-    folder = material.run / "eval" / "drawing_positions"
-    return [row | {"path": folder / row["file"]} for row in choose(rows, 14, "group")]
-
-
-def copied(material: Material, count: int = 16) -> list[Row]:
-    """Originals and reconstructions by lot, with both paths."""
-    folder = material.run / "eval" / "reconstruction"
-    rows = choose(material.samples.get("reconstruction", []), count)
-    return [row | {"path": Path(row["image"]), "copy_path": folder / row["copy"]} for row in rows]
-
-
-def asked(material: Material, count: int = 24) -> list[Row]:
-    """Questions by lot, the types in turn, with the path of each image."""
-    rows = choose(material.samples.get("vqav2", []), count, "group")
-    return [row | {"path": Path(row["image"])} for row in rows]
-
-
-# What to show of a stage's metrics.jsonl, the most telling first: whole names, then what is kept per part
-# ("text_loss/captioning", "perplexity/0", ...); anything else numeric follows.
-FIRST = ("loss", "l2", "l1", "lpips", "vq", "clip", "adversarial", "text_loss", "image_loss")
-PARTS = ("text_loss", "accuracy", "perplexity", "usage")
-NEVER = ("step", "seconds", "samples_per_second", "epoch")
-
-
-def stage_curves(rows: list[Row], most: int = 6) -> dict[str, list[tuple[float, float]]]:
-    """Name -> points (step, value) of the most telling curves of a stage."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:
-        for name, value in row.items():
-            if name not in NEVER and isinstance(value, int | float) and not isinstance(value, bool):
-                curves.setdefault(name, []).append((row["step"], float(value)))
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
-
-    def place(name: str) -> tuple[int, str]:
-        if name in FIRST:
-            return FIRST.index(name), name
-        whole, slash, _ = name.partition("/")
-        return len(FIRST) + (PARTS.index(whole) if slash and whole in PARTS else len(PARTS)), name
-
-    # the page shows three side by side: full rows only
-    names = sorted(curves, key=place)[:most]
-    return {name: curves[name] for name in (names if len(names) < 3 else names[: len(names) // 3 * 3])}
+def _footer(run: DemoRun) -> str:
+    """Decoding, models and versions."""
+    result = next(iter(run.results.values()))
+    models = {r["model"]["kind"]: r for r in run.results.values()}
+    lines = [f"{escape(kind)}: {page.model_and_versions(r)}" for kind, r in models.items()]
+    decoding = escape(Settings(**result["settings"]).decoding)
+    return "<br>".join([f"Images are generated with {decoding}; answers are decoded greedily.", *lines])

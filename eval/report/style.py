@@ -28,11 +28,11 @@ header p{font-size:17px}
 .tile span{color:var(--soft);font-size:13px}
 .tile em{display:block;font-style:normal;color:var(--soft);font-size:12px;margin-top:2px;opacity:.85}
 .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(136px,1fr));gap:12px}
-.shot{overflow:hidden;display:flex;flex-direction:column}
-.shot img,.pair img,.ask img{display:block;width:100%;aspect-ratio:1;image-rendering:pixelated;
+.generated{overflow:hidden;display:flex;flex-direction:column}
+.generated img,.pair img,.sample img{display:block;width:100%;aspect-ratio:1;image-rendering:pixelated;
   background:var(--line)}
-.shot div{padding:9px 11px 11px;font-size:12.5px;line-height:1.35;flex:1}
-.shot small{display:block;color:var(--soft);font-size:11px;margin-top:4px}
+.generated div{padding:9px 11px 11px;font-size:12.5px;line-height:1.35;flex:1}
+.generated small{display:block;color:var(--soft);font-size:11px;margin-top:4px}
 .verdict{float:right;width:18px;height:18px;border-radius:9px;font:700 11px/18px system-ui;
   text-align:center;
 margin:0 0 4px 6px}
@@ -43,18 +43,20 @@ margin:0 0 4px 6px}
 .pair div{display:grid;grid-template-columns:1fr 1fr;gap:2px}
 .pair footer{display:flex;justify-content:space-between;padding:7px 11px;font-size:12px;
   color:var(--soft)}
-.asks{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:12px}
-.ask{display:grid;grid-template-columns:104px 1fr;overflow:hidden}
-.ask div{padding:11px 13px;font-size:13.5px;line-height:1.35}
-.ask q{quotes:none;display:block;margin-bottom:7px}
-.ask b{font-size:15px}
-.ask s{color:var(--bad);font-weight:600}
-.ask small{display:block;color:var(--soft);font-size:11px;margin-top:5px}
+.samples{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:12px}
+.sample{display:grid;grid-template-columns:104px 1fr;overflow:hidden}
+.sample div{padding:11px 13px;font-size:13.5px;line-height:1.35}
+.sample q{quotes:none;display:block;margin-bottom:7px}
+.sample b{font-size:15px}
+.sample s{color:var(--bad);font-weight:600}
+.sample small{display:block;color:var(--soft);font-size:11px;margin-top:5px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:16px}
 .panel{padding:18px 20px}
 .panel h3{margin:0 0 12px}
-.bar{display:grid;grid-template-columns:96px 1fr 44px;gap:4px 12px;align-items:center;font-size:13px;
+.bar{display:grid;grid-template-columns:minmax(96px,18%) 1fr 44px;gap:4px 12px;align-items:center;
+  font-size:13px;
   padding:5px 0}
+.bar span{line-height:1.2;overflow-wrap:anywhere}
 .bar b{text-align:right}
 .bar small{grid-column:2/4;color:var(--soft);font-size:11.5px;margin-top:-2px}
 .track{position:relative;height:12px;border-radius:6px;background:var(--wash)}
@@ -81,9 +83,11 @@ margin:0 0 4px 6px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;padding:8px 14px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500;font-size:12px}
+td small{color:var(--soft)}
 .n{text-align:right}
 tr:last-child td{border:0}
-td.sub{padding-left:32px;color:var(--soft)}
+.sub{padding-left:18px;color:var(--soft)}
+.wrap{white-space:normal}
 .warn{border-left:3px solid var(--bad);padding:10px 16px;margin:12px 0}
 footer.end{margin-top:56px;color:var(--soft);font-size:12.5px;word-break:break-all}
 code{font:12.5px ui-monospace,Menlo,Consolas,monospace}

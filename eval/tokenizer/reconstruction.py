@@ -35,7 +35,7 @@ def load_reconstruction(data: Path, settings: Settings) -> Task:
     files = files[: settings.limit]
     if not files:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}), nor tars with images.")
-    samples = [Sample(i, str(p.relative_to(folder)), "", p, "copy") for i, p in enumerate(files)]
+    samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
     crop_of(crop)
     return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
@@ -178,7 +178,7 @@ def score_reconstruction(
     )
     return Scored(result, details, [
         {
-            "index": s.index, "image": str(s.image), "copy": rows[s.index]["file"],
+            "index": s.index, "image": str(s.image), "reconstruction": rows[s.index]["file"],
             "psnr": p, "ssim": q, "score": p,
         }
         for s, p, q in zip(good, psnr, ssim)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
-from open_unitok.eval.report.runs import page, read_runs
+from open_unitok.eval.report.runs import read_runs, runs_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,5 +26,5 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"--out is {path}, a folder; give the name of the page, such as {path / 'report.html'}."
         )
-    write_atomic(path, page(runs, args.title, args.seed))
+    write_atomic(path, runs_page(runs, args.title, args.seed))
     print(path)

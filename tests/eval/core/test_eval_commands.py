@@ -17,7 +17,7 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
 from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
 
-NAMES = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "drawing_positions")
+NAMES = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "positions")
 SIZES = {
     "image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "stage_depths": [1, 1], "hidden_size": 16,
     "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_widths": [8, 8], "decoder_depths": [1, 1],

@@ -58,7 +58,7 @@ def test_zeroshot_counts_a_malformed_scene_as_wrong(own, tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["geneval", "drawing_positions"])
+@pytest.mark.parametrize("name", ["geneval", "positions"])
 def test_a_malformed_scene_has_no_part_in_the_ceiling(own, tmp_path, name, fault):
     spoil(own / "test" / "captions.json", FAULTS[fault])
     result = run_benchmark(name, Scripted(own), own, tmp_path / "o", **QUIET)
@@ -67,9 +67,9 @@ def test_a_malformed_scene_has_no_part_in_the_ceiling(own, tmp_path, name, fault
 
 
 def test_a_scene_without_objects_is_none_to_copy(own, tmp_path):
-    whole = run_benchmark("drawing_positions", Scripted(own), own, tmp_path / "a", **QUIET)
+    whole = run_benchmark("positions", Scripted(own), own, tmp_path / "a", **QUIET)
     spoil(own / "test" / "captions.json", EMPTY)
-    result = run_benchmark("drawing_positions", Scripted(own), own, tmp_path / "b", **QUIET)
+    result = run_benchmark("positions", Scripted(own), own, tmp_path / "b", **QUIET)
     assert result["metrics"] == whole["metrics"] and not result["problems"]
 
 
@@ -94,7 +94,7 @@ def test_a_malformed_position_is_wrong(own, tmp_path, fault):
     path = own / "test" / "positions.jsonl"
     n = len(path.read_text().splitlines())
     path.write_text(fault + "\n" + path.read_text())
-    result = run_benchmark("drawing_positions", Scripted(own), own, tmp_path / "o", **QUIET)
+    result = run_benchmark("positions", Scripted(own), own, tmp_path / "o", **QUIET)
     assert result["malformed"] == 1 and result["about"]["prompts"] == n + 1
     assert result["metrics"]["ceiling"]["value"] == 1.0
 
@@ -102,10 +102,10 @@ def test_a_malformed_position_is_wrong(own, tmp_path, fault):
 def test_findings_without_colours_are_no_crash(own, tmp_path):
     settings = Settings(detector="none")
     with pytest.raises(UserError, match="nothing has looked"):
-        run_benchmark("drawing_positions", Scripted(own), own, tmp_path, settings, **QUIET)
+        run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)
     row = {"index": 0, "detections": {"star": [[0, 0, 9, 9, 0.95]]}}
     (tmp_path / "detections.jsonl").write_text(json.dumps(row) + "\n")
-    assert run_benchmark("drawing_positions", Scripted(own), own, tmp_path, settings, **QUIET)["value"] == 0.0
+    assert run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)["value"] == 0.0
 
 
 def test_a_drawing_of_another_size_is_named_and_wrong(own, tmp_path):
@@ -122,7 +122,7 @@ def test_a_drawing_of_another_size_is_named_and_wrong(own, tmp_path):
     [
         *(("zeroshot", key) for key in ("palette", "outlines")),
         *(("geneval", key) for key in ("palette", "outlines", "size")),
-        *(("drawing_positions", key) for key in ("size", "grid")),
+        *(("positions", key) for key in ("size", "grid")),
     ],
 )
 def test_scenes_that_are_none_are_one_line(own, tmp_path, name, key):

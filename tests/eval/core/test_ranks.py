@@ -131,7 +131,7 @@ def rows_of(found, name):
 
 def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
     """A model may give other last digits in another batch; here what it says is the batch itself."""
-    samples = [Sample(i, f"{i}", "p", None, "draw") for i in range(30)]
+    samples = [Sample(i, f"{i}", "p", None, "generate") for i in range(30)]
     for sample in samples:
         save(tmp_path / f"{sample.id}.png", sample.index, 8)
     rows = {s.index: {"file": f"../{s.id}.png"} for s in samples}

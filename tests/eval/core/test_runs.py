@@ -11,8 +11,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.harness import Sample, Settings, Store
 from open_unitok.eval.core.model import Copies
-from open_unitok.eval.registry import present, run_benchmark, score_run
-from open_unitok.eval.report.demo import choose, stage_curves, text_table, write_report
+from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
 
 QUIET = {"quiet": True}
@@ -112,7 +111,7 @@ def test_drawings_and_their_ceiling(data, tmp_path):
     assert set(result["details"]["ceiling"]) <= {m.removeprefix("tag/") for m in result["metrics"]}
     layout = sorted((tmp_path / "g" / "images").glob("*/samples/0000.png"))
     assert len(layout) == len(list((tmp_path / "g" / "images").glob("*/metadata.jsonl")))
-    result = run_benchmark("drawing_positions", Scripted(data), data, tmp_path / "p", **QUIET)
+    result = run_benchmark("positions", Scripted(data), data, tmp_path / "p", **QUIET)
     assert result["value"] == 0.0 and result["metrics"]["ceiling"]["value"] == 1.0
 
 
@@ -238,104 +237,6 @@ def test_bad_requests_are_one_line(data, tmp_path):
     with pytest.raises(UserError, match="Did you mean 'plain'"):
         run_benchmark("vqav2", Scripted(data), data, tmp_path / "o", Settings(recipe="plane"))
     assert not (tmp_path / "o").exists()  # nothing half-written
-
-
-# what the stages write into metrics.jsonl
-TOKENIZER_NAMES = [
-    "step",
-    "seconds",
-    "samples_per_second",
-    "loss",
-    "l1",
-    "l2",
-    "vq",
-    "entropy",
-    "clip",
-    "skipped",
-    "grad_norm",
-    "lr",
-    "logit_scale",
-    "usage/0",
-    "perplexity/0",
-    "usage/1",
-    "perplexity/1",
-]
-MLLM_NAMES = [
-    "step",
-    "seconds",
-    "samples_per_second",
-    "loss",
-    "text_loss",
-    "image_loss",
-    "grad_norm",
-    "lr",
-    "text_loss/text_to_image",
-    "text_loss/captioning",
-    "text_loss/conversation",
-    "text_loss/text",
-    "accuracy/0",
-    "accuracy/1",
-    "padding",
-    "tokens_per_second",
-]
-
-
-def curve_rows(names):
-    return [{name: i if name == "step" else 1 / i for name in names} for i in range(1, 60)]
-
-
-def test_the_curves_shown_are_the_losses():
-    assert list(stage_curves(curve_rows(TOKENIZER_NAMES)))[:5] == ["loss", "l2", "l1", "vq", "clip"]
-    shown = list(stage_curves(curve_rows(MLLM_NAMES)))
-    assert shown[:3] == ["loss", "text_loss", "image_loss"] and len(shown) == 6
-    assert all(name.startswith("text_loss/") for name in shown[3:])
-    assert list(stage_curves(curve_rows(MLLM_NAMES), 1)) == ["loss"]
-
-
-def test_report_is_whole_and_self_contained(data, tmp_path):
-    for name in present(data):
-        model = Scripted(data, lambda i: i % 5 != 0)
-        run_benchmark(name, model, data, tmp_path / "eval" / name, Settings(guidance=2.0), **QUIET)
-    (tmp_path / "tokenizer").mkdir()
-    rows = curve_rows(TOKENIZER_NAMES)
-    (tmp_path / "tokenizer" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    phases = [{"name": "tokenizer", "seconds": 12.5, "peak_memory": 2**30, "calls": 2}]
-    phases.append({"name": "codes", "seconds": 2.5, "peak_memory": 2**29, "calls": 1})
-    metrics = write_report(tmp_path, phases)
-    page = (tmp_path / "report.html").read_text()
-    for needed in ("It draws", "It sees", "It remembers", "codebook 2", "1.00 GiB", "<svg", "base64,"):
-        assert needed in page, needed
-    for needed in ("vq", "clip", "images with held-out pairs", "those with held-out pairs included"):
-        assert needed in page, needed
-    assert page.count("stopped and resumed") == 1
-    for loaded in ("http://", "https://", "<script", "<link", "url("):
-        assert loaded not in page, loaded
-    with Image.open(tmp_path / "report.png") as sheet:
-        assert sheet.width == 1600 and sheet.height > 800
-    assert metrics["metrics"]["reconstruction"]["psnr"] == pytest.approx(48.13, abs=0.01)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert "Question answering" in text_table(tmp_path)
-    held_out = metrics["metrics"]["vqav2"]["images with held-out pairs"]
-    line = next(row for row in text_table(tmp_path).split("\n") if "images with held-out pairs" in row)
-    assert f"{100 * held_out:.1f} %" in line
-    first = (tmp_path / "report.html").read_bytes()
-    write_report(tmp_path, phases)
-    assert (tmp_path / "report.html").read_bytes() == first
-    with pytest.raises(UserError, match="holds no results"):
-        write_report(tmp_path / "eval")
-
-
-def test_report_of_a_tokenizer_alone(data, tmp_path):
-    run_benchmark("reconstruction", Scripted(data), data, tmp_path / "eval" / "reconstruction", **QUIET)
-    write_report(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    assert "It remembers" in page and "It draws" not in page and "Time and memory" not in page
-
-
-def test_samples_are_chosen_in_turn_from_the_groups():
-    rows = [{"group": "a", "i": i} for i in range(9)] + [{"group": "b", "i": 9}]
-    chosen = choose(rows, 5, "group")
-    assert [r["group"] for r in chosen] == ["a", "b", "a", "a", "a"] and choose(rows, 5, "group") == chosen
 
 
 def as_rank(monkeypatch, rank, world):
