@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo model test test-slow lint format typecheck clean
+.PHONY: demo model test test-slow lint format layout typecheck docs clean
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml configs/constraints.txt
@@ -50,12 +50,18 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Type checkers do not follow the package-dir mapping, so they get a folder of links that has the import layout.
-typecheck: .venv/.dev
-	rm -rf build/typecheck && mkdir -p build/typecheck/open_unitok
-	for f in open_unitok/*; do ln -s ../../../$$f build/typecheck/open_unitok/; done
-	for p in tokenizer mllm generation training eval configs; do ln -s ../../../$$p build/typecheck/open_unitok/$$p; done
+# Type checkers and mkdocstrings do not follow the package-dir mapping: a folder of links has the import layout.
+layout:
+	rm -rf build/layout && mkdir -p build/layout/open_unitok
+	for f in open_unitok/*; do ln -s ../../../$$f build/layout/open_unitok/; done
+	for p in tokenizer mllm generation training eval configs; do ln -s ../../../$$p build/layout/open_unitok/$$p; done
+
+typecheck: .venv/.dev layout
 	$(BIN)/pyright
+
+# The documentation site with the API reference; a warning is an error.
+docs: .venv/.dev layout
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache
