@@ -25,7 +25,7 @@ from open_unitok.core.files import write_json
 from open_unitok.mllm import SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.mllm.lora import add_lora
 from open_unitok.training.core import deepspeed_engine
-from open_unitok.training.core.flops import Cost, Work, peak_tflops
+from open_unitok.training.core.flops import MLLMFlops, TokenCounts, peak_tflops
 from open_unitok.training.core.options import EngineOptions, Optimizer
 
 
@@ -109,7 +109,7 @@ def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator
 
 def batch_of(
     config: UniTokMLLMConfig, rows: int, length: int, device: torch.device
-) -> tuple[dict[str, torch.Tensor], Work]:
+) -> tuple[dict[str, torch.Tensor], TokenCounts]:
     """A micro-batch of equally packed rows, and what is to be computed on it."""
     generator = torch.Generator().manual_seed(0)
     made = [packed_row(config, length, generator) for _ in range(rows)]
@@ -117,12 +117,12 @@ def batch_of(
     first = batch["position_ids"] == 0
     text = (batch["labels"] >= 0) & ~first
     drawn = (batch["labels"] == config.image_token_id).sum().item()
-    work = Work(
+    work = TokenCounts(
         tokens=batch["input_ids"].numel(),
-        pairs=float((batch["position_ids"] + 1).sum()),
+        attention_pairs=float((batch["position_ids"] + 1).sum()),
         text_targets=text.sum().item(),
-        visual=batch["image_codes"].shape[0] * config.num_image_tokens,
-        drawn=drawn,
+        image_tokens=batch["image_codes"].shape[0] * config.num_image_tokens,
+        image_targets=drawn,
     )
     return {name: tensor.to(device) for name, tensor in batch.items()}, work
 
@@ -133,14 +133,14 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     torch.manual_seed(0)
     model = make_model(case, device)
     model.language_model.set_attn_implementation(args.attention)
-    deepspeed_engine.checkpoint_activations(model)
+    deepspeed_engine.enable_activation_checkpointing(model)
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total_count, cost = sum(p.numel() for p in model.parameters()), Cost(model)
+    total_count, cost = sum(p.numel() for p in model.parameters()), MLLMFlops(model)
     batch, work = batch_of(model.config, args.rows, args.length, device)
     options = EngineOptions(dtype="bf16", gradient_checkpointing=True)
     optimizer = Optimizer(lr=1e-5, weight_decay=0.0, clip_grad=1.0)
-    trained = deepspeed_engine.wrap(
-        model.train(), deepspeed_engine.decay_groups(model, 0.0), optimizer, options, args.rows
+    trained = deepspeed_engine.build_engine(
+        model.train(), deepspeed_engine.parameter_groups(model, 0.0), optimizer, options, args.rows
     )
     seconds = []
     for step in range(args.warmup + args.steps):
@@ -149,7 +149,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         begun = time.perf_counter()
         out = trained(**batch, return_logits=False)
         trained.backward(out.loss)
-        deepspeed_engine.step(trained)
+        deepspeed_engine.optimizer_step(trained)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begun)
@@ -196,7 +196,7 @@ def main() -> None:
     parser.add_argument("--peak-tflops", type=float, help="of a device that the table does not know")
     parser.add_argument("--out", help="results (default: benchmarks/results/mllm-DEVICE.json)")
     args = parser.parse_args()
-    device = deepspeed_engine.start(EngineOptions(), 0)
+    device = deepspeed_engine.init_distributed(EngineOptions(), 0)
     name = device_name(device)
     file = re.sub(r"[^\w]+", "-", name).strip("-")
     out = Path(args.out or Path(__file__).parent / "results" / f"mllm-{file}.json")

@@ -100,7 +100,7 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
     Raises:
         UserError: a config is missing or invalid, `out` is a file or has characters that YAML would escape.
     """
-    from open_unitok.training.run import load
+    from open_unitok.training.run import load_run_config
     from open_unitok.training.scenes.dataset import load_config
 
     if not re.fullmatch(r"[\w./~+@-]+", out.as_posix()):
@@ -115,7 +115,7 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
     for name in DEMO_CONFIGS:
         path = existing(source / name, f"--configs needs {', '.join(DEMO_CONFIGS)}.")
         try:
-            config: Any = load_config(path) if name == "scenes.yaml" else load(str(path), [])
+            config: Any = load_config(path) if name == "scenes.yaml" else load_run_config(str(path), [])
         except UserError as error:
             message = str(error)
             raise UserError(message if str(path) in message else f"{path}: {message}") from error

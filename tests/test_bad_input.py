@@ -49,7 +49,7 @@ def places(tmp_path):
         (["train", "HERE/train.yaml", "model.image_size=40"], "multiple of 16"),
         (["train", "HERE/train.yaml"], "garbage.tar"),
         (["train", "HERE/train.yaml", "data.sources=[{path: HERE/gone-*.tar}]"], "gone-*.tar"),
-        (["train", "HERE/train.yaml", "start_from=HERE/other_kind"], "bert"),
+        (["train", "HERE/train.yaml", "init_from=HERE/other_kind"], "bert"),
         ([*EXTRACT, "--tokenizer", "HERE/other_kind"], "bert"),
         ([*EXTRACT, "--tokenizer", "HERE/gone"], "gone"),
         ([*EXTRACT, "--tokenizer", "HERE/tokenizer"], "garbage.tar"),
@@ -73,7 +73,7 @@ def test_a_mistake_leaves_a_run_with_a_checkpoint_alone(places):
     run = places / "run"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "mine.txt").write_text("kept")
-    for arguments in (["start_from=HERE/other_kind"], []):
+    for arguments in (["init_from=HERE/other_kind"], []):
         with pytest.raises(SystemExit):
             main([a.replace("HERE", str(places)) for a in ["train", "HERE/train.yaml", *arguments]])
     assert (run / "config.yaml").exists() and (run / "mine.txt").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from open_unitok.cli.main import COMMANDS, command_module
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # file -> fewest commands that are expected to be found in it
@@ -52,7 +52,7 @@ def test_commands_parse_and_their_configs_load(file, monkeypatch):
     for words in found:
         name, args = parse(words)
         if name in ("train", "plan"):
-            load(args.config, args.overrides)
+            load_run_config(args.config, args.overrides)
 
 
 def test_keys_in_the_training_readme_are_keys_of_a_config(monkeypatch):
@@ -63,7 +63,7 @@ def test_keys_in_the_training_readme_are_keys_of_a_config(monkeypatch):
         config = TOKENIZER if section.startswith("The visual tokenizer") else MLLM
         prose = re.sub(r"^```.*?^```$", "", section, flags=re.M | re.S).replace("`, then `", " ")
         for span in re.findall(r"`([a-z_.]+=[^`]+)`", prose):
-            load(FINETUNE if span.startswith("lora=") else config, shlex.split(span))
+            load_run_config(FINETUNE if span.startswith("lora=") else config, shlex.split(span))
             found += 1
     assert found > 10
 

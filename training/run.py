@@ -9,22 +9,22 @@ from .core.options import RunConfig
 
 # stage -> (module and class of its config, module of its loop); the loop's module is imported only to train
 STAGES = {
-    "tokenizer": ("tokenizer.config", "TokenizerRun", "tokenizer.train"),
-    "mllm": ("mllm.config", "MLLMRun", "mllm.train"),
+    "tokenizer": ("tokenizer.config", "TokenizerRunConfig", "tokenizer.train"),
+    "mllm": ("mllm.config", "MLLMRunConfig", "mllm.train"),
 }
 
 
-def load(path: str, overrides: list[str]) -> RunConfig:
+def load_run_config(path: str, overrides: list[str]) -> RunConfig:
     """The checked config of a run.
 
     Raises:
         UserError: anything wrong with it.
     """
-    raw = configs.read(path, overrides)
+    raw = configs.read_yaml(path, overrides)
     stage = raw.get("stage")
     if stage not in STAGES:
         hint = did_you_mean(str(stage), STAGES)
         raise UserError(f"{path}: stage is {stage!r}.{hint}")
     module, name, _ = STAGES[stage]
     cls = getattr(importlib.import_module(f"{__package__}.{module}"), name)
-    return configs.build(cls, raw)
+    return configs.build_config(cls, raw)

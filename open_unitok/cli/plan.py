@@ -4,9 +4,9 @@ import argparse
 
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.gpus import PEAK_TFLOPS
-from open_unitok.training.mllm.config import MLLMRun
+from open_unitok.training.mllm.config import MLLMRunConfig
 from open_unitok.training.mllm.plan import describe, plan
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    config = load(args.config, args.overrides)
-    if not isinstance(config, MLLMRun):
+    config = load_run_config(args.config, args.overrides)
+    if not isinstance(config, MLLMRunConfig):
         raise UserError(f"{args.config} is of stage {config.stage}: `unitok plan` knows stage mllm alone.")
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens are 1 or more, --mfu is above 0 and at most 1.")

@@ -4,8 +4,8 @@ import argparse
 import importlib
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.run_dir import RunFolder
-from open_unitok.training.run import STAGES, load
+from open_unitok.training.core.run_dir import RunDir
+from open_unitok.training.run import STAGES, load_run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Train, or go on, or say that the run is finished."""
-    config = load(args.config, args.overrides)
-    folder = RunFolder.open(config)
+    config = load_run_config(args.config, args.overrides)
+    folder = RunDir.open(config)
     if folder.finished:
         print(f"{config.out} is finished: {folder.model}")
         return
@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> None:
     try:
         stage.main(config, folder)
     except UserError:
-        folder.abandon()
+        folder.discard()
         raise
-    from open_unitok.training.core.deepspeed_engine import finish
+    from open_unitok.training.core.deepspeed_engine import exit_process
 
-    finish()
+    exit_process()

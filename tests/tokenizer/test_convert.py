@@ -141,7 +141,7 @@ def test_command(variant, golden_folder, tiny_config, tmp_path, capsys):
         unitok(["convert", "tokenizer", str(source), str(folder)])
 
 
-def test_clip_start(variant, tiny_config, tmp_path):
+def test_init_from_clip(variant, tiny_config, tmp_path):
     weights = variant("attn").weights
     clip = {"logit_scale": torch.tensor(9.0), "visual.head.proj.weight": torch.zeros(3)}
     clip |= {"visual.trunk.fc_norm.weight": torch.zeros(64)}

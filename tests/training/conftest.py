@@ -41,7 +41,7 @@ model:
    codebook_size: 16, codebook_dim: 4, embed_dim: 16, text_hidden_size: 16, text_num_layers: 1,
    text_num_heads: 2, text_context_length: 12, drop_path_rate: 0.1}}
 losses: {{lpips: 0.0, entropy: 0.1}}
-codebooks: {{init_images: 16, restart_after: 2, restart_share: 1.0}}
+codebooks: {{init_images: 16, reset_after: 2, reset_share: 1.0}}
 ema: 0.9
 optimizer: {{lr: 2.0e-3}}
 schedule: {{warmup: 2}}

@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.cli.main import run
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.training.core.config import build
+from open_unitok.training.core.config import build_config
 from open_unitok.training.data.collate import KINDS, Rows
 from open_unitok.training.data.mixture import Mixture
 from open_unitok.training.mllm.config import MixtureOptions
@@ -74,7 +74,7 @@ def test_preparing_data_runs_as_written(place, golden):
     (line,) = re.findall(r"`unitok (data convert folder pairs[^`]*)`", section())
     run(shlex.split(line))
     (shown,) = blocks("yaml")
-    options = build(MixtureOptions, yaml.safe_load(shown)["data"])
+    options = build_config(MixtureOptions, yaml.safe_load(shown)["data"])
     path = golden / "mllm" / "tokenizer.model"
     rows = Rows(UniTokProcessor.from_text_tokenizer(path, num_image_tokens=4, template="plain"), 400)
     fingerprint = UniTok.from_pretrained("runs/demo/tokenizer/model").fingerprint()
@@ -86,6 +86,6 @@ def test_preparing_data_runs_as_written(place, golden):
 def test_the_defaults_shown_are_the_published_ones():
     (shown,) = blocks("yaml")
     given, entry = yaml.safe_load(shown)["data"], {"kind": "text", "path": "x.txt"}
-    default = build(MixtureOptions, {"mixture": [entry]})
+    default = build_config(MixtureOptions, {"mixture": [entry]})
     for name in ("text_to_image_share", "unconditional", "short_captions", "max_length"):
         assert given[name] == getattr(default, name)

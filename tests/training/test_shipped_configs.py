@@ -10,7 +10,7 @@ from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.convert import state_to_published
 from open_unitok.tokenizer.frozen.lpips import LPIPS
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.model import build_model, caption_tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
@@ -43,15 +43,15 @@ def test_there_are_some():
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_is_read_strictly(path):
-    config = load(str(path), [])
+    config = load_run_config(str(path), [])
     assert config.out.startswith("runs/") and path.read_text().startswith("#")
     card = path.read_text().partition("\nstage:")[0]
     assert f"configs/{path.relative_to(CONFIGS).as_posix()}" in card  # the command
 
 
 def test_the_published_sizes():
-    large = load("configs/tokenizer/unitok_large.yaml", [])
-    base = load("configs/tokenizer/unitok_base.yaml", [])
+    large = load_run_config("configs/tokenizer/unitok_large.yaml", [])
+    base = load_run_config("configs/tokenizer/unitok_base.yaml", [])
     assert large.steps * large.batch_size == 1_280_000_000
     assert large.discriminator.start == round(0.375 * large.steps)
     assert large.losses == base.losses and large.optimizer == base.optimizer
@@ -70,7 +70,7 @@ def helpers(dino_file, tmp_path_factory):
 
 @pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.stem)
 def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
-    config = load(str(path), [])
+    config = load_run_config(str(path), [])
     out = tmp_path / "run"
     changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
     changes += [
@@ -84,7 +84,7 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
         "codebooks.init_images=0",
         "engine.dtype=fp32",
     ]
-    if not config.start_from:  # else the shipped model, as it is
+    if not config.init_from:  # else the shipped model, as it is
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
@@ -120,11 +120,11 @@ def test_lpips_is_refused_on_small_images(data, helpers, tmp_path, capsys):
     assert "it needs 48" in capsys.readouterr().err
 
 
-def test_a_start_from_clip(data, tmp_path):
+def test_init_from_clip(data, tmp_path):
     """Towers are taken over, the rest begins as ever; a file that lacks a part of them is refused."""
     config = str(data / "config.yaml")
-    captions = caption_tokenizer(load(config, []))
-    source, plain = (build_model(load(config, [f"seed={seed}"]), captions) for seed in (1, 0))
+    captions = caption_tokenizer(load_run_config(config, []))
+    source, plain = (build_model(load_run_config(config, [f"seed={seed}"]), captions) for seed in (1, 0))
     places = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
     weights = {
         places[place] + name.removeprefix(place): tensor
@@ -133,10 +133,10 @@ def test_a_start_from_clip(data, tmp_path):
         if name.startswith(place) and not name.startswith("encoder.norm.")  # a CLIP tower has none
     }
     torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
-    begun = build_model(load(config, [f"clip_start={tmp_path}"]), captions).state_dict()
+    begun = build_model(load_run_config(config, [f"init_from_clip={tmp_path}"]), captions).state_dict()
     for name, tensor in begun.items():
         towers = name.startswith(("encoder.", "text_encoder.")) and "encoder.norm." not in name
         assert torch.equal(tensor, (source if towers else plain).state_dict()[name]), name
     torch.save({n: t for n, t in weights.items() if n.startswith("visual")}, tmp_path / "half.bin")
     with pytest.raises(UserError, match=r"lacks \d+ weights of the image and text towers \(text_encoder"):
-        build_model(load(config, [f"clip_start={tmp_path}/half.bin"]), captions)
+        build_model(load_run_config(config, [f"init_from_clip={tmp_path}/half.bin"]), captions)

@@ -4,13 +4,13 @@ checkpoints/step-00000500/ is a model folder (what `write_model` writes) plus tr
 states, one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
 """
 
-import contextlib
 import os
 import re
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ class Checkpoints:
         distributed.barrier()
         return path
 
-    def restore(self, path: Path, engines: Mapping[str, Any], key: str = "start_from") -> dict[str, Any]:
+    def restore(self, path: Path, engines: Mapping[str, Any], key: str = "init_from") -> dict[str, Any]:
         """Load engines and torch's RNG; returns this rank's state, with `step`.
 
         Args:
@@ -129,7 +129,7 @@ class Checkpoints:
         return state
 
 
-def take_over(path: Path, engines: Mapping[str, Any]) -> list[dict[str, Any]]:
+def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Load what any number of ranks trained, but not the moments of their optimisers.
 
     Engines that the checkpoint does not have stay as they are.
@@ -191,47 +191,48 @@ def _from_main(value: bool) -> bool:
     return distributed.sum_over_ranks(torch.tensor(float(value and distributed.is_main()))).item() > 0
 
 
-class Stop:
-    """Has someone asked this run to stop? A call agrees over the ranks: call it on each at the same step."""
+class StopOnSignal:
+    """Turns SIGTERM and Ctrl-C into a question that the training loop asks between steps.
+
+    Within `with StopOnSignal() as stop:`, `stop()` is True once a signal has arrived on any rank: call it on
+    every rank at the same step. A second signal ends the process at once.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopOnSignal":
+        # signals can be caught in the main thread only
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: Any) -> None:
+        if self.signal is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.signal = number
 
     def __call__(self) -> bool:
         if distributed.world_size() > 1:
-            asked = torch.tensor(self.signal or 0)
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            self.signal = int(asked.item()) or None
+            # ranks receive a signal at different times: the largest number decides for all of them
+            received = torch.tensor(self.signal or 0)
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+            self.signal = int(received.item()) or None
         return self.signal is not None
 
-    def exit_if_asked(self) -> None:
-        """Leave with the exit code of the signal; call it after saving."""
+    def exit_if_signalled(self) -> None:
+        """Exit with the code of the signal; call it after saving."""
         if self.signal is None:
             return
         if self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if distributed.is_main():
-            print("unitok: stopped by SIGTERM; run the same command again to go on.", file=sys.stderr)
+            print("unitok: stopped by SIGTERM; run the same command again to resume.", file=sys.stderr)
         sys.exit(128 + self.signal)
-
-
-@contextlib.contextmanager
-def stopping() -> Iterator[Stop]:
-    """Turn SIGTERM and Ctrl-C into a question that the loop asks between steps; a second one ends at once."""
-    stop = Stop()
-
-    def ask(number: int, _frame: Any) -> None:
-        if stop.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        stop.signal = number
-
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not the main thread, where signals cannot be caught
-        before = {}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

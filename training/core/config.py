@@ -41,14 +41,14 @@ _Loader.add_implicit_resolver(
 
 
 # Keys that a resumed run may change: they leave what is computed as it is.
-FREE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
-FREE_IN_STAGE = {"mllm": ("data.workers",)}
+CHANGEABLE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
+CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
-def read(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain dict of a YAML file (or of a shipped one) with `a.b=value` overrides applied.
 
     Raises:
@@ -119,7 +119,7 @@ def _index(part: str, items: list, override: str) -> int:
 # ---- building --------------------------------------------------------------------------------------------
 
 
-def build(cls: type[T], raw: Any, where: str = "") -> T:
+def build_config(cls: type[T], raw: Any, where: str = "") -> T:
     """An instance of the dataclass `cls` from plain values, every type checked; then its `check()` is called.
 
     Raises:
@@ -164,7 +164,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         near = did_you_mean(str(value), map(str, inner))
         raise UserError(f"{where} is {value!r}.{near}")
     if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, where)
+        return build_config(typing.cast(type, hint), value, where)
     if origin is list and isinstance(value, list):
         return [_convert(inner[0], item, f"{where}.{i}") for i, item in enumerate(value)]
     if origin is tuple and isinstance(value, list | tuple):
@@ -247,7 +247,9 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE_KEYS) -> list[str]:
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = CHANGEABLE_KEYS
+) -> list[str]:
     """ "key: old -> new" for every key that differs, those in `free` (and below) left out."""
     before, after = _flat(old), _flat(new)
     return [

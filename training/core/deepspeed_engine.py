@@ -23,7 +23,7 @@ from .options import EngineOptions, Optimizer
 NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
 
 
-def start(options: EngineOptions, seed: int) -> torch.device:
+def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     """Begin: process group, threads, seed; returns this rank's device. Without a launcher: rank 0 of 1.
 
     Raises:
@@ -78,7 +78,7 @@ def _import_deepspeed() -> Any:
     return deepspeed
 
 
-def decay_groups(
+def parameter_groups(
     module: torch.nn.Module, weight_decay: float, multipliers: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
     """AdamW parameter groups by the published rule: vectors, biases and scales without weight decay.
@@ -97,21 +97,21 @@ def decay_groups(
     return list(groups.values())
 
 
-def place(
+def shard_to_device(
     module: torch.nn.Module,
     device: torch.device,
     optimizer: Optimizer,
     options: EngineOptions,
     micro_batch: int,
 ) -> None:
-    """Move a model to its device before `wrap`; under ZeRO 3 it is cut into parts on the way.
+    """Move a model to its device before `build_engine`; under ZeRO 3 it is cut into parts on the way.
 
     One parameter after the other goes to the device, takes rank 0's values and leaves this rank's part there
     (or on the host, where parameters are offloaded): no device ever holds the whole model. Afterwards
     parameters have no shape.
 
     Raises:
-        UserError: see `wrap`.
+        UserError: see `build_engine`.
     """
     import deepspeed
 
@@ -134,7 +134,7 @@ def _refusals() -> Iterator[None]:
         raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
 
 
-def wrap(
+def build_engine(
     module: torch.nn.Module,
     groups: Sequence[dict[str, Any]],
     optimizer: Optimizer,
@@ -143,8 +143,8 @@ def wrap(
 ) -> Any:
     """A DeepSpeed engine around `module`, with AdamW or Muon on `groups`.
 
-    Masters stay fp32; bf16 runs through torch's autocast, so that the quantiser can step out of it. Call the
-    engine for the forward pass, `engine.backward(loss)`, then `step(engine)` of this module, per micro-batch.
+    Master weights stay fp32; bf16 runs through torch's autocast, so that the quantiser can opt out of it. Per
+    micro-batch call the engine for the forward pass, `engine.backward(loss)`, then `optimizer_step(engine)`.
 
     Raises:
         UserError: an option of `engine.deepspeed` that DeepSpeed does not take.
@@ -201,7 +201,7 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": options.accumulation,
-        # stage 0 clips in step() below: DeepSpeed's own clipping there forgets the norm it computed
+        # stage 0 clips in optimizer_step() below: DeepSpeed's own clipping there forgets the norm it computed
         "gradient_clipping": optimizer.clip_grad if options.zero_stage else 0.0,
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -252,13 +252,13 @@ def autocast(engine: Any) -> torch.autocast:
     return torch.autocast(kind, dtype=engine.torch_autocast_dtype() if on else torch.bfloat16, enabled=on)
 
 
-def set_lr(engine: Any, multiplier: float) -> None:
+def set_lr_multiplier(engine: Any, multiplier: float) -> None:
     """Learning rate of the coming step: `multiplier` x what each group began with."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["init_lr"] * multiplier
 
 
-def step(engine: Any) -> torch.Tensor | float | None:
+def optimizer_step(engine: Any) -> torch.Tensor | float | None:
     """Clip and update at the end of an accumulation; returns the gradient norm before clipping, else None."""
     boundary = engine.is_gradient_accumulation_boundary()
     norm: torch.Tensor | float | None = None
@@ -271,7 +271,9 @@ def step(engine: Any) -> torch.Tensor | float | None:
     return norm
 
 
-def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor) -> None:
+def overwrite_rows(
+    engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor
+) -> None:
     """Overwrite rows of a parameter and forget their Adam moments; under ZeRO the fp32 master follows.
 
     Args:
@@ -312,7 +314,7 @@ def write_rows(engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, v
                 safe_set_full_optimizer_state(parameter, state, moment)
 
 
-def clamp(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -> None:
+def clamp_parameter(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -> None:
     """Keep a small parameter within bounds; under ZeRO the fp32 master follows."""
     with torch.no_grad():
         parameter.clamp_(low, high)
@@ -322,13 +324,13 @@ def clamp(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -
             safe_set_full_fp32_param(parameter, parameter.detach().float())
 
 
-def checkpoint_activations(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
     """Trade time for memory; transformers renamed the method between the versions that are supported."""
     newer = getattr(model, "activation_checkpointing_enable", None)
     (newer or model.gradient_checkpointing_enable)()
 
 
-def finish() -> None:
+def exit_process() -> None:
     """End a launched process without the interpreter's shutdown, where gloo's threads may abort.
 
     A process of its own keeps its group, which DeepSpeed remembers, for the next stage.

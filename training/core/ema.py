@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 
-class Ema:
+class EMA:
     """Exponential moving average of the trainable parameters, fp32, whole on every rank (ZeRO 0 to 2)."""
 
     def __init__(self, module: nn.Module, decay: float):

@@ -51,17 +51,17 @@ def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decode
 PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
 
 
-class Work(NamedTuple):
+class TokenCounts(NamedTuple):
     """What runs through the model: counts of one or many micro-batches."""
 
     tokens: float = 0.0  # through the decoder, visual ones included
-    pairs: float = 0.0  # of tokens and what each of them sees, itself included
+    attention_pairs: float = 0.0  # of tokens and what each of them sees, itself included
     text_targets: float = 0.0  # places where text is learnt
-    visual: float = 0.0  # visual tokens of all images, read or drawn
-    drawn: float = 0.0  # those that are learnt
+    image_tokens: float = 0.0  # visual tokens of all images, read or drawn
+    image_targets: float = 0.0  # those that are learnt
 
 
-class Cost:
+class MLLMFlops:
     """Floating-point operations of training steps; make it before ZeRO-3 takes the shapes away.
 
     Attributes:
@@ -81,10 +81,15 @@ class Cost:
         self.pair_cost = _pair_cost(config.text_config)
         self.depth_pair_cost = _pair_cost(config.depth_config)
 
-    def flops(self, work: Work, backward: bool = True) -> float:
+    def flops(self, work: TokenCounts, backward: bool = True) -> float:
         """Of a forward pass over `work`, and of the backward pass behind it."""
-        uses = (work.visual, work.tokens, work.text_targets, work.drawn * self.books)
-        pairs = (0.0, work.pairs * self.pair_cost, 0.0, self._depth_pairs(work) * self.depth_pair_cost)
+        uses = (work.image_tokens, work.tokens, work.text_targets, work.image_targets * self.books)
+        pairs = (
+            0.0,
+            work.attention_pairs * self.pair_cost,
+            0.0,
+            self._depth_pairs(work) * self.depth_pair_cost,
+        )
         total, learnt_before = 0.0, False
         for part, count, attention in zip(PARTS, uses, pairs):
             forward = 2 * count * self.weights[part] + attention
@@ -98,8 +103,8 @@ class Cost:
                 learnt_before = learnt_before or learnt_here
         return total
 
-    def _depth_pairs(self, work: Work) -> float:
-        return work.drawn * self.books * (self.books + 1) / 2
+    def _depth_pairs(self, work: TokenCounts) -> float:
+        return work.image_targets * self.books * (self.books + 1) / 2
 
 
 def _pair_cost(config: Any) -> float:

@@ -14,10 +14,10 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
 
-from .run_dir import RunFolder
+from .run_dir import RunDir
 
 
-class Logbook:
+class MetricLogger:
     """Collects values without waiting for the device; every `every` steps their means become a row.
 
     A row: {"step", "seconds" (training time of this run so far), "samples_per_second", one mean per name}; on
@@ -27,7 +27,7 @@ class Logbook:
 
     def __init__(
         self,
-        folder: RunFolder,
+        folder: RunDir,
         total_steps: int,
         every: int,
         samples_per_step: int,
@@ -51,16 +51,16 @@ class Logbook:
         self._flops = 0.0
         self._peak: float | None = None
 
-    def measures(self, flops_per_sample: float, peak_tflops: float | None) -> None:
+    def set_flops(self, flops_per_sample: float, peak_tflops: float | None) -> None:
         """Rows get "tflops_per_second" over all ranks, and "mfu", the share of their peak."""
         self._flops, self._peak = flops_per_sample, peak_tflops
 
-    def phase(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line to the user."""
         if not self.quiet:
             tqdm.write(f"{self.title}: {text}", file=sys.stderr)
 
-    def begin(self, step: int) -> None:
+    def start(self, step: int) -> None:
         """The loop starts (again) at `step`: rows after it, from a call that was killed, are dropped."""
         if distributed.is_main():
             path = self.folder.path / "metrics.jsonl"
@@ -131,7 +131,7 @@ class Logbook:
         if self._bar is not None and "loss" in row:
             self._bar.set_postfix_str(f"loss {row['loss']:.4g}", refresh=False)
 
-    def images(self, step: int, name: str, image: Any) -> None:
+    def log_image(self, step: int, name: str, image: Any) -> None:
         """An image for TensorBoard: uint8 array (H, W, 3)."""
         if distributed.is_main():
             self._writer().add_image(name, image, step, dataformats="HWC")
@@ -206,11 +206,11 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _check_finite(step: int, values: dict[str, float], folder: RunFolder) -> None:
+def _check_finite(step: int, values: dict[str, float], folder: RunDir) -> None:
     if all(map(math.isfinite, values.values())):
         return
     shown = ", ".join(f"{name}={value:.6g}" for name, value in values.items())
     raise UserError(
         f"Step {step} is not finite ({shown}). The checkpoints in {folder.checkpoints} are intact: begin a "
-        "new run from the last one (start_from=...) with a lower optimizer.lr or a longer schedule.warmup."
+        "new run from the last one (init_from=...) with a lower optimizer.lr or a longer schedule.warmup."
     )

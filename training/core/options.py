@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from open_unitok.core.errors import UserError
 
-from .schedules import check_kind
+from .schedules import check_schedule_kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Schedule:
     end: float = 0.1
 
     def check(self) -> None:
-        check_kind(self.kind)
+        check_schedule_kind(self.kind)
         if self.warmup < 0:
             raise UserError(f"schedule.warmup is {self.warmup}: a number of steps, zero or more.")
 
@@ -154,7 +154,7 @@ class ShardOptions:
 class RunConfig:
     """What every run has; a stage adds its own sections. `batch_size` counts over all ranks and accumulation.
 
-    `stop_at` ends this call early with a checkpoint; the same command without it goes on. `start_from` takes
+    `stop_at` ends this call early with a checkpoint; the same command without it goes on. `init_from` takes
     the weights (only) of a model folder.
     """
 
@@ -164,7 +164,7 @@ class RunConfig:
     batch_size: int
     seed: int = 0
     stop_at: int | None = None
-    start_from: str | None = None
+    init_from: str | None = None
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     engine: EngineOptions = dataclasses.field(default_factory=EngineOptions)

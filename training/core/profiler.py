@@ -52,7 +52,7 @@ class Profiler:
 
 
 @contextlib.contextmanager
-def profiled(config: RunConfig, out: Path, step: int) -> Iterator[Profiler]:
+def profile_steps(config: RunConfig, out: Path, step: int) -> Iterator[Profiler]:
     """A profiler for a loop that begins after `step` steps; it writes into OUT/profile."""
     profiler = Profiler(config.profile, out / "profile")
     profiler.step(step)

@@ -17,7 +17,7 @@ import yaml
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, read_json, write_atomic, write_json
 
-from .config import FREE_IN_STAGE, FREE_KEYS, build, differences, to_dict, to_yaml
+from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, differences, to_dict, to_yaml
 from .options import RunConfig
 
 # Packages whose version can change a number.
@@ -33,7 +33,7 @@ PACKAGES = (
 )
 
 
-class RunFolder:
+class RunDir:
     """Paths of a run, and the record that a later call is compared with.
 
     config.yaml (resolved), run.json (command, code, versions, noted facts), metrics.jsonl, tensorboard/,
@@ -48,7 +48,7 @@ class RunFolder:
         self._new: list[Path] = []  # files, then folders, that this call began the run with
 
     @classmethod
-    def open(cls, config: RunConfig) -> "RunFolder":
+    def open(cls, config: RunConfig) -> "RunDir":
         """Begin a run or come back to one; rank 0 writes, the other ranks look.
 
         A folder without a checkpoint holds nothing to protect: another configuration begins there anew.
@@ -62,13 +62,13 @@ class RunFolder:
         old = path / "config.yaml"
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
-            free = (*FREE_KEYS, *FREE_IN_STAGE.get(config.stage, ()))
+            free = (*CHANGEABLE_KEYS, *CHANGEABLE_IN_STAGE.get(config.stage, ()))
             changed = differences(_resolved(old, config), to_dict(config), free)
             if changed:
                 last = max(path.glob("checkpoints/step-*"), default=path / "model")
-                remedy = f"start_from={last} begins with its weights"
-                if hasattr(config, "go_on_from") and all(c.startswith("data.workers:") for c in changed):
-                    remedy = f"go_on_from={last} goes on at its step with tars that it had not begun"
+                remedy = f"init_from={last} begins with its weights"
+                if hasattr(config, "resume_from") and all(c.startswith("data.workers:") for c in changed):
+                    remedy = f"resume_from={last} goes on at its step with tars that it had not begun"
                 raise UserError(
                     f"{path} holds a run with another configuration ({'; '.join(changed)}). "
                     f"Give the old values to go on, or another `out` for a new run ({remedy})."
@@ -91,7 +91,7 @@ class RunFolder:
         """True once the final model, or adapter, stands."""
         return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
-    def note(self, **facts: Any) -> None:
+    def record_facts(self, **facts: Any) -> None:
         """Record facts that the result depends on (fingerprint of the data, ...).
 
         Raises:
@@ -108,7 +108,7 @@ class RunFolder:
         if _is_main():
             write_json(self.path / "run.json", self._facts)
 
-    def abandon(self) -> None:
+    def discard(self) -> None:
         """After a mistake that stopped a new run before its first row: leave nothing of it behind."""
         if any(self.path.glob("checkpoints/step-*")) or (self.path / "metrics.jsonl").exists():
             return
@@ -126,7 +126,7 @@ def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
     """The config of an earlier call; keys that came with a later version have their defaults."""
     old = yaml.safe_load(file.read_text(encoding="utf-8"))
     with contextlib.suppress(UserError):  # it has keys that are gone, or values that are refused now
-        return to_dict(build(type(config), old))
+        return to_dict(build_config(type(config), old))
     return old
 
 

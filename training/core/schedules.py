@@ -8,7 +8,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 KINDS = ("cos", "lin", "lin0", "lin00", "lin<THRESHOLD>", "exp", "constant")
 
 
-def check_kind(kind: str) -> None:
+def check_schedule_kind(kind: str) -> None:
     """Raises UserError if there is no such schedule; `lin0.3` falls in two slopes that meet at 0.3."""
     if kind in KINDS and kind != "lin<THRESHOLD>":
         return
@@ -16,7 +16,7 @@ def check_kind(kind: str) -> None:
         raise UserError(f"schedule.kind is {kind!r}.{did_you_mean(kind, KINDS)}")
 
 
-def multiplier(
+def lr_multiplier(
     kind: str, step: float, total: float, warmup: float = 0.0, start: float = 0.0, end: float = 0.1
 ) -> float:
     """The factor on the learning rate at `step` (from 0) of `total`; `warmup` may be a fraction of a step.
@@ -46,7 +46,7 @@ def _fall(kind: str, past: float, end: float) -> float:
         return 1.0 if past < 0.15 else math.exp((past - 0.15) / 0.85 * math.log(end))
     knee = _threshold(kind)
     if knee is None:
-        check_kind(kind)
+        check_schedule_kind(kind)
         raise AssertionError(kind)
     middle = (1 + end + (1 - end) * (1 - knee)) / 2
     return 1 + (middle - 1) * past / knee if past < knee else end + (middle - end) * rest / (1 - knee)
@@ -59,6 +59,6 @@ def _threshold(kind: str) -> float | None:
     return value if 0 < value < 1 else None
 
 
-def ramp(step: float, length: float) -> float:
+def linear_ramp(step: float, length: float) -> float:
     """min(1, step / length) from 0, as the discriminator's weight rises; 1 at once where `length` is 0."""
     return 1.0 if length <= 0 else max(0.0, min(1.0, step / length))

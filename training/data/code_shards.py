@@ -220,5 +220,5 @@ class Order:
         sizes = [self.sizes[shard] for shard in chosen]
         import torch
 
-        random = seeding.generator(self.seed, "samples", self.name, epoch, group)
+        random = seeding.torch_generator(self.seed, "samples", self.name, epoch, group)
         return np.cumsum([0, *sizes[:-1]]), torch.randperm(sum(sizes), generator=random).numpy()

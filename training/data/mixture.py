@@ -95,7 +95,7 @@ class Mixture:
     def make(self) -> list[Batch]:
         """`next` in this process."""
         plan = [self._pick() for _ in range(self.batch_size)]
-        numbers = np.random.default_rng(seeding.key(self.seed, "choices", self.step)).random(
+        numbers = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
             (self.batch_size, 3)
         )
         micro = self.batch_size // (distributed.world_size() * self.accumulation)
@@ -132,7 +132,7 @@ class Mixture:
                 return _KINDS[entry.kind](self, entry, data.read(shard, item), choices)
             except BadSample as error:
                 self._report(f"{entry.path}: {entry.kind} {shard}/{item} {error}")
-                place = seeding.key(self.seed, "instead", self.step, slot, attempt) % order.total
+                place = seeding.derive_seed(self.seed, "instead", self.step, slot, attempt) % order.total
         raise UserError(
             f"data.mixture: {ATTEMPTS} samples of {entry.path} in a row cannot be used as {entry.kind}."
         )

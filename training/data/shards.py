@@ -50,7 +50,7 @@ class _Source:
         for _ in range(2):
             self._fill(part, parts, report)
             if self.buffer:
-                at = seeding.key(self.seed, "pop", self.number, part, self.epoch, self.popped) % len(
+                at = seeding.derive_seed(self.seed, "pop", self.number, part, self.epoch, self.popped) % len(
                     self.buffer
                 )
                 self.popped += 1
@@ -196,7 +196,7 @@ class ShardStream(IterableDataset):
         if len(self.sources) == 1:
             return self.sources[0]
         at = (
-            seeding.key(self.seed, "source", part, self.position)
+            seeding.derive_seed(self.seed, "source", part, self.position)
             / (1 << 63)
             * sum(s.weight for s in self.sources)
         )
@@ -252,10 +252,10 @@ class ShardStream(IterableDataset):
         found = list(_stream_states(states))
         if not found or any("passed" not in source for state in found for source in state["sources"]):
             raise UserError(
-                "go_on_from: the checkpoint does not say which tars it had begun; take start_from."
+                "resume_from: the checkpoint does not say which tars it had begun; take init_from."
             )
         if any(len(state["sources"]) != len(self.sources) for state in found):
-            raise UserError("go_on_from: that run had another number of data.sources: take start_from.")
+            raise UserError("resume_from: that run had another number of data.sources: take init_from.")
         for number, source in enumerate(self.sources):
             source.pass_over([(state["sources"][number], state["part"], state["parts"]) for state in found])
 

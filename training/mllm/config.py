@@ -150,11 +150,11 @@ class LoraOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MLLMRun(RunConfig):
-    """The MLLM stage; either `model` (pretraining) or `start_from` (fine-tuning an MLLM folder) is given.
+class MLLMRunConfig(RunConfig):
+    """The MLLM stage; either `model` (pretraining) or `init_from` (fine-tuning an MLLM folder) is given.
 
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
-    lora: train adapters on the model of `start_from` instead of its weights.
+    lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, as transformers names it; "auto" = flash_attention_2 where that can run.
     """
 
@@ -167,9 +167,9 @@ class MLLMRun(RunConfig):
 
     def check(self) -> None:
         super().check()
-        if (self.model is None) == (self.start_from is None):
+        if (self.model is None) == (self.init_from is None):
             raise UserError(
-                "Give either `model` (build a new MLLM) or `start_from` (train an MLLM folder further), not "
+                "Give either `model` (build a new MLLM) or `init_from` (train an MLLM folder further), not "
                 f"{'both' if self.model else 'neither'}."
             )
         for part, factor in self.lr_factors.items():
@@ -180,7 +180,7 @@ class MLLMRun(RunConfig):
         if all(self.lr_factor(prefix) == 0 for prefix in PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
         if self.lora and self.model:
-            raise UserError("lora needs a trained model to sit on: give `start_from` instead of `model`.")
+            raise UserError("lora needs a trained model to sit on: give `init_from` instead of `model`.")
         if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
             raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
         if self.lora and all(self.lr_factor(PARTS[part]) == 0 for part in self.lora.parts):

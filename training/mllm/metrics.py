@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_unitok.core import distributed
 from open_unitok.mllm.losses import targets
 
-from ..core.flops import Cost, Work, peak_tflops
+from ..core.flops import MLLMFlops, TokenCounts, peak_tflops
 from ..data.collate import KINDS, Batch
 
 
@@ -28,12 +28,12 @@ class Progress:
     def __init__(self, model: Any, device: torch.device, peak: float | None = None):
         num_codebooks = model.config.num_codebooks
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.cost, self.device, self.peak = Cost(model), device, peak or peak_tflops(device)
+        self.cost, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
         self.text_sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
         self.text_counts = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
         self.places = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
-        self.work = torch.zeros(len(Work._fields), dtype=torch.float64)
+        self.work = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
         self._clock = time.monotonic()
 
     def add(self, correct: torch.Tensor, batch: Batch) -> None:
@@ -42,12 +42,12 @@ class Progress:
         self.places += batch.kinds.numel()
         codes = batch.inputs["image_codes"]
         self.work += torch.tensor(
-            Work(
+            TokenCounts(
                 tokens=batch.tokens,
-                pairs=batch.pairs,
+                attention_pairs=batch.pairs,
                 text_targets=batch.text_targets,
-                visual=0 if codes is None else codes.shape[0] * codes.shape[1],
-                drawn=batch.code_targets / len(self.correct),
+                image_tokens=0 if codes is None else codes.shape[0] * codes.shape[1],
+                image_targets=batch.code_targets / len(self.correct),
             ),
             dtype=torch.float64,
         )
@@ -75,7 +75,7 @@ class Progress:
         """Values by name; what had no sample is left out, and MFU where the device's peak is not known."""
         counts = torch.cat([self.places, self.work])
         places, *work = distributed.sum_over_ranks(counts.to(self.device)).tolist()
-        work = Work(*work)
+        work = TokenCounts(*work)
         correct = distributed.sum_over_ranks(self.correct).tolist()
         text_sums, text_counts = distributed.sum_over_ranks(
             torch.stack([self.text_sums, self.text_counts])
@@ -85,8 +85,8 @@ class Progress:
         values = {
             f"text_loss/{kind}": total / n for kind, total, n in zip(KINDS, text_sums, text_counts) if n
         }
-        if work.drawn:
-            values |= {f"accuracy/{book}": hits / work.drawn for book, hits in enumerate(correct)}
+        if work.image_targets:
+            values |= {f"accuracy/{book}": hits / work.image_targets for book, hits in enumerate(correct)}
         values["padding"] = 1 - work.tokens / max(places, 1)
         values["tokens_per_second"] = work.tokens / seconds
         values["tflops_per_second"] = self.cost.flops(work) / seconds / 1e12

@@ -15,7 +15,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.loading import check_tokenizer_folder
 
 from ..data import seeding
-from .config import MLLMRun
+from .config import MLLMRunConfig
 
 
 class Parts(NamedTuple):
@@ -27,7 +27,7 @@ class Parts(NamedTuple):
     sampling: Path | None = None  # how the model draws best, where its folder says so
 
 
-def new_parts(config: MLLMRun) -> Parts:
+def new_parts(config: MLLMRunConfig) -> Parts:
     """A new MLLM around a trained visual tokenizer; weights are drawn by the seed, or come with the decoder.
 
     Raises:
@@ -62,7 +62,7 @@ def new_parts(config: MLLMRun) -> Parts:
         fields["text_config"] = base.config
     fields |= {"depth_config": wanted.depth, **wanted.fields}
     mllm_config = UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
-    torch.manual_seed(seeding.key(config.seed, "model"))
+    torch.manual_seed(seeding.derive_seed(config.seed, "model"))
     model = UniTokForConditionalGeneration(mllm_config)
     if base is not None:
         model.language_model.load_state_dict(base.get_decoder().state_dict())
@@ -80,7 +80,7 @@ def load_parts(name: str) -> Parts:
         UserError: no MLLM folder, or one without its visual tokenizer.
     """
     folder = existing(
-        model_path(name), "start_from is the folder of a trained MLLM, e.g. runs/pretrain/model."
+        model_path(name), "init_from is the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     unitok = existing(folder / "unitok", "An MLLM folder holds its visual tokenizer there.")

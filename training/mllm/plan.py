@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from open_unitok.core.files import model_path
 
 from ..core.gpus import PEAK_TFLOPS
-from .config import PARTS, MLLMRun
+from .config import PARTS, MLLMRunConfig
 
 if TYPE_CHECKING:  # `unitok plan --help` shall not wait for torch
     import torch
 
-    from ..core.flops import Work
+    from ..core.flops import TokenCounts
 
 # DeepSpeed's defaults, where `engine.deepspeed` does not say otherwise
 BUCKET, SMALL, LIVE = 500_000_000, 100_000, 1_000_000_000
@@ -47,12 +47,12 @@ class Plan(NamedTuple):
 
     counts: dict[str, tuple[int, int]]  # part -> parameters, trained ones
     memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
-    work: "Work"  # of a whole step
+    work: "TokenCounts"  # of a whole step
     flops: float  # of a whole step
     assumed: list[str]  # what stands in for what is not here
 
 
-def plan(config: MLLMRun, gpus: int, text_tokens: int = 64) -> Plan:
+def plan(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
     """What the run needs on `gpus` ranks.
 
     Args:
@@ -61,18 +61,20 @@ def plan(config: MLLMRun, gpus: int, text_tokens: int = 64) -> Plan:
     Raises:
         UserError: the config does not fit what is on disk, or does not split over the ranks.
     """
-    from ..core.flops import Cost, Work
+    from ..core.flops import MLLMFlops, TokenCounts
 
     micro = config.micro_batch(gpus)
     model, assumed = model_without_storage(config)
-    work = Work(*(config.batch_size * value for value in mean_sample(config, model.config, text_tokens)))
+    work = TokenCounts(
+        *(config.batch_size * value for value in mean_sample(config, model.config, text_tokens))
+    )
     activations = activation_bytes(config, model, micro, text_tokens)
     memory = {stage: states(config, model, stage, gpus, activations) for stage in range(4)}
     counts = {
         name: (sum(p.numel() for p in part.parameters()), sum(_trained(part)))
         for name, part in model.named_children()
     }
-    return Plan(counts, memory, work, Cost(model).flops(work), assumed)
+    return Plan(counts, memory, work, MLLMFlops(model).flops(work), assumed)
 
 
 def _trained(module: "torch.nn.Module") -> list[int]:
@@ -82,7 +84,7 @@ def _trained(module: "torch.nn.Module") -> list[int]:
 # ---- the model, from what is on disk -----------------------------------------------------------------------
 
 
-def model_without_storage(config: MLLMRun) -> tuple[Any, list[str]]:
+def model_without_storage(config: MLLMRunConfig) -> tuple[Any, list[str]]:
     """The model of the run on the meta device, frozen and adapted as it will be; and what was assumed."""
     import torch
 
@@ -91,11 +93,11 @@ def model_without_storage(config: MLLMRun) -> tuple[Any, list[str]]:
     from .train import freeze, put_adapters
 
     assumed: list[str] = []
-    if config.start_from:
+    if config.init_from:
         sizes = _known_or(
-            config.start_from,
+            config.init_from,
             assumed,
-            lambda: UniTokMLLMConfig.from_pretrained(str(model_path(config.start_from))),
+            lambda: UniTokMLLMConfig.from_pretrained(str(model_path(config.init_from))),
             lambda: UniTokMLLMConfig.named("unitok_mllm_7b"),
         )
     else:
@@ -107,7 +109,7 @@ def model_without_storage(config: MLLMRun) -> tuple[Any, list[str]]:
     return model, assumed
 
 
-def _new_sizes(config: MLLMRun, assumed: list[str]) -> Any:
+def _new_sizes(config: MLLMRunConfig, assumed: list[str]) -> Any:
     """The config that `new_parts` would give the model."""
     from transformers import AutoConfig
 
@@ -147,7 +149,7 @@ def _known_or(name: str, assumed: list[str], look: Callable[[], Any], otherwise:
 # ---- memory ------------------------------------------------------------------------------------------------
 
 
-def states(config: MLLMRun, model: Any, stage: int, ranks: int, activations: float = 0.0) -> Memory:
+def states(config: MLLMRunConfig, model: Any, stage: int, ranks: int, activations: float = 0.0) -> Memory:
     """Bytes on one rank under a ZeRO stage; weights are fp32, but for a frozen base in bf16 (`lora.base`)."""
     zero = config.engine.deepspeed.get("zero_optimization", {})
     trained = 4.0 * sum(_trained(model))
@@ -172,7 +174,7 @@ def states(config: MLLMRun, model: Any, stage: int, ranks: int, activations: flo
     return Memory(parameters, gradients, optimizer, buffers, activations)
 
 
-def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) -> float:
+def activation_bytes(config: MLLMRunConfig, model: Any, micro: int, text_tokens: int) -> float:
     """Bytes that one micro-batch leaves for its backward pass, at its most.
 
     A LLaMA layer under bf16 autocast keeps about 28 bytes per token and unit of its width (two norms in fp32,
@@ -182,7 +184,7 @@ def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) 
     sizes, sample = model.config, mean_sample(config, model.config, text_tokens)
     wide = 1.0 if config.engine.dtype != "fp32" else 1.5
     tokens = micro * (sample.tokens if config.data.pack_to else longest_sample(config, sizes, text_tokens))
-    places = micro * sample.drawn * sizes.num_codebooks
+    places = micro * sample.image_targets * sizes.num_codebooks
     vocabulary = 12.0 * micro * sample.text_targets * sizes.text_config.vocab_size
     books = 12.0 * places * sizes.codebook_size
 
@@ -198,29 +200,29 @@ def activation_bytes(config: MLLMRun, model: Any, micro: int, text_tokens: int) 
 # ---- work --------------------------------------------------------------------------------------------------
 
 
-def mean_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> "Work":
+def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> "TokenCounts":
     """What a sample of the mixture brings on average; every caption, answer or line has `text_tokens`.
 
     A document is taken as those and one image.
     """
     import torch
 
-    from ..core.flops import Work
+    from ..core.flops import TokenCounts
 
     total = sum(entry.weight for entry in config.data.mixture)
     image = sizes.num_image_tokens
-    mean = torch.zeros(len(Work._fields), dtype=torch.float64)
+    mean = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
     for entry in config.data.mixture:
         share = {"text_to_image": config.data.text_to_image_share, "document": 1.0}.get(entry.kind, 0.0)
         has_image = entry.kind != "text"
         tokens = min(text_tokens + (image + 4) * has_image, config.data.max_length)
         targets = share * 3 + (1 - share * (entry.kind == "text_to_image")) * text_tokens
-        one = Work(tokens, tokens * (tokens + 1) / 2, targets, image * has_image, share * image)
+        one = TokenCounts(tokens, tokens * (tokens + 1) / 2, targets, image * has_image, share * image)
         mean += torch.tensor(one, dtype=torch.float64) * (entry.weight / total)
-    return Work(*mean.tolist())
+    return TokenCounts(*mean.tolist())
 
 
-def longest_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> int:
+def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     """Tokens of a row where samples are not packed: every row is as long as the longest."""
     has_image = any(entry.kind != "text" for entry in config.data.mixture)
     return min(2 * text_tokens + (sizes.num_image_tokens + 4) * has_image, config.data.max_length)
@@ -229,7 +231,7 @@ def longest_sample(config: MLLMRun, sizes: Any, text_tokens: int) -> int:
 # ---- in words ----------------------------------------------------------------------------------------------
 
 
-def describe(found: Plan, config: MLLMRun, args: argparse.Namespace) -> list[str]:
+def describe(found: Plan, config: MLLMRunConfig, args: argparse.Namespace) -> list[str]:
     """The plan as lines of text."""
     engine, micro = config.engine, config.micro_batch(args.gpus)
     total, trained = (sum(counts) for counts in zip(*found.counts.values()))

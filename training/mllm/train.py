@@ -18,23 +18,23 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.lora import add_lora
 
 from ..core import deepspeed_engine, schedules
-from ..core.checkpoint import Checkpoints, stopping
-from ..core.metric_logger import Logbook
-from ..core.profiler import profiled
-from ..core.run_dir import RunFolder
+from ..core.checkpoint import Checkpoints, StopOnSignal
+from ..core.metric_logger import MetricLogger
+from ..core.profiler import profile_steps
+from ..core.run_dir import RunDir
 from ..data import seeding
 from ..data.code_shards import CodeFolder
 from ..data.collate import Batch, Rows
 from ..data.mixture import Mixture
-from .config import PARTS, LossOptions, MLLMRun
+from .config import PARTS, LossOptions, MLLMRunConfig
 from .metrics import Progress
 from .model import Parts, load_parts, new_parts, save_parts
 
 
-def main(config: MLLMRun, folder: RunFolder) -> None:
+def main(config: MLLMRunConfig, folder: RunDir) -> None:
     """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
-    device = deepspeed_engine.start(config.engine, config.seed)
-    # with adapters the weights they sit on are in `start_from` already, and in no checkpoint
+    device = deepspeed_engine.init_distributed(config.engine, config.seed)
+    # with adapters the weights they sit on are in `init_from` already, and in no checkpoint
     adapters = config.lora is not None
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, trained_alone=adapters)
     latest = checkpoints.latest()
@@ -42,16 +42,16 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
     parts = prepare(config)
     model = parts.model
     mixture = build_mixture(config, parts)
-    folder.note(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
+    folder.record_facts(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
     progress = Progress(model, device, config.log.peak_tflops)
-    groups = deepspeed_engine.decay_groups(
+    groups = deepspeed_engine.parameter_groups(
         model, config.optimizer.weight_decay, dict(config.prefix_factors())
     )
-    deepspeed_engine.place(
+    deepspeed_engine.shard_to_device(
         model, device, config.optimizer, config.engine, micro
     )  # from here on ZeRO 3 hides all shapes
-    trained = deepspeed_engine.wrap(model, groups, config.optimizer, config.engine, micro)
-    log = Logbook(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
+    trained = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro)
+    log = MetricLogger(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
     gathers = config.engine.zero_stage == 3
 
     def weights() -> dict[str, torch.Tensor] | None:
@@ -69,19 +69,23 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
         mixture.load_state_dict(state["mixture"])
         log.load_state_dict(state["log"])
         progress.load_state_dict(state["progress"])
-        log.phase(f"goes on after step {step} ({latest.name})")
-    log.phase(
+        log.info(f"goes on after step {step} ({latest.name})")
+    log.info(
         f"{progress.trained / 1e6:.1f} M parameters are trained, steps {step} to {config.last_step} of "
         f"{config.batch_size} samples"
     )
 
     model.train()
-    log.begin(step)
-    with contextlib.closing(log), stopping() as stop, profiled(config, folder.path, step) as profiler:
+    log.start(step)
+    with (
+        contextlib.closing(log),
+        StopOnSignal() as stop,
+        profile_steps(config, folder.path, step) as profiler,
+    ):
         while step < config.last_step:
             plan = config.schedule
-            rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
-            deepspeed_engine.set_lr(trained, rate)
+            rate = schedules.lr_multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
+            deepspeed_engine.set_lr_multiplier(trained, rate)
             sums, norm = learn(trained, config, mixture.next(), step, progress)
             step += 1
             profiler.step(step)
@@ -100,21 +104,21 @@ def main(config: MLLMRun, folder: RunFolder) -> None:
                     "progress": progress.state_dict(),
                 }
                 checkpoints.save(step, write_model, {"mllm": trained}, state, gathers)
-                stop.exit_if_asked()
+                stop.exit_if_signalled()
         if step == config.steps:
             log.flush()
     if step < config.steps:
-        log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+        log.info(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
         return
     final = weights()
     if distributed.is_main():
         folder.finish(lambda path: save_parts(parts, path, final))
     distributed.barrier()
-    log.phase(f"finished: {folder.model}")
+    log.info(f"finished: {folder.model}")
 
 
 def learn(
-    trained: Any, config: MLLMRun, batches: list[Batch], step: int, progress: Progress
+    trained: Any, config: MLLMRunConfig, batches: list[Batch], step: int, progress: Progress
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """One update from this rank's micro-batches; returns (loss, text loss, image loss), whose mean over ranks
     is that of the global batch, and the norm of the gradients."""
@@ -124,7 +128,7 @@ def learn(
     sums = torch.zeros(3, device=progress.device)
     norm = None
     for part, batch in enumerate(batches):
-        seeding.seed_step(config.seed, step, part)
+        seeding.seed_forward_pass(config.seed, step, part)
         inputs = {
             name: None if value is None else value.to(progress.device) for name, value in batch.inputs.items()
         }
@@ -135,7 +139,7 @@ def learn(
             progress.add_texts(trained.module, out.last_hidden_state, batch, inputs)
         # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
         trained.backward(joined.loss * (distributed.world_size() * config.engine.accumulation))
-        norm = deepspeed_engine.step(trained)
+        norm = deepspeed_engine.optimizer_step(trained)
         sums += torch.stack([value.detach() for value in joined]) * distributed.world_size()
         progress.add(out.image_correct, batch)
     return sums, norm
@@ -166,23 +170,23 @@ def join(
     return Joined((options.text * text_sum + options.image * image_sum) / total, text, image)
 
 
-def prepare(config: MLLMRun) -> Parts:
+def prepare(config: MLLMRunConfig) -> Parts:
     """The model that is trained, with adapters where asked for, and what is frozen frozen.
 
     Raises:
         UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
-    parts = new_parts(config) if config.model else load_parts(str(config.start_from))
+    parts = new_parts(config) if config.model else load_parts(str(config.init_from))
     parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
-    torch.manual_seed(seeding.key(config.seed, "lora"))
+    torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
     put_adapters(parts.model, config)
     freeze(parts.model, config)
     if config.engine.gradient_checkpointing:
-        deepspeed_engine.checkpoint_activations(parts.model)
+        deepspeed_engine.enable_activation_checkpointing(parts.model)
     return parts
 
 
-def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
+def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
     """The data of this run, checked against the model.
 
     Raises:
@@ -222,7 +226,7 @@ def build_mixture(config: MLLMRun, parts: Parts) -> Mixture:
     return mixture
 
 
-def put_adapters(model: Any, config: MLLMRun) -> None:
+def put_adapters(model: Any, config: MLLMRunConfig) -> None:
     """LoRA where the config asks for it, on a base that keeps its number format or is rounded to bf16."""
     lora = config.lora
     if lora is None:
@@ -234,7 +238,7 @@ def put_adapters(model: Any, config: MLLMRun) -> None:
                 parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def freeze(model: Any, config: MLLMRun) -> None:
+def freeze(model: Any, config: MLLMRunConfig) -> None:
     """No gradient for parts with factor 0, nor ever for the sub-codebooks: stored codes keep meaning."""
     for name, parameter in model.named_parameters():
         if config.lr_factor(name) == 0:

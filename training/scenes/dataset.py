@@ -20,7 +20,7 @@ from tqdm import tqdm
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_atomic, write_json
 
-from ..core.config import read
+from ..core.config import read_yaml
 from .captions import sample_captions, sample_pair_captions, sample_sentences
 from .config import QUESTION_KINDS, SceneConfig, with_values
 from .questions import SceneQuestion, sample_conversation
@@ -40,7 +40,7 @@ def load_config(path: str | Path | None) -> SceneConfig:
     Raises:
         UserError: the file is missing or is not a YAML mapping, or a setting is unknown or invalid.
     """
-    return with_values(SceneConfig(), read(path)) if path else SceneConfig()
+    return with_values(SceneConfig(), read_yaml(path)) if path else SceneConfig()
 
 
 def write_scenes(

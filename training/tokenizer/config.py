@@ -107,42 +107,46 @@ class DiscriminatorOptions:
 class CodebookOptions:
     """Keeping all entries in use.
 
-    `init_images` > 0: entries begin as encoder outputs of that many images. `restart_after` > 0: an entry not
-    hit for so many steps is moved onto an encoder output, during the first `restart_share` of the run.
+    `init_images` > 0: entries begin as encoder outputs of that many images. `reset_after` > 0: an entry not
+    hit for so many steps is moved onto an encoder output, during the first `reset_share` of the run.
     """
 
     init_images: int = 0
-    restart_after: int = 0
-    restart_share: float = 0.6
+    reset_after: int = 0
+    reset_share: float = 0.6
 
     def check(self) -> None:
-        if self.init_images < 0 or self.restart_after < 0:
-            raise UserError("codebooks.init_images and codebooks.restart_after are 0 (never) or more.")
-        if not 0 <= self.restart_share <= 1:
-            raise UserError(f"codebooks.restart_share is {self.restart_share}: between 0 and 1.")
+        if self.init_images < 0 or self.reset_after < 0:
+            raise UserError("codebooks.init_images and codebooks.reset_after are 0 (never) or more.")
+        if not 0 <= self.reset_share <= 1:
+            raise UserError(f"codebooks.reset_share is {self.reset_share}: between 0 and 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerRun(RunConfig):
+class TokenizerRunConfig(RunConfig):
     """A run of stage 1.
 
-    `model`: `size` (a named size) and any field of UniTokConfig; it may be missing where `start_from` names a
-    trained one and no contrast is learnt. `clip_start`: an open_clip ViTamin
-    checkpoint (file, folder or hub id) whose image and text towers a fresh model begins with. `go_on_from`: a
-    checkpoint of a run with another number of ranks or workers, to go on from at its step: weights are kept,
-    Adam's moments begin anew, and tars that it had begun are passed over in its epoch. `decoder_init`: how
-    the pixel decoder's convolutions begin; the published start all but mutes the depthwise ones, which a
-    short run feels (see `begin_decoder`). `caption_tokenizer`: path or hub id of a CLIP vocabulary, or a
-    sentencepiece tokenizer.model. `reconstruct_share`: the share of each micro-batch that is decoded,
-    rounded up to whole images (contrast needs large batches, reconstruction does not). `ema`: decay of
-    averaged weights, which are then what is saved as the model; null keeps none. `freeze`: parts that stay as
-    `start_from` has them. `lr_factors`: part of a parameter's name -> factor on its learning rate.
+    Attributes:
+        model: `size` (a named size) and any field of UniTokConfig; may be omitted with `init_from` and
+            without the contrastive loss.
+        init_from_clip: an open_clip ViTamin checkpoint (file, folder or hub id) that initialises image and
+            text tower of a new model.
+        resume_from: a checkpoint of a run with another number of ranks or workers. Weights, step and schedule
+            are kept, Adam's moments start at zero, and tars that were already begun are skipped in its epoch.
+        decoder_init: initialisation of the pixel decoder's convolutions, see `tokenizer.layers`: "published"
+            nearly mutes depthwise convolutions at first, which matters in short runs; "kaiming" does not.
+        caption_tokenizer: path or hub id of a CLIP vocabulary, or a sentencepiece tokenizer.model.
+        reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
+            contrastive loss needs large batches, reconstruction does not).
+        ema: decay of the averaged weights, which are then saved as the model; null keeps none.
+        freeze: parts that keep the weights of `init_from`.
+        lr_factors: part of a parameter's name -> factor on its learning rate.
     """
 
     data: ShardOptions
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
-    clip_start: str | None = None
-    go_on_from: str | None = None
+    init_from_clip: str | None = None
+    resume_from: str | None = None
     decoder_init: Literal["published", "kaiming"] = "published"
     caption_tokenizer: str | None = None
     images: ImageOptions = ImageOptions()
@@ -158,9 +162,9 @@ class TokenizerRun(RunConfig):
 
     def check(self) -> None:
         super().check()
-        if not self.model and (self.start_from is None or self.losses.clip):
+        if not self.model and (self.init_from is None or self.losses.clip):
             raise UserError(
-                "Config key 'model' is missing: name the sizes, or give start_from and set losses.clip to 0."
+                "Config key 'model' is missing: name the sizes, or give init_from and set losses.clip to 0."
             )
         if self.losses.clip > 0 and not self.caption_tokenizer:
             raise UserError(
@@ -171,17 +175,17 @@ class TokenizerRun(RunConfig):
             raise UserError(f"reconstruct_share is {self.reconstruct_share}: above 0, up to 1.")
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}: between 0 and 1, or null for none.")
-        if self.freeze and not self.start_from:
+        if self.freeze and not self.init_from:
             raise UserError(
-                f"freeze is {self.freeze} without start_from: frozen random weights learn nothing."
+                f"freeze is {self.freeze} without init_from: frozen random weights learn nothing."
             )
-        if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.restart_after):
+        if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.reset_after):
             raise UserError(
-                "freeze holds quantizer, but codebooks.init_images or codebooks.restart_after would move its "
+                "freeze holds quantizer, but codebooks.init_images or codebooks.reset_after would move its "
                 "entries: set both to 0."
             )
-        if self.start_from and self.clip_start:
-            raise UserError("start_from and clip_start both say how to begin: keep one of them.")
+        if self.init_from and self.init_from_clip:
+            raise UserError("init_from and init_from_clip both say how to begin: keep one of them.")
         if self.engine.zero_stage == 3:
             raise UserError(
                 "engine.zero_stage 3 is for the MLLM: the tokenizer's codebooks stay whole, take 0 to 2."

@@ -28,7 +28,7 @@ def init_codebooks(codebooks: nn.Parameter, latents: torch.Tensor, seed: int) ->
     rows = F.normalize(latents.float().unflatten(-1, (books, width)), dim=-1)
     with torch.no_grad():
         for book in range(books):
-            generator = seeding.generator(seed, "init codebook", book)
+            generator = seeding.torch_generator(seed, "init codebook", book)
             order = torch.randperm(len(rows), generator=generator)
             again = torch.randint(len(rows), (max(0, entries - len(rows)),), generator=generator)
             picked = torch.cat([order[:entries], again]).to(rows.device)
@@ -38,7 +38,7 @@ def init_codebooks(codebooks: nn.Parameter, latents: torch.Tensor, seed: int) ->
 
 
 class Restarts:
-    """Moves entries that no latent chose for `restart_after` steps onto latents of the current batch.
+    """Moves entries that no latent chose for `reset_after` steps onto latents of the current batch.
 
     A hook on the quantiser sees latents and codes. Draws are keyed by (seed, step) and by place in the
     global batch: any number of ranks decides alike.
@@ -51,8 +51,8 @@ class Restarts:
 
     def __init__(self, quantizer: nn.Module, options: CodebookOptions, steps: int, seed: int):
         self.codebooks: nn.Parameter = quantizer.codebooks  # type: ignore[assignment]
-        self.after = options.restart_after
-        self.until = round(options.restart_share * steps) if self.after else 0
+        self.after = options.reset_after
+        self.until = round(options.reset_share * steps) if self.after else 0
         self.seed = seed
         self.step = 0
         self.last_hit = torch.zeros(self.codebooks.shape[:2], dtype=torch.int32, device=self.codebooks.device)
@@ -84,9 +84,9 @@ class Restarts:
         count = int(unused.sum())
         if count:
             owners = unused.nonzero()[:, 0]
-            generator = seeding.generator(self.seed, "restart", step)
+            generator = seeding.torch_generator(self.seed, "restart", step)
             values = self._rows(torch.randint(2**62, (count,), generator=generator), owners)
-            engine.write_rows(deepspeed_engine, self.codebooks, unused, values)
+            engine.overwrite_rows(deepspeed_engine, self.codebooks, unused, values)
             self.last_hit[unused] = step
         self._latents = None
         return unused if count else None

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.seeding import generator, per_sample
+from ..data.seeding import torch_generator, uniform_per_sample
 
 SHIFT = 1 / 8  # largest shift, as a share of each side
 CUTOUT = 0.2  # side of the blanked box, as a share of each side
@@ -32,8 +32,8 @@ def draw(seed: int, step: int, call: str, samples: Sequence[int]) -> Draws:
         call: names the use within a step ("fake", "real", ...), each of which draws anew.
         samples: numbers of the images in the global batch, so that any split over ranks draws the same.
     """
-    which = torch.rand(3, generator=generator(seed, "diffaug", step, call))
-    return Draws(which, per_sample((7,), samples, seed, "diffaug", step, call).view(7, -1, 1, 1))
+    which = torch.rand(3, generator=torch_generator(seed, "diffaug", step, call))
+    return Draws(which, uniform_per_sample((7,), samples, seed, "diffaug", step, call).view(7, -1, 1, 1))
 
 
 def augment(

@@ -12,7 +12,7 @@ import torch
 from ..core import deepspeed_engine, schedules
 from ..data import seeding
 from . import discriminator
-from .config import TokenizerRun
+from .config import TokenizerRunConfig
 from .gan_losses import Look, adaptive_weight, discriminator_loss, draw_looks, generator_loss
 
 
@@ -22,18 +22,18 @@ class Adversary:
     Before its first step both give zeros, so that the rows of the log keep their names.
     """
 
-    def __init__(self, config: TokenizerRun, image_size: int, device: torch.device, micro_batch: int):
+    def __init__(self, config: TokenizerRunConfig, image_size: int, device: torch.device, micro_batch: int):
         self.options = options = config.discriminator
         self.share = config.losses.adversarial
         self.steps, self.seed = config.steps, config.seed
-        torch.manual_seed(seeding.key(config.seed, "discriminator"))
+        torch.manual_seed(seeding.derive_seed(config.seed, "discriminator"))
         self.module = discriminator.build(
             options.kind, options.weights, options.norm, options.spectral_norm, options.width, options.layers
         ).to(device)
         with torch.no_grad():  # images that are too small for it are a mistake to find now
             self.module.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-        groups = deepspeed_engine.decay_groups(self.module, options.optimizer.weight_decay)
-        self.engine = deepspeed_engine.wrap(
+        groups = deepspeed_engine.parameter_groups(self.module, options.optimizer.weight_decay)
+        self.engine = deepspeed_engine.build_engine(
             self.module, groups, options.optimizer, config.engine, micro_batch
         )
         self.module.train()
@@ -45,14 +45,14 @@ class Adversary:
         """Weight, blur and learning rate of the step after `step` steps; its clock begins at `start`."""
         plan, own = self.options, step - self.options.start
         self.step, self.grad_norm = step, 0.0
-        self.weight = self.share * schedules.ramp(own, plan.warmup) if own >= 0 else 0.0
-        self.blur = 1.0 - schedules.ramp(own, 2 * plan.warmup)
+        self.weight = self.share * schedules.linear_ramp(own, plan.warmup) if own >= 0 else 0.0
+        self.blur = 1.0 - schedules.linear_ramp(own, 2 * plan.warmup)
         slope = plan.schedule
-        rate = schedules.multiplier(
+        rate = schedules.lr_multiplier(
             slope.kind, max(own, 0), self.steps - plan.start, slope.warmup, slope.start, slope.end
         )
         self.lr = plan.optimizer.lr * rate if self.weight else 0.0
-        deepspeed_engine.set_lr(self.engine, rate)
+        deepspeed_engine.set_lr_multiplier(self.engine, rate)
 
     def term(
         self,
@@ -105,6 +105,6 @@ class Adversary:
             options.cutout,
         )
         self.engine.backward(found.total)
-        norm = deepspeed_engine.step(self.engine)
+        norm = deepspeed_engine.optimizer_step(self.engine)
         self.grad_norm = 0.0 if norm is None else norm
         return dict(zip(names, found[1:]))

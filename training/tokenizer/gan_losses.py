@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 
-from ..data.seeding import generator
+from ..data.seeding import torch_generator
 from .diff_augment import CUTOUT, Draws, augment, draw
 from .discriminator import Crop, Discriminator
 
@@ -59,7 +59,7 @@ def draw_looks(
     return {
         name: Look(
             draw(seed, step, name, samples),
-            discriminator.draw_crop(*size, generator(seed, "crop", step, name)),
+            discriminator.draw_crop(*size, torch_generator(seed, "crop", step, name)),
         )
         for name in LOOKS
     }

@@ -12,13 +12,13 @@ from open_unitok.tokenizer.loading import find_weights
 
 from ..core import deepspeed_engine
 from ..data import seeding
-from .config import TokenizerRun
+from .config import TokenizerRunConfig
 from .dead_codes import init_codebooks
 
 CLIP_FILES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
-def caption_tokenizer(config: TokenizerRun) -> Any:
+def caption_tokenizer(config: TokenizerRunConfig) -> Any:
     """The CLIP-style tokenizer of captions, or None where no contrast is learnt."""
     if not config.losses.clip or config.caption_tokenizer is None:
         return None
@@ -28,11 +28,11 @@ def caption_tokenizer(config: TokenizerRun) -> Any:
     return CaptionTokenizer.from_path(config.caption_tokenizer, length)
 
 
-def build_model(config: TokenizerRun, captions: Any) -> UniTok:
-    """A fresh tokenizer (weights drawn from `seed`), or the one at `start_from`, with frozen parts frozen.
+def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
+    """A fresh tokenizer (weights drawn from `seed`), or the one at `init_from`, with frozen parts frozen.
 
     Raises:
-        UserError: an unknown field of `model`, or one that differs from the model at `start_from`.
+        UserError: an unknown field of `model`, or one that differs from the model at `init_from`.
     """
     fields = dict(config.model)
     size = fields.pop("size", "vitamin_large")
@@ -48,19 +48,19 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
             f"model.text_vocab_size is {wanted.text_vocab_size}, but {config.caption_tokenizer} has "
             f"{captions.vocab_size} ids: leave the key out."
         )
-    if config.start_from is None:
-        torch.manual_seed(seeding.key(config.seed, "model"))
+    if config.init_from is None:
+        torch.manual_seed(seeding.derive_seed(config.seed, "model"))
         model = UniTok(wanted)
         if config.decoder_init == "kaiming":
             begin_decoder(model)
-        if config.clip_start:
-            begin_towers(model, config.clip_start)
+        if config.init_from_clip:
+            begin_towers(model, config.init_from_clip)
     else:
-        model = start_model(config.start_from)
+        model = start_model(config.init_from)
         for key in fields:
             if getattr(model.config, key) != getattr(wanted, key):
                 other = getattr(model.config, key)
-                raise UserError(f"model.{key} is {fields[key]}, but the model at start_from has {other}.")
+                raise UserError(f"model.{key} is {fields[key]}, but the model at init_from has {other}.")
         if config.model:
             model.config.drop_path_rate = wanted.drop_path_rate
     for part in config.freeze:
@@ -70,7 +70,7 @@ def build_model(config: TokenizerRun, captions: Any) -> UniTok:
             part.requires_grad_(False)
         model.logit_scale.requires_grad_(False)
     if config.engine.gradient_checkpointing:
-        deepspeed_engine.checkpoint_activations(model)
+        deepspeed_engine.enable_activation_checkpointing(model)
     return model
 
 
@@ -82,11 +82,11 @@ def start_model(path: str) -> UniTok:
     """
     path = str(tokenizer_path(path))
     if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
-        raise UserError(f"start_from is {path}, but there is no such folder or file.")
+        raise UserError(f"init_from is {path}, but there is no such folder or file.")
     try:
         return UniTok.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
-        raise UserError(f"start_from: no model at {path} ({' '.join(str(error).split())[:200]}).") from error
+        raise UserError(f"init_from: no model at {path} ({' '.join(str(error).split())[:200]}).") from error
 
 
 def begin_towers(model: UniTok, path: str) -> None:
@@ -98,13 +98,13 @@ def begin_towers(model: UniTok, path: str) -> None:
     from open_unitok.tokenizer.convert import read_clip_weights
 
     source = "https://huggingface.co/jienengchen/ViTamin-L-256px"
-    file = find_weights(path, CLIP_FILES, "clip_start (an open_clip ViTamin)", source)
+    file = find_weights(path, CLIP_FILES, "init_from_clip (an open_clip ViTamin)", source)
     weights, missing = read_clip_weights(file, model.state_dict())
     missing = [name for name in missing if not name.startswith("encoder.norm.")]
     if missing:
         raise UserError(
-            f"clip_start: {file} lacks {len(missing)} weights of the image and text towers ({missing[0]}, "
-            "...): they would stay random."
+            f"init_from_clip: {file} lacks {len(missing)} weights of the image and text towers "
+            f"({missing[0]}, ...): they would stay random."
         )
     model.load_state_dict(weights, strict=False)
 
@@ -120,7 +120,7 @@ def begin_decoder(model: UniTok) -> None:
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
-def build_lpips(config: TokenizerRun, image_size: int, device: torch.device) -> Any:
+def build_lpips(config: TokenizerRunConfig, image_size: int, device: torch.device) -> Any:
     """The perceptual loss with its published weights, or None where its weight is 0.
 
     Raises:

@@ -17,15 +17,15 @@ from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
 
 from ..core import deepspeed_engine, flops, schedules
-from ..core.checkpoint import Checkpoints, stopping, take_over
+from ..core.checkpoint import Checkpoints, StopOnSignal, load_weights_only
 from ..core.collectives import averaged
-from ..core.ema import Ema
-from ..core.metric_logger import Logbook
-from ..core.profiler import profiled
-from ..core.run_dir import RunFolder
+from ..core.ema import EMA
+from ..core.metric_logger import MetricLogger
+from ..core.profiler import profile_steps
+from ..core.run_dir import RunDir
 from ..data import seeding
 from ..data.shards import ShardStream, loader, read
-from .config import TokenizerRun
+from .config import TokenizerRunConfig
 from .data import PairCollate, PairDecoder, decoded_first, grid_image, to_pixels
 from .dead_codes import Restarts, spread
 from .gan import Adversary
@@ -42,26 +42,30 @@ class Run(NamedTuple):
     trained: Any  # the DeepSpeed engine around it
     rival: Adversary | None
     lpips: Any
-    ema: Ema | None
+    ema: EMA | None
     restarts: Restarts
     batches: Any  # the loader
-    log: Logbook
+    log: MetricLogger
     write_model: Callable[[Path], None]
     save: Callable[[int], None]
 
 
-def main(config: TokenizerRun, folder: RunFolder) -> None:
+def main(config: TokenizerRunConfig, folder: RunDir) -> None:
     """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
     run = prepare(config, folder)
     model, trained, rival, log, step = run.model, run.trained, run.rival, run.log, run.step
     model.train()
-    log.begin(step)
+    log.start(step)
     rows = read(run.batches)
-    with contextlib.closing(log), stopping() as stop, profiled(config, folder.path, step) as profiler:
+    with (
+        contextlib.closing(log),
+        StopOnSignal() as stop,
+        profile_steps(config, folder.path, step) as profiler,
+    ):
         while step < config.last_step:
             plan = config.schedule
-            rate = schedules.multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
-            deepspeed_engine.set_lr(trained, rate)
+            rate = schedules.lr_multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
+            deepspeed_engine.set_lr_multiplier(trained, rate)
             if rival:
                 rival.begin_step(step)
             sums: dict[str, torch.Tensor] = {}
@@ -71,7 +75,7 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
                     sums[name] = sums.get(name, 0) + value.float() / config.engine.accumulation
             step += 1
             # what every step ends with
-            deepspeed_engine.clamp(trained, model.logit_scale, 0.0, math.log(100.0))
+            deepspeed_engine.clamp_parameter(trained, model.logit_scale, 0.0, math.log(100.0))
             moved = run.restarts.after_step(step, trained)
             if run.ema:
                 if moved is not None:
@@ -85,21 +89,21 @@ def main(config: TokenizerRun, folder: RunFolder) -> None:
             log.add(step, {**sums, **norms})
             if config.log.images_every and step % config.log.images_every == 0:
                 shown = grid_image(turn.pixels, turn.copies)
-                log.images(step, "originals above reconstructions", shown)
+                log.log_image(step, "originals above reconstructions", shown)
             profiler.step(step)
             asked = stop()
             if asked or step % config.checkpoint.every == 0 or step == config.last_step:
                 run.save(step)
-                stop.exit_if_asked()
+                stop.exit_if_signalled()
         if step == config.steps:
             log.flush()
     if step == config.steps:
         if distributed.is_main():
             folder.finish(run.write_model)
         distributed.barrier()
-        log.phase(f"finished: {folder.model}")
+        log.info(f"finished: {folder.model}")
     else:
-        log.phase(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+        log.info(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
 
 
 class Turn(NamedTuple):
@@ -111,7 +115,7 @@ class Turn(NamedTuple):
     copies: torch.Tensor  # (b, 3, S, S)
 
 
-def learn(run: Run, config: TokenizerRun, batch: dict[str, Any], step: int, part: int) -> Turn:
+def learn(run: Run, config: TokenizerRunConfig, batch: dict[str, Any], step: int, part: int) -> Turn:
     """One micro-batch through tokenizer and discriminator; `part` counts them within the step."""
     model, trained, rival = run.model, run.trained, run.rival
     pixels = to_pixels(batch["image"], run.device)
@@ -141,7 +145,7 @@ def learn(run: Run, config: TokenizerRun, batch: dict[str, Any], step: int, part
         loss = loss + losses["adversarial_weight"] * losses["adversarial"]
     # 3. one update of the tokenizer per accumulation
     trained.backward(loss)
-    norm = deepspeed_engine.step(trained)
+    norm = deepspeed_engine.optimizer_step(trained)
     # 4. and one of the discriminator, on the same images
     if rival:
         losses |= rival.learn(pixels, copies)
@@ -154,65 +158,65 @@ def draw_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) 
     for name, blocks in (("encoder", model.encoder.blocks), ("decoder", model.decoder.blocks)):
         if blocks.drop_path_rate:
             shape = (len(blocks), 2)
-            blocks.drop_path_noise = seeding.per_sample(shape, samples, seed, "drop path", step, name)
+            blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
 
 
-def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
-    """Models, data and engines at the beginning, at the last checkpoint, or at `go_on_from`."""
-    device = deepspeed_engine.start(config.engine, config.seed)
+def prepare(config: TokenizerRunConfig, folder: RunDir) -> Run:
+    """Models, data and engines at the beginning, at the last checkpoint, or at `resume_from`."""
+    device = deepspeed_engine.init_distributed(config.engine, config.seed)
     checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
     latest = checkpoints.latest()
-    other = Path(config.go_on_from) if config.go_on_from and latest is None else None
+    other = Path(config.resume_from) if config.resume_from and latest is None else None
     captions = caption_tokenizer(config)
     model = build_model(config, captions).to(device)
     lpips = build_lpips(config, model.config.image_size, device)
     micro = config.micro_batch(distributed.world_size())
     rival = Adversary(config, model.config.image_size, device, micro) if config.losses.adversarial else None
     stream, collate = build_data(config, model, captions, micro)
-    folder.note(data=stream.fingerprint())
-    log = Logbook(folder, config.steps, config.log.every, config.batch_size, "tokenizer")
+    folder.record_facts(data=stream.fingerprint())
+    log = MetricLogger(folder, config.steps, config.log.every, config.batch_size, "tokenizer")
     if distributed.is_main():
         share = decoded_first(micro, config.reconstruct_share)[1] / micro
         work = flops.tokenizer_flops(model.config, captions is not None, share)
-        log.measures(work, config.log.peak_tflops or flops.peak_tflops(device))
+        log.set_flops(work, config.log.peak_tflops or flops.peak_tflops(device))
     if latest is None and other is None and config.codebooks.init_images:
-        log.phase(f"codebooks begin on encoder outputs of {config.codebooks.init_images} images")
+        log.info(f"codebooks begin on encoder outputs of {config.codebooks.init_images} images")
         first, _ = build_data(config, model, captions, config.codebooks.init_images, alone=True)
         pairs = collate([pair for pair, _ in first.take()])
         begin_codebooks(model, to_pixels(pairs["image"], device), config.seed)
-    groups = deepspeed_engine.decay_groups(model, config.optimizer.weight_decay, config.lr_factors)
-    trained = deepspeed_engine.wrap(model, groups, config.optimizer, config.engine, micro)
+    groups = deepspeed_engine.parameter_groups(model, config.optimizer.weight_decay, config.lr_factors)
+    trained = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro)
     engines = {"tokenizer": trained, **({"discriminator": rival.engine} if rival else {})}
     if distributed.world_size() > 1:  # entropy and usage speak of the global batch
         model.quantizer.average_over_ranks = averaged
     restarts = Restarts(model.quantizer, config.codebooks, config.steps, config.seed)
     state = None
     if other is not None:
-        every = take_over(other, engines)
+        every = load_weights_only(other, engines)
         stream.pass_over([found["batches"] for found in every])
         state = every[0]
     batches = loader(stream, collate)
     if latest is not None:
-        state = checkpoints.restore(latest, engines, key="go_on_from")
+        state = checkpoints.restore(latest, engines, key="resume_from")
         batches.load_state_dict(state["batches"])
         log.load_state_dict(state["log"])
-    ema = Ema(model, config.ema) if config.ema else None
+    ema = EMA(model, config.ema) if config.ema else None
     if state is not None:
         restarts.step = state["step"]
         restarts.load_state_dict(state["restarts"])
         if ema:
             ema.load(latest or other)
-        log.phase(f"goes on after step {state['step']} ({latest or other})")
+        log.info(f"goes on after step {state['step']} ({latest or other})")
     step = state["step"] if state else 0
     shown = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.phase(
+    log.info(
         f"{shown / 1e6:.1f} M parameters, steps {step} to {config.last_step}, {config.batch_size} images each"
     )
 
     def write_model(path: Path) -> None:
         save_model(path, model, captions, ema)
-        if captions is None and config.start_from:  # its own stays, where no captions are learnt
-            kept = tokenizer_path(config.start_from) / "caption_tokenizer"
+        if captions is None and config.init_from:  # its own stays, where no captions are learnt
+            kept = tokenizer_path(config.init_from) / "caption_tokenizer"
             if kept.exists():
                 shutil.copytree(kept, path / kept.name, dirs_exist_ok=True)
 
@@ -226,7 +230,7 @@ def prepare(config: TokenizerRun, folder: RunFolder) -> Run:
 
 
 def build_data(
-    config: TokenizerRun, model: UniTok, captions: Any, micro: int, alone: bool = False
+    config: TokenizerRunConfig, model: UniTok, captions: Any, micro: int, alone: bool = False
 ) -> tuple[ShardStream, PairCollate]:
     """The stream of pairs in micro-batches of `micro` (for one rank `alone`, or for this one of all)."""
     decoder = PairDecoder(config.images, model.config.image_size, captions is not None)
@@ -235,7 +239,7 @@ def build_data(
     return stream, PairCollate(captions, config.reconstruct_share)
 
 
-def note_state(log: Logbook, model: UniTok, rate: float, rival: Adversary | None) -> None:
+def note_state(log: MetricLogger, model: UniTok, rate: float, rival: Adversary | None) -> None:
     """Learning rates, and usage (per cent) and perplexity of every sub-codebook, for the next row."""
     used, perplexity = spread(model.quantizer.usage)
     log.note("lr", rate)
@@ -247,7 +251,7 @@ def note_state(log: Logbook, model: UniTok, rate: float, rival: Adversary | None
         log.note(f"perplexity/{book}", size)
 
 
-def save_model(path: Path, model: UniTok, captions: Any, ema: Ema | None) -> None:
+def save_model(path: Path, model: UniTok, captions: Any, ema: EMA | None) -> None:
     """A folder that `UniTok.from_pretrained` loads, with the tokenizer of captions in caption_tokenizer/."""
     if ema is None:
         model.save_pretrained(path)

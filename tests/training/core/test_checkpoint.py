@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.checkpoint import Checkpoints, damage, stopping
+from open_unitok.training.core.checkpoint import Checkpoints, StopOnSignal, damage
 
 
 class Engine:
@@ -102,7 +102,7 @@ def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
     path = save(tmp_path, 5)
     file = path / "training_state/rank-00000.pt"
     torch.save(torch.load(file, weights_only=True) | {"ranks": 4}, file)
-    with pytest.raises(UserError, match=r"written by 4 rank\(s\).*start_from"):
+    with pytest.raises(UserError, match=r"written by 4 rank\(s\).*init_from"):
         Checkpoints(tmp_path).restore(path, {})
 
 
@@ -152,16 +152,16 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
 
 def test_signals_become_a_question():
     before = signal.getsignal(signal.SIGINT)  # a shell's background job is started with Ctrl-C ignored
-    with stopping() as stop:
+    with StopOnSignal() as stop:
         assert not stop()
-        stop.exit_if_asked()
+        stop.exit_if_signalled()
         signal.raise_signal(signal.SIGTERM)
         assert stop()
         with pytest.raises(SystemExit) as left:
-            stop.exit_if_asked()
+            stop.exit_if_signalled()
         assert left.value.code == 143
-    with pytest.raises(KeyboardInterrupt), stopping() as stop:
+    with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop()
-        stop.exit_if_asked()
+        stop.exit_if_signalled()
     assert signal.getsignal(signal.SIGINT) is before

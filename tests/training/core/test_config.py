@@ -9,8 +9,8 @@ import yaml
 from open_unitok.core.errors import UserError
 from open_unitok.training.core import config as configs
 from open_unitok.training.core.options import RunConfig, ShardOptions
-from open_unitok.training.core.run_dir import RunFolder
-from open_unitok.training.run import load
+from open_unitok.training.core.run_dir import RunDir
+from open_unitok.training.run import load_run_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def test_values_of_every_kind_are_built():
         " free: {a: {b: 1}}, either: [p, q], flag: true}",
         configs._Loader,
     )
-    made = configs.build(Whole, raw)
+    made = configs.build_config(Whole, raw)
     assert made == Whole(
         name="x",
         rate=2e-4,
@@ -50,7 +50,7 @@ def test_values_of_every_kind_are_built():
         either=["p", "q"],
         flag=True,
     )
-    assert configs.build(Whole, yaml.safe_load(configs.to_yaml(made))) == made
+    assert configs.build_config(Whole, yaml.safe_load(configs.to_yaml(made))) == made
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_values_of_every_kind_are_built():
 )
 def test_mistakes_are_named(raw, words):
     with pytest.raises(UserError) as error:
-        configs.build(Whole, raw)
+        configs.build_config(Whole, raw)
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
@@ -82,8 +82,8 @@ def test_mistakes_are_named(raw, words):
 def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("name: x\nparts: [{size: 1}]\n")
-    raw = configs.read(file, ["rate=1e-3", "part.size=4", "parts.0.size=7", "either=[a,b]", "name=a=b"])
-    made = configs.build(Whole, raw)
+    raw = configs.read_yaml(file, ["rate=1e-3", "part.size=4", "parts.0.size=7", "either=[a,b]", "name=a=b"])
+    made = configs.build_config(Whole, raw)
     assert (made.rate, made.part.size, made.parts[0].size, made.either) == (1e-3, 4, 7, ["a", "b"])
     assert made.name == "a=b"
     for bad, words in [
@@ -93,7 +93,7 @@ def test_overrides(tmp_path):
         ("rate=[", "not valid YAML"),
     ]:
         with pytest.raises(UserError, match=words):
-            configs.read(file, [bad])
+            configs.read_yaml(file, [bad])
 
 
 @pytest.mark.parametrize(
@@ -103,18 +103,18 @@ def test_broken_yaml(tmp_path, text, words):
     file = tmp_path / "c.yaml"
     file.write_text(text)
     with pytest.raises(UserError, match=words) as error:
-        configs.read(file)
+        configs.read_yaml(file)
     assert "c.yaml" in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"no config nowhere.yaml"):
-        configs.read("nowhere.yaml")
+        configs.read_yaml("nowhere.yaml")
     with pytest.raises(UserError, match="folder"):
-        configs.read(tmp_path)
+        configs.read_yaml(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert load("configs/demo/tokenizer.yaml", []).stage == "tokenizer"
+    assert load_run_config("configs/demo/tokenizer.yaml", []).stage == "tokenizer"
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
         ("engine.zero_stage=3", "0 to 2"),
         ("engine.zero_stage=5", "engine.zero_stage is 5"),
         ("images.crop_scale=[1.0, 0.5]", "low <= high"),
-        ("freeze=[encoder]", "without start_from"),
+        ("freeze=[encoder]", "without init_from"),
         ("freeze=[encodr]", "Did you mean 'encoder'"),
     ],
 )
 def test_the_demo_config_with_one_mistake(override, words):
     with pytest.raises(UserError, match=words):
-        load("configs/demo/tokenizer.yaml", [override])
+        load_run_config("configs/demo/tokenizer.yaml", [override])
 
 
 def run_config(out, **changes) -> RunConfig:
@@ -145,7 +145,9 @@ def run_config(out, **changes) -> RunConfig:
 
 
 def test_micro_batches_must_divide():
-    config = configs.build(RunConfig, configs.to_dict(run_config("x")) | {"engine": {"accumulation": 2}})
+    config = configs.build_config(
+        RunConfig, configs.to_dict(run_config("x")) | {"engine": {"accumulation": 2}}
+    )
     assert config.micro_batch(3) == 2
     with pytest.raises(UserError, match="multiple of 10"):
         config.micro_batch(5)
@@ -153,31 +155,31 @@ def test_micro_batches_must_divide():
 
 def test_resume_with_another_config_shows_the_difference(tmp_path):
     out = tmp_path / "run"
-    RunFolder.open(run_config(out, seed=7))
-    RunFolder.open(run_config(out))  # no checkpoint yet: a corrected config begins anew
+    RunDir.open(run_config(out, seed=7))
+    RunDir.open(run_config(out))  # no checkpoint yet: a corrected config begins anew
     (out / "checkpoints" / "step-00000001").mkdir(parents=True)
-    RunFolder.open(run_config(out, stop_at=4))  # may change: it does not touch what is computed
+    RunDir.open(run_config(out, stop_at=4))  # may change: it does not touch what is computed
     with pytest.raises(UserError) as error:
-        RunFolder.open(run_config(out, steps=9, seed=1))
+        RunDir.open(run_config(out, steps=9, seed=1))
     assert "steps: 8 -> 9" in str(error.value)
     assert "seed: 0 -> 1" in str(error.value)
 
 
 def test_noted_facts_must_stay(tmp_path):
-    folder = RunFolder.open(run_config(tmp_path / "run"))
-    folder.note(data="abc")
+    folder = RunDir.open(run_config(tmp_path / "run"))
+    folder.record_facts(data="abc")
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
-    RunFolder.open(run_config(tmp_path / "run")).note(data="abc")
+    RunDir.open(run_config(tmp_path / "run")).record_facts(data="abc")
     with pytest.raises(UserError, match="data abc, but now it is xyz"):
-        RunFolder.open(run_config(tmp_path / "run")).note(data="xyz")
+        RunDir.open(run_config(tmp_path / "run")).record_facts(data="xyz")
 
 
 def test_a_run_cannot_live_in_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
-        RunFolder.open(run_config(tmp_path / "file"))
+        RunDir.open(run_config(tmp_path / "file"))
 
 
 def test_shard_options_check():
     with pytest.raises(UserError, match="above 0"):
-        configs.build(ShardOptions, {"sources": [{"path": "x", "weight": 0}]})
+        configs.build_config(ShardOptions, {"sources": [{"path": "x", "weight": 0}]})

@@ -30,28 +30,28 @@ class Net(nn.Module):
 
 @pytest.fixture(scope="module", autouse=True)
 def process():
-    deepspeed_engine.start(EngineOptions(), 0)
+    deepspeed_engine.init_distributed(EngineOptions(), 0)
     yield
-    deepspeed_engine.finish()
+    deepspeed_engine.exit_process()
 
 
 def wrapped(stage=0, accumulation=1, dtype="fp32"):
     options = EngineOptions(zero_stage=stage, accumulation=accumulation, dtype=dtype)
     net = Net()
-    return deepspeed_engine.wrap(
-        net, deepspeed_engine.decay_groups(net, OPTIMIZER.weight_decay), OPTIMIZER, options, 4
+    return deepspeed_engine.build_engine(
+        net, deepspeed_engine.parameter_groups(net, OPTIMIZER.weight_decay), OPTIMIZER, options, 4
     ), net
 
 
 def inputs(step, part=0):
-    return torch.randn(4, 6, generator=seeding.generator(0, "x", step, part))
+    return torch.randn(4, 6, generator=seeding.torch_generator(0, "x", step, part))
 
 
 def plain(steps, accumulation=1):
     """The same in plain torch: (losses, gradient norms, net)."""
     net = Net()
     adam = torch.optim.AdamW(
-        deepspeed_engine.decay_groups(net, 0.1), lr=1e-2, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
+        deepspeed_engine.parameter_groups(net, 0.1), lr=1e-2, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
     )
     losses, norms = [], []
     for step in range(steps):
@@ -74,7 +74,7 @@ def test_every_stage_is_plain_torch(stage, accumulation, capfd):
         for part in range(accumulation):
             loss = trained(inputs(step, part))
             trained.backward(loss)
-            norm = deepspeed_engine.step(trained)
+            norm = deepspeed_engine.optimizer_step(trained)
             losses.append(loss.item())
             assert (norm is None) == (part < accumulation - 1)
         assert norm is not None
@@ -99,7 +99,7 @@ def test_gradients_may_be_asked_for_before_the_backward_pass(stage, accumulation
             (asked,) = torch.autograd.grad(loss, net.table, retain_graph=True)
             assert asked.abs().sum() > 0
             trained.backward(loss)
-            deepspeed_engine.step(trained)
+            deepspeed_engine.optimizer_step(trained)
     _, _, want = plain(3, accumulation)
     for name, value in net.named_parameters():
         torch.testing.assert_close(value, want.get_parameter(name), msg=lambda m, name=name: f"{name}: {m}")
@@ -107,10 +107,10 @@ def test_gradients_may_be_asked_for_before_the_backward_pass(stage, accumulation
 
 def test_learning_rate_follows_the_multiplier():
     trained, net = wrapped()
-    deepspeed_engine.set_lr(trained, 0.0)
+    deepspeed_engine.set_lr_multiplier(trained, 0.0)
     before = copy.deepcopy(net.state_dict())
     trained.backward(trained(inputs(0)))
-    deepspeed_engine.step(trained)
+    deepspeed_engine.optimizer_step(trained)
     for name, value in net.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -121,21 +121,21 @@ def test_rows_and_scalars_can_be_overwritten(stage):
     trained, net = wrapped(stage)
     for step in range(2):
         trained.backward(trained(inputs(step)))
-        deepspeed_engine.step(trained)
+        deepspeed_engine.optimizer_step(trained)
     rows = torch.tensor([[False, True, False], [True, False, False]])
     values = torch.arange(8.0).view(2, 4)
-    deepspeed_engine.write_rows(trained, net.table, rows, values)
-    deepspeed_engine.clamp(trained, net.scale, 0.0, 0.75)
+    deepspeed_engine.overwrite_rows(trained, net.table, rows, values)
+    deepspeed_engine.clamp_parameter(trained, net.scale, 0.0, 0.75)
     kept = net.table.detach().clone()
     assert torch.equal(kept[rows], values)
-    deepspeed_engine.set_lr(trained, 0.0)
+    deepspeed_engine.set_lr_multiplier(trained, 0.0)
     nothing = torch.zeros(4, 6)  # gives the table no gradient
     trained.backward(trained(nothing))
-    deepspeed_engine.step(trained)
+    deepspeed_engine.optimizer_step(trained)
     assert torch.equal(net.table, kept) and net.scale == 0.75
-    deepspeed_engine.set_lr(trained, 1.0)
+    deepspeed_engine.set_lr_multiplier(trained, 1.0)
     trained.backward(trained(nothing))
-    deepspeed_engine.step(trained)
+    deepspeed_engine.optimizer_step(trained)
     moved = (net.table / kept - (1 - 1e-2 * 0.1)).abs()
     assert moved[rows][values != 0].max() < 1e-5 < moved[~rows].max()  # the others go on by momentum
 
@@ -147,7 +147,7 @@ def test_resume_is_exact(tmp_path, stage, dtype):
         for step in steps:
             loss = trained(inputs(step))
             trained.backward(loss)
-            deepspeed_engine.step(trained)
+            deepspeed_engine.optimizer_step(trained)
             losses.append(loss.item())
         return losses
 
@@ -169,13 +169,13 @@ def test_bf16_keeps_fp32_weights():
     seen = []
     net.layer.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     trained.backward(trained(inputs(0)))
-    deepspeed_engine.step(trained)
+    deepspeed_engine.optimizer_step(trained)
     assert seen == [torch.bfloat16]
     assert all(p.dtype == torch.float32 for p in net.parameters())
 
 
-def test_decay_groups_follow_the_published_rule(numbers):
-    groups = deepspeed_engine.decay_groups(Net(), 0.02, {"layer": 0.5})
+def test_parameter_groups_follow_the_published_rule(numbers):
+    groups = deepspeed_engine.parameter_groups(Net(), 0.02, {"layer": 0.5})
     found = {(g["weight_decay"], g["lr_factor"], p.ndim) for g in groups for p in g["params"]}
     assert found == {(0.02, 0.5, 2), (0.0, 0.5, 1), (0.02, 1.0, 3), (0.0, 1.0, 0)}
 
@@ -183,15 +183,17 @@ def test_decay_groups_follow_the_published_rule(numbers):
 def test_a_deepspeed_option_that_it_refuses_is_one_line():
     options = EngineOptions(deepspeed={"train_batch_size": 7})
     with pytest.raises(UserError, match="DeepSpeed refuses") as error:
-        deepspeed_engine.wrap(Net(), deepspeed_engine.decay_groups(Net(), 0.1), OPTIMIZER, options, 4)
+        deepspeed_engine.build_engine(
+            Net(), deepspeed_engine.parameter_groups(Net(), 0.1), OPTIMIZER, options, 4
+        )
     assert "\n" not in str(error.value)
 
 
 def test_draws_are_keyed():
-    assert seeding.key(0, "a", 1) != seeding.key(0, "a", 2) != seeding.key(1, "a", 2)
+    assert seeding.derive_seed(0, "a", 1) != seeding.derive_seed(0, "a", 2) != seeding.derive_seed(1, "a", 2)
     assert torch.equal(inputs(3), inputs(3)) and not torch.equal(inputs(3), inputs(4))
-    seeding.seed_step(0, 5)
+    seeding.seed_forward_pass(0, 5)
     one = torch.rand(2)
     torch.rand(9)
-    seeding.seed_step(0, 5)
+    seeding.seed_forward_pass(0, 5)
     assert torch.equal(torch.rand(2), one)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.config import build
+from open_unitok.training.core.config import build_config
 from open_unitok.training.core.muon import Muon, muon_groups, orthogonalise
 from open_unitok.training.core.options import RunConfig
 
@@ -78,6 +78,6 @@ def test_a_run_goes_on_exactly():
 
 
 def test_zero_stages_are_refused():
-    assert build(RunConfig, RUN).optimizer.kind == "muon"
+    assert build_config(RunConfig, RUN).optimizer.kind == "muon"
     with pytest.raises(UserError, match="Muon needs whole matrices"):
-        build(RunConfig, {**RUN, "engine": {"zero_stage": 1}})
+        build_config(RunConfig, {**RUN, "engine": {"zero_stage": 1}})

@@ -3,7 +3,7 @@
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.schedules import check_kind, multiplier, ramp
+from open_unitok.training.core.schedules import check_schedule_kind, linear_ramp, lr_multiplier
 
 
 def test_learning_rates_are_the_published_ones(numbers):
@@ -13,22 +13,24 @@ def test_learning_rates_are_the_published_ones(numbers):
         kind, *pairs = name.split("|")
         values = {key: float(value) for key, value in (pair.split("=") for pair in pairs)}
         for step, rates in points:
-            factor = multiplier(kind, step, values["max"], values["warmup"], values["start"], values["end"])
+            factor = lr_multiplier(
+                kind, step, values["max"], values["warmup"], values["start"], values["end"]
+            )
             for base, rate in zip((5e-4, 2e-5), rates):
                 assert base * factor == pytest.approx(rate, rel=1e-9, abs=1e-15), (name, step)
 
 
 def test_unknown_kind():
     for good in ("cos", "lin0.25", "constant"):
-        check_kind(good)
+        check_schedule_kind(good)
     for bad in ("cosine", "lin<THRESHOLD>", "lin1.5"):
         with pytest.raises(UserError, match=r"schedule\.kind"):
-            check_kind(bad)
+            check_schedule_kind(bad)
 
 
 def test_ends():
-    assert multiplier("constant", 5, 10) == 1
-    assert multiplier("cos", 9, 10, end=0.2) == pytest.approx(0.2)
-    assert multiplier("cos", 0, 1) == 1
-    assert [ramp(s, 4) for s in (0, 1, 9)] == [0, 0.25, 1]
-    assert ramp(0, 0) == 1
+    assert lr_multiplier("constant", 5, 10) == 1
+    assert lr_multiplier("cos", 9, 10, end=0.2) == pytest.approx(0.2)
+    assert lr_multiplier("cos", 0, 1) == 1
+    assert [linear_ramp(s, 4) for s in (0, 1, 9)] == [0, 0.25, 1]
+    assert linear_ramp(0, 0) == 1

@@ -13,7 +13,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
-from open_unitok.training.core.config import build
+from open_unitok.training.core.config import build_config
 from open_unitok.training.data import text
 from open_unitok.training.data.code_shards import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order
 from open_unitok.training.data.collate import KINDS, Rows
@@ -74,7 +74,7 @@ def make(folder, rows):
             {"kind": k, "weight": w, "path": str(folder.parent / "text.txt" if k == "text" else folder)}
             for k, w in entries
         ]
-        checked = build(MixtureOptions, {"mixture": listed, **options})
+        checked = build_config(MixtureOptions, {"mixture": listed, **options})
         return Mixture(
             checked,
             rows,
@@ -156,13 +156,13 @@ def test_workers_change_nothing_and_their_number_may_change(make):
 def test_workers_count_bad_samples_and_stop(tmp_path, rows):
     codes = write_codes(tmp_path / "codes", broken=range(0, 40, 20))
     options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "workers": 2}
-    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
+    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=40)
     for _ in range(3):
         mixture.next()
     assert mixture.seen == 120 and mixture.bad >= 6
     many = write_codes(tmp_path / "many", broken=range(10))
     options["mixture"][0]["path"] = str(many)
-    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=200)
+    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=200)
     with pytest.raises(UserError, match="max_bad_share") as error:
         for _ in range(5):
             mixture.next()
@@ -208,7 +208,7 @@ def test_short_captions_are_taken_as_published(tmp_path, rows):
     info = {"short_caption": "a cat", "long_caption": "a photo of a red cat"}
     codes = write_codes(tmp_path / "codes", info=info)
     options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "unconditional": 0.0}
-    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=400)
+    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=400)
     found = Counter(rows_of(mixture.next()))
     short = tuple(rows.make("text_to_image", "a cat", (TOKENS,)).ids.tolist())
     assert len(found) == 2 and abs(found[short] / 400 - 0.2) < 0.06
@@ -217,12 +217,12 @@ def test_short_captions_are_taken_as_published(tmp_path, rows):
 def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
     few = write_codes(tmp_path / "few", broken=(3,))
     options = {"mixture": [{"kind": "text_to_image", "path": str(few)}]}
-    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=40)
+    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=40)
     assert len(rows_of(mixture.next())) == 40 and mixture.bad == 1
     assert "codes.npy cannot be read" in capsys.readouterr().err
     many = write_codes(tmp_path / "many", broken=range(10))
     options["mixture"][0]["path"] = str(many)
-    mixture = Mixture(build(MixtureOptions, options), rows, seed=0, batch_size=100)
+    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=100)
     with pytest.raises(UserError, match="max_bad_share"):
         for _ in range(10):
             mixture.next()
@@ -237,7 +237,7 @@ def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, r
     """Without <image> the image comes first, and roles are known by other names, as `data check` has it."""
     talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
     own = write_codes(tmp_path / "own", info={"conversations": [talk]})
-    options = build(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
+    options = build_config(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
     mixture = Mixture(options, rows, seed=0, batch_size=4)
     (batch,) = mixture.next()
     assert mixture.bad == 0
@@ -267,7 +267,7 @@ def test_refusals(tmp_path, make, folder):
         TextLines(tmp_path / "empty.txt")
     with pytest.raises(UserError, match="is a folder"):
         options = {"mixture": [{"kind": kind, "path": str(folder)} for kind in ("text_to_image", "text")]}
-        Mixture(build(MixtureOptions, options), None, seed=0, batch_size=4)
+        Mixture(build_config(MixtureOptions, options), None, seed=0, batch_size=4)
     with pytest.raises(UserError, match=r"unconditional is 1\.5"):
         make(unconditional=1.5)
     broken = write_codes(tmp_path / "broken")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
-from open_unitok.training.core.flops import Work
+from open_unitok.training.core.flops import TokenCounts
 from open_unitok.training.data.collate import IGNORED, Rows, Sample, collate
 from open_unitok.training.mllm.metrics import Progress
 
@@ -131,9 +131,11 @@ def test_speed_counts_real_tokens_and_pairs_alone(model, samples, pack_to):
     progress = Progress(model, torch.device("cpu"))
     progress.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
     lengths = [len(sample.row.ids) for sample in samples]
-    work = Work(*progress.work.tolist())
+    work = TokenCounts(*progress.work.tolist())
     assert work.tokens == sum(lengths)
-    assert work.pairs == sum(sum(range(1, length + 1)) for length in lengths)  # itself and those before it
+    assert work.attention_pairs == sum(
+        sum(range(1, length + 1)) for length in lengths
+    )  # itself and those before it
     one_by_one = Progress(model, torch.device("cpu"))
     for sample in samples:
         one_by_one.add(torch.zeros(BOOKS), collate([sample], IMAGE, 0))

@@ -16,7 +16,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.images import load_image, to_pixels
-from open_unitok.training.core.config import build
+from open_unitok.training.core.config import build_config
 from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.data.collate import IGNORED, Rows
 from open_unitok.training.data.mixture import Mixture
@@ -93,7 +93,7 @@ def mixture(golden, tokenizer):
     processor = UniTokProcessor.from_text_tokenizer(path, num_image_tokens=TOKENS, template="plain")
 
     def make(entries, batch_size=20, max_length=400, **options):
-        checked = build(MixtureOptions, {"mixture": entries, **options})
+        checked = build_config(MixtureOptions, {"mixture": entries, **options})
         rows = Rows(processor, max_length)
         return Mixture(checked, rows, seed=0, batch_size=batch_size, fingerprint=fingerprint)
 

@@ -14,7 +14,7 @@ import torch
 
 from open_unitok.training import run
 from open_unitok.training.core import deepspeed_engine
-from open_unitok.training.core.run_dir import RunFolder
+from open_unitok.training.core.run_dir import RunDir
 from open_unitok.training.mllm import train
 
 
@@ -43,16 +43,16 @@ def measured(path: str | None, before: int) -> Callable[[Any], Any]:
     return step
 
 
-original = deepspeed_engine.step
+original = deepspeed_engine.optimizer_step
 
 
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
-        config = run.load(job["config"], job["overrides"])
+        config = run.load_run_config(job["config"], job["overrides"])
         train.engine.step = measured(job.get("memory"), live_bytes())
-        train.main(config, RunFolder.open(config))
+        train.main(config, RunDir.open(config))
         gc.collect()
-    deepspeed_engine.finish()
+    deepspeed_engine.exit_process()
 
 
 if __name__ == "__main__":

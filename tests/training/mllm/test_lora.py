@@ -31,7 +31,7 @@ def base(mllm_reference):
 @pytest.fixture(scope="module")
 def tuned(mllm, base):
     """Six steps of adapters on the reference, with activation checkpointing: it must not lose gradients."""
-    return mllm.train("lora", "model=null", f"start_from={base}", *MORE)
+    return mllm.train("lora", "model=null", f"init_from={base}", *MORE)
 
 
 def adapter(folder):
@@ -65,7 +65,7 @@ def test_a_few_images_are_learnt(mllm, base):
     few = f"{{kind: text_to_image, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
     more = [f"data.mixture=[{few}]", lora, "steps=60", "log.every=20", "data.unconditional=0"]
-    folder = mllm.train("lora-few", "model=null", f"start_from={base}", *more, "optimizer.lr=2e-2")
+    folder = mllm.train("lora-few", "model=null", f"init_from={base}", *more, "optimizer.lr=2e-2")
     first, *_, last = mllm.rows(folder)
     assert last["text_loss"] < first["text_loss"] / 2 and last["image_loss"] < first["image_loss"] / 2
 
@@ -83,7 +83,7 @@ def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
     new = f"{{{generated}: {mine}, weight: 0.35}}, {{kind: captioning, path: {mine}, weight: 0.15}}"
     mixture = f"data.mixture=[{new}, {{kind: conversation, path: {seen}, weight: 0.5}}]"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head]}"
-    tuned = mllm.train("own", "model=null", f"start_from={base}", mixture, lora, "steps=80", *steady)
+    tuned = mllm.train("own", "model=null", f"init_from={base}", mixture, lora, "steps=80", *steady)
     first, *_, last = mllm.rows(tuned)
     assert last["text_loss/captioning"] < first["text_loss/captioning"] / 2
     pipes = [Pipeline.from_pretrained(base), Pipeline.from_pretrained(base, adapter=tuned / "model")]
@@ -117,7 +117,7 @@ def answered(pipe, samples):
 
 
 def test_resumed_equals_uninterrupted(tuned, base, mllm):
-    more = ["model=null", f"start_from={base}", *MORE]
+    more = ["model=null", f"init_from={base}", *MORE]
     folder = mllm.train("lora-resumed", *more, "stop_at=2")
     assert not (folder / "model").exists()
     mllm.train("lora-resumed", *more)
@@ -165,7 +165,7 @@ def test_a_merged_folder_takes_a_tokenizer_of_the_same_codes(tuned, base, mllm, 
 def test_a_fine_tuned_model_keeps_how_its_base_draws(base, mllm, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
-    folder = mllm.train("keeps", "model=null", f"start_from={tmp_path / 'base'}", "steps=1")
+    folder = mllm.train("keeps", "model=null", f"init_from={tmp_path / 'base'}", "steps=1")
     assert Sampling.of_model(folder / "model") == Sampling(guidance=3.0)
     fresh = mllm.train("fresh", f"model.unitok={tmp_path / 'base' / 'unitok'}", "steps=1")
     assert not (fresh / "model" / "sampling.json").exists()  # another model, on the same tokenizer
@@ -207,7 +207,7 @@ def tiny_mllm(base):
         (["lora={rank: 0}"], "rank is 1 or more"),
         (["lora={parts: [decoder]}"], "no part 'decoder'"),
         (
-            ["model=null", "start_from=x", "lora={parts: [lm_head]}", "lr_factors={lm_head: 0}"],
+            ["model=null", "init_from=x", "lora={parts: [lm_head]}", "lr_factors={lm_head: 0}"],
             "nothing is left",
         ),
         (["attention=flash_attention_2"], "needs a CUDA GPU"),
@@ -220,7 +220,7 @@ def test_mistakes_are_named(mllm, overrides, words):
 
 def test_the_projector_alone_is_trained(mllm, base):
     factors = "{language_model: 0, lm_head: 0, visual_embedder: 0, projector: 1, depth_head: 0}"
-    folder = mllm.train("projector", "model=null", f"start_from={base}", f"lr_factors={factors}", "steps=1")
+    folder = mllm.train("projector", "model=null", f"init_from={base}", f"lr_factors={factors}", "steps=1")
     one, other = mllm.weights(folder), load_file(base / "model.safetensors")
     changed = {name for name in one if not torch.equal(one[name], other[name])}
     assert changed and all(name.startswith("visual_embedder.projector.") for name in changed)

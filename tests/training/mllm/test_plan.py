@@ -13,7 +13,7 @@ from open_unitok.cli import main
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.training import run
-from open_unitok.training.core.flops import Cost, Work
+from open_unitok.training.core.flops import MLLMFlops, TokenCounts
 from open_unitok.training.mllm import plan
 
 CONFIGS = ["configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml"]
@@ -33,7 +33,7 @@ def test_the_published_7b(config, capsys):
 
 
 def test_lora_on_the_7b_needs_little_beside_the_weights():
-    config = run.load(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
+    config = run.load_run_config(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
     found = plan.plan(config, 8)
     trained = sum(learnt for _, learnt in found.counts.values())
     total = sum(count for count, _ in found.counts.values())
@@ -52,34 +52,40 @@ def test_flops_are_those_that_torch_counts(mllm_reference):
     codes = torch.zeros(2, 4, 3, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
         out = model(ids, image_codes=codes, labels=labels)
-    work = Work(tokens=18, pairs=2 * 9 * 9, text_targets=int(out.text_tokens), visual=8, drawn=4)
-    cost = Cost(model)
+    work = TokenCounts(
+        tokens=18,
+        attention_pairs=2 * 9 * 9,
+        text_targets=int(out.text_tokens),
+        image_tokens=8,
+        image_targets=4,
+    )
+    cost = MLLMFlops(model)
     forward = cost.flops(work, backward=False)
     # torch also counts the pairs that a mask takes away, here all of them, and the projection's attention
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.03)
     assert cost.flops(work) == pytest.approx(3 * forward, rel=1e-6)
     model.language_model.requires_grad_(False)
     model.visual_embedder.requires_grad_(False)
-    less = Cost(model).flops(work)
+    less = MLLMFlops(model).flops(work)
     assert forward < less < 3 * forward
 
 
 def test_a_frozen_part_that_nothing_learnt_precedes_has_no_backward_pass(mllm_reference):
     model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
-    work = Work(tokens=18, pairs=2 * 9 * 9, text_targets=5, visual=8, drawn=4)
-    all_learnt, weights = Cost(model).flops(work), Cost(model).weights["visual_embedder"]
+    work = TokenCounts(tokens=18, attention_pairs=2 * 9 * 9, text_targets=5, image_tokens=8, image_targets=4)
+    all_learnt, weights = MLLMFlops(model).flops(work), MLLMFlops(model).weights["visual_embedder"]
     model.visual_embedder.requires_grad_(False)
-    assert Cost(model).flops(work) == pytest.approx(all_learnt - 4 * work.visual * weights)
+    assert MLLMFlops(model).flops(work) == pytest.approx(all_learnt - 4 * work.image_tokens * weights)
 
 
 def test_documents_are_planned_as_drawn():
     mixture = "data.mixture=[{kind: KIND, path: data/docs, weight: 1}]"
     work = {
-        kind: plan.plan(run.load(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).work
+        kind: plan.plan(run.load_run_config(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).work
         for kind in ("document", "reading")
     }
-    assert work["document"].drawn == work["document"].visual == work["reading"].visual > 0
-    assert work["reading"].drawn == 0 and work["document"].text_targets > work["reading"].text_targets
+    assert work["document"].image_targets == work["document"].image_tokens == work["reading"].image_tokens > 0
+    assert work["reading"].image_targets == 0 and work["document"].text_targets > work["reading"].text_targets
 
 
 @pytest.mark.parametrize(

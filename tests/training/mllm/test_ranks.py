@@ -44,7 +44,7 @@ def jobs(place: Path, base: Path) -> dict[str, list[str]]:
     half = f"[{{kind: text, path: {place}/text.txt}}, {{kind: text_to_image, path: {place}/few}}]"
     found["apart"] = [*STEPS, "engine.zero_stage=3", "batch_size=2", f"data.mixture={half}"]
     for stage in (1, 3):
-        tune = [*STEPS, LORA, "model=null", f"start_from={base}", f"engine.zero_stage={stage}"]
+        tune = [*STEPS, LORA, "model=null", f"init_from={base}", f"engine.zero_stage={stage}"]
         found[f"lora{stage}"] = [*tune, "engine.gradient_checkpointing=true"]
     return found
 
@@ -138,7 +138,7 @@ def test_adapters_equal_one_process(mllm, launched, alone, stage):
 def test_the_planned_memory_is_what_is_alive(mllm, mllm_reference, launched, stage):
     """Parameters, gradients and optimiser of every rank, when the second step has its gradients."""
     overrides = jobs(mllm.place, mllm_reference / "model")[f"memory{stage}"]
-    config = run.load(str(mllm.place / "config.yaml"), overrides)
+    config = run.load_run_config(str(mllm.place / "config.yaml"), overrides)
     memory = plan.plan(config, gpus=2).memory[stage]
     planned = memory.states + (memory.buffers if stage == 3 else 0)  # at stage 2 the bucket is gone by then
     for rank in range(2):

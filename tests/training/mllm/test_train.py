@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.tokenizer import UniTok
-from open_unitok.training.core.metric_logger import Logbook
+from open_unitok.training.core.metric_logger import MetricLogger
 from open_unitok.training.mllm import train
 from open_unitok.training.mllm.config import LossOptions
 from open_unitok.training.mllm.train import join
@@ -102,7 +102,7 @@ def test_fine_tuning_goes_on_from_a_model_with_parts_frozen(mllm, reference):
     folder = mllm.train(
         "tuned",
         "model=null",
-        f"start_from={reference}/model",
+        f"init_from={reference}/model",
         "lr_factors={depth_head: 0, lm_head: 0.5}",
     )
     before, after = mllm.weights(reference), mllm.weights(folder)
@@ -151,8 +151,8 @@ def test_the_published_weighting_counts_every_code_as_one_token():
     "overrides, message",
     [
         (["model=null"], "Give either `model`"),
-        (["start_from=somewhere"], "Give either `model`"),
-        (["model=null", "start_from=/nowhere"], "/nowhere does not exist"),
+        (["init_from=somewhere"], "Give either `model`"),
+        (["model=null", "init_from=/nowhere"], "/nowhere does not exist"),
         (["model.text.hiden_size=8"], "hidden_size"),
         (["model.text.model_type=lama"], "no decoder"),
         (["model.fields.visual_contex=full"], "visual_context"),
@@ -173,7 +173,7 @@ def test_mistakes_are_named(mllm, place, overrides, message):
 
 def test_other_folders_are_refused(mllm, place, reference, tmp_path):
     with pytest.raises(UserError, match="not an MLLM"):
-        mllm.train("wrong-a", "model=null", f"start_from={place}/unitok")
+        mllm.train("wrong-a", "model=null", f"init_from={place}/unitok")
     with pytest.raises(UserError, match="not a visual tokenizer"):
         mllm.train("wrong-b", f"model.unitok={reference}/model")
     mllm.write_tokenizer(tmp_path / "other", seed=1)
@@ -182,7 +182,7 @@ def test_other_folders_are_refused(mllm, place, reference, tmp_path):
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch):
-    add = Logbook.add
+    add = MetricLogger.add
 
     def interrupted(self, step, values):
         add(self, step, values)
@@ -190,7 +190,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Logbook, "add", interrupted)
+        patch.setattr(MetricLogger, "add", interrupted)
         with pytest.raises(SystemExit) as left:
             mllm.train("terminated")
     assert left.value.code == 128 + signal.SIGTERM

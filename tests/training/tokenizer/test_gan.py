@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.training.core import deepspeed_engine
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.gan import Adversary
 
 PATCH = [
@@ -34,7 +34,7 @@ def rows(out):
 
 def test_clock(data):
     """The weight rises, the blur fades over twice as many steps, the rate has a schedule of its own."""
-    config = load(
+    config = load_run_config(
         str(data / "config.yaml"),
         [
             "losses.adversarial=0.4",
@@ -43,7 +43,7 @@ def test_clock(data):
             "discriminator.optimizer={lr: 1.0}",
         ],
     )
-    deepspeed_engine.start(config.engine, 0)
+    deepspeed_engine.init_distributed(config.engine, 0)
     rival = Adversary(config, 32, torch.device("cpu"), 8)
     found = []
     for step in range(8):
@@ -127,11 +127,11 @@ def test_with_dino(data, dino_file, tmp_path, dtype):
         ([*PATCH, "discriminator.augment=2"], "discriminator.augment is 2"),
         ([*PATCH, "discriminator.layers=9"], "use fewer layers"),
         ([*PATCH, "losses.l1=0", "losses.l2=0"], "discriminator.adaptive=null"),
-        ([*PATCH, "start_from=HERE", "freeze=[decoder]"], "freeze holds decoder"),
-        (["start_from=HERE", "freeze=[quantizer]"], "would move its entries"),
-        (["start_from=HERE", "clip_start=HERE"], "keep one of them"),
-        (["clip_start=nowhere.bin"], "nowhere.bin does not exist"),
-        (["go_on_from=nowhere"], "nowhere is no whole checkpoint"),
+        ([*PATCH, "init_from=HERE", "freeze=[decoder]"], "freeze holds decoder"),
+        (["init_from=HERE", "freeze=[quantizer]"], "would move its entries"),
+        (["init_from=HERE", "init_from_clip=HERE"], "keep one of them"),
+        (["init_from_clip=nowhere.bin"], "nowhere.bin does not exist"),
+        (["resume_from=nowhere"], "nowhere is no whole checkpoint"),
         (["profile.steps=-1"], "profile.steps"),
     ],
 )
@@ -185,15 +185,15 @@ def test_another_number_of_workers_is_refused_with_a_way_on(data, whole, tmp_pat
     with pytest.raises(SystemExit):
         train(data, whole, *PATCH, "data.workers=1", "steps=9")
     first, second = (line for line in capsys.readouterr().err.splitlines() if "error" in line)
-    assert f"go_on_from={whole}/checkpoints/step-00000008" in first and "data.workers: 0 -> 1" in first
-    assert "start_from=" in second
+    assert f"resume_from={whole}/checkpoints/step-00000008" in first and "data.workers: 0 -> 1" in first
+    assert "init_from=" in second
     out = tmp_path / "run"
-    train(data, out, *PATCH, "data.workers=1", f"go_on_from={whole}/checkpoints/step-00000006")
+    train(data, out, *PATCH, "data.workers=1", f"resume_from={whole}/checkpoints/step-00000006")
     assert [row["step"] for row in rows(out)] == [7, 8]
     assert rows(out)[0]["l2"] == pytest.approx(rows(whole)[6]["l2"], rel=0.2)
     assert rows(out)[0]["discriminator_lr"] == rows(whole)[6]["discriminator_lr"]
-    train(data, tmp_path / "again", *PATCH, f"go_on_from={whole}/checkpoints/step-00000006", "stop_at=7")
-    train(data, tmp_path / "again", *PATCH, f"go_on_from={whole}/checkpoints/step-00000006")
+    train(data, tmp_path / "again", *PATCH, f"resume_from={whole}/checkpoints/step-00000006", "stop_at=7")
+    train(data, tmp_path / "again", *PATCH, f"resume_from={whole}/checkpoints/step-00000006")
     assert [row["step"] for row in rows(tmp_path / "again")] == [7, 8]
 
 
@@ -201,7 +201,7 @@ def test_a_config_from_before_a_key_existed_goes_on(data, tmp_path):
     out = tmp_path / "run"
     train(data, out, "stop_at=3")
     old = (out / "config.yaml").read_text()
-    kept = [line for line in old.splitlines() if not line.startswith(("clip_start", "go_on_from"))]
+    kept = [line for line in old.splitlines() if not line.startswith(("init_from_clip", "resume_from"))]
     assert len(kept) == len(old.splitlines()) - 2
     (out / "config.yaml").write_text("\n".join(kept))
     train(data, out, "stop_at=4")
@@ -262,6 +262,6 @@ def test_broken_checkpoint_is_not_gone_on_from(data, whole, tmp_path):
     shutil.copytree(whole / "checkpoints" / "step-00000008", broken)
     (broken / "training_state" / "rank-00000.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"rank-00000\.pt has 0 bytes"):
-        from open_unitok.training.core.checkpoint import take_over
+        from open_unitok.training.core.checkpoint import load_weights_only
 
-        take_over(broken, {})
+        load_weights_only(broken, {})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.convert import state_from_published
-from open_unitok.training.core.deepspeed_engine import decay_groups
+from open_unitok.training.core.deepspeed_engine import parameter_groups
 from open_unitok.training.tokenizer.diff_augment import Draws
 from open_unitok.training.tokenizer.discriminator import PatchDiscriminator
 from open_unitok.training.tokenizer.gan_losses import (
@@ -82,7 +82,7 @@ def tiny_unitok(golden):
 
 
 def adam(module, lr, betas, decay):
-    return torch.optim.AdamW(decay_groups(module, decay), lr=lr, betas=betas, eps=1e-6)
+    return torch.optim.AdamW(parameter_groups(module, decay), lr=lr, betas=betas, eps=1e-6)
 
 
 def train_step(models, optimizers, batch, looks, warmup, blur):

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from open_unitok.training.core import config as configs
-from open_unitok.training.core.ema import Ema
+from open_unitok.training.core.ema import EMA
 from open_unitok.training.data import seeding
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer import losses as tokenizer_losses
 from open_unitok.training.tokenizer.config import CodebookOptions
 from open_unitok.training.tokenizer.data import PairDecoder, crop_box, decoded_first
@@ -58,9 +58,9 @@ def test_unused_entries_move_onto_latents(monkeypatch):
 
     quantizer = MultiCodebookQuantizer(2, 8, 3)
     monkeypatch.setattr(
-        deepspeed_engine, "write_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values)
+        deepspeed_engine, "overwrite_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values)
     )
-    restarts = Restarts(quantizer, CodebookOptions(restart_after=2, restart_share=0.5), steps=12, seed=0)
+    restarts = Restarts(quantizer, CodebookOptions(reset_after=2, reset_share=0.5), steps=12, seed=0)
     latents = torch.randn(4, 5, 6)
     moved = []
     for step in range(1, 13):
@@ -78,7 +78,7 @@ def test_unused_entries_move_onto_latents(monkeypatch):
 
 def test_averages_follow_and_swap():
     layer = torch.nn.Linear(2, 2)
-    ema = Ema(layer, 0.5)
+    ema = EMA(layer, 0.5)
     before = layer.weight.detach().clone()
     layer.weight.data += 1
     ema.update(1000)
@@ -96,7 +96,9 @@ def test_contrast_is_clip_loss_by_hand():
 
 
 def test_weights_of_zero_leave_losses_out():
-    weights = configs.build(type(load("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0})
+    weights = configs.build_config(
+        type(load_run_config("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0}
+    )
     losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
     assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
 
@@ -115,8 +117,8 @@ def test_the_same_images_are_decoded_however_a_batch_is_split():
 
 
 def test_an_image_has_its_own_drop_path():
-    one = seeding.per_sample((2, 3), [4, 9], 0, "drop path", 5)
+    one = seeding.uniform_per_sample((2, 3), [4, 9], 0, "drop path", 5)
     assert one.shape == (2, 3, 2) and torch.equal(
-        one[..., 1:], seeding.per_sample((2, 3), [9], 0, "drop path", 5)
+        one[..., 1:], seeding.uniform_per_sample((2, 3), [9], 0, "drop path", 5)
     )
     assert not torch.equal(one[..., 0], one[..., 1])

@@ -15,7 +15,7 @@ from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
-from open_unitok.training.run import load
+from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer import losses as tokenizer_losses
 
 
@@ -144,7 +144,7 @@ def test_one_batch_is_learnt_by_heart(data, tmp_path):
         ("data.sources.0.path=nowhere/*.tar", "no file nowhere"),
         ("caption_tokenizer=nowhere.model", "nowhere.model"),
         ("losses={lpips: 1.0, lpips_weights: nowhere.pth}", "nowhere.pth"),
-        ("start_from=nowhere", "nowhere"),
+        ("init_from=nowhere", "nowhere"),
         ("model={}", "'model' is missing"),
         ("batch_size=7", "multiple of 2"),
         ("model.text_vocab_size=9", "leave the key out"),
@@ -170,12 +170,12 @@ def test_nan_stops_with_every_value_and_keeps_the_checkpoint(data, tmp_path, mon
         return {**losses, "l2": losses["l2"] * float("nan")} if len(calls) == 5 else losses
 
     monkeypatch.setattr("open_unitok.training.tokenizer.train.reconstruction_losses", poisoned)
-    config = load(str(data / "config.yaml"), [f"out={tmp_path}/run"])
-    from open_unitok.training.core.run_dir import RunFolder
+    config = load_run_config(str(data / "config.yaml"), [f"out={tmp_path}/run"])
+    from open_unitok.training.core.run_dir import RunDir
     from open_unitok.training.tokenizer import train as tokenizer_stage
 
     with pytest.raises(UserError) as error:
-        tokenizer_stage.main(config, RunFolder.open(config))
+        tokenizer_stage.main(config, RunDir.open(config))
     assert "Step 5 is not finite" in str(error.value)
     assert all(f"{name}=" in str(error.value) for name in ("loss", "l1", "l2", "vq", "clip", "grad_norm"))
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
@@ -190,13 +190,13 @@ def test_another_config_is_refused(data, whole, capsys):
 def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
     out = tmp_path / "run"
     start = [
-        f"start_from={whole}/model",
+        f"init_from={whole}/model",
         "freeze=[encoder, down_projection, quantizer]",
         "codebooks={}",
         "steps=2",
     ]
     train(data, out, *start, "ema=null")
-    bare = ["model={}", "losses.clip=0", "caption_tokenizer=null"]  # sizes are those of start_from
+    bare = ["model={}", "losses.clip=0", "caption_tokenizer=null"]  # sizes are those of init_from
     train(data, tmp_path / "bare", *start, *bare, "ema=null")
     before, *found = (UniTok.from_pretrained(folder / "model") for folder in (whole, out, tmp_path / "bare"))
     assert (tmp_path / "bare" / "model" / "caption_tokenizer").exists()
