@@ -147,7 +147,7 @@ def random_model(config: UniTokConfig) -> UniTok:
 @torch.no_grad()
 def margins(model: UniTok, latents: Tensor) -> Tensor:
     """(B, N, K*C) -> (B, N, K): by how much the nearest entry is nearer than the next."""
-    features = model.quantizer._features(latents)
+    features = model.quantizer.split(latents)
     table = F.normalize(model.quantizer.codebooks, dim=-1)
     pairs = (
         torch.einsum("bnc,vc->bnv", features[:, :, k], table[k]).topk(2).values for k in range(len(table))

@@ -5,20 +5,23 @@ from transformers import AutoConfig, AutoModel
 from .config import SIZES, UniTokConfig
 from .model import UniTok, UniTokOutput
 from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
-from .quantizers.multi_codebook import MultiCodebookQuantizer, QuantizerOutput
+from .quantizers import QUANTIZERS, MultiCodebookQuantizer, Quantizer, QuantizerOutput, code_dtype
 
 AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
 AutoModel.register(UniTokConfig, UniTok, exist_ok=True)
 
 __all__ = [
+    "QUANTIZERS",
     "SIZES",
     "AttentionProjection",
     "KeyValueCache",
     "LinearProjection",
     "MultiCodebookQuantizer",
+    "Quantizer",
     "QuantizerOutput",
     "UniTok",
     "UniTokConfig",
     "UniTokOutput",
     "build_projection",
+    "code_dtype",
 ]

@@ -2,14 +2,15 @@
 
 import difflib
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 from transformers import PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 
 PROJECTIONS = ("attention", "linear")
+Entry = TypeVar("Entry")
 
 # Named sizes: what differs from the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
 # The published vitamin_small has no decoder; ours follows the other two: the encoder's widths, backwards.
@@ -55,6 +56,7 @@ class UniTokConfig(PretrainedConfig):
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
         num_codebooks: K sub-codebooks.
         codebook_size, codebook_dim: V entries of width C, per sub-codebook.
+        quantizer: an entry of `QUANTIZERS`; quantizer_options: its own keyword arguments.
         projection: "attention" (published) or "linear", between hidden size and code width, both ways.
         projection_heads: heads of the attention projections; None = hidden_size // (K*C), as published.
         projection_causal: a visual token sees only earlier ones in the projections.
@@ -83,6 +85,8 @@ class UniTokConfig(PretrainedConfig):
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8
+    quantizer: str = "multi_codebook"
+    quantizer_options: dict[str, Any] | None = None
     projection: str = "attention"
     projection_heads: int | None = None
     projection_causal: bool = False
@@ -183,6 +187,30 @@ _POSITIVE = (
     "text_vocab_size",
     "text_context_length",
 )
+
+
+def entry_of(table: Mapping[str, Entry], table_name: str, field: str, name: str) -> Entry:
+    """The entry of a seam's table that a config field names.
+
+    Raises:
+        UserError: there is none; the message names the table.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{field} {name!r} is not known: {table_name} has {', '.join(table)}.{hint}")
+
+
+def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: `options` holds a key that the entry `name` of a seam does not take.
+    """
+    for key in options:
+        if key not in allowed:
+            hint = did_you_mean(key, allowed) if allowed else " It takes none."
+            raise UserError(f"{field}_options.{key} is not an option of {field} {name!r}.{hint}")
 
 
 def _pair(values: Sequence[int], first: int | None = None, last: int | None = None) -> list[int]:

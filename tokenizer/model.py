@@ -4,7 +4,6 @@ B batch, N visual tokens per image (registers first), K sub-codebooks, V entries
 one code, D model width, E width of the joint image-text space, T text positions.
 """
 
-import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -23,11 +22,12 @@ from .config import UniTokConfig
 from .convert import read_published_tokenizer
 from .decoders.vitamin import ViTaminDecoder
 from .encoders.vitamin import ViTaminEncoder
+from .fingerprint import fingerprint
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
 from .projection import build_projection
-from .quantizers.multi_codebook import MultiCodebookQuantizer
+from .quantizers import build_quantizer
 from .text_tower import TextEncoder
 
 PUBLISHED_FILE = "unitok_tokenizer.pth"
@@ -57,14 +57,13 @@ class UniTok(PreTrainedModel):
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
-        width, latent, heads = config.hidden_size, config.latent_dim, config.num_projection_heads
-        causal = config.projection_causal
+        quantizer = build_quantizer(config)
+        width, latent = config.hidden_size, quantizer.latent_dim
+        projection = {"heads": config.num_projection_heads, "causal": config.projection_causal}
         self.encoder = ViTaminEncoder(config)
-        self.down_projection = build_projection(config.projection, width, latent, heads, causal)
-        self.quantizer = MultiCodebookQuantizer(
-            config.num_codebooks, config.codebook_size, config.codebook_dim
-        )
-        self.up_projection = build_projection(config.projection, latent, width, heads, causal)
+        self.down_projection = build_projection(config.projection, width, latent, **projection)
+        self.quantizer = quantizer
+        self.up_projection = build_projection(config.projection, latent, width, **projection)
         self.decoder = ViTaminDecoder(config)
         self.image_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.image_projection = nn.Linear(width, config.embed_dim)
@@ -154,15 +153,16 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: see `decode`.
         """
-        books, entries = self.config.num_codebooks, self.config.codebook_size
+        sizes = self.quantizer.code_sizes
         registers = self.config.num_register_tokens
-        if codes.dim() != 3 or codes.shape[2] != books or codes.is_floating_point():
+        if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.is_floating_point():
             raise UserError(
-                f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; integers of shape "
-                f"(images, visual tokens, {books} sub-codebooks) are needed."
+                f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of shape "
+                f"(images, visual tokens, {len(sizes)} sub-codebooks)."
             )
-        if codes.numel() and (int(codes.min()) < 0 or int(codes.max()) >= entries):
-            raise UserError(f"codes run from {codes.min()} to {codes.max()}; 0 to {entries - 1} are allowed.")
+        if codes.numel() and (codes.min() < 0 or (codes >= torch.tensor(sizes, device=codes.device)).any()):
+            allowed = f"0 to {sizes[0] - 1}" if len(set(sizes)) == 1 else f"0 to {sizes} minus 1"
+            raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
         tokens = codes.shape[1] - registers
         if grid is None:
             side = math.isqrt(max(tokens, 0))
@@ -179,16 +179,8 @@ class UniTok(PreTrainedModel):
         return int(grid[0]), int(grid[1])
 
     def fingerprint(self) -> str:
-        """Hex sha256 over all that decides the codes: encoder, down projection, codebooks (as float32)."""
-        digest = hashlib.sha256()
-        tensors = {f"encoder.{name}": t for name, t in self.encoder.state_dict().items()}
-        tensors |= {f"down_projection.{name}": t for name, t in self.down_projection.state_dict().items()}
-        tensors["codebooks"] = self.quantizer.codebooks
-        for name in sorted(tensors):
-            tensor = tensors[name].detach().float().cpu().contiguous()
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
-        return digest.hexdigest()
+        """Hex sha256 of all that decides the codes: encoder, down projection and quantiser, as float32."""
+        return fingerprint(self)
 
     @classmethod
     def from_pretrained(

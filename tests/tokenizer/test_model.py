@@ -74,13 +74,13 @@ def test_wrong_pixels(model):
 
 def test_wrong_codes(model):
     codes = torch.zeros(1, 16, 4, dtype=torch.int64)
-    with pytest.raises(UserError, match="codes run from 0 to 64; 0 to 63 are allowed"):
+    with pytest.raises(UserError, match="codes range from 0 to 64; allowed: 0 to 63"):
         model.decode(codes.index_fill(1, torch.tensor(3), 64))
-    with pytest.raises(UserError, match="codes run from -1 to 0"):
+    with pytest.raises(UserError, match="codes range from -1 to 0"):
         model.decode(codes.index_fill(1, torch.tensor(3), -1))
     with pytest.raises(UserError, match=r"shape \(1, 4, 16\).*4 sub-codebooks"):
         model.decode(codes.transpose(1, 2))
-    with pytest.raises(UserError, match=r"float32; integers"):
+    with pytest.raises(UserError, match=r"float32; expected integers"):
         model.decode(codes.float())
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from open_unitok.tokenizer.quantizers import multi_codebook as module
+from open_unitok.tokenizer.quantizers import base
 from open_unitok.tokenizer.quantizers.multi_codebook import MultiCodebookQuantizer
 
 
@@ -31,13 +31,13 @@ def test_blocks_change_nothing(quantizer, monkeypatch):
         return [out.codes, *out.losses.values(), latents.grad.clone(), quantizer.codebooks.grad.clone()]
 
     whole = everything()
-    monkeypatch.setattr(module, "SIMILARITY_BLOCK", 32 * 3)  # three rows at a time
+    monkeypatch.setattr(base, "SIMILARITY_BLOCK", 32 * 3)  # three rows at a time
     for one, other in zip(whole, everything(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3 * other.abs().max().item())
 
 
 def test_one_block_of_similarities_at_a_time(quantizer, monkeypatch):
-    monkeypatch.setattr(module, "SIMILARITY_BLOCK", 32 * 5)
+    monkeypatch.setattr(base, "SIMILARITY_BLOCK", 32 * 5)
     largest = 0
 
     class Watch(torch.overrides.TorchFunctionMode):

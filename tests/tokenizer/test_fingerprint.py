@@ -1,0 +1,27 @@
+"""The fingerprint: pinned values, and what it depends on."""
+
+import pytest
+import torch
+
+from open_unitok.core.files import SHIPPED_MODELS
+from open_unitok.tokenizer import UniTok
+
+# Of models with seed 0, as computed before quantisers and encoders could be chosen.
+PINNED = {
+    "default": "61a37a4dc3728c5f733606cfa55a8cf93e5328114413f40a363b7ba080eeae26",
+    "registers": "9342c70e07e29a7327e7e5b10e74e2942a031107a4fdf2968cbfdeb3854b4140",
+    "linear": "0dc452f1530790d4abd2fe88b79c324d21606005962c0f0227744477adbb9410",
+}
+CHANGES = {"default": {}, "registers": {"num_register_tokens": 3}, "linear": {"projection": "linear"}}
+
+
+def test_the_shipped_tokenizer_keeps_its_fingerprint():
+    model = UniTok.from_pretrained(SHIPPED_MODELS / "scenes" / "unitok")
+    assert model.fingerprint() == "e7be7719c83e9b18524b55b0aa19331f6f83be48f46a9d3b55f0bb9a9740f189"
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_seeded_models_keep_their_fingerprint(tiny_config, name):
+    torch.manual_seed(0)
+    model = UniTok(tiny_config(**CHANGES[name]))
+    assert model.fingerprint() == PINNED[name]

@@ -1,0 +1,37 @@
+"""The fingerprint of a tokenizer: code shards and MLLM folders carry it, and a mismatch is rejected.
+
+Without it a changed tokenizer would train an MLLM on stale codes and raise no error.
+"""
+
+import hashlib
+import json
+
+from torch import nn
+
+# Part of the model -> what its tensors' names begin with in the hash. Fixed for ever: files of codes and MLLM
+# folders hold hashes of these names. A part may be renamed in the code, but not here.
+_PREFIXES = {"encoder": "encoder.", "down_projection": "down_projection.", "quantizer": ""}
+
+# Options of the config that decide codes without a trace in any tensor, with the published UniTok's values.
+# They are hashed only where they differ: files from before an option existed keep their fingerprint.
+_DEFAULTS = {"quantizer": "multi_codebook", "quantizer_options": None}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hex sha256 of all that decides the codes of a `UniTok`: tensors as float32, and options."""
+    digest = hashlib.sha256()
+    tensors = {}
+    for part, prefix in _PREFIXES.items():
+        module = model.get_submodule(part)
+        # A quantiser also has statistics, which decide nothing; it names what does.
+        found = module.fingerprint_tensors() if part == "quantizer" else module.state_dict()  # pyright: ignore
+        tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().float().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+    for option, default in _DEFAULTS.items():
+        value = getattr(model.config, option) or None
+        if value != default:
+            digest.update(f"{option} = {json.dumps(value, sort_keys=True)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,163 @@
+"""The interface of every quantiser: latents to codes and back.
+
+B batch, N visual tokens, K codes per token, V entries of a code, C width of one row of the code table.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from open_unitok.core.errors import UserError
+
+from ..token_layout import TokenLayout
+
+SIMILARITY_BLOCK = 2**24  # most similarities held at a time: 64 MiB of float32
+WriteRows = Callable[[nn.Parameter, Tensor, Tensor], object]
+
+
+class QuantizerOutput(NamedTuple):
+    """Result of `Quantizer.forward`."""
+
+    quantised: Tensor  # (B, N, latent_dim) float32; gradients pass straight through to the latents
+    codes: Tensor  # (B, N, K) int64
+    losses: dict[str, Tensor]  # scalars by name; the training config has a weight of the same name for each
+    usage: Tensor  # (K,) float32: per cent of the entries that this batch uses
+
+
+class Quantizer(nn.Module):
+    """Base class. A new quantiser is one file with a subclass and one entry of `QUANTIZERS`.
+
+    `QUANTIZERS[name](num_codebooks, codebook_size, codebook_dim, **quantizer_options)` builds it from the
+    config's fields. A subclass implements `forward`, `encode`, `embed` and `split`, and sets `row_norm`; one
+    that keeps its rows in `codebooks` inherits the rest.
+
+    Attributes:
+        latent_dim: width of the latents it quantises.
+        code_sizes: V of each of the K codes of a token.
+        row_norm: what `embed` does to rows of `code_table()`: "unit" scales each to unit norm, "blocks" each
+            of several equal parts of a row, "none" nothing.
+        reads, generates: whether an MLLM can read its codes as input, and can generate them.
+        codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
+        usage, calls: running frequency (K, V) of the entries and the number of training batches in it.
+        average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
+            sets it, so that losses and usage refer to the global batch.
+    """
+
+    row_norm: ClassVar[Literal["unit", "blocks", "none"]]
+    reads: ClassVar[bool] = True
+    generates: ClassVar[bool] = True
+
+    latent_dim: int
+    code_sizes: list[int]
+    codebooks: nn.Parameter | None
+    usage: Tensor
+    calls: Tensor
+
+    def __init__(self, code_sizes: Sequence[int], latent_dim: int) -> None:
+        super().__init__()
+        self.code_sizes, self.latent_dim = list(code_sizes), latent_dim
+        self.register_buffer("usage", torch.zeros(len(code_sizes), max(code_sizes, default=0)))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_parameter("codebooks", None)
+        self.average_over_ranks: Callable[[Tensor], Tensor] | None = None
+
+    def init_weights(self) -> None:
+        init.zeros_(self.usage)
+        init.zeros_(self.calls)
+
+    @abstractmethod
+    def forward(self, latents: Tensor, entropy: bool = False) -> QuantizerOutput:
+        """Quantise (B, N, latent_dim) latents with gradients; `entropy` adds an entropy loss."""
+
+    @abstractmethod
+    def encode(self, latents: Tensor) -> Tensor:
+        """(B, N, latent_dim) latents -> (B, N, K) int64 codes, without losses and statistics."""
+
+    @abstractmethod
+    def embed(self, codes: Tensor) -> Tensor:
+        """(..., K) codes -> (..., latent_dim) float32, unchecked; read by pixel decoder and image head."""
+
+    @abstractmethod
+    def split(self, latents: Tensor) -> Tensor:
+        """(..., latent_dim) latents -> (..., K, C): what rows are compared with, and reset to."""
+
+    def num_tokens(self, layout: TokenLayout) -> int:
+        """N of an image with this layout; a multi-scale quantiser has more than the grid."""
+        return layout.num_tokens
+
+    def code_table(self) -> Tensor | None:
+        """(K, max V, C) float32 rows as stored, padded with zeros.
+
+        `embed` is a lookup in it, normalised by `row_norm` and concatenated over K; None where it is not.
+        """
+        return None if self.codebooks is None else self.codebooks.detach().float()
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        """The tensors that decide the codes, by their names in the tokenizer's fingerprint."""
+        return dict(self.named_parameters())
+
+    def reset_codes(self, unused: Tensor, rows: Tensor, write: WriteRows | None = None) -> None:
+        """Replace entries of the table.
+
+        Args:
+            unused: (K, V) bool, True where an entry is replaced.
+            rows: (number of True, C) in the order of `unused.nonzero()`, from `split`.
+            write: (parameter, mask, rows) -> None, for parameters that an engine has partitioned; None writes
+                in place.
+
+        Raises:
+            UserError: this quantiser has no table of rows.
+        """
+        if self.codebooks is None:
+            raise UserError(
+                f"{type(self).__name__} has no codebook rows to initialise or reset: set "
+                "codebooks.init_images and codebooks.reset_after to 0."
+            )
+        if write is not None:
+            write(self.codebooks, unused, rows)
+            return
+        with torch.no_grad():
+            self.codebooks[unused] = rows.to(self.codebooks)
+
+    @torch.no_grad()
+    def track_usage(self, codes: Tensor) -> Tensor:
+        """(K,) per cent of entries that (B, N, K) codes use; in training, update running frequencies."""
+        size = self.usage.shape[1]
+        offsets = torch.arange(len(self.code_sizes), device=codes.device) * size
+        index = (codes + offsets).flatten()
+        count = torch.zeros(self.usage.numel(), device=codes.device).scatter_add_(
+            0, index, torch.ones(index.shape, device=codes.device)
+        )
+        frequency = count.view_as(self.usage) / (codes.shape[0] * codes.shape[1])
+        if self.average_over_ranks is not None:
+            frequency = self.average_over_ranks(frequency)
+        if self.training:
+            # The first batch sets the average; it follows quickly at first and slowly from batch 100 on.
+            early = torch.where(self.calls == 0, 0.0, 0.9)
+            decay = torch.where(self.calls < 100, early, 0.99).to(self.usage.dtype)
+            self.usage.copy_(decay * self.usage + (1 - decay) * frequency)
+            self.calls += 1
+        # An entry counts as used above 1 % of the frequency that uniform use would give it.
+        threshold = torch.tensor([[0.01 / size] for size in self.code_sizes], device=codes.device)
+        sizes = torch.tensor(self.code_sizes, device=codes.device)
+        return 100 * ((frequency > threshold).float().sum(dim=-1) / sizes)
+
+
+def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Tensor]]:
+    """(book, (R, C) rows of that book), of (B, N, K, C) features: each block's (R, V) similarities fit into
+    `SIMILARITY_BLOCK` numbers."""
+    by_book = features.flatten(0, 1).transpose(0, 1).contiguous()  # (K, B*N, C)
+    step = max(SIMILARITY_BLOCK // num_entries, 1)
+    for book, rows in enumerate(by_book):
+        for block in rows.split(step):
+            yield book, block
+
+
+def code_dtype(code_sizes: Sequence[int]) -> np.dtype:
+    """The integer type that stores codes in files: uint16 up to 65,536 entries, uint32 above."""
+    return np.dtype(np.uint16 if max(code_sizes) <= 1 << 16 else np.uint32)

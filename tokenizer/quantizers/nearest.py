@@ -1,0 +1,75 @@
+"""Vector quantisation by Euclidean distance without normalisation (VQ-VAE, arXiv 1711.00937), in K chunks.
+
+B batch, N visual tokens, K codebooks, V entries per codebook, C width of one code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+
+from open_unitok.core.errors import UserError
+
+from ..precision import exact_float32
+from .base import Quantizer, QuantizerOutput, blocks_of_rows
+
+
+class NearestQuantizer(Quantizer):
+    """Nearest entry in each of K codebooks, rows as stored.
+
+    Args:
+        commitment: weight of pulling latents to codes, relative to pulling codes to latents.
+    """
+
+    row_norm = "none"
+    codebooks: nn.Parameter
+
+    def __init__(
+        self, num_codebooks: int, codebook_size: int, codebook_dim: int, commitment: float = 0.25
+    ) -> None:
+        super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
+        self.commitment = commitment
+        self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        init.normal_(self.codebooks)
+
+    def forward(self, latents: torch.Tensor, entropy: bool = False) -> QuantizerOutput:
+        if entropy:
+            raise UserError("quantizer 'nearest' has no entropy loss: set losses.entropy to 0.")
+        with exact_float32(latents.device):
+            chunks = self.split(latents)
+            codes = self._search(chunks)
+            rows = self._rows(codes)
+            commitment, codebook = F.mse_loss(chunks, rows.detach()), F.mse_loss(rows, chunks.detach())
+            quantised = ((rows - chunks).detach() + chunks).flatten(-2)  # straight-through estimator
+            losses = {"vq": self.commitment * commitment + codebook}
+            return QuantizerOutput(quantised, codes, losses, self.track_usage(codes))
+
+    @torch.no_grad()
+    def encode(self, latents: torch.Tensor) -> torch.Tensor:
+        with exact_float32(latents.device):
+            return self._search(self.split(latents))
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        return self._rows(codes).flatten(-2)
+
+    def split(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.float().unflatten(-1, (self.codebooks.shape[0], -1))
+
+    def _rows(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.stack(
+            [F.embedding(codes[..., k], book) for k, book in enumerate(self.codebooks)], dim=-2
+        )
+
+    @torch.no_grad()
+    def _search(self, chunks: torch.Tensor) -> torch.Tensor:
+        """(B, N, K, C) -> (B, N, K)."""
+        # |x - e|^2 = |x|^2 - 2 x e + |e|^2, of which |x|^2 is equal for all entries
+        norms = self.codebooks.square().sum(dim=-1)  # (K, V)
+        blocks = blocks_of_rows(chunks, norms.shape[1])
+        found = [(norms[k] - 2 * block @ self.codebooks[k].T).argmin(dim=-1) for k, block in blocks]
+        batch, length, books, _ = chunks.shape
+        return torch.cat(found).view(books, batch, length).permute(1, 2, 0).contiguous()
