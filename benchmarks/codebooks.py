@@ -1,11 +1,11 @@
-"""The paper's central ablation in small: the same number of entries, as one codebook or as several (arXiv
-2502.20321, section 4.3).  Ten minutes on 2 free CPU cores, half an hour on busy ones:
+"""The paper's central ablation in small: equally many entries as one codebook or as several sub-codebooks
+(arXiv 2502.20321, section 4.3). About 10 minutes on 2 idle CPU cores, 30 on busy ones:
 
     python benchmarks/codebooks.py [--out runs/codebooks] [--steps 1000] [--books 1 2 4 8]
 
-Each row is a training of configs/tokenizer/codebooks.yaml on scenes, measured by `unitok eval run
-reconstruction` on scenes that no training shows. Run again after a stop, it goes on. Beside the error stand
-the bits that a visual token takes, for part of the gain is rate.
+Each row trains configs/tokenizer/codebooks.yaml on scenes and evaluates `unitok eval run reconstruction` on
+test scenes. An interrupted run resumes. The table also has the bits per visual token, as part of the gain in
+quality is a higher rate.
 """
 
 import argparse
@@ -17,35 +17,35 @@ from open_unitok.cli import main as cli
 from open_unitok.core.files import read_json, write_atomic
 
 CONFIG = "configs/tokenizer/codebooks.yaml"
-ENTRIES, WIDTH = 512, 32  # of all sub-codebooks together
+ENTRIES, WIDTH = 512, 32  # over all sub-codebooks: entries, and numbers per visual token
 HEAD = ("sub-codebooks x entries", "bits per visual token", "PSNR (dB)", "RMS error (of 255)", "usage (%)")
 
 
 def main() -> None:
-    """Make the scenes, train, measure, print."""
+    """Make the scenes, train, evaluate, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/codebooks"), help="folder of all runs")
-    parser.add_argument("--steps", type=int, default=1000, help="of each training")
+    parser.add_argument("--steps", type=int, default=1000, help="steps of each training run")
     parser.add_argument("--books", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of sub-codebooks")
-    parser.add_argument("--scenes", type=int, default=4000, help="images to train on")
+    parser.add_argument("--scenes", type=int, default=4000, help="number of training images")
     args = parser.parse_args()
     for books in args.books:
         if WIDTH % books or ENTRIES % books:
-            parser.error(f"--books {books}: {WIDTH} and {ENTRIES} are not multiples of it")
+            parser.error(f"--books {books}: expected a divisor of {WIDTH} and of {ENTRIES}")
     if not (args.out / "data" / "scenes.json").exists():
         cli.run(["data", "scenes", "--config", "configs/demo/scenes.yaml", "--out", str(args.out / "data"),
                  "--train", str(args.scenes), "--test", "500"])  # fmt: skip
-    rows = [measure(args.out, books, args.steps) for books in args.books]
-    write_atomic(args.out / "results.json", json.dumps(rows, indent=2) + "\n")
-    table = [HEAD, ("---",) * len(HEAD), *[tuple(shown(row)) for row in rows]]
+    results = [train_and_evaluate(args.out, books, args.steps) for books in args.books]
+    write_atomic(args.out / "results.json", json.dumps(results, indent=2) + "\n")
+    table = [HEAD, ("---",) * len(HEAD), *[tuple(table_row(result)) for result in results]]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in table))
 
 
-def measure(out: Path, books: int, steps: int) -> dict:
-    """Train with `books` sub-codebooks, unless that is done, and measure what the folder on disk rebuilds."""
+def train_and_evaluate(out: Path, books: int, steps: int) -> dict:
+    """Train with `books` sub-codebooks, unless finished before, and evaluate the saved model."""
     run, data = out / f"k{books}", out / "data"
     size = ENTRIES // books
-    changes = {
+    overrides = {
         "out": run,
         "steps": steps,
         "data.sources": f"[{{path: '{data}/train/*.tar'}}]",
@@ -54,7 +54,7 @@ def measure(out: Path, books: int, steps: int) -> dict:
         "model.codebook_size": size,
         "model.codebook_dim": WIDTH // books,
     }
-    cli.run(["train", CONFIG, *[f"{key}={value}" for key, value in changes.items()]])
+    cli.run(["train", CONFIG, *[f"{key}={value}" for key, value in overrides.items()]])
     cli.run(["eval", "run", "reconstruction", "--model", str(run / "model"), "--data", str(data / "test"),
              "--out", str(run / "eval")])  # fmt: skip
     found = read_json(run / "eval" / "reconstruction" / "results.json")
@@ -69,14 +69,14 @@ def measure(out: Path, books: int, steps: int) -> dict:
     }
 
 
-def shown(row: dict) -> list[str]:
-    """The cells of one row."""
-    usage = row["usage"]
+def table_row(result: dict) -> list[str]:
+    """The cells of one row, in the order of HEAD."""
+    usage = result["usage"]
     return [
-        f"{row['sub_codebooks']} x {row['entries']}",
-        f"{row['bits_per_token']:.0f}",
-        f"{row['psnr']:.2f}",
-        f"{row['rms_error']:.1f}",
+        f"{result['sub_codebooks']} x {result['entries']}",
+        f"{result['bits_per_token']:.0f}",
+        f"{result['psnr']:.2f}",
+        f"{result['rms_error']:.1f}",
         f"{100 * sum(usage) / len(usage):.0f} (worst {100 * min(usage):.0f})",
     ]
 

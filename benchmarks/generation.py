@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from generation_plain import plain_loop
+from generation_baseline import plain_loop
 
 PROMPT, FREE = list(range(10, 30)), [1, 5, 6, 3]
 GUIDANCE = 5.0

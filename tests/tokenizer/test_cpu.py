@@ -65,18 +65,18 @@ def test_bfloat16_by_every_way(model, monkeypatch, way):
     assert names == {("linear", way), ("conv2d", way), ("conv_transpose2d", way)}
 
 
-def test_equals_the_plain_version_of_the_benchmark(model, monkeypatch):
+def test_equals_the_baseline_of_the_benchmark(model, monkeypatch):
     path = Path(__file__).parents[2] / "benchmarks" / "tokenizer.py"
     monkeypatch.syspath_prepend(path.parent)
     spec = importlib.util.spec_from_file_location("benchmark_tokenizer", path)
     assert spec is not None and spec.loader is not None
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
     codes = model.encode(pixels())
-    assert torch.equal(plain.plain_encode(model, pixels()), codes)
-    copies = plain.plain_decode(model, codes, (4, 4))
-    torch.testing.assert_close(model.decode(codes), copies, rtol=0, atol=2e-5)
-    flops = plain.operations(model.config, 64)
+    assert torch.equal(benchmark.baseline_encode(model, pixels()), codes)
+    expected = benchmark.baseline_decode(model, codes, (4, 4))
+    torch.testing.assert_close(model.decode(codes), expected, rtol=0, atol=2e-5)
+    flops = benchmark.count_operations(model.config, 64)
     assert 1e6 < flops["encode"] < flops["decode"] < 1e9
 
 

@@ -1,0 +1,81 @@
+"""What the benchmarks share: device names, timing, parts in processes of their own, files of results."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def processor_name() -> str:
+    """Name, family and model of the processor, with the vector instructions that torch uses.
+
+    Virtual machines often hide the product name, and the same name comes with and without AVX-512.
+    """
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return f"{name} {model} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def device_name(device: str | torch.device) -> str:
+    """The GPU's name, or the processor's."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+
+
+def result_file(benchmark: str, device: str, folder: Path = RESULTS) -> Path:
+    """FOLDER/BENCHMARK-DEVICE.json."""
+    return folder / f"{benchmark}-{re.sub(r'[^A-Za-z0-9]+', '-', device).strip('-')}.json"
+
+
+def measure_seconds(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Wall-clock seconds of one call, GPU work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best_seconds(work: Callable[[], Any], repeats: int = 3, device: str = "cpu") -> float:
+    """The fastest of some calls: other load on the machine only ever adds time."""
+    return min(measure_seconds(work, device) for _ in range(repeats))
+
+
+def run_isolated(script: str, *arguments: str) -> Any:
+    """JSON from the last line of a script run in its own process: peak memory is then its own, too."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def load_average() -> float:
+    """Processes that wanted a core in the last minute: results above the number of cores are suspect."""
+    return round(os.getloadavg()[0], 1)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """The results in a file, or none where it does not exist yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_results(path: Path, results: Mapping[str, Any]) -> None:
+    """One line per entry, so that a new measurement is a small diff."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in results.items())
+    path.write_text(f"{{\n{lines}\n}}\n")
