@@ -9,8 +9,8 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, read_json, write_json, write_jsonl
 
 from .core import generated_images
-from .core.harness import Benchmark, Row, Scoring, Settings, Store, Task, always, answer_all
-from .core.results import check_complete, describe_run, open_run, result_of
+from .core.harness import Benchmark, Record, Scoring, Settings, Store, Task, always, answer_samples
+from .core.results import build_result, check_complete, open_run_dir, run_metadata
 from .generation import dpg_bench, genai_bench, geneval, imagenet_generation, mjhq, positions
 from .judges import detections
 from .metrics import image_quality
@@ -65,7 +65,7 @@ TOKENIZER: dict[str, Benchmark] = {
 GENERATION: dict[str, Benchmark] = {
     "geneval": Benchmark(
         "do drawings show the objects, number, colours and places of their prompts",
-        "drawer",
+        "generator",
         geneval.load_geneval,
         detections.worker,
         geneval.score_geneval,
@@ -75,7 +75,7 @@ GENERATION: dict[str, Benchmark] = {
     ),
     "positions": Benchmark(
         "one object of a colour at a named place (scenes)",
-        "drawer",
+        "generator",
         positions.load_positions,
         detections.worker,
         positions.score_positions,
@@ -84,7 +84,7 @@ GENERATION: dict[str, Benchmark] = {
     ),
     "genai_bench": Benchmark(
         "VQAScore of drawings, by skill (GenAI-Bench)",
-        "drawer",
+        "generator",
         genai_bench.load_genai,
         generated_images.worker,
         genai_bench.score_genai,
@@ -94,7 +94,7 @@ GENERATION: dict[str, Benchmark] = {
     ),
     "dpg_bench": Benchmark(
         "questions about drawings of dense prompts (DPG-Bench)",
-        "drawer",
+        "generator",
         dpg_bench.load_dpg,
         generated_images.worker,
         dpg_bench.score_dpg,
@@ -104,7 +104,7 @@ GENERATION: dict[str, Benchmark] = {
     ),
     "mjhq": Benchmark(
         "FID of drawings against MJHQ-30K",
-        "drawer",
+        "generator",
         mjhq.load_mjhq,
         generated_images.worker,
         mjhq.score_mjhq,
@@ -114,7 +114,7 @@ GENERATION: dict[str, Benchmark] = {
     ),
     "imagenet_generation": Benchmark(
         "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
-        "drawer",
+        "generator",
         imagenet_generation.load_classes,
         generated_images.worker,
         imagenet_generation.score_classes,
@@ -128,20 +128,20 @@ GENERATION: dict[str, Benchmark] = {
 BENCHMARKS: dict[str, Benchmark] = {**TOKENIZER, **UNDERSTANDING, **GENERATION}
 
 
-def named(name: str) -> Benchmark:
+def find_benchmark(name: str) -> Benchmark:
     """The benchmark of that name, or a UserError with what there is."""
     if name not in BENCHMARKS:
         raise UserError(f"There is no benchmark {name!r}." + did_you_mean(name, BENCHMARKS))
     return BENCHMARKS[name]
 
 
-def data_of(data: str | Path, name: str) -> Path:
+def benchmark_data(data: str | Path, name: str) -> Path:
     """The folder of one benchmark: DATA/NAME if there is such a folder, else DATA itself."""
     data = existing(data)
     return data / name if (data / name).is_dir() else data
 
 
-def present(data: str | Path) -> list[str]:
+def detect_benchmarks(data: str | Path) -> list[str]:
     """The names of the benchmarks whose files lie in `data`.
 
     Raises:
@@ -150,20 +150,20 @@ def present(data: str | Path) -> list[str]:
     names = [
         name
         for name, benchmark in BENCHMARKS.items()
-        if any(next(data_of(data, name).glob(pattern), None) for pattern in benchmark.files)
+        if any(next(benchmark_data(data, name).glob(pattern), None) for pattern in benchmark.files)
     ]
     if not names:
         raise UserError(f"{data} holds the files of no benchmark; eval/README.md says what each one needs.")
     return names
 
 
-def settled(name: str, scoring: Scoring) -> Scoring:
+def resolve_scorer(name: str, scoring: Scoring) -> Scoring:
     """`scoring` with the scorer's name filled in.
 
     Raises:
         UserError: the benchmark has no scorer of that name.
     """
-    allowed = named(name).scorers
+    allowed = find_benchmark(name).scorers
     if scoring.scorer and scoring.scorer not in allowed:
         raise UserError(f"{name}: scorer is {scoring.scorer!r}." + did_you_mean(scoring.scorer, allowed))
     return replace(scoring, scorer=scoring.scorer or allowed[0])
@@ -178,18 +178,18 @@ def run_benchmark(
     batch_size: int | None = None,
     scoring: Scoring = SCORING,
     quiet: bool = False,
-) -> Row | None:
+) -> Record | None:
     """Answer what is still open, then score; a finished run is only read.
 
     `model` needs `describe()` and the methods that the benchmark calls (see `models.Model`); the answers lie
     in `out`. Several processes share the questions; the main one scores and gets the result, the others None.
     """
-    benchmark, data, out = named(name), data_of(data, name), Path(out)
-    settled(name, scoring)
+    benchmark, data, out = find_benchmark(name), benchmark_data(data, name), Path(out)
+    resolve_scorer(name, scoring)
     task = benchmark.load(data, settings)
-    open_run(out, describe_run(name, settings, model.describe(), data))
+    open_run_dir(out, run_metadata(name, settings, model.describe(), data))
     store, work = Store(out, name), benchmark.work(data, settings)
-    answer_all(
+    answer_samples(
         store,
         task.samples,
         lambda batch: work(model, batch, out, task),
@@ -197,14 +197,14 @@ def run_benchmark(
         quiet,
     )
     if benchmark.look:
-        rows = store.gather(task.samples).rows
-        benchmark.look(task, rows, out, settled(name, scoring), getattr(model, "device", "cpu"), quiet)
+        rows = store.gather(task.samples).records
+        benchmark.look(task, rows, out, resolve_scorer(name, scoring), getattr(model, "device", "cpu"), quiet)
     return score_run(out, scoring=scoring, task=task) if distributed.is_main() else None
 
 
 def score_run(
     folder: str | Path, partial: bool = False, scoring: Scoring = SCORING, task: Task | None = None
-) -> Row:
+) -> Record:
     """Score the answers in `folder` from files alone, and write `results.json` and `scores.jsonl`.
 
     Raises:
@@ -214,17 +214,17 @@ def score_run(
     run = read_json(
         existing(folder / "run.json", "`unitok eval run` writes it; give the folder of one benchmark.")
     )
-    benchmark = named(run["benchmark"])
-    scoring = settled(run["benchmark"], scoring)
+    benchmark = find_benchmark(run["benchmark"])
+    scoring = resolve_scorer(run["benchmark"], scoring)
     if task is None:
         task = benchmark.load(existing(run["data"]), Settings(**run["settings"]))
     answers = Store(folder, run["benchmark"]).gather(task.samples)
     problems = check_complete(answers, task.samples, folder, partial)
-    scored = benchmark.score(task, answers.rows, folder, run, scoring)
-    result = result_of(run, task, answers, scored, problems, scoring)
+    scored = benchmark.score(task, answers.records, folder, run, scoring)
+    result = build_result(run, task, answers, scored, problems, scoring)
     if benchmark.submit:
         result["submission"] = [
-            p.name for p in benchmark.submit(task, answers.rows, folder, Path(run["data"]))
+            p.name for p in benchmark.submit(task, answers.records, folder, Path(run["data"]))
         ]
     write_jsonl(folder / "scores.jsonl", scored.per_sample)
     write_json(folder / "results.json", result)

@@ -12,18 +12,18 @@ RESAMPLES = 1000
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def mean_of(sums: np.ndarray) -> np.ndarray:
+def mean_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 2) sums of value and of 1 -> their ratio."""
     return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
 
 
-def f1_of(sums: np.ndarray) -> np.ndarray:
+def f1_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 3 * c) sums of TP, FP, FN per category -> the mean F1 over categories."""
     tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
     return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(axis=-1)
 
 
-def mean_of_groups(sums: np.ndarray) -> np.ndarray:
+def group_mean_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 2 * g) sums of value and of 1 per group -> the mean of the means of groups that are not empty."""
     value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
     means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
@@ -33,7 +33,7 @@ def mean_of_groups(sums: np.ndarray) -> np.ndarray:
 def bootstrap(
     columns: np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    statistic: Statistic = mean_of,
+    statistic: Statistic = mean_statistic,
     seed: int = 0,
 ) -> list[float] | None:
     """The central 95 % of `statistic` over resampled clusters; None with fewer than two clusters.
@@ -58,11 +58,11 @@ class Difference(NamedTuple):
     p: float | None
 
 
-def paired(
+def paired_bootstrap(
     a: np.ndarray,
     b: np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    statistic: Statistic = mean_of,
+    statistic: Statistic = mean_statistic,
     seed: int = 0,
 ) -> Difference:
     """`statistic` of b minus that of a, (M, S) each, of the same samples: every draw takes both alike.
@@ -110,13 +110,13 @@ def resampled(
     return np.concatenate(values)
 
 
-def with_ones(values: Sequence[float] | np.ndarray) -> np.ndarray:
+def mean_columns(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """(M,) values -> (M, 2) columns for `mean_of`."""
     values = np.asarray(values, dtype=np.float64)
     return np.stack([values, np.ones_like(values)], axis=1)
 
 
-def by_group(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
+def group_mean_columns(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
     """(M,) values and their groups -> (M, 2 * g) columns for `mean_of_groups`."""
     names = list(dict.fromkeys(groups))
     columns = np.zeros((len(values), len(names), 2))

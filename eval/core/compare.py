@@ -10,8 +10,17 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, read_jsonl
 
 from ..understanding import mme, pope
-from .bootstrap import Difference, Statistic, by_group, f1_of, mean_of, mean_of_groups, paired, with_ones
-from .harness import Row
+from .bootstrap import (
+    Difference,
+    Statistic,
+    f1_statistic,
+    group_mean_columns,
+    group_mean_statistic,
+    mean_columns,
+    mean_statistic,
+    paired_bootstrap,
+)
+from .harness import Record
 
 
 class Line(NamedTuple):
@@ -25,21 +34,21 @@ class Line(NamedTuple):
     unit: str
 
 
-def f1_columns(rows: list[Row]) -> np.ndarray:
+def f1_columns(rows: list[Record]) -> np.ndarray:
     """POPE's counts per category."""
     names = list(dict.fromkeys(row["group"] for row in rows))
     return pope.columns([(row["parsed"], row["truth"], row["group"]) for row in rows], names)
 
 
 # What makes a benchmark's main number of its rows: (rows -> columns, sums -> value, unit).
-STATISTICS: dict[str, tuple[Callable[[list[Row]], np.ndarray], Statistic, str]] = {
-    "mean": (lambda rows: with_ones([row["score"] for row in rows]), mean_of, "share"),
+STATISTICS: dict[str, tuple[Callable[[list[Record]], np.ndarray], Statistic, str]] = {
+    "mean": (lambda rows: mean_columns([row["score"] for row in rows]), mean_statistic, "share"),
     "group mean": (
-        lambda rows: by_group([row["score"] for row in rows], [row["group"] for row in rows]),
-        mean_of_groups,
+        lambda rows: group_mean_columns([row["score"] for row in rows], [row["group"] for row in rows]),
+        group_mean_statistic,
         "share",
     ),
-    "f1": (f1_columns, f1_of, "share"),
+    "f1": (f1_columns, f1_statistic, "share"),
     "mme": (mme.columns, mme.total, "points"),
 }
 
@@ -86,7 +95,7 @@ def compare(a: str | Path, b: str | Path) -> list[Line]:
     return lines
 
 
-def counted(path: Path, statistic: str) -> list[Row]:
+def counted(path: Path, statistic: str) -> list[Record]:
     """The rows that make the main number, in order."""
     rows = [
         row
@@ -100,19 +109,23 @@ def counted(path: Path, statistic: str) -> list[Row]:
     return rows
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
+def key_of(row: Record) -> tuple[Any, ...]:
     """What says that two rows are about the same sample."""
     return row["index"], row.get("id"), row.get("question"), row.get("truth") if "question" in row else None
 
 
 def line_of(
-    name: str, rows: list[list[Row]], columns: Callable[[list[Row]], np.ndarray], value: Statistic, unit: str
+    name: str,
+    rows: list[list[Record]],
+    columns: Callable[[list[Record]], np.ndarray],
+    value: Statistic,
+    unit: str,
 ) -> Line:
     """One number of both sides."""
     first, second = (columns(side) for side in rows)
     clusters = [row.get("cluster", row.get("owner", row["index"])) for row in rows[0]]
     a, b = (float(value(side.sum(axis=0))) for side in (first, second))
-    return Line(name, a, b, paired(first, second, clusters, value), len(rows[0]), unit)
+    return Line(name, a, b, paired_bootstrap(first, second, clusters, value), len(rows[0]), unit)
 
 
 def table(name: str, lines: list[Line]) -> str:

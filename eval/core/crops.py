@@ -40,7 +40,7 @@ CROPS: dict[str, Callable[[], Callable]] = {
 }
 
 
-def crop_of(name: str) -> Callable:
+def find_crop(name: str) -> Callable:
     """The function of that name, or a UserError with what there is."""
     if name not in CROPS:
         raise UserError(f"crop is {name!r}." + did_you_mean(name, CROPS))

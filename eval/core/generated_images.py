@@ -8,13 +8,13 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
-from .harness import Row, Sample, Settings, Task, Work
+from .harness import Record, Sample, Settings, Task, Work
 
 FORMATS = ("jpg", "png")
 JPEG_QUALITY = 75  # Pillow's default, with which the published drawings were saved
 
 
-def about_drawing(settings: Settings, default: str) -> dict[str, Any]:
+def generation_metadata(settings: Settings, default: str) -> dict[str, Any]:
     """What a result says of how its images came about.
 
     Raises:
@@ -30,25 +30,25 @@ def about_drawing(settings: Settings, default: str) -> dict[str, Any]:
     }
 
 
-def draw(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
+def generate_images(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
     """One uint8 image per sample, or why there is none."""
-    if hasattr(model, "take"):  # drawn elsewhere
-        return model.take(batch)
+    if hasattr(model, "load_batch"):  # drawn elsewhere
+        return model.load_batch(batch)
     try:
-        return [np.asarray(p) for p in model.draw([s.prompt for s in batch], [s.seed for s in batch])]
+        return [np.asarray(p) for p in model.generate([s.prompt for s in batch], [s.seed for s in batch])]
     except UserError as error:
         if len(batch) == 1:
             return [str(error)]
-        return [draw(model, [sample])[0] for sample in batch]  # one of them is to blame: find it
+        return [generate_images(model, [sample])[0] for sample in batch]  # one of them is to blame: find it
 
 
-def save_drawings(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+def save_generated_images(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Draw a batch and save it below `out/images` under the samples' ids."""
     from PIL import Image
 
-    rows: list[Row] = []
-    kind = task.about["format"]
-    for sample, result in zip(batch, draw(model, batch)):
+    rows: list[Record] = []
+    kind = task.metadata["format"]
+    for sample, result in zip(batch, generate_images(model, batch)):
         if isinstance(result, str):
             rows.append({"error": result})
             continue
@@ -62,16 +62,16 @@ def save_drawings(model: Any, batch: list[Sample], out: Path, task: Task) -> lis
 
 def worker(data: Path, settings: Settings) -> Work:
     """`save_drawings`, whatever the data."""
-    return save_drawings
+    return save_generated_images
 
 
-def require_drawings(task: Task, rows: dict[int, Row], folder: Path) -> None:
+def require_generated_images(task: Task, rows: dict[int, Record], folder: Path) -> None:
     """Raise UserError where there is not one drawing to score."""
     if not any(rows.get(s.index, {}).get("file") for s in task.samples):
         raise UserError(f"{folder}: there is not one drawing, so there is nothing to score.")
 
 
-def per_drawing(task: Task, rows: dict[int, Row]) -> list[Row]:
+def per_drawing(task: Task, rows: dict[int, Record]) -> list[Record]:
     """A row per sample; these benchmarks have no score per image."""
     return [
         {"index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file")}
@@ -79,7 +79,7 @@ def per_drawing(task: Task, rows: dict[int, Row]) -> list[Row]:
     ]
 
 
-class DrawnElsewhere:
+class ExternalImages:
     """Images of another system in a model's place: a folder in the benchmark's layout or an .npz.
 
     With `grid` a prompt's images stand in one file `ID.png`, row by row in 2 x 2 squares of that side, as
@@ -100,7 +100,7 @@ class DrawnElsewhere:
 
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError for a benchmark that does not draw."""
-        if kind != "drawer":
+        if kind != "generator":
             raise UserError(f"{benchmark} needs a model, but {self.path} holds images alone.")
         if self.grid and (benchmark != "dpg_bench" or self.arrays is not None):
             raise UserError("--grid is for DPG-Bench, whose drawings may be a folder of 2 x 2 images.")
@@ -116,7 +116,7 @@ class DrawnElsewhere:
         found = hashlib.sha256(text.encode()).hexdigest()
         return {"path": str(self.path), "kind": "images drawn elsewhere", "fingerprint": found}
 
-    def take(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
+    def load_batch(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
         """The image of each sample: by its place in an array, else by its id and any suffix."""
         from .annotations import read_image
         from .imagenet import SUFFIXES
@@ -133,13 +133,13 @@ class DrawnElsewhere:
                 places = [self.path / f"{name}{suffix}" for suffix in SUFFIXES]
                 path = next((p for p in places if p.exists()), places[0])
                 image = np.asarray(read_image(path))
-                results.append(cell(image, int(number), self.grid, path) if self.grid else image)
+                results.append(grid_cell(image, int(number), self.grid, path) if self.grid else image)
             except UserError as error:
                 results.append(str(error))
         return results
 
 
-def cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
+def grid_cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
     """The number-th of four images, row by row: uint8 (H, W, 3) -> (side, side, 3)."""
     top, left = side * (number // 2), side * (number % 2)
     if number > 3 or image.shape[0] < top + side or image.shape[1] < left + side:
@@ -149,7 +149,7 @@ def cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def drawn_elsewhere(path: str | Path) -> bool:
+def holds_external_images(path: str | Path) -> bool:
     """Whether a path holds images in place of a model."""
     path = Path(path)
     if path.suffix == ".npz":

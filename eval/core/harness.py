@@ -17,9 +17,9 @@ from tqdm import tqdm
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 # the settings of a drawing, which a model folder may name for itself
-DRAWING = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
+SAMPLING_KEYS = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Settings:
     """What shapes the answers of a run; None = the benchmark's own default."""
 
     split: str | None = None
-    recipe: str | None = None  # the words around a question: see `asking.RECIPES`
+    prompt_template: str | None = None  # a name of `annotations.PROMPT_TEMPLATES`
     layout: str | None = None  # "original" or "llava": whose files are read
     max_new_tokens: int | None = None
     images_per_prompt: int | None = None
@@ -74,10 +74,10 @@ class Scoring:
     judge_replay: str = ""  # a file of replies instead of a server
     judge_runs: int = 1
     judge_timeout: float = 60.0
-    lineage: str = ""  # of the Inception network behind FID: see `lineages.LINEAGES`
-    inception: str = ""  # its weight file
+    inception_variant: str = ""  # the Inception network behind FID: see `inception_weights.LINEAGES`
+    inception_weights: str = ""  # its weight file
     reference: str = ""  # real images, or an .npz of their statistics
-    lpips: str = ""  # the weight file of LPIPS
+    lpips_weights: str = ""
     detector_model: str = ""  # a Mask2Former or OWL folder in transformers' layout
     colour_model: str = ""  # a CLIP folder in transformers' layout, which names the colours of boxes
     vqa_model: str = ""  # an image-text folder in transformers' layout
@@ -98,7 +98,7 @@ class Sample(NamedTuple):
     image: Any = None  # a Path, or an `asking.EncodedImage`
     kind: str = ""  # what is to be done, where a benchmark asks for several things
     seed: int = 0
-    broken: str = ""  # why it cannot be asked at all: its annotation is malformed (see `malformed`)
+    malformed: str = ""  # why it cannot be asked at all: its annotation is malformed (see `malformed`)
 
     @property
     def key(self) -> tuple[int, str]:
@@ -112,11 +112,11 @@ class Task(NamedTuple):
 
     samples: list[Sample]
     truth: Any
-    about: dict[str, Any]  # split, recipe, decoding, ...: written into the result
+    metadata: dict[str, Any]  # split, prompt template, decoding, ...: written into the result
     problems: Sequence[str] = ()  # of the files, beyond malformed samples; one line each
 
 
-def malformed(index: int, name: Any, error: object, image: Path | None = None) -> Sample:
+def malformed_sample(index: int, name: Any, error: object, image: Path | None = None) -> Sample:
     """In the place of a malformed annotation: a sample that is never asked and counts as wrong.
 
     Args:
@@ -124,12 +124,12 @@ def malformed(index: int, name: Any, error: object, image: Path | None = None) -
         image: its image where it is known, so that the questions of one image stay together.
     """
     name = name if isinstance(name, str | int) else f"#{index}"
-    return Sample(index, name, "", image, "malformed", broken=str(error))
+    return Sample(index, name, "", image, "malformed", malformed=str(error))
 
 
-def reasons(samples: Sequence[Sample]) -> list[str]:
+def malformed_reasons(samples: Sequence[Sample]) -> list[str]:
     """What is wrong with the malformed annotations, each once however many samples hang on it."""
-    return list(dict.fromkeys(s.broken for s in samples if s.broken))
+    return list(dict.fromkeys(s.malformed for s in samples if s.malformed))
 
 
 class Metric(NamedTuple):
@@ -150,14 +150,14 @@ class Scored(NamedTuple):
 
     metrics: dict[str, Metric]
     details: dict[str, Any]
-    per_sample: list[Row]
+    per_sample: list[Record]
     statistic: str = "mean"
     not_comparable: str = ""  # why the numbers must not stand beside published ones
     problems: Sequence[str] = ()  # what has to be said, one line each
 
 
-Work = Callable[[Any, list[Sample], Path, Task], list[Row]]
-Look = Callable[[Task, dict[int, Row], Path, Scoring, str, bool], None]
+Work = Callable[[Any, list[Sample], Path, Task], list[Record]]
+JudgePass = Callable[[Task, dict[int, Record], Path, Scoring, str, bool], None]
 
 
 @dataclass(frozen=True)
@@ -180,12 +180,12 @@ class Benchmark:
     needs: str
     load: Callable[[Path, Settings], Task]
     work: Callable[[Path, Settings], Work]
-    score: Callable[[Task, dict[int, Row], Path, dict[str, Any], Scoring], Scored]
+    score: Callable[[Task, dict[int, Record], Path, dict[str, Any], Scoring], Scored]
     batch_size: int
     scorers: tuple[str, ...] = ("official",)
     files: tuple[str, ...] = ()
-    submit: Callable[[Task, dict[int, Row], Path, Path], list[Path]] | None = None
-    look: Look | None = None
+    submit: Callable[[Task, dict[int, Record], Path, Path], list[Path]] | None = None
+    look: JudgePass | None = None
 
 
 def always(work: Work) -> Callable[[Path, Settings], Work]:
@@ -196,11 +196,11 @@ def always(work: Work) -> Callable[[Path, Settings], Work]:
 class Answers(NamedTuple):
     """The rows of a run by sample index, and what is not as it should be."""
 
-    rows: dict[int, Row]
+    records: dict[int, Record]
     missing: list[int]
     failed: list[int]  # samples whose row says that they could not be asked, such as an unreadable image
     duplicates: int
-    strangers: int  # rows of samples that this benchmark does not have
+    unknown: int  # records of samples that this benchmark does not have
 
 
 class Store:
@@ -211,7 +211,7 @@ class Store:
         self.own = self.folder / f"answers-{distributed.rank():05d}.jsonl"
         self.looked_at_end = False
 
-    def rows(self) -> Iterator[Row]:
+    def records(self) -> Iterator[Record]:
         """Every row on disk, all ranks' files in order; a last line cut off by a kill is passed over."""
         for path in sorted(self.folder.glob("answers-*.jsonl")):
             with open(path, "rb") as file:  # a kill may have left half a character
@@ -229,9 +229,9 @@ class Store:
 
     def done(self) -> set[tuple[int, str]]:
         """The keys that have an answer."""
-        return {row["key"] for row in self.rows() if row["benchmark"] == self.benchmark}
+        return {row["key"] for row in self.records() if row["benchmark"] == self.benchmark}
 
-    def append(self, samples: Sequence[Sample], fields: Sequence[Row]) -> None:
+    def append(self, samples: Sequence[Sample], fields: Sequence[Record]) -> None:
         """Write one row per sample in one go."""
         lines = []
         for sample, more in zip(samples, fields, strict=True):
@@ -240,7 +240,7 @@ class Store:
             lines.append(json.dumps(row | {"prompt": sample.prompt} | more, ensure_ascii=False) + "\n")
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.own.exists() and not self.looked_at_end:
-            drop_half_line(self.own)
+            truncate_partial_line(self.own)
         self.looked_at_end = True
         with open(self.own, "a", encoding="utf-8") as file:
             file.write("".join(lines))
@@ -248,28 +248,28 @@ class Store:
     def gather(self, samples: Sequence[Sample]) -> Answers:
         """Match the rows with the samples; of rows with one key the first counts."""
         wanted = {sample.key for sample in samples}
-        rows: dict[int, Row] = {}
-        duplicates = strangers = 0
-        for row in self.rows():
+        rows: dict[int, Record] = {}
+        duplicates = unknown = 0
+        for row in self.records():
             if row["benchmark"] != self.benchmark or row["key"] not in wanted:
-                strangers += 1
+                unknown += 1
             elif row["index"] in rows:
                 duplicates += 1
             else:
                 rows[row["index"]] = row
         missing = [sample.index for sample in samples if sample.index not in rows]
         failed = sorted(i for i, row in rows.items() if row.get("error"))
-        return Answers(rows, missing, failed, duplicates, strangers)
+        return Answers(rows, missing, failed, duplicates, unknown)
 
 
-def asked(batch: list[Sample], work: Callable[[list[Sample]], list[Row]]) -> list[Row]:
+def answer_valid(batch: list[Sample], work: Callable[[list[Sample]], list[Record]]) -> list[Record]:
     """The rows of a batch; a malformed sample's says why, without the model."""
-    good = [s for s in batch if not s.broken]
+    good = [s for s in batch if not s.malformed]
     rows = iter(work(good) if good else ())
-    return [{"text": "", "error": s.broken} if s.broken else next(rows) for s in batch]
+    return [{"text": "", "error": s.malformed} if s.malformed else next(rows) for s in batch]
 
 
-def drop_half_line(path: Path) -> None:
+def truncate_partial_line(path: Path) -> None:
     """Cut off what a kill left after the last newline."""
     data = path.read_bytes()
     if not data.endswith(b"\n"):
@@ -277,10 +277,10 @@ def drop_half_line(path: Path) -> None:
             file.truncate(data.rfind(b"\n") + 1)
 
 
-def answer_all(
+def answer_samples(
     store: Store,
     samples: Sequence[Sample],
-    work: Callable[[list[Sample]], list[Row]],
+    work: Callable[[list[Sample]], list[Record]],
     batch_size: int,
     quiet: bool = False,
     whole: bool = False,
@@ -313,7 +313,7 @@ def answer_all(
     with bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            rows = asked(batch, work)
+            rows = answer_valid(batch, work)
             fresh = [(s, row) for s, row in zip(batch, rows, strict=True) if s.key not in done]
             store.append([s for s, _ in fresh], [row for _, row in fresh])
             bar.update(len(batch))

@@ -9,12 +9,12 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 
 from .annotations import read_image
-from .harness import Row, Sample
+from .harness import Record, Sample
 
 
-def open_images(batch: list[Sample]) -> tuple[list[Row], dict[int, Any]]:
+def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Any]]:
     """Rows with an error where an image cannot be read, and the images that can, by place in the batch."""
-    rows: list[Row] = [{} for _ in batch]
+    rows: list[Record] = [{} for _ in batch]
     images = {}
     for i, sample in enumerate(batch):
         try:

@@ -1,7 +1,7 @@
-"""What other models say of a run's images: a pass of its own after drawing, kept apart per model.
+"""Judge passes: a detector, VQA model or metric network runs over a run's images after generation.
 
-The rows of one detector, VQA model or distance lie in `looks/KIND-FINGERPRINT`; `looks/KIND.json` says which
-of them counts. Another model starts another folder, so that nothing is drawn again and two never mix.
+The records of one judge lie in `judge_passes/KIND-FINGERPRINT`; `judge_passes/KIND.json` names the current
+one. Another judge gets its own folder: no image is generated again and the records of two never mix.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,39 +12,39 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, read_jsonl_lenient, write_json
 
-from .annotations import entry, read_image
-from .harness import Answers, Row, Sample, Store, answer_all
+from .annotations import read_image, require_key
+from .harness import Answers, Record, Sample, Store, answer_samples
 
 
-def open_look(out: Path, kind: str, about: dict[str, Any]) -> Path:
+def open_judge_pass(out: Path, kind: str, about: dict[str, Any]) -> Path:
     """The folder for what this model says; from now on it is the one that counts.
 
     Args:
         about: the model; its "fingerprint" tells it from others.
     """
-    folder = out / "looks" / f"{kind}-{about['fingerprint'][:12]}"
+    folder = out / "judge_passes" / f"{kind}-{about['fingerprint'][:12]}"
     if distributed.is_main():
-        write_json(out / "looks" / f"{kind}.json", about | {"folder": folder.name})
+        write_json(out / "judge_passes" / f"{kind}.json", about | {"folder": folder.name})
     distributed.barrier()
     return folder
 
 
-def current(out: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
+def current_judge_pass(out: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
     """The folder that counts and its model, or None where nothing has looked."""
-    path = out / "looks" / f"{kind}.json"
+    path = out / "judge_passes" / f"{kind}.json"
     if not path.exists():
         return None
     about = read_json(path)
-    return out / "looks" / about["folder"], about
+    return out / "judge_passes" / about["folder"], about
 
 
-def look_all(
+def run_judge_pass(
     out: Path,
     kind: str,
     about: dict[str, Any],
     samples: Sequence[Sample],
-    rows: dict[int, Row],
-    work: Callable[[list[Sample], list[Any]], list[Row]],
+    rows: dict[int, Record],
+    work: Callable[[list[Sample], list[Any]], list[Record]],
     batch_size: int,
     quiet: bool = False,
 ) -> None:
@@ -55,8 +55,8 @@ def look_all(
         work: (samples, images) -> what the model says; an image that cannot be read gets a row with why.
     """
 
-    def look(batch: list[Sample]) -> list[Row]:
-        found: list[Row] = [{} for _ in batch]
+    def look(batch: list[Sample]) -> list[Record]:
+        found: list[Record] = [{} for _ in batch]
         images = {}
         for i, sample in enumerate(batch):
             try:
@@ -64,30 +64,32 @@ def look_all(
             except UserError as error:
                 found[i] = {"error": str(error)}
         if images:
-            said = work([batch[i] for i in images], list(images.values()))
-            for i, row in zip(images, said, strict=True):
+            findings = work([batch[i] for i in images], list(images.values()))
+            for i, row in zip(images, findings, strict=True):
                 found[i] = row
         return found
 
-    answer_all(Store(open_look(out, kind, about), kind), samples, look, batch_size, quiet, whole=True)
+    answer_samples(
+        Store(open_judge_pass(out, kind, about), kind), samples, look, batch_size, quiet, whole=True
+    )
 
 
-def looked(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, dict[str, Any]] | None:
+def read_judge_pass(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, dict[str, Any]] | None:
     """The rows of the model that counts and the model, or None where nothing has looked."""
-    found = current(out, kind)
+    found = current_judge_pass(out, kind)
     return None if found is None else (Store(found[0], kind).gather(samples), found[1])
 
 
-def said(answers: Answers) -> tuple[dict[int, Row], list[str]]:
+def judge_findings(answers: Answers) -> tuple[dict[int, Record], list[str]]:
     """What a model said, by index, and a line about the images that it could not be shown."""
-    found = {i: row for i, row in answers.rows.items() if not row.get("error")}
+    found = {i: row for i, row in answers.records.items() if not row.get("error")}
     if not answers.failed:
         return found, []
-    reason = answers.rows[answers.failed[0]]["error"]
+    reason = answers.records[answers.failed[0]]["error"]
     return found, [f"{len(answers.failed)} images could not be looked at, the first because {reason}"]
 
 
-class Findings(NamedTuple):
+class ExternalFindings(NamedTuple):
     """What another tool found: by sample index; whose it is; what has to be said about its file."""
 
     by_index: dict[int, Any]
@@ -95,9 +97,9 @@ class Findings(NamedTuple):
     problems: list[str]
 
 
-def read_findings(
-    path: Path, samples: Sequence[Sample], value: Callable[[Row, str], Any], key: str, unnamed: str
-) -> Findings:
+def read_external_findings(
+    path: Path, samples: Sequence[Sample], value: Callable[[Record, str], Any], key: str, unnamed: str
+) -> ExternalFindings:
     """A file of lines {"index", ..., key: who found it}; a line that cannot be used is counted and named.
 
     Args:
@@ -112,7 +114,7 @@ def read_findings(
     for number, row in enumerate(read_jsonl_lenient(path), 1):
         where = f"{path}, line {number}"
         try:
-            index = entry(row, "index", where)
+            index = require_key(row, "index", where)
             if not isinstance(index, int) or index not in wanted:
                 raise UserError(f"{where}: index {index!r} is no sample of this benchmark.")
             if index in found:
@@ -124,9 +126,9 @@ def read_findings(
     if not found:
         raise UserError(f"{path} holds no line that can be used. {(bad or ['It is empty.'])[0]}")
     problems = [f"{len(bad)} lines of {path.name} cannot be used, the first: {bad[0]}"] if bad else []
-    return Findings(found, ", ".join(sorted(names)), problems)
+    return ExternalFindings(found, ", ".join(sorted(names)), problems)
 
 
-def with_images(samples: Sequence[Sample], rows: dict[int, Row]) -> list[Sample]:
+def samples_with_images(samples: Sequence[Sample], rows: dict[int, Record]) -> list[Sample]:
     """The samples that have an image in the run's folder."""
     return [s for s in samples if rows.get(s.index, {}).get("file")]

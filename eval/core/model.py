@@ -14,22 +14,22 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, model_path, read_json
 
-from .crops import crop_of
-from .harness import DRAWING, Settings
+from .crops import find_crop
+from .harness import SAMPLING_KEYS, Settings
 
 DEFAULTS = Settings()
 DTYPES = ("float32", "bfloat16", "float16")
 TOKENIZER, MLLM = "unitok", "unitok_mllm"
 
 
-class Copies(NamedTuple):
+class Reconstructions(NamedTuple):
     """Images as the tokenizer saw them and gave them back, uint8 (B, H, W, 3), and codes (B, N, K)."""
 
     originals: np.ndarray
-    copies: np.ndarray
+    decoded: np.ndarray
     codes: np.ndarray
     codebook_size: int  # V
-    again: np.ndarray | None = None  # the codes of the copies themselves, if asked for
+    reencoded: np.ndarray | None = None  # the codes of the decoded images, if asked for
 
 
 class Model:
@@ -44,8 +44,8 @@ class Model:
         if settings.dtype not in DTYPES:
             raise UserError(f"dtype is {settings.dtype!r}; allowed: {', '.join(DTYPES)}.")
         if settings.crop is not None:
-            crop_of(settings.crop)
-        self.kind = kind_of(self.folder)
+            find_crop(settings.crop)
+        self.kind = model_kind(self.folder)
         self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
         self._unitok = self._pipeline = self._captions = None
 
@@ -54,7 +54,7 @@ class Model:
         """How it draws; a UserError where a setting is out of range."""
         from open_unitok.generation import Sampling
 
-        return Sampling(**{name: getattr(self.settings, name) for name in DRAWING})
+        return Sampling(**{name: getattr(self.settings, name) for name in SAMPLING_KEYS})
 
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError where a benchmark asks for more than this model can do, or for the impossible."""
@@ -103,11 +103,11 @@ class Model:
         """Images cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1], by the settings' crop first."""
         import torch
 
-        cut, size = crop_of(self.settings.crop or crop), self.unitok.config.image_size
+        cut, size = find_crop(self.settings.crop or crop), self.unitok.config.image_size
         return torch.stack([cut(image, size) for image in images])
 
-    def reconstruct(self, images: Sequence[Image.Image], again: bool = False) -> Copies:
-        """Encode and decode; with `again` encode the 8-bit copies once more."""
+    def reconstruct(self, images: Sequence[Image.Image], reencode: bool = False) -> Reconstructions:
+        """Encode and decode; with `reencode` encode the 8-bit copies once more."""
         import torch
 
         from open_unitok.tokenizer.images import to_uint8
@@ -117,11 +117,11 @@ class Model:
         with torch.inference_mode():
             codes = self.unitok.encode(pixels.to(self.device))
             copies = to_uint8(self.unitok.decode(codes).float())
-            if again:
+            if reencode:
                 second = self.unitok.encode(copies.float() / 127.5 - 1).cpu().numpy()
         channels_last = [p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), copies)]
         size = self.unitok.config.codebook_size
-        return Copies(channels_last[0], channels_last[1], codes.cpu().numpy(), size, second)
+        return Reconstructions(channels_last[0], channels_last[1], codes.cpu().numpy(), size, second)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unit embeddings (B, E); images are cropped as the published zero-shot evaluation crops them."""
@@ -160,12 +160,12 @@ class Model:
         """One short text per image and question, decoded greedily."""
         return self.pipeline.answer(list(images), list(questions), max_new_tokens=max_new_tokens)
 
-    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One image per prompt; its seed alone decides it, not the batch around it."""
         return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))
 
 
-def kind_of(folder: Path) -> str:
+def model_kind(folder: Path) -> str:
     """ "tokenizer" or "mllm"; a published single file is a tokenizer."""
     if folder.is_file():
         return "tokenizer"

@@ -10,8 +10,8 @@ import numpy as np
 
 from open_unitok.core.files import write_atomic
 
-from .bootstrap import bootstrap, with_ones
-from .harness import Metric, Row, Sample
+from .bootstrap import bootstrap, mean_columns
+from .harness import Metric, Record, Sample
 
 
 def cluster_of(sample: Sample) -> str:
@@ -19,20 +19,20 @@ def cluster_of(sample: Sample) -> str:
     return sample.image.name if sample.image is not None else f"#{sample.index}"
 
 
-def named(samples: Sequence[Sample]) -> list[Sample]:
+def submittable(samples: Sequence[Sample]) -> list[Sample]:
     """Those that a submission can name: all but malformed ones whose id cannot be read."""
-    return [s for s in samples if not (s.broken and str(s.id).startswith("#"))]
+    return [s for s in samples if not (s.malformed and str(s.id).startswith("#"))]
 
 
-def sample_row(
+def sample_record(
     sample: Sample,
-    rows: dict[int, Row],
+    rows: dict[int, Record],
     score: float | None,
     truth: Any,
     group: str = "",
     question: str = "",
     **more: Any,
-) -> Row:
+) -> Record:
     """A line of `scores.jsonl`; `score` is None for a sample that does not count."""
     row = rows.get(sample.index, {})
     return {
@@ -43,14 +43,16 @@ def sample_row(
     }  # fmt: skip
 
 
-def share(values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], unit: str = "share") -> Metric:
+def mean_metric(
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], unit: str = "share"
+) -> Metric:
     """The mean of values with its interval; 0 of nothing."""
     values = np.asarray(values, np.float64)
     mean = float(values.mean()) if len(values) else 0.0
-    return Metric(mean, len(values), bootstrap(with_ones(values), clusters) if len(values) else None, unit)
+    return Metric(mean, len(values), bootstrap(mean_columns(values), clusters) if len(values) else None, unit)
 
 
-def shares_by(
+def mean_metrics_by(
     prefix: str,
     groups: Sequence[str],
     values: Sequence[float] | np.ndarray,
@@ -64,7 +66,7 @@ def shares_by(
             places.setdefault(group, []).append(i)
     values = np.asarray(values, np.float64)
     return {
-        f"{prefix}/{group}": share(values[places[group]], [clusters[i] for i in places[group]], unit)
+        f"{prefix}/{group}": mean_metric(values[places[group]], [clusters[i] for i in places[group]], unit)
         for group in sorted(places)
     }
 

@@ -11,10 +11,10 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_json
 
-from .harness import Answers, Row, Sample, Scored, Scoring, Settings, Task, reasons
+from .harness import Answers, Record, Sample, Scored, Scoring, Settings, Task, malformed_reasons
 
 
-def open_run(folder: str | Path, run: dict[str, Any]) -> None:
+def open_run_dir(folder: str | Path, run: dict[str, Any]) -> None:
     """Write `run.json`, or compare with the one that is there: answers of two settings never mix.
 
     Raises:
@@ -56,37 +56,37 @@ def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, pa
             f"{len(answers.missing)} of {len(samples)} samples have no answer, "
             f"for instance number {answers.missing[0]} (counted as wrong)"
         )
-    if answers.strangers:
-        problems.append(f"{answers.strangers} answers belong to no sample of this benchmark (not counted)")
+    if answers.unknown:
+        problems.append(f"{answers.unknown} answers belong to no sample of this benchmark (not counted)")
     if problems and not partial:
         raise UserError(
             f"{folder}: {'; '.join(problems)}. Run the same `unitok eval run` again to complete it, or score "
             "what is there with --partial."
         )
-    empty = sum(not row.get("text", "x") and not row.get("error") for row in answers.rows.values())
+    empty = sum(not row.get("text", "x") and not row.get("error") for row in answers.records.values())
     if empty:
         problems.append(f"{empty} answers are empty (scored as the benchmark's own rule says)")
     if answers.duplicates:
         problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
-    if broken := reasons(samples):
+    if broken := malformed_reasons(samples):
         problems.append(f"{len(broken)} annotations are malformed, the first: {broken[0]} (counted as wrong)")
-    failed = sorted(set(answers.failed) - {s.index for s in samples if s.broken})
+    failed = sorted(set(answers.failed) - {s.index for s in samples if s.malformed})
     if failed:
         problems.append(
-            f"{len(failed)} samples could not be asked, the first because {answers.rows[failed[0]]['error']} "
-            "(counted as wrong)"
+            f"{len(failed)} samples could not be asked, the first because "
+            f"{answers.records[failed[0]]['error']} (counted as wrong)"
         )
     return problems
 
 
-def result_of(
+def build_result(
     run: dict[str, Any], task: Task, answers: Answers, scored: Scored, problems: list[str], scoring: Scoring
-) -> Row:
+) -> Record:
     """The result as it is written: numbers with n and interval, and all that a reader needs to compare."""
     main = next(iter(scored.metrics), None)
     limit = run["settings"].get("limit")
     why_not = scored.not_comparable or (f"only the first {limit} samples" if limit else "")
-    broken = len(reasons(task.samples))
+    broken = len(malformed_reasons(task.samples))
     for count, what in ((len(answers.missing), "answers are missing"), (broken, "annotations are malformed")):
         why_not = why_not or (f"{count} {what}" if count else "")
     return {
@@ -99,15 +99,15 @@ def result_of(
         "malformed": broken,
         "complete": not answers.missing,
         "comparable": not why_not,
-        **({"why not comparable": why_not} if why_not else {}),
+        **({"not_comparable_reason": why_not} if why_not else {}),
         "scorer": scoring.scorer,
-        "split": task.about.get("split"),
-        "recipe": task.about.get("recipe"),
-        "decoding": task.about.get("decoding"),
+        "split": task.metadata.get("split"),
+        "prompt_template": task.metadata.get("prompt_template"),
+        "decoding": task.metadata.get("decoding"),
         "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
         "statistic": scored.statistic,
         "problems": [*problems, *task.problems, *scored.problems],
-        "about": task.about,
+        "about": task.metadata,
         "settings": run["settings"],
         "scoring": asdict(scoring),
         "model": run["model"],
@@ -117,7 +117,7 @@ def result_of(
     }
 
 
-def describe_run(
+def run_metadata(
     benchmark: str, settings: Settings, model: dict[str, Any], data: str | Path
 ) -> dict[str, Any]:
     """What `run.json` holds."""

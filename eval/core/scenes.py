@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from .annotations import entry, of_kind, read_as, text_of
+from .annotations import read_json_as, require_key, require_text, require_type
 
 
 class Scene(NamedTuple):
@@ -23,17 +23,17 @@ def read_scenes(path: Path) -> list[Scene | UserError]:
         UserError: no such file, or no list.
     """
     found: list[Scene | UserError] = []
-    for i, row in enumerate(read_as(list, existing(path))):
+    for i, row in enumerate(read_json_as(list, existing(path))):
         where = f"{path}, entry {i}"
         try:
-            file, scene = text_of(row, "file", where), entry(row, "scene", where)
-            things = of_kind(list, entry(scene, "objects", f"{where}, scene"), f"{where}, objects")
+            file, scene = require_text(row, "file", where), require_key(row, "scene", where)
+            things = require_type(list, require_key(scene, "objects", f"{where}, scene"), f"{where}, objects")
             for j, thing in enumerate(things):
                 place = f"{where}, objects[{j}]"
                 for key in ("shape", "color"):
-                    text_of(thing, key, place)
+                    require_text(thing, key, place)
                 for key, count in (("cell", 2), ("box", 4)):
-                    numbers = of_kind(list, entry(thing, key, place), f"{place}, {key}")
+                    numbers = require_type(list, require_key(thing, key, place), f"{place}, {key}")
                     if len(numbers) != count or not all(isinstance(n, int | float) for n in numbers):
                         raise UserError(f"{place}: {key} is {numbers!r}; it must be {count} numbers.")
             found.append(Scene(file, things))

@@ -12,11 +12,18 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import entry, of_kind, usable
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.generated_images import about_drawing, require_drawings
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
+from ..core.annotations import require_key, require_mostly_valid, require_type
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.generated_images import generation_metadata, require_generated_images
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.judge_pass import (
+    ExternalFindings,
+    judge_findings,
+    read_external_findings,
+    read_judge_pass,
+    run_judge_pass,
+    samples_with_images,
+)
 
 IMAGES = 4
 PUBLISHED = "mPLUG-large"  # what vqa_answers.jsonl has to say to be comparable
@@ -38,7 +45,7 @@ class Item(NamedTuple):
     id: str
     prompt: str
     questions: tuple[Question, ...]
-    broken: str = ""  # why there is no prompt
+    malformed: str = ""  # why there is no prompt
 
 
 def load_items(data: Path) -> tuple[list[Item], list[str]]:
@@ -107,14 +114,18 @@ def load_dpg(data: Path, settings: Settings) -> Task:
         for j in range(each):
             place = k * each + j
             sample = Sample(place, f"{item.id}/{j}", item.prompt, None, "generate", settings.seed + place)
-            samples.append(malformed(place, f"{item.id}/{j}", item.broken) if item.broken else sample)
+            samples.append(
+                malformed_sample(place, f"{item.id}/{j}", item.malformed) if item.malformed else sample
+            )
             owners.append(k)
-    about = about_drawing(settings, "png") | {"prompts": len(items), "images per prompt": each}
+    about = generation_metadata(settings, "png") | {"prompts": len(items), "images per prompt": each}
     truth = {"items": items, "owners": owners, "malformed": len(problems) > 0}
-    return Task(usable(samples, data / "dpg_bench.csv"), truth, about, problems)
+    return Task(require_mostly_valid(samples, data / "dpg_bench.csv"), truth, about, problems)
 
 
-def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool) -> None:
+def look_dpg(
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+) -> None:
     """Ask the VQA model every question about every drawing."""
     if not scoring.vqa_model:
         return
@@ -122,8 +133,8 @@ def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, devi
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Row]:
-        found: list[Row] = []
+    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+        found: list[Record] = []
         for sample, image in zip(batch, images):
             item = task.truth["items"][task.truth["owners"][sample.index]]
             questions = [q for q in item.questions if q.number >= 0]
@@ -136,28 +147,28 @@ def look_dpg(task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, devi
             )
         return found
 
-    look_all(out, "dpg", model.about, with_images(task.samples, rows), rows, work, 4, quiet)
+    run_judge_pass(out, "dpg", model.about, samples_with_images(task.samples, rows), rows, work, 4, quiet)
 
 
-def answers_in(row: Row, where: str) -> dict[str, str]:
+def answers_in(row: Record, where: str) -> dict[str, str]:
     """The answers of a line of `vqa_answers.jsonl` by the question's number."""
-    answers = of_kind(dict, entry(row, "answers", where), f"{where}, answers")
+    answers = require_type(dict, require_key(row, "answers", where), f"{where}, answers")
     return {str(number): str(text) for number, text in answers.items()}
 
 
-def read_answers(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+def read_answers(task: Task, rows: dict[int, Record], folder: Path) -> ExternalFindings:
     """Answers, and whose: `vqa_answers.jsonl` ({"index", "answers": {number: text}}) comes first."""
     path = folder / "vqa_answers.jsonl"
     if path.exists():
-        return read_findings(path, task.samples, answers_in, "model", "a model without a name")
-    seen = looked(folder, "dpg", with_images(task.samples, rows))
+        return read_external_findings(path, task.samples, answers_in, "model", "a model without a name")
+    seen = read_judge_pass(folder, "dpg", samples_with_images(task.samples, rows))
     if seen is None:
         raise UserError(
             f"{folder}: the images are drawn, but nothing has been asked about them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's answers to {path}."
         )
-    found, problems = said(seen[0])
-    return Findings({i: row["answers"] for i, row in found.items()}, seen[1]["model"], problems)
+    found, problems = judge_findings(seen[0])
+    return ExternalFindings({i: row["answers"] for i, row in found.items()}, seen[1]["model"], problems)
 
 
 def raw_scores(questions: Sequence[Question], answers: dict[str, str]) -> dict[int, float]:
@@ -191,22 +202,22 @@ def categories(items: Sequence[Item], last: Sequence[dict[str, str]]) -> dict[st
 
 
 def score_dpg(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """100 x the mean over prompts of the mean over images; an image without answers counts as 0."""
-    require_drawings(task, rows, folder)
+    require_generated_images(task, rows, folder)
     items: list[Item] = task.truth["items"]
     owners = task.truth["owners"]
     found, by, problems = read_answers(task, rows, folder)
     values = [
         image_score(items[owners[s.index]].questions, found[s.index])
-        if s.index in found and not s.broken
+        if s.index in found and not s.malformed
         else 0.0
         for s in task.samples
     ]
-    each = task.about["images per prompt"]
+    each = task.metadata["images per prompt"]
     by_prompt = [float(np.mean(values[k * each : (k + 1) * each])) for k in range(len(items))]
-    interval = bootstrap(with_ones(100 * np.array(by_prompt)))
+    interval = bootstrap(mean_columns(100 * np.array(by_prompt)))
     metrics = {"dpg": Metric(100 * float(np.mean(by_prompt)), len(items), interval, "points")}
     last = [found.get(k * each + each - 1, {}) for k in range(len(items))]
     pooled: dict[str, tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
@@ -217,7 +228,7 @@ def score_dpg(
                 pooled[f"{level}/{name}"][1].extend([item.id] * len(scores))
     for name, (scores, owned_by) in sorted(pooled.items()):
         points = 100 * np.array(scores)
-        interval = bootstrap(with_ones(points), owned_by)
+        interval = bootstrap(mean_columns(points), owned_by)
         metrics[name] = Metric(float(points.mean()), len(points), interval, "points")
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} drawings have no answers (counted as 0)"] * (missing > 0)

@@ -13,11 +13,18 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import entry, of_kind, read_as, text_of, usable
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.generated_images import about_drawing, require_drawings
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
+from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text, require_type
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.generated_images import generation_metadata, require_generated_images
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.judge_pass import (
+    ExternalFindings,
+    judge_findings,
+    read_external_findings,
+    read_judge_pass,
+    run_judge_pass,
+    samples_with_images,
+)
 from ..metrics.vqascore import ANSWER, QUESTION
 
 PUBLISHED = "clip-flant5-xxl"  # what vqascore.jsonl has to say to be comparable
@@ -34,9 +41,9 @@ def load_genai(data: Path, settings: Settings) -> Task:
     prompts, broken = read_prompts(data)
     path = existing(data / "genai_skills.json", "It says which prompts need which skill.")
     skills: dict[str, list[int]] = {}
-    for tag, ids in read_as(dict, path).items():
+    for tag, ids in read_json_as(dict, path).items():
         skills[tag] = []
-        for place, i in enumerate(of_kind(list, ids, f"{path}, {tag!r}")):
+        for place, i in enumerate(require_type(list, ids, f"{path}, {tag!r}")):
             number = whole(i)
             if number is None:
                 number = -1 - len(broken)
@@ -46,14 +53,14 @@ def load_genai(data: Path, settings: Settings) -> Task:
             skills[tag].append(number)
     chosen = [*prompts.items(), *((number, "") for number in broken)][: settings.limit]
     samples = [
-        malformed(k, f"{number:05d}" if number > 0 else None, broken[number])
+        malformed_sample(k, f"{number:05d}" if number > 0 else None, broken[number])
         if number in broken
         else Sample(k, f"{number:05d}", text, None, "generate", settings.seed + k)
         for k, (number, text) in enumerate(chosen)
     ]
-    about = about_drawing(settings, "jpg") | {"question": QUESTION, "split": f"{len(prompts)} prompts"}
+    about = generation_metadata(settings, "jpg") | {"question": QUESTION, "split": f"{len(prompts)} prompts"}
     truth = {"numbers": [n for n, _ in chosen], "skills": skills}
-    return Task(usable(samples, data), truth, about)
+    return Task(require_mostly_valid(samples, data), truth, about)
 
 
 def read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
@@ -71,12 +78,12 @@ def read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
                 broken[number] = f"{data / 'prompts.txt'}, line {number}, is empty."
         return prompts, broken
     path = existing(data / "genai_image.json", "GenAI-Bench is prompts.txt or genai_image.json.")
-    for key, row in read_as(dict, path).items():
+    for key, row in read_json_as(dict, path).items():
         number = whole(key)
         try:
             if number is None:
                 raise UserError(f"{path}: the key {key!r} is no number.")
-            prompts[number] = text_of(row, "prompt", f"{path}, {key}")
+            prompts[number] = require_text(row, "prompt", f"{path}, {key}")
         except UserError as error:
             broken[-1 - len(broken) if number is None else number] = str(error)
     return prompts, broken
@@ -89,7 +96,7 @@ def whole(value: Any) -> int | None:
 
 
 def look_genai(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Ask the VQA model about every drawing."""
     if not scoring.vqa_model:
@@ -98,39 +105,41 @@ def look_genai(
 
     model = VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Row]:
+    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
         values = model.probabilities(images, [QUESTION.format(s.prompt) for s in batch], ANSWER)
         return [{"vqascore": value} for value in values]
 
-    look_all(out, "vqascore", model.about, with_images(task.samples, rows), rows, work, 8, quiet)
+    run_judge_pass(
+        out, "vqascore", model.about, samples_with_images(task.samples, rows), rows, work, 8, quiet
+    )
 
 
-def score_in(row: Row, where: str) -> float:
+def score_in(row: Record, where: str) -> float:
     """The score of a line of `vqascore.jsonl`."""
-    value = entry(row, "score", where)
+    value = require_key(row, "score", where)
     if not isinstance(value, int | float) or not 0 <= value <= 1:
         raise UserError(f"{where}: score is {value!r}; a number from 0 to 1 is needed.")
     return float(value)
 
 
-def read_scores(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+def read_scores(task: Task, rows: dict[int, Record], folder: Path) -> ExternalFindings:
     """Scores, and whose: `vqascore.jsonl` (a line {"index", "score", "model"}) comes first."""
     path = folder / "vqascore.jsonl"
     if path.exists():
-        return read_findings(path, task.samples, score_in, "model", "a model without a name")
-    seen = looked(folder, "vqascore", with_images(task.samples, rows))
+        return read_external_findings(path, task.samples, score_in, "model", "a model without a name")
+    seen = read_judge_pass(folder, "vqascore", samples_with_images(task.samples, rows))
     if seen is None:
         raise UserError(
             f"{folder}: the images are drawn, but nothing has scored them. Run again with "
             f"--vqa-model FOLDER (nothing is drawn again), or write another model's scores to {path}."
         )
-    found, problems = said(seen[0])
-    return Findings({i: row["vqascore"] for i, row in found.items()}, seen[1]["model"], problems)
+    found, problems = judge_findings(seen[0])
+    return ExternalFindings({i: row["vqascore"] for i, row in found.items()}, seen[1]["model"], problems)
 
 
 def summarise(
     scores: Sequence[float], numbers: Sequence[int], skills: dict[str, list[int]]
-) -> dict[str, Row]:
+) -> dict[str, Record]:
     """Per tag, and over all tagged prompts, the mean, the sample deviation and n, in float32 as published."""
     by_number = dict(zip(numbers, scores))
     groups = {tag: [i for i in ids if i in by_number] for tag, ids in skills.items()}
@@ -145,12 +154,12 @@ def summarise(
 
 
 def score_genai(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The mean score of the advanced prompts (the published table's overall), of all, and of each skill."""
-    require_drawings(task, rows, folder)
+    require_generated_images(task, rows, folder)
     found, by, problems = read_scores(task, rows, folder)
-    scores = [0.0 if s.broken else found.get(s.index, 0.0) for s in task.samples]
+    scores = [0.0 if s.malformed else found.get(s.index, 0.0) for s in task.samples]
     numbers, skills = task.truth["numbers"], task.truth["skills"]
     summary = summarise(scores, numbers, skills)
     place = {n: k for k, n in enumerate(numbers)}
@@ -161,7 +170,7 @@ def score_genai(
     for tag in order:
         members = sorted({i for ids in skills.values() for i in ids}) if tag == "all" else skills[tag]
         values = [scores[place[i]] for i in members if i in place]
-        metrics[tag] = Metric(summary[tag]["mean"], len(values), bootstrap(with_ones(values)), "score")
+        metrics[tag] = Metric(summary[tag]["mean"], len(values), bootstrap(mean_columns(values)), "score")
     formula = "the file's own" if (folder / "vqascore.jsonl").exists() else 'P("Yes")'
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} drawings have no score (counted as 0)"] * (missing > 0)

@@ -12,9 +12,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from ..core import ceiling
-from ..core.annotations import entry, of_kind, text_of
-from ..core.bootstrap import bootstrap, by_group, mean_of_groups
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from ..core.annotations import require_key, require_text, require_type
+from ..core.bootstrap import bootstrap, group_mean_columns, group_mean_statistic
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.records import mean, mean_by
 from ..judges import detections
 from ..judges.detections import Verdict
@@ -58,11 +58,13 @@ def load_geneval(data: Path, settings: Settings) -> Task:
 
 def scene_rules(data: Path) -> Rules:
     """GenEval's rules with the palette of the scenes; the detector alone decides what counts as found."""
-    palette = tuple(entry(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
+    palette = tuple(require_key(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
     return Rules(threshold=0.0, counting_threshold=0.0, colours=palette)
 
 
-def fitting_images(scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: Rules, start: int) -> list[Path]:
+def fitting_images(
+    scenes: Sequence[tuple[Path, Record]], prompt: Record, rules: Rules, start: int
+) -> list[Path]:
     """A few test images whose true scene satisfies the prompt; `start` spreads prompts over images."""
     need = {clause["class"] for clause in prompt["include"]}
     found = []
@@ -76,7 +78,7 @@ def fitting_images(scenes: Sequence[tuple[Path, Row]], prompt: Row, rules: Rules
 
 
 def score_geneval(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The share of correct images per tag and their mean; the ceiling beside, held-out pairs apart."""
     prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
@@ -84,7 +86,7 @@ def score_geneval(
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        seen = None if sample.broken else found.by_index.get(sample.index)
+        seen = None if sample.malformed else found.by_index.get(sample.index)
         verdict = detections.judged(judge, prompt, seen, rules)
         per_sample.append(
             ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
@@ -99,9 +101,9 @@ def score_geneval(
         [prompts[r["owner"]] for r in drawn], [bool(r["score"]) for r in drawn], [r["owner"] for r in drawn]
     )
     interval = bootstrap(
-        by_group([r["score"] for r in drawn], [r["group"] for r in drawn]),
+        group_mean_columns([r["score"] for r in drawn], [r["group"] for r in drawn]),
         [r["owner"] for r in drawn],
-        mean_of_groups,
+        group_mean_statistic,
     )
     metrics = {"overall": Metric(summary["overall"], len(drawn), interval)}
     for tag in summary["per_tag"]:
@@ -163,16 +165,16 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
 
 def check_metadata(row: Any, where: str) -> None:
     """Raise UserError with the place where a prompt's description is not GenEval's."""
-    text_of(row, "prompt", where)
-    if entry(row, "tag", where) not in TAGS:
+    require_text(row, "prompt", where)
+    if require_key(row, "tag", where) not in TAGS:
         raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
-    if not of_kind(list, entry(row, "include", where), f"{where}, include"):
+    if not require_type(list, require_key(row, "include", where), f"{where}, include"):
         raise UserError(f"{where}: include is empty, so that every image would be right.")
     for key in ("include", "exclude"):
-        for i, clause in enumerate(of_kind(list, row.get(key, []), f"{where}, {key}")):
+        for i, clause in enumerate(require_type(list, row.get(key, []), f"{where}, {key}")):
             place = f"{where}, {key}[{i}]"
-            text_of(clause, "class", place)
-            if not isinstance(entry(clause, "count", place), int):
+            require_text(clause, "class", place)
+            if not isinstance(require_key(clause, "count", place), int):
                 raise UserError(f"{place}: count is {clause['count']!r}; expected a whole number.")
             if key == "include" and "position" in clause:
                 relation = clause["position"]

@@ -10,9 +10,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core import imagenet
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.generated_images import about_drawing, per_drawing, require_drawings
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.generated_images import generation_metadata, per_drawing, require_generated_images
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import shuffled, write_samples
 
@@ -28,7 +28,7 @@ def load_classes(data: Path, settings: Settings) -> Task:
         Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i)
         for i, c in enumerate(labels)
     ]
-    about = about_drawing(settings, "png") | {
+    about = generation_metadata(settings, "png") | {
         "labels": "uniform at random",
         "split": "ImageNet 256, training set",
     }
@@ -49,26 +49,26 @@ def reference_of(data: Path, scoring: Scoring) -> Path:
 
 
 def look_classes(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """ADM's file of the drawings; Inception features of them and of the reference's 10,000 images."""
     drawn = inception_features.of_run(task, rows, out)
     if distributed.is_main() and drawn.names:
         write_samples(drawn, out / "submission" / "samples.npz")
-    if not scoring.inception or not drawn.names:
+    if not scoring.inception_weights or not drawn.names:
         return
     reference = inception_features.reference_set(str(reference_of(task.truth["data"], scoring)))
     sets = [drawn] if reference is None else [drawn, reference]
     inception_features.extract(
-        out, inception_features.lineage_of(scoring, "adm"), scoring.inception, sets, device, quiet
+        out, inception_features.lineage_of(scoring, "adm"), scoring.inception_weights, sets, device, quiet
     )
 
 
 def score_classes(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """gFID, sFID and Inception Score of 50,000 drawings; precision and recall against 10,000 real ones."""
-    require_drawings(task, rows, folder)
+    require_generated_images(task, rows, folder)
     lineage = inception_features.lineage_of(scoring, "adm")
     if lineage != "adm":
         raise UserError(f"lineage is {lineage!r}; class-conditional ImageNet is measured with 'adm'.")
@@ -87,7 +87,7 @@ def score_classes(
     if real is not None and min(real.n, drawn.n) > 3:
         both = fid.inside(real.column("pooled"), drawn.column("pooled"))
         for name, flags in zip(("precision", "recall"), both):
-            metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(with_ones(flags)))
+            metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(mean_columns(flags)))
         problems += inception_features.unread(real, "reference images")
     absent = len(task.samples) - drawn.n
     problems += [f"{absent} drawings are missing from the numbers"] * (absent > 0)
@@ -99,7 +99,7 @@ def score_classes(
     )
 
 
-def submit_classes(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit_classes(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The input of ADM's evaluator, which lies there since the drawings were looked at."""
     path = folder / "submission" / "samples.npz"
     return [path] if path.exists() else []

@@ -10,29 +10,29 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import read_as, text_of, usable
-from ..core.generated_images import about_drawing, per_drawing, require_drawings
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.judge_pass import with_images
+from ..core.annotations import read_json_as, require_mostly_valid, require_text
+from ..core.generated_images import generation_metadata, per_drawing, require_generated_images
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.judge_pass import samples_with_images
 from ..metrics import fid, inception_features
 
 
 def load_mjhq(data: Path, settings: Settings) -> Task:
     """`meta_data.json`: {id: {category, prompt}}, a drawing each at category/id."""
     path = existing(data / "meta_data.json", "MJHQ-30K is this file and its images.")
-    rows = list(read_as(dict, path).items())[: settings.limit]
+    rows = list(read_json_as(dict, path).items())[: settings.limit]
     samples = []
     for k, (name, row) in enumerate(rows):
         where = f"{path}, {name}"
         try:
-            place = f"{text_of(row, 'category', where)}/{name}"
+            place = f"{require_text(row, 'category', where)}/{name}"
             samples.append(
-                Sample(k, place, text_of(row, "prompt", where), None, "generate", settings.seed + k)
+                Sample(k, place, require_text(row, "prompt", where), None, "generate", settings.seed + k)
             )
         except UserError as error:
-            samples.append(malformed(k, name, error))
-    about = about_drawing(settings, "jpg") | {"split": f"{len(rows)} prompts"}
-    return Task(usable(samples, path), {"data": data}, about)
+            samples.append(malformed_sample(k, name, error))
+    about = generation_metadata(settings, "jpg") | {"split": f"{len(rows)} prompts"}
+    return Task(require_mostly_valid(samples, path), {"data": data}, about)
 
 
 def real_mjhq(data: Path, reference: str, size: int) -> inception_features.ImageSet:
@@ -52,25 +52,25 @@ def real_mjhq(data: Path, reference: str, size: int) -> inception_features.Image
 
 
 def look_mjhq(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Inception features of drawings and real images."""
     drawn = inception_features.of_run(task, rows, out)
-    if not scoring.inception or not drawn.names:
+    if not scoring.inception_weights or not drawn.names:
         return
     sets = [drawn]
     if not scoring.reference.endswith(".npz"):
         sets.append(real_mjhq(task.truth["data"], scoring.reference, drawn.load(0).shape[0]))
     inception_features.extract(
-        out, inception_features.lineage_of(scoring, "clean"), scoring.inception, sets, device, quiet
+        out, inception_features.lineage_of(scoring, "clean"), scoring.inception_weights, sets, device, quiet
     )
 
 
 def score_mjhq(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """FID against all real images, and per category where the real ones are images."""
-    require_drawings(task, rows, folder)
+    require_generated_images(task, rows, folder)
     lineage = inception_features.lineage_of(scoring, "clean")
     drawn = inception_features.needed(folder, lineage, "samples")
     real = inception_features.read(folder, lineage, "reference")
@@ -83,7 +83,7 @@ def score_mjhq(
         inception_features.save_statistics(folder / "reference.npz", moments[0], lineage)
     result = inception_features.distances(folder, lineage, drawn, moments, others=real)
     metrics, problems = result.metrics, result.problems
-    incomplete = len(with_images(task.samples, rows)) - drawn.n - len(drawn.bad)
+    incomplete = len(samples_with_images(task.samples, rows)) - drawn.n - len(drawn.bad)
     if incomplete > 0:
         raise UserError(
             f"{folder}: {incomplete} drawings have no Inception features. {inception_features.HINT}"
@@ -100,10 +100,10 @@ def score_mjhq(
 
 
 def by_category(
-    task: Task, rows: dict[int, Row], drawn: inception_features.Stored, real: inception_features.Stored
+    task: Task, rows: dict[int, Record], drawn: inception_features.Stored, real: inception_features.Stored
 ) -> dict[str, Metric]:
     """FID of each category that has two images on either side."""
-    samples = with_images(task.samples, rows)
+    samples = samples_with_images(task.samples, rows)
     mine = [str(samples[i].id).split("/")[0] for i in drawn.numbers()]
     theirs = [name.split("/")[-2] if "/" in name else "" for name in real.names()]
     a, b = drawn.column("pooled"), real.column("pooled")

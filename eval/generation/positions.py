@@ -7,8 +7,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from ..core import ceiling
-from ..core.annotations import entry, of_kind, text_of, usable
-from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task
+from ..core.annotations import require_key, require_mostly_valid, require_text, require_type
+from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task
 from ..judges import detections
 from ..judges.detections import Verdict
 
@@ -24,7 +24,7 @@ def load_positions(data: Path, settings: Settings) -> Task:
     ]
     each = settings.images_per_prompt or 1
     samples, owners = ceiling.to_draw(prompts, each, settings.seed)
-    usable(samples, path)
+    require_mostly_valid(samples, path)
     scenes, problems = ceiling.scenes_to_copy(data)
     places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
     for file, things in scenes:
@@ -39,12 +39,12 @@ def load_positions(data: Path, settings: Settings) -> Task:
     return Task(samples, truth, about | {"prompts": len(prompts)}, problems)
 
 
-def position_of(row: Any, where: str) -> Row:
+def position_of(row: Any, where: str) -> Record:
     """A prompt with what it asks for; one that is malformed is "broken" with the reason, and fits nothing."""
     try:
         for key in ("prompt", "class", "color"):
-            text_of(row, key, where)
-        cell = of_kind(list, entry(row, "cell", where), f"{where}, cell")
+            require_text(row, key, where)
+        cell = require_type(list, require_key(row, "cell", where), f"{where}, cell")
         if len(cell) != 2 or not all(isinstance(n, int) for n in cell):
             raise UserError(f"{where}: cell is {cell!r}; it must be [row, column].")
     except UserError as error:
@@ -54,13 +54,13 @@ def position_of(row: Any, where: str) -> Row:
 
 def cell_of(path: Path) -> float:
     """The side of a cell of the scenes' grid in pixels."""
-    size, grid = (entry(read_json(path), key, path) for key in ("size", "grid"))
+    size, grid = (require_key(read_json(path), key, path) for key in ("size", "grid"))
     if not isinstance(size, int) or not isinstance(grid, int) or min(size, grid) < 1:
         raise UserError(f"{path}: size is {size!r} and grid {grid!r}; they must be whole numbers above 0.")
     return size / grid
 
 
-def judge_position(prompt: Row, seen: Row, cell: float) -> Verdict:
+def judge_position(prompt: Record, seen: Record, cell: float) -> Verdict:
     """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
     boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
     if len(boxes) != 1:
@@ -76,7 +76,7 @@ def judge_position(prompt: Row, seen: Row, cell: float) -> Verdict:
 
 
 def score_positions(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]
@@ -84,7 +84,7 @@ def score_positions(
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        seen = None if sample.broken else found.by_index.get(sample.index)
+        seen = None if sample.malformed else found.by_index.get(sample.index)
         verdict = detections.judged(judge_position, prompt, seen, task.truth["cell"])
         row = ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
         whole = verdict.correct or verdict.reason == "right object, wrong place"

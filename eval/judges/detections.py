@@ -11,9 +11,16 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core import ceiling
-from ..core.annotations import entry, of_kind
-from ..core.harness import Row, Sample, Scoring, Settings, Task, Work
-from ..core.judge_pass import Findings, look_all, looked, read_findings, said, with_images
+from ..core.annotations import require_key, require_type
+from ..core.harness import Record, Sample, Scoring, Settings, Task, Work
+from ..core.judge_pass import (
+    ExternalFindings,
+    judge_findings,
+    read_external_findings,
+    read_judge_pass,
+    run_judge_pass,
+    samples_with_images,
+)
 from ..core.model import fingerprint
 from . import object_detector
 from .scenes_detector import ScenesDetector
@@ -40,9 +47,9 @@ def detector_for(data: Path, settings: Settings) -> str:
     return name
 
 
-def truth_of(objects: Sequence[Row]) -> Row:
+def truth_of(objects: Sequence[Record]) -> Record:
     """What a perfect detector would find in a scene."""
-    seen: Row = {"detections": {}, "colors": {}}
+    seen: Record = {"detections": {}, "colors": {}}
     for thing in objects:
         seen["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
         seen["colors"].setdefault(thing["shape"], []).append(thing["color"])
@@ -54,11 +61,11 @@ def worker(data: Path, settings: Settings) -> Work:
     return ceiling.worker(detector(data) if detector_for(data, settings) == "scenes" else None)
 
 
-def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
+def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record]]:
     """Images -> what the scenes detector finds in each, as JSON."""
     read = ScenesDetector.from_file(data / "scenes.json")
 
-    def detect(pictures: Sequence[np.ndarray]) -> list[Row]:
+    def detect(pictures: Sequence[np.ndarray]) -> list[Record]:
         shape, result = (read.size, read.size, 3), []
         readings = iter(read([image for image in pictures if image.shape == shape]))
         for image in pictures:
@@ -77,7 +84,7 @@ def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Row]]:
 
 
 def look_for_objects(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Find the objects of every drawing, and their colours, with the models of --detector-model."""
     if not scoring.detector_model:
@@ -92,7 +99,7 @@ def look_for_objects(
     clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
     names = sorted({clause["class"] for clause in clauses})
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Record]:
         kept = [[t for t in things if t.name in names] for things in find(pictures, names)]
         return [object_detector.as_row(t, colours(p, t)) for p, t in zip(pictures, kept)]
 
@@ -101,19 +108,19 @@ def look_for_objects(
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
-    drawn = [s for s in with_images(task.samples, rows) if s.kind == "generate"]
-    look_all(out, "detections", about, drawn, rows, work, 8, quiet)
+    drawn = [s for s in samples_with_images(task.samples, rows) if s.kind == "generate"]
+    run_judge_pass(out, "detections", about, drawn, rows, work, 8, quiet)
 
 
-def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
+def findings(task: Task, rows: dict[int, Record], folder: Path) -> ExternalFindings:
     """Detections: those of `detections.jsonl` where it is, else a model's, else those noted while drawing."""
     path = folder / "detections.jsonl"
     if path.exists():
         check = check_detections
-        return read_findings(path, task.samples, check, "detector", "a detector without a name")
-    if seen := looked(folder, "detections", with_images(task.samples, rows)):
-        found, problems = said(seen[0])
-        return Findings(found, f"{seen[1]['model']} of transformers", problems)
+        return read_external_findings(path, task.samples, check, "detector", "a detector without a name")
+    if seen := read_judge_pass(folder, "detections", samples_with_images(task.samples, rows)):
+        found, problems = judge_findings(seen[0])
+        return ExternalFindings(found, f"{seen[1]['model']} of transformers", problems)
     found = {i: row for i, row in rows.items() if "detections" in row}
     if not found and any(not row.get("error") for row in rows.values()):
         raise UserError(
@@ -121,31 +128,33 @@ def findings(task: Task, rows: dict[int, Row], folder: Path) -> Findings:
             "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
             f"{folder / 'pictures'} and write its findings to {path}."
         )
-    return Findings(found, "scenes" if task.about["detector"] == "scenes" else "nothing", [])
+    return ExternalFindings(found, "scenes" if task.metadata["detector"] == "scenes" else "nothing", [])
 
 
-def judged(judge: Callable, prompt: Row, seen: Row | None, *more: Any) -> Any:
+def judged(judge: Callable, prompt: Record, seen: Record | None, *more: Any) -> Any:
     """A verdict; an image that is missing or that nothing looked at is wrong."""
     return judge(prompt, seen, *more) if seen is not None else Verdict(False, "no image", {})
 
 
-def why_not(task: Task, found: Findings) -> str:
+def why_not(task: Task, found: ExternalFindings) -> str:
     """Why the numbers must not stand beside published ones, "" if they may."""
-    if task.about["detector"] == "scenes":
+    if task.metadata["detector"] == "scenes":
         return "the prompts and the detector are those of scenes"
     same = found.by == PUBLISHED_DETECTOR
     return "" if same else f"objects found by {found.by}, not by {PUBLISHED_DETECTOR}"
 
 
-def check_detections(row: Any, where: str) -> Row:
+def check_detections(row: Any, where: str) -> Record:
     """What a detector found in an image; UserError where boxes or colours are not as they should be."""
-    colours = of_kind(dict, row.get("colors", {}), f"{where}, colors")
-    for name, boxes in of_kind(dict, entry(row, "detections", where), f"{where}, detections").items():
+    colours = require_type(dict, row.get("colors", {}), f"{where}, colors")
+    for name, boxes in require_type(
+        dict, require_key(row, "detections", where), f"{where}, detections"
+    ).items():
         try:
             count = len(np.asarray(boxes, dtype=np.float32).reshape(-1, 5))
         except (ValueError, TypeError) as error:
             raise UserError(f"{where}: boxes of {name!r} must be [x0, y0, x1, y1, score]: {error}") from error
-        named = of_kind(list, colours.get(name) or [""] * count, f"{where}, colors of {name!r}")
+        named = require_type(list, colours.get(name) or [""] * count, f"{where}, colors of {name!r}")
         if len(named) != count:
             raise UserError(f"{where}: detections of {name!r}: {count} boxes, but {len(named)} colours.")
     return row

@@ -14,8 +14,8 @@ from typing import NamedTuple, Protocol
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_jsonl_lenient
 
-from ..core.annotations import entry, of_kind
-from ..core.harness import Scoring, drop_half_line
+from ..core.annotations import require_key, require_type
+from ..core.harness import Scoring, truncate_partial_line
 
 TRIES = 3  # requests per reply before it counts as failed
 LONGEST_WAIT = 60.0  # seconds, when the server asks for patience
@@ -138,14 +138,14 @@ class Replay:
     """Replies from a file, a line {"id": sample id, "replies": [text, ...]}, in the order of the calls."""
 
     def __init__(self, path: Path, model: str):
-        self.model, self.path, self.replies, self.broken = model, path, {}, ""
+        self.model, self.path, self.replies, self.malformed = model, path, {}, ""
         for i, row in enumerate(read_jsonl_lenient(path)):
             where = f"{path}, line {i + 1}"
             try:
-                replies = of_kind(list, entry(row, "replies", where), f"{where}, replies")
-                self.replies[str(entry(row, "id", where))] = list(replies)
+                replies = require_type(list, require_key(row, "replies", where), f"{where}, replies")
+                self.replies[str(require_key(row, "id", where))] = list(replies)
             except UserError as error:  # whose replies these are is not known: theirs are missed
-                self.broken = self.broken or f" ({error})"
+                self.malformed = self.malformed or f" ({error})"
 
     def reply(self, call: Call) -> str:
         """The sample's next reply.
@@ -155,7 +155,7 @@ class Replay:
         """
         left = self.replies.get(call.id)
         if not left:
-            raise JudgeFailed(f"{self.path} has no (more) reply for {call.id}{self.broken}")
+            raise JudgeFailed(f"{self.path} has no (more) reply for {call.id}{self.malformed}")
         return str(left.pop(0))
 
 
@@ -166,7 +166,7 @@ class Kept:
         self.judge, self.model, self.path, self.lock = judge, judge.model, path, threading.Lock()
         self.known: dict[str, str] = {}
         if path.exists():
-            drop_half_line(path)
+            truncate_partial_line(path)
             # a broken line is judged again
             rows = [row for row in read_jsonl_lenient(path) if isinstance(row, dict)]
             pairs = [(row.get("key"), row.get("reply")) for row in rows]

@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from ..core.harness import Row
+from ..core.harness import Record
 
 # COCO's names that GenEval's prompts put in other words
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
@@ -191,9 +191,9 @@ def crop(image: Image.Image, thing: Thing) -> Image.Image:
     return image.crop((left, top, right, bottom))
 
 
-def as_row(things: Sequence[Thing], colours: Sequence[str]) -> Row:
+def as_row(things: Sequence[Thing], colours: Sequence[str]) -> Record:
     """What `geneval` takes: boxes and colours by class."""
-    row: Row = {"detections": {}, "colors": {}}
+    row: Record = {"detections": {}, "colors": {}}
     for thing, colour in zip(things, colours, strict=True):
         row["detections"].setdefault(thing.name, []).append([round(v, 4) for v in thing.box])
         row["colors"].setdefault(thing.name, []).append(colour)

@@ -13,14 +13,14 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 
 from ..core.annotations import read_image
-from ..core.harness import Metric, Row, Scoring, Task
+from ..core.harness import Metric, Record, Scoring, Task
 from ..core.imagenet import SUFFIXES
-from ..core.judge_pass import current, open_look, with_images
+from ..core.judge_pass import current_judge_pass, open_judge_pass, samples_with_images
 from . import fid
 from .inception_weights import Features, named_lineage, weights_file
 
 PIECE, BATCH = 512, 32
-HINT = "Run `unitok eval run` again with --inception PATH: nothing is drawn again."
+HINT = "Run `unitok eval run` again with --inception-weights PATH: nothing is drawn again."
 
 
 class ImageSet(NamedTuple):
@@ -58,9 +58,9 @@ def of_array(what: str, path: Path) -> ImageSet:
     return ImageSet(what, [f"{stamp} {i}" for i in range(len(images))], lambda i: images[i])
 
 
-def of_run(task: Task, rows: dict[int, Row], out: Path) -> ImageSet:
+def of_run(task: Task, rows: dict[int, Record], out: Path) -> ImageSet:
     """The run's drawings."""
-    drawn = with_images(task.samples, rows)
+    drawn = samples_with_images(task.samples, rows)
     paths = [out / rows[s.index]["file"] for s in drawn]
     names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(drawn, paths)]
     return ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
@@ -87,7 +87,7 @@ def extract(
     """Compute what is missing of the features of `sets`, each rank its pieces of 512 images."""
     file = weights_file(lineage, weights)
     about = {"lineage": lineage, "weights": file.name, "fingerprint": sha256(file)}
-    folder = open_look(out, f"inception-{lineage}", about)
+    folder = open_judge_pass(out, f"inception-{lineage}", about)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [
         (images, start)
@@ -194,7 +194,7 @@ class Stored(NamedTuple):
 def read(out: Path, lineage: str, what: str) -> Stored | None:
     """The features of one set, or None where none were computed."""
     named_lineage(lineage)
-    found = current(out, f"inception-{lineage}")
+    found = current_judge_pass(out, f"inception-{lineage}")
     pieces = sorted(found[0].glob(f"{what}-*.npz")) if found else []
     if not pieces:
         return None
@@ -287,7 +287,7 @@ def distances(
         "reference": reference[1],
         "reference images": reference[0].n or "not said",
         "images": samples.n,
-        "inception": (current(out, f"inception-{lineage}") or (None, {}))[1],
+        "inception": (current_judge_pass(out, f"inception-{lineage}") or (None, {}))[1],
     }
     if others is not None and min(samples.n, others.n) >= 1000:
         mean, deviation = fid.kid(samples.column("pooled"), others.column("pooled"))
@@ -311,5 +311,5 @@ def unread(found: Stored, what: str) -> list[str]:
 
 def lineage_of(scoring: Scoring, default: str) -> str:
     """The lineage asked for, else the benchmark's own."""
-    named_lineage(scoring.lineage or default)
-    return scoring.lineage or default
+    named_lineage(scoring.inception_variant or default)
+    return scoring.inception_variant or default

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from open_unitok.core.files import write_atomic, write_json
 
-from ..core.harness import Row, Settings
+from ..core.harness import Record, Settings
 from . import charts, page
 from .demo_run import (
     DemoRun,
@@ -28,7 +28,9 @@ BAR_LEGEND = (
 )
 
 
-def write_report(folder: str | Path, phases: list[Row] | None = None, title: str = "UniTok in a box") -> Row:
+def write_report(
+    folder: str | Path, phases: list[Record] | None = None, title: str = "UniTok in a box"
+) -> Record:
     """Write the report into a run folder and return the content of `metrics.json`.
 
     Args:
@@ -132,11 +134,11 @@ def reconstructions(run: DemoRun) -> str:
 def scores(run: DemoRun) -> str:
     """Bars per question type, GenEval tag and POPE category."""
 
-    def constant(details: Row, kind: str) -> tuple[float | None, str]:
+    def constant(details: Record, kind: str) -> tuple[float | None, str]:
         best = details["constant"][kind]
         return best["accuracy"], f"always “{best['answer']}”"
 
-    def ceiling(details: Row, tag: str) -> tuple[float | None, str]:
+    def ceiling(details: Record, tag: str) -> tuple[float | None, str]:
         return details["ceiling"].get(tag), "ceiling"
 
     panels = [
@@ -152,7 +154,7 @@ def _metric_panel(
     benchmark: str,
     prefix: str,
     title: str,
-    baseline: Callable[[Row, str], tuple[float | None, str]],
+    baseline: Callable[[Record, str], tuple[float | None, str]],
 ) -> str:
     """Bars of the metrics whose names start with `prefix`; `baseline`: (details, label) -> value and name."""
     result = run.results.get(benchmark, {"metrics": {}, "details": {}})

@@ -8,7 +8,7 @@ from typing import Any
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, read_jsonl
 
-from ..core.harness import Row
+from ..core.harness import Record
 from .page import format_interval, format_value, percent
 
 STAGES = ("tokenizer", "pretrain", "finetune")
@@ -21,16 +21,16 @@ class DemoRun:
     """The files of a run folder."""
 
     folder: Path
-    results: dict[str, Row] = field(default_factory=dict)  # benchmark -> results.json
-    samples: dict[str, list[Row]] = field(default_factory=dict)  # benchmark -> scores.jsonl
-    curves: dict[str, list[Row]] = field(default_factory=dict)  # stage -> metrics.jsonl
-    phases: list[Row] = field(default_factory=list)  # {"name", "seconds", "peak_memory" in bytes}
+    results: dict[str, Record] = field(default_factory=dict)  # benchmark -> results.json
+    samples: dict[str, list[Record]] = field(default_factory=dict)  # benchmark -> scores.jsonl
+    curves: dict[str, list[Record]] = field(default_factory=dict)  # stage -> metrics.jsonl
+    phases: list[Record] = field(default_factory=list)  # {"name", "seconds", "peak_memory" in bytes}
 
-    def metric(self, benchmark: str, name: str) -> Row | None:
+    def metric(self, benchmark: str, name: str) -> Record | None:
         """One metric of one benchmark, None where there is none."""
         return self.results.get(benchmark, {}).get("metrics", {}).get(name)
 
-    def details(self, benchmark: str) -> Row:
+    def details(self, benchmark: str) -> Record:
         """The details of a result, empty where there is none."""
         return self.results.get(benchmark, {}).get("details", {})
 
@@ -48,7 +48,7 @@ class Headline:
     tile: str = ""  # a short name; rows that have one are also shown in large type
 
 
-def read_run(folder: Path, phases: list[Row] | None = None) -> DemoRun:
+def read_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
     """Read `eval/*/results.json`, `<stage>/metrics.jsonl` and `phases.json` of a run folder.
 
     Raises:
@@ -73,7 +73,7 @@ def read_run(folder: Path, phases: list[Row] | None = None) -> DemoRun:
     return run
 
 
-def summary(run: DemoRun) -> Row:
+def summary(run: DemoRun) -> Record:
     """The content of `metrics.json`; only its phases (times, memory) differ between identical runs."""
     return {
         "metrics": {
@@ -180,15 +180,15 @@ def text_table(folder: str | Path) -> str:
 # ----------------------------------------------------------------------------------------- samples and curves
 
 
-def choose_samples(rows: list[Row], count: int, group: str = "", seed: int = 0) -> list[Row]:
+def choose_samples(rows: list[Record], count: int, group: str = "", seed: int = 0) -> list[Record]:
     """`count` random rows, taken in turn from the groups of `row[group]`: nothing is hand-picked."""
     rng = random.Random(seed)
-    groups: dict[Any, list[Row]] = {}
+    groups: dict[Any, list[Record]] = {}
     for row in rows:
         groups.setdefault(row.get(group), []).append(row)
     for members in groups.values():
         rng.shuffle(members)
-    chosen: list[Row] = []
+    chosen: list[Record] = []
     while len(chosen) < count and any(groups.values()):
         for members in groups.values():
             if members and len(chosen) < count:
@@ -203,7 +203,7 @@ PER_PART_CURVES = ("text_loss", "accuracy", "perplexity", "usage")
 NOT_CURVES = ("step", "seconds", "samples_per_second", "epoch")
 
 
-def stage_curves(rows: list[Row], limit: int = 6) -> dict[str, list[tuple[float, float]]]:
+def stage_curves(rows: list[Record], limit: int = 6) -> dict[str, list[tuple[float, float]]]:
     """Name -> (step, value) points of at most `limit` curves of a stage."""
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

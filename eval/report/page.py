@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core.harness import Row
+from ..core.harness import Record
 from . import charts
 from .style import STYLE
 
@@ -121,7 +121,7 @@ def sample_card(
 
 def metric_bar(
     label: str,
-    metric: Row,
+    metric: Record,
     note: str = "",
     whole: float = 1.0,
     mark: float | None = None,
@@ -144,7 +144,7 @@ def warnings(problems: Iterable[str]) -> str:
     return "".join(f'<div class="warn card">{escape(problem)}</div>' for problem in problems)
 
 
-def model_and_versions(result: Row) -> str:
+def model_and_versions(result: Record) -> str:
     """The model and the package versions of a `results.json`."""
     model = result["model"]
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from open_unitok.core.files import read_json, read_jsonl
 
 from ..core.compare import folders_of
-from ..core.harness import Row
+from ..core.harness import Record
 from . import page
 from .page import escape, format_interval, format_value, grid, inline_image, section
 from .published import PAPER, PUBLISHED
@@ -22,7 +22,7 @@ class Run(NamedTuple):
     """A run as it is shown: its name, and per benchmark its result and the folder that holds it."""
 
     name: str
-    results: dict[str, Row]
+    results: dict[str, Record]
     folders: dict[str, Path]
 
 
@@ -91,14 +91,14 @@ def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
     return [*cells, f'<small class="wrap">{others}</small>']
 
 
-def result_note(result: Row) -> str:
+def result_note(result: Record) -> str:
     """Counts, split, prompt template, scorer and decoding of a result, and its problems."""
-    names = ("n", "missing", "failed", "split", "recipe", "scorer", "decoding")
+    names = ("n", "missing", "failed", "split", "prompt_template", "scorer", "decoding")
     facts = {name: result.get(name) for name in names}
     line = ", ".join(f"{name} {escape(value)}" for name, value in facts.items() if value is not None)
     problems = list(result["problems"])
     if not result.get("comparable", True):
-        problems.insert(0, f"not comparable with published numbers: {result['why not comparable']}")
+        problems.insert(0, f"not comparable with published numbers: {result['not_comparable_reason']}")
     return line + page.warnings(problems)
 
 
@@ -116,7 +116,7 @@ def benchmark_body(run: Run, benchmark: str, seed: int) -> str:
     )
 
 
-def _category_bar(name: str, metric: Row) -> str:
+def _category_bar(name: str, metric: Record) -> str:
     """A metric of a category as a bar: of 100 %, or of the points that a task of MME is worth."""
     whole = {"share": 1.0, "points": MME_POINTS}.get(metric["unit"])
     if whole is None:
@@ -125,14 +125,14 @@ def _category_bar(name: str, metric: Row) -> str:
     return page.metric_bar(name.partition("/")[2].replace("_", " "), metric, name + points, whole)
 
 
-def worst_and_random(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+def worst_and_random(rows: list[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
     """The samples with the lowest scores (ties at random), and random ones."""
     shuffled = rows[:]
     random.Random(seed).shuffle(shuffled)
     return sorted(shuffled, key=lambda row: row["score"])[:count], shuffled[-count:]
 
 
-def _sample_card(row: Row, folder: Path) -> str:
+def _sample_card(row: Record, folder: Path) -> str:
     """One sample: image, question or prompt, answer, truth, score."""
     file = row.get("image") or row.get("file") or row.get("reconstruction") or ""
     path = Path(file)

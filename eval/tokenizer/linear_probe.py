@@ -13,9 +13,9 @@ import numpy as np
 from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core import imagenet
-from ..core.annotations import usable
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.annotations import require_mostly_valid
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_files import open_images
 from ..core.imagenet import SUFFIXES
 
@@ -46,12 +46,12 @@ def load_probe(data: Path, settings: Settings) -> Task:
         for path, number in parts[part][: settings.limit]:
             name, broken = f"{part}/{path.name}", isinstance(number, UserError)
             sample = Sample(len(samples), name, "", path, part)
-            samples.append(malformed(len(samples), name, number, path) if broken else sample)
+            samples.append(malformed_sample(len(samples), name, number, path) if broken else sample)
             labels.append(-1 if broken else number)
             kinds.append(part)
-    about = {"split": "val", "recipe": f"{pooling}: {POOLINGS[pooling]}", "classes": len(names)}
+    about = {"split": "val", "prompt_template": f"{pooling}: {POOLINGS[pooling]}", "classes": len(names)}
     truth = {"labels": labels, "names": names, "pooling": pooling, "parts": kinds}
-    return Task(usable(samples, data), truth, about)
+    return Task(require_mostly_valid(samples, data), truth, about)
 
 
 def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
@@ -81,7 +81,7 @@ def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
     return {"train": train, "val": val}, names
 
 
-def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Note each image's features, in half precision."""
     rows, images = open_images(batch)
     if images:
@@ -91,7 +91,7 @@ def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> lis
 
 
 def score_probe(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Top-1 and top-5 on val; an image without features is wrong there, and left out of training."""
     import torch
@@ -116,7 +116,7 @@ def score_probe(
         f"top{k}": [float(labels[s.index] in best.get(s.index, [])[:k]) for s in val]
         for k in ((1, 5) if len(names) > 5 else (1,))
     }
-    metrics = {k: Metric(float(np.mean(v)), len(v), bootstrap(with_ones(v))) for k, v in hits.items()}
+    metrics = {k: Metric(float(np.mean(v)), len(v), bootstrap(mean_columns(v))) for k, v in hits.items()}
     details = {
         "features": POOLINGS[task.truth["pooling"]],
         "width": x.shape[1],
@@ -127,7 +127,7 @@ def score_probe(
     left_out = parts.count("train") - len(train)
     return Scored(metrics, details, [
         {
-            "index": s.index, "image": str(s.image), "truth": "" if s.broken else names[labels[s.index]],
+            "index": s.index, "image": str(s.image), "truth": "" if s.malformed else names[labels[s.index]],
             "answer": names[best[s.index][0]] if s.index in best else None, "score": hit,
         }
         for s, hit in zip(val, hits["top1"])

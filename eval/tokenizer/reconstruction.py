@@ -15,12 +15,12 @@ from open_unitok.core.files import existing, sha256
 
 from ..core import tar_images
 from ..core.annotations import read_image
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.crops import crop_of
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.crops import find_crop
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.image_files import open_images, save_image
 from ..core.imagenet import SUFFIXES
-from ..core.judge_pass import look_all, looked, said
+from ..core.judge_pass import judge_findings, read_judge_pass, run_judge_pass
 from ..metrics import image_quality, inception_features
 
 LPIPS_BATCH = 16
@@ -37,22 +37,22 @@ def load_reconstruction(data: Path, settings: Settings) -> Task:
         raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}), nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
-    crop_of(crop)
+    find_crop(crop)
     return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
 
 
-def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Write each image's copy below `out/images` and note its codes, and how many the copy keeps."""
     rows, images = open_images(batch)
     if images:
-        copies = model.reconstruct(list(images.values()), again=True)
-        for place, (i, copy, codes) in enumerate(zip(images, copies.copies, copies.codes)):
+        copies = model.reconstruct(list(images.values()), reencode=True)
+        for place, (i, copy, codes) in enumerate(zip(images, copies.decoded, copies.codes)):
             file = f"images/{batch[i].index:06d}.png"
             save_image(copy, out / file)
             books = [codes.shape[1], copies.codebook_size]
             rows[i] = {"file": file, "codes": pack(codes), "codebooks": books}
-            if copies.again is not None:
-                rows[i]["kept"] = (copies.again[place] == codes).mean(axis=0).tolist()
+            if copies.reencoded is not None:
+                rows[i]["kept"] = (copies.reencoded[place] == codes).mean(axis=0).tolist()
     return rows
 
 
@@ -66,7 +66,7 @@ def unpack(text: str, sub_codebooks: int) -> np.ndarray:
     return np.frombuffer(base64.b64decode(text), "<u2").reshape(-1, sub_codebooks)
 
 
-def copied(task: Task, rows: dict[int, Row]) -> list[Sample]:
+def copied(task: Task, rows: dict[int, Record]) -> list[Sample]:
     """The samples that have a copy."""
     return [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
 
@@ -77,7 +77,7 @@ def originals_of(batch: list[Sample], size: int, crop: str) -> np.ndarray:
 
     from open_unitok.tokenizer.images import to_uint8
 
-    cut = crop_of(crop)
+    cut = find_crop(crop)
     pixels = torch.stack([cut(read_image(s.image), size) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
@@ -91,7 +91,7 @@ def in_batches(items: list, size: int) -> Iterator[list]:
 
 
 def look_at_copies(
-    task: Task, rows: dict[int, Row], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Inception features of copies and originals, and LPIPS, for whichever a weight file is given."""
     good, crop = copied(task, rows), task.truth["crop"]
@@ -102,18 +102,20 @@ def look_at_copies(
     def original_of(i: int) -> np.ndarray:
         return originals_of([good[i]], copy_of(i).shape[0], crop)[0]
 
-    if scoring.inception and good:
+    if scoring.inception_weights and good:
         lineage = inception_features.lineage_of(scoring, "torch-fidelity")
         names = [f"{s.id} {crop} {s.index}" for s in good]
         copies = [f"{rows[s.index]['codes']}" for s in good]  # another copy has other codes
         sets = [inception_features.ImageSet("originals", names, original_of)]
         sets.append(inception_features.ImageSet("copies", copies, copy_of))
-        inception_features.extract(out, lineage, scoring.inception, sets, device, quiet)
-    if scoring.lpips:
-        look_lpips(task, rows, out, scoring.lpips, device, quiet)
+        inception_features.extract(out, lineage, scoring.inception_weights, sets, device, quiet)
+    if scoring.lpips_weights:
+        look_lpips(task, rows, out, scoring.lpips_weights, device, quiet)
 
 
-def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device: str, quiet: bool) -> None:
+def look_lpips(
+    task: Task, rows: dict[int, Record], out: Path, weights: str, device: str, quiet: bool
+) -> None:
     """LPIPS of every copy."""
     import torch
 
@@ -123,7 +125,7 @@ def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device
     file = find_weights(weights, (LPIPS_FILE,), "LPIPS", f"https://huggingface.co/{HELPER_HUB_ID}")
     net = LPIPS.from_file(file).to(device)
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Row]:
+    def work(batch: list[Sample], pictures: list[Any]) -> list[Record]:
         copies = np.stack([np.asarray(picture) for picture in pictures])
         both = (originals_of(batch, copies.shape[1], task.truth["crop"]), copies)
         with torch.inference_mode():
@@ -131,14 +133,14 @@ def look_lpips(task: Task, rows: dict[int, Row], out: Path, weights: str, device
             return [{"lpips": value} for value in net(a, b).tolist()]
 
     about = {"network": "VGG16, published linear heads", "fingerprint": sha256(file)}
-    look_all(out, "lpips", about, copied(task, rows), rows, work, LPIPS_BATCH, quiet)
+    run_judge_pass(out, "lpips", about, copied(task, rows), rows, work, LPIPS_BATCH, quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
 def score_reconstruction(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """rFID first where there is one, PSNR, SSIM and LPIPS per image, use of the codebooks, codes kept."""
     mode, good = scoring.scorer, copied(task, rows)
@@ -155,8 +157,8 @@ def score_reconstruction(
         use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
     used, perplexity = use.used(), use.perplexity()
     result = {
-        "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(with_ones(psnr)), "dB"),
-        "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(with_ones(ssim)), "ssim"),
+        "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(mean_columns(psnr)), "dB"),
+        "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(mean_columns(ssim)), "ssim"),
     }
     details = {
         "ssim_mode": mode,
@@ -171,7 +173,7 @@ def score_reconstruction(
     kept = np.array([rows[s.index]["kept"] for s in good if "kept" in rows[s.index]])
     if len(kept):
         share = kept.mean(axis=1)
-        result["codes_kept"] = Metric(float(share.mean()), len(kept), bootstrap(with_ones(share)))
+        result["codes_kept"] = Metric(float(share.mean()), len(kept), bootstrap(mean_columns(share)))
         details["codes_kept"] = kept.mean(axis=0).tolist()
     problems += add_rfid(
         result, details, folder, inception_features.lineage_of(scoring, "torch-fidelity"), len(good)
@@ -187,15 +189,17 @@ def score_reconstruction(
 
 def add_lpips(result: dict[str, Metric], folder: Path, good: list[Sample]) -> list[str]:
     """Add LPIPS where it was computed; what has to be said."""
-    found = looked(folder, "lpips", good)
+    found = read_judge_pass(folder, "lpips", good)
     if found is None:
         return []
-    seen, problems = said(found[0])
+    seen, problems = judge_findings(found[0])
     values = [row["lpips"] for row in seen.values()]
     if values:
-        result["lpips"] = Metric(float(np.mean(values)), len(values), bootstrap(with_ones(values)), "lpips")
-    missing = len(good) - len(found[0].rows)
-    return problems + [f"{missing} images have no LPIPS yet; run again with --lpips"] * (missing > 0)
+        result["lpips"] = Metric(
+            float(np.mean(values)), len(values), bootstrap(mean_columns(values)), "lpips"
+        )
+    missing = len(good) - len(found[0].records)
+    return problems + [f"{missing} images have no LPIPS yet; run again with --lpips-weights"] * (missing > 0)
 
 
 def add_rfid(

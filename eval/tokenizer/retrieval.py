@@ -11,9 +11,9 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import entry, read_as, text_of, usable
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_files import open_images
 
 POOL = 100  # images and captions that are told apart; the next 100 are another pool
@@ -28,21 +28,23 @@ def load_retrieval(data: Path, settings: Settings) -> Task:
     folder = data / "test" if (data / "scenes.json").exists() else data
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
     samples = []
-    for i, row in enumerate(read_as(list, path)[: settings.limit]):
+    for i, row in enumerate(read_json_as(list, path)[: settings.limit]):
         where = f"{path}, entry {i}"
         try:
-            file, captions = text_of(row, "file", where), entry(row, "captions", where)
+            file, captions = require_text(row, "file", where), require_key(row, "captions", where)
             if not isinstance(captions, list) or not captions or not isinstance(captions[0], str):
                 raise UserError(f"{where}: captions is {captions!r}; it must be a list of texts.")
             samples.append(Sample(i, file, captions[0], folder / file, "retrieve"))
         except UserError as error:
-            samples.append(malformed(i, None, error))
-    usable(samples, path)
+            samples.append(malformed_sample(i, None, error))
+    require_mostly_valid(samples, path)
     pool = min(POOL, len(samples))
-    return Task(samples[: len(samples) // pool * pool], None, {"pool": pool, "recipe": "first caption"})
+    return Task(
+        samples[: len(samples) // pool * pool], None, {"pool": pool, "prompt_template": "first caption"}
+    )
 
 
-def embed(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+def embed(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Note the embeddings of each image and of its caption."""
     rows, images = open_images(batch)
     if images:
@@ -68,13 +70,13 @@ def hits(queries: np.ndarray, candidates: np.ndarray, names: list[str], k: int) 
 
 
 def score_retrieval(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Recall at 1 and 5, in pools of 100 in the order of the file.
 
     An image that could not be read, or whose entry is malformed, is never found, and finds nothing.
     """
-    size, samples = task.about["pool"], task.samples
+    size, samples = task.metadata["pool"], task.samples
     width = next((len(row["image"]) for row in rows.values() if "image" in row), 1)
     nothing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
@@ -92,7 +94,7 @@ def score_retrieval(
             ):
                 found.setdefault(f"{way}/R@{k}", []).extend(values * there)
     metrics = {
-        name: Metric(float(np.mean(values)), len(values), bootstrap(with_ones(np.array(values))))
+        name: Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(np.array(values))))
         for name, values in found.items()
     }
     per_sample = [

@@ -14,9 +14,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
 from ..core import imagenet
-from ..core.annotations import entry, of_kind, read_as, usable
-from ..core.bootstrap import bootstrap, with_ones
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
+from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_type
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_files import open_images
 from ..core.imagenet import SUFFIXES
 from ..core.scenes import read_scenes
@@ -45,15 +45,15 @@ def load_zeroshot(data: Path, settings: Settings) -> Task:
         )
     names = imagenet.names()
     prompts = from_templates(names, clip_templates())
-    about = {"split": split, "recipe": "CLIP's 80 templates, open_clip's 1000 names"}
+    about = {"split": split, "prompt_template": "CLIP's 80 templates, open_clip's 1000 names"}
     return zeroshot_task(files[: settings.limit], prompts, names, [False] * len(files), about, settings)
 
 
 def load_own_classes(data: Path, settings: Settings) -> Task:
     """A folder per class and `classes.json`."""
     path = data / "classes.json"
-    content = read_as(dict, path)
-    names = of_kind(dict, entry(content, "classes", path), f"{path}, classes")
+    content = read_json_as(dict, path)
+    names = require_type(dict, require_key(content, "classes", path), f"{path}, classes")
     templates = content.get("templates") or clip_templates()
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: the template {bad[0]!r} does not hold {{}} exactly once.")
@@ -64,7 +64,9 @@ def load_own_classes(data: Path, settings: Settings) -> Task:
         for p in sorted(existing(data / folder).iterdir())
         if p.suffix in SUFFIXES
     ]
-    about = {"recipe": "templates of classes.json" if content.get("templates") else "CLIP's 80 templates"}
+    about = {
+        "prompt_template": "templates of classes.json" if content.get("templates") else "CLIP's 80 templates"
+    }
     kept = files[: settings.limit]
     return zeroshot_task(kept, prompts, list(names.values()), [False] * len(files), about, settings)
 
@@ -73,7 +75,7 @@ def load_scene_classes(data: Path, settings: Settings) -> Task:
     """The test images of scenes that hold one object."""
     scenes = read_json(data / "scenes.json")
     words = [
-        of_kind(dict, entry(scenes, key, "scenes.json"), f"scenes.json, {key}")
+        require_type(dict, require_key(scenes, key, "scenes.json"), f"scenes.json, {key}")
         for key in ("palette", "outlines")
     ]
     pairs = list(itertools.product(*words))
@@ -90,7 +92,9 @@ def load_scene_classes(data: Path, settings: Settings) -> Task:
             files.append((data / "test" / scene.file, pairs.index(pair) if pair in pairs else unknown))
             apart.append(pair in held_out)
     prompts = from_templates(names, SCENE_TEMPLATES)
-    return zeroshot_task(files[: settings.limit], prompts, names, apart, {"recipe": "scenes"}, settings)
+    return zeroshot_task(
+        files[: settings.limit], prompts, names, apart, {"prompt_template": "scenes"}, settings
+    )
 
 
 def zeroshot_task(
@@ -105,13 +109,15 @@ def zeroshot_task(
     if not files:
         raise UserError("There are no images to classify.")
     samples = [
-        malformed(i, f.name, c, f) if isinstance(c, UserError) else Sample(i, f.name, "", f, "classify")
+        malformed_sample(i, f.name, c, f)
+        if isinstance(c, UserError)
+        else Sample(i, f.name, "", f, "classify")
         for i, (f, c) in enumerate(files)
     ]
     classes = [-1 if isinstance(c, UserError) else c for _, c in files]
     truth = {"classes": classes, "prompts": prompts, "names": names, "apart": apart}
     about |= {"classes": len(names), "prompts per class": len(prompts[0])}
-    usable(samples, files[0][0].parent)
+    require_mostly_valid(samples, files[0][0].parent)
     return Task(samples, truth, about | {"preprocessing": f"{settings.crop or 'lanczos'} crop"})
 
 
@@ -120,7 +126,7 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row]:
+def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Note each image's five best classes."""
     weights = task.truth.get("weights")
     if weights is None:  # the classifier is built once per run
@@ -134,7 +140,7 @@ def classify(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Row
 
 
 def score_zeroshot(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Top-1 and top-5; images of pairs that training never showed apart."""
     classes, names, apart = task.truth["classes"], task.truth["names"], np.array(task.truth["apart"])
@@ -146,11 +152,13 @@ def score_zeroshot(
         for name, values in hits.items():
             if keep.any():
                 chosen = values[keep]
-                result[name + label] = Metric(float(chosen.mean()), len(chosen), bootstrap(with_ones(chosen)))
+                result[name + label] = Metric(
+                    float(chosen.mean()), len(chosen), bootstrap(mean_columns(chosen))
+                )
     chance = 1 / len(names)
     return Scored(result, {"chance": chance, "classes": names}, [
         {
-            "index": s.index, "image": str(s.image), "truth": "" if s.broken else names[c],
+            "index": s.index, "image": str(s.image), "truth": "" if s.malformed else names[c],
             "answer": names[b[0]] if b else None, "score": float(hit), "held_out": bool(far),
         }
         for s, c, b, hit, far in zip(task.samples, classes, choices, hits["top1"], apart)

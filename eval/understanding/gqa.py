@@ -14,29 +14,36 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
 
 from ..core.annotations import (
-    RECIPES,
-    about_asking,
-    answered,
-    entry,
+    PROMPT_TEMPLATES,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+    detect_layout,
     find_file,
-    image_in,
-    layout_of,
-    of_kind,
-    read_as,
-    read_llava,
-    recipe_for,
-    text_of,
-    usable,
+    image_path,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
+    require_type,
 )
-from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import cluster_of, named, sample_row, share, shares_by, write_submission
+from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import (
+    cluster_of,
+    mean_metric,
+    mean_metrics_by,
+    sample_record,
+    submittable,
+    write_submission,
+)
 
 SCORERS = ("official", "lenient")
 ORIGINAL, LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
 NOT_A_STEP = ("exist", "query: name", "choose name")
-Questions = dict[str, Row]
+Questions = dict[str, Record]
 # In the place of a malformed question: in the accuracy, where nothing is right, and in no group.
-UNREAD: Row = {
+UNREAD: Record = {
     "question": "", "answer": "", "isBalanced": True, "entailed": [], "semantic": [],
     "types": {"structural": "", "semantic": ""}, "groups": {"global": None},
 }  # fmt: skip
@@ -47,22 +54,24 @@ def load(data: Path, settings: Settings) -> Task:
 
     A question that lacks a key, or that LLaVA's file has and the released file has not, is malformed.
     """
-    layout = layout_of(data, settings, ORIGINAL, LLAVA)
+    layout = detect_layout(data, settings, ORIGINAL, LLAVA)
     path = find_file(data, ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
     questions, broken = {}, {}
-    for name, row in read_as(dict, path).items():
+    for name, row in read_json_as(dict, path).items():
         try:
             check_question(row, f"{path}, question {name}")
             questions[name] = row
         except UserError as error:
             questions[name], broken[name] = UNREAD, error
     if layout == "original":
-        recipe, file = recipe_for(settings, "short"), path
-        asked = [(name, RECIPES[recipe].format(row["question"])) for name, row in questions.items()]
+        template, file = choose_prompt_template(settings, "short"), path
+        asked = [
+            (name, PROMPT_TEMPLATES[template].format(row["question"])) for name, row in questions.items()
+        ]
     else:
         file = find_file(data, LLAVA, "LLaVA question file", settings.split)
-        recipe, asked = f"as in {file.name}", []
-        for i, row in enumerate(read_llava(file)):
+        template, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
             name = str(row["question_id"]) if good else f"#{i}"
             asked.append((name, row["text"] if good else ""))
@@ -71,31 +80,31 @@ def load(data: Path, settings: Settings) -> Task:
                 questions[name], broken[name] = UNREAD, reason if good else row
     folders = [data / "images", data / "data" / "images", data]
     samples = [
-        malformed(i, name, broken[name])
+        malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_in(folders, f"{questions[name]['imageId']}.jpg"), "ask")
+        else Sample(i, name, prompt, image_path(folders, f"{questions[name]['imageId']}.jpg"), "ask")
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
     split = path.stem.removesuffix("_questions")
     tier = split.removesuffix("_balanced").removesuffix("_all")
     choices = data / f"{tier}_choices.json"
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
-    return Task(usable(samples, file), truth, about_asking(split, recipe, settings))
+    return Task(require_mostly_valid(samples, file), truth, answering_metadata(split, template, settings))
 
 
 def check_question(row: Any, where: str) -> None:
     """Raise UserError with what a released question lacks."""
-    text_of(row, "question", where)
+    require_text(row, "question", where)
     for key in ("answer", "imageId", "isBalanced"):
-        entry(row, key, where)
+        require_key(row, key, where)
     for key, kind in (("types", dict), ("groups", dict), ("semantic", list), ("entailed", list)):
-        of_kind(kind, entry(row, key, where), f"{where}, {key}")
+        require_type(kind, require_key(row, key, where), f"{where}, {key}")
     for kind in ("structural", "semantic"):
-        text_of(row["types"], kind, f"{where}, types")
-    entry(row["groups"], "global", f"{where}, groups")
+        require_text(row["types"], kind, f"{where}, types")
+    require_key(row["groups"], "global", f"{where}, groups")
     for step in row["semantic"]:
         for key in ("operation", "argument"):
-            entry(step, key, f"{where}, semantic")
+            require_key(step, key, f"{where}, semantic")
 
 
 def converted(text: str) -> str:
@@ -119,7 +128,7 @@ def bare(text: str) -> str:
 
 
 def measures(
-    questions: Questions, predictions: dict[str, str], choices: dict[str, Row] | None = None
+    questions: Questions, predictions: dict[str, str], choices: dict[str, Record] | None = None
 ) -> dict[str, Any]:
     """What the official scorer prints, in per cent, over balanced questions; a missing prediction is wrong.
 
@@ -129,7 +138,7 @@ def measures(
     balanced = {name: q for name, q in questions.items() if q["isBalanced"]}
     right = {name: predictions.get(name) == q["answer"] for name, q in balanced.items()}
 
-    def by(key: Callable[[Row], Any], keep: Callable[[Row], bool] = lambda q: True) -> dict[str, list]:
+    def by(key: Callable[[Record], Any], keep: Callable[[Record], bool] = lambda q: True) -> dict[str, list]:
         groups: dict[str, list[bool]] = defaultdict(list)
         for name, q in balanced.items():
             if q is not UNREAD and keep(q):
@@ -152,14 +161,14 @@ def measures(
     }
 
 
-def steps(question: Row) -> int:
+def steps(question: Record) -> int:
     """How many reasoning steps a question takes, as the official scorer counts."""
-    named = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
-    return sum(not any(word in text for word in NOT_A_STEP) for text in named)
+    submittable = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
+    return sum(not any(word in text for word in NOT_A_STEP) for text in submittable)
 
 
 def within(
-    questions: Questions, predictions: dict[str, str], choices: dict[str, Row] | None, kind: str
+    questions: Questions, predictions: dict[str, str], choices: dict[str, Record] | None, kind: str
 ) -> float | None:
     """Per cent of predictions that are among a question's valid or plausible answers."""
     if choices is None:
@@ -206,10 +215,10 @@ def mean(values: Iterable[float]) -> float:
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
     """Accuracy over balanced questions, per type; the official measures in the details."""
     questions: Questions = {s.id: task.truth["questions"][s.id] for s in task.samples}
-    texts = answered(rows)
+    texts = answer_texts(rows)
     predictions = {s.id: converted(texts[s.index]) for s in task.samples if s.index in texts}
     kept = [s for s in task.samples if questions[s.id]["isBalanced"]]
     values = {
@@ -220,14 +229,14 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     }
     scores, clusters = list(values.values()), [cluster_of(s) for s in kept]
     kinds = [questions[s.id]["types"] for s in kept]
-    metrics = {"accuracy": share(scores, clusters)}
+    metrics = {"accuracy": mean_metric(scores, clusters)}
     halves = [("open" if k["structural"] == "query" else "binary") * bool(k["structural"]) for k in kinds]
-    metrics |= shares_by("half", halves, scores, clusters)
-    metrics |= shares_by("structural", [k["structural"] for k in kinds], scores, clusters)
-    metrics |= shares_by("semantic", [k["semantic"] for k in kinds], scores, clusters)
+    metrics |= mean_metrics_by("half", halves, scores, clusters)
+    metrics |= mean_metrics_by("structural", [k["structural"] for k in kinds], scores, clusters)
+    metrics |= mean_metrics_by("semantic", [k["semantic"] for k in kinds], scores, clusters)
     details = {"official": measures(questions, predictions, task.truth["choices"])}
     per_sample = [
-        sample_row(
+        sample_record(
             s, rows, values.get(s.index), questions[s.id]["answer"],
             questions[s.id]["types"]["structural"], questions[s.id]["question"],
         )
@@ -236,11 +245,12 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     return Scored(metrics, details, per_sample)
 
 
-def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The official scorer's input; it wants an answer to every question, so that a missing one is empty."""
-    texts = answered(rows)
+    texts = answer_texts(rows)
     content = [
-        {"questionId": s.id, "prediction": converted(texts.get(s.index, ""))} for s in named(task.samples)
+        {"questionId": s.id, "prediction": converted(texts.get(s.index, ""))}
+        for s in submittable(task.samples)
     ]
-    name = f"{task.about['split']}_predictions.json"
+    name = f"{task.metadata['split']}_predictions.json"
     return [write_submission(folder, name, content)]

@@ -14,9 +14,17 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import RECIPES, EncodedImage, about_asking, answered, find_file, recipe_for, usable
-from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import sample_row, share, shares_by
+from ..core.annotations import (
+    PROMPT_TEMPLATES,
+    Base64Image,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+    find_file,
+    require_mostly_valid,
+)
+from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import mean_metric, mean_metrics_by, sample_record
 from ..core.xlsx import write_xlsx
 
 SCORERS = ("static",)
@@ -36,7 +44,7 @@ class Question(NamedTuple):
     answer: str
     category: str
     group: str
-    broken: str = ""  # why its row is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its row is malformed: it is not asked and counts as wrong
 
 
 def load(data: Path, settings: Settings) -> Task:
@@ -50,16 +58,20 @@ def load(data: Path, settings: Settings) -> Task:
     path = find_file(existing(data), FILES, "MMBench table", settings.split, "_dev_2")
     questions, images = read_table(path, settings.limit)
     first = {q.index: image for q, image in zip(questions, images)}
-    recipe = recipe_for(settings, "letter-cn" if "_cn" in path.name else "letter")
+    template = choose_prompt_template(settings, "letter-cn" if "_cn" in path.name else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
         if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the image
             image = first.get(int(image), "")
-        picture = EncodedImage(f"{base(q)}.jpg", image)
-        asked = Sample(i, q.index, RECIPES[recipe].format(prompt(q)), picture, "ask")
-        samples.append(malformed(i, q.index if q.index >= 0 else None, q.broken) if q.broken else asked)
+        picture = Base64Image(f"{base(q)}.jpg", image)
+        asked = Sample(i, q.index, PROMPT_TEMPLATES[template].format(prompt(q)), picture, "ask")
+        samples.append(
+            malformed_sample(i, q.index if q.index >= 0 else None, q.malformed) if q.malformed else asked
+        )
     return Task(
-        usable(samples, path), questions, about_asking(path.stem.removeprefix("mmbench_"), recipe, settings)
+        require_mostly_valid(samples, path),
+        questions,
+        answering_metadata(path.stem.removeprefix("mmbench_"), template, settings),
     )
 
 
@@ -85,9 +97,9 @@ def read_table(path: Path, limit: int | None) -> tuple[list[Question], list[str]
             images.append(pictures.setdefault(row["image"] or "", row["image"] or ""))
     if any(q.answer for q in questions):
         for i, q in enumerate(questions):
-            if not q.answer and not q.broken:
+            if not q.answer and not q.malformed:
                 reason = f"{path}, row {i + 1}: it has no answer, but others have."
-                questions[i] = q._replace(broken=reason)
+                questions[i] = q._replace(malformed=reason)
     return questions, images
 
 
@@ -169,56 +181,61 @@ def read(answer: str, options: dict[str, str]) -> str:
 # -------------------------------------------------------------------------------------------------- scoring
 
 
-def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
     """Circular accuracy per question, category and group; `vanilla` looks at the unrotated row alone."""
     questions: list[Question] = task.truth
-    texts = answered(rows)
+    texts = answer_texts(rows)
     chosen = [read(texts.get(s.index, ""), q.options) for s, q in zip(task.samples, questions)]
     if not any(q.answer for q in questions):
         return Scored(
             {},
             {},
-            [sample_row(s, rows, None, None, q.category, prompt(q)) for s, q in zip(task.samples, questions)],
+            [
+                sample_record(s, rows, None, None, q.category, prompt(q))
+                for s, q in zip(task.samples, questions)
+            ],
         )
     right: dict[int, list[bool]] = {}
     for q, letter in zip(questions, chosen):
-        right.setdefault(base(q), []).append(letter == q.answer and not q.broken)
+        right.setdefault(base(q), []).append(letter == q.answer and not q.malformed)
     values, plain, kept = [], [], []
     for s, q, letter in zip(task.samples, questions, chosen):
         if q.index < TURN:
             kept.append((s, q, letter))
             values.append(float(all(right[q.index])))
-            plain.append(float(letter == q.answer and not q.broken))
+            plain.append(float(letter == q.answer and not q.malformed))
     pictures: dict[str, int] = {}  # an image's text -> the first question about it
     clusters = [pictures.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
-    metrics = {"circular": share(values, clusters), "vanilla": share(plain, clusters)}
+    metrics = {"circular": mean_metric(values, clusters), "vanilla": mean_metric(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
-        metrics |= shares_by(name, [q.category for _, q, _ in kept], scores, clusters)
+        metrics |= mean_metrics_by(name, [q.category for _, q, _ in kept], scores, clusters)
     for name, scores in (("group", values), ("vanilla group", plain)):
-        metrics |= shares_by(name, [q.group for _, q, _ in kept], scores, clusters)
+        metrics |= mean_metrics_by(name, [q.group for _, q, _ in kept], scores, clusters)
     lost = len(right) - len(kept)
     problems = [f"{lost} questions have rotations but no unrotated row (not counted)"] if lost else []
     unreadable = sum(s.index in texts and not letter for s, letter in zip(task.samples, chosen))
     if unreadable:
         problems.append(f"{unreadable} answers name no option (wrong)")
     per_sample = [
-        sample_row(s, rows, v, q.answer, q.category, prompt(q), parsed=letter, rotations=len(right[q.index]))
+        sample_record(
+            s, rows, v, q.answer, q.category, prompt(q), parsed=letter, rotations=len(right[q.index])
+        )
         | {"cluster": str(cluster)}
         for (s, q, letter), v, cluster in zip(kept, values, clusters)
-    ]  # fmt: skip
+    ]
     return Scored(metrics, {}, per_sample, problems=problems)
 
 
-def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The spreadsheet that the official server takes."""
-    texts = answered(rows)
+    texts = answer_texts(rows)
     letters = [letter for letter in LETTERS if any(letter in q.options for q in task.truth)]
     table: list[list[Any]] = [["index", "question", *letters, "prediction"]]
     for sample, q in zip(task.samples, task.truth):
-        if q.broken:
+        if q.malformed:
             continue
         options = [q.options.get(letter, "") for letter in letters]
         table.append([q.index, q.question, *options, texts.get(sample.index, "")])
-    path = folder / "submission" / f"mmbench_{task.about['split']}.xlsx"
+    path = folder / "submission" / f"mmbench_{task.metadata['split']}.xlsx"
     write_xlsx(path, table)
     return [path]

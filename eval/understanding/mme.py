@@ -14,19 +14,19 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import (
-    RECIPES,
-    about_asking,
-    answered,
+    PROMPT_TEMPLATES,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
     find_file,
-    read_llava,
-    recipe_for,
-    stem_in,
-    text_of,
-    usable,
+    image_path_by_stem,
+    read_llava_questions,
+    require_mostly_valid,
+    require_text,
 )
 from ..core.bootstrap import bootstrap
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import cluster_of, sample_row, write_submission
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import cluster_of, sample_record, write_submission
 
 SCORERS = ("official", "lmms")
 PERCEPTION = (
@@ -46,7 +46,7 @@ class Question(NamedTuple):
     image: Path
     question: str
     label: str
-    broken: str = ""  # why its line is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its line is malformed: it is not asked and counts as wrong
 
 
 def load(data: Path, settings: Settings) -> Task:
@@ -64,21 +64,23 @@ def load(data: Path, settings: Settings) -> Task:
         if name not in TASKS:
             raise UserError(f"split is {name!r}; allowed: {', '.join(TASKS)}.")
     questions = [question for name in tasks for question in read_task(root, name)]
-    recipe = recipe_for(settings, "short")
-    prompts = [RECIPES[recipe].format(bare(q.question)) for q in questions]
+    template = choose_prompt_template(settings, "short")
+    prompts = [PROMPT_TEMPLATES[template].format(bare(q.question)) for q in questions]
     if settings.layout == "llava":
         file = find_file(data, LLAVA[:1], "LLaVA question file")
-        recipe = f"as in {file.name}"
+        template = f"as in {file.name}"
         questions, prompts = joined(questions, file, tasks)
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
-        malformed(i, f"{q.task}/{q.image.name}", q.broken, q.image if q.image.name else None)
-        if q.broken
+        malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)
+        if q.malformed
         else Sample(i, f"{q.task}/{q.image.name}", prompt, q.image, "ask")
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
     return Task(
-        usable(samples, root), questions, about_asking(settings.split or "all tasks", recipe, settings)
+        require_mostly_valid(samples, root),
+        questions,
+        answering_metadata(settings.split or "all tasks", template, settings),
     )
 
 
@@ -91,7 +93,7 @@ def read_task(root: Path, name: str) -> list[Question]:
     for path in sorted(texts.glob("*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        image = stem_in(images, path.stem)
+        image = image_path_by_stem(images, path.stem)
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
             broken = ""
@@ -122,12 +124,12 @@ def joined(questions: list[Question], file: Path, tasks: tuple[str, ...]) -> tup
     """
     known = {(q.task, q.image.stem, bare(q.question)): q for q in questions}
     found, prompts = [], []
-    for i, row in enumerate(read_llava(file)):
+    for i, row in enumerate(read_llava_questions(file)):
         where, name, image = f"{file}, line {i + 1}", tasks[0], Path()
         try:
-            image = Path(text_of(row, "image", where))
+            image = Path(require_text(row, "image", where))
             name = next((part for part in (row.get("category"), image.parts[0]) if part in TASKS), name)
-            if text_of(row, "category", where) not in TASKS:
+            if require_text(row, "category", where) not in TASKS:
                 raise UserError(f"{where}: category is {row['category']!r}; allowed: {', '.join(TASKS)}.")
             key = (name, image.stem, row["text"].split("\n")[0].strip())
             if name in tasks and key not in known:
@@ -154,7 +156,7 @@ def parse(answer: str, scorer: str = "official") -> str:
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
-def columns(rows: list[Row]) -> np.ndarray:
+def columns(rows: list[Record]) -> np.ndarray:
     """M rows with "group" (the task), "score" and "pair" (are both right) -> (M, 4 * T) for `total`."""
     names = list(dict.fromkeys(row["group"] for row in rows))
     images: dict[tuple[str, str], int] = {}
@@ -175,10 +177,10 @@ def total(sums: np.ndarray) -> np.ndarray:
     return 100 * parts.sum(axis=-1)
 
 
-def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
     """The perception total, the cognition total, and every task's score with its parts in the details."""
     questions: list[Question] = task.truth
-    texts = answered(rows)
+    texts = answer_texts(rows)
     parsed = [parse(texts[s.index], scoring.scorer) if s.index in texts else "missing" for s in task.samples]
     right = [float(p == q.label) for p, q in zip(parsed, questions)]
     pairs: dict[tuple[str, str], list[float]] = {}
@@ -187,7 +189,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     # an image that has lost one of its two questions is not right twice
     both = {key: min(hits) if len(hits) > 1 else 0.0 for key, hits in pairs.items()}
     per_sample = [
-        sample_row(
+        sample_record(
             s, rows, hit, q.label, q.task, q.question, parsed=p, pair=both[q.task, cluster_of(s)]
         )
         for s, q, hit, p in zip(task.samples, questions, right, parsed)
@@ -205,7 +207,7 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
     return Scored(metrics, {"tasks": per_task(per_sample)}, per_sample, "mme")
 
 
-def per_task(rows: list[Row]) -> dict[str, Row]:
+def per_task(rows: list[Record]) -> dict[str, Record]:
     """Task -> score, accuracy, accuracy+, unreadable answers and images."""
     result = {}
     for name in dict.fromkeys(row["group"] for row in rows):
@@ -219,12 +221,12 @@ def per_task(rows: list[Row]) -> dict[str, Row]:
     return result
 
 
-def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The official tool's input: per task a file of image, question, truth and answer."""
-    texts = answered(rows)
+    texts = answer_texts(rows)
     lines: dict[str, list[str]] = {}
     for sample, question in zip(task.samples, task.truth):
-        if question.broken:
+        if question.malformed:
             continue
         answer = " ".join(texts.get(sample.index, "").split())
         fields = (question.image.name, question.question, question.label.capitalize(), answer)

@@ -18,21 +18,21 @@ import numpy as np
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    RECIPES,
-    about_asking,
-    answered,
-    entry,
+    PROMPT_TEMPLATES,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+    detect_layout,
     find_file,
-    image_in,
-    layout_of,
-    read_as,
-    read_llava,
-    recipe_for,
-    text_of,
-    usable,
+    image_path,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
 )
-from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import cluster_of, named, sample_row, share, write_submission
+from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
 from ..judges.llm_judge import Call, Judge, JudgeFailed, judge_of
 
 SCORERS = ("official", "lmms")
@@ -56,21 +56,21 @@ class Question(NamedTuple):
 
 def load(data: Path, settings: Settings) -> Task:
     """One sample per entry of `mm-vet.json`; LLaVA's numbers are v1_{number}."""
-    layout = layout_of(data, settings, ORIGINAL, LLAVA)
+    layout = detect_layout(data, settings, ORIGINAL, LLAVA)
     path = find_file(data, ORIGINAL, "MM-Vet annotation file")
     known: dict[str, tuple[Question, str]] = {}
     broken: dict[str, object] = {}
-    for name, row in read_as(dict, path).items():
+    for name, row in read_json_as(dict, path).items():
         try:
             known[name] = read_question(row, name, f"{path}, {name}")
         except UserError as error:
             known[name], broken[name] = (Question(name, "", "", ()), ""), error
-    recipe = recipe_for(settings, "plain")
-    asked = [(name, RECIPES[recipe].format(q.question)) for name, (q, _) in known.items()]
+    template = choose_prompt_template(settings, "plain")
+    asked = [(name, PROMPT_TEMPLATES[template].format(q.question)) for name, (q, _) in known.items()]
     if layout == "llava":
         file = find_file(data, LLAVA, "LLaVA question file")
-        recipe, asked = f"as in {file.name}", []
-        for i, row in enumerate(read_llava(file)):
+        template, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
             name = f"v1_{str(row['question_id']).removeprefix('v1_')}" if good else f"#{i}"
             asked.append((name, row["text"] if good else ""))
@@ -79,23 +79,25 @@ def load(data: Path, settings: Settings) -> Task:
                 known[name], broken[name] = (Question(name, "", "", ()), ""), reason if good else row
     folders = [data / "images", data / "mm-vet" / "images", data]
     samples = [
-        malformed(i, name, broken[name])
+        malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_in(folders, known[name][1]), "ask")
+        else Sample(i, name, prompt, image_path(folders, known[name][1]), "ask")
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
     return Task(
-        usable(samples, path), [known[s.id][0] for s in samples], about_asking("v1", recipe, settings, 512)
+        require_mostly_valid(samples, path),
+        [known[s.id][0] for s in samples],
+        answering_metadata("v1", template, settings, 512),
     )
 
 
 def read_question(row: Any, name: str, where: str) -> tuple[Question, str]:
     """A question and its image's name; UserError says what is wrong with the entry."""
-    abilities = entry(row, "capability", where)
+    abilities = require_key(row, "capability", where)
     if not isinstance(abilities, list) or not abilities or any(a not in CAPABILITIES for a in abilities):
         raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")
-    texts = (text_of(row, "question", where), str(entry(row, "answer", where)))
-    return Question(name, *texts, tuple(abilities)), text_of(row, "imagename", where)
+    texts = (require_text(row, "question", where), str(require_key(row, "answer", where)))
+    return Question(name, *texts, tuple(abilities)), require_text(row, "imagename", where)
 
 
 # -------------------------------------------------------------------------------------------------- judging
@@ -214,15 +216,15 @@ def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[s
     }
 
 
-def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
     """Mean grade, per capability; without a judge the answers are only laid out for one."""
     questions: list[Question] = task.truth
-    texts = answered(rows)
+    texts = answer_texts(rows)
     judge = judge_of(scoring, folder)
     if judge is None:
         note = "no judge was given (--judge): the answers lie in submission/ for the official page"
         lines = [
-            sample_row(s, rows, None, q.answer, "_".join(sorted(q.capabilities)))
+            sample_record(s, rows, None, q.answer, "_".join(sorted(q.capabilities)))
             for s, q in zip(task.samples, questions)
         ]
         return Scored({}, {}, lines, problems=[note])
@@ -232,15 +234,15 @@ def score(task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], s
         raise UserError(f"The judge {judge.model} graded not one answer: {reason}")
     table = np.array([grades.by_index.get(s.index, [0.0] * scoring.judge_runs) for s in task.samples])
     values, names = table.mean(axis=1), [cluster_of(s) for s in task.samples]
-    metrics = {"total": share(values, names)}
+    metrics = {"total": mean_metric(values, names)}
     for ability in CAPABILITIES:
         kept = [i for i, q in enumerate(questions) if ability in q.capabilities]
         if kept:
-            metrics[f"capability/{ability}"] = share(values[kept], [names[i] for i in kept])
+            metrics[f"capability/{ability}"] = mean_metric(values[kept], [names[i] for i in kept])
     details = {"judge": judge.model, "runs": scoring.judge_runs}
     details |= summary([q.capabilities for q in questions], table)
     per_sample = [
-        sample_row(
+        sample_record(
             s, rows, float(value), q.answer, "_".join(sorted(q.capabilities)), q.question,
             grades=grades.by_index.get(s.index), replies=grades.replies.get(s.index),
         )
@@ -275,11 +277,11 @@ def problems_of(grades: Grades, task: Task) -> list[str]:
     return problems
 
 
-def submit(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The input of the official tool and of its page."""
-    texts = answered(rows)
+    texts = answer_texts(rows)
     return [
         write_submission(
-            folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in named(task.samples)}
+            folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in submittable(task.samples)}
         )
     ]

@@ -14,23 +14,30 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    RECIPES,
-    about_asking,
-    answered,
-    entry,
+    PROMPT_TEMPLATES,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+    detect_layout,
     find_file,
-    image_in,
-    layout_of,
-    of_kind,
-    read_as,
-    read_llava,
-    recipe_for,
-    stem_in,
-    text_of,
-    usable,
+    image_path,
+    image_path_by_stem,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
+    require_type,
 )
-from ..core.harness import Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import cluster_of, named, sample_row, share, shares_by, write_submission
+from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import (
+    cluster_of,
+    mean_metric,
+    mean_metrics_by,
+    sample_record,
+    submittable,
+    write_submission,
+)
 
 LETTERS = "ABCDE"
 SEED_SCORERS = SQA_SCORERS = ("official", "lmms")
@@ -62,15 +69,15 @@ def load_seedbench(data: Path, settings: Settings) -> Task:
 
     Images: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
     """
-    layout = layout_of(data, settings, SEED_ORIGINAL, SEED_LLAVA)
+    layout = detect_layout(data, settings, SEED_ORIGINAL, SEED_LLAVA)
     path = find_file(data, SEED_ORIGINAL, "SEED-Bench annotation file")
     if settings.split not in (None, "image", "video"):
         raise UserError(f"split is {settings.split!r}; allowed: image, video.")
     known = read_seeds(data, path)
     if layout == "llava":
         file = find_file(data, SEED_LLAVA, "LLaVA question file")
-        recipe, asked = f"as in {file.name}", []
-        for i, row in enumerate(read_llava(file)):
+        template, asked = f"as in {file.name}", []
+        for i, row in enumerate(read_llava_questions(file)):
             name = str(row["question_id"]) if isinstance(row, dict) else f"#{i}"
             unknown = UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
             question, image = known.get(name, (unread(name), unknown))
@@ -80,20 +87,21 @@ def load_seedbench(data: Path, settings: Settings) -> Task:
                 image = data / row["image"]
             asked.append((question, image, row["text"]))
     else:
-        recipe, file = recipe_for(settings, "letter"), path
+        template, file = choose_prompt_template(settings, "letter"), path
         asked = [
-            (q, image, RECIPES[recipe].format(lettered(q.question, q.options))) for q, image in known.values()
+            (q, image, PROMPT_TEMPLATES[template].format(lettered(q.question, q.options)))
+            for q, image in known.values()
         ]
     # a malformed question whose medium cannot be read counts in either split
     asked = [row for row in asked if settings.split is None or row[0].medium in ("", settings.split)]
     samples = [
-        malformed(i, q.question_id, image)
+        malformed_sample(i, q.question_id, image)
         if isinstance(image, UserError)
         else Sample(i, q.question_id, prompt, image, "ask")
         for i, (q, image, prompt) in enumerate(asked[: settings.limit])
     ]
-    about = about_asking(settings.split or "images and videos", recipe, settings)
-    return Task(usable(samples, file), [q for q, _, _ in asked[: settings.limit]], about)
+    about = answering_metadata(settings.split or "images and videos", template, settings)
+    return Task(require_mostly_valid(samples, file), [q for q, _, _ in asked[: settings.limit]], about)
 
 
 def unread(name: str, medium: str = "", kind: str = "") -> Question:
@@ -103,10 +111,10 @@ def unread(name: str, medium: str = "", kind: str = "") -> Question:
 
 def read_seeds(data: Path, path: Path) -> dict[str, tuple[Question, Path | UserError]]:
     """Question id -> the question and its image, or in the image's place what is wrong with the entry."""
-    types = read_as(dict, path, "question_type").items()
+    types = read_json_as(dict, path, "question_type").items()
     kinds = {number: name for name, number in types if isinstance(number, str | int)}
     known: dict[str, tuple[Question, Path | UserError]] = {}
-    for i, row in enumerate(read_as(list, path, "questions")):
+    for i, row in enumerate(read_json_as(list, path, "questions")):
         try:
             question, image = read_seed(row, f"{path}, questions[{i}]", kinds, data)
             if question.question_id in known:
@@ -118,29 +126,29 @@ def read_seeds(data: Path, path: Path) -> dict[str, tuple[Question, Path | UserE
     return known
 
 
-def read_seed(row: Row, where: str, kinds: dict[int, str], data: Path) -> tuple[Question, Path]:
+def read_seed(row: Record, where: str, kinds: dict[int, str], data: Path) -> tuple[Question, Path]:
     """A question of `SEED-Bench.json` and its image or frame."""
-    options = tuple(str(entry(row, f"choice_{letter}", where)) for letter in "abcd")
+    options = tuple(str(require_key(row, f"choice_{letter}", where)) for letter in "abcd")
     answer, name, medium = (
-        entry(row, "answer", where),
-        str(entry(row, "question_id", where)),
+        require_key(row, "answer", where),
+        str(require_key(row, "question_id", where)),
         row.get("data_type"),
     )
     if answer not in tuple("ABCD"):
         raise UserError(f"{where}: answer is {answer!r}; allowed: A, B, C, D.")
     if medium not in ("image", "video"):
         raise UserError(f"{where}: data_type is {medium!r}; allowed: image, video.")
-    number = entry(row, "question_type_id", where)
+    number = require_key(row, "question_type_id", where)
     kind = kinds.get(number) if isinstance(number, str | int) else None
     if kind is None:
         raise UserError(
             f"{where}: question_type_id is {row['question_type_id']!r}, which question_type lacks."
         )
     folder = data / ("SEED-Bench-image" if medium == "image" else "SEED-Bench-video-image")
-    stem = str(entry(row, "data_id", where)) if medium == "image" else name
-    return Question(name, text_of(row, "question", where), options, answer, kind, medium), stem_in(
-        [folder], stem
-    )
+    stem = str(require_key(row, "data_id", where)) if medium == "image" else name
+    return Question(
+        name, require_text(row, "question", where), options, answer, kind, medium
+    ), image_path_by_stem([folder], stem)
 
 
 def seed_right(text: str, answer: str, scorer: str = "official") -> bool:
@@ -149,34 +157,34 @@ def seed_right(text: str, answer: str, scorer: str = "official") -> bool:
 
 
 def score_seedbench(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Accuracy over all, images, videos and each dimension; a missing answer is wrong."""
     questions: list[Question] = task.truth
-    texts = answered(rows)
+    texts = answer_texts(rows)
     values = [
         float(s.index in texts and seed_right(texts[s.index], q.answer, scoring.scorer))
         for s, q in zip(task.samples, questions)
     ]
     clusters = [cluster_of(s) for s in task.samples]
-    metrics = {"accuracy": share(values, clusters)}
-    metrics |= shares_by("medium", [q.medium for q in questions], values, clusters)
-    metrics |= shares_by("type", [q.kind for q in questions], values, clusters)
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
+    metrics |= mean_metrics_by("type", [q.kind for q in questions], values, clusters)
     return Scored(metrics, {}, option_rows(task, rows, values))
 
 
-def option_rows(task: Task, rows: dict[int, Row], values: Sequence[float], **more: Any) -> list[Row]:
+def option_rows(task: Task, rows: dict[int, Record], values: Sequence[float], **more: Any) -> list[Record]:
     """A line per question, with its options."""
     return [
-        sample_row(s, rows, value, q.answer, q.kind, lettered(q.question, q.options))
+        sample_record(s, rows, value, q.answer, q.kind, lettered(q.question, q.options))
         for s, q, value in zip(task.samples, task.truth, values)
     ]
 
 
-def submit_seedbench(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit_seedbench(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The leaderboard's upload."""
-    texts = answered(rows)
-    content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in named(task.samples)]
+    texts = answer_texts(rows)
+    content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in submittable(task.samples)]
     return [write_submission(folder, "seedbench_predictions.jsonl", content)]
 
 
@@ -185,19 +193,21 @@ def submit_seedbench(task: Task, rows: dict[int, Row], folder: Path, data: Path)
 
 def load_scienceqa(data: Path, settings: Settings) -> Task:
     """One sample per problem of a split of `pid_splits.json` (default: test), with or without an image."""
-    layout = layout_of(data, settings, SQA_ORIGINAL, SQA_LLAVA)
+    layout = detect_layout(data, settings, SQA_ORIGINAL, SQA_LLAVA)
     path = find_file(data, SQA_ORIGINAL, "ScienceQA problem file")
-    problems, splits = read_as(dict, path), read_as(dict, data / "pid_splits.json")
+    problems, splits = read_json_as(dict, path), read_json_as(dict, data / "pid_splits.json")
     split = settings.split or "test"
     if split not in splits:
         raise UserError(f"split is {split!r}; {data / 'pid_splits.json'} has: {', '.join(splits)}.")
-    of_kind(list, splits[split], f"{data / 'pid_splits.json'}, {split}")
+    require_type(list, splits[split], f"{data / 'pid_splits.json'}, {split}")
     file = path
     prompts: dict[str, str] = {}
-    recipe = recipe_for(settings, "letter")
+    template = choose_prompt_template(settings, "letter")
     if layout == "llava":
         file = find_file(data, SQA_LLAVA, "LLaVA question file")
-        prompts = {name: RECIPES[recipe].format(text) for name, text in read_conversations(file).items()}
+        prompts = {
+            name: PROMPT_TEMPLATES[template].format(text) for name, text in read_conversations(file).items()
+        }
     samples, questions = [], []
     for i, name in enumerate(map(str, splits[split][: settings.limit])):
         try:
@@ -207,15 +217,15 @@ def load_scienceqa(data: Path, settings: Settings) -> Task:
         except UserError as error:
             row = problems.get(name)
             medium = "image" if isinstance(row, dict) and row.get("image") else "text"
-            samples.append(malformed(i, name, error))
+            samples.append(malformed_sample(i, name, error))
             questions.append(unread(name, medium))
             continue
         body = f"Context: {context or 'N/A'}\n{lettered(question.question, question.options)}"
-        prompt = prompts.get(name) or RECIPES[recipe].format(body)
+        prompt = prompts.get(name) or PROMPT_TEMPLATES[template].format(body)
         samples.append(Sample(i, name, prompt, image, "ask"))
         questions.append(question)
-    recipe = f"{recipe} after {file.name}" if layout == "llava" else recipe
-    return Task(usable(samples, file), questions, about_asking(split, recipe, settings))
+    template = f"{template} after {file.name}" if layout == "llava" else template
+    return Task(require_mostly_valid(samples, file), questions, answering_metadata(split, template, settings))
 
 
 def read_conversations(path: Path) -> dict[str, str]:
@@ -224,19 +234,19 @@ def read_conversations(path: Path) -> dict[str, str]:
     An entry without id or question is left out, and its problem is missed by `load_scienceqa`.
     """
     result = {}
-    for row in read_as(list, path):
+    for row in read_json_as(list, path):
         with contextlib.suppress(UserError):
-            turns = of_kind(list, entry(row, "conversations", path), path)
-            text = text_of(turns[0] if turns else None, "value", path)
-            result[str(entry(row, "id", path))] = text.replace("<image>", "").strip()
+            turns = require_type(list, require_key(row, "conversations", path), path)
+            text = require_text(turns[0] if turns else None, "value", path)
+            result[str(require_key(row, "id", path))] = text.replace("<image>", "").strip()
     return result
 
 
 def read_problem(problems: Any, name: str, path: Path, split: str) -> tuple[Question, str, Path | None]:
     """A problem, its context, and its image if it has one."""
     where = f"{path}, problem {name}"
-    row = entry(problems, name, path)
-    options, answer = entry(row, "choices", where), entry(row, "answer", where)
+    row = require_key(problems, name, path)
+    options, answer = require_key(row, "choices", where), require_key(row, "answer", where)
     if not isinstance(options, list) or not 2 <= len(options) <= len(LETTERS):
         raise UserError(f"{where}: choices is {options!r}; expected a list of two to five.")
     if not isinstance(answer, int) or not 0 <= answer < len(options):
@@ -246,10 +256,10 @@ def read_problem(problems: Any, name: str, path: Path, split: str) -> tuple[Ques
     image = None
     if row.get("image"):
         folders = [path.parent / split / name, path.parent / "images" / split / name, path.parent / name]
-        image = image_in(folders, text_of(row, "image", where))
+        image = image_path(folders, require_text(row, "image", where))
     medium, subject = "image" if image else "text", str(row.get("subject", ""))
     question = Question(
-        name, text_of(row, "question", where), tuple(map(str, options)), LETTERS[answer], subject, medium
+        name, require_text(row, "question", where), tuple(map(str, options)), LETTERS[answer], subject, medium
     )
     return question, str(row.get("hint") or "").strip(), image
 
@@ -273,26 +283,26 @@ def scienceqa_right(text: str, question: Question, scorer: str = "official") -> 
 
 
 def score_scienceqa(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Accuracy over the split, and over problems with an image; a missing answer is wrong."""
     questions: list[Question] = task.truth
-    texts = answered(rows)
+    texts = answer_texts(rows)
     values = [
         float(s.index in texts and scienceqa_right(texts[s.index], q, scoring.scorer))
         for s, q in zip(task.samples, questions)
     ]
     clusters = [f"{s.id}" for s in task.samples]
-    metrics = {"accuracy": share(values, clusters)}
-    metrics |= shares_by("medium", [q.medium for q in questions], values, clusters)
-    metrics |= shares_by("subject", [q.kind for q in questions], values, clusters)
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
+    metrics |= mean_metrics_by("subject", [q.kind for q in questions], values, clusters)
     per_sample = [row | {"cluster": c} for row, c in zip(option_rows(task, rows, values), clusters)]
     return Scored(metrics, {}, per_sample)
 
 
-def submit_scienceqa(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit_scienceqa(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The leaderboard's file: the place of the option chosen, -1 where none could be read."""
-    texts = answered(rows)
+    texts = answer_texts(rows)
     results = {}
     for sample, question in zip(task.samples, task.truth):
         place = LETTERS.find(parse_scienceqa(texts.get(sample.index, "")))

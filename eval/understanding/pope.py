@@ -13,7 +13,7 @@ import numpy as np
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, read_jsonl_lenient
 
-from ..core.annotations import entry, text_of
+from ..core.annotations import require_key, require_text
 from ..core.records import mean
 
 CATEGORIES = ("random", "popular", "adversarial")
@@ -28,7 +28,7 @@ class Question(NamedTuple):
     text: str
     label: str
     category: str
-    broken: str = ""  # why its line is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its line is malformed: it is not asked and counts as wrong
 
 
 def load(data: str | Path) -> list[Question]:
@@ -60,11 +60,11 @@ def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path
     for i, row in enumerate(rows):
         where, question = f"{path}, line {i + 1}", None
         try:
-            category = entry(row, "category", where)
+            category = require_key(row, "category", where)
             if not left.get(category):
                 raise UserError(f"{where}: the released files have no (more) question of {category!r}.")
             question = left[category].pop(0)
-            if not question.broken and Path(text_of(row, "image", where)).name != question.image.name:
+            if not question.malformed and Path(require_text(row, "image", where)).name != question.image.name:
                 raise UserError(
                     f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
                     "at this place: the files are of different versions."
@@ -74,7 +74,7 @@ def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path
             before = result[-1].category if result else CATEGORIES[0]
             if question is None and left[before]:
                 question = left[before].pop(0)
-            question = (question or unread(before))._replace(broken=str(error))
+            question = (question or unread(before))._replace(malformed=str(error))
         result.append(question)
     return result
 
@@ -110,12 +110,12 @@ def load_category(path: Path) -> list[Question]:
     for i, row in enumerate(read_jsonl_lenient(path)):
         where = f"{path}, question {i + 1}"
         try:
-            label = entry(row, "label", where)
+            label = require_key(row, "label", where)
             if label not in ("yes", "no"):
                 raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
-            image = images / Path(text_of(row, "image", where)).name
-            text = text_of(row, "text", where)
-            result.append(Question(entry(row, "question_id", where), image, text, label, category))
+            image = images / Path(require_text(row, "image", where)).name
+            text = require_text(row, "text", where)
+            result.append(Question(require_key(row, "question_id", where), image, text, label, category))
         except UserError as error:
             result.append(unread(category, str(error)))
     return result

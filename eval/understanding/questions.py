@@ -8,52 +8,63 @@ import numpy as np
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    RECIPES,
-    about_asking,
-    answered,
-    entry,
+    PROMPT_TEMPLATES,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+    detect_layout,
     find_file,
-    image_in,
-    layout_of,
-    read_as,
-    read_llava,
-    recipe_for,
-    text_of,
-    usable,
+    image_path,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
 )
 from ..core.answer_normalisation import normalise_m4c
-from ..core.bootstrap import bootstrap, f1_of, with_ones
-from ..core.harness import Metric, Row, Sample, Scored, Scoring, Settings, Task, malformed
-from ..core.records import cluster_of, named, sample_row, share, shares_by, write_submission
+from ..core.bootstrap import bootstrap, f1_statistic, mean_columns
+from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.records import (
+    cluster_of,
+    mean_metric,
+    mean_metrics_by,
+    sample_record,
+    submittable,
+    write_submission,
+)
 from . import pope, vqav2
 
 VQA_ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
 VQA_LLAVA = ("*vqav2*.jsonl",)
 POPE_ORIGINAL = ("*_pope_random.json", "test/*_pope_random.json", "coco/*_pope_random.json")
 POPE_LLAVA = ("*pope*.jsonl",)
-SUFFIX = RECIPES["short"].format("")
+SUFFIX = PROMPT_TEMPLATES["short"].format("")
 
 
-def longest(recipe: str) -> int:
+def longest(template: str) -> int:
     """Tokens that an answer may have: 128 as published, 16 where nothing asks for a long one."""
-    return 16 if recipe == "plain" else 128
+    return 16 if template == "plain" else 128
 
 
 def load_vqav2(data: Path, settings: Settings) -> Task:
     """One sample per question, in the file's order."""
-    if layout_of(data, settings, VQA_ORIGINAL, VQA_LLAVA) == "llava":
+    if detect_layout(data, settings, VQA_ORIGINAL, VQA_LLAVA) == "llava":
         return load_vqav2_llava(data, settings)
     path = vqav2.find_questions(data, settings.split)
     questions = vqav2.load(data, settings.split)[: settings.limit]
-    recipe = recipe_for(settings, "short", data)
+    template = choose_prompt_template(settings, "short", data)
     samples = [
-        malformed(i, q.question_id, q.broken)
-        if q.broken
-        else Sample(i, q.question_id, RECIPES[recipe].format(q.question), q.image, "ask")
+        malformed_sample(i, q.question_id, q.malformed)
+        if q.malformed
+        else Sample(i, q.question_id, PROMPT_TEMPLATES[template].format(q.question), q.image, "ask")
         for i, q in enumerate(questions)
     ]
     split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
-    return Task(usable(samples, path), questions, about_asking(split, recipe, settings, longest(recipe)))
+    return Task(
+        require_mostly_valid(samples, path),
+        questions,
+        answering_metadata(split, template, settings, longest(template)),
+    )
 
 
 def load_vqav2_llava(data: Path, settings: Settings) -> Task:
@@ -64,21 +75,25 @@ def load_vqav2_llava(data: Path, settings: Settings) -> Task:
         known = {q.question_id: q for q in vqav2.load(data, None)}
     folders = [data / name for name in ("test2015", "val2014", "images")] + [data]
     samples, questions = [], []
-    for i, row in enumerate(read_llava(path, settings.limit)):
+    for i, row in enumerate(read_llava_questions(path, settings.limit)):
         try:
-            number, text = entry(row, "question_id", path), row["text"].removesuffix(SUFFIX)
-            image = image_in(folders, Path(text_of(row, "image", f"{path}, line {i + 1}")).name)
+            number, text = require_key(row, "question_id", path), row["text"].removesuffix(SUFFIX)
+            image = image_path(folders, Path(require_text(row, "image", f"{path}, line {i + 1}")).name)
             if known and number not in known:
                 raise UserError(f"{path}, line {i + 1}: question_id {number!r} is not in the released files.")
             question = known.get(number) or vqav2.Question(number, image.stem, text, image)
-            if question.broken:
-                raise UserError(question.broken)
+            if question.malformed:
+                raise UserError(question.malformed)
             samples.append(Sample(i, number, row["text"], image, "ask"))
             questions.append(question)
         except UserError as error:
-            samples.append(malformed(i, row["question_id"] if isinstance(row, dict) else None, error))
-            questions.append(vqav2.Question(i, i, "", Path(), broken=str(error)))
-    return Task(usable(samples, path), questions, about_asking(path.stem, f"as in {path.name}", settings))
+            samples.append(malformed_sample(i, row["question_id"] if isinstance(row, dict) else None, error))
+            questions.append(vqav2.Question(i, i, "", Path(), malformed=str(error)))
+    return Task(
+        require_mostly_valid(samples, path),
+        questions,
+        answering_metadata(path.stem, f"as in {path.name}", settings),
+    )
 
 
 def load_pope(data: Path, settings: Settings) -> Task:
@@ -87,45 +102,45 @@ def load_pope(data: Path, settings: Settings) -> Task:
     In LLaVA's layout the released files lie in `data/coco`; its questions follow theirs in order, category by
     category, as LLaVA's own scorer takes for granted.
     """
-    if layout_of(data, settings, POPE_ORIGINAL, POPE_LLAVA) == "original":
+    if detect_layout(data, settings, POPE_ORIGINAL, POPE_LLAVA) == "original":
         questions = pope.load(data)[: settings.limit]
-        recipe = recipe_for(settings, "short", data)
-        prompts, path = [RECIPES[recipe].format(q.text) for q in questions], data
-        about = about_asking("all three", recipe, settings, longest(recipe))
+        template = choose_prompt_template(settings, "short", data)
+        prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
+        about = answering_metadata("all three", template, settings, longest(template))
     else:
         path = find_file(data, POPE_LLAVA, "LLaVA question file")
-        rows = read_llava(path)
+        rows = read_llava_questions(path)
         questions = pope.in_order(pope.load(data), rows, path)[: settings.limit]
         prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
-        about = about_asking("all three", f"as in {path.name}", settings)
+        about = answering_metadata("all three", f"as in {path.name}", settings)
     samples = [
-        malformed(i, None, q.broken)
-        if q.broken
+        malformed_sample(i, None, q.malformed)
+        if q.malformed
         else Sample(i, f"{q.category}/{q.question_id}", prompt, q.image, "ask")
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(usable(samples, path), questions, about)
+    return Task(require_mostly_valid(samples, path), questions, about)
 
 
 def score_vqav2(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Accuracy overall, per question type and per answer type, each beside the best constant answer's."""
     questions: list[vqav2.Question] = task.truth
-    texts = answered(rows)
-    if not any(q.answers for q in questions if not q.broken):  # test splits: upload the submission
+    texts = answer_texts(rows)
+    if not any(q.answers for q in questions if not q.malformed):  # test splits: upload the submission
         return Scored({}, {}, [
-            sample_row(s, rows, None, None, "", q.question) for s, q in zip(task.samples, questions)
+            sample_record(s, rows, None, None, "", q.question) for s, q in zip(task.samples, questions)
         ])  # fmt: skip
     result = vqav2.score(questions, {questions[i].question_id: t for i, t in texts.items()}, scoring.scorer)
     values = np.array(result["per_question"])
-    clusters = [s.id if q.broken else q.image_id for s, q in zip(task.samples, questions)]
-    metrics = {"accuracy": share(values, clusters)}
-    metrics |= shares_by("type", [q.question_type for q in questions], values, clusters)
-    metrics |= shares_by("answer", [q.answer_type for q in questions], values, clusters)
+    clusters = [s.id if q.malformed else q.image_id for s, q in zip(task.samples, questions)]
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("type", [q.question_type for q in questions], values, clusters)
+    metrics |= mean_metrics_by("answer", [q.answer_type for q in questions], values, clusters)
     apart = [i for i, q in enumerate(questions) if q.held_out]
     if apart:
-        metrics["images with held-out pairs"] = share(values[apart], [clusters[i] for i in apart])
+        metrics["images with held-out pairs"] = mean_metric(values[apart], [clusters[i] for i in apart])
     constant = result["constant"]
     margins = {t: result["per_question_type"][t] - c["accuracy"] for t, c in constant.items()}
     details = {
@@ -135,21 +150,21 @@ def score_vqav2(
         "above_constant_overall": result["overall"] - result["constant_overall"],
     }
     return Scored(metrics, details, [
-        sample_row(s, rows, float(v), q.common_answer, q.question_type, q.question)
+        sample_record(s, rows, float(v), q.common_answer, q.question_type, q.question)
         for s, q, v in zip(task.samples, questions, values)
     ])  # fmt: skip
 
 
-def submit_vqav2(task: Task, rows: dict[int, Row], folder: Path, data: Path) -> list[Path]:
+def submit_vqav2(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """What EvalAI takes: test2015's ids in its order, an empty answer where test-dev does not ask.
 
     The list of ids comes from test2015's question file, LLaVA's or the released one, where it lies in `data`.
     """
-    texts = answered(rows)
-    known = named(task.samples)
+    texts = answer_texts(rows)
+    known = submittable(task.samples)
     answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in known}
     ids = [s.id for s in known]
-    if "test" in str(task.about["split"]):
+    if "test" in str(task.metadata["split"]):
         ids = all_test_ids(data) or ids
     content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
     return [write_submission(folder, "vqav2_answers.json", content)]
@@ -159,18 +174,18 @@ def all_test_ids(data: Path) -> list[int]:
     """The question ids of test2015 in its order, [] where its file is not there."""
     for path in data.glob("*vqav2*test2015.jsonl"):
         if "test-dev" not in path.name:
-            return [row["question_id"] for row in read_llava(path) if isinstance(row, dict)]
+            return [row["question_id"] for row in read_llava_questions(path) if isinstance(row, dict)]
     path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
-    rows = read_as(list, path, "questions") if path.exists() else []
+    rows = read_json_as(list, path, "questions") if path.exists() else []
     return [row["question_id"] for row in rows if isinstance(row, dict) and "question_id" in row]
 
 
 def score_pope(
-    task: Task, rows: dict[int, Row], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """Mean F1 over the three categories, and each category's counts."""
     questions: list[pope.Question] = task.truth
-    result = pope.score(questions, answered(rows), scoring.scorer)
+    result = pope.score(questions, answer_texts(rows), scoring.scorer)
     names = list(result["per_category"])
     columns = pope.columns(
         [(parsed, q.label, q.category) for parsed, q in zip(result["parsed"], questions)], names
@@ -178,13 +193,13 @@ def score_pope(
     right = [float(parsed == q.label) for parsed, q in zip(result["parsed"], questions)]
     clusters = [cluster_of(s) for s in task.samples]
     metrics = {
-        "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_of)),
-        "accuracy": Metric(result["accuracy"], len(questions), bootstrap(with_ones(right), clusters)),
+        "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_statistic)),
+        "accuracy": Metric(result["accuracy"], len(questions), bootstrap(mean_columns(right), clusters)),
     }
     for k, (name, ratios) in enumerate(result["per_category"].items()):
-        interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_of)
+        interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_statistic)
         metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
     return Scored(metrics, {"per_category": result["per_category"]}, [
-        sample_row(s, rows, score, q.label, q.category, q.text, parsed=parsed)
+        sample_record(s, rows, score, q.label, q.category, q.text, parsed=parsed)
         for s, q, score, parsed in zip(task.samples, questions, right, result["parsed"])
     ], "f1")  # fmt: skip

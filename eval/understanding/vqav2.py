@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing
 
-from ..core.annotations import entry, of_kind, read_as, ten_answers, text_of
+from ..core.annotations import annotator_answers, read_json_as, require_key, require_text, require_type
 from ..core.answer_normalisation import normalise, one_line, strip_punctuation
 from ..core.records import mean, mean_by
 
@@ -32,7 +32,7 @@ class Question(NamedTuple):
     answer_type: str = ""
     common_answer: str = ""
     held_out: bool = False  # scenes: the image shows a colour x shape pair that training never does
-    broken: str = ""  # why its annotation is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its annotation is malformed: it is not asked and counts as wrong
 
 
 def load(data: str | Path, split: str | None = None) -> list[Question]:
@@ -48,8 +48,8 @@ def load(data: str | Path, split: str | None = None) -> list[Question]:
         UserError: no file or several, or one that is of another kind.
     """
     path = find_questions(data, split)
-    content = read_as(dict, path)
-    rows = of_kind(list, entry(content, "questions", path), f"{path}, questions")
+    content = read_json_as(dict, path)
+    rows = require_type(list, require_key(content, "questions", path), f"{path}, questions")
     notes = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
     annotations = read_annotations(notes)
     locate = image_locator(path.parent, str(content.get("data_subtype", "")))
@@ -62,25 +62,25 @@ def load(data: str | Path, split: str | None = None) -> list[Question]:
                 question = annotated(question, annotations, f"{path}, questions[{i}]")
         except UserError as error:
             name = row.get("question_id") if isinstance(row, dict) else None
-            question = Question(name, name, "", Path(), broken=str(error))  # pyright: ignore[reportArgumentType]
+            question = Question(name, name, "", Path(), malformed=str(error))  # pyright: ignore[reportArgumentType]
         seen.add(question.question_id if isinstance(question.question_id, int) else None)
         result.append(question)
     for name in annotations or ():
         if name not in seen:
             reason = f"{notes}: question_id {name!r} is no question of {path.name}."
-            result.append(Question(name, name, "", Path(), broken=reason))
+            result.append(Question(name, name, "", Path(), malformed=reason))
     return result
 
 
 def read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> Question:
     """A question of the released file, without its answers; UserError says what is wrong with it."""
-    question_id, image_id = entry(row, "question_id", where), entry(row, "image_id", where)
+    question_id, image_id = require_key(row, "question_id", where), require_key(row, "image_id", where)
     for name, value in (("question_id", question_id), ("image_id", image_id)):
         if not isinstance(value, int):
             raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
     if question_id in seen:
         raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
-    return Question(question_id, image_id, text_of(row, "question", where), locate(image_id))
+    return Question(question_id, image_id, require_text(row, "question", where), locate(image_id))
 
 
 def annotated(question: Question, annotations: dict[int, dict[str, Any] | UserError], where: str) -> Question:
@@ -122,7 +122,7 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None
     if not path.exists():
         return None
     result: dict[int, dict[str, Any] | UserError] = {}
-    for i, row in enumerate(read_as(list, path, "annotations")):
+    for i, row in enumerate(read_json_as(list, path, "annotations")):
         where, name = f"{path}, annotations[{i}]", row.get("question_id") if isinstance(row, dict) else None
         if not isinstance(name, int):
             continue
@@ -137,11 +137,11 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None
 
 def annotation_of(row: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of `Question` that an annotation gives."""
-    texts = ten_answers(row, where)
+    texts = annotator_answers(row, where)
     return {
         "answers": texts,
-        "question_type": text_of(row, "question_type", where),
-        "answer_type": text_of(row, "answer_type", where),
+        "question_type": require_text(row, "question_type", where),
+        "answer_type": require_text(row, "answer_type", where),
         "common_answer": str(row.get("multiple_choice_answer") or Counter(texts).most_common(1)[0][0]),
         "held_out": bool(row.get("held_out", False)),
     }
@@ -201,18 +201,18 @@ def score(questions: Sequence[Question], predictions: dict[int, str], scorer: st
         raise UserError(
             f"{len(unknown)} answers belong to no question of this split, for instance id {min(unknown)}."
         )
-    if any(not q.answers for q in questions if not q.broken):
+    if any(not q.answers for q in questions if not q.malformed):
         raise UserError(
             "This split has no public answers: upload the answers file to the challenge server instead."
         )
     values = [
         accuracy(predictions[q.question_id], q.answers, scorer)
-        if q.question_id in predictions and not q.broken
+        if q.question_id in predictions and not q.malformed
         else 0.0
         for q in questions
     ]
-    good = [q for q in questions if not q.broken]
-    kept = [v for q, v in zip(questions, values) if not q.broken]
+    good = [q for q in questions if not q.malformed]
+    kept = [v for q, v in zip(questions, values) if not q.malformed]
     constant = constant_answers(good)
     blind = [accuracy(constant[q.question_type], q.answers, scorer) for q in good]
     blind_by_type = mean_by(zip([q.question_type for q in good], blind))

@@ -12,14 +12,23 @@ from pathlib import Path
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path
-from open_unitok.eval.core.annotations import RECIPES
-from open_unitok.eval.core.generated_images import DrawnElsewhere, drawn_elsewhere
-from open_unitok.eval.core.harness import DRAWING, Row, Scoring, Settings
-from open_unitok.eval.registry import BENCHMARKS, named, present, run_benchmark, settled
+from open_unitok.eval.core.annotations import PROMPT_TEMPLATES
+from open_unitok.eval.core.generated_images import ExternalImages, holds_external_images
+from open_unitok.eval.core.harness import SAMPLING_KEYS, Record, Scoring, Settings
+from open_unitok.eval.registry import (
+    BENCHMARKS,
+    detect_benchmarks,
+    find_benchmark,
+    resolve_scorer,
+    run_benchmark,
+)
 
 OPTIONS = {
     "split": (str, "where a folder holds several, for instance mscoco_val2014"),
-    "recipe": (str, f"words around a question: {', '.join(RECIPES)}, ocr (default: the published one)"),
+    "prompt_template": (
+        str,
+        f"words around a question: {', '.join(PROMPT_TEMPLATES)}, ocr (default: the published one)",
+    ),
     "layout": (str, "original or llava, where a folder holds the files of both"),
     "max_new_tokens": (int, "longest answer (default: 128 as published, 16 for scenes)"),
     "images_per_prompt": (int, "drawings per prompt (default: 4 as published, 1 for scenes)"),
@@ -48,10 +57,10 @@ SCORING = {
     "judge_replay": "a file of replies instead of an endpoint",
     "judge_runs": "how often every answer is judged",
     "judge_timeout": "seconds to wait for a reply",
-    "lineage": "Inception of FID: torch-fidelity, pytorch-fid, clean, adm (default: the benchmark's own)",
-    "inception": "its weight file; without it no FID",
+    "inception_variant": "Inception of FID: torch-fidelity, pytorch-fid, clean, adm (default: by benchmark)",
+    "inception_weights": "its weight file; without it no FID",
     "reference": "real images as a folder or .npz, or an .npz of their statistics",
-    "lpips": "the weight file lpips_with_vgg.pth; without it no LPIPS",
+    "lpips_weights": "the weight file lpips_with_vgg.pth; without it no LPIPS",
     "detector_model": "folder of a Mask2Former or OWL model that finds objects (geneval)",
     "colour_model": "folder of a CLIP model that names their colours (geneval)",
     "vqa_model": "folder of an image-text model that judges drawings (genai_bench, dpg_bench)",
@@ -79,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, help="samples per call of the model")
     defaults = Settings()
     for field in fields(Settings):
-        default = None if field.name in DRAWING else getattr(defaults, field.name)
+        default = None if field.name in SAMPLING_KEYS else getattr(defaults, field.name)
         kind, line = OPTIONS[field.name]
         shown = "" if default is None else f" (default: {default})"
         how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
@@ -109,20 +118,20 @@ def run(args: argparse.Namespace) -> None:
     """Run and print one table per benchmark."""
     from open_unitok.eval.core.model import Model
 
-    names = present(args.data) if args.names == ["all"] else args.names
+    names = detect_benchmarks(args.data) if args.names == ["all"] else args.names
     scoring = scoring_of(args)
     for name in names:
-        named(name)
-        settled(name, scoring)
+        find_benchmark(name)
+        resolve_scorer(name, scoring)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
     with together(args.device) as device:
-        elsewhere = drawn_elsewhere(args.model)
+        elsewhere = holds_external_images(args.model)
         settings = settings_of(args, None if elsewhere else args.model)
         if settings.grid and not elsewhere:
             raise UserError("--grid is for drawings from elsewhere, but --model is a model.")
         model = (
-            DrawnElsewhere(Path(args.model), device, settings.grid)
+            ExternalImages(Path(args.model), device, settings.grid)
             if elsewhere
             else Model(args.model, settings, device)
         )
@@ -142,7 +151,7 @@ def settings_of(args: argparse.Namespace, model: str | None) -> Settings:
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     if model is not None:
         own = asdict(Sampling.of_model(model_path(model)))
-        given |= {name: own[name] for name in DRAWING if given[name] is None}
+        given |= {name: own[name] for name in SAMPLING_KEYS if given[name] is None}
     return Settings(**{name: value for name, value in given.items() if value is not None})
 
 
@@ -166,7 +175,7 @@ def together(device: str) -> Iterator[str]:
     os._exit(0)  # gloo's threads abort now and then while the interpreter shuts down
 
 
-def table(result: Row) -> str:
+def table(result: Record) -> str:
     """A result as lines of text: value, 95 % interval, n."""
     title = f"{result['benchmark']}  ({result['n']} samples, {result['missing']} missing)"
     lines = [title, "-" * len(title)]
@@ -180,13 +189,13 @@ def table(result: Row) -> str:
             f"  {name:<{width}}  {number(metric['value'], metric):>9}  {around:<20}  n={metric['n']}"
         )
     if not result["comparable"]:
-        lines.append(f"  ! not comparable with published numbers: {result['why not comparable']}")
+        lines.append(f"  ! not comparable with published numbers: {result['not_comparable_reason']}")
     lines += [f"  ! {problem}" for problem in result["problems"]]
     lines += [f"  > submission/{name}" for name in result.get("submission", ())]
     return "\n".join(lines)
 
 
-def number(value: float, metric: Row) -> str:
+def number(value: float, metric: Record) -> str:
     """A value in its unit."""
     if metric["unit"] == "share":
         return f"{100 * value:.1f} %"

@@ -11,7 +11,7 @@ import pytest
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.bootstrap import f1_of, paired, with_ones
+from open_unitok.eval.core.bootstrap import f1_statistic, mean_columns, paired_bootstrap
 from open_unitok.eval.core.compare import compare
 from open_unitok.eval.core.harness import Scoring, Settings
 from open_unitok.eval.registry import run_benchmark
@@ -37,26 +37,28 @@ def test_a_paired_interval_is_narrower_than_two_apart_and_finds_what_is_there():
     ease = rng.random(2000)
     a = (rng.random(2000) < 0.5 * ease + 0.2).astype(float)
     b = np.where(rng.random(2000) < 0.05, 1.0, a)  # b is a, and right some times more
-    found = paired(with_ones(a), with_ones(b))
+    found = paired_bootstrap(mean_columns(a), mean_columns(b))
     assert found.value == pytest.approx(b.mean() - a.mean())
     low, high = found.interval
     assert 0 < low < found.value < high and found.p == pytest.approx(2 / 1000)
     # the interval of a mean of differences, by the central limit theorem
     half = 1.96 * (b - a).std() / np.sqrt(len(a))
     assert high - low == pytest.approx(2 * half, rel=0.1)
-    same = paired(with_ones(a), with_ones(a))
+    same = paired_bootstrap(mean_columns(a), mean_columns(a))
     assert same == (0.0, [0.0, 0.0], 1.0)
 
 
 def test_a_cluster_counts_once_however_many_questions_it_has():
     rng = np.random.default_rng(1)
     a, b = rng.integers(0, 2, 60).astype(float), rng.integers(0, 2, 60).astype(float)
-    once = paired(with_ones(a), with_ones(b), list(range(60)))
-    many = paired(with_ones(np.repeat(a, 9)), with_ones(np.repeat(b, 9)), list(np.repeat(range(60), 9)))
+    once = paired_bootstrap(mean_columns(a), mean_columns(b), list(range(60)))
+    many = paired_bootstrap(
+        mean_columns(np.repeat(a, 9)), mean_columns(np.repeat(b, 9)), list(np.repeat(range(60), 9))
+    )
     assert many.value == pytest.approx(once.value) and many.interval == pytest.approx(once.interval)
-    assert paired(with_ones(a), with_ones(b), [0] * 60).interval is None
+    assert paired_bootstrap(mean_columns(a), mean_columns(b), [0] * 60).interval is None
     counts = np.array([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])
-    assert paired(counts, counts[[0, 0, 0]], statistic=f1_of).value == pytest.approx(0.5)
+    assert paired_bootstrap(counts, counts[[0, 0, 0]], statistic=f1_statistic).value == pytest.approx(0.5)
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,7 @@ def test_five_samples_give_the_known_score(capsys, tmp_path, name, layout):
     assert metric["interval"][0] <= result["value"] <= metric["interval"][1]
     assert result["complete"] and result["scorer"] == UNDERSTANDING[name].scorers[0]
     assert result["split"] and result["decoding"] == "greedy" and result["versions"]["torch"]
-    assert result["recipe"].startswith(
+    assert result["prompt_template"].startswith(
         ("as in", "letter after") if layout == "llava" and name != "mmbench" else ""
     )
     assert result["comparable"] == (name != "mmvet")
@@ -152,9 +152,9 @@ def test_textvqa_without_ocr_words_is_another_recipe(capsys, tmp_path):
     Scripted.replies, _ = BUILDERS["textvqa"](tmp_path / "d", False)
     (tmp_path / "d" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     code, _, err = run(capsys, "textvqa", tmp_path / "d", tmp_path / "o")
-    assert code == 2 and "--recipe short, which scores some ten points lower" in err
-    assert run(capsys, "textvqa", tmp_path / "d", tmp_path / "o", "--recipe", "short")[0] == 0
-    assert result_of(tmp_path / "o", "textvqa")["recipe"] == "short"
+    assert code == 2 and "--prompt-template short, which scores some ten points lower" in err
+    assert run(capsys, "textvqa", tmp_path / "d", tmp_path / "o", "--prompt-template", "short")[0] == 0
+    assert result_of(tmp_path / "o", "textvqa")["prompt_template"] == "short"
 
 
 def test_a_split_without_answers_gives_the_submission_alone(capsys, tmp_path):
@@ -221,7 +221,7 @@ def test_unknown_split_layout_and_image_are_one_line(capsys, tmp_path):
         ("scienceqa", "--split", "exam", "split is 'exam'"),
         ("textvqa", "--split", "test", "of split test, found TextVQA_0.5.1_val.json"),
         ("gqa", "--layout", "lava", "layout is 'lava'"),
-        ("vqav2", "--recipe", "ocr", "recipe is 'ocr'"),
+        ("vqav2", "--prompt-template", "ocr", "prompt_template is 'ocr'"),
         ("vizwiz", "--layout", "llava", "expected one LLaVA question file"),
     ):
         BUILDERS[name](tmp_path / name, False)
@@ -254,5 +254,5 @@ def test_questions_about_one_image_are_resampled_together(capsys, tmp_path):
         assert clusters[0] == clusters[1] and len(set(clusters)) == 4, name
         scores, metric = [json.loads(line)["score"] for line in lines], result_of(tmp_path / "o", name)
         interval = metric["metrics"][metric["metric"]]["interval"]
-        assert interval == bootstrap.bootstrap(bootstrap.with_ones(scores), clusters), name
-        assert interval != bootstrap.bootstrap(bootstrap.with_ones(scores)), name
+        assert interval == bootstrap.bootstrap(bootstrap.mean_columns(scores), clusters), name
+        assert interval != bootstrap.bootstrap(bootstrap.mean_columns(scores)), name

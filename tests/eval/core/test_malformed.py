@@ -44,7 +44,7 @@ def check(tmp_path, out, name, message, expected, malformed=1):
     result = result_of(tmp_path / "o", name)
     assert result["value"] == pytest.approx(expected, abs=1e-9) and result["malformed"] == malformed
     assert message in out and f"{malformed} annotations are malformed, the first: " in out
-    why = result["why not comparable"]
+    why = result["not_comparable_reason"]
     assert not result["comparable"] and ("annotations are malformed" in why or name == "mmvet")
     rows = [json.loads(line) for line in (tmp_path / "o" / name / "scores.jsonl").read_text().splitlines()]
     assert sum(message in row.get("error", "") for row in rows) >= 1

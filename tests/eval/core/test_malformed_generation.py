@@ -46,7 +46,7 @@ def test_geneval_counts_a_malformed_prompt_and_malformed_findings(call, drawer, 
     # counting: one of two, the broken one taken for its neighbour's tag where it names none
     assert result["value"] == pytest.approx(4.5 / 5) and result["metrics"]["tag/counting"]["n"] == 2
     assert (result["malformed"] == 1 and "prompt 4" in out) or "line 4" in out
-    assert "1 annotations are malformed" in result["why not comparable"]
+    assert "1 annotations are malformed" in result["not_comparable_reason"]
     boxes = {"cup": [[0, 0, 9]]}
     bad = [
         "{oops",
@@ -144,7 +144,7 @@ def test_mjhq_counts_malformed_prompts(call, drawer, quick_net, tmp_path):
     path = tmp_path / "data" / "meta_data.json"
     meta = json.loads(path.read_text()) | {"odd": {"prompt": "x"}, "odder": 5}
     path.write_text(json.dumps(meta))
-    code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception", quick_net)
+    code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception-weights", quick_net)
     assert code == 0, err
     assert "2 annotations are malformed" in out and "2 drawings are missing from the FID" in out
     result = result_of(tmp_path, "mjhq")

@@ -111,7 +111,7 @@ def test_findings_without_colours_are_no_crash(own, tmp_path):
 def test_a_drawing_of_another_size_is_named_and_wrong(own, tmp_path):
     scripted = Scripted(own)
     sizes = iter((16, 32, 48))
-    scripted.draw = lambda prompts, seeds: [Image.new("RGB", (next(sizes, 32),) * 2) for _ in prompts]
+    scripted.generate = lambda prompts, seeds: [Image.new("RGB", (next(sizes, 32),) * 2) for _ in prompts]
     result = run_benchmark("geneval", scripted, own, tmp_path / "o", **QUIET)
     assert result["failed"] == 2 and result["details"]["ceiling_overall"] == 1.0
     assert any("(16, 16, 3)" in problem for problem in result["problems"])

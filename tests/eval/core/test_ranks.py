@@ -73,7 +73,7 @@ def command(clip, llava, mask2former, tmp_path):
     weights = tmp_path / LINEAGES["clean"].file
     torch.jit.script(CleanNet()).save(str(weights))
     more = ["--detector-model", mask2former, "--colour-model", clip, "--vqa-model", llava]
-    more += ["--inception", weights, "--image-format", "png", "--images-per-prompt", "1"]
+    more += ["--inception-weights", weights, "--image-format", "png", "--images-per-prompt", "1"]
     words = ["eval", "run", *NAMES, "--model", drawn, "--data", data, *more]
     return [str(word) for word in words]
 
@@ -96,7 +96,7 @@ def contents(out: Path):
 def cut_off(out: Path):
     """As a kill leaves it: of every answer file the first rows and half a line; no scores, no features."""
     for path in sorted(out.rglob("answers-*.jsonl")):
-        if path.parent.parent.name == "looks":
+        if path.parent.parent.name == "judge_passes":
             rows = path.read_text().splitlines(keepends=True)
             path.write_text("".join(rows[:3]) + rows[3][:20])
     for name in NAMES:
@@ -109,7 +109,7 @@ def cut_off(out: Path):
 def test_one_process_two_ranks_and_a_resumed_run_leave_the_same_files(command, call, tmp_path):
     launch(command, tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     for kind in ("detections", "vqascore", "dpg"):
-        files = list((tmp_path / "two").glob(f"*/looks/{kind}-*/answers-*.jsonl"))
+        files = list((tmp_path / "two").glob(f"*/judge_passes/{kind}-*/answers-*.jsonl"))
         assert len(files) == 2 and all(file.stat().st_size for file in files), kind
     code, _, err = call(*command, "--out", tmp_path / "one")
     assert code == 0, err
@@ -146,13 +146,13 @@ def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
 
         out = tmp_path / name
         out.mkdir(exist_ok=True)
-        judge_pass.look_all(out, "x", {"fingerprint": "f" * 12}, samples, rows, work, 8, quiet=True)
-        return out / "looks" / "x-ffffffffffff"
+        judge_pass.run_judge_pass(out, "x", {"fingerprint": "f" * 12}, samples, rows, work, 8, quiet=True)
+        return out / "judge_passes" / "x-ffffffffffff"
 
     def said(folder):
         answers = Store(folder, "x").gather(samples)
         assert not answers.missing and not answers.duplicates
-        return {i: row["batch"] for i, row in answers.rows.items()}
+        return {i: row["batch"] for i, row in answers.records.items()}
 
     expected = said(look("one"))
     assert expected[29] == list(range(24, 30))

@@ -10,7 +10,7 @@ from PIL import Image
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.harness import Sample, Settings, Store
-from open_unitok.eval.core.model import Copies
+from open_unitok.eval.core.model import Reconstructions
 from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
 
@@ -57,7 +57,7 @@ class Scripted:
     def reconstruct(self, images, again=False):
         originals = np.stack([np.asarray(image) for image in images])
         codes = np.arange(len(images) * 8).reshape(len(images), 4, 2) % 8
-        return Copies(originals, originals ^ 1, codes, 8)
+        return Reconstructions(originals, originals ^ 1, codes, 8)
 
     def embed_images(self, images):
         return np.stack([self.mean_colour(image) for image in images])
@@ -71,7 +71,7 @@ class Scripted:
     def embed_texts(self, texts):
         return np.stack([np.eye(3)[hash_of(t) % 3] for t in texts])
 
-    def draw(self, prompts, seeds):
+    def generate(self, prompts, seeds):
         self.asked += len(prompts)
         return [Image.fromarray(np.full((32, 32, 3), 240, np.uint8)) for _ in prompts]
 
@@ -83,7 +83,7 @@ def hash_of(text):
 def test_known_vqa_score_comes_out_of_the_command(data, tmp_path):
     result = run_benchmark("vqav2", Scripted(data), data, tmp_path / "a", **QUIET)
     assert result["metrics"]["accuracy"]["value"] == 1.0 and result["n"] > 60
-    assert result["complete"] and not result["problems"] and result["about"]["recipe"] == "plain"
+    assert result["complete"] and not result["problems"] and result["about"]["prompt_template"] == "plain"
     result = run_benchmark("vqav2", Scripted(data, lambda i: i % 4 != 0), data, tmp_path / "b", **QUIET)
     assert result["value"] == pytest.approx(1 - np.ceil(result["n"] / 4) / result["n"])
     low, high = result["metrics"]["accuracy"]["interval"]
@@ -124,7 +124,7 @@ def test_detections_of_another_detector_are_scored(data, tmp_path):
     (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     result = score_run(tmp_path)
     assert result["value"] == 0.0 and not result["comparable"]
-    assert "a detector without a name" in result["why not comparable"]
+    assert "a detector without a name" in result["not_comparable_reason"]
     named = [row | {"detector": "mmdet Mask2Former"} for row in found]
     (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
     assert score_run(tmp_path)["comparable"]
@@ -190,7 +190,7 @@ def test_duplicates_and_strangers_are_found(tmp_path):
     store.append(samples[:1], [{"text": "z"}])
     store.append([Sample(7, "c", "s"), Sample(1, "b", "another prompt")], [{"text": "u"}, {"text": "v"}])
     answers = store.gather(samples)
-    assert (answers.rows[0]["text"], answers.duplicates, answers.strangers) == ("x", 1, 2)
+    assert (answers.records[0]["text"], answers.duplicates, answers.unknown) == ("x", 1, 2)
     (tmp_path / "answers-00001.jsonl").write_text('{"index": 3}\n')
     with pytest.raises(UserError, match="line 1, is no answer of ours"):
         store.gather(samples)
@@ -235,7 +235,7 @@ def test_bad_requests_are_one_line(data, tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         score_run(tmp_path)
     with pytest.raises(UserError, match="Did you mean 'plain'"):
-        run_benchmark("vqav2", Scripted(data), data, tmp_path / "o", Settings(recipe="plane"))
+        run_benchmark("vqav2", Scripted(data), data, tmp_path / "o", Settings(prompt_template="plane"))
     assert not (tmp_path / "o").exists()  # nothing half-written
 
 
@@ -263,15 +263,15 @@ def test_memory_stays_flat_however_many_answers(tmp_path):
     """What a batch leaves behind is on disk alone: 4,000 long answers take less than a tenth of it."""
     import tracemalloc
 
-    from open_unitok.eval.core.harness import answer_all
+    from open_unitok.eval.core.harness import answer_samples
 
     samples = [Sample(i, i, f"question {i}") for i in range(4_000)]
     store = Store(tmp_path, "vqav2")
     tracemalloc.start()
-    answer_all(store, samples[:100], lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    answer_samples(store, samples[:100], lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
     before = tracemalloc.get_traced_memory()[0]
     tracemalloc.reset_peak()
-    answer_all(store, samples, lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
+    answer_samples(store, samples, lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
     grown = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     assert (tmp_path / "answers-00000.jsonl").stat().st_size > 20_000_000

@@ -29,7 +29,7 @@ class Drawer:
     def describe(self):
         return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
 
-    def draw(self, prompts, seeds):
+    def generate(self, prompts, seeds):
         if any("refuse" in p for p in prompts):
             raise UserError("this prompt is too long")
         return [Image.fromarray(random_image(p, seed)) for p, seed in zip(prompts, seeds)]
@@ -124,7 +124,7 @@ def test_genai_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert values["all"] == pytest.approx(0.75 * 3 / 4) and values["counting"] == pytest.approx(0.375)
     assert values["scene"] == pytest.approx(0.75)
     assert result["failed"] == 1 and "1 drawings have no score" in out and "too long" in out
-    assert not result["comparable"] and "not by clip-flant5-xxl" in result["why not comparable"]
+    assert not result["comparable"] and "not by clip-flant5-xxl" in result["not_comparable_reason"]
     folder = tmp_path / "genai_bench"
     with Image.open(folder / "images" / "00001.jpg") as image:
         assert image.format == "JPEG"
@@ -211,7 +211,7 @@ def test_dpg_bench_through_the_command_line(call, drawer, judge, tmp_path):
         [40, 100]
     )  # by prompt, one of five is 0
     assert "2 drawings have no answers (counted as 0)" in out and result["failed"] == 2
-    assert result["metrics"]["dpg"]["n"] == 5 and "not by mPLUG-large" in result["why not comparable"]
+    assert result["metrics"]["dpg"]["n"] == 5 and "not by mPLUG-large" in result["not_comparable_reason"]
     folder = tmp_path / "dpg_bench"
     assert call("eval", "score", folder)[1] == out
     rows = [{"index": i, "answers": {"1": "yes", "2": "yes", "3": "yes"}} for i in range(10)]
@@ -251,8 +251,8 @@ def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
     write_mjhq(tmp_path / "data")
     words = (call, "mjhq", tmp_path / "data", tmp_path, "--image-format", "png")
     code, _, err = run(*words)
-    assert code == 2 and "no Inception features (clean)" in err and "--inception PATH" in err
-    code, out, err = run(*words, "--inception", quick_net)
+    assert code == 2 and "no Inception features (clean)" in err and "--inception-weights PATH" in err
+    code, out, err = run(*words, "--inception-weights", quick_net)
     assert code == 0, err
     result = result_of(tmp_path, "mjhq")
     # the drawer draws the very images of the release
@@ -264,10 +264,16 @@ def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
     assert call("eval", "score", folder)[1] == out
     # the statistics of this run serve the next one, but not another lineage
     statistics = folder / "reference.npz"
-    code, _, err = run(*words, "--inception", quick_net, "--reference", statistics)
+    code, _, err = run(*words, "--inception-weights", quick_net, "--reference", statistics)
     assert code == 0 and result_of(tmp_path, "mjhq")["value"] == pytest.approx(0.0, abs=1e-6), err
     code, _, err = run(
-        *words, "--inception", quick_net, "--reference", statistics, "--lineage", "pytorch-fid"
+        *words,
+        "--inception-weights",
+        quick_net,
+        "--reference",
+        statistics,
+        "--inception-variant",
+        "pytorch-fid",
     )
     assert code == 2 and "never mixed" in err
 
@@ -278,7 +284,7 @@ def test_mjhq_counts_what_is_missing_and_scales_real_images(call, drawer, quick_
     meta = json.loads((tmp_path / "data" / "meta_data.json").read_text())
     meta["bad"] = {"category": "art", "prompt": "refuse"}
     (tmp_path / "data" / "meta_data.json").write_text(json.dumps(meta))
-    code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception", quick_net)
+    code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception-weights", quick_net)
     assert code == 0, err
     assert "1 real images could not be read" in out and "1 drawings are missing from the FID" in out
     (tmp_path / "data" / "meta_data.json").write_text('{"a": {"prompt": "x"}}')
@@ -295,7 +301,17 @@ def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp
     spatial = {"mu_s": x[:, :7].mean(0), "sigma_s": np.cov(x[:, :7], rowvar=False)}
     np.savez(data / "VIRTUAL_imagenet256_labeled.npz", arr_0=images, **means, **spatial)
     np.savez(tmp_path / "samples.npz", arr_0=images[:5])
-    words = ("eval", "run", "imagenet_generation", "--data", data, "--inception", quick_net, "--limit", 5)
+    words = (
+        "eval",
+        "run",
+        "imagenet_generation",
+        "--data",
+        data,
+        "--inception-weights",
+        quick_net,
+        "--limit",
+        5,
+    )
     code, _, err = call(*words, "--model", tmp_path / "samples.npz", "--out", tmp_path / "a")
     assert code == 0, err
     result = result_of(tmp_path / "a", "imagenet_generation")
@@ -307,17 +323,17 @@ def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp
         result["metrics"]["precision"]["interval"] == [1.0, 1.0] and result["metrics"]["recall"]["interval"]
     )
     assert result["metrics"]["gfid"]["interval"] is result["metrics"]["inception_score"]["interval"] is None
-    assert "replaced by our port" in result["why not comparable"]
-    assert "class names" not in result["why not comparable"]
+    assert "replaced by our port" in result["not_comparable_reason"]
+    assert "class names" not in result["not_comparable_reason"]
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b")
     assert code == 0, err
     result = result_of(tmp_path / "b", "imagenet_generation")
-    assert "drawn from class names as prompts" in result["why not comparable"]
+    assert "drawn from class names as prompts" in result["not_comparable_reason"]
     assert result["metrics"].keys() == {"gfid", "sfid", "inception_score", "precision", "recall"}
     assert result["submission"] == ["samples.npz"]
     with np.load(tmp_path / "b" / "imagenet_generation" / "submission" / "samples.npz") as file:
         assert file["arr_0"].shape == (5, 16, 16, 3)
-    code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b", "--lineage", "clean")
+    code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b", "--inception-variant", "clean")
     assert code == 2 and "measured with 'adm'" in err
     (data / "VIRTUAL_imagenet256_labeled.npz").rename(data / "x.npz")
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "c")

@@ -180,7 +180,7 @@ def test_geneval_through_the_command_line_with_a_detector(call, clip, mask2forme
     assert code == 0, err
     result = result_of(tmp_path, "geneval")
     assert result["value"] == pytest.approx(4 / 5) and result["metrics"]["tag/position"]["value"] == 0.0
-    assert not result["comparable"] and "not by mmdet Mask2Former" in result["why not comparable"]
+    assert not result["comparable"] and "not by mmdet Mask2Former" in result["not_comparable_reason"]
     assert call("eval", "score", folder)[1] == out
 
 

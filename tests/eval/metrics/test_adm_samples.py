@@ -25,7 +25,7 @@ def test_sfid_is_the_distance_of_the_spatial_features(call, quick_net, tmp_path)
     other = {"mu": np.zeros(12), "sigma": np.eye(12), "mu_s": mean, "sigma_s": root @ root.T}
     np.savez(data / "VIRTUAL_imagenet256_labeled.npz", **other)
     np.savez(tmp_path / "samples.npz", arr_0=images)
-    words = ("imagenet_generation", "--data", data, "--inception", quick_net, "--limit", 60)
+    words = ("imagenet_generation", "--data", data, "--inception-weights", quick_net, "--limit", 60)
     code, _, err = call("eval", "run", *words, "--model", tmp_path / "samples.npz", "--out", tmp_path)
     assert code == 0, err
     x = images[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # what the quick net calls spatial

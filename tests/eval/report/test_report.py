@@ -8,7 +8,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.harness import Settings
-from open_unitok.eval.registry import present, run_benchmark
+from open_unitok.eval.registry import detect_benchmarks, run_benchmark
 from open_unitok.eval.report import screenshot
 from open_unitok.eval.report.demo import write_report
 from open_unitok.eval.report.demo_run import choose_samples, stage_curves, text_table
@@ -72,7 +72,7 @@ def test_the_curves_shown_are_the_losses():
 
 
 def test_report_is_whole_and_self_contained(data, tmp_path):
-    for name in present(data):
+    for name in detect_benchmarks(data):
         model = Scripted(data, lambda i: i % 5 != 0)
         run_benchmark(name, model, data, tmp_path / "eval" / name, Settings(guidance=2.0), **QUIET)
     (tmp_path / "tokenizer").mkdir()

@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core import crops, imagenet, tar_images
 from open_unitok.eval.core.harness import Scoring, Settings
-from open_unitok.eval.core.model import Copies
+from open_unitok.eval.core.model import Reconstructions
 from open_unitok.eval.metrics import fid, inception_features
 from open_unitok.eval.metrics import inception_weights as lineages
 from open_unitok.eval.registry import run_benchmark, score_run
@@ -41,14 +41,14 @@ class Scripted:
     def describe(self):
         return {"path": "scripted", "kind": "tokenizer", "fingerprint": "0"}
 
-    def reconstruct(self, images, again=False):
+    def reconstruct(self, images, reencode=False):
         pictures = [np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in images]
         originals = np.stack(pictures)
         self.reads += len(images)
         codes = np.stack([p.reshape(-1)[:8].reshape(4, 2).astype(np.int64) for p in originals])
         second = codes.copy()
         second[:, 0, 1] += 1
-        return Copies(originals, originals ^ 1, codes, 256, second if again else None)
+        return Reconstructions(originals, originals ^ 1, codes, 256, second if reencode else None)
 
     def pooled(self, images, pooling):
         return np.stack([np.asarray(i, np.float32).mean(axis=(0, 1)) / 255 for i in images])
@@ -103,7 +103,7 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
     torch.manual_seed(0)
     torch.save(LPIPS().state_dict(), tmp_path / LPIPS_FILE)
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path / "o")
-    more = ("--inception", inception_file, "--lpips", tmp_path)
+    more = ("--inception-weights", inception_file, "--lpips-weights", tmp_path)
     code, _, err = call(*words, *more)
     assert code == 0, err
     folder = tmp_path / "o" / "reconstruction"
@@ -135,9 +135,9 @@ def quick_net(monkeypatch):
 
 def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
     monkeypatch.setattr(inception_features, "PIECE", 2)
-    scoring = Scoring(inception=str(inception_file))
+    scoring = Scoring(inception_weights=str(inception_file))
     run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
-    pieces = sorted((tmp_path / "a" / "looks").rglob("*.npz"))
+    pieces = sorted((tmp_path / "a" / "judge_passes").rglob("*.npz"))
     assert len(pieces) == 6
     whole = (tmp_path / "a" / "results.json").read_bytes()
     pieces[1].unlink()
@@ -152,24 +152,24 @@ def test_lineages_never_mix_and_files_alone_give_the_score(
     call, scripted, quick_net, photos, tmp_path, inception_file
 ):
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path)
-    folder, more = tmp_path / "reconstruction", ("--inception", inception_file)
+    folder, more = tmp_path / "reconstruction", ("--inception-weights", inception_file)
     code, out, err = call(*words, *more)
     assert code == 0 and "rfid" in out, err
-    pieces = {p: p.stat().st_mtime_ns for p in (folder / "looks").rglob("*.npz")}
+    pieces = {p: p.stat().st_mtime_ns for p in (folder / "judge_passes").rglob("*.npz")}
     assert len(pieces) == 2
     assert call("eval", "score", folder)[1] == out  # without weights
     assert call(*words, *more)[1] == out  # nothing is computed again
-    assert {p: p.stat().st_mtime_ns for p in (folder / "looks").rglob("*.npz")} == pieces
-    code, other, _ = call("eval", "score", folder, "--lineage", "pytorch-fid")
+    assert {p: p.stat().st_mtime_ns for p in (folder / "judge_passes").rglob("*.npz")} == pieces
+    code, other, _ = call("eval", "score", folder, "--inception-variant", "pytorch-fid")
     assert code == 0 and "rfid" not in other
-    code, _, err = call("eval", "score", folder, "--lineage", "fidelity")
+    code, _, err = call("eval", "score", folder, "--inception-variant", "fidelity")
     assert code == 2 and "The FID lineage is 'fidelity'" in err
 
 
 def test_bad_images_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "val" / WNIDS[0] / "broken.png").write_bytes(b"no image")
-    scoring = Scoring(inception=str(inception_file))
+    scoring = Scoring(inception_weights=str(inception_file))
     result = run_benchmark(
         "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", scoring=scoring, quiet=True
     )
@@ -295,11 +295,11 @@ def test_crops_equal_the_published_ones():
     for size in (16, 32, 64):
         assert np.array_equal(np.asarray(crops.adm_crop(picture, size)), arrays[f"adm_center_crop_{size}"])
     assert np.array_equal(crops.to_uint8_llamagen(arrays["float_pm1"]), arrays["to_uint8_llamagen"])
-    pixels = crops.crop_of("adm")(picture, 32)
+    pixels = crops.find_crop("adm")(picture, 32)
     back = ((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.array_equal(back, arrays["adm_center_crop_32"])
     with pytest.raises(UserError, match="Did you mean 'lanczos'"):
-        crops.crop_of("lancsoz")
+        crops.find_crop("lancsoz")
 
 
 def test_crop_is_part_of_the_settings(photos, tmp_path):

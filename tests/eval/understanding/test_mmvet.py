@@ -138,7 +138,7 @@ def test_grades_come_from_an_endpoint_once_and_are_kept(data, server, tmp_path):
     again = score_run(tmp_path / "o", scoring=scoring)
     assert again["metrics"] == result["metrics"] and len(server.asked) == 11
     other = score_run(tmp_path / "o", scoring=Scoring(judge="other", judge_url=server.url))
-    assert not other["comparable"] and "the judge is other" in other["why not comparable"]
+    assert not other["comparable"] and "the judge is other" in other["not_comparable_reason"]
     assert len(server.asked) == 16
 
 

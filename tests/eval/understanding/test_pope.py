@@ -78,11 +78,11 @@ def test_malformed_files_name_the_place(folder):
     rows[4]["label"] = "maybe"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = pope.load(folder)
-    assert "coco_pope_random.json, question 5: label is 'maybe'" in found[4].broken
-    right = {i: q.label for i, q in enumerate(found) if not q.broken}
+    assert "coco_pope_random.json, question 5: label is 'maybe'" in found[4].malformed
+    right = {i: q.label for i, q in enumerate(found) if not q.malformed}
     assert pope.score(found, right)["per_category"]["random"]["FN"] == 1
     path.write_text('{"question_id": 1}\n{oops\n')
-    first, second = [q.broken for q in pope.load(folder) if q.category == "random"]
+    first, second = [q.malformed for q in pope.load(folder) if q.category == "random"]
     assert "question 1: the key 'label' is missing" in first and "line 2, is not valid JSON" in second
     path.unlink()
     with pytest.raises(UserError, match="found nothing"):

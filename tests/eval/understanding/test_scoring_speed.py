@@ -7,8 +7,8 @@ import pytest
 
 from open_unitok.core.files import write_json
 from open_unitok.eval.core.harness import Settings, Store
-from open_unitok.eval.core.results import describe_run
-from open_unitok.eval.registry import named, score_run
+from open_unitok.eval.core.results import run_metadata
+from open_unitok.eval.registry import find_benchmark, score_run
 
 
 @pytest.mark.slow
@@ -29,9 +29,9 @@ def test_scoring_100_000_vqav2_answers_takes_less_than_20_seconds(tmp_path):
     path = data / "v2_OpenEnded_mscoco_val2014_questions.json"
     path.write_text(json.dumps(head | {"questions": questions}))
     (data / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(head | {"annotations": notes}))
-    task = named("vqav2").load(data, Settings())
+    task = find_benchmark("vqav2").load(data, Settings())
     Store(out, "vqav2").append(task.samples, [{"text": f"{words[i % 7]}, {i % 900}"} for i in range(count)])
-    write_json(out / "run.json", describe_run("vqav2", Settings(), {"fingerprint": "0"}, data))
+    write_json(out / "run.json", run_metadata("vqav2", Settings(), {"fingerprint": "0"}, data))
     start = time.process_time()
     result = score_run(out)
     assert time.process_time() - start < 20 and result["n"] == count

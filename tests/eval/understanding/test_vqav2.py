@@ -92,9 +92,9 @@ def test_malformed_files_name_file_and_key(folder, golden, change, message):
     (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
     (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(annotations))
     found = vqav2.load(folder)
-    broken = [(i, q) for i, q in enumerate(found) if q.broken]
-    assert len(broken) == 1 and re.search(message, broken[0][1].broken)
-    answers = {q.question_id: q.answers[0] for q in found if not q.broken}
+    broken = [(i, q) for i, q in enumerate(found) if q.malformed]
+    assert len(broken) == 1 and re.search(message, broken[0][1].malformed)
+    answers = {q.question_id: q.answers[0] for q in found if not q.malformed}
     values = vqav2.score(found, answers)["per_question"]
     assert values[broken[0][0]] == 0.0 and sum(v > 0 for v in values) == len(found) - 1
 
