@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from open_unitok.core.devices import check_dtype
+from open_unitok.core.devices import check_device, check_dtype
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import model_path
+from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.loading import check_folder
 from open_unitok.tokenizer import UniTok
@@ -33,6 +33,18 @@ def find_model(folder: str | Path) -> Path:
     if not (path / "unitok" / "config.json").exists():
         raise UserError(f"{folder} has no visual tokenizer: copy its folder to {path / 'unitok'}.")
     return path
+
+
+def load_unitok(name: str | Path, device: str, dtype: torch.dtype | str | None = None) -> UniTok:
+    """The visual tokenizer of a tokenizer folder, a published .pth, an MLLM folder, or a hub id of these.
+
+    Raises:
+        UserError: nothing is there, or no such device or dtype.
+    """
+    target, path = check_device(device), tokenizer_path(name)
+    if not os.path.exists(path):
+        path = tokenizer_path(download(str(name)))
+    return UniTok.from_pretrained(path).to(device=target, dtype=check_dtype(dtype, target)).eval()
 
 
 def download(name: str) -> Path:

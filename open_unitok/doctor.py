@@ -1,4 +1,4 @@
-"""What this machine has, versions against tested ones, and what a missing thing costs."""
+"""Hardware, optional packages and tested versions; each missing one with its cost."""
 
 import importlib.metadata
 import importlib.resources
@@ -12,9 +12,9 @@ import sys
 from typing import NamedTuple
 
 GIB = 2**30
-DEMO_MEMORY, DEMO_DISK = 1.5e9, 0.4e9  # bytes; 1.25 GB and 343 MB were measured
-# a container's memory: (limit, what is used, the key of memory.stat for cached files to give back)
-CGROUPS = (
+DEMO_MEMORY, DEMO_DISK = 1.5e9, 0.4e9  # bytes; measured: 1.25 GB and 343 MB
+# memory of a container, cgroup v2 and v1: (limit, usage, key of the reclaimable page cache in memory.stat)
+_CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
     (
         "/sys/fs/cgroup/memory/memory.limit_in_bytes",
@@ -25,7 +25,7 @@ CGROUPS = (
 
 
 class Check(NamedTuple):
-    """One line of the report; `cost` says what a missing thing costs, and is empty where all is well."""
+    """One line of the report; `cost` is the consequence of a problem, empty if there is none."""
 
     name: str
     found: str
@@ -43,32 +43,32 @@ def machine() -> list[Check]:
     ]
     free = available_memory()
     if free is not None:
-        low = "the demo needs about 1.5 GB: close something, or lower batch_size"
+        low = "the demo needs about 1.5 GB: close other programs, or lower batch_size"
         checks.append(Check("free memory", f"{free / GIB:.1f} GiB", low if free < DEMO_MEMORY else ""))
     disk = shutil.disk_usage(".").free
-    full = "the demo writes about 0.4 GB: make room, or give it an --out elsewhere"
+    full = "the demo writes about 0.4 GB: free space, or set --out to another disk"
     checks.append(Check("free disk", f"{disk / GIB:.1f} GiB", full if disk < DEMO_DISK else ""))
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             device = torch.cuda.get_device_properties(i)
             checks.append(Check(f"cuda:{i}", f"{device.name}, {device.total_memory / GIB:.0f} GiB"))
     elif torch.backends.mps.is_available():
-        checks.append(Check("mps", "Apple GPU: inference runs there, training runs on the CPU"))
+        checks.append(Check("mps", "Apple GPU: used for inference; training runs on the CPU"))
     else:
-        checks.append(Check("gpu", "none", "the demo is made for this; paper-scale training is out of reach"))
+        checks.append(Check("gpu", "none", "the demo runs on the CPU; paper-scale training needs GPUs"))
     return checks
 
 
 def speed() -> list[Check]:
-    """What makes a run fast: bf16, flash-attn, DeepSpeed and its compiled operators, OpenMP's waiting."""
-    from open_unitok.core.devices import bf16_in_hardware
+    """bf16, flash-attn, DeepSpeed with its compiled operators, OpenMP's wait policy."""
+    from open_unitok.core.devices import bf16_in_hardware  # loads torch
 
     checks = []
     bf16 = bf16_in_hardware()
     checks.append(
         Check("bf16", "in hardware", "")
         if bf16
-        else Check("bf16", "emulated", "engine.dtype auto stays at fp32, so the MLLM trains slower")
+        else Check("bf16", "emulated", "engine.dtype auto selects fp32, so the MLLM trains slower")
     )
     checks.append(
         Check("flash-attn", "installed")
@@ -76,7 +76,7 @@ def speed() -> list[Check]:
         else Check(
             "flash-attn",
             "absent",
-            "attention runs through torch SDPA; flash-attn could not be built here, so it is untested",
+            "attention uses torch SDPA; flash-attn is supported but was never tested",
         )
     )
     if importlib.util.find_spec("deepspeed") is None:
@@ -84,23 +84,23 @@ def speed() -> list[Check]:
     else:
         checks.append(Check("deepspeed", importlib.metadata.version("deepspeed")))
         compiler, ninja = shutil.which("g++") or shutil.which("clang++"), shutil.which("ninja")
-        missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if not there]
-        cost = "CPU offload of the optimiser needs it; all else runs without" if missing else ""
+        missing = [name for name, path in (("C++ compiler", compiler), ("ninja", ninja)) if not path]
+        cost = "CPU offload of the optimizer needs it; the rest works without" if missing else ""
         checks.append(
-            Check("deepspeed ops", f"no {' and no '.join(missing)}" if missing else "can be compiled", cost)
+            Check("deepspeed ops", f"missing: {', '.join(missing)}" if missing else "can be compiled", cost)
         )
-    # one of the two is set: where the user leaves both out, the command line takes a short spin
+    # one of the two is always set: the command line sets GOMP_SPINCOUNT if the user sets neither
     if spin := os.environ.get("GOMP_SPINCOUNT"):
-        checks.append(Check("OpenMP waiting", f"spins {spin} times, then sleeps"))
+        checks.append(Check("OpenMP waiting", f"threads spin {spin} times, then sleep"))
     elif policy := os.environ.get("OMP_WAIT_POLICY"):
-        slow = "waking threads costs small models a third of their speed: leave OMP_WAIT_POLICY unset"
-        busy = "two busy processes slow each other down many times: export GOMP_SPINCOUNT=20000"
+        slow = "waking threads costs small models a third of their speed: unset OMP_WAIT_POLICY"
+        busy = "two processes at once slow each other down many times: export GOMP_SPINCOUNT=20000"
         checks.append(Check("OpenMP waiting", policy, slow if policy.upper() == "PASSIVE" else busy))
     return checks
 
 
-def versions() -> list[Check]:
-    """Installed packages beside the versions of the constraints file."""
+def package_versions() -> list[Check]:
+    """Installed versions, compared with those of the constraints file."""
     checks = []
     for name, tested in tested_versions().items():
         try:
@@ -114,27 +114,27 @@ def versions() -> list[Check]:
 
 
 def tested_versions() -> dict[str, str]:
-    """Package -> version, from the constraints file that every install of this project uses."""
+    """Package -> version of configs/constraints.txt, without the development tools."""
     text = importlib.resources.files("open_unitok.configs").joinpath("constraints.txt").read_text()
     text = text.partition("# for development")[0]
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
 
 
 def available_memory() -> float | None:
-    """Bytes that can still be used, the container's limit included; None where the system does not say."""
+    """Bytes of free memory, within the container's limit; None if the system does not report it."""
     if sys.platform != "linux":
         return None
     with open("/proc/meminfo") as file:
         found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
     free = int(found[1]) * 1024 if found else None
-    for limit, used, cached in CGROUPS:
+    for limit, used, cached in _CGROUPS:
         if free is not None and pathlib.Path(limit).exists():
-            free = min(free, left_in_container(pathlib.Path(limit), pathlib.Path(used), cached))
+            free = min(free, container_memory_left(pathlib.Path(limit), pathlib.Path(used), cached))
     return free
 
 
-def left_in_container(limit: pathlib.Path, used: pathlib.Path, cached: str) -> float:
-    """Bytes below a container's limit; cached files count as free: the system gives them back."""
+def container_memory_left(limit: pathlib.Path, used: pathlib.Path, cached: str) -> float:
+    """Bytes below a cgroup's limit; reclaimable page cache counts as free."""
     text = limit.read_text().strip()
     if text == "max":
         return float("inf")
@@ -143,7 +143,7 @@ def left_in_container(limit: pathlib.Path, used: pathlib.Path, cached: str) -> f
 
 
 def importable(name: str) -> bool:
-    """True if the module imports: an installed flash-attn built for another torch fails only here."""
+    """True if the import succeeds; flash-attn built for another torch is installed but fails to import."""
     try:
         importlib.import_module(name)
     except (ImportError, OSError):

@@ -38,7 +38,7 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         patch.setattr(doctor.importlib.metadata, "version", absent)
         patch.delenv("GOMP_SPINCOUNT", raising=False)
         patch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-        costs = {c.name: c.cost for c in (*doctor.versions(), *doctor.machine(), *doctor.speed())}
+        costs = {c.name: c.cost for c in (*doctor.package_versions(), *doctor.machine(), *doctor.speed())}
     said = {
         "free memory": "1.5 GB",
         "free disk": "0.4 GB",
@@ -60,6 +60,6 @@ def test_cached_files_are_free_memory_in_a_container(tmp_path):
     limit.write_text("6000\n")
     used.write_text("5000\n")
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 3500\nactive_file 600\n")
-    assert doctor.left_in_container(limit, used, "inactive_file") == 4500
+    assert doctor.container_memory_left(limit, used, "inactive_file") == 4500
     limit.write_text("max\n")
-    assert doctor.left_in_container(limit, used, "inactive_file") > 2**60
+    assert doctor.container_memory_left(limit, used, "inactive_file") > 2**60

@@ -57,8 +57,8 @@ class Server:
         self.metrics = Metrics()
         self.batcher = Batcher(
             Work(pipe),
-            limits.max_batch,
-            limits.max_waiting,
+            limits.max_batch_size,
+            limits.max_queue_size,
             limits.window,
             lambda kind, size: self.metrics.observe("unitok_batch_rows", size, kind=kind),
         )

@@ -100,8 +100,8 @@ class Batcher:
     Args:
         work: takes the jobs of one batch (equal keys) and yields after each small step, so that others get
             their turn; it finishes or fails each job. An exception fails those that are open.
-        max_batch: jobs in one batch.
-        max_waiting: jobs in the queue; `put` refuses more.
+        max_batch_size: jobs in one batch.
+        max_queue_size: jobs in the queue; `put` refuses more.
         window: seconds; a batch that is not full starts once no job has joined it for so long, and after ten
             times that at the latest.
         observe: is told the kind and the size of each batch.
@@ -110,13 +110,13 @@ class Batcher:
     def __init__(
         self,
         work: Callable[[list[Job]], Iterator[None]],
-        max_batch: int = 16,
-        max_waiting: int = 64,
+        max_batch_size: int = 16,
+        max_queue_size: int = 64,
         window: float = 0.01,
         observe: Callable[[str, int], None] = lambda kind, size: None,
     ):
         self.work, self.observe = work, observe
-        self.max_batch, self.max_waiting, self.window = max_batch, max_waiting, window
+        self.max_batch_size, self.max_queue_size, self.window = max_batch_size, max_queue_size, window
         self._queue: list[Job] = []
         self._active: dict[str, tuple[list[Job], Iterator[None]]] = {}
         self._free_since: dict[str, float] = {}  # kind -> when its last batch ended
@@ -163,10 +163,10 @@ class Batcher:
             self._queue = [job for job in self._queue if not job.cancelled]
             if self._stopping:
                 raise ShuttingDown("The server is shutting down.")
-            if len(self._queue) + len(jobs) > self.max_waiting:
+            if len(self._queue) + len(jobs) > self.max_queue_size:
                 raise QueueFull(
                     f"{len(self._queue)} images or answers are waiting and {len(jobs)} more would be more "
-                    f"than {self.max_waiting}: try again later."
+                    f"than {self.max_queue_size}: try again later."
                 )
             self._queue.extend(jobs)
             self._changed.notify_all()
@@ -206,12 +206,12 @@ class Batcher:
             if kind in seen:
                 continue
             seen.add(kind)
-            batch = [job for job in self._queue if job.key == oldest.key][: self.max_batch]
+            batch = [job for job in self._queue if job.key == oldest.key][: self.max_batch_size]
             # the clients of the batch that has just ended get the time to come back
             free = self._free_since.get(kind, 0.0)
             start = min(max(batch[-1].arrived, free), max(oldest.arrived, free) + 9 * self.window)
             left = start + self.window - now
-            if len(batch) == self.max_batch or left <= 0:
+            if len(batch) == self.max_batch_size or left <= 0:
                 batches.append(batch)
             else:
                 soonest = left if soonest is None else min(soonest, left)

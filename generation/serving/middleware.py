@@ -17,8 +17,8 @@ class Limits:
     """How much one server takes.
 
     Attributes:
-        max_batch: images or answers worked on together.
-        max_waiting: images and answers that wait; more are refused with 429.
+        max_batch_size: images or answers worked on together.
+        max_queue_size: images and answers that wait; more are refused with 429.
         max_body: bytes of a request.
         max_side: pixels of an image's longer side.
         max_new_tokens: of one answer.
@@ -27,8 +27,8 @@ class Limits:
         window: seconds that a batch waits for others to join.
     """
 
-    max_batch: int = 16
-    max_waiting: int = 64
+    max_batch_size: int = 16
+    max_queue_size: int = 64
     max_body: int = 20 * 2**20
     max_side: int = 8192
     max_new_tokens: int = 1024
@@ -100,7 +100,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         # every request is at least one image or answer: more could not be queued anyway
-        if self.busy > self.limits.max_batch + self.limits.max_waiting:
+        if self.busy > self.limits.max_batch_size + self.limits.max_queue_size:
             raise Refused(
                 429, "Too many requests at once: try again later.", "queue_full", **{"retry-after": "1"}
             )

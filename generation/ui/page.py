@@ -39,7 +39,7 @@ ONE_AT_A_TIME: dict[str, Any] = {
 }
 
 
-def build(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Blocks:
+def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Blocks:
     """The page; `examples` are prompts to start from."""
     model = pipe.model
     size = sum(weight.numel() for weight in model.parameters()) / 1e6

@@ -1,1 +1,1 @@
-"""The `unitok` command: one file per subcommand; `--help` of each loads no torch."""
+"""The `unitok` command: one file per subcommand. `--help` must load no torch, so `run()` imports it."""

@@ -1,15 +1,20 @@
-"""`unitok chat`: a conversation about images; words appear as they are written."""
+"""`unitok chat`: a conversation about images in the terminal; answers are streamed."""
 
 import argparse
 import io
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from open_unitok.core.errors import UserError
 
-from .options import add_model_options, load_pipeline
+from .options import add_model_options, at_least_one, load_pipeline
 
-HELP = "An empty line or Ctrl-D ends, /new forgets the conversation, /image PATH shows one more image."
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from open_unitok.generation.pipeline import Pipeline
+
+HELP = "An empty line or Ctrl-D ends, /new clears the conversation, /image PATH adds an image."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,69 +22,69 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="images to talk about")
     add_model_options(parser)
     parser.add_argument(
-        "--max-new-tokens", type=int, help="an answer is cut there at the latest (default: 256, or what fits)"
+        "--max-new-tokens",
+        type=int,
+        help="longest answer in tokens (default: 256, or what the context has left)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 = always the likeliest word")
-    parser.add_argument("--seed", type=int, help="of the words drawn, where the temperature is not 0")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default: 0)")
+    parser.add_argument("--seed", type=int, help="seed of sampling, if the temperature is not 0")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Read questions from the terminal or a pipe and write answers."""
+    """Read questions from the terminal or a pipe and print the answers."""
     from open_unitok.tokenizer.images import load_image
 
-    images = [load_image(path) for path in args.images]  # before the model: a wrong path shows at once
-    options = answer_options(args)
-    pipe = load_pipeline(args)
-    talk = Conversation(pipe, images, options)
+    images = [load_image(path) for path in args.images]  # before the model: report a wrong path at once
+    options = _answer_options(args)
+    conversation = Conversation(load_pipeline(args), images, options)
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a line that is no UTF-8 does not end the conversation
-    asks = sys.stdin.isatty()
-    if asks:
+        sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the conversation
+    interactive = sys.stdin.isatty()
+    if interactive:
         print(HELP)
     while True:
         try:
-            line = input("> " if asks else "").strip()
+            line = input("> " if interactive else "").strip()
         except EOFError:
             return
-        if not line and asks:
+        if not line and interactive:
             return
         if line:
             try:
-                talk.take(line)
-            except UserError as error:  # one question that cannot be asked does not end the conversation
+                conversation.handle(line)
+            except UserError as error:  # an invalid question must not end the conversation
                 print(f"unitok: error: {error}", file=sys.stderr)
 
 
-def answer_options(args: argparse.Namespace) -> dict[str, Any]:
-    """How words are chosen.
+def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `Pipeline.chat_stream`.
 
     Raises:
-        UserError: the temperature is no number >= 0, or the answer's length no whole number >= 1.
+        UserError: the temperature or the answer's length is out of range.
     """
     from open_unitok.generation.sampling import Sampling
-    from open_unitok.generation.validation import check_whole
 
     if args.max_new_tokens is not None:
-        check_whole("max_new_tokens", args.max_new_tokens)
+        at_least_one(args, "max_new_tokens")
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens}
     if args.temperature != 0:
-        Sampling(1.0, args.temperature)
+        Sampling(1.0, args.temperature)  # checks the temperature
         options |= {"do_sample": True, "temperature": args.temperature, "seed": args.seed}
     return options
 
 
 class Conversation:
-    """Images, what was said about them, and how the next answer is written."""
+    """Images, the earlier questions and answers about them, and the answer options."""
 
-    def __init__(self, pipe: Any, images: list[Any], options: dict[str, Any]):
+    def __init__(self, pipe: "Pipeline", images: "list[Image.Image]", options: dict[str, Any]):
         self.pipe, self.images, self.options = pipe, images, options
         self.history: list[tuple[str, str]] = []
 
-    def take(self, line: str) -> None:
-        """A question, which is answered, or a command.
+    def handle(self, line: str) -> None:
+        """Answer a question or run a command.
 
         Raises:
-            UserError: a question too long for what the model can still read, an image that is none.
+            UserError: the conversation exceeds the context, an image cannot be read, an unknown command.
         """
         if line == "/new":
             self.history = []
@@ -87,14 +92,15 @@ class Conversation:
             from open_unitok.tokenizer.images import load_image
 
             self.images.append(load_image(line.removeprefix("/image").strip()))
-            self.history = []  # the places of the images are before the first question
+            # images come before the first question, so the earlier answers no longer match the prompt
+            self.history = []
         elif line.startswith("/"):
-            raise UserError(f"There is no command {line.split()[0]!r}. {HELP}")
+            raise UserError(f"Unknown command {line.split()[0]!r}. {HELP}")
         else:
             self.answer(line)
 
     def answer(self, question: str) -> None:
-        """Write the answer as it comes and remember it."""
+        """Print the answer while it is generated, then append it to the history."""
         pieces = []
         for piece in self.pipe.chat_stream(question, self.images, self.history, **self.options):
             print(piece, end="", flush=True)

@@ -1,8 +1,8 @@
-"""`unitok doctor`: what this machine has, and what each missing thing costs."""
+"""`unitok doctor`: check hardware, optional packages and versions, with the cost of each missing one."""
 
 import argparse
 
-from open_unitok.doctor import machine, speed, versions
+from open_unitok.doctor import machine, package_versions, speed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -10,8 +10,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print one line per check; the exit code stays 0, since nothing here stops a run by itself."""
-    for title, checks in (("Machine", machine()), ("Speed", speed()), ("Versions", versions())):
+    """Print one line per check. The exit code is always 0: nothing here makes every run fail."""
+    for title, checks in (("Machine", machine()), ("Speed", speed()), ("Versions", package_versions())):
         print(title)
         for check in checks:
             print(f"  {'!' if check.cost else '✓'} {check.name:<18} {check.found}")

@@ -1,9 +1,11 @@
-"""The options that the commands of this package share."""
+"""Options that several commands share, and what they load."""
 
 import argparse
+import importlib.util
 import sys
 from typing import TYPE_CHECKING
 
+from open_unitok.core.distributed import local_rank
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import DEFAULT_MODEL
 
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    """--model, --device, --dtype, and --adapter where the decoder is used."""
+    """--model, --device, --dtype, and --adapter unless the command uses the tokenizer only."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -23,7 +25,9 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
     if adapter:
         parser.add_argument("--adapter", metavar="A", help="LoRA adapter of that model: folder or hub id")
     parser.add_argument(
-        "--device", default="auto", help="cpu, cuda, cuda:N or mps (default: the fastest there is)"
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N or mps (default: the first available of cuda, mps, cpu)",
     )
     parser.add_argument(
         "--dtype",
@@ -32,29 +36,48 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """The fields of `Sampling`; what is not given is as the model's folder has it."""
-    own = "(default: the model's own, else %s)"
+    """The fields of `Sampling`; an option that is not given keeps the model's sampling.json."""
+    default = "(default: the model's sampling.json, else %s)"
     parser.add_argument(
-        "--guidance", type=float, help=f"how strongly the prompt is followed; 1 = plainly {own % 5}"
+        "--guidance", type=float, help=f"classifier-free guidance scale; 1 = no guidance {default % 5}"
     )
-    parser.add_argument("--temperature", type=float, help=f"lower is safer, higher is wilder {own % 1}")
-    parser.add_argument("--top-k", type=int, help=f"choose among this many codes {own % '0: all'}")
+    parser.add_argument("--temperature", type=float, help=f"of sampling codes {default % 1}")
+    parser.add_argument("--top-k", type=int, help=f"sample from the k likeliest codes; 0 = all {default % 0}")
     parser.add_argument(
-        "--top-p", type=float, help=f"choose among the likeliest codes up to this probability {own % 1}"
+        "--top-p",
+        type=float,
+        help=f"sample from the smallest set of codes with this probability {default % 1}",
     )
     parser.add_argument(
         "--guidance-schedule",
         metavar="S",
-        help=f"constant; linear and cosine rise from 1 {own % 'constant'}",
+        help=f"constant, or linear or cosine: rising from 1 over the image {default % 'constant'}",
     )
-    parser.add_argument("--greedy", action="store_true", default=None, help="always take the likeliest code")
+    parser.add_argument("--greedy", action="store_true", default=None, help="take the likeliest code")
+
+
+def add_address_options(parser: argparse.ArgumentParser, port: int, help: str | None = None) -> None:
+    """--host and --port."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=port, help=help or f"(default: {port})")
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """
+    Raises:
+        UserError: one of these options is less than 1.
+    """
+    for name in names:
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} is {getattr(args, name)}; it must be a whole number >= 1.")
 
 
 def pick_device(name: str) -> str:
-    """The device that "auto" means here; under a launcher each process takes its own GPU."""
+    """Resolve "auto"; under torchrun each process takes its own GPU."""
     import torch
-
-    from open_unitok.core.distributed import local_rank
 
     if name != "auto":
         return name
@@ -63,13 +86,11 @@ def pick_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def need_extra(extra: str, *modules: str) -> None:
+def require_extra(extra: str, *modules: str) -> None:
     """
     Raises:
-        UserError: one of the modules is not installed; the message says how to get them.
+        UserError: one of the modules is not installed; the message says how to install them.
     """
-    import importlib.util
-
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"unitok {extra} needs {' and '.join(missing)}: pip install 'open-unitok[{extra}]' "
@@ -78,7 +99,7 @@ def need_extra(extra: str, *modules: str) -> None:
 
 
 def quiet_loading() -> None:
-    """No bar of transformers' own in logs and scripts; a terminal gets it."""
+    """Turn off transformers' progress bar unless stderr is a terminal."""
     from transformers.utils import logging
 
     if not sys.stderr.isatty():
@@ -86,7 +107,7 @@ def quiet_loading() -> None:
 
 
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """The pipeline that the options ask for."""
+    """The pipeline of --model, --device, --dtype and --adapter."""
     from open_unitok.generation.pipeline import Pipeline
 
     quiet_loading()
@@ -94,7 +115,11 @@ def load_pipeline(args: argparse.Namespace) -> "Pipeline":
 
 
 def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":
-    """The sampling settings that the options ask for over those of the model, checked."""
+    """The model's sampling settings, overridden by the options.
+
+    Raises:
+        UserError: an option is out of range.
+    """
     from open_unitok.generation.loading import find_model
     from open_unitok.generation.sampling import Sampling
 

@@ -1,4 +1,4 @@
-"""`unitok plan`: what a run of the MLLM stage needs, before it has a GPU: parameters, memory, time."""
+"""`unitok plan`: estimate parameters, memory and time of an MLLM training run, without a GPU."""
 
 import argparse
 
@@ -10,16 +10,14 @@ from open_unitok.training.run import load_run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config, what to change in it, and the machine."""
-    parser.add_argument("config", help="a YAML of stage mllm, e.g. configs/mllm/pretrain_7b.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single keys")
-    parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
+    """CONFIG [key.sub=value ...] and the hardware."""
+    parser.add_argument("config", help="YAML config of stage mllm, e.g. configs/mllm/pretrain_7b.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override single keys")
+    parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAK_TFLOPS)} (default: H100)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization (default: 0.4)")
     parser.add_argument(
-        "--mfu", type=float, default=0.4, help="share of its peak that is used (default: 0.4)"
-    )
-    parser.add_argument(
-        "--text-tokens", type=int, default=64, help="text tokens of a mean sample (default: 64)"
+        "--text-tokens", type=int, default=64, help="mean text tokens per sample (default: 64)"
     )
 
 
@@ -27,10 +25,10 @@ def run(args: argparse.Namespace) -> None:
     """Print the plan."""
     config = load_run_config(args.config, args.overrides)
     if not isinstance(config, MLLMRunConfig):
-        raise UserError(f"{args.config} is of stage {config.stage}: `unitok plan` knows stage mllm alone.")
+        raise UserError(f"{args.config} is of stage {config.stage}; `unitok plan` only supports stage mllm.")
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
-        raise UserError("--gpus and --text-tokens are 1 or more, --mfu is above 0 and at most 1.")
+        raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
     if args.gpu not in PEAK_TFLOPS:
-        raise UserError(f"--gpu is {args.gpu!r}; known are {', '.join(PEAK_TFLOPS)}.")
+        raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
     found = plan(config, args.gpus, args.text_tokens)
     print("\n".join(describe(found, config, args)))

@@ -1,85 +1,104 @@
-"""`unitok serve`: an HTTP server with OpenAI's shapes for one model, for this machine alone unless told."""
+"""`unitok serve`: an OpenAI-compatible HTTP server for one model, by default on 127.0.0.1 only."""
 
 import argparse
 import contextlib
-import ipaddress
 import os
-import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from .options import add_model_options, load_pipeline, need_extra
+from .options import add_address_options, add_model_options, load_pipeline, require_extra
 
-TOKEN = "UNITOK_TOKEN"  # the environment variable that may hold the bearer token
+if TYPE_CHECKING:
+    from open_unitok.generation.serving.middleware import Limits
+
+TOKEN_VARIABLE = "UNITOK_TOKEN"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--model M [--host H] [--port P] and the limits."""
     add_model_options(parser)
+    add_address_options(parser, port=8000, help="0 = any free port, printed at the start (default: 8000)")
+    parser.add_argument("--name", help="model name in the API (default: the last part of --model)")
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: this machine alone)"
-    )
-    parser.add_argument("--port", type=int, default=8000, help="0 takes any free one and prints it")
-    parser.add_argument("--name", help="what clients call the model (default: the last part of --model)")
-    parser.add_argument(
-        "--token-file", metavar="FILE", help=f"holds the bearer token that clients must send (or set {TOKEN})"
+        "--token-file",
+        metavar="FILE",
+        help=f"file with the bearer token that clients must send (or set {TOKEN_VARIABLE})",
     )
     parser.add_argument(
-        "--files", metavar="DIR", help="images in DIR may be named as file: URLs (default: none)"
+        "--files", metavar="DIR", help="allow file: URLs of images in DIR (default: data: URLs only)"
     )
-    parser.add_argument("--max-batch", type=int, default=16, help="images or answers worked on together")
-    parser.add_argument("--max-waiting", type=int, default=64, help="more that wait are refused with 429")
-    parser.add_argument("--max-body", type=float, default=20, metavar="MB", help="of a request")
-    parser.add_argument("--max-side", type=int, default=8192, metavar="PIXELS", help="of an image sent in")
-    parser.add_argument("--max-new-tokens", type=int, default=1024, help="of one answer")
-    parser.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="for one request")
+    parser.add_argument(
+        "--max-batch-size", type=int, default=16, help="images or answers per batch (default: 16)"
+    )
+    parser.add_argument(
+        "--max-queue-size",
+        type=int,
+        default=64,
+        help="waiting images or answers; more are rejected with 429 (default: 64)",
+    )
+    parser.add_argument(
+        "--max-body", type=float, default=20, metavar="MB", help="size of a request body (default: 20)"
+    )
+    parser.add_argument(
+        "--max-side", type=int, default=8192, metavar="PIXELS", help="side of an input image (default: 8192)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, help="length of an answer (default: 1024)"
+    )
+    parser.add_argument(
+        "--timeout", type=float, default=300, metavar="SECONDS", help="of one request (default: 300)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serve until stopped."""
-    need_extra("serve", "fastapi", "uvicorn")
+    """Serve until interrupted."""
+    require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
     import uvicorn
 
     from open_unitok.generation.serving.app import create_app
+    from open_unitok.generation.serving.listen import listen, loopback_names
 
-    limits = limits_of(args)
-    token = read_token(args)
+    limits, token = _limits(args), _read_token(args)
     files = None if args.files is None else existing(args.files)
     if files is not None and not files.is_dir():
-        raise UserError(f"--files {files} is no folder.")
-    listening = listen(args.host, args.port)
+        raise UserError(f"--files {files} is not a folder.")
+    sock = listen(args.host, args.port)
     pipe = load_pipeline(args)
     name = args.name or Path(args.model).resolve().name
-    app = create_app(pipe, name, limits, token, files, own_names(args.host))
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"Serving {name} at http://{shown}:{listening.getsockname()[1]}/v1 (Ctrl-C ends)", file=sys.stderr)
-    if own_names(args.host) is None and token is None:
-        print("Anyone who reaches this address may use it: --token-file asks for a token.", file=sys.stderr)
+    hosts = loopback_names(args.host)
+    app = create_app(pipe, name, limits, token, files, hosts)
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    print(f"Serving {name} at http://{host}:{sock.getsockname()[1]}/v1 (Ctrl-C stops it)", file=sys.stderr)
+    if hosts is None and token is None:
+        print(
+            "Warning: everyone who reaches this address can use it; set --token-file to require a token.",
+            file=sys.stderr,
+        )
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none")
-    # uvicorn ends everything in order and passes the signal on, where the caller has not ignored it
+    # uvicorn shuts down gracefully, then raises the signal again
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[listening])
+        uvicorn.Server(config).run(sockets=[sock])
     print("Stopped.", file=sys.stderr)
 
 
-def limits_of(args: argparse.Namespace):
-    """The limits that the options ask for.
-
+def _limits(args: argparse.Namespace) -> "Limits":
+    """
     Raises:
-        UserError: one of them is no number above 0.
+        UserError: a limit is not a number above 0.
     """
     from open_unitok.generation.serving.middleware import Limits
 
-    for name in ("max_batch", "max_waiting", "max_body", "max_side", "max_new_tokens", "timeout"):
+    for name in ("max_batch_size", "max_queue_size", "max_body", "max_side", "max_new_tokens", "timeout"):
         value = getattr(args, name)
-        if not 0 < value < 2**31:
+        if not 0 < value < 2**31:  # also rejects NaN
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be a number above 0.")
     return Limits(
-        max_batch=args.max_batch,
-        max_waiting=args.max_waiting,
+        max_batch_size=args.max_batch_size,
+        max_queue_size=args.max_queue_size,
         max_body=max(1, int(args.max_body * 2**20)),
         max_side=args.max_side,
         max_new_tokens=args.max_new_tokens,
@@ -87,52 +106,16 @@ def limits_of(args: argparse.Namespace):
     )
 
 
-def read_token(args: argparse.Namespace) -> str | None:
-    """The bearer token; None = everyone may ask.
+def _read_token(args: argparse.Namespace) -> str | None:
+    """The bearer token; None = no authentication.
 
     Raises:
-        UserError: the file is missing, a folder, or empty.
+        UserError: the file is missing, a folder, or does not hold exactly one token.
     """
     if args.token_file is None:
-        return os.environ.get(TOKEN) or None
+        return os.environ.get(TOKEN_VARIABLE) or None
     path = existing(args.token_file)
     token = "" if path.is_dir() else path.read_text(encoding="utf-8", errors="replace").strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise UserError(f"--token-file {args.token_file} must hold one line of ASCII without spaces.")
     return token
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there: before the model is loaded, so that a port in use shows at once.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    if not 0 <= port < 65536:
-        raise UserError(f"--port is {port}; it must be a whole number from 0 to 65535.")
-    if not host:  # which sockets take for all addresses
-        raise UserError("--host is empty; it must be an address of this machine, or 0.0.0.0 for all of them.")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only where the protocol is named; with it every answer, written as
-    # head and body, would wait 40 ms for the client to acknowledge the head
-    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(512)
-        return listening
-    except (OSError, TypeError, UnicodeError) as error:  # of another kind where the name is malformed
-        listening.close()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--host {host} --port {port} cannot be had: {reason}; choose another --port."
-        ) from error
-
-
-def own_names(host: str) -> frozenset[str] | None:
-    """The names that a Host header may hold where the server is for this machine alone; else None = any."""
-    try:
-        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    return frozenset({"localhost", "127.0.0.1", "::1", host.lower()}) if local else None

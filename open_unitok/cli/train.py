@@ -1,4 +1,4 @@
-"""`unitok train CONFIG [key.sub=value ...]`: train a stage from a YAML."""
+"""`unitok train CONFIG [key.sub=value ...]`: train a stage from a YAML config."""
 
 import argparse
 import importlib
@@ -9,21 +9,19 @@ from open_unitok.training.run import STAGES, load_run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The config and what to change in it."""
+    """CONFIG [key.sub=value ...]."""
+    parser.add_argument("config", help="YAML file, or a shipped one, e.g. configs/demo/tokenizer.yaml")
     parser.add_argument(
-        "config", help="a YAML file, or one shipped with the package (configs/demo/tokenizer.yaml)"
-    )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="change single keys; values are YAML"
+        "overrides", nargs="*", metavar="key.sub=value", help="override single keys; values are YAML"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, or go on, or say that the run is finished."""
+    """Train from the start or from the last checkpoint, unless the run is finished."""
     config = load_run_config(args.config, args.overrides)
     folder = RunDir.open(config)
     if folder.finished:
-        print(f"{config.out} is finished: {folder.model}")
+        print(f"{config.out} is already finished: {folder.model}")
         return
     stage = importlib.import_module(f"open_unitok.training.{STAGES[config.stage][2]}")
     try:

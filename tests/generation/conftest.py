@@ -165,8 +165,8 @@ def running(pipe, limits=None, **options):
     """A running server; yields (its address, its `Server`)."""
     import uvicorn
 
-    from open_unitok.cli.serve import listen
     from open_unitok.generation.serving.app import create_app
+    from open_unitok.generation.serving.listen import listen
 
     app = create_app(pipe, "tiny", limits, **options)
     listening = listen("127.0.0.1", 0)
@@ -194,6 +194,8 @@ def server(pipe):
     """(address, `Server`) with small limits."""
     from open_unitok.generation.serving.middleware import Limits
 
-    limits = Limits(max_batch=4, max_waiting=6, max_body=200_000, max_side=1000, timeout=60, body_timeout=2)
+    limits = Limits(
+        max_batch_size=4, max_queue_size=6, max_body=200_000, max_side=1000, timeout=60, body_timeout=2
+    )
     with running(pipe, limits) as found:
         yield found

@@ -1,4 +1,4 @@
-"""`unitok generate`, `ask` and `reconstruct` through the command line's own entry."""
+"""`unitok generate`, `ask`, `chat` and `reconstruct` through the entry point of the command line."""
 
 import argparse
 import io
@@ -31,12 +31,12 @@ def unitok(capsys):
     return run
 
 
-def test_generate_writes_images_with_their_settings_and_skips_them_then(unitok, folder, tmp_path):
+def test_generate_writes_images_with_their_settings_and_skips_existing_ones(unitok, folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("two blue squares\n\na star\n")
     command = ["generate", "A red circle!", "--prompts", tmp_path / "prompts.txt", "--model", folder]
     command += ["--out", tmp_path / "out", "--num-images", "2", "--seed", "9", "--guidance", "2"]
     code, _, err = unitok(*command)
-    assert code == 0 and "6 images drawn" in err
+    assert code == 0 and "6 images generated" in err
     files = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert files[:2] == ["00000-a-red-circle-seed10.png", "00000-a-red-circle-seed9.png"]
     assert len(files) == 7 and files[-1] == "grid.png"
@@ -50,8 +50,8 @@ def test_generate_writes_images_with_their_settings_and_skips_them_then(unitok, 
     content = removed.read_bytes()
     removed.unlink()
     code, _, err = unitok(*command)
-    assert code == 0 and "1 images drawn" in err and "5 were there" in err
-    assert removed.read_bytes() == content  # alone as in the batch
+    assert code == 0 and "1 images generated" in err and "5 existed" in err
+    assert removed.read_bytes() == content  # alone = in the batch
     assert all(path.stat().st_mtime_ns == time for path, time in before.items() if path != removed)
 
     code, _, err = unitok(*command, "--temperature", "0.5")
@@ -60,10 +60,10 @@ def test_generate_writes_images_with_their_settings_and_skips_them_then(unitok, 
     assert code == 2 and "adapter = None, not 'other'" in err and err.count("\n") == 1
 
 
-def test_generate_takes_every_setting_of_drawing(unitok, folder, pipe, tmp_path):
+def test_generate_applies_every_sampling_option(unitok, folder, pipe, tmp_path):
     command = ["generate", "a star", "--model", folder, "--out", tmp_path, "--seed", "3"]
     command += ["--guidance", "4", "--guidance-schedule", "linear", "--temperature", "0.8", "--top-k", "9"]
-    command += ["--top-p", "0.9", "--negative", "a square"]
+    command += ["--top-p", "0.9", "--negative-prompt", "a square"]
     assert unitok(*command)[0] == 0
     sampling = Sampling(4.0, 0.8, 9, 0.9, guidance_schedule="linear")
     expected = pipe.generate(["a star"], sampling, seed=3, negative="a square")[0]
@@ -76,7 +76,7 @@ def test_generate_takes_every_setting_of_drawing(unitok, folder, pipe, tmp_path)
 
 
 def test_inference_needs_no_training_package(folder, photos, tmp_path):
-    """Every command of this room, drawing and answering done, in a process of its own."""
+    """The inference commands in a process of their own load no training package."""
     code = """
 import json, sys
 from open_unitok.cli.main import main
@@ -107,19 +107,18 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
     rows = [{"image": path.name, "question": q} for q in ("What?", "How many?") for path in photos]
     questions = photos[0].parent / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
-    draw = ["generate", "a", "b", "c", "--model", folder, "--guidance", "2", "--out"]
+    generate = ["generate", "a", "b", "c", "--model", folder, "--guidance", "2", "--out"]
     ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
-    assert unitok(*draw, tmp_path / "alone")[0] == 0
+    assert unitok(*generate, tmp_path / "alone")[0] == 0
     assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
-    monkeypatch.setattr(
-        distributed, "process_group", lambda: None
-    )  # another test's in this process may still be up
+    # another test of this process may have left its process group up
+    monkeypatch.setattr(distributed, "process_group", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
         monkeypatch.setenv("RANK", rank)
-        code, _, err = unitok(*draw, tmp_path / "shared")
-        assert code == 0 and f"{2 - int(rank)} images drawn" in err and "0 were there" in err
+        code, _, err = unitok(*generate, tmp_path / "shared")
+        assert code == 0 and f"{2 - int(rank)} images generated" in err and "0 existed" in err
         assert unitok(*ask, tmp_path / "shared.jsonl")[0] == 0
     assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
     names = sorted(path.name for path in (tmp_path / "alone").iterdir())
@@ -136,8 +135,8 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
     assert code == 2 and "--out FILE" in err
 
 
-def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(unitok, folder, photos, tmp_path, monkeypatch):
-    """Rank 1 of an earlier launch has left its answers; now rank 0 ends before rank 1 does."""
+def test_answers_of_a_killed_launch_are_discarded(unitok, folder, photos, tmp_path, monkeypatch):
+    """Rank 1 of an earlier launch left its answers; now rank 0 finishes before rank 1."""
 
     def command(*questions):
         rows = [{"image": str(photos[0]), "question": question} for question in questions]
@@ -165,14 +164,14 @@ def test_a_share_of_a_killed_launch_is_not_taken_for_this_ones(unitok, folder, p
     assert found == ["New?", "And?"] and not list(tmp_path.glob(".*"))
 
 
-def test_this_machine_alone_is_served_unless_told_otherwise():
+def test_servers_listen_on_loopback_by_default():
     for module in (serve, ui):
         parser = argparse.ArgumentParser()
         module.add_arguments(parser)
         assert parser.parse_args([]).host == "127.0.0.1"
 
 
-def test_reconstruct_lays_copies_beside_originals(unitok, folder, photos, tmp_path):
+def test_reconstruct_writes_originals_and_reconstructions_side_by_side(unitok, folder, photos, tmp_path):
     for model in (folder, folder / "unitok"):
         code, out, _ = unitok("reconstruct", *photos, photos[0], "--model", model, "--out", tmp_path)
         assert code == 0 and out.count("PSNR") == 4
@@ -184,7 +183,7 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, photos, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "--model", "MODEL", "--out", "OUT"], "nothing to draw"),
+        (["generate", "--model", "MODEL", "--out", "OUT"], "No prompt"),
         (["generate", " ", "--model", "MODEL", "--out", "OUT"], "Prompt 0 is empty"),
         (["generate", "a", "--model", "MODEL", "--out", "OUT", "--temperature", "nan"], "temperature is nan"),
         (["generate", "a", "--model", "MODEL", "--out", "OUT", "--num-images", "0"], "--num-images is 0"),
@@ -211,23 +210,23 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, photos, tmp_pa
         (["ask", "IMAGE", "a\udcff", "--model", "MODEL"], r"Question 0 is 'a\udcff'"),
         (["ask", "IMAGE", "a", "--model", "MODEL", "--out", "OTHER"], "other_kind is a folder"),
         (["ask", "IMAGE", "a", "--model", "MODEL", "--out", "TEXT/a"], "Cannot create the folder"),
-        (["ask", "IMAGE", "--model", "MODEL"], "nothing to answer"),
+        (["ask", "IMAGE", "--model", "MODEL"], "No question"),
         (["ask", "--model", "MODEL"], "--questions FILE"),
         (["ask", "IMAGE", "What?", "--questions", "TEXT", "--model", "MODEL"], "--questions FILE"),
         (["ask", "--questions", "TEXT", "--model", "MODEL"], "line 1, is not valid JSON"),
         (["ask", "--questions", "IMAGE", "--model", "MODEL"], "line 1, is not valid JSON"),
-        (["generate", "--prompts", "IMAGE", "--model", "MODEL", "--out", "OUT"], "no UTF-8 text file"),
+        (["generate", "--prompts", "IMAGE", "--model", "MODEL", "--out", "OUT"], "not a UTF-8 text file"),
         (["ask", "IMAGE", "What?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["ask", "IMAGE", "What?", "--model", "MODEL", "--device", "tpu"], "device is 'tpu'"),
         (["chat", "gone.png", "--model", "MODEL"], "gone.png"),
         (["chat", "IMAGE", "--model", "MODEL", "--temperature", "nan"], "temperature is nan"),
-        (["chat", "IMAGE", "--model", "MODEL", "--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["chat", "IMAGE", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["serve", "--model", "MODEL", "--port", "70000"], "--port is 70000"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", "no such host"], "--host no such host"),
         (["serve", "--model", "MODEL", "--port", "0", "--timeout", "nan"], "--timeout is nan"),
-        (["serve", "--model", "MODEL", "--port", "0", "--max-waiting", "0"], "--max-waiting is 0"),
+        (["serve", "--model", "MODEL", "--port", "0", "--max-queue-size", "0"], "--max-queue-size is 0"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "gone.txt"], "gone.txt does not exist"),
-        (["serve", "--model", "MODEL", "--port", "0", "--files", "IMAGE"], "is no folder"),
+        (["serve", "--model", "MODEL", "--port", "0", "--files", "IMAGE"], "is not a folder"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "OTHER"], "must hold one line"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", ""], "--host is empty"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", "a..b"], "--host a..b"),
@@ -243,7 +242,7 @@ def test_reconstruct_lays_copies_beside_originals(unitok, folder, photos, tmp_pa
         (["ask", "IMAGE", "word " * 99, "--model", "MODEL"], "shorten the question"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing_behind(unitok, folder, photos, tmp_path, arguments, words):
+def test_errors_are_one_line_and_write_no_files(unitok, folder, photos, tmp_path, arguments, words):
     text = tmp_path / "text.png"
     text.write_text("no image at all")
     other = tmp_path / "other_kind"
@@ -281,10 +280,10 @@ def test_chat_answers_each_line_and_remembers(unitok, folder, pipe, photos, monk
     third = pipe.chat("Is it red?", both, [("How many?", second)], max_new_tokens=3)
     last = pipe.chat("What?", both, max_new_tokens=3)
     assert code == 0 and out == f"{first}\n{second}\n{third}\n{last}\n"
-    assert "no command '/nothing'" in err and "gone.png" in err and err.count("\n") == 2
+    assert "Unknown command '/nothing'" in err and "gone.png" in err and err.count("\n") == 2
 
 
-def test_chat_goes_on_behind_bytes_that_are_no_text(unitok, folder, pipe, monkeypatch):
+def test_chat_continues_after_bytes_that_are_not_utf8(unitok, folder, pipe, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a\xff?\nWhat?\n"), encoding="utf-8"))
     code, out, _ = unitok("chat", "--model", folder, "--max-new-tokens", "3")
     assert code == 0 and out.count("\n") == 2

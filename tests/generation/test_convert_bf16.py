@@ -78,4 +78,4 @@ def test_wrong_settings_in_the_folder_are_named(tmp_path, text, words):
 def test_a_target_that_exists_is_left_alone(rounded, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["convert", "bf16", str(rounded), str(rounded)])
-    assert stop.value.code == 2 and "exists already" in capsys.readouterr().err
+    assert stop.value.code == 2 and "already exists" in capsys.readouterr().err

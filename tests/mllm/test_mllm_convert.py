@@ -98,7 +98,7 @@ def test_mistakes_are_named(folder, tmp_path):
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UserError, match=r"type 'llama', not a published MLLM"):
         load(folder)
-    with pytest.raises(UserError, match=r"exists already"):
+    with pytest.raises(UserError, match=r"already exists"):
         main.run(["convert", "mllm", str(folder), str(tmp_path)])
 
 

@@ -137,7 +137,7 @@ def test_command(variant, golden_folder, tiny_config, tmp_path, capsys):
     back = torch.load(file, weights_only=True)["trainer"]["unitok"]
     assert original.keys() == back.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         unitok(["convert", "tokenizer", str(source), str(folder)])
 
 

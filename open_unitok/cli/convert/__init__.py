@@ -1,1 +1,1 @@
-"""`unitok convert ...`: published weights to ours, adapters, bf16."""
+"""`unitok convert ...`: published checkpoints, LoRA adapters, bf16."""

@@ -1,4 +1,4 @@
-"""`unitok convert adapter`: an MLLM and a LoRA adapter of it, written as one model folder."""
+"""`unitok convert adapter`: merge a LoRA adapter into its MLLM and save the result as one model folder."""
 
 import argparse
 import shutil
@@ -9,19 +9,19 @@ from open_unitok.core.files import atomic_folder, existing, model_path, tokenize
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok convert adapter`."""
-    parser.add_argument("base", metavar="BASE", help="the MLLM folder that the adapter was trained on")
+    """BASE ADAPTER DST."""
+    parser.add_argument("base", metavar="BASE", help="MLLM folder that the adapter was trained on")
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder, e.g. runs/lora/model, or hub id")
-    parser.add_argument("target", metavar="DST", help="new folder, a whole MLLM")
+    parser.add_argument("target", metavar="DST", help="new MLLM folder")
     parser.add_argument(
         "--unitok",
         metavar="U",
-        help="visual tokenizer to take in place of the base's: same codes, other decoder",
+        help="visual tokenizer that replaces the base's: same codes, another pixel decoder",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write base and adapter as one model."""
+    """Merge and save."""
     from open_unitok.core.files import SAMPLING_FILE
     from open_unitok.generation.loading import check_belongs
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
     source, target = existing(model_path(args.base)), Path(args.target)
     unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
     if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another name.")
+        raise UserError(f"{target} already exists: delete it or choose another name.")
     model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
     processor = UniTokProcessor.from_pretrained(source)
     if args.unitok:

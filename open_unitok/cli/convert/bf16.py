@@ -1,4 +1,4 @@
-"""`unitok convert bf16`: a model with its weights rounded to bfloat16, half the bytes, as models ship."""
+"""`unitok convert bf16`: round the weights of an MLLM and its visual tokenizer to bfloat16."""
 
 import argparse
 import dataclasses
@@ -12,14 +12,14 @@ from ..options import add_sampling_options, quiet_loading, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL DST, and the settings that it shall draw with."""
+    """MODEL DST and the sampling settings to save."""
     parser.add_argument("source", metavar="MODEL", help="model folder or hub id")
     parser.add_argument("target", metavar="DST", help="new folder")
     add_sampling_options(parser)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Round model and visual tokenizer; the sampling settings that are given become the model's own."""
+    """Round and save; sampling options that are given go into the new model's sampling.json."""
     import torch
 
     from open_unitok.core.files import SAMPLING_FILE
@@ -27,13 +27,13 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.generation.pipeline import Pipeline
 
     if Path(args.target).exists():
-        raise UserError(f"{args.target} exists already: remove it or choose another name.")
+        raise UserError(f"{args.target} already exists: delete it or choose another name.")
     quiet_loading()
     source = find_model(args.source)
     sampling = sampling_of(args, str(source))
     pipe = Pipeline.from_pretrained(source, dtype=torch.float32)
     model, unitok = pipe.model.to(torch.bfloat16), pipe.unitok.to(torch.bfloat16)
-    # rounding has made it a tokenizer of slightly other codes
+    # the rounded tokenizer gives slightly different codes, so it has another fingerprint
     model.config.unitok_fingerprint = unitok.fingerprint()
     with atomic_folder(args.target) as folder:
         model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""`unitok convert mllm`: the published MLLM's folder (mini_gemini) to a folder of ours, or back."""
+"""`unitok convert mllm`: convert a published MLLM (mini_gemini layout) to a model folder, or back."""
 
 import argparse
 import shutil
@@ -9,24 +9,26 @@ from open_unitok.core.files import atomic_folder, existing, read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok convert mllm`."""
-    parser.add_argument("source", metavar="SRC", help="published folder, or a folder of ours to go back")
+    """SRC DST [--unitok U] [--text-tokenizer T]."""
+    parser.add_argument("source", metavar="SRC", help="published folder, or a model folder to convert back")
     parser.add_argument("target", metavar="DST", help="new folder")
     parser.add_argument(
-        "--unitok", metavar="PATH", help="its visual tokenizer (published .pth, or a folder of ours)"
+        "--unitok", metavar="PATH", help="its visual tokenizer: published .pth or tokenizer folder"
     )
-    parser.add_argument("--text-tokenizer", metavar="PATH", help="tokenizer.model or folder, if SRC has none")
+    parser.add_argument(
+        "--text-tokenizer", metavar="PATH", help="tokenizer.model or its folder, if SRC has none"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one way or, from a folder of ours, the other."""
+    """Convert; the direction follows from SRC."""
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
     from open_unitok.mllm.convert import check_same_codebooks, read_published, save_published
     from open_unitok.tokenizer import UniTok
 
     source, target = existing(args.source), Path(args.target)
     if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another name.")
+        raise UserError(f"{target} already exists: delete it or choose another name.")
     if read_json(source / "config.json").get("model_type") == UniTokMLLMConfig.model_type:
         model = UniTokForConditionalGeneration.from_pretrained(source)
         with atomic_folder(target) as folder:
@@ -49,8 +51,8 @@ def run(args: argparse.Namespace) -> None:
     ):
         raise UserError(
             f"The text tokenizer has <0x00> and <0x01> at {processor.boi_token_id} and "
-            f"{processor.eoi_token_id}; the model wants {model.config.boi_token_id} and "
-            f"{model.config.eoi_token_id}: take the one it belongs to."
+            f"{processor.eoi_token_id}; the model expects {model.config.boi_token_id} and "
+            f"{model.config.eoi_token_id}: use the text tokenizer it was trained with."
         )
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
@@ -62,4 +64,6 @@ def run(args: argparse.Namespace) -> None:
                 shutil.copy(source / name, folder / name)
     print(f"{source} -> {target}")
     if unitok is None:
-        print("No visual tokenizer was given (--unitok): images can be neither read nor drawn.")
+        print(
+            "No --unitok was given: without a visual tokenizer the model neither reads nor generates images."
+        )

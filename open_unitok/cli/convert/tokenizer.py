@@ -1,4 +1,4 @@
-"""`unitok convert tokenizer`: a published UniTok checkpoint to a folder of ours, or back."""
+"""`unitok convert tokenizer`: convert a published UniTok checkpoint to a model folder, or back."""
 
 import argparse
 from pathlib import Path
@@ -8,35 +8,37 @@ from open_unitok.core.files import atomic_folder, read_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`unitok convert tokenizer`."""
-    parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth), or a folder of ours")
+    """SRC DST [--config FILE]."""
+    parser.add_argument("source", metavar="SRC", help="published checkpoint (.pth), or a tokenizer folder")
     parser.add_argument("target", metavar="DST", help="new folder, or new .pth file where SRC is a folder")
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="config.json with the sizes, where the file's name for them is unknown",
+        help="config.json with the sizes, if the checkpoint names an unknown model",
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert one way or, from a folder, the other."""
+    """Convert; a folder is converted back to a .pth file."""
     from open_unitok.tokenizer import UniTok, UniTokConfig
     from open_unitok.tokenizer.convert import write_published_tokenizer
     from open_unitok.tokenizer.loading import check_tokenizer_folder
 
     target = Path(args.target)
     if target.exists():
-        raise UserError(f"{target} exists already: remove it or choose another name.")
+        raise UserError(f"{target} already exists: delete it or choose another name.")
     if Path(args.source).is_dir():
         check_tokenizer_folder(args.source)
         if target.suffix != ".pth":
-            raise UserError(f"{target}: a folder of ours becomes a published file, whose name ends in .pth.")
+            raise UserError(
+                f"{target} must end in .pth: a tokenizer folder is converted to a published checkpoint."
+            )
         model = UniTok.from_pretrained(args.source)
         write_published_tokenizer(model.config, model.state_dict(), target)
     else:
         sizes = read_json(args.config) if args.config else None
         if not isinstance(sizes, dict | None):
-            raise UserError(f"{args.config} holds no config: a mapping of names to sizes is wanted.")
+            raise UserError(f"{args.config} is not a config: expected a JSON object of names and sizes.")
         config = None if sizes is None else UniTokConfig(**sizes)
         model = UniTok.from_reference(args.source, config)
         with atomic_folder(target) as folder:

@@ -1,1 +1,1 @@
-"""`unitok data ...`: make and check data sets."""
+"""`unitok data ...`: render, convert and check data sets."""

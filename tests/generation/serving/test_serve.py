@@ -13,9 +13,9 @@ import openai
 import pytest
 from PIL import Image
 
-from open_unitok.cli.serve import listen
 from open_unitok.generation import Sampling
 from open_unitok.generation.image_files import KEY
+from open_unitok.generation.serving.listen import listen
 from open_unitok.generation.serving.metrics import Metrics
 from open_unitok.generation.serving.middleware import Limits
 
@@ -121,7 +121,7 @@ def test_a_streamed_image_grows(client, pipe):
 
 
 def test_requests_that_come_together_share_batches(pipe, serving, ask):
-    with serving(pipe, Limits(max_batch=8, window=0.3)) as (url, server):
+    with serving(pipe, Limits(max_batch_size=8, window=0.3)) as (url, server):
         alone = ask(url, {"prompt": "a star", "seed": 0}, "/v1/images/generations")[1]["data"][0]["b64_json"]
         bodies = [{"prompt": "a star", "seed": i} for i in range(5)]
         results = at_once(lambda body: ask(url, body, "/v1/images/generations"), bodies)
@@ -197,7 +197,7 @@ def test_work_stops_when_its_client_leaves(pipe, stream, serving):
 
 def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
     # a batch of 4: with less the guard, which counts requests, would refuse before the queue does
-    with serving(pipe, Limits(max_batch=4, max_waiting=2)) as (url, server):
+    with serving(pipe, Limits(max_batch_size=4, max_queue_size=2)) as (url, server):
         real, slow = server.batcher.work, Slow(server)
         body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
         results = []
@@ -226,7 +226,7 @@ def test_a_full_queue_is_429_and_what_waits_is_not_lost(pipe, serving, ask):
 
 
 def test_more_requests_than_could_be_queued_are_429_before_their_bodies_are_read(pipe, serving, ask):
-    with serving(pipe, Limits(max_batch=1, max_waiting=1)) as (url, server):
+    with serving(pipe, Limits(max_batch_size=1, max_queue_size=1)) as (url, server):
         slow = Slow(server)
         connections = [leave_after_sending(url, "/v1/chat/completions", user("What?"))]
         until(lambda: slow.steps > 0)  # before that a second one may be refused too

@@ -35,11 +35,11 @@ def address(pipe):
     import os
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    from open_unitok.generation.ui.page import build, launch
+    from open_unitok.generation.ui.page import build_page, launch
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    page = build(pipe, "tiny", ["a star"])
+    page = build_page(pipe, "tiny", ["a star"])
     yield launch(page, "127.0.0.1", port).rstrip("/")
     page.close(verbose=False)
 
@@ -238,10 +238,10 @@ def test_an_upload_is_opened_by_us_alone(address, pipe, tmp_path):
     import gradio as gr
     from gradio.data_classes import ImageData
 
-    from open_unitok.generation.ui.page import build
+    from open_unitok.generation.ui.page import build_page
 
     (tmp_path / "a.png").write_bytes(bomb())
-    uploads = [b for b in build(pipe, "tiny").blocks.values() if isinstance(b, gr.Image)]
+    uploads = [b for b in build_page(pipe, "tiny").blocks.values() if isinstance(b, gr.Image)]
     assert len(uploads) == 2
     for upload in uploads:
         given = ImageData(path=str(tmp_path / "a.png"), orig_name="a.png")

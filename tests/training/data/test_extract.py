@@ -125,7 +125,7 @@ def test_ranks_share_the_tars(tokenizer, data, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         run(tokenizer, data, out)
         assert (out / "codes.json").exists() == (rank == 1)
-    assert "others are still at work" in capsys.readouterr().out
+    assert "others are still running" in capsys.readouterr().out
     for file in (tmp_path / "alone").iterdir():
         assert (out / file.name).read_bytes() == file.read_bytes()
 

@@ -1,0 +1,105 @@
+"""Image files of many prompts: one PNG per image, finished ones skipped, shared by several processes."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+from .image_files import grid_of, read_record, save_png
+from .pipeline import Pipeline
+from .sampling import Sampling, check_seed
+
+GRID_LIMIT = 100  # images in grid.png
+
+
+class ImageJob(NamedTuple):
+    """One image to generate."""
+
+    path: Path
+    record: dict[str, Any]  # stored in the PNG: prompt, seed, model and sampling settings
+
+
+def read_prompt_file(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 text file that are not blank.
+
+    Raises:
+        UserError: the file is missing, a folder, or not UTF-8.
+    """
+    path = existing(path)
+    if not path.is_file():
+        raise UserError(f"{path} is a folder; expected a text file with one prompt per line.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a UTF-8 text file: {error}") from error
+    return [line for line in lines if line.strip()]
+
+
+def plan_images(
+    prompts: Sequence[str], out: Path, num_images: int, seed: int, settings: dict[str, Any]
+) -> list[ImageJob]:
+    """One job per image; its file is named by prompt number, prompt and seed, and seeds count up from `seed`.
+
+    Raises:
+        UserError: a prompt is empty, or a seed is out of range.
+    """
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"Prompt {i} is empty.")
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
+        for j in range(num_images):
+            own_seed = check_seed(seed + i * num_images + j)
+            record = {"prompt": prompt, "seed": own_seed, **settings}
+            jobs.append(ImageJob(out / f"{i:05d}-{slug}-seed{own_seed}.png", record))
+    return jobs
+
+
+def is_generated(job: ImageJob) -> bool:
+    """True if the job's file exists with the job's record.
+
+    Raises:
+        UserError: the file was generated with other settings.
+    """
+    if not job.path.exists():
+        return False
+    found = read_record(job.path) or {}
+    for key in {**job.record, **found}:
+        had, wanted = found.get(key), job.record.get(key)
+        if had != wanted:
+            raise UserError(
+                f"{job.path} was generated with {key} = {had!r}, not {wanted!r}: choose another --out, or "
+                "delete it."
+            )
+    return True
+
+
+def generate_files(
+    pipe: Pipeline,
+    jobs: Sequence[ImageJob],
+    sampling: Sampling,
+    batch_size: int,
+    negative: str | None = None,
+) -> Iterator[int]:
+    """Generate and save the images batch by batch; yields the size of each finished batch."""
+    for start in range(0, len(jobs), batch_size):
+        batch = jobs[start : start + batch_size]
+        prompts, seeds = ([job.record[key] for job in batch] for key in ("prompt", "seed"))
+        images = pipe.generate(prompts, sampling, seeds, batch_size, negative=negative)
+        for job, image in zip(batch, images):
+            save_png(image, job.path, job.record)
+        yield len(batch)
+
+
+def save_grid(jobs: Sequence[ImageJob], path: Path) -> None:
+    """Save the first images as one grid, once all of them exist."""
+    jobs = jobs[:GRID_LIMIT]
+    # with several processes only the last one to finish finds all files
+    if all(job.path.exists() for job in jobs):
+        images = [Image.open(job.path).convert("RGB") for job in jobs]
+        save_png(grid_of(images), path, {"prompts": [job.record["prompt"] for job in jobs]})

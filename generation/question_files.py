@@ -1,0 +1,65 @@
+"""Files of questions and answers as JSON lines, shared by the processes of a torchrun launch."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing, make_folder, read_jsonl, write_jsonl
+
+
+def read_questions(path: str | Path) -> list[dict[str, Any]]:
+    """The records {"image": PATH, "question": TEXT, ...} of a file; a relative PATH is relative to the file.
+
+    Raises:
+        UserError: the file is missing, a folder or empty, or a record lacks one of the two texts.
+    """
+    path = existing(path)
+    if not path.is_file():
+        raise UserError(f"{path} is a folder; expected a file of JSON lines.")
+    records = read_jsonl(path)
+    for i, record in enumerate(records):
+        texts = [record.get(key) for key in ("image", "question")] if isinstance(record, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(f"{path}, record {i}, is {record!r}; it must have the texts image and question.")
+    if not records:
+        raise UserError(f"{path} has no questions.")
+    return [{**record, "image": str(path.parent / record["image"])} for record in records]
+
+
+def prepare_answer_file(out: Path, rank: int, world_size: int) -> None:
+    """Create the folder of `out` and delete what a killed launch left of this rank's answers.
+
+    Raises:
+        UserError: `out` is a folder, or its folder cannot be created.
+    """
+    if os.path.isdir(out):
+        raise UserError(f"--out {out} is a folder; expected a file of JSON lines.")
+    make_folder(out.parent)
+    _parts(out, world_size)[rank].unlink(missing_ok=True)
+
+
+def write_answers(out: Path, records: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
+    """Write the answers of one rank, which had the questions rank, rank + world_size, ...
+
+    Each rank writes its own part. No rank waits: the one that finds all parts merges them in order.
+    """
+    if world_size == 1:
+        write_jsonl(out, records)
+        return
+    parts = _parts(out, world_size)
+    write_jsonl(parts[rank], records)
+    try:
+        answers = [read_jsonl(part) for part in parts]
+    except UserError:  # another rank is not finished, or has merged them already
+        return
+    total = sum(map(len, answers))
+    write_jsonl(out, [answers[i % world_size][i // world_size] for i in range(total)])
+    for part in parts:
+        part.unlink(missing_ok=True)
+
+
+def _parts(out: Path, world_size: int) -> list[Path]:
+    """The file of each rank."""
+    return [out.with_name(f".{out.name}.{i}-of-{world_size}") for i in range(world_size)]
