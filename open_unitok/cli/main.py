@@ -45,8 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if arguments and arguments[0].startswith("--local_rank="):  # added by the deepspeed launcher
         arguments = arguments[1:]
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-        # Waiting OpenMP threads spin for milliseconds by default, which starves other processes; PASSIVE makes
-        # each small operator wait for threads to wake. A short spin avoids both. Read when torch loads.
+        # Waiting OpenMP threads spin for milliseconds by default, which starves other processes;
+        # PASSIVE makes each small operator wait for threads to wake. A short spin avoids both.
+        # torch reads the variable on import.
         os.environ["GOMP_SPINCOUNT"] = "20000"
     try:
         run(arguments)
