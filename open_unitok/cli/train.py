@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_run_config(args.config, args.overrides)
     folder = RunDir.open(config)
     if folder.finished:
-        print(f"{config.out} is already finished: {folder.model}")
+        print(f"{config.out} is finished: {folder.model}")
         return
     stage = importlib.import_module(f"open_unitok.training.{STAGES[config.stage][2]}")
     try:

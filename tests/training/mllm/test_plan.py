@@ -91,10 +91,10 @@ def test_documents_are_planned_as_drawn():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["configs/demo/tokenizer.yaml"], "knows stage mllm alone"),
+        (["configs/demo/tokenizer.yaml"], "only supports stage mllm"),
         ([CONFIGS[0], "--gpus", "7"], "does not split"),
         ([CONFIGS[0], "--gpus", "0"], "--gpus and"),
-        ([CONFIGS[0], "--gpu", "H1000"], "known are"),
+        ([CONFIGS[0], "--gpu", "H1000"], "must be one of"),
         ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),
     ],
 )
