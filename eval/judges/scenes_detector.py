@@ -1,9 +1,10 @@
-"""Reads the scene back out of an image of coloured shapes, by finding the rendering that explains it.
+"""Detector for scenes of coloured shapes by template matching, in the role of GenEval's Mask2Former and CLIP.
 
-Stands where GenEval has Mask2Former and CLIP: shapes are its classes. It knows scenes by `scenes.json` alone.
-An image with anything that neither objects nor the background explain yields no objects at all.
+The classes are the shapes of `scenes.json`, its only input. An image with pixels that neither the background
+nor a template explains yields no objects at all.
 
-Shapes: B images, H sides, G cells, P pixels of a cell, T templates.
+Shapes: B images, H side of an image, G cells, c side of a cell, P pixels of a cell, T templates, M cells
+that hold something.
 """
 
 import functools
@@ -21,29 +22,29 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
 
 SUPERSAMPLING = 4
-POSITION_STEP = 0.5  # pixels between the places tried
-SLACK = 0.5  # how far beyond the scenes' own sizes and shifts a drawing may go, pixels
-CHUNK = 256  # cells fitted at a time
+POSITION_STEP = 0.5  # pixels between the positions tried
+SLACK = 0.5  # pixels by which an object may exceed the sizes and shifts of the scenes
+CHUNK = 256  # images, or cells, processed at a time
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What still passes as a rendering, in levels of 255.
+class Tolerances:
+    """Deviations from a perfect rendering that are accepted, in levels of 255.
 
-    Set so that reconstructions of 28 dB and more pass, and strong blur, blends and shuffled tiles do not.
+    Chosen such that reconstructions of at least 28 dB pass and strong blur, blends and shuffled tiles fail.
     """
 
-    empty: float = 16.0  # root mean square difference from the background in a cell without object
-    blob: float = 60.0  # largest mean of 3 x 3 pixels left unexplained
-    dark: float = 25.0  # how far below the scenes' darkest background one may lie
-    local: float = 18.0  # how far a cell's background may lie from the image's
-    residual: float = 0.25  # share of an object's energy that its template leaves
+    empty: float = 16.0  # root mean square difference from the background in an empty cell
+    blob: float = 60.0  # largest 3 x 3 mean of the residual
+    dark: float = 25.0  # how far a background may lie below the scenes' darkest
+    local: float = 18.0  # how far the background of a cell may lie from that of the image
+    residual: float = 0.25  # share of an object's energy that its template does not explain
     color: float = 60.0  # Euclidean distance of an object's colour from the palette's
-    margin: float = 1.1  # how many times the residual of the best other shape must exceed the best
+    margin: float = 1.1  # least ratio of the second-best shape's residual to the best one's
 
 
 @dataclass(frozen=True)
-class Found:
+class DetectedObject:
     """An object: `cell` is (row, column), `box` x0, y0, x1, y1 in pixels, `score` from 0.9 to a perfect 1."""
 
     shape: str
@@ -56,20 +57,20 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What an image holds. Without `clean` something is unexplained: `reason`, and no objects."""
+class SceneDetection:
+    """The objects of one image; none, and a `reason`, if something in it is unexplained (not `clean`)."""
 
     clean: bool
-    objects: tuple[Found, ...]
+    objects: tuple[DetectedObject, ...]
     reason: str = ""
 
     @property
     def key(self) -> Counter:
-        """Shape, colour, texture and cell of all objects: what makes two scenes the same."""
+        """Shape, colour, texture and cell of each object: equal for equal scenes."""
         return Counter((o.shape, o.color, o.texture, o.cell) for o in self.objects)
 
     def geneval(self) -> tuple[dict[str, list[list[float]]], dict[str, list[str]]]:
-        """Boxes with score per class, best first, and each one's colour, as the GenEval scorer takes them."""
+        """Boxes with scores per class, best first, and their colours, as the GenEval scorer expects them."""
         boxes: dict[str, list[list[float]]] = {}
         colors: dict[str, list[str]] = {}
         for found in sorted(self.objects, key=lambda o: -o.score):
@@ -78,35 +79,35 @@ class Reading:
         return boxes, colors
 
 
-def same_scene(reading: Reading, scene: dict[str, Any]) -> bool:
-    """Whether a reading has exactly the objects of a scene, as `captions.json` describes it."""
+def same_scene(detection: SceneDetection, scene: dict[str, Any]) -> bool:
+    """Whether exactly the objects of a scene of `captions.json` are detected."""
     wanted = Counter((o["shape"], o["color"], o["texture"], tuple(o["cell"])) for o in scene["objects"])
-    return reading.clean and reading.key == wanted
+    return detection.clean and detection.key == wanted
 
 
-def only_object(reading: Reading, shape: str, color: str, cell: Sequence[int] | None = None) -> bool:
-    """Whether an image holds one object and no other, of this shape and colour (and in this grid cell)."""
-    if len(reading.objects) != 1:
+def only_object(detection: SceneDetection, shape: str, color: str, cell: Sequence[int] | None = None) -> bool:
+    """Whether a single object is detected, of this shape and colour (and in this grid cell)."""
+    if len(detection.objects) != 1:
         return False
-    found = reading.objects[0]
+    found = detection.objects[0]
     return (found.shape, found.color) == (shape, color) and (cell is None or found.cell == tuple(cell))
 
 
 class ScenesDetector:
-    """Detector for the scenes that one `scenes.json` describes."""
+    """Detector for the scenes of one `scenes.json`."""
 
-    def __init__(self, description: dict[str, Any], limits: Limits = Limits()):
-        self.limits = limits
+    def __init__(self, description: dict[str, Any], tolerances: Tolerances = Tolerances()):
+        self.tolerances = tolerances
         self.size, self.grid = int(description["size"]), int(description["grid"])
         self.cell = self.size // self.grid
         self.palette = {name: np.array(color, np.float32) for name, color in description["palette"].items()}
         self.shapes = [shape for shape, _ in description["outlines"].items()]
-        self._darkest = description.get("light", [0, 255])[0] - self.limits.dark
+        self._darkest = description.get("light", [0, 255])[0] - self.tolerances.dark
         self._description = description
 
     @classmethod
-    def from_file(cls, path: str | Path, limits: Limits = Limits()) -> "ScenesDetector":
-        """The detector for `scenes.json`, or for a folder that holds one.
+    def from_file(cls, path: str | Path, tolerances: Tolerances = Tolerances()) -> "ScenesDetector":
+        """The detector for a `scenes.json`, or for a folder with one.
 
         Raises:
             UserError: the file is missing or does not describe scenes.
@@ -120,12 +121,12 @@ class ScenesDetector:
         if missing:
             raise UserError(f"{path} does not describe scenes: it has no {', '.join(missing)}.")
         try:
-            return cls(description, limits)
+            return cls(description, tolerances)
         except (AttributeError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
             raise UserError(f"{path} does not describe scenes: {type(error).__name__}: {error}.") from error
 
-    def __call__(self, images: Any) -> list[Reading]:
-        """Read images, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
+    def __call__(self, images: Any) -> list[SceneDetection]:
+        """Detect objects in images, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
 
         Raises:
             UserError: an image is not of the scenes' size.
@@ -137,43 +138,47 @@ class ScenesDetector:
             raise UserError(
                 f"images of shape {batch.shape[1:]}; these scenes are {(self.size, self.size, 3)}."
             )
-        return [reading for i in range(0, len(batch), CHUNK) for reading in self._read(batch[i : i + CHUNK])]
+        starts = range(0, len(batch), CHUNK)
+        return [found for i in starts for found in self._detect(batch[i : i + CHUNK])]
 
     # ---- one batch -----------------------------------------------------------------------------------------
 
-    def _read(self, batch: np.ndarray) -> list[Reading]:
+    def _detect(self, batch: np.ndarray) -> list[SceneDetection]:
+        """Detect objects in (B, H, H, 3)."""
         cells = self._cells(batch.astype(np.float32))  # (B, G, c, c, 3)
         background = self._background(cells)  # (B, G, c, c, 3), a plane per image
         rim = _rim(cells - background)  # (B, G, R, 3)
         local = np.median(rim, axis=2)  # (B, G, 3)
-        off = (np.abs(local).max(axis=2) > self.limits.local).any(axis=1)
+        off = (np.abs(local).max(axis=2) > self.tolerances.local).any(axis=1)
         off |= (background.mean(axis=(1, 2, 3)) < self._darkest).any(axis=1)
+        # A cell deviates from its own background, not the image's: a reconstruction may tint single cells.
         ground = background + local[:, :, None, None]
         difference = cells - ground
-        full = np.sqrt((difference**2).mean(axis=(2, 3, 4))) > self.limits.empty
-        full |= _blob(difference) > self.limits.blob
+        full = np.sqrt((difference**2).mean(axis=(2, 3, 4))) > self.tolerances.empty
+        full |= _blob(difference) > self.tolerances.blob
         where = np.argwhere(full)
-        found: dict[tuple[int, int], Found | str] = {}
+        found: dict[tuple[int, int], DetectedObject | str] = {}
         for start in range(0, len(where), CHUNK):
             picked = where[start : start + CHUNK]
             results = self._fit(difference[tuple(picked.T)], ground[tuple(picked.T)], picked[:, 1])
             found.update({(int(b), int(g)): result for (b, g), result in zip(picked, results)})
-        readings = []
+        detections = []
         for b in range(len(batch)):
             results = [found[b, g] for g in range(self.grid**2) if (b, g) in found]
-            bad = [r for r in results if isinstance(r, str)]
+            bad = [r for r in results if isinstance(r, str)]  # one unexplained cell rejects the image
             bad += ["background"] if off[b] else []
-            objects = () if bad else tuple(r for r in results if isinstance(r, Found))
-            readings.append(Reading(not bad, objects, bad[0] if bad else ""))
-        return readings
+            objects = () if bad else tuple(r for r in results if isinstance(r, DetectedObject))
+            detections.append(SceneDetection(not bad, objects, bad[0] if bad else ""))
+        return detections
 
     def _cells(self, batch: np.ndarray) -> np.ndarray:
+        """(B, H, H, 3) -> (B, G, c, c, 3), row by row."""
         g, c = self.grid, self.cell
         cut = batch.reshape(-1, g, c, g, c, 3).transpose(0, 1, 3, 2, 4, 5)
         return np.ascontiguousarray(cut.reshape(-1, g * g, c, c, 3))
 
     def _background(self, cells: np.ndarray) -> np.ndarray:
-        """The light ground of each image: the median of the cells' rims, or a plane through them."""
+        """The background of each image: the median of the cells' rims, or a plane fitted to them."""
         rim = _rim(cells)
         flat = rim.reshape(len(cells), -1, 3)
         ground = np.median(flat, axis=1)[:, None, None, None]
@@ -185,7 +190,7 @@ class ScenesDetector:
         design = _rim(plane).reshape(-1, 3)
         keep = np.abs(flat - ground[:, 0, 0]).max(axis=2) < self._description["gradient"] + 16
         planes = []
-        for values, good in zip(flat, keep):  # twice, the second time without what lies off the first plane
+        for values, good in zip(flat, keep):  # the second fit leaves out what lies off the first plane
             for _ in range(2):
                 usable = good if good.sum() > 8 else np.ones_like(good)
                 solution = np.linalg.lstsq(design[usable], values[usable], rcond=None)[0]
@@ -195,7 +200,7 @@ class ScenesDetector:
 
     @functools.cached_property
     def _templates(self) -> tuple[np.ndarray, np.ndarray, list[tuple[str, str, float, float, float]]]:
-        """(T, P) coverages, (T,) their energies, and what each is: shape, texture, size, x and y shift."""
+        """Coverages (T, P), energies (T,) and (shape, texture, size, x shift, y shift) of the templates."""
         about = self._description
         steps = math.floor((about["jitter"] + SLACK) / POSITION_STEP + 1e-6)
         sizes = sorted({float(size) + slack for size in about["sizes"] for slack in (-SLACK, 0, SLACK)})
@@ -203,8 +208,8 @@ class ScenesDetector:
         for (shape, outline), texture, size in itertools.product(
             about["outlines"].items(), about.get("textures", ["plain"]), sizes
         ):
-            fine, unit = fine_cover(outline, texture, size, self.cell, steps, about.get("pale", 1.0))
-            pixels = _box_means(fine, SUPERSAMPLING)  # what a pixel sees that begins at each sample
+            fine, unit = _supersampled_shape(outline, texture, size, self.cell, steps, about.get("pale", 1.0))
+            pixels = _box_means(fine, SUPERSAMPLING)  # coverage of a pixel that starts at each sample
             for right, down in itertools.product(range(-steps, steps + 1), repeat=2):
                 rows, columns = (
                     slice(first, first + (self.cell - 1) * SUPERSAMPLING + 1, SUPERSAMPLING)
@@ -220,63 +225,66 @@ class ScenesDetector:
         """(T,) index of each template's shape."""
         return np.array([self.shapes.index(kind[0]) for kind in self._templates[2]])
 
-    def _fit(self, difference: np.ndarray, ground: np.ndarray, where: np.ndarray) -> list["Found | str"]:
-        """For each cell (M, c, c, 3) the object that explains it, or in one word why none does."""
+    def _fit(
+        self, difference: np.ndarray, ground: np.ndarray, where: np.ndarray
+    ) -> list["DetectedObject | str"]:
+        """For each cell (M, c, c, 3) the object that explains it, or one word on why none does."""
         matrix, norms, kinds = self._templates
         flat = difference.reshape(len(difference), -1, 3)
         energy = (flat**2).sum(axis=(1, 2)) + 1e-6
-        # an object is one colour times a coverage: look along the strongest colour direction alone
+        # An object is a colour times a coverage, so its cell has rank one: project on the main colour axis
+        # and compare the energy that each template explains there.
         _, axes = np.linalg.eigh(np.einsum("mpi,mpj->mij", flat, flat))
         gain = (np.einsum("mpi,mi->mp", flat, axes[:, :, -1]) @ matrix.T) ** 2 / norms  # (M, T)
         best = gain.argmax(axis=1)
         by_shape = [gain[:, self._shape_of == index].max(axis=1) for index in range(len(self.shapes))]
-        rivals = np.sort(1 - np.stack(by_shape, axis=1) / energy[:, None], axis=1)  # residuals, best first
+        residuals = np.sort(1 - np.stack(by_shape, axis=1) / energy[:, None], axis=1)  # per shape, best first
         mask = matrix[best]  # (M, P)
         amount = np.einsum("mp,mpi->mi", mask, flat) / norms[best][:, None]
         left = flat - mask[:, :, None] * amount[:, None]
         residual = (left**2).sum(axis=(1, 2)) / energy
         blobs = _blob(left.reshape(difference.shape)[:, None])[:, 0]
         base = (mask[:, :, None] * ground.reshape(flat.shape)).sum(axis=1) / mask.sum(axis=1)[:, None]
-        results: list[Found | str] = []
+        results: list[DetectedObject | str] = []
         for m, cell in enumerate(where):
             color, distance = self._color(base[m] + amount[m])
-            if residual[m] > self.limits.residual:
+            if residual[m] > self.tolerances.residual:
                 results.append("shape")
-            elif blobs[m] > self.limits.blob:
+            elif blobs[m] > self.tolerances.blob:
                 results.append("smudge")
-            elif distance > self.limits.color:
+            elif distance > self.tolerances.color:
                 results.append("color")
-            elif rivals[m, 1] < self.limits.margin * rivals[m, 0]:
+            elif residuals[m, 1] < self.tolerances.margin * residuals[m, 0]:
                 results.append("unsure")
             else:
-                results.append(self._found(kinds[best[m]], color, int(cell), float(residual[m])))
+                results.append(self._detected(kinds[best[m]], color, int(cell), float(residual[m])))
         return results
 
     def _color(self, color: np.ndarray) -> tuple[str, float]:
-        """The palette's nearest colour and how far it is."""
+        """The nearest colour of the palette and its distance."""
         distances = {name: float(np.linalg.norm(color - known)) for name, known in self.palette.items()}
         name = min(distances, key=lambda n: distances[n])
         return name, distances[name]
 
-    def _found(self, kind: tuple, color: str, cell: int, residual: float) -> Found:
+    def _detected(self, kind: tuple, color: str, cell: int, residual: float) -> DetectedObject:
         shape, texture, size, dx, dy = kind
         row, column = divmod(cell, self.grid)
         x, y, half = (column + 0.5) * self.cell + dx, (row + 0.5) * self.cell + dy, size / 2
-        score = 1 - 0.3 * residual  # above GenEval's 0.9 for counting wherever the residual passes
-        return Found(
+        score = 1 - 0.3 * residual  # residual <= 0.25, so it exceeds GenEval's 0.9 for counting
+        return DetectedObject(
             shape, color, texture, size, (row, column), (x - half, y - half, x + half, y + half), score
         )
 
 
 def _rim(cells: np.ndarray) -> np.ndarray:
-    """The outermost pixels of each cell, (B, G, R, 3)."""
+    """The R outermost pixels of each cell, (B, G, R, 3)."""
     top, bottom = cells[:, :, 0], cells[:, :, -1]
     left, right = cells[:, :, 1:-1, 0], cells[:, :, 1:-1, -1]
     return np.concatenate([top, bottom, left, right], axis=2)
 
 
 def _blob(difference: np.ndarray) -> np.ndarray:
-    """Largest mean of 3 x 3 pixels in any channel, (B, G)."""
+    """Largest 3 x 3 mean of any channel, (B, G)."""
     c = difference.shape[2] - 2
     rows = np.sum([difference[:, :, i : c + i] for i in range(3)], axis=0)
     means = np.sum([rows[:, :, :, i : c + i] for i in range(3)], axis=0) / 9
@@ -290,10 +298,10 @@ def _box_means(fine: np.ndarray, side: int) -> np.ndarray:
     return (boxes / side**2).astype(np.float32)
 
 
-def fine_cover(
+def _supersampled_shape(
     outline: Sequence, texture: str, size: float, cell: int, steps: int, pale: float
 ) -> tuple[np.ndarray, int]:
-    """A shape in the middle of a cell, sampled finely, with room to shift it by `steps` either way.
+    """Coverage of a shape in the middle of a cell, supersampled, with a border for shifts by `steps`.
 
     Returns (S, S) float32 in [0, 1], S = SUPERSAMPLING * cell + 2 * steps * unit, and the samples per step.
     """

@@ -1,6 +1,6 @@
-"""The detector of scenes: finds what is there, in renders and in fair copies, and believes no broken one.
+"""The scenes detector finds the objects of renders and good reconstructions and rejects broken images.
 
-A broken image is accepted when it would still be scored right as the scene it was made from.
+A broken image is accepted if it would still be scored as the scene that it was made from.
 """
 
 import numpy as np
@@ -40,25 +40,25 @@ class World:
         self.detect = ScenesDetector.from_file(path)
         self.random = np.random.default_rng(0)
 
-    def accepted(self, pictures: np.ndarray) -> float:
-        """Share of images that are scored right as the original scene."""
-        readings = self.detect(pictures)
-        return float(np.mean([same_scene(r, s.as_json()) for r, s in zip(readings, self.scenes)]))
+    def accepted(self, images: np.ndarray) -> float:
+        """Share of images that are scored as the original scene."""
+        detections = self.detect(images)
+        return float(np.mean([same_scene(r, s.as_json()) for r, s in zip(detections, self.scenes)]))
 
-    def believed(self, pictures: np.ndarray) -> float:
-        """Share of images that are taken for whole scenes, whichever."""
-        return float(np.mean([reading.clean for reading in self.detect(pictures)]))
+    def clean(self, images: np.ndarray) -> float:
+        """Share of images that are taken for some scene."""
+        return float(np.mean([detection.clean for detection in self.detect(images)]))
 
-    def f1(self, pictures: np.ndarray) -> float:
+    def f1(self, images: np.ndarray) -> float:
         """F1 of the objects found, by shape, colour, texture and cell."""
-        hits = found = there = 0
-        for reading, scene in zip(self.detect(pictures), self.scenes):
+        hits = found = expected = 0
+        for detection, scene in zip(self.detect(images), self.scenes):
             wanted = [(t.shape, t.color, t.texture, t.cell) for t in scene.objects]
-            got = list(reading.key.elements())
-            hits += len(set(wanted) & set(got))  # one object a cell, so no key comes twice
+            got = list(detection.key.elements())
+            hits += len(set(wanted) & set(got))  # one object per cell, so keys are unique
             found += len(got)
-            there += len(wanted)
-        return 2 * hits / (found + there)
+            expected += len(wanted)
+        return 2 * hits / (found + expected)
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +71,25 @@ def rich(tmp_path_factory):
     return World(RICH, 100, tmp_path_factory.mktemp("rich"))
 
 
-def blurred(pictures: np.ndarray, radius: float) -> np.ndarray:
-    images = (Image.fromarray(p).filter(ImageFilter.GaussianBlur(radius)) for p in pictures)
-    return np.stack([np.asarray(image) for image in images])
+def blurred(images: np.ndarray, radius: float) -> np.ndarray:
+    blurs = (Image.fromarray(p).filter(ImageFilter.GaussianBlur(radius)) for p in images)
+    return np.stack([np.asarray(image) for image in blurs])
 
 
-def as_levels(pictures: np.ndarray) -> np.ndarray:
-    return pictures.clip(0, 255).round().astype(np.uint8)
+def as_levels(images: np.ndarray) -> np.ndarray:
+    return images.clip(0, 255).round().astype(np.uint8)
 
 
-def psnr(pictures: np.ndarray, renders: np.ndarray) -> float:
-    error = ((pictures.astype(float) - renders) ** 2).mean(axis=(1, 2, 3))
+def psnr(images: np.ndarray, renders: np.ndarray) -> float:
+    error = ((images.astype(float) - renders) ** 2).mean(axis=(1, 2, 3))
     return float((10 * np.log10(255**2 / error)).mean())
 
 
-def tiles(pictures: np.ndarray, side: int) -> np.ndarray:
+def tiles(images: np.ndarray, side: int) -> np.ndarray:
     """(B, n * n, side, side, 3)"""
-    n = pictures.shape[1] // side
-    cut = pictures.reshape(len(pictures), n, side, n, side, 3).transpose(0, 1, 3, 2, 4, 5)
-    return cut.reshape(len(pictures), n * n, side, side, 3)
+    n = images.shape[1] // side
+    cut = images.reshape(len(images), n, side, n, side, 3).transpose(0, 1, 3, 2, 4, 5)
+    return cut.reshape(len(images), n * n, side, side, 3)
 
 
 def joined(cut: np.ndarray) -> np.ndarray:
@@ -98,28 +98,28 @@ def joined(cut: np.ndarray) -> np.ndarray:
     return cut.reshape(b, n, n, side, side, 3).transpose(0, 1, 3, 2, 4, 5).reshape(b, n * side, n * side, 3)
 
 
-# ---- what it must find -------------------------------------------------------------------------------------
+# ---- accepted -------------------------------------------------------------------------------------
 
 
-def test_renders_are_read_back(demo):
+def test_renders_are_detected(demo):
     assert demo.f1(demo.renders) >= 0.99
     assert demo.accepted(demo.renders) >= 0.99
 
 
-def test_richer_renders_are_read_back(rich):
+def test_richer_renders_are_detected(rich):
     assert rich.f1(rich.renders) >= 0.99
 
 
 @pytest.mark.parametrize(("radius", "noise"), [(0.7, 7.4), (0.3, 10.0), (0.85, 2.0)])
-def test_reconstructions_of_28_db_are_read_back(demo, radius, noise):
+def test_reconstructions_of_28_db_are_detected(demo, radius, noise):
     worse = blurred(demo.renders, radius)
     worse = as_levels(worse + demo.random.normal(0, noise, worse.shape))
     assert psnr(worse, demo.renders) < 29.3
     assert demo.accepted(worse) >= 0.95
 
 
-def test_a_coarse_code_of_the_cells_is_read_back(demo):
-    """Errors as a tokenizer makes them, not noise: each cell from its 30 strongest principal components."""
+def test_a_coarse_code_of_the_cells_is_detected(demo):
+    """Structured errors like a tokenizer's: each cell from its 30 strongest principal components."""
     train = np.stack([render_array(sample_scene(DEMO, "train", index)) for index in range(1200)])
     side = DEMO.cell
     flat = tiles(train, side).reshape(-1, side * side * 3).astype(np.float32)
@@ -133,16 +133,16 @@ def test_a_coarse_code_of_the_cells_is_read_back(demo):
     assert demo.accepted(coarse) >= 0.95
 
 
-# ---- what it must not believe ------------------------------------------------------------------------------
+# ---- rejected ------------------------------------------------------------------------------
 
 
-def test_strong_blur_is_refused(demo):
+def test_strong_blur_is_rejected(demo):
     for radius in (2.5, 3.0, 4.0):
         broken = blurred(demo.renders, radius)
-        assert demo.accepted(broken) <= 0.05 and demo.believed(broken) <= 0.05
+        assert demo.accepted(broken) <= 0.05 and demo.clean(broken) <= 0.05
 
 
-def test_a_half_painted_over_is_refused(demo):
+def test_a_half_painted_over_is_rejected(demo):
     """The half of the image that holds an object, and the half of each object."""
     halves, parts = demo.renders.copy(), demo.renders.copy()
     for half, part, scene in zip(halves, parts, demo.scenes):
@@ -162,24 +162,24 @@ def test_a_half_painted_over_is_refused(demo):
     grey[:, :, DEMO.size // 2 :] = 128
     for broken in (halves, parts, grey):
         assert demo.accepted(broken) <= 0.05
-    for broken in (parts, grey):  # a half without its object may rightly be read as a scene with one less
-        assert demo.believed(broken) <= 0.05
+    for broken in (parts, grey):  # a half without its object may be detected as a scene with one object less
+        assert demo.clean(broken) <= 0.05
 
 
-def test_two_blended_images_are_refused(demo):
+def test_two_blended_images_are_rejected(demo):
     others = np.roll(demo.renders, 1, axis=0).astype(float)
     broken = as_levels((demo.renders + others) / 2)
-    assert demo.accepted(broken) <= 0.05 and demo.believed(broken) <= 0.05
+    assert demo.accepted(broken) <= 0.05 and demo.clean(broken) <= 0.05
 
 
-def test_shuffled_tiles_are_refused(demo):
+def test_shuffled_tiles_are_rejected(demo):
     for side in (4, 8):
         cut = tiles(demo.renders, side)
         mixed = np.stack([t[demo.random.permutation(len(t))] for t in cut])
-        assert demo.accepted(joined(mixed)) <= 0.05 and demo.believed(joined(mixed)) <= 0.05
+        assert demo.accepted(joined(mixed)) <= 0.05 and demo.clean(joined(mixed)) <= 0.05
 
 
-def test_images_as_of_random_codes_are_refused(demo):
+def test_images_like_random_codes_are_rejected(demo):
     cut = tiles(demo.renders, 8)
     flat = cut.reshape(-1, *cut.shape[2:])
     mixed = joined(flat[demo.random.permutation(len(flat))].reshape(cut.shape))
@@ -188,10 +188,10 @@ def test_images_as_of_random_codes_are_refused(demo):
     for broken in (mixed, noise, blurred(noise, 2), as_levels(blends).reshape(mixed.shape)):
         assert demo.accepted(broken) <= 0.05
     for broken in (mixed, noise, blurred(noise, 2)):
-        assert demo.believed(broken) <= 0.05
+        assert demo.clean(broken) <= 0.05
 
 
-def test_richer_broken_images_are_refused(rich):
+def test_richer_broken_images_are_rejected(rich):
     cut = tiles(rich.renders, 8)
     shuffled = joined(np.stack([t[rich.random.permutation(len(t))] for t in cut]))
     blended = (rich.renders + np.roll(rich.renders, 1, axis=0).astype(float)) / 2
@@ -199,52 +199,52 @@ def test_richer_broken_images_are_refused(rich):
         assert rich.accepted(broken) <= 0.05
 
 
-def test_a_smudge_beside_a_good_object_spoils_the_image(demo):
+def test_a_smudge_next_to_an_object_rejects_the_image(demo):
     scene = Scene(32, 2, (SceneObject("circle", "red", 12.0, (0, 0)),), (240, 240, 240))
-    picture = render_array(scene)
-    assert demo.detect([picture])[0].clean
-    picture[22:27, 20:28] = (120, 90, 140)
-    reading = demo.detect([picture])[0]
-    assert not reading.clean and not reading.objects and reading.reason
+    image = render_array(scene)
+    assert demo.detect([image])[0].clean
+    image[22:27, 20:28] = (120, 90, 140)
+    detection = demo.detect([image])[0]
+    assert not detection.clean and not detection.objects and detection.reason
 
 
-# ---- what it hands on --------------------------------------------------------------------------------------
+# ---- outputs --------------------------------------------------------------------------------------
 
 
-def test_findings_in_genevals_form(demo):
+def test_detections_in_geneval_format(demo):
     things = (
         SceneObject("circle", "red", 12.0, (0, 0), (1.0, -1.0)),
         SceneObject("circle", "blue", 10.0, (1, 1)),
     )
-    reading = demo.detect([render_array(Scene(32, 2, things, (240, 236, 230)))])[0]
-    boxes, colors = reading.geneval()
+    detection = demo.detect([render_array(Scene(32, 2, things, (240, 236, 230)))])[0]
+    boxes, colors = detection.geneval()
     assert list(boxes) == list(colors) == ["circle"] and sorted(colors["circle"]) == ["blue", "red"]
     by_color = dict(zip(colors["circle"], boxes["circle"]))
     assert by_color["red"][:4] == pytest.approx([3, 1, 15, 13], abs=0.6)
     assert by_color["blue"][:4] == pytest.approx([19, 19, 29, 29], abs=0.6)
     assert all(0.9 < box[4] <= 1 for box in boxes["circle"])
-    assert not only_object(reading, "circle", "red")
+    assert not only_object(detection, "circle", "red")
 
 
 def test_only_object(demo):
-    picture = render_array(Scene(32, 2, (SceneObject("cross", "green", 11.0, (1, 0)),), (240, 236, 230)))
-    reading = demo.detect([picture])[0]
-    assert only_object(reading, "cross", "green") and only_object(reading, "cross", "green", [1, 0])
-    assert not only_object(reading, "cross", "red")
-    assert not only_object(reading, "cross", "green", (0, 0))
+    image = render_array(Scene(32, 2, (SceneObject("cross", "green", 11.0, (1, 0)),), (240, 236, 230)))
+    detection = demo.detect([image])[0]
+    assert only_object(detection, "cross", "green") and only_object(detection, "cross", "green", [1, 0])
+    assert not only_object(detection, "cross", "red")
+    assert not only_object(detection, "cross", "green", (0, 0))
     empty = demo.detect([np.full((32, 32, 3), 240, np.uint8)])[0]
     assert empty.clean and not empty.objects and not only_object(empty, "cross", "green")
 
 
-def test_one_by_one_as_in_a_batch(demo):
+def test_one_by_one_equals_a_batch(demo):
     together = demo.detect(demo.renders[:8])
-    for reading, picture in zip(together, demo.renders):
-        alone = demo.detect([Image.fromarray(picture)])[0]
-        assert alone.key == reading.key and alone.clean == reading.clean
+    for detection, image in zip(together, demo.renders):
+        alone = demo.detect([Image.fromarray(image)])[0]
+        assert alone.key == detection.key and alone.clean == detection.clean
     assert demo.detect([]) == []
 
 
-def test_mistakes_are_told(demo, tmp_path):
+def test_invalid_inputs_raise(demo, tmp_path):
     with pytest.raises(UserError, match=r"\(32, 32, 3\)"):
         demo.detect(np.zeros((1, 64, 64, 3), np.uint8))
     write_json(tmp_path / "scenes.json", {"size": 32})
