@@ -14,7 +14,7 @@ from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, per_drawing, require_generated_images
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..metrics import fid, inception_features
-from ..metrics.adm_samples import shuffled, write_samples
+from ..metrics.adm_samples import adm_order, write_adm_samples
 
 SAMPLES = 50_000  # class-conditional drawings
 
@@ -54,7 +54,7 @@ def look_classes(
     """ADM's file of the drawings; Inception features of them and of the reference's 10,000 images."""
     drawn = inception_features.of_run(task, rows, out)
     if distributed.is_main() and drawn.names:
-        write_samples(drawn, out / "submission" / "samples.npz")
+        write_adm_samples(drawn, out / "submission" / "samples.npz")
     if not scoring.inception_weights or not drawn.names:
         return
     reference = inception_features.reference_set(str(reference_of(task.truth["data"], scoring)))
@@ -78,14 +78,14 @@ def score_classes(
     result = inception_features.distances(folder, lineage, drawn, moments, "g")
     metrics, problems = result.metrics, result.problems
     spatial = inception_features.reference_moments(reference, folder, lineage, "spatial")
-    metrics["sfid"] = Metric(fid.frechet(drawn.moments("spatial"), spatial[0]), drawn.n, None, "fid")
+    metrics["sfid"] = Metric(fid.frechet_distance(drawn.moments("spatial"), spatial[0]), drawn.n, None, "fid")
     logits = drawn.column("logits")
     metrics["inception_score"] = Metric(
-        fid.inception_score_adm(logits[shuffled(len(logits))]), drawn.n, None, "score"
+        fid.inception_score_adm(logits[adm_order(len(logits))]), drawn.n, None, "score"
     )
     real = inception_features.read(folder, lineage, "reference")
     if real is not None and min(real.n, drawn.n) > 3:
-        both = fid.inside(real.column("pooled"), drawn.column("pooled"))
+        both = fid.manifold_membership(real.column("pooled"), drawn.column("pooled"))
         for name, flags in zip(("precision", "recall"), both):
             metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(mean_columns(flags)))
         problems += inception_features.unread(real, "reference images")

@@ -110,7 +110,10 @@ def by_category(
     counts = (Counter(mine), Counter(theirs))
     return {
         f"fid/{name}": Metric(
-            fid.frechet(fid.moments([a[np.array(mine) == name]]), fid.moments([b[np.array(theirs) == name]])),
+            fid.frechet_distance(
+                fid.compute_moments([a[np.array(mine) == name]]),
+                fid.compute_moments([b[np.array(theirs) == name]]),
+            ),
             counts[0][name],
             None,
             "fid",

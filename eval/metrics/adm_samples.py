@@ -1,4 +1,4 @@
-"""ADM's `samples.npz`: all drawings as one array, so that its TensorFlow evaluator can be run on them."""
+"""`samples.npz` for ADM's TensorFlow evaluator: all generated images as one array."""
 
 import contextlib
 import hashlib
@@ -12,22 +12,22 @@ from open_unitok.core.errors import UserError
 from .inception_features import ImageSet
 
 
-def shuffled(count: int) -> np.ndarray:
-    """The order of drawings: ADM's Inception Score takes blocks of 5000 and wants all classes in each."""
+def adm_order(count: int) -> np.ndarray:
+    """A fixed permutation of images: ADM's Inception Score uses blocks of 5000, each with all classes."""
     return np.random.RandomState(2020).permutation(count)
 
 
-def write_samples(images: ImageSet, path: Path) -> int:
+def write_adm_samples(images: ImageSet, path: Path) -> int:
     """Write `arr_0`, uint8 (N, H, W, 3), in shuffled order, one image in memory at a time; returns N.
 
-    A drawing that cannot be read, or has another size than the first, has no place in the array. Every
-    image is read twice, since N stands before them. A file that holds these very images stays.
+    Images that cannot be read or differ in size from the first are left out. Every image is read twice,
+    because N precedes the data. A file of the same images is not written again.
     """
     stamp = hashlib.sha256("\n".join(images.names).encode()).hexdigest()
-    if (known := count_in(path, stamp)) is not None:
+    if (known := _stored_count(path, stamp)) is not None:
         return known
     good, size = [], None
-    for i in shuffled(len(images.names)).tolist():
+    for i in adm_order(len(images.names)).tolist():
         with contextlib.suppress(UserError):
             shape = images.load(i).shape
             size = size or shape
@@ -49,8 +49,8 @@ def write_samples(images: ImageSet, path: Path) -> int:
     return len(good)
 
 
-def count_in(path: Path, stamp: str) -> int | None:
-    """How many images a file of this stamp holds; None where it is another or none."""
+def _stored_count(path: Path, stamp: str) -> int | None:
+    """Number of images in a file with this stamp; None if the file is missing, damaged or has another one."""
     if not path.exists():
         return None
     try:

@@ -1,7 +1,6 @@
-"""Distances between two sets of images by their features: FID, Inception Score, KID, precision and recall.
+"""FID, Inception Score, KID, precision and recall, computed in float64 from features of images.
 
-Everything here takes features and knows no network; see `inception` for the lineages that features come in.
-N and M images, D features, C classes. All in float64 unless said otherwise.
+The features come from `inception`. N and M images, D features, C classes.
 """
 
 import itertools
@@ -16,44 +15,46 @@ from open_unitok.core.errors import UserError
 
 
 class Moments(NamedTuple):
-    """Mean (D,) and covariance (D, D) with N - 1, of n images."""
+    """Mean (D,) and unbiased covariance (D, D) of the features of n images."""
 
     mean: np.ndarray
     covariance: np.ndarray
     n: int
 
 
-def moments(batches: Iterable[np.ndarray]) -> Moments:
-    """Over batches (B, D) of features, so that memory does not grow with their number.
+def compute_moments(batches: Iterable[np.ndarray]) -> Moments:
+    """Moments of batches (B, D) of features, in memory independent of their number.
 
     Raises:
-        UserError: fewer than two images, which have no covariance, or features that are not finite.
+        UserError: fewer than two images, or features that are not finite.
     """
     n, total, products, origin = 0, np.zeros(()), np.zeros(()), np.zeros(())
     for batch in batches:
         batch = np.asarray(batch, np.float64)
         if not np.isfinite(batch).all():
-            raise UserError("Features hold NaN or infinity: an image or the weights are broken.")
+            raise UserError("Features hold NaN or infinity; check the images and the Inception weights.")
         if n == 0:
-            origin = batch.mean(axis=0)  # sums around a typical value lose no digits
+            origin = batch.mean(axis=0)  # sums about a typical value avoid cancellation
             total, products = np.zeros_like(origin), np.zeros((len(origin), len(origin)))
         centred = batch - origin
         n, total, products = n + len(batch), total + centred.sum(axis=0), products + centred.T @ centred
     if n < 2:
-        raise UserError(f"FID needs at least two images on either side, there are {n}.")
+        raise UserError(f"FID needs at least two images on either side, got {n}.")
     shift = total / n
     return Moments(origin + shift, (products - n * np.outer(shift, shift)) / (n - 1), n)
 
 
-def frechet(a: Moments, b: Moments) -> float:
+def frechet_distance(a: Moments, b: Moments) -> float:
     """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) (arXiv 1706.08500), never below 0.
 
-    The trace of the root is that of (R S2 R)^1/2 with R the root of S1: symmetric, hence stable where a
-    covariance is singular, and it needs no small number on the diagonal.
+    The trace of the root is that of (R S2 R)^1/2 with R the root of S1. That matrix is symmetric, so singular
+    covariances need no epsilon on the diagonal.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"Statistics of {a.mean.size} and {b.mean.size} features cannot be compared.")
-    values, vectors = scipy.linalg.eigh(a.covariance)
+        raise UserError(
+            f"FID statistics have {a.mean.size} and {b.mean.size} features; use those of one layer."
+        )
+    values, vectors = scipy.linalg.eigh(a.covariance)  # clip: round-off gives slightly negative eigenvalues
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     inner = root @ b.covariance @ root
     overlap = np.sqrt(scipy.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
@@ -62,31 +63,31 @@ def frechet(a: Moments, b: Moments) -> float:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
-    """torch-fidelity's: (N, C) logits without bias -> mean and population deviation over the splits."""
+    """torch-fidelity's score: (N, C) logits without bias -> mean and population deviation over splits."""
     n = len(logits)
     if n < splits:
-        raise UserError(f"The Inception Score in {splits} splits needs {splits} images, there are {n}.")
+        raise UserError(f"The Inception Score in {splits} splits needs at least {splits} images, got {n}.")
     order = np.random.RandomState(2020).permutation(n) if shuffle else np.arange(n)
     bounds = [i * n // splits for i in range(splits + 1)]
-    scores = [block_score(logits[order[a:b]]) for a, b in itertools.pairwise(bounds)]
+    scores = [_block_score(logits[order[a:b]]) for a, b in itertools.pairwise(bounds)]
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def inception_score_adm(logits: np.ndarray, block: int = 5000) -> float:
-    """ADM's: the mean over consecutive blocks, the short last one included; the order of images counts."""
-    return float(np.mean([block_score(logits[i : i + block]) for i in range(0, len(logits), block)]))
+    """ADM's Inception Score: the mean over consecutive blocks, a shorter last one included; order matters."""
+    return float(np.mean([_block_score(logits[i : i + block]) for i in range(0, len(logits), block)]))
 
 
-def block_score(logits: np.ndarray) -> float:
-    """exp of the mean divergence of each image's classes from those of all."""
+def _block_score(logits: np.ndarray) -> float:
+    """exp of the mean KL divergence between the class distribution of an image and that of the block."""
     logs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     shares = np.exp(logs)
     mean = shares.mean(axis=0)
     return float(np.exp((shares * (logs - np.log(mean.clip(1e-300)))).sum(axis=1).mean()))
 
 
-def mmd(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased squared discrepancy with the kernel (x.y / D + 1)^3 (arXiv 1801.01401)."""
+def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 (arXiv 1801.01401)."""
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n, m, d = len(x), len(y), x.shape[1]
     xx, yy, xy = ((p @ q.T / d + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
@@ -95,72 +96,77 @@ def mmd(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
-    """Mean and population deviation of `mmd` over random subsets, drawn as torch-fidelity draws them.
+    """Mean and population deviation of `squared_mmd` over random subsets, sampled with torch-fidelity's seed.
 
     Raises:
         UserError: a subset is larger than a set of images.
     """
     if size > min(len(x), len(y)):
-        raise UserError(f"KID's subsets of {size} need as many images; there are {len(x)} and {len(y)}.")
+        raise UserError(
+            f"KID with subsets of {size} needs as many images on either side, got {len(x)} and {len(y)}."
+        )
     random = np.random.RandomState(2020)
     values = []
     for _ in range(subsets):
         first = x[random.choice(len(x), size, replace=False)]
-        values.append(mmd(first, y[random.choice(len(y), size, replace=False)]))
+        values.append(squared_mmd(first, y[random.choice(len(y), size, replace=False)]))
     return float(np.mean(values)), float(np.std(values))
 
 
-class Coverage(NamedTuple):
-    """Share of samples inside the reference's manifold, and of the reference inside the samples'."""
+class PrecisionRecall(NamedTuple):
+    """Shares of samples in the reference's manifold and of references in the samples' manifold."""
 
     precision: float
     recall: float
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000) -> Coverage:
-    """The shares of `inside`."""
-    precision, recall = inside(reference, samples, k, rows)
-    return Coverage(float(precision.mean()), float(recall.mean()))
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000
+) -> PrecisionRecall:
+    """Precision and recall: the means of `manifold_membership`."""
+    precision, recall = manifold_membership(reference, samples, k, rows)
+    return PrecisionRecall(float(precision.mean()), float(recall.mean()))
 
 
-def inside(
+def manifold_membership(
     reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which samples (M,) lie in the reference's manifold, and which of the reference (N,) in the samples'.
+    """Masks of samples (M,) in the reference's manifold and of references (N,) in the samples' manifold.
 
-    Manifolds are made of balls that reach to the k-th neighbour (arXiv 1904.06991); in float64.
-
-    ADM's evaluator measures in float16, which can move single images across a ball's edge.
+    A manifold is the union of balls around its points that reach to the k-th neighbour (arXiv 1904.06991).
+    ADM's evaluator computes distances in float16, so single images may differ.
 
     Args:
         reference: (N, D), samples: (M, D); more than k of each.
-        rows: distances at a time, times the larger set.
+        rows: rows of the distance matrix held in memory at a time.
     """
     if min(len(reference), len(samples)) <= k:
         raise UserError(
-            f"Precision and recall with k = {k} need more than {k} images on either side; "
-            f"there are {len(reference)} and {len(samples)}."
+            f"Precision and recall with k = {k} need more than {k} images on either side, "
+            f"got {len(reference)} and {len(samples)}."
         )
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
-    radii_r, radii_s = radii(reference, k, rows), radii(samples, k, rows)
+    radii_r, radii_s = _squared_radii(reference, k, rows), _squared_radii(samples, k, rows)
     inside_r, inside_s = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
     for start in range(0, len(samples), rows):
-        squares = squared_distances(samples[start : start + rows], reference)
+        squares = _squared_distances(samples[start : start + rows], reference)
         inside_r[start : start + rows] = (squares <= radii_r).any(axis=1)
         inside_s |= (squares <= radii_s[start : start + rows, None]).any(axis=0)
     return inside_r, inside_s
 
 
-def radii(x: np.ndarray, k: int, rows: int) -> np.ndarray:
+def _squared_radii(x: np.ndarray, k: int, rows: int) -> np.ndarray:
     """(N,) squared distance of each point to its k-th neighbour other than itself."""
     parts = []
     for start in range(0, len(x), rows):
-        squares = squared_distances(x[start : start + rows], x)
-        squares[np.arange(len(squares)), np.arange(start, start + len(squares))] = -1.0  # itself comes first
+        squares = _squared_distances(x[start : start + rows], x)
+        squares[
+            np.arange(len(squares)), np.arange(start, start + len(squares))
+        ] = -1.0  # the point itself is never a neighbour
         parts.append(np.partition(squares, k, axis=1)[:, k])
     return np.concatenate(parts)
 
 
-def squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, M) squared distances of (N, D) and (M, D)."""
     return ((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T).clip(0)

@@ -1,6 +1,6 @@
-"""Image and code metrics: PSNR and SSIM per image, codebook usage and perplexity (UniTok, section 4).
+"""PSNR and SSIM per image, codebook usage and perplexity (UniTok, section 4).
 
-Images are uint8 arrays (B, H, W, 3) or (H, W, 3): a reconstruction is measured as it would be saved.
+Images are uint8 arrays (B, H, W, 3) or (H, W, 3): reconstructions are measured as they are saved.
 B images, N visual tokens, K sub-codebooks, V entries.
 """
 
@@ -14,8 +14,8 @@ from open_unitok.core.errors import UserError, did_you_mean
 K1, K2 = 0.01, 0.03
 
 
-class SSIM(NamedTuple):
-    """One convention: 1-D window, data range and scale of the images, kind of covariance, border."""
+class SSIMConvention(NamedTuple):
+    """1-D window, data range, scale of the pixel values, kind of covariance, border handling."""
 
     window: tuple[float, ...]
     data_range: float
@@ -24,34 +24,34 @@ class SSIM(NamedTuple):
     mirror_border: bool
 
 
-def gaussian(radius: int = 5, sigma: float = 1.5) -> tuple[float, ...]:
-    """A window of 2 * radius + 1 weights that sum to 1."""
+def _gaussian_window(radius: int = 5, sigma: float = 1.5) -> tuple[float, ...]:
+    """2 * radius + 1 Gaussian weights that sum to 1."""
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     return tuple(weights / weights.sum())
 
 
 SSIM_MODES = {
-    "skimage7": SSIM((1 / 7,) * 7, 255.0, 1.0, True, False),
-    "gauss11": SSIM(gaussian(), 255.0, 1.0, False, False),
-    "llamagen": SSIM(
+    "skimage7": SSIMConvention((1 / 7,) * 7, 255.0, 1.0, True, False),
+    "gauss11": SSIMConvention(_gaussian_window(), 255.0, 1.0, False, False),
+    "llamagen": SSIMConvention(
         (1 / 7,) * 7, 2.0, 1 / 255, True, False
-    ),  # a range of 2 for values in [0, 1] inflates the value
-    "torchmetrics": SSIM(gaussian(), 1.0, 1 / 255, False, True),
+    ),  # a data range of 2 for values in [0, 1] inflates SSIM
+    "torchmetrics": SSIMConvention(_gaussian_window(), 1.0, 1 / 255, False, True),
 }
 
 
-def psnr(originals: np.ndarray, copies: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB with range 255, one value per image (B,); equal images give 100.
+def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB with range 255, one value per image (B,); at most 100.
 
-    Published tables are the mean of these, which differs from the PSNR of the mean error over all images.
+    Published tables average these; the PSNR of the mean error over all images is another number.
     """
-    a, b = as_batch(originals, copies)
+    a, b = _as_batch(originals, reconstructions)
     error = ((a - b) ** 2).reshape(len(a), -1).mean(axis=1)
     with np.errstate(divide="ignore"):
         return np.minimum(10 * np.log10(255.0**2 / error), 100.0)
 
 
-def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> np.ndarray:
+def ssim(originals: np.ndarray, reconstructions: np.ndarray, mode: str = "skimage7") -> np.ndarray:
     """Structural similarity, mean over pixels and channels, one value per image (B,).
 
     Raises:
@@ -60,7 +60,7 @@ def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> n
     if mode not in SSIM_MODES:
         raise UserError(f"SSIM mode is {mode!r}." + did_you_mean(mode, SSIM_MODES))
     kind = SSIM_MODES[mode]
-    a, b = (x * kind.scale for x in as_batch(originals, copies))
+    a, b = (x * kind.scale for x in _as_batch(originals, reconstructions))
     size = len(kind.window)
     if min(a.shape[1:3]) < size:
         raise UserError(
@@ -69,8 +69,9 @@ def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> n
     if kind.mirror_border:
         pad = ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0))
         a, b = np.pad(a, pad, mode="reflect"), np.pad(b, pad, mode="reflect")
-    blur = separable(kind.window)
+    blur = _separable_filter(kind.window)
     mean_a, mean_b = blur(a), blur(b)
+    # skimage's default estimates (co)variances with N - 1; Wang's original uses the window's weights
     correction = size**2 / (size**2 - 1) if kind.sample_covariance else 1.0
     var_a = correction * (blur(a * a) - mean_a**2)
     var_b = correction * (blur(b * b) - mean_b**2)
@@ -81,8 +82,8 @@ def ssim(originals: np.ndarray, copies: np.ndarray, mode: str = "skimage7") -> n
     return (luminance * structure).reshape(len(a), -1).mean(axis=1)
 
 
-def separable(window: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that correlates (B, H, W, C) with the window along H and W, without border."""
+def _separable_filter(window: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
+    """A function that correlates (B, H, W, C) with the window along H and W, valid positions only."""
 
     def along(x: np.ndarray, axis: int) -> np.ndarray:
         length = x.shape[axis] - len(window) + 1
@@ -92,19 +93,19 @@ def separable(window: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: along(along(x, 1), 2)
 
 
-def as_batch(originals: np.ndarray, copies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 (B, H, W, 3)."""
-    if originals.shape != copies.shape:
-        raise UserError(f"The images differ in shape: {originals.shape} and {copies.shape}.")
-    if originals.dtype != np.uint8 or copies.dtype != np.uint8:
-        raise UserError(f"Images must be uint8, got {originals.dtype} and {copies.dtype}.")
+def _as_batch(originals: np.ndarray, reconstructions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both inputs as float64 (B, H, W, 3)."""
+    if originals.shape != reconstructions.shape:
+        raise UserError(f"Images must have equal shapes, got {originals.shape} and {reconstructions.shape}.")
+    if originals.dtype != np.uint8 or reconstructions.dtype != np.uint8:
+        raise UserError(f"Images must be uint8, got {originals.dtype} and {reconstructions.dtype}.")
     if originals.ndim == 3:
-        originals, copies = originals[None], copies[None]
-    return originals.astype(np.float64), copies.astype(np.float64)
+        originals, reconstructions = originals[None], reconstructions[None]
+    return originals.astype(np.float64), reconstructions.astype(np.float64)
 
 
-class CodebookUse:
-    """Counts how often each entry of each sub-codebook is used, batch by batch."""
+class CodebookUsage:
+    """Counts the occurrences of each entry of each sub-codebook, batch by batch."""
 
     def __init__(self, sub_codebooks: int, entries: int):
         self.counts = np.zeros((sub_codebooks, entries), dtype=np.int64)
@@ -115,16 +116,16 @@ class CodebookUse:
         codes = np.asarray(codes).reshape(-1, k).astype(np.int64)
         if codes.size and not 0 <= codes.min() <= codes.max() < v:
             raise UserError(
-                f"Codes reach from {codes.min()} to {codes.max()}, but a sub-codebook has {v} entries."
+                f"Codes range from {codes.min()} to {codes.max()}, but a sub-codebook has {v} entries."
             )
         self.counts += np.stack([np.bincount(codes[:, i], minlength=v) for i in range(k)])
 
-    def used(self) -> np.ndarray:
-        """Share of entries used at least once, per sub-codebook (K,)."""
+    def usage(self) -> np.ndarray:
+        """Share of entries that occur at least once, per sub-codebook (K,)."""
         return (self.counts > 0).mean(axis=1)
 
     def perplexity(self) -> np.ndarray:
-        """exp(entropy) of the use of entries, per sub-codebook (K,); V where all are used alike."""
+        """exp(entropy) of the entries' frequencies, per sub-codebook (K,); V if all are equal."""
         share = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
         logs = np.log(np.where(share > 0, share, 1.0))
         return np.exp(-(share * logs).sum(axis=1))

@@ -180,7 +180,7 @@ class Stored(NamedTuple):
 
     def moments(self, name: str = "pooled") -> fid.Moments:
         """Mean and covariance."""
-        return fid.moments(self.batches(name))
+        return fid.compute_moments(self.batches(name))
 
     def numbers(self) -> np.ndarray:
         """The place in its set of every image that has features."""
@@ -280,7 +280,9 @@ def distances(
     others: Stored | None = None,
 ) -> Distances:
     """FID, KID against `others` where both are 1000, Inception Score; no intervals: they are not means."""
-    metrics = {f"{prefix}fid": Metric(fid.frechet(samples.moments(), reference[0]), samples.n, None, "fid")}
+    metrics = {
+        f"{prefix}fid": Metric(fid.frechet_distance(samples.moments(), reference[0]), samples.n, None, "fid")
+    }
     details = {
         "lineage": lineage,
         "lineage note": named_lineage(lineage).note,

@@ -147,7 +147,7 @@ def score_reconstruction(
     if not good:
         raise UserError(f"{folder}: not one image could be read, so there is nothing to score.")
     k, v = rows[good[0].index]["codebooks"]
-    use = image_quality.CodebookUse(k, v)
+    use = image_quality.CodebookUsage(k, v)
     psnr, ssim = [], []
     for batch in in_batches(good, 64):
         copies = [np.asarray(read_image(folder / rows[s.index]["file"])) for s in batch]
@@ -155,7 +155,7 @@ def score_reconstruction(
         psnr += image_quality.psnr(originals, np.stack(copies)).tolist()
         ssim += image_quality.ssim(originals, np.stack(copies), mode).tolist()
         use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
-    used, perplexity = use.used(), use.perplexity()
+    used, perplexity = use.usage(), use.perplexity()
     result = {
         "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(mean_columns(psnr)), "dB"),
         "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(mean_columns(ssim)), "ssim"),

@@ -1,4 +1,4 @@
-"""Class-conditional ImageNet as ADM measures it: sFID of stated features, and its evaluator's file."""
+"""Class-conditional ImageNet as measured by ADM: sFID of given features, and its evaluator's file."""
 
 import tracemalloc
 
@@ -7,7 +7,7 @@ import pytest
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.metrics import inception_features
-from open_unitok.eval.metrics.adm_samples import write_samples
+from open_unitok.eval.metrics.adm_samples import write_adm_samples
 
 from ..generation.test_generated_images import quick_net, random_image, result_of
 
@@ -28,7 +28,7 @@ def test_sfid_is_the_distance_of_the_spatial_features(call, quick_net, tmp_path)
     words = ("imagenet_generation", "--data", data, "--inception-weights", quick_net, "--limit", 60)
     code, _, err = call("eval", "run", *words, "--model", tmp_path / "samples.npz", "--out", tmp_path)
     assert code == 0, err
-    x = images[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # what the quick net calls spatial
+    x = images[:, :2, :2].reshape(60, 12)[:, :7].astype(np.float64)  # the quick net's spatial features
     s = np.cov(x, rowvar=False)
     product = scipy.linalg.sqrtm(s @ other["sigma_s"]).real
     expected = ((x.mean(0) - mean) ** 2).sum() + np.trace(s + other["sigma_s"] - 2 * product)
@@ -36,7 +36,7 @@ def test_sfid_is_the_distance_of_the_spatial_features(call, quick_net, tmp_path)
     assert sfid["value"] == pytest.approx(expected, rel=1e-6) and sfid["interval"] is None and sfid["n"] == 60
 
 
-def test_adms_file_of_samples(tmp_path):
+def test_adm_samples_file(tmp_path):
     def load(i):
         if i == 3:
             raise UserError("broken")
@@ -45,21 +45,23 @@ def test_adms_file_of_samples(tmp_path):
     images = inception_features.ImageSet("samples", [str(i) for i in range(300)], load)
     path = tmp_path / "submission" / "samples.npz"
     tracemalloc.start()
-    assert write_samples(images, path) == 298
+    assert write_adm_samples(images, path) == 298
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 298 * 64 * 64 * 3 / 8  # never all of them
+    assert peak < 298 * 64 * 64 * 3 / 8  # never all images at once
     with np.load(path) as file:
         found = file["arr_0"]
     order = [i for i in np.random.RandomState(2020).permutation(300) if i not in (3, 5)]
     assert found.dtype == np.uint8 and found.shape == (298, 64, 64, 3)
     assert all(np.array_equal(a, load(i)) for a, i in zip(found, order))
     time = path.stat().st_mtime_ns
-    assert write_samples(images, path) == 298 and path.stat().st_mtime_ns == time
-    assert write_samples(inception_features.ImageSet("samples", ["other"], load), path) == 1
+    assert write_adm_samples(images, path) == 298 and path.stat().st_mtime_ns == time
+    assert write_adm_samples(inception_features.ImageSet("samples", ["other"], load), path) == 1
     path.write_bytes(b"half a file")
-    assert write_samples(images, path) == 298
+    assert write_adm_samples(images, path) == 298
     assert (
-        write_samples(inception_features.ImageSet("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz")
+        write_adm_samples(
+            inception_features.ImageSet("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz"
+        )
         == 0
     )

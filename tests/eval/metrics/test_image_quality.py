@@ -1,4 +1,4 @@
-"""PSNR, SSIM, codebook use and zero-shot against the golden vectors and by hand."""
+"""PSNR, SSIM, codebook usage and zero-shot against the golden vectors and by hand."""
 
 import hashlib
 import json
@@ -46,9 +46,9 @@ def test_ssim_in_every_convention(expected, arrays, mode):
     assert image_quality.ssim(arrays["img_ref"][0], arrays["img_ref"][0], mode) == pytest.approx([1.0])
 
 
-def test_images_that_cannot_be_compared_are_refused(arrays):
+def test_images_that_cannot_be_compared_raise(arrays):
     a = arrays["img_ref"]
-    with pytest.raises(UserError, match="differ in shape"):
+    with pytest.raises(UserError, match="must have equal shapes"):
         image_quality.psnr(a, a[:, :-1])
     with pytest.raises(UserError, match="must be uint8"):
         image_quality.psnr(a / 255.0, a / 255.0)
@@ -58,14 +58,14 @@ def test_images_that_cannot_be_compared_are_refused(arrays):
         image_quality.ssim(a, a, "gaus11")
 
 
-def test_codebook_use_and_perplexity():
-    use = image_quality.CodebookUse(2, 4)
-    use.add(np.array([[[0, 0], [1, 0]], [[2, 0], [3, 1]]]))  # (B, N, K)
-    use.add(np.array([[0, 0], [1, 0], [2, 0], [3, 1]]))
-    assert use.used() == pytest.approx([1.0, 0.5])
-    assert use.perplexity() == pytest.approx([4.0, np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))])
-    with pytest.raises(UserError, match="Codes reach from 0 to 4"):
-        use.add(np.array([[0, 4]]))
+def test_codebook_usage_and_perplexity():
+    counter = image_quality.CodebookUsage(2, 4)
+    counter.add(np.array([[[0, 0], [1, 0]], [[2, 0], [3, 1]]]))  # (B, N, K)
+    counter.add(np.array([[0, 0], [1, 0], [2, 0], [3, 1]]))
+    assert counter.usage() == pytest.approx([1.0, 0.5])
+    assert counter.perplexity() == pytest.approx([4.0, np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25)))])
+    with pytest.raises(UserError, match="Codes range from 0 to 4"):
+        counter.add(np.array([[0, 4]]))
 
 
 def hashed_embedding(texts):

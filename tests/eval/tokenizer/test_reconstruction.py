@@ -310,7 +310,7 @@ def test_crop_is_part_of_the_settings(photos, tmp_path):
 
 def test_nan_features_are_refused():
     with pytest.raises(UserError, match="NaN or infinity"):
-        fid.moments([np.array([[1.0, np.nan], [0.0, 1.0]])])
+        fid.compute_moments([np.array([[1.0, np.nan], [0.0, 1.0]])])
 
 
 def test_linear_probe_counts_images_of_unknown_classes_as_wrong(scripted, call, tmp_path):
