@@ -16,9 +16,10 @@ from open_unitok.cli.main import run
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.training.core.config import build_config
-from open_unitok.training.data.collate import KINDS, Rows
 from open_unitok.training.data.mixture import Mixture
-from open_unitok.training.mllm.config import MixtureOptions
+from open_unitok.training.data.mixture_options import MixtureOptions
+from open_unitok.training.data.sample_kinds import SAMPLE_KINDS
+from open_unitok.training.data.sequences import SequenceBuilder
 
 README = Path(__file__).resolve().parent.parent.parent / "training" / "README.md"
 
@@ -76,10 +77,11 @@ def test_preparing_data_runs_as_written(place, golden):
     (shown,) = blocks("yaml")
     options = build_config(MixtureOptions, yaml.safe_load(shown)["data"])
     path = golden / "mllm" / "tokenizer.model"
-    rows = Rows(UniTokProcessor.from_text_tokenizer(path, num_image_tokens=4, template="plain"), 400)
+    processor = UniTokProcessor.from_text_tokenizer(path, num_image_tokens=4, template="plain")
+    sequences = SequenceBuilder(processor, 400)
     fingerprint = UniTok.from_pretrained("runs/demo/tokenizer/model").fingerprint()
-    (batch,) = Mixture(options, rows, seed=0, batch_size=40, fingerprint=fingerprint).next()
-    kinds = {KINDS[kind] for kind in batch.kinds.unique().tolist()}
+    (batch,) = Mixture(options, sequences, seed=0, batch_size=40, fingerprint=fingerprint).next()
+    kinds = {list(SAMPLE_KINDS)[kind] for kind in batch.kinds.unique().tolist()}
     assert kinds == {"text_to_image", "captioning", "conversation", "document", "text"}
 
 

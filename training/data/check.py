@@ -1,7 +1,7 @@
 """What a data set holds, what of it is broken, and whether its codes fit a tokenizer.
 
-Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA's .json or .jsonl, and
-plain text; each sample is looked at as training would read it. Exit code 2 where anything is broken.
+Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA's .json or .jsonl, and plain
+text. Every sample is read as training reads it.
 """
 
 import statistics
@@ -17,127 +17,134 @@ from tqdm import tqdm
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256, tokenizer_path
 
-from .code_shards import MANIFEST, CodeFolder
-from .extract import image_members
-from .formats import read_rows, turns_of
-from .tar_index import BadSample, Record, index, tars_of
-from .text import TEXT_KEYS, Conversations, TextLines
+from .code_shards import CODES_MANIFEST, CodeFolder
+from .records import TEXT_KEYS, read_records
+from .sample_kinds import SAMPLE_KINDS, crop_mismatch
+from .tar_index import BadSample, Record, image_members, index, tars_of
+from .text import Conversations, TextLines
 
-SHOWN = 10  # broken samples that are named one by one
-
-
-class Checked(NamedTuple):
-    """One sample as it was found: its images (codes where they are codes), and what is said of them."""
-
-    pictures: list[Any]
-    info: dict[str, Any]
+_LISTED = 10  # broken samples that the report names one by one
 
 
-class Reading(NamedTuple):
-    """How the samples of a data set are had: (name, reader) pairs, readers raise BadSample."""
-
-    what: str
-    total: int
-    samples: Iterator[tuple[str, Callable[[], Checked]]]
-    codes: CodeFolder | None = None
-    problems: tuple[str, ...] = ()  # of whole files
-
-
-class Report(NamedTuple):
-    """What was found; `lines` are for people."""
+class DatasetReport(NamedTuple):
+    """The result of a check; `lines` are for people."""
 
     samples: int
     broken: list[str]
     lines: list[str]
 
 
-def check(
+class CheckedSample(NamedTuple):
+    """The images of one sample (codes where the data set holds codes) and its info."""
+
+    images: list[Any]
+    info: dict[str, Any]
+
+
+SampleReader = Callable[[], CheckedSample]  # raises BadSample
+
+
+class _OpenDataset(NamedTuple):
+    """A data set of any type as (name, reader) pairs."""
+
+    description: str
+    total: int
+    samples: Iterator[tuple[str, SampleReader]]
+    codes: CodeFolder | None = None
+    problems: tuple[str, ...] = ()  # of whole files
+
+
+def check_dataset(
     path: str,
     *,
     codes: str | None = None,
     samples: int = 0,
     fingerprint: str | None = None,
     quiet: bool = False,
-) -> Report:
-    """Look at a data set of any kind.
+) -> DatasetReport:
+    """Check a data set of any type.
 
     Args:
         codes: code folder for conversations whose images are looked up by name.
-        samples: how many to look at, evenly spread; 0 = all.
-        fingerprint: of the visual tokenizer that codes must belong to.
+        samples: how many to check, evenly spread; 0 = all.
+        fingerprint: of the visual tokenizer that the codes must belong to.
 
     Raises:
-        UserError: nothing that could be a data set.
+        UserError: `path` is not a data set.
     """
     if samples < 0:
-        raise UserError("--samples is 0 (all) or more.")
-    reading = _open(path, codes)
-    found = _Tally(reading.codes.manifest["codebook_size"] if reading.codes else 0)
-    broken = list(reading.problems)
-    step = max(1, reading.total // samples) if samples else 1
-    looked_at = 0
-    for number, (name, read) in enumerate(
-        tqdm(reading.samples, total=reading.total, unit=" samples", disable=quiet, file=sys.stderr)
-    ):
+        raise UserError("--samples must be 0 (all) or more.")
+    dataset = _open(path, codes)
+    counts = _Counts(dataset.codes.manifest["codebook_size"] if dataset.codes else 0)
+    broken = list(dataset.problems)
+    step = max(1, dataset.total // samples) if samples else 1
+    checked = 0
+    bar = tqdm(dataset.samples, total=dataset.total, unit=" samples", disable=quiet, file=sys.stderr)
+    for number, (name, read) in enumerate(bar):
         if number % step:
             continue
-        looked_at += 1
+        checked += 1
         try:
-            found.add(read())
+            counts.add(read())
         except BadSample as error:
             broken.append(f"{name} {error}")
-    lines = [f"{path}: {reading.what}, {reading.total:,} samples, {looked_at:,} looked at", *found.lines()]
-    if reading.codes is not None:
-        line, fits = _tokenizer_line(reading.codes, fingerprint)
+    lines = [
+        f"{path}: {dataset.description}, {dataset.total:,} samples, {checked:,} checked",
+        *counts.lines(),
+    ]
+    if dataset.codes is not None:
+        line, fits = _tokenizer_line(dataset.codes, fingerprint)
         lines.append(line)
         broken += [] if fits else [line.strip()]
-        kinds = {"conversations": "conversation", "captions": "text_to_image"}
-        kind = next((kinds[role] for role in kinds if role in found.roles), None)
-        unsuited = reading.codes.unsuited(kind) if kind else None
-        lines += [f"  note: {unsuited}"] if unsuited else []
-    lines += [f"  broken: {text}" for text in broken[:SHOWN]]
-    lines += [f"  broken: {len(broken) - SHOWN:,} more"] if len(broken) > SHOWN else []
-    return Report(looked_at, broken, [*lines, f"  {len(broken):,} broken"])
+        warning = _crop_warning(dataset.codes, set(counts.fields))
+        lines += [f"  note: {warning}"] if warning else []
+    lines += [f"  broken: {text}" for text in broken[:_LISTED]]
+    lines += [f"  broken: {len(broken) - _LISTED:,} more"] if len(broken) > _LISTED else []
+    return DatasetReport(checked, broken, [*lines, f"  {len(broken):,} broken"])
 
 
-class _Tally:
+class _Counts:
     """Counts over samples."""
 
     def __init__(self, codebook_size: int):
-        self.pictures = 0
-        self.roles: Counter[str] = Counter()
-        self.words: dict[str, list[int]] = {}
+        self.images = 0
+        self.fields: Counter[str] = Counter()  # field of KEY.json -> samples that have it
+        self.words: dict[str, list[int]] = {}  # field -> words of each text
         self.codebook_size = codebook_size
         self.used: np.ndarray | None = None  # (K, V) bool
 
-    def add(self, sample: Checked) -> None:
-        """Count one sample; raises BadSample if what is said of its images cannot be used."""
-        info, pictures = sample.info, len(sample.pictures)
-        texts = _texts(info, pictures)
-        self.pictures += pictures
-        for name, found in texts:
-            self.roles[name] += 1
-            self.words.setdefault(name, []).extend(len(text.split()) for text in found)
-        if not texts and pictures:
-            self.roles["nothing said"] += 1
-        for codes in sample.pictures if self.codebook_size else ():
+    def add(self, sample: CheckedSample) -> None:
+        """Count one sample; raises BadSample if no kind of training sample can be made of it."""
+        num_images = len(sample.images)
+        by_field: dict[str, list[str]] = {}
+        for kind in SAMPLE_KINDS.values():
+            if kind.field not in by_field:  # several kinds read the same field
+                by_field[kind.field] = kind.texts(sample.info, num_images)
+        by_field = {field: texts for field, texts in by_field.items() if texts}
+        self.images += num_images
+        for field, texts in by_field.items():
+            self.fields[field] += 1
+            self.words.setdefault(field, []).extend(len(text.split()) for text in texts)
+        if not by_field and num_images:
+            self.fields["images alone"] += 1
+        for codes in sample.images if self.codebook_size else ():
             if self.used is None:
                 self.used = np.zeros((codes.shape[1], self.codebook_size), dtype=bool)
             self.used[np.arange(codes.shape[1]), codes] = True
 
     def lines(self) -> list[str]:
         """The counts, for people."""
-        lines = [f"  {self.pictures:,} images"] if self.pictures else []
-        for name, count in self.roles.items():
-            words = self.words.get(name, [])
-            lines.append(f"  {count:,} samples with {name}{_lengths(words) if words else ''}")
+        lines = [f"  {self.images:,} images"] if self.images else []
+        for field, count in self.fields.items():
+            words = self.words.get(field, [])
+            lines.append(f"  {count:,} samples with {field}{_text_lengths(words) if words else ''}")
         if self.used is not None:
             shares = self.used.mean(axis=1)
             lines.append(f"  codes use {shares.min():.1%} to {shares.max():.1%} of a sub-codebook's entries")
         return lines
 
 
-def _lengths(words: list[int]) -> str:
+def _text_lengths(words: list[int]) -> str:
     ordered = sorted(words)
     high = ordered[min(len(ordered) - 1, round(0.95 * len(ordered)))]
     return (
@@ -146,134 +153,122 @@ def _lengths(words: list[int]) -> str:
     )
 
 
-def _texts(info: dict[str, Any], pictures: int) -> list[tuple[str, list[str]]]:
-    """[(what a sample can serve as, its texts)]; raises BadSample."""
-    found: list[tuple[str, list[str]]] = []
-    captions = info.get("captions") or []
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise BadSample(f"has captions {str(captions)[:60]}: a list of texts is wanted")
-    captions = [*captions, *(info[n] for n in ("long_caption", "short_caption") if info.get(n))]
-    if captions:
-        found.append(("captions", captions))
-    talks = info.get("conversations") or []
-    if not isinstance(talks, list):
-        raise BadSample("has conversations that are no list")
-    turns = [turn for talk in talks for turn in turns_of({"conversations": talk}, pictures)]
-    if turns:
-        found.append(("conversations", [t["value"] for t in turns if t["from"] == "gpt"]))
-    document = info.get("document")
-    if document is not None:
-        if not isinstance(document, list):
-            raise BadSample("has a document that is no list")
-        places = [piece for piece in document if not isinstance(piece, str)]
-        if not all(isinstance(place, int) and 0 <= place < pictures for place in places):
-            raise BadSample(f"names images {places} in its document, but has {pictures}")
-        found.append(("a document", [" ".join(piece for piece in document if isinstance(piece, str))]))
-    if isinstance(info.get("text"), str):
-        found.append(("text", [info["text"]]))
-    return found
+def _crop_warning(codes: CodeFolder, fields: set[str]) -> str | None:
+    """Whether images were made square in another way than suits what the samples can serve as."""
+    # field -> its first kind; later fields first, as samples with captions and conversations serve as the
+    # latter
+    kinds = {
+        kind.field: name
+        for name, kind in reversed(SAMPLE_KINDS.items())
+        if kind.crop and kind.field in fields
+    }
+    return crop_mismatch(codes, next(iter(kinds.values()))) if kinds else None
 
 
-# ---- the kinds of data sets --------------------------------------------------------------------------------
+# ---- one function per type of data set ---------------------------------------------------------------------
 
 
-def _open(path: str, codes: str | None) -> Reading:
+def _open(path: str, codes: str | None) -> _OpenDataset:
     folder = Path(path)
     if codes and not path.endswith((".json", ".jsonl")):
-        raise UserError("--codes belongs to conversations in a .json or .jsonl file.")
-    if (folder / MANIFEST).exists():
-        return _code_folder(folder)
+        raise UserError("--codes is allowed only with conversations in a .json or .jsonl file.")
+    if (folder / CODES_MANIFEST).exists():
+        return _open_code_folder(folder)
     if folder.is_dir():
         if not any(folder.glob("*.tar")):
             raise UserError(
-                f"{path} holds neither {MANIFEST} nor tars: `unitok data convert folder` makes tars of "
-                "images."
+                f"{path} holds neither {CODES_MANIFEST} nor tars: make tars of images with `unitok data "
+                "convert folder`."
             )
-        return _tars(tars_of(f"{path}/*.tar", "PATH"))
+        return _open_tars(tars_of(f"{path}/*.tar", "PATH"))
     if path.endswith(".tar"):
-        return _tars(tars_of(path, "PATH"))
+        return _open_tars(tars_of(path, "PATH"))
     if path.endswith((".json", ".jsonl")) and not any(c in path for c in "*?[{"):
-        first = next(read_rows(existing(path)), {})
+        first = next(read_records(existing(path)), {})
         if {"conversations", "messages"} & first.keys():
-            talks = Conversations(path, CodeFolder(codes) if codes else None)
-            return Reading("conversations", len(talks), _talks(talks), talks.codes)
+            conversations = Conversations(path, CodeFolder(codes) if codes else None)
+            samples = _conversation_samples(conversations)
+            return _OpenDataset("conversations", len(conversations), samples, conversations.codes)
         for name, keys in (("obelics", {"texts", "images"}), ("mmc4", {"text_list", "image_info"})):
             if keys <= first.keys():
-                raise UserError(f"{path} is to be converted first: unitok data convert {name} {path} DST.")
+                raise UserError(f"{path} must be converted first: unitok data convert {name} {path} DST.")
         if path.endswith(".json") or not set(TEXT_KEYS) & first.keys():
             raise UserError(
-                f"{path} has neither conversations nor {' or '.join(TEXT_KEYS)}, but {list(first)}."
+                f"{path} has the keys {list(first)}, expected conversations or {' or '.join(TEXT_KEYS)}."
             )
     texts = TextLines(path)
-    return Reading("plain text", len(texts), _lines(texts))
+    return _OpenDataset("plain text", len(texts), _text_samples(texts))
 
 
-def _code_folder(folder: Path) -> Reading:
+def _open_code_folder(folder: Path) -> _OpenDataset:
     codes = CodeFolder(folder)
     problems, good = [], []
     for number, shard in enumerate(codes.manifest["shards"]):
         path = folder / shard["file"]
         try:
             if sha256(existing(path)) != shard["sha256"]:
-                problems.append(f"{path} is not as it was written (sha256)")
+                problems.append(f"{path} has changed since it was written (sha256)")
             codes.check_shard(number)
             good.append(number)
         except UserError as error:
             problems.append(str(error))
 
-    def samples() -> Iterator[tuple[str, Callable[[], Checked]]]:
+    def samples() -> Iterator[tuple[str, SampleReader]]:
         for shard in good:
             for number in range(codes.sizes[shard]):
 
-                def read(shard: int = shard, number: int = number) -> Checked:
+                def read(shard: int = shard, number: int = number) -> CheckedSample:
                     sample = codes.read(shard, number)
-                    return Checked(list(sample.images), sample.info)
+                    return CheckedSample(list(sample.images), sample.info)
 
                 yield f"{codes.manifest['shards'][shard]['file']} sample {number}", read
 
     facts = codes.manifest
-    what = f"codes in {len(codes.sizes)} tar(s), {facts['num_tokens']} x {facts['num_codebooks']} per image"
-    return Reading(what, sum(codes.sizes[shard] for shard in good), samples(), codes, tuple(problems))
+    description = (
+        f"codes in {len(codes.sizes)} tar(s), {facts['num_tokens']} x {facts['num_codebooks']} per image"
+    )
+    total = sum(codes.sizes[shard] for shard in good)
+    return _OpenDataset(description, total, samples(), codes, tuple(problems))
 
 
-def _tars(tars: list[str]) -> Reading:
-    found = [index(tar) for tar in tars]
-    problems = tuple(f"{tar} is broken: {each.problem}" for tar, each in zip(tars, found) if each.problem)
-    records = [record for each in found for record in each.records]
+def _open_tars(tars: list[str]) -> _OpenDataset:
+    indexes = [index(tar) for tar in tars]
+    problems = tuple(f"{tar} is broken: {i.problem}" for tar, i in zip(tars, indexes) if i.problem)
+    records = [record for i in indexes for record in i.records]
 
-    def samples() -> Iterator[tuple[str, Callable[[], Checked]]]:
+    def samples() -> Iterator[tuple[str, SampleReader]]:
         for record in records:
-            yield f"{record.tar} {record.key}", lambda record=record: _images(record)
+            yield f"{record.tar} {record.key}", lambda record=record: _load_images(record)
 
-    return Reading(f"images in {len(tars)} tar(s)", len(records), samples(), None, problems)
+    return _OpenDataset(f"images in {len(tars)} tar(s)", len(records), samples(), None, problems)
 
 
-def _images(record: Record) -> Checked:
+def _load_images(record: Record) -> CheckedSample:
     from open_unitok.tokenizer.images import load_image
 
     members, info = image_members(record)
     try:
-        return Checked([load_image(record.read(member)).size for member in members], info)
+        return CheckedSample([load_image(record.read(member)).size for member in members], info)
     except UserError as error:
         raise BadSample(f"has a broken image: {error}") from error
 
 
-def _talks(talks: Conversations) -> Iterator[tuple[str, Callable[[], Checked]]]:
-    for number in range(len(talks)):
+def _conversation_samples(conversations: Conversations) -> Iterator[tuple[str, SampleReader]]:
+    for number in range(len(conversations)):
 
-        def read(number: int = number) -> Checked:
-            sample = talks.read(0, number)
-            return Checked(list(sample.images), sample.info)
+        def read(number: int = number) -> CheckedSample:
+            sample = conversations.read(0, number)
+            return CheckedSample(list(sample.images), sample.info)
 
         yield f"conversation {number}", read
 
 
-def _lines(texts: TextLines) -> Iterator[tuple[str, Callable[[], Checked]]]:
+def _text_samples(texts: TextLines) -> Iterator[tuple[str, SampleReader]]:
     for shard, size in enumerate(texts.sizes):
         for number in range(size):
 
-            def read(shard: int = shard, number: int = number) -> Checked:
-                return Checked([], {"text": texts.read(shard, number)})
+            def read(shard: int = shard, number: int = number) -> CheckedSample:
+                return CheckedSample([], texts.read(shard, number).info)
 
             yield str(texts.files[shard].path), read
 
@@ -281,17 +276,17 @@ def _lines(texts: TextLines) -> Iterator[tuple[str, Callable[[], Checked]]]:
 # ---- the tokenizer -----------------------------------------------------------------------------------------
 
 
-def _tokenizer_line(codes: CodeFolder, wanted: str | None) -> tuple[str, bool]:
+def _tokenizer_line(codes: CodeFolder, expected: str | None) -> tuple[str, bool]:
     own = codes.manifest["tokenizer"]
-    if wanted is None:
+    if expected is None:
         return f"  codes of tokenizer {own[:12]} (not compared: give --tokenizer)", True
-    if own == wanted:
+    if own == expected:
         return f"  codes of the tokenizer given ({own[:12]})", True
-    return f"  codes of another tokenizer ({own[:12]}) than the one given ({wanted[:12]})", False
+    return f"  codes of another tokenizer ({own[:12]}) than the one given ({expected[:12]})", False
 
 
-def _fingerprint(folder: str) -> str:
-    """Of a visual tokenizer's folder (or hub id), or of the one within an MLLM folder."""
+def tokenizer_fingerprint(folder: str) -> str:
+    """Fingerprint of a visual tokenizer's folder (or hub id), or of the one inside an MLLM folder."""
     from open_unitok.tokenizer import UniTok
 
     return UniTok.from_pretrained(tokenizer_path(folder)).fingerprint()

@@ -1,4 +1,4 @@
-"""Reading what `unitok extract-codes` wrote: samples by number, in an order fixed by a seed.
+"""Reading what `unitok extract-codes` wrote: samples by number.
 
 A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, uint16 (N, K), or
 (I, N, K) for a sample of another number of images than one, beside `KEY.json`:
@@ -21,10 +21,9 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from . import seeding
 from .tar_index import BadSample, Record, index
 
-MANIFEST = "codes.json"
+CODES_MANIFEST = "codes.json"
 FORMAT = "open-unitok codes 1"
 MANIFEST_FIELDS = (
     "format",
@@ -35,8 +34,7 @@ MANIFEST_FIELDS = (
     "grid",  # [rows, columns]
     "shards",  # [{"file", "samples", "sha256"}]
 )
-SUITED = {"text_to_image": "crop", "conversation": "pad", "alignment": "pad"}  # kind -> extract-codes --mode
-SHARDS_AT_ONCE = 16  # samples are shuffled within so many tars: as many are kept open and indexed
+SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
 
 class CodeSample(NamedTuple):
@@ -52,8 +50,8 @@ class CodeSample(NamedTuple):
         return (self.codes,) if self.codes.ndim == 2 else tuple(self.codes)
 
 
-class Place(NamedTuple):
-    """Where a sample lies: its tar, and (offset, size) of its two members."""
+class MemberOffsets(NamedTuple):
+    """Where a sample is stored: its tar, and (offset, size) of its two members."""
 
     shard: int
     codes: tuple[int, int]
@@ -77,10 +75,15 @@ class CodeFolder:
                 "`unitok extract-codes` again with that one."
             )
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
-        self._index = lru_cache(maxsize=2 * SHARDS_AT_ONCE)(self._index_of)
+        self._index = lru_cache(maxsize=2 * SHUFFLED_TARS)(self._index_of)
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def codes(self) -> "CodeFolder":
+        """Where the codes of its images are: itself."""
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -88,31 +91,21 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def unsuited(self, kind: str) -> str | None:
-        """One line where images were made square in another way than suits `kind`, else None."""
-        mode, oblong = self.manifest.get("mode"), self.manifest.get("oblong", 0)  # of older folders: unknown
-        if not oblong or mode in (None, SUITED.get(kind, mode)):
-            return None
-        return (
-            f"{self.folder}: {oblong} of {self.manifest['images']} images were not square and came "
-            f"through --mode {mode}; kind {kind} wants codes of `unitok extract-codes --mode {SUITED[kind]}`."
-        )
-
-    def places(self) -> dict[str, Place]:
-        """key -> where the sample lies, for reading in any order; looks at the headers of all tars."""
-        nothing = (0, 0)
+    def member_offsets(self) -> dict[str, MemberOffsets]:
+        """key -> where the sample is stored, for reading in any order; reads the headers of all tars."""
+        missing = (0, 0)
         return {
-            record.key: Place(
-                shard, record.members.get("codes.npy", nothing), record.members.get("json", nothing)
+            record.key: MemberOffsets(
+                shard, record.members.get("codes.npy", missing), record.members.get("json", missing)
             )
             for shard in range(len(self.sizes))
             for record in self._index(shard)
         }
 
-    def read_at(self, key: str, place: Place) -> CodeSample:
-        """The sample at one of `places`; raises BadSample if it cannot be used."""
-        path = str(self.folder / self.manifest["shards"][place.shard]["file"])
-        return self._parse(Record(path, key, {"codes.npy": place.codes, "json": place.info}))
+    def read_at(self, key: str, at: MemberOffsets) -> CodeSample:
+        """The sample at one of `member_offsets`; raises BadSample if it cannot be used."""
+        path = str(self.folder / self.manifest["shards"][at.shard]["file"])
+        return self._parse(Record(path, key, {"codes.npy": at.codes, "json": at.info}))
 
     def check_shard(self, shard: int) -> None:
         """Raises UserError if tar `shard` is missing, cut off, or has other samples than it should."""
@@ -123,7 +116,7 @@ class CodeFolder:
         records, problem = index(str(existing(path, "Run `unitok extract-codes` again.")))
         if problem or len(records) != self.sizes[shard]:
             raise UserError(
-                f"{path} is broken ({problem or f'{len(records)} samples'}; {MANIFEST} lists "
+                f"{path} is broken ({problem or f'{len(records)} samples'}; {CODES_MANIFEST} lists "
                 f"{self.sizes[shard]}): delete it and run `unitok extract-codes` again."
             )
         return records
@@ -169,7 +162,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     Raises:
         UserError: it is missing or is of another kind.
     """
-    path = Path(folder) / MANIFEST
+    path = Path(folder) / CODES_MANIFEST
     hint = "Its extraction is not finished: run the same `unitok extract-codes` again."
     manifest = read_json(
         existing(path, hint if Path(folder).is_dir() else "Run `unitok extract-codes` first.")
@@ -184,41 +177,3 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} is not the list of a code folder (format {FORMAT!r}): lacking {', '.join(lacking)}."
         )
     return manifest
-
-
-class Order:
-    """Which sample comes at which place, without end: every epoch is a new shuffle, a function of the seed.
-
-    The tars of an epoch are shuffled, then their samples within groups of `SHARDS_AT_ONCE` tars, so that a
-    large data set is read tar by tar; a small one is one group, and so shuffled as a whole.
-    """
-
-    def __init__(self, sizes: list[int], seed: int, name: str):
-        self.sizes, self.seed, self.name = sizes, seed, name
-        self.total = sum(sizes)
-        self._epoch = lru_cache(maxsize=2)(self._epoch_of)
-        self._group = lru_cache(maxsize=2)(self._group_of)
-
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        """(shard, number in it) of the sample at `place`, counted from the first epoch on."""
-        epoch, within = divmod(place, self.total)
-        shards, ends = self._epoch(epoch)
-        group = int(np.searchsorted(ends, within, side="right"))
-        chosen = shards[group * SHARDS_AT_ONCE : (group + 1) * SHARDS_AT_ONCE]
-        starts, shuffled = self._group(epoch, group, tuple(chosen))
-        number = int(shuffled[within - (int(ends[group - 1]) if group else 0)])
-        at = int(np.searchsorted(starts, number, side="right")) - 1
-        return chosen[at], number - int(starts[at])
-
-    def _epoch_of(self, epoch: int) -> tuple[list[int], np.ndarray]:
-        shards = [shard for shard, size in enumerate(self.sizes) if size]
-        seeding.python_random(self.seed, "tars", self.name, epoch).shuffle(shards)
-        groups = [shards[i : i + SHARDS_AT_ONCE] for i in range(0, len(shards), SHARDS_AT_ONCE)]
-        return shards, np.cumsum([sum(self.sizes[s] for s in group) for group in groups])
-
-    def _group_of(self, epoch: int, group: int, chosen: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-        sizes = [self.sizes[shard] for shard in chosen]
-        import torch
-
-        random = seeding.torch_generator(self.seed, "samples", self.name, epoch, group)
-        return np.cumsum([0, *sizes[:-1]]), torch.randperm(sum(sizes), generator=random).numpy()

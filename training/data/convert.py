@@ -24,12 +24,11 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, read_json, write_json
 
 from .formats import LAYOUTS, Item, Source
-from .tar_index import BadSample
+from .tar_index import LOGGED_BAD_SAMPLES, BadSample
 
 STATE = "convert.json"
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # copied as they are
 ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
-LOGGED_ONE_BY_ONE = 10
 
 
 def convert(
@@ -154,7 +153,7 @@ def _add_item(tar: tarfile.TarFile, item: Item, counts: Counter[str]) -> None:
         pictures = [read_image(path) for path in item.pictures]
     except BadSample as error:
         counts["skipped"] += 1
-        if counts["skipped"] <= LOGGED_ONE_BY_ONE:
+        if counts["skipped"] <= LOGGED_BAD_SAMPLES:
             tqdm.write(f"data: skipped {item.key}: {error}", file=sys.stderr)
         return
     single = len(pictures) == 1

@@ -29,13 +29,12 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, sha256, write_atomic, write_json
 
-from .code_shards import FORMAT, MANIFEST
-from .tar_index import BadSample, Record, index
+from .code_shards import CODES_MANIFEST, FORMAT
+from .tar_index import BadSample, Record, image_members, index
 
 if TYPE_CHECKING:
     import torch
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 CHECKED = 8  # images per tar that are decoded again
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -204,23 +203,6 @@ def _load(record: Record, size: int, mode: str) -> Loaded:
     return Loaded(record.key, [to_pixels(image, size, mode) for image in images], info, oblong)
 
 
-def image_members(record: Record) -> tuple[list[str], dict[str, Any]]:
-    """A sample's images in the order of their numbers, and its info; raises BadSample if one is missing."""
-    info = record.json("json") if "json" in record.members else {}
-    if not isinstance(info, dict):
-        raise BadSample(".json holds no mapping")
-    if "captions" not in info and "txt" in record.members:
-        info["captions"] = [record.text("txt")]
-    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
-    parts = [(member, *member.partition(".")[::2]) for member in record.members]
-    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
-    members = [single] if single else [member for _, member in sorted(numbered)]
-    if len(members) != info.get("images", max(1, len(members))):
-        wanted = f"{info['images']} image(s) are" if "images" in info else "an image is"
-        raise BadSample(f"{wanted} wanted, it has {', '.join(record.members)}")
-    return members, info
-
-
 def _add(
     writer: tarfile.TarFile, sample: Loaded, codes: list[np.ndarray], sizes: Any, grid: list[int] | None
 ) -> None:
@@ -289,5 +271,5 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
         "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),
         "shards": shards,
     }
-    write_json(out / MANIFEST, manifest)
+    write_json(out / CODES_MANIFEST, manifest)
     return manifest

@@ -5,25 +5,22 @@ An item's info is what `KEY.json` will say: {"captions": [str]} and perhaps "lon
 those of the images.
 """
 
-import csv
-import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import read_json
 
+from .records import conversation_turns, image_key, image_names, read_records
 from .tar_index import BadSample
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 METADATA = ("metadata.jsonl", "metadata.csv")
-LONGEST_KEY = 90  # a tar's header has 100 bytes for a name
 
 
 class Source(NamedTuple):
@@ -55,15 +52,6 @@ class Layout(NamedTuple):
     wanted: str
 
 
-def image_key(name: str) -> str:
-    """The key of an image's sample: its name without extension; odd characters become "_"."""
-    stem = str(Path(name).with_suffix("")) if Path(name).suffix else name
-    key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"), flags=re.ASCII)
-    if len(key) <= LONGEST_KEY:
-        return key
-    return f"{key[: LONGEST_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-
-
 # ---- images with captions: a folder with .txt files, or with metadata.jsonl or .csv ----------------------
 
 
@@ -87,7 +75,7 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
             return
     else:
         metadata = source.path
-    for number, row in enumerate(read_rows(metadata), 1):
+    for number, row in enumerate(read_records(metadata), 1):
         name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
         if name is None:
             has = ", ".join(map(str, row)) or "nothing"
@@ -125,59 +113,16 @@ def _captions_of(row: dict[str, Any], column: str | None) -> dict[str, Any]:
 
 # ---- conversations as LLaVA writes them --------------------------------------------------------------------
 
-SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
-MARK = "<image>"
-
 
 def llava_items(source: Source) -> Iterator[Item]:
     """LLaVA's JSON: [{"id", "image": name | [names], "conversations": [{"from", "value"}]}, ...]."""
-    for number, row in enumerate(read_rows(source.path)):
+    for number, row in enumerate(read_records(source.path)):
         try:
             names = image_names(row)
-            info = {"conversations": [turns_of(row, len(names))], "id": str(row.get("id", number))}
+            info = {"conversations": [conversation_turns(row, len(names))], "id": str(row.get("id", number))}
             yield Item(f"{number:09d}", [source.folder / name for name in names], info)
         except BadSample as error:
             yield Item(f"{number:09d}", [], {}, str(error))
-
-
-def image_names(row: Any) -> list[str]:
-    """The images that a conversation is about; raises BadSample."""
-    if not isinstance(row, dict):
-        raise BadSample(f"is {type(row).__name__}, not a mapping")
-    named = row.get("image", row.get("images"))
-    names = [] if named is None else named if isinstance(named, list) else [named]
-    if not all(isinstance(name, str) and name for name in names):
-        raise BadSample(f"names its images {named!r}: a name or a list of names is wanted")
-    return names
-
-
-def turns_of(row: dict[str, Any], images: int) -> list[dict[str, str]]:
-    """The turns as human and gpt; where no turn says where the images stand, they come first.
-
-    Raises:
-        BadSample: the speakers do not alternate, or other images are marked than there are.
-    """
-    given = row.get("conversations", row.get("messages"))
-    if not isinstance(given, list) or not given:
-        raise BadSample("has no conversations")
-    turns = []
-    for number, turn in enumerate(given):
-        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if SPEAKERS.get(str(speaker)) == "gpt" and not turns:  # an answer that no question precedes
-            continue
-        wanted = ("human", "gpt")[len(turns) % 2]
-        if SPEAKERS.get(str(speaker)) != wanted or not isinstance(text, str):
-            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt take turns")
-        turns.append({"from": wanted, "value": text})
-    if not turns or len(turns) % 2:
-        raise BadSample(f"has {len(turns)} turns: pairs of a question and an answer are wanted")
-    marks = sum(turn["value"].count(MARK) for turn in turns)
-    if images and not marks:
-        turns[0]["value"] = f"{MARK}\n" * images + turns[0]["value"]
-    elif marks != images:
-        raise BadSample(f"marks {marks} image(s) in its text, but has {images}")
-    return turns
 
 
 # ---- interleaved documents ---------------------------------------------------------------------------------
@@ -186,7 +131,7 @@ def turns_of(row: dict[str, Any], images: int) -> list[dict[str, str]]:
 def obelics_items(source: Source) -> Iterator[Item]:
     """OBELICS: {"texts": [str | null], "images": [null | name]}, one of the two at each place."""
     find = _Finder(source.folder)
-    for number, row in enumerate(read_rows(source.path)):
+    for number, row in enumerate(read_records(source.path)):
         texts, images = (_parsed(row.get(name)) for name in ("texts", "images"))
         if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
             yield Item(f"{number:09d}", [], {}, 'has no "texts" and "images" of the same length')
@@ -199,7 +144,7 @@ def mmc4_items(source: Source) -> Iterator[Item]:
     """MMC4: {"text_list": [str], "image_info": [{"image_name", "matched_text_index"}]}; an image comes before
     the sentence that it matches."""
     find = _Finder(source.folder)
-    for number, row in enumerate(read_rows(source.path)):
+    for number, row in enumerate(read_records(source.path)):
         texts, infos = row.get("text_list"), row.get("image_info", [])
         if not (
             isinstance(texts, list) and isinstance(infos, list) and all(isinstance(i, dict) for i in infos)
@@ -261,47 +206,6 @@ def _downloaded(folder: Path) -> Iterator[tuple[str, Path]]:
             facts = read_json(described)
             if isinstance(facts, dict) and isinstance(facts.get("url"), str):
                 yield facts["url"], picture
-
-
-# ---- files of rows -----------------------------------------------------------------------------------------
-
-
-def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a .jsonl, .json (a list) or .csv file, one after the other.
-
-    Raises:
-        UserError: another ending, or a line that is none; the message names file and line.
-    """
-    if path.suffix == ".csv":
-        with open(existing(path), encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
-        return
-    if path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(rows, list):
-            raise UserError(f"{path} holds no list of samples, but {type(rows).__name__}.")
-        numbered = enumerate(rows, 1)
-    elif path.suffix == ".jsonl":
-        numbered = _lines(path)
-    else:
-        raise UserError(f"{path}: .jsonl, .json or .csv is wanted.")
-    for number, row in numbered:
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, row {number}, is {type(row).__name__}: a mapping is wanted.")
-        yield row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(existing(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
 
 
 LAYOUTS: dict[str, Layout] = {

@@ -1,15 +1,15 @@
-"""The mixture of tasks the MLLM learns from: weighted, seeded, and resumed exactly from a handful of numbers.
+"""The mixture of data sets that an MLLM is trained on: weighted, seeded, and resumed from a few numbers.
 
-Which data set a sample comes from follows the weights as closely as whole samples can; which of its samples,
-from a shuffle per epoch; which caption, whether unconditional, from numbers keyed by (seed, step). None of
-this depends on the number of ranks or on accumulation: they only cut the same global batch to micro-batches.
+The data set of each sample follows the weights as closely as whole samples can; the sample comes from one
+shuffle per epoch; its caption, and whether it is unconditional, from numbers keyed by (seed, step). None of
+this depends on the number of ranks or on accumulation: they only split the same global batch.
 """
 
 import hashlib
 import json
 import pickle
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -19,56 +19,56 @@ from tqdm import tqdm
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 
-from ..mllm.config import MixtureEntry, MixtureOptions
 from . import seeding
-from .code_shards import CodeFolder, CodeSample, Order
-from .collate import Batch, Rows, Sample, collate
-from .formats import turns_of
-from .mixture_workers import Made, steps_ahead
-from .tar_index import BadSample
+from .code_shards import CodeFolder
+from .collate import Batch, TrainingSample, collate
+from .mixture_options import MixtureEntry, MixtureOptions
+from .prefetch import Prefetched, prefetch
+from .sample_kinds import CONVERSATION_FILE, SAMPLE_KINDS, TEXT_FILE
+from .sequences import SequenceBuilder
+from .shuffled_order import ShuffledOrder
+from .tar_index import LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE, BadSample
 from .text import Conversations, TextLines
 
 Dataset = CodeFolder | Conversations | TextLines
-JUDGED_FROM = 200  # samples seen before the share of bad ones is judged
-ATTEMPTS = 20  # other samples tried in place of a bad one
-SHUFFLE_NAMES = {"text_to_image": "drawing"}  # names that seed the shuffle are older than the kinds' names
+MAX_REPLACEMENTS = 20  # other samples tried in place of a bad one
 
 
 class Mixture:
-    """Endless global batches, cut into this rank's micro-batches.
+    """Endless global batches, split into this rank's micro-batches.
 
     Args:
-        fingerprint: of the visual tokenizer; code folders of another one are refused.
+        fingerprint: of the visual tokenizer; code folders of another one are rejected.
     """
 
     def __init__(
         self,
         options: MixtureOptions,
-        rows: Rows,
+        sequences: SequenceBuilder,
         *,
         seed: int,
         batch_size: int,
         accumulation: int = 1,
         fingerprint: str | None = None,
     ):
-        self.options, self.rows, self.seed = options, rows, seed
+        self.options, self.sequences, self.seed = options, sequences, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         self.entries = options.mixture
-        self.sets = open_sets(options.mixture, fingerprint)  # one per entry
+        self.datasets = open_datasets(options.mixture, fingerprint)  # one per entry
         total = sum(entry.weight for entry in self.entries)
         self.shares = np.array([entry.weight / total for entry in self.entries])
         self.orders = [
-            Order(data.sizes, seed, f"{n} {SHUFFLE_NAMES.get(e.kind, e.kind)}")
-            for n, (e, data) in enumerate(zip(self.entries, self.sets))
+            ShuffledOrder(data.sizes, seed, f"{n} {SAMPLE_KINDS[e.kind].shuffle_name or e.kind}")
+            for n, (e, data) in enumerate(zip(self.entries, self.datasets))
         ]
         self.step = self.seen = self.bad = 0
-        self.counts = np.zeros(len(self.entries), dtype=np.int64)
-        self._ahead: Iterator[Made] | None = None
+        self.counts = np.zeros(len(self.entries), dtype=np.int64)  # samples taken from each entry
+        self._prefetched: Iterator[Prefetched] | None = None
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of all data sets: other data, or data in another order, gives another one."""
-        facts = [[e.kind, e.weight, data.fingerprint] for e, data in zip(self.entries, self.sets)]
+        facts = [[e.kind, e.weight, data.fingerprint] for e, data in zip(self.entries, self.datasets)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def next(self) -> list[Batch]:
@@ -78,168 +78,119 @@ class Mixture:
             UserError: too many samples are bad.
         """
         if not self.options.workers:
-            return self.make()
-        if self._ahead is None:
-            self._ahead = steps_ahead(self, self.options.workers)
-        made = next(self._ahead)
+            return self.build()
+        if self._prefetched is None:
+            self._prefetched = prefetch(self, self.options.workers)
+        step = next(self._prefetched)
+        # the worker advanced its own copy of this object: bring this one to the same state
         self.skip()
-        self.seen, self.bad = self.seen + made.seen, self.bad + made.bad
-        return pickle.loads(made.batches)
+        self.seen, self.bad = self.seen + step.seen, self.bad + step.bad
+        return pickle.loads(step.batches)
 
     def skip(self) -> None:
-        """Go on to the step after the next one."""
+        """Move on by one step without building it."""
         for _ in range(self.batch_size):
-            self._pick()
+            self._next_position()
         self.step += 1
 
-    def make(self) -> list[Batch]:
-        """`next` in this process."""
-        plan = [self._pick() for _ in range(self.batch_size)]
-        numbers = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
+    def build(self) -> list[Batch]:
+        """As `next`, in this process."""
+        positions = [self._next_position() for _ in range(self.batch_size)]
+        random = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
             (self.batch_size, 3)
         )
         micro = self.batch_size // (distributed.world_size() * self.accumulation)
         world, rank = distributed.world_size(), distributed.rank()
 
-        def make(slot: int) -> Sample:
-            return self._sample(*plan[slot], numbers[slot].tolist(), slot)
+        def build(index: int) -> TrainingSample:
+            return self._sample(*positions[index], random[index].tolist(), index)
 
         if self.options.group_by_length:
-            ordered = sorted(map(make, range(self.batch_size)), key=lambda sample: len(sample.row.ids))
+            # neighbours in length share a micro-batch over all ranks, which saves padding
+            ordered = sorted(map(build, range(self.batch_size)), key=lambda sample: len(sample.sequence.ids))
             steps = [ordered[a * micro * world : (a + 1) * micro * world] for a in range(self.accumulation)]
             mine = [samples[rank::world] for samples in steps]
         else:
             starts = [(a * world + rank) * micro for a in range(self.accumulation)]
-            mine = [[make(slot) for slot in range(start, start + micro)] for start in starts]
+            mine = [[build(index) for index in range(start, start + micro)] for start in starts]
         self.step += 1
-        pad = self.rows.processor.pad_token_id
-        return [collate(samples, self.rows.image_token_id, pad, self.options.pack_to) for samples in mine]
+        pad = self.sequences.processor.pad_token_id
+        image = self.sequences.image_token_id
+        return [collate(samples, image, pad, self.options.pack_to) for samples in mine]
 
-    def _pick(self) -> tuple[int, int]:
-        """The entry that lags most behind its share, and the place in its order."""
+    def _next_position(self) -> tuple[int, int]:
+        """(entry that is furthest behind its share, position in its order)."""
         behind = self.shares * (self.counts.sum() + 1) - self.counts
         entry = int(behind.argmax())
         self.counts[entry] += 1
         return entry, int(self.counts[entry]) - 1
 
-    def _sample(self, number: int, place: int, choices: list[float], slot: int) -> Sample:
-        """The sample at `place` of an entry; if it is bad, another one that the seed picks."""
-        entry, order, data = self.entries[number], self.orders[number], self.sets[number]
+    def _sample(self, number: int, position: int, random: list[float], index: int) -> TrainingSample:
+        """The sample at `position` of an entry; in place of a bad one, another that the seed picks."""
+        entry, order, data = self.entries[number], self.orders[number], self.datasets[number]
         self.seen += 1
-        for attempt in range(ATTEMPTS):
-            shard, item = order[place]
+        for attempt in range(MAX_REPLACEMENTS):
+            shard, item = order[position]
             try:
-                return _KINDS[entry.kind](self, entry, data.read(shard, item), choices)
+                return self._build_sample(entry, data, shard, item, random)
             except BadSample as error:
                 self._report(f"{entry.path}: {entry.kind} {shard}/{item} {error}")
-                place = seeding.derive_seed(self.seed, "instead", self.step, slot, attempt) % order.total
+                position = seeding.derive_seed(self.seed, "instead", self.step, index, attempt) % order.total
         raise UserError(
-            f"data.mixture: {ATTEMPTS} samples of {entry.path} in a row cannot be used as {entry.kind}."
+            f"data.mixture: {MAX_REPLACEMENTS} samples of {entry.path} in a row cannot be used as "
+            f"{entry.kind}."
         )
+
+    def _build_sample(
+        self, entry: MixtureEntry, data: Dataset, shard: int, item: int, random: list[float]
+    ) -> TrainingSample:
+        name = SAMPLE_KINDS[entry.kind].alternative(self.options, random) or entry.kind
+        kind = SAMPLE_KINDS[name]
+        text, images = kind.select(data.read(shard, item), self.options, random)
+        sequence = self.sequences.build(name, text, tuple(map(len, images)))
+        if kind.may_drop_images and images:
+            # the sequence may end before the last images: drop their codes too
+            placeholders = int((sequence.ids == self.sequences.image_token_id).sum())
+            images = images[: placeholders // len(images[0])]
+        return TrainingSample(name, sequence, images)
 
     def _report(self, text: str) -> None:
         self.bad += 1
-        if self.bad <= 10:
+        if self.bad <= LOGGED_BAD_SAMPLES:
             tqdm.write(f"data: skipped {text}", file=sys.stderr)
-        if self.seen >= JUDGED_FROM and self.bad > self.options.max_bad_share * self.seen:
+        if self.seen >= MIN_SEEN_FOR_BAD_SHARE and self.bad > self.options.max_bad_share * self.seen:
             raise UserError(
                 f"{self.bad} of {self.seen} samples cannot be used, more than data.max_bad_share = "
-                f"{self.options.max_bad_share:g}; the last: {text}. Mend the data or raise it."
+                f"{self.options.max_bad_share:g}; the last: {text}. Fix the data or raise it."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the mixture stands: the same on any number of ranks, but for the counts of bad samples."""
+        """Position in the data: the same on any number of ranks, except for the counts of bad samples."""
         return {"step": self.step, "seen": self.seen, "bad": self.bad, "counts": self.counts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self._ahead = None
+        """Continue from a state."""
+        self._prefetched = None  # workers that are running would continue from the old position
         self.step, self.seen, self.bad = state["step"], state["seen"], state["bad"]
         self.counts = np.array(state["counts"], dtype=np.int64)
 
 
-# ---- what a sample becomes in each role; `choices` are three numbers in [0, 1) -----------------------------
-
-
-def _pair(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
-    """An image and one of its captions, to be drawn (or, by its share, captioned)."""
-    options = mixture.options
-    if len(sample.images) != 1:
-        raise BadSample(f"has {len(sample.images)} images: one is wanted")
-    drawing = entry.kind == "text_to_image" and choices[2] < options.text_to_image_share
-    long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
-    caption = (short or long) if choices[0] >= 1 - options.short_captions or not long else long
-    if caption is None and captions:
-        if not isinstance(captions, list):
-            raise BadSample(f"has captions {str(captions)[:40]!r}: a list of texts is wanted")
-        caption = captions[int(choices[0] * len(captions))]
-    if caption is not None and not isinstance(caption, str):
-        raise BadSample(f"has the caption {caption!r}: a text is wanted")
-    if not drawing:
-        if not caption:
-            raise BadSample("has no caption")
-        return _with_images(mixture, "captioning", caption, sample.images)
-    if choices[1] >= 1 - options.unconditional:
-        caption = None
-    return _with_images(mixture, "text_to_image", caption, sample.images)
-
-
-def _talk(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, choices: list[float]) -> Sample:
-    """One of the conversations about the sample's images."""
-    talks = sample.info.get("conversations")
-    if not isinstance(talks, list) or not talks:
-        raise BadSample("has no conversation")
-    turns = json.dumps(turns_of({"conversations": talks[int(choices[0] * len(talks))]}, len(sample.images)))
-    return _with_images(mixture, entry.kind, turns, sample.images)
-
-
-def _document(mixture: Mixture, entry: MixtureEntry, sample: CodeSample, _choices: list[float]) -> Sample:
-    """Texts and images in turns, as many as fit into max_length."""
-    document, images = sample.info.get("document"), sample.images
-    if not isinstance(document, list) or not document:
-        raise BadSample("has no document")
-    order = [piece for piece in document if not isinstance(piece, str)]
-    if not all(isinstance(piece, int) and 0 <= piece < len(images) for piece in order):
-        raise BadSample(f"names images {order} in its document, but has {len(images)}")
-    made = _with_images(mixture, entry.kind, json.dumps(document), tuple(images[i] for i in order))
-    left = int((made.row.ids == mixture.rows.image_token_id).sum())
-    return made._replace(images=made.images[: left // len(images[0]) if order else 0])
-
-
-def _with_images(mixture: Mixture, kind: str, text: str | None, images: tuple[np.ndarray, ...]) -> Sample:
-    return Sample(kind, mixture.rows.make(kind, text, tuple(map(len, images))), images)
-
-
-def _plain(mixture: Mixture, entry: MixtureEntry, line: str, _choices: list[float]) -> Sample:
-    return Sample(entry.kind, mixture.rows.make("text", line, ()), ())
-
-
-_KINDS: dict[str, Callable[..., Sample]] = {
-    "text_to_image": _pair,
-    "captioning": _pair,
-    "conversation": _talk,
-    "alignment": _talk,
-    "text": _plain,
-    "document": _document,
-    "reading": _document,
-}
-
-
-def open_sets(entries: list[MixtureEntry], fingerprint: str | None) -> list[Dataset]:
+def open_datasets(entries: list[MixtureEntry], fingerprint: str | None) -> list[Dataset]:
     """The data set of each entry; one that several entries name is opened once.
 
     Raises:
-        UserError: it is not there, or it is of another kind or of another visual tokenizer.
+        UserError: it is missing, of another type, or made by another visual tokenizer.
     """
     texts = cache(TextLines)
     folders = cache(lambda path: CodeFolder(path, fingerprint))
-    talks = cache(lambda path, codes: Conversations(path, folders(codes) if codes else None))
+    conversations = cache(lambda path, codes: Conversations(path, folders(codes) if codes else None))
     found: list[Dataset] = []
     for entry in entries:
-        if entry.kind == "text":
+        dataset = entry.dataset
+        if dataset == TEXT_FILE:
             found.append(texts(entry.path))
-        elif entry.path.endswith((".json", ".jsonl")):
-            found.append(talks(entry.path, entry.codes))
+        elif dataset == CONVERSATION_FILE:
+            found.append(conversations(entry.path, entry.codes))
         else:
             found.append(folders(entry.path))
     return found

@@ -20,12 +20,9 @@ from open_unitok.core.errors import UserError
 
 from ..core.options import DataSource, ShardOptions
 from . import seeding
-from .tar_index import BadSample, Record, index, tars_of
+from .tar_index import LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE, BadSample, Record, index, tars_of
 
 __all__ = ["BadSample", "Record", "ShardStream", "loader", "read"]
-
-# A share of bad samples is judged once this many were seen; the first few bad ones are logged one by one.
-JUDGED_FROM, LOGGED_ONE_BY_ONE = 200, 10
 
 
 class _Source:
@@ -208,13 +205,13 @@ class ShardStream(IterableDataset):
 
     def _report(self, text: str, part: int) -> None:
         """Log a defect, and stop where there are too many."""
-        if self.bad <= LOGGED_ONE_BY_ONE and (part or self.rank == 0):
+        if self.bad <= LOGGED_BAD_SAMPLES and (part or self.rank == 0):
             tqdm.write(f"data: {text}", file=sys.stderr)
         limit = self.options.max_bad_share
         advice = (
             f"more than data.max_bad_share = {limit:.2%}: mend the data or raise it. The last one: {text}."
         )
-        if self.seen >= JUDGED_FROM and self.bad > limit * self.seen:
+        if self.seen >= MIN_SEEN_FOR_BAD_SHARE and self.bad > limit * self.seen:
             raise UserError(f"{self.bad} of {self.seen} samples are unreadable, {advice}")
         for source in self.sources:
             # a single broken tar is never too many: small data sets have few

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 
 BLOCK = 512
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+# bad samples: the first ones are logged one by one, and their share is judged once enough were seen
+LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE = 10, 200
 
 
 class BadSample(Exception):
@@ -164,6 +167,22 @@ def _pax_path(data: bytes) -> str | None:
         if key == b"path":
             return value.decode(errors="replace")
     return None
+
+
+def image_members(record: Record) -> tuple[list[str], dict[str, Any]]:
+    """A sample's images in the order of their numbers, and its info; raises BadSample if one is missing."""
+    info = record.json("json") if "json" in record.members else {}
+    if not isinstance(info, dict):
+        raise BadSample(".json holds no mapping")
+    if "captions" not in info and "txt" in record.members:
+        info["captions"] = [record.text("txt")]
+    single = next((e for e in IMAGE_EXTENSIONS if e in record.members), None)
+    parts = [(member, *member.partition(".")[::2]) for member in record.members]
+    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
+    members = [single] if single else [member for _, member in sorted(numbered)]
+    if len(members) != info.get("images", max(1, len(members))):
+        raise BadSample(f"has {', '.join(record.members)}, expected {info.get('images', 1)} image(s)")
+    return members, info
 
 
 def tars_of(pattern: str | list[str], where: str = "data.sources") -> list[str]:

@@ -20,12 +20,12 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
 from .code_shards import CodeFolder, CodeSample
-from .formats import image_key, image_names, turns_of
+from .records import TEXT_KEYS, conversation_turns, image_key, image_names
 from .tar_index import BadSample, tars_of
 
-TEXT_KEYS = ("text", "content")
 NEWLINE = ord("\n")
 SCANNED_AT_ONCE = 1 << 26  # bytes
+NO_IMAGES = np.empty((0, 0, 0))
 
 
 class Lines:
@@ -83,14 +83,23 @@ class TextLines:
         return sum(self.sizes)
 
     @property
+    def codes(self) -> None:
+        """Texts have no images."""
+        return None
+
+    @property
     def fingerprint(self) -> str:
         """Hex digest of all files' sizes and beginnings."""
         each = [file.fingerprint for file in self.files]
         return each[0] if len(each) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
-    def read(self, shard: int, number: int) -> str:
-        """Text `number` of file `shard`; raises BadSample if it is none."""
+    def read(self, shard: int, number: int) -> CodeSample:
+        """Text `number` of file `shard`, as a sample without images; raises BadSample if it is none."""
         file = self.files[shard]
+        info = {"text": self._text(file, number)}
+        return CodeSample(f"{file.path.name} {number}", NO_IMAGES, info)
+
+    def _text(self, file: Lines, number: int) -> str:
         try:
             text = file[number].decode()
         except UnicodeDecodeError as error:
@@ -127,7 +136,7 @@ class Conversations:
             self.rows = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
             self._facts = [hashlib.sha256(self.path.read_bytes()).hexdigest()]
         self.sizes = [len(self.rows)]
-        self._places = codes.places() if codes else {}
+        self._offsets = codes.member_offsets() if codes else {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -145,19 +154,17 @@ class Conversations:
         except ValueError as error:
             raise BadSample(f"line {number} of {self.path.name} is not JSON: {error}") from error
         names = image_names(row)
-        info = {"conversations": [turns_of(row, len(names))]}
+        info = {"conversations": [conversation_turns(row, len(names))]}
         images = [self._codes_of(name) for name in names]
-        return CodeSample(
-            str(row.get("id", number)), np.stack(images) if images else np.empty((0, 0, 0)), info
-        )
+        return CodeSample(str(row.get("id", number)), np.stack(images) if images else NO_IMAGES, info)
 
     def _codes_of(self, name: str) -> np.ndarray:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but data.mixture gives no `codes` to look it up in")
         key = image_key(name)
-        if key not in self._places:
+        if key not in self._offsets:
             raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
-        found = self.codes.read_at(key, self._places[key])
+        found = self.codes.read_at(key, self._offsets[key])
         if found.codes.ndim != 2 or found.info.get("file", name) != name:
             raise BadSample(f"has the image {name}, but {self.codes.folder} has {found.info.get('file')}")
         return found.codes

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core.options import RunConfig
+from ..data.mixture_options import MixtureOptions
 
 # part of the model -> what its parameters' names begin with; a part within a part counts before the whole
 PARTS = {
@@ -19,72 +20,6 @@ PARTS = {
     "projector": "visual_embedder.projector.",
     "depth_head": "depth_head.",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureEntry:
-    """A data set in a role; `weight` is its share.
-
-    path: a code folder; for text a .txt or .jsonl file or a glob of them; for conversation and alignment also
-    LLaVA's .json or .jsonl, whose images are looked up by name in the code folder `codes`. A document's
-    texts and images are learnt, of kind reading its texts alone.
-    """
-
-    kind: Literal["text_to_image", "captioning", "conversation", "alignment", "text", "document", "reading"]
-    path: str
-    weight: float = 1.0
-    codes: str | None = None
-
-    def check(self) -> None:
-        if not self.weight > 0:
-            raise UserError(
-                f"data.mixture: weight of {self.kind} from {self.path} is {self.weight}: above 0 is wanted."
-            )
-        file = self.path.endswith((".json", ".jsonl"))
-        if file and self.kind not in ("conversation", "alignment", "text"):
-            raise UserError(
-                f"data.mixture: {self.path} is no code folder, as kind {self.kind} needs: see `unitok data "
-                "convert` and `unitok extract-codes`."
-            )
-        if self.codes and (not file or self.kind == "text"):
-            raise UserError(
-                f"data.mixture: codes = {self.codes} belongs to conversations in a .json or .jsonl."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtureOptions:
-    """The data; the defaults are published UniTok's.
-
-    unconditional: share of text_to_image samples whose prompt is dropped, for classifier-free guidance.
-    short_captions: share of samples with the short caption where there is a long one too.
-    text_to_image_share: of an entry text_to_image, the rest is captioned. max_length: longest sample in
-    tokens, visual ones included. pack_to: rows of this many tokens hold as many samples as fit, without
-    attending to each other; 0 = one sample per row. group_by_length: micro-batches of one step hold samples
-    of similar length (every rank then builds all samples of a step). workers: processes per rank that
-    prefetch steps, 0 = none; it changes no batch and may differ on resume.
-    """
-
-    mixture: list[MixtureEntry]
-    unconditional: float = 0.1
-    short_captions: float = 0.2
-    text_to_image_share: float = 1.0
-    max_length: int = 2048
-    pack_to: int = 0
-    group_by_length: bool = False
-    workers: int = 0
-    max_bad_share: float = 0.05
-
-    def check(self) -> None:
-        if not self.mixture:
-            raise UserError("data.mixture is empty: name at least one {kind, path, weight}.")
-        for name in ("unconditional", "short_captions", "text_to_image_share", "max_bad_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}: a share between 0 and 1 is wanted.")
-        if self.max_length < 2 or self.pack_to < 0 or self.workers < 0:
-            raise UserError(
-                "data.max_length is 2 or more, data.pack_to and data.workers are 0 (none) or more."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,8 @@ from open_unitok.core import distributed
 from open_unitok.mllm.losses import targets
 
 from ..core.flops import MLLMFlops, TokenCounts, peak_tflops
-from ..data.collate import KINDS, Batch
+from ..data.collate import Batch
+from ..data.sample_kinds import SAMPLE_KINDS
 
 
 class Progress:
@@ -30,8 +31,8 @@ class Progress:
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.cost, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
-        self.text_sums = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
-        self.text_counts = torch.zeros(len(KINDS), dtype=torch.float64, device=device)
+        self.text_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
+        self.text_counts = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
         self.places = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
         self.work = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
         self._clock = time.monotonic()
@@ -83,7 +84,9 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
         values = {
-            f"text_loss/{kind}": total / n for kind, total, n in zip(KINDS, text_sums, text_counts) if n
+            f"text_loss/{kind}": total / count
+            for kind, total, count in zip(SAMPLE_KINDS, text_sums, text_counts)
+            if count
         }
         if work.image_targets:
             values |= {f"accuracy/{book}": hits / work.image_targets for book, hits in enumerate(correct)}

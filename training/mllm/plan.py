@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from open_unitok.core.files import model_path
 
 from ..core.gpus import PEAK_TFLOPS
+from ..data.sample_kinds import SAMPLE_KINDS
 from .config import PARTS, MLLMRunConfig
 
 if TYPE_CHECKING:  # `unitok plan --help` shall not wait for torch
@@ -213,10 +214,12 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> "TokenCo
     image = sizes.num_image_tokens
     mean = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
     for entry in config.data.mixture:
-        share = {"text_to_image": config.data.text_to_image_share, "document": 1.0}.get(entry.kind, 0.0)
-        has_image = entry.kind != "text"
+        kind = SAMPLE_KINDS[entry.kind]
+        share = kind.generated_share(config.data)
+        has_image = kind.reads_images
         tokens = min(text_tokens + (image + 4) * has_image, config.data.max_length)
-        targets = share * 3 + (1 - share * (entry.kind == "text_to_image")) * text_tokens
+        # boi, eoi and eos around a generated image; a kind that learns no text is captioned by the rest
+        targets = share * 3 + (1 - share * (not kind.learns_text)) * text_tokens
         one = TokenCounts(tokens, tokens * (tokens + 1) / 2, targets, image * has_image, share * image)
         mean += torch.tensor(one, dtype=torch.float64) * (entry.weight / total)
     return TokenCounts(*mean.tolist())
@@ -224,7 +227,7 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> "TokenCo
 
 def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     """Tokens of a row where samples are not packed: every row is as long as the longest."""
-    has_image = any(entry.kind != "text" for entry in config.data.mixture)
+    has_image = any(SAMPLE_KINDS[entry.kind].reads_images for entry in config.data.mixture)
     return min(2 * text_tokens + (sizes.num_image_tokens + 4) * has_image, config.data.max_length)
 
 

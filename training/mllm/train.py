@@ -23,9 +23,10 @@ from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
-from ..data.code_shards import CodeFolder
-from ..data.collate import Batch, Rows
+from ..data.collate import Batch
 from ..data.mixture import Mixture
+from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
+from ..data.sequences import SequenceBuilder
 from .config import PARTS, LossOptions, MLLMRunConfig
 from .metrics import Progress
 from .model import Parts, load_parts, new_parts, save_parts
@@ -202,22 +203,21 @@ def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
         )
     mixture = Mixture(
         config.data,
-        Rows(processor, config.data.max_length),
+        SequenceBuilder(processor, config.data.max_length),
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation=config.engine.accumulation,
         fingerprint=model.config.unitok_fingerprint,
     )
     warnings = set()
-    for entry, data in zip(config.data.mixture, mixture.sets):
-        codes = data if isinstance(data, CodeFolder) else getattr(data, "codes", None)
-        if codes is None:
+    for entry, data in zip(config.data.mixture, mixture.datasets):
+        if data.codes is None:
             continue
-        warnings.add(codes.unsuited(entry.kind))
-        tokens = codes.manifest["num_tokens"]
-        if entry.kind in ("text_to_image", "document") and tokens != model.config.num_image_tokens:
+        warnings.add(crop_mismatch(data.codes, entry.kind))
+        tokens = data.codes.manifest["num_tokens"]
+        if SAMPLE_KINDS[entry.kind].generates_images and tokens != model.config.num_image_tokens:
             raise UserError(
-                f"{entry.path} holds {tokens} visual tokens per image, but the model draws "
+                f"{entry.path} holds {tokens} visual tokens per image, but the model generates "
                 f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."
             )
     for text in sorted(warnings - {None}):

@@ -3,7 +3,7 @@
 import argparse
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.data.check import _fingerprint, check
+from open_unitok.training.data.check import check_dataset, tokenizer_fingerprint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report; raises UserError if something is broken."""
-    wanted = _fingerprint(args.tokenizer) if args.tokenizer else None
-    report = check(args.path, codes=args.codes, samples=args.samples, fingerprint=wanted)
+    wanted = tokenizer_fingerprint(args.tokenizer) if args.tokenizer else None
+    report = check_dataset(args.path, codes=args.codes, samples=args.samples, fingerprint=wanted)
     print("\n".join(report.lines))
     if report.broken:
         raise UserError(f"{args.path} has {len(report.broken):,} problem(s), listed above.")

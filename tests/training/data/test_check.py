@@ -11,7 +11,7 @@ from PIL import Image
 from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256, write_json
-from open_unitok.training.data.check import check
+from open_unitok.training.data.check import check_dataset
 from open_unitok.training.data.code_shards import FORMAT
 
 
@@ -55,20 +55,20 @@ def test_codes(tmp_path, capsys):
     run(["data", "check", str(folder)])
     out = capsys.readouterr().out
     for words in (
-        "20 samples, 20 looked at",
+        "20 samples, 20 checked",
         "22 images",
         "16 samples with captions: 32 texts of 2 to 6 words, median 2, 95 % up to 6",
         "16 samples with conversations: 16 texts of 3 to 3 words",
-        "2 samples with a document: 2 texts of 5 to 5 words",
-        "2 samples with nothing said",
+        "2 samples with document: 2 texts of 5 to 5 words",
+        "2 samples with images alone",
         "codes use 100.0% to 100.0%",
         "tokenizer abc (not compared",
         "0 broken",
     ):
         assert words in out, out
-    assert check(str(folder), samples=5, quiet=True).samples == 5
-    assert check(str(folder), fingerprint="abc", quiet=True).broken == []
-    other = check(str(folder), fingerprint="xyz", quiet=True)
+    assert check_dataset(str(folder), samples=5, quiet=True).samples == 5
+    assert check_dataset(str(folder), fingerprint="abc", quiet=True).broken == []
+    other = check_dataset(str(folder), fingerprint="xyz", quiet=True)
     assert len(other.broken) == 1 and "another tokenizer (abc) than the one given (xyz)" in other.broken[0]
 
 
@@ -80,13 +80,13 @@ def test_codes_of_the_wrong_mode_are_told(tmp_path):
     ):
         path = write_codes(tmp_path / mode, infos) / "codes.json"
         facts = json.loads(path.read_text())
-        assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)  # of an older folder
+        assert "note" not in " ".join(check_dataset(str(path.parent), quiet=True).lines)  # of an older folder
         write_json(path, {**facts, "mode": mode, "images": 2, "oblong": 1})
-        report = check(str(path.parent), quiet=True)
-        assert f"--mode {mode}; kind {kind} wants" in " ".join(report.lines) and not report.broken
+        report = check_dataset(str(path.parent), quiet=True)
+        assert f"--mode {mode}; kind {kind} expects" in " ".join(report.lines) and not report.broken
     path = write_codes(tmp_path / "document", [{"document": ["a", 0]}]) / "codes.json"  # no mode suits better
     write_json(path, {**json.loads(path.read_text()), "mode": "pad", "images": 1, "oblong": 1})
-    assert "note" not in " ".join(check(str(path.parent), quiet=True).lines)
+    assert "note" not in " ".join(check_dataset(str(path.parent), quiet=True).lines)
 
 
 def test_broken_codes(tmp_path, capsys):
@@ -109,9 +109,9 @@ def test_broken_codes(tmp_path, capsys):
     data = bytearray(tar.read_bytes())
     data[1024 + 512 + 2] ^= 1
     tar.write_bytes(bytes(data))
-    assert any("not as it was written" in text for text in check(str(folder), quiet=True).broken)
+    assert any("has changed since" in text for text in check_dataset(str(folder), quiet=True).broken)
     tar.write_bytes(bytes(data[:3000]))
-    assert any("is broken" in text for text in check(str(folder), quiet=True).broken)
+    assert any("is broken" in text for text in check_dataset(str(folder), quiet=True).broken)
 
 
 def test_images(tmp_path):
@@ -124,19 +124,23 @@ def test_images(tmp_path):
         add(tar, "many.1.png", png(2))
         add(tar, "many.json", json.dumps({"images": 2, "document": [0, "a cat", 1]}).encode())
         add(tar, "few.json", json.dumps({"images": 1}).encode())
-    report = check(str(tmp_path), quiet=True)
+    report = check_dataset(str(tmp_path), quiet=True)
     assert report.samples == 22 and len(report.broken) == 2
-    assert "004 has a broken image" in report.broken[0] and "few 1 image(s) are wanted" in report.broken[1]
+    assert (
+        "004 has a broken image" in report.broken[0]
+        and "few has json, expected 1 image(s)" in report.broken[1]
+    )
     text = "\n".join(report.lines)
-    assert "21 images" in text and "18 samples with captions" in text and "1 samples with nothing" in text
-    assert check(f"{tmp_path}/*.tar", quiet=True).samples == 22
+    assert "21 images" in text and "18 samples with captions" in text
+    assert "1 samples with images alone" in text
+    assert check_dataset(f"{tmp_path}/*.tar", quiet=True).samples == 22
 
 
 def test_conversations_and_text(tmp_path):
     codes = write_codes(tmp_path / "codes", [{"file": f"{n:04d}.png"} for n in range(20)])
     rows = [{"image": f"{n:04d}.png", "conversations": talk()} for n in range(21)]
     (tmp_path / "talks.json").write_text(json.dumps(rows))
-    report = check(str(tmp_path / "talks.json"), codes=str(codes), fingerprint="abc", quiet=True)
+    report = check_dataset(str(tmp_path / "talks.json"), codes=str(codes), fingerprint="abc", quiet=True)
     assert "0020.png, which is not in" in report.broken[0] and len(report.broken) == 1
     assert "20 samples with conversations" in "\n".join(report.lines)
     (tmp_path / "text.jsonl").write_text(
@@ -144,9 +148,9 @@ def test_conversations_and_text(tmp_path):
     )
     (tmp_path / "text.txt").write_bytes(b"a cat\n\xff\xfe\na dog\n")
     assert "20 samples with text: 20 texts of 3" in "\n".join(
-        check(f"{tmp_path}/text.jsonl", quiet=True).lines
+        check_dataset(f"{tmp_path}/text.jsonl", quiet=True).lines
     )
-    assert "not UTF-8" in check(f"{tmp_path}/text.txt", quiet=True).broken[0]
+    assert "not UTF-8" in check_dataset(f"{tmp_path}/text.txt", quiet=True).broken[0]
 
 
 def test_mistakes_are_named(tmp_path):
@@ -158,11 +162,11 @@ def test_mistakes_are_named(tmp_path):
         ("nothing.txt", "does not exist"),
         ("*.tar", "no file"),
         ("o.jsonl", "unitok data convert obelics"),
-        ("x.jsonl", "neither conversations nor text"),
+        ("x.jsonl", "expected conversations or text"),
     ):
         with pytest.raises(UserError, match=words):
-            check(str(tmp_path / path), quiet=True)
-    with pytest.raises(UserError, match="--codes belongs"):
-        check(str(tmp_path / "x.txt"), codes="y")
+            check_dataset(str(tmp_path / path), quiet=True)
+    with pytest.raises(UserError, match="--codes is allowed only"):
+        check_dataset(str(tmp_path / "x.txt"), codes="y")
     with pytest.raises(UserError, match="--samples"):
-        check(str(tmp_path / "x.txt"), samples=-1)
+        check_dataset(str(tmp_path / "x.txt"), samples=-1)

@@ -17,6 +17,7 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.images import to_pixels
 from open_unitok.training.data import extract
 from open_unitok.training.data.code_shards import CodeFolder
+from open_unitok.training.data.sample_kinds import crop_mismatch
 
 SIZE = 32
 
@@ -161,7 +162,7 @@ def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, t
     data = tmp_path / "data"
     write_tar(data / "a.tar", range(4))
     run(tokenizer, data, tmp_path / "square")
-    assert CodeFolder(tmp_path / "square").unsuited("conversation") is None  # there was nothing to cut
+    assert crop_mismatch(CodeFolder(tmp_path / "square"), "conversation") is None  # there was nothing to cut
     wide = io.BytesIO()
     image(5).resize((SIZE, SIZE // 2)).save(wide, "PNG")
     with tarfile.open(data / "a.tar", "a") as tar:
@@ -173,7 +174,7 @@ def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, t
         codes = CodeFolder(tmp_path / mode)
         assert codes.manifest["mode"] == mode and codes.manifest["oblong"] == 1
         found = {
-            kind: codes.unsuited(kind)
+            kind: crop_mismatch(codes, kind)
             for kind in ("text_to_image", "captioning", "conversation", "alignment")
         }
         assert {kind for kind, text in found.items() if text} == bad

@@ -15,11 +15,13 @@ from open_unitok.core.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.training.core.config import build_config
 from open_unitok.training.data import text
-from open_unitok.training.data.code_shards import FORMAT, SHARDS_AT_ONCE, CodeFolder, Order
-from open_unitok.training.data.collate import KINDS, Rows
+from open_unitok.training.data.code_shards import FORMAT, SHUFFLED_TARS, CodeFolder
 from open_unitok.training.data.mixture import Mixture
+from open_unitok.training.data.mixture_options import MixtureOptions
+from open_unitok.training.data.sample_kinds import SAMPLE_KINDS
+from open_unitok.training.data.sequences import SequenceBuilder
+from open_unitok.training.data.shuffled_order import ShuffledOrder
 from open_unitok.training.data.text import TextLines
-from open_unitok.training.mllm.config import MixtureOptions
 
 TOKENS, BOOKS, ENTRIES = 4, 3, 16
 
@@ -61,13 +63,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def rows(golden):
+def sequences(golden):
     path = golden / "mllm" / "tokenizer.model"
-    return Rows(UniTokProcessor.from_text_tokenizer(path, num_image_tokens=TOKENS, template="plain"), 200)
+    processor = UniTokProcessor.from_text_tokenizer(path, num_image_tokens=TOKENS, template="plain")
+    return SequenceBuilder(processor, 200)
 
 
 @pytest.fixture
-def make(folder, rows):
+def make(folder, sequences):
     def build_mixture(entries=None, batch_size=10, accumulation=1, seed=3, fingerprint="abc", **options):
         entries = entries or [("text_to_image", 0.6), ("conversation", 0.3), ("text", 0.1)]
         listed = [
@@ -77,7 +80,7 @@ def make(folder, rows):
         checked = build_config(MixtureOptions, {"mixture": listed, **options})
         return Mixture(
             checked,
-            rows,
+            sequences,
             seed=seed,
             batch_size=batch_size,
             accumulation=accumulation,
@@ -107,23 +110,23 @@ def test_shares_follow_the_weights(make):
     mixture = make()
     kinds = Counter()
     for step in range(1, 8):
-        kinds.update(KINDS[k] for batch in mixture.next() for k in batch.kinds[:, 0])
+        kinds.update(list(SAMPLE_KINDS)[k] for batch in mixture.next() for k in batch.kinds[:, 0])
         for kind, share in (("text_to_image", 0.6), ("conversation", 0.3), ("text", 0.1)):
             assert abs(kinds[kind] - share * 10 * step) <= 1
 
 
 def test_every_sample_comes_once_per_epoch(folder):
     sizes = CodeFolder(folder).sizes
-    order = Order(sizes, seed=0, name="a")
+    order = ShuffledOrder(sizes, seed=0, name="a")
     epochs = [[order[e * 40 + i] for i in range(40)] for e in range(3)]
     assert all(sorted(epoch) == [(s, i) for s in range(2) for i in range(20)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [Order(sizes, seed=0, name="a")[i] for i in range(40)] == epochs[0]
-    assert [Order(sizes, seed=1, name="a")[i] for i in range(40)] != epochs[0]
-    many = Order([3, 0, 5] * SHARDS_AT_ONCE, seed=0, name="a")
+    assert [ShuffledOrder(sizes, seed=0, name="a")[i] for i in range(40)] == epochs[0]
+    assert [ShuffledOrder(sizes, seed=1, name="a")[i] for i in range(40)] != epochs[0]
+    many = ShuffledOrder([3, 0, 5] * SHUFFLED_TARS, seed=0, name="a")
     seen = [many[i] for i in range(many.total)]
-    assert len(set(seen)) == many.total == 8 * SHARDS_AT_ONCE
-    assert len({shard for shard, _ in seen[: 3 * SHARDS_AT_ONCE]}) <= SHARDS_AT_ONCE  # read tar by tar
+    assert len(set(seen)) == many.total == 8 * SHUFFLED_TARS
+    assert len({shard for shard, _ in seen[: 3 * SHUFFLED_TARS]}) <= SHUFFLED_TARS  # read tar by tar
 
 
 @pytest.mark.parametrize("options", [{}, {"pack_to": 100}, {"group_by_length": True}])
@@ -153,16 +156,16 @@ def test_workers_change_nothing_and_their_number_may_change(make):
     assert state == alone.state_dict()
 
 
-def test_workers_count_bad_samples_and_stop(tmp_path, rows):
+def test_workers_count_bad_samples_and_stop(tmp_path, sequences):
     codes = write_codes(tmp_path / "codes", broken=range(0, 40, 20))
     options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "workers": 2}
-    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=40)
+    mixture = Mixture(build_config(MixtureOptions, options), sequences, seed=0, batch_size=40)
     for _ in range(3):
         mixture.next()
     assert mixture.seen == 120 and mixture.bad >= 6
     many = write_codes(tmp_path / "many", broken=range(10))
     options["mixture"][0]["path"] = str(many)
-    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=200)
+    mixture = Mixture(build_config(MixtureOptions, options), sequences, seed=0, batch_size=200)
     with pytest.raises(UserError, match="max_bad_share") as error:
         for _ in range(5):
             mixture.next()
@@ -191,38 +194,38 @@ def test_grouping_by_length_saves_padding(make):
     assert sum(b.kinds.numel() for b in second) < sum(b.kinds.numel() for b in first)
 
 
-def test_unconditional_share_and_captions(make, rows):
+def test_unconditional_share_and_captions(make, sequences):
     mixture = make([("text_to_image", 1.0)], batch_size=400, unconditional=0.25)
     found = Counter(rows_of(mixture.next()))
-    bare = rows.make("text_to_image", None, (TOKENS,)).ids.tolist()
+    bare = sequences.build("text_to_image", None, (TOKENS,)).ids.tolist()
     assert abs(found[tuple(bare)] / 400 - 0.25) < 0.07
     assert len(found) > 70  # of 40 samples with two captions each, nearly all were drawn
     both = make([("text_to_image", 1.0)], batch_size=400, text_to_image_share=0.7, unconditional=0.0)
-    kinds = Counter(KINDS[k] for batch in both.next() for k in batch.kinds[:, 0])
+    kinds = Counter(list(SAMPLE_KINDS)[k] for batch in both.next() for k in batch.kinds[:, 0])
     assert (
         abs(kinds["text_to_image"] / 400 - 0.7) < 0.08 and kinds["captioning"] == 400 - kinds["text_to_image"]
     )
 
 
-def test_short_captions_are_taken_as_published(tmp_path, rows):
+def test_short_captions_are_taken_as_published(tmp_path, sequences):
     info = {"short_caption": "a cat", "long_caption": "a photo of a red cat"}
     codes = write_codes(tmp_path / "codes", info=info)
     options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "unconditional": 0.0}
-    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=400)
+    mixture = Mixture(build_config(MixtureOptions, options), sequences, seed=0, batch_size=400)
     found = Counter(rows_of(mixture.next()))
-    short = tuple(rows.make("text_to_image", "a cat", (TOKENS,)).ids.tolist())
+    short = tuple(sequences.build("text_to_image", "a cat", (TOKENS,)).ids.tolist())
     assert len(found) == 2 and abs(found[short] / 400 - 0.2) < 0.06
 
 
-def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
+def test_bad_samples_are_replaced_and_counted(tmp_path, sequences, capsys):
     few = write_codes(tmp_path / "few", broken=(3,))
     options = {"mixture": [{"kind": "text_to_image", "path": str(few)}]}
-    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=40)
+    mixture = Mixture(build_config(MixtureOptions, options), sequences, seed=0, batch_size=40)
     assert len(rows_of(mixture.next())) == 40 and mixture.bad == 1
     assert "codes.npy cannot be read" in capsys.readouterr().err
     many = write_codes(tmp_path / "many", broken=range(10))
     options["mixture"][0]["path"] = str(many)
-    mixture = Mixture(build_config(MixtureOptions, options), rows, seed=0, batch_size=100)
+    mixture = Mixture(build_config(MixtureOptions, options), sequences, seed=0, batch_size=100)
     with pytest.raises(UserError, match="max_bad_share"):
         for _ in range(10):
             mixture.next()
@@ -230,19 +233,19 @@ def test_bad_samples_are_replaced_and_counted(tmp_path, rows, capsys):
 
 def test_each_entry_has_one_order(make):
     mixture = make()
-    assert len(mixture.orders) == len(mixture.entries) == len(mixture.sets)
+    assert len(mixture.orders) == len(mixture.entries) == len(mixture.datasets)
 
 
-def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, rows):
+def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, sequences):
     """Without <image> the image comes first, and roles are known by other names, as `data check` has it."""
     talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
     own = write_codes(tmp_path / "own", info={"conversations": [talk]})
     options = build_config(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
-    mixture = Mixture(options, rows, seed=0, batch_size=4)
+    mixture = Mixture(options, sequences, seed=0, batch_size=4)
     (batch,) = mixture.next()
     assert mixture.bad == 0
     marked = [{"from": "human", "value": "<image>\nWhat is it"}, {"from": "gpt", "value": "a cat"}]
-    expected, _ = rows.make("conversation", json.dumps(marked), (TOKENS,))
+    expected, _ = sequences.build("conversation", json.dumps(marked), (TOKENS,))
     assert batch.inputs["input_ids"][0].tolist() == expected.tolist()
 
 
@@ -278,6 +281,6 @@ def test_refusals(tmp_path, make, folder):
             CodeFolder(broken).read(1, place)
 
 
-def test_other_data_has_another_fingerprint(make, tmp_path, rows):
+def test_other_data_has_another_fingerprint(make, tmp_path, sequences):
     assert make().fingerprint == make().fingerprint != make([("text_to_image", 1.0)]).fingerprint
     assert torch.equal(make().next()[0].kinds, make().next()[0].kinds)

@@ -8,7 +8,9 @@ import torch
 
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.training.core.flops import TokenCounts
-from open_unitok.training.data.collate import IGNORED, Rows, Sample, collate
+from open_unitok.training.data.collate import TrainingSample, collate
+from open_unitok.training.data.sample_kinds import IGNORE_INDEX
+from open_unitok.training.data.sequences import SequenceBuilder
 from open_unitok.training.mllm.metrics import Progress
 
 IMAGE, TOKENS, BOOKS, ENTRIES = -200, 4, 3, 16
@@ -22,18 +24,18 @@ def processor(golden):
 
 
 @pytest.fixture(scope="module")
-def rows(processor):
-    return Rows(processor, 100)
+def sequences(processor):
+    return SequenceBuilder(processor, 100)
 
 
 @pytest.fixture(scope="module")
-def samples(rows):
+def samples(sequences):
     """One of every kind, with no, one and two images."""
     random = np.random.default_rng(0)
 
     def make(kind, text, images):
         codes = tuple(random.integers(0, ENTRIES, (TOKENS, BOOKS)).astype(np.uint16) for _ in range(images))
-        return Sample(kind, rows.make(kind, text, (TOKENS,) * images), codes)
+        return TrainingSample(kind, sequences.build(kind, text, (TOKENS,) * images), codes)
 
     return [
         make("text_to_image", "a red dog", 1),
@@ -94,34 +96,34 @@ def test_no_sample_sees_another(model, samples):
     touched = [i for i, span in enumerate(spans) if differs[span].any()]
     assert len(touched) == 1
     ids = one.inputs["input_ids"][0][spans[touched[0]]]
-    assert ids.tolist() == samples[0].row.ids.tolist()
+    assert ids.tolist() == samples[0].sequence.ids.tolist()
 
 
 @torch.no_grad()
 def test_a_first_token_is_never_a_target(model, samples):
     """Plain text labels its first id; neither the row's nor a packed sample's first is learnt."""
     texts = [sample for sample in samples if sample.kind == "text"] * 2
-    assert all(sample.row.labels[0] != IGNORED for sample in texts)
+    assert all(sample.sequence.labels[0] != IGNORE_INDEX for sample in texts)
     for batch in (collate(texts, IMAGE, 0), collate(texts, IMAGE, 0, pack_to=100)):
-        wanted = sum(len(sample.row.ids) - 1 for sample in texts)
+        wanted = sum(len(sample.sequence.ids) - 1 for sample in texts)
         assert losses(model, batch)[2] == wanted == batch.text_targets
-    first = [np.where(np.arange(len(s.row.ids)) == 0, 9, IGNORED) for s in texts]
-    moved = [s._replace(row=s.row._replace(labels=labels)) for s, labels in zip(texts, first)]
+    first = [np.where(np.arange(len(s.sequence.ids)) == 0, 9, IGNORE_INDEX) for s in texts]
+    moved = [s._replace(sequence=s.sequence._replace(labels=labels)) for s, labels in zip(texts, first)]
     assert losses(model, collate(moved, IMAGE, 0, pack_to=100))[2] == 0
 
 
 @torch.no_grad()
-def test_a_genuine_pad_id_is_read_and_learnt(model, rows):
+def test_a_genuine_pad_id_is_read_and_learnt(model, sequences):
     """Masks come from lengths: a genuine unknown token, whose id also fills rows up, stays."""
-    row = rows.make("text", "a cat in the blue sky", ())
+    row = sequences.build("text", "a cat in the blue sky", ())
     row = row._replace(ids=row.ids.copy(), labels=row.labels.copy())
-    row.ids[3] = row.labels[3] = rows.processor.pad_token_id
-    short = Sample("text", rows.make("text", "a cat", ()), ())
-    unknown = Sample("text", row, ())
+    row.ids[3] = row.labels[3] = sequences.processor.pad_token_id
+    short = TrainingSample("text", sequences.build("text", "a cat", ()), ())
+    unknown = TrainingSample("text", row, ())
     alone = losses(model, collate([unknown], IMAGE, 0)), losses(model, collate([short], IMAGE, 0))
     for pack_to in (0, 64):
         found = losses(model, collate([unknown, short], IMAGE, 0, pack_to=pack_to))
-        assert found[2] == len(row.ids) - 1 + len(short.row.ids) - 1
+        assert found[2] == len(row.ids) - 1 + len(short.sequence.ids) - 1
         assert found[0] == pytest.approx(alone[0][0] + alone[1][0], rel=2e-6)
 
 
@@ -130,7 +132,7 @@ def test_speed_counts_real_tokens_and_pairs_alone(model, samples, pack_to):
     """Padded, packed with padding behind, packed tight: the work is that of the samples one by one."""
     progress = Progress(model, torch.device("cpu"))
     progress.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
-    lengths = [len(sample.row.ids) for sample in samples]
+    lengths = [len(sample.sequence.ids) for sample in samples]
     work = TokenCounts(*progress.work.tolist())
     assert work.tokens == sum(lengths)
     assert work.attention_pairs == sum(

@@ -18,9 +18,10 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.training.core.config import build_config
 from open_unitok.training.data.code_shards import CodeFolder
-from open_unitok.training.data.collate import IGNORED, Rows
 from open_unitok.training.data.mixture import Mixture
-from open_unitok.training.mllm.config import MixtureOptions
+from open_unitok.training.data.mixture_options import MixtureOptions
+from open_unitok.training.data.sample_kinds import IGNORE_INDEX
+from open_unitok.training.data.sequences import SequenceBuilder
 
 IMAGE, TOKENS = -200, 4
 THINGS = ("cat", "dog", "fox", "sky")
@@ -94,8 +95,8 @@ def mixture(golden, tokenizer):
 
     def make(entries, batch_size=20, max_length=400, **options):
         checked = build_config(MixtureOptions, {"mixture": entries, **options})
-        rows = Rows(processor, max_length)
-        return Mixture(checked, rows, seed=0, batch_size=batch_size, fingerprint=fingerprint)
+        sequences = SequenceBuilder(processor, max_length)
+        return Mixture(checked, sequences, seed=0, batch_size=batch_size, fingerprint=fingerprint)
 
     return make
 
@@ -106,7 +107,7 @@ def read_batch(mixture):
     inputs = batch.inputs
 
     def decode(ids):
-        text = mixture.rows.processor.decode(ids).translate({0: " ", 1: " "})  # boi and eoi are bytes
+        text = mixture.sequences.processor.decode(ids).translate({0: " ", 1: " "})  # boi and eoi are bytes
         return " ".join(text.split())
 
     codes = iter([] if inputs["image_codes"] is None else inputs["image_codes"].tolist())
@@ -114,7 +115,7 @@ def read_batch(mixture):
     for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
         ids, labels = ids[mask.bool()], labels[mask.bool()]
         images = [next(codes) for _ in range(int((ids == IMAGE).sum()) // TOKENS)]
-        learnt = labels[(labels != IGNORED) & (labels != IMAGE)]
+        learnt = labels[(labels != IGNORE_INDEX) & (labels != IMAGE)]
         found.append((decode(ids), images, decode(learnt), int((labels == IMAGE).sum()) // TOKENS))
     assert next(codes, None) is None
     return found
@@ -199,9 +200,9 @@ def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_p
     given = ("--images", images, "--max-bad-share", 0.5)
     unitok("data", "convert", "llava", path, tmp_path / "tars", *given)
     assert "5 samples" in (out := capsys.readouterr().out) and "4 skipped" in out
-    with pytest.raises(UserError, match="no code folder, as kind text_to_image"):
+    with pytest.raises(UserError, match="not a code folder, as kind text_to_image"):
         mixture([entry("text_to_image", path)])
-    with pytest.raises(UserError, match="belongs to conversations"):
+    with pytest.raises(UserError, match="allowed only with conversations"):
         mixture([entry("text_to_image", image_codes, codes=str(image_codes))])
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(UserError, match="no list of conversations"):
@@ -273,7 +274,7 @@ def test_a_long_document_ends_before_an_image_that_does_not_fit(
         visual = int((ids == IMAGE).sum())
         assert visual % TOKENS == 0 and visual // TOKENS == len(batch.inputs["image_codes"]) and made.bad == 0
         ends = ids[torch.arange(20), batch.inputs["attention_mask"].sum(1) - 1]
-        assert made.rows.processor.boi_token_id not in ends  # no image is announced that does not come
+        assert made.sequences.processor.boi_token_id not in ends  # no image is announced that does not come
     assert min(lengths) <= 10 and max(lengths) > 20
 
 
@@ -339,7 +340,7 @@ def test_samples_lack_no_image(images, tokenizer, tmp_path, capsys):
             if member.name != "000000001.1.png":
                 tar.addfile(member, whole.extractfile(member))
     extract(tokenizer, tmp_path / "tars", tmp_path / "codes")
-    assert "2 image(s) are wanted, it has 0.png, json" in capsys.readouterr().err
+    assert "has 0.png, json, expected 2 image(s)" in capsys.readouterr().err
     assert len(CodeFolder(tmp_path / "codes")) == len(rows) - 1
 
 

@@ -1,0 +1,70 @@
+"""Prefetching the steps of a mixture in worker processes; the batches and their order stay the same.
+
+Of W workers, worker w builds steps w, w + W, ... counted from the mixture's current step, and only counts
+through the others. The state of a run is therefore the mixture's own, whatever W is or becomes.
+"""
+
+import itertools
+import pickle
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from .shards import read
+
+
+class Steps(Protocol):
+    """What builds the steps of a run one after the other; `seen` and `bad` count samples."""
+
+    seen: int
+    bad: int
+
+    def build(self) -> list[Any]:
+        """This rank's micro-batches of the next step."""
+        ...
+
+    def skip(self) -> None:
+        """Move on by one step without building it."""
+        ...
+
+
+class Prefetched(NamedTuple):
+    """One step of this rank, and the samples that were seen and bad while it was built."""
+
+    batches: bytes  # a pickled list[Batch]: faster than torch's shared-memory file per tensor
+    seen: int
+    bad: int
+
+
+class _WorkerSteps(IterableDataset):
+    def __init__(self, steps: Steps):
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[Prefetched]:
+        worker = get_worker_info()
+        assert worker is not None
+        steps = self.steps  # fork gave this process its own copy
+        for number in itertools.count():
+            if number % worker.num_workers == worker.id:
+                seen, bad = steps.seen, steps.bad
+                batches = steps.build()
+                yield Prefetched(pickle.dumps(batches), steps.seen - seen, steps.bad - bad)
+            else:
+                steps.skip()
+
+
+def _identity(item: Any) -> Any:
+    return item
+
+
+def prefetch(steps: Steps, workers: int) -> Iterator[Prefetched]:
+    """The next steps without end, built by `workers` processes."""
+    loader = DataLoader(
+        _WorkerSteps(steps),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_identity,
+        multiprocessing_context="fork",  # open and memory-mapped files are shared instead of copied
+    )
+    return read(loader)

@@ -1,0 +1,138 @@
+"""Reading the records of data sets: files of records, captions, conversations (LLaVA's JSON), documents.
+
+Used alike by conversion, `unitok data check` and training, so that what one accepts the others accept.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+from .tar_index import BadSample
+
+TEXT_KEYS = ("text", "content")
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_IMAGE_MARK = "<image>"
+_MAX_KEY = 90  # a tar header has 100 bytes for a name, and an extension follows
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a .jsonl, .json (a list) or .csv file, one after the other.
+
+    Raises:
+        UserError: another extension, or a record that is malformed; the message names file and line.
+    """
+    if path.suffix == ".csv":
+        with open(existing(path), encoding="utf-8-sig", newline="") as file:
+            yield from csv.DictReader(file)
+        return
+    if path.suffix == ".json":
+        try:
+            records = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(records, list):
+            raise UserError(f"{path} holds {type(records).__name__}, expected a list of samples.")
+        numbered = enumerate(records, 1)
+    elif path.suffix == ".jsonl":
+        numbered = _json_lines(path)
+    else:
+        raise UserError(f"{path}: expected a .jsonl, .json or .csv file.")
+    for number, record in numbered:
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, record {number}, is {type(record).__name__}, expected a mapping.")
+        yield record
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    with open(existing(path), "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
+
+
+def image_key(name: str) -> str:
+    """The key of an image's sample: its name without extension; other than [A-Za-z0-9_/-] becomes "_"."""
+    stem = str(Path(name).with_suffix("")) if Path(name).suffix else name
+    key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"), flags=re.ASCII)
+    if len(key) <= _MAX_KEY:
+        return key
+    # a hash keeps long names apart that share their beginning
+    return f"{key[: _MAX_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def caption_texts(info: dict[str, Any]) -> list[str]:
+    """All captions of a sample, long and short ones last; [] if it has none.
+
+    Raises:
+        BadSample: "captions" is not a list of texts.
+    """
+    captions = info.get("captions") or []
+    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+        raise BadSample(f"has captions {str(captions)[:60]}, expected a list of texts")
+    return [*captions, *(info[n] for n in ("long_caption", "short_caption") if info.get(n))]
+
+
+def image_names(record: Any) -> list[str]:
+    """The images that a conversation is about; raises BadSample."""
+    if not isinstance(record, dict):
+        raise BadSample(f"is {type(record).__name__}, expected a mapping")
+    named = record.get("image", record.get("images"))
+    names = [] if named is None else named if isinstance(named, list) else [named]
+    if not all(isinstance(name, str) and name for name in names):
+        raise BadSample(f"names its images {named!r}, expected a name or a list of names")
+    return names
+
+
+def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str, str]]:
+    """[{"from": "human" | "gpt", "value"}] of a conversation; images come first where no turn marks them.
+
+    Raises:
+        BadSample: the speakers do not alternate, or the turns mark another number of images.
+    """
+    given = record.get("conversations", record.get("messages"))
+    if not isinstance(given, list) or not given:
+        raise BadSample("has no conversations")
+    turns: list[dict[str, str]] = []
+    for number, turn in enumerate(given):
+        # LLaVA writes from/value, chat templates role/content
+        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if _SPEAKERS.get(str(speaker)) == "gpt" and not turns:  # LLaVA drops an answer before any question
+            continue
+        expected = ("human", "gpt")[len(turns) % 2]
+        if _SPEAKERS.get(str(speaker)) != expected or not isinstance(text, str):
+            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt must take turns")
+        turns.append({"from": expected, "value": text})
+    if not turns or len(turns) % 2:
+        raise BadSample(f"has {len(turns)} turns, expected pairs of a question and an answer")
+    marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns)
+    if num_images and not marks:
+        turns[0]["value"] = f"{_IMAGE_MARK}\n" * num_images + turns[0]["value"]
+    elif marks != num_images:
+        raise BadSample(f"marks {marks} image(s) in its text, but has {num_images}")
+    return turns
+
+
+def document_pieces(info: dict[str, Any], num_images: int) -> list[str | int]:
+    """The texts and image numbers of an interleaved document; [] if the sample has none.
+
+    Raises:
+        BadSample: "document" is not a list of texts and of numbers below `num_images`.
+    """
+    document = info.get("document") or []
+    if not isinstance(document, list):
+        raise BadSample("has a document that is not a list")
+    numbers = [piece for piece in document if not isinstance(piece, str)]
+    if not all(isinstance(number, int) and 0 <= number < num_images for number in numbers):
+        raise BadSample(f"names images {numbers} in its document, but has {num_images}")
+    return document

@@ -1,0 +1,298 @@
+"""The kinds of training samples: what each learns and how it becomes a sequence (arXiv 2502.20321, 3.4).
+
+`SAMPLE_KINDS` maps a name to one object; a new kind is one subclass and one entry, and every other list of
+kinds derives from this dict. Configs are checked against it, so nothing here imports torch.
+
+A sample is the codes of I images, each (N, K), and the `info` that stands in its KEY.json. The ids that a
+kind builds hold one placeholder per image; `SequenceBuilder` repeats it N times.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from open_unitok.core.errors import UserError, did_you_mean
+
+from .code_shards import CodeFolder, CodeSample
+from .records import caption_texts, conversation_turns, document_pieces
+from .tar_index import BadSample
+
+# positions that are not learned: the `ignore_index` of torch's cross_entropy
+IGNORE_INDEX = -100
+
+# what a kind can read; `MixtureEntry.dataset` chooses among them by the path
+CODE_FOLDER, CONVERSATION_FILE, TEXT_FILE = "code folder", "conversation file", "text file"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DropOptions:
+    """Shares of samples that drop something; the defaults are published UniTok's.
+
+    unconditional: text_to_image samples without their caption, for classifier-free guidance. short_captions:
+    samples that take the short caption where there is a long one too. text_to_image_share: samples of an
+    entry text_to_image that generate their image; the rest is captioned.
+    """
+
+    unconditional: float = 0.1
+    short_captions: float = 0.2
+    text_to_image_share: float = 1.0
+
+
+class Selection(NamedTuple):
+    """The part of a sample that a sequence is built from."""
+
+    text: str | None  # text, or JSON of turns or of a document; None = unconditional
+    images: tuple[np.ndarray, ...]  # each (N, K), in the order of their placeholders
+
+
+class SampleKind:
+    """One kind of training sample. Subclasses set what differs and define `texts`, `select`, `sequence`."""
+
+    reads: tuple[str, ...] = (CODE_FOLDER,)  # data sets it can be read from
+    field: str = ""  # key of KEY.json that it is made of
+    crop: str | None = None  # --mode of extract-codes that suits it; None = any
+    reads_images: bool = True
+    generates_images: bool = False  # images are learned, so their number of tokens must be the model's
+    learns_text: bool = True
+    may_drop_images: bool = False  # a sequence that is too long ends before an image
+    shuffle_name: str | None = None  # seeds the shuffle in place of the kind's name
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        """The texts that a sample offers to this kind, for `unitok data check`; [] if it has none.
+
+        Raises:
+            BadSample: `info` is malformed.
+        """
+        raise NotImplementedError
+
+    def alternative(self, options: DropOptions, random: Sequence[float]) -> str | None:
+        """Name of another kind that this sample serves as, or None; `random` as in `select`."""
+        return None
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        """Choose text and images of a sample.
+
+        Args:
+            random: three uniform numbers in [0, 1), a function of seed, step and position in the batch.
+
+        Raises:
+            BadSample: the sample cannot serve as this kind.
+        """
+        raise NotImplementedError
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        """Ids and labels with one placeholder per image; labels are IGNORE_INDEX where nothing is learned.
+
+        Args:
+            processor: a UniTokProcessor.
+
+        Raises:
+            BadSample, UserError: no sequence can be made of this text.
+        """
+        raise NotImplementedError
+
+    def generated_share(self, options: DropOptions) -> float:
+        """Share of the samples that learn their images, for `unitok plan`."""
+        return float(self.generates_images)
+
+
+def bos_ids(processor: Any) -> list[int]:
+    """[bos], or [] for a text tokenizer without one."""
+    return [] if processor.bos_token_id is None else [processor.bos_token_id]
+
+
+class Captioning(SampleKind):
+    """Image to text, as in the published pretraining: the caption and eos are learned."""
+
+    field = "captions"
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        return caption_texts(info)
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        caption = choose_caption(sample, options, random[0])
+        if not caption:
+            raise BadSample("has no caption")
+        return Selection(caption, sample.images)
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        bos = bos_ids(processor)
+        caption = processor.encode_text(text or "")[len(bos) :]
+        given = [*bos, processor.boi_token_id, processor.image_token_id, processor.eoi_token_id]
+        learned = [*caption, processor.eos_token_id]
+        return given + learned, [IGNORE_INDEX] * len(given) + learned
+
+
+class TextToImage(Captioning):
+    """Text to image: the prompt is given; boi, the image, eoi and eos are learned."""
+
+    crop = "crop"
+    generates_images = True
+    learns_text = False
+    shuffle_name = "drawing"  # the kind's first name: a seed keeps giving the same run
+
+    def alternative(self, options: DropOptions, random: Sequence[float]) -> str | None:
+        return None if random[2] < options.text_to_image_share else "captioning"
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        caption = choose_caption(sample, options, random[0])
+        # classifier-free guidance needs a model that also knows images without a prompt
+        unconditional = random[1] >= 1 - options.unconditional
+        return Selection(None if unconditional else caption, sample.images)
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        ids = processor.unconditional_ids() if text is None else processor.text_to_image_ids(text)
+        *prompt, boi = ids
+        learned = [boi, processor.image_token_id, processor.eoi_token_id, processor.eos_token_id]
+        return prompt + learned, [IGNORE_INDEX] * len(prompt) + learned
+
+    def generated_share(self, options: DropOptions) -> float:
+        return options.text_to_image_share
+
+
+class Conversation(SampleKind):
+    """Questions and answers in the processor's template; the answers are learned."""
+
+    reads = (CODE_FOLDER, CONVERSATION_FILE)
+    field = "conversations"
+    crop = "pad"
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        given = info.get("conversations") or []
+        if not isinstance(given, list):
+            raise BadSample("has conversations that are not a list")
+        turns = [turn for c in given for turn in conversation_turns({"conversations": c}, num_images)]
+        return [turn["value"] for turn in turns if turn["from"] == "gpt"]
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        given = sample.info.get("conversations")
+        if not isinstance(given, list) or not given:
+            raise BadSample("has no conversation")
+        chosen = {"conversations": given[int(random[0] * len(given))]}
+        return Selection(json.dumps(conversation_turns(chosen, len(sample.images))), sample.images)
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        return processor.conversation_ids(json.loads(text or "[]"))
+
+
+class Alignment(Conversation):
+    """The first answer of a conversation right after the image, without eos: how LLaVA pretrains its
+    projector."""
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        return processor.alignment_ids(json.loads(text or "[]"))
+
+
+class Text(SampleKind):
+    """Plain text, learned from its second token on, without eos."""
+
+    reads = (TEXT_FILE,)
+    field = "text"
+    reads_images = False
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        return [info["text"]] if isinstance(info.get("text"), str) else []
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        return Selection(sample.info["text"], ())
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        ids = list(processor.encode_text(text or ""))
+        return ids, ids
+
+
+class Document(SampleKind):
+    """Interleaved texts and images, as many as fit into max_length; texts, images and eos are learned."""
+
+    field = "document"
+    generates_images = True
+    may_drop_images = True
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        if info.get("document") is None:
+            return []
+        pieces = document_pieces(info, num_images)
+        return [" ".join(piece for piece in pieces if isinstance(piece, str))]
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        pieces = document_pieces(sample.info, len(sample.images))
+        if not pieces:
+            raise BadSample("has no document")
+        return Selection(json.dumps(pieces), tuple(sample.images[p] for p in pieces if isinstance(p, int)))
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        bos = bos_ids(processor)
+        image = [processor.boi_token_id, processor.image_token_id, processor.eoi_token_id]
+        ids, labels = list(bos), [IGNORE_INDEX] * len(bos)
+        for piece in json.loads(text or "[]"):
+            is_text = isinstance(piece, str)
+            added = processor.encode_text(piece)[len(bos) :] if is_text else image
+            ids += added
+            labels += added if is_text or self.generates_images else [IGNORE_INDEX] * len(added)
+        return [*ids, processor.eos_token_id], [*labels, processor.eos_token_id]
+
+
+class Reading(Document):
+    """A document of which only the texts and eos are learned."""
+
+    generates_images = False
+
+
+# the order decides the numbers in `Batch.kinds`, and which kind `unitok data check` warns about
+SAMPLE_KINDS: dict[str, SampleKind] = {
+    "text_to_image": TextToImage(),
+    "captioning": Captioning(),
+    "conversation": Conversation(),
+    "alignment": Alignment(),
+    "text": Text(),
+    "document": Document(),
+    "reading": Reading(),
+}
+
+
+def find_sample_kind(name: str) -> SampleKind:
+    """
+    Raises:
+        UserError: there is no such kind.
+    """
+    if name not in SAMPLE_KINDS:
+        raise UserError(
+            f"data.mixture: kind {name!r} is not in SAMPLE_KINDS (training/data/sample_kinds.py)."
+            f"{did_you_mean(name, SAMPLE_KINDS)}"
+        )
+    return SAMPLE_KINDS[name]
+
+
+def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> str | None:
+    """A caption of a sample with one image: the long one, for a share the short one, else any; None if it
+    has none.
+
+    Raises:
+        BadSample: another number of images, or captions that are not texts.
+    """
+    if len(sample.images) != 1:
+        raise BadSample(f"has {len(sample.images)} images, expected 1")
+    long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
+    caption = (short or long) if random >= 1 - options.short_captions or not long else long
+    if caption is None and captions:
+        if not isinstance(captions, list):
+            raise BadSample(f"has captions {str(captions)[:40]!r}, expected a list of texts")
+        caption = captions[int(random * len(captions))]
+    if caption is not None and not isinstance(caption, str):
+        raise BadSample(f"has the caption {caption!r}, expected a text")
+    return caption
+
+
+def crop_mismatch(codes: CodeFolder, kind: str) -> str | None:
+    """A warning where `codes` made images square in another way than suits `kind`, else None."""
+    mode, non_square = codes.manifest.get("mode"), codes.manifest.get("oblong", 0)
+    wanted = SAMPLE_KINDS[kind].crop
+    if not non_square or mode is None or wanted in (None, mode):  # older folders do not store the mode
+        return None
+    return (
+        f"{codes.folder}: {non_square} of {codes.manifest['images']} images were not square and were "
+        f"extracted with --mode {mode}; kind {kind} expects codes of `unitok extract-codes --mode {wanted}`."
+    )
