@@ -1,4 +1,4 @@
-"""Every shipped YAML is read strictly; those of stage 1, shrunk, build and run a step."""
+"""Every shipped YAML is valid and documented; those of stage 1, scaled down, run two steps."""
 
 import json
 import pathlib
@@ -37,19 +37,20 @@ SMALL = {
 }
 
 
-def test_there_are_some():
+def test_the_published_configs_are_found():
     assert {"unitok_large.yaml", "unitok_base.yaml"} <= {path.name for path in STAGE_1}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.relative_to(CONFIGS).as_posix())
-def test_is_read_strictly(path):
+def test_is_valid_and_begins_with_a_card(path):
     config = load_run_config(str(path), [])
     assert config.out.startswith("runs/") and path.read_text().startswith("#")
     card = path.read_text().partition("\nstage:")[0]
-    assert f"configs/{path.relative_to(CONFIGS).as_posix()}" in card  # the command
+    assert f"train configs/{path.relative_to(CONFIGS).as_posix()}" in card
+    assert "# Hardware: " in card and "# Expected" in card
 
 
-def test_the_published_sizes():
+def test_published_constants():
     large = load_run_config("configs/tokenizer/unitok_large.yaml", [])
     base = load_run_config("configs/tokenizer/unitok_base.yaml", [])
     assert large.steps * large.batch_size == 1_280_000_000
@@ -60,7 +61,7 @@ def test_the_published_sizes():
 
 @pytest.fixture(scope="module")
 def helpers(dino_file, tmp_path_factory):
-    """A folder with both helper networks, random, under their published names."""
+    """A folder with both helper networks, random weights, under their published names."""
     folder = tmp_path_factory.mktemp("helpers")
     torch.manual_seed(0)
     torch.save(LPIPS().state_dict(), folder / "lpips_with_vgg.pth")
@@ -69,7 +70,7 @@ def helpers(dino_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.stem)
-def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
+def test_scaled_down_it_trains(data, helpers, tmp_path, path):
     config = load_run_config(str(path), [])
     out = tmp_path / "run"
     changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
@@ -84,7 +85,7 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
         "codebooks.init_images=0",
         "engine.dtype=fp32",
     ]
-    if not config.init_from:  # else the shipped model, as it is
+    if not config.init_from:  # else the shipped model in full size
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
@@ -97,8 +98,8 @@ def test_shrunk_it_runs_a_step(data, helpers, tmp_path, path):
     assert last.get("adversarial_weight", 0) >= 0.4 * 0.015 if config.losses.adversarial else True
 
 
-def test_missing_helper_weights_stop_it(data, helpers, tmp_path, capsys):
-    """LPIPS first, then DINOv2: the message names the file and where it comes from."""
+def test_missing_helper_weights_stop_the_run(data, helpers, tmp_path, capsys):
+    """LPIPS first, then DINOv2; the message names the file and its source."""
     changes = [f"data.sources=[{{path: '{data}/pairs-*.tar'}}]", f"caption_tokenizer={data}/tokenizer.model"]
     changes += [f"out={tmp_path}/run", "images.captions=json", "batch_size=4", "data.workers=0"]
     changes += [f"model.{name}={value}" for name, value in SMALL.items()]
@@ -113,7 +114,7 @@ def test_missing_helper_weights_stop_it(data, helpers, tmp_path, capsys):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_lpips_is_refused_on_small_images(data, helpers, tmp_path, capsys):
+def test_lpips_rejects_small_images(data, helpers, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", str(data / "config.yaml"), f"out={tmp_path}/run",
               f"losses={{lpips: 1.0, lpips_weights: {helpers}}}"])  # fmt: skip
@@ -121,20 +122,20 @@ def test_lpips_is_refused_on_small_images(data, helpers, tmp_path, capsys):
 
 
 def test_init_from_clip(data, tmp_path):
-    """Towers are taken over, the rest begins as ever; a file that lacks a part of them is refused."""
+    """CLIP weights replace both towers and nothing else; a file that lacks part of them is rejected."""
     config = str(data / "config.yaml")
     captions = caption_tokenizer(load_run_config(config, []))
     source, plain = (build_model(load_run_config(config, [f"seed={seed}"]), captions) for seed in (1, 0))
-    places = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
+    prefixes = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
     weights = {
-        places[place] + name.removeprefix(place): tensor
+        prefixes[prefix] + name.removeprefix(prefix): tensor
         for name, tensor in state_to_published(source.state_dict()).items()
-        for place in places
-        if name.startswith(place) and not name.startswith("encoder.norm.")  # a CLIP tower has none
+        for prefix in prefixes
+        if name.startswith(prefix) and not name.startswith("encoder.norm.")  # CLIP towers have no such layer
     }
     torch.save(weights, tmp_path / "open_clip_pytorch_model.bin")
-    begun = build_model(load_run_config(config, [f"init_from_clip={tmp_path}"]), captions).state_dict()
-    for name, tensor in begun.items():
+    loaded = build_model(load_run_config(config, [f"init_from_clip={tmp_path}"]), captions).state_dict()
+    for name, tensor in loaded.items():
         towers = name.startswith(("encoder.", "text_encoder.")) and "encoder.norm." not in name
         assert torch.equal(tensor, (source if towers else plain).state_dict()[name]), name
     torch.save({n: t for n, t in weights.items() if n.startswith("visual")}, tmp_path / "half.bin")
