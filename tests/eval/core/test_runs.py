@@ -54,7 +54,7 @@ class Scripted:
             self.asked += 1
         return result
 
-    def reconstruct(self, images, again=False):
+    def reconstruct(self, images, reencode=False):
         originals = np.stack([np.asarray(image) for image in images])
         codes = np.arange(len(images) * 8).reshape(len(images), 4, 2) % 8
         return Reconstructions(originals, originals ^ 1, codes, 8)
