@@ -163,7 +163,8 @@ class UniTokMLLMConfig(PretrainedConfig):
     def for_tokenizer(cls, unitok: UniTokConfig, **fields: Any) -> UniTokMLLMConfig:
         """A config whose visual side fits a visual tokenizer; `fields` are the others (text_config, ...)."""
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
-        visual |= {"visual_hidden_size": unitok.hidden_size, "projection_heads": unitok.num_projection_heads}
+        visual["visual_hidden_size"] = unitok.decoder_width
+        visual["projection_heads"] = unitok.num_projection_heads
         return cls(**{**visual, "num_image_tokens": unitok.num_visual_tokens, **fields})
 
 

@@ -1,19 +1,21 @@
-"""The sizes of a UniTok visual tokenizer, checked when they are written down (arXiv 2502.20321)."""
+"""The configuration of a UniTok visual tokenizer, checked on construction (arXiv 2502.20321)."""
 
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 
+from .token_layout import TokenLayout
+
 PROJECTIONS = ("attention", "linear")
 Entry = TypeVar("Entry")
 
-# Named sizes: what differs from the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
-# The published vitamin_small has no decoder; ours follows the other two: the encoder's widths, backwards.
+# Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
+# The published vitamin_small has no decoder; ours mirrors the encoder's widths, as the other two do.
 SIZES: dict[str, dict[str, Any]] = {
     "vitamin_small": {
         "stem_width": 64,
@@ -45,32 +47,45 @@ SIZES: dict[str, dict[str, Any]] = {
 class UniTokConfig(PretrainedConfig):
     """Every size of a `UniTok`; the defaults are the published UniTok (vitamin_large, 256 px, 8 x 4096).
 
+    The flat fields size encoder and decoder alike; `encoder_options` and `decoder_options` override them for
+    one half, or size an encoder or decoder of another kind.
+
     Args:
-        image_size: side of the square training images in pixels, a multiple of 16; other sizes run too.
+        image_size: side of the square training images in pixels, a multiple of patch_size; with a
+            `token_layout`, the longer side. Other sizes run too.
+        patch_size: side in pixels of the square that one visual token stands for; 16 for ViTamin.
+        token_layout: {rows, columns, registers} of the training images' tokens; None = square.
+        encoder, decoder: entries of `ENCODERS` and `DECODERS`; encoder_options, decoder_options: their own
+            settings.
         stem_width: channels of the convolutional stem.
         stage_widths, stage_depths: channels and blocks of the two convolutional stages (strides 4 and 8).
-            The published triples, which end in (hidden_size, 1), are taken as well.
+            The published triples, which end in (hidden_size, 1), are accepted as well.
         hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformers of both halves.
-        drop_path_rate: stochastic depth of the last block, in training; it grows linearly from 0.
-        num_register_tokens: learnt tokens in front of the image's; they are quantised and coded too.
+        drop_path_rate: stochastic depth of the last block in training; the rate grows linearly from 0.
+        num_register_tokens: learnt tokens before those of the image; they are quantised as well.
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
         num_codebooks: K sub-codebooks.
         codebook_size, codebook_dim: V entries of width C, per sub-codebook.
         quantizer: an entry of `QUANTIZERS`; quantizer_options: its own keyword arguments.
         projection: "attention" (published) or "linear", between hidden size and code width, both ways.
         projection_heads: heads of the attention projections; None = hidden_size // (K*C), as published.
-        projection_causal: a visual token sees only earlier ones in the projections.
+        projection_causal: a visual token attends only to itself and earlier ones in the projections.
         embed_dim: E, width of the joint image-text space.
         text_*: the CLIP text tower; text_context_length counts start and end of text.
 
     Raises:
-        UserError: a value that no model can be built from; the message names the field.
+        UserError: a value from which no model can be built; the message names the field.
     """
 
     model_type = "unitok"
-    patch_size: ClassVar[int] = 16  # the product of the convolutional strides, not a choice
 
     image_size: int = 256
+    patch_size: int = 16
+    token_layout: dict[str, int] | None = None
+    encoder: str = "vitamin"
+    encoder_options: dict[str, Any] | None = None
+    decoder: str = "vitamin"
+    decoder_options: dict[str, Any] | None = None
     stem_width: int = 160
     stage_widths: list[int] | tuple[int, ...] = (160, 320)
     stage_depths: list[int] | tuple[int, ...] = (2, 4)
@@ -107,6 +122,7 @@ class UniTokConfig(PretrainedConfig):
         self.decoder_widths = _pair(self.decoder_widths, first=self.hidden_size)
         self.decoder_depths = _pair(self.decoder_depths)
         self._check()
+        self._check_layout()
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
@@ -114,16 +130,18 @@ class UniTokConfig(PretrainedConfig):
         for name in ("stage_widths", "stage_depths", "decoder_widths", "decoder_depths"):
             value = getattr(self, name)
             if len(value) != 2 or min(value) < 1:
-                raise UserError(f"{name} = {value}: two positive numbers are needed, one per stage.")
+                raise UserError(f"{name} = {value}: expected two positive numbers, one per stage.")
         for name in _POSITIVE:
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: at least 1 is needed.")
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
         if self.image_size % self.patch_size:
-            raise UserError(f"image_size = {self.image_size} is not a multiple of {self.patch_size}.")
+            raise UserError(
+                f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}."
+            )
         if self.num_register_tokens < 0:
-            raise UserError(f"num_register_tokens = {self.num_register_tokens}: 0 or more are needed.")
+            raise UserError(f"num_register_tokens = {self.num_register_tokens}: must be at least 0.")
         if not 0 <= self.drop_path_rate < 1:
-            raise UserError(f"drop_path_rate = {self.drop_path_rate}: 0 <= rate < 1 is needed.")
+            raise UserError(f"drop_path_rate = {self.drop_path_rate}: must be in [0, 1).")
         if self.projection not in PROJECTIONS:
             raise UserError(f"projection = {self.projection!r}." + did_you_mean(self.projection, PROJECTIONS))
         for width, heads in (("hidden_size", "num_attention_heads"), ("text_hidden_size", "text_num_heads")):
@@ -131,28 +149,86 @@ class UniTokConfig(PretrainedConfig):
                 raise UserError(
                     f"{width} = {getattr(self, width)} is not a multiple of {heads} = {getattr(self, heads)}."
                 )
-        widest = max(self.hidden_size, self.latent_dim)
+        widest = max(self.decoder_width, self.latent_dim)
         if self.projection == "attention" and widest % self.num_projection_heads:
             raise UserError(
-                f"The projection between hidden_size = {self.hidden_size} and num_codebooks x codebook_dim = "
-                f"{self.latent_dim} would have {self.num_projection_heads} heads, which do not divide "
+                f"The projection between hidden_size = {self.decoder_width} and num_codebooks x codebook_dim "
+                f"= {self.latent_dim} would have {self.num_projection_heads} heads, which do not divide "
                 f"{widest}: set projection_heads to a divisor of {widest}."
             )
 
+    def _check_layout(self) -> None:
+        """Fill in `token_layout`; raise UserError where it contradicts other fields."""
+        if self.token_layout is None:
+            return
+        layout = TokenLayout.from_config(self.token_layout, None, self.num_register_tokens)
+        self.num_register_tokens = self.num_register_tokens or layout.registers
+        if layout.registers != self.num_register_tokens:
+            raise UserError(
+                f"token_layout has {layout.registers} registers, but num_register_tokens = "
+                f"{self.num_register_tokens}: they must be equal."
+            )
+        longer = max(layout.grid) * self.patch_size
+        if self.image_size != longer:
+            raise UserError(
+                f"image_size = {self.image_size} is not the longer side of {layout.rows} x {layout.columns} "
+                f"tokens of {self.patch_size} pixels: set it to {longer}."
+            )
+        self.token_layout = layout.to_dict()
+
+    def part_sizes(self, part: str, fields: Sequence[str]) -> dict[str, Any]:
+        """`fields` for one half, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.
+
+        Raises:
+            UserError: an option that is not one of `fields`; a width that its heads do not divide.
+        """
+        options = getattr(self, f"{part}_options") or {}
+        check_options(part, getattr(self, part), options, fields)
+        sizes = {name: getattr(self, name) for name in fields} | options
+        if sizes["hidden_size"] % sizes["num_attention_heads"]:
+            raise UserError(
+                f"{part}: hidden_size = {sizes['hidden_size']} is not a multiple of num_attention_heads = "
+                f"{sizes['num_attention_heads']}."
+            )
+        return sizes
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The layout of the visual tokens of a training image."""
+        if self.token_layout is not None:
+            return TokenLayout(**self.token_layout)
+        side = self.image_size // self.patch_size
+        return TokenLayout(side, side, self.num_register_tokens)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) of a training image in pixels."""
+        return self.layout.rows * self.patch_size, self.layout.columns * self.patch_size
+
     @property
     def latent_dim(self) -> int:
-        """K*C, the width of all sub-codes of a visual token side by side."""
+        """K*C, the width of all sub-codes of a visual token concatenated."""
         return self.num_codebooks * self.codebook_dim
 
     @property
+    def decoder_width(self) -> int:
+        """Width of the vectors that decoder and image head read."""
+        return (self.decoder_options or {}).get("hidden_size", self.hidden_size)
+
+    @property
     def num_projection_heads(self) -> int:
-        """Heads of the attention projections: `projection_heads`, or the published hidden_size // (K*C)."""
-        return self.projection_heads or max(self.hidden_size // self.latent_dim, 1)
+        """Heads of the attention projection to `decoder_width`."""
+        return self.projection_heads_for(self.decoder_width)
+
+    def projection_heads_for(self, width: int) -> int:
+        """Heads of the attention projection between `width` and K*C: `projection_heads`, or the published
+        rule."""
+        return self.projection_heads or max(width // self.latent_dim, 1)
 
     @property
     def num_visual_tokens(self) -> int:
-        """N of an image of `image_size`, register tokens included."""
-        return (self.image_size // self.patch_size) ** 2 + self.num_register_tokens
+        """N of a training image, register tokens included."""
+        return self.layout.num_tokens
 
     @property
     def bits_per_token(self) -> float:
@@ -161,18 +237,19 @@ class UniTokConfig(PretrainedConfig):
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "UniTokConfig":
-        """The config of a named size (see `SIZES`) with some fields changed.
+        """The config of a named size (see `SIZES`), with changes.
 
         Raises:
             UserError: there is no such size.
         """
         if name not in SIZES:
-            raise UserError(f"There is no tokenizer size {name!r}." + did_you_mean(name, SIZES))
+            raise UserError(f"{name!r} is not a tokenizer size." + did_you_mean(name, SIZES))
         return cls(**{**SIZES[name], **changes})
 
 
 _POSITIVE = (
     "image_size",
+    "patch_size",
     "stem_width",
     "hidden_size",
     "num_hidden_layers",
@@ -214,7 +291,7 @@ def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Se
 
 
 def _pair(values: Sequence[int], first: int | None = None, last: int | None = None) -> list[int]:
-    """A list (as JSON has it); of a published triple only the two numbers that no other field says."""
+    """A list, as in JSON; of a published triple only the two numbers that no other field holds."""
     values = list(values)
     if len(values) == 3 and first is not None and values[0] == first:
         return values[1:]

@@ -14,7 +14,12 @@ _PREFIXES = {"encoder": "encoder.", "down_projection": "down_projection.", "quan
 
 # Options of the config that decide codes without a trace in any tensor, with the published UniTok's values.
 # They are hashed only where they differ: files from before an option existed keep their fingerprint.
-_DEFAULTS = {"quantizer": "multi_codebook", "quantizer_options": None}
+_DEFAULTS = {
+    "encoder": "vitamin",
+    "encoder_options": None,
+    "quantizer": "multi_codebook",
+    "quantizer_options": None,
+}
 
 
 def fingerprint(model: nn.Module) -> str:

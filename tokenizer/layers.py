@@ -183,6 +183,12 @@ class Transformer(nn.ModuleList):
         return hidden
 
 
+def drop_path_stacks(model: nn.Module) -> dict[str, Transformer]:
+    """The transformers in `model` that train with drop path, by the name of the part that holds each."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Transformer)}
+    return {name.removesuffix(".blocks"): module for name, module in found.items() if module.drop_path_rate}
+
+
 class Upsample(nn.Module):
     """Nearest-neighbour doubling, then a 3x3 convolution; (B, inputs, H, W) -> (B, outputs, 2H, 2W).
 

@@ -20,8 +20,8 @@ from open_unitok.core.errors import UserError
 
 from .config import UniTokConfig
 from .convert import read_published_tokenizer
-from .decoders.vitamin import ViTaminDecoder
-from .encoders.vitamin import ViTaminEncoder
+from .decoders import build_decoder
+from .encoders import build_encoder
 from .fingerprint import fingerprint
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
@@ -29,6 +29,7 @@ from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dty
 from .projection import build_projection
 from .quantizers import build_quantizer
 from .text_tower import TextEncoder
+from .token_layout import TokenLayout
 
 PUBLISHED_FILE = "unitok_tokenizer.pth"
 PUBLISHED_HUB_ID = "FoundationVision/unitok_tokenizer"
@@ -57,16 +58,17 @@ class UniTok(PreTrainedModel):
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
-        quantizer = build_quantizer(config)
-        width, latent = config.hidden_size, quantizer.latent_dim
-        projection = {"heads": config.num_projection_heads, "causal": config.projection_causal}
-        self.encoder = ViTaminEncoder(config)
-        self.down_projection = build_projection(config.projection, width, latent, **projection)
+        quantizer, decoder = build_quantizer(config), build_decoder(config)
+        latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
+        self.encoder = build_encoder(config)
+        heads = config.projection_heads_for(self.encoder.width)
+        self.down_projection = build_projection(kind, self.encoder.width, latent, heads, causal)
         self.quantizer = quantizer
-        self.up_projection = build_projection(config.projection, latent, width, **projection)
-        self.decoder = ViTaminDecoder(config)
-        self.image_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.image_projection = nn.Linear(width, config.embed_dim)
+        heads = config.projection_heads_for(decoder.width)
+        self.up_projection = build_projection(kind, latent, decoder.width, heads, causal)
+        self.decoder = decoder
+        self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
+        self.image_projection = nn.Linear(decoder.width, config.embed_dim)
         self.text_encoder = TextEncoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm
         self.post_init()
@@ -115,7 +117,7 @@ class UniTok(PreTrainedModel):
 
         Args:
             codes: with the register tokens' codes, if any, in front.
-            grid: (rows, columns) of the image tokens; None = square.
+            grid: (rows, columns) of the image tokens; None = the config's `token_layout`, else square.
 
         Raises:
             UserError: codes out of range or of another shape; a grid that does not fit them.
@@ -148,7 +150,7 @@ class UniTok(PreTrainedModel):
         return self.decoder(to_dtype_of(self.decoder, self.up_project(latents)), grid)
 
     def check_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
-        """The grid of these codes, given or square.
+        """The grid of these codes: as given, of the config, or square.
 
         Raises:
             UserError: see `decode`.
@@ -163,20 +165,20 @@ class UniTok(PreTrainedModel):
         if codes.numel() and (codes.min() < 0 or (codes >= torch.tensor(sizes, device=codes.device)).any()):
             allowed = f"0 to {sizes[0] - 1}" if len(set(sizes)) == 1 else f"0 to {sizes} minus 1"
             raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
-        tokens = codes.shape[1] - registers
+        count = codes.shape[1]
+        if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
+            return self.config.layout.grid
         if grid is None:
-            side = math.isqrt(max(tokens, 0))
-            grid = (side, side)
-            if tokens < 1 or side * side != tokens:
-                raise UserError(
-                    f"{codes.shape[1]} visual tokens, {registers} of them registers, are not a square image: "
-                    "pass grid=(rows, columns)."
-                )
-        if grid[0] * grid[1] != tokens or min(grid) < 1:
+            try:
+                return TokenLayout.square(count, registers).grid
+            except UserError as error:
+                raise UserError(f"{error} Or pass grid=(rows, columns).") from None
+        layout = TokenLayout(int(grid[0]), int(grid[1]), registers)
+        if min(layout.grid) < 1 or self.quantizer.num_tokens(layout) != count:
             raise UserError(
-                f"grid = {tuple(grid)} does not fit {tokens} image tokens (and {registers} registers)."
+                f"grid = {layout.grid} does not fit {count - registers} image tokens, {registers} registers."
             )
-        return int(grid[0]), int(grid[1])
+        return layout.grid
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that decides the codes: encoder, down projection and quantiser, as float32."""

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from open_unitok.core.errors import UserError
+
 from . import cpu
 from .layers import GeGLU, Linear, split_heads
 
@@ -100,7 +102,9 @@ class AttentionProjection(nn.Module):
     def __init__(self, inputs: int, outputs: int, heads: int, causal: bool = False) -> None:
         super().__init__()
         if max(inputs, outputs) % heads:
-            raise ValueError(f"{heads} heads do not divide the width {max(inputs, outputs)}.")
+            raise UserError(
+                f"{heads} heads do not divide the width {max(inputs, outputs)}: set projection_heads."
+            )
         self.causal = causal
         self.attention_norm = nn.LayerNorm(inputs)
         self.attention = ProjectionAttention(inputs, outputs, heads, causal)

@@ -45,15 +45,17 @@ class TokenLayout(NamedTuple):
 
     @classmethod
     def from_config(
-        cls, value: "Mapping[str, Any] | TokenLayout | None", num_tokens: int, registers: int = 0
+        cls, value: "Mapping[str, Any] | TokenLayout | None", num_tokens: int | None, registers: int = 0
     ) -> "TokenLayout":
         """The layout that a config stores as `token_layout`, or the square where it stores None.
+
+        `num_tokens` is what it must add up to; None where the layout itself says it.
 
         Raises:
             UserError: a key or value is not valid, or the layout does not have `num_tokens` tokens.
         """
         if value is None:
-            return cls.square(num_tokens, registers)
+            return cls.square(num_tokens or 0, registers)
         given = value._asdict() if isinstance(value, TokenLayout) else dict(value)
         known = {"registers": registers} | given
         whole = {name: v for name, v in known.items() if isinstance(v, int) and not isinstance(v, bool)}
@@ -66,7 +68,7 @@ class TokenLayout(NamedTuple):
             raise UserError(
                 f"token_layout is {given!r}: rows and columns are 1 or more, registers 0 or more."
             )
-        if layout.num_tokens != num_tokens:
+        if num_tokens is not None and layout.num_tokens != num_tokens:
             raise UserError(f"token_layout {given!r} has {layout.num_tokens} tokens, not {num_tokens}.")
         return layout
 

@@ -34,14 +34,14 @@ def test_default_projection_heads_fit_many_sizes(books, width):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"image_size": 100}, "image_size = 100 is not a multiple of 16"),
+        ({"image_size": 100}, "image_size = 100 is not a multiple of patch_size = 16"),
         ({"projection": "atention"}, "projection = 'atention'. Did you mean 'attention'?"),
         ({"num_codebook": 8}, "no field 'num_codebook'. Did you mean 'num_codebooks'?"),
         ({"hidden_size": 100}, "hidden_size = 100 is not a multiple of num_attention_heads = 16"),
         ({"projection_heads": 7}, "would have 7 heads, which do not divide 1024"),
-        ({"stage_widths": (1, 2, 3)}, "stage_widths = [1, 2, 3]: two positive numbers"),
-        ({"num_codebooks": 0}, "num_codebooks = 0: at least 1"),
-        ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0: 0 <= rate < 1"),
+        ({"stage_widths": (1, 2, 3)}, "stage_widths = [1, 2, 3]: expected two positive numbers"),
+        ({"num_codebooks": 0}, "num_codebooks = 0: must be at least 1"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0: must be in [0, 1)"),
         ({"num_register_tokens": -1}, "num_register_tokens = -1"),
     ],
 )
@@ -52,6 +52,6 @@ def test_mistakes_are_named(wrong, message):
 
 
 def test_unknown_size():
-    with pytest.raises(UserError, match=r"no tokenizer size 'vitamin_lage'. Did you mean 'vitamin_large'"):
+    with pytest.raises(UserError, match=r"'vitamin_lage' is not a tokenizer size. Did you mean 'vitamin_lar"):
         UniTokConfig.named("vitamin_lage")
     assert set(SIZES) == {"vitamin_small", "vitamin_base", "vitamin_large"}

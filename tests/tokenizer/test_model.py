@@ -26,7 +26,7 @@ def test_not_square(model):
     assert codes.shape == (2, 10, 4) and codes.dtype == torch.int64
     assert model.decode(codes, grid=(2, 5)).shape == images.shape
     assert model(images).reconstruction.shape == images.shape
-    with pytest.raises(UserError, match=r"not a square image: pass grid=\(rows, columns\)"):
+    with pytest.raises(UserError, match=r"do not fill a square grid.*pass grid=\(rows, columns\)"):
         model.decode(codes)
     with pytest.raises(UserError, match=r"grid = \(3, 4\) does not fit 10 image tokens"):
         model.decode(codes, grid=(3, 4))
@@ -38,7 +38,7 @@ def test_registers_come_first(tiny_config):
     codes = model.encode(pixels(1, 3, 32, 48))
     assert codes.shape == (1, 9, 4)
     assert model.decode(codes, grid=(2, 3)).shape == (1, 3, 32, 48)
-    with pytest.raises(UserError, match="9 visual tokens, 3 of them registers"):
+    with pytest.raises(UserError, match="9 visual tokens minus 3 registers do not fill a square grid"):
         model.decode(codes)
 
 

@@ -1,1 +1,36 @@
-"""Pixel decoders: latents to pixels."""
+"""Pixel decoders: tokens to pixels. A new one is one file and one entry of `DECODERS`.
+
+An entry builds a module from the config. The module has `patch_size`, `width` and `last_weight` (the last
+layer's weight, for the adaptive GAN weight), and maps (B, N, width) tokens, registers first, and their grid
+(rows, columns) to (B, 3, rows*patch_size, columns*patch_size) pixels, not clamped.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from open_unitok.core.errors import UserError
+
+from ..config import UniTokConfig, entry_of
+from .vitamin import ViTaminDecoder
+
+DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
+    "vitamin": ViTaminDecoder,
+}
+
+
+def build_decoder(config: UniTokConfig) -> Any:
+    """The decoder that the config names.
+
+    Raises:
+        UserError: there is no such decoder, or its patches have another size than the config's.
+    """
+    decoder = entry_of(DECODERS, "DECODERS", "decoder", config.decoder)(config)
+    if decoder.patch_size != config.patch_size:
+        raise UserError(
+            f"decoder {config.decoder!r} has patches of {decoder.patch_size} pixels, but patch_size = "
+            f"{config.patch_size}: they must be equal."
+        )
+    return decoder
+
+
+__all__ = ["DECODERS", "ViTaminDecoder", "build_decoder"]

@@ -3,12 +3,25 @@
 B batch, N visual tokens (registers first), D width, (rows, columns) grid of visual tokens.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 
 from .. import cpu
 from ..config import UniTokConfig
 from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, Upsample, conv_stage
+
+# Config fields that `decoder_options` may override.
+_FIELDS = (
+    "decoder_widths",
+    "decoder_depths",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "drop_path_rate",
+)
 
 
 class ViTaminDecoder(nn.Module):
@@ -18,20 +31,17 @@ class ViTaminDecoder(nn.Module):
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
-        self.width = width = config.hidden_size
-        wide, narrow = config.decoder_widths
+        sizes = SimpleNamespace(**config.part_sizes("decoder", _FIELDS))
+        self.width = width = sizes.hidden_size
+        wide, narrow = sizes.decoder_widths
         self.num_register_tokens = config.num_register_tokens
         self.blocks = Transformer(
-            width,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.mlp_ratio,
-            config.drop_path_rate,
+            width, sizes.num_hidden_layers, sizes.num_attention_heads, sizes.mlp_ratio, sizes.drop_path_rate
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.enter = Upsample(width, wide)
-        self.wide = conv_stage(wide, wide, config.decoder_depths[0], scale=2.0)
-        self.narrow = conv_stage(wide, narrow, config.decoder_depths[1], scale=2.0)
+        self.wide = conv_stage(wide, wide, sizes.decoder_depths[0], scale=2.0)
+        self.narrow = conv_stage(wide, narrow, sizes.decoder_depths[1], scale=2.0)
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
         self.to_pixels = Conv2d(narrow, 3, 3)

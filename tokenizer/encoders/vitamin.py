@@ -3,6 +3,8 @@
 B batch, N visual tokens (registers first), D width, (H, W) image size in pixels.
 """
 
+from types import SimpleNamespace
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -10,6 +12,18 @@ from transformers import initialization as init
 from .. import cpu
 from ..config import UniTokConfig
 from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, conv_stage
+
+# Config fields that `encoder_options` may override.
+_FIELDS = (
+    "stem_width",
+    "stage_widths",
+    "stage_depths",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "mlp_ratio",
+    "drop_path_rate",
+)
 
 
 class Stem(nn.Module):
@@ -33,13 +47,14 @@ class ViTaminEncoder(nn.Module):
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
-        self.width = width = config.hidden_size
-        inputs, outputs = config.stage_widths
-        self.stem = Stem(config.stem_width)
+        sizes = SimpleNamespace(**config.part_sizes("encoder", _FIELDS))
+        self.width = width = sizes.hidden_size
+        inputs, outputs = sizes.stage_widths
+        self.stem = Stem(sizes.stem_width)
         self.stages = nn.ModuleList(
             [
-                conv_stage(config.stem_width, inputs, config.stage_depths[0], scale=0.5),
-                conv_stage(inputs, outputs, config.stage_depths[1], scale=0.5),
+                conv_stage(sizes.stem_width, inputs, sizes.stage_depths[0], scale=0.5),
+                conv_stage(inputs, outputs, sizes.stage_depths[1], scale=0.5),
             ]
         )
         self.pool_norm = ChannelNorm(outputs)
@@ -50,11 +65,7 @@ class ViTaminEncoder(nn.Module):
         # are no position embeddings; the convolutions tell the transformer where a token is.
         self.register_buffer("position_offset", torch.zeros(1, 1, width))
         self.blocks = Transformer(
-            width,
-            config.num_hidden_layers,
-            config.num_attention_heads,
-            config.mlp_ratio,
-            config.drop_path_rate,
+            width, sizes.num_hidden_layers, sizes.num_attention_heads, sizes.mlp_ratio, sizes.drop_path_rate
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 

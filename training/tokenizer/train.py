@@ -15,6 +15,7 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
 from ..core.checkpoint import Checkpoints, StopOnSignal, load_weights_only
@@ -155,10 +156,9 @@ def learn(run: Run, config: TokenizerRunConfig, batch: dict[str, Any], step: int
 
 def draw_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
     """What decides drop path in the next forward pass over these images of the global batch."""
-    for name, blocks in (("encoder", model.encoder.blocks), ("decoder", model.decoder.blocks)):
-        if blocks.drop_path_rate:
-            shape = (len(blocks), 2)
-            blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
+    for name, blocks in drop_path_stacks(model).items():
+        shape = (len(blocks), 2)
+        blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
 
 
 def prepare(config: TokenizerRunConfig, folder: RunDir) -> Run:
