@@ -104,11 +104,13 @@ def test_mistakes_are_named(arguments, words):
 
 
 def test_the_benchmark_runs(tmp_path, monkeypatch):
-    script = runpy.run_path(str(Path(__file__).parents[3] / "benchmarks" / "mllm.py"))
+    folder = Path(__file__).parents[3] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    script = runpy.run_path(str(folder / "mllm_training.py"))
     out = tmp_path / "results.json"
     size = ["--rows", "1", "--length", "100", "--steps", "1", "--warmup", "0"]
     told = ["--case", "tiny", "tiny_lora", *size, "--peak-tflops", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["mllm.py", *told])
+    monkeypatch.setattr(sys, "argv", ["mllm_training.py", *told])
     script["main"]()
     whole, lora = json.loads(out.read_text())["results"]
     assert lora["trained"] < lora["parameters"] / 5 and whole["trained"] == 335_872 - 4 * 64 * 8

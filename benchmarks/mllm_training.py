@@ -1,25 +1,23 @@
-"""Speed of MLLM training on one device: tokens/s, MFU and memory of packed rows with random weights.
+"""Speed of MLLM training on one device: tokens/s, MFU and memory for packed rows and random weights.
 
-    python benchmarks/mllm.py                            # 1b, 7b_8of32 and 7b_lora
-    python benchmarks/mllm.py --case tiny --out x.json   # on any machine, to try it
+    python benchmarks/mllm_training.py                            # 1b, 7b_8of32 and 7b_lora
+    python benchmarks/mllm_training.py --case tiny --out x.json   # on any machine, to try it
 
-Results go to benchmarks/results/mllm-DEVICE.json; a case that does not fit the device says so. Half of the
-samples draw an image, half answer a question about one; rows are packed to `--length` tokens. The whole
-step is timed: forward, backward, clipping and AdamW, as `unitok train` has them, but with data made
-beforehand. Each case says what it is: "7b_8of32" has the published 7B's widths and 8 of its 32 layers.
+Results go to benchmarks/results/mllm_training-DEVICE.json; a case that does not fit is reported as out of
+memory. Half of the samples are text-to-image, half questions about an image, packed into rows of `--length`
+tokens. A step is forward, backward, gradient clipping and AdamW as in `unitok train`; data are made before.
+"7b_8of32" has the published 7B's widths and 8 of its 32 layers.
 """
 
 import argparse
 import json
-import os
-import platform
-import re
 import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from harness import device_name, load_average, result_file
 
 from open_unitok.core.files import write_json
 from open_unitok.mllm import SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
@@ -30,11 +28,11 @@ from open_unitok.training.core.options import EngineOptions, Optimizer
 
 
 class Case(NamedTuple):
-    """A model and how it is trained."""
+    """A model configuration and its kind of training."""
 
-    what: str
+    description: str
     text: dict[str, Any]
-    lora: int = 0  # rank; 0 = all weights are trained
+    lora: int = 0  # rank; 0 = full fine-tuning
     visual: dict[str, Any] = {}
 
 
@@ -49,22 +47,23 @@ TINY_TEXT = {
 }
 TINY = {"num_codebooks": 4, "codebook_size": 64, "visual_hidden_size": 64, "num_image_tokens": 16}
 CASES = {
-    "tiny": Case("two layers of width 64, for trying this script", TINY_TEXT, visual=TINY),
-    "tiny_lora": Case("the same with LoRA of rank 4 on a bf16 base", TINY_TEXT, lora=4, visual=TINY),
+    "tiny": Case("two layers of width 64, to try this script", TINY_TEXT, visual=TINY),
+    "tiny_lora": Case("tiny with LoRA of rank 4 on a bf16 base", TINY_TEXT, lora=4, visual=TINY),
     "1b": Case(
-        "a decoder of 1 G parameters (width 2048, 16 layers)",
+        "a decoder of 1 B parameters (width 2048, 16 layers)",
         {**PUBLISHED, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
          "num_attention_heads": 32, "num_key_value_heads": 8},
     ),
     "7b_8of32": Case("the published 7B's widths, 8 of its 32 layers", {**PUBLISHED, "num_hidden_layers": 8}),
-    "7b_lora": Case("the whole published 7B with LoRA of rank 64 on a bf16 base", PUBLISHED, lora=64),
+    "7b_lora": Case("the published 7B with LoRA of rank 64 on a bf16 base", PUBLISHED, lora=64),
 }  # fmt: skip
 
 
 def make_model(case: Case, device: torch.device) -> UniTokForConditionalGeneration:
-    """The case's model with random weights, drawn on the device."""
+    """The case's model with random weights, initialised on the device."""
     config = UniTokMLLMConfig(text_config=case.text, depth_config={"num_hidden_layers": 3}, **case.visual)
     base = torch.bfloat16 if case.lora else torch.float32
+    # construct directly in the final dtype: a 7B model in fp32 first would not fit
     before = torch.get_default_dtype()
     torch.set_default_dtype(base)
     try:
@@ -83,21 +82,21 @@ def make_model(case: Case, device: torch.device) -> UniTokForConditionalGenerati
 
 
 def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One row of `length` tokens: samples of 64 text tokens and an image, drawn and read in turn."""
+    """One row of `length` tokens: samples of 64 text tokens and an image, alternately generated and read."""
     image, words = config.num_image_tokens, 64
     ids, labels, positions, images = [], [], [], 0
     while len(ids) + image + words + 1 <= length:
         text = torch.randint(5, config.text_config.vocab_size, (words,), generator=generator).tolist()
-        places = [config.image_token_id] * image
-        if images % 2:
-            ids += [1, *places, *text]
+        image_ids = [config.image_token_id] * image
+        if images % 2:  # a question: loss on the text behind the image
+            ids += [1, *image_ids, *text]
             labels += [-100] * (1 + image) + text
-        else:
-            ids += [1, *text[1:], 3, *places]
-            labels += [-100] * words + [3, *places]
+        else:  # text-to-image: loss on the begin-of-image token and the image
+            ids += [1, *text[1:], 3, *image_ids]
+            labels += [-100] * words + [3, *image_ids]
         positions += range(image + words + 1)
         images += 1
-    rest = length - len(ids)  # plain text, a sample of its own
+    rest = length - len(ids)  # filled with one sample of plain text
     ids += [7] * rest
     labels += [7] * rest
     positions += range(rest)
@@ -110,7 +109,7 @@ def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator
 def batch_of(
     config: UniTokMLLMConfig, rows: int, length: int, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], TokenCounts]:
-    """A micro-batch of equally packed rows, and what is to be computed on it."""
+    """A micro-batch of equally packed rows, and the token counts that its FLOPs depend on."""
     generator = torch.Generator().manual_seed(0)
     made = [packed_row(config, length, generator) for _ in range(rows)]
     batch = {name: torch.cat([row[name] for row in made]) for name in made[0]}
@@ -128,7 +127,7 @@ def batch_of(
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train some steps; the row of results."""
+    """Train some steps; returns the record of results."""
     case = CASES[name]
     torch.manual_seed(0)
     model = make_model(case, device)
@@ -146,44 +145,35 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         out = trained(**batch, return_logits=False)
         trained.backward(out.loss)
         deepspeed_engine.optimizer_step(trained)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        seconds.append(time.perf_counter() - begun)
-    middle = statistics.median(seconds[args.warmup :])
+        seconds.append(time.perf_counter() - start)
+    median = statistics.median(seconds[args.warmup :])
     flops, peak = cost.flops(work), args.peak_tflops or peak_tflops(device)
     return {
         "case": name,
-        "what": case.what,
+        "description": case.description,
         "parameters": total_count,
         "trained": trained_count,
         "rows": args.rows,
         "length": args.length,
         "attention": args.attention,
-        "seconds_per_step": middle,
+        "seconds_per_step": median,
         "fastest": min(seconds[args.warmup :]),
         "slowest": max(seconds[args.warmup :]),
-        "tokens_per_second": work.tokens / middle,
-        "tflops_per_second": flops / middle / 1e12,
-        "mfu": flops / middle / 1e12 / peak if peak else None,
+        "tokens_per_second": work.tokens / median,
+        "tflops_per_second": flops / median / 1e12,
+        "mfu": flops / median / 1e12 / peak if peak else None,
         "memory_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     }
 
 
-def device_name(device: torch.device) -> str:
-    """The name that results are filed under."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpu = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else None
-    return found[1] if found else platform.machine()
-
-
 def main() -> None:
-    """Measure and write."""
+    """Measure all cases and write the results."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -191,31 +181,32 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="packed rows per step (default: 4)")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default: 2048)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: 3)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before measuring (default: 3)")
     parser.add_argument("--attention", default="sdpa", help="sdpa, eager or flash_attention_2")
-    parser.add_argument("--peak-tflops", type=float, help="of a device that the table does not know")
-    parser.add_argument("--out", help="results (default: benchmarks/results/mllm-DEVICE.json)")
+    parser.add_argument(
+        "--peak-tflops", type=float, help="peak of a device that training/core/gpus.py does not list"
+    )
+    parser.add_argument("--out", help="default: benchmarks/results/mllm_training-DEVICE.json")
     args = parser.parse_args()
     device = deepspeed_engine.init_distributed(EngineOptions(), 0)
     name = device_name(device)
-    file = re.sub(r"[^\w]+", "-", name).strip("-")
-    out = Path(args.out or Path(__file__).parent / "results" / f"mllm-{file}.json")
-    rows = []
+    out = Path(args.out or result_file("mllm_training", name))
+    records = []
     for case in args.case:
         try:
-            rows.append(measure(case, args, device))
+            records.append(measure(case, args, device))
         except torch.cuda.OutOfMemoryError:
-            rows.append({"case": case, "what": CASES[case].what, "failed": "out of memory"})
-        print(json.dumps(rows[-1]), flush=True)
+            records.append({"case": case, "description": CASES[case].description, "failed": "out of memory"})
+        print(json.dumps(records[-1]), flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
     facts = {
         "device": name,
         "torch": torch.__version__,
-        "load": os.getloadavg(),
+        "load": load_average(),
         "measured": time.strftime("%F"),
     }
-    write_json(out, {**facts, "results": rows})
+    write_json(out, {**facts, "results": records})
     print(f"wrote {out}")
 
 
