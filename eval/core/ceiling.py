@@ -1,4 +1,8 @@
-"""Images generated from prompts beside reconstructions of real ones, whose score is the ceiling."""
+"""Images generated from prompts, and reconstructions of real images, whose score is the ceiling.
+
+A detector that misses objects in reconstructions of real images would miss them in perfect generations too:
+no model on this tokenizer can be expected to score above that.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -11,77 +15,76 @@ from open_unitok.core.errors import UserError
 
 from .bootstrap import bootstrap, mean_columns
 from .generated_images import generate_images
-from .harness import Metric, Record, Sample, Settings, Task, Work, malformed_sample
+from .harness import Metric, Record, Sample, Task, Work, malformed_sample
 from .image_files import open_images, save_image
 from .scenes import Scene, read_scenes
 
+Detect = Callable[[Sequence[np.ndarray]], list[Record]]
 
-def to_draw(prompts: Sequence[Record], each: int, seed: int) -> tuple[list[Sample], list[int]]:
-    """`each` drawings per prompt, named as GenEval lays them, with seeds; and of each its prompt's number."""
-    numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(each)]
+
+def generation_samples(
+    prompts: Sequence[Record], per_prompt: int, seed: int
+) -> tuple[list[Sample], list[int]]:
+    """`per_prompt` samples for each prompt, named by GenEval's layout, and for each the prompt's index."""
+    numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(per_prompt)]
     samples = [
-        malformed_sample(n, f"{i:05d}/samples/{j:04d}", prompts[i]["broken"])
-        if "broken" in prompts[i]
+        malformed_sample(n, f"{i:05d}/samples/{j:04d}", prompts[i]["malformed"])
+        if "malformed" in prompts[i]
         else Sample(n, f"{i:05d}/samples/{j:04d}", prompt, None, "generate", seed + n)
         for n, (i, j, prompt) in enumerate(numbered)
     ]
     return samples, [i for i, _, _ in numbered]
 
 
-def about_drawing(settings: Settings, detector: str, each: int) -> dict[str, Any]:
-    """What the result says of how the images came about."""
-    return {
-        "detector": detector,
-        "images per prompt": each,
-        "decoding": settings.decoding,
-        "images": "PNG",
-    }
-
-
-def scenes_to_copy(data: Path) -> tuple[list[Scene], list[str]]:
-    """The scenes of `test/captions.json`, and a line about the entries that describe none."""
+def ceiling_scenes(data: Path) -> tuple[list[Scene], list[str]]:
+    """The valid scenes of `test/captions.json`, and a line about the malformed entries."""
     found = read_scenes(data / "test" / "captions.json")
     bad = [scene for scene in found if isinstance(scene, UserError)]
     good = [scene for scene in found if not isinstance(scene, UserError)]
-    told = f"{len(bad)} images have no part in the ceiling, their entries are malformed, the first: "
-    return good, [told + str(bad[0])] if bad else []
+    line = f"{len(bad)} images are left out of the ceiling: their entries are malformed, the first: "
+    return good, [line + str(bad[0])] if bad else []
 
 
-def worker(detect: Callable[[Sequence[np.ndarray]], list[Record]] | None) -> Work:
-    """The function that draws or copies a batch, saves the images and notes what the detector finds."""
+def generate_and_reconstruct(detect: Detect | None) -> Work:
+    """The function that generates or reconstructs a batch, saves the images and records detections.
+
+    Args:
+        detect: images -> a record of detections each; None leaves detection to a judge pass.
+    """
 
     def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-        rows: list[Record] = [{} for _ in batch]
-        pictures: dict[int, np.ndarray] = {}
-        drawn = [i for i, s in enumerate(batch) if s.kind == "generate"]
-        copied = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
-        if drawn:
-            for i, result in zip(drawn, generate_images(model, [batch[i] for i in drawn])):
+        records: list[Record] = [{} for _ in batch]
+        images: dict[int, np.ndarray] = {}  # by position in the batch
+        generated = [i for i, s in enumerate(batch) if s.kind == "generate"]
+        reconstructed = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
+        if generated:
+            for i, result in zip(generated, generate_images(model, [batch[i] for i in generated])):
                 if isinstance(result, str):
-                    rows[i] = {"error": result}
+                    records[i] = {"error": result}
                 else:
-                    pictures[i] = result
-        if copied:
-            errors, images = open_images([batch[i] for i in copied])
-            for place, i in enumerate(copied):
-                rows[i] = errors[place]
-            copies = model.reconstruct(list(images.values())).decoded if images else []
-            pictures |= {copied[place]: copy for place, copy in zip(images, copies)}
-        for i, image in pictures.items():
-            rows[i] = {"file": write_image(batch[i], image, out, task), "seed": batch[i].seed}
-        if detect and pictures:
-            for i, found in zip(pictures, detect([pictures[i] for i in pictures])):
-                rows[i] |= found
-        return rows
+                    images[i] = result
+        if reconstructed:
+            errors, originals = open_images([batch[i] for i in reconstructed])
+            for k, i in enumerate(reconstructed):
+                records[i] = errors[k]
+            decoded = model.reconstruct(list(originals.values())).decoded if originals else []
+            images |= {reconstructed[k]: image for k, image in zip(originals, decoded)}
+        for i, image in images.items():
+            records[i] = {"file": _save(batch[i], image, out, task), "seed": batch[i].seed}
+        if detect and images:
+            for i, found in zip(images, detect(list(images.values()))):
+                records[i] |= found
+        return records
 
     return work
 
 
-def write_image(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
-    """Save a drawing as GenEval lays them out, a copy aside; returns the path below `out`."""
+def _save(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
+    """Save a generated image in GenEval's layout, a reconstruction apart; returns the path below `out`."""
     if sample.kind == "reconstruct":
-        file = f"copies/{sample.index:06d}.png"
+        file = f"reconstructions/{sample.index:06d}.png"
     else:
+        # GenEval's own scripts read IMAGES/00000/{metadata.jsonl,samples/0000.png}
         file = f"images/{sample.id}.png"
         metadata = (out / file).parent.parent / "metadata.jsonl"
         if not metadata.exists():
@@ -91,30 +94,31 @@ def write_image(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str
     return file
 
 
-def describe(sample: Sample, rows: dict[int, Record], good: bool, reason: str, held_out: bool) -> Record:
-    """A line of the per-sample scores."""
-    row = rows.get(sample.index, {})
+def object_record(
+    sample: Sample, records: dict[int, Record], correct: bool, reason: str, held_out: bool
+) -> Record:
+    """A line of `scores.jsonl`: the verdict on one image."""
+    record = records.get(sample.index, {})
     return {
         "index": sample.index, "kind": "generate" if sample.malformed else sample.kind,
-        "prompt": sample.prompt,
-        "file": row.get("file"), "score": float(good), "reason": reason or row.get("unclear", ""),
-        "held_out": bool(held_out), **({"error": row["error"]} if row.get("error") else {}),
+        "prompt": sample.prompt, "file": record.get("file"), "score": float(correct),
+        "reason": reason or record.get("unclear", ""), "held_out": bool(held_out),
+        **({"error": record["error"]} if record.get("error") else {}),
     }  # fmt: skip
 
 
-def share(rows: Sequence[Record]) -> Metric:
-    """The mean score of some rows, resampled by prompt."""
-    scores = [r["score"] for r in rows]
-    return Metric(
-        float(np.mean(scores)), len(rows), bootstrap(mean_columns(scores), [r["owner"] for r in rows])
-    )
+def prompt_mean(records: Sequence[Record]) -> Metric:
+    """The mean score, with an interval that resamples prompts: images of one prompt are not independent."""
+    scores = [r["score"] for r in records]
+    interval = bootstrap(mean_columns(scores), [r["owner"] for r in records])
+    return Metric(float(np.mean(scores)), len(records), interval)
 
 
-def add_apart(metrics: dict[str, Metric], per_sample: Sequence[Record]) -> None:
-    """Add what is scored apart: drawings of held-out pairs, and copies of real images (the ceiling)."""
-    apart = [r for r in per_sample if r["kind"] == "generate" and r["held_out"]]
-    copies = [r for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]]
-    if apart:
-        metrics["held-out pairs"] = share(apart)
-    if copies:
-        metrics["ceiling"] = share(copies)
+def add_held_out_and_ceiling(metrics: dict[str, Metric], per_sample: Sequence[Record]) -> None:
+    """Add the scores of held-out pairs and of reconstructions, which the main metrics leave out."""
+    held_out = [r for r in per_sample if r["kind"] == "generate" and r["held_out"]]
+    reconstructed = [r for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]]
+    if held_out:
+        metrics["held-out pairs"] = prompt_mean(held_out)
+    if reconstructed:
+        metrics["ceiling"] = prompt_mean(reconstructed)

@@ -1,4 +1,4 @@
-"""Images of a batch of samples from disk, and to disk."""
+"""Reads the images of a batch of samples, writes PNG files."""
 
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,18 @@ from .harness import Record, Sample
 
 
 def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Any]]:
-    """Rows with an error where an image cannot be read, and the images that can, by place in the batch."""
-    rows: list[Record] = [{} for _ in batch]
+    """A record per sample, with an error if its image is unreadable, and the images by batch position."""
+    records: list[Record] = [{} for _ in batch]
     images = {}
     for i, sample in enumerate(batch):
         try:
             images[i] = read_image(sample.image)
         except UserError as error:
-            rows[i] = {"error": str(error)}
-    return rows, images
+            records[i] = {"error": str(error)}
+    return records, images
 
 
-def save_image(picture: np.ndarray, path: Path) -> None:
-    """uint8 (H, W, 3) to a PNG."""
+def save_image(image: np.ndarray, path: Path) -> None:
+    """Write uint8 (H, W, 3) as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    Image.fromarray(image).save(path)

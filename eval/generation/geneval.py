@@ -15,103 +15,95 @@ from ..core import ceiling
 from ..core.annotations import require_key, require_text, require_type
 from ..core.bootstrap import bootstrap, group_mean_columns, group_mean_statistic
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
+from ..core.judge_pass import ExternalFindings
 from ..core.records import mean, mean_by
 from ..judges import detections
 from ..judges.detections import Verdict
 from ..judges.object_detector import COLOURS
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-COPIES_PER_PROMPT = 2  # real images that fit a prompt, reconstructed for its ceiling
+CEILING_IMAGES = 2  # test images per prompt that are reconstructed for the ceiling
 
 
 @dataclass(frozen=True)
 class Rules:
-    """The published thresholds; boxes are kept where float32(score) > float32(threshold)."""
+    """The published thresholds; a box counts if float32(score) > float32(threshold)."""
 
     threshold: float = 0.3
     counting_threshold: float = 0.9
     max_objects: int = 16
-    max_overlap: float = 1.0  # 1 switches the suppression of overlapping boxes off
+    max_overlap: float = 1.0  # 1 disables the suppression of overlapping boxes
     position_threshold: float = 0.1
     colours: tuple[str, ...] = COLOURS
 
 
 def load_geneval(data: Path, settings: Settings) -> Task:
-    """Per prompt its drawings; for scenes also real images that fit the prompt, to be reconstructed."""
+    """Images to generate per prompt; for scenes also test images that satisfy a prompt, for the ceiling."""
     prompts = read_prompts(data)[: settings.limit]
-    detector = detections.detector_for(data, settings)
-    each = settings.images_per_prompt or (1 if detector == "scenes" else 4)
-    samples, owners = ceiling.to_draw(prompts, each, settings.seed)
+    detector = detections.choose_detector(data, settings)
+    per_prompt = settings.images_per_prompt or (1 if detector == "scenes" else 4)
+    samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     rules, problems = Rules(), []
     if detector == "scenes":
-        rules = scene_rules(data)
-        scenes, problems = ceiling.scenes_to_copy(data)
-        known = [(data / "test" / scene.file, detections.truth_of(scene.objects)) for scene in scenes]
+        rules = _scene_rules(data)
+        scenes, problems = ceiling.ceiling_scenes(data)
+        truths = [(data / "test" / scene.file, detections.true_detections(scene.objects)) for scene in scenes]
         for i, row in enumerate(prompts):
-            for path in () if "broken" in row else fitting_images(known, row, rules, start=i):
+            for path in () if "malformed" in row else _matching_images(truths, row, rules, start=i):
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "reconstruct"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
-    about = ceiling.about_drawing(settings, detector, each) | {"prompts": len(prompts)}
-    return Task(samples, truth, about, problems)
+    metadata = detections.detection_metadata(settings, detector, per_prompt) | {"prompts": len(prompts)}
+    return Task(samples, truth, metadata, problems)
 
 
-def scene_rules(data: Path) -> Rules:
-    """GenEval's rules with the palette of the scenes; the detector alone decides what counts as found."""
+def _scene_rules(data: Path) -> Rules:
+    """GenEval's rules with the palette of the scenes; the scenes detector has its own thresholds."""
     palette = tuple(require_key(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
     return Rules(threshold=0.0, counting_threshold=0.0, colours=palette)
 
 
-def fitting_images(
-    scenes: Sequence[tuple[Path, Record]], prompt: Record, rules: Rules, start: int
+def _matching_images(
+    truths: Sequence[tuple[Path, Record]], prompt: Record, rules: Rules, start: int
 ) -> list[Path]:
-    """A few test images whose true scene satisfies the prompt; `start` spreads prompts over images."""
-    need = {clause["class"] for clause in prompt["include"]}
+    """Up to two test images whose true scene satisfies the prompt; `start` varies them between prompts."""
+    needed = {clause["class"] for clause in prompt["include"]}
     found = []
-    for k in range(len(scenes)):
-        path, seen = scenes[(start * 17 + k) % len(scenes)]
-        if need <= seen["detections"].keys() and judge(prompt, seen, rules).correct:
+    for k in range(len(truths)):
+        # 17 is coprime to most counts, so that prompts start their search at different images
+        path, truth = truths[(start * 17 + k) % len(truths)]
+        if needed <= truth["detections"].keys() and judge_image(prompt, truth, rules).correct:
             found.append(path)
-            if len(found) == COPIES_PER_PROMPT:
+            if len(found) == CEILING_IMAGES:
                 break
     return found
 
 
 def score_geneval(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """The share of correct images per tag and their mean; the ceiling beside, held-out pairs apart."""
-    prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
-    found = detections.findings(task, rows, folder)
-    per_sample = []
-    for sample in task.samples:
-        prompt = prompts[owners[sample.index]]
-        seen = None if sample.malformed else found.by_index.get(sample.index)
-        verdict = detections.judged(judge, prompt, seen, rules)
-        per_sample.append(
-            ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
-            | {"group": prompt["tag"], "owner": owners[sample.index]}
-        )
-        if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "generate":
-            seen = found.by_index.get(sample.index, {}).get("detections", {})
-            alone = sum(map(len, seen.values())) == prompt["include"][0]["count"]
-            per_sample[-1]["exact"] = float(verdict.correct and alone)
-    drawn = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
-    summary = summarise(
-        [prompts[r["owner"]] for r in drawn], [bool(r["score"]) for r in drawn], [r["owner"] for r in drawn]
+    """The share of correct images per tag and the mean over tags; ceiling and held-out pairs separately."""
+    prompts = task.truth["prompts"]
+    found = detections.read_detections(task, records, folder)
+    per_sample = _verdicts(task, records, found)
+    generated = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
+    summary = summarise_verdicts(
+        [prompts[r["owner"]] for r in generated],
+        [bool(r["score"]) for r in generated],
+        [r["owner"] for r in generated],
     )
     interval = bootstrap(
-        group_mean_columns([r["score"] for r in drawn], [r["group"] for r in drawn]),
-        [r["owner"] for r in drawn],
+        group_mean_columns([r["score"] for r in generated], [r["group"] for r in generated]),
+        [r["owner"] for r in generated],
         group_mean_statistic,
     )
-    metrics = {"overall": Metric(summary["overall"], len(drawn), interval)}
+    metrics = {"overall": Metric(summary["overall"], len(generated), interval)}
     for tag in summary["per_tag"]:
-        metrics[f"tag/{tag}"] = ceiling.share([r for r in drawn if r["group"] == tag])
-    ceiling.add_apart(metrics, per_sample)
+        metrics[f"tag/{tag}"] = ceiling.prompt_mean([r for r in generated if r["group"] == tag])
+    ceiling.add_held_out_and_ceiling(metrics, per_sample)
     exact = [r | {"score": r["exact"]} for r in per_sample if "exact" in r and not r["held_out"]]
     if exact:
-        metrics["single objects: colour, shape and number"] = ceiling.share(exact)
+        metrics["single objects: colour, shape and number"] = ceiling.prompt_mean(exact)
     by_tag = mean_by(
         (r["group"], r["score"]) for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]
     )
@@ -120,26 +112,46 @@ def score_geneval(
         "ceiling_overall": float(np.mean(list(by_tag.values()))) if by_tag else None,
         "images": summary["images"],
         "prompts": summary["prompts"],
+        "detected by": found.by,
     }
-    details["detected by"] = found.by
-    return Scored(metrics, details, per_sample, "group mean", detections.why_not(task, found), found.problems)
+    reason = detections.not_comparable_reason(task, found)
+    return Scored(metrics, details, per_sample, "group mean", reason, found.problems)
 
 
-class Found(NamedTuple):
-    """One kept box (x0, y0, x1, y1, score) in float32 and its colour."""
+def _verdicts(task: Task, records: dict[int, Record], found: ExternalFindings) -> list[Record]:
+    """A record per image; prompts for one coloured object also get "exact": nothing else is in the image."""
+    prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
+    per_sample = []
+    for sample in task.samples:
+        prompt = prompts[owners[sample.index]]
+        detected = None if sample.malformed else found.by_index.get(sample.index)
+        verdict = detections.verdict_on(judge_image, prompt, detected, rules)
+        held_out = prompt.get("held_out", False)
+        record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
+        record |= {"group": prompt["tag"], "owner": owners[sample.index]}
+        if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "generate":
+            boxes = found.by_index.get(sample.index, {}).get("detections", {})
+            alone = sum(map(len, boxes.values())) == prompt["include"][0]["count"]
+            record["exact"] = float(verdict.correct and alone)
+        per_sample.append(record)
+    return per_sample
 
-    box: np.ndarray
+
+class _Box(NamedTuple):
+    """A box (x0, y0, x1, y1, score) in float32 and its colour."""
+
+    corners: np.ndarray
     colour: str
 
 
 def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     """Read `evaluation_metadata.jsonl` from `data`, `data/test/geneval` or `data/geneval`.
 
-    A malformed line becomes a prompt that is "broken" with the reason; its tag, where it cannot be read, is
-    that of the line before, since the released file goes tag by tag.
+    A malformed line becomes a prompt with the reason under "malformed"; if its tag is not readable, it takes
+    that of the line before, because the released file is ordered by tag.
 
     Raises:
-        UserError: no such file, or an empty one, or one of another kind.
+        UserError: the file is missing or empty, or most of its lines are malformed.
     """
     data = existing(data)
     folders = (data, data / "test" / "geneval", data / "geneval", data / "prompts")
@@ -147,29 +159,29 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
         (f / "evaluation_metadata.jsonl" for f in folders if (f / "evaluation_metadata.jsonl").exists()), None
     )
     if path is None:
-        raise UserError(f"{data}: no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
+        raise UserError(f"{data}: found no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
     rows = read_jsonl_lenient(path)
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
     tag = tags[0] if tags else TAGS[0]
     for i, row in enumerate(rows):
         tag = row["tag"] if isinstance(row, dict) and row.get("tag") in TAGS else tag
         try:
-            check_metadata(row, f"{path}, prompt {i + 1}")
+            _check_prompt(row, f"{path}, prompt {i + 1}")
         except UserError as error:
-            rows[i] = {"tag": tag, "prompt": "", "include": [], "broken": str(error)}
-    broken = [row["broken"] for row in rows if "broken" in row]
-    if not rows or len(broken) > len(rows) / 2:
-        raise UserError(f"{path} is {f'no list of prompts: {broken[0]}' if rows else 'empty.'}")
+            rows[i] = {"tag": tag, "prompt": "", "include": [], "malformed": str(error)}
+    bad = [row["malformed"] for row in rows if "malformed" in row]
+    if not rows or len(bad) > len(rows) / 2:
+        raise UserError(f"{path} is {f'not a list of GenEval prompts: {bad[0]}' if rows else 'empty.'}")
     return rows
 
 
-def check_metadata(row: Any, where: str) -> None:
-    """Raise UserError with the place where a prompt's description is not GenEval's."""
+def _check_prompt(row: Any, where: str) -> None:
+    """Raise UserError, naming the field, if a line is not a GenEval prompt."""
     require_text(row, "prompt", where)
     if require_key(row, "tag", where) not in TAGS:
         raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
     if not require_type(list, require_key(row, "include", where), f"{where}, include"):
-        raise UserError(f"{where}: include is empty, so that every image would be right.")
+        raise UserError(f"{where}: include is empty: every image would be correct.")
     for key in ("include", "exclude"):
         for i, clause in enumerate(require_type(list, row.get(key, []), f"{where}, {key}")):
             place = f"{where}, {key}[{i}]"
@@ -181,17 +193,19 @@ def check_metadata(row: Any, where: str) -> None:
                 if not isinstance(relation, list) or len(relation) != 2 or not isinstance(relation[1], int):
                     raise UserError(f"{place}: position is {relation!r}; expected [relation, clause number].")
                 if not 0 <= relation[1] < i:
-                    raise UserError(f"{place}: position names clause {relation[1]}, not one before.")
+                    raise UserError(
+                        f"{place}: position names clause {relation[1]}; it must be an earlier one."
+                    )
 
 
-def judge(metadata: dict[str, Any], seen: dict[str, Any], rules: Rules = Rules()) -> Verdict:
-    """Compare one image's detections with its prompt's description; the wording of reasons is GenEval's."""
-    kept = keep(metadata["tag"], seen, rules)
+def judge_image(metadata: dict[str, Any], detected: dict[str, Any], rules: Rules = Rules()) -> Verdict:
+    """Compare the detections of an image with its prompt; reasons are worded as in GenEval's script."""
+    kept = _filter_boxes(metadata["tag"], detected, rules)
     reasons: list[str] = []
-    targets: list[list[Found] | None] = []  # what each clause matched; None where it failed
+    targets: list[list[_Box] | None] = []  # boxes that each clause matched, None if it failed
     for clause in metadata.get("include", ()):
         found = kept.get(clause["class"], [])[: clause["count"]]
-        failure = clause_failure(clause, found, targets, rules)
+        failure = _clause_failure(clause, found, targets, rules)
         if failure:
             reasons.append(failure)
         targets.append(None if failure else found)
@@ -202,8 +216,8 @@ def judge(metadata: dict[str, Any], seen: dict[str, Any], rules: Rules = Rules()
     return Verdict(not reasons, "\n".join(reasons), {c: len(f) for c, f in kept.items()})
 
 
-def clause_failure(
-    clause: dict[str, Any], found: Sequence[Found], targets: Sequence[list[Found] | None], rules: Rules
+def _clause_failure(
+    clause: dict[str, Any], found: Sequence[_Box], targets: Sequence[list[_Box] | None], rules: Rules
 ) -> str:
     """Why `found` does not satisfy an include clause; empty if it does."""
     name, count = clause["class"], clause["count"]
@@ -224,41 +238,41 @@ def clause_failure(
             return f"no target for {name} to be {relation}"
         for one in found:
             for other in target:
-                there = relations(one.box, other.box, rules.position_threshold)
+                there = box_relations(one.corners, other.corners, rules.position_threshold)
                 if relation not in there:
                     return f"expected {name} {relation} target, found {' and '.join(there)} target"
     return ""
 
 
-def keep(tag: str, seen: dict[str, Any], rules: Rules) -> dict[str, list[Found]]:
-    """Per class the boxes above the threshold, best first, at most `max_objects`, overlaps suppressed."""
+def _filter_boxes(tag: str, detected: dict[str, Any], rules: Rules) -> dict[str, list[_Box]]:
+    """The boxes of each class above the threshold, best first, at most `max_objects`, without overlaps."""
     threshold = np.float32(rules.counting_threshold if tag == "counting" else rules.threshold)
     kept = {}
-    for name, rows in seen["detections"].items():
+    for name, rows in detected["detections"].items():
         boxes = np.asarray(rows, dtype=np.float32).reshape(-1, 5)
-        colours = seen.get("colors", {}).get(name) or [""] * len(boxes)
+        colours = detected.get("colors", {}).get(name) or [""] * len(boxes)
         if len(colours) != len(boxes):
             raise UserError(f"detections of {name!r}: {len(boxes)} boxes, but {len(colours)} colours.")
         order = np.argsort(boxes[:, 4], kind="stable")[::-1]
-        best = [Found(boxes[i], colours[i]) for i in order if boxes[i, 4] > threshold][: rules.max_objects]
+        best = [_Box(boxes[i], colours[i]) for i in order if boxes[i, 4] > threshold][: rules.max_objects]
         if rules.max_overlap < 1:
-            best = suppress(best, rules.max_overlap)
+            best = _suppress_overlaps(best, rules.max_overlap)
         if best:
             kept[name] = best
     return kept
 
 
-def suppress(found: Iterable[Found], max_overlap: float) -> list[Found]:
-    """Greedy: a box stays if it overlaps no better one by `max_overlap` or more."""
-    result: list[Found] = []
+def _suppress_overlaps(found: Iterable[_Box], max_overlap: float) -> list[_Box]:
+    """Greedy suppression: a box stays if its IoU with every better one is below `max_overlap`."""
+    result: list[_Box] = []
     for one in found:
-        if all(overlap(one.box, other.box) < max_overlap for other in result):
+        if all(box_iou(one.corners, other.corners) < max_overlap for other in result):
             result.append(one)
     return result
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two boxes whose far corner is a pixel of theirs."""
+def box_iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Intersection over union of two boxes that include the pixel of their far corner, as in GenEval."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     sides = np.maximum(0, np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2]) + 1)
     shared = sides.prod()
@@ -267,12 +281,12 @@ def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float(shared / union) if union else 0.0
 
 
-def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]:
-    """Where a stands as seen from b, in the order left, right, above, below; two of them may hold."""
+def box_relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]:
+    """The position of a relative to b: left of, right of, above, below; up to two of them hold."""
     corners_a, corners_b = np.reshape(a[:4], (2, 2)), np.reshape(b[:4], (2, 2))
     offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
     sizes = np.abs(np.diff(corners_a, axis=0))[0] + np.abs(np.diff(corners_b, axis=0))[0]
-    # Overlap is forgiven first; the direction is then measured against the raw offset's length.
+    # The offset is reduced by the threshold first, but its direction is relative to the raw length.
     moved = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
     if np.all(np.abs(moved) < 1e-3):
         return []
@@ -281,12 +295,12 @@ def relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[str]
     return [word for word, holds in words if holds]
 
 
-def summarise(
+def summarise_verdicts(
     metadata: Sequence[dict[str, Any]], correct: Sequence[bool], prompts: Sequence[int]
 ) -> dict[str, Any]:
-    """Share of correct images per tag, their mean, of all images, of prompts with any correct image.
+    """Shares of correct images: per tag, their mean, of all images, and of prompts with a correct image.
 
-    `prompts[i]` is the prompt that image i was drawn from; images of one prompt are grouped by it.
+    `prompts[i]` is the index of the prompt of image i.
     """
     by_tag: dict[str, list[float]] = defaultdict(list)
     by_prompt: dict[int, bool] = defaultdict(bool)

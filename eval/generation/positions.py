@@ -1,4 +1,4 @@
-"""Single objects at named places (scenes): does a drawing show exactly the object, where it was asked for."""
+"""Positions: does an image show exactly the object of its prompt, in the named cell of the grid (scenes)."""
 
 from pathlib import Path
 from typing import Any
@@ -12,35 +12,40 @@ from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task
 from ..judges import detections
 from ..judges.detections import Verdict
 
+# the second name is that of folders written before version 0.1.1
+FILES = ("positions.jsonl", "drawing_positions.jsonl")
+WRONG_POSITION = "right object, wrong position"
+
 
 def load_positions(data: Path, settings: Settings) -> Task:
-    """`test/positions.jsonl`: one object, its colour, its place; the ceiling on real images."""
-    names = ("positions.jsonl", "drawing_positions.jsonl")  # the second is the name until version 0.1.0
-    paths = [data / "test" / name for name in names]
-    path = existing(paths[paths[1].exists() and not paths[0].exists()], "`unitok data scenes` writes it.")
+    """Prompts for one object, its colour and its cell; one matching test image each for the ceiling."""
+    paths = [data / "test" / name for name in FILES]
+    path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
     prompts = [
-        position_of(row, f"{path}, prompt {i}")
+        _check_prompt(row, f"{path}, prompt {i}")
         for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)
     ]
-    each = settings.images_per_prompt or 1
-    samples, owners = ceiling.to_draw(prompts, each, settings.seed)
+    per_prompt = settings.images_per_prompt or 1
+    samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     require_mostly_valid(samples, path)
-    scenes, problems = ceiling.scenes_to_copy(data)
-    places = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
-    for file, things in scenes:
-        key = (things[0]["shape"], things[0]["color"], tuple(things[0]["cell"])) if len(things) == 1 else None
-        if key in places:
-            owner = places.pop(key)
+    scenes, problems = ceiling.ceiling_scenes(data)
+    unmatched = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
+    for file, objects in scenes:
+        if len(objects) != 1:
+            continue
+        key = (objects[0]["shape"], objects[0]["color"], tuple(objects[0]["cell"]))
+        if key in unmatched:
+            owner = unmatched.pop(key)
             image = data / "test" / file
             samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "reconstruct"))
             owners.append(owner)
-    truth = {"prompts": prompts, "owners": owners, "cell": cell_of(data / "scenes.json")}
-    about = ceiling.about_drawing(settings, detections.detector_for(data, settings), each)
-    return Task(samples, truth, about | {"prompts": len(prompts)}, problems)
+    truth = {"prompts": prompts, "owners": owners, "cell": _cell_side(data / "scenes.json")}
+    metadata = detections.detection_metadata(settings, detections.choose_detector(data, settings), per_prompt)
+    return Task(samples, truth, metadata | {"prompts": len(prompts)}, problems)
 
 
-def position_of(row: Any, where: str) -> Record:
-    """A prompt with what it asks for; one that is malformed is "broken" with the reason, and fits nothing."""
+def _check_prompt(row: Any, where: str) -> Record:
+    """A line of the file; a malformed one becomes a prompt with the reason that no image satisfies."""
     try:
         for key in ("prompt", "class", "color"):
             require_text(row, key, where)
@@ -48,11 +53,11 @@ def position_of(row: Any, where: str) -> Record:
         if len(cell) != 2 or not all(isinstance(n, int) for n in cell):
             raise UserError(f"{where}: cell is {cell!r}; it must be [row, column].")
     except UserError as error:
-        return {"prompt": "", "class": "", "color": "", "cell": [], "broken": str(error)}
+        return {"prompt": "", "class": "", "color": "", "cell": [], "malformed": str(error)}
     return row
 
 
-def cell_of(path: Path) -> float:
+def _cell_side(path: Path) -> float:
     """The side of a cell of the scenes' grid in pixels."""
     size, grid = (require_key(read_json(path), key, path) for key in ("size", "grid"))
     if not isinstance(size, int) or not isinstance(grid, int) or min(size, grid) < 1:
@@ -60,45 +65,43 @@ def cell_of(path: Path) -> float:
     return size / grid
 
 
-def judge_position(prompt: Record, seen: Record, cell: float) -> Verdict:
-    """Exactly one object, of the shape and colour asked for, its middle in the cell asked for."""
-    boxes = [(name, box) for name, rows in seen["detections"].items() for box in rows]
+def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
+    """Exactly one object, of the prompt's shape and colour, with its centre in the prompt's cell."""
+    boxes = [(name, box) for name, rows in detected["detections"].items() for box in rows]
     if len(boxes) != 1:
         return Verdict(False, f"expected one object, found {len(boxes)}", {})
     name, box = boxes[0]
-    colour = (seen.get("colors", {}).get(name) or [""])[0]
+    colour = (detected.get("colors", {}).get(name) or [""])[0]
     if (name, colour) != (prompt["class"], prompt["color"]):
         return Verdict(False, f"found a {colour} {name}", {name: 1})
-    place = [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)]
-    if place != list(prompt["cell"]):
-        return Verdict(False, "right object, wrong place", {name: 1})
+    if [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)] != list(prompt["cell"]):
+        return Verdict(False, WRONG_POSITION, {name: 1})
     return Verdict(True, "", {name: 1})
 
 
 def score_positions(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """The share of drawings with exactly the object asked for: at its place, and wherever it is."""
+    """The shares of images with exactly the object of the prompt: at its position, and anywhere."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = detections.findings(task, rows, folder)
+    found = detections.read_detections(task, records, folder)
     per_sample = []
     for sample in task.samples:
         prompt = prompts[owners[sample.index]]
-        seen = None if sample.malformed else found.by_index.get(sample.index)
-        verdict = detections.judged(judge_position, prompt, seen, task.truth["cell"])
-        row = ceiling.describe(sample, rows, verdict.correct, verdict.reason, prompt.get("held_out", False))
-        whole = verdict.correct or verdict.reason == "right object, wrong place"
+        detected = None if sample.malformed else found.by_index.get(sample.index)
+        verdict = detections.verdict_on(judge_position, prompt, detected, task.truth["cell"])
+        held_out = prompt.get("held_out", False)
+        record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
+        right_object = verdict.correct or verdict.reason == WRONG_POSITION
         per_sample.append(
-            row | {"owner": owners[sample.index], "group": prompt["color"], "object": float(whole)}
+            record | {"owner": owners[sample.index], "group": prompt["color"], "object": float(right_object)}
         )
-    drawn = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
+    generated = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
     metrics = {
-        "position": ceiling.share(drawn),
-        "object": ceiling.share([r | {"score": r["object"]} for r in drawn]),
+        "position": ceiling.prompt_mean(generated),
+        "object": ceiling.prompt_mean([r | {"score": r["object"]} for r in generated]),
     }
-    ceiling.add_apart(metrics, per_sample)
-    upper = metrics["ceiling"].value if "ceiling" in metrics else None
-    why = detections.why_not(task, found)
-    return Scored(
-        metrics, {"ceiling_overall": upper}, per_sample, not_comparable=why, problems=found.problems
-    )
+    ceiling.add_held_out_and_ceiling(metrics, per_sample)
+    details = {"ceiling_overall": metrics["ceiling"].value if "ceiling" in metrics else None}
+    reason = detections.not_comparable_reason(task, found)
+    return Scored(metrics, details, per_sample, not_comparable=reason, problems=found.problems)

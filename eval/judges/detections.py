@@ -1,4 +1,10 @@
-"""Objects detected in a benchmark's images: by the scenes detector, a judge pass, or a file of detections."""
+"""Detections of objects in a benchmark's images, and where they come from.
+
+In order of precedence: `detections.jsonl` in the run folder (any detector), a judge pass with models of
+transformers, or the scenes detector, which runs while images are generated. A line of `detections.jsonl`:
+`{"index": i, "detections": {class: [[x0, y0, x1, y1, score], ...]}, "colors": {class: [colour, ...]}}`, and
+under "detector" its name.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -10,8 +16,8 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core import ceiling
 from ..core.annotations import require_key, require_type
+from ..core.ceiling import Detect, generate_and_reconstruct
 from ..core.harness import Record, Sample, Scoring, Settings, Task, Work
 from ..core.judge_pass import (
     ExternalFindings,
@@ -22,23 +28,24 @@ from ..core.judge_pass import (
     samples_with_images,
 )
 from ..core.model import fingerprint
-from . import object_detector
+from .object_detector import ColourClassifier, detections_record, load_detector
 from .scenes_detector import ScenesDetector
 
 DETECTORS = ("scenes", "none")
-PUBLISHED_DETECTOR = "mmdet Mask2Former"  # what detections.jsonl has to say to be comparable
+PUBLISHED_DETECTOR = "mmdet Mask2Former"  # the "detector" of detections.jsonl that makes a run comparable
+BATCH = 8  # images per batch of a judge pass
 
 
 class Verdict(NamedTuple):
-    """One image's result; `reason` is empty where it is correct, `kept` counts the boxes used per class."""
+    """The result of one image; `reason` is empty if it is correct, `kept` counts the boxes used per class."""
 
     correct: bool
     reason: str
     kept: dict[str, int]
 
 
-def detector_for(data: Path, settings: Settings) -> str:
-    """The detector asked for, else "scenes" where `data` says what its scenes are made of."""
+def choose_detector(data: Path, settings: Settings) -> str:
+    """The detector of the settings; by default "scenes" if the data has a `scenes.json`, else "none"."""
     name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
     if name not in DETECTORS:
         raise UserError(f"detector is {name!r}; allowed: {', '.join(DETECTORS)}.")
@@ -47,109 +54,123 @@ def detector_for(data: Path, settings: Settings) -> str:
     return name
 
 
-def truth_of(objects: Sequence[Record]) -> Record:
-    """What a perfect detector would find in a scene."""
-    seen: Record = {"detections": {}, "colors": {}}
-    for thing in objects:
-        seen["detections"].setdefault(thing["shape"], []).append([*thing["box"], 1.0])
-        seen["colors"].setdefault(thing["shape"], []).append(thing["color"])
-    return seen
+def detection_metadata(settings: Settings, detector: str, per_prompt: int) -> dict[str, Any]:
+    """Detector, images per prompt, decoding and file format, for the result."""
+    return {
+        "detector": detector,
+        "images per prompt": per_prompt,
+        "decoding": settings.decoding,
+        "images": "PNG",
+    }
 
 
-def worker(data: Path, settings: Settings) -> Work:
-    """Generate or reconstruct a batch, save the images and record what the scenes detector finds."""
-    return ceiling.worker(detector(data) if detector_for(data, settings) == "scenes" else None)
+def true_detections(objects: Sequence[Record]) -> Record:
+    """The detections of a perfect detector on a scene."""
+    truth: Record = {"detections": {}, "colors": {}}
+    for item in objects:
+        truth["detections"].setdefault(item["shape"], []).append([*item["box"], 1.0])
+        truth["colors"].setdefault(item["shape"], []).append(item["color"])
+    return truth
 
 
-def detector(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record]]:
-    """Images -> what the scenes detector finds in each, as JSON."""
-    read = ScenesDetector.from_file(data / "scenes.json")
+def generate_and_detect(data: Path, settings: Settings) -> Work:
+    """The work of a run: generate or reconstruct, save, and detect if the scenes detector is chosen."""
+    return generate_and_reconstruct(
+        scenes_detection(data) if choose_detector(data, settings) == "scenes" else None
+    )
 
-    def detect(pictures: Sequence[np.ndarray]) -> list[Record]:
-        shape, result = (read.size, read.size, 3), []
-        readings = iter(read([image for image in pictures if image.shape == shape]))
-        for image in pictures:
+
+def scenes_detection(data: Path) -> Detect:
+    """Images -> records of the scenes detector."""
+    detector = ScenesDetector.from_file(data / "scenes.json")
+    shape = (detector.size, detector.size, 3)
+
+    def detect(images: Sequence[np.ndarray]) -> list[Record]:
+        # images of another size are errors of their own, not of the whole batch
+        found = iter(detector([image for image in images if image.shape == shape]))
+        records = []
+        for image in images:
             if image.shape != shape:
-                result.append({"error": f"the image is {image.shape}; these scenes are {shape}"})
+                records.append({"error": f"the image is {image.shape}; these scenes are {shape}"})
                 continue
-            reading = next(readings)
-            boxes, colours = reading.geneval()
-            boxes = {
-                name: [[round(float(v), 4) for v in box] for box in rows] for name, rows in boxes.items()
-            }
-            result.append({"detections": boxes, "colors": colours, "unclear": reading.reason})
-        return result
+            detection = next(found)
+            boxes, colours = detection.geneval()
+            boxes = {c: [[round(float(v), 4) for v in box] for box in rows] for c, rows in boxes.items()}
+            records.append({"detections": boxes, "colors": colours, "unclear": detection.reason})
+        return records
 
     return detect
 
 
-def look_for_objects(
-    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+def run_detection_pass(
+    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """Find the objects of every drawing, and their colours, with the models of --detector-model."""
+    """Judge pass: detect the objects of all generated images with --detector-model and --colour-model."""
     if not scoring.detector_model:
         return
-
     if not scoring.colour_model:
-        raise UserError(
-            "--detector-model finds objects; their colours need --colour-model too, a CLIP folder."
-        )
-    find = object_detector.load(scoring.detector_model, device)
-    colours = object_detector.Colours(scoring.colour_model, device)
+        raise UserError("--detector-model needs --colour-model, a CLIP folder that names colours of objects.")
+    detect = load_detector(scoring.detector_model, device)
+    classify_colours = ColourClassifier(scoring.colour_model, device)
     clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
     names = sorted({clause["class"] for clause in clauses})
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Record]:
-        kept = [[t for t in things if t.name in names] for things in find(pictures, names)]
-        return [object_detector.as_row(t, colours(p, t)) for p, t in zip(pictures, kept)]
+    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+        # classes that no prompt names cannot change a verdict
+        kept = [[d for d in found if d.name in names] for found in detect(images, names)]
+        return [detections_record(found, classify_colours(i, found)) for i, found in zip(images, kept)]
 
     both = [fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
     about = {
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
-    drawn = [s for s in samples_with_images(task.samples, rows) if s.kind == "generate"]
-    run_judge_pass(out, "detections", about, drawn, rows, work, 8, quiet)
+    generated = [s for s in samples_with_images(task.samples, records) if s.kind == "generate"]
+    run_judge_pass(out, "detections", about, generated, records, work, BATCH, quiet)
 
 
-def findings(task: Task, rows: dict[int, Record], folder: Path) -> ExternalFindings:
-    """Detections: those of `detections.jsonl` where it is, else a model's, else those noted while drawing."""
+def read_detections(task: Task, records: dict[int, Record], folder: Path) -> ExternalFindings:
+    """The detections of a run: of `detections.jsonl`, else of a judge pass, else of the scenes detector.
+
+    Raises:
+        UserError: there are images, but no detections.
+    """
     path = folder / "detections.jsonl"
     if path.exists():
-        check = check_detections
-        return read_external_findings(path, task.samples, check, "detector", "a detector without a name")
-    if seen := read_judge_pass(folder, "detections", samples_with_images(task.samples, rows)):
-        found, problems = judge_findings(seen[0])
-        return ExternalFindings(found, f"{seen[1]['model']} of transformers", problems)
-    found = {i: row for i, row in rows.items() if "detections" in row}
-    if not found and any(not row.get("error") for row in rows.values()):
+        return read_external_findings(
+            path, task.samples, check_detections, "detector", "a detector without a name"
+        )
+    if judged := read_judge_pass(folder, "detections", samples_with_images(task.samples, records)):
+        found, problems = judge_findings(judged[0])
+        return ExternalFindings(found, f"{judged[1]['model']} of transformers", problems)
+    found = {i: record for i, record in records.items() if "detections" in record}
+    if not found and any(not record.get("error") for record in records.values()):
         raise UserError(
-            f"{folder}: the images are drawn, but nothing has looked at them. Run again with "
-            "--detector-model and --colour-model (nothing is drawn again), or run a detector of your own on "
-            f"{folder / 'pictures'} and write its findings to {path}."
+            f"{folder}: the images are generated, but have no detections. Run again with --detector-model "
+            "and --colour-model (the images are kept), or run a detector of your own on "
+            f"{folder / 'images'} and write its detections to {path}."
         )
     return ExternalFindings(found, "scenes" if task.metadata["detector"] == "scenes" else "nothing", [])
 
 
-def judged(judge: Callable, prompt: Record, seen: Record | None, *more: Any) -> Any:
-    """A verdict; an image that is missing or that nothing looked at is wrong."""
-    return judge(prompt, seen, *more) if seen is not None else Verdict(False, "no image", {})
+def verdict_on(judge: Callable[..., Verdict], prompt: Record, detected: Record | None, *more: Any) -> Verdict:
+    """The verdict of `judge`; a missing image, or one without detections, is wrong."""
+    return judge(prompt, detected, *more) if detected is not None else Verdict(False, "no image", {})
 
 
-def why_not(task: Task, found: ExternalFindings) -> str:
-    """Why the numbers must not stand beside published ones, "" if they may."""
+def not_comparable_reason(task: Task, found: ExternalFindings) -> str:
+    """Why the numbers are not comparable with published ones, "" if they are."""
     if task.metadata["detector"] == "scenes":
         return "the prompts and the detector are those of scenes"
     same = found.by == PUBLISHED_DETECTOR
-    return "" if same else f"objects found by {found.by}, not by {PUBLISHED_DETECTOR}"
+    return "" if same else f"objects detected by {found.by}, not by {PUBLISHED_DETECTOR}"
 
 
-def check_detections(row: Any, where: str) -> Record:
-    """What a detector found in an image; UserError where boxes or colours are not as they should be."""
-    colours = require_type(dict, row.get("colors", {}), f"{where}, colors")
-    for name, boxes in require_type(
-        dict, require_key(row, "detections", where), f"{where}, detections"
-    ).items():
+def check_detections(record: Any, where: str) -> Record:
+    """A line of `detections.jsonl`; raises UserError if its boxes or colours are malformed."""
+    colours = require_type(dict, record.get("colors", {}), f"{where}, colors")
+    boxes_by_class = require_type(dict, require_key(record, "detections", where), f"{where}, detections")
+    for name, boxes in boxes_by_class.items():
         try:
             count = len(np.asarray(boxes, dtype=np.float32).reshape(-1, 5))
         except (ValueError, TypeError) as error:
@@ -157,4 +178,4 @@ def check_detections(row: Any, where: str) -> Record:
         named = require_type(list, colours.get(name) or [""] * count, f"{where}, colors of {name!r}")
         if len(named) != count:
             raise UserError(f"{where}: detections of {name!r}: {count} boxes, but {len(named)} colours.")
-    return row
+    return record

@@ -1,4 +1,4 @@
-"""Malformed entries in the scenes' own files: named, counted and wrong, or without a part in the ceiling."""
+"""Malformed entries in the scenes' own files: named and counted as wrong, or left out of the ceiling."""
 
 import json
 import shutil
@@ -59,14 +59,14 @@ def test_zeroshot_counts_a_malformed_scene_as_wrong(own, tmp_path, fault):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", ["geneval", "positions"])
-def test_a_malformed_scene_has_no_part_in_the_ceiling(own, tmp_path, name, fault):
+def test_a_malformed_scene_is_left_out_of_the_ceiling(own, tmp_path, name, fault):
     spoil(own / "test" / "captions.json", FAULTS[fault])
     result = run_benchmark(name, Scripted(own), own, tmp_path / "o", **QUIET)
     assert result["details"]["ceiling_overall"] == 1.0 and result["value"] == 0.0
-    assert any("1 images have no part in the ceiling" in p and "entry 0" in p for p in result["problems"])
+    assert any("1 images are left out of the ceiling" in p and "entry 0" in p for p in result["problems"])
 
 
-def test_a_scene_without_objects_is_none_to_copy(own, tmp_path):
+def test_a_scene_without_objects_is_not_reconstructed(own, tmp_path):
     whole = run_benchmark("positions", Scripted(own), own, tmp_path / "a", **QUIET)
     spoil(own / "test" / "captions.json", EMPTY)
     result = run_benchmark("positions", Scripted(own), own, tmp_path / "b", **QUIET)
@@ -99,16 +99,16 @@ def test_a_malformed_position_is_wrong(own, tmp_path, fault):
     assert result["metrics"]["ceiling"]["value"] == 1.0
 
 
-def test_findings_without_colours_are_no_crash(own, tmp_path):
+def test_detections_without_colours_are_scored(own, tmp_path):
     settings = Settings(detector="none")
-    with pytest.raises(UserError, match="nothing has looked"):
+    with pytest.raises(UserError, match="have no detections"):
         run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)
     row = {"index": 0, "detections": {"star": [[0, 0, 9, 9, 0.95]]}}
     (tmp_path / "detections.jsonl").write_text(json.dumps(row) + "\n")
     assert run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)["value"] == 0.0
 
 
-def test_a_drawing_of_another_size_is_named_and_wrong(own, tmp_path):
+def test_an_image_of_another_size_is_named_and_wrong(own, tmp_path):
     scripted = Scripted(own)
     sizes = iter((16, 32, 48))
     scripted.generate = lambda prompts, seeds: [Image.new("RGB", (next(sizes, 32),) * 2) for _ in prompts]

@@ -117,7 +117,7 @@ def test_drawings_and_their_ceiling(data, tmp_path):
 
 def test_detections_of_another_detector_are_scored(data, tmp_path):
     settings = Settings(detector="none", images_per_prompt=2)
-    with pytest.raises(UserError, match="nothing has looked at them"):
+    with pytest.raises(UserError, match="have no detections"):
         run_benchmark("geneval", Scripted(data), data, tmp_path, settings, **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "answers-00000.jsonl").read_text().splitlines()]
     found = [{"index": row["index"], "detections": {}, "colors": {}} for row in rows]

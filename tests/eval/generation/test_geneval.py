@@ -23,7 +23,7 @@ def golden():
 def test_every_verdict_reason_and_kept_count_is_equal(golden):
     for item in golden["items"]:
         settings = geneval.Rules(**{OPTIONS[k]: v for k, v in item["options"].items()})
-        verdict = geneval.judge(item["metadata"], item, settings)
+        verdict = geneval.judge_image(item["metadata"], item, settings)
         assert (verdict.correct, verdict.reason) == (item["expected_correct"], item["expected_reason"]), item[
             "id"
         ]
@@ -33,8 +33,8 @@ def test_every_verdict_reason_and_kept_count_is_equal(golden):
 def test_relations_and_overlaps_are_equal(golden):
     for pair in golden["position_pairs"]:
         a, b = np.asarray(pair["a"], np.float32), np.asarray(pair["b"], np.float32)
-        assert sorted(geneval.relations(a, b)) == pair["relation_of_a_to_b"]
-        assert geneval.overlap(np.asarray(pair["a"]), np.asarray(pair["b"])) == pytest.approx(
+        assert sorted(geneval.box_relations(a, b)) == pair["relation_of_a_to_b"]
+        assert geneval.box_iou(np.asarray(pair["a"]), np.asarray(pair["b"])) == pytest.approx(
             pair["iou"], abs=1e-6
         )
 
@@ -43,7 +43,7 @@ def test_summary_equals_the_published_script(golden):
     items = [i for i in golden["items"] if not i["options"]]
     names: dict[str, int] = {}
     prompts = [names.setdefault(json.dumps(i["metadata"], sort_keys=True), len(names)) for i in items]
-    result = geneval.summarise(
+    result = geneval.summarise_verdicts(
         [i["metadata"] for i in items], [i["expected_correct"] for i in items], prompts
     )
     text = golden["summary_stdout_default_options_only"]
@@ -58,9 +58,9 @@ def test_summary_equals_the_published_script(golden):
 def test_equal_scores_keep_a_stable_choice():
     row = {"tag": "colors", "include": [{"class": "cup", "count": 1, "color": "red"}], "prompt": "a red cup"}
     boxes = [[0, 0, 9, 9, 0.8], [20, 20, 29, 29, 0.8]]
-    first = geneval.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
-    again = geneval.judge(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
-    assert first == again
+    once = geneval.judge_image(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
+    twice = geneval.judge_image(row, {"detections": {"cup": boxes}, "colors": {"cup": ["red", "blue"]}})
+    assert once == twice
 
 
 def test_malformed_metadata_names_the_line(tmp_path):
@@ -69,17 +69,17 @@ def test_malformed_metadata_names_the_line(tmp_path):
     with pytest.raises(UserError, match=r"no evaluation_metadata\.jsonl"):
         geneval.read_prompts(tmp_path)
     for change, message in (
-        ({"tag": "places"}, "prompt 2: tag is 'places'"),
+        ({"tag": "size"}, "prompt 2: tag is 'size'"),
         ({"include": [{"count": 1}]}, r"prompt 2, include\[0\]: the key 'class' is missing"),
         ({"include": [{"class": "a", "count": "1"}]}, "count is '1'"),
-        ({"include": [{"class": "a", "count": 1, "position": ["above", 0]}]}, "not one before"),
+        ({"include": [{"class": "a", "count": 1, "position": ["above", 0]}]}, "must be an earlier one"),
         ({"include": [{"class": "a", "count": 1, "position": "above"}]}, "expected .relation, clause"),
         ({"include": []}, "include is empty"),
         ({"exclude": [{"class": "a"}]}, r"exclude\[0\]: the key 'count' is missing"),
     ):
         path.write_text(json.dumps(good) + "\n" + json.dumps(good | change) + "\n")
         first, second = geneval.read_prompts(tmp_path)
-        assert first == good and re.search(message, second["broken"]) and second["tag"] == "position"
+        assert first == good and re.search(message, second["malformed"]) and second["tag"] == "position"
         path.write_text(json.dumps(good | change) + "\n")
         with pytest.raises(UserError, match=message.replace("prompt 2", "prompt 1")):
             geneval.read_prompts(tmp_path)
@@ -95,4 +95,4 @@ def test_malformed_metadata_names_the_line(tmp_path):
         with pytest.raises(UserError, match=message):
             detections.check_detections(found, "line 1")
     with pytest.raises(UserError, match="2 boxes, but 1 colours"):
-        geneval.judge(good, {"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}})
+        geneval.judge_image(good, {"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}})

@@ -1,4 +1,4 @@
-"""The models that look at drawings: Mask2Former, OWL, CLIP's colours, an image-text model; tiny, random."""
+"""Judges of generated images: Mask2Former, OWL, colours by CLIP, a VQA model; tiny, random weights."""
 
 import json
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.judges import object_detector
+from open_unitok.eval.judges import detections, object_detector
 from open_unitok.eval.judges.vqa_model import VqaModel
 
 from ..generation.test_generated_images import Drawer, result_of
@@ -92,17 +92,17 @@ def mask2former(tmp_path_factory):
 
 
 def test_mask2former_gives_boxes_around_its_masks(mask2former):
-    find = object_detector.load(str(mask2former), "cpu")
+    detect = object_detector.load_detector(str(mask2former), "cpu")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
-    (things, again) = find([image, image], ["cup"])
-    assert things and len(things) == len(again)
-    for thing in things:
-        assert thing.name in ("cup", "computer mouse", "dog") and thing.mask.shape == (48, 64)
-        x0, y0, x1, y1, score = thing.box
-        assert thing.mask[int(y0) : int(y1), int(x0) : int(x1)].sum() == thing.mask.sum()
-        assert object_detector.LEAST < score <= 1
-    row = object_detector.as_row(things, ["red"] * len(things))
-    assert sum(map(len, row["detections"].values())) == len(things)
+    (found, other) = detect([image, image], ["cup"])
+    assert found and len(found) == len(other)
+    for detection in found:
+        assert detection.name in ("cup", "computer mouse", "dog") and detection.mask.shape == (48, 64)
+        x0, y0, x1, y1, score = detection.box
+        assert detection.mask[int(y0) : int(y1), int(x0) : int(x1)].sum() == detection.mask.sum()
+        assert object_detector.MIN_SCORE < score <= 1
+    row = object_detector.detections_record(found, ["red"] * len(found))
+    assert sum(map(len, row["detections"].values())) == len(found)
 
 
 def test_owl_scales_its_boxes_to_the_image(words, tmp_path):
@@ -118,28 +118,28 @@ def test_owl_scales_its_boxes_to_the_image(words, tmp_path):
     images = OwlViTImageProcessor(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
     OwlViTProcessor(image_processor=images, tokenizer=words).save_pretrained(tmp_path)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 80, 3), np.uint8))
-    (things,) = object_detector.load(str(tmp_path), "cpu")([image], ["cup", "red cup"])
-    assert things and {t.name for t in things} <= {"cup", "red cup"}
-    centres = [((t.box[0] + t.box[2]) / 2, (t.box[1] + t.box[3]) / 2) for t in things]
+    (found,) = object_detector.load_detector(str(tmp_path), "cpu")([image], ["cup", "red cup"])
+    assert found and {d.name for d in found} <= {"cup", "red cup"}
+    centres = [((d.box[0] + d.box[2]) / 2, (d.box[1] + d.box[3]) / 2) for d in found]
     assert max(x for x, _ in centres) > 40  # the whole width is used
     assert all(-80 < x < 160 and -40 < y < 80 for x, y in centres)
 
 
-def test_colours_see_the_object_alone(clip):
-    colours = object_detector.Colours(str(clip), "cpu")
+def test_colours_depend_on_the_object_alone(clip):
+    colours = object_detector.ColourClassifier(str(clip), "cpu")
     image = np.full((32, 32, 3), 200, np.uint8)
     image[8:16, 8:16] = (255, 0, 0)
     mask = np.zeros((32, 32), bool)
     mask[8:16, 8:16] = True
-    cut = object_detector.crop(
-        Image.fromarray(image), object_detector.Thing("cup", [4, 4, 20, 20, 0.9], mask)
+    cut = object_detector.crop_object(
+        Image.fromarray(image), object_detector.Detection("cup", [4, 4, 20, 20, 0.9], mask)
     )
     assert np.asarray(cut)[0, 0].tolist() == [0x99] * 3 and np.asarray(cut)[8, 8].tolist() == [255, 0, 0]
-    whole = object_detector.crop(
-        Image.fromarray(image), object_detector.Thing("cup", [-9, 30.2, 99, 99, 0.9], None)
+    whole = object_detector.crop_object(
+        Image.fromarray(image), object_detector.Detection("cup", [-9, 30.2, 99, 99, 0.9], None)
     )
     assert whole.size == (32, 2)
-    things = [object_detector.Thing("cup", [4, 4, 20, 20, 0.9], mask)] * 2
+    things = [object_detector.Detection("cup", [4, 4, 20, 20, 0.9], mask)] * 2
     found = colours(Image.fromarray(image), things)
     assert (
         found[0] == found[1]
@@ -158,15 +158,15 @@ def test_geneval_through_the_command_line_with_a_detector(call, clip, mask2forme
     code, _, err = call(*words)
     assert code == 2 and "--detector-model and --colour-model" in err
     code, _, err = call(*words, "--detector-model", mask2former)
-    assert code == 2 and "need --colour-model too" in err
+    assert code == 2 and "needs --colour-model" in err
     code, _, err = call(*words, "--detector-model", clip, "--colour-model", clip)
     assert code == 2 and "model_type is 'clip'; allowed: mask2former" in err
 
-    # a detector with a script: a cup is in every image but the fourth prompt's
-    def find(pictures, names):
+    # a scripted detector: a cup is in every image but those of the fourth prompt
+    def detect(images, names):
         assert names == ["cup"]
         return [
-            [object_detector.Thing("cup", [0, 0, 9, 9, 0.95], None)] * (not is_fourth(p)) for p in pictures
+            [object_detector.Detection("cup", [0, 0, 9, 9, 0.95], None)] * (not is_fourth(p)) for p in images
         ]
 
     def is_fourth(image):
@@ -175,7 +175,7 @@ def test_geneval_through_the_command_line_with_a_detector(call, clip, mask2forme
     folder = tmp_path / "geneval"
     fourth = [np.asarray(Image.open(p)) for p in sorted((folder / "images" / "00003").rglob("*.png"))]
     assert len(fourth) == 4
-    monkeypatch.setattr(object_detector, "load", lambda path, device: find)
+    monkeypatch.setattr(detections, "load_detector", lambda path, device: detect)
     code, out, err = call(*words, "--detector-model", mask2former, "--colour-model", clip)
     assert code == 0, err
     result = result_of(tmp_path, "geneval")
@@ -217,14 +217,14 @@ def llava(words, tmp_path_factory):
 def test_image_text_model_gives_probabilities_and_answers(llava, tmp_path):
     model = VqaModel(llava)
     random = np.random.default_rng(0)
-    pictures = [Image.fromarray(random.integers(0, 255, (20, 20, 3), np.uint8)) for _ in range(2)]
+    images = [Image.fromarray(random.integers(0, 255, (20, 20, 3), np.uint8)) for _ in range(2)]
     questions = ["red cup", "a photo of red cup"]
-    together = model.probabilities(pictures, questions, "Yes")
-    alone = [model.probabilities([p], [q], "Yes")[0] for p, q in zip(pictures, questions)]
+    together = model.probabilities(images, questions, "Yes")
+    alone = [model.probabilities([p], [q], "Yes")[0] for p, q in zip(images, questions)]
     assert together == pytest.approx(alone, abs=1e-5) and all(0 < v < 1 for v in together)
-    total = sum(model.probabilities(pictures[:1], questions[:1], word)[0] for word in WORDS)
+    total = sum(model.probabilities(images[:1], questions[:1], word)[0] for word in WORDS)
     assert total == pytest.approx(1.0, abs=1e-4)
-    assert len(model.answers(pictures, questions)) == 2 and len(model.about["fingerprint"]) == 64
+    assert len(model.answers(images, questions)) == 2 and len(model.about["fingerprint"]) == 64
     with pytest.raises(UserError, match="does not exist"):
         VqaModel(tmp_path / "nowhere")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')

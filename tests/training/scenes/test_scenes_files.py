@@ -155,7 +155,7 @@ def test_prompts_have_the_layout_of_geneval_and_can_be_satisfied(data):
         seen.append(found)
     for tag in dict.fromkeys(tags):
         some = [row for row in rows if row["tag"] == tag][:6]
-        satisfied = sum(any(geneval.judge(row, found, rules).correct for found in seen) for row in some)
+        satisfied = sum(any(geneval.judge_image(row, found, rules).correct for found in seen) for row in some)
         assert satisfied >= (3 if tag == "color_attr" else 6), tag  # two given objects rarely meet in a scene
     positions = [json.loads(x) for x in (data / "test/positions.jsonl").read_text().splitlines()]
     assert len(positions) == 24 * 4 and {tuple(p["cell"]) for p in positions} == {
