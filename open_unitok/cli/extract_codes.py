@@ -6,8 +6,8 @@ from pathlib import Path
 from open_unitok.core.distributed import local_rank
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
-from open_unitok.training.data.extract import DTYPES, Options, extract
-from open_unitok.training.data.tar_index import tars_of
+from open_unitok.training.data.extract import EXTRACTION_DTYPES, ExtractOptions, extract_codes
+from open_unitok.training.data.tar_index import matching_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="fp32", help="bf16 changes 2 to 5 %% of the codes (default: fp32)"
+        "--dtype",
+        choices=EXTRACTION_DTYPES,
+        default="fp32",
+        help="bf16 changes 2 to 5 %% of the codes (default: fp32)",
     )
     parser.add_argument(
         "--mode",
@@ -48,21 +51,16 @@ def run(args: argparse.Namespace) -> None:
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
-    tars = tars_of(args.data)
+    tars = matching_files(args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = check_device(f"cuda:{local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
     # the fingerprint is that of the fp32 weights: take it before the cast
-    options = Options(
+    options = ExtractOptions(
         unitok.fingerprint(), args.mode, args.dtype, args.batch_size, args.workers, args.max_bad_share
     )
-    if unitok.config.codebook_size > 1 << 16:
-        raise UserError(
-            f"{args.tokenizer} has {unitok.config.codebook_size} codes per sub-codebook: code shards hold "
-            "at most 65536 (uint16)."
-        )
-    unitok = unitok.to(device=device, dtype=getattr(torch, DTYPES[args.dtype]))
-    manifest = extract(unitok, tars, Path(args.out), options)
+    unitok = unitok.to(device=device, dtype=getattr(torch, EXTRACTION_DTYPES[args.dtype]))
+    manifest = extract_codes(unitok, tars, Path(args.out), options)
     if manifest is None:
         print(f"{args.out}: this process has finished, others are still running")
         return

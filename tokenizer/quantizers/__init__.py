@@ -2,8 +2,10 @@
 
 import inspect
 
+from open_unitok.core.codes import code_dtype
+
 from ..config import UniTokConfig, check_options, entry_of
-from .base import Quantizer, QuantizerOutput, code_dtype
+from .base import Quantizer, QuantizerOutput
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
 

@@ -7,7 +7,6 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -156,8 +155,3 @@ def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Te
     for book, rows in enumerate(by_book):
         for block in rows.split(step):
             yield book, block
-
-
-def code_dtype(code_sizes: Sequence[int]) -> np.dtype:
-    """The integer type that stores codes in files: uint16 up to 65,536 entries, uint32 above."""
-    return np.dtype(np.uint16 if max(code_sizes) <= 1 << 16 else np.uint32)

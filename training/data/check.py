@@ -20,7 +20,7 @@ from open_unitok.core.files import existing, sha256, tokenizer_path
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
 from .sample_kinds import SAMPLE_KINDS, crop_mismatch
-from .tar_index import BadSample, Record, image_members, index, tars_of
+from .tar_index import BadSample, Record, image_members, index_tar, matching_files
 from .text import Conversations, TextLines
 
 _LISTED = 10  # broken samples that the report names one by one
@@ -180,9 +180,9 @@ def _open(path: str, codes: str | None) -> _OpenDataset:
                 f"{path} holds neither {CODES_MANIFEST} nor tars: make tars of images with `unitok data "
                 "convert folder`."
             )
-        return _open_tars(tars_of(f"{path}/*.tar", "PATH"))
+        return _open_tars(matching_files(f"{path}/*.tar", "PATH"))
     if path.endswith(".tar"):
-        return _open_tars(tars_of(path, "PATH"))
+        return _open_tars(matching_files(path, "PATH"))
     if path.endswith((".json", ".jsonl")) and not any(c in path for c in "*?[{"):
         first = next(read_records(existing(path)), {})
         if {"conversations", "messages"} & first.keys():
@@ -232,7 +232,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
 
 
 def _open_tars(tars: list[str]) -> _OpenDataset:
-    indexes = [index(tar) for tar in tars]
+    indexes = [index_tar(tar) for tar in tars]
     problems = tuple(f"{tar} is broken: {i.problem}" for tar, i in zip(tars, indexes) if i.problem)
     records = [record for i in indexes for record in i.records]
 

@@ -1,10 +1,10 @@
 """Reading what `unitok extract-codes` wrote: samples by number.
 
-A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, uint16 (N, K), or
-(I, N, K) for a sample of another number of images than one, beside `KEY.json`:
-{"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]};
-a "long_caption" and a "short_caption" may stand there too, and the numbers in a document are those of its
-images.
+A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, (N, K), or (I, N, K) for
+a sample with other than one image, next to `KEY.json`:
+{"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]},
+perhaps with "long_caption" and "short_caption"; the numbers in a document are those of its images. The dtype
+of the codes follows from the codebook size (`open_unitok.core.codes`).
 
 I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
 """
@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from .tar_index import BadSample, Record, index
+from .tar_index import BadSample, Record, index_tar
 
 CODES_MANIFEST = "codes.json"
-FORMAT = "open-unitok codes 1"
+CODES_FORMAT = "open-unitok codes 1"
 MANIFEST_FIELDS = (
     "format",
     "tokenizer",  # fingerprint of the visual tokenizer
@@ -38,10 +39,10 @@ SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as m
 
 
 class CodeSample(NamedTuple):
-    """Some images as codes, and what is said of them."""
+    """The codes of some images, and their captions, conversations, ..."""
 
     key: str
-    codes: np.ndarray  # (N, K) uint16, or (I, N, K)
+    codes: np.ndarray  # (N, K) or (I, N, K)
     info: dict[str, Any]
 
     @property
@@ -62,7 +63,7 @@ class CodeFolder:
     """The samples of one code folder.
 
     Raises:
-        UserError: no code folder; or its codes were made by another visual tokenizer than `fingerprint`.
+        UserError: not a code folder, or codes of another visual tokenizer than `fingerprint`.
     """
 
     def __init__(self, folder: str | Path, fingerprint: str | None = None):
@@ -75,7 +76,10 @@ class CodeFolder:
                 "`unitok extract-codes` again with that one."
             )
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
-        self._index = lru_cache(maxsize=2 * SHUFFLED_TARS)(self._index_of)
+        self.shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])  # (N, K)
+        self.dtype = code_dtype([self.manifest["codebook_size"]])
+        # twice, as two orders may read the same folder
+        self._index = lru_cache(maxsize=2 * SHUFFLED_TARS)(self._read_index)
 
     def __len__(self) -> int:
         return sum(self.sizes)
@@ -108,12 +112,12 @@ class CodeFolder:
         return self._parse(Record(path, key, {"codes.npy": at.codes, "json": at.info}))
 
     def check_shard(self, shard: int) -> None:
-        """Raises UserError if tar `shard` is missing, cut off, or has other samples than it should."""
+        """Raises UserError if tar `shard` is missing or cut off, or has more or fewer samples than listed."""
         self._index(shard)
 
-    def _index_of(self, shard: int) -> Any:
+    def _read_index(self, shard: int) -> list[Record]:
         path = self.folder / self.manifest["shards"][shard]["file"]
-        records, problem = index(str(existing(path, "Run `unitok extract-codes` again.")))
+        records, problem = index_tar(str(existing(path, "Run `unitok extract-codes` again.")))
         if problem or len(records) != self.sizes[shard]:
             raise UserError(
                 f"{path} is broken ({problem or f'{len(records)} samples'}; {CODES_MANIFEST} lists "
@@ -128,52 +132,54 @@ class CodeFolder:
     def _parse(self, record: Record) -> CodeSample:
         info = record.json("json")
         if not isinstance(info, dict):
-            raise BadSample(".json holds no mapping")
-        shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])
-        codes = _array(record.read("codes.npy"), shape)
-        if codes.dtype != np.uint16 or shape not in (codes.shape, codes.shape[1:]):
-            raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, uint16 {shape} is wanted")
+            raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
+        codes = _read_npy(record.read("codes.npy"), self.shape, self.dtype)
+        if codes.dtype != self.dtype or self.shape not in (codes.shape, codes.shape[1:]):
+            raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, expected {self.dtype} {self.shape}")
         if codes.size and codes.max() >= self.manifest["codebook_size"]:
             raise BadSample(f"code {codes.max()} is not below {self.manifest['codebook_size']}")
         return CodeSample(record.key, codes, info)
 
 
-def _array(data: bytes, shape: tuple[int, int]) -> np.ndarray:
-    """The array of an .npy file; where its head is that of uint16 of this shape, without parsing it again."""
-    head = _npy_head(shape)
-    if data.startswith(head) and len(data) == len(head) + 2 * shape[0] * shape[1]:
-        return np.frombuffer(data, dtype=np.uint16, offset=len(head)).reshape(shape)
+def _read_npy(data: bytes, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+    """The array of an .npy file."""
+    # np.load parses the header as Python: skip that where it is the header of this very shape and dtype
+    header = _npy_header(shape, dtype)
+    if data.startswith(header) and len(data) == len(header) + dtype.itemsize * shape[0] * shape[1]:
+        return np.frombuffer(data, dtype=dtype, offset=len(header)).reshape(shape)
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:  # its own words speak of pickles
-        raise BadSample(".codes.npy cannot be read: it is no .npy file of numbers") from error
+    except (ValueError, EOFError) as error:  # numpy's own message is about pickles
+        raise BadSample(".codes.npy cannot be read: it is not an .npy file of numbers") from error
 
 
 @lru_cache
-def _npy_head(shape: tuple[int, int]) -> bytes:
+def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
     file = io.BytesIO()
-    np.save(file, np.zeros(shape, dtype=np.uint16))
-    return file.getvalue()[: -2 * shape[0] * shape[1]]
+    zeros = np.zeros(shape, dtype=dtype)
+    np.save(file, zeros)
+    return file.getvalue()[: -zeros.nbytes]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The contents of a code folder's `codes.json`.
 
     Raises:
-        UserError: it is missing or is of another kind.
+        UserError: it is missing or malformed.
     """
     path = Path(folder) / CODES_MANIFEST
     hint = "Its extraction is not finished: run the same `unitok extract-codes` again."
     manifest = read_json(
         existing(path, hint if Path(folder).is_dir() else "Run `unitok extract-codes` first.")
     )
-    if isinstance(manifest, dict) and "pictures" in manifest:  # what `images` was called before 0.2
+    if isinstance(manifest, dict) and "pictures" in manifest:  # the key `images` before 0.2
         manifest["images"] = manifest.pop("pictures")
-    lacking = (
+    missing = (
         [name for name in MANIFEST_FIELDS if name not in manifest] if isinstance(manifest, dict) else ["all"]
     )
-    if lacking or manifest["format"] != FORMAT:
+    if missing or manifest["format"] != CODES_FORMAT:
         raise UserError(
-            f"{path} is not the list of a code folder (format {FORMAT!r}): lacking {', '.join(lacking)}."
+            f"{path} is not the manifest of a code folder (format {CODES_FORMAT!r}); missing keys: "
+            f"{', '.join(missing) or 'none'}."
         )
     return manifest

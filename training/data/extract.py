@@ -1,12 +1,12 @@
 """Image shards to code shards, so that the MLLM trains without the visual tokenizer.
 
-Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., beside `KEY.json` or
+Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., next to `KEY.json` or
 `KEY.txt` (a caption); "images" in the .json says how many images there must be, 0 is allowed.
 
-Tar i of the input becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json,
-written last: where it stands, the tar is whole and is not made again. `codes.json` lists them all; the
-process that finds the last one finished writes it. Under torchrun each process takes every n-th tar; they
-need not meet, but see the same files.
+Input tar i becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json, which is
+written last and marks the tar as complete: a rerun skips it. `codes.json` lists all tars; the process that
+finds the last one complete writes it. Under torchrun each process takes every n-th tar; processes do not
+communicate, but must see the same files.
 
 N visual tokens per image, K sub-codebooks, B images per batch.
 """
@@ -26,23 +26,25 @@ import numpy as np
 from tqdm import tqdm
 
 from open_unitok.core import distributed
+from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, sha256, write_atomic, write_json
 
-from .code_shards import CODES_MANIFEST, FORMAT
-from .tar_index import BadSample, Record, image_members, index
+from .code_shards import CODES_FORMAT, CODES_MANIFEST
+from .tar_index import BadSample, Record, image_members, index_tar
 
 if TYPE_CHECKING:
     import torch
 
-CHECKED = 8  # images per tar that are decoded again
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
+MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
+EXTRACTION_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
-class Options(NamedTuple):
-    """What the codes of a tar depend on, and how they are made."""
+class ExtractOptions(NamedTuple):
+    """What the codes of a tar depend on, and how they are computed."""
 
-    fingerprint: str
+    fingerprint: str  # of the visual tokenizer
     mode: str
     dtype: str
     batch_size: int
@@ -50,17 +52,17 @@ class Options(NamedTuple):
     max_bad_share: float
 
 
-class Loaded(NamedTuple):
-    """A sample with its images; mostly one, several in conversations and documents, or none."""
+class LoadedSample(NamedTuple):
+    """A sample with its images: mostly one, several in conversations and documents, or none."""
 
     key: str
-    pictures: "list[torch.Tensor]"  # each (3, H, W)
+    images: "list[torch.Tensor]"  # each (3, H, W)
     info: dict[str, Any]
-    oblong: int  # images that were not square
+    non_square: int  # images that were not square
 
 
-def extract(
-    unitok: Any, tars: list[str], out: Path, options: Options, quiet: bool = False
+def extract_codes(
+    unitok: Any, tars: list[str], out: Path, options: ExtractOptions, quiet: bool = False
 ) -> dict[str, Any] | None:
     """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
 
@@ -71,39 +73,44 @@ def extract(
     import torch
 
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out is {out}, which is a file: name a folder.")
+        raise UserError(f"--out is {out}, which is a file: give a folder.")
     for number, tar in enumerate(tars):
-        _finished(out, number, tar, options)  # refuse before the first batch
+        _completed(out, number, tar, options)  # raises before the first batch where `out` is of other origin
     mine = [
         n
         for n in range(distributed.rank(), len(tars), distributed.world_size())
-        if not _finished(out, n, tars[n], options)
+        if not _completed(out, n, tars[n], options)
     ]
-    total = sum(len(index(tars[n]).records) for n in mine) if len(mine) <= 1000 else None
+    total = sum(len(index_tar(tars[n]).records) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
     shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
-            _extract_tar(unitok, tars[number], out / _name(number), options, bar.update)
-    facts = [_finished(out, number, tar, options) for number, tar in enumerate(tars)]
-    done = [fact for fact in facts if fact]
-    return _write_manifest(unitok, out, done, options) if len(done) == len(tars) else None
+            _extract_tar(unitok, tars[number], out / _tar_name(number), options, bar.update)
+    facts = [_completed(out, number, tar, options) for number, tar in enumerate(tars)]
+    complete = [fact for fact in facts if fact]
+    return _write_manifest(unitok, out, complete, options) if len(complete) == len(tars) else None
 
 
-def _name(number: int) -> str:
+def stored_dtype(unitok: Any) -> np.dtype:
+    """The integer type of this tokenizer's codes on disk."""
+    return code_dtype(unitok.quantizer.code_sizes)
+
+
+def _tar_name(number: int) -> str:
     return f"codes-{number:06d}.tar"
 
 
-def _finished(out: Path, number: int, tar: str, options: Options) -> dict[str, Any] | None:
-    """What is known of an output tar that is there, else None; raises UserError if it is of other origin."""
-    path = (out / _name(number)).with_suffix(".json")
+def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dict[str, Any] | None:
+    """The description of an output tar that is complete, else None; UserError if it is of other origin."""
+    path = (out / _tar_name(number)).with_suffix(".json")
     if not (path.exists() and path.with_suffix(".tar").exists()):
         return None
     facts = read_json(path)
-    wanted = _origin(tar, options)
-    differing = [name for name, value in wanted.items() if facts.get(name) != value]
+    expected = _origin(tar, options)
+    differing = [name for name, value in expected.items() if facts.get(name) != value]
     if differing:
         shown = ", ".join(
-            f"{name} {str(facts.get(name))[:16]}, now {str(wanted[name])[:16]}" for name in differing
+            f"{name} {str(facts.get(name))[:16]}, now {str(expected[name])[:16]}" for name in differing
         )
         raise UserError(
             f"{out} holds codes of another extraction ({shown}): choose another --out, or delete it."
@@ -111,7 +118,7 @@ def _finished(out: Path, number: int, tar: str, options: Options) -> dict[str, A
     return facts
 
 
-def _origin(tar: str, options: Options) -> dict[str, Any]:
+def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
     return {
         "source": Path(tar).name,
         "source_bytes": Path(tar).stat().st_size,
@@ -122,51 +129,52 @@ def _origin(tar: str, options: Options) -> dict[str, Any]:
 
 
 def _extract_tar(
-    unitok: Any, tar: str, target: Path, options: Options, progress: Callable[[int], Any]
+    unitok: Any, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
 ) -> None:
-    """One tar of images to one tar of codes, its description last."""
-    records, problem = index(tar)
+    """One tar of images to one tar of codes, then its description."""
+    records, problem = index_tar(tar)
     if problem:
-        raise UserError(f"{tar} is broken: {problem}. Mend it, or leave it out of --data.")
+        raise UserError(f"{tar} is broken: {problem}. Repair it, or leave it out of --data.")
     bad: list[str] = []
-    buffer, first, samples, pictures, oblong, grid = io.BytesIO(), [], 0, 0, 0, None
+    buffer, first, grid = io.BytesIO(), [], None
+    samples = num_images = non_square = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
         for batch in _batches(records, unitok.config.image_size, options, bad, progress):
-            pixels = [picture for sample in batch for picture in sample.pictures]
+            pixels = [image for sample in batch for image in sample.images]
             codes = iter(_encode(unitok, pixels, options.batch_size))
             if pixels:
                 grid = [side // unitok.config.patch_size for side in pixels[0].shape[1:]]
             for sample in batch:
-                _add(writer, sample, [next(codes) for _ in sample.pictures], unitok.config, grid)
-            first += pixels[: CHECKED - len(first)]
-            samples, pictures = samples + len(batch), pictures + len(pixels)
-            oblong += sum(sample.oblong for sample in batch)
+                _add_sample(writer, sample, [next(codes) for _ in sample.images], unitok, grid)
+            first += pixels[: VERIFIED_IMAGES - len(first)]
+            samples, num_images = samples + len(batch), num_images + len(pixels)
+            non_square += sum(sample.non_square for sample in batch)
     if not samples:
         raise UserError(f"{tar} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
     write_atomic(target, buffer.getvalue())
-    error = _check_written(target, samples, unitok, first)
-    counts = {"samples": samples, "images": pictures, "oblong": oblong, "broken": len(bad)}
+    error = _verify(target, samples, unitok, first)
+    counts = {"samples": samples, "images": num_images, "oblong": non_square, "broken": len(bad)}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
 
 
 def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
-    """The codes of each image, uint16 (N, K)."""
+    """The codes of each image, (N, K), in the dtype that is stored."""
     import torch
 
     found: list[np.ndarray] = []
     for start in range(0, len(pixels), batch_size):
         batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
-        found += list(unitok.encode(batch).cpu().numpy().astype(np.uint16))
+        found += list(unitok.encode(batch).cpu().numpy().astype(stored_dtype(unitok)))
     return found
 
 
 def _batches(
-    records: list[Record], size: int, options: Options, bad: list[str], progress: Callable[[int], Any]
-) -> Iterator[list[Loaded]]:
-    """Batches of readable samples; what cannot be read is noted in `bad`; much of it stops the run."""
+    records: list[Record], size: int, options: ExtractOptions, bad: list[str], progress: Callable[[int], Any]
+) -> Iterator[list[LoadedSample]]:
+    """Batches of readable samples; unreadable ones are added to `bad`, too many raise UserError."""
 
-    def load(record: Record) -> Loaded | str:
+    def load(record: Record) -> LoadedSample | str:
         try:
             return _load(record, size, options.mode)
         except (BadSample, UserError) as error:
@@ -180,12 +188,13 @@ def _batches(
             for text in (item for item in loaded if isinstance(item, str)):
                 bad.append(text)
                 tqdm.write(f"codes: skipped {text}", file=sys.stderr)
+            # a single one is allowed: one image of a small tar may exceed the share
             if len(bad) > max(1, options.max_bad_share * len(records)):
                 raise UserError(
                     f"{len(bad)} of {len(records)} images of {records[0].tar} are unreadable, more than "
                     f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
                 )
-            readable = [item for item in loaded if isinstance(item, Loaded)]
+            readable = [item for item in loaded if isinstance(item, LoadedSample)]
             if readable:
                 yield readable
             progress(len(group))
@@ -194,38 +203,47 @@ def _batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _load(record: Record, size: int, mode: str) -> Loaded:
+def _load(record: Record, size: int, mode: str) -> LoadedSample:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
     members, info = image_members(record)
     images = [load_image(record.read(member)) for member in members]
-    oblong = sum(image.width != image.height for image in images)
-    return Loaded(record.key, [to_pixels(image, size, mode) for image in images], info, oblong)
+    non_square = sum(image.width != image.height for image in images)
+    return LoadedSample(record.key, [to_pixels(image, size, mode) for image in images], info, non_square)
 
 
-def _add(
-    writer: tarfile.TarFile, sample: Loaded, codes: list[np.ndarray], sizes: Any, grid: list[int] | None
+def _add_sample(
+    writer: tarfile.TarFile,
+    sample: LoadedSample,
+    codes: list[np.ndarray],
+    unitok: Any,
+    grid: list[int] | None,
 ) -> None:
-    """A sample's codes, (N, K), or (I, N, K) for another number of images than one, and its .json."""
-    empty = np.empty((0, sizes.num_visual_tokens, sizes.num_codebooks), dtype=np.uint16)
+    """A sample's codes, (N, K), or (I, N, K) for other than one image, and its .json."""
+    no_images = (0, unitok.config.num_visual_tokens, unitok.config.num_codebooks)
+    stacked = np.stack(codes) if codes else np.empty(no_images, dtype=stored_dtype(unitok))
     array = io.BytesIO()
-    np.save(array, codes[0] if len(codes) == 1 else np.stack(codes) if codes else empty, allow_pickle=False)
+    np.save(array, codes[0] if len(codes) == 1 else stacked, allow_pickle=False)
     info = {**sample.info, "grid": grid} if codes else sample.info
     text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
-    for ending, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
-        member = tarfile.TarInfo(f"{sample.key}.{ending}")
+    for extension, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
+        member = tarfile.TarInfo(f"{sample.key}.{extension}")
         member.size = len(content)
         writer.addfile(member, io.BytesIO(content))
 
 
-def _check_written(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
-    """Read the tar as it lies on disk and decode its first codes: summed squared errors of these images."""
+def _verify(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
+    """Read a written tar back and decode its first codes; returns the summed squared errors of these images.
+
+    Raises:
+        UserError: the tar does not hold what was written.
+    """
     import torch
 
-    records, problem = index(str(path))
+    records, problem = index_tar(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
-            f"{path} was not written well ({problem or f'{len(records)} of {samples} samples'}): is the "
+            f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "
             "disk full, or are there two images of one name in a tar?"
         )
     found: list[np.ndarray] = []
@@ -237,12 +255,15 @@ def _check_written(path: Path, samples: int, unitok: Any, first: "list[torch.Ten
     if not first:
         return 0.0
     codes = torch.from_numpy(np.stack(found[: len(first)]).astype(np.int64)).to(unitok.device)
-    copies = unitok.decode(codes)
+    reconstructions = unitok.decode(codes)
     pixels = torch.stack(first).to(unitok.device)
-    return (copies.float() - pixels).square().mean((1, 2, 3)).sum().item() / 4
+    # pixels are in [-1, 1]: a quarter of the squared error is that of [0, 1], as PSNR is defined
+    return (reconstructions.float() - pixels).square().mean((1, 2, 3)).sum().item() / 4
 
 
-def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options: Options) -> dict[str, Any]:
+def _write_manifest(
+    unitok: Any, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
+) -> dict[str, Any]:
     """codes.json, from the descriptions of all tars."""
     grids = {tuple(fact["grid"]) for fact in facts if fact["grid"]}
     if not grids:
@@ -251,19 +272,20 @@ def _write_manifest(unitok: Any, out: Path, facts: list[dict[str, Any]], options
     checked = sum(fact["checked"] for fact in facts)
     error = sum(fact["error"] for fact in facts) / checked
     shards = [
-        {"file": _name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
+        {"file": _tar_name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
         for number, fact in enumerate(facts)
     ]
     manifest = {
-        "format": FORMAT,
+        "format": CODES_FORMAT,
         "tokenizer": options.fingerprint,
         "num_codebooks": unitok.config.num_codebooks,
-        "codebook_size": unitok.config.codebook_size,
+        "codebook_size": max(unitok.quantizer.code_sizes),
         "num_tokens": unitok.config.num_visual_tokens,
         "grid": list(grids.pop()),
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
+        # .get: descriptions of older tars lack these keys
         "images": sum(fact.get("images", fact["samples"]) for fact in facts),
         "oblong": sum(fact.get("oblong", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .shards import read
+from .shards import read_batches
 
 
 class Steps(Protocol):
@@ -67,4 +67,4 @@ def prefetch(steps: Steps, workers: int) -> Iterator[Prefetched]:
         collate_fn=_identity,
         multiprocessing_context="fork",  # open and memory-mapped files are shared instead of copied
     )
-    return read(loader)
+    return read_batches(loader)

@@ -20,9 +20,16 @@ from open_unitok.core.errors import UserError
 
 from ..core.options import DataSource, ShardOptions
 from . import seeding
-from .tar_index import LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE, BadSample, Record, index, tars_of
+from .tar_index import (
+    LOGGED_BAD_SAMPLES,
+    MIN_SEEN_FOR_BAD_SHARE,
+    BadSample,
+    Record,
+    index_tar,
+    matching_files,
+)
 
-__all__ = ["BadSample", "Record", "ShardStream", "loader", "read"]
+__all__ = ["BadSample", "Record", "ShardStream", "build_loader", "read_batches"]
 
 
 class _Source:
@@ -30,7 +37,7 @@ class _Source:
 
     def __init__(self, number: int, options: DataSource, seed: int, shuffle: int):
         self.name = options.name or f"source{number}"
-        self.tars = tars_of(options.path)
+        self.tars = matching_files(options.path)
         self.weight = options.weight
         self.seed = seed
         self.shuffle = shuffle
@@ -65,7 +72,7 @@ class _Source:
         order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
-            records, problem = index(self.tars[tar], self.name)
+            records, problem = index_tar(self.tars[tar], self.name)
             if problem and tar not in self.broken and self.record == 0:
                 self.broken.add(tar)
                 report(f"{self.tars[tar]} is broken: {problem}; the rest of it is skipped")
@@ -109,7 +116,9 @@ class _Source:
         self.broken, self.order = set(state["broken"]), None
         self.passed, self.passed_epoch = set(state.get("passed", ())), state.get("passed_epoch", -1)
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
-        found = {tar: index(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})}
+        found = {
+            tar: index_tar(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})
+        }
         self.buffer = [(tar, number, found[tar][number]) for tar, number in pairs]
 
 
@@ -238,7 +247,7 @@ class ShardStream(IterableDataset):
         """Go on at the granularity of tars where readers of another number of ranks or workers stopped.
 
         Their epoch goes on without the tars that any of them had begun; what still waited in their shuffle
-        buffers is not seen in that epoch. Call it before `loader`.
+        buffers is not seen in that epoch. Call it before `build_loader`.
 
         Args:
             states: their loaders' states, in any nesting.
@@ -278,7 +287,7 @@ class _Collate:
         return batch
 
 
-def loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
+def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
     """A StatefulDataLoader of micro-batches: what `collate` makes of a list, and "skipped" (a count).
 
     Its state_dict is this rank's exact place in the data; read it with `read`.
@@ -297,7 +306,7 @@ def loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) 
         )
 
 
-def read(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def read_batches(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The loader's batches; a user's mistake found in a worker process comes back as its one line."""
     try:
         yield from batches

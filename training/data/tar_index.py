@@ -76,7 +76,7 @@ def _open(path: str) -> int:
     return _OPEN[path]
 
 
-def index(path: str, source: str = "") -> TarIndex:
+def index_tar(path: str, source: str = "") -> TarIndex:
     """Scan the headers of a tar; neighbours that share the name up to the first dot are one sample.
 
     Raises:
@@ -185,7 +185,7 @@ def image_members(record: Record) -> tuple[list[str], dict[str, Any]]:
     return members, info
 
 
-def tars_of(pattern: str | list[str], where: str = "data.sources") -> list[str]:
+def matching_files(pattern: str | list[str], where: str = "data.sources") -> list[str]:
     """The tars (or other files) that globs and {000..127} braces name, sorted; `where` begins an error.
 
     Raises:

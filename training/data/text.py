@@ -21,7 +21,7 @@ from open_unitok.core.files import existing, read_json
 
 from .code_shards import CodeFolder, CodeSample
 from .records import TEXT_KEYS, conversation_turns, image_key, image_names
-from .tar_index import BadSample, tars_of
+from .tar_index import BadSample, matching_files
 
 NEWLINE = ord("\n")
 SCANNED_AT_ONCE = 1 << 26  # bytes
@@ -75,7 +75,7 @@ class TextLines:
 
     def __init__(self, path: str | Path):
         named = str(path)
-        paths = tars_of(named, "data.mixture") if any(c in named for c in "*?[{") else [named]
+        paths = matching_files(named, "data.mixture") if any(c in named for c in "*?[{") else [named]
         self.files = [Lines(p) for p in paths]
         self.sizes = [len(file) for file in self.files]
 

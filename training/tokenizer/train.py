@@ -25,7 +25,7 @@ from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
-from ..data.shards import ShardStream, loader, read
+from ..data.shards import ShardStream, build_loader, read_batches
 from .config import TokenizerRunConfig
 from .data import PairCollate, PairDecoder, decoded_first, grid_image, to_pixels
 from .dead_codes import Restarts, spread
@@ -57,7 +57,7 @@ def main(config: TokenizerRunConfig, folder: RunDir) -> None:
     model, trained, rival, log, step = run.model, run.trained, run.rival, run.log, run.step
     model.train()
     log.start(step)
-    rows = read(run.batches)
+    rows = read_batches(run.batches)
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
@@ -195,7 +195,7 @@ def prepare(config: TokenizerRunConfig, folder: RunDir) -> Run:
         every = load_weights_only(other, engines)
         stream.pass_over([found["batches"] for found in every])
         state = every[0]
-    batches = loader(stream, collate)
+    batches = build_loader(stream, collate)
     if latest is not None:
         state = checkpoints.restore(latest, engines, key="resume_from")
         batches.load_state_dict(state["batches"])

@@ -12,7 +12,7 @@ from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256, write_json
 from open_unitok.training.data.check import check_dataset
-from open_unitok.training.data.code_shards import FORMAT
+from open_unitok.training.data.code_shards import CODES_FORMAT
 
 
 def add(tar, name, data):
@@ -43,7 +43,9 @@ def write_codes(folder, infos, codes=None):
             add(tar, f"{number:04d}.json", json.dumps(info).encode())
     shapes = {"num_codebooks": 3, "codebook_size": 8, "num_tokens": 4, "grid": [2, 2]}
     shards = [{"file": path.name, "samples": len(infos), "sha256": sha256(path)}]
-    write_json(folder / "codes.json", {"format": FORMAT, "tokenizer": "abc", **shapes, "shards": shards})
+    write_json(
+        folder / "codes.json", {"format": CODES_FORMAT, "tokenizer": "abc", **shapes, "shards": shards}
+    )
     return folder
 
 
@@ -94,7 +96,7 @@ def test_broken_codes(tmp_path, capsys):
     infos += [{"conversations": [talk("<image><image>")]}]
     large, wrong = np.full((4, 3), 9, dtype=np.uint16), np.zeros((5, 3), dtype=np.uint16)
     folder = write_codes(tmp_path / "codes", infos, {3: large, 4: wrong})
-    with pytest.raises(UserError, match=r"5 thing\(s\)"):
+    with pytest.raises(UserError, match=r"5 problem\(s\)"):
         run(["data", "check", str(folder)])
     out = capsys.readouterr().out
     for words in (

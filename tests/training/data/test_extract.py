@@ -13,23 +13,39 @@ from PIL import Image
 from open_unitok.cli import extract_codes
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
+from open_unitok.mllm import UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.images import to_pixels
 from open_unitok.training.data import extract
+from open_unitok.training.data.check import check_dataset
 from open_unitok.training.data.code_shards import CodeFolder
+from open_unitok.training.data.mixture import Mixture
+from open_unitok.training.data.mixture_options import MixtureEntry, MixtureOptions
 from open_unitok.training.data.sample_kinds import crop_mismatch
+from open_unitok.training.data.sequences import SequenceBuilder
 
 SIZE = 32
+SIZES = {
+    "stem_width": 8,
+    "stage_widths": (8, 16),
+    "stage_depths": (1, 1),
+    "hidden_size": 32,
+    "decoder_widths": (16, 8),
+    "decoder_depths": (1, 1),
+    "num_attention_heads": 2,
+    "num_hidden_layers": 1,
+    "text_hidden_size": 16,
+    "text_num_layers": 1,
+    "text_num_heads": 2,
+    "text_vocab_size": 20,
+    "embed_dim": 8,
+}
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     torch.manual_seed(0)
-    sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
-    decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
-    codes = {"num_codebooks": 3, "codebook_size": 16, "codebook_dim": 4, "num_hidden_layers": 1}
-    text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
-    config = UniTokConfig(image_size=SIZE, embed_dim=8, **sizes, **decoder, **codes, **text)
+    config = UniTokConfig(image_size=SIZE, num_codebooks=3, codebook_size=16, codebook_dim=4, **SIZES)
     folder = tmp_path_factory.mktemp("tokenizer") / "unitok"
     UniTok(config).save_pretrained(folder)
     return folder
@@ -179,3 +195,30 @@ def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, t
         }
         assert {kind for kind, text in found.items() if text} == bad
         assert all("1 of 5 images" in found[kind] and f"--mode {mode};" in found[kind] for kind in bad)
+
+
+def test_codebooks_above_65536_entries_are_stored_as_uint32(data, tmp_path, golden, capsys):
+    """From extraction through `data check` to the int64 codes of a batch."""
+    torch.manual_seed(0)
+    many = {"num_codebooks": 2, "codebook_size": 70_000, "codebook_dim": 2}
+    unitok = UniTok(UniTokConfig(image_size=SIZE, **SIZES, **many)).eval()
+    unitok.save_pretrained(tmp_path / "many")
+    out = tmp_path / "codes"
+    run(tmp_path / "many", data, out)
+    codes = CodeFolder(out, unitok.fingerprint())
+    samples = [codes.read(shard, number) for shard in range(3) for number in range(10)]
+    assert all(sample.codes.dtype == np.uint32 == codes.dtype for sample in samples)
+    assert max(sample.codes.max() for sample in samples) > 65_535
+    # so many entries of width 2 are close together: encode the same batch, which rounds the same way
+    expected = unitok.encode(torch.stack([to_pixels(image(n), SIZE) for n in range(14, 18)]))
+    assert codes.read(1, 7).codes.tolist() == expected[3].tolist()
+    report = check_dataset(str(out), fingerprint=unitok.fingerprint(), quiet=True)
+    assert report.samples == 30 and not report.broken
+
+    path = golden / "mllm" / "tokenizer.model"
+    sequences = SequenceBuilder(UniTokProcessor.from_text_tokenizer(path, num_image_tokens=4), 100)
+    options = MixtureOptions(mixture=[MixtureEntry(kind="captioning", path=str(out))])
+    (batch,) = Mixture(options, sequences, seed=0, batch_size=30).next()
+    found = batch.inputs["image_codes"]
+    assert found.dtype == torch.int64
+    assert sorted(found.tolist()) == sorted(sample.codes.tolist() for sample in samples)

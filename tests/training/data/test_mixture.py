@@ -15,7 +15,7 @@ from open_unitok.core.files import sha256, write_json
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.training.core.config import build_config
 from open_unitok.training.data import text
-from open_unitok.training.data.code_shards import FORMAT, SHUFFLED_TARS, CodeFolder
+from open_unitok.training.data.code_shards import CODES_FORMAT, SHUFFLED_TARS, CodeFolder
 from open_unitok.training.data.mixture import Mixture
 from open_unitok.training.data.mixture_options import MixtureOptions
 from open_unitok.training.data.sample_kinds import SAMPLE_KINDS
@@ -51,7 +51,9 @@ def write_codes(folder, samples=40, shards=2, broken=(), info=None):
                 number += 1
         listed.append({"file": path.name, "samples": samples // shards, "sha256": sha256(path)})
     shapes = {"num_codebooks": BOOKS, "codebook_size": ENTRIES, "num_tokens": TOKENS, "grid": [2, 2]}
-    write_json(folder / "codes.json", {"format": FORMAT, "tokenizer": "abc", **shapes, "shards": listed})
+    write_json(
+        folder / "codes.json", {"format": CODES_FORMAT, "tokenizer": "abc", **shapes, "shards": listed}
+    )
     return folder
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.options import DataSource, ShardOptions
-from open_unitok.training.data.shards import BadSample, ShardStream, loader, read
-from open_unitok.training.data.tar_index import index, tars_of
+from open_unitok.training.data.shards import BadSample, ShardStream, build_loader, read_batches
+from open_unitok.training.data.tar_index import index_tar, matching_files
 
 
 def write_tar(path, keys, extra=()):
@@ -69,18 +69,18 @@ def stream(folder, rank=0, ranks=1, bad=(), micro_batch=4, seed=0, **changes):
 
 
 def first(batches, count):
-    rows = read(batches)
+    rows = read_batches(batches)
     return [next(rows) for _ in range(count)]
 
 
 def test_every_sample_once_an_epoch_and_another_order_each(tars):
-    batches = first(loader(stream(tars), collate), 20)
+    batches = first(build_loader(stream(tars), collate), 20)
     numbers = [n for batch in batches for n in batch["numbers"]]
     one, two = numbers[:40], numbers[40:]
     assert sorted(one) == sorted(two) == list(range(40))
     assert one != two and one != sorted(one)
-    again = [n for batch in first(loader(stream(tars), collate), 20) for n in batch["numbers"]]
-    other = [n for batch in first(loader(stream(tars, seed=1), collate), 20) for n in batch["numbers"]]
+    again = [n for batch in first(build_loader(stream(tars), collate), 20) for n in batch["numbers"]]
+    other = [n for batch in first(build_loader(stream(tars, seed=1), collate), 20) for n in batch["numbers"]]
     assert again == numbers != other
 
 
@@ -88,12 +88,12 @@ def test_every_sample_once_an_epoch_and_another_order_each(tars):
 @pytest.mark.parametrize("split", ["samples", "shards"])
 def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
     """7 + 13 batches are the 20 batches of an uninterrupted reader, over the end of an epoch."""
-    whole = first(loader(stream(tars, workers=workers, split=split), collate), 20)
-    begun = loader(stream(tars, workers=workers, split=split), collate)
-    rows = read(begun)
+    whole = first(build_loader(stream(tars, workers=workers, split=split), collate), 20)
+    begun = build_loader(stream(tars, workers=workers, split=split), collate)
+    rows = read_batches(begun)
     parts = [next(rows) for _ in range(7)]
     state = begun.state_dict()
-    resumed = loader(stream(tars, workers=workers, split=split), collate)
+    resumed = build_loader(stream(tars, workers=workers, split=split), collate)
     resumed.load_state_dict(state)
     parts += first(resumed, 13)
     assert parts == whole
@@ -109,10 +109,10 @@ def test_going_on_with_other_ranks_and_workers(tars, split, before):
     ranks, workers = before
     seen, states = set(), []
     for rank in range(ranks):
-        part = loader(
+        part = build_loader(
             stream(tars, rank, ranks, split=split, workers=workers, micro_batch=1, shuffle=1), collate
         )
-        rows = read(part)
+        rows = read_batches(part)
         seen |= {n // 10 for _ in range(2 if split == "shards" else 7) for n in next(rows)["numbers"]}
         states.append(part.state_dict())
     other = stream(tars, split=split, micro_batch=1, shuffle=1)
@@ -121,14 +121,14 @@ def test_going_on_with_other_ranks_and_workers(tars, split, before):
     if split == "samples":
         assert len(seen) <= len(begun) < 4
         order = [tar for tar in range(4) if tar not in begun]
-        batches = loader(other, collate)
-        rows = read(batches)
+        batches = build_loader(other, collate)
+        rows = read_batches(batches)
         rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
         state = batches.state_dict()  # and from there exactly again
         whole = [next(rows)["numbers"][0] for _ in range(43)]
         assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
         assert sorted(whole[3:]) == list(range(40))
-        again = loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
+        again = build_loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
         again.load_state_dict(state)
         assert [b["numbers"][0] for b in first(again, 43)] == whole
     else:
@@ -136,7 +136,7 @@ def test_going_on_with_other_ranks_and_workers(tars, split, before):
 
 
 def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
-    begun = loader(stream(tars, shuffle=100), collate)
+    begun = build_loader(stream(tars, shuffle=100), collate)
     first(begun, 2)
     other = stream(tars, shuffle=100)
     other.pass_over([begun.state_dict()])
@@ -149,13 +149,13 @@ def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
 
 
 def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
-    alone = first(loader(stream(tars, micro_batch=8), collate), 6)
-    ranks = [first(loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]
+    alone = first(build_loader(stream(tars, micro_batch=8), collate), 6)
+    ranks = [first(build_loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]
     joined = [[*a["numbers"], *b["numbers"]] for a, b in zip(*ranks)]
     assert joined == [batch["numbers"] for batch in alone]
     draws = [[*a["draws"], *b["draws"]] for a, b in zip(*ranks)]
     assert draws == [batch["draws"] for batch in alone]
-    workers = first(loader(stream(tars, micro_batch=8, workers=2), collate), 6)
+    workers = first(build_loader(stream(tars, micro_batch=8, workers=2), collate), 6)
     assert [b["numbers"] for b in workers] == [batch["numbers"] for batch in alone]
 
 
@@ -163,7 +163,7 @@ def test_split_by_shards_shares_nothing(tars):
     seen = [
         {
             n
-            for batch in first(loader(stream(tars, rank=r, ranks=2, split="shards"), collate), 5)
+            for batch in first(build_loader(stream(tars, rank=r, ranks=2, split="shards"), collate), 5)
             for n in batch["numbers"]
         }
         for r in (0, 1)
@@ -179,13 +179,13 @@ def test_sources_are_mixed_by_weight(tars, tmp_path):
         sources=[DataSource(path=f"{tars}/s-*.tar", weight=3), DataSource(path=f"{tmp_path}/other.tar")],
         shuffle=10,
     )
-    batches = first(loader(ShardStream(mixed, Keys(), seed=0, micro_batch=50), collate), 20)
+    batches = first(build_loader(ShardStream(mixed, Keys(), seed=0, micro_batch=50), collate), 20)
     other = sum(n >= 100 for batch in batches for n in batch["numbers"])
     assert 200 < other < 300
 
 
 def test_bad_samples_are_counted_logged_and_skipped(tars, capfd):
-    batches = first(loader(stream(tars, bad=[7, 23]), collate), 19)
+    batches = first(build_loader(stream(tars, bad=[7, 23]), collate), 19)
     numbers = [n for batch in batches for n in batch["numbers"]]
     assert sum(batch["skipped"] for batch in batches) == 4
     assert Counter(numbers).keys() == set(range(40)) - {7, 23}
@@ -195,13 +195,13 @@ def test_bad_samples_are_counted_logged_and_skipped(tars, capfd):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_stop_the_run(tars, workers):
     with pytest.raises(UserError, match="samples are unreadable") as error:
-        first(loader(stream(tars, bad=range(0, 40, 3), workers=workers), collate), 200)
+        first(build_loader(stream(tars, bad=range(0, 40, 3), workers=workers), collate), 200)
     assert "\n" not in str(error.value) and "max_bad_share" in str(error.value)
 
 
 def test_nothing_readable(tars):
     with pytest.raises(UserError, match="unreadable"):
-        first(loader(stream(tars, bad=range(40)), collate), 1)
+        first(build_loader(stream(tars, bad=range(40)), collate), 1)
 
 
 def damage(path, at=None, cut=None):
@@ -213,20 +213,20 @@ def damage(path, at=None, cut=None):
 
 def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
     damage(tars / "s-001.tar", cut=5 * 2048 + 1024 + 100)
-    found = index(str(tars / "s-001.tar"))
+    found = index_tar(str(tars / "s-001.tar"))
     assert len(found.records) == 6 and "ends at byte" in str(found.problem)
-    numbers = [n for b in first(loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
+    numbers = [n for b in first(build_loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
     assert sorted(numbers) == [*range(15), *range(20, 40)]  # the sixth lost its .json
     error = capfd.readouterr().err
     assert error.count("s-001.tar is broken") == 1 and "0015 is skipped" in error
     damage(tars / "s-002.tar", at=0)
     with pytest.raises(UserError, match=r"2 of 4 tars are broken"):
-        first(loader(stream(tars), collate), 20)
+        first(build_loader(stream(tars), collate), 20)
 
 
 def test_a_header_in_the_middle_is_damaged(tars):
     damage(tars / "s-003.tar", at=4 * 1024)
-    found = index(str(tars / "s-003.tar"))
+    found = index_tar(str(tars / "s-003.tar"))
     assert [r.key for r in found.records] == ["0030", "0031"]
     assert "header at byte 4096 is damaged" in str(found.problem)
 
@@ -236,34 +236,34 @@ def test_names_of_every_kind(tmp_path):
     path = write_tar(
         tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]
     )
-    assert [(r.key, set(r.members)) for r in index(path).records] == [
+    assert [(r.key, set(r.members)) for r in index_tar(path).records] == [
         (long, {"seg.png"}),
         ("b/c", {"txt", "json"}),
     ]
-    assert index(path).records[0].read("seg.png") == b"1"
+    assert index_tar(path).records[0].read("seg.png") == b"1"
     with pytest.raises(BadSample, match=r"has no \.png"):
-        index(path).records[1].read("png")
+        index_tar(path).records[1].read("png")
 
 
 def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
     path = write_tar(tmp_path / "a.tar", ["0001"])
-    assert index(path).records[0].text("txt") == "text 0001"
+    assert index_tar(path).records[0].text("txt") == "text 0001"
     write_tar(tmp_path / "a.tar", ["0002", "0003"])
-    assert [r.text("txt") for r in index(path).records] == ["text 0002", "text 0003"]
+    assert [r.text("txt") for r in index_tar(path).records] == ["text 0002", "text 0003"]
 
 
 def test_patterns(tars):
-    assert len(tars_of(f"{tars}/s-{{000..002}}.tar")) == 3
+    assert len(matching_files(f"{tars}/s-{{000..002}}.tar")) == 3
     for pattern, words in [
         (f"{tars}/x-*.tar", "no file"),
         (f"{tars}/s-{{000..009}}.tar", "s-004.tar"),
         (str(tars), "folders"),
     ]:
         with pytest.raises(UserError, match=words):
-            tars_of(pattern)
+            matching_files(pattern)
     (tars / "s-000.tar").write_bytes(gzip.compress((tars / "s-000.tar").read_bytes()))
     with pytest.raises(UserError, match="compressed"):
-        index(str(tars / "s-000.tar"))
+        index_tar(str(tars / "s-000.tar"))
 
 
 def test_fingerprint_changes_with_the_data(tars):
