@@ -1,1 +1,1 @@
-"""The HTTP server behind `unitok serve`: OpenAI's shapes in front, batches of one model behind."""
+"""The HTTP server behind `unitok serve`: OpenAI-compatible routes, dynamic batching, one model."""

@@ -1,4 +1,4 @@
-"""What stands before every route: who may ask, how much at once, and how large a body may be."""
+"""ASGI middleware in front of every route: host check, authentication, load and size limits, metrics."""
 
 import asyncio
 import dataclasses
@@ -7,24 +7,24 @@ import json
 import time
 from typing import Any
 
-from .metrics import Metrics
+from .metrics import ServerMetrics
 
-OPEN_PATHS = ("/health", "/metrics")  # answered however busy the server is
+_UNLIMITED_PATHS = ("/health", "/metrics")  # answered under any load
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much one server takes.
+    """Limits of one server.
 
     Attributes:
-        max_batch_size: images or answers worked on together.
-        max_queue_size: images and answers that wait; more are refused with 429.
-        max_body: bytes of a request.
-        max_side: pixels of an image's longer side.
+        max_batch_size: images or answers per batch.
+        max_queue_size: waiting images and answers; more are rejected with 429.
+        max_body: bytes of a request body.
+        max_side: pixels of an input image's longer side.
         max_new_tokens: of one answer.
-        timeout: seconds for one request from its arrival to its end; 504 after that.
-        body_timeout: seconds for the body to arrive; 408 after that.
-        window: seconds that a batch waits for others to join.
+        timeout: seconds from the arrival of a request to the end of its response; then 504.
+        body_timeout: seconds for the body to arrive; then 408.
+        batch_window: seconds that a batch waits for further requests.
     """
 
     max_batch_size: int = 16
@@ -34,124 +34,129 @@ class Limits:
     max_new_tokens: int = 1024
     timeout: float = 300.0
     body_timeout: float = 30.0
-    window: float = 0.01
+    batch_window: float = 0.01
 
 
-class Refused(Exception):
-    """A request that gets no further; carries the status and what to say."""
+class RequestRejected(Exception):
+    """A request that is rejected before it reaches a route."""
 
     def __init__(self, status: int, message: str, code: str, **headers: str):
         super().__init__(message)
         self.status, self.code, self.headers = status, code, headers
 
 
-class Guard:
-    """ASGI middleware: checks host, token, load and size; reads the body; counts what comes and goes.
+class AccessMiddleware:
+    """Checks host, token, load and body size, reads the body, and records request metrics.
 
     Args:
-        token: what clients must send as `Authorization: Bearer TOKEN`; None = nothing. `/health` is open.
-        hosts: names that the Host header may hold, None = any. A page on the web that has its own name lead
-            to 127.0.0.1 would otherwise reach a server that listens there alone.
+        routes: the paths that are labels of the metrics; all others are "other".
+        token: clients must send `Authorization: Bearer TOKEN`; None = no authentication. `/health` is open.
+        hosts: allowed names of the Host header; None = any. This stops DNS rebinding, by which a web page
+            whose name resolves to 127.0.0.1 would reach a server on loopback.
     """
 
     def __init__(
         self,
         app: Any,
         limits: Limits,
-        metrics: Metrics,
+        metrics: ServerMetrics,
         routes: frozenset[str],
         token: str | None = None,
         hosts: frozenset[str] | None = None,
     ):
         self.app, self.limits, self.metrics, self.routes = app, limits, metrics, routes
         self.token, self.hosts = token, hosts
-        self.busy = 0
+        self.in_flight = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """One connection's request; anything that is not HTTP goes straight on."""
+        """Handle one request; messages that are not HTTP (lifespan) pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.monotonic(), 499  # what nginx calls a client that left
+        # 499, as in nginx: the client disconnected before a response was sent
+        started, status = time.monotonic(), 499
 
-        async def watched(message: Any) -> None:
+        async def send_and_note_status(message: Any) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
-        self.busy += 1
+        self.in_flight += 1
         try:
-            await self._pass(scope, receive, watched)
-        except Refused as refused:
-            await respond(watched, refused)
+            await self._check_and_forward(scope, receive, send_and_note_status)
+        except RequestRejected as rejected:
+            await _send_rejection(send_and_note_status, rejected)
         finally:
-            self.busy -= 1
+            self.in_flight -= 1
             route = scope["path"] if scope["path"] in self.routes else "other"
-            self.metrics.count("unitok_requests_total", route=route, status=str(status))
-            self.metrics.observe("unitok_request_seconds", time.monotonic() - started, route=route)
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.request_seconds.labels(route).observe(time.monotonic() - started)
 
-    async def _pass(self, scope: Any, receive: Any, send: Any) -> None:
+    async def _check_and_forward(self, scope: Any, receive: Any, send: Any) -> None:
         headers = {name.lower(): value for name, value in scope["headers"]}
         self._check_host(headers.get(b"host", b""))
         if scope["path"] != "/health":
             self._check_token(headers.get(b"authorization", b""))
-        if scope["method"] in ("GET", "HEAD") or scope["path"] in OPEN_PATHS:
+        if scope["method"] in ("GET", "HEAD") or scope["path"] in _UNLIMITED_PATHS:
             await self.app(scope, receive, send)
             return
-        # every request is at least one image or answer: more could not be queued anyway
-        if self.busy > self.limits.max_batch_size + self.limits.max_queue_size:
-            raise Refused(
-                429, "Too many requests at once: try again later.", "queue_full", **{"retry-after": "1"}
+        # every request holds at least one image or answer, so with more of them the queue is surely full
+        if self.in_flight > self.limits.max_batch_size + self.limits.max_queue_size:
+            raise RequestRejected(
+                429, "Too many concurrent requests: try again later.", "queue_full", **{"retry-after": "1"}
             )
         try:
             async with asyncio.timeout(self.limits.body_timeout):
-                body = await self._read(headers.get(b"content-length"), receive)
+                body = await self._read_body(headers.get(b"content-length"), receive)
         except TimeoutError as error:
-            raise Refused(
+            raise RequestRejected(
                 408, f"The body did not arrive within {self.limits.body_timeout:g} s.", "timeout"
             ) from error
-        if body is None:  # the client left
+        if body is None:  # the client disconnected
             return
-        given = False
+        replayed = False
 
-        async def replay() -> Any:
-            nonlocal given
-            if given:
+        async def replay_body() -> Any:
+            nonlocal replayed
+            if replayed:
                 return await receive()
-            given = True
+            replayed = True
             return {"type": "http.request", "body": body, "more_body": False}
 
-        await self.app(scope, replay, send)
+        await self.app(scope, replay_body, send)
 
     def _check_host(self, host: bytes) -> None:
         name = host.decode("latin-1").lower()
+        # [::1]:8000 or name:8000
         name = name[1 : name.find("]")] if name.startswith("[") else name.partition(":")[0]
         if self.hosts is not None and name not in self.hosts:
-            raise Refused(
-                403, "This server answers only to its own name: see unitok serve --host.", "wrong_host"
+            raise RequestRejected(
+                403, "The Host header is not a name of this server: see unitok serve --host.", "wrong_host"
             )
 
     def _check_token(self, given: bytes) -> None:
         if self.token is None:
             return
-        kind, _, token = given.partition(b" ")
-        right = hmac.compare_digest(token.strip(), self.token.encode())
-        if kind.lower() != b"bearer" or not right:
-            raise Refused(
+        scheme, _, token = given.partition(b" ")
+        # constant time: the duration must not reveal how much of the token is right
+        matches = hmac.compare_digest(token.strip(), self.token.encode())
+        if scheme.lower() != b"bearer" or not matches:
+            raise RequestRejected(
                 401,
-                "A bearer token is needed: Authorization: Bearer TOKEN.",
+                "Invalid or missing token: send Authorization: Bearer TOKEN.",
                 "invalid_api_key",
                 **{"www-authenticate": "Bearer"},
             )
 
-    async def _read(self, announced: bytes | None, receive: Any) -> bytes | None:
-        """The whole body; None where the client leaves before its end."""
+    async def _read_body(self, content_length: bytes | None, receive: Any) -> bytes | None:
+        """The whole body; None if the client disconnects first."""
         limit = self.limits.max_body
-        too_large = Refused(413, f"The body is larger than {limit} bytes.", "body_too_large")
-        if announced is not None and (not announced.isdigit() or int(announced[:20]) > limit):
+        too_large = RequestRejected(413, f"The body is larger than {limit} bytes.", "body_too_large")
+        if content_length is not None and (not content_length.isdigit() or int(content_length[:20]) > limit):
             raise too_large
         body = bytearray()
+        # a chunked body announces no length, so count while reading
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -166,24 +171,24 @@ class Guard:
 def error_body(
     message: str, status: int, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """An error in OpenAI's shape."""
+    """An error in OpenAI's format."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-async def respond(send: Any, refused: Refused) -> None:
-    """Send a refusal and close: what is left of the body is not read."""
-    body = json.dumps(error_body(str(refused), refused.status, refused.code)).encode()
+async def _send_rejection(send: Any, rejected: RequestRejected) -> None:
+    """Send the error and close the connection; the rest of the body is not read."""
+    body = json.dumps(error_body(str(rejected), rejected.status, rejected.code)).encode()
     headers = {
         "content-type": "application/json",
         "content-length": str(len(body)),
         "connection": "close",
-        **refused.headers,
+        **rejected.headers,
     }
     await send(
         {
             "type": "http.response.start",
-            "status": refused.status,
+            "status": rejected.status,
             "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
         }
     )

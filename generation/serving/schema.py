@@ -1,7 +1,6 @@
-"""What requests may hold: OpenAI's shapes, with their ranges, and our own settings of drawing beside them.
+"""Request schemas: OpenAI's fields with their ranges, and the sampling settings of image generation.
 
-A field that is not named here is refused by its name, as OpenAI's servers do; what they know and a model of
-this kind has no use for is taken and changes nothing.
+Unknown fields are rejected by name, as OpenAI does; fields of OpenAI that mean nothing here are ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,55 +9,55 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..sampling import SCHEDULES
 
-MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
-MAX_TURNS = 200
-MAX_ROWS = 16  # images of one request, drawn or shown
+MAX_IMAGES = 16  # input or output images of one request
+_MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
+_MAX_MESSAGES = 200
 
-Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]
-Share = Annotated[float, Field(gt=0, le=1)]
-StopText = Annotated[str, Field(max_length=200)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Ignored = Any  # known to OpenAI's clients, without a meaning here
+_Text = Annotated[str, Field(max_length=_MAX_CHARACTERS)]
+_Probability = Annotated[float, Field(gt=0, le=1)]
+_Stop = Annotated[str, Field(max_length=200)]
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Ignored = Any  # OpenAI's clients may send it; it has no meaning here
 
 
-class Strict(BaseModel):
-    """No unknown fields, no numbers for strings, no NaN."""
+class _StrictModel(BaseModel):
+    """Rejects unknown fields, numbers for strings, and NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class ImageUrl(Strict):
-    """Where an image is: a data: URL."""
+class ImageUrl(_StrictModel):
+    """The URL of an image: data:, or file: if the server allows it."""
 
     url: str
-    detail: Ignored = None
+    detail: _Ignored = None
 
 
-class ImagePart(Strict):
-    """An image within a message."""
+class ImagePart(_StrictModel):
+    """An image in a message."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
-class TextPart(Strict):
-    """A piece of text within a message."""
+class TextPart(_StrictModel):
+    """A text in a message."""
 
     type: Literal["text"]
-    text: Text
+    text: _Text
 
 
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+_Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-class Message(Strict):
+class Message(_StrictModel):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=2 * MAX_ROWS)]
-    name: Ignored = None
-    refusal: Ignored = None
-    annotations: Ignored = None
+    content: _Text | Annotated[list[_Part], Field(min_length=1, max_length=2 * MAX_IMAGES)]
+    name: _Ignored = None
+    refusal: _Ignored = None
+    annotations: _Ignored = None
 
     def parts(self) -> list[TextPart | ImagePart]:
         """The content as a list."""
@@ -67,31 +66,31 @@ class Message(Strict):
         return self.content
 
 
-class StreamOptions(Strict):
-    """What a stream tells beside the text."""
+class StreamOptions(_StrictModel):
+    """What a stream contains beside the text."""
 
     include_usage: bool = False
-    include_obfuscation: Ignored = None
+    include_obfuscation: _Ignored = None
 
 
-class TextFormat(Strict):
-    """The only form of an answer."""
+class TextFormat(_StrictModel):
+    """The only response format: plain text."""
 
     type: Literal["text"]
 
 
-class ChatRequest(Strict):
-    """POST /v1/chat/completions. Temperature 0, the default, takes the likeliest words."""
+class ChatRequest(_StrictModel):
+    """POST /v1/chat/completions. The default temperature 0 is greedy decoding."""
 
-    model: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
+    model: _Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
-    top_p: Share | None = 1.0
+    top_p: _Probability | None = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = 0
-    seed: Seed | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    seed: _Seed | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
@@ -99,52 +98,54 @@ class ChatRequest(Strict):
     logprobs: Literal[False] | None = None
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
-    user: Ignored = None
-    metadata: Ignored = None
-    store: Ignored = None
-    safety_identifier: Ignored = None
-    prompt_cache_key: Ignored = None
+    user: _Ignored = None
+    metadata: _Ignored = None
+    store: _Ignored = None
+    safety_identifier: _Ignored = None
+    prompt_cache_key: _Ignored = None
 
     @model_validator(mode="after")
     def _one_limit(self) -> "ChatRequest":
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise ValueError("max_tokens and max_completion_tokens are one setting: give only one of them")
+            raise ValueError(
+                "max_tokens and max_completion_tokens are the same setting: give only one of them"
+            )
         return self
 
     @property
     def limit(self) -> int | None:
-        """The most new tokens that the client wants."""
+        """max_tokens, under either of its names."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def stops(self) -> list[str]:
-        """Texts at which an answer is cut."""
+        """`stop` as a list."""
         stop = self.stop or []
         return [stop] if isinstance(stop, str) else stop
 
 
-class ImageRequest(Strict):
-    """POST /v1/images/generations, with the settings of `Sampling` and a negative prompt beside OpenAI's."""
+class ImageRequest(_StrictModel):
+    """POST /v1/images/generations, extended by a negative prompt and the settings of `Sampling`."""
 
-    model: Text | None = None
-    prompt: Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
-    n: Annotated[int, Field(ge=1, le=MAX_ROWS)] | None = 1
-    size: Text | None = "auto"
+    model: _Text | None = None
+    prompt: Annotated[str, Field(min_length=1, max_length=_MAX_CHARACTERS)]
+    n: Annotated[int, Field(ge=1, le=MAX_IMAGES)] | None = 1
+    size: _Text | None = "auto"
     response_format: Literal["b64_json", "url"] | None = "b64_json"
     output_format: Literal["png", "jpeg", "webp"] | None = "png"
     stream: bool | None = False
     partial_images: Annotated[int, Field(ge=0, le=64)] | None = 0
-    seed: Seed | None = None
-    negative_prompt: Text | None = None
+    seed: _Seed | None = None
+    negative_prompt: _Text | None = None
     guidance: Annotated[float, Field(ge=1, le=100)] | None = None
     guidance_schedule: Literal[*SCHEDULES] | None = None  # type: ignore[valid-type]
     temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
-    top_p: Share | None = None
+    top_p: _Probability | None = None
     greedy: bool | None = None
-    user: Ignored = None
-    quality: Ignored = None
-    style: Ignored = None
-    background: Ignored = None
-    moderation: Ignored = None
-    output_compression: Ignored = None
+    user: _Ignored = None
+    quality: _Ignored = None
+    style: _Ignored = None
+    background: _Ignored = None
+    moderation: _Ignored = None
+    output_compression: _Ignored = None

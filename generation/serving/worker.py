@@ -1,4 +1,4 @@
-"""What the model's thread does for the server: a batch of images, or a batch of answers, step by step."""
+"""The work on the model's thread: runs a batch of images or of answers step by step."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -6,184 +6,206 @@ from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 
+from open_unitok.tokenizer.token_layout import TokenLayout
+
 from ..image_sampling import iter_image_codes
 from ..kv_cache import context_length
 from ..pipeline import Pipeline
 from ..sampling import Sampling
 from ..text_generation import iter_text_ids
-from .batcher import Job, is_open
+from .batcher import Job
 
-DECODED_TOGETHER = 8  # images; between such parts others get their turn
+_DECODE_BATCH_SIZE = 8  # images per step of the pixel decoder; between steps other batches go on
 
 
 @dataclasses.dataclass(frozen=True)
-class DrawKey:
-    """Images with the same settings share a batch; prompts and seeds may differ."""
+class ImageKey:
+    """Images with equal sampling settings share a batch; prompts and seeds may differ."""
 
     sampling: Sampling
-    kind: ClassVar[str] = "draw"
+    kind: ClassVar[str] = "image"
 
 
 @dataclasses.dataclass(frozen=True)
 class AnswerKey:
-    """Answers with the same settings share a batch; one with a seed of its own is alone in its."""
+    """Answers with equal sampling settings share a batch; an answer with a seed has a batch of its own."""
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    request: object = None
+    request: object = None  # unique if there is a seed: other rows would consume random numbers
     kind: ClassVar[str] = "answer"
 
 
-class DrawTask(NamedTuple):
-    """One image: ids to draw from, ids to lead away from, its seed, and after which rows to show it."""
+class ImageTask(NamedTuple):
+    """One image to generate.
 
-    ids: list[int]
-    away: list[int]
+    Attributes:
+        prompt_ids: the conditional sequence. unconditional_ids: that of classifier-free guidance.
+        preview_rows: after these rows of visual tokens a preview is sent.
+    """
+
+    prompt_ids: list[int]
+    unconditional_ids: list[int]
     seed: int
-    shown_rows: frozenset[int] = frozenset()
+    preview_rows: frozenset[int] = frozenset()
 
 
 class AnswerTask(NamedTuple):
-    """One answer: ids with places for the images, the images, and where to end."""
+    """One answer to generate: ids with placeholders for the images, the images, and where to stop."""
 
-    ids: list[int]
+    prompt_ids: list[int]
     images: list[Image.Image]
-    limit: int
-    stops: Sequence[str] = ()
+    max_new_tokens: int
+    stop: Sequence[str] = ()
 
 
-class Answer(NamedTuple):
-    """A finished answer; `reason` is "stop" or "length"."""
+class Completion(NamedTuple):
+    """A finished answer; `finish_reason` is "stop" or "length"."""
 
     text: str
-    reason: str
+    finish_reason: str
     tokens: int
 
 
-class Work:
-    """The `work` of a `Batcher` around one pipeline."""
+class ModelWorker:
+    """The `run_batch` of a `Batcher`, around one pipeline."""
 
     def __init__(self, pipe: Pipeline):
         self.pipe = pipe
+        self.layout = TokenLayout.square(
+            pipe.model.config.num_image_tokens, pipe.unitok.config.num_register_tokens
+        )
 
     def __call__(self, jobs: list[Job]) -> Iterator[None]:
-        """One batch; see `Batcher`."""
-        return self.draw(jobs) if isinstance(jobs[0].key, DrawKey) else self.answer(jobs)
+        """Run one batch; see `Batcher`."""
+        return self.generate(jobs) if isinstance(jobs[0].key, ImageKey) else self.answer(jobs)
 
-    def draw(self, jobs: list[Job]) -> Iterator[None]:
-        """Images of one batch; a job is sent previews where it asks for them, then its image."""
-        pipe, tasks = self.pipe, [job.payload for job in jobs]
-        count, registers = pipe.model.config.num_image_tokens, pipe.unitok.config.num_register_tokens
-        columns = round((count - registers) ** 0.5)
-        ids, away, seeds = ([task[i] for task in tasks] for i in range(3))
+    def generate(self, jobs: list[Job]) -> Iterator[None]:
+        """Generate a batch of images; a job gets the previews it requests, then its image."""
+        pipe, key = self.pipe, jobs[0].key
+        assert isinstance(key, ImageKey)
+        tasks: list[ImageTask] = [job.task for job in jobs]
+        steps = iter_image_codes(
+            pipe.model,
+            [task.prompt_ids for task in tasks],
+            key.sampling,
+            [task.seed for task in tasks],
+            [task.unconditional_ids for task in tasks],
+            weights=pipe.weights,
+        )
         codes = None
-        key = jobs[0].key
-        assert isinstance(key, DrawKey)
-        for codes in iter_image_codes(pipe.model, ids, key.sampling, seeds, away, weights=pipe.weights):
-            row, rest = divmod(codes.shape[1] - registers, columns)
-            showing = [
-                i for i, job in enumerate(jobs) if not rest and row in tasks[i].shown_rows and is_open(job)
-            ]
-            if showing:
-                for i, image in zip(showing, pipe.preview(codes[showing], count, row)):
-                    jobs[i].send(image)
+        for codes in steps:
+            self._send_previews(jobs, codes)
             yield
         assert codes is not None
-        for start in range(0, len(jobs), DECODED_TOGETHER):
-            part = [i for i in range(start, min(start + DECODED_TOGETHER, len(jobs))) if is_open(jobs[i])]
+        for start in range(0, len(jobs), _DECODE_BATCH_SIZE):
+            part = [i for i in range(start, min(start + _DECODE_BATCH_SIZE, len(jobs))) if jobs[i].pending]
             for i, image in zip(part, pipe.decode(codes[part])):
                 jobs[i].finish(image)
             yield
 
-    def answer(self, jobs: list[Job]) -> Iterator[None]:
-        """Answers of one batch; a job is sent the pieces of its text, then the whole."""
-        for group in groups_within(jobs, context_length(self.pipe.model.config)):
-            yield from self._answer(group)
+    def _send_previews(self, jobs: list[Job], codes: Any) -> None:
+        """Decode the rows so far for the jobs that request a preview here; codes (B, n, K)."""
+        rows = self.layout.complete_rows(codes.shape[1])
+        if codes.shape[1] != self.layout.tokens_of_rows(rows):  # within a row
+            return
+        wanted = [i for i, job in enumerate(jobs) if rows in job.task.preview_rows and job.pending]
+        if wanted:
+            for i, image in zip(wanted, self.pipe.preview(codes[wanted], self.layout.num_tokens, rows)):
+                jobs[i].send_partial(image)
 
-    def _answer(self, jobs: list[Job]) -> Iterator[None]:
+    def answer(self, jobs: list[Job]) -> Iterator[None]:
+        """Generate a batch of answers; a job gets its text in pieces, then the `Completion`."""
+        for group in group_by_context(jobs, context_length(self.pipe.model.config)):
+            yield from self._answer_group(group)
+
+    def _answer_group(self, jobs: list[Job]) -> Iterator[None]:
         pipe, key = self.pipe, jobs[0].key
         assert isinstance(key, AnswerKey)
-        tasks: list[AnswerTask] = [job.payload for job in jobs]
+        tasks: list[AnswerTask] = [job.task for job in jobs]
         codes = pipe.encode_for_reading([image for task in tasks for image in task.images])
-        parts = codes.split([len(task.images) for task in tasks])
-        writers = [Writer(pipe.processor, task) for task in tasks]
+        detokenizers = [IncrementalDetokenizer(pipe.processor, task) for task in tasks]
         steps = iter_text_ids(
             pipe.model,
-            [task.ids for task in tasks],
-            parts,
-            max(task.limit for task in tasks),
+            [task.prompt_ids for task in tasks],
+            codes.split([len(task.images) for task in tasks]),
+            max(task.max_new_tokens for task in tasks),
             **{name: getattr(key, name) for name in ("seed", "do_sample", "temperature", "top_k", "top_p")},
         )
-        for new in steps:
-            for job, writer, token in zip(jobs, writers, new):
-                if is_open(job):
-                    if piece := writer.add(token):
-                        job.send(piece)
-                    if writer.reason:
-                        job.finish(writer.answer())
+        for new_ids in steps:
+            for job, detokenizer, token_id in zip(jobs, detokenizers, new_ids):
+                if job.pending:
+                    if text := detokenizer.add(token_id):
+                        job.send_partial(text)
+                    if detokenizer.finish_reason:
+                        job.finish(detokenizer.completion())
             yield
-            if not any(map(is_open, jobs)):
+            if not any(job.pending for job in jobs):
                 return
-        for job, writer in zip(jobs, writers):
-            if is_open(job):
-                if piece := writer.add(None):
-                    job.send(piece)
-                job.finish(writer.answer())
+        for job, detokenizer in zip(jobs, detokenizers):
+            if job.pending:
+                if text := detokenizer.add(None):
+                    job.send_partial(text)
+                job.finish(detokenizer.completion())
 
 
-class Writer:
-    """Turns the ids of one answer into text, piece by piece, up to its end.
+class IncrementalDetokenizer:
+    """Turns the ids of one answer into text piece by piece, until a stop text or the length limit.
 
     Attributes:
-        reason: None while it goes on, then "stop" or "length".
+        finish_reason: None while the answer goes on, then "stop" or "length".
     """
 
     def __init__(self, processor: Any, task: AnswerTask):
         self.processor, self.task = processor, task
         self.ids: list[int] = []
-        self.shown = ""
-        self.reason: str | None = None
+        self.text = ""  # what has been sent
+        self.finish_reason: str | None = None
 
-    def add(self, token: int | None) -> str:
-        """Take the next id, or None at the end; the new text that is certain to stay."""
-        if token is None:
-            self.reason = "stop"
+    def add(self, token_id: int | None) -> str:
+        """Append an id, or None at the end; returns the new text that no later id can change."""
+        if token_id is None:
+            self.finish_reason = "stop"
         else:
-            self.ids.append(token)
-            if len(self.ids) >= self.task.limit:
-                self.reason = "length"
+            self.ids.append(token_id)
+            if len(self.ids) >= self.task.max_new_tokens:
+                self.finish_reason = "length"
         text = self.processor.decode(self.ids).strip()
-        found = [place for stop in self.task.stops if (place := text.find(stop)) >= 0]
+        found = [start for stop in self.task.stop if (start := text.find(stop)) >= 0]
         if found:
-            text, self.reason = text[: min(found)].rstrip(), "stop"
-        if not self.reason:
-            text = self._certain(self.processor.decode_settled(self.ids).strip())
-        new = text[len(self.shown) :]
-        self.shown = text if len(text) > len(self.shown) else self.shown
+            text, self.finish_reason = text[: min(found)].rstrip(), "stop"
+        if not self.finish_reason:
+            # hold back the bytes of an incomplete character and what may become a stop text
+            text = self._without_stop_prefix(self.processor.decode_settled(self.ids).strip())
+        new = text[len(self.text) :]
+        self.text = text if len(text) > len(self.text) else self.text
         return new
 
-    def _certain(self, text: str) -> str:
-        """The text without what may become a stop text."""
+    def _without_stop_prefix(self, text: str) -> str:
+        """The text without an ending that is the beginning of a stop text."""
         held = max(
-            (n for stop in self.task.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+            (n for stop in self.task.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
         )
         return text[: len(text) - held]
 
-    def answer(self) -> Answer:
-        """The whole; call it at the end."""
-        return Answer(self.shown, self.reason or "stop", len(self.ids))
+    def completion(self) -> Completion:
+        """The whole answer, once it has ended."""
+        return Completion(self.text, self.finish_reason or "stop", len(self.ids))
 
 
-def groups_within(jobs: Sequence[Job], context: int | None) -> list[list[Job]]:
-    """The jobs in groups whose longest prompt leaves room for their longest answer: nearly always one."""
+def group_by_context(jobs: Sequence[Job], context: int | None) -> list[list[Job]]:
+    """Groups in which the longest prompt and the longest answer together fit the context; mostly one group.
+
+    Prompts are padded to the longest of the batch, and all rows decode as many steps as the longest answer.
+    """
     groups: list[list[Job]] = []
-    for job in sorted(jobs, key=lambda job: len(job.payload.ids)):
+    for job in sorted(jobs, key=lambda job: len(job.task.prompt_ids)):
         for group in groups:
-            limit = max(other.payload.limit for other in [*group, job])
-            if context is None or len(job.payload.ids) + limit <= context:
+            limit = max(other.task.max_new_tokens for other in [*group, job])
+            if context is None or len(job.task.prompt_ids) + limit <= context:
                 group.append(job)
                 break
         else:

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-CHAT, DRAW = "/v1/chat/completions", "/v1/images/generations"
+CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
 
 
 @pytest.fixture(scope="module")
 def process(folder, tmp_path_factory):
-    """`unitok serve` as a process of its own; yields (address, process)."""
+    """`unitok serve` in a process of its own; yields (address, process)."""
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "open_unitok", "serve", "--model", str(folder), "--port", "0"]
     with open(log, "w") as file:
@@ -41,7 +41,7 @@ def process(folder, tmp_path_factory):
 
 
 def post(connection, path, body):
-    """(status, text) over a connection that is kept."""
+    """(status, text) over a kept-alive connection."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("POST", path, data, {"content-type": "application/json"})
     answer = connection.getresponse()
@@ -63,18 +63,21 @@ def image(side=48):
     return buffer.getvalue()
 
 
-def shown(content: bytes):
+def data_url(content: bytes):
     return "data:image/png;base64," + base64.b64encode(content).decode()
 
 
 def bodies(number):
     """Requests of all kinds, a different one for each number."""
-    parts = [{"type": "image_url", "image_url": {"url": shown(image())}}, {"type": "text", "text": "What?"}]
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(image())}},
+        {"type": "text", "text": "What?"},
+    ]
     ask = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1 + number % 7}
     return [
         (CHAT, ask),
         (CHAT, {**ask, "stream": True}),
-        (DRAW, {"prompt": f"{number} stars", "seed": number}),
+        (GENERATE, {"prompt": f"{number} stars", "seed": number}),
     ][number % 3]
 
 
@@ -97,20 +100,21 @@ def test_sixteen_clients_at_once_see_no_error(process):
     for thread in threads:
         thread.join()
     assert len(statuses) > 32 and set(statuses) == {(200, False)}
-    assert metric(address, 'unitok_batch_rows_sum{kind="draw"}') > 2 * metric(
-        address, 'unitok_batch_rows_count{kind="draw"}'
+    assert metric(address, 'unitok_batch_rows_sum{kind="image"}') > 2 * metric(
+        address, 'unitok_batch_rows_count{kind="image"}'
     )
 
 
 @pytest.mark.slow
-def test_a_client_that_is_killed_leaves_nothing_behind(process):
+def test_requests_of_a_killed_client_are_cancelled(process):
     address, _ = process
     code = f"""
 import http.client, json
 body = {{"prompt": "a star", "n": 16, "guidance": 2.0}}
-connections = [http.client.HTTPConnection({address!r}) for _ in range(12)]  # more than is drawn in no time
+# enough images that the server is still generating when the client is killed
+connections = [http.client.HTTPConnection({address!r}) for _ in range(12)]
 for connection in connections:
-    connection.request("POST", {DRAW!r}, json.dumps(body), {{"content-type": "application/json"}})
+    connection.request("POST", {GENERATE!r}, json.dumps(body), {{"content-type": "application/json"}})
 print("sent", flush=True)
 for connection in connections:
     connection.getresponse().read()
@@ -128,8 +132,8 @@ for connection in connections:
         connection = http.client.HTTPConnection(address, timeout=60)
         assert post(connection, *bodies(2))[0] == 200
         connection.close()
-    given_up = metric(address, 'unitok_requests_total{route="/v1/images/generations",status="499"}')
-    assert given_up >= 1
+    cancelled = metric(address, 'unitok_requests_total{route="/v1/images/generations",status="499"}')
+    assert cancelled >= 1
 
 
 json_values = st.recursive(
@@ -141,7 +145,7 @@ json_values = st.recursive(
 
 @st.composite
 def mutated(draw):
-    """A good request with one thing changed, anywhere."""
+    """A valid request with one change anywhere."""
     path, body = bodies(draw(st.integers(0, 8)))
     whole = {"": json.loads(json.dumps(body))}
     spot, key = whole, ""
@@ -160,7 +164,7 @@ def mutated(draw):
 
 @st.composite
 def broken_images(draw):
-    """An image some of whose bytes are others, or that is cut off."""
+    """An image with changed bytes or cut short."""
     content = bytearray(IMAGES[draw(st.integers(0, len(IMAGES) - 1))])
     for _ in range(draw(st.integers(0, 6))):
         content[draw(st.integers(0, min(len(content) - 1, 120)))] = draw(st.integers(0, 255))
@@ -171,7 +175,7 @@ def broken_images(draw):
     return CHAT, json.dumps({"messages": [{"role": "user", "content": parts}], "max_tokens": 1}).encode()
 
 
-def images_of_all_kinds():
+def images_of_all_formats():
     found = []
     for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
         buffer = io.BytesIO()
@@ -180,8 +184,8 @@ def images_of_all_kinds():
     return found
 
 
-IMAGES = images_of_all_kinds()
-paths = st.sampled_from([CHAT, DRAW])
+IMAGES = images_of_all_formats()
+paths = st.sampled_from([CHAT, GENERATE])
 requests = st.one_of(
     st.tuples(paths, st.binary(max_size=200)),
     st.tuples(paths, json_values.map(lambda value: json.dumps(value).encode("utf-8", "surrogatepass"))),
@@ -207,13 +211,13 @@ def test_ten_thousand_malformed_bodies_never_a_5xx_never_a_leak(process):
         if status != 200:
             assert json.loads(text)["error"]["type"] == "invalid_request_error"
         tally[status] = tally.get(status, 0) + 1
-        if not before and sum(tally.values()) == 2000:  # by then all is loaded and every pool is full
+        if not before and sum(tally.values()) == 2000:  # by then every lazy import and pool is filled
             before.extend((server.memory_info().rss, server.num_threads()))
 
     flood()
     connection.close()
     more, threads = server.memory_info().rss - before[0], server.num_threads()
     assert sum(tally.values()) >= 10_000 and tally[400] > 5000, tally
-    assert threads <= before[1], "threads were left behind"
+    assert threads <= before[1], "leaked threads"
     assert more < 48 * 2**20, f"{more / 2**20:.0f} MB more"
     assert metric(address, "unitok_running") == 0 and metric(address, "unitok_waiting") == 0
