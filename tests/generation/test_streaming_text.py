@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from open_unitok.generation.serving.worker import AnswerTask, Writer
+from open_unitok.generation.serving.worker import AnswerTask, IncrementalDetokenizer
 from open_unitok.generation.text_generation import text_pieces
 
 A, B, NO_CHARACTER = 68, 69, 258  # LLaMA's byte pieces <0x41>, <0x42>, <0xFF>
@@ -27,9 +27,9 @@ def on_the_page(processor, ids):
 
 
 def from_the_server(processor, ids):
-    writer = Writer(processor, AnswerTask([1], [], 1000))
-    pieces = [writer.add(token) for token in [*ids, None]]
-    assert writer.answer().text == "".join(pieces)
+    detokenizer = IncrementalDetokenizer(processor, AnswerTask([1], [], 1000))
+    pieces = [detokenizer.add(token) for token in [*ids, None]]
+    assert detokenizer.completion().text == "".join(pieces)
     return pieces
 
 
