@@ -72,6 +72,7 @@ def make_model(case: Case, device: torch.device) -> UniTokForConditionalGenerati
     finally:
         torch.set_default_dtype(before)
     if case.lora:
+        # as in `unitok train`: frozen weights in bf16, trained ones in fp32
         model.visual_embedder.float()
         add_lora(model, ["language_model", "depth_head"], case.lora, 2.0 * case.lora)
         for parameter in model.parameters():
@@ -113,15 +114,16 @@ def batch_of(
     generator = torch.Generator().manual_seed(0)
     made = [packed_row(config, length, generator) for _ in range(rows)]
     batch = {name: torch.cat([row[name] for row in made]) for name in made[0]}
+    # no loss on the first token of a sample: nothing precedes it
     first = batch["position_ids"] == 0
     text = (batch["labels"] >= 0) & ~first
-    drawn = (batch["labels"] == config.image_token_id).sum().item()
+    image_targets = (batch["labels"] == config.image_token_id).sum().item()
     work = TokenCounts(
         tokens=batch["input_ids"].numel(),
         attention_pairs=float((batch["position_ids"] + 1).sum()),
         text_targets=text.sum().item(),
         image_tokens=batch["image_codes"].shape[0] * config.num_image_tokens,
-        image_targets=drawn,
+        image_targets=image_targets,
     )
     return {name: tensor.to(device) for name, tensor in batch.items()}, work
 
@@ -138,7 +140,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     batch, work = batch_of(model.config, args.rows, args.length, device)
     options = EngineOptions(dtype="bf16", gradient_checkpointing=True)
     optimizer = Optimizer(lr=1e-5, weight_decay=0.0, clip_grad=1.0)
-    trained = deepspeed_engine.build_engine(
+    engine = deepspeed_engine.build_engine(
         model.train(), deepspeed_engine.parameter_groups(model, 0.0), optimizer, options, args.rows
     )
     seconds = []
@@ -146,9 +148,9 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        out = trained(**batch, return_logits=False)
-        trained.backward(out.loss)
-        deepspeed_engine.optimizer_step(trained)
+        out = engine(**batch, return_logits=False)
+        engine.backward(out.loss)
+        deepspeed_engine.optimizer_step(engine)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)

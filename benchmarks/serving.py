@@ -68,6 +68,7 @@ def compare(kind: str, server: subprocess.Popen, address: str, args: argparse.Na
     process, requests = psutil.Process(server.pid), make_requests(kind)
     measure(address, requests, clients=1, duration=2.0)  # warm up
     one = measure(address, requests, 1, args.baseline_seconds)
+    # memory and threads before and after the load: growth would be a leak
     memory, threads = process.memory_info().rss, process.num_threads()
     many = measure(address, requests, args.clients, args.seconds)
     return {
@@ -118,6 +119,7 @@ def measure(address: str, requests: list[Request], clients: int, duration: float
     for thread in threads:
         thread.join()
     elapsed = time.monotonic() - start
+    # threads append to shared lists: list.append is atomic
     latencies.sort()
     return {
         "clients": clients,

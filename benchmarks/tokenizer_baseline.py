@@ -31,6 +31,7 @@ def baseline_upsample(layer: Upsample, map: Tensor) -> Tensor:
 
 
 def baseline_conv_block(block: ConvBlock, map: Tensor) -> Tensor:
+    # downsampling blocks have scale 0.5; their shortcut is pooled, as published
     shortcut = F.avg_pool2d(map, 3, 2, 1, count_include_pad=False) if block.scale == 0.5 else map
     if block.shortcut is not None:
         up = isinstance(block.shortcut, Upsample)
@@ -49,6 +50,7 @@ def baseline_mlp(mlp: GeGLU, x: Tensor) -> Tensor:
 
 def baseline_block(block: Block, x: Tensor) -> Tensor:
     attention = block.attention
+    # (B, N, 3, heads, width) -> three of (B, heads, N, width)
     qkv = baseline_linear(attention.qkv, block.norm1(x)).unflatten(-1, (3, attention.heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -94,6 +96,7 @@ def baseline_decode(model: UniTok, codes: Tensor, grid: tuple[int, int]) -> Tens
     x = baseline_projection(model.up_projection, model.quantizer.embed(codes))
     for block in decoder.blocks:
         x = baseline_block(block, x)
+    # register tokens carry no pixels
     x = decoder.norm(x[:, decoder.num_register_tokens :])
     map = baseline_upsample(decoder.enter, x.transpose(1, 2).unflatten(2, grid).contiguous())
     for block in [*decoder.wide, *decoder.narrow]:

@@ -64,10 +64,13 @@ def _any_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -
 
 
 def _plain_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
+    # any order: captions must not reveal positions by the order of their objects
     objects = list(scene.objects)
     rng.shuffle(objects)
+    # identical names are counted: "two red circles"
     listed = join_phrases([with_count(n, k) for n, k in Counter(map(name, objects)).items()])
     frame = rng.choice(("{}", "{}", "a picture of {}", "there is {}", "an image with {}"))
+    # "there is a circle and ..." but "there are two circles and ..."
     if len(objects) > 1 and frame.startswith("there") and not listed.startswith("a"):
         frame = "there are {}"
     if len(objects) == 1 and rng.random() < 0.15:
@@ -80,6 +83,7 @@ def _position_caption(scene: Scene, config: SceneConfig, rng: Random, name: Name
     rng.shuffle(objects)
     if len(objects) == 2 and rng.random() < 0.6:
         return _relation_caption(objects, rng, name)
+    # repeated entries are sampled more often
     frames = ["{} at the {}", "{} at the {}", "{} in the {}"]
     if config.corners and all(is_corner(obj.cell, scene.grid) for obj in objects):
         frames.append("{} in the {} corner")
@@ -92,6 +96,7 @@ def _position_caption(scene: Scene, config: SceneConfig, rng: Random, name: Name
 
 def _relation_caption(objects: Sequence[SceneObject], rng: Random, name: NameOf) -> str:
     first, second = objects
+    # any relation that holds: diagonal objects have two
     relation = RELATION_PHRASES[rng.choice(relations_between(first, second))]
     frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
     return frame.format(with_article(name(first)), relation, with_article(name(second)))
@@ -104,6 +109,7 @@ def _shapes_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf
 
 def sample_sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) -> Iterator[str]:
     """One sentence per scene, true of that scene or of shapes and colours in general."""
+    # facts that no image shows, so that text alone is not only captions
     facts = [f"{color} is a color." for color in config.color_names]
     facts += [f"{with_article(shape)} is a shape." for shape in config.shape_names]
     facts += [

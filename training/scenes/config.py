@@ -190,6 +190,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 def _check_type(key: str, value: Any, default: Any) -> None:
     """Reject a value whose type differs from the default's; a bool is not a number here."""
+    # a bool default is tested before the numbers: bool is a subclass of int
     if isinstance(default, dict):
         good, wanted = (
             isinstance(value, dict) and all(map(_is_number, value.values())),

@@ -66,7 +66,7 @@ def write_scenes(
         for shard in range(-(-config.train // config.shard)):
             path = out / "train" / f"scenes-{shard:06d}.tar"
             indices = range(shard * config.shard, min((shard + 1) * config.shard, config.train))
-            if not path.exists():
+            if not path.exists():  # written atomically: one that exists is complete
                 write_atomic(path, _tar(config, indices))
             bar.update(len(indices))
         _write_text(config, out / "text")
@@ -161,6 +161,7 @@ def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:
                 ("txt", record["captions"][0].encode()),
                 ("json", text),
             ):
+                # no time stamp and no owner: the same configuration gives the same bytes
                 member = tarfile.TarInfo(f"{index:08d}.{ending}")
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -178,7 +179,7 @@ def _png(scene: Scene) -> bytes:
 
 def _write_text(config: SceneConfig, folder: Path) -> None:
     """Write text/train.txt, text/captions.txt and a text tokenizer trained on all texts of the data set."""
-    if (folder / "tokenizer.model").exists():
+    if (folder / "tokenizer.model").exists():  # written last
         return
     # scene indices beyond the training set: these sentences belong to no training image
     scenes = (sample_scene(config, "train", config.train + i) for i in range(config.text_lines))
@@ -201,6 +202,7 @@ def _train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
     """A byte-fallback sentencepiece BPE model with LLaMA's ids 0 to 4: <unk>, <s>, </s>, <0x00>, <0x01>."""
     import sentencepiece
 
+    # repeated, so that BPE merges each template into few tokens
     lines = lines + [piece.strip() for piece in _PROMPT_PIECES] * 200
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -219,7 +221,7 @@ def _train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
         bos_id=1,
         eos_id=2,
         pad_id=-1,
-        num_threads=1,
+        num_threads=1,  # more would make the model depend on the machine
         minloglevel=2,
     )
     return model.getvalue()

@@ -74,6 +74,7 @@ def absent_pair(scene: Scene, rng: Random, known: Pairs, similar: bool) -> tuple
     """A (colour, shape) pair that the scene lacks; `similar` ones share colour or shape with an object."""
     present = {o.pair for o in scene.objects}
     absent = [pair for pair in known if pair not in present]
+    # similar ones are hard negatives
     near = [(c, s) for c, s in absent if any(c == o.color or s == o.shape for o in scene.objects)]
     return rng.choice(near if similar and near else absent)
 
@@ -94,6 +95,7 @@ def _choose_name(names: list[str], rng: Random) -> str:
 def _existence(
     scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
 ) -> TextAndAnswer | None:
+    # both answers equally often; three in five questions name a pair, the others a shape or a colour alone
     sample, yes = rng.random(), rng.random() < 0.5
     if sample < 0.6:
         color, shape = (
@@ -137,6 +139,7 @@ def _color(
     scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
 ) -> TextAndAnswer | None:
     obj = rng.choice(scene.objects)
+    # every subject below identifies the object without naming its colour
     subjects = [f"object at the {position_name(obj.cell, scene.grid)}"]
     if len(scene.objects) == 1:
         subjects.append("object")
@@ -166,6 +169,7 @@ def _position(
     if not unique:
         return None
     obj = rng.choice(list(unique))
+    # the row or the column: one word answers either
     if rng.random() < 0.5:
         words, answer = ROW_NAMES[scene.grid], ROW_NAMES[scene.grid][obj.cell[0]]
     else:
@@ -181,6 +185,7 @@ def _relation(
     unique = _unique_names(scene, names)
     if len(unique) < 2:
         return None
+    # diagonal objects have two relations: the choices offered ("left or right") match the sampled answer
     first, second = rng.sample(list(unique), 2)
     answer = rng.choice(relations_between(first, second))
     if answer in ("left", "right"):

@@ -86,7 +86,7 @@ def sample_scene(config: SceneConfig, split: str, index: int) -> Scene:
     pairs = config.pairs if split == "test" else [p for p in config.pairs if p not in config.held_out_pairs]
     while True:  # rejection sampling: until the arrangement belongs to the split
         counts = range(config.min_objects, config.max_objects + 1)
-        # training prefers many objects: positions are learnt from scenes with several
+        # training prefers many objects: positions are learned from scenes with several
         count = rng.choice(counts) if split == "test" else rng.choices(counts, weights=counts)[0]
         scene = _sample_arrangement(config, rng, pairs, count)
         if in_test_split(config, scene) == (split == "test"):

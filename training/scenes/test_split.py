@@ -26,7 +26,7 @@ Record = dict[str, Any]
 def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int], object]) -> None:
     """Write test images, questions and prompts below `folder`; `on_images(n)` reports n more images."""
     scenes = [sample_scene(config, "test", index) for index in range(config.test)]
-    if (folder / "images").exists():
+    if (folder / "images").exists():  # complete, see _write_images; the text files are fast and written anew
         on_images(config.test)
     else:
         _write_images(scenes, folder / "images", on_images)
@@ -38,6 +38,7 @@ def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int
 
 
 def _write_images(scenes: list[Scene], folder: Path, on_images: Callable[[int], object]) -> None:
+    # the folder gets its name only when it is complete
     partial = folder.with_name("images.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -78,6 +79,7 @@ def sample_test_questions(config: SceneConfig, scene: Scene, number: int) -> lis
     """Up to `questions` questions of different kinds, a relation first wherever the scene has one."""
     rng = Random(f"{config.seed}/test questions/{number}")
     rest = [kind for kind in QUESTION_KINDS if kind != "relation"]
+    # few scenes allow a relation: it goes first, so that the limit never cuts it off
     kinds = ["relation", *rng.sample(rest, len(rest))]
     found = (sample_question(scene, config, rng, kind, config.pairs) for kind in kinds)
     return [question for question in found if question][: config.questions]
@@ -102,6 +104,7 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
                     "question_type": question.kind,
                     "answer_type": ANSWER_TYPES.get(question.kind, "other"),
                     "multiple_choice_answer": question.answer,
+                    # VQAv2 compares with ten annotators, who all agree here
                     "answers": [
                         {"answer": question.answer, "answer_confidence": "yes", "answer_id": i}
                         for i in range(1, 11)
@@ -158,6 +161,7 @@ def geneval_prompts(config: SceneConfig) -> list[Record]:
     """Prompts in GenEval's layout, up to `prompts` per tag; GenEval's object class is a shape."""
     records: list[Record] = []
     for tag, candidates in GENEVAL_PROMPTS.items():
+        # candidates come in random order, the plainest phrases first; duplicates are dropped
         rng, seen = Random(f"{config.seed}/geneval {tag}"), set()
         for prompt in candidates(config, rng):
             if len(seen) >= config.prompts:
@@ -201,6 +205,7 @@ def _counting(config: SceneConfig, rng: Random) -> Iterator[Record]:
     numbers = range(max(2, config.min_objects), config.max_objects + 1)
     for frame in ("{}", "a picture of {}"):
         for number, shape in _shuffled(itertools.product(numbers, config.shape_names), rng):
+            # exactly `number`: one more is excluded
             include, exclude = {"class": shape, "count": number}, {"class": shape, "count": number + 1}
             yield _prompt([include], frame.format(with_count(shape, number)), [exclude])
     for number, (color, shape) in _shuffled(itertools.product(numbers, config.pairs), rng):
@@ -228,6 +233,7 @@ def _position(config: SceneConfig, rng: Random) -> Iterator[Record]:
 
 
 def _attribution(config: SceneConfig, rng: Random) -> Iterator[Record]:
+    # different shapes and colours, so that swapped attributes are an error
     pairs = itertools.permutations(config.pairs, 2)
     for first, second in _shuffled([(a, b) for a, b in pairs if a[0] != b[0] and a[1] != b[1]], rng):
         include = [{"class": shape, "count": 1, "color": color} for color, shape in (first, second)]
