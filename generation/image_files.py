@@ -11,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
-from open_unitok.tokenizer.images import BROKEN
+from open_unitok.tokenizer.images import PILLOW_ERRORS
 
 GAP = 2  # pixels between the images of a grid
 KEY = (
@@ -83,5 +83,5 @@ def open_image(data: bytes, max_side: int) -> Image.Image:
         raise
     except Image.UnidentifiedImageError as error:
         raise UserError(f"The image cannot be read: it is none of {', '.join(FORMATS)}.") from error
-    except BROKEN as error:
+    except PILLOW_ERRORS as error:
         raise UserError(f"The image cannot be read: {error}") from error

@@ -46,7 +46,7 @@ def places(tmp_path):
         (["train", "HERE/train.yaml", "stage=tokeniser"], "Did you mean 'tokenizer'"),
         (["train", "HERE/train.yaml", "losses.lpips=1"], "lpips_with_vgg.pth"),
         (["train", "HERE/train.yaml", "losses.clip=1"], "caption_tokenizer"),
-        (["train", "HERE/train.yaml", "model.image_size=40"], "multiple of 16"),
+        (["train", "HERE/train.yaml", "model.image_size=40"], "multiple of patch_size = 16"),
         (["train", "HERE/train.yaml"], "garbage.tar"),
         (["train", "HERE/train.yaml", "data.sources=[{path: HERE/gone-*.tar}]"], "gone-*.tar"),
         (["train", "HERE/train.yaml", "init_from=HERE/other_kind"], "bert"),

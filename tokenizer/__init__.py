@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel
 
-from .config import SIZES, UniTokConfig
+from .config import TOKENIZER_SIZES, UniTokConfig
 from .model import UniTok, UniTokOutput
 from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
 from .quantizers import QUANTIZERS, MultiCodebookQuantizer, Quantizer, QuantizerOutput, code_dtype
@@ -12,7 +12,7 @@ AutoModel.register(UniTokConfig, UniTok, exist_ok=True)
 
 __all__ = [
     "QUANTIZERS",
-    "SIZES",
+    "TOKENIZER_SIZES",
     "AttentionProjection",
     "KeyValueCache",
     "LinearProjection",

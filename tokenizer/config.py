@@ -16,7 +16,7 @@ Entry = TypeVar("Entry")
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
 # The published vitamin_small has no decoder; ours mirrors the encoder's widths, as the other two do.
-SIZES: dict[str, dict[str, Any]] = {
+TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
     "vitamin_small": {
         "stem_width": 64,
         "stage_widths": (64, 128),
@@ -237,14 +237,14 @@ class UniTokConfig(PretrainedConfig):
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "UniTokConfig":
-        """The config of a named size (see `SIZES`), with changes.
+        """The config of a named size (see `TOKENIZER_SIZES`), with changes.
 
         Raises:
             UserError: there is no such size.
         """
-        if name not in SIZES:
-            raise UserError(f"{name!r} is not a tokenizer size." + did_you_mean(name, SIZES))
-        return cls(**{**SIZES[name], **changes})
+        if name not in TOKENIZER_SIZES:
+            raise UserError(f"{name!r} is not a tokenizer size." + did_you_mean(name, TOKENIZER_SIZES))
+        return cls(**{**TOKENIZER_SIZES[name], **changes})
 
 
 _POSITIVE = (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from open_unitok.core.errors import UserError
 
-from .config import SIZES, UniTokConfig
+from .config import TOKENIZER_SIZES, UniTokConfig
 from .loading import check_weights_fit, read_checkpoint
 
 # Published module -> ours; # is a number. A tensor keeps its last name (weight, bias) unless listed here.
@@ -177,13 +177,13 @@ def tokenizer_config_from_published(args: Mapping[str, Any]) -> UniTokConfig:
     """The config described by a published checkpoint's `args`.
 
     Raises:
-        UserError: its model name is not one of `SIZES`, so that its widths are unknown.
+        UserError: its model name is not one of `TOKENIZER_SIZES`, so that its widths are unknown.
     """
     name = args.get("model")
-    if name not in SIZES:
+    if name not in TOKENIZER_SIZES:
         raise UserError(
-            f"The checkpoint's model is {name!r}; sizes are known for {', '.join(SIZES)}. Pass a config "
-            "with its sizes: UniTok.from_reference(path, config), or unitok convert tokenizer --config FILE."
+            f"The checkpoint's model is {name!r}; sizes are known for {', '.join(TOKENIZER_SIZES)}. Pass a "
+            "config: UniTok.from_reference(path, config), or unitok convert tokenizer --config FILE."
         )
     books = args["num_codebooks"]
     return UniTokConfig.named(
@@ -210,7 +210,7 @@ def read_published_tokenizer(
     """Config and float32 state dict of a published checkpoint file.
 
     Args:
-        config: needed where the file's model name is not one of `SIZES`.
+        config: needed where the file's model name is not one of `TOKENIZER_SIZES`.
 
     Raises:
         UserError: the file is not such a checkpoint, or its sizes are unknown.
@@ -244,7 +244,9 @@ def write_published_tokenizer(
         "decoder_widths",
     }
     ours = {key: _as_list(getattr(config, key)) for key in shape}
-    name = next((n for n, s in SIZES.items() if {k: _as_list(v) for k, v in s.items()} == ours), "unnamed")
+    name = next(
+        (n for n, s in TOKENIZER_SIZES.items() if {k: _as_list(v) for k, v in s.items()} == ours), "unnamed"
+    )
     args = {
         "model": name,
         "img_size": config.image_size,

@@ -22,7 +22,7 @@ _DEFAULTS = {
 }
 
 
-def fingerprint(model: nn.Module) -> str:
+def tokenizer_fingerprint(model: nn.Module) -> str:
     """Hex sha256 of all that decides the codes of a `UniTok`: tensors as float32, and options."""
     digest = hashlib.sha256()
     tensors = {}

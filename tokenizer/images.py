@@ -1,4 +1,7 @@
-"""Images to pixels in [-1, 1] and back (the preprocessing of published UniTok's scripts)."""
+"""Images to pixels in [-1, 1] and back (the preprocessing of published UniTok's scripts).
+
+H height, W width in pixels.
+"""
 
 import io
 import os
@@ -12,11 +15,11 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError, did_you_mean
 
-MAX_PIXELS = 178_956_970  # a file that unpacks to more is taken for an attack, as Pillow does
-PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, around images that are padded to a square
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, the border of padded images
 MODES = ("crop", "pad", "squash")
-# what Pillow's readers raise on bytes that only look like an image
-BROKEN = (
+# what Pillow's readers raise on bytes that only resemble an image
+PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -24,100 +27,91 @@ BROKEN = (
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
-def load_image(picture: ImageSource) -> Image.Image:
+def load_image(source: ImageSource) -> Image.Image:
     """An image file, its bytes, or a PIL image -> an RGB PIL image.
 
     Raises:
         UserError: no image can be read; the message names the file.
     """
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not isinstance(picture, (bytes, str, os.PathLike)):
-        kind = type(picture).__name__
-        raise UserError(f"No {kind} can be read as an image: give a file's path, its bytes or a PIL image.")
-    name = "The given bytes" if isinstance(picture, bytes) else str(picture)
-    if not isinstance(picture, bytes) and not os.path.isfile(picture):
-        raise UserError(f"{name} is no file.")
+    if isinstance(source, Image.Image):
+        return source.convert("RGB")
+    if not isinstance(source, (bytes, str, os.PathLike)):
+        kind = type(source).__name__
+        raise UserError(f"Cannot read {kind} as an image: expected a path, bytes or a PIL image.")
+    name = "The given content" if isinstance(source, bytes) else str(source)
+    if not isinstance(source, bytes) and not os.path.isfile(source):
+        raise UserError(f"{name} is not an existing file.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(picture) if isinstance(picture, bytes) else picture) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                # The header gives the size: check it before anything is decompressed.
                 if image.width * image.height > MAX_PIXELS:
-                    raise UserError(f"{name} has {image.width} x {image.height} pixels: too many to unpack.")
+                    raise UserError(
+                        f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}."
+                    )
                 return image.convert("RGB")
     except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has too many pixels to unpack: {error}") from error
+        raise UserError(f"{name} has too many pixels to decode: {error}") from error
     except UserError:
         raise
-    except BROKEN as error:
-        raise UserError(f"{name} is no image that can be read: {error}") from error
+    except PILLOW_ERRORS as error:
+        raise UserError(f"{name} is not a readable image: {error}") from error
 
 
 def to_pixels(
     image: Image.Image,
-    size: int,
+    size: int | tuple[int, int],
     mode: str = "crop",
     resize: int | None = None,
     resample: Image.Resampling | None = None,
 ) -> torch.Tensor:
-    """An RGB image -> (3, size, size) float32 in [-1, 1].
+    """An RGB image -> (3, H, W) float32 in [-1, 1].
 
     Args:
-        mode: "crop" scales the shorter side to `resize` and cuts out the middle; "pad" puts the image in
-            the middle of a square of `PAD_COLOUR` and scales that; "squash" scales both sides on their own.
-        resize: for "crop": the shorter side in pixels; None = `size`, 0 = as it is (missing parts are black).
+        size: (H, W), or the side of a square.
+        mode: "crop" scales the image until it just covers the size and cuts out the centre; "pad" puts it in
+            the centre of a canvas of `PAD_COLOUR` with the size's aspect ratio and scales that; "squash"
+            scales both sides independently.
+        resize: for "crop": the shorter side in pixels before the cut; None = as said above, 0 = unscaled
+            (what lies outside the image is black).
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:
-        UserError: there is no such mode; the image is so long and thin that its square would not fit.
+        UserError: the mode is not known; the image is so long and thin that its canvas would exceed
+            `MAX_PIXELS`.
     """
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
+    height, width = (size, size) if isinstance(size, int) else size
     if mode == "crop":
-        longer, shorter = max(image.size), min(image.size)
-        side = shorter if resize == 0 else resize or size
-        _check_pixels(image, max(side, size) * max(longer * side // shorter, size))
-        image = _scale_shorter(
-            image, size if resize is None else resize, resample or Image.Resampling.BICUBIC
-        )
-        return from_pil(_centre_crop(image, size))
+        scaled = _scaled_size(image, (height, width), resize)
+        _check_pixels(image, max(scaled[0], width) * max(scaled[1], height))
+        if scaled != image.size:
+            image = image.resize(scaled, resample or Image.Resampling.BICUBIC)
+        return from_pil(_centre_crop(image, height, width))
     if mode == "pad":
-        image = pad_to_square(image)
-    return from_pil(image.resize((size, size), resample or Image.Resampling.BILINEAR))
+        image = _pad(image, (height, width), PAD_COLOUR)
+    return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The image in the middle of a square of its longer side.
+    """The image in the centre of a square of its longer side.
 
     Raises:
-        UserError: it is so long and thin that the square would not fit.
+        UserError: it is so long and thin that the square would not fit in memory.
     """
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    _check_pixels(image, side * side)
-    square = Image.new("RGB", (side, side), colour)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
-
-
-def _check_pixels(image: Image.Image, pixels: int) -> None:
-    if pixels > MAX_PIXELS:  # a few kilobytes of 1 x 100,000,000 pixels would else become a petabyte
-        raise UserError(
-            f"The image has {image.width} x {image.height} pixels: as a square it would have more than "
-            f"{MAX_PIXELS:,}. Crop it."
-        )
+    return _pad(image, (1, 1), colour)
 
 
 def from_pil(image: Image.Image) -> torch.Tensor:
-    """An RGB image, as it is -> (3, H, W) float32 in [-1, 1]."""
+    """An RGB image, unscaled -> (3, H, W) float32 in [-1, 1]."""
     array = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     return (array.float() / 255 - 0.5) / 0.5
 
 
 def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels of any shape in [-1, 1] -> 0 to 255, rounded (half to even) and clamped; NaN is grey."""
+    """Pixels of any shape in [-1, 1] -> 0 to 255, rounded half to even and clamped; NaN becomes grey."""
     return ((pixels.float().nan_to_num(0.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
@@ -126,29 +120,54 @@ def to_pil(pixels: torch.Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(pixels.detach()).permute(1, 2, 0).cpu().contiguous().numpy())
 
 
-def _scale_shorter(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
-    """Scale so that the shorter side is `side`; the longer one is rounded down, as torchvision does."""
-    width, height = image.size
-    if side == 0 or min(width, height) == side:
-        return image
-    if width <= height:
-        return image.resize((side, int(side * height / width)), resample)
-    return image.resize((int(side * width / height), side), resample)
-
-
-def _centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle (size, size); black where the image is smaller. An odd rest goes as in torchvision."""
-    width, height = image.size
-    if width < size or height < size:
-        left, top = max(size - width, 0) // 2, max(size - height, 0) // 2
-        larger = Image.new("RGB", (max(width, size), max(height, size)))
-        larger.paste(image, (left, top))
-        image, (width, height) = larger, larger.size
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    return image.crop((left, top, left + size, top + size))
-
-
-def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio in dB of two images of one size; infinite where they are equal."""
+def image_psnr(a: Image.Image, b: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two images of equal size; infinite where they are equal."""
     error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def _check_pixels(image: Image.Image, pixels: int) -> None:
+    """A file of some kilobytes with 1 x 100,000,000 pixels would otherwise become a petabyte."""
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"The image has {image.width} x {image.height} pixels: with the model's aspect ratio it would "
+            f"have more than {MAX_PIXELS:,}. Crop it."
+        )
+
+
+def _pad(image: Image.Image, shape: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
+    """The image in the centre of the smallest canvas with the aspect ratio of `shape` (H, W)."""
+    (width, height), (rows, columns) = image.size, shape
+    canvas_width = max(width, -(-height * columns // rows))  # rounded up
+    canvas_height = max(height, -(-width * rows // columns))
+    if (canvas_width, canvas_height) == image.size:
+        return image
+    _check_pixels(image, canvas_width * canvas_height)
+    canvas = Image.new("RGB", (canvas_width, canvas_height), colour)
+    canvas.paste(image, ((canvas_width - width) // 2, (canvas_height - height) // 2))
+    return canvas
+
+
+def _scaled_size(image: Image.Image, shape: tuple[int, int], resize: int | None) -> tuple[int, int]:
+    """(width, height) before the centre crop; the longer side is rounded down, as torchvision does."""
+    (width, height), (rows, columns) = image.size, shape
+    if resize == 0:
+        return image.size
+    if resize is not None:
+        rows = columns = resize
+    # The side that reaches its target last decides the scale.
+    if width * rows <= height * columns:
+        return columns, int(columns * height / width)
+    return int(rows * width / height), rows
+
+
+def _centre_crop(image: Image.Image, rows: int, columns: int) -> Image.Image:
+    """The centre (rows, columns); black where the image is smaller. Odd remainders as in torchvision."""
+    width, height = image.size
+    if width < columns or height < rows:
+        left, top = max(columns - width, 0) // 2, max(rows - height, 0) // 2
+        larger = Image.new("RGB", (max(width, columns), max(height, rows)))
+        larger.paste(image, (left, top))
+        image, (width, height) = larger, larger.size
+    left, top = round((width - columns) / 2), round((height - rows) / 2)
+    return image.crop((left, top, left + columns, top + rows))

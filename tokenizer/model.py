@@ -22,7 +22,7 @@ from .config import UniTokConfig
 from .convert import read_published_tokenizer
 from .decoders import build_decoder
 from .encoders import build_encoder
-from .fingerprint import fingerprint
+from .fingerprint import tokenizer_fingerprint
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
@@ -182,7 +182,7 @@ class UniTok(PreTrainedModel):
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that decides the codes: encoder, down projection and quantiser, as float32."""
-        return fingerprint(self)
+        return tokenizer_fingerprint(self)
 
     @classmethod
     def from_pretrained(

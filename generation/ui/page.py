@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.images import psnr, to_pil, to_pixels
+from open_unitok.tokenizer.images import image_psnr, to_pil, to_pixels
 
 from ..image_files import open_image
 from ..pipeline import Pipeline
@@ -318,7 +318,7 @@ class Reconstruct:
         grid = codes[0, config.num_register_tokens :].cpu()
         bits = codes[0].numel() * math.log2(config.codebook_size)
         facts = [
-            ("PSNR", f"{psnr(original, copy):.1f} dB"),
+            ("PSNR", f"{image_psnr(original, copy):.1f} dB"),
             ("visual tokens", f"{codes.shape[1]}"),
             ("codes each", f"{codes.shape[2]}"),
             ("entries to choose from", f"{config.codebook_size:,}"),

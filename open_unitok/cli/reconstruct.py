@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.generation.image_files import grid_of, save_png
     from open_unitok.generation.loading import load_unitok
     from open_unitok.generation.pipeline import reconstruct
-    from open_unitok.tokenizer.images import psnr
+    from open_unitok.tokenizer.images import image_psnr
 
     at_least_one(args, "batch_size")
     for image in args.images:
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     ):
         path = Path(args.out) / f"{name}.png"
         save_png(grid_of([original, reconstruction], columns=2), path, {"source": str(source)})
-        tqdm.write(f"{path}  PSNR {psnr(original, reconstruction):.1f} dB")
+        tqdm.write(f"{path}  PSNR {image_psnr(original, reconstruction):.1f} dB")
 
 
 def _output_names(images: list[str]) -> list[str]:

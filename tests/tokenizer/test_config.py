@@ -3,7 +3,7 @@
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer import SIZES, UniTokConfig
+from open_unitok.tokenizer import TOKENIZER_SIZES, UniTokConfig
 
 
 def test_published_sizes():
@@ -54,4 +54,4 @@ def test_mistakes_are_named(wrong, message):
 def test_unknown_size():
     with pytest.raises(UserError, match=r"'vitamin_lage' is not a tokenizer size. Did you mean 'vitamin_lar"):
         UniTokConfig.named("vitamin_lage")
-    assert set(SIZES) == {"vitamin_small", "vitamin_base", "vitamin_large"}
+    assert set(TOKENIZER_SIZES) == {"vitamin_small", "vitamin_base", "vitamin_large"}

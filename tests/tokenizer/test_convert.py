@@ -94,8 +94,8 @@ def test_named_size_is_read_from_the_file(tmp_path, monkeypatch):
         }
     }
     sizes["vitamin_nano"] |= {"num_hidden_layers": 1, "decoder_widths": (16, 8)}
-    monkeypatch.setattr(config, "SIZES", sizes)
-    monkeypatch.setattr(convert, "SIZES", sizes)
+    monkeypatch.setattr(config, "TOKENIZER_SIZES", sizes)
+    monkeypatch.setattr(convert, "TOKENIZER_SIZES", sizes)
     model = UniTok(UniTokConfig.named("vitamin_nano", num_register_tokens=1, projection="linear", **small))
     convert.write_published_tokenizer(model.config, model.state_dict(), tmp_path / "a.pth")
     loaded = UniTok.from_pretrained(tmp_path / "a.pth")

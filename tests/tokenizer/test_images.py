@@ -70,19 +70,19 @@ def test_load(tmp_path, monkeypatch):
         loaded = load_image(source)
         assert loaded.mode == "RGB" and loaded.size == (12, 9)
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
-    with pytest.raises(UserError, match=r"a\.png has 12 x 9 pixels: too many"):
+    with pytest.raises(UserError, match=r"a\.png has 12 x 9 pixels, more than 100"):
         load_image(tmp_path / "a.png")
 
 
 def test_load_mistakes(tmp_path):
     (tmp_path / "a.png").write_text("no image")
-    with pytest.raises(UserError, match=r"a\.png is no image that can be read"):
+    with pytest.raises(UserError, match=r"a\.png is not a readable image"):
         load_image(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"b\.png is no file"):
+    with pytest.raises(UserError, match=r"b\.png is not an existing file"):
         load_image(tmp_path / "b.png")
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(buffer, "PNG")
-    with pytest.raises(UserError, match="The given bytes is no image"):
+    with pytest.raises(UserError, match="The given content is not a readable image"):
         load_image(buffer.getvalue()[:300])
 
 
@@ -111,3 +111,23 @@ def test_long_and_thin_images_do_not_fill_the_memory():
     assert to_pixels(Image.new("RGB", (4, 900)), 16, mode="crop").shape == (3, 16, 16)
     assert to_pixels(thin, 16, mode="squash").shape == (3, 16, 16)
     assert to_pixels(thin, 16, resize=0).shape == (3, 16, 16)
+
+
+def test_oblong_sizes():
+    """White in the middle of black: cropped, padded and squashed to 16 x 64."""
+    image = Image.new("RGB", (80, 40), "white")
+    for mode in ("crop", "pad", "squash"):
+        assert to_pixels(image, (16, 64), mode).shape == (3, 16, 64)
+        assert torch.equal(to_pixels(image, (24, 24), mode), to_pixels(image, 24, mode))
+    assert to_pixels(image, (16, 64)).min() == 1  # covers the size: no border
+    padded = to_pixels(image, (16, 64), "pad")
+    assert padded[:, :, 30:34].min() == 1 and (padded[:, :, :15] < 0).all()  # 160 x 40 before scaling
+    assert to_pixels(image, (64, 16), "crop").shape == (3, 64, 16)
+
+
+def test_an_oblong_crop_is_the_centre():
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 24, 64, 40))
+    assert to_pixels(image, (16, 64)).min() == 1
+    image.paste("red", (0, 24, 64, 25))
+    assert to_pixels(image, (16, 64))[1, 0].max() == -1 and to_pixels(image, (16, 64))[1, 1:].min() == 1

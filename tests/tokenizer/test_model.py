@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer import SIZES, UniTok, UniTokConfig
+from open_unitok.tokenizer import TOKENIZER_SIZES, UniTok, UniTokConfig
 
 
 @pytest.fixture
@@ -225,11 +225,11 @@ def test_drop_path(tiny_config):
     assert torch.equal(shown[0], before[0]) and not torch.equal(shown[1], before[1])
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", TOKENIZER_SIZES)
 @pytest.mark.parametrize("changes", [{}, {"projection": "linear", "num_register_tokens": 2}])
 def test_every_size_learns_everywhere(name, changes):
     """Each named size, with fewer and thinner layers: every trainable parameter gets a gradient."""
-    sizes = SIZES[name]
+    sizes = TOKENIZER_SIZES[name]
     thin = {
         "stem_width": sizes["stem_width"] // 16,
         "stage_widths": [width // 16 for width in sizes["stage_widths"]],
