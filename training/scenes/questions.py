@@ -138,28 +138,31 @@ def _count(
 def _color(
     scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
 ) -> TextAndAnswer | None:
-    obj = rng.choice(scene.objects)
-    # every subject below identifies the object without naming its colour
-    subjects = [f"object at the {position_name(obj.cell, scene.grid)}"]
-    if len(scene.objects) == 1:
-        subjects.append("object")
-    if sum(o.shape == obj.shape for o in scene.objects) == 1:
-        subjects += [obj.shape] * 3  # three times as likely as the position
-    frames = ("What color is the {}?", "What is the color of the {}?", "Which color does the {} have?")
-    return rng.choice(frames).format(rng.choice(subjects)), obj.color
+    obj, text = _attribute_question(scene, rng, "color", lambda obj: obj.shape)
+    return text, obj.color
 
 
 def _shape(
     scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
 ) -> TextAndAnswer | None:
+    obj, text = _attribute_question(scene, rng, "shape", lambda obj: f"{obj.color} object")
+    return text, obj.shape
+
+
+def _attribute_question(
+    scene: Scene, rng: Random, attribute: str, name_without: Callable[[SceneObject], str]
+) -> tuple[SceneObject, str]:
+    """An object and a question about an attribute of it; `name_without` names objects by another one."""
     obj = rng.choice(scene.objects)
+    # every subject identifies the object without giving away the answer
     subjects = [f"object at the {position_name(obj.cell, scene.grid)}"]
     if len(scene.objects) == 1:
         subjects.append("object")
-    if sum(o.color == obj.color for o in scene.objects) == 1:
-        subjects += [f"{obj.color} object"] * 3
-    frames = ("What shape is the {}?", "What is the shape of the {}?", "Which shape does the {} have?")
-    return rng.choice(frames).format(rng.choice(subjects)), obj.shape
+    name = name_without(obj)
+    if sum(name_without(o) == name for o in scene.objects) == 1:
+        subjects += [name] * 3  # three times as likely as the position
+    frames = ("What {} is the {}?", "What is the {} of the {}?", "Which {} does the {} have?")
+    return obj, rng.choice(frames).format(attribute, rng.choice(subjects))
 
 
 def _position(
