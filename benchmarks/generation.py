@@ -150,7 +150,7 @@ def drawing(images: int, weights: str, positions: int) -> dict:
         steps = plain_loop(model, prompts, FREE, images, GUIDANCE)
     else:
         rounding = "int8" if weights == "int8" else None
-        steps = iter_image_codes(model, prompts, sampling, [0] * images, FREE, weights=rounding)
+        steps = iter_image_codes(model, prompts, sampling, [0] * images, FREE, quantization=rounding)
     times, codes, spent = [], None, watch_engine()
     for _ in range(positions):
         start = time.perf_counter()
@@ -169,9 +169,9 @@ def drawing(images: int, weights: str, positions: int) -> dict:
 
 def watch_engine() -> dict[str, list[float]]:
     """Milliseconds of each step of the C++ engine from now on: embedder with decoder, and a code's logits."""
-    from open_unitok.generation.backends.eager import Native
+    from open_unitok.generation.backends.native import Native
 
-    spent: dict[str, list[float]] = {"decode_step": [], "logits": []}
+    spent: dict[str, list[float]] = {"decode_step": [], "code_logits": []}
 
     def watched(name, work):
         def run(*args):
@@ -278,8 +278,8 @@ def agreement(folder: str) -> dict:
 
     from open_unitok import Pipeline
     from open_unitok.generation import Sampling, generate_image_codes
-    from open_unitok.generation.backends.eager import start
-    from open_unitok.generation.sampling import guide
+    from open_unitok.generation.backends import BACKENDS, choose_backend
+    from open_unitok.generation.sampling import apply_guidance
 
     pipe = Pipeline.from_pretrained(folder)
     ids = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
@@ -291,14 +291,16 @@ def agreement(folder: str) -> dict:
         model = pipe.model.to(torch.bfloat16) if name == "bf16" else pipe.model
         if name == "int8":
             model = Pipeline.from_pretrained(folder).model
-        run, hits = start(model, rows, codes[:, :0], "int8" if name == "int8" else None), 0
+        quantization = "int8" if name == "int8" else None
+        backend, hits = BACKENDS[choose_backend(model, quantization=quantization)](model, quantization), 0
         with torch.no_grad():
+            backend.prefill(rows, codes[:, :0])
             for t in range(codes.shape[1]):
                 if t:
-                    run.decode_step(codes[:, t - 1])
+                    backend.decode_step(codes[:, t - 1])
                 for k in range(codes.shape[2]):
-                    logits = run.logits(k, None if k == 0 else codes[:, t, k - 1]).float()
-                    hits += int((guide(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
+                    logits = backend.code_logits(k, None if k == 0 else codes[:, t, k - 1]).float()
+                    hits += int((apply_guidance(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
         found[name] = hits / codes.numel()
         if name != "int8":
             sampled = Sampling(guidance=GUIDANCE)
@@ -311,9 +313,10 @@ def agreement(folder: str) -> dict:
 def profile(part: str, now: dict) -> str:
     """Where a position's time goes; the rest is guidance, argmax and Python."""
     codes, spent = len(now["codes"][0][0]), now["profile_ms"]
-    depth, rest = codes * spent["logits"], now["ms"] - spent["decode_step"] - codes * spent["logits"]
+    depth = codes * spent["code_logits"]
+    rest = now["ms"] - spent["decode_step"] - depth
     return (
-        f"{part}: embedder and decoder {spent['advance']:.1f} ms, depth head {depth:.1f}, "
+        f"{part}: embedder and decoder {spent['decode_step']:.1f} ms, depth head {depth:.1f}, "
         f"choosing and Python {rest:.1f}"
     )
 

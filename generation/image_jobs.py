@@ -90,7 +90,7 @@ def generate_files(
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
         prompts, seeds = ([job.record[key] for job in batch] for key in ("prompt", "seed"))
-        images = pipe.generate(prompts, sampling, seeds, batch_size, negative=negative)
+        images = pipe.generate(prompts, sampling, seeds, batch_size, negative_prompt=negative)
         for job, image in zip(batch, images):
             save_png(image, job.path, job.record)
         yield len(batch)

@@ -1,4 +1,4 @@
-"""What may be loaded: model folders and hub ids, devices and number formats, each refused with its reason."""
+"""Find and check what a pipeline loads: model folders and hub ids, dtypes, quantization."""
 
 import os
 import re
@@ -13,14 +13,14 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.loading import check_folder
 from open_unitok.tokenizer import UniTok
 
-from .backends.native_library import library
+from .backends import QUANTIZATIONS, native_library
 
 
 def find_model(folder: str | Path) -> Path:
-    """The folder of an MLLM: the one given, that of a shipped model, or the download of a hub id.
+    """The folder of an MLLM: the given one, that of a shipped model, or the download of a hub id.
 
     Raises:
-        UserError: nothing is there, or something of another kind; the message says what it is.
+        UserError: nothing is there, or something else than an MLLM; the message says what.
     """
     path = model_path(folder)
     if os.path.isfile(path):
@@ -28,7 +28,9 @@ def find_model(folder: str | Path) -> Path:
     if not os.path.exists(path):
         path = download(str(folder))
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json. Is {path / 'model'} meant?")
+        raise UserError(
+            f"{folder} is not a model folder: it has no config.json. Did you mean {path / 'model'}?"
+        )
     check_folder(path)
     if not (path / "unitok" / "config.json").exists():
         raise UserError(f"{folder} has no visual tokenizer: copy its folder to {path / 'unitok'}.")
@@ -51,7 +53,7 @@ def download(name: str) -> Path:
     """The local copy of a hub model.
 
     Raises:
-        UserError: `name` cannot be a hub id, or the hub does not have or give it.
+        UserError: `name` is not a valid hub id, or the download fails.
     """
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or os.path.isdir(Path(name).parent):
         raise UserError(f"{name} does not exist.")
@@ -63,23 +65,23 @@ def download(name: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()
         raise UserError(
-            f"{name} is no folder here, nor could it be had from the hub: {reason[0] if reason else error!r}"
+            f"{name} is not a local folder, and the hub download failed: {reason[0] if reason else error!r}"
         ) from error
 
 
-def check_belongs(
+def check_parts_match(
     model: UniTokForConditionalGeneration, unitok: UniTok, processor: UniTokProcessor, folder: Path
 ) -> None:
     """
     Raises:
         UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
-            tokenizer has ids that the model does not know.
+            tokenizer has more ids than the model.
     """
     rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:
         raise UserError(
-            f"{folder}: its text tokenizer has {processor.vocab_size} ids, the model knows {rows}: they "
-            "do not belong together."
+            f"{folder}: its text tokenizer has {processor.vocab_size} ids, the model only {rows}: they do "
+            "not belong together."
         )
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):
@@ -91,26 +93,19 @@ def check_belongs(
     if expected is not None and expected != (found := unitok.fingerprint()):
         raise UserError(
             f"{folder}: the model was trained on the codes of tokenizer {expected[:12]}, but unitok/ holds "
-            f"{found[:12]}: put the right tokenizer there."
+            f"{found[:12]}: put the tokenizer that it was trained with there."
         )
 
 
-def check_weights(dtype: torch.dtype | str | None, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """The dtype to load in, and "int8" where drawing shall round the weights to 8 bits.
-
-    Raises:
-        UserError: there is no dtype of this name, or int8 is not to be had here.
+def check_quantization(quantization: str | None, device: torch.device) -> None:
     """
-    if dtype not in ("int8", torch.int8):
-        try:
-            return check_dtype(dtype, device), None
-        except UserError as error:
-            raise UserError(
-                f"{str(error)[:-1]}; on a CPU also int8, which draws with 8-bit weights."
-            ) from error
-    if device.type != "cpu" or library() is None:
+    Raises:
+        UserError: `quantization` is unknown, or not available on this machine.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
+    if quantization is not None and (device.type != "cpu" or native_library.load() is None):
         raise UserError(
-            "dtype is int8, which needs device = cpu and, at the first drawing, a C++ compiler (g++ or "
-            "clang++): take bfloat16."
+            f"quantization = {quantization!r} needs device = cpu and a C++ compiler (g++ or clang++): use "
+            "None, or dtype = bfloat16."
         )
-    return torch.float32, "int8"

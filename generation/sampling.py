@@ -1,4 +1,4 @@
-"""How a code is chosen from its logits: guidance, temperature, top-k, top-p and seeded noise.
+"""Sampling of one code from its logits: classifier-free guidance, temperature, top-k, top-p, seeded noise.
 
 Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import SAMPLING_FILE, read_json
 
-# how far guidance has risen from 1 (0) to its full value (1), by the share of the image that is drawn
+# share of the image that is generated -> how far guidance has risen from 1 (0) to its full value (1)
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "linear": lambda share: share,
@@ -26,16 +26,16 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """Settings of one drawing, checked when they are made.
+    """Sampling settings of an image, checked on construction.
 
     Attributes:
-        guidance: classifier-free guidance scale, >= 1; 1 draws without the unconditional rows.
+        guidance: classifier-free guidance scale, >= 1; 1 skips the unconditional rows.
         guidance_schedule: "constant"; or "linear" or "cosine", which rise from 1 at the first visual token to
             `guidance` at the last, so that the layout is freer than the details.
         temperature: > 0, divides the logits after guidance.
-        top_k: keep this many entries per code (ties with the last one stay); 0 keeps all.
+        top_k: keep this many entries per code (ties with the last one are kept); 0 keeps all.
         top_p: keep the smallest set of likeliest entries whose probability reaches this; 1 keeps all.
-        greedy: always take the likeliest entry; temperature, top_k, top_p and the seed then change nothing.
+        greedy: take the likeliest entry; temperature, top_k, top_p and the seed are then ignored.
 
     Raises:
         UserError: a value of the wrong type or out of its range.
@@ -66,11 +66,11 @@ class Sampling:
             )
 
     @classmethod
-    def of_model(cls, folder: str | Path) -> "Sampling":
-        """The settings that a model folder draws best with, as its sampling.json says; else the defaults.
+    def from_folder(cls, folder: str | Path) -> "Sampling":
+        """The settings recommended for a model folder by its sampling.json, or the defaults.
 
         Raises:
-            UserError: sampling.json is no JSON, or holds something that is no setting.
+            UserError: sampling.json is not valid JSON or holds unknown settings.
         """
         path = Path(folder) / SAMPLING_FILE
         if not path.exists():
@@ -81,8 +81,8 @@ class Sampling:
             names = ", ".join(field.name for field in dataclasses.fields(cls))
             raise UserError(f"{path} must be a mapping with some of {names}.") from error
 
-    def but(self, settings: Mapping[str, Any]) -> "Sampling":
-        """These settings with others in their place; those that are None, or no settings, change nothing."""
+    def override(self, settings: Mapping[str, Any]) -> "Sampling":
+        """These settings with some replaced; None values and other keys are ignored."""
         names = {field.name for field in dataclasses.fields(self)}
         given = {name: value for name, value in settings.items() if name in names and value is not None}
         return dataclasses.replace(self, **given)
@@ -94,9 +94,9 @@ class Sampling:
 
 
 def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:
-    """Refuse what is no finite number (a bool is none) or fails `ok`."""
+    """Raise UserError unless `value` is a finite number (not a bool) for which `ok` holds."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    # compared, not converted: a whole number may be larger than every float
+    # compared, not converted: an int may be larger than every float
     if not number or not abs(value) <= sys.float_info.max or not ok(value):
         raise UserError(f"{name} is {value!r}; it must be {allowed}.")
 
@@ -104,15 +104,15 @@ def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) ->
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (..., V) with -inf where top-k, then top-p, drop an entry; the likeliest entry always stays.
 
-    A top_k above V keeps all; entries equal to the k-th stay; the entry that crosses top_p stays. As the
-    published UniTok sampler and as transformers' TopK and TopP warpers.
+    A top_k above V keeps all; entries equal to the k-th and the entry that crosses top_p are kept. Equal to
+    the published UniTok sampler and to transformers' TopK and TopP warpers.
     """
     if 0 < top_k < logits.shape[-1]:
         lowest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        # the sum before an entry decides, so that the entry that crosses the threshold is kept
+        # the sum before an entry decides, so the entry that crosses the threshold is kept
         beyond = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1) > top_p
         beyond[..., 0] = False
         dropped = torch.empty_like(beyond).scatter_(-1, order, beyond)
@@ -120,40 +120,44 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     return logits
 
 
-def guide(logits: Tensor, guidance: float | Tensor) -> Tensor:
-    """Logits (2B, V), conditional rows first -> (B, V), moved away from the unconditional ones."""
+def apply_guidance(logits: Tensor, guidance: float | Tensor) -> Tensor:
+    """Classifier-free guidance: logits (2B, V), conditional rows first -> (B, V)."""
     conditional, unconditional = logits.chunk(2)
     return unconditional + guidance * (conditional - unconditional)
 
 
-class Noise:
-    """Gumbel noise from one generator per image, so that an image's codes depend on its own seed alone.
-
-    `draw()` gives the noise (K, B, V) of one visual token; the buffer is used again by the next call.
-    """
+class GumbelNoise:
+    """Gumbel noise from one generator per image, so that an image's codes depend on its own seed alone."""
 
     def __init__(
         self, seeds: Sequence[int], num_codebooks: int, codebook_size: int, device: torch.device | str = "cpu"
     ):
         self.generators = [torch.Generator(device).manual_seed(check_seed(seed)) for seed in seeds]
-        self.buffer = torch.empty(len(seeds), num_codebooks, codebook_size, device=device)
+        self.exponential = torch.empty(len(seeds), num_codebooks, codebook_size, device=device)
+        self.noise = torch.empty_like(self.exponential)
 
-    def draw(self) -> Tensor:
-        """-log(E), E exponential, is Gumbel noise: argmax(logits + noise) is a draw from their softmax."""
-        for row, generator in zip(self.buffer, self.generators):
+    def sample(self) -> Tensor:
+        """The noise (K, B, V) of the next visual token: argmax(logits + noise) samples from softmax(logits).
+
+        Every call fills and returns the same tensor, so that a CUDA graph can read it.
+        """
+        for row, generator in zip(self.exponential, self.generators):
             row.exponential_(generator=generator)
-        return self.buffer.log().neg_().transpose(0, 1)
+        return torch.log(self.exponential, out=self.noise).neg_().transpose(0, 1)  # -log(E) is Gumbel
 
 
 def check_seed(seed: Any) -> int:
-    """The seed, or a UserError where it is no whole number that a generator takes."""
+    """
+    Raises:
+        UserError: not a whole number that a torch generator takes.
+    """
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise UserError(f"seed is {seed!r}; it must be a whole number from 0 to 2**63 - 1.")
     return seed
 
 
-def choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
-    """Codes (B,) int64 from guided logits (B, V); `noise` (B, V) comes from `Noise`, None where greedy."""
+def sample_code(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """Codes (B,) int64 from guided logits (B, V); `noise` (B, V) is Gumbel noise, None if greedy."""
     if sampling.greedy or noise is None:
         return logits.argmax(dim=-1)
     logits = filter_logits(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)

@@ -1,28 +1,33 @@
-"""What users ask for, checked before any work begins."""
+"""Checks of what a caller passes, made before any work begins."""
 
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from open_unitok.core.errors import UserError
 
-from .kv_cache import context_length
 from .sampling import check_seed
 
 
 def check_texts(texts: Any, name: str) -> Sequence[str]:
-    """The texts; UserError where they are no list, or one of them is empty or no text."""
+    """The texts, a list of `name`s.
+
+    Raises:
+        UserError: not a list, or one of them is empty or not a text.
+    """
     if isinstance(texts, str):
-        raise UserError(f"One string was given where a list of {name}s is needed: put it into [...].")
+        raise UserError(f"One string was given where a list of {name}s is expected: put it into [...].")
     if not isinstance(texts, Sequence):
-        raise UserError(f"{texts!r} was given where a list of {name}s is needed.")
+        raise UserError(f"{texts!r} was given where a list of {name}s is expected.")
     for i, text in enumerate(texts):
-        if not is_text(text) or not text.strip():
+        if not _is_text(text) or not text.strip():
             raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a text that is not empty.")
     return texts
 
 
-def is_text(value: Any) -> bool:
-    """True for a string without halves of characters, which bytes that are no UTF-8 leave behind."""
+def _is_text(value: Any) -> bool:
+    """True for a string without lone surrogates, which bytes that are not UTF-8 leave behind."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -33,13 +38,13 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     """
     pairs = list(history) if isinstance(history, (list, tuple)) else [history]
     for i, pair in enumerate(pairs):
-        whole = isinstance(pair, (list, tuple)) and len(pair) == 2
-        if not whole or not all(is_text(text) for text in pair):
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or not all(_is_text(text) for text in pair):
             raise UserError(f"Entry {i} of a history is {pair!r}; it must be (question, answer), two texts.")
     return tuple((question, answer) for question, answer in pairs)
 
 
-def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
+def expand_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed per image: the list given, or seed, seed + 1, ..."""
     if isinstance(seed, (list, tuple, range)):
         if len(seed) != count:
@@ -52,7 +57,7 @@ def spread_seeds(seed: int | Sequence[int], count: int) -> list[int]:
 def check_whole(name: str, value: Any) -> None:
     """
     Raises:
-        UserError: `value` is no whole number >= 1.
+        UserError: `value` is not a whole number >= 1.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number >= 1.")
@@ -63,16 +68,50 @@ def check_prompts(
 ) -> None:
     """
     Raises:
-        UserError: not one seed per prompt, an empty prompt, or one that leaves no room for the image.
+        UserError: not one seed per prompt, an empty prompt, or one that leaves no context for the image.
     """
     if len(seeds) != len(prompt_ids):
         raise UserError(f"{len(seeds)} seeds for {len(prompt_ids)} prompts: give one seed per prompt.")
-    limit = context_length(config)
+    limit = config.context_length
     for i, row in enumerate(prompt_ids):
         if not len(row):
-            raise UserError(f"{name} {i} is empty: write what to draw.")
+            raise UserError(f"{name} {i} is empty: describe the image.")
         if limit is not None and len(row) + config.num_image_tokens > limit:
             raise UserError(
                 f"{name} {i} has {len(row)} tokens and its image {config.num_image_tokens}, more than the "
                 f"model's context of {limit}: shorten the prompt to {limit - config.num_image_tokens} tokens."
+            )
+
+
+def check_prefix(prefix: Any, images: int, config: Any) -> None:
+    """
+    Raises:
+        UserError: not a tensor, or of a shape with which `images` images cannot begin.
+    """
+    shape, num_tokens = tuple(getattr(prefix, "shape", ())), config.num_image_tokens
+    is_3d = isinstance(prefix, Tensor) and len(shape) == 3
+    if not is_3d or shape[0] not in (1, images) or shape[1] >= num_tokens:
+        raise UserError(
+            f"prefix has shape {shape}; expected a tensor of (1 or {images} images, at most {num_tokens - 1} "
+            f"visual tokens, {config.num_codebooks} sub-codebooks)."
+        )
+
+
+def check_questions(
+    prompt_ids: Sequence[Sequence[int]], max_new_tokens: Any, batch_size: Any, config: Any
+) -> None:
+    """
+    Raises:
+        UserError: an empty question, one that leaves no context for the answer, or a number out of range.
+    """
+    check_whole("max_new_tokens", max_new_tokens)
+    check_whole("batch_size", batch_size)
+    limit = config.context_length
+    for i, row in enumerate(prompt_ids):
+        if not len(row):
+            raise UserError(f"Question {i} is empty.")
+        if limit is not None and len(row) + max_new_tokens > limit:
+            raise UserError(
+                f"Question {i} has {len(row)} tokens, images included; with {max_new_tokens} new ones "
+                f"more than the context of {limit}: shorten the question or lower max_new_tokens."
             )

@@ -83,6 +83,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     visual_hidden_size: int = 1024
     projection_heads: int | None = None
     num_image_tokens: int = 256
+    token_layout: dict[str, int] | None = None
     visual_context: Literal["full", "last"] | str = "full"
     image_z_loss_weight: float | int = 5e-5
     image_token_id: int = IMAGE_TOKEN_ID

@@ -25,7 +25,7 @@ def test_it_is_small_and_says_what_it_is():
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert "make model" in (SHIPPED_MODELS / DEFAULT_MODEL / "README.md").read_text()
     assert (SHIPPED_MODELS / DEFAULT_MODEL / "unitok" / "caption_tokenizer" / "tokenizer.model").exists()
-    assert Sampling.of_model(SHIPPED_MODELS / DEFAULT_MODEL) != Sampling()
+    assert Sampling.from_folder(SHIPPED_MODELS / DEFAULT_MODEL) != Sampling()
 
 
 def test_it_draws_what_is_asked_for(pipe, tmp_path):

@@ -1,10 +1,10 @@
-// The steps of drawing and answering on a CPU, each one call: (embedder + decoder) of a visual token, and a stack
-// with its output layer: the depth head for a code, the decoder for a word.
+// Decoding on a CPU, one call per step: decode_step feeds a visual token (embedder and decoder); logits_step
+// runs LLaMA layers with an output layer (the depth head for a code, the decoder for a text token).
 //
-// With a row or two a step is as fast as its weights can be read, so everything else stays out of the way: no
-// operator calls, one team of threads for the whole call, weights where the model has them. R rows, B images,
-// n inputs of a dot product. A row's numbers are summed in one order whatever the batch, so that an image does
-// not depend on its neighbours. native.py builds this file and mirrors its structs.
+// With one or two rows a step is as fast as its weights can be read, so there is no operator dispatch, one
+// team of threads serves the whole call, and the weights stay where the model has them. R rows, B images. A
+// row is accumulated in one order whatever the batch, so an image does not depend on its neighbours.
+// native_library.py compiles this file and mirrors its structs.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -20,33 +20,34 @@ struct Norm {
     double eps;
 };
 struct Layer {
-    Norm norm1, norm2;
+    Norm attention_norm, mlp_norm;
     Matrix query, key, value, out, gate, up, down;
-    float *keys, *values;  // (rows, kv_heads, room, head)
+    float *keys, *values;  // KV cache: (rows, kv_heads, capacity, head_dim)
 };
 struct Stack {
     const Layer* layers;
     Norm norm;
-    const float *cos, *sin;  // (positions, head)
-    int64_t depth, width, heads, kv_heads, head, room;
+    const float *cos, *sin;  // RoPE tables: (positions, head_dim)
+    int64_t depth, width, heads, kv_heads, head_dim, capacity;
 };
 struct Embedder {
-    const float* codebooks;  // (K, V, C), rows of length 1
+    const float* codebooks;  // (K, V, C), unit-norm rows
     Norm attention_norm, linear_norm, mlp_norm, gate_norm, projector_norm;
     Matrix query, key, value, out, linear, gate, up, down, first, second;
-    float *keys, *values;  // (images, heads, room, head)
-    int64_t books, entries, code, heads, head, room, context;  // context 0: a token sees itself alone
+    float *keys, *values;  // KV cache: (images, heads, capacity, head_dim)
+    int64_t books, entries, code_dim, heads, head_dim, capacity;
+    int64_t attends_to_earlier;  // 0: a visual token attends to itself alone (visual_context "last")
 };
 }
 
 namespace {
 
-// The threads of one call; `meet` lets nobody on before all are there.
-struct Team {
+// The threads of one call; `barrier` spins, because a step has many short phases.
+struct ThreadTeam {
     int size;
     std::atomic<int> arrived{0}, round{0};
-    explicit Team(int n) : size(n) {}
-    void meet() {
+    explicit ThreadTeam(int n) : size(n) {}
+    void barrier() {
         if (size == 1) return;
         int now = round.load(std::memory_order_acquire);
         if (arrived.fetch_add(1, std::memory_order_acq_rel) == size - 1) {
@@ -65,19 +66,19 @@ struct Team {
     }
 };
 
-void rms(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
+void rms_norm(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
-        vf squares = {};
+        vf32 squares = {};
         int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) { vf v = load(x + i); squares += v * v; }
-        float total = sum(squares);
+        for (; i + LANES <= n; i += LANES) { vf32 v = load(x + i); squares += v * v; }
+        float total = horizontal_sum(squares);
         for (; i < n; i++) total += x[i] * x[i];
         float scale = 1 / std::sqrt(total / n + (float)norm.eps);
         for (i = 0; i < n; i++) y[i] = x[i] * scale * norm.weight[i];
     }
 }
 
-void centred(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
+void layer_norm(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
         double mean = 0, var = 0;
         for (int64_t i = 0; i < n; i++) mean += x[i];
@@ -88,44 +89,50 @@ void centred(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y
     }
 }
 
-// one query (head) over keys and values `from`..`to` inclusive -> y (head)
-void attend(const float* q, const float* keys, const float* values, int64_t from, int64_t to, int64_t head, std::vector<float>& p, float* y) {
-    constexpr int O = outs(1);
-    int64_t count = to - from + 1;
-    p.resize(std::max<size_t>(p.size(), count + 16));
-    float top = -INFINITY, scale = 1 / std::sqrt((float)head);
+// Attention of one query (head_dim) over cache entries first..last inclusive -> y (head_dim).
+void attention(
+    const float* q, const float* keys, const float* values, int64_t first, int64_t last, int64_t head_dim,
+    std::vector<float>& scores, float* y
+) {
+    constexpr int O = tile_outputs(1);
+    int64_t count = last - first + 1;
+    scores.resize(std::max<size_t>(scores.size(), count + 16));
+    float top = -INFINITY, scale = 1 / std::sqrt((float)head_dim);
+    // scores: the keys are the weight rows of a GEMV
     for (int64_t s = 0; s < count; s += O) {
         const float* k[O];
-        for (int i = 0; i < O; i++) k[i] = keys + std::min(to, from + s + i) * head;
-        tile<O, 1>(k, q, head, &p[s], keys + (from + s + O) * head);
+        for (int i = 0; i < O; i++) k[i] = keys + std::min(last, first + s + i) * head_dim;
+        gemm_tile<O, 1>(k, q, head_dim, &scores[s], keys + (first + s + O) * head_dim);
     }
-    for (int64_t s = 0; s < count; s++) top = std::max(top, p[s] *= scale);
-    for (int64_t s = count; s < count + LANES; s++) p[s] = -INFINITY;
-    vf total = {};
+    // softmax
+    for (int64_t s = 0; s < count; s++) top = std::max(top, scores[s] *= scale);
+    for (int64_t s = count; s < count + LANES; s++) scores[s] = -INFINITY;
+    vf32 total = {};
     for (int64_t s = 0; s < count; s += LANES) {
-        vf e = exp_lanes(load(&p[s]) - top);
+        vf32 e = exp_lanes(load(&scores[s]) - top);
         for (int i = 0; i < LANES; i++) if (s + i >= count) e[i] = 0;
         total += e;
-        std::memcpy(&p[s], &e, sizeof e);
+        std::memcpy(&scores[s], &e, sizeof e);
     }
-    float norm = 1 / sum(total);
-    for (int64_t s = 0; s < count; s++) p[s] *= norm;
-    values += from * head;
+    float norm = 1 / horizontal_sum(total);
+    for (int64_t s = 0; s < count; s++) scores[s] *= norm;
+    // weighted sum of the values
+    values += first * head_dim;
     int64_t i = 0;
-    for (; i + 4 * LANES <= head; i += 4 * LANES) {
-        vf sums[4] = {};
+    for (; i + 4 * LANES <= head_dim; i += 4 * LANES) {
+        vf32 sums[4] = {};
         for (int64_t s = 0; s < count; s++)
-            for (int j = 0; j < 4; j++) sums[j] += p[s] * load(values + s * head + i + j * LANES);
+            for (int j = 0; j < 4; j++) sums[j] += scores[s] * load(values + s * head_dim + i + j * LANES);
         std::memcpy(y + i, sums, sizeof sums);
     }
-    for (; i < head; i++) {
+    for (; i < head_dim; i++) {
         y[i] = 0;
-        for (int64_t s = 0; s < count; s++) y[i] += p[s] * values[s * head + i];
+        for (int64_t s = 0; s < count; s++) y[i] += scores[s] * values[s * head_dim + i];
     }
 }
 
-inline void rotate(float* x, const float* cos, const float* sin, int64_t head) {
-    int64_t half = head / 2;
+inline void apply_rope(float* x, const float* cos, const float* sin, int64_t head_dim) {
+    int64_t half = head_dim / 2;
     for (int64_t i = 0; i < half; i++) {
         float a = x[i], b = x[i + half];
         x[i] = a * cos[i] - b * sin[i];
@@ -133,136 +140,186 @@ inline void rotate(float* x, const float* cos, const float* sin, int64_t head) {
     }
 }
 
-// what to do with a product's numbers: put them into or add them onto rows of `width`
-inline auto into(float* to, int64_t width) {
-    return [=](int64_t r, int64_t o, const float* y, int64_t count) { std::memcpy(to + r * width + o, y, count * 4); };
+// Store functions for `linear`: write outputs to, or add them to, rows of `width`.
+inline auto write_to(float* to, int64_t width) {
+    return [=](int64_t r, int64_t o, const float* y, int64_t count) {
+        std::memcpy(to + r * width + o, y, count * 4);
+    };
 }
-inline auto onto(float* to, int64_t width) {
-    return [=](int64_t r, int64_t o, const float* y, int64_t count) { for (int64_t i = 0; i < count; i++) to[r * width + o + i] += y[i]; };
+inline auto add_to(float* to, int64_t width) {
+    return [=](int64_t r, int64_t o, const float* y, int64_t count) {
+        for (int64_t i = 0; i < count; i++) to[r * width + o + i] += y[i];
+    };
 }
 
-struct Scratch { std::vector<float> x, p; };  // of one thread
+struct ThreadScratch { std::vector<float> x, scores; };
 
-struct Work {  // shared by the threads of a call
+struct SharedScratch {  // of all threads of a call
     std::vector<float> q, k, v, mixed, h;
-    Work(int64_t rows, int64_t q, int64_t kv, int64_t h) : q(rows * q), k(rows * kv), v(rows * kv), mixed(rows * q), h(rows * h) {}
+    SharedScratch(int64_t rows, int64_t q, int64_t kv, int64_t h)
+        : q(rows * q), k(rows * kv), v(rows * kv), mixed(rows * q), h(rows * h) {}
 };
 
-// x (rows, width) through all layers at cache place `slot`; row r's own places begin at starts[r], its cache is
-// that of row caches[r] (or r). `last` is the matrix that follows.
-void run_stack(const Stack& s, float* x, int64_t rows, int64_t slot, const int64_t* starts, const int64_t* caches, Work& w, Team& team, int me, Scratch& own, const Matrix* last) {
-    int64_t qw = s.heads * s.head, kw = s.kv_heads * s.head, group = s.heads / s.kv_heads;
+// x (rows, width) through all layers, in place, with its keys and values written at `cache_index`.
+//
+// starts: (rows) cache index of each row's first token, behind its padding; null = 0.
+// cache_rows: (rows) the row of the cache that each row uses; null = its own.
+// after: the matrix that is multiplied next, to prefetch it.
+void run_layers(
+    const Stack& s, float* x, int64_t rows, int64_t cache_index, const int64_t* starts,
+    const int64_t* cache_rows, SharedScratch& shared, ThreadTeam& team, int thread, ThreadScratch& own,
+    const Matrix* after
+) {
+    int64_t q_width = s.heads * s.head_dim, kv_width = s.kv_heads * s.head_dim, group = s.heads / s.kv_heads;
     own.x.resize(rows * s.width);
-    auto add = onto(x, s.width);
+    float* normed = own.x.data();
+    auto add_residual = add_to(x, s.width);
     for (int64_t l = 0; l < s.depth; l++) {
         const Layer& layer = s.layers[l];
-        rms(layer.norm1, x, rows, s.width, own.x.data());
-        multiply(layer.query, &layer.key, own.x.data(), rows, me, team.size, into(w.q.data(), qw));
-        multiply(layer.key, &layer.value, own.x.data(), rows, me, team.size, into(w.k.data(), kw));
-        multiply(layer.value, &layer.out, own.x.data(), rows, me, team.size, into(w.v.data(), kw));
-        team.meet();
-        Share mine = share(rows * s.kv_heads, 1, me, team.size);
+        rms_norm(layer.attention_norm, x, rows, s.width, normed);
+        auto q_store = write_to(shared.q.data(), q_width);
+        auto k_store = write_to(shared.k.data(), kv_width), v_store = write_to(shared.v.data(), kv_width);
+        linear(layer.query, &layer.key, normed, rows, thread, team.size, q_store);
+        linear(layer.key, &layer.value, normed, rows, thread, team.size, k_store);
+        linear(layer.value, &layer.out, normed, rows, thread, team.size, v_store);
+        team.barrier();
+        // a thread takes whole (row, KV head) pairs: it writes their cache and attends with their query heads
+        Range mine = thread_range(rows * s.kv_heads, 1, thread, team.size);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             int64_t r = i / s.kv_heads, h = i % s.kv_heads, start = starts ? starts[r] : 0;
-            const float *cos = s.cos + (slot - start) * s.head, *sin = s.sin + (slot - start) * s.head;
-            int64_t at = ((caches ? caches[r] : r) * s.kv_heads + h) * s.room * s.head;
-            float *keys = layer.keys + at, *values = layer.values + at;
-            float* k = &w.k[r * kw + h * s.head];
-            rotate(k, cos, sin, s.head);
-            std::memcpy(keys + slot * s.head, k, s.head * 4);
-            std::memcpy(values + slot * s.head, &w.v[r * kw + h * s.head], s.head * 4);
+            int64_t position = cache_index - start;
+            const float *cos = s.cos + position * s.head_dim, *sin = s.sin + position * s.head_dim;
+            int64_t offset = ((cache_rows ? cache_rows[r] : r) * s.kv_heads + h) * s.capacity * s.head_dim;
+            float *keys = layer.keys + offset, *values = layer.values + offset;
+            float* k = &shared.k[r * kv_width + h * s.head_dim];
+            const float* v = &shared.v[r * kv_width + h * s.head_dim];
+            apply_rope(k, cos, sin, s.head_dim);
+            std::memcpy(keys + cache_index * s.head_dim, k, s.head_dim * 4);
+            std::memcpy(values + cache_index * s.head_dim, v, s.head_dim * 4);
             for (int64_t g = h * group; g < (h + 1) * group; g++) {
-                float* q = &w.q[r * qw + g * s.head];
-                rotate(q, cos, sin, s.head);
-                attend(q, keys, values, start, slot, s.head, own.p, &w.mixed[r * qw + g * s.head]);
+                float* q = &shared.q[r * q_width + g * s.head_dim];
+                apply_rope(q, cos, sin, s.head_dim);
+                float* y = &shared.mixed[r * q_width + g * s.head_dim];
+                attention(q, keys, values, start, cache_index, s.head_dim, own.scores, y);
             }
         }
-        team.meet();
-        multiply(layer.out, &layer.gate, w.mixed.data(), rows, me, team.size, add);
-        team.meet();
-        rms(layer.norm2, x, rows, s.width, own.x.data());
-        gated(layer.gate, layer.up, &layer.down, own.x.data(), rows, me, team.size, w.h.data(), [](vf v) { return silu(v); });
-        team.meet();
-        multiply(layer.down, l + 1 < s.depth ? &s.layers[l + 1].query : last, w.h.data(), rows, me, team.size, add);
-        team.meet();
+        team.barrier();
+        linear(layer.out, &layer.gate, shared.mixed.data(), rows, thread, team.size, add_residual);
+        team.barrier();
+        rms_norm(layer.mlp_norm, x, rows, s.width, normed);
+        gated_linear(
+            layer.gate, layer.up, &layer.down, normed, rows, thread, team.size, shared.h.data(),
+            [](vf32 v) { return silu(v); });
+        team.barrier();
+        const Matrix* next = l + 1 < s.depth ? &s.layers[l + 1].query : after;
+        linear(layer.down, next, shared.h.data(), rows, thread, team.size, add_residual);
+        team.barrier();
     }
 }
 
-// codes (images, K) at place `slot` -> x: one vector per image, written `copies` times
-void run_embedder(const Embedder& e, const int64_t* codes, int64_t images, int64_t copies, int64_t slot, float* x, std::vector<float>& state, Work& w, Team& team, int me, Scratch& own) {
-    int64_t latent = e.books * e.code, wide = e.heads * e.head, out = e.second.outputs;
+// codes (images, K) of visual token `token_index` -> x: one vector per image, written `copies` times.
+//
+// Dequantize (code rows side by side), causal attention projection with its KV cache, GeGLU, two-layer MLP.
+void run_embedder(
+    const Embedder& e, const int64_t* codes, int64_t images, int64_t copies, int64_t token_index, float* x,
+    std::vector<float>& state, SharedScratch& shared, ThreadTeam& team, int thread, ThreadScratch& own
+) {
+    int64_t latent = e.books * e.code_dim, wide = e.heads * e.head_dim, out = e.second.outputs;
+    int threads = team.size;
     std::vector<float> latents(images * latent);
     for (int64_t b = 0; b < images; b++)
-        for (int64_t k = 0; k < e.books; k++)
-            std::memcpy(&latents[b * latent + k * e.code], e.codebooks + (k * e.entries + codes[b * e.books + k]) * e.code, e.code * 4);
+        for (int64_t k = 0; k < e.books; k++) {
+            const float* row = e.codebooks + (k * e.entries + codes[b * e.books + k]) * e.code_dim;
+            std::memcpy(&latents[b * latent + k * e.code_dim], row, e.code_dim * 4);
+        }
     own.x.resize(images * std::max(latent, wide));
-    centred(e.attention_norm, latents.data(), images, latent, own.x.data());
-    auto add = onto(state.data(), wide);
-    multiply(e.query, &e.key, own.x.data(), images, me, team.size, into(w.q.data(), wide));
-    multiply(e.key, &e.value, own.x.data(), images, me, team.size, into(w.k.data(), wide));
-    multiply(e.value, &e.linear, own.x.data(), images, me, team.size, into(w.v.data(), wide));
-    centred(e.linear_norm, latents.data(), images, latent, own.x.data());
-    multiply(e.linear, &e.out, own.x.data(), images, me, team.size, into(state.data(), wide));
-    team.meet();
-    Share mine = share(images * e.heads, 1, me, team.size);
+    float* normed = own.x.data();
+    layer_norm(e.attention_norm, latents.data(), images, latent, normed);
+    auto add_residual = add_to(state.data(), wide);
+    linear(e.query, &e.key, normed, images, thread, threads, write_to(shared.q.data(), wide));
+    linear(e.key, &e.value, normed, images, thread, threads, write_to(shared.k.data(), wide));
+    linear(e.value, &e.linear, normed, images, thread, threads, write_to(shared.v.data(), wide));
+    layer_norm(e.linear_norm, latents.data(), images, latent, normed);
+    linear(e.linear, &e.out, normed, images, thread, threads, write_to(state.data(), wide));
+    team.barrier();
+    Range mine = thread_range(images * e.heads, 1, thread, threads);
     for (int64_t i = mine.begin; i < mine.end; i++) {
-        int64_t at = i / e.heads * wide + i % e.heads * e.head, place = e.context ? slot : 0;
-        float *keys = e.keys + i * e.room * e.head, *values = e.values + i * e.room * e.head;
-        std::memcpy(keys + place * e.head, &w.k[at], e.head * 4);
-        std::memcpy(values + place * e.head, &w.v[at], e.head * 4);
-        attend(&w.q[at], keys, values, 0, place, e.head, own.p, &w.mixed[at]);
+        int64_t at = i / e.heads * wide + i % e.heads * e.head_dim;
+        int64_t index = e.attends_to_earlier ? token_index : 0;
+        int64_t offset = i * e.capacity * e.head_dim;
+        float *keys = e.keys + offset, *values = e.values + offset;
+        std::memcpy(keys + index * e.head_dim, &shared.k[at], e.head_dim * 4);
+        std::memcpy(values + index * e.head_dim, &shared.v[at], e.head_dim * 4);
+        attention(&shared.q[at], keys, values, 0, index, e.head_dim, own.scores, &shared.mixed[at]);
     }
-    team.meet();
-    multiply(e.out, &e.gate, w.mixed.data(), images, me, team.size, add);
-    team.meet();
-    centred(e.mlp_norm, state.data(), images, wide, own.x.data());
-    centred(e.gate_norm, own.x.data(), images, wide, own.x.data());
-    gated(e.gate, e.up, &e.down, own.x.data(), images, me, team.size, w.h.data(), [](vf v) { return gelu_tanh(v); });
-    team.meet();
-    multiply(e.down, &e.first, w.h.data(), images, me, team.size, add);
-    team.meet();
-    centred(e.projector_norm, state.data(), images, wide, own.x.data());
-    multiply(e.first, &e.second, own.x.data(), images, me, team.size, [&](int64_t r, int64_t o, const float* y, int64_t count) {
-        for (int64_t i = 0; i < count; i++) w.mixed[r * out + o + i] = gelu(y[i]);
-    });
-    team.meet();
-    multiply(e.second, &e.query, w.mixed.data(), images, me, team.size, [&](int64_t r, int64_t o, const float* y, int64_t count) {
+    team.barrier();
+    linear(e.out, &e.gate, shared.mixed.data(), images, thread, threads, add_residual);
+    team.barrier();
+    layer_norm(e.mlp_norm, state.data(), images, wide, normed);
+    layer_norm(e.gate_norm, normed, images, wide, normed);
+    gated_linear(
+        e.gate, e.up, &e.down, normed, images, thread, threads, shared.h.data(),
+        [](vf32 v) { return gelu_tanh(v); });
+    team.barrier();
+    linear(e.down, &e.first, shared.h.data(), images, thread, threads, add_residual);
+    team.barrier();
+    layer_norm(e.projector_norm, state.data(), images, wide, normed);
+    auto store_gelu = [&](int64_t r, int64_t o, const float* y, int64_t count) {
+        for (int64_t i = 0; i < count; i++) shared.mixed[r * out + o + i] = gelu(y[i]);
+    };
+    linear(e.first, &e.second, normed, images, thread, threads, store_gelu);
+    team.barrier();
+    // conditional and unconditional rows read the same image
+    auto store_copies = [&](int64_t r, int64_t o, const float* y, int64_t count) {
         for (int64_t c = 0; c < copies; c++) std::memcpy(x + (c * images + r) * out + o, y, count * 4);
-    });
-    team.meet();
+    };
+    linear(e.second, &e.query, shared.mixed.data(), images, thread, threads, store_copies);
+    team.barrier();
 }
 
 }  // namespace
 
 extern "C" {
 
-// codes (images, K) of visual token `place` -> hidden (rows, width); the decoder's cache place is `slot`
-void decoder_step(const Embedder* e, const Stack* s, const int64_t* codes, int64_t images, int64_t rows, int64_t place, int64_t slot, const int64_t* starts, float* hidden, int64_t threads) {
-    Team team(threads);
-    int64_t qw = s->heads * s->head, wide = e->heads * e->head, most = std::max({qw, wide, s->width});
-    Work work(rows, most, most, std::max(s->layers[0].gate.outputs, e->gate.outputs));
+// codes (images, K) of visual token `token_index` -> hidden (rows, width); its keys go to `cache_index`
+void decode_step(
+    const Embedder* e, const Stack* s, const int64_t* codes, int64_t images, int64_t rows,
+    int64_t token_index, int64_t cache_index, const int64_t* starts, float* hidden, int64_t threads
+) {
+    ThreadTeam team(threads);
+    int64_t q_width = s->heads * s->head_dim, wide = e->heads * e->head_dim;
+    int64_t widest = std::max({q_width, wide, s->width});
+    SharedScratch shared(rows, widest, widest, std::max(s->layers[0].gate.outputs, e->gate.outputs));
     std::vector<float> x(rows * s->width), state(images * wide);
-    team.run([&](int me) {
-        Scratch own;
-        run_embedder(*e, codes, images, rows / images, place, x.data(), state, work, team, me, own);
-        run_stack(*s, x.data(), rows, slot, starts, nullptr, work, team, me, own, &s->layers[0].query);
-        if (me == 0) rms(s->norm, x.data(), rows, s->width, hidden);
+    team.run([&](int thread) {
+        ThreadScratch own;
+        run_embedder(
+            *e, codes, images, rows / images, token_index, x.data(), state, shared, team, thread, own);
+        run_layers(
+            *s, x.data(), rows, cache_index, starts, nullptr, shared, team, thread, own, &s->layers[0].query);
+        if (thread == 0) rms_norm(s->norm, x.data(), rows, s->width, hidden);
     });
 }
 
-// entry (rows, width), changed, at cache place `slot` -> logits (rows, outputs)
-void logits_step(const Stack* s, const Matrix* output, int64_t rows, int64_t slot, const int64_t* starts, const int64_t* caches, float* entry, float* logits, int64_t threads) {
-    Team team(threads);
-    Work work(rows, std::max(s->heads * s->head, s->width), s->kv_heads * s->head, s->layers[0].gate.outputs);
-    team.run([&](int me) {
-        Scratch own;
-        run_stack(*s, entry, rows, slot, starts, caches, work, team, me, own, output);
-        rms(s->norm, entry, rows, s->width, own.x.data());
-        multiply(*output, &s->layers[0].query, own.x.data(), rows, me, team.size, into(logits, output->outputs));
+// entry (rows, width), overwritten, at `cache_index` -> logits (rows, outputs)
+void logits_step(
+    const Stack* s, const Matrix* output, int64_t rows, int64_t cache_index, const int64_t* starts,
+    const int64_t* cache_rows, float* entry, float* logits, int64_t threads
+) {
+    ThreadTeam team(threads);
+    int64_t q_width = std::max(s->heads * s->head_dim, s->width);
+    SharedScratch shared(rows, q_width, s->kv_heads * s->head_dim, s->layers[0].gate.outputs);
+    team.run([&](int thread) {
+        ThreadScratch own;
+        run_layers(*s, entry, rows, cache_index, starts, cache_rows, shared, team, thread, own, output);
+        rms_norm(s->norm, entry, rows, s->width, own.x.data());
+        linear(
+            *output, &s->layers[0].query, own.x.data(), rows, thread, team.size,
+            write_to(logits, output->outputs));
     });
 }
 
-int64_t sizes(int which) {
+int64_t struct_size(int which) {
     int64_t all[] = {sizeof(Matrix), sizeof(Norm), sizeof(Layer), sizeof(Stack), sizeof(Embedder)};
     return all[which];
 }

@@ -14,11 +14,9 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.prompts import IMAGE_MARK
 from open_unitok.tokenizer.images import pad_to_square
-from open_unitok.tokenizer.token_layout import TokenLayout
 
 from ..image_files import open_image
 from ..image_sampling import check_prompts
-from ..kv_cache import context_length
 from ..pipeline import Pipeline
 from ..sampling import check_seed
 from ..validation import check_texts
@@ -42,7 +40,7 @@ class RequestParser:
     ):
         self.pipe, self.max_side, self.max_new_tokens = pipe, max_side, max_new_tokens
         self.files = None if files is None else files.resolve()
-        self.context = context_length(pipe.model.config)
+        self.context = pipe.model.config.context_length
         self.image_size = pipe.unitok.config.image_size
 
     def parse_chat(self, request: ChatRequest) -> tuple[AnswerKey, AnswerTask]:
@@ -92,7 +90,7 @@ class RequestParser:
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         seeds = [check_seed(first + i) for i in range(request.n or 1)]
         previews = self._preview_rows(request.partial_images or 0) if request.stream else frozenset()
-        return ImageKey(self.pipe.sampling.but(request.model_dump())), [
+        return ImageKey(self.pipe.sampling.override(request.model_dump())), [
             ImageTask(ids, unconditional_ids, seed, previews) for seed in seeds
         ]
 
@@ -104,8 +102,7 @@ class RequestParser:
 
     def _preview_rows(self, previews: int) -> frozenset[int]:
         """The rows after which a preview is sent, evenly spaced, without the last row."""
-        config, registers = self.pipe.model.config, self.pipe.unitok.config.num_register_tokens
-        rows = TokenLayout.square(config.num_image_tokens, registers).rows
+        rows = self.pipe.layout.rows
         previews = min(previews, rows - 1)
         return frozenset(round(rows * (i + 1) / (previews + 1)) for i in range(previews)) - {0, rows}
 

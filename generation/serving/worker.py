@@ -6,10 +6,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 
-from open_unitok.tokenizer.token_layout import TokenLayout
-
 from ..image_sampling import iter_image_codes
-from ..kv_cache import context_length
 from ..pipeline import Pipeline
 from ..sampling import Sampling
 from ..text_generation import iter_text_ids
@@ -74,10 +71,7 @@ class ModelWorker:
     """The `run_batch` of a `Batcher`, around one pipeline."""
 
     def __init__(self, pipe: Pipeline):
-        self.pipe = pipe
-        self.layout = TokenLayout.square(
-            pipe.model.config.num_image_tokens, pipe.unitok.config.num_register_tokens
-        )
+        self.pipe, self.layout = pipe, pipe.layout
 
     def __call__(self, jobs: list[Job]) -> Iterator[None]:
         """Run one batch; see `Batcher`."""
@@ -94,7 +88,7 @@ class ModelWorker:
             key.sampling,
             [task.seed for task in tasks],
             [task.unconditional_ids for task in tasks],
-            weights=pipe.weights,
+            quantization=pipe.quantization,
         )
         codes = None
         for codes in steps:
@@ -114,12 +108,12 @@ class ModelWorker:
             return
         wanted = [i for i, job in enumerate(jobs) if rows in job.task.preview_rows and job.pending]
         if wanted:
-            for i, image in zip(wanted, self.pipe.preview(codes[wanted], self.layout.num_tokens, rows)):
+            for i, image in zip(wanted, self.pipe.preview(codes[wanted])):
                 jobs[i].send_partial(image)
 
     def answer(self, jobs: list[Job]) -> Iterator[None]:
         """Generate a batch of answers; a job gets its text in pieces, then the `Completion`."""
-        for group in group_by_context(jobs, context_length(self.pipe.model.config)):
+        for group in group_by_context(jobs, self.pipe.model.config.context_length):
             yield from self._answer_group(group)
 
     def _answer_group(self, jobs: list[Job]) -> Iterator[None]:

@@ -103,15 +103,14 @@ class Draw:
         negative = (negative or "").strip()
         record = {"prompt": prompt, "negative_prompt": negative, **dict(zip(SETTINGS, settings))}
         records = [{**record, "seed": first + i} for i in range(number)]
-        registers = self.pipe.unitok.config.num_register_tokens
-        rows = round((self.pipe.model.config.num_image_tokens - registers) ** 0.5)
+        rows = self.pipe.layout.rows
         started = time.perf_counter()
         yield HINT.format("Reading the prompt …"), first, []
         steps = self.pipe.stream(
             [prompt],
             sampling,
             [r["seed"] for r in records],
-            negative=negative or None,
+            negative_prompt=negative or None,
             num_images=number,
         )
         for row, images in enumerate(steps, 1):

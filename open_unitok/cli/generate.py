@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('No prompt: give "PROMPT" ..., or --prompts FILE with one prompt per line.')
     # settings that change the image are part of its record only if they are set
     optional = {"negative_prompt": args.negative_prompt, "adapter": args.adapter, "dtype": args.dtype}
+    optional["quantization"] = args.quantization
     settings = {"model": str(args.model), **dataclasses.asdict(sampling)}
     settings |= {key: value for key, value in optional.items() if value is not None}
     jobs = plan_images(prompts, out, args.num_images, args.seed, settings)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    """--model, --device, --dtype, and --adapter unless the command uses the tokenizer only."""
+    """--model, --device, --dtype; --adapter and --quantization unless only the tokenizer is used."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -30,9 +30,12 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
         help="cpu, cuda, cuda:N or mps (default: the first available of cuda, mps, cpu)",
     )
     parser.add_argument(
-        "--dtype",
-        help="float32, bfloat16, float16 or, on a CPU, int8 (default: bfloat16 on cuda, else float32)",
+        "--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on cuda, else float32)"
     )
+    if adapter:
+        parser.add_argument(
+            "--quantization", metavar="Q", help="int8: generate images with 8-bit weights, on a CPU"
+        )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -107,11 +110,12 @@ def quiet_loading() -> None:
 
 
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """The pipeline of --model, --device, --dtype and --adapter."""
+    """The pipeline of --model, --device, --dtype, --adapter and --quantization."""
     from open_unitok.generation.pipeline import Pipeline
 
     quiet_loading()
-    return Pipeline.from_pretrained(args.model, pick_device(args.device), args.dtype, args.adapter)
+    device = pick_device(args.device)
+    return Pipeline.from_pretrained(args.model, device, args.dtype, args.adapter, args.quantization)
 
 
 def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":
@@ -123,4 +127,4 @@ def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":
     from open_unitok.generation.loading import find_model
     from open_unitok.generation.sampling import Sampling
 
-    return Sampling.of_model(find_model(model)).but(vars(args))
+    return Sampling.from_folder(find_model(model)).override(vars(args))

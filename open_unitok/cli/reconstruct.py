@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
 
     from open_unitok.generation.image_files import grid_of, save_png
     from open_unitok.generation.loading import load_unitok
-    from open_unitok.generation.pipeline import reconstruct
+    from open_unitok.generation.reconstruction import iter_reconstructions
     from open_unitok.tokenizer.images import image_psnr
 
     at_least_one(args, "batch_size")
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
     unitok = load_unitok(args.model, pick_device(args.device), args.dtype)
     make_folder(args.out)
     names = _output_names(args.images)
-    pairs = reconstruct(unitok, args.images, args.batch_size, args.size)
+    pairs = iter_reconstructions(unitok, args.images, args.batch_size, args.size)
     for name, source, (original, reconstruction) in zip(
         names, args.images, tqdm(pairs, total=len(names), disable=None)
     ):

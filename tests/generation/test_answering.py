@@ -7,7 +7,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import generate_text_ids, iter_text_ids, text_generation
-from open_unitok.generation.text_generation import until_end
+from open_unitok.generation.text_generation import truncate_at_eos
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def test_batch_equals_one_by_one_and_the_plain_loop(full_model, asked):
     assert answers == generate_text_ids(full_model, prompts, codes, max_new_tokens=8, batch_size=2)
     for prompt, code, answer in zip(prompts, codes, answers):
         assert generate_text_ids(full_model, [prompt], [code], max_new_tokens=8) == [answer]
-        assert until_end(plain_loop(full_model, prompt, code, 8), {2}) == answer
+        assert truncate_at_eos(plain_loop(full_model, prompt, code, 8), {2}) == answer
 
 
 def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_model, asked):
@@ -51,7 +51,7 @@ def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_mo
     adapted.weight = model.lm_head.weight
     model.lm_head = adapted
     answer = generate_text_ids(model, prompts[:1], codes[:1], max_new_tokens=8)[0]
-    assert until_end(plain_loop(model, prompts[0], codes[0], 8), {2}) == answer
+    assert truncate_at_eos(plain_loop(model, prompts[0], codes[0], 8), {2}) == answer
 
 
 def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
@@ -59,7 +59,7 @@ def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     long = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)
     end = long[0][2]
     monkeypatch.setattr(full_model.generation_config, "eos_token_id", [end, 2])
-    expected = [until_end(row, {end, 2}) for row in long]
+    expected = [truncate_at_eos(row, {end, 2}) for row in long]
     assert len(expected[0]) < 3
     assert generate_text_ids(full_model, prompts, codes, max_new_tokens=8) == expected
 
@@ -94,7 +94,7 @@ def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
         rows = [[] for _ in prompts]
         with monkeypatch.context() as patch:
             if not native:
-                patch.setattr(text_generation, "can_write", lambda model, options: False)
+                patch.setattr(text_generation, "choose_backend", lambda model, **options: "eager")
             for new in iter_text_ids(full_model, prompts, codes, max_new_tokens=8):
                 for row, token in zip(rows, new):
                     row += [] if token is None else [token]
@@ -115,13 +115,13 @@ def test_draws_follow_their_seed(full_model, asked):
 
 def test_noise_of_bf16_models_is_drawn_in_fp32(full_model, asked, monkeypatch):
     seen = []
-    choose = text_generation.choose
+    sample_code = text_generation.sample_code
 
     def watched(logits, *rest):
         seen.append(logits.dtype)
-        return choose(logits, *rest)
+        return sample_code(logits, *rest)
 
-    monkeypatch.setattr(text_generation, "choose", watched)
+    monkeypatch.setattr(text_generation, "sample_code", watched)
     model = copy.deepcopy(full_model).to(torch.bfloat16)
     list(iter_text_ids(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
     assert len(seen) > 1 and set(seen) == {torch.float32}

@@ -66,7 +66,7 @@ def test_generate_applies_every_sampling_option(unitok, folder, pipe, tmp_path):
     command += ["--top-p", "0.9", "--negative-prompt", "a square"]
     assert unitok(*command)[0] == 0
     sampling = Sampling(4.0, 0.8, 9, 0.9, guidance_schedule="linear")
-    expected = pipe.generate(["a star"], sampling, seed=3, negative="a square")[0]
+    expected = pipe.generate(["a star"], sampling, seed=3, negative_prompt="a square")[0]
     with Image.open(tmp_path / "00000-a-star-seed3.png") as image:
         assert image.tobytes() == expected.tobytes()
         record = json.loads(image.text["unitok"])

@@ -57,7 +57,7 @@ def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded
         record = json.loads(image.text["unitok"])
     assert (record["guidance"], record["temperature"], record["top_k"]) == (3.0, 0.3, 5)
     asked = ImageRequest(prompt="a star", guidance=2.0)
-    assert OWN.but(asked.model_dump()) == Sampling(guidance=2.0, temperature=0.3)
+    assert OWN.override(asked.model_dump()) == Sampling(guidance=2.0, temperature=0.3)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded
 def test_wrong_settings_in_the_folder_are_named(tmp_path, text, words):
     (tmp_path / "sampling.json").write_text(text)
     with pytest.raises(UserError, match=words):
-        Sampling.of_model(tmp_path)
+        Sampling.from_folder(tmp_path)
 
 
 def test_a_target_that_exists_is_left_alone(rounded, capsys):

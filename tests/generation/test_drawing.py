@@ -5,7 +5,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling, generate_image_codes, iter_image_codes, kv_cache
-from open_unitok.generation.sampling import Noise, choose, guide
+from open_unitok.generation.sampling import GumbelNoise, apply_guidance, sample_code
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 FREE = [1, 90, 91, 3]
@@ -18,10 +18,10 @@ def plain_loop(model, prompt, sampling, seed, free):
     """One image with no cache at all: the whole sequence and the whole depth head again for every code."""
     config = model.config
     rows = [prompt] if sampling.guidance == 1 else [prompt, free]
-    noise = None if sampling.greedy else Noise([seed], config.num_codebooks, config.codebook_size)
+    noise = None if sampling.greedy else GumbelNoise([seed], config.num_codebooks, config.codebook_size)
     codes = torch.zeros(1, config.num_image_tokens, config.num_codebooks, dtype=torch.long)
     for t in range(config.num_image_tokens):
-        gumbel = noise.draw() if noise else None
+        gumbel = noise.sample() if noise else None
         hidden = []
         for row in rows:
             embeds = model.get_input_embeddings()(torch.tensor([row]))
@@ -35,8 +35,8 @@ def plain_loop(model, prompt, sampling, seed, free):
             )
         for k in range(config.num_codebooks):
             logits = model.depth_head(torch.stack(hidden), codes[:, t].repeat(len(rows), 1))[:, k]
-            logits = guide(logits, sampling.guidance) if len(rows) == 2 else logits
-            codes[:, t, k] = choose(logits, sampling, None if gumbel is None else gumbel[k])
+            logits = apply_guidance(logits, sampling.guidance) if len(rows) == 2 else logits
+            codes[:, t, k] = sample_code(logits, sampling, None if gumbel is None else gumbel[k])
     return codes[0]
 
 

@@ -42,14 +42,12 @@ def test_the_stream_ends_in_the_same_images(pipe):
 
 def test_several_images_of_a_prompt_and_negative_prompts(pipe):
     two = pipe.generate_codes(PROMPTS[:2], SAMPLING, seed=5, num_images=2)
-    assert torch.equal(
-        two, pipe.generate_codes([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, SAMPLING, seed=5, batch_size=3)
-    )
-    away = pipe.generate_codes(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative=["blurred", "a dog"])
-    assert torch.equal(
-        away[2:], pipe.generate_codes(PROMPTS[1:2], SAMPLING, seed=7, num_images=2, negative="a dog")
-    )
-    assert not torch.equal(away, two)
+    repeated = [PROMPTS[0]] * 2 + [PROMPTS[1]] * 2
+    assert torch.equal(two, pipe.generate_codes(repeated, SAMPLING, seed=5, batch_size=3))
+    negative = ["blurred", "a dog"]
+    guided = pipe.generate_codes(PROMPTS[:2], SAMPLING, seed=5, num_images=2, negative_prompt=negative)
+    alone = pipe.generate_codes(PROMPTS[1:2], SAMPLING, seed=7, num_images=2, negative_prompt="a dog")
+    assert torch.equal(guided[2:], alone) and not torch.equal(guided, two)
 
 
 def test_a_image_is_completed_from_its_first_rows(pipe, photos):
@@ -142,9 +140,9 @@ def test_reconstruction_is_encode_and_decode(pipe, photos):
         (lambda p: p.generate(["a"], seed=1.5), "seed is 1.5"),
         (lambda p: p.generate(["a"], batch_size=0), "batch_size is 0"),
         (lambda p: p.generate(["a"], num_images=0), "num_images is 0"),
-        (lambda p: p.generate(["a"], negative=["b", "c"]), "2 negative prompts for 1 prompts"),
-        (lambda p: p.generate(["a"], negative=" "), "Negative prompt 0"),
-        (lambda p: p.generate(["a"], negative=3), "3 was given where a list of negative prompts"),
+        (lambda p: p.generate(["a"], negative_prompt=["b", "c"]), "2 negative prompts for 1 prompts"),
+        (lambda p: p.generate(["a"], negative_prompt=" "), "Negative prompt 0"),
+        (lambda p: p.generate(["a"], negative_prompt=3), "3 was given where a list of negative prompts"),
         (lambda p: p.generate(["a"], prefix=[[1]]), "a tensor of .1 or 1 images"),
         (lambda p: p.generate(["a"], prefix=3), "a tensor of .1 or 1 images"),
         (lambda p: p.generate(["a"], prefix=torch.tensor(3)), "a tensor of .1 or 1 images"),
@@ -186,7 +184,7 @@ def test_only_an_mllm_folder_is_loaded(folder, tmp_path):
     refused(folder / "config.json", "is a file")
     (tmp_path / "run").mkdir()
     shutil.copytree(folder, tmp_path / "run" / "model")
-    refused(tmp_path / "run", "Is .*model meant")
+    refused(tmp_path / "run", "Did you mean .*model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     refused(tmp_path / "other", "bert")
@@ -198,7 +196,7 @@ def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
     shutil.copytree(folder, tmp_path / "mllm")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "mllm" / "config.json").write_text(json.dumps({**config, "unitok_fingerprint": "0" * 64}))
-    with pytest.raises(UserError, match="put the right tokenizer there"):
+    with pytest.raises(UserError, match="put the tokenizer that it was trained with there"):
         Pipeline.from_pretrained(tmp_path / "mllm")
 
 
@@ -207,12 +205,17 @@ def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
     [
         ("tpu9", None, "device is 'tpu9'"),
         ("cuda:77", None, "does not have"),
-        ("cpu", "int4", "dtype is 'int4'.*int8"),
+        ("cpu", "int8", "dtype is 'int8'"),
     ],
 )
 def test_wrong_devices_and_dtypes_are_refused(folder, device, dtype, words):
     with pytest.raises(UserError, match=words):
         Pipeline.from_pretrained(folder, device, dtype)
+
+
+def test_unknown_quantization_is_refused(folder):
+    with pytest.raises(UserError, match="quantization is 'int4'; it must be None or 'int8'"):
+        Pipeline.from_pretrained(folder, quantization="int4")
 
 
 def test_bfloat16_draws_and_answers(folder, photos):

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling, filter_logits
-from open_unitok.generation.sampling import Noise, choose, guide
+from open_unitok.generation.sampling import GumbelNoise, apply_guidance, sample_code
 
 
 def test_filter_equals_the_golden_vectors(golden):
@@ -51,15 +51,15 @@ def test_ties_with_the_last_of_top_k_stay():
 
 def test_guidance_moves_away_from_the_unconditional_rows():
     logits = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    assert guide(logits, 3.0).tolist() == [[4.0, 1.0]]
-    assert guide(logits, 1.0).tolist() == [[2.0, 1.0]]
+    assert apply_guidance(logits, 3.0).tolist() == [[4.0, 1.0]]
+    assert apply_guidance(logits, 1.0).tolist() == [[2.0, 1.0]]
 
 
 def test_noise_of_an_image_is_its_own():
-    together = [Noise([5, 6, 5], 3, 11)]
-    alone = [Noise([6], 3, 11)]
+    together = [GumbelNoise([5, 6, 5], 3, 11)]
+    alone = [GumbelNoise([6], 3, 11)]
     for _ in range(3):
-        noise, single = together[0].draw(), alone[0].draw()
+        noise, single = together[0].sample(), alone[0].sample()
         assert noise.shape == (3, 3, 11) and noise.isfinite().all()
         assert torch.equal(noise[:, 1], single[:, 0])
         assert torch.equal(noise[:, 0], noise[:, 2]) and not torch.equal(noise[:, 0], noise[:, 1])
@@ -67,12 +67,12 @@ def test_noise_of_an_image_is_its_own():
 
 def test_choices_follow_the_probabilities():
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(4000, -1)
-    noise = Noise(list(range(4000)), 1, 3).draw()[0]
-    shares = choose(logits, Sampling(), noise).bincount(minlength=3) / 4000
+    noise = GumbelNoise(list(range(4000)), 1, 3).sample()[0]
+    shares = sample_code(logits, Sampling(), noise).bincount(minlength=3) / 4000
     torch.testing.assert_close(shares, torch.tensor([0.7, 0.2, 0.1]), rtol=0, atol=0.03)
-    assert choose(logits, Sampling(top_k=1), noise).unique().tolist() == [0]
-    assert choose(logits, Sampling(temperature=0.01), noise).unique().tolist() == [0]
-    assert choose(logits, Sampling(greedy=True), None).unique().tolist() == [0]
+    assert sample_code(logits, Sampling(top_k=1), noise).unique().tolist() == [0]
+    assert sample_code(logits, Sampling(temperature=0.01), noise).unique().tolist() == [0]
+    assert sample_code(logits, Sampling(greedy=True), None).unique().tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -101,4 +101,4 @@ def test_wrong_settings_are_refused_by_name(settings, words):
 @pytest.mark.parametrize("seed", [-1, 1.5, "7", True, None, 2**63])
 def test_wrong_seeds_are_refused(seed):
     with pytest.raises(UserError, match="seed is"):
-        Noise([seed], 1, 2)
+        GumbelNoise([seed], 1, 2)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from open_unitok.generation.serving.worker import AnswerTask, IncrementalDetokenizer
-from open_unitok.generation.text_generation import text_pieces
+from open_unitok.generation.text_generation import stream_text
 
 A, B, NO_CHARACTER = 68, 69, 258  # LLaMA's byte pieces <0x41>, <0x42>, <0xFF>
 NI = (231, 192, 163)  # the three bytes of one Chinese character
@@ -23,7 +23,7 @@ ANSWERS |= {f"random {i}": random.Random(i).choices(range(400), k=40) for i in r
 
 
 def on_the_page(processor, ids):
-    return ["".join(pieces) for pieces in text_pieces(processor, iter([[i] for i in ids]), 1)]
+    return ["".join(pieces) for pieces in stream_text(processor, iter([[i] for i in ids]), 1)]
 
 
 def from_the_server(processor, ids):

@@ -150,7 +150,7 @@ def settings_of(args: argparse.Namespace, model: str | None) -> Settings:
 
     given = {field.name: getattr(args, field.name) for field in fields(Settings)}
     if model is not None:
-        own = asdict(Sampling.of_model(model_path(model)))
+        own = asdict(Sampling.from_folder(model_path(model)))
         given |= {name: own[name] for name in SAMPLING_KEYS if given[name] is None}
     return Settings(**{name: value for name, value in given.items() if value is not None})
 

@@ -1,22 +1,22 @@
-"""The step that CUDA captures: on a CPU its codes, its shapes and that the host never waits; on a GPU all."""
+"""The step that a CUDA graph captures: on a CPU its codes, its addresses and that the host never waits; on a
+GPU the graph itself."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_unitok.generation import Sampling, generate_image_codes, image_sampling
-from open_unitok.generation.backends import cuda_graph
-from open_unitok.generation.backends import eager as engine
+from open_unitok.generation.backends import BACKENDS, cuda_graph
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
-FREE = [1, 90, 91, 3]
+UNCONDITIONAL = [1, 90, 91, 3]
 SAMPLED = Sampling(guidance=3.0, temperature=0.9, top_k=12, top_p=0.95, guidance_schedule="linear")
 GREEDY = Sampling(guidance=3.0, greedy=True)
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 class Watch(TorchDispatchMode):
-    """Notes the operators for which a host would wait for its device."""
+    """Records the operators for which a host would wait for its device."""
 
     def __init__(self):
         super().__init__()
@@ -29,79 +29,80 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Recorded(cuda_graph.Position):
-    """Plays the part of a captured graph: the same step over the same buffers, watched."""
+class WatchedBackend(cuda_graph.CudaGraph):
+    """Stands in for a captured graph: the same step over the same tensors, watched."""
 
     made = ()
 
-    def capture(self):
-        Recorded.made = (*Recorded.made, self)
+    def compile_step(self, step, counters):
+        WatchedBackend.made = (*WatchedBackend.made, self)
         self.watch, self.addresses = Watch(), []
 
-    def run(self, noise):
-        with self.watch:
-            super().run(noise)
-        tensors = [self.codes, self.drawn, self.slot, self.places, *self.embedder_buffers()]
-        tensors += [t for layer in self.engine.decoder.cache.layers for t in (layer.keys, layer.values)]
-        self.addresses.append([t.data_ptr() for t in tensors])
+        def watched():
+            with self.watch:
+                step()
+            tensors = [*counters, self.visual_index, self.cache_index, self.positions]
+            tensors += [] if self.embedder_cache is None else self.embedder_cache.buffers
+            tensors += [t for layer in self.decoder.cache.layers for t in (layer.keys, layer.values)]
+            self.addresses.append([t.data_ptr() for t in tensors])
 
-    def embedder_buffers(self):
-        return [] if self.embedder_cache is None else self.embedder_cache.buffers
+        return watched
+
+
+def generate(backend, model, sampling, prefix=None):
+    """Codes by a given backend, whatever the machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_sampling, "choose_backend", lambda model, **options: backend)
+        return generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL, prefix)
 
 
 @pytest.fixture
-def recorded(monkeypatch):
-    monkeypatch.setattr(engine, "native_can", lambda model: False)
-    monkeypatch.setattr(image_sampling, "can_fix", lambda engine, left: True)
-    monkeypatch.setattr(image_sampling, "Position", Recorded)
-    monkeypatch.setattr(Recorded, "made", ())
+def watched(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "cuda_graph", WatchedBackend)
+    monkeypatch.setattr(WatchedBackend, "made", ())
 
 
 @pytest.mark.parametrize(
-    "sampling", [SAMPLED, GREEDY, Sampling(guidance=1.0)], ids=["sampled", "greedy", "plain"]
+    "sampling", [SAMPLED, GREEDY, Sampling(guidance=1.0)], ids=["sampled", "greedy", "unguided"]
 )
 @pytest.mark.parametrize("given", [0, 4])
-def test_the_fixed_step_draws_the_same_and_nobody_waits(model, sampling, given, recorded):
-    seeds = [1, 2, 3]
-    with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(image_sampling, "can_fix", lambda engine, left: False)
-        expected = generate_image_codes(model, PROMPTS, sampling, seeds, FREE)
+def test_the_static_step_generates_the_same_codes_without_waiting(model, sampling, given, watched):
+    expected = generate("eager", model, sampling)
     prefix = expected[:, :given] if given else None
-    assert torch.equal(generate_image_codes(model, PROMPTS, sampling, seeds, FREE, prefix), expected)
-    (position,) = Recorded.made
-    assert len(position.addresses) == 8 - given and position.watch.calls > 100
-    assert all(addresses == position.addresses[0] for addresses in position.addresses)
-    assert not position.watch.waits
+    assert torch.equal(generate("cuda_graph", model, sampling, prefix), expected)
+    (backend,) = WatchedBackend.made
+    assert len(backend.addresses) == 8 - given and backend.watch.calls > 100
+    assert all(addresses == backend.addresses[0] for addresses in backend.addresses)
+    assert not backend.watch.waits
 
 
-def test_the_fixed_step_knows_attention_that_adds_its_mask(make_model, recorded):
-    eager = make_model()
-    eager.language_model.set_attn_implementation("eager")
-    with pytest.MonkeyPatch.context() as plain:
-        plain.setattr(image_sampling, "can_fix", lambda engine, left: False)
-        expected = generate_image_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE)
-    assert torch.equal(generate_image_codes(eager, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
-    assert len(Recorded.made) == 1 and not Recorded.made[0].watch.waits
+def test_the_static_step_supports_attention_that_adds_its_mask(make_model, watched):
+    model = make_model()
+    model.language_model.set_attn_implementation("eager")
+    assert torch.equal(generate("cuda_graph", model, SAMPLED), generate("eager", model, SAMPLED))
+    assert len(WatchedBackend.made) == 1 and not WatchedBackend.made[0].watch.waits
 
 
-def test_a_capture_that_fails_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
-    expected = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE)
-    monkeypatch.setattr(engine, "native_can", lambda model: False)
-    monkeypatch.setattr(image_sampling, "can_fix", lambda engine, left: True)
+def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
+    expected = generate("eager", full_model, SAMPLED)
 
     def refuse():
         raise RuntimeError("no stream here\nand more")
 
     monkeypatch.setattr(torch.cuda, "Stream", refuse)
-    assert torch.equal(generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], FREE), expected)
+    assert torch.equal(generate("cuda_graph", full_model, SAMPLED), expected)
     assert "without a CUDA graph: no stream here" in caplog.text and "more" not in caplog.text
+
+
+def test_a_graph_needs_cuda(full_model):
+    assert not cuda_graph.supports_model(full_model, num_steps=100)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-def test_a_captured_position_draws_what_torch_draws(make_model, sampling, monkeypatch, caplog):
+def test_a_captured_graph_generates_what_eager_generates(make_model, sampling, caplog):
     model = make_model().cuda()
-    found = generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], FREE)
+    assert cuda_graph.supports_model(model, num_steps=8) and not cuda_graph.supports_model(model, num_steps=7)
+    found = generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL)
     assert "without a CUDA graph" not in caplog.text
-    monkeypatch.setattr(image_sampling, "can_fix", lambda engine, left: False)
-    assert torch.equal(found, generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], FREE))
+    assert torch.equal(found, generate("eager", model, sampling))

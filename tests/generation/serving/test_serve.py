@@ -95,7 +95,7 @@ def test_sampled_answers_with_a_seed_repeat(client):
 def test_images_are_those_of_the_pipeline(client, pipe):
     settings = {"seed": 5, "guidance": 2.0, "negative_prompt": "a square"}
     answer = client.images.generate(model="tiny", prompt="a red circle", n=2, extra_body=settings)
-    expected = pipe.generate(["a red circle"] * 2, Sampling(guidance=2.0), seed=5, negative="a square")
+    expected = pipe.generate(["a red circle"] * 2, Sampling(guidance=2.0), seed=5, negative_prompt="a square")
     assert len(answer.data) == 2
     for i, (entry, image) in enumerate(zip(answer.data, expected)):
         got = decoded(entry)

@@ -166,7 +166,7 @@ def test_a_fine_tuned_model_keeps_how_its_base_draws(base, mllm, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
     folder = mllm.train("keeps", "model=null", f"init_from={tmp_path / 'base'}", "steps=1")
-    assert Sampling.of_model(folder / "model") == Sampling(guidance=3.0)
+    assert Sampling.from_folder(folder / "model") == Sampling(guidance=3.0)
     fresh = mllm.train("fresh", f"model.unitok={tmp_path / 'base' / 'unitok'}", "steps=1")
     assert not (fresh / "model" / "sampling.json").exists()  # another model, on the same tokenizer
 

@@ -1,0 +1,215 @@
+"""The native backend: decode steps and code logits in C++ (native.cpp) over the weights of a LLaMA on a CPU.
+
+States and sums are float32 whatever the weights are; products with bfloat16 and int8 weights round their
+inputs to 16 bits where AVX-512 multiplies such numbers.
+
+B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
+visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
+"""
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_unitok.tokenizer.layers import Linear
+
+from ..kv_cache import PreallocatedLayer
+from . import native_library
+from .cuda_graph import STATIC_ROPE
+from .eager import Eager
+
+
+def supports_model(model: Any) -> bool:
+    """True for a plain LLaMA on a CPU in float32 or bfloat16, where the C++ library can be built."""
+    text, embedder = model.config.text_config, model.visual_embedder
+    if model.device.type != "cpu" or text.model_type != "llama" or model.dtype not in native_library.DTYPES:
+        return False
+    for config in (text, model.config.depth_config):
+        rope = (config.rope_parameters or {}).get("rope_type", "default")
+        if config.hidden_act != "silu" or rope not in STATIC_ROPE:
+            return False
+    parts = (model.language_model.layers, model.depth_head, embedder)
+    if not all(has_plain_linears(part, model.dtype) for part in parts):
+        return False
+    return not embedder.projection.attention.average and native_library.load() is not None
+
+
+def has_plain_linears(part: nn.Module, dtype: torch.dtype) -> bool:
+    """True if every linear layer is its weight and bias alone: adapters and quantised layers are not."""
+    for module in part.modules():
+        if hasattr(module, "base_layer"):
+            return False
+        if isinstance(module, nn.Linear) and (
+            type(module) not in (nn.Linear, Linear) or module.weight.dtype != dtype
+        ):
+            return False
+    return True
+
+
+class Native(Eager):
+    """See `base.Backend`; torch prefills, C++ decodes.
+
+    Attributes:
+        hidden: (R, D) float32.
+    """
+
+    def __init__(self, model: Any, quantization: str | None = None):
+        super().__init__(model)
+        self.int8 = quantization == "int8"
+
+    def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
+        """As `Eager`; then the C++ structs are laid over weights and caches."""
+        super().prefill(rows, prefix)
+        model, decoder, config = self.model, self.decoder, self.model.config
+        self.hidden = self.hidden.float().contiguous()
+        self.num_rows, self.cache_index = len(self.hidden), decoder.length
+        padding = torch.zeros(self.num_rows) if decoder.mask is None else (decoder.mask == 0).sum(dim=1)
+        self.starts = padding.to(torch.int64)  # of each row in the cache, behind its padding
+        self.library, self.num_threads = native_library.load(), torch.get_num_threads()
+        self.weights = _weight_structs(model, self.int8)  # the structs point into it: keep it alive
+        self.builder = native_library.StructBuilder()
+        caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
+        self.decoder_stack = stack_struct(
+            self.builder,
+            self.weights.decoder_layers,
+            config.text_config,
+            model.language_model.norm,
+            caches,
+            model.language_model.rotary_emb,
+            num_positions=self.cache_index + config.num_image_tokens,
+        )
+        depth, books = config.depth_config, config.num_codebooks
+        shape = (self.num_rows, depth.num_key_value_heads, books, depth.head_dim)
+        caches = [(torch.empty(shape), torch.empty(shape)) for _ in range(depth.num_hidden_layers)]
+        self.depth_stack = stack_struct(
+            self.builder,
+            self.weights.depth_layers,
+            depth,
+            model.depth_head.norm,
+            caches,
+            model.depth_head.rotary,
+            num_positions=books,
+        )
+        self.embedder = self._embedder_struct()
+        self.logits = torch.empty(self.num_rows, config.codebook_size)
+
+    def _embedder_struct(self) -> Any:
+        """The visual embedder's struct with a cache that holds what torch has put into its own."""
+        cache = self.embedder_cache
+        embedder = native_library.Embedder.from_buffer_copy(self.weights.embedder)  # shares the weights
+        images, capacity = self.num_rows // self.rows_per_image, 1 if cache is None else cache.max_length
+        shape = (images, embedder.heads, capacity, embedder.head_dim)
+        states = (torch.empty(shape), torch.empty(shape))
+        if cache is not None and cache.length:
+            for buffer, filled in zip(states, (cache._keys, cache._values)):
+                buffer[:, :, : cache.length] = filled[:, :, : cache.length]
+        embedder.keys, embedder.values = map(self.builder.pointer, states)
+        embedder.capacity, embedder.attends_to_earlier = capacity, int(cache is not None)
+        return embedder
+
+    def decode_step(self, codes: Tensor) -> None:
+        """Feed the codes (B, K) of the visual token just sampled."""
+        codes = codes.contiguous()
+        self.hidden = torch.empty_like(self.hidden)
+        self.library.decode_step(
+            ctypes.addressof(self.embedder), ctypes.addressof(self.decoder_stack), codes.data_ptr(),
+            len(codes), self.num_rows, self.num_read, self.cache_index, self.starts.data_ptr(),
+            self.hidden.data_ptr(), self.num_threads,
+        )  # fmt: skip
+        self.num_read, self.cache_index = self.num_read + 1, self.cache_index + 1
+
+    def code_logits(self, k: int, previous: Tensor | None) -> Tensor:
+        """Logits (R, V) of code k, in order; the next call overwrites them."""
+        head = self.model.depth_head
+        if previous is None:
+            # the C++ step works in place on its input
+            entry = (
+                self.hidden.clone()
+                if head.reduce is None
+                else F.linear(self.hidden, head.reduce.weight.float())
+            )
+        else:
+            entry = F.embedding(previous + (k - 1) * head.codebook_size, head.embeddings.weight).float()
+            entry = entry.repeat(self.rows_per_image, 1)
+        self.library.logits_step(
+            ctypes.addressof(self.depth_stack), ctypes.addressof(self.weights.output), self.num_rows, k,
+            None, None, entry.data_ptr(), self.logits.data_ptr(), self.num_threads,
+        )  # fmt: skip
+        return self.logits
+
+
+class _WeightStructs:
+    """The structs over a model's weights, without caches."""
+
+    def __init__(self, model: Any, int8: bool):
+        build = self.builder = native_library.StructBuilder(int8)
+        self.decoder_layers = [layer_struct(build, layer) for layer in model.language_model.layers]
+        self.depth_layers = [layer_struct(build, layer) for layer in model.depth_head.layers]
+        self.output = build.linear(model.depth_head.output)
+        embedder = model.visual_embedder
+        projection, attention = embedder.projection, embedder.projection.attention
+        width = attention.outputs
+        query, key, value = attention.qkv.weight.split(width)
+        books, entries, code_dim = embedder.codebooks.shape
+        self.embedder = native_library.Embedder(
+            build.floats(F.normalize(embedder.codebooks.float(), dim=-1)),
+            *map(build.norm, (projection.attention_norm, projection.linear_norm, projection.mlp_norm)),
+            *map(build.norm, (projection.mlp.norm, embedder.projector[0])),
+            build.matrix(query, attention.query_bias), build.matrix(key),
+            build.matrix(value, attention.value_bias),
+            *map(build.linear, (attention.out, projection.linear, projection.mlp.gate, projection.mlp.up)),
+            *map(build.linear, (projection.mlp.down, embedder.projector[1], embedder.projector[3])),
+            None, None, books, entries, code_dim, attention.heads, width // attention.heads, 0, 0,
+        )  # fmt: skip
+
+
+# int8 weights by model, with the addresses and versions of the parameters that they were made from
+_int8_weights: "weakref.WeakKeyDictionary[Any, tuple[Any, _WeightStructs]]" = weakref.WeakKeyDictionary()
+
+
+def _weight_structs(model: Any, int8: bool) -> _WeightStructs:
+    """The structs of a model; int8 weights are quantised once and again after every change."""
+    if not int8:
+        return _WeightStructs(model, False)
+    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
+    if model not in _int8_weights or _int8_weights[model][0] != state:
+        _int8_weights[model] = (state, _WeightStructs(model, True))
+    return _int8_weights[model][1]
+
+
+def layer_struct(build: native_library.StructBuilder, layer: Any) -> Any:
+    """The struct of one LLaMA layer, without its cache."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return native_library.Layer(
+        *map(build.norm, (layer.input_layernorm, layer.post_attention_layernorm)),
+        *map(build.linear, (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)),
+        *map(build.linear, (mlp.gate_proj, mlp.up_proj, mlp.down_proj)),
+    )
+
+
+def stack_struct(
+    build: native_library.StructBuilder,
+    layers: list[Any],
+    config: Any,
+    norm: Any,
+    caches: list[Any],
+    rotary: Any,
+    num_positions: int,
+) -> Any:
+    """Layers with their KV caches (keys, values), each (R, kv_heads, capacity, head_dim), and RoPE tables."""
+    array = (native_library.Layer * len(layers))(*layers)
+    for layer, states in zip(array, caches):
+        layer.keys, layer.values = map(build.floats, states)
+    build.kept.append(array)
+    cos, sin = rotary(torch.empty(0), torch.arange(num_positions)[None])
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    capacity, head_dim = caches[0][0].shape[2:]
+    return native_library.Stack(
+        ctypes.addressof(array), build.norm(norm), build.floats(cos[0]), build.floats(sin[0]),
+        len(layers), config.hidden_size, heads, kv_heads, head_dim, capacity,
+    )  # fmt: skip

@@ -1,0 +1,33 @@
+"""Reconstruction by the visual tokenizer alone: encode images and decode their codes."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from PIL import Image
+
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
+
+from .batching import split_batches
+from .validation import check_whole
+
+
+@torch.no_grad()
+def iter_reconstructions(
+    unitok: UniTok, images: Sequence[ImageSource], batch_size: int = 16, size: int | None = None
+) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """(cropped original, reconstruction) per image.
+
+    Args:
+        size: side in pixels of a square crop; None = the training images' size.
+
+    Raises:
+        UserError: a file that is missing or not an image, a size that is not a multiple of the patch size.
+    """
+    size = unitok.config.image_size if size is None else size
+    check_whole("size", size)
+    check_whole("batch_size", batch_size)
+    for batch in split_batches(images, batch_size):
+        pixels = torch.stack([to_pixels(load_image(image), size, mode="crop") for image in batch])
+        decoded = unitok.decode(unitok.encode(pixels.to(unitok.device))).float().cpu()
+        yield from ((to_pil(original), to_pil(own)) for original, own in zip(pixels, decoded))
