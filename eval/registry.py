@@ -30,7 +30,7 @@ TOKENIZER: dict[str, Benchmark] = {
         64,
         ("skimage7", *(mode for mode in image_quality.SSIM_MODES if mode != "skimage7")),
         ("scenes.json", "val"),
-        look=reconstruction.look_at_copies,
+        look=reconstruction.run_reconstruction_passes,
     ),
     "zeroshot": Benchmark(
         "classification by the tokenizer's image and text embeddings",
@@ -90,7 +90,7 @@ GENERATION: dict[str, Benchmark] = {
         genai_bench.score_genai,
         64,
         files=("genai_skills.json",),
-        look=genai_bench.look_genai,
+        look=genai_bench.run_genai_pass,
     ),
     "dpg_bench": Benchmark(
         "questions about drawings of dense prompts (DPG-Bench)",
@@ -100,7 +100,7 @@ GENERATION: dict[str, Benchmark] = {
         dpg_bench.score_dpg,
         64,
         files=("dpg_bench.csv",),
-        look=dpg_bench.look_dpg,
+        look=dpg_bench.run_dpg_pass,
     ),
     "mjhq": Benchmark(
         "FID of drawings against MJHQ-30K",
@@ -110,18 +110,18 @@ GENERATION: dict[str, Benchmark] = {
         mjhq.score_mjhq,
         64,
         files=("meta_data.json",),
-        look=mjhq.look_mjhq,
+        look=mjhq.run_mjhq_pass,
     ),
     "imagenet_generation": Benchmark(
         "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
         "generator",
-        imagenet_generation.load_classes,
+        imagenet_generation.load_imagenet_generation,
         generated_images.worker,
-        imagenet_generation.score_classes,
+        imagenet_generation.score_imagenet_generation,
         64,
         files=("VIRTUAL_imagenet*.npz",),
-        submit=imagenet_generation.submit_classes,
-        look=imagenet_generation.look_classes,
+        submit=imagenet_generation.submit_imagenet_generation,
+        look=imagenet_generation.run_imagenet_pass,
     ),
 }
 

@@ -71,7 +71,7 @@ def require_generated_images(task: Task, rows: dict[int, Record], folder: Path) 
         raise UserError(f"{folder}: there is not one drawing, so there is nothing to score.")
 
 
-def per_drawing(task: Task, rows: dict[int, Record]) -> list[Record]:
+def unscored_records(task: Task, rows: dict[int, Record]) -> list[Record]:
     """A row per sample; these benchmarks have no score per image."""
     return [
         {"index": s.index, "id": s.id, "prompt": s.prompt, "file": rows.get(s.index, {}).get("file")}
@@ -94,9 +94,9 @@ class ExternalImages:
     def __init__(self, path: Path, device: str = "cpu", grid: int | None = None):
         self.path, self.device, self.grid, self.arrays = path, device, grid, None
         if path.is_file():
-            from ..metrics.inception_features import of_array
+            from .image_sets import images_of_array
 
-            self.arrays = of_array("samples", path)
+            self.arrays = images_of_array("samples", path)
 
     def needs(self, kind: str, benchmark: str) -> None:
         """Raise UserError for a benchmark that does not draw."""
@@ -114,7 +114,7 @@ class ExternalImages:
             f"{p.name if p == self.path else p.relative_to(self.path)} {p.stat().st_size}" for p in files
         )
         found = hashlib.sha256(text.encode()).hexdigest()
-        return {"path": str(self.path), "kind": "images drawn elsewhere", "fingerprint": found}
+        return {"path": str(self.path), "kind": "external images", "fingerprint": found}
 
     def load_batch(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
         """The image of each sample: by its place in an array, else by its id and any suffix."""

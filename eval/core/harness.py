@@ -74,7 +74,9 @@ class Scoring:
     judge_replay: str = ""  # a file of replies instead of a server
     judge_runs: int = 1
     judge_timeout: float = 60.0
-    inception_variant: str = ""  # the Inception network behind FID: see `inception_weights.LINEAGES`
+    inception_variant: str = (
+        ""  # the Inception network behind FID: see `inception_weights.INCEPTION_VARIANTS`
+    )
     inception_weights: str = ""  # its weight file
     reference: str = ""  # real images, or an .npz of their statistics
     lpips_weights: str = ""

@@ -1,4 +1,4 @@
-"""Class-conditional ImageNet as ADM measures it: gFID, sFID, Inception Score, precision and recall."""
+"""Class-conditional ImageNet, measured as by ADM: gFID, sFID, Inception Score, precision and recall."""
 
 from pathlib import Path
 from typing import Any
@@ -11,31 +11,32 @@ from open_unitok.core.files import existing
 
 from ..core import imagenet
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.generated_images import generation_metadata, per_drawing, require_generated_images
+from ..core.generated_images import generation_metadata, require_generated_images, unscored_records
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
+from ..core.image_sets import images_of_run
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import adm_order, write_adm_samples
 
-SAMPLES = 50_000  # class-conditional drawings
+IMAGES = 50_000  # the published number
 
 
-def load_classes(data: Path, settings: Settings) -> Task:
-    """50,000 drawings of classes at random, as LlamaGen samples them; the prompt names the class."""
-    count = settings.limit or SAMPLES
+def load_imagenet_generation(data: Path, settings: Settings) -> Task:
+    """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
+    count = settings.limit or IMAGES
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.names()
     samples = [
         Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i)
         for i, c in enumerate(labels)
     ]
-    about = generation_metadata(settings, "png") | {
+    metadata = generation_metadata(settings, "png") | {
         "labels": "uniform at random",
         "split": "ImageNet 256, training set",
     }
-    return Task(samples, {"data": data, "labels": labels}, about)
+    return Task(samples, {"data": data, "labels": labels}, metadata)
 
 
-def reference_of(data: Path, scoring: Scoring) -> Path:
+def _reference_file(data: Path, scoring: Scoring) -> Path:
     """The reference batch: --reference, or the one VIRTUAL_imagenet*.npz in the data folder."""
     if scoring.reference:
         return existing(scoring.reference)
@@ -48,58 +49,61 @@ def reference_of(data: Path, scoring: Scoring) -> Path:
     return found[0]
 
 
-def look_classes(
-    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+def run_imagenet_pass(
+    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """ADM's file of the drawings; Inception features of them and of the reference's 10,000 images."""
-    drawn = inception_features.of_run(task, rows, out)
-    if distributed.is_main() and drawn.names:
-        write_adm_samples(drawn, out / "submission" / "samples.npz")
-    if not scoring.inception_weights or not drawn.names:
+    """Write ADM's file of the generated images; compute their Inception features and the reference's."""
+    generated = images_of_run(task, records, out)
+    if distributed.is_main() and generated.names:
+        write_adm_samples(generated, out / "submission" / "samples.npz")
+    if not scoring.inception_weights or not generated.names:
         return
-    reference = inception_features.reference_set(str(reference_of(task.truth["data"], scoring)))
-    sets = [drawn] if reference is None else [drawn, reference]
-    inception_features.extract(
-        out, inception_features.lineage_of(scoring, "adm"), scoring.inception_weights, sets, device, quiet
+    # ADM's reference batch holds statistics of all images and 10,000 images for precision and recall
+    reference = inception_features.reference_images(str(_reference_file(task.truth["data"], scoring)))
+    sets = [generated] if reference is None else [generated, reference]
+    variant = inception_features.choose_variant(scoring, "adm")
+    inception_features.extract_inception_features(
+        out, variant, scoring.inception_weights, sets, device, quiet
     )
 
 
-def score_classes(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+def score_imagenet_generation(
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """gFID, sFID and Inception Score of 50,000 drawings; precision and recall against 10,000 real ones."""
-    require_generated_images(task, rows, folder)
-    lineage = inception_features.lineage_of(scoring, "adm")
-    if lineage != "adm":
-        raise UserError(f"lineage is {lineage!r}; class-conditional ImageNet is measured with 'adm'.")
-    reference = str(reference_of(task.truth["data"], scoring))
-    drawn = inception_features.needed(folder, lineage, "samples")
-    moments = inception_features.reference_moments(reference, folder, lineage)
-    result = inception_features.distances(folder, lineage, drawn, moments, "g")
+    """gFID, sFID and Inception Score of the generated images; precision and recall against 10,000 images."""
+    require_generated_images(task, records, folder)
+    variant = inception_features.choose_variant(scoring, "adm")
+    if variant != "adm":
+        raise UserError(f"inception_variant is {variant!r}; imagenet_generation allows only 'adm'.")
+    file = str(_reference_file(task.truth["data"], scoring))
+    features = inception_features.require_inception_features(folder, variant, "samples")
+    reference = inception_features.reference_moments(file, folder, variant)
+    result = inception_features.feature_distances(folder, variant, features, reference, "g")
     metrics, problems = result.metrics, result.problems
-    spatial = inception_features.reference_moments(reference, folder, lineage, "spatial")
-    metrics["sfid"] = Metric(fid.frechet_distance(drawn.moments("spatial"), spatial[0]), drawn.n, None, "fid")
-    logits = drawn.column("logits")
-    metrics["inception_score"] = Metric(
-        fid.inception_score_adm(logits[adm_order(len(logits))]), drawn.n, None, "score"
-    )
-    real = inception_features.read(folder, lineage, "reference")
-    if real is not None and min(real.n, drawn.n) > 3:
-        both = fid.manifold_membership(real.column("pooled"), drawn.column("pooled"))
-        for name, flags in zip(("precision", "recall"), both):
-            metrics[name] = Metric(float(flags.mean()), len(flags), bootstrap(mean_columns(flags)))
-        problems += inception_features.unread(real, "reference images")
-    absent = len(task.samples) - drawn.n
-    problems += [f"{absent} drawings are missing from the numbers"] * (absent > 0)
-    why = "ADM's TensorFlow graph is replaced by our port of it"
-    if run["model"].get("kind") != "images drawn elsewhere":
-        why += "; drawn from class names as prompts, not by a class-conditional model"
-    return Scored(
-        metrics, {"fid": result.details}, per_drawing(task, rows), not_comparable=why, problems=problems
-    )
+    spatial = inception_features.reference_moments(file, folder, variant, "spatial")
+    sfid = fid.frechet_distance(features.moments("spatial"), spatial[0])
+    metrics["sfid"] = Metric(sfid, features.n, None, "fid")
+    logits = features.column("logits")
+    score = fid.inception_score_adm(logits[adm_order(len(logits))])
+    metrics["inception_score"] = Metric(score, features.n, None, "score")
+    real = inception_features.read_inception_features(folder, variant, "reference")
+    if real is not None and min(real.n, features.n) > 3:  # k = 3 neighbours other than the point itself
+        masks = fid.manifold_membership(real.column("pooled"), features.column("pooled"))
+        for name, mask in zip(("precision", "recall"), masks):
+            metrics[name] = Metric(float(mask.mean()), len(mask), bootstrap(mean_columns(mask)))
+        problems += inception_features.unreadable_note(real, "reference images")
+    absent = len(task.samples) - features.n
+    problems += [f"{absent} images are missing from the metrics"] * (absent > 0)
+    reason = "ADM's TensorFlow graph is replaced by our port of it"
+    if run["model"].get("kind") != "external images":
+        reason += "; images are generated from class names as prompts, not by a class-conditional model"
+    per_sample, details = unscored_records(task, records), {"fid": result.details}
+    return Scored(metrics, details, per_sample, not_comparable=reason, problems=problems)
 
 
-def submit_classes(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The input of ADM's evaluator, which lies there since the drawings were looked at."""
+def submit_imagenet_generation(
+    task: Task, records: dict[int, Record], folder: Path, data: Path
+) -> list[Path]:
+    """The input of ADM's evaluator, which the judge pass has written."""
     path = folder / "submission" / "samples.npz"
     return [path] if path.exists() else []

@@ -9,7 +9,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
-from .inception_features import ImageSet
+from ..core.image_sets import ImageSet
 
 
 def adm_order(count: int) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The Inception networks behind FID and the Inception Score, in the four lineages that circulate.
+"""The Inception networks of FID and the Inception Score, in the four variants in use.
 
-One port serves three of them: the network of the 2015 TensorFlow graph, with the names of torch-fidelity's
-published weight file. What differs is how an image comes to 299 x 299, and that moves FID by more than most
-papers' gains; a result therefore names its lineage and two lineages never meet in one number.
-B images, H and W rows and columns.
+One port serves three variants: the network of the 2015 TensorFlow graph, with the parameter names of
+torch-fidelity's published weight file. The variants differ in how they resize an image to 299 x 299, which
+changes FID by more than most papers' gains, so a result names its variant.
+B images of H x W pixels.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.loading import load_exactly, read_weights
 
-from .inception_weights import LINEAGES, Features, named_lineage, weights_file
+from .inception_weights import Features, find_inception_weights
 
 SIDE = 299
 TAPS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
@@ -38,12 +38,12 @@ class Conv(nn.Module):
 
 
 def mean_pool(x: Tensor) -> Tensor:
-    """3 x 3 means that leave the border out of the count, as the graph does."""
+    """3 x 3 average pooling whose divisor excludes the padding, as in the graph."""
     return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """3 x 3 maxima at the same size: what the graph has in its last block in place of the mean."""
+    """3 x 3 max pooling at the same size: the graph's last block has it instead of the average."""
     return F.max_pool2d(x, 3, 1, 1)
 
 
@@ -146,7 +146,7 @@ class Inception(nn.Module):
         return super().train(False)
 
     def taps(self, x: Tensor) -> dict[str, Tensor]:
-        """Every feature by the name it is known by, (B, width), and "spatial", sFID's 2023 values."""
+        """Features (B, width) by torch-fidelity's names, and "spatial", the 2023 values of sFID."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
         found = {"64": x.mean(dim=(2, 3))}
@@ -154,7 +154,7 @@ class Inception(nn.Module):
         found["192"] = x.mean(dim=(2, 3))
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6c(self.Mixed_6b(x))
-        # the graph's mixed_6/conv: the first branch of the fourth of these blocks, its first seven channels
+        # the graph's mixed_6/conv: first branch of the fourth of these blocks, first seven channels
         found["spatial"] = self.Mixed_6d.branch1x1(x)[:, :7].flatten(1)
         x = self.Mixed_6e(self.Mixed_6d(x))
         found["768"] = x.mean(dim=(2, 3))
@@ -165,7 +165,7 @@ class Inception(nn.Module):
         return found
 
 
-# ------------------------------------------------------------------------------------- an image to 299 x 299
+# ------------------------------------------------------------------------------------- resizing to 299 x 299
 
 
 def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
@@ -204,11 +204,11 @@ def stack(images: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float()
 
 
-# --------------------------------------------------------------------------------------------------- lineages
+# --------------------------------------------------------------------------------------------------- variants
 
 
-class Port:
-    """The three lineages that our own network serves; `resize` gives [-1, 1) from 0 to 255."""
+class PortExtractor:
+    """Features by our port of the network; `resize` maps values of 0 to 255 to [-1, 1)."""
 
     def __init__(self, net: Inception, resize: Callable[[Tensor], Tensor], spatial: bool, device: str):
         self.net, self.resize, self.spatial, self.device = net.to(device), resize, spatial, device
@@ -217,18 +217,18 @@ class Port:
         """uint8 (H, W, 3) images, of any sizes -> features in their order."""
         found = {}
         for shape in dict.fromkeys(p.shape for p in images):  # equal sizes share a batch
-            places = [i for i, p in enumerate(images) if p.shape == shape]
+            same = [i for i, p in enumerate(images) if p.shape == shape]
             with torch.inference_mode():
-                taps = self.net.taps(self.resize(stack([images[i] for i in places]).to(self.device)))
+                taps = self.net.taps(self.resize(stack([images[i] for i in same]).to(self.device)))
             wanted = ("2048", "logits_unbiased", *(("spatial",) if self.spatial else ()))
-            for k, i in enumerate(places):
+            for k, i in enumerate(same):
                 found[i] = [taps[name][k].float().cpu().numpy() for name in wanted]
         columns = [np.stack([found[i][k] for i in range(len(images))]) for k in range(2 + self.spatial)]
         return Features(*columns)
 
 
-class Clean:
-    """clean-fid's lineage: NVIDIA's torchscript file as it is, behind Pillow's bicubic."""
+class CleanExtractor:
+    """clean-fid's features: NVIDIA's torchscript file, unchanged, after Pillow's bicubic."""
 
     def __init__(self, path: Path, device: str):
         try:
@@ -248,25 +248,26 @@ class Clean:
         return Features(pooled.reshape(len(images), -1).float().cpu().numpy())
 
 
-def extractor(lineage: str, path: str | Path | None, device: str = "cpu") -> Port | Clean:
-    """What turns images into features, with weights from a local file, or a folder that holds it.
+def load_extractor(
+    variant: str, path: str | Path | None, device: str = "cpu"
+) -> PortExtractor | CleanExtractor:
+    """The feature extractor of a variant, with weights from a local file or a folder that holds it.
 
     Raises:
-        UserError: no such lineage, no such file, or other weights.
+        UserError: an unknown variant, a missing file, or weights of another network.
     """
-    kind = named_lineage(lineage)
-    file = weights_file(lineage, path)
-    if lineage == "clean":
-        return Clean(file, device)
+    file = find_inception_weights(variant, path)
+    if variant == "clean":
+        return CleanExtractor(file, device)
     net = Inception()
-    load_exactly(net, with_counters(read_weights(file)), file)
-    halved = {"pytorch-fid": lambda x: 2 * resize_torch(x / 255) - 1}
-    resize = halved.get(lineage, lambda x: (resize_tf1(x) - 128) / 128)
-    return Port(net, resize, kind is LINEAGES["adm"], device)
+    load_exactly(net, _with_counters(read_weights(file)), file)
+    resizes = {"pytorch-fid": lambda x: 2 * resize_torch(x / 255) - 1}
+    resize = resizes.get(variant, lambda x: (resize_tf1(x) - 128) / 128)
+    return PortExtractor(net, resize, variant == "adm", device)
 
 
-def with_counters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Batch norm's counters are missing from some published files; nothing reads them."""
+def _with_counters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Add the batch-norm counters, unused in evaluation, that some published files lack."""
     counters = {
         name.replace("running_mean", "num_batches_tracked"): torch.zeros(())
         for name in weights

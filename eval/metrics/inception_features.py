@@ -1,4 +1,4 @@
-"""Inception features of whole folders: computed in pieces that survive a kill, and what FID says of them."""
+"""Inception features of image sets, resumable in pieces of 512 images, and distances between them."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -12,105 +12,53 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 
-from ..core.annotations import read_image
-from ..core.harness import Metric, Record, Scoring, Task
-from ..core.imagenet import SUFFIXES
-from ..core.judge_pass import current_judge_pass, open_judge_pass, samples_with_images
+from ..core.harness import Metric, Scoring
+from ..core.image_sets import ImageSet, images_of_array, images_of_folder, open_npz
+from ..core.judge_pass import current_judge_pass, open_judge_pass
 from . import fid
-from .inception_weights import Features, named_lineage, weights_file
+from .inception_weights import Features, find_inception_variant, find_inception_weights
 
 PIECE, BATCH = 512, 32
-HINT = "Run `unitok eval run` again with --inception-weights PATH: nothing is drawn again."
+RERUN_HINT = "Run `unitok eval run` again with --inception-weights PATH: generated images are kept."
 
 
-class ImageSet(NamedTuple):
-    """A set of images: what it is in the run, a name for each that changes with it, and how it is read."""
+def load_extractor(variant: str, file: Path, device: str) -> Callable[..., Features]:
+    """`inception.load_extractor`, imported here so that scoring from files loads no torch."""
+    from . import inception
 
-    what: str
-    names: list[str]
-    load: Callable[[int], np.ndarray]  # the i-th, uint8 (H, W, 3); UserError where it cannot be read
-
-
-def of_folder(what: str, folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> ImageSet:
-    """All images of a folder and its folders, in the order of their names.
-
-    Raises:
-        UserError: there are none.
-    """
-    paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in SUFFIXES and keep(p))
-    if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES[:4])}).")
-    names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
-    return ImageSet(what, names, lambda i: np.asarray(read_image(paths[i])))
+    return inception.load_extractor(variant, file, device)
 
 
-def of_array(what: str, path: Path) -> ImageSet:
-    """The images of an .npz file's `arr_0`, uint8 (N, H, W, 3)."""
-    arrays = open_npz(path)
-    if "arr_0" not in arrays.files:
-        raise UserError(f"{path} holds no arr_0, the array of images.")
-    images = arrays["arr_0"]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise UserError(
-            f"{path}: arr_0 is {images.dtype} of shape {images.shape}; uint8 (N, H, W, 3) is needed."
-        )
-    stamp = f"{path.name} {path.stat().st_size}"
-    return ImageSet(what, [f"{stamp} {i}" for i in range(len(images))], lambda i: images[i])
-
-
-def of_run(task: Task, rows: dict[int, Record], out: Path) -> ImageSet:
-    """The run's drawings."""
-    drawn = samples_with_images(task.samples, rows)
-    paths = [out / rows[s.index]["file"] for s in drawn]
-    names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(drawn, paths)]
-    return ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
-
-
-def open_npz(path: Path):
-    """An .npz file, or a UserError that names it."""
-    try:
-        return np.load(existing(path), allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no .npz file: {error}") from error
-
-
-def extractor(lineage: str, file: Path, device: str) -> Callable[..., Features]:
-    """`inception.extractor`, imported only where images are looked at: help and scores need no torch."""
-    from open_unitok.eval.metrics import inception
-
-    return inception.extractor(lineage, file, device)
-
-
-def extract(
-    out: Path, lineage: str, weights: str, sets: list[ImageSet], device: str = "cpu", quiet: bool = False
+def extract_inception_features(
+    out: Path, variant: str, weights: str, sets: list[ImageSet], device: str = "cpu", quiet: bool = False
 ) -> None:
-    """Compute what is missing of the features of `sets`, each rank its pieces of 512 images."""
-    file = weights_file(lineage, weights)
-    about = {"lineage": lineage, "weights": file.name, "fingerprint": sha256(file)}
-    folder = open_judge_pass(out, f"inception-{lineage}", about)
+    """Compute the missing features of `sets`; the pieces of 512 images are divided among the ranks."""
+    file = find_inception_weights(variant, weights)
+    about = {"variant": variant, "weights": file.name, "fingerprint": sha256(file)}
+    folder = open_judge_pass(out, f"inception-{variant}", about)
     folder.mkdir(parents=True, exist_ok=True)
     todo = [
         (images, start)
         for images in sets
         for start in range(0, len(images.names), PIECE)
-        if stored(folder, images, start) is None
+        if _stored_piece(folder, images, start) is None
     ]
     if distributed.is_main():
-        for images in sets:  # of a set that has become smaller
-            for path in folder.glob(f"{images.what}-*.npz"):
+        for images in sets:  # pieces beyond the end of a set that has shrunk
+            for path in folder.glob(f"{images.role}-*.npz"):
                 if int(path.stem.rsplit("-", 1)[1]) >= len(images.names):
                     path.unlink()
     distributed.barrier()
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
-        net = extractor(lineage, file, device)
-        for images, start in tqdm(mine, desc=f"inception ({lineage})", unit=" pieces", disable=quiet):
-            save_piece(folder, images, start, net)
+        net = load_extractor(variant, file, device)
+        for images, start in tqdm(mine, desc=f"inception ({variant})", unit=" pieces", disable=quiet):
+            _save_piece(folder, images, start, net)
     distributed.barrier()
 
 
-def save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Features]) -> None:
-    """The features of the images from `start` on; one that cannot be read is noted, not skipped over."""
+def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Features]) -> None:
+    """Compute and save the features of one piece; unreadable images are recorded with the reason."""
     count = min(PIECE, len(images.names) - start)
     parts: list[Features] = []
     good, bad = [], []
@@ -129,73 +77,73 @@ def save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Fe
         for name in Features._fields
         if parts and getattr(parts[0], name) is not None
     }
-    temporary = folder / f".{images.what}-{start:08d}.npz"
+    temporary = folder / f".{images.role}-{start:08d}.npz"
     np.savez(
         temporary,
-        stamp=stamp_of(images, start),
+        stamp=_piece_stamp(images, start),
         good=np.array(good, int),
         bad=np.array(bad, str),
         names=np.array([images.names[i] for i in good], str),
         **arrays,
     )
-    temporary.replace(piece_of(folder, images.what, start))
+    temporary.replace(_piece_path(folder, images.role, start))
 
 
-def piece_of(folder: Path, what: str, start: int) -> Path:
-    """Where the features of the images from `start` on lie."""
-    return folder / f"{what}-{start:08d}.npz"
+def _piece_path(folder: Path, role: str, start: int) -> Path:
+    """The file of the piece that starts at an image."""
+    return folder / f"{role}-{start:08d}.npz"
 
 
-def stamp_of(images: ImageSet, start: int) -> str:
-    """Changes when an image of this piece does."""
+def _piece_stamp(images: ImageSet, start: int) -> str:
+    """A hash that changes with any image of a piece."""
     return hashlib.sha256("\n".join(images.names[start : start + PIECE]).encode()).hexdigest()
 
 
-def stored(folder: Path, images: ImageSet, start: int) -> Any:
-    """The piece on disk if it is of these very images, else None."""
-    path = piece_of(folder, images.what, start)
+def _stored_piece(folder: Path, images: ImageSet, start: int) -> Any:
+    """The piece on disk if it was computed from the same images, else None."""
+    path = _piece_path(folder, images.role, start)
     if not path.exists():
         return None
     piece = open_npz(path)
-    return piece if str(piece["stamp"]) == stamp_of(images, start) else None
+    return piece if str(piece["stamp"]) == _piece_stamp(images, start) else None
 
 
-class Stored(NamedTuple):
-    """The features of one set as they lie on disk."""
+class StoredFeatures(NamedTuple):
+    """The features of one image set on disk."""
 
     pieces: list[Path]
     n: int
-    bad: list[str]  # why images are missing, one each
+    bad: list[str]  # the reason for each image without features
 
     def column(self, name: str) -> np.ndarray:
-        """All rows of "pooled", "logits" or "spatial"."""
+        """All features of a kind: "pooled", "logits" or "spatial"."""
         return np.concatenate(list(self.batches(name)))
 
     def batches(self, name: str) -> Iterator[np.ndarray]:
-        """The same, piece by piece."""
+        """Features of a kind, piece by piece."""
         for path in self.pieces:
             with np.load(path) as piece:
                 if name in piece.files:
                     yield piece[name]
 
     def moments(self, name: str = "pooled") -> fid.Moments:
-        """Mean and covariance."""
+        """Mean and covariance of a kind of features."""
         return fid.compute_moments(self.batches(name))
 
     def numbers(self) -> np.ndarray:
-        """The place in its set of every image that has features."""
+        """The index in its set of each image that has features."""
         return np.concatenate(list(self.batches("good")))
 
     def names(self) -> list[str]:
-        """The name of every image that has features."""
+        """The name of each image that has features."""
         return np.concatenate(list(self.batches("names"))).tolist()
 
 
-def read(out: Path, lineage: str, what: str) -> Stored | None:
+def read_inception_features(out: Path, variant: str, role: str) -> StoredFeatures | None:
     """The features of one set, or None where none were computed."""
-    named_lineage(lineage)
-    found = current_judge_pass(out, f"inception-{lineage}")
-    pieces = sorted(found[0].glob(f"{what}-*.npz")) if found else []
+    find_inception_variant(variant)
+    found = current_judge_pass(out, f"inception-{variant}")
+    pieces = sorted(found[0].glob(f"{role}-*.npz")) if found else []
     if not pieces:
         return None
     n, bad = 0, []
@@ -203,59 +151,59 @@ def read(out: Path, lineage: str, what: str) -> Stored | None:
         with np.load(path) as piece:
             n += len(piece["good"])
             bad += piece["bad"].tolist()
-    return Stored(pieces, n, bad)
+    return StoredFeatures(pieces, n, bad)
 
 
-def needed(out: Path, lineage: str, what: str) -> Stored:
-    """`read`, or a UserError that says how to get them."""
-    found = read(out, lineage, what)
+def require_inception_features(out: Path, variant: str, role: str) -> StoredFeatures:
+    """`read_inception_features`, or a UserError that names the command to compute them."""
+    found = read_inception_features(out, variant, role)
     if found is None:
-        raise UserError(f"{out} has no Inception features ({lineage}) of its {what}. {HINT}")
+        raise UserError(f"{out} has no Inception features ({variant}) of its {role}. {RERUN_HINT}")
     return found
 
 
 # -------------------------------------------------------------------------------------------------- reference
 
 
-def reference_set(path: str) -> ImageSet | None:
-    """The images behind --reference: a folder's, an .npz's `arr_0`; None where it has statistics alone."""
+def reference_images(path: str) -> ImageSet | None:
+    """The images of --reference, a folder or an .npz with `arr_0`; None if it holds only statistics."""
     file = existing(path, "It is what --reference names: a folder of images or an .npz of statistics.")
     if file.is_dir():
-        return of_folder("reference", file)
-    return of_array("reference", file) if "arr_0" in open_npz(file).files else None
+        return images_of_folder("reference", file)
+    return images_of_array("reference", file) if "arr_0" in open_npz(file).files else None
 
 
-def reference_moments(path: str, out: Path, lineage: str, name: str = "pooled") -> tuple[fid.Moments, str]:
-    """Mean and covariance of the reference and what to say about them.
+def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") -> tuple[fid.Moments, str]:
+    """Mean and covariance of the reference, and their origin in words.
 
     Raises:
-        UserError: an .npz of another lineage, or one without the statistics asked for.
+        UserError: an .npz of another variant, or without the statistics needed.
     """
     file = existing(path)
     mean, covariance = ("mu_s", "sigma_s") if name == "spatial" else ("mu", "sigma")
     if file.is_dir() or "mu" not in (arrays := open_npz(file)).files:
-        return needed(out, lineage, "reference").moments(name), f"images of {path}"
+        return require_inception_features(out, variant, "reference").moments(name), f"images of {path}"
     if mean not in arrays.files:
         raise UserError(f"{path} holds no {mean} and {covariance}.")
-    own = str(arrays["lineage"]) if "lineage" in arrays.files else ("adm" if "mu_s" in arrays.files else "")
-    if own and own != lineage:
+    own = str(arrays["variant"]) if "variant" in arrays.files else ("adm" if "mu_s" in arrays.files else "")
+    if own and own != variant:
         raise UserError(
-            f"{path} holds statistics of the lineage {own!r}; this benchmark uses {lineage!r}. "
-            "Numbers of two Inception lineages are never mixed."
+            f"{path} holds statistics of the Inception variant {own!r}; this benchmark uses {variant!r}. "
+            "Features of two variants are not comparable."
         )
     n = int(arrays["n"]) if "n" in arrays.files else 0
-    told = "" if own else f"; the file names no lineage and is taken for {lineage}"
+    told = "" if own else f"; the file names no variant; {variant} is assumed"
     return fid.Moments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), n), (
         f"statistics of {file.name}{told}"
     )
 
 
-def save_statistics(path: Path, moments: fid.Moments, lineage: str) -> None:
-    """Statistics that a later run takes as its --reference."""
+def save_statistics(path: Path, moments: fid.Moments, variant: str) -> None:
+    """Save statistics that a later run can use as --reference."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}")
     np.savez(
-        temporary, mu=moments.mean, sigma=moments.covariance, n=np.array(moments.n), lineage=np.array(lineage)
+        temporary, mu=moments.mean, sigma=moments.covariance, n=np.array(moments.n), variant=np.array(variant)
     )
     temporary.replace(path)
 
@@ -263,55 +211,57 @@ def save_statistics(path: Path, moments: fid.Moments, lineage: str) -> None:
 # ---------------------------------------------------------------------------------------------------- scores
 
 
-class Distances(NamedTuple):
-    """Numbers by name, what belongs beside them, and what has to be said."""
+class FeatureDistances(NamedTuple):
+    """Metrics by name, details and problems for the result."""
 
     metrics: dict[str, Metric]
     details: dict[str, Any]
     problems: list[str]
 
 
-def distances(
+def feature_distances(
     out: Path,
-    lineage: str,
-    samples: Stored,
+    variant: str,
+    samples: StoredFeatures,
     reference: tuple[fid.Moments, str],
     prefix: str = "",
-    others: Stored | None = None,
-) -> Distances:
-    """FID, KID against `others` where both are 1000, Inception Score; no intervals: they are not means."""
+    others: StoredFeatures | None = None,
+) -> FeatureDistances:
+    """FID, KID against `others` if both hold 1000 images, Inception Score; without bootstrap intervals."""
     metrics = {
         f"{prefix}fid": Metric(fid.frechet_distance(samples.moments(), reference[0]), samples.n, None, "fid")
     }
     details = {
-        "lineage": lineage,
-        "lineage note": named_lineage(lineage).note,
+        "variant": variant,
+        "variant note": find_inception_variant(variant).note,
         "reference": reference[1],
-        "reference images": reference[0].n or "not said",
+        "reference images": reference[0].n or "unknown",
         "images": samples.n,
-        "inception": (current_judge_pass(out, f"inception-{lineage}") or (None, {}))[1],
+        "inception": (current_judge_pass(out, f"inception-{variant}") or (None, {}))[1],
     }
     if others is not None and min(samples.n, others.n) >= 1000:
         mean, deviation = fid.kid(samples.column("pooled"), others.column("pooled"))
         metrics[f"{prefix}kid"] = Metric(mean, samples.n, None, "kid")
         details["kid deviation over 100 subsets of 1000"] = deviation
-    if lineage in ("torch-fidelity", "pytorch-fid") and samples.n >= 10:
+    if variant in ("torch-fidelity", "pytorch-fid") and samples.n >= 10:
         mean, deviation = fid.inception_score(samples.column("logits"))
         metrics["inception_score"] = Metric(mean, samples.n, None, "score")
         details["inception_score deviation over 10 splits"] = deviation
-    problems = [f"{samples.n} images are few: FID is biased upwards below some 10,000"] * (samples.n < 10_000)
-    return Distances(metrics, details, problems + unread(samples, "images"))
+    problems = [f"{samples.n} images are few: FID is biased upwards below about 10,000"] * (
+        samples.n < 10_000
+    )
+    return FeatureDistances(metrics, details, problems + unreadable_note(samples, "images"))
 
 
-def unread(found: Stored, what: str) -> list[str]:
-    """A line about those that could not be read."""
+def unreadable_note(found: StoredFeatures, role: str) -> list[str]:
+    """A line about the images that could not be read."""
     if not found.bad:
         return []
     reason = found.bad[0].split(" ", 1)[1]
-    return [f"{len(found.bad)} {what} could not be read, the first because {reason} (left out)"]
+    return [f"{len(found.bad)} {role} could not be read, the first because {reason} (left out)"]
 
 
-def lineage_of(scoring: Scoring, default: str) -> str:
-    """The lineage asked for, else the benchmark's own."""
-    named_lineage(scoring.inception_variant or default)
+def choose_variant(scoring: Scoring, default: str) -> str:
+    """The variant of the options, else the benchmark's own."""
+    find_inception_variant(scoring.inception_variant or default)
     return scoring.inception_variant or default

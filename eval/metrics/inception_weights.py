@@ -1,4 +1,4 @@
-"""The four lineages of Inception by name: their weight files, and what their features are; no network here.
+"""The four Inception variants in use: their weight files and features; this module loads no network.
 
 B images.
 """
@@ -9,57 +9,69 @@ from typing import NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.tokenizer.loading import find_weights
 
 
 class Features(NamedTuple):
-    """What a batch gives: pooled (B, 2048), logits without bias (B, 1008), sFID's (B, 2023); None = none."""
+    """Features of a batch; None where a variant has none.
+
+    Attributes:
+        pooled: (B, 2048), for FID, KID, precision and recall.
+        logits: (B, 1008) without bias, for the Inception Score.
+        spatial: (B, 2023), for sFID.
+    """
 
     pooled: np.ndarray
     logits: np.ndarray | None = None
     spatial: np.ndarray | None = None
 
 
-class Lineage(NamedTuple):
-    """How one lineage is built: its weight file, where that comes from, and what a reader has to know."""
+class InceptionVariant(NamedTuple):
+    """The weight file of a variant, where to download it, and what distinguishes its features."""
 
     file: str
     source: str
     note: str
 
 
-TORCH_FIDELITY = "weights-inception-2015-12-05-6726825d.pth"
-RELEASES = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
-LINEAGES = {
-    "torch-fidelity": Lineage(TORCH_FIDELITY, RELEASES, "bilinear as TensorFlow 1 had it (rFID of UniTok)"),
-    "pytorch-fid": Lineage(
+TORCH_FIDELITY_FILE = "weights-inception-2015-12-05-6726825d.pth"
+TORCH_FIDELITY_RELEASE = "https://github.com/toshas/torch-fidelity/releases/tag/v0.2.0"
+INCEPTION_VARIANTS = {
+    "torch-fidelity": InceptionVariant(
+        TORCH_FIDELITY_FILE, TORCH_FIDELITY_RELEASE, "bilinear as in TensorFlow 1 (UniTok's rFID)"
+    ),
+    "pytorch-fid": InceptionVariant(
         "pt_inception-2015-12-05-6726825d.pth",
         "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights",
         "torch's bilinear on [0, 1]",
     ),
-    "clean": Lineage(
+    "clean": InceptionVariant(
         "inception-2015-12-05.pt",
         "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt",
-        "clean-fid: NVIDIA's torchscript behind Pillow's bicubic in float (MJHQ-30K)",
+        "clean-fid: NVIDIA's torchscript after Pillow's bicubic in float (MJHQ-30K)",
     ),
-    "adm": Lineage(
-        TORCH_FIDELITY,
-        RELEASES,
-        "ADM's statistics on our port of its TensorFlow graph: not bit-compatible with the graph itself",
+    "adm": InceptionVariant(
+        TORCH_FIDELITY_FILE,
+        TORCH_FIDELITY_RELEASE,
+        "ADM's statistics with our port of its TensorFlow graph: not bit-compatible with the graph",
     ),
-}  # fmt: skip
+}
 
 
-def weights_file(lineage: str, path: str | Path | None) -> Path:
-    """The lineage's weight file; both .pth files hold the same weights, so either name serves."""
-    from open_unitok.tokenizer.loading import find_weights
+def find_inception_weights(variant: str, path: str | Path | None) -> Path:
+    """The weight file of a variant in a folder, or the file itself; both .pth names hold the same weights."""
+    kind = find_inception_variant(variant)
+    others = (TORCH_FIDELITY_FILE, INCEPTION_VARIANTS["pytorch-fid"].file)
+    names = (kind.file, *others) if kind.file.endswith(".pth") else (kind.file,)
+    return find_weights(path, names, f"Inception ({variant})", kind.source)
 
-    kind = named_lineage(lineage)
-    others = (TORCH_FIDELITY, LINEAGES["pytorch-fid"].file) if kind.file.endswith(".pth") else ()
-    return find_weights(path, (kind.file, *others), f"Inception ({lineage})", kind.source)
 
+def find_inception_variant(variant: str) -> InceptionVariant:
+    """The variant of a name.
 
-def named_lineage(lineage: str) -> Lineage:
-    """The lineage of that name, or a UserError with what there is."""
-    if lineage not in LINEAGES:
-        raise UserError(f"The FID lineage is {lineage!r}." + did_you_mean(lineage, LINEAGES))
-    return LINEAGES[lineage]
+    Raises:
+        UserError: there is none.
+    """
+    if variant not in INCEPTION_VARIANTS:
+        raise UserError(f"inception_variant is {variant!r}." + did_you_mean(variant, INCEPTION_VARIANTS))
+    return INCEPTION_VARIANTS[variant]

@@ -1,10 +1,9 @@
-"""Reconstruction: what comes back when an image is encoded and decoded, image by image and as a whole.
+"""Reconstruction: PSNR, SSIM and LPIPS per image, rFID, codebook usage and re-encode agreement.
 
-B images, N visual tokens, K sub-codebooks.
+B images, N visual tokens, K sub-codebooks, V entries.
 """
 
 import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +18,72 @@ from ..core.bootstrap import bootstrap, mean_columns
 from ..core.crops import find_crop
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.image_files import open_images, save_image
+from ..core.image_sets import ImageSet
 from ..core.imagenet import SUFFIXES
 from ..core.judge_pass import judge_findings, read_judge_pass, run_judge_pass
 from ..metrics import image_quality, inception_features
 
-LPIPS_BATCH = 16
+LPIPS_BATCH, SCORING_BATCH = 16, 64
 
 
 def load_reconstruction(data: Path, settings: Settings) -> Task:
-    """Every image of `data/test/images`, or of `data` and its folders, or of its tars, by name."""
+    """All images of `data/test/images`, or of `data` and its subfolders, or of its tars, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
     files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
     if not files:
         files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_images.members(tar, SUFFIXES)]
     files = files[: settings.limit]
     if not files:
-        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}), nor tars with images.")
+        raise UserError(f"{folder} holds neither images ({', '.join(SUFFIXES)}) nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
-    find_crop(crop)
+    find_crop(crop)  # raises for an unknown name before the first batch
     return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
 
 
 def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Write each image's copy below `out/images` and note its codes, and how many the copy keeps."""
-    rows, images = open_images(batch)
+    """Write the reconstructions below `out/images`; record codes and their agreement after re-encoding."""
+    records, images = open_images(batch)
     if images:
-        copies = model.reconstruct(list(images.values()), reencode=True)
-        for place, (i, copy, codes) in enumerate(zip(images, copies.decoded, copies.codes)):
+        found = model.reconstruct(list(images.values()), reencode=True)
+        for k, (i, image, codes) in enumerate(zip(images, found.decoded, found.codes)):
             file = f"images/{batch[i].index:06d}.png"
-            save_image(copy, out / file)
-            books = [codes.shape[1], copies.codebook_size]
-            rows[i] = {"file": file, "codes": pack(codes), "codebooks": books}
-            if copies.reencoded is not None:
-                rows[i]["kept"] = (copies.reencoded[place] == codes).mean(axis=0).tolist()
-    return rows
+            save_image(image, out / file)
+            size = found.codebook_size
+            records[i] = {
+                "file": file,
+                "codes": _pack(codes, size),
+                "codebooks": [codes.shape[1], size],
+            }
+            if found.reencoded is not None:
+                records[i]["agreement"] = (found.reencoded[k] == codes).mean(axis=0).tolist()
+    return records
 
 
-def pack(codes: np.ndarray) -> str:
-    """(N, K) codes below 65,536 -> text."""
-    return base64.b64encode(codes.astype("<u2").tobytes()).decode()
+def _pack(codes: np.ndarray, codebook_size: int) -> str:
+    """(N, K) codes -> base64 text."""
+    return base64.b64encode(codes.astype(_dtype(codebook_size)).tobytes()).decode()
 
 
-def unpack(text: str, sub_codebooks: int) -> np.ndarray:
-    """The inverse of `pack`, (N, K)."""
-    return np.frombuffer(base64.b64decode(text), "<u2").reshape(-1, sub_codebooks)
+def _unpack(text: str, sub_codebooks: int, codebook_size: int) -> np.ndarray:
+    """The inverse of `_pack`, (N, K)."""
+    return np.frombuffer(base64.b64decode(text), _dtype(codebook_size)).reshape(-1, sub_codebooks)
 
 
-def copied(task: Task, rows: dict[int, Record]) -> list[Sample]:
-    """The samples that have a copy."""
-    return [s for s in task.samples if s.index in rows and not rows[s.index].get("error")]
+def _dtype(codebook_size: int) -> np.dtype:
+    """The little-endian dtype in which codes are recorded."""
+    from open_unitok.tokenizer import code_dtype
+
+    return np.dtype(code_dtype([codebook_size])).newbyteorder("<")
 
 
-def originals_of(batch: list[Sample], size: int, crop: str) -> np.ndarray:
-    """The images as the tokenizer saw them, uint8 (B, size, size, 3)."""
+def _reconstructed(task: Task, records: dict[int, Record]) -> list[Sample]:
+    """The samples that have a reconstruction."""
+    return [s for s in task.samples if s.index in records and not records[s.index].get("error")]
+
+
+def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
+    """The images as the tokenizer reads them, uint8 (B, size, size, 3)."""
     import torch
 
     from open_unitok.tokenizer.images import to_uint8
@@ -82,41 +93,38 @@ def originals_of(batch: list[Sample], size: int, crop: str) -> np.ndarray:
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
-def in_batches(items: list, size: int) -> Iterator[list]:
-    """Consecutive pieces of at most `size`."""
-    return (items[i : i + size] for i in range(0, len(items), size))
+# ---------------------------------------------------------------------------------------------- judge passes
 
 
-# ---------------------------------------------------------------------------------------------------- looking
-
-
-def look_at_copies(
-    task: Task, rows: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+def run_reconstruction_passes(
+    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
-    """Inception features of copies and originals, and LPIPS, for whichever a weight file is given."""
-    good, crop = copied(task, rows), task.truth["crop"]
+    """Inception features of originals and reconstructions, and LPIPS, if their weight files are given."""
+    good, crop = _reconstructed(task, records), task.truth["crop"]
 
-    def copy_of(i: int) -> np.ndarray:
-        return np.asarray(read_image(out / rows[good[i].index]["file"]))
+    def load_reconstruction(i: int) -> np.ndarray:
+        return np.asarray(read_image(out / records[good[i].index]["file"]))
 
-    def original_of(i: int) -> np.ndarray:
-        return originals_of([good[i]], copy_of(i).shape[0], crop)[0]
+    def load_original(i: int) -> np.ndarray:
+        return _originals([good[i]], load_reconstruction(i).shape[0], crop)[0]
 
     if scoring.inception_weights and good:
-        lineage = inception_features.lineage_of(scoring, "torch-fidelity")
+        variant = inception_features.choose_variant(scoring, "torch-fidelity")
         names = [f"{s.id} {crop} {s.index}" for s in good]
-        copies = [f"{rows[s.index]['codes']}" for s in good]  # another copy has other codes
-        sets = [inception_features.ImageSet("originals", names, original_of)]
-        sets.append(inception_features.ImageSet("copies", copies, copy_of))
-        inception_features.extract(out, lineage, scoring.inception_weights, sets, device, quiet)
+        codes = [records[s.index]["codes"] for s in good]  # another reconstruction has other codes
+        sets = [ImageSet("originals", names, load_original)]
+        sets.append(ImageSet("reconstructions", codes, load_reconstruction))
+        inception_features.extract_inception_features(
+            out, variant, scoring.inception_weights, sets, device, quiet
+        )
     if scoring.lpips_weights:
-        look_lpips(task, rows, out, scoring.lpips_weights, device, quiet)
+        _run_lpips_pass(task, records, out, scoring.lpips_weights, device, quiet)
 
 
-def look_lpips(
-    task: Task, rows: dict[int, Record], out: Path, weights: str, device: str, quiet: bool
+def _run_lpips_pass(
+    task: Task, records: dict[int, Record], out: Path, weights: str, device: str, quiet: bool
 ) -> None:
-    """LPIPS of every copy."""
+    """LPIPS of every reconstruction."""
     import torch
 
     from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
@@ -125,96 +133,98 @@ def look_lpips(
     file = find_weights(weights, (LPIPS_FILE,), "LPIPS", f"https://huggingface.co/{HELPER_HUB_ID}")
     net = LPIPS.from_file(file).to(device)
 
-    def work(batch: list[Sample], pictures: list[Any]) -> list[Record]:
-        copies = np.stack([np.asarray(picture) for picture in pictures])
-        both = (originals_of(batch, copies.shape[1], task.truth["crop"]), copies)
+    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+        decoded = np.stack([np.asarray(image) for image in images])
+        both = (_originals(batch, decoded.shape[1], task.truth["crop"]), decoded)
         with torch.inference_mode():
             a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1 for x in both)
             return [{"lpips": value} for value in net(a, b).tolist()]
 
     about = {"network": "VGG16, published linear heads", "fingerprint": sha256(file)}
-    run_judge_pass(out, "lpips", about, copied(task, rows), rows, work, LPIPS_BATCH, quiet)
+    run_judge_pass(out, "lpips", about, _reconstructed(task, records), records, work, LPIPS_BATCH, quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
 def score_reconstruction(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """rFID first where there is one, PSNR, SSIM and LPIPS per image, use of the codebooks, codes kept."""
-    mode, good = scoring.scorer, copied(task, rows)
+    """PSNR, SSIM and codebook usage always; LPIPS, rFID and re-encode agreement where they were computed."""
+    good = _reconstructed(task, records)
     if not good:
-        raise UserError(f"{folder}: not one image could be read, so there is nothing to score.")
-    k, v = rows[good[0].index]["codebooks"]
-    use = image_quality.CodebookUsage(k, v)
+        raise UserError(f"{folder}: no image could be read, so there is nothing to score.")
+    k, v = records[good[0].index]["codebooks"]
+    counter = image_quality.CodebookUsage(k, v)
     psnr, ssim = [], []
-    for batch in in_batches(good, 64):
-        copies = [np.asarray(read_image(folder / rows[s.index]["file"])) for s in batch]
-        originals = originals_of(batch, copies[0].shape[0], task.truth["crop"])
-        psnr += image_quality.psnr(originals, np.stack(copies)).tolist()
-        ssim += image_quality.ssim(originals, np.stack(copies), mode).tolist()
-        use.add(np.concatenate([unpack(rows[s.index]["codes"], k) for s in batch]))
-    used, perplexity = use.usage(), use.perplexity()
-    result = {
-        "psnr": Metric(float(np.mean(psnr)), len(good), bootstrap(mean_columns(psnr)), "dB"),
-        "ssim": Metric(float(np.mean(ssim)), len(good), bootstrap(mean_columns(ssim)), "ssim"),
-    }
+    for start in range(0, len(good), SCORING_BATCH):
+        batch = good[start : start + SCORING_BATCH]
+        decoded = np.stack([np.asarray(read_image(folder / records[s.index]["file"])) for s in batch])
+        originals = _originals(batch, decoded.shape[1], task.truth["crop"])
+        psnr += image_quality.psnr(originals, decoded).tolist()
+        ssim += image_quality.ssim(originals, decoded, scoring.scorer).tolist()
+        counter.add(np.concatenate([_unpack(records[s.index]["codes"], k, v) for s in batch]))
+    usage, perplexity = counter.usage(), counter.perplexity()
+    metrics = {"psnr": _image_mean(psnr, "dB"), "ssim": _image_mean(ssim, "ssim")}
     details = {
-        "ssim_mode": mode,
+        "ssim_mode": scoring.scorer,
         "codebook_size": v,
-        "usage": used.tolist(),
+        "usage": usage.tolist(),
         "perplexity": perplexity.tolist(),
-        "tokens": int(use.counts.sum() // k),
+        "tokens": int(counter.counts.sum() // k),
     }
-    problems = add_lpips(result, folder, good)
-    result["codebook_usage_min"] = Metric(float(used.min()), len(good))
-    result["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
-    kept = np.array([rows[s.index]["kept"] for s in good if "kept" in rows[s.index]])
-    if len(kept):
-        share = kept.mean(axis=1)
-        result["codes_kept"] = Metric(float(share.mean()), len(kept), bootstrap(mean_columns(share)))
-        details["codes_kept"] = kept.mean(axis=0).tolist()
-    problems += add_rfid(
-        result, details, folder, inception_features.lineage_of(scoring, "torch-fidelity"), len(good)
-    )
-    return Scored(result, details, [
+    problems = _add_lpips(metrics, folder, good)
+    metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))
+    metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
+    agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
+    if agreement:
+        metrics["reencode_agreement"] = _image_mean(np.mean(agreement, axis=1), "share")
+        details["reencode_agreement"] = np.mean(agreement, axis=0).tolist()
+    variant = inception_features.choose_variant(scoring, "torch-fidelity")
+    problems += _add_rfid(metrics, details, folder, variant, len(good))
+    return Scored(metrics, details, [
         {
-            "index": s.index, "image": str(s.image), "reconstruction": rows[s.index]["file"],
+            "index": s.index, "image": str(s.image), "reconstruction": records[s.index]["file"],
             "psnr": p, "ssim": q, "score": p,
         }
         for s, p, q in zip(good, psnr, ssim)
     ], problems=problems)  # fmt: skip
 
 
-def add_lpips(result: dict[str, Metric], folder: Path, good: list[Sample]) -> list[str]:
-    """Add LPIPS where it was computed; what has to be said."""
+def _image_mean(values: Any, unit: str) -> Metric:
+    """The mean over images with its bootstrap interval."""
+    return Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(values)), unit)
+
+
+def _add_lpips(metrics: dict[str, Metric], folder: Path, good: list[Sample]) -> list[str]:
+    """Add LPIPS if it was computed; returns problems."""
     found = read_judge_pass(folder, "lpips", good)
     if found is None:
         return []
-    seen, problems = judge_findings(found[0])
-    values = [row["lpips"] for row in seen.values()]
+    judged, problems = judge_findings(found[0])
+    values = [record["lpips"] for record in judged.values()]
     if values:
-        result["lpips"] = Metric(
-            float(np.mean(values)), len(values), bootstrap(mean_columns(values)), "lpips"
-        )
+        metrics["lpips"] = _image_mean(values, "lpips")
     missing = len(good) - len(found[0].records)
     return problems + [f"{missing} images have no LPIPS yet; run again with --lpips-weights"] * (missing > 0)
 
 
-def add_rfid(
-    result: dict[str, Metric], details: dict[str, Any], folder: Path, lineage: str, n: int
+def _add_rfid(
+    metrics: dict[str, Metric], details: dict[str, Any], folder: Path, variant: str, n: int
 ) -> list[str]:
-    """Add rFID and the copies' Inception Score where features were computed; what has to be said."""
-    copies, originals = (inception_features.read(folder, lineage, what) for what in ("copies", "originals"))
-    if copies is None or originals is None:
+    """Add rFID and the Inception Score of the reconstructions if features exist; returns problems."""
+    decoded, originals = (
+        inception_features.read_inception_features(folder, variant, role)
+        for role in ("reconstructions", "originals")
+    )
+    if decoded is None or originals is None:
         return []
-    if min(copies.n, originals.n) < n:
-        return [f"only {min(copies.n, originals.n)} of {n} images have features, so no rFID: run again"]
+    if min(decoded.n, originals.n) < n:
+        return [f"only {min(decoded.n, originals.n)} of {n} images have features, so no rFID: run again"]
     if n < 2:
         return ["FID needs two images"]
-    reference = (originals.moments(), "the originals, cropped as the tokenizer saw them")
-    found = inception_features.distances(folder, lineage, copies, reference, "r", originals)
-    result |= found.metrics
+    reference = (originals.moments(), "the originals, cropped as the tokenizer reads them")
+    found = inception_features.feature_distances(folder, variant, decoded, reference, "r", originals)
+    metrics |= found.metrics
     details["fid"] = found.details
     return found.problems

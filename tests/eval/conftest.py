@@ -38,7 +38,7 @@ def formula(state):
 @pytest.fixture(scope="session")
 def inception_file(tmp_path_factory):
     """A file with torch-fidelity's name and keys."""
-    path = tmp_path_factory.mktemp("inception") / inception_weights.TORCH_FIDELITY
+    path = tmp_path_factory.mktemp("inception") / inception_weights.TORCH_FIDELITY_FILE
     torch.save(formula(json.loads((GOLDEN / "inception.json").read_text())["state_dict"]), path)
     return path
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ..generation.test_generated_images import (
-    drawer,
+    generator,
     judge,
     quick_net,
     result_of,
@@ -17,7 +17,7 @@ from ..generation.test_generated_images import (
     write_mjhq,
 )
 
-assert drawer and judge and quick_net  # fixtures
+assert generator and judge and quick_net  # fixtures
 
 
 def write_lines(path, rows):
@@ -29,14 +29,14 @@ CUP = {"include": [{"class": "cup", "count": 1}]}
 
 
 @pytest.mark.parametrize("fault", ["{oops", {"tag": "x", "prompt": "p", **CUP}, {"tag": "counting"}])
-def test_geneval_counts_a_malformed_prompt_and_malformed_findings(call, drawer, tmp_path, fault):
+def test_geneval_counts_a_malformed_prompt_and_malformed_findings(call, generator, tmp_path, fault):
     data = tmp_path / "data"
     data.mkdir()
     rows = [{"tag": t, "prompt": f"a cup {i}", **CUP} for i, t in enumerate(TAGS)]
     rows[2] = {"tag": "counting", "prompt": "x", **CUP}
     write_lines(data / "evaluation_metadata.jsonl", [*rows[:3], fault, *rows[3:]])
     words = (call, "geneval", data, tmp_path, "--images-per-prompt", 1)
-    assert "nothing has looked at them" in run(*words)[2]
+    assert "have no detections" in run(*words)[2]
     seen = {"detections": {"cup": [[0, 0, 9, 9, 0.95]]}, "detector": "mmdet Mask2Former"}
     path = tmp_path / "geneval" / "detections.jsonl"
     write_lines(path, [{"index": i, **seen} for i in range(7)])
@@ -65,7 +65,7 @@ def test_geneval_counts_a_malformed_prompt_and_malformed_findings(call, drawer, 
     assert code == 2 and "holds no line that can be used" in err and err.count("\n") == 1
 
 
-def test_genai_bench_counts_malformed_prompts_skills_and_scores(call, drawer, judge, tmp_path):
+def test_genai_bench_counts_malformed_prompts_skills_and_scores(call, generator, judge, tmp_path):
     data = tmp_path / "data"
     write_genai(data, ("a", "b", "c", "d", "", "f"))
     skills = {"counting": [1, 5], "advanced": [1, 3, 99], "scene": [2, "x"], "basic": [4]}
@@ -107,7 +107,9 @@ def test_genai_bench_counts_malformed_prompts_skills_and_scores(call, drawer, ju
         ("item1,q,,3,", "item1,q,,2,", "line 8: question 2 occurs twice", 0),
     ],
 )
-def test_dpg_bench_counts_malformed_questions_as_no(call, drawer, judge, tmp_path, old, new, message, lost):
+def test_dpg_bench_counts_malformed_questions_as_no(
+    call, generator, judge, tmp_path, old, new, message, lost
+):
     data = tmp_path / "data"
     write_dpg(data, ("p", "q", "r", "s", "t"))
     table = data / "dpg_bench.csv"
@@ -124,7 +126,7 @@ def test_dpg_bench_counts_malformed_questions_as_no(call, drawer, judge, tmp_pat
         assert result["value"] == pytest.approx(100 * (5 / 3 - lost) / 5)
 
 
-def test_dpg_bench_counts_malformed_answers_and_an_empty_prompt(call, drawer, judge, tmp_path):
+def test_dpg_bench_counts_malformed_answers_and_an_empty_prompt(call, generator, judge, tmp_path):
     data = tmp_path / "data"
     write_dpg(data, ("p", "q", "", "s", "t"))
     words = (call, "dpg_bench", data, tmp_path, "--images-per-prompt", 1)
@@ -139,14 +141,14 @@ def test_dpg_bench_counts_malformed_answers_and_an_empty_prompt(call, drawer, ju
     assert "3 lines of vqa_answers.jsonl cannot be used, the first: " in out
 
 
-def test_mjhq_counts_malformed_prompts(call, drawer, quick_net, tmp_path):
+def test_mjhq_counts_malformed_prompts(call, generator, quick_net, tmp_path):
     write_mjhq(tmp_path / "data")
     path = tmp_path / "data" / "meta_data.json"
     meta = json.loads(path.read_text()) | {"odd": {"prompt": "x"}, "odder": 5}
     path.write_text(json.dumps(meta))
     code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception-weights", quick_net)
     assert code == 0, err
-    assert "2 annotations are malformed" in out and "2 drawings are missing from the FID" in out
+    assert "2 annotations are malformed" in out and "2 images are missing from the FID" in out
     result = result_of(tmp_path, "mjhq")
     assert result["metrics"]["fid"]["n"] == 5 and not result["comparable"]
     path.write_text("[]")
@@ -154,8 +156,8 @@ def test_mjhq_counts_malformed_prompts(call, drawer, quick_net, tmp_path):
     assert code == 2 and "expected an object, found list" in err
 
 
-def test_a_image_that_breaks_after_drawing_is_counted(call, drawer, judge, tmp_path):
-    """Between drawing and looking a disk may fail: the pass that looks names it and goes on."""
+def test_an_image_that_breaks_after_generation_is_counted(call, generator, judge, tmp_path):
+    """A disk may fail between generation and judge pass: the pass names the image and continues."""
     write_genai(tmp_path / "data", ("a", "b", "c", "d", "e"))
     run(call, "genai_bench", tmp_path / "data", tmp_path)
     (tmp_path / "genai_bench" / "images" / "00001.jpg").write_bytes(b"broken")
@@ -164,5 +166,5 @@ def test_a_image_that_breaks_after_drawing_is_counted(call, drawer, judge, tmp_p
     assert code == 0, err
     assert result_of(tmp_path, "genai_bench")["value"] == pytest.approx(0.25)
     assert "2 images could not be looked at, the first because " in out and "00001.jpg" in out
-    assert "2 drawings have no score (counted as 0)" in out
+    assert "2 images have no score (counted as 0)" in out
     assert np.asarray(Image.open(tmp_path / "genai_bench" / "images" / "00002.jpg")).shape == (16, 16, 3)

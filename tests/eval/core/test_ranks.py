@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.core import distributed
 from open_unitok.eval.core import judge_pass
 from open_unitok.eval.core.harness import Sample, Store
-from open_unitok.eval.metrics.inception_weights import LINEAGES
+from open_unitok.eval.metrics.inception_weights import INCEPTION_VARIANTS
 
 from ..generation.test_generated_images import random_image, write_dpg, write_genai
 from ..judges.test_judges import clip, llava, mask2former, words
@@ -70,7 +70,7 @@ def command(clip, llava, mask2former, tmp_path):
             save(drawn / f"item{i}" / f"{j}.png", 400 + 2 * i + j)
     (drawn / "00007.png").write_bytes(b"no image")
     torch.manual_seed(0)
-    weights = tmp_path / LINEAGES["clean"].file
+    weights = tmp_path / INCEPTION_VARIANTS["clean"].file
     torch.jit.script(CleanNet()).save(str(weights))
     more = ["--detector-model", mask2former, "--colour-model", clip, "--vqa-model", llava]
     more += ["--inception-weights", weights, "--image-format", "png", "--images-per-prompt", "1"]

@@ -1,4 +1,4 @@
-"""The benchmarks that draw, with a scripted drawer through the command line, in their released layouts."""
+"""Generation benchmarks in their released layouts, with a scripted generator through the command line."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from open_unitok.eval.metrics import inception_features, inception_weights, vqas
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
 
-class Drawer:
+class ScriptedGenerator:
     """Draws one colour per prompt; refuses prompts that say "refuse"."""
 
     device = "cpu"
@@ -41,8 +41,8 @@ def random_image(prompt, seed, size=16):
 
 
 @pytest.fixture
-def drawer(monkeypatch):
-    monkeypatch.setattr("open_unitok.eval.core.model.Model", Drawer)
+def generator(monkeypatch):
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", ScriptedGenerator)
 
 
 @pytest.fixture
@@ -53,8 +53,8 @@ def quick_net(monkeypatch, tmp_path):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50, pooled[:, :7])
 
-    monkeypatch.setattr(inception_features, "extractor", lambda lineage, file, device: net)
-    for name in (inception_weights.TORCH_FIDELITY, "inception-2015-12-05.pt"):
+    monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
+    for name in (inception_weights.TORCH_FIDELITY_FILE, "inception-2015-12-05.pt"):
         (tmp_path / name).write_bytes(b"weights")
     return tmp_path
 
@@ -91,7 +91,7 @@ def run(call, name, data, out, *more):
 
 def test_genai_summary_equals_the_published_one():
     golden = json.loads((GOLDEN / "genai_bench.json").read_text())
-    found = genai_bench.summarise(golden["scores"], range(1, 528), golden["genai_skills.json"])
+    found = genai_bench.summarise_skills(golden["scores"], range(1, 528), golden["genai_skills.json"])
     assert found.keys() == golden["expected"].keys()
     for tag, row in golden["expected"].items():
         assert found[tag] == pytest.approx(row, abs=1e-5), tag
@@ -112,10 +112,10 @@ def write_genai(folder, prompts=("a", "b", "refuse", "d", "e")):
     (folder / "genai_skills.json").write_text(json.dumps(skills))
 
 
-def test_genai_bench_through_the_command_line(call, drawer, judge, tmp_path):
+def test_genai_bench_through_the_command_line(call, generator, judge, tmp_path):
     write_genai(tmp_path / "data")
     code, _, err = run(call, "genai_bench", tmp_path / "data", tmp_path)
-    assert code == 2 and "nothing has scored them. Run again with --vqa-model" in err
+    assert code == 2 and "have no scores. Run again with --vqa-model" in err
     code, out, err = run(call, "genai_bench", tmp_path / "data", tmp_path, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
@@ -123,7 +123,7 @@ def test_genai_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert values["advanced"] == result["value"] == pytest.approx(0.5)  # the one refused counts as 0
     assert values["all"] == pytest.approx(0.75 * 3 / 4) and values["counting"] == pytest.approx(0.375)
     assert values["scene"] == pytest.approx(0.75)
-    assert result["failed"] == 1 and "1 drawings have no score" in out and "too long" in out
+    assert result["failed"] == 1 and "1 images have no score" in out and "too long" in out
     assert not result["comparable"] and "not by clip-flant5-xxl" in result["not_comparable_reason"]
     folder = tmp_path / "genai_bench"
     with Image.open(folder / "images" / "00001.jpg") as image:
@@ -137,7 +137,7 @@ def test_genai_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert code == 2 and "line 1: score is 7" in err
 
 
-def test_genai_bench_names_bad_files(call, drawer, tmp_path):
+def test_genai_bench_names_bad_files(call, generator, tmp_path):
     write_genai(tmp_path / "data", ("a", "b"))
     code, _, err = run(call, "genai_bench", tmp_path / "data", tmp_path)
     assert code == 2 and "'counting' names prompt 3" in err
@@ -155,10 +155,10 @@ def test_genai_bench_names_bad_files(call, drawer, tmp_path):
 @pytest.fixture(scope="module")
 def dpg_golden():
     golden = json.loads((GOLDEN / "dpg_bench.json").read_text())
-    items: dict[str, list[dpg_bench.Question]] = {}
+    items: dict[str, list[dpg_bench.DpgQuestion]] = {}
     for row in golden["csv_rows"]:
         fields = dict(zip(golden["csv_header"], map(str, row)))
-        items.setdefault(fields["item_id"], []).append(dpg_bench.question_of(fields, "here"))
+        items.setdefault(fields["item_id"], []).append(dpg_bench._parse_question(fields, "here"))
     return golden, items
 
 
@@ -173,10 +173,10 @@ def test_dpg_scores_equal_the_published_ones(dpg_golden):
         raw = dpg_bench.raw_scores(questions, row["answers_per_picture"][-1])
         assert raw == {int(k): v for k, v in row["expected_raw_scores_last_picture"].items()}
         averages.append(np.mean(scores))
-        chosen.append(dpg_bench.Item(row["item_id"], "", tuple(questions)))
+        chosen.append(dpg_bench.DpgItem(row["item_id"], "", tuple(questions)))
         last.append(row["answers_per_picture"][-1])
     assert 100 * np.mean(averages) == pytest.approx(golden["expected_dpg_score"], abs=1e-9)
-    levels = dpg_bench.categories(chosen, last)
+    levels = dpg_bench.category_scores(chosen, last)
     for level in ("l1", "l2"):
         found = {name: 100 * np.mean(v) for name, v in levels[level].items()}
         assert found == pytest.approx(golden[f"expected_{level}"], abs=1e-9)
@@ -195,11 +195,11 @@ def write_dpg(folder, prompts=("p", "q", "refuse", "s", "t")):
                 table.writerow([f"item{k}", prompt, "", number, parents, "", "", kind, words])
 
 
-def test_dpg_bench_through_the_command_line(call, drawer, judge, tmp_path):
+def test_dpg_bench_through_the_command_line(call, generator, judge, tmp_path):
     write_dpg(tmp_path / "data")
     words = (call, "dpg_bench", tmp_path / "data", tmp_path, "--images-per-prompt", 2)
     code, _, err = run(*words)
-    assert code == 2 and "nothing has been asked about them" in err
+    assert code == 2 and "have no answers" in err
     code, out, err = run(*words, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "dpg_bench")
@@ -210,7 +210,7 @@ def test_dpg_bench_through_the_command_line(call, drawer, judge, tmp_path):
     assert result["metrics"]["l1/entity"]["interval"] == pytest.approx(
         [40, 100]
     )  # by prompt, one of five is 0
-    assert "2 drawings have no answers (counted as 0)" in out and result["failed"] == 2
+    assert "2 images have no answers (counted as 0)" in out and result["failed"] == 2
     assert result["metrics"]["dpg"]["n"] == 5 and "not by mPLUG-large" in result["not_comparable_reason"]
     folder = tmp_path / "dpg_bench"
     assert call("eval", "score", folder)[1] == out
@@ -226,11 +226,11 @@ def test_dpg_bench_through_the_command_line(call, drawer, judge, tmp_path):
 def test_dpg_bench_names_bad_lines(tmp_path):
     (tmp_path / "dpg_bench.csv").write_text("item_id,text\n")
     with pytest.raises(UserError, match="no column 'proposition_id'"):
-        dpg_bench.load_items(tmp_path)
+        dpg_bench.read_dpg_items(tmp_path)
     lines = ",".join(dpg_bench.COLUMNS), "a,b,one,0,x,y"
     (tmp_path / "dpg_bench.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match="line 2: proposition_id and dependency"):
-        dpg_bench.load_items(tmp_path)
+        dpg_bench.read_dpg_items(tmp_path)
 
 
 # --------------------------------------------------------------------------------- MJHQ and class-conditional
@@ -247,7 +247,7 @@ def write_mjhq(folder, size=16, n=5):
     (folder / "meta_data.json").write_text(json.dumps(meta))
 
 
-def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
+def test_mjhq_through_the_command_line(call, generator, quick_net, tmp_path):
     write_mjhq(tmp_path / "data")
     words = (call, "mjhq", tmp_path / "data", tmp_path, "--image-format", "png")
     code, _, err = run(*words)
@@ -255,14 +255,14 @@ def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
     code, out, err = run(*words, "--inception-weights", quick_net)
     assert code == 0, err
     result = result_of(tmp_path, "mjhq")
-    # the drawer draws the very images of the release
+    # the scripted generator returns the released images
     assert result["value"] == pytest.approx(0.0, abs=1e-6) and result["comparable"]
     assert result["metrics"].keys() == {"fid", "fid/art", "fid/food"}
     assert result["metrics"]["fid/art"]["n"] == 2 and result["metrics"]["fid"]["interval"] is None
-    assert result["details"]["fid"]["lineage"] == "clean" and "5 images are few" in out
+    assert result["details"]["fid"]["variant"] == "clean" and "5 images are few" in out
     folder = tmp_path / "mjhq"
     assert call("eval", "score", folder)[1] == out
-    # the statistics of this run serve the next one, but not another lineage
+    # the statistics of this run serve the next one, but not another variant
     statistics = folder / "reference.npz"
     code, _, err = run(*words, "--inception-weights", quick_net, "--reference", statistics)
     assert code == 0 and result_of(tmp_path, "mjhq")["value"] == pytest.approx(0.0, abs=1e-6), err
@@ -275,10 +275,10 @@ def test_mjhq_through_the_command_line(call, drawer, quick_net, tmp_path):
         "--inception-variant",
         "pytorch-fid",
     )
-    assert code == 2 and "never mixed" in err
+    assert code == 2 and "not comparable" in err
 
 
-def test_mjhq_counts_what_is_missing_and_scales_real_images(call, drawer, quick_net, tmp_path):
+def test_mjhq_counts_what_is_missing_and_scales_real_images(call, generator, quick_net, tmp_path):
     write_mjhq(tmp_path / "data", size=32)
     (tmp_path / "data" / "mjhq30k_imgs" / "art" / "x.jpg").write_bytes(b"broken")
     meta = json.loads((tmp_path / "data" / "meta_data.json").read_text())
@@ -286,13 +286,13 @@ def test_mjhq_counts_what_is_missing_and_scales_real_images(call, drawer, quick_
     (tmp_path / "data" / "meta_data.json").write_text(json.dumps(meta))
     code, out, err = run(call, "mjhq", tmp_path / "data", tmp_path, "--inception-weights", quick_net)
     assert code == 0, err
-    assert "1 real images could not be read" in out and "1 drawings are missing from the FID" in out
+    assert "1 released images could not be read" in out and "1 images are missing from the FID" in out
     (tmp_path / "data" / "meta_data.json").write_text('{"a": {"prompt": "x"}}')
     code, _, err = run(call, "mjhq", tmp_path / "data", tmp_path / "o")
     assert code == 2 and "the key 'category' is missing" in err
 
 
-def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp_path):
+def test_class_conditional_through_the_command_line(call, generator, quick_net, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     images = np.stack([random_image("real", i) for i in range(6)])
@@ -328,19 +328,19 @@ def test_class_conditional_through_the_command_line(call, drawer, quick_net, tmp
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b")
     assert code == 0, err
     result = result_of(tmp_path / "b", "imagenet_generation")
-    assert "drawn from class names as prompts" in result["not_comparable_reason"]
+    assert "generated from class names as prompts" in result["not_comparable_reason"]
     assert result["metrics"].keys() == {"gfid", "sfid", "inception_score", "precision", "recall"}
     assert result["submission"] == ["samples.npz"]
     with np.load(tmp_path / "b" / "imagenet_generation" / "submission" / "samples.npz") as file:
         assert file["arr_0"].shape == (5, 16, 16, 3)
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "b", "--inception-variant", "clean")
-    assert code == 2 and "measured with 'adm'" in err
+    assert code == 2 and "allows only 'adm'" in err
     (data / "VIRTUAL_imagenet256_labeled.npz").rename(data / "x.npz")
     code, _, err = call(*words, "--model", "m", "--out", tmp_path / "c")
     assert code == 2 and "ADM's reference batch" in err
 
 
-def test_drawings_of_another_system_take_a_models_place(call, judge, tmp_path):
+def test_images_of_another_system_replace_a_model(call, judge, tmp_path):
     write_genai(tmp_path / "data")
     for number in (1, 2, 4, 5):
         path = tmp_path / "theirs" / f"{number:05d}.png"
@@ -351,12 +351,12 @@ def test_drawings_of_another_system_take_a_models_place(call, judge, tmp_path):
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
     assert result["value"] == pytest.approx(0.5) and "00003.png does not exist" in out
-    assert result["model"]["kind"] == "images drawn elsewhere"
+    assert result["model"]["kind"] == "external images"
     code, _, err = call("eval", "run", "pope", *words)
     assert code == 2 and "holds images alone" in err
 
 
-def test_drawings_of_another_system_may_stand_in_grids(call, judge, tmp_path):
+def test_images_of_another_system_may_be_in_grids(call, judge, tmp_path):
     write_dpg(tmp_path / "data", ("p", "q", "r", "s", "t"))
     (tmp_path / "theirs").mkdir()
     for k in range(4):  # the fourth is too small for its lower half, the fifth is not there

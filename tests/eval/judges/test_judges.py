@@ -11,7 +11,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.eval.judges import detections, object_detector
 from open_unitok.eval.judges.vqa_model import VqaModel
 
-from ..generation.test_generated_images import Drawer, result_of
+from ..generation.test_generated_images import ScriptedGenerator, result_of
 
 WORDS = [
     "[UNK]",
@@ -149,7 +149,7 @@ def test_colours_depend_on_the_object_alone(clip):
 
 
 def test_geneval_through_the_command_line_with_a_detector(call, clip, mask2former, monkeypatch, tmp_path):
-    monkeypatch.setattr("open_unitok.eval.core.model.Model", Drawer)
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", ScriptedGenerator)
     data, tags = tmp_path / "data", ("single_object", "counting", "colors", "position", "color_attr")
     data.mkdir()
     rows = [{"tag": tag, "prompt": f"a cup {tag}", "include": [{"class": "cup", "count": 1}]} for tag in tags]

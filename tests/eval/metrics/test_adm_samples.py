@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.metrics import inception_features
+from open_unitok.eval.core.image_sets import ImageSet
 from open_unitok.eval.metrics.adm_samples import write_adm_samples
 
 from ..generation.test_generated_images import quick_net, random_image, result_of
@@ -42,7 +42,7 @@ def test_adm_samples_file(tmp_path):
             raise UserError("broken")
         return random_image("x", i, 8 if i == 5 else 64)
 
-    images = inception_features.ImageSet("samples", [str(i) for i in range(300)], load)
+    images = ImageSet("samples", [str(i) for i in range(300)], load)
     path = tmp_path / "submission" / "samples.npz"
     tracemalloc.start()
     assert write_adm_samples(images, path) == 298
@@ -56,12 +56,7 @@ def test_adm_samples_file(tmp_path):
     assert all(np.array_equal(a, load(i)) for a, i in zip(found, order))
     time = path.stat().st_mtime_ns
     assert write_adm_samples(images, path) == 298 and path.stat().st_mtime_ns == time
-    assert write_adm_samples(inception_features.ImageSet("samples", ["other"], load), path) == 1
+    assert write_adm_samples(ImageSet("samples", ["other"], load), path) == 1
     path.write_bytes(b"half a file")
     assert write_adm_samples(images, path) == 298
-    assert (
-        write_adm_samples(
-            inception_features.ImageSet("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz"
-        )
-        == 0
-    )
+    assert write_adm_samples(ImageSet("samples", ["0"], lambda i: load(3)), tmp_path / "none.npz") == 0

@@ -1,4 +1,4 @@
-"""The Inception port, the resizes of its lineages, and how weights are found, against the golden vectors."""
+"""The Inception port, the resizes of its variants, and how weights are found, against the golden vectors."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ def golden():
 def test_port_equals_torch_fidelity(golden, inception_file):
     about, arrays = golden
     names = {name: tuple(shape) for name, shape in about["state_dict"]}
-    extract = inception.extractor("torch-fidelity", inception_file.parent)
+    extract = inception.load_extractor("torch-fidelity", inception_file.parent)
     assert {n: tuple(t.shape) for n, t in extract.net.state_dict().items()} == names
     images = torch.from_numpy(arrays["images"]).float()
     with torch.inference_mode():
@@ -40,12 +40,12 @@ def test_port_equals_torch_fidelity(golden, inception_file):
     assert features.spatial is None
 
 
-def test_lineages_differ_and_adm_has_what_sfid_needs(golden, inception_file):
+def test_variants_differ_and_adm_has_what_sfid_needs(golden, inception_file):
     pictures = [i.transpose(1, 2, 0) for i in golden[1]["images"]]
-    other = inception.extractor("pytorch-fid", inception_file)(pictures).pooled
+    other = inception.load_extractor("pytorch-fid", inception_file)(pictures).pooled
     # the formula weights hardly see the images, so the resize moves them little, but by more than noise
     assert 5e-5 < np.abs(other - golden[1]["feat_2048"]).max() < 1
-    adm = inception.extractor("adm", inception_file)
+    adm = inception.load_extractor("adm", inception_file)
     # images of two sizes in one batch keep their order
     mixed = adm([pictures[0][:50], pictures[1], pictures[0]])
     assert mixed.spatial is not None and mixed.spatial.shape == (3, 2023) and (mixed.spatial >= 0).all()
@@ -78,7 +78,7 @@ def test_clean_runs_the_torchscript_file_as_it_is(arrays, tmp_path):
     path = tmp_path / "inception-2015-12-05.pt"
     torch.jit.script(Base()).save(str(path))
     image = arrays["img_ref"][0]
-    found = inception.extractor("clean", tmp_path)([image, image[:30]])
+    found = inception.load_extractor("clean", tmp_path)([image, image[:30]])
     x = torch.from_numpy(inception.resize_clean(image)).permute(2, 0, 1)
     assert found.pooled[0] == pytest.approx(Base()((x[None] - 128) / 128).numpy()[0], abs=1e-5)
     assert found.pooled.shape == (2, 12) and found.logits is None
@@ -86,13 +86,13 @@ def test_clean_runs_the_torchscript_file_as_it_is(arrays, tmp_path):
 
 def test_wrong_weights_are_named(tmp_path, inception_file):
     with pytest.raises(UserError, match="Did you mean 'clean'"):
-        inception.extractor("cleen", inception_file)
+        inception.load_extractor("cleen", inception_file)
     with pytest.raises(UserError, match=r"Inception \(clean\) has no weights.*inception-2015-12-05\.pt"):
-        inception.extractor("clean", None)
+        inception.load_extractor("clean", None)
     with pytest.raises(UserError, match=r"not clean-fid's torchscript file"):
-        inception.extractor("clean", inception_file)
+        inception.load_extractor("clean", inception_file)
     some = torch.load(inception_file)
     some.pop("fc.bias")
     torch.save(some, tmp_path / "w.pth")
     with pytest.raises(UserError, match=r"missing \(fc\.bias"):
-        inception.extractor("adm", tmp_path / "w.pth")
+        inception.load_extractor("adm", tmp_path / "w.pth")

@@ -16,8 +16,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.eval.core import crops, imagenet, tar_images
 from open_unitok.eval.core.harness import Scoring, Settings
 from open_unitok.eval.core.model import Reconstructions
-from open_unitok.eval.metrics import fid, inception_features
-from open_unitok.eval.metrics import inception_weights as lineages
+from open_unitok.eval.metrics import fid, inception_features, inception_weights
 from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.eval.tokenizer import linear_probe, zeroshot
 from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
@@ -110,15 +109,17 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
     result = json.loads((folder / "results.json").read_text())
     values = {name: metric["value"] for name, metric in result["metrics"].items()}
     assert values["psnr"] == pytest.approx(20 * np.log10(255), abs=1e-6)
-    assert values["codes_kept"] == pytest.approx(7 / 8) and result["details"]["codes_kept"] == [1.0, 0.75]
-    assert result["metrics"]["codes_kept"]["interval"] == pytest.approx([7 / 8, 7 / 8])
+    assert values["reencode_agreement"] == pytest.approx(7 / 8) and result["details"][
+        "reencode_agreement"
+    ] == [1.0, 0.75]
+    assert result["metrics"]["reencode_agreement"]["interval"] == pytest.approx([7 / 8, 7 / 8])
     lpips = LPIPS.from_file(tmp_path)
     pictures = [np.asarray(Image.open(p).convert("RGB")) for p in sorted(photos.rglob("*.JPEG"))]
     pairs = [torch.from_numpy(np.stack([p, p ^ 1])).permute(0, 3, 1, 2).float() / 127.5 - 1 for p in pictures]
     assert values["lpips"] == pytest.approx(np.mean([lpips(a[:1], a[1:]).item() for a in pairs]), rel=1e-4)
     assert 0 < values["rfid"] < 1e-3 and result["metrics"]["rfid"]["interval"] is None
     about = result["details"]["fid"]
-    assert (about["lineage"], about["images"]) == ("torch-fidelity", 5)
+    assert (about["variant"], about["images"]) == ("torch-fidelity", 5)
     assert any("5 images are few" in p for p in result["problems"])
 
 
@@ -128,9 +129,9 @@ def quick_net(monkeypatch):
 
     def net(pictures):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
-        return lineages.Features(pooled, pooled[:, :5] / 50)
+        return inception_weights.Features(pooled, pooled[:, :5] / 50)
 
-    monkeypatch.setattr(inception_features, "extractor", lambda lineage, file, device: net)
+    monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
 
 
 def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
@@ -148,7 +149,7 @@ def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file
     assert b"rfid" in whole
 
 
-def test_lineages_never_mix_and_files_alone_give_the_score(
+def test_variants_never_mix_and_files_alone_give_the_score(
     call, scripted, quick_net, photos, tmp_path, inception_file
 ):
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path)
@@ -163,7 +164,7 @@ def test_lineages_never_mix_and_files_alone_give_the_score(
     code, other, _ = call("eval", "score", folder, "--inception-variant", "pytorch-fid")
     assert code == 0 and "rfid" not in other
     code, _, err = call("eval", "score", folder, "--inception-variant", "fidelity")
-    assert code == 2 and "The FID lineage is 'fidelity'" in err
+    assert code == 2 and "inception_variant is 'fidelity'" in err
 
 
 def test_bad_images_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):

@@ -1,0 +1,72 @@
+"""Sets of images that are read one at a time: a folder, an array in an .npz file, or the images of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+
+from .annotations import read_image
+from .harness import Record, Task
+from .imagenet import SUFFIXES
+from .judge_pass import samples_with_images
+
+
+class ImageSet(NamedTuple):
+    """A set of images.
+
+    Attributes:
+        role: samples, reference, originals or reconstructions.
+        names: one per image; it changes when the image does, so it serves as a cache key.
+        load: the i-th image, uint8 (H, W, 3); UserError if it is unreadable.
+    """
+
+    role: str
+    names: list[str]
+    load: Callable[[int], np.ndarray]
+
+
+def images_of_folder(role: str, folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> ImageSet:
+    """All images of a folder and its subfolders, sorted by path.
+
+    Raises:
+        UserError: there are none.
+    """
+    paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in SUFFIXES and keep(p))
+    if not paths:
+        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES[:4])}).")
+    names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
+    return ImageSet(role, names, lambda i: np.asarray(read_image(paths[i])))
+
+
+def images_of_array(role: str, path: Path) -> ImageSet:
+    """The images of an .npz file's `arr_0`, uint8 (N, H, W, 3)."""
+    arrays = open_npz(path)
+    if "arr_0" not in arrays.files:
+        raise UserError(f"{path} holds no arr_0, the array of images.")
+    images = arrays["arr_0"]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(
+            f"{path}: arr_0 is {images.dtype} of shape {images.shape}; expected uint8 (N, H, W, 3)."
+        )
+    stamp = f"{path.name} {path.stat().st_size}"
+    return ImageSet(role, [f"{stamp} {i}" for i in range(len(images))], lambda i: images[i])
+
+
+def images_of_run(task: Task, records: dict[int, Record], out: Path) -> ImageSet:
+    """The generated images of a run."""
+    generated = samples_with_images(task.samples, records)
+    paths = [out / records[s.index]["file"] for s in generated]
+    names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(generated, paths)]
+    return ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
+
+
+def open_npz(path: Path):
+    """An .npz file, or a UserError that names it."""
+    try:
+        return np.load(existing(path), allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not an .npz file: {error}") from error
