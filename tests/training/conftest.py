@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from open_unitok.cli import extract_codes
 from open_unitok.cli import train as train_command
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.frozen.dinov2 import Dino
+from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.training.tokenizer.discriminator import DinoDiscriminator
 
@@ -102,8 +102,8 @@ def numbers(golden):
 def small_dino(formula):
     """() -> a fresh DINOv2 of the golden files: 98 pixels natively, width 64, 4 blocks."""
 
-    def build() -> Dino:
-        dino = Dino(width=64, depth=4, heads=2, patch=14, grid=7)
+    def build() -> DINOv2:
+        dino = DINOv2(width=64, depth=4, heads=2, patch=14, grid=7)
         dino.load_state_dict({n: formula(f"dino.{n}", t.shape, SEED) for n, t in dino.state_dict().items()})
         return dino
 
@@ -148,7 +148,7 @@ def recorded_look(values):
 def dino_file(tmp_path_factory):
     """A small DINOv2 with random weights under the published name."""
     torch.manual_seed(0)
-    dino = Dino(width=64, depth=12, heads=1, patch=14, grid=2)
+    dino = DINOv2(width=64, depth=12, heads=1, patch=14, grid=2)
     for name, parameter in dino.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.1 if "embed" in name or "token" in name else 0.12)

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance between two images, on VGG16 features (arXiv 1801.03924, section 3).
+"""LPIPS, the perceptual distance of two images on VGG16 features (arXiv 1801.03924, section 3).
 
 B batch, H and W rows and columns. Module names are those of the published weight file.
 """
@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 
 LPIPS_FILE = "lpips_with_vgg.pth"
-MIN_SIZE = 48  # smaller images leave the deepest features next to nothing; the published training skips them
+MIN_SIZE = 48  # below it the deepest feature maps hold 2 x 2 pixels or less; the published training skips it
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16, up to relu5_3
 
 
 class LPIPS(nn.Module):
-    """Frozen; `lpips(a, b)` is differentiable in the images, not in the weights.
+    """Frozen; `lpips(a, b)` is differentiable with respect to the images, not the weights.
 
     Images are (B, 3, H, W) in [-1, 1], at least 16 pixels high and wide.
     """
@@ -36,7 +36,7 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
                 inputs = width
             self.net[f"slice{number}"] = nn.Sequential(*layers)
-        # the linear heads stand at model.1 because training them had a dropout at model.0
+        # Weight files name the linear heads model.1: their training had dropout at model.0.
         heads = (nn.Sequential(nn.Identity(), nn.Conv2d(w[-1], 1, 1, bias=False)) for w in _CHANNELS)
         self.lins = nn.ModuleList(nn.ModuleDict({"model": head}) for head in heads)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
@@ -48,20 +48,20 @@ class LPIPS(nn.Module):
         return self.by_layer(first, second).sum(dim=1)
 
     def by_layer(self, first: Tensor, second: Tensor) -> Tensor:
-        """(B, 5): the distance that each of the five layers contributes."""
+        """(B, 5): the contribution of each of the five layers."""
         distances = []
         a, b = (image.float() - self.shift for image in (first, second))
         a, b = a / self.scale, b / self.scale
         for block, head in zip(self.net.values(), self.lins):
             a, b = block(a), block(b)
-            with torch.autocast(a.device.type, enabled=False):
+            with torch.autocast(a.device.type, enabled=False):  # differences of unit vectors need float32
                 weight = head["model"][1].weight.float()  # type: ignore[index]
                 distances.append(layer_distance(a, b, weight))
         return torch.stack(distances, dim=1)
 
     @classmethod
     def from_file(cls, path: str | Path | None) -> "LPIPS":
-        """With the published weights; `path` is a file, a folder or a hub id.
+        """Load the published weights; `path` is a file, a folder or a hub id.
 
         Raises:
             UserError: the file is missing (the message names it and its origin), or holds something else.
@@ -79,7 +79,7 @@ class LPIPS(nn.Module):
 
 
 def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """(B, C, H, W) features twice and a (1, C, 1, 1) head -> (B,): what one layer adds to the distance."""
+    """(B, C, H, W) features twice and a (1, C, 1, 1) head -> (B,): one layer's contribution."""
     return F.conv2d((_unit(a) - _unit(b)).square(), weight).mean(dim=(1, 2, 3))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.tokenizer.frozen.dinov2 import Dino
+from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 
 from ..core.collectives import summed
 
@@ -52,7 +52,7 @@ class DinoDiscriminator(Discriminator):
 
     def __init__(
         self,
-        dino: Dino,
+        dino: DINOv2,
         depths: Sequence[int] = DEPTHS,
         norm: str = "gn",
         spectral_norm: bool = False,
@@ -76,7 +76,7 @@ class DinoDiscriminator(Discriminator):
                     nn.utils.spectral_norm(module)
 
     @property
-    def dino(self) -> Dino:
+    def dino(self) -> DINOv2:
         """The frozen feature extractor."""
         return self._frozen[0]
 
@@ -167,7 +167,7 @@ def build(
         UserError: no such kind or norm; the DINOv2 file is missing.
     """
     if kind == "dino":
-        return DinoDiscriminator(Dino.from_file(dino), norm=norm, spectral_norm=spectral_norm)
+        return DinoDiscriminator(DINOv2.from_file(dino), norm=norm, spectral_norm=spectral_norm)
     if kind == "patch":
         return PatchDiscriminator(width, layers)
     raise UserError(f"There is no discriminator {kind!r}." + did_you_mean(kind, ("dino", "patch")))

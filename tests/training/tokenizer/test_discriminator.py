@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.frozen.dinov2 import Dino
+from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.training.tokenizer.diff_augment import augment
 from open_unitok.training.tokenizer.discriminator import (
     DinoDiscriminator,
@@ -44,7 +44,7 @@ def test_golden_input_gradient(small_discriminator, values, numbers, size):
 @pytest.mark.parametrize("norm, spectral_norm", [("gn", False), ("bn", False), ("gn", True)])
 def test_names_of_the_published_files(golden, norm, spectral_norm):
     keys = json.loads((golden / "losses" / "loss_nets_keys.json").read_text())
-    dino = Dino()
+    dino = DINOv2()
     wanted = keys[f"disc_norm={norm},specnorm={spectral_norm}"]
     model = DinoDiscriminator(dino, norm=norm, spectral_norm=spectral_norm)
     assert {n: list(t.shape) for n, t in model.state_dict().items()} == wanted["keys"]
@@ -87,7 +87,7 @@ def test_dino_reads_the_layout_of_transformers(small_dino, tmp_path):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     theirs.save_pretrained(tmp_path)
-    dino = Dino.from_file(tmp_path, heads=2)
+    dino = DINOv2.from_file(tmp_path, heads=2)
     image = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         wanted = theirs(image, output_hidden_states=True).hidden_states
@@ -103,12 +103,12 @@ def test_dino_file(small_dino, tmp_path):
     dino = small_dino()
     weights = dino.state_dict() | {"mask_token": torch.zeros(1, 64)}
     torch.save(weights, tmp_path / "dinov2_vits14_pretrain.pth")
-    loaded = Dino.from_file(tmp_path, heads=2)
+    loaded = DINOv2.from_file(tmp_path, heads=2)
     image = torch.randn(1, 3, 28, 42)
     assert torch.equal(loaded(image, (3,))[0], dino(image, (3,))[0])
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="no DINOv2"):
-        Dino.from_file(tmp_path / "other.pth")
+    with pytest.raises(UserError, match="not a DINOv2"):
+        DINOv2.from_file(tmp_path / "other.pth")
 
 
 def test_grouped_batch_norm():
