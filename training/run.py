@@ -8,7 +8,7 @@ from .core import config as configs
 from .core.options import RunConfig
 
 # stage -> (module and class of its config, module of its loop); the loop's module is imported only to train
-STAGES = {
+TRAINING_STAGES = {
     "tokenizer": ("tokenizer.config", "TokenizerRunConfig", "tokenizer.train"),
     "mllm": ("mllm.config", "MLLMRunConfig", "mllm.train"),
 }
@@ -22,9 +22,9 @@ def load_run_config(path: str, overrides: list[str]) -> RunConfig:
     """
     raw = configs.read_yaml(path, overrides)
     stage = raw.get("stage")
-    if stage not in STAGES:
-        hint = did_you_mean(str(stage), STAGES)
+    if stage not in TRAINING_STAGES:
+        hint = did_you_mean(str(stage), TRAINING_STAGES)
         raise UserError(f"{path}: stage is {stage!r}.{hint}")
-    module, name, _ = STAGES[stage]
+    module, name, _ = TRAINING_STAGES[stage]
     cls = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     return configs.build_config(cls, raw)

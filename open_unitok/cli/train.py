@@ -5,7 +5,7 @@ import importlib
 
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.run_dir import RunDir
-from open_unitok.training.run import STAGES, load_run_config
+from open_unitok.training.run import TRAINING_STAGES, load_run_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> None:
     if folder.finished:
         print(f"{config.out} is finished: {folder.model}")
         return
-    stage = importlib.import_module(f"open_unitok.training.{STAGES[config.stage][2]}")
+    stage = importlib.import_module(f"open_unitok.training.{TRAINING_STAGES[config.stage][2]}")
     try:
         stage.main(config, folder)
     except UserError:

@@ -135,8 +135,8 @@ def lpips(formula):
 
 
 @pytest.fixture
-def recorded_look(values):
-    """(step, number) -> the draws of that call of DiffAug in the golden training steps."""
+def recorded_noise(values):
+    """(step, number) -> the noise of that call of DiffAugment in the golden training steps."""
 
     def pick(step: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         return values[f"train.step{step}.rand{2 * number}"], values[f"train.step{step}.rand{2 * number + 1}"]

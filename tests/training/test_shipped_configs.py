@@ -11,7 +11,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.convert import state_to_published
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.training.run import load_run_config
-from open_unitok.training.tokenizer.model import build_model, caption_tokenizer
+from open_unitok.training.tokenizer.model import build_model, load_caption_tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
 RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nstage:" in p.read_text())
@@ -118,13 +118,13 @@ def test_lpips_rejects_small_images(data, helpers, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["train", str(data / "config.yaml"), f"out={tmp_path}/run",
               f"losses={{lpips: 1.0, lpips_weights: {helpers}}}"])  # fmt: skip
-    assert "it needs 48" in capsys.readouterr().err
+    assert "48 pixels or more" in capsys.readouterr().err
 
 
 def test_init_from_clip(data, tmp_path):
     """CLIP weights replace both towers and nothing else; a file that lacks part of them is rejected."""
     config = str(data / "config.yaml")
-    captions = caption_tokenizer(load_run_config(config, []))
+    captions = load_caption_tokenizer(load_run_config(config, []))
     source, plain = (build_model(load_run_config(config, [f"seed={seed}"]), captions) for seed in (1, 0))
     prefixes = {"encoder.": "visual.trunk.", "text_encoder.": "text."}
     weights = {

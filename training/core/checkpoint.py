@@ -21,7 +21,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, sha256, write_json
 
-MANIFEST = "training_state/manifest.json"
+CHECKPOINT_MANIFEST = "training_state/manifest.json"
 
 
 class Checkpoints:
@@ -164,17 +164,17 @@ def seal(path: Path) -> None:
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
             files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(path / MANIFEST, {"files": files})
+    write_json(path / CHECKPOINT_MANIFEST, {"files": files})
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None if it is whole."""
-    if not (path / MANIFEST).exists():
-        return f"{MANIFEST} is missing"
+    if not (path / CHECKPOINT_MANIFEST).exists():
+        return f"{CHECKPOINT_MANIFEST} is missing"
     try:
-        files = read_json(path / MANIFEST)["files"]
+        files = read_json(path / CHECKPOINT_MANIFEST)["files"]
     except (UserError, KeyError, TypeError):
-        return f"{MANIFEST} is not readable"
+        return f"{CHECKPOINT_MANIFEST} is not readable"
     for name, known in files.items():
         file = path / name
         if not file.exists():

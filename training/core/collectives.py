@@ -1,4 +1,8 @@
-"""Sums and joins over ranks that a gradient flows through; with one rank they do nothing."""
+"""all_gather and all_reduce with gradients; no-ops on one rank.
+
+torch.distributed.nn.functional has both, but torch 2.13 deprecates it (a FutureWarning per call) in favour of
+a private module, and on gloo the backward pass of its all_gather sends one scatter per rank.
+"""
 
 from typing import Any
 
@@ -9,26 +13,26 @@ from torch import Tensor
 from open_unitok.core import distributed
 
 
-def joined(tensor: Tensor) -> Tensor:
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
     """(B, ...) of every rank, the same B on each -> (ranks * B, ...) in rank order.
 
-    Each rank's gradient of all parts is summed and sent back to the part's owner: with the mean of the ranks'
-    losses, that is the gradient of one process with the whole batch.
+    A rank's gradient is the sum over ranks of the gradients of its part: with the mean of the ranks' losses,
+    that is the gradient of one process with the whole batch.
     """
-    return tensor if distributed.world_size() == 1 else _Join.apply(tensor)
+    return tensor if distributed.world_size() == 1 else _AllGather.apply(tensor)
 
 
-def summed(tensor: Tensor) -> Tensor:
-    """The sum over ranks, the same on each; gradients are summed likewise."""
-    return tensor if distributed.world_size() == 1 else _Sum.apply(tensor)
+def all_reduce_with_grad(tensor: Tensor) -> Tensor:
+    """Sum over ranks; gradients are summed over ranks too."""
+    return tensor if distributed.world_size() == 1 else _AllReduce.apply(tensor)
 
 
-def averaged(tensor: Tensor) -> Tensor:
-    """The mean over ranks; see `summed`."""
-    return summed(tensor) / distributed.world_size()
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Mean over ranks, with gradients; see `all_reduce_with_grad`."""
+    return all_reduce_with_grad(tensor) / distributed.world_size()
 
 
-class _Join(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         parts = [torch.empty_like(tensor) for _ in range(distributed.world_size())]
@@ -37,12 +41,13 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # a reduce-scatter; gloo has all_reduce alone on every version
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(distributed.world_size())[distributed.rank()]
 
 
-class _Sum(torch.autograd.Function):
+class _AllReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         total = tensor.contiguous().clone()

@@ -247,7 +247,7 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
-def differences(
+def config_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = CHANGEABLE_KEYS
 ) -> list[str]:
     """ "key: old -> new" for every key that differs, those in `free` (and below) left out."""

@@ -48,7 +48,7 @@ def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decode
 
 
 # in the order in which a step runs through them
-PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
+_PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
 
 
 class TokenCounts(NamedTuple):
@@ -69,7 +69,7 @@ class MLLMFlops:
     """
 
     def __init__(self, model: Any):
-        self.weights, self.trained = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
+        self.weights, self.trained = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0)
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 part = name.partition(".")[0]
@@ -91,7 +91,7 @@ class MLLMFlops:
             self._depth_pairs(work) * self.depth_pair_cost,
         )
         total, learnt_before = 0.0, False
-        for part, count, attention in zip(PARTS, uses, pairs):
+        for part, count, attention in zip(_PARTS, uses, pairs):
             forward = 2 * count * self.weights[part] + attention
             total += forward
             learnt_here = self.trained[part] > 0

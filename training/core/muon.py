@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 MOMENTUM = 0.95
-RMS = 0.2  # of an update's entries where the learning rate is 1: about AdamW's
-STEPS = 5  # of Newton and Schulz
+UPDATE_RMS = 0.2  # of an update's entries where the learning rate is 1: about AdamW's
+NEWTON_SCHULZ_STEPS = 5  # of Newton and Schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Of the two-dimensional weights these are AdamW's: tables of embeddings, and layers that end in logits.
 NOT_HIDDEN = ("embed_tokens", "embedding", "lm_head", "depth_head.output")
@@ -70,7 +70,7 @@ class Muon(torch.optim.AdamW):
             ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
             updates = orthogonalise(torch.stack(ahead))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            rate = -group["lr"] * RMS * math.sqrt(max(rows, columns))
+            rate = -group["lr"] * UPDATE_RMS * math.sqrt(max(rows, columns))
             torch._foreach_add_(parameters, list(updates.unbind()), alpha=rate)
 
 
@@ -80,7 +80,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     x = matrices.mT if turned else matrices
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
     a, b, c = COEFFICIENTS
-    for _ in range(STEPS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if turned else x).to(matrices.dtype)

@@ -12,7 +12,7 @@ from open_unitok.core import distributed
 
 from .options import ProfileOptions, RunConfig
 
-ROWS = 40  # of the table
+_TABLE_ROWS = 40  # of the table
 
 
 class Profiler:
@@ -41,7 +41,7 @@ class Profiler:
         name = f"steps-{self.options.start + 1}-{step}"
         found.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table: Any = found.key_averages().table(sort_by=order, row_limit=ROWS)
+        table: Any = found.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
         (self.folder / f"{name}.txt").write_text(table, encoding="utf-8")
 
     def close(self) -> None:

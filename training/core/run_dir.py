@@ -17,7 +17,7 @@ import yaml
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, read_json, write_atomic, write_json
 
-from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, differences, to_dict, to_yaml
+from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, config_differences, to_dict, to_yaml
 from .options import RunConfig
 
 # Packages whose version can change a number.
@@ -63,7 +63,7 @@ class RunDir:
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
             free = (*CHANGEABLE_KEYS, *CHANGEABLE_IN_STAGE.get(config.stage, ()))
-            changed = differences(_resolved(old, config), to_dict(config), free)
+            changed = config_differences(_resolved(old, config), to_dict(config), free)
             if changed:
                 last = max(path.glob("checkpoints/step-*"), default=path / "model")
                 remedy = f"init_from={last} begins with its weights"

@@ -5,15 +5,15 @@ import re
 
 from open_unitok.core.errors import UserError, did_you_mean
 
-KINDS = ("cos", "lin", "lin0", "lin00", "lin<THRESHOLD>", "exp", "constant")
+SCHEDULE_KINDS = ("cos", "lin", "lin0", "lin00", "lin<THRESHOLD>", "exp", "constant")
 
 
 def check_schedule_kind(kind: str) -> None:
     """Raises UserError if there is no such schedule; `lin0.3` falls in two slopes that meet at 0.3."""
-    if kind in KINDS and kind != "lin<THRESHOLD>":
+    if kind in SCHEDULE_KINDS and kind != "lin<THRESHOLD>":
         return
     if _threshold(kind) is None:
-        raise UserError(f"schedule.kind is {kind!r}.{did_you_mean(kind, KINDS)}")
+        raise UserError(f"schedule.kind is {kind!r}.{did_you_mean(kind, SCHEDULE_KINDS)}")
 
 
 def lr_multiplier(

@@ -1,4 +1,4 @@
-"""The config of stage 1, the visual tokenizer (arXiv 2502.20321, section 3 and 4.1); imports no torch."""
+"""Config of the tokenizer stage (arXiv 2502.20321, sections 3 and 4.1); imports no torch."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,11 +10,12 @@ from ..core.options import Optimizer, RunConfig, Schedule, ShardOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """From a tar's sample to (pixels, caption).
+    """Decoding of a tar's sample to (pixels, caption).
 
-    A random rectangle of `crop_scale` of the area and `crop_ratio` width/height is resized to the model's
-    image_size; [1, 1] twice takes the image as it is. `captions`: "txt" reads key.txt, "json" draws one of
-    key.json's "captions".
+    Attributes:
+        crop_scale, crop_ratio: area share and width/height of a random crop, which is resized to the model's
+            image_size; [1, 1] twice takes the central square.
+        captions: "txt" reads key.txt, "json" samples one of key.json's "captions".
     """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -24,18 +25,22 @@ class ImageOptions:
     def check(self) -> None:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
-            raise UserError(f"images.crop_scale is {list(self.crop_scale)}: 0 < low <= high <= 1.")
+            raise UserError(f"images.crop_scale is {list(self.crop_scale)}: expected 0 < low <= high <= 1.")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
-            raise UserError(f"images.crop_ratio is {list(self.crop_ratio)}: 0 < low <= high.")
+            raise UserError(f"images.crop_ratio is {list(self.crop_ratio)}: expected 0 < low <= high.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossWeights:
-    """Weights of the summed losses, published values but for `adversarial`; 0 leaves a loss out.
+    """Weights of the summed losses by name, with the published values but for `adversarial`; 0 omits a loss.
 
-    `entropy` makes the codes of a batch varied and each one certain; `clip` contrasts images with captions;
-    `lpips` needs `lpips_weights` (a file, a folder that holds it, or a hub id); `adversarial` (published:
-    0.4) is what a discriminator adds, see `DiscriminatorOptions`.
+    Attributes:
+        vq: the quantiser's codebook and commitment loss.
+        entropy: the quantiser's entropy loss: varied codes over the batch, a certain choice for each latent.
+        clip: contrast between images and captions.
+        lpips: perceptual loss; needs `lpips_weights` (a file, a folder that holds it, or a hub id).
+        adversarial: generator loss of a GAN (published: 0.4), see `DiscriminatorOptions`.
+        extra: loss name -> weight, for further losses of other quantisers.
     """
 
     l1: float = 0.2
@@ -46,32 +51,52 @@ class LossWeights:
     lpips: float = 1.0
     lpips_weights: str | None = None
     adversarial: float = 0.0
+    extra: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
-        for name in ("l1", "l2", "vq", "entropy", "clip", "lpips", "adversarial"):
-            if getattr(self, name) < 0:
-                raise UserError(f"losses.{name} is {getattr(self, name)}: zero or more.")
+        for name, weight in {**self.by_name(), "adversarial": self.adversarial}.items():
+            if weight < 0:
+                raise UserError(f"losses.{name} is {weight}: it must be 0 or more.")
+        own = {field.name for field in dataclasses.fields(self)}
+        for name in self.extra:
+            if name in own:
+                raise UserError(f"losses.extra has {name!r}, which has a key of its own: set losses.{name}.")
         if self.lpips > 0 and self.lpips_weights is None:
             raise UserError(
                 f"losses.lpips is {self.lpips}, but losses.lpips_weights is not set: name the file "
                 "lpips_with_vgg.pth, or set losses.lpips to 0."
             )
 
+    def by_name(self) -> dict[str, float]:
+        """Loss name -> weight, without `adversarial`, whose weight changes from step to step."""
+        return {name: getattr(self, name) for name in (*RECONSTRUCTION, "vq", "entropy", "clip")} | self.extra
+
+
+RECONSTRUCTION = ("l1", "l2", "lpips")  # the losses that the adaptive GAN weight balances
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiscriminatorOptions:
-    """Who judges the reconstructions where losses.adversarial > 0; constants as published, times in steps.
+    """The discriminator of runs with losses.adversarial > 0; constants as published, times in steps.
 
-    `kind`: "dino" trains small heads on a frozen DINOv2 whose `weights` are a file, a folder or a hub id;
-    "patch" trains `layers` strided convolutions from `width` channels on, from scratch. `norm` and
-    `spectral_norm` are of the heads: "gn" group norm, "bn" batch norm over groups of 8 of
-    a micro-batch (how it is cut then matters), "sbn" over all ranks.
-    `loss`: what tells real from reconstructed. `adaptive`: the adversarial term is scaled until it moves the
-    decoder's last layer as much as the reconstruction losses do, within limits that the number chooses
-    (`losses.LIMITS`); null leaves it unscaled. `consistency`: weight of judging an image and its strong
-    augmentation alike. `augment`: chance of each augmentation; `cutout`: side of the box that it blanks.
-    Nothing happens before step `start`; then the term rises over `warmup` steps, while a blur of what is
-    judged fades over twice as many. `schedule` counts from `start`.
+    Attributes:
+        kind: "dino" trains small heads on a frozen DINOv2; "patch" a PatchGAN from scratch.
+        weights: of the DINOv2: a file, a folder or a hub id.
+        norm: of the heads: "gn" group norm, "bn" batch norm over groups of 8 of a micro-batch (results then
+            depend on the micro-batch size), "sbn" batch norm over all ranks.
+        spectral_norm: of the heads' convolutions.
+        width, layers: channels of the first and number of strided convolutions of a PatchGAN.
+        loss: discriminator loss.
+        adaptive: scales the generator loss until its gradient at the decoder's last layer is as long as that
+            of the reconstruction losses (VQGAN), the factor clamped to [0, 1e4] ("vqgan"), [0.015, 1e4]
+            ("floor", published), [0.1, 10] ("narrow") or [0.015, 1.5] ("capped"); "sqrt" is the square root
+            of "vqgan". null does not scale it.
+        consistency: weight of the consistency regularisation (bCR).
+        augment: probability of each augmentation.
+        cutout: side of the box that cutout blanks, as a share of the image's.
+        start: first step of the GAN; `schedule` counts from it.
+        warmup: steps in which the generator loss reaches its weight, from `start`; in twice as many a blur of
+            the discriminator's inputs fades.
     """
 
     kind: Literal["dino", "patch"] = "dino"
@@ -81,7 +106,7 @@ class DiscriminatorOptions:
     width: int = 32
     layers: int = 3
     loss: Literal["hinge", "softplus", "linear"] = "hinge"
-    adaptive: Literal[0, 1, 2, 3, 4] | None = 1
+    adaptive: Literal["vqgan", "floor", "narrow", "sqrt", "capped"] | None = "floor"
     consistency: float = 4.0
     augment: float = 1.0
     cutout: float = 0.2
@@ -95,20 +120,22 @@ class DiscriminatorOptions:
     def check(self) -> None:
         for name in ("consistency", "start", "warmup"):
             if getattr(self, name) < 0:
-                raise UserError(f"discriminator.{name} is {getattr(self, name)}: zero or more.")
+                raise UserError(f"discriminator.{name} is {getattr(self, name)}: it must be 0 or more.")
         for name in ("augment", "cutout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"discriminator.{name} is {getattr(self, name)}: between 0 and 1.")
+                raise UserError(f"discriminator.{name} is {getattr(self, name)}: it must be from 0 to 1.")
         if self.width < 1 or self.layers < 1:
-            raise UserError("discriminator.width and discriminator.layers are 1 or more.")
+            raise UserError("discriminator.width and discriminator.layers must be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookOptions:
-    """Keeping all entries in use.
+    """Keeping codebook entries in use.
 
-    `init_images` > 0: entries begin as encoder outputs of that many images. `reset_after` > 0: an entry not
-    hit for so many steps is moved onto an encoder output, during the first `reset_share` of the run.
+    Attributes:
+        init_images: initialise the entries with encoder outputs of this many images; 0: at random.
+        reset_after: reset an entry that was not hit for this many steps to an encoder output; 0: never.
+        reset_share: share of the run, from its start, in which entries are reset.
     """
 
     init_images: int = 0
@@ -117,14 +144,14 @@ class CodebookOptions:
 
     def check(self) -> None:
         if self.init_images < 0 or self.reset_after < 0:
-            raise UserError("codebooks.init_images and codebooks.reset_after are 0 (never) or more.")
+            raise UserError("codebooks.init_images and codebooks.reset_after must be 0 (never) or more.")
         if not 0 <= self.reset_share <= 1:
-            raise UserError(f"codebooks.reset_share is {self.reset_share}: between 0 and 1.")
+            raise UserError(f"codebooks.reset_share is {self.reset_share}: it must be from 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRunConfig(RunConfig):
-    """A run of stage 1.
+    """A run of the tokenizer stage.
 
     Attributes:
         model: `size` (a named size) and any field of UniTokConfig; may be omitted with `init_from` and
@@ -172,28 +199,30 @@ class TokenizerRunConfig(RunConfig):
                 "vocabulary or a sentencepiece model, or set losses.clip to 0."
             )
         if not 0 < self.reconstruct_share <= 1:
-            raise UserError(f"reconstruct_share is {self.reconstruct_share}: above 0, up to 1.")
+            raise UserError(
+                f"reconstruct_share is {self.reconstruct_share}: it must be above 0 and at most 1."
+            )
         if self.ema is not None and not 0 < self.ema < 1:
-            raise UserError(f"ema is {self.ema}: between 0 and 1, or null for none.")
+            raise UserError(f"ema is {self.ema}: it must be between 0 and 1, or null for none.")
         if self.freeze and not self.init_from:
             raise UserError(
-                f"freeze is {self.freeze} without init_from: frozen random weights learn nothing."
+                f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
         if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.reset_after):
             raise UserError(
-                "freeze holds quantizer, but codebooks.init_images or codebooks.reset_after would move its "
-                "entries: set both to 0."
+                "freeze holds quantizer, but codebooks.init_images or codebooks.reset_after would change "
+                "its entries: set both to 0."
             )
         if self.init_from and self.init_from_clip:
-            raise UserError("init_from and init_from_clip both say how to begin: keep one of them.")
+            raise UserError("init_from and init_from_clip both initialise the model: keep one of them.")
         if self.engine.zero_stage == 3:
             raise UserError(
-                "engine.zero_stage 3 is for the MLLM: the tokenizer's codebooks stay whole, take 0 to 2."
+                "engine.zero_stage is 3: the tokenizer stage cannot partition its codebooks, use 0 to 2."
             )
         if self.losses.adversarial > 0:
-            self._check_adversary()
+            self._check_gan()
 
-    def _check_adversary(self) -> None:
+    def _check_gan(self) -> None:
         if self.discriminator.kind == "dino" and not self.discriminator.weights:
             raise UserError(
                 f"losses.adversarial is {self.losses.adversarial}, but discriminator.weights is not set: "
@@ -206,7 +235,7 @@ class TokenizerRunConfig(RunConfig):
             self.losses.l1 or self.losses.l2 or self.losses.lpips
         ):
             raise UserError(
-                "discriminator.adaptive weighs the adversarial term against l1, l2 and lpips, which are all "
+                "discriminator.adaptive balances losses.adversarial against l1, l2 and lpips, which are all "
                 "0: set one of them, or discriminator.adaptive=null."
             )
         if self.discriminator.start >= self.steps:

@@ -1,4 +1,5 @@
-"""From a sample of a tar to pixels and caption ids, augmented as published (arXiv 2502.20321, section 4.1).
+"""Data of the tokenizer stage: samples of tars to pixels and caption ids, with the published augmentation
+(arXiv 2502.20321, section 4.1).
 
 B batch, S side of the square training image, T text positions.
 """
@@ -15,57 +16,71 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.images import load_image
 
+from ..core.options import ShardOptions
+from ..data.shards import ShardStream
 from ..data.tar_index import BadSample, Record
 from .config import ImageOptions
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-REMEMBERED = 2**26  # bytes of images that, taken as they are, need to be decoded only once
+CACHE_BYTES = 2**26  # of decoded images, which a run without random crops keeps
 
 
 class Pair(NamedTuple):
-    """One image, uint8 (S, S, 3), and its caption ("" where none is learnt)."""
+    """One image, uint8 (S, S, 3), and its caption ("" without the contrastive loss)."""
 
-    picture: np.ndarray
+    image: np.ndarray
     caption: str
 
 
+def build_pair_stream(
+    shards: ShardOptions,
+    images: ImageOptions,
+    image_size: int,
+    captions: bool,
+    seed: int,
+    micro_batch: int,
+    rank: int = 0,
+    ranks: int = 1,
+) -> ShardStream:
+    """The endless stream of pairs of one rank."""
+    decoder = PairDecoder(images, image_size, captions)
+    return ShardStream(shards, decoder, seed=seed, micro_batch=micro_batch, rank=rank, ranks=ranks)
+
+
 class PairDecoder:
-    """Decodes records into pairs; a class, so that it reaches spawned workers."""
+    """Decodes records into pairs; a class, because spawned workers pickle it."""
 
     def __init__(self, options: ImageOptions, size: int, captions: bool):
         self.options = options
         self.size = size
         self.captions = captions
         self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
-        self._known: dict[tuple[str, int, int], np.ndarray] = {}
+        self._cache: dict[tuple[str, int, int], np.ndarray] = {}
 
     def __call__(self, record: Record, rng: random.Random) -> Pair:
-        """Raises BadSample where image or caption is missing or unreadable."""
+        """Raises BadSample if image or caption is missing or unreadable."""
         extension = next((e for e in EXTENSIONS if e in record.members), None)
         if extension is None:
             raise BadSample(f"has no image (.{', .'.join(EXTENSIONS)})")
-        place = (record.tar, *record.members[extension])
-        picture = self._known.get(place)
-        if picture is None:
+        key = (record.tar, *record.members[extension])
+        pixels = self._cache.get(key)
+        if pixels is None:
             try:
                 image = load_image(record.read(extension))
             except UserError as error:
                 raise BadSample(str(error)) from error
-            picture = np.asarray(self._crop(image, rng))
-            if self.whole and len(self._known) * picture.nbytes < REMEMBERED:
-                self._known[place] = picture
-        return Pair(picture, self._caption(record, rng) if self.captions else "")
+            pixels = np.asarray(self._crop(image, rng))
+            if self.whole and len(self._cache) * pixels.nbytes < CACHE_BYTES:
+                self._cache[key] = pixels
+        return Pair(pixels, self._caption(record, rng) if self.captions else "")
 
     def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
         size = (self.size, self.size)
         if self.whole:
             if image.size == size:
                 return image
-            left, top, side = (
-                (image.width - min(image.size)) / 2,
-                (image.height - min(image.size)) / 2,
-                min(image.size),
-            )
+            side = min(image.size)
+            left, top = (image.width - side) / 2, (image.height - side) / 2
             return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
         left, top, width, height = crop_box(
             *image.size, self.options.crop_scale, self.options.crop_ratio, rng
@@ -86,7 +101,7 @@ def crop_box(
 ) -> tuple[int, int, int, int]:
     """(left, top, width, height) of a random crop: area share from `scale`, log-uniform aspect from `ratio`.
 
-    Ten tries; then the largest central crop whose aspect is allowed.
+    After ten failed attempts, the largest central crop whose aspect is allowed.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -99,11 +114,11 @@ def crop_box(
     return (width - w) // 2, (height - h) // 2, w, h
 
 
-def decoded_first(count: int, share: float) -> tuple[list[int], int]:
-    """The places of a micro-batch of `count` images with those to decode in front, and how many these are.
+def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:
+    """Positions of a micro-batch of `count` images, those to decode first, and how many these are.
 
-    They stand at equal distances: where `share` of a micro-batch is a whole number, the same images of the
-    global batch are decoded however it is split.
+    They are equally spaced: if `share` of a micro-batch is a whole number, the same images of the global
+    batch are decoded however it is split.
     """
     decoded = max(1, math.ceil(round(count * share, 6)))
     chosen = [number * count // decoded for number in range(decoded)]
@@ -114,7 +129,7 @@ class PairCollate:
     """Pairs -> {"image": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}, those to decode first.
 
     Args:
-        share: see `decoded_first`.
+        share: see `order_decoded_first`.
     """
 
     def __init__(self, tokenize: Callable[[list[str]], torch.Tensor] | None, share: float = 1.0):
@@ -122,22 +137,25 @@ class PairCollate:
         self.share = share
 
     def __call__(self, pairs: list[Pair]) -> dict[str, Any]:
-        pairs = [pairs[place] for place in decoded_first(len(pairs), self.share)[0]]
+        pairs = [pairs[position] for position in order_decoded_first(len(pairs), self.share)[0]]
         captions = [pair.caption for pair in pairs]
         return {
-            "image": torch.from_numpy(np.stack([pair.picture for pair in pairs])),
+            "image": torch.from_numpy(np.stack([pair.image for pair in pairs])),
             "token_ids": self.tokenize(captions) if self.tokenize else None,
         }
 
 
-def to_pixels(picture: torch.Tensor, device: torch.device) -> torch.Tensor:
+def pixels_from_uint8(images: torch.Tensor, device: torch.device) -> torch.Tensor:
     """uint8 (B, S, S, 3) -> float (B, 3, S, S) in [-1, 1] on the device."""
-    moved = picture.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     return moved.float().div_(255).sub_(0.5).div_(0.5)
 
 
-def grid_image(originals: torch.Tensor, copies: torch.Tensor, columns: int = 8) -> np.ndarray:
-    """(B, 3, S, S) pixels twice -> uint8 (2S, columns*S, 3): originals above their reconstructions."""
-    rows = [torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (originals, copies)]
-    picture = torch.cat(rows, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()
-    return picture.permute(1, 2, 0).numpy()
+def reconstruction_grid(pixels: torch.Tensor, reconstruction: torch.Tensor, columns: int = 8) -> np.ndarray:
+    """uint8 (2S, columns*S, 3): the first originals above their reconstructions, both (B, 3, S, S) pixels."""
+    columns = min(columns, len(reconstruction))
+    rows = [
+        torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (pixels, reconstruction)
+    ]
+    grid = torch.cat(rows, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()
+    return grid.permute(1, 2, 0).numpy()

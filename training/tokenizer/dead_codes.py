@@ -1,67 +1,85 @@
-"""Keeping every codebook entry in use: begin on encoder outputs, and move unused entries onto them.
+"""Keeping codebook entries in use: data-dependent codebook initialisation, and dead-code reset.
 
-B batch, N visual tokens, K sub-codebooks, V entries per sub-codebook, C width of one code, R = B*N rows.
+B batch, N visual tokens, K codes per token, V entries per code, C width of a codebook row, R = B*N tokens.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from open_unitok.core import distributed
+from open_unitok.core.errors import UserError
+from open_unitok.tokenizer import Quantizer, UniTok
 
-from ..core import deepspeed_engine as engine
+from ..core import deepspeed_engine
 from ..data import seeding
-from .config import CodebookOptions
 
 
-def init_codebooks(codebooks: nn.Parameter, latents: torch.Tensor, seed: int) -> None:
-    """Set all entries to rows of encoder outputs, drawn for each sub-codebook on its own.
+@torch.no_grad()
+def init_codebooks(model: UniTok, pixels: Tensor, seed: int) -> None:
+    """Set all codebook entries to encoder outputs of (B, 3, S, S) pixels, the same on every rank."""
+    model.eval()
+    latents = torch.cat([model.encode_latents(piece) for piece in pixels.split(64)])
+    init_codebooks_from_latents(model.quantizer, latents.flatten(0, 1), seed)
+
+
+@torch.no_grad()
+def init_codebooks_from_latents(quantizer: Quantizer, latents: Tensor, seed: int) -> None:
+    """Set all entries to rows of (R, latent_dim) latents, sampled for each of the K codes on its own.
+
+    Where R < V, rows are repeated with a little noise.
+    """
+    codebooks = _codebooks(quantizer)
+    books, entries, width = codebooks.shape
+    rows = quantizer.split(latents)
+    values = []
+    for book in range(books):
+        generator = seeding.torch_generator(seed, "init codebook", book)
+        order = torch.randperm(len(rows), generator=generator)
+        repeated = torch.randint(len(rows), (max(0, entries - len(rows)),), generator=generator)
+        chosen = torch.cat([order[:entries], repeated]).to(rows.device)
+        noise = torch.randn(entries, width, generator=generator).to(rows.device) * 0.01
+        noise[: min(entries, len(rows))] = 0
+        values.append(rows[chosen, book] + noise)
+    every = torch.ones(codebooks.shape[:2], dtype=torch.bool, device=codebooks.device)
+    quantizer.reset_codes(every, torch.cat(values))
+
+
+class DeadCodes:
+    """Finds entries that no latent chose for `reset_after` steps and moves them onto current latents.
+
+    Random numbers are keyed by (seed, step) and by position in the global batch: any number of ranks resets
+    the same entries to the same values.
 
     Args:
-        codebooks: (K, V, C).
-        latents: (R, K*C), the same on every rank; where R < V rows come again with a little noise.
-    """
-    books, entries, width = codebooks.shape
-    rows = F.normalize(latents.float().unflatten(-1, (books, width)), dim=-1)
-    with torch.no_grad():
-        for book in range(books):
-            generator = seeding.torch_generator(seed, "init codebook", book)
-            order = torch.randperm(len(rows), generator=generator)
-            again = torch.randint(len(rows), (max(0, entries - len(rows)),), generator=generator)
-            picked = torch.cat([order[:entries], again]).to(rows.device)
-            noise = torch.randn(entries, width, generator=generator).to(rows.device) * 0.01
-            noise[: min(entries, len(rows))] = 0
-            codebooks[book] = (rows[picked, book] + noise).to(codebooks)
-
-
-class Restarts:
-    """Moves entries that no latent chose for `reset_after` steps onto latents of the current batch.
-
-    A hook on the quantiser sees latents and codes. Draws are keyed by (seed, step) and by place in the
-    global batch: any number of ranks decides alike.
+        reset_after: steps without a hit; 0 turns resets off.
+        last_step: the last step with a reset.
 
     Attributes:
-        order: places in the micro-batch of the images that come next, where they were put in another order.
+        order: images of the coming micro-batch by their position in the batch before it was reordered.
     """
 
     order: Sequence[int] | None = None
 
-    def __init__(self, quantizer: nn.Module, options: CodebookOptions, steps: int, seed: int):
-        self.codebooks: nn.Parameter = quantizer.codebooks  # type: ignore[assignment]
-        self.after = options.reset_after
-        self.until = round(options.reset_share * steps) if self.after else 0
+    def __init__(self, quantizer: Quantizer, reset_after: int, last_step: int, seed: int):
+        self.quantizer = quantizer
+        self.reset_after = reset_after
+        self.last_reset = last_step if reset_after else 0
         self.seed = seed
         self.step = 0
-        self.last_hit = torch.zeros(self.codebooks.shape[:2], dtype=torch.int32, device=self.codebooks.device)
-        self._latents: torch.Tensor | None = None
-        if self.until:
-            quantizer.register_forward_hook(self._see)
+        self.last_hit = torch.zeros_like(quantizer.usage, dtype=torch.int32)  # (K, V)
+        self._latents: Tensor | None = None
+        if self.last_reset:
+            _codebooks(quantizer)
+            # the latents do not leave the model: only a hook sees them beside their codes
+            quantizer.register_forward_hook(self._record)
 
-    def _see(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
-        if self.step >= self.until or not torch.is_grad_enabled():
+    def _record(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        # gradient checkpointing runs the forward pass twice, first without gradients
+        if self.step >= self.last_reset or not torch.is_grad_enabled():
             return
         self._latents = inputs[0].detach()
         if self.order is not None:
@@ -69,48 +87,61 @@ class Restarts:
         books = torch.arange(output.codes.shape[-1], device=output.codes.device)
         self.last_hit[books.expand_as(output.codes), output.codes] = self.step + 1
 
-    def after_step(self, step: int, deepspeed_engine: Any) -> torch.Tensor | None:
-        """Call when `step` steps are done: now and then, unused entries move.
+    def reset_codes(self, step: int, engine: Any) -> Tensor | None:
+        """Reset dead entries after `step` optimiser steps, ten times per `reset_after` steps.
 
         Returns:
-            (K, V) bool, True where an entry moved; None if none did.
+            (K, V) bool, True where an entry was reset; None if none was.
         """
         self.step = step
-        if step > self.until or not self.after or step % max(1, self.after // 10) or self._latents is None:
+        due = self.reset_after and step % max(1, self.reset_after // 10) == 0
+        if not due or step > self.last_reset or self._latents is None:
             return None
         if distributed.world_size() > 1:
+            # an entry is dead only if no rank used it
             torch.distributed.all_reduce(self.last_hit, op=torch.distributed.ReduceOp.MAX)
-        unused = step - self.last_hit >= self.after
-        count = int(unused.sum())
+        dead = step - self.last_hit >= self.reset_after
+        count = int(dead.sum())
         if count:
-            owners = unused.nonzero()[:, 0]
+            books = dead.nonzero()[:, 0]
+            # the key word is part of every run's random numbers: it stays
             generator = seeding.torch_generator(self.seed, "restart", step)
-            values = self._rows(torch.randint(2**62, (count,), generator=generator), owners)
-            engine.overwrite_rows(deepspeed_engine, self.codebooks, unused, values)
-            self.last_hit[unused] = step
+            rows = self._latent_rows(torch.randint(2**62, (count,), generator=generator), books)
+            self.quantizer.reset_codes(dead, rows, partial(deepspeed_engine.overwrite_rows, engine))
+            self.last_hit[dead] = step
         self._latents = None
-        return unused if count else None
+        return dead if count else None
 
-    def _rows(self, picked: torch.Tensor, books: torch.Tensor) -> torch.Tensor:
-        """(n, C) normalised chunks of the global batch: row `picked` (modulo their number) of each book."""
+    def _latent_rows(self, numbers: Tensor, books: Tensor) -> Tensor:
+        """(n, C) rows of the global batch's latents: token `numbers` (modulo their count), code `books`."""
         assert self._latents is not None
-        width = self.codebooks.shape[-1]
-        chunks = F.normalize(self._latents.float().flatten(0, 1).unflatten(-1, (-1, width)), dim=-1)
-        mine = len(chunks)
-        place = (picked % (mine * distributed.world_size())).to(chunks.device)
-        found = chunks[place % mine, books]
-        found[place // mine != distributed.rank()] = 0
-        return distributed.sum_over_ranks(found)
+        rows = self.quantizer.split(self._latents).flatten(0, 1)
+        local = len(rows)
+        index = (numbers % (local * distributed.world_size())).to(rows.device)
+        chosen = rows[index % local, books]
+        # each row comes from the rank that has it; zeros elsewhere make the sum a broadcast
+        chosen[index // local != distributed.rank()] = 0
+        return distributed.sum_over_ranks(chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"last_hit": self.last_hit.cpu()}
+        return {"step": self.step, "last_hit": self.last_hit.cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
         self.last_hit.copy_(state["last_hit"])
 
 
-def spread(usage: torch.Tensor) -> tuple[list[float], list[float]]:
-    """(K, V) running frequencies -> per sub-codebook, per cent of entries in use and perplexity."""
+def _codebooks(quantizer: Quantizer) -> nn.Parameter:
+    if quantizer.codebooks is None:
+        raise UserError(
+            f"{type(quantizer).__name__} has no codebook rows to initialise or reset: set "
+            "codebooks.init_images and codebooks.reset_after to 0."
+        )
+    return quantizer.codebooks
+
+
+def usage_and_perplexity(usage: Tensor) -> tuple[list[float], list[float]]:
+    """(K, V) running frequencies -> per code, per cent of entries in use and perplexity."""
     frequency = usage.double() / usage.sum(-1, keepdim=True).clamp_min(1e-12)
     used = 100 * (frequency > 0.01 / usage.shape[1]).double().mean(-1)
     entropy = -(frequency * frequency.clamp_min(1e-12).log()).sum(-1)

@@ -1,8 +1,8 @@
 """Discriminators: small heads on frozen DINOv2 features, as published, or convolutions from scratch (arXiv
 2502.20321, section 4.1; the heads follow StyleGAN-T, arXiv 2301.09515, section 3.2).
 
-All share one face: `discriminator(pixels, crop) -> logits (B, M)`, high where it believes the image, and
-`discriminator.draw_crop(height, width, generator) -> crop`. B batch, D feature width, N positions.
+Interface: `discriminator(pixels, crop) -> logits (B, M)`, positive for real images, and
+`discriminator.sample_crop(height, width, generator) -> crop`. B batch, D feature width, N positions.
 """
 
 import math
@@ -17,31 +17,27 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 
-from ..core.collectives import summed
+from ..core.collectives import all_reduce_with_grad
+from .diff_augment import Crop
 
-DEPTHS = (0, 2, 5, 8, 11)  # of the DINOv2 blocks that are judged
+DEPTHS = (0, 2, 5, 8, 11)  # DINOv2 blocks whose outputs get a head
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, what DINOv2 expects
 _NORM_EPS = 1e-6
 _VIRTUAL_BATCH = 8
 
-Crop = tuple[int, int] | None  # (top, left) of the crop to a multiple of the patch size; None: shrink instead
-
 
 class Discriminator(nn.Module):
-    """What the training loop calls; a subclass gives `forward(pixels, crop)`.
+    """Base class; a subclass implements `forward(pixels, crop)`: (B, 3, H, W) in [-1, 1] to (B, M) logits."""
 
-    It turns (B, 3, H, W) in [-1, 1] into (B, M) logits.
-    """
-
-    def draw_crop(self, height: int, width: int, generator: torch.Generator) -> Crop:
-        """Where to look at images of this size: one draw for a whole batch."""
+    def sample_crop(self, height: int, width: int, generator: torch.Generator) -> Crop:
+        """A crop for a whole batch of images of this size."""
         return None
 
 
 class DinoDiscriminator(Discriminator):
-    """One head per judged depth of a frozen DINOv2; images are brought to a multiple of its patch size.
+    """One head per chosen block of a frozen DINOv2; images are cropped or resized to its patch size.
 
-    The DINOv2 is kept out of state_dict() and parameters(), but moves with `.to(...)`.
+    The DINOv2 is not in state_dict() and parameters(), but moves with `.to(...)`.
 
     Args:
         norm: "gn" (published), "bn" (batch norm over groups of up to 8 images), "sbn" (over all ranks).
@@ -60,16 +56,16 @@ class DinoDiscriminator(Discriminator):
     ) -> None:
         super().__init__()
         if norm not in NORMS:
-            raise UserError(f"There is no discriminator norm {norm!r}." + did_you_mean(norm, NORMS))
+            raise UserError(f"{norm!r} is not a discriminator norm.{did_you_mean(norm, NORMS)}")
         if max(depths) >= dino.depth:
             raise UserError(f"depths = {tuple(depths)}: this DINOv2 has blocks 0 to {dino.depth - 1} only.")
-        self._frozen = [dino.requires_grad_(False).eval()]  # in a list: no submodule
+        self._frozen = [dino.requires_grad_(False).eval()]  # a list hides it from nn.Module
         self.depths = tuple(sorted(depths))
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _STD))
         self.register_buffer("x_scale", 0.5 / std)
         self.register_buffer("x_shift", (0.5 - mean) / std)
         self.heads = nn.ModuleList(_head(dino.width, kernel, NORMS[norm]) for _ in self.depths)
-        initialise(self)
+        _init_convolutions(self)
         if spectral_norm:
             for module in list(self.heads.modules()):
                 if isinstance(module, nn.Conv1d):
@@ -84,20 +80,21 @@ class DinoDiscriminator(Discriminator):
         image = self._fit(pixels.float(), crop) * self.x_scale + self.x_shift
         logits = []
         for hidden, head in zip(self.dino(image, self.depths), self.heads):
+            # the class token is added to every patch token
             features = hidden[:, 1:] + hidden[:, :1]
             logits.append(head(features.transpose(1, 2)).flatten(1))
         return torch.cat(logits, dim=1).float()
 
-    def draw_crop(self, height: int, width: int, generator: torch.Generator) -> Crop:
-        """One time in two a random crop, where both sides are too long; else None."""
-        chance, top, left = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    def sample_crop(self, height: int, width: int, generator: torch.Generator) -> Crop:
+        """A random crop with probability 1/2, if neither side is a multiple of the patch size; else None."""
+        probability, top, left = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
         spare = height % self.dino.patch, width % self.dino.patch
-        if chance >= 0.5 or min(spare) == 0:
+        if probability >= 0.5 or min(spare) == 0:
             return None
         return int(top * (spare[0] + 1)), int(left * (spare[1] + 1))
 
     def _fit(self, pixels: Tensor, crop: Crop) -> Tensor:
-        """Crop or shrink to the next smaller multiple of the patch size."""
+        """Crop or resize to the next smaller multiple of the patch size."""
         patch = self.dino.patch
         height, width = (side // patch * patch for side in pixels.shape[-2:])
         if 0 in (height, width):
@@ -117,9 +114,9 @@ class DinoDiscriminator(Discriminator):
 
 
 class PatchDiscriminator(Discriminator):
-    """A few strided convolutions from scratch, for runs without DINOv2 weights; each logit sees one patch.
+    """PatchGAN: strided convolutions trained from scratch, for runs without DINOv2 weights.
 
-    After pix2pix (arXiv 1611.07004, section 3.2.2), with group norm: no image depends on the others.
+    After pix2pix (arXiv 1611.07004, section 3.2.2), with group norm, so that images are independent.
 
     Args:
         width: channels of the first layer; they double with each layer, up to 8 x width.
@@ -129,7 +126,7 @@ class PatchDiscriminator(Discriminator):
     def __init__(self, width: int = 32, layers: int = 3) -> None:
         super().__init__()
         if width < 1 or layers < 1:
-            raise UserError(f"discriminator: width = {width} and layers = {layers} are 1 or more.")
+            raise UserError(f"discriminator: width and layers must be 1 or more, got {width} and {layers}.")
         blocks: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for layer in range(layers):
@@ -140,20 +137,20 @@ class PatchDiscriminator(Discriminator):
                 nn.LeakyReLU(0.2),
             ]
             channels = wider
-        self.smallest = 2**layers
+        self.min_size = 2**layers
         self.layers = nn.Sequential(*blocks, nn.Conv2d(channels, 1, 3, padding=1))
-        initialise(self)
+        _init_convolutions(self)
 
     def forward(self, pixels: Tensor, crop: Crop = None) -> Tensor:
-        if min(pixels.shape[-2:]) < self.smallest:
+        if min(pixels.shape[-2:]) < self.min_size:
             raise UserError(
-                f"Images of {tuple(pixels.shape[-2:])} pixels: this discriminator needs {self.smallest} or "
+                f"Images of {tuple(pixels.shape[-2:])} pixels: this discriminator needs {self.min_size} or "
                 "more; use fewer layers."
             )
         return self.layers(pixels.float()).flatten(1).float()
 
 
-def build(
+def build_discriminator(
     kind: str,
     dino: str | Path | None = None,
     norm: str = "gn",
@@ -161,20 +158,20 @@ def build(
     width: int = 32,
     layers: int = 3,
 ) -> Discriminator:
-    """A discriminator by its config: kind "dino" (with the weights at `dino`) or "patch" (from scratch).
+    """A discriminator of kind "dino" (with the DINOv2 weights at `dino`) or "patch" (from scratch).
 
     Raises:
-        UserError: no such kind or norm; the DINOv2 file is missing.
+        UserError: unknown kind or norm; the DINOv2 file is missing.
     """
     if kind == "dino":
         return DinoDiscriminator(DINOv2.from_file(dino), norm=norm, spectral_norm=spectral_norm)
     if kind == "patch":
         return PatchDiscriminator(width, layers)
-    raise UserError(f"There is no discriminator {kind!r}." + did_you_mean(kind, ("dino", "patch")))
+    raise UserError(f"{kind!r} is not a kind of discriminator.{did_you_mean(kind, ('dino', 'patch'))}")
 
 
-def initialise(module: nn.Module) -> None:
-    """Convolutions xavier-normal with gain 0.5 and bias 0, as published; norms keep 1 and 0."""
+def _init_convolutions(module: nn.Module) -> None:
+    """Published initialisation: Xavier-normal convolutions of gain 0.5, zero biases; norms are 1 and 0."""
     for part in module.modules():
         if isinstance(part, (nn.Conv1d, nn.Conv2d)):
             nn.init.xavier_normal_(part.weight, gain=0.5)
@@ -197,7 +194,7 @@ class _Residual(nn.Module):
 
 
 class GroupedBatchNorm(nn.Module):
-    """Batch norm over ceil(B/8) equal groups of the batch, without running statistics; (B, D, N) -> same."""
+    """Batch norm within ceil(B/8) equal groups, without running statistics; (B, D, N) -> same."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -208,8 +205,8 @@ class GroupedBatchNorm(nn.Module):
         batch, groups = features.shape[0], math.ceil(features.shape[0] / _VIRTUAL_BATCH)
         if batch % groups:
             raise UserError(
-                f"discriminator norm 'bn' cannot cut {batch} images into {groups} equal groups: use a batch "
-                f"per rank that is a multiple of {_VIRTUAL_BATCH}, or norm 'gn'."
+                f"discriminator norm 'bn' cannot split {batch} images into {groups} equal groups: use a "
+                f"batch per rank that is a multiple of {_VIRTUAL_BATCH}, or norm 'gn'."
             )
         grouped = features.float().unflatten(0, (groups, -1))
         mean = grouped.mean(dim=(1, 3), keepdim=True)
@@ -219,7 +216,10 @@ class GroupedBatchNorm(nn.Module):
 
 
 class RankBatchNorm(nn.BatchNorm1d):
-    """Batch norm with the statistics of all ranks' images in training, running ones in evaluation."""
+    """Batch norm over the images of all ranks in training, running statistics in evaluation.
+
+    torch's SyncBatchNorm runs on GPUs only.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or distributed.world_size() == 1:
@@ -227,15 +227,15 @@ class RankBatchNorm(nn.BatchNorm1d):
         features = input.float()
         count = features.new_tensor([features.shape[0] * features.shape[2]])
         sums = torch.cat((features.sum(dim=(0, 2)), features.square().sum(dim=(0, 2)), count))
-        total, squares, count = summed(sums).split((self.num_features, self.num_features, 1))
+        total, squares, count = all_reduce_with_grad(sums).split((self.num_features, self.num_features, 1))
         mean = total / count
         variance = (squares / count - mean.square()).clamp_min(0)
-        self._remember(mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach())
+        self._update_running_statistics(mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach())
         normal = (features - mean[:, None]) * (variance + self.eps).rsqrt()[:, None]
         return (normal * self.weight[:, None] + self.bias[:, None]).to(input.dtype)
 
     @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
         self.running_mean.lerp_(mean, self.momentum)
         self.running_var.lerp_(variance, self.momentum)

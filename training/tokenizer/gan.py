@@ -1,36 +1,53 @@
-"""The discriminator in the training loop: its engine, its clock, its two turns in a step (arXiv 2502.20321,
-section 4.1).
+"""The GAN of the tokenizer stage: discriminator, its engine and schedule, the two steps, the adaptive weight
+(arXiv 2502.20321, section 4.1). The loss functions themselves are in `losses.py`.
 
-B images of this rank that were decoded, H and W their rows and columns.
+B decoded images of this rank, H and W their rows and columns.
 """
 
 from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
+
+from open_unitok.core import distributed
+from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core import deepspeed_engine, schedules
 from ..data import seeding
-from . import discriminator
 from .config import TokenizerRunConfig
-from .gan_losses import Look, adaptive_weight, discriminator_loss, draw_looks, generator_loss
+from .diff_augment import View, sample_noise
+from .discriminator import Discriminator, build_discriminator
+from .losses import discriminator_loss, generator_loss
+
+# Bounds of the adaptive weight, see `DiscriminatorOptions.adaptive`.
+ADAPTIVE_LIMITS = {
+    "vqgan": (0.0, 1e4),
+    "floor": (0.015, 1e4),
+    "narrow": (0.1, 10.0),
+    "sqrt": (0.0, 1e4),  # and then the square root
+    "capped": (0.015, 1.5),
+}
+# The discriminator passes of one step; each has augmentation parameters of its own.
+VIEWS = ("generator", "real", "fake", "strong_real", "strong_fake")
 
 
-class Adversary:
-    """Call `begin_step` once a step, then per micro-batch `term` (tokenizer's turn) and `learn` (its own).
+class GAN:
+    """Discriminator of a run; call `start_step` once a step, then per micro-batch `generator_step` and
+    `discriminator_step`.
 
-    Before its first step both give zeros, so that the rows of the log keep their names.
+    Before step `discriminator.start` both return zeros, so that every metrics record has the same names.
     """
 
     def __init__(self, config: TokenizerRunConfig, image_size: int, device: torch.device, micro_batch: int):
         self.options = options = config.discriminator
-        self.share = config.losses.adversarial
-        self.steps, self.seed = config.steps, config.seed
+        self.max_weight = config.losses.adversarial
+        self.total_steps, self.seed = config.steps, config.seed
         torch.manual_seed(seeding.derive_seed(config.seed, "discriminator"))
-        self.module = discriminator.build(
+        self.module = build_discriminator(
             options.kind, options.weights, options.norm, options.spectral_norm, options.width, options.layers
         ).to(device)
-        with torch.no_grad():  # images that are too small for it are a mistake to find now
+        with torch.no_grad():  # rejects images that are too small before training starts
             self.module.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
         groups = deepspeed_engine.parameter_groups(self.module, options.optimizer.weight_decay)
         self.engine = deepspeed_engine.build_engine(
@@ -38,73 +55,126 @@ class Adversary:
         )
         self.module.train()
         self.step, self.weight, self.blur, self.lr = 0, 0.0, 1.0, 0.0
-        self.grad_norm: torch.Tensor | float = 0.0
-        self._looks: dict[str, Look] = {}
+        self.grad_norm: Tensor | float = 0.0
+        self._views: dict[str, View] = {}
 
-    def begin_step(self, step: int) -> None:
-        """Weight, blur and learning rate of the step after `step` steps; its clock begins at `start`."""
-        plan, own = self.options, step - self.options.start
+    def start_step(self, step: int) -> None:
+        """Set weight, blur and learning rate of step `step`; its own schedule counts from `start`."""
+        options, own_step = self.options, step - self.options.start
         self.step, self.grad_norm = step, 0.0
-        self.weight = self.share * schedules.linear_ramp(own, plan.warmup) if own >= 0 else 0.0
-        self.blur = 1.0 - schedules.linear_ramp(own, 2 * plan.warmup)
-        slope = plan.schedule
-        rate = schedules.lr_multiplier(
-            slope.kind, max(own, 0), self.steps - plan.start, slope.warmup, slope.start, slope.end
+        ramp = schedules.linear_ramp(own_step, options.warmup) if own_step >= 0 else 0.0
+        self.weight = self.max_weight * ramp
+        # the blur of all discriminator inputs fades over twice the warm-up
+        self.blur = 1.0 - schedules.linear_ramp(own_step, 2 * options.warmup)
+        schedule = options.schedule
+        multiplier = schedules.lr_multiplier(
+            schedule.kind,
+            max(own_step, 0),
+            self.total_steps - options.start,
+            schedule.warmup,
+            schedule.start,
+            schedule.end,
         )
-        self.lr = plan.optimizer.lr * rate if self.weight else 0.0
-        deepspeed_engine.set_lr_multiplier(self.engine, rate)
+        self.lr = options.optimizer.lr * multiplier if self.weight else 0.0
+        deepspeed_engine.set_lr_multiplier(self.engine, multiplier)
 
-    def term(
+    def generator_step(
         self,
-        reconstruction: torch.Tensor,
-        copies: torch.Tensor,
-        last_layer: torch.Tensor,
+        reconstruction_loss: Tensor,
+        reconstruction: Tensor,
+        last_layer: Tensor,
         samples: Sequence[int],
-    ) -> dict[str, torch.Tensor]:
-        """The tokenizer's turn: "adversarial", and the factor "adversarial_weight" on it.
+    ) -> dict[str, Tensor]:
+        """The generator loss "adversarial" and its weight "adversarial_weight".
 
         Args:
-            reconstruction: the weighted sum of the reconstruction losses, to be balanced against.
-            copies: (B, 3, H, W) reconstructions.
-            last_layer: the decoder's last weight, whose gradients are compared.
+            reconstruction_loss: their weighted sum, which the adaptive weight balances against.
+            reconstruction: (B, 3, H, W).
+            last_layer: last weight of the decoder, where gradients are compared.
             samples: numbers of the B images in the global batch.
         """
         if not self.weight:
-            return {"adversarial": copies.new_zeros(()), "adversarial_weight": copies.new_zeros(())}
-        height, width = copies.shape[-2:]
-        self._looks = draw_looks(self.module, self.seed, self.step, samples, (height, width))
+            zero = reconstruction.new_zeros(())
+            return {"adversarial": zero, "adversarial_weight": zero}
+        height, width = reconstruction.shape[-2:]
+        self._views = sample_views(self.module, self.seed, self.step, samples, (height, width))
         options = self.options
         with deepspeed_engine.autocast(self.engine):
-            judged = generator_loss(
-                self.module, copies, self._looks["generator"], self.blur, options.augment, options.cutout
+            # through the module, not the engine: this backward pass must not reach the discriminator
+            loss = generator_loss(
+                self.module,
+                reconstruction,
+                self._views["generator"],
+                self.blur,
+                options.augment,
+                options.cutout,
             )
-        weight = torch.full_like(judged, self.weight)
+        weight = torch.full_like(loss, self.weight)
         if options.adaptive is not None:
-            weight = weight * adaptive_weight(reconstruction, judged, last_layer, options.adaptive)
-        return {"adversarial": judged, "adversarial_weight": weight}
+            weight = weight * adaptive_weight(reconstruction_loss, loss, last_layer, options.adaptive)
+        return {"adversarial": loss, "adversarial_weight": weight}
 
-    def learn(self, pixels: torch.Tensor, copies: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Its own turn: one backward pass, and an update at the end of an accumulation.
+    def discriminator_step(self, pixels: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """One backward pass of the discriminator, and an update at the end of an accumulation.
 
         Args:
-            pixels: (B or more, 3, H, W) originals; copies: (B, 3, H, W) their reconstructions.
+            pixels: (B or more, 3, H, W) originals; reconstruction: (B, 3, H, W) of the first B.
         """
         names = ("discriminator", "consistency", "accuracy_real", "accuracy_fake")
         if not self.weight:
-            return {name: copies.new_zeros(()) for name in names}
+            return {name: reconstruction.new_zeros(()) for name in names}
         options = self.options
-        found = discriminator_loss(
+        loss = discriminator_loss(
             partial(deepspeed_engine.forward, self.engine),
-            pixels[: len(copies)],
-            copies,
-            self._looks,
+            pixels[: len(reconstruction)],
+            reconstruction,
+            self._views,
             options.loss,
             options.consistency,
             self.blur,
             options.augment,
             options.cutout,
         )
-        self.engine.backward(found.total)
+        self.engine.backward(loss.total)
         norm = deepspeed_engine.optimizer_step(self.engine)
         self.grad_norm = 0.0 if norm is None else norm
-        return dict(zip(names, found[1:]))
+        return dict(zip(names, loss[1:]))
+
+
+def adaptive_weight(
+    reconstruction_loss: Tensor, generator_loss: Tensor, last_layer: Tensor, limits: str = "floor"
+) -> Tensor:
+    """VQGAN's adaptive GAN weight (arXiv 2012.09841, equation 7).
+
+    |d reconstruction_loss| / |d generator_loss|, the gradients taken at `last_layer` and averaged over ranks;
+    clamped to `ADAPTIVE_LIMITS[limits]`. It has no gradient; both losses keep their graphs.
+
+    Raises:
+        UserError: unknown `limits`.
+    """
+    if limits not in ADAPTIVE_LIMITS:
+        raise UserError(f"discriminator.adaptive is {limits!r}.{did_you_mean(str(limits), ADAPTIVE_LIMITS)}")
+    norms = []
+    for loss in (reconstruction_loss, generator_loss):
+        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        norms.append((distributed.sum_over_ranks(gradient.float()) / distributed.world_size()).norm())
+    weight = (norms[0] / (norms[1] + 1e-6)).clamp(*ADAPTIVE_LIMITS[limits])
+    return weight.sqrt() if limits == "sqrt" else weight
+
+
+def sample_views(
+    discriminator: Discriminator, seed: int, step: int, samples: Sequence[int], size: tuple[int, int]
+) -> dict[str, View]:
+    """Augmentation and crop parameters of every discriminator pass of one step, by the names in `VIEWS`.
+
+    Args:
+        samples: numbers of the images in the global batch; see `sample_noise`.
+        size: (height, width) in pixels.
+    """
+    return {
+        name: View(
+            sample_noise(seed, step, name, samples),
+            discriminator.sample_crop(*size, seeding.torch_generator(seed, "crop", step, name)),
+        )
+        for name in VIEWS
+    }

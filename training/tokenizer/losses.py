@@ -1,35 +1,180 @@
-"""The losses of stage 1 beside those of the quantiser (arXiv 2502.20321, section 3.1).
+"""All losses of the tokenizer stage and their weighted sum (arXiv 2502.20321, section 3.1).
 
-B images of this rank, G images of all ranks, E width of the joint image-text space.
+A loss travels in a dict under its name; its weight has the same name in `LossWeights`. The quantiser's own
+losses come from `Quantizer.forward`, the adaptive weight of the generator loss from `gan.py`.
+
+B images of this rank, G images of all ranks, E width of the joint image-text space, M logits per image.
 """
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from open_unitok.core import distributed
+from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.tokenizer.frozen.lpips import LPIPS, MIN_SIZE
 
-from ..core.collectives import joined
+from ..core.collectives import all_gather_with_grad
+from .diff_augment import CUTOUT, View, augment
 
 
-def contrastive_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor
-) -> torch.Tensor:
-    """CLIP's loss of this rank's (B, E) pairs against all G; its mean over ranks is the global loss."""
-    all_images, all_texts = joined(image_embeds), joined(text_embeds)
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of weight x loss; losses of weight 0 stay out of the graph.
+
+    Raises:
+        UserError: a loss without a weight, or a weight above 0 without a loss.
+    """
+    for name in losses:
+        if name not in weights:
+            raise UserError(
+                f"Loss {name!r} has no weight; there are weights for {', '.join(weights)}. Give it one: "
+                f"losses.extra='{{{name}: 1.0}}', or 0 to leave it out."
+            )
+    for name, weight in weights.items():
+        if weight and name not in losses:
+            raise UserError(
+                f"losses.{name} is {weight}, but this model has no loss {name!r}, only "
+                f"{', '.join(losses)}: set losses.{name} to 0."
+            )
+    # a loss of weight 0 may be infinite: 0 x inf would be NaN
+    parts = [weights[name] * loss for name, loss in losses.items() if weights[name]]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
+
+
+def reconstruction_losses(reconstruction: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    """L1 and L2 per pixel; `reconstruction` (b, 3, H, W) belongs to the first b images of `pixels`."""
+    difference = reconstruction.float() - pixels[: len(reconstruction)]
+    return {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+
+
+def build_lpips(weights: str | None, image_size: int, device: torch.device) -> Any:
+    """The perceptual loss "lpips" (arXiv 1801.03924) with its published weights.
+
+    Raises:
+        UserError: no such weights; images too small for its deepest features.
+    """
+    lpips = LPIPS.from_file(weights).to(device)
+    if image_size < MIN_SIZE:
+        raise UserError(
+            f"losses.lpips needs images of {MIN_SIZE} pixels or more, but model.image_size is {image_size}: "
+            "set losses.lpips to 0."
+        )
+    return lpips
+
+
+def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor) -> Tensor:
+    """CLIP loss of this rank's (B, E) pairs against all G pairs (arXiv 2103.00020, section 2.3).
+
+    Its mean over ranks is the loss of the global batch.
+    """
+    all_images, all_texts = all_gather_with_grad(image_embeds), all_gather_with_grad(text_embeds)
     count = len(image_embeds)
+    # the matching pair of local row i is row rank * B + i of the gathered batch
     labels = torch.arange(count, device=image_embeds.device) + distributed.rank() * count
     by_image = F.cross_entropy(logit_scale * image_embeds @ all_texts.T, labels)
     by_text = F.cross_entropy(logit_scale * text_embeds @ all_images.T, labels)
     return (by_image + by_text) / 2
 
 
-def reconstruction_losses(copies: torch.Tensor, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Mean absolute and squared differences; `copies` (b, 3, H, W) are those of the first b images."""
-    difference = copies.float() - pixels[: len(copies)]
-    return {"l1": difference.abs().mean(), "l2": difference.square().mean()}
+# ---- GAN: the generator's and the discriminator's losses -------------------------------------------------
+
+# Loss of logits of real images; logits of reconstructions enter negated. All are means over (B, M).
+GAN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "hinge": lambda logits: F.relu(1 - logits).mean(),
+    "softplus": lambda logits: F.softplus(-logits).mean(),
+    "linear": lambda logits: -logits.mean(),
+}
 
 
-def weighted_sum(losses: dict[str, torch.Tensor], weights: object) -> torch.Tensor:
-    """Sum of `weights.<name>` x loss; losses of weight 0 stay out of the graph."""
-    parts = [getattr(weights, name) * loss for name, loss in losses.items() if getattr(weights, name)]
-    return torch.stack(parts).sum()
+def generator_loss(
+    discriminator: nn.Module,
+    reconstruction: Tensor,
+    view: View,
+    blur: float = 0.0,
+    probability: float = 1.0,
+    cutout: float = CUTOUT,
+) -> Tensor:
+    """Minus the mean logit of (B, 3, H, W) reconstructions; only they receive a gradient.
+
+    Args:
+        blur, probability, cutout: see `augment`.
+    """
+    with frozen(discriminator):
+        augmented = augment(reconstruction, view.noise, probability, cutout, blur)
+        return -discriminator(augmented, view.crop).mean()
+
+
+class DiscriminatorLoss(NamedTuple):
+    """Scalars of one discriminator pass."""
+
+    total: Tensor  # the only one with a graph
+    adversarial: Tensor
+    consistency: Tensor  # weighted
+    accuracy_real: Tensor  # per cent of logits on the right side of 0
+    accuracy_fake: Tensor
+
+
+def discriminator_loss(
+    discriminator: Callable[..., Tensor],
+    real: Tensor,
+    fake: Tensor,
+    views: Mapping[str, View],
+    kind: str = "hinge",
+    consistency: float = 4.0,
+    blur: float = 0.0,
+    probability: float = 1.0,
+    cutout: float = CUTOUT,
+) -> DiscriminatorLoss:
+    """Loss of telling (B, 3, H, W) real images from reconstructions, with consistency regularisation.
+
+    Args:
+        discriminator: the module, or a forward pass through the engine around it.
+        kind: one of `GAN_LOSSES`.
+        consistency: weight of the balanced consistency regularisation (bCR, arXiv 2002.04724): the logits of
+            an image and of its strong augmentation should be equal. Both receive a gradient; 0 omits it.
+
+    Raises:
+        UserError: unknown `kind`.
+    """
+    if kind not in GAN_LOSSES:
+        raise UserError(f"{kind!r} is not a discriminator loss.{did_you_mean(kind, GAN_LOSSES)}")
+    images = {"real": real, "fake": fake.detach()}
+    logits = {}
+    for name, image in images.items():
+        view = views[name]
+        logits[name] = discriminator(augment(image, view.noise, probability, cutout, blur), view.crop)
+    total = adversarial = GAN_LOSSES[kind](logits["real"]) + GAN_LOSSES[kind](-logits["fake"])
+    agreement = torch.zeros_like(adversarial)
+    if consistency:
+        for name, image in images.items():
+            view = views[f"strong_{name}"]
+            strong = discriminator(augment(image, view.noise), view.crop)
+            agreement = agreement + consistency * F.mse_loss(strong, logits[name])
+        total = adversarial + agreement
+    return DiscriminatorLoss(
+        total,
+        adversarial.detach(),
+        agreement.detach(),
+        100 * (logits["real"].detach() > 0).float().mean(),
+        100 * (logits["fake"].detach() < 0).float().mean(),
+    )
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within it, `module` is in evaluation mode and its parameters receive no gradient."""
+    training = module.training
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    module.eval()
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        module.train(training)

@@ -1,16 +1,18 @@
-"""Stage 1: train the visual tokenizer to rebuild images and to match captions (arXiv 2502.20321, section 3).
+"""The tokenizer stage: train UniTok to reconstruct images and match captions (arXiv 2502.20321, section 3).
 
-B images of one micro-batch, N visual tokens, K sub-codebooks, V entries each, T text positions.
+B images of one micro-batch, b of them decoded, S side of an image, K codes per token.
 """
 
 import contextlib
+import dataclasses
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from open_unitok.core import distributed
 from open_unitok.core.files import tokenizer_path
@@ -19,244 +21,293 @@ from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
 from ..core.checkpoint import Checkpoints, StopOnSignal, load_weights_only
-from ..core.collectives import averaged
+from ..core.collectives import mean_over_ranks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
-from ..data.shards import ShardStream, build_loader, read_batches
-from .config import TokenizerRunConfig
-from .data import PairCollate, PairDecoder, decoded_first, grid_image, to_pixels
-from .dead_codes import Restarts, spread
-from .gan import Adversary
-from .losses import contrastive_loss, reconstruction_losses, weighted_sum
-from .model import begin_codebooks, build_lpips, build_model, caption_tokenizer
+from ..data.shards import build_loader, read_batches
+from .config import RECONSTRUCTION, TokenizerRunConfig
+from .data import PairCollate, build_pair_stream, order_decoded_first, pixels_from_uint8, reconstruction_grid
+from .dead_codes import DeadCodes, init_codebooks, usage_and_perplexity
+from .gan import GAN
+from .losses import build_lpips, contrastive_loss, reconstruction_losses, weighted_sum
+from .model import build_model, load_caption_tokenizer
 
 
-class Run(NamedTuple):
-    """All that the loop works with, as it stands after `step` steps."""
+@dataclasses.dataclass
+class TrainState:
+    """What training reads and changes, after `step` optimiser steps."""
 
     step: int
     device: torch.device
     model: UniTok
-    trained: Any  # the DeepSpeed engine around it
-    rival: Adversary | None
+    engine: Any  # DeepSpeed around the model
     lpips: Any
+    gan: GAN | None
+    dead_codes: DeadCodes
     ema: EMA | None
-    restarts: Restarts
-    batches: Any  # the loader
-    log: MetricLogger
-    write_model: Callable[[Path], None]
-    save: Callable[[int], None]
+    batches: Any  # the data loader
+    captions: Any  # the tokenizer of captions, or None
 
 
-def main(config: TokenizerRunConfig, folder: RunDir) -> None:
-    """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
-    run = prepare(config, folder)
-    model, trained, rival, log, step = run.model, run.trained, run.rival, run.log, run.step
-    model.train()
-    log.start(step)
-    rows = read_batches(run.batches)
+def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
+    """Train from the start, or from the last checkpoint, to the end; leaves OUT/model."""
+    device = deepspeed_engine.init_distributed(config.engine, config.seed)
+    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)
+    log = MetricLogger(run_dir, config.steps, config.log.every, config.batch_size, "tokenizer")
+    state = build_train_state(config, run_dir, device, checkpoints, log)
+    state.model.train()
+    log.start(state.step)
+    batches = read_batches(state.batches)
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
-        profile_steps(config, folder.path, step) as profiler,
+        profile_steps(config, run_dir.path, state.step) as profiler,
     ):
-        while step < config.last_step:
-            plan = config.schedule
-            rate = schedules.lr_multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
-            deepspeed_engine.set_lr_multiplier(trained, rate)
-            if rival:
-                rival.begin_step(step)
-            sums: dict[str, torch.Tensor] = {}
-            for part in range(config.engine.accumulation):
-                turn = learn(run, config, next(rows), step, part)
-                for name, value in turn.losses.items():
-                    sums[name] = sums.get(name, 0) + value.float() / config.engine.accumulation
-            step += 1
-            # what every step ends with
-            deepspeed_engine.clamp_parameter(trained, model.logit_scale, 0.0, math.log(100.0))
-            moved = run.restarts.after_step(step, trained)
-            if run.ema:
-                if moved is not None:
-                    run.ema.reset_rows(model.quantizer.codebooks, moved)
-                run.ema.update(step)
-            if step % config.log.every == 0 or step == config.steps:
-                note_state(log, model, config.optimizer.lr * rate, rival)
-            norms = {"grad_norm": turn.norm if turn.norm is not None else 0.0}
-            if rival:
-                norms["discriminator_grad_norm"] = rival.grad_norm
-            log.add(step, {**sums, **norms})
-            if config.log.images_every and step % config.log.images_every == 0:
-                shown = grid_image(turn.pixels, turn.copies)
-                log.log_image(step, "originals above reconstructions", shown)
-            profiler.step(step)
-            asked = stop()
-            if asked or step % config.checkpoint.every == 0 or step == config.last_step:
-                run.save(step)
+        while state.step < config.last_step:
+            multiplier = set_learning_rates(state, config)
+            output = train_step(state, config, batches)
+            if state.step % config.log.every == 0 or state.step == config.steps:
+                log_train_state(log, state, config.optimizer.lr * multiplier)
+            log.add(state.step, output.metrics)
+            if config.log.images_every and state.step % config.log.images_every == 0:
+                grid = reconstruction_grid(output.pixels, output.reconstruction)
+                log.log_image(state.step, "originals above reconstructions", grid)
+            profiler.step(state.step)
+            # every rank must ask: the signal may have reached one of them alone
+            stopped = stop()
+            if stopped or state.step % config.checkpoint.every == 0 or state.step == config.last_step:
+                save_checkpoint(state, config, checkpoints, log)
                 stop.exit_if_signalled()
-        if step == config.steps:
+        if state.step == config.steps:
             log.flush()
-    if step == config.steps:
-        if distributed.is_main():
-            folder.finish(run.write_model)
-        distributed.barrier()
-        log.info(f"finished: {folder.model}")
-    else:
-        log.info(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+    if state.step < config.steps:
+        log.info(f"stopped at step {state.step} (stop_at); run the same command without stop_at to resume")
+        return
+    if distributed.is_main():
+        run_dir.finish(lambda path: save_model(path, state, config))
+    distributed.barrier()
+    log.info(f"finished: {run_dir.model}")
 
 
-class Turn(NamedTuple):
-    """What one micro-batch of B images, b of them decoded, leaves behind."""
+def set_learning_rates(state: TrainState, config: TokenizerRunConfig) -> float:
+    """Learning rates, GAN weight and blur of the coming step; returns the factor on the model's rate."""
+    schedule = config.schedule
+    multiplier = schedules.lr_multiplier(
+        schedule.kind, state.step, config.steps, schedule.warmup, schedule.start, schedule.end
+    )
+    deepspeed_engine.set_lr_multiplier(state.engine, multiplier)
+    if state.gan:
+        state.gan.start_step(state.step)
+    return multiplier
 
-    losses: dict[str, torch.Tensor]  # detached
-    norm: torch.Tensor | float | None  # of the gradients, at the end of an accumulation
-    pixels: torch.Tensor  # (B, 3, S, S)
-    copies: torch.Tensor  # (b, 3, S, S)
+
+class StepOutput(NamedTuple):
+    """Result of one optimiser step; images are those of its last micro-batch."""
+
+    metrics: dict[str, Tensor | float]
+    pixels: Tensor  # (B, 3, S, S)
+    reconstruction: Tensor  # (b, 3, S, S)
 
 
-def learn(run: Run, config: TokenizerRunConfig, batch: dict[str, Any], step: int, part: int) -> Turn:
-    """One micro-batch through tokenizer and discriminator; `part` counts them within the step."""
-    model, trained, rival = run.model, run.trained, run.rival
-    pixels = to_pixels(batch["image"], run.device)
-    token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(run.device)
-    # all chance belongs to an image by its number in the global batch, however that is split
-    order, decoded = decoded_first(len(pixels), config.reconstruct_share)
+def train_step(
+    state: TrainState, config: TokenizerRunConfig, batches: Iterator[dict[str, Any]]
+) -> StepOutput:
+    """One optimiser step of tokenizer and discriminator over `engine.accumulation` micro-batches."""
+    metrics: dict[str, Any] = {}
+    accumulation = config.engine.accumulation
+    for part in range(accumulation):
+        output = micro_step(state, config, next(batches), part)
+        for name, value in output.losses.items():
+            metrics[name] = metrics.get(name, 0) + value.float() / accumulation
+    state.step += 1
+    # CLIP bounds the temperature: logit_scale is its logarithm (arXiv 2103.00020, section 2.5)
+    deepspeed_engine.clamp_parameter(state.engine, state.model.logit_scale, 0.0, math.log(100.0))
+    reset = state.dead_codes.reset_codes(state.step, state.engine)
+    if state.ema:
+        if reset is not None:
+            state.ema.reset_rows(state.model.quantizer.codebooks, reset)
+        state.ema.update(state.step)
+    metrics["grad_norm"] = output.grad_norm if output.grad_norm is not None else 0.0
+    if state.gan:
+        metrics["discriminator_grad_norm"] = state.gan.grad_norm
+    return StepOutput(metrics, output.pixels, output.reconstruction)
+
+
+class MicroStepOutput(NamedTuple):
+    losses: dict[str, Tensor]  # detached
+    grad_norm: Tensor | float | None  # at the end of an accumulation
+    pixels: Tensor  # (B, 3, S, S)
+    reconstruction: Tensor  # (b, 3, S, S)
+
+
+def micro_step(
+    state: TrainState, config: TokenizerRunConfig, batch: dict[str, Any], part: int
+) -> MicroStepOutput:
+    """Forward and backward pass of one micro-batch; `part` is its number within the step."""
+    model, engine = state.model, state.engine
+    pixels = pixels_from_uint8(batch["image"], state.device)
+    token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(state.device)
+    # random numbers belong to an image by its number in the global batch, however that is split
+    order, decoded = order_decoded_first(len(pixels), config.reconstruct_share)
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
-    samples = [first + place for place in order]
-    draw_drop_path(model, config.seed, step, samples)
-    run.restarts.order = order
-    # 1. all images are encoded (for contrast), the first ones are decoded (for reconstruction)
+    samples = [first + position for position in order]
+    sample_drop_path(model, config.seed, state.step, samples)
+    state.dead_codes.order = order
+
+    # 1. encode all images (for the contrastive loss), decode the first ones (for the reconstruction losses)
     entropy = config.losses.entropy > 0
-    out = deepspeed_engine.forward(trained, pixels, token_ids, reconstruct_first=decoded, entropy=entropy)
-    copies = out.reconstruction
-    rebuilt = reconstruction_losses(copies, pixels)
-    if run.lpips is not None:
-        with deepspeed_engine.autocast(trained):
-            rebuilt["lpips"] = run.lpips(copies, pixels[:decoded]).mean()
-    losses = {**rebuilt, **out.losses}
+    out = deepspeed_engine.forward(engine, pixels, token_ids, reconstruct_first=decoded, entropy=entropy)
+    reconstruction = out.reconstruction
+    losses = reconstruction_losses(reconstruction, pixels)
+    if state.lpips is not None:
+        with deepspeed_engine.autocast(engine):
+            losses["lpips"] = state.lpips(reconstruction, pixels[:decoded]).mean()
+    losses |= out.losses
     if out.text_embeds is not None:
         losses["clip"] = contrastive_loss(out.image_embeds, out.text_embeds, out.logit_scale)
-    loss = weighted_sum(losses, config.losses)
-    # 2. the discriminator's judgement, weighed against the sum of the reconstruction losses
-    if rival:
-        target = weighted_sum(rebuilt, config.losses)
-        losses |= rival.term(target, copies, model.decoder.last_weight, samples[:decoded])
-        loss = loss + losses["adversarial_weight"] * losses["adversarial"]
-    # 3. one update of the tokenizer per accumulation
-    trained.backward(loss)
-    norm = deepspeed_engine.optimizer_step(trained)
-    # 4. and one of the discriminator, on the same images
-    if rival:
-        losses |= rival.learn(pixels, copies)
+    weights = config.losses.by_name()
+    loss = weighted_sum(losses, weights)
+
+    # 2. generator step: the discriminator's output joins the loss, balanced against the reconstruction losses
+    if state.gan:
+        balanced = {name: losses[name] for name in RECONSTRUCTION if name in losses}
+        gan_losses = state.gan.generator_step(
+            weighted_sum(balanced, {name: weights[name] for name in balanced}),
+            reconstruction,
+            model.decoder.last_weight,
+            samples[:decoded],
+        )
+        loss = loss + gan_losses["adversarial_weight"] * gan_losses["adversarial"]
+        losses |= gan_losses
+    engine.backward(loss)
+    grad_norm = deepspeed_engine.optimizer_step(engine)
+
+    # 3. discriminator step on the same images
+    if state.gan:
+        losses |= state.gan.discriminator_step(pixels, reconstruction)
     losses = {"loss": loss, **losses, "skipped": torch.tensor(batch["skipped"])}
-    return Turn({name: value.detach() for name, value in losses.items()}, norm, pixels, copies.detach())
+    detached = {name: value.detach() for name, value in losses.items()}
+    return MicroStepOutput(detached, grad_norm, pixels, reconstruction.detach())
 
 
-def draw_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
-    """What decides drop path in the next forward pass over these images of the global batch."""
+def sample_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
+    """Set the random numbers of drop path for the coming forward pass over these images."""
     for name, blocks in drop_path_stacks(model).items():
         shape = (len(blocks), 2)
         blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
 
 
-def prepare(config: TokenizerRunConfig, folder: RunDir) -> Run:
-    """Models, data and engines at the beginning, at the last checkpoint, or at `resume_from`."""
-    device = deepspeed_engine.init_distributed(config.engine, config.seed)
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep)
+# ---- building, saving ------------------------------------------------------------------------------------
+
+
+def build_train_state(
+    config: TokenizerRunConfig,
+    run_dir: RunDir,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    log: MetricLogger,
+) -> TrainState:
+    """Models, data, engines and their state at the start, at the last checkpoint, or at `resume_from`."""
     latest = checkpoints.latest()
     other = Path(config.resume_from) if config.resume_from and latest is None else None
-    captions = caption_tokenizer(config)
+    micro_batch = config.micro_batch(distributed.world_size())
+
+    # 1. models
+    captions = load_caption_tokenizer(config)
     model = build_model(config, captions).to(device)
-    lpips = build_lpips(config, model.config.image_size, device)
-    micro = config.micro_batch(distributed.world_size())
-    rival = Adversary(config, model.config.image_size, device, micro) if config.losses.adversarial else None
-    stream, collate = build_data(config, model, captions, micro)
-    folder.record_facts(data=stream.fingerprint())
-    log = MetricLogger(folder, config.steps, config.log.every, config.batch_size, "tokenizer")
-    if distributed.is_main():
-        share = decoded_first(micro, config.reconstruct_share)[1] / micro
-        work = flops.tokenizer_flops(model.config, captions is not None, share)
-        log.set_flops(work, config.log.peak_tflops or flops.peak_tflops(device))
+    image_size = model.config.image_size
+    lpips = build_lpips(config.losses.lpips_weights, image_size, device) if config.losses.lpips else None
+    gan = GAN(config, image_size, device, micro_batch) if config.losses.adversarial else None
+
+    # 2. data
+    pairs = (config.data, config.images, image_size, captions is not None, config.seed)
+    stream = build_pair_stream(*pairs, micro_batch, distributed.rank(), distributed.world_size())
+    collate = PairCollate(captions, config.reconstruct_share)
+    run_dir.record_facts(data=stream.fingerprint())
+
+    # 3. codebooks on encoder outputs, before an engine copies the weights
     if latest is None and other is None and config.codebooks.init_images:
-        log.info(f"codebooks begin on encoder outputs of {config.codebooks.init_images} images")
-        first, _ = build_data(config, model, captions, config.codebooks.init_images, alone=True)
-        pairs = collate([pair for pair, _ in first.take()])
-        begin_codebooks(model, to_pixels(pairs["image"], device), config.seed)
+        log.info(f"initialising codebooks on encoder outputs of {config.codebooks.init_images} images")
+        sample = collate([pair for pair, _ in build_pair_stream(*pairs, config.codebooks.init_images).take()])
+        init_codebooks(model, pixels_from_uint8(sample["image"], device), config.seed)
+
+    # 4. engine, dead-code reset, averaged weights
     groups = deepspeed_engine.parameter_groups(model, config.optimizer.weight_decay, config.lr_factors)
-    trained = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro)
-    engines = {"tokenizer": trained, **({"discriminator": rival.engine} if rival else {})}
-    if distributed.world_size() > 1:  # entropy and usage speak of the global batch
-        model.quantizer.average_over_ranks = averaged
-    restarts = Restarts(model.quantizer, config.codebooks, config.steps, config.seed)
-    state = None
+    engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
+    if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
+        model.quantizer.average_over_ranks = mean_over_ranks
+    last_reset = round(config.codebooks.reset_share * config.steps)
+    dead_codes = DeadCodes(model.quantizer, config.codebooks.reset_after, last_reset, config.seed)
+    ema = EMA(model, config.ema) if config.ema else None
+
+    # 5. a checkpoint's state, if there is one
+    engines = _engines(engine, gan)
+    saved = None
     if other is not None:
-        every = load_weights_only(other, engines)
-        stream.pass_over([found["batches"] for found in every])
-        state = every[0]
+        rank_states = load_weights_only(other, engines)
+        stream.pass_over([saved["batches"] for saved in rank_states])
+        saved = rank_states[0]
     batches = build_loader(stream, collate)
     if latest is not None:
-        state = checkpoints.restore(latest, engines, key="resume_from")
-        batches.load_state_dict(state["batches"])
-        log.load_state_dict(state["log"])
-    ema = EMA(model, config.ema) if config.ema else None
-    if state is not None:
-        restarts.step = state["step"]
-        restarts.load_state_dict(state["restarts"])
+        saved = checkpoints.restore(latest, engines, key="resume_from")
+        batches.load_state_dict(saved["batches"])
+        log.load_state_dict(saved["log"])
+    if saved is not None:
+        dead_codes.load_state_dict(saved["dead_codes"])
         if ema:
             ema.load(latest or other)
-        log.info(f"goes on after step {state['step']} ({latest or other})")
-    step = state["step"] if state else 0
-    shown = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    log.info(
-        f"{shown / 1e6:.1f} M parameters, steps {step} to {config.last_step}, {config.batch_size} images each"
-    )
+        log.info(f"resuming after step {saved['step']} ({latest or other})")
+    step = saved["step"] if saved else 0
 
-    def write_model(path: Path) -> None:
-        save_model(path, model, captions, ema)
-        if captions is None and config.init_from:  # its own stays, where no captions are learnt
-            kept = tokenizer_path(config.init_from) / "caption_tokenizer"
-            if kept.exists():
-                shutil.copytree(kept, path / kept.name, dirs_exist_ok=True)
-
-    def save(step: int) -> None:
-        state = {"batches": batches.state_dict(), "log": log.state_dict(), "restarts": restarts.state_dict()}
-        checkpoints.save(step, write_model, engines, state)
-
-    return Run(
-        step, device, model, trained, rival, lpips, ema, restarts, batches, log, write_model, save
-    )  # fmt: skip
+    if distributed.is_main():
+        share = order_decoded_first(micro_batch, config.reconstruct_share)[1] / micro_batch
+        per_sample = flops.tokenizer_flops(model.config, captions is not None, share)
+        log.set_flops(per_sample, config.log.peak_tflops or flops.peak_tflops(device))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    images = f"{config.batch_size} images each"
+    log.info(f"{trained:.1f} M trained parameters, steps {step} to {config.last_step}, {images}")
+    return TrainState(step, device, model, engine, lpips, gan, dead_codes, ema, batches, captions)
 
 
-def build_data(
-    config: TokenizerRunConfig, model: UniTok, captions: Any, micro: int, alone: bool = False
-) -> tuple[ShardStream, PairCollate]:
-    """The stream of pairs in micro-batches of `micro` (for one rank `alone`, or for this one of all)."""
-    decoder = PairDecoder(config.images, model.config.image_size, captions is not None)
-    rank, count = (0, 1) if alone else (distributed.rank(), distributed.world_size())
-    stream = ShardStream(config.data, decoder, seed=config.seed, micro_batch=micro, rank=rank, ranks=count)
-    return stream, PairCollate(captions, config.reconstruct_share)
+def _engines(engine: Any, gan: GAN | None) -> dict[str, Any]:
+    """Names of the engines in a checkpoint."""
+    return {"tokenizer": engine, **({"discriminator": gan.engine} if gan else {})}
 
 
-def note_state(log: MetricLogger, model: UniTok, rate: float, rival: Adversary | None) -> None:
-    """Learning rates, and usage (per cent) and perplexity of every sub-codebook, for the next row."""
-    used, perplexity = spread(model.quantizer.usage)
-    log.note("lr", rate)
-    if rival:
-        log.note("discriminator_lr", rival.lr)
-    log.note("logit_scale", model.logit_scale.exp().item())
-    for book, (share, size) in enumerate(zip(used, perplexity)):
-        log.note(f"usage/{book}", share)
-        log.note(f"perplexity/{book}", size)
+def save_checkpoint(
+    state: TrainState, config: TokenizerRunConfig, checkpoints: Checkpoints, log: MetricLogger
+) -> None:
+    """Write checkpoints/step-XXXXXXXX: a model folder, the engines, and what this rank needs to resume."""
+    own = {
+        "batches": state.batches.state_dict(),
+        "log": log.state_dict(),
+        "dead_codes": state.dead_codes.state_dict(),
+    }
+    engines = _engines(state.engine, state.gan)
+    checkpoints.save(state.step, lambda path: save_model(path, state, config), engines, own)
 
 
-def save_model(path: Path, model: UniTok, captions: Any, ema: EMA | None) -> None:
+def save_model(path: Path, state: TrainState, config: TokenizerRunConfig) -> None:
     """A folder that `UniTok.from_pretrained` loads, with the tokenizer of captions in caption_tokenizer/."""
-    if ema is None:
-        model.save_pretrained(path)
-    else:
-        with ema.applied():
-            model.save_pretrained(path)
-    if captions is not None:
-        captions.save(path)
+    with state.ema.applied() if state.ema else contextlib.nullcontext():
+        state.model.save_pretrained(path)
+    if state.captions is not None:
+        state.captions.save(path)
+    elif config.init_from:  # without the contrastive loss the initial model's own stays valid
+        initial = tokenizer_path(config.init_from) / "caption_tokenizer"
+        if initial.exists():
+            shutil.copytree(initial, path / initial.name, dirs_exist_ok=True)
+
+
+def log_train_state(log: MetricLogger, state: TrainState, lr: float) -> None:
+    """Learning rates, and usage (per cent) and perplexity of each of the K codes, for the next record."""
+    log.note("lr", lr)
+    if state.gan:
+        log.note("discriminator_lr", state.gan.lr)
+    log.note("logit_scale", state.model.logit_scale.exp().item())
+    for code, (used, perplexity) in enumerate(zip(*usage_and_perplexity(state.model.quantizer.usage))):
+        log.note(f"usage/{code}", used)
+        log.note(f"perplexity/{code}", perplexity)

@@ -13,9 +13,10 @@ from open_unitok.training.tokenizer.discriminator import (
     GroupedBatchNorm,
     PatchDiscriminator,
     RankBatchNorm,
-    build,
+    build_discriminator,
 )
-from open_unitok.training.tokenizer.gan_losses import discriminator_loss, draw_looks, generator_loss
+from open_unitok.training.tokenizer.gan import sample_views
+from open_unitok.training.tokenizer.losses import discriminator_loss, generator_loss
 
 CLOSE = {"rtol": 0, "atol": 1e-5}
 
@@ -68,13 +69,13 @@ def test_dino_is_frozen_and_moves_along(small_discriminator):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_crop_draws(small_discriminator):
+def test_sampled_crops(small_discriminator):
     model, generator = small_discriminator(), torch.Generator().manual_seed(0)
-    crops = [model.draw_crop(64, 67, generator) for _ in range(200)]
+    crops = [model.sample_crop(64, 67, generator) for _ in range(200)]
     chosen = [crop for crop in crops if crop is not None]
     assert 70 < len(chosen) < 130
     assert {top for top, _ in chosen} == set(range(9)) and {left for _, left in chosen} == set(range(12))
-    assert {model.draw_crop(64, 56, generator) for _ in range(20)} == {None}
+    assert {model.sample_crop(64, 56, generator) for _ in range(20)} == {None}
 
 
 def test_dino_reads_the_layout_of_transformers(small_dino, tmp_path):
@@ -99,7 +100,7 @@ def test_dino_reads_the_layout_of_transformers(small_dino, tmp_path):
 def test_dino_file(small_dino, tmp_path):
     for path in (None, tmp_path, tmp_path / "no.pth"):
         with pytest.raises(UserError, match=r"dinov2_vits14_pretrain\.pth.*huggingface\.co"):
-            build("dino", dino=path)
+            build_discriminator("dino", dino=path)
     dino = small_dino()
     weights = dino.state_dict() | {"mask_token": torch.zeros(1, 64)}
     torch.save(weights, tmp_path / "dinov2_vits14_pretrain.pth")
@@ -131,8 +132,8 @@ def test_rank_batch_norm_alone_is_batch_norm():
 
 def test_errors(small_dino):
     with pytest.raises(UserError, match="Did you mean 'patch'"):
-        build("pach")
-    with pytest.raises(UserError, match="no discriminator norm 'ln'"):
+        build_discriminator("pach")
+    with pytest.raises(UserError, match="'ln' is not a discriminator norm"):
         DinoDiscriminator(small_dino(), depths=(0,), norm="ln")
     with pytest.raises(UserError, match="blocks 0 to 3"):
         DinoDiscriminator(small_dino())
@@ -143,7 +144,7 @@ def test_errors(small_dino):
 
 
 @pytest.mark.parametrize("kind", ["patch", "gn", "bn", "sbn", "spectral"])
-def test_each_discriminator_learns_to_tell(small_dino, kind):
+def test_each_discriminator_trains(small_dino, kind):
     """Every kind builds, every parameter gets a gradient, and the loss falls."""
     torch.manual_seed(0)
     if kind == "patch":
@@ -156,8 +157,8 @@ def test_each_discriminator_learns_to_tell(small_dino, kind):
     real, fake = torch.rand(4, 3, 32, 32), torch.rand(4, 3, 32, 32).mul(0.3)
     losses = []
     for step in range(8):
-        looks = draw_looks(model, 0, step, range(4), (32, 32))
-        loss = discriminator_loss(model, real, fake, looks, consistency=0.1)
+        views = sample_views(model, 0, step, range(4), (32, 32))
+        loss = discriminator_loss(model, real, fake, views, consistency=0.1)
         optimizer.zero_grad()
         loss.total.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -168,9 +169,9 @@ def test_each_discriminator_learns_to_tell(small_dino, kind):
 
 def test_patch_discriminator_and_generator_loss_gradients():
     model, image = PatchDiscriminator(width=4, layers=2), torch.rand(2, 3, 32, 48, requires_grad=True)
-    look = draw_looks(model, 0, 0, range(2), (32, 48))["generator"]
-    loss = generator_loss(model, image, look)
+    view = sample_views(model, 0, 0, range(2), (32, 48))["generator"]
+    loss = generator_loss(model, image, view)
     loss.backward()
     assert image.grad.abs().sum() > 0
     assert all(p.grad is None and p.requires_grad for p in model.parameters()) and model.training
-    torch.testing.assert_close(loss, -model(augment(image, look.draws)).mean())
+    torch.testing.assert_close(loss, -model(augment(image, view.noise)).mean())

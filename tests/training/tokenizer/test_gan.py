@@ -13,7 +13,7 @@ from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.run import load_run_config
-from open_unitok.training.tokenizer.gan import Adversary
+from open_unitok.training.tokenizer.gan import GAN
 
 PATCH = [
     "losses.adversarial=0.4",
@@ -44,20 +44,23 @@ def test_clock(data):
         ],
     )
     deepspeed_engine.init_distributed(config.engine, 0)
-    rival = Adversary(config, 32, torch.device("cpu"), 8)
+    gan = GAN(config, 32, torch.device("cpu"), 8)
     found = []
     for step in range(8):
-        rival.begin_step(step)
-        found.append((rival.weight, rival.blur, rival.lr))
+        gan.start_step(step)
+        found.append((gan.weight, gan.blur, gan.lr))
     weights, blurs, rates = zip(*found)
     assert weights == pytest.approx([0, 0, 0, 0, 0.2, 0.4, 0.4, 0.4])
     assert blurs == pytest.approx([1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     assert rates == pytest.approx([0, 0, 0, 0, 0.5, 1.0, 0.55, 0.1])
     copies = torch.zeros(8, 3, 32, 32)
-    rival.begin_step(3)
+    gan.start_step(3)
     assert not any(
         v.any()
-        for v in (rival.term(copies.sum(), copies, copies, range(8)) | rival.learn(copies, copies)).values()
+        for v in (
+            gan.generator_step(copies.sum(), copies, copies, range(8))
+            | gan.discriminator_step(copies, copies)
+        ).values()
     )
 
 
@@ -105,7 +108,7 @@ def test_with_dino(data, dino_file, tmp_path, dtype):
     settings = ["losses.adversarial=0.4", "discriminator={norm: sbn, spectral_norm: true, loss: softplus}"]
     settings += [
         f"discriminator.weights={dino_file.parent}",
-        "discriminator.adaptive=3",
+        "discriminator.adaptive=sqrt",
         f"engine.dtype={dtype}",
     ]
     train(data, tmp_path / "run", *settings, "steps=2", "checkpoint.every=2", "reconstruct_share=0.5")
@@ -123,12 +126,16 @@ def test_with_dino(data, dino_file, tmp_path, dtype):
         (["losses.adversarial=0.4", "discriminator.kind=patsh"], "Did you mean 'patch'"),
         ([*PATCH, "discriminator.start=8"], "discriminator.start is 8, but the run has 8 steps"),
         ([*PATCH, "discriminator.loss=hing"], "Did you mean 'hinge'"),
-        ([*PATCH, "discriminator.adaptive=7"], "discriminator.adaptive is 7"),
+        (
+            [*PATCH, "discriminator.adaptive=7"],
+            "discriminator.adaptive is 7. Allowed: capped, floor, narrow, sqrt, vqgan",
+        ),
+        ([*PATCH, "discriminator.adaptive=1"], "Allowed: capped, floor"),
         ([*PATCH, "discriminator.augment=2"], "discriminator.augment is 2"),
         ([*PATCH, "discriminator.layers=9"], "use fewer layers"),
         ([*PATCH, "losses.l1=0", "losses.l2=0"], "discriminator.adaptive=null"),
         ([*PATCH, "init_from=HERE", "freeze=[decoder]"], "freeze holds decoder"),
-        (["init_from=HERE", "freeze=[quantizer]"], "would move its entries"),
+        (["init_from=HERE", "freeze=[quantizer]"], "would change its entries"),
         (["init_from=HERE", "init_from_clip=HERE"], "keep one of them"),
         (["init_from_clip=nowhere.bin"], "nowhere.bin does not exist"),
         (["resume_from=nowhere"], "nowhere is no whole checkpoint"),

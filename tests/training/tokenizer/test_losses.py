@@ -13,48 +13,64 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.convert import state_from_published
 from open_unitok.training.core.deepspeed_engine import parameter_groups
-from open_unitok.training.tokenizer.diff_augment import Draws
+from open_unitok.training.tokenizer.diff_augment import AugmentationNoise, View
 from open_unitok.training.tokenizer.discriminator import PatchDiscriminator
-from open_unitok.training.tokenizer.gan_losses import (
-    CRITERIA,
-    LOOKS,
-    Look,
-    adaptive_weight,
+from open_unitok.training.tokenizer.gan import ADAPTIVE_LIMITS, VIEWS, adaptive_weight
+from open_unitok.training.tokenizer.losses import (
+    GAN_LOSSES,
+    contrastive_loss,
     discriminator_loss,
     frozen,
     generator_loss,
+    reconstruction_losses,
+    weighted_sum,
 )
-from open_unitok.training.tokenizer.losses import contrastive_loss, reconstruction_losses
 
 
-def test_criteria(values, numbers):
+def test_gan_losses(values, numbers):
     logits = values["crit.logits"]
-    for name, criterion in CRITERIA.items():
-        found = [criterion(logits).item(), criterion(-logits).item()]
+    for name, loss in GAN_LOSSES.items():
+        found = [loss(logits).item(), loss(-logits).item()]
         assert found == pytest.approx(numbers["crit"][f"{name}_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("kind", range(5))
-def test_adaptive_weight_kinds(kind):
-    """Limits are (0 or a least value, a most value); kind 3 takes the root after clamping."""
-    low, high = {0: (0, 1e4), 1: (0.015, 1e4), 2: (0.1, 10), 3: (0, 1e4), 4: (0.015, 1.5)}[kind]
+@pytest.mark.parametrize("limits", ADAPTIVE_LIMITS)
+def test_adaptive_weight_is_clamped_as_published(limits):
+    """The five published limits; "sqrt" takes the square root after clamping."""
+    low, high = {
+        "vqgan": (0, 1e4),
+        "floor": (0.015, 1e4),
+        "narrow": (0.1, 10),
+        "sqrt": (0, 1e4),
+        "capped": (0.015, 1.5),
+    }[limits]
     for ratio in (1e-3, 0.5, 3.0, 1e5):
         last = torch.ones(4, requires_grad=True)
-        found = adaptive_weight(ratio * last.sum(), -last.sum(), last, kind)
+        found = adaptive_weight(ratio * last.sum(), -last.sum(), last, limits)
         wanted = min(max(ratio * 2 / (2 + 1e-6), low), high)
-        assert found.item() == pytest.approx(math.sqrt(wanted) if kind == 3 else wanted, rel=1e-5)
+        assert found.item() == pytest.approx(math.sqrt(wanted) if limits == "sqrt" else wanted, rel=1e-5)
         assert not found.requires_grad and last.grad is None
 
 
 def test_errors():
     last = torch.ones(1, requires_grad=True)
-    with pytest.raises(UserError, match="no adaptive weight 5: the kinds are 0, 1, 2, 3, 4"):
-        adaptive_weight(last.sum(), last.sum(), last, 5)
+    with pytest.raises(UserError, match=r"adaptive is 'foor'\. Did you mean 'floor'"):
+        adaptive_weight(last.sum(), last.sum(), last, "foor")
     with pytest.raises(UserError, match="Did you mean 'hinge'"):
         discriminator_loss(PatchDiscriminator(4, 1), torch.zeros(1), torch.zeros(1), {}, kind="hing")
 
 
-def test_frozen_gives_everything_back():
+def test_every_loss_needs_a_weight_and_every_weight_a_loss():
+    losses = {"l1": torch.tensor(1.0), "commitment": torch.tensor(2.0)}
+    weights = {"l1": 0.5, "entropy": 0.0}
+    with pytest.raises(UserError, match=r"Loss 'commitment' has no weight.*for l1, entropy"):
+        weighted_sum(losses, weights)
+    assert weighted_sum(losses, {**weights, "commitment": 0.25}) == 1.0
+    with pytest.raises(UserError, match=r"losses\.entropy is 0\.1, but.*only l1, commitment"):
+        weighted_sum(losses, {**weights, "commitment": 0.25, "entropy": 0.1})
+
+
+def test_frozen_restores_everything():
     model = PatchDiscriminator(4, 1)
     model.layers[0].bias.requires_grad_(False)
     with frozen(model):
@@ -85,7 +101,7 @@ def adam(module, lr, betas, decay):
     return torch.optim.AdamW(parameter_groups(module, decay), lr=lr, betas=betas, eps=1e-6)
 
 
-def train_step(models, optimizers, batch, looks, warmup, blur):
+def train_step(models, optimizers, batch, views, warmup, blur):
     """One published step: the first two images are rebuilt, all are contrasted; returns what was logged."""
     unitok, discriminator, lpips = models
     image, text = batch
@@ -98,14 +114,14 @@ def train_step(models, optimizers, batch, looks, warmup, blur):
     total = nll + out.losses["vq"] + clip
     log = {"L1": plain["l1"], "Lpip": perceptual, "Lnll": nll, "Lq": out.losses["vq"], "Lc": clip}
     if warmup:
-        gan = generator_loss(discriminator, out.reconstruction, looks["generator"], blur)
+        gan = generator_loss(discriminator, out.reconstruction, views["generator"], blur)
         weight = warmup * 0.4 * adaptive_weight(nll, gan, unitok.decoder.to_pixels.weight)
         total = total + weight * gan
         log |= {"Lg": gan, "Wei_g": weight}
     log["Lv"] = total
     log["Gradnorm_g"] = update(optimizers[0], unitok, total)
     if warmup:
-        judged = discriminator_loss(discriminator, real, out.reconstruction, looks, blur=blur)
+        judged = discriminator_loss(discriminator, real, out.reconstruction, views, blur=blur)
         log |= {"Ldisc": judged.adversarial, "Lbcr": judged.consistency}
         log |= {"Disc_accu_real": judged.accuracy_real, "Disc_accu_fake": judged.accuracy_fake}
         log["Gradnorm_d"] = update(optimizers[1], discriminator, judged.total)
@@ -123,7 +139,7 @@ def update(optimizer, module, loss):
 
 
 def test_three_published_steps(
-    tiny_unitok, small_discriminator, lpips, values, numbers, golden, recorded_look
+    tiny_unitok, small_discriminator, lpips, values, numbers, golden, recorded_noise
 ):
     discriminator = small_discriminator().train()
     optimizers = (
@@ -133,11 +149,13 @@ def test_three_published_steps(
     inputs = load_file(golden / "tokenizer" / "attn.outputs.safetensors")
     for step, wanted in enumerate(numbers["train_steps"]):
         warmup, blur = wanted["warmup_disc_schedule"], wanted["fade_blur_schedule"]
-        looks = {}
+        views = {}
         if warmup:
-            looks = {name: Look(Draws(*recorded_look(step, i)), None) for i, name in enumerate(LOOKS)}
+            views = {
+                name: View(AugmentationNoise(*recorded_noise(step, i)), None) for i, name in enumerate(VIEWS)
+            }
         models = (tiny_unitok, discriminator, lpips)
-        found = train_step(models, optimizers, (inputs["image"], inputs["text"]), looks, warmup, blur)
+        found = train_step(models, optimizers, (inputs["image"], inputs["text"]), views, warmup, blur)
         logged = wanted["wandb"] | {"Lv": wanted["Lv"], "usage": wanted["wandb"]["Codebook_usage"]}
         # steps after the first are chaotic: 6e-8 in the weights moves some numbers by a fifth
         for name, value in found.items():
@@ -180,18 +198,13 @@ def check_parameters(model, values, numbers):
 RANKS = """
 import os, sys
 import torch, torch.distributed as dist
-from open_unitok import ranks
-from open_unitok.training.core.collectives import averaged, joined
+from open_unitok.core import distributed
+from open_unitok.training.core.collectives import all_gather_with_grad, mean_over_ranks
 from open_unitok.training.tokenizer.discriminator import PatchDiscriminator, RankBatchNorm
-from open_unitok.training.tokenizer.gan_losses import (
-    adaptive_weight,
-    discriminator_loss,
-    draw_looks,
-    generator_loss,
-)
-from open_unitok.training.tokenizer.losses import contrastive_loss
+from open_unitok.training.tokenizer.gan import adaptive_weight, sample_views
+from open_unitok.training.tokenizer.losses import contrastive_loss, discriminator_loss, generator_loss
 
-size, rank = ranks.world_size(), ranks.rank()
+size, rank = distributed.world_size(), distributed.rank()
 if size > 1:
     dist.init_process_group("gloo")
 torch.manual_seed(0)
@@ -201,23 +214,23 @@ data, words = torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 12)
 mine = range(rank * 4 // size, (rank + 1) * 4 // size)
 real, words = data[list(mine)], words[list(mine)]
 fake = last(real)
-looks = draw_looks(model, 5, 3, list(mine), (16, 16))
+views = sample_views(model, 5, 3, list(mine), (16, 16))
 reconstruction = (fake - real).square().mean()
-gan = generator_loss(model, fake, looks["generator"], blur=0.3)
+gan = generator_loss(model, fake, views["generator"], blur=0.3)
 weight = adaptive_weight(reconstruction, gan, last.weight)
 images = torch.nn.functional.normalize(head(fake.mean((2, 3)).repeat(1, 4)), dim=1)
 texts = torch.nn.functional.normalize(head(words), dim=1)
 clip = contrastive_loss(images, texts, torch.tensor(10.0))
-judged = discriminator_loss(model, real, fake, looks, blur=0.3)
-mean = averaged(fake.mean((0, 2, 3))).square().sum()
-every = (joined(images) @ joined(texts).T).square().sum()
+judged = discriminator_loss(model, real, fake, views, blur=0.3)
+mean = mean_over_ranks(fake.mean((0, 2, 3))).square().sum()
+every = (all_gather_with_grad(images) @ all_gather_with_grad(texts).T).square().sum()
 normal = norm(fake.flatten(2)).pow(3).mean()
 (reconstruction + weight * gan + clip + judged.total + mean + every + normal).backward()
 with torch.no_grad():
     shown = [reconstruction, gan, clip, judged.total, weight, mean, every, normal, norm.running_var.sum()]
-    shown = [ranks.sum_over_ranks(value.double()) / size for value in shown]
+    shown = [distributed.sum_over_ranks(value.double()) / size for value in shown]
     grads = [p.grad for m in (model, last, head, norm) for p in m.parameters()]
-    shown += [(ranks.sum_over_ranks(g.double()) / size).norm() for g in grads]
+    shown += [(distributed.sum_over_ranks(g.double()) / size).norm() for g in grads]
 if rank == 0:
     print(" ".join(f"{v.item():.9e}" for v in shown))
 if size > 1:  # no interpreter shutdown, in which gloo's threads may abort
@@ -242,7 +255,7 @@ def run_ranks(count: int, port: int) -> list[float]:
 
 @pytest.mark.slow
 def test_two_ranks_are_one(unused_port):
-    """Losses, adaptive weight and every gradient, with draws keyed by the sample's number."""
+    """Losses, adaptive weight and every gradient, with random numbers keyed by the sample's number."""
     alone, both = run_ranks(1, unused_port), run_ranks(2, unused_port)
     assert len(alone) > 15
     # a bias before a norm has only noise for a gradient

@@ -7,14 +7,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from open_unitok.training.core import config as configs
+from open_unitok.tokenizer import MultiCodebookQuantizer
+from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.ema import EMA
 from open_unitok.training.data import seeding
-from open_unitok.training.run import load_run_config
+from open_unitok.training.data.tar_index import index_tar
 from open_unitok.training.tokenizer import losses as tokenizer_losses
-from open_unitok.training.tokenizer.config import CodebookOptions
-from open_unitok.training.tokenizer.data import PairDecoder, crop_box, decoded_first
-from open_unitok.training.tokenizer.dead_codes import Restarts, init_codebooks, spread
+from open_unitok.training.tokenizer.config import ImageOptions, LossWeights
+from open_unitok.training.tokenizer.data import (
+    PairDecoder,
+    crop_box,
+    order_decoded_first,
+    reconstruction_grid,
+)
+from open_unitok.training.tokenizer.dead_codes import (
+    DeadCodes,
+    init_codebooks_from_latents,
+    usage_and_perplexity,
+)
 
 
 def test_crop_boxes_keep_to_their_bounds():
@@ -30,49 +40,44 @@ def test_crop_boxes_keep_to_their_bounds():
 
 
 def test_a_image_of_the_right_size_is_taken_as_it_is(data):
-    from open_unitok.training.data.tar_index import index_tar
-    from open_unitok.training.tokenizer.config import ImageOptions
-
     record = index_tar(str(data / "pairs-0.tar")).records[0]
     options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
     pair = PairDecoder(options, 32, True)(record, random.Random(0))
-    assert np.array_equal(pair.picture, np.asarray(Image.open(io.BytesIO(record.read("png")))))
+    assert np.array_equal(pair.image, np.asarray(Image.open(io.BytesIO(record.read("png")))))
     assert pair.caption in record.json()["captions"]
-    assert PairDecoder(options, 16, False)(record, random.Random(0)).picture.shape == (16, 16, 3)
+    assert PairDecoder(options, 16, False)(record, random.Random(0)).image.shape == (16, 16, 3)
 
 
-def test_codebooks_begin_on_encoder_outputs():
+def test_codebooks_are_initialised_on_latents():
     latents = torch.randn(40, 6)
     for entries in (16, 64):
-        books = torch.nn.Parameter(torch.zeros(2, entries, 3))
-        init_codebooks(books, latents, seed=0)
+        quantizer = MultiCodebookQuantizer(2, entries, 3)
+        init_codebooks_from_latents(quantizer, latents, seed=0)
+        books = quantizer.codebooks
         chunks = torch.nn.functional.normalize(latents.view(40, 2, 3), dim=-1)
         nearest = (books.detach()[1] @ chunks[:, 1].T).max(-1).values
         assert (nearest > 0.95).all()
         assert len(torch.unique(books.detach()[0], dim=0)) == entries
 
 
-def test_unused_entries_move_onto_latents(monkeypatch):
-    from open_unitok.tokenizer import MultiCodebookQuantizer
-    from open_unitok.training.core import deepspeed_engine
-
+def test_dead_codes_are_reset_to_latents(monkeypatch):
     quantizer = MultiCodebookQuantizer(2, 8, 3)
     monkeypatch.setattr(
         deepspeed_engine, "overwrite_rows", lambda _, p, rows, values: p.data.__setitem__(rows, values)
     )
-    restarts = Restarts(quantizer, CodebookOptions(reset_after=2, reset_share=0.5), steps=12, seed=0)
-    latents = torch.randn(4, 5, 6)
+    dead_codes = DeadCodes(quantizer, reset_after=2, last_step=6, seed=0)
+    latents = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
     moved = []
     for step in range(1, 13):
         quantizer(latents)
-        moved.append(restarts.after_step(step, None))
+        moved.append(dead_codes.reset_codes(step, None))
     assert moved[0] is None and moved[1] is not None
     assert all(mask is None for mask in moved[6:])  # only in the first half
     chunks = torch.nn.functional.normalize(latents.view(20, 2, 3), dim=-1)
     values = quantizer.codebooks.detach()[moved[1]]
     best = torch.stack([(values @ chunks[:, k].T).max(-1).values for k in (0, 1)]).max(0).values
     assert (best > 0.999).all()
-    used, perplexity = spread(quantizer.usage)
+    used, perplexity = usage_and_perplexity(quantizer.usage)
     assert len(used) == 2 and all(0 < u <= 100 for u in used) and all(1 <= p <= 8 for p in perplexity)
 
 
@@ -87,7 +92,7 @@ def test_averages_follow_and_swap():
     assert torch.allclose(layer.weight, before + 1)
 
 
-def test_contrast_is_clip_loss_by_hand():
+def test_contrastive_loss_is_clip_loss_by_hand():
     image, text = (torch.nn.functional.normalize(torch.randn(5, 4), dim=-1) for _ in range(2))
     logits = 3.0 * image @ text.T
     want = -(logits.log_softmax(0).diag() + logits.log_softmax(1).diag()).mean() / 2
@@ -96,24 +101,22 @@ def test_contrast_is_clip_loss_by_hand():
 
 
 def test_weights_of_zero_leave_losses_out():
-    weights = configs.build_config(
-        type(load_run_config("configs/demo/tokenizer.yaml", []).losses), {"lpips": 0.0, "l1": 0.0}
-    )
+    weights = LossWeights(lpips=0.0, l1=0.0, clip=0.0).by_name()
     losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
     assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
 
 
 def test_the_same_images_are_decoded_however_a_batch_is_split():
     for count, share, parts in ((16, 0.25, 2), (12, 0.5, 3), (20, 0.3, 2), (8, 1.0, 4)):
-        order, decoded = decoded_first(count, share)
+        order, decoded = order_decoded_first(count, share)
         assert sorted(order) == list(range(count)) and decoded == count * share
         found = []
         for part in range(parts):
-            places, own = decoded_first(count // parts, share)
-            found += [part * count // parts + place for place in places[:own]]
+            positions, own = order_decoded_first(count // parts, share)
+            found += [part * count // parts + position for position in positions[:own]]
         assert found == order[:decoded]
-    assert decoded_first(4, 1e-9) == ([0, 1, 2, 3], 1)
-    assert decoded_first(10, 0.11)[1] == 2  # rounded up
+    assert order_decoded_first(4, 1e-9) == ([0, 1, 2, 3], 1)
+    assert order_decoded_first(10, 0.11)[1] == 2  # rounded up
 
 
 def test_an_image_has_its_own_drop_path():
@@ -122,3 +125,8 @@ def test_an_image_has_its_own_drop_path():
         one[..., 1:], seeding.uniform_per_sample((2, 3), [9], 0, "drop path", 5)
     )
     assert not torch.equal(one[..., 0], one[..., 1])
+
+
+def test_reconstruction_grid_of_fewer_decoded_images():
+    grid = reconstruction_grid(torch.zeros(8, 3, 4, 4), torch.ones(3, 3, 4, 4))
+    assert grid.shape == (8, 12, 3) and (grid[4:] == 255).all() and (grid[:4] < 255).all()

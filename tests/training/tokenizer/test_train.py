@@ -247,7 +247,8 @@ def test_kill_and_go_on(data, whole, tmp_path):
 KILLED_IN_THE_SECOND_SAVE = """
 import os, signal, sys
 from open_unitok.cli.main import main
-from open_unitok.training import checkpoint, tokenizer_stage
+from open_unitok.training.core import checkpoint
+from open_unitok.training.tokenizer import train as tokenizer_stage
 
 where, calls = sys.argv[1], []
 module, name = {
