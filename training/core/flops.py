@@ -34,7 +34,7 @@ def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) 
     """
     with torch.device("meta"):
         model = UniTok(config)
-        pixels = torch.zeros(1, 3, config.image_size, config.image_size)
+        pixels = torch.zeros(1, 3, *config.image_shape)
         ids = torch.zeros(1, config.text_context_length, dtype=torch.int64) if captions else None
         total = _count(model, pixels, ids, 1)
         encoded = _count(model, pixels, ids, 0) if decoded < 1 else total

@@ -13,8 +13,8 @@ class ImageOptions:
     """Decoding of a tar's sample to (pixels, caption).
 
     Attributes:
-        crop_scale, crop_ratio: area share and width/height of a random crop, which is resized to the model's
-            image_size; [1, 1] twice takes the central square.
+        crop_scale, crop_ratio: area share and relative width/height of a random crop, which is resized to the
+            model's image; [1, 1] twice takes the largest central crop.
         captions: "txt" reads key.txt, "json" samples one of key.json's "captions".
     """
 

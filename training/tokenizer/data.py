@@ -1,7 +1,7 @@
 """Data of the tokenizer stage: samples of tars to pixels and caption ids, with the published augmentation
 (arXiv 2502.20321, section 4.1).
 
-B batch, S side of the square training image, T text positions.
+B batch, H and W rows and columns of a training image, T text positions.
 """
 
 import math
@@ -26,7 +26,7 @@ CACHE_BYTES = 2**26  # of decoded images, which a run without random crops keeps
 
 
 class Pair(NamedTuple):
-    """One image, uint8 (S, S, 3), and its caption ("" without the contrastive loss)."""
+    """One image, uint8 (H, W, 3), and its caption ("" without the contrastive loss)."""
 
     image: np.ndarray
     caption: str
@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 def build_pair_stream(
     shards: ShardOptions,
     images: ImageOptions,
-    image_size: int,
+    image_shape: tuple[int, int],
     captions: bool,
     seed: int,
     micro_batch: int,
@@ -43,16 +43,16 @@ def build_pair_stream(
     ranks: int = 1,
 ) -> ShardStream:
     """The endless stream of pairs of one rank."""
-    decoder = PairDecoder(images, image_size, captions)
+    decoder = PairDecoder(images, image_shape, captions)
     return ShardStream(shards, decoder, seed=seed, micro_batch=micro_batch, rank=rank, ranks=ranks)
 
 
 class PairDecoder:
-    """Decodes records into pairs; a class, because spawned workers pickle it."""
+    """Decodes records into pairs of (height, width) pixels; a class, because spawned workers pickle it."""
 
-    def __init__(self, options: ImageOptions, size: int, captions: bool):
+    def __init__(self, options: ImageOptions, image_shape: tuple[int, int], captions: bool):
         self.options = options
-        self.size = size
+        self.height, self.width = image_shape
         self.captions = captions
         self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
         self._cache: dict[tuple[str, int, int], np.ndarray] = {}
@@ -75,17 +75,20 @@ class PairDecoder:
         return Pair(pixels, self._caption(record, rng) if self.captions else "")
 
     def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
-        size = (self.size, self.size)
+        size = width, height = self.width, self.height
         if self.whole:
             if image.size == size:
                 return image
-            side = min(image.size)
-            left, top = (image.width - side) / 2, (image.height - side) / 2
-            return image.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-        left, top, width, height = crop_box(
-            *image.size, self.options.crop_scale, self.options.crop_ratio, rng
-        )
-        return image.crop((left, top, left + width, top + height)).resize(size, Image.Resampling.BICUBIC)
+            # the largest central box of the model's aspect ratio
+            wide = image.width * height > image.height * width
+            box_width = image.height * width / height if wide else image.width
+            box_height = image.height if wide else image.width * height / width
+            left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
+            box = (left, top, left + box_width, top + box_height)
+            return image.resize(size, Image.Resampling.BICUBIC, box=box)
+        low, high = (ratio * width / height for ratio in self.options.crop_ratio)
+        left, top, w, h = crop_box(*image.size, self.options.crop_scale, (low, high), rng)
+        return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
 
     def _caption(self, record: Record, rng: random.Random) -> str:
         if self.options.captions == "txt":
@@ -126,7 +129,7 @@ def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:
 
 
 class PairCollate:
-    """Pairs -> {"image": uint8 (B, S, S, 3), "token_ids": (B, T) int64 or None}, those to decode first.
+    """Pairs -> {"image": uint8 (B, H, W, 3), "token_ids": (B, T) int64 or None}, those to decode first.
 
     Args:
         share: see `order_decoded_first`.
@@ -146,13 +149,13 @@ class PairCollate:
 
 
 def pixels_from_uint8(images: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """uint8 (B, S, S, 3) -> float (B, 3, S, S) in [-1, 1] on the device."""
+    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1] on the device."""
     moved = images.to(device, non_blocking=True).permute(0, 3, 1, 2)
     return moved.float().div_(255).sub_(0.5).div_(0.5)
 
 
 def reconstruction_grid(pixels: torch.Tensor, reconstruction: torch.Tensor, columns: int = 8) -> np.ndarray:
-    """uint8 (2S, columns*S, 3): the first originals above their reconstructions, both (B, 3, S, S) pixels."""
+    """uint8 (2H, columns*W, 3): the first originals above their reconstructions, both (B, 3, H, W) pixels."""
     columns = min(columns, len(reconstruction))
     rows = [
         torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (pixels, reconstruction)

@@ -20,7 +20,7 @@ from ..data import seeding
 
 @torch.no_grad()
 def init_codebooks(model: UniTok, pixels: Tensor, seed: int) -> None:
-    """Set all codebook entries to encoder outputs of (B, 3, S, S) pixels, the same on every rank."""
+    """Set all codebook entries to encoder outputs of (B, 3, H, W) pixels, the same on every rank."""
     model.eval()
     latents = torch.cat([model.encode_latents(piece) for piece in pixels.split(64)])
     init_codebooks_from_latents(model.quantizer, latents.flatten(0, 1), seed)

@@ -39,7 +39,13 @@ class GAN:
     Before step `discriminator.start` both return zeros, so that every metrics record has the same names.
     """
 
-    def __init__(self, config: TokenizerRunConfig, image_size: int, device: torch.device, micro_batch: int):
+    def __init__(
+        self,
+        config: TokenizerRunConfig,
+        image_shape: tuple[int, int],
+        device: torch.device,
+        micro_batch: int,
+    ):
         self.options = options = config.discriminator
         self.max_weight = config.losses.adversarial
         self.total_steps, self.seed = config.steps, config.seed
@@ -48,7 +54,7 @@ class GAN:
             options.kind, options.weights, options.norm, options.spectral_norm, options.width, options.layers
         ).to(device)
         with torch.no_grad():  # rejects images that are too small before training starts
-            self.module.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+            self.module.eval()(torch.zeros(1, 3, *image_shape, device=device))
         groups = deepspeed_engine.parameter_groups(self.module, options.optimizer.weight_decay)
         self.engine = deepspeed_engine.build_engine(
             self.module, groups, options.optimizer, config.engine, micro_batch

@@ -51,17 +51,17 @@ def reconstruction_losses(reconstruction: Tensor, pixels: Tensor) -> dict[str, T
     return {"l1": difference.abs().mean(), "l2": difference.square().mean()}
 
 
-def build_lpips(weights: str | None, image_size: int, device: torch.device) -> Any:
+def build_lpips(weights: str | None, image_shape: tuple[int, int], device: torch.device) -> Any:
     """The perceptual loss "lpips" (arXiv 1801.03924) with its published weights.
 
     Raises:
         UserError: no such weights; images too small for its deepest features.
     """
     lpips = LPIPS.from_file(weights).to(device)
-    if image_size < MIN_SIZE:
+    if min(image_shape) < MIN_SIZE:
         raise UserError(
-            f"losses.lpips needs images of {MIN_SIZE} pixels or more, but model.image_size is {image_size}: "
-            "set losses.lpips to 0."
+            f"losses.lpips needs images of {MIN_SIZE} pixels or more a side, but the model's are "
+            f"{image_shape[0]} x {image_shape[1]}: set losses.lpips to 0."
         )
     return lpips
 

@@ -1,6 +1,6 @@
 """The tokenizer stage: train UniTok to reconstruct images and match captions (arXiv 2502.20321, section 3).
 
-B images of one micro-batch, b of them decoded, S side of an image, K codes per token.
+B images of one micro-batch, b of them decoded, H and W rows and columns, K codes per token.
 """
 
 import contextlib
@@ -108,8 +108,8 @@ class StepOutput(NamedTuple):
     """Result of one optimiser step; images are those of its last micro-batch."""
 
     metrics: dict[str, Tensor | float]
-    pixels: Tensor  # (B, 3, S, S)
-    reconstruction: Tensor  # (b, 3, S, S)
+    pixels: Tensor  # (B, 3, H, W)
+    reconstruction: Tensor  # (b, 3, H, W)
 
 
 def train_step(
@@ -139,8 +139,8 @@ def train_step(
 class MicroStepOutput(NamedTuple):
     losses: dict[str, Tensor]  # detached
     grad_norm: Tensor | float | None  # at the end of an accumulation
-    pixels: Tensor  # (B, 3, S, S)
-    reconstruction: Tensor  # (b, 3, S, S)
+    pixels: Tensor  # (B, 3, H, W)
+    reconstruction: Tensor  # (b, 3, H, W)
 
 
 def micro_step(
@@ -218,12 +218,12 @@ def build_train_state(
     # 1. models
     captions = load_caption_tokenizer(config)
     model = build_model(config, captions).to(device)
-    image_size = model.config.image_size
-    lpips = build_lpips(config.losses.lpips_weights, image_size, device) if config.losses.lpips else None
-    gan = GAN(config, image_size, device, micro_batch) if config.losses.adversarial else None
+    image_shape = model.config.image_shape
+    lpips = build_lpips(config.losses.lpips_weights, image_shape, device) if config.losses.lpips else None
+    gan = GAN(config, image_shape, device, micro_batch) if config.losses.adversarial else None
 
     # 2. data
-    pairs = (config.data, config.images, image_size, captions is not None, config.seed)
+    pairs = (config.data, config.images, image_shape, captions is not None, config.seed)
     stream = build_pair_stream(*pairs, micro_batch, distributed.rank(), distributed.world_size())
     collate = PairCollate(captions, config.reconstruct_share)
     run_dir.record_facts(data=stream.fingerprint())

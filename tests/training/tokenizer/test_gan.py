@@ -44,7 +44,7 @@ def test_clock(data):
         ],
     )
     deepspeed_engine.init_distributed(config.engine, 0)
-    gan = GAN(config, 32, torch.device("cpu"), 8)
+    gan = GAN(config, (32, 32), torch.device("cpu"), 8)
     found = []
     for step in range(8):
         gan.start_step(step)
