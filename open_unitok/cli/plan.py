@@ -5,7 +5,6 @@ import argparse
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.gpus import PEAK_TFLOPS
 from open_unitok.training.mllm.config import MLLMRunConfig
-from open_unitok.training.mllm.plan import describe, plan
 from open_unitok.training.run import load_run_config
 
 
@@ -23,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
+    from open_unitok.training.mllm.plan import describe_plan, plan_run
+
     config = load_run_config(args.config, args.overrides)
     if not isinstance(config, MLLMRunConfig):
         raise UserError(f"{args.config} is of stage {config.stage}; `unitok plan` only supports stage mllm.")
@@ -30,5 +31,5 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
     if args.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
-    found = plan(config, args.gpus, args.text_tokens)
-    print("\n".join(describe(found, config, args)))
+    plan = plan_run(config, args.gpus, args.text_tokens)
+    print("\n".join(describe_plan(plan, config, args)))

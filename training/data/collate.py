@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     text_targets: int  # text labels left after the shift by one
     code_targets: int  # codes that are learned: K per placeholder of a generated image
     tokens: int  # tokens that are not padding
-    pairs: int  # causal attention pairs: each token with itself and those before it in its sample
+    attention_pairs: int  # causal attention pairs: each token with itself and those before it in its sample
 
 
 def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int, pack_to: int = 0) -> Batch:
@@ -83,7 +83,7 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         text_targets=int(((labels != IGNORE_INDEX) & ~generated).sum()) - first_labels,
         code_targets=int(generated.sum()) * (images[0].shape[1] if images else 0),
         tokens=sum(lengths),
-        pairs=sum(length * (length + 1) // 2 for length in lengths),
+        attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
     )
 
 

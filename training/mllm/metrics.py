@@ -1,4 +1,4 @@
-"""What is logged about the MLLM beside its losses: accuracy per sub-codebook, text loss per task, speed."""
+"""Metrics of MLLM training: accuracy per sub-codebook, text loss per sample kind, speed."""
 
 import time
 from typing import Any
@@ -14,38 +14,40 @@ from ..data.collate import Batch
 from ..data.sample_kinds import SAMPLE_KINDS
 
 
-class Progress:
-    """Counts between two rows of the log; `take` sums them over ranks and begins anew.
+class RunningMetrics:
+    """Counts since the last record of the log; `reduce` sums them over ranks and resets them.
 
-    K sub-codebooks; counts stay on the device until they are taken. Make it before ZeRO-3 takes shapes away.
+    K sub-codebooks. Counts stay on the device until then, so that no step waits for it. Create it before
+    ZeRO-3 shards the model, which hides the shapes that FLOPs are counted from.
 
     Args:
-        peak: TFLOP/s that one device could do at most; None looks the GPU up in a table.
+        peak: peak TFLOP/s of one device; None looks the GPU up in a table.
 
     Attributes:
-        trained: how many parameters are.
+        num_trained: trained parameters.
     """
 
     def __init__(self, model: Any, device: torch.device, peak: float | None = None):
         num_codebooks = model.config.num_codebooks
-        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.cost, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
+        self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.model_flops, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
-        self.text_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
-        self.text_counts = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
-        self.places = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
-        self.work = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
+        # one number per sample kind, in the order of SAMPLE_KINDS
+        self.text_loss_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
+        self.text_targets = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
+        self.positions = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
+        self.counts = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
         self._clock = time.monotonic()
 
     def add(self, correct: torch.Tensor, batch: Batch) -> None:
-        """One micro-batch: `correct` (K,) of its codes were guessed right."""
+        """Count a micro-batch; `correct` (K,) of its codes were predicted right."""
         self.correct += correct
-        self.places += batch.kinds.numel()
+        self.positions += batch.kinds.numel()
         codes = batch.inputs["image_codes"]
-        self.work += torch.tensor(
+        self.counts += torch.tensor(
             TokenCounts(
                 tokens=batch.tokens,
-                attention_pairs=batch.pairs,
+                attention_pairs=batch.attention_pairs,
                 text_targets=batch.text_targets,
                 image_tokens=0 if codes is None else codes.shape[0] * codes.shape[1],
                 image_targets=batch.code_targets / len(self.correct),
@@ -54,8 +56,8 @@ class Progress:
         )
 
     @torch.no_grad()
-    def add_texts(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
-        """Text losses per task, from the (B, L, D) hidden states of one micro-batch."""
+    def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
+        """Text losses per sample kind, from the (B, L, D) hidden states of one micro-batch."""
         found = targets(
             inputs["labels"],
             inputs.get("attention_mask"),
@@ -68,44 +70,46 @@ class Progress:
             found.text_ids,
             reduction="none",
         )
+        # the kind of the predicted token, one position after the one that predicts it
         kinds = batch.kinds.to(hidden.device).flatten()[found.text_before + 1]
-        self.text_sums.index_add_(0, kinds, losses.double())
-        self.text_counts.index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
+        self.text_loss_sums.index_add_(0, kinds, losses.double())
+        self.text_targets.index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
 
-    def take(self) -> dict[str, float]:
-        """Values by name; what had no sample is left out, and MFU where the device's peak is not known."""
-        counts = torch.cat([self.places, self.work])
-        places, *work = distributed.sum_over_ranks(counts.to(self.device)).tolist()
-        work = TokenCounts(*work)
+    def reduce(self) -> dict[str, float]:
+        """Values by name over all ranks, then reset: without kinds that had no sample, and without MFU where
+        the device's peak is not known. Call it on every rank."""
+        counts = torch.cat([self.positions, self.counts])
+        positions, *counts = distributed.sum_over_ranks(counts.to(self.device)).tolist()
+        counts = TokenCounts(*counts)
         correct = distributed.sum_over_ranks(self.correct).tolist()
-        text_sums, text_counts = distributed.sum_over_ranks(
-            torch.stack([self.text_sums, self.text_counts])
+        text_loss_sums, text_targets = distributed.sum_over_ranks(
+            torch.stack([self.text_loss_sums, self.text_targets])
         ).tolist()
         now = time.monotonic()
         seconds = max(now - self._clock, 1e-9)
         values = {
             f"text_loss/{kind}": total / count
-            for kind, total, count in zip(SAMPLE_KINDS, text_sums, text_counts)
+            for kind, total, count in zip(SAMPLE_KINDS, text_loss_sums, text_targets)
             if count
         }
-        if work.image_targets:
-            values |= {f"accuracy/{book}": hits / work.image_targets for book, hits in enumerate(correct)}
-        values["padding"] = 1 - work.tokens / max(places, 1)
-        values["tokens_per_second"] = work.tokens / seconds
-        values["tflops_per_second"] = self.cost.flops(work) / seconds / 1e12
+        if counts.image_targets:
+            values |= {f"accuracy/{book}": hits / counts.image_targets for book, hits in enumerate(correct)}
+        values["padding"] = 1 - counts.tokens / max(positions, 1)
+        values["tokens_per_second"] = counts.tokens / seconds
+        values["tflops_per_second"] = self.model_flops.flops(counts) / seconds / 1e12
         if self.peak:
             values["mfu"] = values["tflops_per_second"] / (self.peak * distributed.world_size())
         self._clock = now
-        for tensor in (self.correct, self.text_sums, self.text_counts, self.places, self.work):
+        for tensor in (self.correct, self.text_loss_sums, self.text_targets, self.positions, self.counts):
             tensor.zero_()
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts so far (those of texts are taken in the step that makes them)."""
-        return {name: getattr(self, name).clone() for name in ("correct", "places", "work")}
+        """The counts so far; text losses are added and reduced within one step, so they need no state."""
+        return {name: getattr(self, name).clone() for name in ("correct", "positions", "counts")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         for name, value in state.items():
             getattr(self, name).copy_(value)
         self._clock = time.monotonic()

@@ -1,4 +1,4 @@
-"""The MLLM of a run with all that belongs to it: built around a visual tokenizer, or loaded from a folder."""
+"""The model of an MLLM run: new or loaded, with LoRA and frozen parts."""
 
 import inspect
 import shutil
@@ -6,103 +6,171 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import SAMPLING_FILE as SAMPLING
-from open_unitok.core.files import existing, model_path
+from open_unitok.core.files import SAMPLING_FILE, existing, model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.mllm.lora import add_lora
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.loading import check_tokenizer_folder
 
+from ..core import deepspeed_engine
 from ..data import seeding
-from .config import MLLMRunConfig
+from .config import MODEL_PARTS, MLLMRunConfig, ModelOptions
 
 
-class Parts(NamedTuple):
-    """What an MLLM folder is made of."""
+class MLLMParts(NamedTuple):
+    """What an MLLM folder consists of."""
 
     model: Any  # UniTokForConditionalGeneration
     processor: UniTokProcessor
     unitok: Path  # folder of the visual tokenizer
-    sampling: Path | None = None  # how the model draws best, where its folder says so
+    sampling: Path | None = None  # recommended sampling settings, where the folder has them
 
 
-def new_parts(config: MLLMRunConfig) -> Parts:
-    """A new MLLM around a trained visual tokenizer; weights are drawn by the seed, or come with the decoder.
+def build_parts(config: MLLMRunConfig) -> MLLMParts:
+    """The model that is trained: new or loaded, with adapters and frozen parts as configured.
 
     Raises:
-        UserError: a folder of another kind, an unknown field, sizes that do not fit.
+        UserError: see `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
-    wanted = config.model
-    assert wanted is not None
-    folder = existing(wanted.unitok, "model.unitok is the folder of a trained visual tokenizer.")
+    parts = new_parts(config) if config.model else load_parts(str(config.init_from))
+    parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
+    # adapters get a seed of their own: they do not depend on how the model was made
+    torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
+    add_adapters(parts.model, config)
+    freeze_parts(parts.model, config)
+    if config.engine.gradient_checkpointing:
+        deepspeed_engine.enable_activation_checkpointing(parts.model)
+    return parts
+
+
+def new_parts(config: MLLMRunConfig) -> MLLMParts:
+    """A new MLLM around a trained visual tokenizer, with weights from the seed or from a trained decoder.
+
+    Raises:
+        UserError: a folder of another type, an unknown field, sizes that do not fit.
+    """
+    options = config.model
+    assert options is not None
+    folder = existing(options.unitok, "model.unitok must be the folder of a trained visual tokenizer.")
     check_tokenizer_folder(folder)
     unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
-    options = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
-    _check_keys(wanted.processor, options, "model.processor")
+    allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
+    _check_keys(options.processor, allowed, "model.processor")
     sizes = {"image_size": unitok.config.image_size, "num_image_tokens": unitok.config.num_visual_tokens}
-    processor = UniTokProcessor.from_text_tokenizer(wanted.text_tokenizer, **{**sizes, **wanted.processor})
-    base = _decoder(wanted.language_model) if wanted.language_model else None
-    fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
-    _check_keys(wanted.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
-    _check_keys(wanted.text, _known_fields(wanted.text.get("model_type", "llama")), "model.text")
-    _check_keys(wanted.depth, _known_fields("llama"), "model.depth")
-    if base is None:
-        ids = {"vocab_size": processor.vocab_size, "bos_token_id": processor.bos_token_id}
-        text = {"model_type": "llama", **ids, "eos_token_id": processor.eos_token_id, **wanted.text}
-        if text["vocab_size"] < processor.vocab_size:
-            raise UserError(
-                f"model.text.vocab_size is {text['vocab_size']}, but the text tokenizer has "
-                f"{processor.vocab_size} ids: leave the key out."
-            )
-        fields["text_config"] = text
-    elif wanted.text:
-        raise UserError("model.text and model.language_model exclude each other: the folder has sizes.")
-    else:
-        fields["text_config"] = base.config
-    fields |= {"depth_config": wanted.depth, **wanted.fields}
-    mllm_config = UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
+    processor = UniTokProcessor.from_text_tokenizer(options.text_tokenizer, **{**sizes, **options.processor})
+    decoder = _load_decoder(options.language_model) if options.language_model else None
+    mllm_config = _mllm_config(options, unitok, processor, decoder)
     torch.manual_seed(seeding.derive_seed(config.seed, "model"))
     model = UniTokForConditionalGeneration(mllm_config)
-    if base is not None:
-        model.language_model.load_state_dict(base.get_decoder().state_dict())
-        model.lm_head.load_state_dict(base.get_output_embeddings().state_dict())
+    if decoder is not None:
+        model.language_model.load_state_dict(decoder.get_decoder().state_dict())
+        model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
+        # the processor may have added boi and eoi to the decoder's vocabulary
         if processor.vocab_size > model.config.text_config.vocab_size:
             model.resize_token_embeddings(processor.vocab_size)
     model.init_from_tokenizer(unitok)
-    return Parts(model, processor, folder)
+    return MLLMParts(model, processor, folder)
 
 
-def load_parts(name: str) -> Parts:
+def _mllm_config(
+    options: ModelOptions, unitok: UniTok, processor: UniTokProcessor, decoder: Any
+) -> UniTokMLLMConfig:
+    """The config of a new model; `decoder` is a trained one or None."""
+    fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
+    _check_keys(options.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
+    _check_keys(options.text, _decoder_fields(options.text.get("model_type", "llama")), "model.text")
+    _check_keys(options.depth, _decoder_fields("llama"), "model.depth")
+    if decoder is not None and options.text:
+        raise UserError(
+            "model.text and model.language_model exclude each other: a trained decoder has its sizes."
+        )
+    if decoder is not None:
+        fields["text_config"] = decoder.config
+    else:
+        ids = {"vocab_size": processor.vocab_size, "bos_token_id": processor.bos_token_id}
+        text = {"model_type": "llama", **ids, "eos_token_id": processor.eos_token_id, **options.text}
+        if text["vocab_size"] < processor.vocab_size:
+            raise UserError(
+                f"model.text.vocab_size is {text['vocab_size']}, but the text tokenizer has "
+                f"{processor.vocab_size} ids: omit the key."
+            )
+        fields["text_config"] = text
+    fields |= {"depth_config": options.depth, **options.fields}
+    return UniTokMLLMConfig.for_tokenizer(unitok.config, **fields)
+
+
+def load_parts(name: str) -> MLLMParts:
     """The MLLM of a folder, or the shipped one of this name, in float32, for further training.
 
     Raises:
-        UserError: no MLLM folder, or one without its visual tokenizer.
+        UserError: not an MLLM folder, or one without its visual tokenizer.
     """
     folder = existing(
-        model_path(name), "init_from is the folder of a trained MLLM, e.g. runs/pretrain/model."
+        model_path(name), "init_from must be the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    unitok = existing(folder / "unitok", "An MLLM folder holds its visual tokenizer there.")
-    own = folder / SAMPLING
-    return Parts(model, UniTokProcessor.from_pretrained(folder), unitok, own if own.exists() else None)
+    unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
+    sampling = folder / SAMPLING_FILE
+    processor = UniTokProcessor.from_pretrained(folder)
+    return MLLMParts(model, processor, unitok, sampling if sampling.exists() else None)
 
 
-def save_parts(parts: Parts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write an MLLM folder: weights (`state`, where they had to be gathered), processor, and `unitok/`; with
-    adapters, these alone."""
+def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an MLLM folder: weights (`state` where they had to be gathered), processor, and `unitok/`. With
+    LoRA only the adapter."""
     parts.model.save_pretrained(path, state_dict=state)
     if parts.model._hf_peft_config_loaded:
         return
     parts.processor.save_pretrained(path)
     shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
     if parts.sampling:
-        shutil.copy(parts.sampling, path / SAMPLING)
+        shutil.copy(parts.sampling, path / SAMPLING_FILE)
 
 
-def _decoder(folder: str) -> Any:
-    from transformers import AutoModelForCausalLM
+def add_adapters(model: Any, config: MLLMRunConfig) -> None:
+    """LoRA as configured, on a base that keeps its dtype or is rounded to bf16."""
+    lora = config.lora
+    if lora is None:
+        return
+    modules = [MODEL_PARTS[part].rstrip(".") for part in lora.parts]
+    add_lora(model, modules, lora.rank, lora.alpha, lora.dropout)
+    if lora.base == "bf16":
+        for name, parameter in model.named_parameters():
+            # the visual embedder keeps fp32: it normalises codebook rows, where bf16 would lose codes
+            if not parameter.requires_grad and not name.startswith(MODEL_PARTS["visual_embedder"]):
+                parameter.data = parameter.data.to(torch.bfloat16)
 
+
+def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
+    """No gradient for parts with factor 0, nor for the sub-codebooks, which stored codes refer to."""
+    for name, parameter in model.named_parameters():
+        if config.lr_factor(name) == 0:
+            parameter.requires_grad_(False)
+    model.visual_embedder.codebooks.requires_grad_(False)
+
+
+def choose_attention(name: str) -> str:
+    """The attention implementation for transformers: "auto" is flash_attention_2 where that can run.
+
+    Raises:
+        UserError: flash attention is requested, but not available.
+    """
+    available = torch.cuda.is_available() and is_flash_attn_2_available()
+    if name == "flash_attention_2" and not available:
+        raise UserError(
+            "attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, and at least one of "
+            "them is missing (see `unitok doctor`): use `auto` or `sdpa`."
+        )
+    if name == "auto":
+        return "flash_attention_2" if available else "sdpa"
+    return name
+
+
+def _load_decoder(folder: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -111,14 +179,14 @@ def _decoder(folder: str) -> Any:
         ) from error
 
 
-def _known_fields(kind: str) -> set[str]:
-    """The fields of a family's config."""
-    from transformers import AutoConfig
-
+def _decoder_fields(model_type: str) -> set[str]:
+    """The config fields of a family of decoders."""
     try:
-        return set(AutoConfig.for_model(kind).to_dict()) | {"rope_theta"}
+        return set(AutoConfig.for_model(model_type).to_dict()) | {"rope_theta"}
     except ValueError as error:
-        raise UserError(f"model.text.model_type is {kind!r}: no decoder that transformers knows.") from error
+        raise UserError(
+            f"model.text.model_type is {model_type!r}, which is not a decoder of transformers."
+        ) from error
 
 
 def _check_keys(given: dict[str, Any], known: set[str], where: str) -> None:

@@ -1,5 +1,4 @@
-"""Stage 2: train the MLLM to read and to draw, in one loop for pretraining and fine-tuning (arXiv 2502.20321,
-section 3.4).
+"""Stage 2: train the MLLM, one loop for pretraining and fine-tuning (arXiv 2502.20321, section 3.4).
 
 B rows, L tokens per row, K sub-codebooks.
 """
@@ -10,12 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.mllm.lora import add_lora
 
 from ..core import deepspeed_engine, schedules
 from ..core.checkpoint import Checkpoints, StopOnSignal
@@ -27,175 +23,122 @@ from ..data.collate import Batch
 from ..data.mixture import Mixture
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
 from ..data.sequences import SequenceBuilder
-from .config import PARTS, LossOptions, MLLMRunConfig
-from .metrics import Progress
-from .model import Parts, load_parts, new_parts, save_parts
+from .config import LossOptions, MLLMRunConfig
+from .metrics import RunningMetrics
+from .model import MLLMParts, build_parts, save_parts
 
 
-def main(config: MLLMRunConfig, folder: RunDir) -> None:
-    """Train from the beginning, or from the last checkpoint, to the end; leaves OUT/model."""
-    device = deepspeed_engine.init_distributed(config.engine, config.seed)
-    # with adapters the weights they sit on are in `init_from` already, and in no checkpoint
-    adapters = config.lora is not None
-    checkpoints = Checkpoints(folder.checkpoints, config.checkpoint.keep, trained_alone=adapters)
-    latest = checkpoints.latest()
-    micro = config.micro_batch(distributed.world_size())
-    parts = prepare(config)
-    model = parts.model
-    mixture = build_mixture(config, parts)
-    folder.record_facts(data=mixture.fingerprint, tokenizer=model.config.unitok_fingerprint)
-    progress = Progress(model, device, config.log.peak_tflops)
-    groups = deepspeed_engine.parameter_groups(
-        model, config.optimizer.weight_decay, dict(config.prefix_factors())
-    )
-    deepspeed_engine.shard_to_device(
-        model, device, config.optimizer, config.engine, micro
-    )  # from here on ZeRO 3 hides all shapes
-    trained = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro)
-    log = MetricLogger(folder, config.steps, config.log.every, config.batch_size, Path(config.out).name)
-    gathers = config.engine.zero_stage == 3
+class TrainState(NamedTuple):
+    """Everything that the loop works with, as it is after `step` steps."""
 
-    def weights() -> dict[str, torch.Tensor] | None:
-        return trained._zero3_consolidated_16bit_state_dict(adapters) if gathers else None
+    step: int
+    parts: MLLMParts
+    engine: Any  # the DeepSpeed engine around the model
+    mixture: Mixture
+    metrics: RunningMetrics
+    log: MetricLogger
+    checkpoints: Checkpoints
+    gather: bool  # ZeRO-3 shards the weights: gather them before they are written
 
-    def write_model(path: Path) -> None:
-        state = weights()
-        if distributed.is_main():
-            save_parts(parts, path, state)
 
-    step = 0
-    if latest is not None:
-        state = checkpoints.restore(latest, {"mllm": trained})
-        step = state["step"]
-        mixture.load_state_dict(state["mixture"])
-        log.load_state_dict(state["log"])
-        progress.load_state_dict(state["progress"])
-        log.info(f"goes on after step {step} ({latest.name})")
-    log.info(
-        f"{progress.trained / 1e6:.1f} M parameters are trained, steps {step} to {config.last_step} of "
-        f"{config.batch_size} samples"
-    )
+class StepOutput(NamedTuple):
+    """Result of one optimiser step on this rank."""
 
-    model.train()
+    losses: dict[str, torch.Tensor]  # "loss", "text_loss", "image_loss"; means over ranks are the global ones
+    grad_norm: torch.Tensor | float
+
+
+def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
+    """Train from step 0 or from the last checkpoint to the end; leaves OUT/model."""
+    state = build_state(config, run_dir)
+    log, step, schedule = state.log, state.step, config.schedule
+    state.parts.model.train()
     log.start(step)
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
-        profile_steps(config, folder.path, step) as profiler,
+        profile_steps(config, run_dir.path, step) as profiler,
     ):
         while step < config.last_step:
-            plan = config.schedule
-            rate = schedules.lr_multiplier(plan.kind, step, config.steps, plan.warmup, plan.start, plan.end)
-            deepspeed_engine.set_lr_multiplier(trained, rate)
-            sums, norm = learn(trained, config, mixture.next(), step, progress)
+            multiplier = schedules.lr_multiplier(
+                schedule.kind, step, config.steps, schedule.warmup, schedule.start, schedule.end
+            )
+            deepspeed_engine.set_lr_multiplier(state.engine, multiplier)
+            output = train_step(state, config, state.mixture.next(), step)
             step += 1
             profiler.step(step)
             if step % config.log.every == 0:
-                log.note("lr", config.optimizer.lr * rate)
-                for name, value in progress.take().items():
+                log.note("lr", config.optimizer.lr * multiplier)
+                for name, value in state.metrics.reduce().items():
                     log.note(name, value)
-            loss, text_loss, image_loss = sums.unbind()
-            values = {"loss": loss, "text_loss": text_loss, "image_loss": image_loss}
-            log.add(step, {**values, "grad_norm": norm if norm is not None else 0.0})
-            asked = stop()
-            if asked or step % config.checkpoint.every == 0 or step == config.last_step:
-                state = {
-                    "mixture": mixture.state_dict(),
-                    "log": log.state_dict(),
-                    "progress": progress.state_dict(),
-                }
-                checkpoints.save(step, write_model, {"mllm": trained}, state, gathers)
+            log.add(step, {**output.losses, "grad_norm": output.grad_norm})
+            # called every step on every rank: a signal on one rank stops all of them at the same step
+            stopping = stop()
+            if stopping or step % config.checkpoint.every == 0 or step == config.last_step:
+                save_checkpoint(state, step)
                 stop.exit_if_signalled()
         if step == config.steps:
             log.flush()
     if step < config.steps:
-        log.info(f"stopped at step {step} as asked (stop_at); the same command without it goes on")
+        log.info(f"stopped at step {step} (stop_at); run the same command without it to continue")
         return
-    final = weights()
+    # gathering is collective, so every rank takes part; one writes
+    weights = gathered_weights(state)
     if distributed.is_main():
-        folder.finish(lambda path: save_parts(parts, path, final))
+        run_dir.finish(lambda path: save_parts(state.parts, path, weights))
     distributed.barrier()
-    log.info(f"finished: {folder.model}")
+    log.info(f"finished: {run_dir.model}")
 
 
-def learn(
-    trained: Any, config: MLLMRunConfig, batches: list[Batch], step: int, progress: Progress
-) -> tuple[torch.Tensor, torch.Tensor | float | None]:
-    """One update from this rank's micro-batches; returns (loss, text loss, image loss), whose mean over ranks
-    is that of the global batch, and the norm of the gradients."""
-    # 1. how much is learnt on all ranks and in all micro-batches of this step: the denominators
-    counts = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches])
-    targets = distributed.sum_over_ranks(counts.sum(dim=0))
-    sums = torch.zeros(3, device=progress.device)
-    norm = None
-    for part, batch in enumerate(batches):
-        seeding.seed_forward_pass(config.seed, step, part)
-        inputs = {
-            name: None if value is None else value.to(progress.device) for name, value in batch.inputs.items()
-        }
-        # 2. one pass over texts and images, read and drawn; the losses come as sums
-        out = trained(**inputs, reduction="sum", return_logits=False)
-        joined = join(out.text_loss, out.image_loss, targets, config.loss)
-        if (step + 1) % config.log.every == 0:
-            progress.add_texts(trained.module, out.last_hidden_state, batch, inputs)
-        # 3. DeepSpeed divides by ranks and accumulation; the counts have done so already
-        trained.backward(joined.loss * (distributed.world_size() * config.engine.accumulation))
-        norm = deepspeed_engine.optimizer_step(trained)
-        sums += torch.stack([value.detach() for value in joined]) * distributed.world_size()
-        progress.add(out.image_correct, batch)
-    return sums, norm
+def build_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
+    """Model, data and engine, at step 0 or as of the last checkpoint."""
+    device = deepspeed_engine.init_distributed(config.engine, config.seed)
+    # with LoRA the frozen base weights stay in `init_from`: checkpoints hold the adapters alone
+    checkpoints = Checkpoints(
+        run_dir.checkpoints, config.checkpoint.keep, trained_alone=config.lora is not None
+    )
+    latest = checkpoints.latest()
+    micro_batch = config.micro_batch(distributed.world_size())
+    parts = build_parts(config)
+    mixture = build_mixture(config, parts)
+    run_dir.record_facts(data=mixture.fingerprint, tokenizer=parts.model.config.unitok_fingerprint)
+    metrics = RunningMetrics(parts.model, device, config.log.peak_tflops)
+    engine = prepare_engine(config, parts.model, device, micro_batch)
+    log = MetricLogger(run_dir, config.steps, config.log.every, config.batch_size, Path(config.out).name)
+    step = 0
+    if latest is not None:
+        saved = checkpoints.restore(latest, {"mllm": engine})
+        step = saved["step"]
+        mixture.load_state_dict(saved["mixture"])
+        log.load_state_dict(saved["log"])
+        metrics.load_state_dict(saved["metrics"])
+        log.info(f"resumes after step {step} ({latest.name})")
+    log.info(
+        f"{metrics.num_trained / 1e6:.1f} M trained parameters, steps {step} to {config.last_step} of "
+        f"{config.batch_size} samples"
+    )
+    gather = config.engine.zero_stage == 3
+    return TrainState(step, parts, engine, mixture, metrics, log, checkpoints, gather)
 
 
-class Joined(NamedTuple):
-    """This rank's share of the loss and of the two mean losses: over ranks and micro-batches they add up."""
-
-    loss: torch.Tensor
-    text_loss: torch.Tensor
-    image_loss: torch.Tensor
-
-
-def join(
-    text_sum: torch.Tensor, image_sum: torch.Tensor, targets: torch.Tensor, options: LossOptions
-) -> Joined:
-    """Text and image loss as one number; see `LossOptions`.
-
-    Args:
-        text_sum, image_sum: summed over this micro-batch.
-        targets: (2,) text tokens and codes that are learnt in the whole step, on all ranks.
-    """
-    text_count, code_count = targets.tolist()
-    text, image = text_sum / max(text_count, 1.0), image_sum / max(code_count, 1.0)
-    if options.weighting == "means":
-        return Joined(options.text * text + options.image * image, text, image)
-    total = max(options.text * text_count + options.image * code_count, 1e-9)
-    return Joined((options.text * text_sum + options.image * image_sum) / total, text, image)
+def prepare_engine(config: MLLMRunConfig, model: Any, device: torch.device, micro_batch: int) -> Any:
+    """The DeepSpeed engine around the model, with a learning rate per part."""
+    # before sharding: under ZeRO-3 parameters have no shapes afterwards
+    groups = deepspeed_engine.parameter_groups(
+        model, config.optimizer.weight_decay, dict(config.prefix_factors())
+    )
+    deepspeed_engine.shard_to_device(model, device, config.optimizer, config.engine, micro_batch)
+    return deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
 
 
-def prepare(config: MLLMRunConfig) -> Parts:
-    """The model that is trained, with adapters where asked for, and what is frozen frozen.
-
-    Raises:
-        UserError: as `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
-    """
-    parts = new_parts(config) if config.model else load_parts(str(config.init_from))
-    parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
-    torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
-    put_adapters(parts.model, config)
-    freeze(parts.model, config)
-    if config.engine.gradient_checkpointing:
-        deepspeed_engine.enable_activation_checkpointing(parts.model)
-    return parts
-
-
-def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
+def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
     """The data of this run, checked against the model.
 
     Raises:
-        UserError: codes of another tokenizer or number of visual tokens; rows longer than the context.
+        UserError: codes of another tokenizer or number of visual tokens; sequences longer than the context.
     """
-    model: UniTokForConditionalGeneration = parts.model
-    processor: UniTokProcessor = parts.processor
-    limit = model.config.context_length
+    sizes = parts.model.config
+    limit = sizes.context_length
     if limit is not None and config.data.max_length > limit:
         raise UserError(
             f"data.max_length is {config.data.max_length}, but the decoder's context is {limit} tokens "
@@ -203,11 +146,11 @@ def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
         )
     mixture = Mixture(
         config.data,
-        SequenceBuilder(processor, config.data.max_length),
+        SequenceBuilder(parts.processor, config.data.max_length),
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation=config.engine.accumulation,
-        fingerprint=model.config.unitok_fingerprint,
+        fingerprint=sizes.unitok_fingerprint,
     )
     warnings = set()
     for entry, data in zip(config.data.mixture, mixture.datasets):
@@ -215,10 +158,11 @@ def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
             continue
         warnings.add(crop_mismatch(data.codes, entry.kind))
         tokens = data.codes.manifest["num_tokens"]
-        if SAMPLE_KINDS[entry.kind].generates_images and tokens != model.config.num_image_tokens:
+        # images may be read at any size, but are generated at the model's alone
+        if SAMPLE_KINDS[entry.kind].generates_images and tokens != sizes.num_image_tokens:
             raise UserError(
                 f"{entry.path} holds {tokens} visual tokens per image, but the model generates "
-                f"{model.config.num_image_tokens} (num_image_tokens): extract codes at its image size."
+                f"{sizes.num_image_tokens} (num_image_tokens): extract codes at its image size."
             )
     for text in sorted(warnings - {None}):
         if distributed.is_main():
@@ -226,38 +170,87 @@ def build_mixture(config: MLLMRunConfig, parts: Parts) -> Mixture:
     return mixture
 
 
-def put_adapters(model: Any, config: MLLMRunConfig) -> None:
-    """LoRA where the config asks for it, on a base that keeps its number format or is rounded to bf16."""
-    lora = config.lora
-    if lora is None:
-        return
-    add_lora(model, [PARTS[part].rstrip(".") for part in lora.parts], lora.rank, lora.alpha, lora.dropout)
-    if lora.base == "bf16":
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad and not name.startswith(PARTS["visual_embedder"]):
-                parameter.data = parameter.data.to(torch.bfloat16)
+def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], step: int) -> StepOutput:
+    """One optimiser step from this rank's micro-batches."""
+    device, world = state.metrics.device, distributed.world_size()
+    # 1. the number of targets over all ranks and micro-batches of this step: the losses' denominators
+    local = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches]).sum(dim=0)
+    text_targets, code_targets = distributed.sum_over_ranks(local).tolist()
+    targets = {"text": text_targets, "image": code_targets}
+    losses: dict[str, torch.Tensor] = {}
+    grad_norm = None
+    for micro_step, batch in enumerate(batches):
+        seeding.seed_forward_pass(config.seed, step, micro_step)
+        inputs = {name: None if v is None else v.to(device) for name, v in batch.inputs.items()}
+        # 2. one forward pass for texts and images; losses come as sums, so that micro-batches add up
+        output = state.engine(**inputs, reduction="sum", return_logits=False)
+        sums = {"text": output.text_loss, "image": output.image_loss}
+        micro_losses = combine_losses(sums, targets, config.loss)
+        if (step + 1) % config.log.every == 0:
+            state.metrics.add_text_losses(state.engine.module, output.last_hidden_state, batch, inputs)
+        # 3. DeepSpeed averages over ranks and accumulation, but the denominators already cover both
+        state.engine.backward(micro_losses["loss"] * (world * config.engine.accumulation))
+        grad_norm = deepspeed_engine.optimizer_step(state.engine)
+        for name, value in micro_losses.items():
+            losses[name] = losses.get(name, 0) + value.detach() * world
+        state.metrics.add(output.image_correct, batch)
+    return StepOutput(losses, 0.0 if grad_norm is None else grad_norm)
 
 
-def freeze(model: Any, config: MLLMRunConfig) -> None:
-    """No gradient for parts with factor 0, nor ever for the sub-codebooks: stored codes keep meaning."""
-    for name, parameter in model.named_parameters():
-        if config.lr_factor(name) == 0:
-            parameter.requires_grad_(False)
-    model.visual_embedder.codebooks.requires_grad_(False)
+def combine_losses(
+    sums: dict[str, torch.Tensor], targets: dict[str, float], options: LossOptions
+) -> dict[str, torch.Tensor]:
+    """The weighted loss and the mean of each part, see `LossOptions`: this micro-batch's share of them.
+
+    Args:
+        sums: name -> loss summed over this micro-batch; `options` has a weight of the same name.
+        targets: name -> targets in the whole step, over all ranks.
+
+    Returns:
+        "loss", and "NAME_loss" for each name. Over micro-batches and ranks they add up.
+    """
+    weights = {name: loss_weight(options, name) for name in sums}
+    means = {name: value / max(targets[name], 1.0) for name, value in sums.items()}
+    if options.weighting == "means":
+        loss = sum(weights[name] * mean for name, mean in means.items())
+    else:
+        # a part without targets contributes nothing to either sum
+        total = max(sum(weights[name] * targets[name] for name in sums), 1e-9)
+        loss = sum(weights[name] * value for name, value in sums.items()) / total
+    assert isinstance(loss, torch.Tensor)
+    return {"loss": loss, **{f"{name}_loss": mean for name, mean in means.items()}}
 
 
-def choose_attention(name: str) -> str:
-    """The attention that transformers is told: "auto" becomes flash_attention_2 where that can run.
+def loss_weight(options: LossOptions, name: str) -> float:
+    """The weight of a loss, by its name.
 
     Raises:
-        UserError: flash attention is asked for where it is not.
+        UserError: there is none.
     """
-    there = torch.cuda.is_available() and is_flash_attn_2_available()
-    if name == "flash_attention_2" and not there:
-        raise UserError(
-            "attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, which are not both "
-            "here (`unitok doctor` says more): take `auto` or `sdpa`."
-        )
-    if name == "auto":
-        return "flash_attention_2" if there else "sdpa"
-    return name
+    weight = getattr(options, name, None)
+    if not isinstance(weight, float):
+        raise UserError(f"The model returns the loss {name!r}, but there is no weight loss.{name}.")
+    return weight
+
+
+def gathered_weights(state: TrainState) -> dict[str, torch.Tensor] | None:
+    """All weights (LoRA: the trained ones) where ZeRO-3 shards them, else None; call it on every rank."""
+    if not state.gather:
+        return None
+    return state.engine._zero3_consolidated_16bit_state_dict(state.checkpoints.trained_alone)
+
+
+def save_checkpoint(state: TrainState, step: int) -> None:
+    """Write a checkpoint that a run resumes from exactly and that is a model folder."""
+
+    def write_model(path: Path) -> None:
+        weights = gathered_weights(state)
+        if distributed.is_main():
+            save_parts(state.parts, path, weights)
+
+    saved = {
+        "mixture": state.mixture.state_dict(),
+        "log": state.log.state_dict(),
+        "metrics": state.metrics.state_dict(),
+    }
+    state.checkpoints.save(step, write_model, {"mllm": state.engine}, saved, state.gather)

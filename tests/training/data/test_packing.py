@@ -11,7 +11,7 @@ from open_unitok.training.core.flops import TokenCounts
 from open_unitok.training.data.collate import TrainingSample, collate
 from open_unitok.training.data.sample_kinds import IGNORE_INDEX
 from open_unitok.training.data.sequences import SequenceBuilder
-from open_unitok.training.mllm.metrics import Progress
+from open_unitok.training.mllm.metrics import RunningMetrics
 
 IMAGE, TOKENS, BOOKS, ENTRIES = -200, 4, 3, 16
 TALK = [{"from": "human", "value": "<image>\nWhat is in <image>"}, {"from": "gpt", "value": "a cat"}]
@@ -130,15 +130,15 @@ def test_a_genuine_pad_id_is_read_and_learnt(model, sequences):
 @pytest.mark.parametrize("pack_to", [0, 1, 48, 200, 1000])
 def test_speed_counts_real_tokens_and_pairs_alone(model, samples, pack_to):
     """Padded, packed with padding behind, packed tight: the work is that of the samples one by one."""
-    progress = Progress(model, torch.device("cpu"))
-    progress.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
+    metrics = RunningMetrics(model, torch.device("cpu"))
+    metrics.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
     lengths = [len(sample.sequence.ids) for sample in samples]
-    work = TokenCounts(*progress.work.tolist())
+    work = TokenCounts(*metrics.counts.tolist())
     assert work.tokens == sum(lengths)
     assert work.attention_pairs == sum(
         sum(range(1, length + 1)) for length in lengths
     )  # itself and those before it
-    one_by_one = Progress(model, torch.device("cpu"))
+    one_by_one = RunningMetrics(model, torch.device("cpu"))
     for sample in samples:
         one_by_one.add(torch.zeros(BOOKS), collate([sample], IMAGE, 0))
-    assert one_by_one.work.equal(progress.work)
+    assert one_by_one.counts.equal(metrics.counts)

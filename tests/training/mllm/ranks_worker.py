@@ -1,4 +1,4 @@
-"""Started by torchrun from the tests: MLLM runs one after the other in one launch, told by a JSON file.
+"""Started by torchrun from the tests: MLLM runs one after the other in one launch, listed in a JSON file.
 
 [{"config", "overrides": [...], "memory": null or a file for the bytes of live tensors in step 2}, ...]
 """
@@ -19,7 +19,7 @@ from open_unitok.training.mllm import train
 
 
 def live_bytes() -> int:
-    """Summed sizes of the storages of all tensors that are alive."""
+    """Summed sizes of the storages of all live tensors."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -30,8 +30,7 @@ def live_bytes() -> int:
 
 
 def measured(path: str | None, before: int) -> Callable[[Any], Any]:
-    """`engine.step` that writes down what is alive beyond `before` when step 2 has its gradients: everything
-    that training needs is there then."""
+    """`optimizer_step` that also writes live bytes beyond `before` to a file when step 2 has gradients."""
     calls = []
 
     def step(trained: Any) -> Any:
@@ -49,7 +48,7 @@ original = deepspeed_engine.optimizer_step
 def main() -> None:
     for job in json.loads(Path(sys.argv[1]).read_text()):
         config = run.load_run_config(job["config"], job["overrides"])
-        train.engine.step = measured(job.get("memory"), live_bytes())
+        deepspeed_engine.optimizer_step = measured(job.get("memory"), live_bytes())
         train.main(config, RunDir.open(config))
         gc.collect()
     deepspeed_engine.exit_process()

@@ -203,9 +203,9 @@ def tiny_mllm(base):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["lora={}"], "lora needs a trained model"),
-        (["lora={rank: 0}"], "rank is 1 or more"),
-        (["lora={parts: [decoder]}"], "no part 'decoder'"),
+        (["lora={}"], "lora needs a trained base model"),
+        (["lora={rank: 0}"], "rank must be 1 or more"),
+        (["lora={parts: [decoder]}"], "'decoder' is not a part"),
         (
             ["model=null", "init_from=x", "lora={parts: [lm_head]}", "lr_factors={lm_head: 0}"],
             "nothing is left",

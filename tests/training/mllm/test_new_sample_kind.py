@@ -47,8 +47,8 @@ def test_it_trains(mllm, reversed_captioning):
 
 def test_it_is_planned_as_reading_an_image(mllm, reversed_captioning):
     config = run.load_run_config(str(mllm.place / "config.yaml"), [entries(mllm, reversed_captioning)])
-    work = plan.plan(config, gpus=1).work
-    assert work.image_tokens > 0 and work.image_targets == 0 and work.text_targets > 0
+    counts = plan.plan_run(config, gpus=1).counts
+    assert counts.image_tokens > 0 and counts.image_targets == 0 and counts.text_targets > 0
 
 
 def test_data_check_counts_its_field(mllm, monkeypatch):

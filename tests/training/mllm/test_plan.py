@@ -24,7 +24,7 @@ def test_the_published_7b(config, capsys):
     main.run(["plan", config, "--gpus", "8"])
     out = capsys.readouterr().out
     assert "parameters 7,508.7 M, of which 7,508.4 M are trained" in out
-    assert "is not here: the published sizes stand in" in out
+    assert "is not here: the published sizes are assumed" in out
     cells = [line.lstrip("* ").split() for line in out.splitlines()]
     rows = {row[0]: row[1:] for row in cells if row and row[0].isdigit()}
     assert rows["0"][:3] == ["27.97", "27.97", "55.94"]  # 4, 4 and 8 bytes for each of 7.5 G parameters
@@ -34,9 +34,9 @@ def test_the_published_7b(config, capsys):
 
 def test_lora_on_the_7b_needs_little_beside_the_weights():
     config = run.load_run_config(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
-    found = plan.plan(config, 8)
-    trained = sum(learnt for _, learnt in found.counts.values())
-    total = sum(count for count, _ in found.counts.values())
+    found = plan.plan_run(config, 8)
+    trained = sum(learnt for _, learnt in found.parameters.values())
+    total = sum(count for count, _ in found.parameters.values())
     assert 0.15e9 < trained < 0.2e9
     assert found.memory[0].parameters == pytest.approx(2 * (total - trained) + 4 * trained, rel=0.01)
     assert found.memory[0].optimizer == 8 * trained
@@ -81,7 +81,7 @@ def test_a_frozen_part_that_nothing_learnt_precedes_has_no_backward_pass(mllm_re
 def test_documents_are_planned_as_drawn():
     mixture = "data.mixture=[{kind: KIND, path: data/docs, weight: 1}]"
     work = {
-        kind: plan.plan(run.load_run_config(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).work
+        kind: plan.plan_run(run.load_run_config(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).counts
         for kind in ("document", "reading")
     }
     assert work["document"].image_targets == work["document"].image_tokens == work["reading"].image_tokens > 0

@@ -139,7 +139,7 @@ def test_the_planned_memory_is_what_is_alive(mllm, mllm_reference, launched, sta
     """Parameters, gradients and optimiser of every rank, when the second step has its gradients."""
     overrides = jobs(mllm.place, mllm_reference / "model")[f"memory{stage}"]
     config = run.load_run_config(str(mllm.place / "config.yaml"), overrides)
-    memory = plan.plan(config, gpus=2).memory[stage]
+    memory = plan.plan_run(config, gpus=2).memory[stage]
     planned = memory.states + (memory.buffers if stage == 3 else 0)  # at stage 2 the bucket is gone by then
     for rank in range(2):
         found = int((launched / f"memory{stage}.bytes.{rank}").read_text())

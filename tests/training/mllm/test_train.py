@@ -16,7 +16,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.training.core.metric_logger import MetricLogger
 from open_unitok.training.mllm import train
 from open_unitok.training.mllm.config import LossOptions
-from open_unitok.training.mllm.train import join
+from open_unitok.training.mllm.train import combine_losses
 
 
 @pytest.fixture(scope="module")
@@ -135,16 +135,29 @@ def test_a_trained_decoder_is_taken_over(mllm, place):
         assert torch.equal(own, other[: len(own)])
 
 
+def combined(text_sum, image_sum, targets, **options):
+    """Loss, text loss and image loss as numbers, from sums over targets and their counts."""
+    sums = {"text": torch.tensor(text_sum), "image": torch.tensor(image_sum)}
+    counts = dict(zip(("text", "image"), targets))
+    found = combine_losses(sums, counts, LossOptions(**options))
+    assert list(found) == ["loss", "text_loss", "image_loss"]
+    return [value.item() for value in found.values()]
+
+
 def test_the_published_weighting_counts_every_code_as_one_token():
-    text, image, targets = torch.tensor(6.0), torch.tensor(8.0), torch.tensor([3, 16])
-    published = join(text, image, targets, LossOptions())
     ce, codes = 6.0 / 3, 8.0 / 16
-    assert published.loss.item() == pytest.approx(codes * 16 / 19 + ce * 3 / 19)
-    assert (published.text_loss.item(), published.image_loss.item()) == (ce, codes)
-    means = join(text, image, targets, LossOptions(weighting="means", text=0.5, image=2.0))
-    assert means.loss.item() == pytest.approx(0.5 * ce + 2 * codes)
-    assert join(text * 0, image, torch.tensor([0, 16]), LossOptions()).loss.item() == pytest.approx(codes)
-    assert join(text, image * 0, torch.tensor([3, 0]), LossOptions(text=0.5)).loss.item() == pytest.approx(ce)
+    loss, text_loss, image_loss = combined(6.0, 8.0, (3, 16))
+    assert loss == pytest.approx(codes * 16 / 19 + ce * 3 / 19)
+    assert (text_loss, image_loss) == (ce, codes)
+    means = combined(6.0, 8.0, (3, 16), weighting="means", text=0.5, image=2.0)
+    assert means[0] == pytest.approx(0.5 * ce + 2 * codes)
+    assert combined(0.0, 8.0, (0, 16))[0] == pytest.approx(codes)
+    assert combined(6.0, 0.0, (3, 0), text=0.5)[0] == pytest.approx(ce)
+
+
+def test_a_loss_without_a_weight_is_an_error_that_names_both():
+    with pytest.raises(UserError, match=r"loss 'depth', but there is no weight loss\.depth"):
+        combine_losses({"depth": torch.tensor(1.0)}, {"depth": 1}, LossOptions())
 
 
 @pytest.mark.parametrize(
@@ -154,11 +167,11 @@ def test_the_published_weighting_counts_every_code_as_one_token():
         (["init_from=somewhere"], "Give either `model`"),
         (["model=null", "init_from=/nowhere"], "/nowhere does not exist"),
         (["model.text.hiden_size=8"], "hidden_size"),
-        (["model.text.model_type=lama"], "no decoder"),
+        (["model.text.model_type=lama"], "not a decoder"),
         (["model.fields.visual_contex=full"], "visual_context"),
         (["model.processor.templat=plain"], "template"),
         (["model.processor.template=vicuna"], "vicuna_v1"),
-        (["lr_factors={head: 1}"], "no such part"),
+        (["lr_factors={head: 1}"], "'head' is not a part"),
         (["data.mixture.0.kind=text2image"], "text_to_image"),
         (["data.max_length=500"], "context is 128"),
         (["batch_size=7", "engine.accumulation=2"], "batch_size 7"),
@@ -201,14 +214,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch
 
 
 def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
-    def poisoned(text_sum, image_sum, targets, options):
-        found = join(text_sum, image_sum, targets, options)
+    def poisoned(sums, targets, options):
+        found = combine_losses(sums, targets, options)
         steps.append(None)
-        return found._replace(loss=found.loss * float("nan")) if len(steps) == 3 else found
+        return {**found, "loss": found["loss"] * float("nan")} if len(steps) == 3 else found
 
     steps = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "join", poisoned)
+        patch.setattr(train, "combine_losses", poisoned)
         with pytest.raises(UserError, match=r"Step 3 is not finite \(loss=nan, text_loss="):
             mllm.train("poisoned", "checkpoint.every=2")
     checkpoint = mllm.place / "poisoned" / "checkpoints" / "step-00000002"
