@@ -1,4 +1,4 @@
-"""What the page of `unitok ui` shows, as HTML: images that grow, an image beside its copy, maps of codes.
+"""HTML views of the page: images with progress, image and reconstruction, code maps.
 
 N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
@@ -9,35 +9,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 from torch import Tensor
 
 from ..image_files import image_bytes
 
-HINT = "<div class='ou-hint'>{}</div>"
+
+def hint_view(text: str) -> str:
+    """A dashed box with a hint; `text` is HTML."""
+    return f"<div class='ou-hint'>{text}</div>"
 
 
-def inline(image: Image.Image, record: dict[str, Any] | None = None) -> str:
-    """The image as a data: URL of a PNG, with its record inside."""
+def _data_url(image: Image.Image, record: dict[str, Any] | None = None) -> str:
+    """A data: URL of the image as PNG, with its record in the text chunks."""
     return "data:image/png;base64," + base64.b64encode(image_bytes(image, "png", record)).decode()
 
 
 def images_view(
     images: Sequence[Image.Image], records: Sequence[dict[str, Any]], done: float, status: str
 ) -> str:
-    """Images side by side over a bar that is filled to `done` of 1; once done, each can be saved."""
+    """Images side by side above a progress bar; `done` from 0 to 1. At 1 each image gets a Save link."""
     figures = []
     for image, record in zip(images, records):
-        url = inline(image, record)
+        url = _data_url(image, record)
         name = f"unitok-{record['seed']}.png"
         save = f"<a download='{name}' href='{url}'>Save</a>" if done >= 1 else ""
         figures.append(
             f"<figure>{_image(url, image, record['prompt'])}"
             f"<figcaption><span>seed {record['seed']}</span>{save}</figcaption></figure>"
         )
-    state = "done" if done >= 1 else "going"
+    state = "done" if done >= 1 else "generating"
     return (
-        f"<div class='ou-images ou-{state} ou-many-{min(len(images), 2)}'>{''.join(figures)}</div>"
+        f"<div class='ou-images ou-{state} ou-columns-{min(len(images), 2)}'>{''.join(figures)}</div>"
         f"<div class='ou-bar'><div style='width:{100 * done:.1f}%'></div></div>"
         f"<div class='ou-status'>{html.escape(status)}</div>"
     )
@@ -48,40 +51,41 @@ def _image(url: str, image: Image.Image, text: str) -> str:
     return f"<img{small} src='{url}' alt='{html.escape(text, quote=True)}'>"
 
 
-def pair_view(original: Image.Image, copy: Image.Image, facts: Sequence[tuple[str, str]]) -> str:
-    """An image, its copy and where they differ (three times as bright), over some facts."""
-    from PIL import ImageChops
-
-    difference = ImageChops.difference(original, copy).point(lambda value: min(255, 3 * value))
-    shown = [("original", original), ("copy from its codes", copy), ("difference x 3", difference)]
+def comparison_view(
+    original: Image.Image, reconstruction: Image.Image, facts: Sequence[tuple[str, str]]
+) -> str:
+    """Original, reconstruction and their difference times 3, above the facts (name, value)."""
+    difference = ImageChops.difference(original, reconstruction).point(lambda value: min(255, 3 * value))
+    shown = [("original", original), ("reconstruction", reconstruction), ("difference × 3", difference)]
     figures = "".join(
-        f"<figure>{_image(inline(image), image, name)}<figcaption><span>{name}</span></figcaption></figure>"
+        f"<figure>{_image(_data_url(image), image, name)}"
+        f"<figcaption><span>{name}</span></figcaption></figure>"
         for name, image in shown
     )
     items = "".join(
         f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in facts
     )
-    return f"<div class='ou-images ou-done ou-many-3'>{figures}</div><div class='ou-facts'>{items}</div>"
+    return f"<div class='ou-images ou-done ou-columns-3'>{figures}</div><div class='ou-facts'>{items}</div>"
 
 
 def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
-    """One map per sub-codebook of codes (N, K): equal colours are equal codes, like ones are near ones.
+    """One SVG per sub-codebook of codes (N, K); similar colours are similar codebook entries.
 
     Args:
         colours: (K, V, 3) in 0..255, see `code_colours`.
-        columns: visual tokens in a row.
+        columns: visual tokens per row.
     """
     count, books = codes.shape
     rows = -(-count // columns)
     maps = []
     for book in range(books):
         cells = []
-        for place, code in enumerate(codes[:, book].tolist()):
-            row, column = divmod(place, columns)
+        for position, code in enumerate(codes[:, book].tolist()):
+            row, column = divmod(position, columns)
             red, green, blue = colours[book, code].tolist()
             cells.append(
                 f"<rect x='{column}' y='{row}' width='1.02' height='1.02' "
-                f"fill='#{red:02x}{green:02x}{blue:02x}' data-place='{place}' data-code='{code}'/>"
+                f"fill='#{red:02x}{green:02x}{blue:02x}' data-position='{position}' data-code='{code}'/>"
             )
         used = codes[:, book].unique().numel()
         maps.append(
@@ -90,22 +94,22 @@ def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
         )
     return (
         f"<div class='ou-maps' data-columns='{columns}'>{''.join(maps)}</div>"
-        "<div class='ou-status ou-codes'>Point at a place to read its codes.</div>"
+        "<div class='ou-status ou-codes'>Hover over a token to see its codes.</div>"
     )
 
 
-# marks the place under the pointer in all maps and writes its codes below; part of the page, so it is text
-MAPS_SCRIPT = """
+# highlights the token under the pointer in all maps and shows its codes below them
+CODE_MAPS_SCRIPT = """
 element.addEventListener('mouseover', (event) => {
-  const place = event.target.dataset && event.target.dataset.place;
+  const position = event.target.dataset && event.target.dataset.position;
   const maps = element.querySelector('.ou-maps');
   if (!maps) return;
   maps.querySelectorAll('.ou-marked').forEach((cell) => cell.classList.remove('ou-marked'));
-  if (place === undefined) return;
-  const cells = [...maps.querySelectorAll(`[data-place="${place}"]`)];
+  if (position === undefined) return;
+  const cells = [...maps.querySelectorAll(`[data-position="${position}"]`)];
   cells.forEach((cell) => cell.classList.add('ou-marked'));
   const columns = Number(maps.dataset.columns);
-  const where = `row ${Math.floor(place / columns) + 1}, column ${place % columns + 1}`;
+  const where = `row ${Math.floor(position / columns) + 1}, column ${position % columns + 1}`;
   const codes = cells.map((cell) => cell.dataset.code).join(' · ');
   element.querySelector('.ou-codes').textContent = `${where}: ${codes}`;
 });
@@ -114,15 +118,15 @@ element.addEventListener('mouseover', (event) => {
 
 @torch.no_grad()
 def code_colours(codebooks: Tensor) -> Tensor:
-    """Colours (K, V, 3) in 0..255 of codebooks (K, V, C): near entries get near colours.
+    """Colours (K, V, 3) in 0..255 of codebooks (K, V, C), similar for entries of similar direction.
 
-    The first three principal directions become red, green and blue, by rank, so that all shades are used.
+    The ranks along the first three principal components become red, green and blue.
     """
     vectors = torch.nn.functional.normalize(codebooks.float().cpu(), dim=-1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     _, _, directions = torch.linalg.svd(vectors.transpose(1, 2) @ vectors)  # (K, C, C)
-    places = vectors @ directions[:, :3].transpose(1, 2)
-    if places.shape[-1] < 3:
-        places = torch.nn.functional.pad(places, (0, 3 - places.shape[-1]))
-    ranks = places.argsort(dim=1).argsort(dim=1).float() / max(codebooks.shape[1] - 1, 1)
+    components = vectors @ directions[:, :3].transpose(1, 2)
+    if components.shape[-1] < 3:
+        components = torch.nn.functional.pad(components, (0, 3 - components.shape[-1]))
+    ranks = components.argsort(dim=1).argsort(dim=1).float() / max(codebooks.shape[1] - 1, 1)
     return (40 + 205 * ranks).round().long()

@@ -1,4 +1,4 @@
-"""The page of `unitok ui` in headless Chromium: it loads, draws, answers, reconstructs, and takes no harm."""
+"""The page of `unitok ui` in headless Chromium: generate, ask, reconstruct, and invalid input."""
 
 import base64
 import io
@@ -31,7 +31,7 @@ needs_browser = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def address(pipe):
-    """The page, running."""
+    """The URL of a running page."""
     import os
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -56,74 +56,74 @@ def chromium():
 
 @pytest.fixture
 def page(chromium, address):
-    """A fresh visit; at its end there was no error on the console and no request to anywhere else."""
+    """A new tab; at the end there must be no console error and no request to another host."""
     tab = chromium.new_page(viewport={"width": 1280, "height": 900})
     tab.set_default_timeout(30_000)
-    errors, elsewhere = [], []
+    errors, urls = [], []
     tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     tab.on("pageerror", lambda error: errors.append(str(error)))
-    tab.on("request", lambda request: elsewhere.append(request.url))
+    tab.on("request", lambda request: urls.append(request.url))
     tab.goto(address)
-    tab.wait_for_selector("#drawing")
+    tab.wait_for_selector("#generated")
     yield tab
     tab.close()
     assert errors == []
-    assert [url for url in elsewhere if not url.startswith((address, "data:", "blob:"))] == []
+    assert [url for url in urls if not url.startswith((address, "data:", "blob:"))] == []
 
 
-def saved(tab):
-    """The images that the page offers to save."""
-    links = [link.get_attribute("href") for link in tab.locator("#drawing figcaption a").all()]
+def saved_images(tab):
+    """The images behind the Save links."""
+    links = [link.get_attribute("href") for link in tab.locator("#generated figcaption a").all()]
     return [Image.open(io.BytesIO(base64.b64decode(link.partition(",")[2]))) for link in links]
 
 
 @needs_browser
-def test_it_draws_and_keeps_what_was_drawn(page, pipe):
-    page.get_by_label("A new seed each time").uncheck()
+def test_generate_and_restore_from_the_history(page, pipe):
+    page.get_by_label("Random seed").uncheck()
     page.get_by_label("Seed", exact=True).fill("7")
     page.get_by_label("Prompt", exact=True).fill("two blue squares")
     page.get_by_text("2", exact=True).click()
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.wait_for_selector("#drawing .ou-done")
-    photos = saved(page)
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("#generated .ou-done")
+    photos = saved_images(page)
     expected = pipe.generate(["two blue squares"] * 2, Sampling(guidance=5.0), seed=7)
     assert [np.array_equal(a, b) for a, b in zip(photos, expected, strict=True)] == [True, True]
     record = json.loads(photos[1].text[KEY])
     assert (record["prompt"], record["seed"], record["guidance"]) == ("two blue squares", 8, 5.0)
 
     page.get_by_label("Prompt", exact=True).fill("a star")
-    page.get_by_role("button", name="Draw", exact=True).click()
+    page.get_by_role("button", name="Generate", exact=True).click()
     page.locator("#history button.thumbnail-item").nth(3).wait_for()
     page.locator("#history button.thumbnail-item").nth(2).click()  # seed 8 of the first prompt
     page.wait_for_function("document.querySelector('textarea').value == 'two blue squares'")
     assert page.get_by_label("Seed", exact=True).input_value() == "8"
 
     page.get_by_label("Prompt", exact=True).fill("")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.get_by_text("Write what to draw.").wait_for()
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.get_by_text("The prompt is empty.").wait_for()
 
 
 @needs_browser
-def test_a_image_grows_row_by_row(page, pipe, monkeypatch):
-    whole, go_on = pipe.stream, threading.Event()
+def test_previews_are_shown_row_by_row(page, pipe, monkeypatch):
+    stream, resume = pipe.stream, threading.Event()
 
-    def held(*arguments, **options):
-        for images in whole(*arguments, **options):
+    def paused(*arguments, **options):
+        for images in stream(*arguments, **options):
             yield images
-            assert go_on.wait(30)
+            assert resume.wait(30)
 
-    monkeypatch.setattr(pipe, "stream", held)
+    monkeypatch.setattr(pipe, "stream", paused)
     page.get_by_label("Prompt", exact=True).fill("a star")
-    page.get_by_role("button", name="Draw", exact=True).click()
-    page.wait_for_selector("#drawing .ou-going img")
-    assert "row 1 of 3" in page.locator("#drawing").inner_text() and saved(page) == []
-    go_on.set()
-    page.wait_for_selector("#drawing .ou-done")
-    assert len(saved(page)) == 1
+    page.get_by_role("button", name="Generate", exact=True).click()
+    page.wait_for_selector("#generated .ou-generating img")
+    assert "row 1 of 3" in page.locator("#generated").inner_text() and saved_images(page) == []
+    resume.set()
+    page.wait_for_selector("#generated .ou-done")
+    assert len(saved_images(page)) == 1
 
 
 @needs_browser
-def test_a_broken_upload_is_told_and_the_page_goes_on(page, photos, tmp_path):
+def test_a_broken_upload_is_reported_and_the_page_still_works(page, photos, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
@@ -136,30 +136,31 @@ def test_a_broken_upload_is_told_and_the_page_goes_on(page, photos, tmp_path):
 
 
 @needs_browser
-def test_it_answers_and_starts_again(page, pipe, photos):
+def test_ask_and_new_conversation(page, pipe, photos):
     page.get_by_role("tab", name="Ask").click()
-    # a new image begins a new conversation, and would end an answer that is asked for before that
+    # a new image clears the conversation and cancels running answers: wait for that event
     with page.expect_response(re.compile(r"/queue/join|/run/")):
-        page.locator("#asked input[type=file]").set_input_files(photos[0])
-    page.locator("#asked img").wait_for()
+        page.locator("#question-image input[type=file]").set_input_files(photos[0])
+    page.locator("#question-image img").wait_for()
     page.get_by_role("button", name="More settings").last.click()
-    page.get_by_label("number input for Longest answer, in tokens").fill("4")
+    page.get_by_label("number input for Max new tokens").fill("4")
     page.locator("#question textarea").fill("What is it?")
     page.get_by_role("button", name="Ask", exact=True).click()
-    expected = pipe.answer([photos[0]], ["What is it?"], max_new_tokens=4)[0] or "(no words)"
-    page.wait_for_function("text => document.querySelector('#talk').innerText.includes(text)", arg=expected)
+    expected = pipe.answer([photos[0]], ["What is it?"], max_new_tokens=4)[0] or "(empty answer)"
+    shows = "text => document.querySelector('#conversation').innerText.includes(text)"
+    page.wait_for_function(shows, arg=expected)
     page.get_by_role("button", name="New conversation").click()
-    page.wait_for_function("() => !document.querySelector('#talk').innerText.includes('What is it?')")
+    page.wait_for_function("() => !document.querySelector('#conversation').innerText.includes('What is it?')")
 
 
 @needs_browser
-def test_it_shows_the_codes(page, photos):
+def test_code_maps_show_the_codes_of_a_token(page, photos):
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
     upload.set_input_files(photos[1])
     page.wait_for_selector("#maps rect")
     assert page.locator("#maps svg").count() == 3 and page.locator("#maps rect").count() == 27
-    assert page.locator("#pair img").count() == 3 and "dB" in page.locator("#pair").inner_text()
+    assert page.locator("#comparison img").count() == 3 and "dB" in page.locator("#comparison").inner_text()
     page.locator("#maps svg").nth(1).locator("rect").nth(4).hover()
     page.wait_for_function("document.querySelectorAll('#maps .ou-marked').length == 3")
     assert page.locator("#maps .ou-codes").inner_text().startswith("row 2, column 2: ")
@@ -180,22 +181,22 @@ def bomb():
     [(b"", "cannot be read"), (b"no image", "none of PNG"), (bomb(), "exceeds limit"),
      (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG")],
 )  # fmt: skip
-def test_images_that_are_none_are_refused(pipe, tmp_path, content, words):
-    from open_unitok.generation.ui.page import Ask, Reconstruct
+def test_broken_images_are_rejected(pipe, tmp_path, content, words):
+    from open_unitok.generation.ui.page import AnswerHandler, ReconstructionHandler
 
     path = tmp_path / "a.png"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words):
-        Reconstruct(pipe)(str(path))
+        ReconstructionHandler(pipe)(str(path))
     with pytest.raises(UserError, match=words):
-        list(Ask(pipe)(str(path), "What?", [], 4, 0))
+        list(AnswerHandler(pipe)(str(path), "What?", [], 4, 0))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("", "", 1, 0, True, 5, "constant", 1, 0, 1), "Write what to draw"),
-        ((None, None, 1, 0, True, 5, "constant", 1, 0, 1), "Write what to draw"),
+        (("", "", 1, 0, True, 5, "constant", 1, 0, 1), "prompt is empty"),
+        ((None, None, 1, 0, True, 5, "constant", 1, 0, 1), "prompt is empty"),
         (("a", "", 1, None, False, 5, "constant", 1, 0, 1), "empty"),
         (("a", "", 99, 0, False, 5, "constant", 1, 0, 1), "must be 1, 2 or 4"),
         (("a", "", 1, -1, False, 5, "constant", 1, 0, 1), "seed is -1"),
@@ -207,34 +208,34 @@ def test_images_that_are_none_are_refused(pipe, tmp_path, content, words):
         (("word " * 90, "", 1, 0, False, 5, "constant", 1, 0, 1), "shorten"),
     ],
 )
-def test_wrong_settings_are_refused(pipe, arguments, words):
-    from open_unitok.generation.ui.page import Draw
+def test_invalid_sampling_settings_are_rejected(pipe, arguments, words):
+    from open_unitok.generation.ui.page import ImageHandler
 
     with pytest.raises(UserError, match=words):
-        list(Draw(pipe)(*arguments))
+        list(ImageHandler(pipe)(*arguments))
 
 
 @pytest.mark.parametrize(
     ("length", "temperature", "words"),
     [(float("nan"), 0, "max_new_tokens is nan"), (4, float("nan"), "temperature is nan"), (4, -1, "is -1")],
 )
-def test_wrong_settings_of_an_answer_are_refused(pipe, length, temperature, words):
-    from open_unitok.generation.ui.page import Ask
+def test_invalid_answer_settings_are_rejected(pipe, length, temperature, words):
+    from open_unitok.generation.ui.page import AnswerHandler
 
     with pytest.raises(UserError, match=words):
-        list(Ask(pipe)(None, "What?", [], length, temperature))
+        list(AnswerHandler(pipe)(None, "What?", [], length, temperature))
 
 
-def test_a_drawing_is_shown_after_each_row(pipe):
-    from open_unitok.generation.ui.page import Draw
+def test_one_preview_after_each_row(pipe):
+    from open_unitok.generation.ui.page import ImageHandler
 
-    shown = list(Draw(pipe)("a star", "", 2, 5, False, 2.0, "constant", 1, 0, 1))
+    shown = list(ImageHandler(pipe)("a star", "", 2, 5, False, 2.0, "constant", 1, 0, 1))
     assert [text.count("<img") for text, _, _ in shown] == [0, 2, 2, 2]
     assert [f"row {row} of 3" in text for row, (text, _, _) in enumerate(shown)] == [False, True, True, False]
-    assert [len(drawn) for _, _, drawn in shown] == [0, 0, 0, 2]
+    assert [len(images) for _, _, images in shown] == [0, 0, 0, 2]
 
 
-def test_an_upload_is_opened_by_us_alone(address, pipe, tmp_path):
+def test_gradio_does_not_open_uploads(address, pipe, tmp_path):
     import gradio as gr
     from gradio.data_classes import ImageData
 
@@ -248,18 +249,18 @@ def test_an_upload_is_opened_by_us_alone(address, pipe, tmp_path):
         assert upload.preprocess(given) == given.path and upload.preprocess(None) is None
 
 
-def test_files_of_the_machine_are_not_served(address):
+def test_files_outside_the_page_are_not_served(address):
     for path in ("/etc/passwd", __file__):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(f"{address}/gradio_api/file={urllib.parse.quote(path)}", timeout=30)
         assert refused.value.code in (403, 404)
 
 
-def test_like_codes_get_like_colours(tiny_unitok):
+def test_similar_codes_have_similar_colours(tiny_unitok):
     books = tiny_unitok.quantizer.codebooks.detach().clone()
     books[0, 1] = books[0, 0] * 2 + 1e-4  # the same direction
     colours = code_colours(books)
     assert colours.shape == (3, 16, 3) and colours.min() >= 0 and colours.max() <= 255
     assert (colours[0, 0] - colours[0, 1]).abs().max() <= 205 / 15 + 1  # neighbours by rank
-    drawn = code_maps(colours.new_zeros(9, 3), colours, 3)
-    assert drawn.count("<svg") == 3 and drawn.count("<rect") == 27 and "1 used" in drawn
+    maps = code_maps(colours.new_zeros(9, 3), colours, 3)
+    assert maps.count("<svg") == 3 and maps.count("<rect") == 27 and "1 used" in maps
