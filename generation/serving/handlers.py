@@ -64,7 +64,7 @@ async def image_generations(server: Server, body: ImageRequest, request: Request
             content = {"url": data_url} if body.response_format == "url" else {"b64_json": encoded}
             # the seed is our extension: with it the client can generate the image again
             data.append({**content, "seed": task.seed})
-    return JSONResponse({"created": int(time.time()), "data": data, "size": _size(server)})
+    return JSONResponse({"created": int(time.time()), "data": data, "size": server.parser.output_size})
 
 
 async def _results(jobs: Sequence[Job]) -> list[Any]:
@@ -101,7 +101,7 @@ async def _image_events(
     async for kind, image in job.events():
         event: dict[str, Any] = {"created_at": int(time.time()), "output_format": body.output_format or "png"}
         event["b64_json"] = await server.run_in_thread(_to_base64, image, body, sampling, job.task.seed)
-        event["size"] = _size(server)
+        event["size"] = server.parser.output_size
         if kind == "partial":
             event |= {"type": "image_generation.partial_image", "partial_image_index": number}
             number += 1
@@ -113,10 +113,6 @@ async def _image_events(
 
 def _usage(prompt: int, completion: int) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
-
-def _size(server: Server) -> str:
-    return f"{server.parser.image_size}x{server.parser.image_size}"
 
 
 def _to_base64(image: Any, body: ImageRequest, sampling: Sampling, seed: int) -> str:

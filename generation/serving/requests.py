@@ -41,7 +41,8 @@ class RequestParser:
         self.pipe, self.max_side, self.max_new_tokens = pipe, max_side, max_new_tokens
         self.files = None if files is None else files.resolve()
         self.context = pipe.model.config.context_length
-        self.image_size = pipe.unitok.config.image_size
+        layout, patch_size = pipe.layout, pipe.unitok.config.patch_size
+        self.output_size = f"{layout.columns * patch_size}x{layout.rows * patch_size}"  # width x height
 
     def parse_chat(self, request: ChatRequest) -> tuple[AnswerKey, AnswerTask]:
         """
@@ -77,9 +78,9 @@ class RequestParser:
         Raises:
             UserError: an empty or over-long prompt, or a size that the model does not generate.
         """
-        allowed = (None, "auto", f"{self.image_size}x{self.image_size}")
+        allowed = (None, "auto", self.output_size)
         if request.size not in allowed:
-            raise UserError(f"size is {request.size!r}; this model generates {allowed[2]} ('auto').")
+            raise UserError(f"size is {request.size!r}; this model generates {self.output_size} ('auto').")
         if request.stream and (request.n or 1) > 1:
             raise UserError("stream needs n = 1: one image per stream.")
         ids = self._ids(request.prompt, "Prompt")

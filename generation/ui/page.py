@@ -327,7 +327,9 @@ class ReconstructionHandler:
             ("bits per image", f"{bits:,.0f}"),
             ("compression", f"{original.width * original.height * 24 / bits:.0f} : 1"),
         ]
-        return comparison_view(original, reconstruction, facts), code_maps(grid, self.colours, config.layout.columns)
+        return comparison_view(original, reconstruction, facts), code_maps(
+            grid, self.colours, config.layout.columns
+        )
 
 
 def _reconstruct_tab(handler: ReconstructionHandler) -> None:
