@@ -1,12 +1,14 @@
-"""Speed of drawing and answering, each as a ratio to a plain loop measured in the same run.
+"""Speed of image and text generation, each as a ratio to a baseline in the same run.
 
     python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 3 minutes on two cores
     python benchmarks/generation.py --agreement MODEL   # codes of bf16 and int8 against fp32, teacher-forced
     python benchmarks/generation.py --gpu                                # the 7B shape on a CUDA device
 
-Every part runs in a process of its own, alone, and reports its peak memory. Model: hidden 512, intermediate
-1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096 codes, depth head of 3 layers, 256 positions, guidance 5,
-random weights, 2 threads.
+Baseline of images: generation_baseline.py, the published sampling loop in eager PyTorch and float32, with
+transformers' growing KV cache and the depth head recomputed on its prefix for every code. Baselines of
+answers: one question at a time by this package, and by transformers' `generate`. Every part runs alone in its
+own process and reports its peak memory. Model: hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary
+32000, 8 x 4096 codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads.
 """
 
 import argparse
@@ -14,396 +16,368 @@ import json
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from generation_baseline import plain_loop
+import torch
+from generation_baseline import iter_baseline_codes
+from harness import (
+    best_seconds,
+    device_name,
+    load_average,
+    measure_seconds,
+    processor_name,
+    read_results,
+    result_file,
+    run_isolated,
+    write_results,
+)
+from torch import nn
 
-PROMPT, FREE = list(range(10, 30)), [1, 5, 6, 3]
+from open_unitok import Pipeline, UniTokForConditionalGeneration, UniTokMLLMConfig
+from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_image_codes
+from open_unitok.generation.backends import BACKENDS, choose_backend
+from open_unitok.generation.backends.native import Native
+from open_unitok.generation.sampling import apply_guidance
+
+PROMPT, UNCONDITIONAL = list(range(10, 30)), [1, 5, 6, 3]
 GUIDANCE = 5.0
-# part -> (images, weights, positions drawn); a baseline's time hardly depends on the position
-DRAWING = {
+# part -> (images, precision, visual tokens); the baseline's time per token hardly grows with the position
+IMAGE_PARTS = {
     "baseline_1": (1, "baseline", 40),
     "fp32_1": (1, "fp32", 256),
     "bf16_1": (1, "bf16", 256),
     "int8_1": (1, "int8", 256),
-    "eager_1": (1, "eager", 40),  # without a compiler
-    "baseline_8": (8, "baseline", 64),  # as many as the others: memory is compared
+    "eager_1": (1, "eager", 40),  # without the C++ backend
+    "baseline_8": (8, "baseline", 64),  # as many as the others, so that peak memory compares
     "fp32_8": (8, "fp32", 64),
     "bf16_8": (8, "bf16", 64),
     "int8_8": (8, "int8", 64),
 }
-BARS = {"fp32_1": 3, "bf16_1": 5, "int8_1": 8, "fp32_8": 2, "bf16_8": 5}
-PARTS = ("machine", *DRAWING, "answers", "prefix")
+# name -> (images that 32 questions are about, new tokens each)
+ANSWER_CASES = {"photos": (32, 16), "dialogues": (8, 32)}
+PARTS = ("machine", *IMAGE_PARTS, "answers", "prefix")
 
 
 def main() -> None:
     """Run the parts one after the other and print their ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="a JSON file for the numbers; those of other parts in it stay")
+    parser.add_argument("--out", type=Path, help="JSON file of results; those of other parts in it are kept")
     parser.add_argument("--gpu", action="store_true", help="the 7B shape on a CUDA device")
     parser.add_argument("--agreement", metavar="MODEL", help="compare the precisions on a trained model")
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     if args.agreement:
-        print(json.dumps(agreement(args.agreement)))
-        return
-    if args.part or args.gpu:
-        import torch
-
-        torch.set_num_threads(args.threads)
-        print(json.dumps(gpu() if args.gpu else run(args.part)))
-        return
-    found = json.loads(Path(args.out).read_text()) if args.out and Path(args.out).exists() else {}
-    for part in args.parts:
-        command = [sys.executable, __file__, "--part", part, "--threads", str(args.threads)]
-        print(f"{part} (load {os.getloadavg()[0]:.1f}) ...", file=sys.stderr, flush=True)
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{part} failed:\n{done.stderr}")
-        found[part] = json.loads(done.stdout.splitlines()[-1]) | {"load": round(os.getloadavg()[0], 1)}
-        if args.out:
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            rows = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in found.items())
-            Path(args.out).write_text(f"{{\n{rows}\n}}\n")
-    print(report(found))
+        print(json.dumps(measure_agreement(args.agreement)))
+    elif args.gpu:
+        print(json.dumps(measure_gpu()))
+    elif args.part:
+        print(json.dumps(measure_part(args.part)))
+    else:
+        results = read_results(args.out) if args.out else {}
+        for part in args.parts:
+            print(f"{part} (load {load_average()}) ...", file=sys.stderr, flush=True)
+            numbers = run_isolated(__file__, "--part", part, "--threads", str(args.threads))
+            results[part] = numbers | {"load": load_average()}
+            if args.out:
+                write_results(args.out, results)
+        print(report(results))
 
 
-def run(part: str) -> dict:
-    """The numbers of one part."""
-    if part == "machine":
-        return machine()
-    if part in DRAWING:
-        return drawing(*DRAWING[part])
-    return answers() if part == "answers" else prefix()
+def measure_part(part: str) -> dict[str, Any]:
+    """The results of one part."""
+    if part in IMAGE_PARTS:
+        return measure_images(*IMAGE_PARTS[part])
+    return {"machine": measure_machine, "answers": measure_answers, "prefix": measure_prefix}[part]()
 
 
-def benchmark_model(**changes):
-    """The model of the benchmark with fixed random weights."""
-    import torch
-
-    from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
-
+def benchmark_model() -> Any:
+    """The benchmark's model with fixed random weights."""
     text = {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
         "num_attention_heads": 8, "vocab_size": 32000, "max_position_embeddings": 1024,
         "bos_token_id": 1, "eos_token_id": None,
     }  # fmt: skip
     torch.manual_seed(1)
-    return UniTokForConditionalGeneration(UniTokMLLMConfig(text_config={**text, **changes})).eval()
+    return UniTokForConditionalGeneration(UniTokMLLMConfig(text_config=text)).eval()
 
 
-def processor() -> str:
-    """The processor's name, family and model, as far as the system tells."""
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    rows = (
-        (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line) if info.exists() else ()
-    )
-    known = {key.strip(): value.strip() for key, value in rows}
-    name = known.get("model name", platform.processor() or platform.machine())
-    return f"{name} family {known.get('cpu family', '?')} model {known.get('model', '?')}"
-
-
-def machine() -> dict:
-    """Read bandwidth in GB/s, from memory and from the last cache, and fp32 GFLOP/s of a product."""
-    import torch
-
+def measure_machine() -> dict[str, Any]:
+    """Read bandwidth of memory and last-level cache in GB/s, and fp32 GFLOP/s of a matrix product."""
     numbers = torch.ones(96 * 2**20)
     x, w = torch.randn(256, 1024), torch.randn(3072, 1024)
-
-    def best(work, times):
-        seconds = []
-        for _ in range(times):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        return min(seconds)
-
     return {
-        "memory_gb_s": 4 * numbers.numel() / best(numbers.sum, 8) / 1e9,
-        "cache_gb_s": 2**24 / best(numbers[: 2**22].sum, 60) / 1e9,
-        "fp32_gflop_s": 2 * 256 * 1024 * 3072 / best(lambda: torch.nn.functional.linear(x, w), 30) / 1e9,
-        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "memory_gb_s": 4 * numbers.numel() / best_seconds(numbers.sum, 8) / 1e9,
+        "cache_gb_s": 2**24 / best_seconds(numbers[: 2**22].sum, 60) / 1e9,
+        "fp32_gflop_s": 2 * 256 * 1024 * 3072 / best_seconds(lambda: nn.functional.linear(x, w), 30) / 1e9,
+        "cpu": f"{processor_name()}, {os.cpu_count()} cores",
     }
 
 
-def drawing(images: int, weights: str, positions: int) -> dict:
-    """Milliseconds per position of greedy drawing with guidance, the codes, peak memory in MB."""
-    import torch
+# ---- images ------------------------------------------------------------------------------------------------
 
-    if weights == "eager":
+
+def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
+    """Milliseconds per visual token of greedy decoding with guidance, the codes, and peak memory in MB."""
+    if precision == "eager":
         os.environ["UNITOK_NATIVE"] = "0"
-    from open_unitok.generation import Sampling, iter_image_codes
-
     model = benchmark_model()
-    if weights == "bf16":
+    if precision == "bf16":
         model = model.to(torch.bfloat16)
-    sampling = Sampling(guidance=GUIDANCE, greedy=True)
     prompts = [[*PROMPT, i, 3] for i in range(images)]
-    if weights == "baseline":
-        steps = plain_loop(model, prompts, FREE, images, GUIDANCE)
+    if precision == "baseline":
+        steps = iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)
     else:
-        rounding = "int8" if weights == "int8" else None
-        steps = iter_image_codes(model, prompts, sampling, [0] * images, FREE, quantization=rounding)
-    times, codes, spent = [], None, watch_engine()
-    for _ in range(positions):
+        sampling = Sampling(guidance=GUIDANCE, greedy=True)
+        quantization = "int8" if precision == "int8" else None
+        steps = iter_image_codes(
+            model, prompts, sampling, [0] * images, UNCONDITIONAL, quantization=quantization
+        )
+    times, codes, backend_times = [], torch.empty(0), time_native_backend()
+    for _ in range(tokens):
         start = time.perf_counter()
         codes = next(steps)
         times.append(1000 * (time.perf_counter() - start))
-    assert codes is not None
-    parts = {name: statistics.median(ms) for name, ms in spent.items() if ms}
-    quarter = max(1, (positions - 1) // 4)
+    # the first step includes the prefill; the first and last quarter of the others show growth with position
+    quarter = max(1, (tokens - 1) // 4)
     first, last = statistics.median(times[1 : 1 + quarter]), statistics.median(times[-quarter:])
     return {
-        "ms": statistics.median(times[1:]), "best_ms": min(times[1:]), "last_over_first": last / first,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "codes": codes[:, :40].tolist(),
-        "weights": dict(zip(("decoder", "embedder", "depth"), weights_read(model))), "profile_ms": parts,
-    }  # fmt: skip
+        "ms": statistics.median(times[1:]),
+        "best_ms": min(times[1:]),
+        "last_over_first": last / first,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "codes": codes[:, :40].tolist(),
+        "weights": dict(zip(("decoder", "embedder", "depth"), weights_per_token(model))),
+        "profile_ms": {name: statistics.median(ms) for name, ms in backend_times.items() if ms},
+    }
 
 
-def watch_engine() -> dict[str, list[float]]:
-    """Milliseconds of each step of the C++ engine from now on: embedder with decoder, and a code's logits."""
-    from open_unitok.generation.backends.native import Native
+def time_native_backend() -> dict[str, list[float]]:
+    """Milliseconds of each later call into the C++ backend: decode steps, and logits of one code."""
+    times: dict[str, list[float]] = {"decode_step": [], "code_logits": []}
 
-    spent: dict[str, list[float]] = {"decode_step": [], "code_logits": []}
-
-    def watched(name, work):
-        def run(*args):
+    def timed(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
             start = time.perf_counter()
-            result = work(*args)
-            spent[name].append(1000 * (time.perf_counter() - start))
+            result = method(*args)
+            times[name].append(1000 * (time.perf_counter() - start))
             return result
 
-        return run
+        return call
 
-    for name in spent:
-        setattr(Native, name, watched(name, getattr(Native, name)))
-    return spent
+    for name in times:
+        setattr(Native, name, timed(name, getattr(Native, name)))
+    return times
 
 
-def weights_read(model) -> tuple[int, int, int]:
-    """Weights that a position of one image reads from decoder, visual embedder and (K times) depth head."""
-    from torch import nn
-
+def weights_per_token(model: Any) -> tuple[int, int, int]:
+    """Weights read per visual token: decoder, visual embedder, depth head (K times)."""
     parts = (model.language_model.layers, model.visual_embedder, model.depth_head)
     sizes = [sum(m.weight.numel() for m in p.modules() if isinstance(m, nn.Linear)) for p in parts]
     return sizes[0], sizes[1], sizes[2] * model.config.num_codebooks
 
 
-def asked(count: int, images: int):
-    """Questions of 8 to 64 ids behind 256 visual tokens, and the codes of their images."""
-    import torch
+def measure_agreement(folder: str) -> dict[str, float]:
+    """Shares of equal codes: bf16 and int8 against fp32, and a seed alone against the same seed in a batch.
 
+    The first is teacher-forced on fp32's greedy codes with guidance, so that one difference does not spread.
+    """
+    pipe = Pipeline.from_pretrained(folder)
+    prompts = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
+    unconditional = pipe.processor.unconditional_ids()
+    rows = [*prompts, *[unconditional] * len(prompts)]
+    greedy, sampled = Sampling(guidance=GUIDANCE, greedy=True), Sampling(guidance=GUIDANCE)
+    codes = generate_image_codes(pipe.model, prompts, greedy, [0] * len(prompts), unconditional)
+    found = {}
+    for precision in ("fp32", "bf16", "int8"):
+        model = pipe.model.to(torch.bfloat16) if precision == "bf16" else pipe.model
+        if precision == "int8":
+            model = Pipeline.from_pretrained(folder).model  # fp32 again: the conversion to bf16 is in place
+        found[precision] = teacher_forced_agreement(
+            model, rows, codes, "int8" if precision == "int8" else None
+        )
+        if precision != "int8":
+            batch = generate_image_codes(model, prompts, sampled, range(len(prompts)), unconditional)
+            alone = [
+                generate_image_codes(model, [ids], sampled, [seed], unconditional)
+                for seed, ids in enumerate(prompts)
+            ]
+            found[f"{precision}, alone as in a batch"] = (torch.cat(alone) == batch).float().mean().item()
+    return found
+
+
+@torch.no_grad()
+def teacher_forced_agreement(
+    model: Any, rows: list[list[int]], codes: torch.Tensor, quantization: str | None
+) -> float:
+    """Share of codes (B, N, K) that the model's guided logits rank first, given all earlier ones."""
+    backend = BACKENDS[choose_backend(model, quantization=quantization)](model, quantization)
+    backend.prefill(rows, codes[:, :0])
+    hits = 0
+    for t in range(codes.shape[1]):
+        if t:
+            backend.decode_step(codes[:, t - 1])
+        for k in range(codes.shape[2]):
+            logits = backend.code_logits(k, None if k == 0 else codes[:, t, k - 1]).float()
+            hits += int((apply_guidance(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
+    return hits / codes.numel()
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+
+def make_questions(count: int, images: int) -> tuple[list[list[int]], list[torch.Tensor]]:
+    """Prompts of 256 visual tokens and 8 to 64 text ids, and the codes of their images."""
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
-    ids = [torch.randint(10, 32000, (n,), generator=generator).tolist() for n in lengths]
+    texts = [torch.randint(10, 32000, (n,), generator=generator).tolist() for n in lengths]
     codes = torch.randint(4096, (images, 256, 8), generator=generator)
-    prompts = [[1, 7, 8, 9, *[-200] * 256, 13, *row] for row in ids]
+    prompts = [[1, 7, 8, 9, *[-200] * 256, 13, *text] for text in texts]
     return prompts, [codes[i % images][None] for i in range(count)]
 
 
-def seconds(work, times: int = 3) -> float:
-    """The best of some runs."""
-    found = []
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return min(found)
+def measure_answers() -> dict[str, Any]:
+    """Seconds for 32 questions of mixed lengths: batched, one by one, and with transformers' `generate`.
 
-
-# name -> (images that 32 questions are about, new ids each)
-ASKING = {"photos": (32, 16), "dialogues": (8, 32)}
-
-
-def answers() -> dict:
-    """Seconds for 32 questions of mixed length, in batches and one by one (every fourth, times four).
-
-    "photos": each question about an image of its own, 16 new ids. "dialogues": four questions an image, 32
-    new ids, the default of `answer`. "plain" is transformers' `generate` with one question at a time. "floor"
-    is of the batch: multiplications at this run's GFLOP/s.
+    One by one is measured on every fourth question, times four. "photos": every question about its own image,
+    16 new tokens. "dialogues": four questions per image, 32 new tokens. Floors: the multiplications of the
+    batch at this run's GFLOP/s.
     """
-    from open_unitok.generation import generate_text_ids
-
     model, found = benchmark_model(), {}
-    decoder, embedder, _ = weights_read(model)
-    speed = machine()["fp32_gflop_s"] * 1e9
-    few = range(0, 32, 4)
-    for name, (images, new) in ASKING.items():
-        prompts, codes = asked(32, images)
+    decoder, embedder, _ = weights_per_token(model)
+    rate = measure_machine()["fp32_gflop_s"] * 1e9
+    for name, (images, new_tokens) in ANSWER_CASES.items():
+        prompts, codes = make_questions(32, images)
 
-        def alone(prompts=prompts, codes=codes, new=new, **options):
-            return [generate_text_ids(model, [prompts[i]], [codes[i]], new, **options) for i in few]
+        def batched(prompts=prompts, codes=codes, new_tokens=new_tokens) -> None:
+            generate_text_ids(model, prompts, codes, new_tokens)
 
-        together = seconds(lambda: generate_text_ids(model, prompts, codes, new), 2)  # noqa: B023
+        def one_by_one(prompts=prompts, codes=codes, new_tokens=new_tokens, **options) -> None:
+            for i in range(0, 32, 4):
+                generate_text_ids(model, [prompts[i]], [codes[i]], new_tokens, **options)
+
         read = images * 256 * (decoder + embedder) + sum(len(p) - 256 for p in prompts) * decoder
-        written = 32 * (new * model.lm_head.weight.numel() + (new - 1) * decoder)
+        written = 32 * (new_tokens * model.lm_head.weight.numel() + (new_tokens - 1) * decoder)
         found[name] = {
-            "together_s": together,
-            "one_by_one_s": 4 * seconds(alone, 2),
-            "plain_one_by_one_s": 4 * seconds(lambda: alone(use_cache=True), 2),
-            "floor_reading_s": 2 * read / speed,
-            "floor_writing_s": 2 * written / speed,
+            "batched_s": best_seconds(batched, 2),
+            "one_by_one_s": 4 * best_seconds(one_by_one, 2),
+            # an explicit option of `generate` selects transformers' own loop
+            "transformers_one_by_one_s": 4 * best_seconds(lambda: one_by_one(use_cache=True), 2),
+            "prefill_floor_s": 2 * read / rate,
+            "decode_floor_s": 2 * written / rate,
         }
     return found
 
 
-def prefix() -> dict:
-    """Seconds for four questions about one image, 4 new ids each: with its prefix read once, and without."""
-    from open_unitok.generation import generate_text_ids
-
+def measure_prefix() -> dict[str, Any]:
+    """Seconds for four questions about one image, 4 new tokens each, with and without a shared prefix."""
     model = benchmark_model()
-    prompts, codes = asked(4, 1)
+    prompts, codes = make_questions(4, 1)
+
+    def one_by_one() -> None:
+        for prompt, image_codes in zip(prompts, codes):
+            generate_text_ids(model, [prompt], [image_codes], 4, share_prefix=False)
+
     return {
-        "shared_s": seconds(lambda: generate_text_ids(model, prompts, codes, 4)),
-        "batch_s": seconds(lambda: generate_text_ids(model, prompts, codes, 4, share_prefix=False)),
-        "one_by_one_s": seconds(
-            lambda: [
-                generate_text_ids(model, [p], [c], 4, share_prefix=False) for p, c in zip(prompts, codes)
-            ]
-        ),
+        "shared_s": best_seconds(lambda: generate_text_ids(model, prompts, codes, 4)),
+        "batched_s": best_seconds(lambda: generate_text_ids(model, prompts, codes, 4, share_prefix=False)),
+        "one_by_one_s": best_seconds(one_by_one),
     }
 
 
-def agreement(folder: str) -> dict:
-    """Shares of codes that bf16 and int8 weights choose as fp32 does, teacher-forced on fp32's greedy
-    drawings with guidance; and of those that a seed draws alone as within a batch."""
-    import torch
-
-    from open_unitok import Pipeline
-    from open_unitok.generation import Sampling, generate_image_codes
-    from open_unitok.generation.backends import BACKENDS, choose_backend
-    from open_unitok.generation.sampling import apply_guidance
-
-    pipe = Pipeline.from_pretrained(folder)
-    ids = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
-    rows = [*ids, *[pipe.processor.unconditional_ids()] * len(ids)]
-    sampling = Sampling(guidance=GUIDANCE, greedy=True)
-    codes = generate_image_codes(pipe.model, ids, sampling, [0] * len(ids), rows[-1])
-    found = {}
-    for name in ("fp32", "bf16", "int8"):
-        model = pipe.model.to(torch.bfloat16) if name == "bf16" else pipe.model
-        if name == "int8":
-            model = Pipeline.from_pretrained(folder).model
-        quantization = "int8" if name == "int8" else None
-        backend, hits = BACKENDS[choose_backend(model, quantization=quantization)](model, quantization), 0
-        with torch.no_grad():
-            backend.prefill(rows, codes[:, :0])
-            for t in range(codes.shape[1]):
-                if t:
-                    backend.decode_step(codes[:, t - 1])
-                for k in range(codes.shape[2]):
-                    logits = backend.code_logits(k, None if k == 0 else codes[:, t, k - 1]).float()
-                    hits += int((apply_guidance(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
-        found[name] = hits / codes.numel()
-        if name != "int8":
-            sampled = Sampling(guidance=GUIDANCE)
-            together = generate_image_codes(model, ids, sampled, range(len(ids)), rows[-1])
-            alone = [generate_image_codes(model, [row], sampled, [i], rows[-1]) for i, row in enumerate(ids)]
-            found[f"{name}, alone as in a batch"] = (torch.cat(alone) == together).float().mean().item()
-    return found
+# ---- report ------------------------------------------------------------------------------------------------
 
 
-def profile(part: str, now: dict) -> str:
-    """Where a position's time goes; the rest is guidance, argmax and Python."""
-    codes, spent = len(now["codes"][0][0]), now["profile_ms"]
-    depth = codes * spent["code_logits"]
-    rest = now["ms"] - spent["decode_step"] - depth
-    return (
-        f"{part}: embedder and decoder {spent['decode_step']:.1f} ms, depth head {depth:.1f}, "
-        f"choosing and Python {rest:.1f}"
-    )
-
-
-def report(found: dict) -> str:
-    """A table of what was measured."""
-    lines, here = [], found.get("machine", {})
-    if here:
+def report(results: dict[str, Any]) -> str:
+    """Tables of all results."""
+    lines, machine = [], results.get("machine")
+    if machine:
         lines.append(
-            f"machine: {here['memory_gb_s']:.0f} GB/s from memory, {here['cache_gb_s']:.0f} from cache, "
-            f"{here['fp32_gflop_s']:.0f} fp32 GFLOP/s, {here['cpu']}"
+            f"machine: {machine['memory_gb_s']:.0f} GB/s from memory, "
+            f"{machine['cache_gb_s']:.0f} from cache, {machine['fp32_gflop_s']:.0f} fp32 GFLOP/s, "
+            f"{machine['cpu']}"
         )
-        limit = 70 * 188 / here["fp32_gflop_s"]
-        if "baseline_1" in found:
-            lines.append(f"baseline {found['baseline_1']['ms']:.1f} ms; it may take {limit:.1f} ms here")
-    lines.append("part               ms  ratio  bar   floor  over last/first     MB same codes")
-    for part, (images, weights, _) in DRAWING.items():
-        if part not in found:
-            continue
-        now, base = found[part], found.get(f"baseline_{images}")
-        size = {"bf16": 2, "int8": 1}.get(weights, 4)
-        floor = sum(now["weights"].values()) * size / here["memory_gb_s"] / 1e6 if here else float("nan")
-        ratio = base["ms"] / now["ms"] if base else float("nan")
-        count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
-        same = base and all(a[:count] == b[:count] for a, b in zip(now["codes"], base["codes"]))
-        lines.append(
-            f"{part:12} {now['ms']:8.2f} {ratio:6.2f} {BARS.get(part, ''):>4} {floor:7.2f} "
-            f"{now['ms'] / floor:5.2f} {now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
-        )
-    rest = {"prefix": (2, found["prefix"])} if "prefix" in found else {}
-    asked_for = found.get("answers", {})
-    lines += [profile(part, found[part]) for part in DRAWING if found.get(part, {}).get("profile_ms")]
-    for part, (bar, times) in {**{n: (3, asked_for[n]) for n in ASKING if n in asked_for}, **rest}.items():
-        now = {k: v for k, v in times.items() if k.endswith("_s")}
-        first = next(iter(now.values()))
-        ratios = ", ".join(f"{name[:-2]} {value:.2f} s = {value / first:.2f}x" for name, value in now.items())
-        lines.append(f"{part} (bar {bar}): {ratios}")
+    lines.append("part               ms  ratio   floor  x flr last/first     MB same codes")
+    lines += [image_line(part, results) for part in IMAGE_PARTS if part in results]
+    lines += [
+        profile_line(part, results[part]) for part in IMAGE_PARTS if results.get(part, {}).get("profile_ms")
+    ]
+    cases = {name: times for name, times in results.get("answers", {}).items() if name in ANSWER_CASES}
+    for name, times in (cases | {k: v for k, v in results.items() if k == "prefix"}).items():
+        seconds = {k.removesuffix("_s"): v for k, v in times.items() if k.endswith("_s")}
+        first = next(iter(seconds.values()))
+        lines.append(f"{name}: " + ", ".join(f"{k} {v:.2f} s = {v / first:.2f}x" for k, v in seconds.items()))
     return "\n".join(lines)
 
 
-def gpu() -> dict:
-    """Seconds per image of the 7B shape in bfloat16, against the plain loop and the bandwidth floor."""
-    import torch
+def image_line(part: str, results: dict[str, Any]) -> str:
+    """Time, ratio to the baseline, the time to read the weights once ("floor"), memory, equality of codes."""
+    images, precision, _ = IMAGE_PARTS[part]
+    now, base, machine = results[part], results.get(f"baseline_{images}"), results.get("machine")
+    num_bytes = sum(now["weights"].values()) * {"bf16": 2, "int8": 1}.get(precision, 4)
+    floor = num_bytes / machine["memory_gb_s"] / 1e6 if machine else float("nan")
+    ratio = base["ms"] / now["ms"] if base else float("nan")
+    count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
+    same = base and all(a[:count] == b[:count] for a, b in zip(now["codes"], base["codes"]))
+    return (
+        f"{part:12} {now['ms']:8.2f} {ratio:6.2f} {floor:7.2f} {now['ms'] / floor:5.2f} "
+        f"{now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
+    )
 
-    from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
-    from open_unitok.generation import Sampling, iter_image_codes
 
+def profile_line(part: str, now: dict[str, Any]) -> str:
+    """Where the time of a visual token goes."""
+    times = now["profile_ms"]
+    depth_head = len(now["codes"][0][0]) * times["code_logits"]
+    rest = now["ms"] - times["decode_step"] - depth_head  # guidance, argmax, Python
+    return (
+        f"{part}: embedder and decoder {times['decode_step']:.1f} ms, depth head {depth_head:.1f}, "
+        f"sampling and Python {rest:.1f}"
+    )
+
+
+# ---- GPU ---------------------------------------------------------------------------------------------------
+
+
+def measure_gpu() -> dict[str, Any]:
+    """Seconds per image of the 7B shape in bfloat16, against the baseline and the bandwidth floor."""
     assert torch.cuda.is_available(), "--gpu needs a CUDA device"
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = UniTokForConditionalGeneration(UniTokMLLMConfig.named("unitok_mllm_7b")).eval()
         torch.set_default_dtype(torch.float32)
     numbers = torch.ones(2**31, dtype=torch.uint8, device="cuda")
-
-    def timed(work) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    bandwidth = (
-        numbers.numel() / min(timed(lambda: numbers.view(torch.float32).sum()) for _ in range(5)) / 1e9
-    )
-    found: dict = {"device": torch.cuda.get_device_name(), "memory_gb_s": bandwidth}
-    floor = 2 * sum(weights_read(model)) * 256 / bandwidth / 1e9
-    sampling = Sampling(guidance=GUIDANCE)
+    seconds = best_seconds(lambda: numbers.view(torch.float32).sum(), 5, "cuda")
+    found: dict[str, Any] = {"device": device_name("cuda"), "memory_gb_s": numbers.numel() / seconds / 1e9}
+    floor = 2 * sum(weights_per_token(model)) * 256 / found["memory_gb_s"] / 1e9
     for images in (1, 4, 16, 64):
         prompts = [[*PROMPT, i, 3] for i in range(images)]
 
-        def ours(prompts=prompts):
-            for _ in iter_image_codes(model, prompts, sampling, list(range(len(prompts))), FREE):
+        def ours(prompts=prompts) -> None:
+            sampling, seeds = Sampling(guidance=GUIDANCE), list(range(len(prompts)))
+            generate_image_codes(model, prompts, sampling, seeds, UNCONDITIONAL)
+
+        def baseline(prompts=prompts) -> None:
+            for _, _ in zip(range(32), iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)):
                 pass
 
-        def plain(prompts=prompts, images=images):
-            for _, _ in zip(range(32), plain_loop(model, prompts, FREE, images, GUIDANCE)):
-                pass
-
-        timed(ours)
-        spent, base = timed(ours), 8 * timed(plain)
+        measure_seconds(ours, "cuda")  # warm up: compilation, graph capture
+        elapsed = measure_seconds(ours, "cuda")
+        baseline_elapsed = 256 / 32 * measure_seconds(baseline, "cuda")
         found[f"batch_{images}"] = {
-            "s_per_image": spent / images, "over_floor": spent / floor, "ratio_to_baseline": base / spent,
-        }  # fmt: skip
-    name = found["device"].replace(" ", "-").lower()
-    path = Path(__file__).parent / "results" / f"generation-{name}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
+            "s_per_image": elapsed / images,
+            "over_floor": elapsed / floor,
+            "ratio_to_baseline": baseline_elapsed / elapsed,
+        }
+    write_results(result_file("generation", found["device"]), found)
     return found
 
 
