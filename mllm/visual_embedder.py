@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.projection import AttentionProjection, KeyValueCache
+from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 
 from .config import UniTokMLLMConfig
 
@@ -47,7 +47,7 @@ class VisualEmbedder(nn.Module):
         """(I, N, K) codes of whole images -> (I, N, D), all at once."""
         return self.projector(self.projection(self.lookup(codes)))
 
-    def step(self, codes: torch.Tensor, cache: KeyValueCache | None) -> torch.Tensor:
+    def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """The next codes (I, n, K) of images that are being drawn -> (I, n, D); `cache` from `new_cache`.
 
         With the "full" context the steps together equal one `forward`; with "last" each visual token stands
@@ -59,9 +59,9 @@ class VisualEmbedder(nn.Module):
             )
         return self.projector(self.projection(self.lookup(codes), cache))
 
-    def new_cache(self, length: int) -> KeyValueCache | None:
+    def new_cache(self, length: int) -> KVCache | None:
         """What `step` needs for images of up to `length` visual tokens; None with the "last" context."""
-        return KeyValueCache(length) if self.context == "full" else None
+        return KVCache(length) if self.context == "full" else None
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) codes -> (..., K*C): the K unit-norm rows side by side."""

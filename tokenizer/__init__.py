@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel
 
 from .config import TOKENIZER_SIZES, UniTokConfig
 from .model import UniTok, UniTokOutput
-from .projection import AttentionProjection, KeyValueCache, LinearProjection, build_projection
+from .projection import AttentionProjection, KVCache, LinearProjection, build_projection
 from .quantizers import QUANTIZERS, MultiCodebookQuantizer, Quantizer, QuantizerOutput, code_dtype
 
 AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
@@ -14,7 +14,7 @@ __all__ = [
     "QUANTIZERS",
     "TOKENIZER_SIZES",
     "AttentionProjection",
-    "KeyValueCache",
+    "KVCache",
     "LinearProjection",
     "MultiCodebookQuantizer",
     "Quantizer",

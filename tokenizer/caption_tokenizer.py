@@ -1,4 +1,4 @@
-"""Captions to token ids as CLIP's text tower reads them: start, words, end, zeros (arXiv 2103.00020)."""
+"""Captions to token ids in the format of CLIP's text tower: start, words, end, zeros (arXiv 2103.00020)."""
 
 import gzip
 import html
@@ -14,18 +14,18 @@ import torch
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-_MERGES = 48894  # of the file's lines only these are CLIP's: 49408 ids - 512 letters - 2 marks
-FOLDER = "caption_tokenizer"  # inside a tokenizer model's folder
+_MERGES = 48894  # CLIP uses only these lines of the file: 49408 ids - 512 byte letters - 2 special tokens
+CAPTION_TOKENIZER_FOLDER = "caption_tokenizer"  # inside a tokenizer model's folder
 _HINT = (
     "give a folder or hub id of a CLIPTokenizer, a bpe_simple_vocab file or a sentencepiece tokenizer.model"
 )
 
 
 class CaptionTokenizer:
-    """Turns captions into (B, T) ids, T = context_length; the end of text has the largest id.
+    """Captions -> (B, T) ids, T = context_length; the end of text has the largest id.
 
     Attributes:
-        vocab_size: what `UniTokConfig.text_vocab_size` must be at least.
+        vocab_size: lower bound for `UniTokConfig.text_vocab_size`.
         start, end: ids of start and end of text.
     """
 
@@ -42,7 +42,7 @@ class CaptionTokenizer:
         self.vocab_size = end + 1
 
     def __call__(self, captions: Sequence[str]) -> torch.Tensor:
-        """(B, context_length) int64; one that is too long is cut, its last id is still the end of text."""
+        """(B, context_length) int64; a long caption is truncated and still ends with the end of text."""
         ids = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(ids, captions, strict=True):
             words = self._encode(caption)[: self.context_length - 2]
@@ -50,8 +50,8 @@ class CaptionTokenizer:
         return ids
 
     def save(self, model_folder: str | os.PathLike[str]) -> None:
-        """Put a copy into a tokenizer model's folder, for `from_model_folder`."""
-        folder = Path(model_folder) / FOLDER
+        """Save into a tokenizer model's folder, for `from_model_folder`."""
+        folder = Path(model_folder) / CAPTION_TOKENIZER_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         self._save(folder)
 
@@ -59,12 +59,12 @@ class CaptionTokenizer:
     def from_path(
         cls, path_or_hub_id: str | os.PathLike[str], context_length: int = 77
     ) -> "CaptionTokenizer":
-        """Read CLIP's vocabulary (folder, hub id, or bpe_simple_vocab_16e6.txt.gz) or a sentencepiece model.
+        """Load CLIP's vocabulary (folder, hub id, or bpe_simple_vocab_16e6.txt.gz) or a sentencepiece model.
 
-        Of a sentencepiece model with S pieces the start of text is S and the end of text S + 1.
+        A sentencepiece model with S pieces gets the start of text S and the end of text S + 1.
 
         Raises:
-            UserError: nothing of the kind is there.
+            UserError: no such tokenizer is there.
         """
         path = Path(path_or_hub_id)
         if (path / "tokenizer.model").is_file():
@@ -86,19 +86,20 @@ class CaptionTokenizer:
     def from_model_folder(
         cls, folder: str | os.PathLike[str], context_length: int = 77
     ) -> "CaptionTokenizer":
-        """The caption tokenizer that training left in a tokenizer model's folder.
+        """Load the caption tokenizer that training saved in a tokenizer model's folder.
 
         Raises:
             UserError: there is none.
         """
-        hint = "This model was saved without its caption tokenizer: name one by its path or hub id."
-        return cls.from_path(existing(Path(folder) / FOLDER, hint), context_length)
+        hint = "This model was saved without its caption tokenizer: give the path or hub id of one."
+        return cls.from_path(existing(Path(folder) / CAPTION_TOKENIZER_FOLDER, hint), context_length)
 
     @classmethod
     def _clip(cls, tokenizer: Any, context_length: int) -> "CaptionTokenizer":
         def encode(caption: str) -> list[int]:
+            # Twice, as CLIP does: web captions hold entities of entities (&amp;lt;).
             text = " ".join(html.unescape(html.unescape(caption)).split())
-            # CLIP's own spelling of the two marks; the vocabulary files of transformers have another.
+            # CLIP's spelling of the two special tokens differs from transformers' vocabulary files.
             text = re.sub("<end_of_text>", tokenizer.eos_token, text, flags=re.IGNORECASE)
             text = re.sub("<start_of_text>", tokenizer.bos_token, text, flags=re.IGNORECASE)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -113,7 +114,7 @@ class CaptionTokenizer:
         try:
             pieces: Any = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} is no sentencepiece model: {_HINT}.") from error
+            raise UserError(f"{path} is not a sentencepiece model: {_HINT}.") from error
         size = pieces.get_piece_size()
 
         def save(folder: Path) -> None:
@@ -123,7 +124,7 @@ class CaptionTokenizer:
 
 
 def _read_bpe(path: Path) -> Any:
-    """A CLIPTokenizer from CLIP's merges file: a header, then one merge a line, by rank (blanks count)."""
+    """A CLIPTokenizer from CLIP's merges file: a header, then one merge per line, in order of rank."""
     from transformers import CLIPTokenizer
 
     data = path.read_bytes()
@@ -133,7 +134,7 @@ def _read_bpe(path: Path) -> Any:
     vocab = {letter: i for i, letter in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
     merges = []
     for rank, line in enumerate(lines):
-        if line.strip():
+        if line.strip():  # a blank line still takes a rank, and with it an id
             left, right = line.split()
             vocab[left + right] = 512 + rank
             merges.append((left, right))
@@ -142,11 +143,12 @@ def _read_bpe(path: Path) -> Any:
 
 
 def _byte_letters() -> list[str]:
-    """The letters that stand for bytes in byte-level BPE, in the vocabulary's order: printable ones first."""
+    """The characters that represent bytes in byte-level BPE, in the vocabulary's order: printable first."""
     printable = [
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
+    # Control characters and blanks cannot stand in a merges file: GPT-2's rule maps them above 255.
     others = len(range(256)) - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

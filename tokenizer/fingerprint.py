@@ -8,8 +8,8 @@ import json
 
 from torch import nn
 
-# Part of the model -> what its tensors' names begin with in the hash. Fixed for ever: files of codes and MLLM
-# folders hold hashes of these names. A part may be renamed in the code, but not here.
+# Part of the model -> prefix of its tensors' names in the hash. Fixed for ever: code shards and MLLM folders
+# hold hashes of these names. A part may be renamed in the code, but not here.
 _PREFIXES = {"encoder": "encoder.", "down_projection": "down_projection.", "quantizer": ""}
 
 # Options of the config that decide codes without a trace in any tensor, with the published UniTok's values.
@@ -22,7 +22,7 @@ _DEFAULTS = {
 }
 
 
-def tokenizer_fingerprint(model: nn.Module) -> str:
+def compute_fingerprint(model: nn.Module) -> str:
     """Hex sha256 of all that decides the codes of a `UniTok`: tensors as float32, and options."""
     digest = hashlib.sha256()
     tensors = {}

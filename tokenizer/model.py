@@ -1,4 +1,4 @@
-"""UniTok: one tokenizer whose codes both rebuild an image and mean what its caption says (arXiv 2502.20321).
+"""UniTok: one tokenizer whose codes reconstruct an image and align with its caption (arXiv 2502.20321).
 
 B batch, N visual tokens per image (registers first), K sub-codebooks, V entries per sub-codebook, C width of
 one code, D model width, E width of the joint image-text space, T text positions.
@@ -22,7 +22,7 @@ from .config import UniTokConfig
 from .convert import read_published_tokenizer
 from .decoders import build_decoder
 from .encoders import build_encoder
-from .fingerprint import tokenizer_fingerprint
+from .fingerprint import compute_fingerprint
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
@@ -36,15 +36,15 @@ PUBLISHED_HUB_ID = "FoundationVision/unitok_tokenizer"
 
 
 class UniTokOutput(NamedTuple):
-    """What `UniTok.forward` gives; None stands where nothing was asked for."""
+    """Result of `UniTok.forward`; None where a part was not requested."""
 
     reconstruction: torch.Tensor | None  # (B or fewer, 3, H, W), not clamped
     codes: torch.Tensor  # (B, N, K) int64
-    losses: dict[str, torch.Tensor]  # scalars: "vq" (commitment included), "entropy" (0 unless asked for)
+    losses: dict[str, torch.Tensor]  # scalars, the quantiser's by name: "vq" (commitment included), ...
     usage: torch.Tensor  # (K,) per cent of each sub-codebook's entries used in this batch
     image_embeds: torch.Tensor  # (B, E) unit norm
     text_embeds: torch.Tensor | None  # (B, E) unit norm
-    logit_scale: torch.Tensor  # scalar, the factor itself (not its logarithm)
+    logit_scale: torch.Tensor  # scalar, the factor itself, not its logarithm
 
 
 class UniTok(PreTrainedModel):
@@ -58,6 +58,8 @@ class UniTok(PreTrainedModel):
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
+        # The projections need the widths of both their ends. Modules are assigned in the order of the data:
+        # that is the order of the state dict and of the random numbers that initialise the weights.
         quantizer, decoder = build_quantizer(config), build_decoder(config)
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
@@ -70,7 +72,7 @@ class UniTok(PreTrainedModel):
         self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
         self.image_projection = nn.Linear(decoder.width, config.embed_dim)
         self.text_encoder = TextEncoder(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm, as in CLIP
         self.post_init()
 
     def forward(
@@ -80,14 +82,15 @@ class UniTok(PreTrainedModel):
         reconstruct_first: int | None = None,
         entropy: bool = False,
     ) -> UniTokOutput:
-        """Everything that training needs, differentiable from end to end.
+        """All outputs that training needs, differentiable end to end.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
             token_ids: (B, T) captions, or None.
             reconstruct_first: decode only this many images of the batch; None = all, 0 = none.
-            entropy: compute the entropy loss too.
+            entropy: compute the entropy loss as well.
         """
+        # Contrast needs every image of the batch, reconstruction only some: decoding is the expensive half.
         quantised = self.quantizer(self.encode_latents(pixels), entropy=entropy)
         hidden = self.up_project(quantised.quantised)
         first = hidden.shape[0] if reconstruct_first is None else reconstruct_first
@@ -107,16 +110,16 @@ class UniTok(PreTrainedModel):
         """(B, 3, H, W) pixels in [-1, 1] -> (B, N, K) codes.
 
         Raises:
-            UserError: the height or width is not a multiple of 16.
+            UserError: the height or width is not a multiple of `patch_size`.
         """
         return self.quantizer.encode(self.encode_latents(pixels))
 
     @torch.no_grad()
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """(B, N, K) codes -> (B, 3, 16*rows, 16*columns) pixels, clamped to [-1, 1].
+        """(B, N, K) codes -> (B, 3, patch_size*rows, patch_size*columns) pixels, clamped to [-1, 1].
 
         Args:
-            codes: with the register tokens' codes, if any, in front.
+            codes: those of register tokens, if any, come first.
             grid: (rows, columns) of the image tokens; None = the config's `token_layout`, else square.
 
         Raises:
@@ -146,7 +149,7 @@ class UniTok(PreTrainedModel):
             return self.up_projection(latents.float())
 
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, N, K*C) latents -> (B, 3, 16*rows, 16*columns) pixels, not clamped; differentiable."""
+        """(B, N, K*C) latents -> pixels as from `decode`, but not clamped, and differentiable."""
         return self.decoder(to_dtype_of(self.decoder, self.up_project(latents)), grid)
 
     def check_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -163,9 +166,12 @@ class UniTok(PreTrainedModel):
                 f"(images, visual tokens, {len(sizes)} sub-codebooks)."
             )
         if codes.numel() and (codes.min() < 0 or (codes >= torch.tensor(sizes, device=codes.device)).any()):
-            allowed = f"0 to {sizes[0] - 1}" if len(set(sizes)) == 1 else f"0 to {sizes} minus 1"
+            allowed = (
+                f"0 to {max(sizes) - 1}" if len(set(sizes)) == 1 else f"less than {sizes} per sub-codebook"
+            )
             raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
         count = codes.shape[1]
+        # An oblong tokenizer's own number of tokens means its own layout; other numbers are read as squares.
         if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
             return self.config.layout.grid
         if grid is None:
@@ -182,7 +188,7 @@ class UniTok(PreTrainedModel):
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that decides the codes: encoder, down projection and quantiser, as float32."""
-        return tokenizer_fingerprint(self)
+        return compute_fingerprint(self)
 
     @classmethod
     def from_pretrained(
@@ -190,11 +196,11 @@ class UniTok(PreTrainedModel):
     ) -> Any:
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
-        A folder or hub id that holds the published file in place of a config.json is taken as that file.
+        A folder or hub id that holds the published file and no config.json stands for that file.
 
         Raises:
             UserError: nothing is there, on disk or on the hub; the folder holds no model, or one of another
-                kind; the file is no published checkpoint.
+                kind; the file is not a published checkpoint.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
@@ -206,9 +212,10 @@ class UniTok(PreTrainedModel):
             return super().from_pretrained(path, *args, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except OSError as error:  # how transformers says that the hub has no such model, or cannot be reached
+        except OSError as error:  # transformers: the hub has no such model, or cannot be reached
             reason = str(error).strip().splitlines()[0]
-            message = f"{path} is not here, nor could the hub give it: {reason}"
+            message = f"{path} is neither a local path nor available from the hub: {reason}"
+        # The published repository has no config.json, so the attempt above fails for it.
         try:
             file = find_weights(
                 str(path), (PUBLISHED_FILE,), "The tokenizer", f"https://huggingface.co/{PUBLISHED_HUB_ID}"
@@ -224,12 +231,13 @@ class UniTok(PreTrainedModel):
         config: UniTokConfig | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "UniTok":
-        """Load a published checkpoint file (.pth); `config` is needed for sizes that no name covers.
+        """Load a published checkpoint file (.pth); `config` is needed for sizes not in `TOKENIZER_SIZES`.
 
         Raises:
-            UserError: the file is no such checkpoint, or its weights do not fit the config.
+            UserError: the file is not such a checkpoint, or its weights do not fit the config.
         """
         config, state = read_published_tokenizer(path, config)
+        # On the meta device nothing is allocated or initialised twice: `assign` takes the file's tensors.
         with torch.device("meta"):
             model = cls(config)
         check_weights_fit(path, state, model.state_dict(), "the config")
@@ -237,14 +245,14 @@ class UniTok(PreTrainedModel):
         return model.eval().to(dtype)  # pyright: ignore
 
     def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, N, D) -> (B, E), unit norm; the mean takes in the registers."""
+        """(B, N, D) -> (B, E), unit norm; mean pooling over all tokens, registers included."""
         pooled = self.image_norm(to_dtype_of(self.image_norm, hidden.mean(dim=1)))
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
         step = self.config.patch_size
         if pixels.dim() != 4 or pixels.shape[1] != 3:
-            raise UserError(f"pixels have shape {tuple(pixels.shape)}; (images, 3, height, width) is needed.")
+            raise UserError(f"pixels have shape {tuple(pixels.shape)}; expected (images, 3, height, width).")
         if pixels.shape[2] % step or pixels.shape[3] % step or 0 in pixels.shape:
             raise UserError(
                 f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be "
@@ -257,10 +265,10 @@ class UniTok(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls it for all, children first. Ours have `init_weights`."""
+        """Initialise one module; transformers calls it for each, children first."""
         if module is self:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
-        elif hasattr(module, "init_weights"):
+        elif hasattr(module, "init_weights"):  # each module of ours knows its own initialisation
             module.init_weights()  # pyright: ignore[reportCallIssue]
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
             module.reset_parameters()

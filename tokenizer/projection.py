@@ -1,4 +1,4 @@
-"""Between token width and code width: the attention projection, which keeps more than a linear map does
+"""Projections between token width and code width; the attention projection loses less than a linear map
 (arXiv 2502.20321, section 3.3).
 
 B batch, N tokens, `heads` heads of width d.
@@ -15,27 +15,27 @@ from . import cpu
 from .layers import GeGLU, Linear, split_heads
 
 
-class KeyValueCache:
-    """Keys and values of the tokens seen so far, to feed a causal projection piece by piece (inference only).
+class KVCache:
+    """KV cache of a causal projection, for inference in chunks of one or more tokens.
 
-    `max_length` tokens are allotted at once, at the first append.
+    Memory for `max_length` tokens is allocated at the first append.
     """
 
-    mask: torch.Tensor | None = None  # of caches that return places which are not filled yet
+    mask: torch.Tensor | None = None  # for subclasses that return positions which are not filled yet
 
     def __init__(self, max_length: int) -> None:
         self.max_length, self.length = max_length, 0
         self._keys = self._values = torch.empty(0)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add (B, heads, n, d) keys and values; returns all so far, (B, heads, length, d).
+        """Append (B, heads, n, d) keys and values; return all so far, (B, heads, length, d).
 
         Raises:
             ValueError: more than `max_length` tokens.
         """
         end = self.length + key.shape[2]
         if end > self.max_length:
-            raise ValueError(f"The cache holds {self.max_length} tokens; {end} were given.")
+            raise ValueError(f"The KV cache has room for {self.max_length} tokens, got {end}.")
         if self.length == 0:
             shape = (*key.shape[:2], self.max_length, key.shape[3])
             self._keys, self._values = key.new_empty(shape), value.new_empty(shape)
@@ -48,13 +48,14 @@ class KeyValueCache:
 class ProjectionAttention(nn.Module):
     """Self-attention that changes the width; (B, N, inputs) -> (B, N, outputs).
 
-    Downwards (inputs > outputs) the heads are averaged, upwards they stand side by side. Keys have no bias.
+    Down (inputs > outputs) the heads are averaged, up they are concatenated. Keys have no bias.
     """
 
     def __init__(self, inputs: int, outputs: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.heads, self.causal, self.outputs = heads, causal, outputs
         self.average = inputs > outputs
+        # Attention runs at the larger width, so that averaging the heads is the only reduction.
         inner = inputs if self.average else outputs
         self.qkv = Linear(inputs, 3 * inner, bias=False)
         self.query_bias = nn.Parameter(torch.zeros(inner))
@@ -65,7 +66,8 @@ class ProjectionAttention(nn.Module):
         init.zeros_(self.query_bias)
         init.zeros_(self.value_bias)
 
-    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        # Keys have no bias: softmax ignores what is equal for all keys. One product with a zero instead.
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
         query, key, value = split_heads(cpu.linear(hidden, self.qkv.weight, bias), self.heads)
         if cache is not None:
@@ -75,7 +77,7 @@ class ProjectionAttention(nn.Module):
         if not self.average:
             return self.out(mixed.transpose(1, 2).flatten(2))
         mixed = mixed.mean(dim=1)
-        if mixed.shape[-1] != self.outputs:
+        if mixed.shape[-1] != self.outputs:  # heads of another width than `outputs`
             mixed = F.adaptive_avg_pool1d(mixed, self.outputs)
         return self.out(mixed)
 
@@ -85,7 +87,8 @@ class ProjectionAttention(nn.Module):
         new, seen = query.shape[2], key.shape[2]
         if mask is not None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        if self.causal and new != seen and new > 1:  # a piece of several tokens behind earlier ones
+        # `is_causal` aligns the mask to the first key: right without a cache, wrong for a chunk behind one.
+        if self.causal and new != seen and new > 1:
             mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         return F.scaled_dot_product_attention(query, key, value, is_causal=self.causal and new == seen)
@@ -96,7 +99,7 @@ class AttentionProjection(nn.Module):
 
     Args:
         inputs, outputs: widths; `heads` divides the larger of the two.
-        causal: a token sees only itself and earlier ones, and a `KeyValueCache` may be used.
+        causal: a token attends only to itself and earlier ones; allows a `KVCache`.
     """
 
     def __init__(self, inputs: int, outputs: int, heads: int, causal: bool = False) -> None:
@@ -113,23 +116,23 @@ class AttentionProjection(nn.Module):
         self.mlp_norm = nn.LayerNorm(outputs)
         self.mlp = GeGLU(outputs)
 
-    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """With a `cache`, `hidden` goes on where the last call ended; the result equals one call on all.
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """With a `cache`, `hidden` continues the last call's tokens; the result equals one call on all.
 
         Raises:
             ValueError: a cache was given to a projection that is not causal.
         """
         if cache is not None and not self.causal:
-            raise ValueError("Only a causal projection (causal=True) can be fed piece by piece.")
+            raise ValueError("A KV cache needs a causal projection (causal=True).")
         mixed = self.linear(self.linear_norm(hidden)) + self.attention(self.attention_norm(hidden), cache)
         return mixed + self.mlp(self.mlp_norm(mixed))
 
 
 class LinearProjection(Linear):
-    """A plain linear map with the attention projection's face; (B, N, inputs) -> (B, N, outputs)."""
+    """A linear map with the attention projection's interface; (B, N, inputs) -> (B, N, outputs)."""
 
-    def forward(self, hidden: torch.Tensor, cache: KeyValueCache | None = None) -> torch.Tensor:
-        """The cache has nothing to remember: every token is mapped on its own."""
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """Each token is mapped on its own: the cache is not used."""
         return super().forward(hidden)
 
 

@@ -1,6 +1,6 @@
-"""How the visual tokens of one image are arranged: a grid of rows x columns behind register tokens.
+"""The layout of an image's visual tokens: register tokens, then a grid of rows x columns.
 
-The only place that derives a grid from a number of tokens. Configs and codes.json store the layout as a dict;
+Only this module derives a grid from a number of tokens. Configs and codes.json store the layout as a dict;
 where it is absent (all files written before it existed) the grid is the square of the tokens minus registers.
 """
 
@@ -58,18 +58,19 @@ class TokenLayout(NamedTuple):
             return cls.square(num_tokens or 0, registers)
         given = value._asdict() if isinstance(value, TokenLayout) else dict(value)
         known = {"registers": registers} | given
+        # bool is a subclass of int in Python: True must not count as 1 row
         whole = {name: v for name, v in known.items() if isinstance(v, int) and not isinstance(v, bool)}
         if whole.keys() != set(cls._fields) or len(known) != len(whole):
             raise UserError(
-                f"token_layout is {given!r}; it takes the whole numbers rows, columns, registers."
+                f"token_layout is {given!r}; expected the integers rows, columns and, optionally, registers."
             )
         layout = cls(**whole)
         if layout.rows < 1 or layout.columns < 1 or layout.registers < 0:
             raise UserError(
-                f"token_layout is {given!r}: rows and columns are 1 or more, registers 0 or more."
+                f"token_layout is {given!r}: rows and columns must be at least 1, registers at least 0."
             )
         if num_tokens is not None and layout.num_tokens != num_tokens:
-            raise UserError(f"token_layout {given!r} has {layout.num_tokens} tokens, not {num_tokens}.")
+            raise UserError(f"token_layout {given!r} has {layout.num_tokens} tokens, expected {num_tokens}.")
         return layout
 
     def to_dict(self) -> dict[str, int]:
@@ -77,10 +78,9 @@ class TokenLayout(NamedTuple):
         return self._asdict()
 
     def complete_rows(self, num_generated: int) -> int:
-        """Rows of the grid that are complete once the first `num_generated` tokens are known: where a preview
-        may be shown."""
+        """Rows of the grid that the first `num_generated` tokens complete; a preview may show these."""
         return min(max(num_generated - self.registers, 0) // self.columns, self.rows)
 
     def tokens_of_rows(self, rows: int) -> int:
-        """Tokens that come before the end of the first `rows` rows, registers included."""
+        """Number of tokens up to the end of the first `rows` rows, registers included."""
         return self.registers + rows * self.columns

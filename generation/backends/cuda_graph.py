@@ -125,7 +125,7 @@ class StaticProjectionCache:
     """Keys and values of the causal projection for all N visual tokens; `mask` hides the unfilled part.
 
     Args:
-        cache: the `KeyValueCache` of the visual tokens fed so far.
+        cache: the `KVCache` of the visual tokens fed so far.
         index: (1,) the visual token that is fed next.
     """
 

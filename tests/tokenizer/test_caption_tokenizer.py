@@ -51,5 +51,5 @@ def test_mistakes(tmp_path):
     with pytest.raises(UserError, match="saved without its caption tokenizer"):
         CaptionTokenizer.from_model_folder(tmp_path)
     (tmp_path / "tokenizer.model").write_text("nothing of the kind")
-    with pytest.raises(UserError, match="is no sentencepiece model"):
+    with pytest.raises(UserError, match="is not a sentencepiece model"):
         CaptionTokenizer.from_path(tmp_path)

@@ -77,7 +77,9 @@ def test_folder_or_hub_id_of_the_published_file(variant, golden_folder, tiny_con
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", no_config)
     model = UniTok.from_pretrained("FoundationVision/unitok_tokenizer", config=tiny_config())
     assert torch.equal(model.encode(variant("attn").out["image"]), codes)
-    with pytest.raises(UserError, match="nothing_here is not here, nor could the hub give it: Found"):
+    with pytest.raises(
+        UserError, match="nothing_here is neither a local path nor available from the hub: Found"
+    ):
         UniTok.from_pretrained("nothing_here")
 
 

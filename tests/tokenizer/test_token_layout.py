@@ -46,13 +46,13 @@ def test_from_config():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"rows": 2}, "it takes the whole numbers rows, columns, registers"),
-        ({"rows": 2, "columns": 8, "depth": 1}, "it takes the whole numbers"),
-        ({"rows": 2.0, "columns": 8}, "it takes the whole numbers"),
-        ({"rows": True, "columns": 16}, "it takes the whole numbers"),
-        ({"rows": 0, "columns": 8}, "rows and columns are 1 or more"),
-        ({"rows": 2, "columns": 8, "registers": -1}, "registers 0 or more"),
-        ({"rows": 3, "columns": 8}, "has 24 tokens, not 16"),
+        ({"rows": 2}, "expected the integers rows, columns and, optionally, registers"),
+        ({"rows": 2, "columns": 8, "depth": 1}, "expected the integers"),
+        ({"rows": 2.0, "columns": 8}, "expected the integers"),
+        ({"rows": True, "columns": 16}, "expected the integers"),
+        ({"rows": 0, "columns": 8}, "rows and columns must be at least 1"),
+        ({"rows": 2, "columns": 8, "registers": -1}, "registers at least 0"),
+        ({"rows": 3, "columns": 8}, "has 24 tokens, expected 16"),
     ],
 )
 def test_invalid_layouts(value, message):
@@ -122,7 +122,7 @@ def test_square_tokenizers_reject_codes_that_are_not_square(tiny_config):
             {"image_size": 64},
             "image_size = 64 is not the longer side of 2 x 8 tokens of 16 pixels: set it to 128",
         ),
-        ({"token_layout": {"rows": 2}}, "it takes the whole numbers"),
+        ({"token_layout": {"rows": 2}}, "expected the integers"),
         (
             {"num_register_tokens": 2, "token_layout": {"rows": 2, "columns": 8, "registers": 1}},
             "token_layout has 1 registers, but num_register_tokens = 2",
