@@ -1,4 +1,4 @@
-"""DeepSpeed as the training engine, on one CPU process as on many GPUs; its traps are handled here alone."""
+"""DeepSpeed as the training engine, from one CPU process to many GPUs; all workarounds for it are here."""
 
 import atexit
 import contextlib
@@ -19,41 +19,65 @@ from open_unitok.core.errors import UserError
 from .muon import Muon, muon_groups
 from .options import EngineOptions, Optimizer
 
+# What we use of DeepSpeed beyond its documented interface, tested with 0.19.8. An upgrade may change any of
+# these without an error: tests/training/core/test_deepspeed_internals.py checks existence and behaviour.
+# "engine" is a DeepSpeedEngine, "zero" its optimizer at ZeRO 1 and 2, "parameter" one at ZeRO 3.
+DEEPSPEED_INTERNALS = {
+    "deepspeed.ops.__compatible_ops__": "skip the build of deepspeed_shm_comm in init_distributed (minutes)",
+    "deepspeed.runtime.config.DeepSpeedConfigError": "turn its complaints about the config into a UserError",
+    "deepspeed.DeepSpeedEngine._broadcast_model": "its first broadcast fails on 0-d parameters",
+    "engine.enable_backward_allreduce": "no all-reduce of gradients on one rank at ZeRO 0",
+    "engine.zero_optimization": "is the engine at ZeRO 1 or more",
+    "engine.is_gradient_accumulation_boundary": "is this micro-batch the last of its step",
+    "engine.get_global_grad_norm": "gradient norm that ZeRO computed for clipping",
+    "engine.torch_autocast_enabled": "precision for what is computed beside the module",
+    "engine.torch_autocast_dtype": "precision for what is computed beside the module",
+    "engine._zero3_consolidated_16bit_state_dict": "whole weights at ZeRO 3, without writing a file",
+    "zero.optimizer": "the torch optimizer inside",
+    "zero.clear_backward_seen_flag": "forward through engine.module must do what the engine's own call does",
+    "zero.set_gradient_accumulation_boundary": "forward through engine.module, as above",
+    "zero._hp_optimizer_states_linked": "link moments of parameter groups that are linked too early",
+    "zero._lazy_init_hp_params_optimizer_state": "link moments of parameter groups, as above",
+    "parameter.ds_id": "marks a parameter that ZeRO 3 has partitioned",
+}
+
 # Published UniTok: no weight decay for vectors and for names that contain one of these words.
 NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
 
 
 def init_distributed(options: EngineOptions, seed: int) -> torch.device:
-    """Begin: process group, threads, seed; returns this rank's device. Without a launcher: rank 0 of 1.
+    """Set up process group, threads and seed; without a launcher this is rank 0 of 1.
+
+    Returns:
+        This rank's device.
 
     Raises:
-        UserError: deepspeed is not installed, or the options ask for what this machine has not.
+        UserError: deepspeed is not installed.
     """
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if not cuda:  # importing torch's compiler costs seconds, and nothing is compiled here
+    if not cuda:  # importing torch's compiler takes seconds, and nothing is compiled on a CPU
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     deepspeed = _import_deepspeed()
-    transformers_logging.disable_progress_bar()  # there is one bar, the logbook's
+    transformers_logging.disable_progress_bar()  # the metric logger has the only bar
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device("cuda", distributed.local_rank()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # gloo beside nccl: small decisions (stop now?) are taken on the CPU without waiting for the GPU
+        # gloo beside nccl: the ranks agree on small CPU values (stop now?) without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if under_launcher():
             dist.init_process_group(backend)
-        else:  # no launcher's variables, and so none that child processes would take for theirs
+        else:  # a HashStore needs no RANK, WORLD_SIZE, ..., which child processes would inherit
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
             os.environ.setdefault("LOCAL_RANK", "0")
             atexit.register(_leave_group)
     from deepspeed.ops import __compatible_ops__ as operators
 
-    if (
-        "deepspeed_shm_comm" in operators
-    ):  # only speeds up inference; building it takes minutes and a compiler
+    # it only speeds up inference; its build takes minutes and needs a compiler
+    if "deepspeed_shm_comm" in operators:
         operators["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     torch.manual_seed(seed)
@@ -61,7 +85,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
 
 
 def under_launcher() -> bool:
-    """True if torchrun or deepspeed started this process."""
+    """Whether torchrun or deepspeed started this process."""
     return "RANK" in os.environ
 
 
@@ -81,17 +105,18 @@ def _import_deepspeed() -> Any:
 def parameter_groups(
     module: torch.nn.Module, weight_decay: float, multipliers: dict[str, float] | None = None
 ) -> list[dict[str, Any]]:
-    """AdamW parameter groups by the published rule: vectors, biases and scales without weight decay.
+    """Parameter groups by the published rule: no weight decay for vectors, biases and scales.
 
-    `multipliers` maps a part of a parameter's name to a factor on its learning rate (first match counts).
+    Args:
+        multipliers: part of a parameter's name -> factor on its learning rate; the first match counts.
     """
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        plain = parameter.ndim < 2 or any(word in name for word in NO_DECAY_WORDS)
+        undecayed = parameter.ndim < 2 or any(word in name for word in NO_DECAY_WORDS)
         factor = next((f for part, f in (multipliers or {}).items() if part in name), 1.0)
-        decay = 0.0 if plain else weight_decay
+        decay = 0.0 if undecayed else weight_decay
         group = groups.setdefault((decay, factor), {"params": [], "weight_decay": decay, "lr_factor": factor})
         group["params"].append(parameter)
     return list(groups.values())
@@ -104,10 +129,10 @@ def shard_to_device(
     options: EngineOptions,
     micro_batch: int,
 ) -> None:
-    """Move a model to its device before `build_engine`; under ZeRO 3 it is cut into parts on the way.
+    """Move a model to its device before `build_engine`; ZeRO 3 partitions it on the way.
 
-    One parameter after the other goes to the device, takes rank 0's values and leaves this rank's part there
-    (or on the host, where parameters are offloaded): no device ever holds the whole model. Afterwards
+    One parameter after the other goes to the device, takes rank 0's values and leaves this rank's partition
+    there (on the host, if parameters are offloaded): no device ever holds the whole model. Afterwards
     parameters have no shape.
 
     Raises:
@@ -125,7 +150,7 @@ def shard_to_device(
 
 @contextlib.contextmanager
 def _refusals() -> Iterator[None]:
-    """DeepSpeed's complaint about its config as one line."""
+    """Turn DeepSpeed's complaint about its config into one line."""
     import deepspeed
 
     try:
@@ -161,19 +186,19 @@ def build_engine(
         fused=True,
     )
     for group in adam.param_groups:
-        group["init_lr"] = group["lr"]
+        group["init_lr"] = group["lr"]  # what `set_lr_multiplier` scales
     settings = deepspeed_settings(optimizer, options, micro_batch)
-    with _refusals(), _scalars_can_be_sent(module):
+    with _refusals(), _broadcast_scalars(module):
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
     if distributed.world_size() == 1 and options.zero_stage == 0:
-        engine.enable_backward_allreduce = False  # copying all gradients to meet nobody
+        engine.enable_backward_allreduce = False  # all-reduce is a no-op on one rank
     return engine
 
 
 @contextlib.contextmanager
-def _scalars_can_be_sent(module: torch.nn.Module) -> Iterator[None]:
-    """DeepSpeed's first broadcast fails on a parameter without dimensions: lend it one, there alone."""
+def _broadcast_scalars(module: torch.nn.Module) -> Iterator[None]:
+    """DeepSpeed's first broadcast fails on 0-d parameters: view them as 1-d while it runs."""
     from deepspeed import DeepSpeedEngine
 
     scalars = [parameter for parameter in module.parameters() if parameter.ndim == 0]
@@ -197,11 +222,11 @@ def _scalars_can_be_sent(module: torch.nn.Module) -> Iterator[None]:
 
 
 def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch: int) -> dict[str, Any]:
-    """DeepSpeed's own config: what the options say, with `engine.deepspeed` merged over it."""
+    """DeepSpeed's config: the options, with `engine.deepspeed` merged over them."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": options.accumulation,
-        # stage 0 clips in optimizer_step() below: DeepSpeed's own clipping there forgets the norm it computed
+        # ZeRO 0 is clipped in optimizer_step(): DeepSpeed does not report the norm it computes there
         "gradient_clipping": optimizer.clip_grad if options.zero_stage else 0.0,
         "zero_optimization": {"stage": options.zero_stage},
         "zero_allow_untested_optimizer": True,
@@ -219,7 +244,7 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
         settings["zero_optimization"]["offload_optimizer"] = host
         if options.offload == "parameters":
             settings["zero_optimization"]["offload_param"] = host
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs there too; nothing is compiled
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on a CPU without a build
     return _merge(settings, options.deepspeed)
 
 
@@ -232,13 +257,13 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the engine's module makes of the arguments, under its autocast.
+    """Forward pass through the engine's module, under its autocast; ZeRO 0 to 2.
 
-    Unlike what `engine(...)` gives, it may also be differentiated by torch.autograd.grad before the backward
-    pass: the engine would take that for the backward pass itself. ZeRO 0 to 2.
+    The output may be differentiated by torch.autograd.grad before the backward pass. With `engine(...)` that
+    fails: its hooks on the output take the first gradient for the backward pass itself.
     """
     optimizer = engine.optimizer
-    if engine.zero_optimization():  # what the engine's own call tells it, by hooks on the outputs
+    if engine.zero_optimization():  # the two calls that `engine(...)` makes by those hooks
         optimizer.clear_backward_seen_flag()
         optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
     with autocast(engine):
@@ -246,20 +271,24 @@ def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def autocast(engine: Any) -> torch.autocast:
-    """The engine's precision, for what is computed beside its module."""
+    """The engine's precision, for losses that are computed outside its module."""
     on = engine.torch_autocast_enabled()
     kind = next(engine.module.parameters()).device.type
     return torch.autocast(kind, dtype=engine.torch_autocast_dtype() if on else torch.bfloat16, enabled=on)
 
 
 def set_lr_multiplier(engine: Any, multiplier: float) -> None:
-    """Learning rate of the coming step: `multiplier` x what each group began with."""
+    """Set each group's learning rate to `multiplier` x its initial one."""
     for group in engine.optimizer.param_groups:
         group["lr"] = group["init_lr"] * multiplier
 
 
 def optimizer_step(engine: Any) -> torch.Tensor | float | None:
-    """Clip and update at the end of an accumulation; returns the gradient norm before clipping, else None."""
+    """Clip and update at the end of an accumulation.
+
+    Returns:
+        The gradient norm before clipping; None before the last micro-batch of an accumulation.
+    """
     boundary = engine.is_gradient_accumulation_boundary()
     norm: torch.Tensor | float | None = None
     if boundary and not engine.zero_optimization():
@@ -274,7 +303,7 @@ def optimizer_step(engine: Any) -> torch.Tensor | float | None:
 def overwrite_rows(
     engine: Any, parameter: torch.nn.Parameter, rows: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Overwrite rows of a parameter and forget their Adam moments; under ZeRO the fp32 master follows.
+    """Overwrite rows of a parameter and of its fp32 master weights, and zero their Adam moments.
 
     Args:
         parameter: (..., C), the same call on every rank.
@@ -297,14 +326,14 @@ def overwrite_rows(
 
     zero = engine.optimizer
     if zero.optimizer.state and hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
-        # DeepSpeed links moments once, after the first group's first step: those of later groups stay unknown
+        # DeepSpeed links moments once, after the first group's first step, and misses those of later groups
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
         full = safe_get_full_fp32_param(parameter).clone()
         full[rows] = values.to(full)
         safe_set_full_fp32_param(parameter, full)
-        if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 keep a whole copy of the parameter on every rank
+        if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 have the whole parameter on every rank
             parameter[rows] = values.to(parameter)
         for moment in ("exp_avg", "exp_avg_sq") if zero.optimizer.state else ():
             state = safe_get_full_optimizer_state(parameter, moment)
@@ -315,7 +344,7 @@ def overwrite_rows(
 
 
 def clamp_parameter(engine: Any, parameter: torch.nn.Parameter, low: float, high: float) -> None:
-    """Keep a small parameter within bounds; under ZeRO the fp32 master follows."""
+    """Clamp a parameter and its fp32 master weights."""
     with torch.no_grad():
         parameter.clamp_(low, high)
         if engine.zero_optimization() and parameter.requires_grad:
@@ -325,15 +354,21 @@ def clamp_parameter(engine: Any, parameter: torch.nn.Parameter, low: float, high
 
 
 def enable_activation_checkpointing(model: Any) -> None:
-    """Trade time for memory; transformers renamed the method between the versions that are supported."""
-    newer = getattr(model, "activation_checkpointing_enable", None)
-    (newer or model.gradient_checkpointing_enable)()
+    """Recompute activations in the backward pass: less memory, more time."""
+    # transformers 5.23 renamed the method; 5.17 has the old name only
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+
+
+def gather_zero3_weights(engine: Any, trained_only: bool = False) -> dict[str, torch.Tensor]:
+    """The whole state dict of a ZeRO 3 engine on rank 0; call it on every rank."""
+    return engine._zero3_consolidated_16bit_state_dict(trained_only)
 
 
 def exit_process() -> None:
-    """End a launched process without the interpreter's shutdown, where gloo's threads may abort.
+    """Exit a launched process without the interpreter's shutdown, in which gloo's threads may abort.
 
-    A process of its own keeps its group, which DeepSpeed remembers, for the next stage.
+    A process without a launcher keeps its process group for the next stage: DeepSpeed caches it.
     """
     if not (dist.is_initialized() and under_launcher()):
         return

@@ -237,7 +237,7 @@ def gathered_weights(state: TrainState) -> dict[str, torch.Tensor] | None:
     """All weights (LoRA: the trained ones) where ZeRO-3 shards them, else None; call it on every rank."""
     if not state.gather:
         return None
-    return state.engine._zero3_consolidated_16bit_state_dict(state.checkpoints.trained_alone)
+    return deepspeed_engine.gather_zero3_weights(state.engine, state.checkpoints.trained_alone)
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:
