@@ -8,11 +8,11 @@ from .config import SceneConfig
 from .phrases import (
     NUMBER_WORDS,
     RELATION_PHRASES,
+    a_or_an,
     is_corner,
     join_phrases,
     position_name,
     relations_between,
-    with_article,
     with_count,
 )
 from .scene import Scene, SceneObject
@@ -89,7 +89,7 @@ def _position_caption(scene: Scene, config: SceneConfig, rng: Random, name: Name
         frames.append("{} in the {} corner")
     frame = rng.choice(frames)
     listed = join_phrases(
-        [frame.format(with_article(name(o)), position_name(o.cell, scene.grid)) for o in objects]
+        [frame.format(a_or_an(name(o)), position_name(o.cell, scene.grid)) for o in objects]
     )
     return rng.choice(("{}", "{}", "a picture of {}", "there is {}")).format(listed)
 
@@ -99,7 +99,7 @@ def _relation_caption(objects: Sequence[SceneObject], rng: Random, name: NameOf)
     # any relation that holds: diagonal objects have two
     relation = RELATION_PHRASES[rng.choice(relations_between(first, second))]
     frame = rng.choice(("{} {} {}", "{} {} {}", "a picture of {} {} {}", "there is {} {} {}"))
-    return frame.format(with_article(name(first)), relation, with_article(name(second)))
+    return frame.format(a_or_an(name(first)), relation, a_or_an(name(second)))
 
 
 def _shapes_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf) -> str:
@@ -111,7 +111,7 @@ def sample_sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) 
     """One sentence per scene, true of that scene or of shapes and colours in general."""
     # facts that no image shows, so that text alone is not only captions
     facts = [f"{color} is a color." for color in config.color_names]
-    facts += [f"{with_article(shape)} is a shape." for shape in config.shape_names]
+    facts += [f"{a_or_an(shape)} is a shape." for shape in config.shape_names]
     facts += [
         f"{NUMBER_WORDS[n]} objects are more than {NUMBER_WORDS[n - 1]}."
         for n in range(2, config.max_objects + 1)
@@ -125,6 +125,6 @@ def sample_sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) 
                 f"{sample_captions(scene, config, rng, 1)[0]}.",
                 f"the {obj.name} is at the {position_name(obj.cell, scene.grid)}.",
                 f"the {obj.shape} is {obj.color}.",
-                f"the {obj.color} object is {with_article(obj.shape)}.",
+                f"the {obj.color} object is {a_or_an(obj.shape)}.",
             )
         )

@@ -21,13 +21,13 @@ def is_corner(cell: tuple[int, int], grid: int) -> bool:
     return set(cell) <= {0, grid - 1}
 
 
-def with_article(name: str) -> str:
+def a_or_an(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 def with_count(name: str, count: int) -> str:
     """ "a red circle", "two red circles"."""
-    return with_article(name) if count == 1 else f"{NUMBER_WORDS[count]} {plural(name)}"
+    return a_or_an(name) if count == 1 else f"{NUMBER_WORDS[count]} {plural(name)}"
 
 
 def plural(name: str) -> str:

@@ -6,7 +6,7 @@ from random import Random
 from typing import NamedTuple
 
 from .config import QUESTION_KINDS, SceneConfig
-from .phrases import COLUMN_NAMES, ROW_NAMES, plural, position_name, relations_between, with_article
+from .phrases import COLUMN_NAMES, ROW_NAMES, a_or_an, plural, position_name, relations_between
 from .scene import Scene, SceneObject
 
 Pairs = list[tuple[str, str]]  # (colour, shape)
@@ -101,19 +101,19 @@ def _existence(
         color, shape = (
             rng.choice(scene.objects).pair if yes else absent_pair(scene, rng, known, rng.random() < 0.6)
         )
-        subject = with_article(f"{color} {shape}")
+        subject = a_or_an(f"{color} {shape}")
     elif sample < 0.8:
         present = sorted({o.shape for o in scene.objects})
         choices = present if yes else [s for s in config.shape_names if s not in present]
         if not choices:
             return None
-        subject = with_article(rng.choice(choices))
+        subject = a_or_an(rng.choice(choices))
     else:
         present = sorted({o.color for o in scene.objects})
         choices = present if yes else [c for c in config.color_names if c not in present]
         if not choices:
             return None
-        subject = with_article(f"{rng.choice(choices)} object")
+        subject = a_or_an(f"{rng.choice(choices)} object")
     frames = ("Is there {}?", "Is there {} in the picture?", "Is there {} in the image?", "Do you see {}?")
     return rng.choice(frames).format(subject), "yes" if yes else "no"
 

@@ -13,7 +13,7 @@ from open_unitok.core.files import write_atomic, write_jsonl
 
 from .captions import sample_captions
 from .config import QUESTION_KINDS, SceneConfig
-from .phrases import RELATION_PHRASES, join_phrases, position_name, with_article, with_count
+from .phrases import RELATION_PHRASES, a_or_an, join_phrases, position_name, with_count
 from .questions import SceneQuestion, absent_pair, sample_question
 from .scene import Scene, render, sample_scene
 
@@ -147,7 +147,7 @@ def _write_pope(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
                     {
                         "question_id": len(records) + 1,
                         "image": Path(_image_file(number)).name,
-                        "text": f"Is there {with_article(f'{color} {shape}')} in the image?",
+                        "text": f"Is there {a_or_an(f'{color} {shape}')} in the image?",
                         "label": label,
                     }
                 )
@@ -189,7 +189,7 @@ def _single(config: SceneConfig, rng: Random) -> Iterator[Record]:
     frames = ("{}", "a picture of {}", "there is {}", "an image with {}")
     for frame in frames:
         for shape in _shuffled(config.shape_names, rng):
-            yield _prompt([{"class": shape, "count": 1}], frame.format(with_article(shape)))
+            yield _prompt([{"class": shape, "count": 1}], frame.format(a_or_an(shape)))
     for shape in _shuffled(config.shape_names, rng):
         yield _prompt([{"class": shape, "count": 1}], f"one {shape}")
 
@@ -198,7 +198,7 @@ def _two(config: SceneConfig, rng: Random) -> Iterator[Record]:
     for frame in ("{}", "a picture of {}", "there is {}"):
         for pair in _shuffled(itertools.permutations(config.shape_names, 2), rng):
             include = [{"class": shape, "count": 1} for shape in pair]
-            yield _prompt(include, frame.format(join_phrases([with_article(shape) for shape in pair])))
+            yield _prompt(include, frame.format(join_phrases([a_or_an(shape) for shape in pair])))
 
 
 def _counting(config: SceneConfig, rng: Random) -> Iterator[Record]:
@@ -218,7 +218,7 @@ def _colors(config: SceneConfig, rng: Random) -> Iterator[Record]:
     for frame in ("{}", "a picture of {}"):
         for color, shape in _shuffled(config.pairs, rng):
             include = {"class": shape, "count": 1, "color": color}
-            yield _prompt([include], frame.format(with_article(f"{color} {shape}")))
+            yield _prompt([include], frame.format(a_or_an(f"{color} {shape}")))
 
 
 def _position(config: SceneConfig, rng: Random) -> Iterator[Record]:
@@ -229,7 +229,7 @@ def _position(config: SceneConfig, rng: Random) -> Iterator[Record]:
             {"class": target, "count": 1},
             {"class": shape, "count": 1, "position": [_GENEVAL_RELATIONS[relation], 0]},
         ]
-        yield _prompt(include, f"{with_article(shape)} {RELATION_PHRASES[relation]} {with_article(target)}")
+        yield _prompt(include, f"{a_or_an(shape)} {RELATION_PHRASES[relation]} {a_or_an(target)}")
 
 
 def _attribution(config: SceneConfig, rng: Random) -> Iterator[Record]:
@@ -238,7 +238,7 @@ def _attribution(config: SceneConfig, rng: Random) -> Iterator[Record]:
     for first, second in _shuffled([(a, b) for a, b in pairs if a[0] != b[0] and a[1] != b[1]], rng):
         include = [{"class": shape, "count": 1, "color": color} for color, shape in (first, second)]
         yield _prompt(
-            include, join_phrases([with_article(f"{color} {shape}") for color, shape in (first, second)])
+            include, join_phrases([a_or_an(f"{color} {shape}") for color, shape in (first, second)])
         )
 
 
@@ -261,7 +261,7 @@ def position_prompts(config: SceneConfig) -> list[Record]:
         position = position_name(cell, config.grid)
         records.append(
             {
-                "prompt": f"{with_article(f'{color} {shape}')} at the {position}",
+                "prompt": f"{a_or_an(f'{color} {shape}')} at the {position}",
                 "class": shape,
                 "color": color,
                 "cell": list(cell),

@@ -260,7 +260,7 @@ def test_positions_and_articles():
     assert phrases.position_name((0, 1), 2) == "top right"
     assert [phrases.position_name((r, 1), 3) for r in range(3)] == ["top", "middle", "bottom"]
     assert phrases.with_count("orange cross", 2) == "two orange crosses"
-    assert phrases.with_article("orange circle") == "an orange circle"
+    assert phrases.a_or_an("orange circle") == "an orange circle"
 
 
 @both
