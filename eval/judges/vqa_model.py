@@ -1,4 +1,4 @@
-"""An image-text model of transformers from a local folder, which judges what others draw."""
+"""An image-text model of transformers from a local folder, as a judge of generated images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,11 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
+from ..core.model import fingerprint
+
 
 class VqaModel:
-    """Any folder that AutoModelForImageTextToText loads; nothing is downloaded.
+    """A folder that AutoModelForImageTextToText can load, without network access.
 
     Raises:
         UserError: the folder is missing or holds no such model.
@@ -20,8 +22,6 @@ class VqaModel:
     def __init__(self, folder: str | Path, device: str = "cpu"):
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        from ..core.model import fingerprint
 
         path = existing(folder, "It is what --vqa-model names: a folder in transformers' layout.")
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -35,14 +35,14 @@ class VqaModel:
             ) from error
         self.model = self.model.to(device).eval()
         self.tokens = self.processor.tokenizer
-        self.tokens.padding_side = "left"
+        self.tokens.padding_side = "left"  # the next token of every row is then at the last position
         if self.tokens.pad_token is None:
             self.tokens.pad_token = self.tokens.eos_token
         self.device = device
         self.about: dict[str, Any] = {"model": path.name, "fingerprint": fingerprint(path)}
 
-    def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]):
-        """A batch for the model, in its own chat form where it has one."""
+    def _inputs(self, images: Sequence[Image.Image], questions: Sequence[str]):
+        """A batch for the model, in its chat template, or in LLaVA's format if it has none."""
         if getattr(self.processor, "chat_template", None):
             content = [[{"type": "image"}, {"type": "text", "text": q}] for q in questions]
             texts = [
@@ -53,26 +53,28 @@ class VqaModel:
             ]
         else:
             texts = [f"USER: <image>\n{q} ASSISTANT:" for q in questions]
-        batch = self.processor(images=list(pictures), text=texts, padding=True, return_tensors="pt")
+        batch = self.processor(images=list(images), text=texts, padding=True, return_tensors="pt")
         return batch.to(self.device, dtype=self.model.dtype)
 
     def probabilities(
-        self, pictures: Sequence[Image.Image], questions: Sequence[str], answer: str
+        self, images: Sequence[Image.Image], questions: Sequence[str], answer: str
     ) -> list[float]:
-        """The probability that the answer's first token comes next."""
+        """The probability of the answer's first token as the next token, for each image."""
         import torch
 
         token = self.tokens(answer, add_special_tokens=False).input_ids[0]
         with torch.inference_mode():
-            logits = self.model(**self.inputs(pictures, questions)).logits[:, -1].float()
+            logits = self.model(**self._inputs(images, questions)).logits[:, -1].float()
         return logits.softmax(dim=-1)[:, token].cpu().tolist()
 
-    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str], words: int = 5) -> list[str]:
-        """What the model says, decoded greedily."""
+    def answers(
+        self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int = 5
+    ) -> list[str]:
+        """Greedy answers of at most `max_new_tokens` tokens."""
         import torch
 
-        batch = self.inputs(pictures, questions)
+        batch = self._inputs(images, questions)
         with torch.inference_mode():
-            ids = self.model.generate(**batch, max_new_tokens=words, do_sample=False)
+            ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         new = ids[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokens.batch_decode(new, skip_special_tokens=True)]

@@ -33,7 +33,7 @@ from ..core.annotations import (
 )
 from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
-from ..judges.llm_judge import Call, Judge, JudgeFailed, judge_of
+from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
 
 SCORERS = ("official", "lmms")
 ORIGINAL, LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
@@ -170,7 +170,7 @@ def judge_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Scoring)
         for run in range(scoring.judge_runs):
 
             def ask(text: str, temperature: float, attempt: int, run: int = run) -> str:
-                return judge.reply(Call(sample.id, text, temperature, longest, run, attempt))
+                return judge.reply(JudgeCall(sample.id, text, temperature, longest, run, attempt))
 
             try:
                 value, reply, calls = grade(ask, prompt)
@@ -220,7 +220,7 @@ def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any]
     """Mean grade, per capability; without a judge the answers are only laid out for one."""
     questions: list[Question] = task.truth
     texts = answer_texts(rows)
-    judge = judge_of(scoring, folder)
+    judge = load_judge(scoring, folder)
     if judge is None:
         note = "no judge was given (--judge): the answers lie in submission/ for the official page"
         lines = [

@@ -123,8 +123,10 @@ def said(text):
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
-    real = llm_judge.Endpoint.__init__
-    monkeypatch.setattr(llm_judge.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k, pause=0.0))
+    real = llm_judge.EndpointJudge.__init__
+    monkeypatch.setattr(
+        llm_judge.EndpointJudge, "__init__", lambda self, *a, **k: real(self, *a, **k, pause=0.0)
+    )
 
 
 def test_grades_come_from_an_endpoint_once_and_are_kept(data, server, tmp_path):
@@ -191,7 +193,7 @@ def test_malformed_replies_are_missed_by_their_answers_alone(data, tmp_path):
 def test_a_judge_that_refuses_dawdles_or_is_not_there(data, server, tmp_path):
     run_benchmark("mmvet", Answerer(), data, tmp_path / "o", quiet=True)
     server.behaviour = lambda number, body: (401, "wrong key")
-    with pytest.raises(UserError, match="refused with HTTP 401: wrong key"):
+    with pytest.raises(UserError, match="answered HTTP 401: wrong key"):
         score_run(tmp_path / "o", scoring=Scoring(judge="m", judge_url=server.url))
 
     def late(number, body):
