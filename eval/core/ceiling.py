@@ -5,7 +5,7 @@ no model on this tokenizer can be expected to score above that.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,9 @@ from open_unitok.core.errors import UserError
 
 from .bootstrap import bootstrap, mean_columns
 from .generated_images import generate_images
-from .harness import Metric, Record, Sample, Task, Work, malformed_sample
+from .harness import Metric, Record, Sample, Task, malformed_sample
 from .image_files import open_images, save_image
 from .scenes import Scene, read_scenes
-
-Detect = Callable[[Sequence[np.ndarray]], list[Record]]
 
 
 def generation_samples(
@@ -45,38 +43,29 @@ def ceiling_scenes(data: Path) -> tuple[list[Scene], list[str]]:
     return good, [line + str(bad[0])] if bad else []
 
 
-def generate_and_reconstruct(detect: Detect | None) -> Work:
-    """The function that generates or reconstructs a batch, saves the images and records detections.
-
-    Args:
-        detect: images -> a record of detections each; None leaves detection to a judge pass.
-    """
-
-    def work(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-        records: list[Record] = [{} for _ in batch]
-        images: dict[int, np.ndarray] = {}  # by position in the batch
-        generated = [i for i, s in enumerate(batch) if s.kind == "generate"]
-        reconstructed = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
-        if generated:
-            for i, result in zip(generated, generate_images(model, [batch[i] for i in generated])):
-                if isinstance(result, str):
-                    records[i] = {"error": result}
-                else:
-                    images[i] = result
-        if reconstructed:
-            errors, originals = open_images([batch[i] for i in reconstructed])
-            for k, i in enumerate(reconstructed):
-                records[i] = errors[k]
-            decoded = model.reconstruct(list(originals.values())).decoded if originals else []
-            images |= {reconstructed[k]: image for k, image in zip(originals, decoded)}
-        for i, image in images.items():
-            records[i] = {"file": _save(batch[i], image, out, task), "seed": batch[i].seed}
-        if detect and images:
-            for i, found in zip(images, detect(list(images.values()))):
-                records[i] |= found
-        return records
-
-    return work
+def generate_and_reconstruct(
+    model: Any, batch: list[Sample], out: Path, task: Task
+) -> tuple[list[Record], dict[int, np.ndarray]]:
+    """Generate or reconstruct a batch and save it; returns its records and its images by batch position."""
+    records: list[Record] = [{} for _ in batch]
+    images: dict[int, np.ndarray] = {}
+    generated = [i for i, s in enumerate(batch) if s.kind == "generate"]
+    reconstructed = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
+    if generated:
+        for i, result in zip(generated, generate_images(model, [batch[i] for i in generated])):
+            if isinstance(result, str):
+                records[i] = {"error": result}
+            else:
+                images[i] = result
+    if reconstructed:
+        errors, originals = open_images([batch[i] for i in reconstructed])
+        for k, i in enumerate(reconstructed):
+            records[i] = errors[k]
+        decoded = model.reconstruct(list(originals.values())).decoded if originals else []
+        images |= {reconstructed[k]: image for k, image in zip(originals, decoded)}
+    for i, image in images.items():
+        records[i] = {"file": _save(batch[i], image, out, task), "seed": batch[i].seed}
+    return records, images
 
 
 def _save(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:

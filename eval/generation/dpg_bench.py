@@ -14,7 +14,7 @@ from open_unitok.core.files import existing
 
 from ..core.annotations import require_key, require_mostly_valid, require_type
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.generated_images import generation_metadata, require_generated_images
+from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.judge_pass import (
     ExternalFindings,
@@ -106,7 +106,10 @@ def _parse_question(row: dict[str, str], where: str) -> DpgQuestion:
     return DpgQuestion(number, parents, category, row["question_natural_language"])
 
 
-def load_dpg(data: Path, settings: Settings) -> Task:
+answer = save_generated_images
+
+
+def load(data: Path, settings: Settings) -> Task:
     """Four images per prompt."""
     items, problems = read_dpg_items(data)
     items = items[: settings.limit]
@@ -126,7 +129,7 @@ def load_dpg(data: Path, settings: Settings) -> Task:
     return Task(require_mostly_valid(samples, data / "dpg_bench.csv"), truth, metadata, problems)
 
 
-def run_dpg_pass(
+def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Judge pass: ask the VQA model every question about every image."""
@@ -206,7 +209,7 @@ def category_scores(
     return levels
 
 
-def score_dpg(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """100 x the mean over prompts of the mean over images; an image without answers counts as 0."""

@@ -15,7 +15,7 @@ from open_unitok.core.files import existing
 
 from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text, require_type
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.generated_images import generation_metadata, require_generated_images
+from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.judge_pass import (
     ExternalFindings,
@@ -31,8 +31,10 @@ from ..metrics.vqascore import ANSWER, QUESTION
 PUBLISHED_JUDGE = "clip-flant5-xxl"  # the "model" of vqascore.jsonl that makes a run comparable
 BATCH = 8  # images per batch of the judge pass
 
+answer = save_generated_images
 
-def load_genai(data: Path, settings: Settings) -> Task:
+
+def load(data: Path, settings: Settings) -> Task:
     """An image per prompt of `prompts.txt` (527) or `genai_image.json` (1600), with `genai_skills.json`.
 
     A prompt that is malformed, or missing but named by a skill, counts as 0 in its skills.
@@ -100,7 +102,7 @@ def _positive_integer(value: Any) -> int | None:
     return number if number > 0 else None
 
 
-def run_genai_pass(
+def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Judge pass: the VQA model's probability that each image shows its prompt."""
@@ -155,7 +157,7 @@ def summarise_skills(
     return result
 
 
-def score_genai(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The mean score of advanced prompts (the published "overall"), of all prompts, and of each skill."""

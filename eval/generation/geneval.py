@@ -37,7 +37,11 @@ class Rules:
     colours: tuple[str, ...] = COLOURS
 
 
-def load_geneval(data: Path, settings: Settings) -> Task:
+answer = detections.generate_and_detect
+judge = detections.run_detection_pass
+
+
+def load(data: Path, settings: Settings) -> Task:
     """Images to generate per prompt; for scenes also test images that satisfy a prompt, for the ceiling."""
     prompts = read_prompts(data)[: settings.limit]
     detector = detections.choose_detector(data, settings)
@@ -53,6 +57,7 @@ def load_geneval(data: Path, settings: Settings) -> Task:
                 samples.append(Sample(len(samples), path.name, row["prompt"], path, "reconstruct"))
                 owners.append(i)
     truth = {"prompts": prompts, "owners": owners, "rules": rules}
+    truth["detect"] = detections.scenes_detection(data) if detector == "scenes" else None
     metadata = detections.detection_metadata(settings, detector, per_prompt) | {"prompts": len(prompts)}
     return Task(samples, truth, metadata, problems)
 
@@ -79,7 +84,7 @@ def _matching_images(
     return found
 
 
-def score_geneval(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The share of correct images per tag and the mean over tags; ceiling and held-out pairs separately."""

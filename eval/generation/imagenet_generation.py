@@ -11,7 +11,12 @@ from open_unitok.core.files import existing
 
 from ..core import imagenet
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.generated_images import generation_metadata, require_generated_images, unscored_records
+from ..core.generated_images import (
+    generation_metadata,
+    require_generated_images,
+    save_generated_images,
+    unscored_records,
+)
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.image_sets import images_of_run
 from ..metrics import fid, inception_features
@@ -19,8 +24,10 @@ from ..metrics.adm_samples import adm_order, write_adm_samples
 
 IMAGES = 50_000  # the published number
 
+answer = save_generated_images
 
-def load_imagenet_generation(data: Path, settings: Settings) -> Task:
+
+def load(data: Path, settings: Settings) -> Task:
     """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
     count = settings.limit or IMAGES
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
@@ -49,7 +56,7 @@ def _reference_file(data: Path, scoring: Scoring) -> Path:
     return found[0]
 
 
-def run_imagenet_pass(
+def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Write ADM's file of the generated images; compute their Inception features and the reference's."""
@@ -67,7 +74,7 @@ def run_imagenet_pass(
     )
 
 
-def score_imagenet_generation(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """gFID, sFID and Inception Score of the generated images; precision and recall against 10,000 images."""
@@ -101,9 +108,7 @@ def score_imagenet_generation(
     return Scored(metrics, details, per_sample, not_comparable=reason, problems=problems)
 
 
-def submit_imagenet_generation(
-    task: Task, records: dict[int, Record], folder: Path, data: Path
-) -> list[Path]:
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The input of ADM's evaluator, which the judge pass has written."""
     path = folder / "submission" / "samples.npz"
     return [path] if path.exists() else []

@@ -16,8 +16,10 @@ from ..judges.detections import Verdict
 FILES = ("positions.jsonl", "drawing_positions.jsonl")
 WRONG_POSITION = "right object, wrong position"
 
+answer = detections.generate_and_detect
 
-def load_positions(data: Path, settings: Settings) -> Task:
+
+def load(data: Path, settings: Settings) -> Task:
     """Prompts for one object, its colour and its cell; one matching test image each for the ceiling."""
     paths = [data / "test" / name for name in FILES]
     path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
@@ -40,7 +42,9 @@ def load_positions(data: Path, settings: Settings) -> Task:
             samples.append(Sample(len(samples), file, prompts[owner]["prompt"], image, "reconstruct"))
             owners.append(owner)
     truth = {"prompts": prompts, "owners": owners, "cell": _cell_side(data / "scenes.json")}
-    metadata = detections.detection_metadata(settings, detections.choose_detector(data, settings), per_prompt)
+    detector = detections.choose_detector(data, settings)
+    truth["detect"] = detections.scenes_detection(data) if detector == "scenes" else None
+    metadata = detections.detection_metadata(settings, detector, per_prompt)
     return Task(samples, truth, metadata | {"prompts": len(prompts)}, problems)
 
 
@@ -79,7 +83,7 @@ def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
     return Verdict(True, "", {name: 1})
 
 
-def score_positions(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """The shares of images with exactly the object of the prompt: at its position, and anywhere."""

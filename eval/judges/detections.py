@@ -17,8 +17,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import require_key, require_type
-from ..core.ceiling import Detect, generate_and_reconstruct
-from ..core.harness import Record, Sample, Scoring, Settings, Task, Work
+from ..core.ceiling import generate_and_reconstruct
+from ..core.harness import Record, Sample, Scoring, Settings, Task
 from ..core.judge_pass import (
     ExternalFindings,
     judge_findings,
@@ -73,14 +73,17 @@ def true_detections(objects: Sequence[Record]) -> Record:
     return truth
 
 
-def generate_and_detect(data: Path, settings: Settings) -> Work:
-    """The work of a run: generate or reconstruct, save, and detect if the scenes detector is chosen."""
-    return generate_and_reconstruct(
-        scenes_detection(data) if choose_detector(data, settings) == "scenes" else None
-    )
+def generate_and_detect(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
+    """Generate or reconstruct a batch, save the images and record what `task.truth["detect"]` finds."""
+    records, images = generate_and_reconstruct(model, batch, out, task)
+    detect = task.truth["detect"]
+    if detect and images:
+        for i, found in zip(images, detect(list(images.values()))):
+            records[i] |= found
+    return records
 
 
-def scenes_detection(data: Path) -> Detect:
+def scenes_detection(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record]]:
     """Images -> records of the scenes detector."""
     detector = ScenesDetector.from_file(data / "scenes.json")
     shape = (detector.size, detector.size, 3)

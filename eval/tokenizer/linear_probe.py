@@ -1,6 +1,8 @@
-"""Linear probe: how well one linear layer on frozen features tells classes apart.
+"""Linear probe: classification by one linear layer on frozen features, trained by one of two protocols.
 
-Its two recipes are the scorers (see `linear`). F features.
+"lbfgs" is CLIP's (logistic regression, L2 strength swept), "sgd" that of MAE and DINO (batch norm without
+parameters, 90 epochs, learning rate swept). Both select on a tenth of the training images and then train on
+all of them. N images, F features, C classes.
 """
 
 import base64
@@ -19,46 +21,47 @@ from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Ta
 from ..core.image_files import open_images
 from ..core.imagenet import SUFFIXES
 
-if TYPE_CHECKING:  # torch is loaded by the functions that run it
+if TYPE_CHECKING:  # torch is imported by the functions that need it
     from torch import Tensor
 
-# What is read, (B, F) per image.
+# Features (F,) per image.
 POOLINGS = {
     "embedding": "the CLIP branch's unit embedding, after quantisation",
     "quantised": "mean of the quantised latents over the visual tokens",
     "latents": "mean of the latents over the visual tokens, before quantisation",
 }
 SCORERS = ("lbfgs", "sgd")
-STRENGTHS = tuple(10.0**e for e in range(-6, 2))
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-EPOCHS, BATCH, STEPS = 90, 1024, 200
+L2_STRENGTHS = tuple(10.0**e for e in range(-6, 2))
+LBFGS_STEPS = 200
+LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
+EPOCHS, BATCH = 90, 1024
 Probe = Callable[["Tensor"], "Tensor"]
 
 
-def load_probe(data: Path, settings: Settings) -> Task:
-    """`train` and `val` of ImageNet (see `imagenet.find`), or of a folder per class in each."""
+def load(data: Path, settings: Settings) -> Task:
+    """`train` and `val` of ImageNet (see `imagenet.find`), or with a folder per class in each."""
     pooling = settings.pooling or "embedding"
     if pooling not in POOLINGS:
         raise UserError(f"pooling is {pooling!r}." + did_you_mean(pooling, POOLINGS))
-    parts, names = labelled(data)
-    samples, labels, kinds = [], [], []
+    splits, names = _labelled_images(data)
+    samples, labels, parts = [], [], []
     for part in ("train", "val"):
-        for path, number in parts[part][: settings.limit]:
-            name, broken = f"{part}/{path.name}", isinstance(number, UserError)
+        for path, number in splits[part][: settings.limit]:
+            name, malformed = f"{part}/{path.name}", isinstance(number, UserError)
             sample = Sample(len(samples), name, "", path, part)
-            samples.append(malformed_sample(len(samples), name, number, path) if broken else sample)
-            labels.append(-1 if broken else number)
-            kinds.append(part)
-    about = {"split": "val", "prompt_template": f"{pooling}: {POOLINGS[pooling]}", "classes": len(names)}
-    truth = {"labels": labels, "names": names, "pooling": pooling, "parts": kinds}
-    return Task(require_mostly_valid(samples, data), truth, about)
+            samples.append(malformed_sample(len(samples), name, number, path) if malformed else sample)
+            labels.append(-1 if malformed else number)
+            parts.append(part)
+    metadata = {"split": "val", "prompt_template": f"{pooling}: {POOLINGS[pooling]}", "classes": len(names)}
+    truth = {"labels": labels, "names": names, "pooling": pooling, "parts": parts}
+    return Task(require_mostly_valid(samples, data), truth, metadata)
 
 
-def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
-    """(image, class) of train and val, and the classes' names."""
+def _labelled_images(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
+    """(image, class) pairs of train and val, and the names of the classes."""
     for part in ("train", "val"):
         if not (data / part).is_dir():
-            raise UserError(f"{data} holds no folder {part}; a linear probe needs train/ and val/.")
+            raise UserError(f"{data} has no folder {part}; a linear probe needs train/ and val/.")
     train, val = imagenet.find(data, "train"), imagenet.find(data, "val")
     names = imagenet.names()
     if train is None or val is None:
@@ -77,41 +80,40 @@ def labelled(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
             for part in ("train", "val")
         )
     if not train or not val:
-        raise UserError(f"{data}: train/ holds {len(train)} images and val/ {len(val)}; both need some.")
+        raise UserError(f"{data}: train/ holds {len(train)} images, val/ {len(val)}; both must hold some.")
     return {"train": train, "val": val}, names
 
 
-def read_features(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Note each image's features, in half precision."""
-    rows, images = open_images(batch)
+def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
+    """Record the features of each image, in half precision."""
+    records, images = open_images(batch)
     if images:
         for i, vector in zip(images, model.pooled(list(images.values()), task.truth["pooling"])):
-            rows[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
-    return rows
+            records[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
+    return records
 
 
-def score_probe(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+def score(
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Top-1 and top-5 on val; an image without features is wrong there, and left out of training."""
+    """Top-1 and top-5 on val; an image without features is wrong in val and left out of train."""
     import torch
 
-    labels, names = task.truth["labels"], task.truth["names"]
-    vectors = {i: row["vector"] for i, row in rows.items() if "vector" in row}
-    parts = task.truth["parts"]
+    labels, names, parts = task.truth["labels"], task.truth["names"], task.truth["parts"]
+    vectors = {i: record["vector"] for i, record in records.items() if "vector" in record}
     train = [s for s in task.samples if parts[s.index] == "train" and s.index in vectors]
     val = [s for s in task.samples if parts[s.index] == "val"]
     if len({labels[s.index] for s in train}) < 2:
-        raise UserError(f"{folder}: features of fewer than two classes to train on.")
-    x = torch.from_numpy(np.stack([unpack(vectors[s.index]) for s in train]))
+        raise UserError(f"{folder}: training needs features of at least two classes.")
+    x = torch.from_numpy(np.stack([_unpack(vectors[s.index]) for s in train]))
     y = torch.tensor([labels[s.index] for s in train])
-    probe, chosen = fit(x, y, len(names), scoring.scorer)
-    seen = [s for s in val if s.index in vectors]
+    probe, chosen = fit_probe(x, y, len(names), scoring.scorer)
     best: dict[int, list[int]] = {}
-    if seen:
-        scores = probe(torch.from_numpy(np.stack([unpack(vectors[s.index]) for s in seen])))
+    with_features = [s for s in val if s.index in vectors]
+    if with_features:
+        scores = probe(torch.from_numpy(np.stack([_unpack(vectors[s.index]) for s in with_features])))
         ranked = scores.topk(min(5, len(names)), dim=1).indices.tolist()
-        best = {s.index: row for s, row in zip(seen, ranked)}
+        best = {s.index: row for s, row in zip(with_features, ranked)}
     hits = {
         f"top{k}": [float(labels[s.index] in best.get(s.index, [])[:k]) for s in val]
         for k in ((1, 5) if len(names) > 5 else (1,))
@@ -134,52 +136,51 @@ def score_probe(
     ], problems=[f"{left_out} training images have no features (left out)"] * (left_out > 0))  # fmt: skip
 
 
-def unpack(text: str) -> np.ndarray:
-    """A row's features, (F,) float32."""
+def _unpack(text: str) -> np.ndarray:
+    """The features of a record, (F,) float32."""
     return np.frombuffer(base64.b64decode(text), "<f2").astype(np.float32)
 
 
-class Choice(NamedTuple):
+# --------------------------------------------------------------------------------------------------- training
+
+
+class Trial(NamedTuple):
     """A setting of the sweep and its accuracy on the held-out tenth."""
 
     setting: float
     accuracy: float
 
 
-def fit(x: "Tensor", y: "Tensor", classes: int, recipe: str) -> tuple[Probe, dict[str, Any]]:
-    """(N, F) features and (N,) labels -> what gives (N, C) scores, and what the sweep chose."""
+def fit_probe(x: "Tensor", y: "Tensor", classes: int, protocol: str) -> tuple[Probe, dict[str, Any]]:
+    """(N, F) features and (N,) labels -> features -> (N, C) scores, and the sweep's choice."""
     import torch
 
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    held, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
+    held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
     train, name, settings = (
-        (by_lbfgs, "L2 strength", STRENGTHS) if recipe == "lbfgs" else (by_sgd, "learning rate", RATES)
+        (fit_lbfgs, "L2 strength", L2_STRENGTHS)
+        if protocol == "lbfgs"
+        else (fit_sgd, "learning rate", LEARNING_RATES)
     )
-    choices = []
+    trials = []
     for setting in settings:
-        right = train(x[rest], y[rest], classes, setting)(x[held]).argmax(dim=1) == y[held]
-        choices.append(Choice(setting, right.float().mean().item()))
-    best = max(choices, key=lambda c: c.accuracy)
-    about = {name: best.setting, "held-out accuracy": best.accuracy, "swept": [tuple(c) for c in choices]}
-    return train(x, y, classes, best.setting), about
+        correct = train(x[rest], y[rest], classes, setting)(x[held_out]).argmax(dim=1) == y[held_out]
+        trials.append(Trial(setting, correct.float().mean().item()))
+    best = max(trials, key=lambda trial: trial.accuracy)
+    chosen = {name: best.setting, "held-out accuracy": best.accuracy, "swept": [tuple(t) for t in trials]}
+    return train(x, y, classes, best.setting), chosen
 
 
-def scaling(x: "Tensor") -> Probe:
-    """Features -> mean 0 and deviation 1 as on the training images."""
-    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
-    return lambda z: (z - mean) / deviation
-
-
-def by_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
-    """The minimum of mean cross-entropy + strength / 2 |W|^2; the bias goes free."""
+def fit_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
+    """The minimum of mean cross-entropy + strength / 2 |W|^2, with a bias that is not regularised."""
     import torch
     import torch.nn.functional as F
 
-    scale = scaling(x)
-    z, weight = scale(x), torch.zeros(classes, x.shape[1], requires_grad=True)
+    standardise = _standardiser(x)
+    z, weight = standardise(x), torch.zeros(classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimiser = torch.optim.LBFGS(
-        [weight, bias], max_iter=STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=LBFGS_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
     def loss() -> "Tensor":
@@ -190,11 +191,11 @@ def by_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
 
     optimiser.step(loss)  # pyright: ignore[reportArgumentType]
     w, b = weight.detach(), bias.detach()
-    return lambda q: F.linear(scale(q), w, b)
+    return lambda q: F.linear(standardise(q), w, b)
 
 
-def by_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
-    """A linear layer behind batch norm without parameters: SGD with momentum, cosine schedule."""
+def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
+    """A linear layer after batch norm without parameters: SGD with momentum, cosine schedule."""
     import torch
     import torch.nn.functional as F
 
@@ -206,14 +207,20 @@ def by_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
     steps = EPOCHS * (len(x) // batch)
     optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    draws = torch.Generator().manual_seed(0)
+    shuffling = torch.Generator().manual_seed(0)
     for _ in range(EPOCHS):
-        for piece in torch.randperm(len(x), generator=draws)[: len(x) // batch * batch].split(batch):
-            if len(piece) < 2:  # batch norm has no spread to measure
+        for rows in torch.randperm(len(x), generator=shuffling)[: len(x) // batch * batch].split(batch):
+            if len(rows) < 2:  # batch norm cannot estimate a variance from one row
                 continue
             optimiser.zero_grad()
-            F.cross_entropy(layer(norm(x[piece])), y[piece]).backward()
+            F.cross_entropy(layer(norm(x[rows])), y[rows]).backward()
             optimiser.step()
             schedule.step()
     norm.eval()
     return torch.no_grad()(lambda q: layer(norm(q)))
+
+
+def _standardiser(x: "Tensor") -> Probe:
+    """Features -> features with the training images' mean 0 and deviation 1."""
+    mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
+    return lambda z: (z - mean) / deviation

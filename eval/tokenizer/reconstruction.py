@@ -26,7 +26,7 @@ from ..metrics import image_quality, inception_features
 LPIPS_BATCH, SCORING_BATCH = 16, 64
 
 
-def load_reconstruction(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Settings) -> Task:
     """All images of `data/test/images`, or of `data` and its subfolders, or of its tars, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
     files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
@@ -41,7 +41,7 @@ def load_reconstruction(data: Path, settings: Settings) -> Task:
     return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
 
 
-def reconstruct(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
+def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Write the reconstructions below `out/images`; record codes and their agreement after re-encoding."""
     records, images = open_images(batch)
     if images:
@@ -96,24 +96,24 @@ def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------- judge passes
 
 
-def run_reconstruction_passes(
+def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
 ) -> None:
     """Inception features of originals and reconstructions, and LPIPS, if their weight files are given."""
     good, crop = _reconstructed(task, records), task.truth["crop"]
 
-    def load_reconstruction(i: int) -> np.ndarray:
+    def load_decoded(i: int) -> np.ndarray:
         return np.asarray(read_image(out / records[good[i].index]["file"]))
 
     def load_original(i: int) -> np.ndarray:
-        return _originals([good[i]], load_reconstruction(i).shape[0], crop)[0]
+        return _originals([good[i]], load_decoded(i).shape[0], crop)[0]
 
     if scoring.inception_weights and good:
         variant = inception_features.choose_variant(scoring, "torch-fidelity")
         names = [f"{s.id} {crop} {s.index}" for s in good]
         codes = [records[s.index]["codes"] for s in good]  # another reconstruction has other codes
         sets = [ImageSet("originals", names, load_original)]
-        sets.append(ImageSet("reconstructions", codes, load_reconstruction))
+        sets.append(ImageSet("reconstructions", codes, load_decoded))
         inception_features.extract_inception_features(
             out, variant, scoring.inception_weights, sets, device, quiet
         )
@@ -147,7 +147,7 @@ def _run_lpips_pass(
 # ---------------------------------------------------------------------------------------------------- scoring
 
 
-def score_reconstruction(
+def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
     """PSNR, SSIM and codebook usage always; LPIPS, rFID and re-encode agreement where they were computed."""

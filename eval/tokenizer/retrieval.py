@@ -1,4 +1,4 @@
-"""Retrieval by the tokenizer's image and text embeddings: which of 100 captions is an image's own, and back.
+"""Image-text retrieval by the tokenizer's embeddings: recall among 100 candidates, in both directions.
 
 B images, E embedding width.
 """
@@ -16,14 +16,14 @@ from ..core.bootstrap import bootstrap, mean_columns
 from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_files import open_images
 
-POOL = 100  # images and captions that are told apart; the next 100 are another pool
-DIGITS = 6  # of an embedding's numbers in the answers
+POOL_SIZE = 100  # candidates of a query; the next 100 images form another pool
+DIGITS = 6  # decimals of the recorded embeddings
 
 
-def load_retrieval(data: Path, settings: Settings) -> Task:
-    """`captions.json` beside the images, or in the `test/` of scenes: a list of {"file", "captions"}.
+def load(data: Path, settings: Settings) -> Task:
+    """`captions.json` next to the images, or in `test/` of scenes: a list of {"file", "captions"}.
 
-    The first caption of each image is taken; the last images, which fill no pool, are left out.
+    The first caption of each image is used; the last images, which do not fill a pool, are left out.
     """
     folder = data / "test" if (data / "scenes.json").exists() else data
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
@@ -33,66 +33,63 @@ def load_retrieval(data: Path, settings: Settings) -> Task:
         try:
             file, captions = require_text(row, "file", where), require_key(row, "captions", where)
             if not isinstance(captions, list) or not captions or not isinstance(captions[0], str):
-                raise UserError(f"{where}: captions is {captions!r}; it must be a list of texts.")
+                raise UserError(f"{where}: captions is {captions!r}; it must be a non-empty list of texts.")
             samples.append(Sample(i, file, captions[0], folder / file, "retrieve"))
         except UserError as error:
             samples.append(malformed_sample(i, None, error))
     require_mostly_valid(samples, path)
-    pool = min(POOL, len(samples))
+    pool = min(POOL_SIZE, len(samples))
     return Task(
         samples[: len(samples) // pool * pool], None, {"pool": pool, "prompt_template": "first caption"}
     )
 
 
-def embed(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Note the embeddings of each image and of its caption."""
-    rows, images = open_images(batch)
+def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
+    """Record the embeddings of each image and its caption."""
+    records, images = open_images(batch)
     if images:
-        pictures = model.embed_images(list(images.values()))
-        captions = model.embed_texts([batch[i].prompt for i in images])
-        for i, picture, caption in zip(images, pictures, captions):
-            rows[i] = {
-                "image": picture.round(DIGITS).tolist(),
-                "caption": caption.round(DIGITS).tolist(),
-            }
-    return rows
+        image_embeds = model.embed_images(list(images.values()))
+        text_embeds = model.embed_texts([batch[i].prompt for i in images])
+        for i, image, text in zip(images, image_embeds, text_embeds):
+            records[i] = {"image": image.round(DIGITS).tolist(), "caption": text.round(DIGITS).tolist()}
+    return records
 
 
-def hits(queries: np.ndarray, candidates: np.ndarray, names: list[str], k: int) -> np.ndarray:
-    """(B,) whether one of the k best candidates has the query's own name; the lower index wins a tie.
+def retrieval_hits(queries: np.ndarray, candidates: np.ndarray, names: list[str], k: int) -> np.ndarray:
+    """(B,) whether one of the k best candidates has the query's name; ties go to the lower index.
 
     Args:
         queries, candidates: (B, E), pairs by index.
-        names: what makes two candidates equal, such as the same caption of two images.
+        names: candidates of equal names are equally correct, such as two images of one caption.
     """
     best = np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, :k]
     return np.array([any(names[j] == name for j in row) for name, row in zip(names, best)], float)
 
 
-def score_retrieval(
-    task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+def score(
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
 ) -> Scored:
-    """Recall at 1 and 5, in pools of 100 in the order of the file.
+    """Recall at 1 and 5 in pools of 100, in the order of the file.
 
-    An image that could not be read, or whose entry is malformed, is never found, and finds nothing.
+    An image that is unreadable, or whose entry is malformed, is neither found nor finds anything.
     """
     size, samples = task.metadata["pool"], task.samples
-    width = next((len(row["image"]) for row in rows.values() if "image" in row), 1)
-    nothing = {"image": [0.0] * width, "caption": [0.0] * width}
+    width = next((len(record["image"]) for record in records.values() if "image" in record), 1)
+    missing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
-    for first in range(0, len(samples), size):
-        pool = samples[first : first + size]
-        kept = [rows.get(s.index, {}) for s in pool]
-        there = np.array(["image" in row for row in kept], float)
-        vectors = [row if "image" in row else nothing for row in kept]
-        pictures, captions = (np.array([v[key] for v in vectors]) for key in ("image", "caption"))
+    for start in range(0, len(samples), size):
+        pool = samples[start : start + size]
+        embeds = [records.get(s.index, {}) for s in pool]
+        valid = np.array(["image" in record for record in embeds], float)
+        embeds = [record if "image" in record else missing for record in embeds]
+        images, captions = (np.array([record[key] for record in embeds]) for key in ("image", "caption"))
         names = [s.prompt for s in pool]
         for k in (1, 5):
-            for way, values in (
-                ("image_to_text", hits(pictures, captions, names, k)),
-                ("text_to_image", hits(captions, pictures, names, k)),
+            for direction, hits in (
+                ("image_to_text", retrieval_hits(images, captions, names, k)),
+                ("text_to_image", retrieval_hits(captions, images, names, k)),
             ):
-                found.setdefault(f"{way}/R@{k}", []).extend(values * there)
+                found.setdefault(f"{direction}/R@{k}", []).extend(hits * valid)
     metrics = {
         name: Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(np.array(values))))
         for name, values in found.items()

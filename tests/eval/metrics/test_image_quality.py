@@ -77,15 +77,19 @@ def test_classifier_equals_the_golden_weights():
     templates = zeroshot.clip_templates()
     joined = hashlib.sha256("\n".join(templates).encode()).hexdigest()
     assert joined == golden["templates_sha256_joined_by_newline"]["openai_80"]
-    weights = zeroshot.classifier(zeroshot.from_templates(golden["classnames"], templates), hashed_embedding)
+    weights = zeroshot.build_classifier(
+        zeroshot.fill_templates(golden["classnames"], templates), hashed_embedding
+    )
     assert weights == pytest.approx(np.array(golden["expected_weights_DxC"]), abs=1e-6)
     with pytest.raises(UserError, match="at least one prompt"):
-        zeroshot.classifier([["a"], []], hashed_embedding)
+        zeroshot.build_classifier([["a"], []], hashed_embedding)
 
 
 def test_topk_equals_the_golden_counts(expected, arrays):
-    weights = zeroshot.unit(arrays["zs_classifier"].T).T
-    choices = zeroshot.best(zeroshot.logits(zeroshot.unit(arrays["zs_image_features"]), weights), 5)
-    result = zeroshot.score(choices.tolist(), arrays["zs_target"].tolist())
+    weights = zeroshot.unit_rows(arrays["zs_classifier"].T).T
+    choices = zeroshot.top_classes(
+        zeroshot.class_logits(zeroshot.unit_rows(arrays["zs_image_features"]), weights), 5
+    )
+    result = zeroshot.topk_hits(choices.tolist(), arrays["zs_target"].tolist())
     wanted = expected["zero_shot_topk"]
     assert (sum(result["top1"]), sum(result["top5"])) == (wanted["top1_correct"], wanted["top5_correct"])

@@ -1,4 +1,4 @@
-"""Reconstruction, zero-shot and linear probe through the command line, in the layouts that people have."""
+"""Reconstruction, zero-shot and linear probe through the command line, in the common data layouts."""
 
 import functools
 import hashlib
@@ -27,7 +27,7 @@ WNIDS = ("n01440764", "n01443537", "n02123045", "n03255030", "n15075141")  # cla
 
 
 class Scripted:
-    """Copies with the lowest bit turned; keeps all codes but the first token's in book 1; sees by colour."""
+    """Reconstructions flip the lowest bit; re-encoding changes the first code of book 1; embeds by colour."""
 
     device = "cpu"
 
@@ -41,8 +41,8 @@ class Scripted:
         return {"path": "scripted", "kind": "tokenizer", "fingerprint": "0"}
 
     def reconstruct(self, images, reencode=False):
-        pictures = [np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in images]
-        originals = np.stack(pictures)
+        resized = [np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) for image in images]
+        originals = np.stack(resized)
         self.reads += len(images)
         codes = np.stack([p.reshape(-1)[:8].reshape(4, 2).astype(np.int64) for p in originals])
         second = codes.copy()
@@ -53,8 +53,8 @@ class Scripted:
         return np.stack([np.asarray(i, np.float32).mean(axis=(0, 1)) / 255 for i in images])
 
     def embed_images(self, images):
-        """The colour of class n is that of its caption's hash, so that every image is told right."""
-        return np.stack([zeroshot.unit(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
+        """The colour of class n is that of its caption's hash, so every image is classified correctly."""
+        return np.stack([zeroshot.unit_rows(np.asarray(i, np.float64)[0, 0] - 127.5) for i in images])
 
     def embed_texts(self, texts):
         return np.stack([vectors()[t] for t in texts])
@@ -64,8 +64,8 @@ class Scripted:
 def vectors():
     """Caption -> the direction of its class's colour."""
     colours = np.array([colour_of(n) for n in range(1000)], np.float64)
-    prompts = zeroshot.from_templates(imagenet.names(), zeroshot.clip_templates())
-    rows = zeroshot.unit(colours - 127.5)
+    prompts = zeroshot.fill_templates(imagenet.names(), zeroshot.clip_templates())
+    rows = zeroshot.unit_rows(colours - 127.5)
     return {text: row for row, texts in zip(rows, prompts) for text in texts}
 
 
@@ -114,8 +114,8 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
     ] == [1.0, 0.75]
     assert result["metrics"]["reencode_agreement"]["interval"] == pytest.approx([7 / 8, 7 / 8])
     lpips = LPIPS.from_file(tmp_path)
-    pictures = [np.asarray(Image.open(p).convert("RGB")) for p in sorted(photos.rglob("*.JPEG"))]
-    pairs = [torch.from_numpy(np.stack([p, p ^ 1])).permute(0, 3, 1, 2).float() / 127.5 - 1 for p in pictures]
+    images = [np.asarray(Image.open(p).convert("RGB")) for p in sorted(photos.rglob("*.JPEG"))]
+    pairs = [torch.from_numpy(np.stack([p, p ^ 1])).permute(0, 3, 1, 2).float() / 127.5 - 1 for p in images]
     assert values["lpips"] == pytest.approx(np.mean([lpips(a[:1], a[1:]).item() for a in pairs]), rel=1e-4)
     assert 0 < values["rfid"] < 1e-3 and result["metrics"]["rfid"]["interval"] is None
     about = result["details"]["fid"]
@@ -125,16 +125,16 @@ def test_reconstruction_through_the_command_line(call, scripted, photos, tmp_pat
 
 @pytest.fixture
 def quick_net(monkeypatch):
-    """In Inception's place something that needs no time."""
+    """A fast replacement for Inception."""
 
-    def net(pictures):
-        pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in pictures])
+    def net(images):
+        pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50)
 
     monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
 
 
-def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
+def test_features_resume_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
     monkeypatch.setattr(inception_features, "PIECE", 2)
     scoring = Scoring(inception_weights=str(inception_file))
     run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
@@ -149,7 +149,7 @@ def test_features_go_on_after_a_kill(quick_net, photos, tmp_path, inception_file
     assert b"rfid" in whole
 
 
-def test_variants_never_mix_and_files_alone_give_the_score(
+def test_variants_are_separate_and_files_suffice_for_scoring(
     call, scripted, quick_net, photos, tmp_path, inception_file
 ):
     words = ("eval", "run", "reconstruction", "--model", "m", "--data", photos, "--out", tmp_path)
@@ -247,19 +247,19 @@ def test_class_names_are_the_published_ones():
     assert (imagenet.names()[0], imagenet.classes()[999][0]) == ("tench", "n15075141")
 
 
-@pytest.mark.parametrize("recipe", ["lbfgs", "sgd"])
-def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe):
+@pytest.mark.parametrize("protocol", ["lbfgs", "sgd"])
+def test_linear_probe_through_the_command_line(call, scripted, tmp_path, protocol):
     wnids = WNIDS[:3]
     write_colours(tmp_path / "data", "train", wnids, copies=12)
     write_colours(tmp_path / "data", "val", wnids)
     shutil.move(tmp_path / "data" / "train" / wnids[0], tmp_path / "data" / "train" / "x")
     shutil.move(tmp_path / "data" / "val" / wnids[0], tmp_path / "data" / "val" / "x")
-    for part in ("train", "val"):  # names of one's own
+    for part in ("train", "val"):  # folder names that are not WordNet ids
         for number, wnid in enumerate(wnids[1:]):
             shutil.move(tmp_path / "data" / part / wnid, tmp_path / "data" / part / f"y{number}")
     (tmp_path / "data" / "train" / "x" / "broken.png").write_bytes(b"")
     (tmp_path / "data" / "val" / "x" / "broken.png").write_bytes(b"")
-    words = ("eval", "run", "linear_probe", "--model", "m", "--data", tmp_path / "data", "--scorer", recipe)
+    words = ("eval", "run", "linear_probe", "--model", "m", "--data", tmp_path / "data", "--scorer", protocol)
     code, out, err = call(*words, "--out", tmp_path / "o", "--pooling", "latents")
     assert code == 0, err
     result = json.loads((tmp_path / "o" / "linear_probe" / "results.json").read_text())
@@ -274,29 +274,29 @@ def test_linear_probe_through_the_command_line(call, scripted, tmp_path, recipe)
 
 
 def test_probe_finds_the_minimum_and_no_signal_in_noise():
-    draws = torch.Generator().manual_seed(0)
-    x, y = torch.randn(400, 6, generator=draws), torch.arange(400) % 4
-    found = linear_probe.by_lbfgs(x, y, 4, 0.1)
+    rng = torch.Generator().manual_seed(0)
+    x, y = torch.randn(400, 6, generator=rng), torch.arange(400) % 4
+    found = linear_probe.fit_lbfgs(x, y, 4, 0.1)
     z = (x - x.mean(dim=0)) / x.std(dim=0, correction=0)
     bias = found(x.mean(dim=0)[None])[0]
     steps = torch.diag(x.std(dim=0, correction=0))
     weight = torch.stack([found((x.mean(dim=0) + row)[None])[0] - bias for row in steps])
     error = torch.softmax(z @ weight + bias, dim=1) - torch.nn.functional.one_hot(y, 4)
     assert (z.T @ error / 400 + 0.1 * weight).abs().max() < 1e-4  # the gradient is zero there
-    _, about = linear_probe.fit(x, y, 4, "lbfgs")
+    _, about = linear_probe.fit_probe(x, y, 4, "lbfgs")
     assert about["held-out accuracy"] < 0.5
-    y = (x @ torch.randn(6, 4, generator=draws)).argmax(dim=1)
-    found, about = linear_probe.fit(x, y, 4, "lbfgs")
+    y = (x @ torch.randn(6, 4, generator=rng)).argmax(dim=1)
+    found, about = linear_probe.fit_probe(x, y, 4, "lbfgs")
     assert (found(x).argmax(dim=1) == y).float().mean() > 0.98 and about["held-out accuracy"] > 0.9
 
 
 def test_crops_equal_the_published_ones():
     arrays = np.load(GOLDEN / "metrics.npz")
-    picture = Image.fromarray(arrays["crop_in"])
+    image = Image.fromarray(arrays["crop_in"])
     for size in (16, 32, 64):
-        assert np.array_equal(np.asarray(crops.adm_crop(picture, size)), arrays[f"adm_center_crop_{size}"])
+        assert np.array_equal(np.asarray(crops.adm_crop(image, size)), arrays[f"adm_center_crop_{size}"])
     assert np.array_equal(crops.to_uint8_llamagen(arrays["float_pm1"]), arrays["to_uint8_llamagen"])
-    pixels = crops.find_crop("adm")(picture, 32)
+    pixels = crops.find_crop("adm")(image, 32)
     back = ((pixels + 1) * 127.5).round().permute(1, 2, 0).numpy()
     assert np.array_equal(back, arrays["adm_center_crop_32"])
     with pytest.raises(UserError, match="Did you mean 'lanczos'"):
@@ -309,7 +309,7 @@ def test_crop_is_part_of_the_settings(photos, tmp_path):
         run_benchmark("reconstruction", Scripted(), photos, tmp_path, quiet=True)
 
 
-def test_nan_features_are_refused():
+def test_nan_features_are_rejected():
     with pytest.raises(UserError, match="NaN or infinity"):
         fid.compute_moments([np.array([[1.0, np.nan], [0.0, 1.0]])])
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from open_unitok.cli.main import main
-from open_unitok.eval.tokenizer.retrieval import hits
+from open_unitok.eval.tokenizer.retrieval import retrieval_hits
 
 
 class Scripted:
@@ -32,8 +32,8 @@ class Scripted:
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """230 images: in the first hundred, two are told as each other's and one cannot be read."""
+def images(tmp_path):
+    """230 images: in the first hundred, two have each other's caption and one is unreadable."""
     rows = []
     for i in range(230):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -43,10 +43,10 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_recall_through_the_command_line(pictures, monkeypatch, capsys):
+def test_recall_through_the_command_line(images, monkeypatch, capsys):
     monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
-    out = pictures / "out"
-    main(["eval", "run", "retrieval", "--model", "m", "--data", str(pictures), "--out", str(out)])
+    out = images / "out"
+    main(["eval", "run", "retrieval", "--model", "m", "--data", str(images), "--out", str(out)])
     result = json.loads((out / "retrieval" / "results.json").read_text())
     assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(197 / 200)
     assert result["metrics"]["text_to_image/R@1"]["value"] == pytest.approx(197 / 200)
@@ -56,23 +56,23 @@ def test_recall_through_the_command_line(pictures, monkeypatch, capsys):
     assert "9.png" in capsys.readouterr().out
 
 
-def test_equal_captions_are_equally_right_and_fewer_than_k_are_all():
+def test_equal_captions_are_equally_correct_and_k_may_exceed_the_pool():
     queries, candidates = np.eye(3), np.eye(3)[[1, 0, 2]]
-    assert hits(queries, candidates, ["a", "b", "c"], 1).tolist() == [0, 0, 1]
-    assert hits(queries, candidates, ["a", "a", "c"], 1).tolist() == [1, 1, 1]
-    assert hits(queries, candidates, ["a", "b", "c"], 5).tolist() == [1, 1, 1]
+    assert retrieval_hits(queries, candidates, ["a", "b", "c"], 1).tolist() == [0, 0, 1]
+    assert retrieval_hits(queries, candidates, ["a", "a", "c"], 1).tolist() == [1, 1, 1]
+    assert retrieval_hits(queries, candidates, ["a", "b", "c"], 5).tolist() == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
         ([{"file": "a.png"}], "captions"),
-        ([{"file": "a.png", "captions": []}], "list of texts"),
+        ([{"file": "a.png", "captions": []}], "non-empty list of texts"),
         ([], "is empty"),
         ({"file": 1}, "captions.json"),
     ],
 )
-def test_captions_that_are_none_are_named(tmp_path, capsys, monkeypatch, rows, words):
+def test_malformed_captions_are_named(tmp_path, capsys, monkeypatch, rows, words):
     monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
     (tmp_path / "captions.json").write_text(json.dumps(rows))
     with pytest.raises(SystemExit) as stop:
