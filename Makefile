@@ -1,5 +1,5 @@
-# Everything a newcomer needs: `make demo` and `make test`.  `make .venv` only installs.
-# TORCH_INDEX picks another build of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Start with `make demo` and `make test`; `make .venv` only installs.
+# TORCH_INDEX selects another build of torch, e.g. make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
@@ -19,14 +19,14 @@ export TOKENIZERS_PARALLELISM := false
 	$(BIN)/pip install -q -e '.[dev]' -c configs/constraints.txt
 	touch $@
 
-# Several processes at once: waiting OpenMP threads that spin would slow the others down by two orders of magnitude.
+# Tests run in several processes: spinning OpenMP threads would slow the others down by two orders of magnitude.
 test test-slow: export OMP_WAIT_POLICY := PASSIVE
 test test-slow: export OMP_NUM_THREADS := 1
 
 demo: .venv/.installed
 	$(BIN)/unitok demo
 
-# The model that ships (open_unitok/models/scenes): hours on 2 cores, resumable; its numbers stand in runs/scenes/eval-bf16.
+# Trains the shipped model (open_unitok/models/scenes): hours on 2 cores, resumable; results in runs/scenes/eval-bf16.
 model: .venv/.installed
 	$(BIN)/unitok demo --configs configs/scenes --out runs/scenes
 	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --short-names --pair-captions 6 --out runs/scenes/data2

@@ -1,4 +1,4 @@
-"""Mistakes in data and training commands: one line that names the thing, exit 2, nothing half-written."""
+"""Invalid input of data and training commands: one line that names the cause, exit 2, no partial files."""
 
 import pytest
 import yaml
@@ -13,9 +13,9 @@ EXTRACT = ["extract-codes", "--data", "HERE/garbage.tar", "--out", "HERE/codes"]
 
 
 @pytest.fixture
-def places(tmp_path):
-    """What the cases name: a broken tar, a file that is no tar, a folder of another kind, a config."""
-    (tmp_path / "garbage.tar").write_bytes(b"this is no tar at all" * 100)
+def files(tmp_path):
+    """The files that the cases name: a broken tar, a folder with another model type, configs."""
+    (tmp_path / "garbage.tar").write_bytes(b"this is not a tar file" * 100)
     UniTok(UniTokConfig(**MODEL)).save_pretrained(tmp_path / "tokenizer")
     other = tmp_path / "other_kind"
     other.mkdir()
@@ -58,22 +58,22 @@ def places(tmp_path):
         (["data", "scenes", "--out", "HERE/scenes", "--config", "HERE/gone.yaml"], "gone.yaml"),
     ],
 )  # fmt: skip
-def test_one_line_exit_2_and_nothing_half_written(places, capsys, arguments, words):
-    before = sorted(places.rglob("*"))
+def test_one_line_exit_2_and_no_partial_files(files, capsys, arguments, words):
+    before = sorted(files.rglob("*"))
     with pytest.raises(SystemExit) as stop:
-        main([argument.replace("HERE", str(places)) for argument in arguments])
+        main([argument.replace("HERE", str(files)) for argument in arguments])
     err = capsys.readouterr().err
     assert stop.value.code == 2
     message = [line for line in err.splitlines() if line.startswith("unitok: error: ")]
     assert len(message) == 1 and words in message[0] and "Traceback" not in err, err
-    assert sorted(places.rglob("*")) == before
+    assert sorted(files.rglob("*")) == before
 
 
-def test_a_mistake_leaves_a_run_with_a_checkpoint_alone(places):
-    run = places / "run"
+def test_an_error_does_not_touch_a_run_with_a_checkpoint(files):
+    run = files / "run"
     (run / "checkpoints" / "step-00000001").mkdir(parents=True)
     (run / "mine.txt").write_text("kept")
     for arguments in (["init_from=HERE/other_kind"], []):
         with pytest.raises(SystemExit):
-            main([a.replace("HERE", str(places)) for a in ["train", "HERE/train.yaml", *arguments]])
+            main([a.replace("HERE", str(files)) for a in ["train", "HERE/train.yaml", *arguments]])
     assert (run / "config.yaml").exists() and (run / "mine.txt").exists()

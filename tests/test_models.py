@@ -1,4 +1,4 @@
-"""Models by name: a shipped one is found unless a model of that name lies in the current folder."""
+"""Model names: a shipped model is found unless the current folder has a model of that name."""
 
 import pathlib
 
@@ -10,7 +10,7 @@ from open_unitok.core import files
 
 @pytest.fixture
 def shipped(tmp_path, monkeypatch):
-    """A models folder with the model "small", and an empty folder to be in."""
+    """A models folder with the model "small"; the current folder is empty."""
     for folder in ("small", "small/unitok"):
         (tmp_path / "models" / folder).mkdir(parents=True, exist_ok=True)
         (tmp_path / "models" / folder / "config.json").write_text("{}")
@@ -28,7 +28,7 @@ def test_a_shipped_model_is_found_by_its_name(shipped):
     assert files.model_path("..") == pathlib.Path("..") and files.model_path("") == pathlib.Path("")
 
 
-def test_a_model_of_the_same_name_here_comes_first_but_another_folder_does_not(shipped):
+def test_a_local_model_wins_over_a_shipped_one_but_another_folder_does_not(shipped):
     pathlib.Path("small").mkdir()
     assert files.model_path("small") == shipped
     pathlib.Path("small/config.json").write_text("{}")
@@ -36,14 +36,14 @@ def test_a_model_of_the_same_name_here_comes_first_but_another_folder_does_not(s
 
 
 @pytest.mark.parametrize("folder_here", [False, True])
-def test_the_default_model_says_what_to_do_where_a_copy_lacks_it(shipped, capsys, folder_here):
+def test_a_missing_default_model_says_what_to_do(shipped, capsys, folder_here):
     if folder_here:
-        pathlib.Path("scenes").mkdir()  # data, for instance
+        pathlib.Path("scenes").mkdir()  # e.g. data
     pathlib.Path("x.png").touch()
     for command in (["generate", "a star"], ["reconstruct", "x.png"]):
         with pytest.raises(SystemExit) as stop:
-            main([*command, "--out", "drawings"])
-        told = capsys.readouterr().err.strip()
-        assert stop.value.code == 2 and "\n" not in told
-        assert "make model" in told and "--model runs/scenes/model" in told
-    assert not pathlib.Path("drawings").exists()
+            main([*command, "--out", "images"])
+        error = capsys.readouterr().err.strip()
+        assert stop.value.code == 2 and "\n" not in error
+        assert "make model" in error and "--model runs/scenes/model" in error
+    assert not pathlib.Path("images").exists()

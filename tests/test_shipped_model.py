@@ -1,4 +1,4 @@
-"""The model in the box: small, found by its name, and able to draw and to answer."""
+"""The shipped model: small, found by its name, generates and answers."""
 
 import collections
 
@@ -20,7 +20,7 @@ def pipe():
     return Pipeline.from_pretrained(DEFAULT_MODEL, device="cpu")
 
 
-def test_it_is_small_and_says_what_it_is():
+def test_it_is_small_and_has_a_card():
     files = [file for file in (SHIPPED_MODELS / DEFAULT_MODEL).rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 16e6
     assert "make model" in (SHIPPED_MODELS / DEFAULT_MODEL / "README.md").read_text()
@@ -28,7 +28,7 @@ def test_it_is_small_and_says_what_it_is():
     assert Sampling.from_folder(SHIPPED_MODELS / DEFAULT_MODEL) != Sampling()
 
 
-def test_it_draws_what_is_asked_for(pipe, tmp_path):
+def test_it_generates_the_object_of_the_prompt(pipe, tmp_path):
     write_json(tmp_path / "scenes.json", scenes_description(CONFIG))
     detect = ScenesDetector.from_file(tmp_path / "scenes.json")
     held_out = {(color, shape) for color, shape in CONFIG.held_out_pairs}
@@ -38,16 +38,16 @@ def test_it_draws_what_is_asked_for(pipe, tmp_path):
     assert len(hits) > 15 and sum(hits) > 0.75 * len(hits)
 
 
-def test_it_answers_about_scenes_of_the_test_split(pipe):
+def test_it_answers_questions_of_the_test_split(pipe):
     scenes = [sample_scene(CONFIG, "test", index) for index in range(60)]
-    asked = [
+    samples = [
         (render(scene), q) for i, scene in enumerate(scenes) for q in sample_test_questions(CONFIG, scene, i)
     ]
-    images: list[Image.Image] = [image for image, _ in asked]
-    answers = pipe.answer(images, [question.text for _, question in asked], max_new_tokens=4)
-    right = collections.defaultdict(list)
-    for answer, (_, question) in zip(answers, asked):
-        right[question.kind].append(answer == question.answer)
-    good = [hit for kind in ("existence", "count", "colour", "shape") for hit in right[kind]]
-    assert len(good) > 100 and sum(good) > 0.9 * len(good)
-    assert sum(right["position"]) > 0.6 * len(right["position"])
+    images: list[Image.Image] = [image for image, _ in samples]
+    answers = pipe.answer(images, [question.text for _, question in samples], max_new_tokens=4)
+    hits = collections.defaultdict(list)
+    for answer, (_, question) in zip(answers, samples):
+        hits[question.kind].append(answer == question.answer)
+    easy = [hit for kind in ("existence", "count", "colour", "shape") for hit in hits[kind]]
+    assert len(easy) > 100 and sum(easy) > 0.9 * len(easy)
+    assert sum(hits["position"]) > 0.6 * len(hits["position"])
