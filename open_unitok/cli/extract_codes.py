@@ -57,7 +57,13 @@ def run(args: argparse.Namespace) -> None:
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
     # the fingerprint is that of the fp32 weights: take it before the cast
     options = ExtractOptions(
-        unitok.fingerprint(), args.mode, args.dtype, args.batch_size, args.workers, args.max_bad_share
+        fingerprint=unitok.fingerprint(),
+        layout=unitok.config.layout.to_dict(),
+        mode=args.mode,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        max_bad_share=args.max_bad_share,
     )
     unitok = unitok.to(device=device, dtype=getattr(torch, EXTRACTION_DTYPES[args.dtype]))
     manifest = extract_codes(unitok, tars, Path(args.out), options)

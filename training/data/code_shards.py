@@ -32,8 +32,11 @@ MANIFEST_FIELDS = (
     "num_codebooks",  # K
     "codebook_size",  # V
     "num_tokens",  # N
-    "grid",  # [rows, columns]
     "shards",  # [{"file", "samples", "sha256"}]
+)
+LAYOUT_FIELDS = (
+    "layout",  # {"rows", "columns", "registers"}, see TokenLayout
+    "grid",  # [rows, columns], in folders from before `layout`; without either the layout is square
 )
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
@@ -92,7 +95,8 @@ class CodeFolder:
     @property
     def fingerprint(self) -> str:
         """Hex digest of the manifest: tokenizer, shapes, and the hash of every tar."""
-        facts = {name: self.manifest[name] for name in MANIFEST_FIELDS}
+        names = (*MANIFEST_FIELDS, *LAYOUT_FIELDS)
+        facts = {name: self.manifest[name] for name in names if name in self.manifest}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def member_offsets(self) -> dict[str, MemberOffsets]:

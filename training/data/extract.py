@@ -45,6 +45,7 @@ class ExtractOptions(NamedTuple):
     """What the codes of a tar depend on, and how they are computed."""
 
     fingerprint: str  # of the visual tokenizer
+    layout: dict[str, int]  # its TokenLayout
     mode: str
     dtype: str
     batch_size: int
@@ -58,7 +59,7 @@ class LoadedSample(NamedTuple):
     key: str
     images: "list[torch.Tensor]"  # each (3, H, W)
     info: dict[str, Any]
-    non_square: int  # images that were not square
+    reshaped: int  # images of another aspect ratio than the tokenizer's, which are cropped or padded
 
 
 def extract_codes(
@@ -107,6 +108,8 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
         return None
     facts = read_json(path)
     expected = _origin(tar, options)
+    # descriptions from before token layouts do not have one
+    facts = {"layout": options.layout, **facts}
     differing = [name for name, value in expected.items() if facts.get(name) != value]
     if differing:
         shown = ", ".join(
@@ -125,6 +128,7 @@ def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
         "tokenizer": options.fingerprint,
         "mode": options.mode,
         "dtype": options.dtype,
+        "layout": options.layout,
     }
 
 
@@ -136,26 +140,24 @@ def _extract_tar(
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Repair it, or leave it out of --data.")
     bad: list[str] = []
-    buffer, first, grid = io.BytesIO(), [], None
-    samples = num_images = non_square = 0
+    buffer, first = io.BytesIO(), []
+    samples = num_images = reshaped = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
-        for batch in _batches(records, unitok.config.image_size, options, bad, progress):
+        for batch in _batches(records, unitok.config.image_shape, options, bad, progress):
             pixels = [image for sample in batch for image in sample.images]
             codes = iter(_encode(unitok, pixels, options.batch_size))
-            if pixels:
-                grid = [side // unitok.config.patch_size for side in pixels[0].shape[1:]]
             for sample in batch:
-                _add_sample(writer, sample, [next(codes) for _ in sample.images], unitok, grid)
+                _add_sample(writer, sample, [next(codes) for _ in sample.images], unitok)
             first += pixels[: VERIFIED_IMAGES - len(first)]
             samples, num_images = samples + len(batch), num_images + len(pixels)
-            non_square += sum(sample.non_square for sample in batch)
+            reshaped += sum(sample.reshaped for sample in batch)
     if not samples:
         raise UserError(f"{tar} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
     write_atomic(target, buffer.getvalue())
     error = _verify(target, samples, unitok, first)
-    counts = {"samples": samples, "images": num_images, "oblong": non_square, "broken": len(bad)}
+    counts = {"samples": samples, "images": num_images, "oblong": reshaped, "broken": len(bad)}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
-    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, "grid": grid, **checked})
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **checked})
 
 
 def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
@@ -170,13 +172,17 @@ def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[
 
 
 def _batches(
-    records: list[Record], size: int, options: ExtractOptions, bad: list[str], progress: Callable[[int], Any]
+    records: list[Record],
+    shape: tuple[int, int],
+    options: ExtractOptions,
+    bad: list[str],
+    progress: Callable[[int], Any],
 ) -> Iterator[list[LoadedSample]]:
     """Batches of readable samples; unreadable ones are added to `bad`, too many raise UserError."""
 
     def load(record: Record) -> LoadedSample | str:
         try:
-            return _load(record, size, options.mode)
+            return _load(record, shape, options.mode)
         except (BadSample, UserError) as error:
             return f"{record.tar}: {record.key}: {error}"
 
@@ -203,13 +209,14 @@ def _batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _load(record: Record, size: int, mode: str) -> LoadedSample:
+def _load(record: Record, shape: tuple[int, int], mode: str) -> LoadedSample:
     from open_unitok.tokenizer.images import load_image, to_pixels
 
     members, info = image_members(record)
     images = [load_image(record.read(member)) for member in members]
-    non_square = sum(image.width != image.height for image in images)
-    return LoadedSample(record.key, [to_pixels(image, size, mode) for image in images], info, non_square)
+    height, width = shape
+    reshaped = sum(image.width * height != image.height * width for image in images)
+    return LoadedSample(record.key, [to_pixels(image, shape, mode) for image in images], info, reshaped)
 
 
 def _add_sample(
@@ -217,14 +224,13 @@ def _add_sample(
     sample: LoadedSample,
     codes: list[np.ndarray],
     unitok: Any,
-    grid: list[int] | None,
 ) -> None:
     """A sample's codes, (N, K), or (I, N, K) for other than one image, and its .json."""
     no_images = (0, unitok.config.num_visual_tokens, unitok.config.num_codebooks)
     stacked = np.stack(codes) if codes else np.empty(no_images, dtype=stored_dtype(unitok))
     array = io.BytesIO()
     np.save(array, codes[0] if len(codes) == 1 else stacked, allow_pickle=False)
-    info = {**sample.info, "grid": grid} if codes else sample.info
+    info = {**sample.info, "grid": unitok.config.layout.grid} if codes else sample.info
     text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
     for extension, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
         member = tarfile.TarInfo(f"{sample.key}.{extension}")
@@ -265,11 +271,9 @@ def _write_manifest(
     unitok: Any, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
 ) -> dict[str, Any]:
     """codes.json, from the descriptions of all tars."""
-    grids = {tuple(fact["grid"]) for fact in facts if fact["grid"]}
-    if not grids:
-        raise UserError(f"{out}: no sample of --data has an image; texts alone need no codes.")
-    assert len(grids) == 1, grids
     checked = sum(fact["checked"] for fact in facts)
+    if not checked:
+        raise UserError(f"{out}: no sample of --data has an image; texts alone need no codes.")
     error = sum(fact["error"] for fact in facts) / checked
     shards = [
         {"file": _tar_name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
@@ -281,7 +285,7 @@ def _write_manifest(
         "num_codebooks": unitok.config.num_codebooks,
         "codebook_size": max(unitok.quantizer.code_sizes),
         "num_tokens": unitok.config.num_visual_tokens,
-        "grid": list(grids.pop()),
+        "layout": options.layout,
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.token_layout import TokenLayout
 
 from . import seeding
 from .code_shards import CodeFolder
@@ -173,6 +174,16 @@ class Mixture:
         self._prefetched = None  # workers that are running would continue from the old position
         self.step, self.seen, self.bad = state["step"], state["seen"], state["bad"]
         self.counts = np.array(state["counts"], dtype=np.int64)
+
+
+def codes_layout(codes: CodeFolder) -> TokenLayout:
+    """The layout of the visual tokens in a code folder."""
+    manifest = codes.manifest
+    layout, num_tokens = manifest.get("layout"), manifest["num_tokens"]
+    if layout is None and "grid" in manifest:
+        rows, columns = manifest["grid"]
+        layout = TokenLayout(rows, columns, num_tokens - rows * columns)
+    return TokenLayout.from_config(layout, num_tokens)
 
 
 def open_datasets(entries: list[MixtureEntry], fingerprint: str | None) -> list[Dataset]:

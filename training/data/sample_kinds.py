@@ -287,12 +287,14 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
 
 
 def crop_mismatch(codes: CodeFolder, kind: str) -> str | None:
-    """A warning where `codes` made images square in another way than suits `kind`, else None."""
-    mode, non_square = codes.manifest.get("mode"), codes.manifest.get("oblong", 0)
+    """A warning where `codes` crop or pad images in another way than suits `kind`, else None."""
+    mode, reshaped = codes.manifest.get("mode"), codes.manifest.get("oblong", 0)
     wanted = SAMPLE_KINDS[kind].crop
-    if not non_square or mode is None or wanted in (None, mode):  # older folders do not store the mode
+    if not reshaped or mode is None or wanted in (None, mode):  # older folders do not store the mode
         return None
+    shape = codes.manifest.get("layout", {"rows": 1, "columns": 1})
+    what = "square" if shape["rows"] == shape["columns"] else "of the tokenizer's aspect ratio"
     return (
-        f"{codes.folder}: {non_square} of {codes.manifest['images']} images were not square and were "
+        f"{codes.folder}: {reshaped} of {codes.manifest['images']} images were not {what} and were "
         f"extracted with --mode {mode}; kind {kind} expects codes of `unitok extract-codes --mode {wanted}`."
     )

@@ -81,6 +81,7 @@ def _mllm_config(
 ) -> UniTokMLLMConfig:
     """The config of a new model; `decoder` is a trained one or None."""
     fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
+    fields["token_layout"] = unitok.config.token_layout
     _check_keys(options.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
     _check_keys(options.text, _decoder_fields(options.text.get("model_type", "llama")), "model.text")
     _check_keys(options.depth, _decoder_fields("llama"), "model.depth")

@@ -12,6 +12,8 @@ import torch
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
+from open_unitok.mllm import UniTokMLLMConfig
+from open_unitok.tokenizer.token_layout import TokenLayout
 
 from ..core import deepspeed_engine, schedules
 from ..core.checkpoint import Checkpoints, StopOnSignal
@@ -20,7 +22,7 @@ from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
 from ..data.collate import Batch
-from ..data.mixture import Mixture
+from ..data.mixture import Mixture, codes_layout
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
 from ..data.sequences import SequenceBuilder
 from .config import LossOptions, MLLMRunConfig
@@ -50,7 +52,7 @@ class StepOutput(NamedTuple):
 
 def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
     """Train from step 0 or from the last checkpoint to the end; leaves OUT/model."""
-    state = build_state(config, run_dir)
+    state = build_train_state(config, run_dir)
     log, step, schedule = state.log, state.step, config.schedule
     state.parts.model.train()
     log.start(step)
@@ -90,7 +92,7 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
     log.info(f"finished: {run_dir.model}")
 
 
-def build_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
+def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
     """Model, data and engine, at step 0 or as of the last checkpoint."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     # with LoRA the frozen base weights stay in `init_from`: checkpoints hold the adapters alone
@@ -157,17 +159,31 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
         if data.codes is None:
             continue
         warnings.add(crop_mismatch(data.codes, entry.kind))
-        tokens = data.codes.manifest["num_tokens"]
-        # images may be read at any size, but are generated at the model's alone
-        if SAMPLE_KINDS[entry.kind].generates_images and tokens != sizes.num_image_tokens:
-            raise UserError(
-                f"{entry.path} holds {tokens} visual tokens per image, but the model generates "
-                f"{sizes.num_image_tokens} (num_image_tokens): extract codes at its image size."
-            )
+        if SAMPLE_KINDS[entry.kind].generates_images:
+            check_generated_layout(sizes, codes_layout(data.codes), entry.path)
     for text in sorted(warnings - {None}):
         if distributed.is_main():
             print(f"data: {text}", file=sys.stderr)
     return mixture
+
+
+def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: str) -> None:
+    """Images may be read in any layout, but are generated in the model's own.
+
+    Raises:
+        UserError: the codes at `path` have another number of tokens or another layout.
+    """
+    if layout.num_tokens != sizes.num_image_tokens:
+        raise UserError(
+            f"{path} holds {layout.num_tokens} visual tokens per image, but the model generates "
+            f"{sizes.num_image_tokens} (num_image_tokens): extract codes at its image size."
+        )
+    own = TokenLayout.from_config(sizes.token_layout, sizes.num_image_tokens, layout.registers)
+    if own != layout:
+        raise UserError(
+            f"{path} holds images of {layout.rows} x {layout.columns} visual tokens, but the model generates "
+            f"{own.rows} x {own.columns} (token_layout): extract codes with a tokenizer of its layout."
+        )
 
 
 def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], step: int) -> StepOutput:

@@ -93,7 +93,11 @@ def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
     assert "30 images in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
     unitok = UniTok.from_pretrained(tokenizer).eval()
     codes = CodeFolder(tmp_path / "codes", unitok.fingerprint())
-    assert len(codes) == 30 and codes.manifest["grid"] == [2, 2] and codes.manifest["psnr"] > 0
+    assert (
+        len(codes) == 30
+        and codes.manifest["layout"] == {"rows": 2, "columns": 2, "registers": 0}
+        and codes.manifest["psnr"] > 0
+    )
     for shard, place in ((0, 0), (1, 7), (2, 9)):
         sample, number = codes.read(shard, place), 10 * shard + place
         wanted = unitok.encode(to_pixels(image(number), SIZE)[None])[0]
