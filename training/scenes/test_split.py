@@ -20,7 +20,7 @@ from .scene import Scene, render, sample_scene
 SUBTYPE = "scenes_test"  # VQAv2's data_subtype
 ANSWER_TYPES = {"existence": "yes/no", "count": "number"}  # all others are "other"
 POPE_CATEGORIES = ("random", "popular", "adversarial")
-Record = dict[str, Any]
+_Record = dict[str, Any]
 
 
 def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int], object]) -> None:
@@ -92,8 +92,8 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
         "data_subtype": SUBTYPE,
         "license": {"name": "MIT"},
     }
-    questions: list[Record] = []
-    annotations: list[Record] = []
+    questions: list[_Record] = []
+    annotations: list[_Record] = []
     for number, scene in enumerate(scenes):
         for question in sample_test_questions(config, scene, number):
             ids = {"image_id": number, "question_id": len(questions)}
@@ -136,7 +136,7 @@ def _write_pope(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     # at least one pair more than a scene can hold, so that one of them is absent
     popular = ranked[: max(len(ranked) // 2, config.max_objects + 1)]
     for category in POPE_CATEGORIES:
-        records: list[Record] = []
+        records: list[_Record] = []
         for number, scene in enumerate(scenes[: config.pope]):
             rng = Random(f"{config.seed}/pope {category}/{number}")
             absent = absent_pair(
@@ -157,9 +157,9 @@ def _write_pope(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
 # ---- prompts for image generation --------------------------------------------------------------------------
 
 
-def geneval_prompts(config: SceneConfig) -> list[Record]:
+def geneval_prompts(config: SceneConfig) -> list[_Record]:
     """Prompts in GenEval's layout, up to `prompts` per tag; GenEval's object class is a shape."""
-    records: list[Record] = []
+    records: list[_Record] = []
     for tag, candidates in GENEVAL_PROMPTS.items():
         # candidates come in random order, the plainest phrases first; duplicates are dropped
         rng, seen = Random(f"{config.seed}/geneval {tag}"), set()
@@ -180,12 +180,12 @@ def _shuffled(items: Iterable[Any], rng: Random) -> list[Any]:
     return items
 
 
-def _prompt(include: list[Record], prompt: str, exclude: Iterable[Record] = ()) -> Record:
+def _prompt(include: list[_Record], prompt: str, exclude: Iterable[_Record] = ()) -> _Record:
     exclude = list(exclude)
     return {"include": include, **({"exclude": exclude} if exclude else {}), "prompt": prompt}
 
 
-def _single(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _single(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     frames = ("{}", "a picture of {}", "there is {}", "an image with {}")
     for frame in frames:
         for shape in _shuffled(config.shape_names, rng):
@@ -194,14 +194,14 @@ def _single(config: SceneConfig, rng: Random) -> Iterator[Record]:
         yield _prompt([{"class": shape, "count": 1}], f"one {shape}")
 
 
-def _two(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _two(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     for frame in ("{}", "a picture of {}", "there is {}"):
         for pair in _shuffled(itertools.permutations(config.shape_names, 2), rng):
             include = [{"class": shape, "count": 1} for shape in pair]
             yield _prompt(include, frame.format(join_phrases([a_or_an(shape) for shape in pair])))
 
 
-def _counting(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _counting(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     numbers = range(max(2, config.min_objects), config.max_objects + 1)
     for frame in ("{}", "a picture of {}"):
         for number, shape in _shuffled(itertools.product(numbers, config.shape_names), rng):
@@ -214,14 +214,14 @@ def _counting(config: SceneConfig, rng: Random) -> Iterator[Record]:
         yield _prompt([include], with_count(f"{color} {shape}", number), [exclude])
 
 
-def _colors(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _colors(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     for frame in ("{}", "a picture of {}"):
         for color, shape in _shuffled(config.pairs, rng):
             include = {"class": shape, "count": 1, "color": color}
             yield _prompt([include], frame.format(a_or_an(f"{color} {shape}")))
 
 
-def _position(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _position(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     choices = itertools.product(itertools.permutations(config.shape_names, 2), RELATION_PHRASES)
     for (shape, target), relation in _shuffled(choices, rng):
         # GenEval's order: the target first, and the relation is what the second clause is to clause 0
@@ -232,7 +232,7 @@ def _position(config: SceneConfig, rng: Random) -> Iterator[Record]:
         yield _prompt(include, f"{a_or_an(shape)} {RELATION_PHRASES[relation]} {a_or_an(target)}")
 
 
-def _attribution(config: SceneConfig, rng: Random) -> Iterator[Record]:
+def _attribution(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     # different shapes and colours, so that swapped attributes are an error
     pairs = itertools.permutations(config.pairs, 2)
     for first, second in _shuffled([(a, b) for a, b in pairs if a[0] != b[0] and a[1] != b[1]], rng):
@@ -243,7 +243,7 @@ def _attribution(config: SceneConfig, rng: Random) -> Iterator[Record]:
 
 
 _GENEVAL_RELATIONS = {"left": "left of", "right": "right of", "above": "above", "below": "below"}
-GENEVAL_PROMPTS: dict[str, Callable[[SceneConfig, Random], Iterator[Record]]] = {
+GENEVAL_PROMPTS: dict[str, Callable[[SceneConfig, Random], Iterator[_Record]]] = {
     "single_object": _single,
     "two_object": _two,
     "counting": _counting,
@@ -253,7 +253,7 @@ GENEVAL_PROMPTS: dict[str, Callable[[SceneConfig, Random], Iterator[Record]]] = 
 }
 
 
-def position_prompts(config: SceneConfig) -> list[Record]:
+def position_prompts(config: SceneConfig) -> list[_Record]:
     """A single object at every named position, in every colour and shape."""
     rng, records = Random(f"{config.seed}/positions"), []
     cells = itertools.product(range(config.grid), repeat=2)
