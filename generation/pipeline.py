@@ -255,8 +255,8 @@ class Pipeline:
         layout, config = self.layout, self.unitok.config
         if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows < layout.rows:
             raise UserError(f"rows is {rows!r}; it must be a whole number from 1 to {layout.rows - 1}.")
-        size = layout.columns * config.patch_size
-        pixels = torch.stack([to_pixels(load_image(image), size, mode="crop") for image in images])
+        shape = (layout.rows * config.patch_size, layout.columns * config.patch_size)
+        pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in images])
         return self.unitok.encode(pixels.to(self.unitok.device))[:, : layout.tokens_of_rows(rows)]
 
     # ---- images and questions -> text ----

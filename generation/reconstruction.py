@@ -19,15 +19,16 @@ def iter_reconstructions(
     """(cropped original, reconstruction) per image.
 
     Args:
-        size: side in pixels of a square crop; None = the training images' size.
+        size: side in pixels of a square crop; None = the shape of the training images.
 
     Raises:
         UserError: a file that is missing or not an image, a size that is not a multiple of the patch size.
     """
-    size = unitok.config.image_size if size is None else size
-    check_whole("size", size)
+    shape = unitok.config.image_shape if size is None else (size, size)
+    check_whole("size", shape[0])
     check_whole("batch_size", batch_size)
+    grid = (shape[0] // unitok.config.patch_size, shape[1] // unitok.config.patch_size)
     for batch in split_batches(images, batch_size):
-        pixels = torch.stack([to_pixels(load_image(image), size, mode="crop") for image in batch])
-        decoded = unitok.decode(unitok.encode(pixels.to(unitok.device))).float().cpu()
+        pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in batch])
+        decoded = unitok.decode(unitok.encode(pixels.to(unitok.device)), grid).float().cpu()
         yield from ((to_pil(original), to_pil(own)) for original, own in zip(pixels, decoded))

@@ -2,10 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
 
-from .config import SIZES, UniTokMLLMConfig
+from .config import MLLM_SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
 from .loading import check_folder
-from .model import UniTokForConditionalGeneration, UniTokMLLMOutput, positions_from_mask
+from .model import UniTokForConditionalGeneration, UniTokMLLMOutput
+from .positions import positions_from_mask
 from .processor import UniTokProcessor
 from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL, text_to_image_prompt
 from .visual_embedder import VisualEmbedder
@@ -17,7 +18,7 @@ AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = [
     "IMAGE_MARK",
-    "SIZES",
+    "MLLM_SIZES",
     "TEMPLATES",
     "TEXT_TO_IMAGE_INSTRUCTION",
     "UNCONDITIONAL",

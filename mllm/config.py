@@ -1,4 +1,5 @@
-"""The sizes of a unified MLLM: a decoder over text tokens and image codes (arXiv 2502.20321, section 3.4)."""
+"""The configuration of a unified MLLM: a decoder over text tokens and image codes (arXiv 2502.20321, section
+3.4)."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.config import UniTokConfig
+from open_unitok.tokenizer.quantizers import QUANTIZERS
+from open_unitok.tokenizer.token_layout import TokenLayout
 
-# A placeholder is no entry of the vocabulary: the published number, which no text tokenizer gives out.
+# The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
 IMAGE_TOKEN_ID = -200
 VISUAL_CONTEXTS = ("full", "last")
+ROW_NORMS = ("unit", "blocks", "none")
 
-# What the depth head takes over from the decoder unless `depth_config` says otherwise.
+# fields that the depth head inherits from the decoder unless `depth_config` sets them
 _SHARED = (
     "hidden_size",
     "intermediate_size",
@@ -26,9 +30,8 @@ _SHARED = (
     "rope_parameters",
 )
 
-# Named sizes. The published 7B is a LLaMA-2-7B with the published UniTok's codes; its config.json was not at
-# hand, so the decoder's sizes are those of LLaMA-2-7B.
-SIZES: dict[str, dict[str, Any]] = {
+# Named sizes. The published 7B is a LLaMA-2-7B over the published UniTok's codes.
+MLLM_SIZES: dict[str, dict[str, Any]] = {
     "unitok_mllm_7b": {
         "text_config": {
             "model_type": "llama",
@@ -48,28 +51,31 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 class UniTokMLLMConfig(PretrainedConfig):
-    """Every size of a `UniTokForConditionalGeneration`; but for the decoder the defaults are the published.
+    """Every size of a `UniTokForConditionalGeneration`; except for the decoder the defaults are as published.
 
     Args:
         text_config: the decoder: a config of transformers, or a dict with its `model_type` ("llama" if none).
         depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that
-            differ from the decoder's widths; 3 layers if it does not say.
+            differ from the decoder's widths; 3 layers unless given.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
-        visual_hidden_size: width of the causal projection; the tokenizer's hidden size, if it starts from
-            there.
+        row_norm, row_blocks: normalisation of codebook rows before the projection, as the tokenizer's
+            quantiser has it: "unit" norm, unit norm of each of `row_blocks` equal "blocks" of a row, "none".
+        visual_hidden_size: width of the causal projection; equal to the tokenizer's decoder width if the
+            projection is initialised from the tokenizer.
         projection_heads: its heads; None = visual_hidden_size // (K*C), as in the tokenizer.
-        num_image_tokens: N of a drawn image. Read images may have other numbers.
-        visual_context: what a visual vector knows while an image is drawn: "full" = all earlier codes of its
-            image, as in training; "last" = its own codes alone, as the published sampler had it.
-        image_z_loss_weight: weight of the mean squared largest logit, beside the image's cross entropy.
-        image_token_id: marks an image's places in `input_ids`, and in `labels` that the image is learnt; not
-            an entry of the vocabulary, so that text logits stay those of the plain decoder.
-        boi_token_id, eoi_token_id: stand before and after a drawn image. pad_token_id: fills rows up; which
-            places are filled is said by the attention mask alone.
+        num_image_tokens: N of a generated image. Images that are read may have another N.
+        token_layout: {rows, columns, registers} of a generated image's tokens; None = square.
+        visual_context: what a visual vector depends on during generation: "full" = all earlier codes of its
+            image, as in training; "last" = its own codes alone, as in the published sampler.
+        image_z_loss_weight: weight of the mean squared largest logit, added to the image's cross entropy.
+        image_token_id: placeholder of visual tokens in `input_ids`, and in `labels` if they are learnt; it is
+            outside the vocabulary, so text logits equal those of the plain decoder.
+        boi_token_id, eoi_token_id: begin and end of a generated image.
+        pad_token_id: padding; the attention mask alone decides what is padding.
         unitok_fingerprint: of the visual tokenizer whose codes the model was trained on, or None.
 
     Raises:
-        UserError: a value that no model can be built from; the message names the field.
+        UserError: a value from which no model can be built; the message names the field.
     """
 
     model_type = "unitok_mllm"
@@ -80,6 +86,8 @@ class UniTokMLLMConfig(PretrainedConfig):
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8
+    row_norm: Literal["unit", "blocks", "none"] | str = "unit"
+    row_blocks: int = 1
     visual_hidden_size: int = 1024
     projection_heads: int | None = None
     num_image_tokens: int = 256
@@ -111,16 +119,22 @@ class UniTokMLLMConfig(PretrainedConfig):
             "num_codebooks",
             "codebook_size",
             "codebook_dim",
+            "row_blocks",
             "visual_hidden_size",
             "num_image_tokens",
         ):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)}: at least 1 is needed.")
-        if self.visual_context not in VISUAL_CONTEXTS:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
+        for name, allowed in (("visual_context", VISUAL_CONTEXTS), ("row_norm", ROW_NORMS)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"{name} = {value!r}." + did_you_mean(value, allowed))
+        if self.codebook_dim % self.row_blocks:
             raise UserError(
-                f"visual_context = {self.visual_context!r}."
-                + did_you_mean(self.visual_context, VISUAL_CONTEXTS)
+                f"row_blocks = {self.row_blocks} does not divide codebook_dim = {self.codebook_dim}."
             )
+        if self.token_layout is not None:
+            self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         widest = max(self.visual_hidden_size, self.latent_dim)
         if widest % self.num_projection_heads:
             raise UserError(
@@ -130,13 +144,13 @@ class UniTokMLLMConfig(PretrainedConfig):
             )
         if self.image_token_id in (self.boi_token_id, self.eoi_token_id, -100):
             raise UserError(
-                f"image_token_id = {self.image_token_id} also means boi, eoi or an ignored label: "
-                "pick another number."
+                f"image_token_id = {self.image_token_id} is also boi, eoi or the ignored label: choose "
+                "another number."
             )
 
     @property
     def latent_dim(self) -> int:
-        """K*C, the width of all sub-codes of a visual token side by side."""
+        """K*C, the width of a visual token's K code rows concatenated."""
         return self.num_codebooks * self.codebook_dim
 
     @property
@@ -146,27 +160,32 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     @property
     def context_length(self) -> int | None:
-        """The decoder's context, in tokens (visual ones included); None where its config names none."""
+        """The decoder's context in tokens, visual ones included; None if its config has no limit."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> UniTokMLLMConfig:
-        """The config of a named size with some fields changed.
+        """The config of a named size (see `MLLM_SIZES`), with changes.
 
         Raises:
             UserError: there is no such size.
         """
-        if name not in SIZES:
-            raise UserError(f"There is no MLLM size {name!r}." + did_you_mean(name, SIZES))
-        return cls(**{**SIZES[name], **changes})
+        if name not in MLLM_SIZES:
+            raise UserError(f"{name!r} is not an MLLM size." + did_you_mean(name, MLLM_SIZES))
+        return cls(**{**MLLM_SIZES[name], **changes})
 
     @classmethod
     def for_tokenizer(cls, unitok: UniTokConfig, **fields: Any) -> UniTokMLLMConfig:
         """A config whose visual side fits a visual tokenizer; `fields` are the others (text_config, ...)."""
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
-        visual["visual_hidden_size"] = unitok.decoder_width
-        visual["projection_heads"] = unitok.num_projection_heads
-        return cls(**{**visual, "num_image_tokens": unitok.num_visual_tokens, **fields})
+        visual |= {"visual_hidden_size": unitok.decoder_width, "token_layout": unitok.token_layout}
+        visual |= {
+            "projection_heads": unitok.num_projection_heads,
+            "num_image_tokens": unitok.num_visual_tokens,
+        }
+        quantizer = QUANTIZERS[unitok.quantizer]
+        visual |= {"row_norm": quantizer.row_norm, "row_blocks": quantizer.row_blocks}
+        return cls(**{**visual, **fields})
 
 
 def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> PretrainedConfig:
@@ -178,21 +197,21 @@ def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> Pretrai
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
         raise UserError(
-            f"text_config.model_type = {kind!r} is no decoder that transformers knows: {error}"
+            f"text_config.model_type = {kind!r} is not a decoder of transformers: {error}"
         ) from error
 
 
 def _depth_config(config: dict[str, Any] | PretrainedConfig | None, text: PretrainedConfig) -> LlamaConfig:
-    """Fill up what `config` leaves out with the decoder's widths, and with what the decoder has no say in."""
+    """The depth head's config: `config`, else the decoder's widths, else the defaults."""
     if isinstance(config, LlamaConfig):
         return config
     fields = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config or {})
     fields.pop("model_type", None)
     shared = {name: getattr(text, name, None) for name in _SHARED}
     if not isinstance(shared["rope_parameters"], dict) or "rope_theta" not in shared["rope_parameters"]:
-        shared["rope_parameters"] = None  # some families keep one set per kind of layer
+        shared["rope_parameters"] = None  # some families have one set per layer type
     shared["hidden_act"] = shared["hidden_act"] or getattr(text, "hidden_activation", None) or "silu"
-    if fields.keys() & {"hidden_size", "num_attention_heads"}:  # then these follow from the new widths
+    if fields.keys() & {"hidden_size", "num_attention_heads"}:  # these follow from the new widths
         shared["head_dim"] = shared["num_key_value_heads"] = None
         if "num_attention_heads" not in fields and fields["hidden_size"] % (
             shared["num_attention_heads"] or 1

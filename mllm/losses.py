@@ -1,5 +1,4 @@
-"""What is learnt where, and the losses of text and images (arXiv 2502.20321, section 3.4; z-term as
-published).
+"""Targets and losses of text and images (arXiv 2502.20321, section 3.4; z-loss as published).
 
 B batch, L sequence, I images in the batch, J learnt images, N visual tokens per image, K sub-codebooks,
 V entries per sub-codebook, T learnt text tokens.
@@ -16,27 +15,27 @@ IGNORED = -100
 
 
 class Targets(NamedTuple):
-    """Places in the flattened batch; a token is predicted from the place before its own."""
+    """Positions in the flattened batch; a token is predicted at the position before its own."""
 
     text_before: torch.Tensor  # (T,)
     text_ids: torch.Tensor  # (T,)
-    images: torch.Tensor | None  # (J,) which of the I images are learnt; None = no image
+    images: torch.Tensor | None  # (J,) which of the I images are learnt; None = none
     image_before: torch.Tensor | None  # (J, N)
 
 
-def targets(
+def find_targets(
     labels: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
-    places: torch.Tensor | None,
+    positions: torch.Tensor | None,
     image_token_id: int,
 ) -> Targets:
-    """Sort the labels of a batch.
+    """Where the targets of a batch are.
 
     Args:
         labels: (B, L) text ids, `image_token_id` or -100.
         attention_mask: (B, L) or None. position_ids: (B, L) or None, 0 at the start of each packed sample.
-        places: (I, N) of the images in the flattened batch, or None.
+        positions: (I, N) of the images in the flattened batch, or None.
 
     Raises:
         UserError: an image is learnt in part, or has no token before it.
@@ -46,17 +45,17 @@ def targets(
     learnt = (flat != IGNORED) & ~first
     text = (learnt & (flat != image_token_id)).nonzero().squeeze(1)
     images = image_before = None
-    if places is not None:
-        marked = flat[places] == image_token_id  # (I, N)
+    if positions is not None:
+        marked = flat[positions] == image_token_id  # (I, N)
         images = marked.any(dim=1).nonzero().squeeze(1)
         if not bool(marked[images].all()):
-            raise UserError("labels mark only part of an image: all its places are learnt, or none.")
+            raise UserError("labels mark only part of an image: mark all its placeholders, or none.")
         if len(images):
-            if bool(first[places[images, 0]].any()):
+            if bool(first[positions[images, 0]].any()):
                 raise UserError(
-                    "An image stands first in its sample and cannot be learnt: put a token before it."
+                    "An image comes first in its sample and cannot be learnt: put a token before it."
                 )
-            image_before = places[images] - 1
+            image_before = positions[images] - 1
         else:
             images = None
     return Targets(text - 1, flat[text], images, image_before)
@@ -65,7 +64,7 @@ def targets(
 def first_tokens(
     labels: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """(B, L) bool: where nothing real stands before, so that nothing can predict this place."""
+    """(B, L) bool: tokens with no real token before them, which nothing can predict."""
     first = torch.zeros_like(labels, dtype=torch.bool)
     first[:, 0] = True
     if attention_mask is not None and attention_mask.dim() == 2:
@@ -85,13 +84,13 @@ def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def image_loss(
     logits: torch.Tensor, codes: torch.Tensor, z_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(M, K, V) logits and (M, K) codes -> summed cross entropy and z-term, the z-term alone, and per
-    sub-codebook the number of right guesses (K,).
+    """(M, K, V) logits and (M, K) codes -> summed cross entropy plus z-loss, the z-loss alone, and the number
+    of correct argmax predictions per sub-codebook (K,).
 
-    The published z-term squares the largest logit, not the log of the summed exponentials.
+    The published z-loss squares the largest logit, not the log-sum-exp.
     """
     logits = logits.float()
-    largest, guess = logits.max(dim=-1)
-    z_term = z_weight * largest.square().sum()
+    largest, predicted = logits.max(dim=-1)
+    z_loss = z_weight * largest.square().sum()
     entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
-    return entropy + z_term, z_term.detach(), (guess == codes).sum(dim=0)
+    return entropy + z_loss, z_loss.detach(), (predicted == codes).sum(dim=0)

@@ -1,5 +1,7 @@
-"""The unified MLLM: one decoder reads and writes text and images through their codes (arXiv 2502.20321,
-section 3.4).
+"""The unified MLLM: one autoregressive decoder over text tokens and image codes (arXiv 2502.20321, section
+3.4).
+
+Weights have one dtype throughout, the frozen code rows included; losses and their logits are float32.
 
 B batch, L sequence, I images in the batch, N visual tokens per image, K sub-codebooks, V entries per
 sub-codebook, D decoder width, J learnt images, T learnt text tokens.
@@ -20,23 +22,25 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer import AttentionProjection, UniTok
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.precision import to_dtype_of
 from open_unitok.tokenizer.projection import ProjectionAttention
 
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import DepthHead
 from .loading import PUBLISHED_TYPE, assign_state, check_complete, check_folder, folder_type
-from .losses import image_loss, targets, text_loss
+from .losses import find_targets, image_loss, text_loss
+from .positions import positions_from_mask, sequence_bounds
 from .visual_embedder import VisualEmbedder
 
 
 @dataclass
 class UniTokMLLMOutput(ModelOutput):
-    """What `UniTokForConditionalGeneration.forward` gives; None stands where nothing was asked for.
+    """Result of `UniTokForConditionalGeneration.forward`; None where nothing was requested.
 
-    With `reduction="sum"` the three losses are sums over tokens and codes, so that a training loop can add
-    up and divide by its own global counts; with "mean", `loss` is their sum over `text_tokens + image_codes`.
+    With `reduction="sum"` the losses are sums over tokens and codes, for a training loop that divides by
+    global counts; with "mean", `loss` is their sum divided by `text_tokens + image_codes`.
     """
 
     loss: torch.Tensor | None = None
@@ -53,11 +57,11 @@ class UniTokMLLMOutput(ModelOutput):
 
 
 class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder in front and two heads
-    behind: `lm_head` for text, `depth_head` for the K codes of a visual token.
+    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder at its input and two
+    heads: `lm_head` for text, `depth_head` for the K codes of a visual token.
 
-    Visual vectors are not multiplied by the embedding scale that some decoders (Gemma) give their text
-    embeddings: the embedder's MLP learns its own scale.
+    Some decoders (Gemma) multiply text embeddings by a scale. Visual vectors are not multiplied: the
+    embedder's MLP learns their scale.
     """
 
     config_class = UniTokMLLMConfig
@@ -100,27 +104,28 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """One pass over sequences of text and images.
 
         Args:
-            input_ids: (B, L); an image takes N places of `config.image_token_id`.
-            attention_mask: (B, L), 0 where a row was filled up, on either side; None = nothing was filled up.
-            image_codes: (I, N, K), the images in row-major order of their places.
-            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the places of an image
-                that is learnt, -100 elsewhere. A row's or packed sample's first token is never a target.
-            inputs_embeds: (B, L, D) instead of `input_ids`; images are in it already.
-            position_ids: (B, L); None = counted along the mask. Where a row packs several samples, pass
-                positions that start again from 0 with each, and no mask: then no sample sees another.
-            logits_to_keep: text logits of the last so many places only; 0 = of all.
+            input_ids: (B, L); an image is N placeholders `config.image_token_id`.
+            attention_mask: (B, L), 0 on padding, on either side; None = no padding.
+            image_codes: (I, N, K), the images in row-major order of their placeholders.
+            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the placeholders of an
+                image that is learnt, -100 elsewhere. The first token of a row or packed sample is no target.
+            inputs_embeds: (B, L, D) instead of `input_ids`, images included.
+            position_ids: (B, L); None = counted along the mask. For rows that pack several samples pass
+                positions that restart from 0 with each sample, and no mask: samples do not attend to each
+                other then.
+            logits_to_keep: text logits of the last positions only; 0 = of all.
             reduction: "mean" or "sum" of the losses; see `UniTokMLLMOutput`.
-            return_logits: compute text logits of all places; None = only where there are no labels.
+            return_logits: compute text logits; None = only without labels.
 
         Raises:
-            UserError: images and places do not match; a sequence longer than the context; a learnt image with
-                nothing before it.
+            UserError: images and placeholders do not match; a sequence longer than the context; a learnt
+                image with no token before it.
         """
-        places = None
+        positions = None
         if inputs_embeds is None:
             assert input_ids is not None
-            places = self._find_places(input_ids, image_codes)
-            inputs_embeds = self._embed(input_ids, image_codes, places)
+            positions = self._image_positions(input_ids, image_codes)
+            inputs_embeds = self._embed(input_ids, image_codes, positions)
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             self.check_length(past + inputs_embeds.shape[1])
@@ -128,10 +133,10 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 position_ids = positions_from_mask(attention_mask)[:, past:]
         flat = inputs_embeds
         flat_positions = position_ids
-        if position_ids is not None and attention_mask is None and past == 0 and self._attends_by_lengths():
-            # flash attention takes no mask: told nothing, it would let packed samples see each other
+        if position_ids is not None and attention_mask is None and past == 0 and self._uses_flash_attention():
+            # FlashAttention ignores 4-D masks: pass cu_seqlens, or packed samples attend to each other
             flat, flat_positions = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
-            kwargs |= sample_bounds(position_ids)
+            kwargs |= sequence_bounds(position_ids)
         output = self.language_model(
             inputs_embeds=flat,
             attention_mask=attention_mask,
@@ -143,61 +148,65 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         hidden = output.last_hidden_state.view_as(inputs_embeds)
         result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
         if labels is not None:
-            self._losses(result, labels, attention_mask, position_ids, image_codes, places, reduction)
+            self._add_losses(result, labels, attention_mask, position_ids, image_codes, positions, reduction)
         if return_logits or (return_logits is None and labels is None):
             result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return result
 
-    def _attends_by_lengths(self) -> bool:
-        """True for flash attention, which knows samples by where they begin, not by a mask."""
+    def _uses_flash_attention(self) -> bool:
+        """True for attention that separates packed samples by cu_seqlens instead of a mask."""
         return "flash" in str(self.language_model.config._attn_implementation)
 
     def embed_inputs(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, L) ids and (I, N, K) codes -> (B, L, D) vectors, images in their places.
+        """(B, L) ids and (I, N, K) codes -> (B, L, D) input vectors of the decoder.
 
         Raises:
-            UserError: images and places do not match.
+            UserError: images and placeholders do not match.
         """
-        return self._embed(input_ids, image_codes, self._find_places(input_ids, image_codes))
+        return self._embed(input_ids, image_codes, self._image_positions(input_ids, image_codes))
 
-    def _find_places(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None) -> torch.Tensor | None:
-        """(I, N) places of the images in the flattened batch; None without images."""
-        places = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
+    def _image_positions(
+        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """(I, N) positions of the images in the flattened batch; None without images."""
+        positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
         if image_codes is None or image_codes.shape[0] == 0:
-            if len(places):
-                raise UserError(f"input_ids hold {len(places)} image places, but no image_codes were given.")
+            if len(positions):
+                raise UserError(
+                    f"input_ids hold {len(positions)} image placeholders, but no image_codes were given."
+                )
             return None
         self.visual_embedder.check_codes(image_codes)
         images, length, _ = image_codes.shape
-        if len(places) != images * length:
+        if len(positions) != images * length:
             raise UserError(
-                f"input_ids hold {len(places)} image places, but image_codes bring {images} images of "
-                f"{length} visual tokens = {images * length}: an image takes one place per visual token."
+                f"input_ids hold {len(positions)} image placeholders, but image_codes hold {images} images "
+                f"of {length} visual tokens = {images * length}: expected one placeholder per visual token."
             )
-        return places.view(images, length)
+        return positions.view(images, length)
 
     def _embed(
-        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None, places: torch.Tensor | None
+        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None, positions: torch.Tensor | None
     ) -> torch.Tensor:
         embed = self.get_input_embeddings()
-        if places is None:
+        if positions is None:
             vectors = embed(input_ids)
-            if (
-                self.training and torch.is_grad_enabled()
-            ):  # every part takes part in every batch, on every rank
-                nothing = input_ids.new_zeros((1, 1, self.config.num_codebooks))
-                vectors = vectors + 0.0 * self.visual_embedder(nothing).sum().to(vectors.dtype)
+            if self.training and torch.is_grad_enabled():
+                # every module takes part in every batch on every rank, or ZeRO-3's gathers hang
+                dummy = input_ids.new_zeros((1, 1, self.config.num_codebooks))
+                vectors = vectors + 0.0 * self.visual_embedder(dummy).sum().to(vectors.dtype)
             return vectors
         assert image_codes is not None
+        # the placeholder is not in the vocabulary: embed id 0, then overwrite
         vectors = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
         visual = self.visual_embedder(image_codes).to(vectors.dtype)
-        flat = vectors.flatten(0, 1).index_copy(0, places.flatten(), visual.flatten(0, 1))
+        flat = vectors.flatten(0, 1).index_copy(0, positions.flatten(), visual.flatten(0, 1))
         return flat.view_as(vectors)
 
     def embed_codes(self, codes: torch.Tensor) -> torch.Tensor:
-        """(I, N, K) codes of whole images -> (I, N, D), as the decoder reads them."""
+        """(I, N, K) codes of whole images -> (I, N, D) input vectors of the decoder."""
         self.visual_embedder.check_codes(codes)
-        return self.visual_embedder(codes).to(self.get_input_embeddings().weight.dtype)
+        return to_dtype_of(self.get_input_embeddings(), self.visual_embedder(codes))
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) hidden states -> (..., vocabulary) logits of text."""
@@ -224,16 +233,16 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Write text behind `input_ids`, as transformers' `generate` does.
+        """Generate text as transformers' `generate` does, with images in the prompts.
 
         Args:
-            input_ids: (B, L) prompts, filled up on the left.
+            input_ids: (B, L) prompts, left-padded.
             image_codes: (I, N, K), the images in the prompts. With it (I = 0 is allowed) only the new ids are
-                returned; without it, as transformers has it, prompt and new ids.
-            attention_mask: (B, L), 0 where a row was filled up.
+                returned; without it, as in transformers, prompt and new ids.
+            attention_mask: (B, L), 0 on padding.
 
         Raises:
-            UserError: as `forward`; a prompt that leaves no room for an answer.
+            UserError: as `forward`; a prompt that fills the context.
         """
         if input_ids is not None:
             limit = self.config.context_length
@@ -249,27 +258,12 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().generate(inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
 
     def init_from_tokenizer(self, unitok: UniTok) -> None:
-        """Take over a visual tokenizer's codebooks, and its up projection as the start of the causal one.
+        """Copy a visual tokenizer's code table, and initialise the causal projection from its up projection.
 
         Raises:
-            UserError: the tokenizer's sizes are not this model's.
+            UserError: the tokenizer's sizes differ from the model's; its quantiser has no code table.
         """
-        for name in ("num_codebooks", "codebook_size", "codebook_dim"):
-            ours, theirs = getattr(self.config, name), getattr(unitok.config, name)
-            if ours != theirs:
-                raise UserError(f"{name} = {ours} in the model, but {theirs} in the visual tokenizer.")
-        own, other = self.visual_embedder.projection, unitok.up_projection
-        if isinstance(other, AttentionProjection):
-            shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
-            if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
-                raise UserError(
-                    f"visual_hidden_size = {self.config.visual_hidden_size} with {own.attention.heads} heads "
-                    f"does not fit the visual tokenizer's projection to {unitok.config.hidden_size} with "
-                    f"{other.attention.heads} heads: take the config from UniTokMLLMConfig.for_tokenizer."
-                )
-            own.load_state_dict(other.state_dict())
-        with torch.no_grad():
-            self.visual_embedder.codebooks.copy_(unitok.quantizer.codebooks)
+        self.visual_embedder.init_from_tokenizer(unitok)
         self.config.unitok_fingerprint = unitok.fingerprint()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -288,11 +282,11 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder of ours or a hub id; keyword arguments as in transformers. A published folder is read
-        too, with `dtype` and `attn_implementation` as the only ones.
+        """Load a folder of ours or a hub id; keyword arguments as in transformers. A published folder loads
+        too, with the keyword arguments `dtype` and `attn_implementation`.
 
         Raises:
-            UserError: the folder holds no model, one of another kind, or one that lacks weights; a package
+            UserError: the folder holds no model, another kind of model, or incomplete weights; a package
                 that an argument needs (flash-attn, bitsandbytes, accelerate) is not installed.
         """
         path = Path(pretrained_model_name_or_path)
@@ -307,19 +301,21 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             check_folder(path)
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
-            # the embedder's attention takes its weights as plain matrices
+            # the embedder's attention multiplies by `qkv.weight` itself, which must not be quantised
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
-        told = kwargs.pop("output_loading_info", False)
+        wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
             )
         except ImportError as error:
-            raise UserError(f"{path} cannot be loaded so: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{path} cannot be loaded with these arguments: {' '.join(str(error).split())}"
+            ) from error
         check_complete(path, info)
-        model.visual_embedder.codebooks.requires_grad_(False)  # loading forgets it
-        return (model, info) if told else model
+        model.visual_embedder.codebooks.requires_grad_(False)  # transformers sets it to True
+        return (model, info) if wants_info else model
 
     @classmethod
     def from_state(cls, config: UniTokMLLMConfig, state: dict[str, torch.Tensor], source: Any) -> Any:
@@ -338,18 +334,18 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.tie_weights()
         return model.eval()
 
-    def _losses(
+    def _add_losses(
         self,
         result: UniTokMLLMOutput,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         image_codes: torch.Tensor | None,
-        places: torch.Tensor | None,
+        positions: torch.Tensor | None,
         reduction: str,
     ) -> None:
-        """Fill in the losses; text logits only where text is learnt, depth head only where an image is."""
-        found = targets(labels, attention_mask, position_ids, places, self.config.image_token_id)
+        """Fill in the losses: text logits only where text is learnt, the depth head only where images are."""
+        found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
         hidden = result.last_hidden_state
         assert hidden is not None
         flat = hidden.flatten(0, 1)
@@ -359,7 +355,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         count = len(found.text_before)
         if count:
             text_sum = text_loss(self.text_logits(flat[found.text_before]), found.text_ids)
-        elif keep_graph:
+        elif keep_graph:  # a zero-weighted dummy: every module takes part on every rank
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:
             assert image_codes is not None
@@ -374,8 +370,8 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_codes_learnt = 0
             result.image_correct = labels.new_zeros(self.config.num_codebooks)
             if keep_graph:
-                nothing = labels.new_zeros((1, self.config.num_codebooks))
-                image_sum = 0.0 * self.depth_head(flat[:1], nothing).sum().float()
+                dummy = labels.new_zeros((1, self.config.num_codebooks))
+                image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
         result.text_tokens = labels.new_tensor(count)
         result.image_codes = labels.new_tensor(image_codes_learnt)
         total = text_sum + image_sum
@@ -395,19 +391,3 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             init.zeros_(module.query_bias)
             init.zeros_(module.value_bias)
         super()._init_weights(module)
-
-
-def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """(B, L) mask -> (B, L) positions that count the real tokens of each row from 0; 0 before the first."""
-    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def sample_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
-    """(B, L) positions that begin again from 0 with each sample -> where the samples of the flattened batch
-    begin, as flash attention wants it."""
-    flat = position_ids.flatten()
-    begins = (flat == 0).nonzero().squeeze(1)
-    bounds = torch.cat([begins, begins.new_tensor([len(flat)])]).to(torch.int32)
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    lengths = {"max_length_q": longest, "max_length_k": longest}
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **lengths}

@@ -1,5 +1,5 @@
-"""From words and images to what the MLLM takes, and back: text tokenizer, prompts, special ids,
-preprocessing (published UniTok).
+"""The processor: text and images to the MLLM's inputs and back; prompts, special ids, image preprocessing
+(published UniTok).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_json
+from open_unitok.tokenizer.images import load_image, to_pixels
+from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import IMAGE_TOKEN_ID
 from .prompts import (
@@ -35,26 +37,29 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CONFIG = "processor_config.json"
-CHAT = "chat"  # the template that the text tokenizer brings along
+CHAT = "chat"  # the text tokenizer's own chat template
 BOI, EOI = (
     ("<0x00>", "<|boi|>"),
     ("<0x01>", "<|eoi|>"),
-)  # a byte piece of LLaMA's vocabulary, or else a new one
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # such pieces, which vocabularies of sentencepiece fall back to
+)  # a byte token of LLaMA's vocabulary, or a new one
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
 class UniTokProcessor:
-    """Joins a text tokenizer, a conversation template and image preprocessing; it is saved beside its model.
+    """A text tokenizer, a conversation template and image preprocessing; saved in the model's folder.
 
     Args:
-        text_tokenizer: a tokenizer of transformers. Without LLaMA's byte pieces two new pieces are added for
-            boi and eoi; the model's embeddings are then resized to `vocab_size`.
-        image_size: side in pixels of the squares that the visual tokenizer reads.
-        num_image_tokens: N of such a square.
+        text_tokenizer: a tokenizer of transformers. If it lacks LLaMA's byte tokens, two new tokens are added
+            for boi and eoi; the model's embeddings are then resized to `vocab_size`.
+        image_size: side in pixels of the square images that the visual tokenizer reads; with a
+            `token_layout`, the longer side.
+        num_image_tokens: N of such an image.
         template: a name in `TEMPLATES`, or "chat" for the tokenizer's own chat template.
         legacy: how LLaMA's tokenizer treats text behind an eos; True for the published weights.
-        image_token_id: marks the places of images in ids.
-        max_prompt: text ids of a drawing prompt, bos included; further ones are cut off (published: 1750).
+        image_token_id: the placeholder of visual tokens.
+        max_prompt: maximum text ids of a text-to-image prompt, bos included; longer ones are truncated
+            (published: 1750).
+        token_layout: {rows, columns, registers} of such an image's tokens; None = square.
 
     Attributes:
         boi_token_id, eoi_token_id, pad_token_id, bos_token_id (None in some families), eos_token_id.
@@ -69,6 +74,7 @@ class UniTokProcessor:
         legacy: bool = True,
         image_token_id: int = IMAGE_TOKEN_ID,
         max_prompt: int = 1750,
+        token_layout: dict[str, int] | None = None,
     ) -> None:
         if template != CHAT:
             find_template(template)
@@ -79,17 +85,18 @@ class UniTokProcessor:
         self.text_tokenizer, self.template, self.legacy = text_tokenizer, template, legacy
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.image_token_id, self.max_prompt = image_token_id, max_prompt
+        self.token_layout = token_layout
         self.boi_token_id, self.eoi_token_id = (_piece(text_tokenizer, names) for names in (BOI, EOI))
         self.bos_token_id: int | None = text_tokenizer.bos_token_id
         if text_tokenizer.eos_token_id is None:
-            raise UserError("The text tokenizer has no eos token: answers could not end.")
+            raise UserError("The text tokenizer has no eos token, which ends an answer.")
         self.eos_token_id: int = text_tokenizer.eos_token_id
         candidates = (text_tokenizer.pad_token_id, text_tokenizer.unk_token_id, self.eos_token_id)
         self.pad_token_id: int = next(i for i in candidates if i is not None)
 
     @classmethod
     def from_text_tokenizer(cls, path: str | os.PathLike[str], **options: Any) -> UniTokProcessor:
-        """Build one around a sentencepiece `tokenizer.model`, a folder or a hub id.
+        """Build one with the text tokenizer of a sentencepiece `tokenizer.model`, a folder or a hub id.
 
         Raises:
             UserError: nothing is there.
@@ -111,7 +118,7 @@ class UniTokProcessor:
         else:
             path = Path(folder) / CONFIG
             if not path.exists():
-                raise UserError(f"{folder} holds no {CONFIG}: it is no folder of an MLLM.")
+                raise UserError(f"{folder} has no {CONFIG}: it is not an MLLM folder.")
         changes = {name: value for name, value in changes.items() if name not in _FROM_AUTO}
         options = {name: value for name, value in read_json(path).items() if name in _OPTIONS} | changes
         return cls(_load_tokenizer(folder, legacy=options.get("legacy", True)), **options)
@@ -120,21 +127,23 @@ class UniTokProcessor:
         """Write the text tokenizer's files and `processor_config.json` into `folder`."""
         self.text_tokenizer.save_pretrained(folder)
         options = {name: getattr(self, name) for name in _OPTIONS}
+        if self.token_layout is None:  # absent in all files of square images
+            del options["token_layout"]
         write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
 
     @property
     def vocab_size(self) -> int:
-        """Rows that the model's text embeddings need at least."""
+        """Minimum number of rows of the model's text embeddings."""
         return len(self.text_tokenizer)
 
     def token_ids(self) -> dict[str, int | None]:
         """The special ids by the names of `UniTokMLLMConfig`'s fields."""
         return {name: getattr(self, name) for name in _TOKEN_IDS}
 
-    # ---- text -> ids; an image is one id, but for `question_ids`, which is ready for the model ----
+    # ---- text -> ids; an image is one placeholder, except in `question_ids`, which has N ----
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of plain text; bos first, where the tokenizer has one."""
+        """Ids of plain text, bos first if the tokenizer has one."""
         start = [] if self.bos_token_id is None else [self.bos_token_id]
         return start + self._pieces(text)
 
@@ -145,16 +154,16 @@ class UniTokProcessor:
         tokens: int | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> list[int]:
-        """A question behind its images, up to where the answer begins; every image takes its N places.
+        """Ids of a question with its images, up to the start of the answer; N placeholders per image.
 
         Args:
-            question: may hold `<image>` marks of its own, one per image; else the images come first.
-            tokens: N, if not `num_image_tokens`.
+            question: may contain `<image>` marks, one per image; else the images come first.
+            tokens: N if it is not `num_image_tokens`.
             history: earlier questions and their answers; the images are those of the whole conversation, at
                 the marks in its questions, or all before the first.
 
         Raises:
-            UserError: as many marks as images are needed, or none.
+            UserError: the number of marks is neither 0 nor that of the images.
         """
         questions = [*(q for q, _ in history), question]
         if not any(IMAGE_MARK in q for q in questions):
@@ -170,12 +179,12 @@ class UniTokProcessor:
         return [*self.encode_text(prompt + template.text_to_image)[: self.max_prompt], self.boi_token_id]
 
     def unconditional_ids(self) -> list[int]:
-        """The prompt that guidance leads away from; boi stands at its end."""
+        """The unconditional prompt of classifier-free guidance, then boi."""
         return [*self.encode_text(UNCONDITIONAL), self.boi_token_id]
 
     def conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]: answers and the
-        eos behind each are learnt.
+        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]; the answers and
+        their eos are learnt.
 
         Raises:
             UserError: the turns do not alternate.
@@ -192,8 +201,8 @@ class UniTokProcessor:
         return ids, labels
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of the image with the first answer straight behind it, as a projector is
-        pretrained; one space ends it, no eos (published).
+        """Ids and labels of the image followed by the first answer, for projector pretraining; it ends with a
+        space instead of eos (published).
 
         Raises:
             UserError: the turns do not alternate.
@@ -204,21 +213,21 @@ class UniTokProcessor:
         return given + learnt, [IGNORED] * len(given) + learnt
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; images and special ids are left out."""
+        """Text of ids, without images and special ids."""
         kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
         return self.text_tokenizer.decode(kept, skip_special_tokens=True)
 
     def decode_settled(self, ids: Iterable[int]) -> str:
-        """The beginning of `decode(ids)` that no id behind these can change.
+        """The prefix of `decode(ids)` that later ids cannot change.
 
-        Byte pieces at the end wait for the piece that ends their run: one byte that fits no character turns
-        the characters of the whole run into replacement characters. So does half a character.
+        A run of byte tokens at the end is held back until it is complete: one invalid byte turns the whole
+        run into replacement characters. An incomplete character is held back as well.
         """
-        passed_over = {*self.text_tokenizer.all_special_ids, self.image_token_id}
+        skipped = {*self.text_tokenizer.all_special_ids, self.image_token_id}
         kept = [int(i) for i in ids]
-        while kept:  # what decoding passes over ends no run
+        while kept:  # ids that decoding skips do not end a run
             piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
-            if piece and kept[-1] not in passed_over and not BYTE.fullmatch(piece):
+            if piece and kept[-1] not in skipped and not BYTE.fullmatch(piece):
                 break
             kept.pop()
         return self.decode(kept).rstrip("\ufffd")
@@ -226,21 +235,26 @@ class UniTokProcessor:
     # ---- batches and images ----
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "left") -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of ids -> ids and mask (B, L), int64, filled up on one side ("left" to write behind them)."""
+        """Rows of ids -> padded ids and mask (B, L), int64; "left" padding is for generation."""
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.pad_token_id)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            place = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
-            ids[i, place] = torch.as_tensor(list(row), dtype=ids.dtype)
-            mask[i, place] = 1
+            real = slice(longest - len(row), longest) if side == "left" else slice(0, len(row))
+            ids[i, real] = torch.as_tensor(list(row), dtype=ids.dtype)
+            mask[i, real] = 1
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """An image to be read -> (3, S, S) in [-1, 1]: padded to a square with the published grey."""
-        from open_unitok.tokenizer.images import load_image, to_pixels
+        """An image to be read -> (3, H, W) in [-1, 1]: padded to the aspect ratio with the published grey."""
+        return to_pixels(load_image(image), self.image_shape, mode="pad")
 
-        return to_pixels(load_image(image), self.image_size, mode="pad")
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the visual tokenizer reads."""
+        layout = TokenLayout.from_config(self.token_layout or {"rows": 1, "columns": 1}, None)
+        patch_size = self.image_size // max(layout.grid)
+        return layout.rows * patch_size, layout.columns * patch_size
 
     def _pieces(self, text: str) -> list[int]:
         return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -251,7 +265,7 @@ class UniTokProcessor:
         return ids if not bos or self.bos_token_id is None else [self.bos_token_id, *ids]
 
     def _prompt(self, earlier: list[tuple[str, str]], question: str) -> str:
-        """All text up to the answer to `question`."""
+        """The text up to the answer to `question`."""
         if self.template == CHAT:
             return self._chat_prompt(earlier, question)
         template = find_template(self.template)
@@ -259,7 +273,7 @@ class UniTokProcessor:
         return template.opening + rounds + template._replace(system="").prompt(question)
 
     def _answer(self, answer: str) -> str:
-        """An answer with what stands around it."""
+        """An answer with the text that separates it from the question and ends it."""
         if self.template != CHAT:
             return f" {answer}{self.text_tokenizer.eos_token}"
         before = self._chat_prompt([], "?")
@@ -279,15 +293,17 @@ class UniTokProcessor:
         return self.text_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-_OPTIONS = ("image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt")
-_FROM_AUTO = ("trust_remote_code", "_from_auto", "revision")  # what AutoProcessor adds of its own
+_OPTIONS = (
+    "image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt", "token_layout",
+)  # fmt: skip
+_FROM_AUTO = ("trust_remote_code", "_from_auto", "revision")  # added by AutoProcessor
 _TOKEN_IDS = (
     "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
 def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
-    """The id of the first of `names` that the tokenizer has; the last is added if none is there."""
+    """The id of the first of `names` in the vocabulary; without any, the last one is added."""
     vocabulary = text_tokenizer.get_vocab()
     for name in names:
         if name in vocabulary:
@@ -297,29 +313,27 @@ def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
 
 
 def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
-    """A tokenizer from a `tokenizer.model` file, a folder or a hub id. LLaMA's is told `legacy`, which its
-    own files do not keep."""
+    """A tokenizer from a `tokenizer.model` file, a folder or a hub id.
+
+    `legacy` is passed to LLaMA's tokenizer: its own files do not store it.
+    """
     from transformers import AutoTokenizer, LlamaTokenizer
 
     path = Path(path)
     llama: dict[str, Any] = {"legacy": legacy, "add_bos_token": True, "pad_token": "<unk>"}
     if path.is_file():
-        with tempfile.TemporaryDirectory() as folder:  # the loader wants a folder and this name in it
+        with tempfile.TemporaryDirectory() as folder:  # the loader expects a folder with this file name
             shutil.copy(path, Path(folder) / "tokenizer.model")
             return LlamaTokenizer.from_pretrained(folder, **llama)
     if path.is_dir():
         described = path / "tokenizer_config.json"
         if not described.exists() and not (path / "tokenizer.json").exists():
             if not (path / "tokenizer.model").exists():
-                raise UserError(
-                    f"{path} holds no text tokenizer: neither tokenizer.json nor tokenizer.model."
-                )
+                raise UserError(f"{path} has no text tokenizer: neither tokenizer.json nor tokenizer.model.")
             return LlamaTokenizer.from_pretrained(path, **llama)
         kind = read_json(described).get("tokenizer_class") if described.exists() else None
         if kind in ("LlamaTokenizer", "LlamaTokenizerFast"):
             return LlamaTokenizer.from_pretrained(path, **llama)
     elif path.suffix or path.is_absolute():
-        raise UserError(
-            f"There is no text tokenizer {path}: a tokenizer.model, a folder or a hub id is needed."
-        )
+        raise UserError(f"{path} is not a text tokenizer: expected a tokenizer.model, a folder or a hub id.")
     return AutoTokenizer.from_pretrained(str(path))

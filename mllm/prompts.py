@@ -1,8 +1,7 @@
-"""How questions, answers and drawing prompts are worded, and which of their ids are learnt (published
-UniTok; the wording of conversations is vicuna's).
+"""Prompt templates of conversations and text-to-image prompts, and which of their ids are learnt (published
+UniTok; conversations as in vicuna).
 
-In everything here an image is a single `IMAGE_MARK` in text, and a single id in ids; the places of its N
-visual tokens are made at the very end.
+Here an image is one `IMAGE_MARK` in text and one placeholder id; `expand_images` makes N placeholders of it.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import NamedTuple
 from open_unitok.core.errors import UserError, did_you_mean
 
 IMAGE_MARK = "<image>"
-UNCONDITIONAL = "<unconditional>"  # ordinary text to the text tokenizer, not an id of its own
+UNCONDITIONAL = "<unconditional>"  # plain text for the text tokenizer, not a special id
 TEXT_TO_IMAGE_INSTRUCTION = " Generate an image based on this description."
 IGNORED = -100
 
@@ -20,7 +19,7 @@ Turns = Sequence[dict[str, str]]  # [{"from": "human", "value": ...}, {"from": "
 
 
 class Template(NamedTuple):
-    """A way of writing conversations: SYSTEM USER: question ASSISTANT: answer</s>USER: ..."""
+    """A conversation template: SYSTEM USER: question ASSISTANT: answer</s>USER: ..."""
 
     system: str
     user: str = "USER"
@@ -28,12 +27,12 @@ class Template(NamedTuple):
     text_to_image: str = TEXT_TO_IMAGE_INSTRUCTION
 
     def prompt(self, question: str) -> str:
-        """The text that an answer to `question` follows, up to the colon."""
+        """The text before the answer to `question`, up to the colon."""
         return f"{self.opening}{self.user}: {question} {self.assistant}:"
 
     @property
     def opening(self) -> str:
-        """What stands before the first question."""
+        """The text before the first question."""
         return f"{self.system} " if self.system else ""
 
 
@@ -59,12 +58,12 @@ def find_template(name: str) -> Template:
 
 
 def text_to_image_prompt(text: str, template: str = "vicuna_v1") -> str:
-    """What is written before an image of `text`."""
+    """The text before an image of `text`."""
     return text + find_template(template).text_to_image
 
 
 def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:
-    """Ids of `text`, one bos at its head; pieces between marks are tokenised on their own, as published."""
+    """Ids of `text` with one bos; the pieces between marks are tokenised separately, as published."""
     first, *others = text.split(IMAGE_MARK)
     ids = encode(first)
     for piece in others:
@@ -73,7 +72,7 @@ def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]
 
 
 def check_turns(turns: Turns) -> list[tuple[str, str]]:
-    """[(question, answer), ...]; an answer that no question precedes is left out.
+    """[(question, answer), ...], without an answer that comes before the first question.
 
     Raises:
         UserError: the speakers do not alternate, or a turn has no text.
@@ -84,30 +83,27 @@ def check_turns(turns: Turns) -> list[tuple[str, str]]:
         expected = ("human", "gpt")[i % 2]
         if turn.get("from") != expected or not isinstance(turn.get("value"), str):
             raise UserError(
-                f"Turn {i} of a conversation is {turn!r}; {{'from': {expected!r}, 'value': text}} is needed: "
-                "human and gpt take turns."
+                f"Turn {i} of a conversation is {turn!r}; expected {{'from': {expected!r}, 'value': text}}: "
+                "human and gpt alternate."
             )
     if not turns or len(turns) % 2:
-        raise UserError(
-            f"A conversation has {len(turns)} turns; pairs of a question and an answer are needed."
-        )
+        raise UserError(f"A conversation has {len(turns)} turns; expected pairs of a question and an answer.")
     return [(turns[i]["value"], turns[i + 1]["value"]) for i in range(0, len(turns), 2)]
 
 
 def conversation_ids(
     turns: Turns, encode: Encode, template: Template, image_token_id: int, end: str, legacy: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation as published: the whole text is tokenised at once, then the answers
-    are found by counting the ids of each round.
+    """Ids and labels of a conversation as published: tokenise the whole text, then find the answers by
+    counting the ids of each round.
 
-    Where the counts do not add up (a word is tokenised in another way alone than within the text), nothing
-    of the sample is learnt.
+    If the counts do not add up (a word is tokenised differently alone than within the text), nothing of the
+    sample is learnt.
 
     Args:
-        encode: of a tokenizer that puts a bos in front.
-        end: the text of eos, which closes every answer.
-        legacy: how LLaMA's tokenizer treats text behind `end`: True = as if it stood alone, with a space in
-            front.
+        encode: of a tokenizer that adds a bos.
+        end: the text of eos, which ends every answer.
+        legacy: how LLaMA's tokenizer treats text behind `end`: True = as a new text, with a space before it.
 
     Raises:
         UserError: see `check_turns`.
@@ -129,8 +125,8 @@ def conversation_ids(
         halves = part.split(between)
         if not part or len(halves) != 2:
             break
-        # a round counted alone has a bos, which makes up for the end that the split took away; without
-        # legacy the first word of a later round has no space in front
+        # a round counted alone has a bos instead of the eos that the split removed; without legacy the first
+        # word of a later round has no space before it
         shift = int(i > 0 and not legacy)
         length, given = count(part) - shift, count(halves[0] + between) - 2 - shift
         labels[place : place + given] = [IGNORED] * given
@@ -144,28 +140,28 @@ def conversation_ids(
 def conversation_pieces(
     turns: Turns, prompt: Callable[[list[tuple[str, str]], str], str], end: Callable[[str], str]
 ) -> list[tuple[str, bool]]:
-    """The same for tokenizers of another kind: [(text, learnt), ...], to be tokenised piece by piece, so
-    that no counting is needed.
+    """A conversation as [(text, learnt), ...] for other tokenizers: the pieces are tokenised separately, so
+    nothing is counted.
 
     Args:
-        prompt: (earlier rounds, question) -> all text up to the answer.
-        end: answer -> the answer with what closes it.
+        prompt: (earlier rounds, question) -> the text up to the answer.
+        end: answer -> the answer with the text that ends it.
 
     Raises:
-        UserError: see `check_turns`; a template whose text for a round changes when another one follows.
+        UserError: see `check_turns`; the template changes the text of a round when another one follows.
     """
     rounds, pieces, written = check_turns(turns), [], ""
     for i, (question, answer) in enumerate(rounds):
         upto = prompt(rounds[:i], question)
         if not upto.startswith(written):
-            raise UserError("The chat template rewrites earlier rounds: train on one round per conversation.")
+            raise UserError("The chat template changes earlier rounds: train on one round per conversation.")
         pieces += [(upto[len(written) :], False), (end(answer), True)]
         written = upto + end(answer)
     return pieces
 
 
 def expand_images(ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """Repeat each image's single id `counts` times, so that its visual tokens have their places.
+    """Repeat each image's placeholder `counts` times: one per visual token.
 
     Raises:
         UserError: not one count per image.

@@ -1,4 +1,4 @@
-"""From the codes of an image to vectors that the decoder reads (arXiv 2502.20321, section 3.4).
+"""The visual embedder: codes of an image to input vectors of the decoder (arXiv 2502.20321, section 3.4).
 
 I images, N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code, D
 decoder width.
@@ -9,28 +9,30 @@ import torch.nn.functional as F
 from torch import nn
 
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 
 from .config import UniTokMLLMConfig
 
-PROJECTOR_EPS = 1e-6  # of the projector's norm; those of the projection keep torch's 1e-5
+PROJECTOR_EPS = 1e-6  # the published value; the norms of the projection have torch's 1e-5
 
 
 class VisualEmbedder(nn.Module):
-    """Frozen unit-norm code rows -> causal attention projection, each image a sequence of its own -> MLP.
+    """Frozen code rows -> causal attention projection, each image a sequence of its own -> MLP.
 
     Attributes:
-        codebooks: (K, V, C) parameter without gradient; rows are normalised on use.
+        codebooks: (K, V, C) frozen copy of the tokenizer's `Quantizer.code_table()`. Rows are stored as the
+            tokenizer has them and normalised by `row_norm` on use, so that saving and converting keep them.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
         super().__init__()
+        self.config = config
         middle = config.visual_hidden_size
         self.context = config.visual_context
-        self.num_codebooks, self.codebook_size = (
-            config.num_codebooks,
-            config.codebook_size,
-        )  # ZeRO-3 hides shapes
+        self.row_norm, self.row_blocks = config.row_norm, config.row_blocks
+        # ZeRO-3 partitions parameters: their shapes are not available
+        self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
         self.codebooks = nn.Parameter(torch.randn(shape), requires_grad=False)
         self.projection = AttentionProjection(
@@ -44,43 +46,102 @@ class VisualEmbedder(nn.Module):
         )
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """(I, N, K) codes of whole images -> (I, N, D), all at once."""
-        return self.projector(self.projection(self.lookup(codes)))
+        """(I, N, K) codes of whole images -> (I, N, D)."""
+        return self.projector(self.projection(self.embed(codes)))
 
     def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """The next codes (I, n, K) of images that are being drawn -> (I, n, D); `cache` from `new_cache`.
+        """The next codes (I, n, K) of images during generation -> (I, n, D); `cache` from `new_cache`.
 
-        With the "full" context the steps together equal one `forward`; with "last" each visual token stands
-        alone.
+        With the "full" context the steps together equal one `forward`; with "last" each visual token is
+        embedded alone.
         """
         if cache is None:
-            return self.projector(self.projection(self.lookup(codes).flatten(0, 1).unsqueeze(1))).view(
-                *codes.shape[:2], -1
-            )
-        return self.projector(self.projection(self.lookup(codes), cache))
+            alone = self.embed(codes).flatten(0, 1).unsqueeze(1)  # sequences of one token
+            return self.projector(self.projection(alone)).view(*codes.shape[:2], -1)
+        return self.projector(self.projection(self.embed(codes), cache))
 
     def new_cache(self, length: int) -> KVCache | None:
-        """What `step` needs for images of up to `length` visual tokens; None with the "last" context."""
+        """The KV cache of `step` for up to `length` visual tokens; None with the "last" context."""
         return KVCache(length) if self.context == "full" else None
 
-    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) codes -> (..., K*C): the K unit-norm rows side by side."""
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., K) codes -> (..., K*C): the K rows concatenated, as the tokenizer's `embed`."""
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes + offsets, self.codebooks.flatten(0, 1))
-        return F.normalize(rows, dim=-1).flatten(-2)
+        return self._normalise(rows).flatten(-2)
+
+    def code_table(self) -> torch.Tensor:
+        """(K, V, C) float32 rows as `embed` concatenates them."""
+        return self._normalise(self.codebooks.detach().float())
+
+    def _normalise(self, rows: torch.Tensor) -> torch.Tensor:
+        """(..., C) rows, normalised as the tokenizer's quantiser does."""
+        if self.row_norm == "none":
+            return rows
+        if self.row_norm == "blocks":
+            return F.normalize(rows.unflatten(-1, (self.row_blocks, -1)), dim=-1).flatten(-2)
+        return F.normalize(rows, dim=-1)
+
+    @torch.no_grad()
+    def init_from_tokenizer(self, unitok: UniTok) -> None:
+        """Copy a visual tokenizer's code table, and initialise the causal projection from its up projection.
+
+        Raises:
+            UserError: the tokenizer's sizes differ; its quantiser has no code table.
+        """
+        table, config = readable_code_table(unitok), self.config
+        for name in ("num_codebooks", "codebook_size", "codebook_dim"):
+            ours, theirs = getattr(config, name), getattr(unitok.config, name)
+            if ours != theirs:
+                raise UserError(f"{name} = {ours} in the model, but {theirs} in the visual tokenizer.")
+        if config.row_norm != unitok.quantizer.row_norm:
+            raise UserError(
+                f"row_norm = {config.row_norm!r} in the model, but {unitok.quantizer.row_norm!r} in the "
+                "visual tokenizer: take the config from UniTokMLLMConfig.for_tokenizer."
+            )
+        own, other = self.projection, unitok.up_projection
+        if isinstance(other, AttentionProjection):  # a linear projection has nothing to start from
+            shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
+            if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
+                raise UserError(
+                    f"visual_hidden_size = {config.visual_hidden_size} with {own.attention.heads} heads "
+                    "does not fit the visual tokenizer's projection to "
+                    f"{unitok.config.decoder_width} with {other.attention.heads} heads: take the config from "
+                    "UniTokMLLMConfig.for_tokenizer."
+                )
+            own.load_state_dict(other.state_dict())
+        self.codebooks.copy_(table)
 
     def check_codes(self, codes: torch.Tensor) -> None:
         """
         Raises:
-            UserError: codes of another shape, kind or range than this embedder's.
+            UserError: codes of another shape, dtype or range than this embedder's.
         """
         books, entries = self.num_codebooks, self.codebook_size
         if codes.dim() != 3 or codes.shape[2] != books or codes.is_floating_point():
             raise UserError(
-                f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; integers of shape "
-                f"(images, visual tokens, {books} sub-codebooks) are needed."
+                f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of "
+                f"shape (images, visual tokens, {books} sub-codebooks)."
             )
-        if codes.device.type == "cpu" and codes.numel():  # elsewhere the look would wait for the device
+        if codes.device.type == "cpu" and codes.numel():  # elsewhere the check would wait for the device
             low, high = torch.aminmax(codes)
             if low < 0 or high >= entries:
-                raise UserError(f"image_codes run from {low} to {high}; 0 to {entries - 1} are allowed.")
+                raise UserError(f"image_codes range from {low} to {high}; allowed: 0 to {entries - 1}.")
+
+
+def readable_code_table(unitok: UniTok) -> torch.Tensor:
+    """(K, V, C) float32 rows of a tokenizer's codebooks, which an MLLM keeps a frozen copy of.
+
+    Raises:
+        UserError: the quantiser's codes are not readable, or their embedding is not a table lookup.
+    """
+    quantizer, name = unitok.quantizer, unitok.config.quantizer
+    if not quantizer.reads:
+        raise UserError(f"The codes of quantizer = {name!r} cannot be read by an MLLM (Quantizer.reads).")
+    table = quantizer.code_table()
+    if table is None or len(set(quantizer.code_sizes)) != 1:
+        raise UserError(
+            f"The MLLM reads codes from a table of K x V rows, which quantizer = {name!r} does not have "
+            "(Quantizer.code_table)."
+        )
+    return table

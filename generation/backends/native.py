@@ -33,6 +33,8 @@ def supports_model(model: Any) -> bool:
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if config.hidden_act != "silu" or rope not in STATIC_ROPE:
             return False
+    if embedder.codebooks is None:  # an `embed` that is not a table lookup
+        return False
     parts = (model.language_model.layers, model.depth_head, embedder)
     if not all(has_plain_linears(part, model.dtype) for part in parts):
         return False
@@ -157,7 +159,7 @@ class _WeightStructs:
         query, key, value = attention.qkv.weight.split(width)
         books, entries, code_dim = embedder.codebooks.shape
         self.embedder = native_library.Embedder(
-            build.floats(F.normalize(embedder.codebooks.float(), dim=-1)),
+            build.floats(embedder.code_table()),
             *map(build.norm, (projection.attention_norm, projection.linear_norm, projection.mlp_norm)),
             *map(build.norm, (projection.mlp.norm, embedder.projector[0])),
             build.matrix(query, attention.query_bias), build.matrix(key),

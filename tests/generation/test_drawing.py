@@ -160,7 +160,7 @@ def test_wrong_requests_are_refused(full_model, prompts, seeds, free, words):
         (torch.zeros(1, 9, 3, dtype=torch.long), "at most 8 visual tokens"),
         (torch.zeros(3, 2, 3, dtype=torch.long), "1 or 2 images"),
         (torch.zeros(2, 3, dtype=torch.long), "prefix has shape"),
-        (torch.full((1, 2, 3), 16), "0 to 15 are allowed"),
+        (torch.full((1, 2, 3), 16), "allowed: 0 to 15"),
         (torch.zeros(1, 2, 3), "integers"),
     ],
 )

@@ -64,7 +64,7 @@ def test_a_image_is_completed_from_its_first_rows(pipe, photos):
 def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
     steps = pipe.stream(PROMPTS[:1], SAMPLING)
     next(steps)
-    monkeypatch.setattr(pipe.model.visual_embedder, "lookup", None)  # any further step would fail
+    monkeypatch.setattr(pipe.model.visual_embedder, "embed", None)  # any further step would fail
     steps.close()
     assert list(steps) == []
 

@@ -131,8 +131,8 @@ def test_a_new_model_starts_from_the_visual_tokenizer(tiny, tiny_config):
     model.init_from_tokenizer(unitok)
     assert model.config.unitok_fingerprint == unitok.fingerprint()
     codes = torch.randint(0, 8, (2, 1, 3))  # of one token causal and not causal are the same
-    torch.testing.assert_close(model.visual_embedder.lookup(codes), unitok.quantizer.embed(codes))
-    projected = model.visual_embedder.projection(model.visual_embedder.lookup(codes))
+    torch.testing.assert_close(model.visual_embedder.embed(codes), unitok.quantizer.embed(codes))
+    projected = model.visual_embedder.projection(model.visual_embedder.embed(codes))
     torch.testing.assert_close(projected, unitok.up_projection(unitok.quantizer.embed(codes)))
     with pytest.raises(UserError, match=r"codebook_size = 9 in the model, but 8"):
         tiny(codebook_size=9).init_from_tokenizer(unitok)

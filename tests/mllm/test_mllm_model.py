@@ -245,13 +245,13 @@ def test_generate_in_a_left_padded_batch_equals_one_by_one(tiny, codes, pad_rows
 def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
     model = tiny()
     ids = torch.tensor([ROWS[0][0]])
-    with pytest.raises(UserError, match=r"4 image places, but no image_codes"):
+    with pytest.raises(UserError, match=r"4 image placeholders, but no image_codes"):
         model(ids)
-    with pytest.raises(UserError, match=r"4 image places, but image_codes bring 2 images of 4"):
+    with pytest.raises(UserError, match=r"4 image placeholders, but image_codes hold 2 images of 4"):
         model(ids, image_codes=codes[:2])
     with pytest.raises(UserError, match=r"image_codes have shape \(1, 4\)"):
         model(ids, image_codes=codes[0, None, :, 0])
-    with pytest.raises(UserError, match=r"image_codes run from 0 to 8; 0 to 7 are allowed"):
+    with pytest.raises(UserError, match=r"image_codes range from 0 to 8; allowed: 0 to 7"):
         model(ids, image_codes=torch.tensor([0, 8, 1]).expand(1, 4, 3))
     with pytest.raises(UserError, match=r"The sequence has 65 tokens .* context is 64"):
         model(torch.ones(1, 65, dtype=torch.long))
@@ -277,7 +277,7 @@ def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
         ({"num_codebooks": 0}, "num_codebooks = 0"),
         ({"visual_context": "ful"}, "Did you mean 'full'"),
         ({"projection_heads": 5}, "5 heads, which do not divide 24"),
-        ({"image_token_id": 3}, "image_token_id = 3 also means boi"),
+        ({"image_token_id": 3}, "image_token_id = 3 is also boi"),
         ({"depth_config": {"hidden_size": 18}}, "set depth_config.num_attention_heads too"),
         ({"text_config": {"model_type": "lama"}}, "text_config.model_type = 'lama'"),
     ],
@@ -295,5 +295,5 @@ def test_the_published_7b_has_the_published_shapes(golden):
     parts |= {"visual_embedder.projector": 20_981_760, "depth_head.embeddings": 117_440_512}
     for name, count in parts.items():
         assert sum(p.numel() for p in model.get_submodule(name).parameters()) == count, name
-    with pytest.raises(UserError, match=r"no MLLM size '7b'"):
+    with pytest.raises(UserError, match=r"'7b' is not an MLLM size"):
         UniTokMLLMConfig.named("7b")

@@ -19,7 +19,7 @@ def published(request, reference):
 def test_embedder(published):
     codes = published.out["embed.indices"].transpose(1, 2)
     embedder = published.model.visual_embedder
-    torch.testing.assert_close(embedder.lookup(codes), published.out["embed.dequant"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(embedder.embed(codes), published.out["embed.dequant"], atol=1e-6, rtol=0)
     vectors = published.model.embed_codes(codes)
     torch.testing.assert_close(vectors, published.out["embed.out"], atol=2e-5, rtol=0)
     alone = embedder.step(codes[:, -1:], None)

@@ -139,7 +139,7 @@ def test_unknown_templates_and_missing_tokenizers_are_refused(golden, tmp_path):
         UniTokProcessor.from_text_tokenizer(model, template="chat")
     with pytest.raises(UserError, match=r"neither tokenizer.json nor tokenizer.model"):
         UniTokProcessor.from_text_tokenizer(tmp_path)
-    with pytest.raises(UserError, match=r"no text tokenizer"):
+    with pytest.raises(UserError, match=r"is not a text tokenizer"):
         UniTokProcessor.from_text_tokenizer(tmp_path / "no.model")
     with pytest.raises(UserError, match=r"processor_config.json"):
         UniTokProcessor.from_pretrained(tmp_path)

@@ -114,7 +114,7 @@ def test_quantised_loading_spares_what_reads_plain_matrices(tiny, tmp_path, monk
 def test_missing_packages_are_one_line(tiny, tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
-    with pytest.raises(UserError, match=r"cannot be loaded so: .*[Ff]lash") as error:
+    with pytest.raises(UserError, match=r"cannot be loaded with these arguments: .*[Ff]lash") as error:
         UniTokForConditionalGeneration.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
     assert "\n" not in str(error.value)
 

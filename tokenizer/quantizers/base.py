@@ -39,7 +39,7 @@ class Quantizer(nn.Module):
         latent_dim: width of the latents it quantises.
         code_sizes: V of each of the K codes of a token.
         row_norm: what `embed` does to rows of `code_table()`: "unit" scales each to unit norm, "blocks" each
-            of several equal parts of a row, "none" nothing.
+            of `row_blocks` equal parts of a row, "none" nothing.
         reads, generates: whether an MLLM can read its codes as input, and can generate them.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
         usage, calls: running frequency (K, V) of the entries and the number of training batches in it.
@@ -48,6 +48,7 @@ class Quantizer(nn.Module):
     """
 
     row_norm: ClassVar[Literal["unit", "blocks", "none"]]
+    row_blocks: ClassVar[int] = 1
     reads: ClassVar[bool] = True
     generates: ClassVar[bool] = True
 

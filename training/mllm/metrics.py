@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from open_unitok.core import distributed
-from open_unitok.mllm.losses import targets
+from open_unitok.mllm.losses import find_targets
 
 from ..core.flops import MLLMFlops, TokenCounts, peak_tflops
 from ..data.collate import Batch
@@ -58,7 +58,7 @@ class RunningMetrics:
     @torch.no_grad()
     def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
         """Text losses per sample kind, from the (B, L, D) hidden states of one micro-batch."""
-        found = targets(
+        found = find_targets(
             inputs["labels"],
             inputs.get("attention_mask"),
             inputs.get("position_ids"),

@@ -61,6 +61,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(options.processor, allowed, "model.processor")
     sizes = {"image_size": unitok.config.image_size, "num_image_tokens": unitok.config.num_visual_tokens}
+    sizes["token_layout"] = unitok.config.token_layout
     processor = UniTokProcessor.from_text_tokenizer(options.text_tokenizer, **{**sizes, **options.processor})
     decoder = _load_decoder(options.language_model) if options.language_model else None
     mllm_config = _mllm_config(options, unitok, processor, decoder)

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Convert; the direction follows from SRC."""
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
     from open_unitok.mllm.convert import check_same_codebooks, read_published, save_published
+    from open_unitok.mllm.visual_embedder import readable_code_table
     from open_unitok.tokenizer import UniTok
 
     source, target = existing(args.source), Path(args.target)
@@ -40,10 +41,11 @@ def run(args: argparse.Namespace) -> None:
     unitok = UniTok.from_pretrained(args.unitok) if args.unitok else None
     fields = {"image_size": 256, "num_image_tokens": model.config.num_image_tokens, "legacy": True}
     if unitok is not None:
-        check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
+        check_same_codebooks(model.visual_embedder.codebooks, readable_code_table(unitok))
         model.config.unitok_fingerprint = unitok.fingerprint()
         model.config.num_image_tokens = fields["num_image_tokens"] = unitok.config.num_visual_tokens
         fields["image_size"] = unitok.config.image_size
+        model.config.token_layout = fields["token_layout"] = unitok.config.token_layout
     processor = UniTokProcessor.from_text_tokenizer(args.text_tokenizer or source, **fields)
     if (processor.boi_token_id, processor.eoi_token_id) != (
         model.config.boi_token_id,
