@@ -143,9 +143,8 @@ class Quantizer(nn.Module):
             self.usage.copy_(decay * self.usage + (1 - decay) * frequency)
             self.calls += 1
         # An entry counts as used above 1 % of the frequency that uniform use would give it.
-        threshold = torch.tensor([[0.01 / size] for size in self.code_sizes], device=codes.device)
-        sizes = torch.tensor(self.code_sizes, device=codes.device)
-        return 100 * ((frequency > threshold).float().sum(dim=-1) / sizes)
+        used = [(row > 0.01 / size).sum() / size for row, size in zip(frequency, self.code_sizes)]
+        return 100 * torch.stack(used)
 
 
 def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Tensor]]:
