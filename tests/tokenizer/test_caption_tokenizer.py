@@ -15,14 +15,14 @@ def clip_tokens(golden):
 
 
 def test_clip(golden, clip_tokens, tmp_path):
-    """The file holds only the merges that these captions need, at their true ranks."""
+    """The reduced merges file holds those that these captions need, at their ranks."""
     for length, captions in clip_tokens.items():
         tokenizer = CaptionTokenizer.from_path(golden / "preprocess" / "merges_reduced.txt.gz", int(length))
         assert tokenizer(list(captions)).tolist() == list(captions.values())
         assert tokenizer.vocab_size == 49408
         tokenizer.save(tmp_path)
-        again = CaptionTokenizer.from_model_folder(tmp_path, int(length))
-        assert again(list(captions)).tolist() == list(captions.values())
+        loaded = CaptionTokenizer.from_model_folder(tmp_path, int(length))
+        assert loaded(list(captions)).tolist() == list(captions.values())
 
 
 def test_sentencepiece(tmp_path):
@@ -41,8 +41,8 @@ def test_sentencepiece(tmp_path):
     assert ids[0, 0] == 40 and ids[0, 5] == 41 and ids[0].argmax() == 5
     assert ids[1].tolist() == [40, 41, 0, 0, 0, 0]
     tokenizer.save(tmp_path / "model")
-    again = CaptionTokenizer.from_model_folder(tmp_path / "model", 6)
-    assert again(["three green squares"]).tolist() == tokenizer(["three green squares"]).tolist()
+    loaded = CaptionTokenizer.from_model_folder(tmp_path / "model", 6)
+    assert loaded(["three green squares"]).tolist() == tokenizer(["three green squares"]).tolist()
 
 
 def test_mistakes(tmp_path):

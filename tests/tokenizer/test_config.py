@@ -1,4 +1,4 @@
-"""Configs: published rules, and mistakes named."""
+"""The config: published rules and errors."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def test_published_sizes():
     assert UniTokConfig.named("vitamin_small", image_size=128).num_visual_tokens == 64
 
 
-def test_published_triples_are_taken():
+def test_published_triples_are_accepted():
     sizes = {"hidden_size": 64, "num_attention_heads": 2, "codebook_dim": 1}
     config = UniTokConfig(
         **sizes, stage_widths=(16, 32, 64), stage_depths=(2, 4, 1), decoder_widths=(64, 32, 16)

@@ -1,4 +1,4 @@
-"""Published checkpoints, both ways: names of the full sizes, files, CLIP-initialised starts, mistakes."""
+"""Published checkpoints, both directions: names of the full sizes, files, weights of CLIP, errors."""
 
 import json
 import math
@@ -30,10 +30,10 @@ def test_full_size_names_map_one_to_one(golden, size):
     back = state_to_published(state)
     assert {n: list(t.shape) for n, t in back.items()} == listed["keys"]
     count = sum(parameter.numel() for parameter in model.parameters()) + model.config.hidden_size
-    assert count == listed["n_params_total"]  # there, the one offset of all positions is a (frozen) parameter
+    assert count == listed["n_params_total"]  # there the position offset is a (frozen) parameter
 
 
-def test_there_and_back(published):
+def test_round_trip(published):
     back = state_to_published(state_from_published(published))
     assert back.keys() == published.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in published.items())
@@ -106,7 +106,7 @@ def test_named_size_is_read_from_the_file(tmp_path, monkeypatch):
         assert name == "quantizer.calls" or torch.equal(loaded.state_dict()[name], tensor), name
 
 
-def test_files_that_are_none(tmp_path):
+def test_invalid_files(tmp_path):
     class Evil:
         def __reduce__(self):
             return (print, ("code ran",))

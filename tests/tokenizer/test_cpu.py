@@ -1,4 +1,4 @@
-"""The fast path on a CPU: same results by every way, chosen by measurement, and nothing left behind."""
+"""Autotuned CPU operators: equal results, the choice by measurement, no trace in files and copies."""
 
 import copy
 import importlib.util
@@ -15,7 +15,7 @@ from open_unitok.tokenizer.layers import Linear, Upsample
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """Every operator counts as large, and none has been chosen."""
+    """Every operator is large enough, and none has been chosen."""
     monkeypatch.setattr(cpu, "MIN_WORK", 1)
     monkeypatch.setattr(cpu, "_chosen", {})
 
@@ -31,38 +31,38 @@ def pixels(count: int = 2) -> torch.Tensor:
 
 
 def prefer(monkeypatch, wanted: str) -> None:
-    """Let the measurement find that `wanted` is the fastest way, where it exists."""
+    """Let the measurement report `wanted` as the fastest variant, where it exists."""
     measure = cpu._measure
 
-    def pretend(ways, sample, options):
-        return {name: 0.1 if name == wanted else 1.0 for name in measure(ways, sample, options)}
+    def pretend(variants, sample, options):
+        return {name: 0.1 if name == wanted else 1.0 for name in measure(variants, sample, options)}
 
     monkeypatch.setattr(cpu, "_measure", pretend)
 
 
-@pytest.mark.parametrize("way", ["torch", "onednn"])
-def test_golden_codes_by_every_way(variant, monkeypatch, way):
-    prefer(monkeypatch, way)
+@pytest.mark.parametrize("operator", ["torch", "onednn"])
+def test_golden_codes_with_every_variant(variant, monkeypatch, operator):
+    prefer(monkeypatch, operator)
     case = variant("attn")
     assert torch.equal(case.model.encode(case.out["image"]), case.out["indices"].transpose(1, 2))
     raw = case.model.decode(case.out["indices"].transpose(1, 2))
     torch.testing.assert_close(raw, case.out["decoder_raw"].clamp(-1, 1), rtol=0, atol=2e-5)
-    assert set(cpu.chosen().values()) == {way}
-    assert {key[0] for key in cpu.chosen()} == {"linear"}  # float32 maps have one way only
+    assert set(cpu.chosen().values()) == {operator}
+    assert {key[0] for key in cpu.chosen()} == {"linear"}  # float32 convolutions have one variant
 
 
-@pytest.mark.parametrize("way", ["torch", "float32"])
-def test_bfloat16_by_every_way(model, monkeypatch, way):
-    prefer(monkeypatch, way)
+@pytest.mark.parametrize("operator", ["torch", "float32"])
+def test_bfloat16_with_every_variant(model, monkeypatch, operator):
+    prefer(monkeypatch, operator)
     codes, expected = model.encode(pixels()), model.decode(model.encode(pixels()))
     half = model.to(torch.bfloat16)
     cpu._chosen.clear()
     agreement = (half.encode(pixels().bfloat16()) == codes).float().mean()
-    copies = half.decode(codes)
-    assert agreement > 0.6 and copies.dtype == torch.bfloat16
-    torch.testing.assert_close(copies.float(), expected, rtol=0, atol=0.1)
+    decoded = half.decode(codes)
+    assert agreement > 0.6 and decoded.dtype == torch.bfloat16
+    torch.testing.assert_close(decoded.float(), expected, rtol=0, atol=0.1)
     names = {(key[0], chosen) for key, chosen in cpu.chosen().items() if "bfloat16" in key[1]}
-    assert names == {("linear", way), ("conv2d", way), ("conv_transpose2d", way)}
+    assert names == {("linear", operator), ("conv2d", operator), ("conv_transpose2d", operator)}
 
 
 def test_equals_the_baseline_of_the_benchmark(model, monkeypatch):
@@ -81,33 +81,33 @@ def test_equals_the_baseline_of_the_benchmark(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_codes_are_the_same_by_every_way_wherever_they_are_sure(tiny_config, monkeypatch):
-    """Many entries, so that some are nearly as near: only there may the way that was chosen decide."""
+def test_variants_give_equal_codes_where_entries_are_apart(tiny_config, monkeypatch):
+    """With many entries some are nearly as close: only there may rounding of the variant decide."""
     torch.manual_seed(0)
     model = UniTok(tiny_config(codebook_size=4096)).eval()
     torch.nn.init.normal_(model.quantizer.codebooks)
     found, latents = {}, {}
-    for way in cpu.LINEAR_FLOAT32:
+    for operator in cpu.LINEAR_FLOAT32:
         cpu._chosen.clear()
-        prefer(monkeypatch, way)
-        latents[way] = model.encode_latents(pixels(8))
-        found[way] = model.quantizer.encode(latents[way])
-        assert set(cpu.chosen().values()) == {way}
+        prefer(monkeypatch, operator)
+        latents[operator] = model.encode_latents(pixels(8))
+        found[operator] = model.quantizer.encode(latents[operator])
+        assert set(cpu.chosen().values()) == {operator}
     table = torch.nn.functional.normalize(model.quantizer.codebooks, dim=-1)
     features = torch.nn.functional.normalize(latents["torch"].unflatten(-1, (len(table), -1)), dim=-1)
     near = torch.einsum("bnkc,kvc->bnkv", features, table).topk(2).values
     sure = near[..., 0] - near[..., 1] > 1e-4
     assert 0.5 < sure.float().mean() < 1
-    for way, codes in found.items():
-        assert torch.equal(codes[sure], found["torch"][sure]), way
+    for operator, codes in found.items():
+        assert torch.equal(codes[sure], found["torch"][sure]), operator
 
 
 @pytest.mark.parametrize("noise", range(3))
-def test_one_slow_moment_does_not_choose(monkeypatch, noise):
-    """Ways that are alike: whichever turn is disturbed, the usual one stays."""
+def test_noise_does_not_decide(monkeypatch, noise):
+    """Variants of equal speed: whichever round is disturbed, the default stays."""
     now, calls = [0.0], []
 
-    def way(name: str):
+    def operator(name: str):
         def run(*_):
             calls.append(name)
             now[0] += 3.0 if len(calls) == 3 + noise else 1.0
@@ -116,15 +116,15 @@ def test_one_slow_moment_does_not_choose(monkeypatch, noise):
         return run
 
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(cpu, "LINEAR_FLOAT32", {"usual": way("usual"), "other": way("other")})
+    monkeypatch.setattr(cpu, "LINEAR_FLOAT32", {"default": operator("default"), "other": operator("other")})
     with torch.no_grad():
-        assert cpu.linear(torch.randn(4, 8), torch.randn(3, 8), None) == "usual"
+        assert cpu.linear(torch.randn(4, 8), torch.randn(3, 8), None) == "default"
 
 
-def test_the_faster_way_is_taken_and_measured_once(monkeypatch):
+def test_the_faster_variant_is_chosen_once(monkeypatch):
     calls = {"slow": 0, "fast": 0, "broken": 0}
 
-    def way(name: str, seconds: float):
+    def operator(name: str, seconds: float):
         def run(x, weight, bias):
             calls[name] += 1
             now[0] += seconds
@@ -136,23 +136,27 @@ def test_the_faster_way_is_taken_and_measured_once(monkeypatch):
 
     now = [0.0]
     monkeypatch.setattr(cpu.time, "perf_counter", lambda: now[0])
-    ways = {"slow": way("slow", 1.0), "broken": way("broken", 0.0), "fast": way("fast", 0.5)}
-    monkeypatch.setattr(cpu, "LINEAR_FLOAT32", ways)
+    variants = {
+        "slow": operator("slow", 1.0),
+        "broken": operator("broken", 0.0),
+        "fast": operator("fast", 0.5),
+    }
+    monkeypatch.setattr(cpu, "LINEAR_FLOAT32", variants)
     x, weight = torch.randn(4, 8), torch.randn(3, 8)
     with torch.no_grad():
         assert [cpu.linear(x, weight, None) for _ in range(3)] == ["fast"] * 3
         assert calls == {"slow": 6, "broken": 1, "fast": 6 + 3}
-        ways["fast"] = way("fast", 0.95)  # hardly faster: chance must not choose
+        variants["fast"] = operator("fast", 0.95)  # only slightly faster: within the noise
         assert cpu.linear(x, torch.randn(5, 8), None) == "slow"
 
 
-def test_a_usual_way_that_fails_says_why():
+def test_errors_of_the_default_variant_are_raised():
     with torch.no_grad(), pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         cpu.linear(torch.randn(4, 8), torch.randn(3, 7), None)
 
 
 @pytest.mark.parametrize("why", ["gradients", "autocast", "switch", "small"])
-def test_where_nothing_is_chosen(model, monkeypatch, why):
+def test_training_autocast_and_small_products_use_the_default(model, monkeypatch, why):
     layer, x = Linear(8, 8), torch.randn(2, 8)
     if why == "switch":
         monkeypatch.setenv("UNITOK_FAST_CPU", "0")
@@ -166,16 +170,16 @@ def test_where_nothing_is_chosen(model, monkeypatch, why):
         assert cpu.chosen() == {} and model.decoder.enter._kernel_cache._value is None
 
 
-def test_gelu_takes_the_maps_own_memory_in_inference_alone():
+def test_gelu_is_in_place_at_inference_only():
     map = torch.randn(1, 8, 4, 4)
     expected, kept = torch.nn.functional.gelu(map), map.clone()
-    assert torch.equal(cpu.gelu(map), expected) and torch.equal(map, kept)  # gradients may be wanted
+    assert torch.equal(cpu.gelu(map), expected) and torch.equal(map, kept)  # not in place
     with torch.no_grad():
         result = cpu.gelu(map)
     assert torch.equal(result, expected) and result.data_ptr() == map.data_ptr()
 
 
-def test_training_after_inference_is_as_without(model):
+def test_inference_does_not_change_training(model):
     untouched = copy.deepcopy(model)
     model.decode(model.encode(pixels()))
 
@@ -199,19 +203,19 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 @torch.no_grad()
-def test_the_kept_kernel_follows_its_weight(change):
+def test_the_cached_kernel_follows_its_weight(change):
     torch.manual_seed(0)
     layer, map = Upsample(40, 40).eval(), torch.randn(1, 40, 3, 5)
     layer.conv.bias.zero_()
     before = layer(map)
-    kept = layer._kernel_cache._value
-    assert torch.equal(layer(map), before) and layer._kernel_cache._value is kept
+    cached = layer._kernel_cache._value
+    assert torch.equal(layer(map), before) and layer._kernel_cache._value is cached
     CHANGES[change](layer)
     after = layer(map.to(layer.conv.weight.dtype)).float()
     torch.testing.assert_close(after, 2 * before, rtol=0, atol=0.05 if change == "half" else 1e-5)
 
 
-def test_the_kept_kernel_stays_out_of_copies_and_files(model, tmp_path):
+def test_the_cached_kernel_is_in_no_copy_or_file(model, tmp_path):
     names = set(model.state_dict())
     model.decode(model.encode(pixels()))
     assert model.decoder.enter._kernel_cache._value is not None and set(model.state_dict()) == names
@@ -225,7 +229,7 @@ def test_the_kept_kernel_stays_out_of_copies_and_files(model, tmp_path):
     assert model.decoder.enter._kernel_cache._value is None
 
 
-def test_weights_made_in_inference_mode():
+def test_weights_created_in_inference_mode():
     with torch.inference_mode():
         layer, map = Upsample(4, 4).eval(), torch.randn(1, 4, 3, 3)
         assert torch.equal(layer(map), layer(map))

@@ -25,3 +25,21 @@ def test_seeded_models_keep_their_fingerprint(tiny_config, name):
     torch.manual_seed(0)
     model = UniTok(tiny_config(**CHANGES[name]))
     assert model.fingerprint() == PINNED[name]
+
+
+def test_only_what_decides_the_codes_enters(tiny_config):
+    model = UniTok(tiny_config())
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.decoder.to_pixels.weight.add_(1)
+        model.quantizer.usage.add_(1)
+    assert model.fingerprint() == before and len(before) == 64
+    for tensor in (
+        model.quantizer.codebooks,
+        model.encoder.stem.conv1.bias,
+        model.down_projection.linear.bias,
+    ):
+        with torch.no_grad():
+            tensor.flatten()[0].add_(1e-3)
+        assert model.fingerprint() != before
+        before = model.fingerprint()

@@ -44,7 +44,7 @@ def test_vitamin_base(golden, formula):
 
 
 def golden_image(noise: torch.Tensor) -> torch.Tensor:
-    """Coarse blocks of 16 pixels under fine noise, from numbers of variance 1."""
+    """Blocks of 16 pixels plus fine noise, from numbers of variance 1."""
     noise = noise.view(1, 3, 256, 256) / 3**0.5
     coarse = F.interpolate(F.avg_pool2d(noise, 16) * 8, scale_factor=16, mode="nearest")
     return (coarse + 0.3 * noise).clamp(-1, 1)

@@ -46,11 +46,11 @@ def test_uint8(preprocess):
 
 
 def test_round_trip():
-    picture = Image.effect_noise((30, 20), 90).convert("RGB")
-    assert to_pil(from_pil(picture)).tobytes() == picture.tobytes()
+    image = Image.effect_noise((30, 20), 90).convert("RGB")
+    assert to_pil(from_pil(image)).tobytes() == image.tobytes()
 
 
-def test_small_images_are_framed_in_black():
+def test_small_images_get_a_black_border():
     pixels = to_pixels(Image.new("RGB", (5, 8), "white"), 8, resize=0)
     assert pixels[0, 0].tolist() == [-1, 1, 1, 1, 1, 1, -1, -1]
 
@@ -62,11 +62,11 @@ def test_squash():
 
 
 def test_load(tmp_path, monkeypatch):
-    picture = Image.effect_noise((12, 9), 90)
+    image = Image.effect_noise((12, 9), 90)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    for source in (picture, buffer.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png")):
+    for source in (image, buffer.getvalue(), tmp_path / "a.png", str(tmp_path / "a.png")):
         loaded = load_image(source)
         assert loaded.mode == "RGB" and loaded.size == (12, 9)
     monkeypatch.setattr(images, "MAX_PIXELS", 100)
@@ -87,8 +87,8 @@ def test_load_mistakes(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "QOI", "DDS", "TGA"])
-def test_broken_images_of_every_kind_are_refused(kind):
-    """Cut off, or with other bytes in the head: Pillow's readers raise nearly every error there is."""
+def test_broken_images_of_every_format_are_rejected(kind):
+    """Truncated or with a corrupt header: Pillow's readers raise nearly every type of error."""
     buffer, random = io.BytesIO(), Random(0)
     try:
         Image.effect_noise((17, 13), 80).convert("RGB").save(buffer, kind)
@@ -102,7 +102,7 @@ def test_broken_images_of_every_kind_are_refused(kind):
             load_image(bytes(content[: random.randint(0, len(content))]))
 
 
-def test_long_and_thin_images_do_not_fill_the_memory():
+def test_long_and_thin_images_are_rejected():
     thin = Image.new("RGB", (1, 50_000))
     for mode in ("crop", "pad"):
         with pytest.raises(UserError, match="1 x 50000 pixels"):

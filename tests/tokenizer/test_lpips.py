@@ -23,16 +23,16 @@ def model(formula):
 def test_golden_value_and_gradient(model, golden):
     values = load_file(golden / "losses" / "losses.outputs.safetensors")
     numbers = json.loads((golden / "losses" / "losses.meta.json").read_text())
-    copies = values["lpips.rec"].clone().requires_grad_()
-    layers = model.by_layer(values["lpips.inp"], copies)
+    reconstruction = values["lpips.rec"].clone().requires_grad_()
+    layers = model.by_layer(values["lpips.inp"], reconstruction)
     assert layers.mean(dim=0).tolist() == pytest.approx(numbers["lpips.per_layer"], abs=1e-6)
     layers.sum(dim=1).mean().backward()
     assert layers.sum(dim=1).mean().item() == pytest.approx(numbers["lpips.value"], abs=1e-6)
-    assert copies.grad.norm().item() == pytest.approx(numbers["lpips.rec_grad_norm"], rel=1e-4)
+    assert reconstruction.grad.norm().item() == pytest.approx(numbers["lpips.rec_grad_norm"], rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_batch_is_one_by_one(model, formula):
+def test_batch_equals_one_by_one(model, formula):
     first, second = formula("a", (3, 3, 48, 64), 1), formula("b", (3, 3, 48, 64), 1)
     together = model(first, second)
     alone = torch.cat([model(a[None], b[None]) for a, b in zip(first, second)])

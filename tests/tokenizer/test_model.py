@@ -1,4 +1,4 @@
-"""The UniTok model beyond parity: shapes, precision, folders, and what it says to a wrong call."""
+"""The UniTok model beyond parity: shapes, folders, initialisation, errors."""
 
 import json
 
@@ -50,7 +50,7 @@ def test_batch_equals_one_by_one(model):
     torch.testing.assert_close(model.decode(together), alone, rtol=0, atol=1e-5)
 
 
-def test_decode_is_clamped_and_keeps_no_graph(model):
+def test_decode_clamps_and_builds_no_graph(model):
     with torch.no_grad():
         model.decoder.to_pixels.weight.mul_(1000)
     images = model.decode(model.encode(pixels(1, 3, 64, 64)))
@@ -85,7 +85,7 @@ def test_wrong_codes(model):
 
 
 def test_save_and_load_keep_everything(model, tmp_path):
-    model.train()(pixels(2, 3, 64, 64))  # so that the statistics are not all zero
+    model.train()(pixels(2, 3, 64, 64))  # makes the usage statistics nonzero
     with torch.no_grad():
         model.encoder.position_offset.normal_()
     model.save_pretrained(tmp_path)
@@ -93,7 +93,9 @@ def test_save_and_load_keep_everything(model, tmp_path):
     assert not loaded.training
     mine, theirs = model.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys()
-    assert {name for name, _ in model.named_buffers()} <= mine.keys()  # none that loading would leave unset
+    assert {
+        name for name, _ in model.named_buffers()
+    } <= mine.keys()  # a non-persistent buffer would stay unset after loading
     for name, tensor in mine.items():
         assert torch.equal(theirs[name], tensor), name
     assert loaded.quantizer.calls == 1
@@ -108,7 +110,7 @@ def test_auto_classes(model, tmp_path):
     assert isinstance(AutoModel.from_pretrained(tmp_path), UniTok)
 
 
-def test_weights_missing_in_a_folder_start_as_in_training(model, tmp_path):
+def test_missing_weights_are_initialised(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = UniTok.from_pretrained(tmp_path, num_register_tokens=2)
     assert 0.01 < loaded.encoder.register_tokens.std() < 0.03
@@ -124,73 +126,6 @@ def test_wrong_folders(tmp_path):
     (tmp_path / "unitok").mkdir()
     with pytest.raises(UserError, match=r"Its visual tokenizer is in .*unitok"):
         UniTok.from_pretrained(tmp_path)
-
-
-def test_fingerprint_tells_what_decides_the_codes(model):
-    before = model.fingerprint()
-    with torch.no_grad():
-        model.decoder.to_pixels.weight.add_(1)
-        model.quantizer.usage.add_(1)
-    assert model.fingerprint() == before and len(before) == 64
-    for tensor in (
-        model.quantizer.codebooks,
-        model.encoder.stem.conv1.bias,
-        model.down_projection.linear.bias,
-    ):
-        with torch.no_grad():
-            tensor.flatten()[0].add_(1e-3)
-        assert model.fingerprint() != before
-        before = model.fingerprint()
-
-
-def test_codes_are_float32_under_autocast(model):
-    images = pixels(2, 3, 64, 64)
-    with torch.no_grad():
-        tokens = model.encoder(images)
-        expected = model.quantizer(model.down_projection(tokens))
-        model.encoder.forward = lambda _: tokens  # what autocast may touch is the encoder alone
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = model.encode_latents(images)
-            result = model.quantizer(latents, entropy=True)
-            hidden = model.up_project(result.quantised)
-            assert torch.equal(model.encode(images), expected.codes)
-    assert latents.dtype == result.quantised.dtype == hidden.dtype == torch.float32
-    assert torch.equal(result.codes, expected.codes)
-    assert torch.equal(result.losses["vq"], expected.losses["vq"])
-
-
-def test_codes_do_not_depend_on_the_matmul_precision(model):
-    images = pixels(2, 3, 64, 64)
-    with torch.no_grad():
-        tokens = model.encoder(images)
-    model.encoder.forward = lambda _: tokens
-    expected = model.encode_latents(images)
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("medium")
-        assert torch.equal(model.encode_latents(images), expected)
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("how", ["load", "to", "bfloat16", "half"])
-def test_half_precision_keeps_the_quantiser_whole(model, tmp_path, how):
-    if how == "load":
-        model.save_pretrained(tmp_path)
-        half = UniTok.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    else:
-        half = UniTok(model.config)
-        half.load_state_dict(model.state_dict())
-        half = half.to(torch.bfloat16) if how == "to" else getattr(half, how)()
-    assert half.encoder.norm.weight.dtype == (torch.float16 if how == "half" else torch.bfloat16)
-    for part in ("down_projection", "quantizer", "up_projection"):
-        for name, tensor in half.get_submodule(part).state_dict().items():
-            assert torch.equal(tensor, model.get_submodule(part).state_dict()[name]), f"{part}.{name}"
-    half.eval()
-    codes = half.encode(pixels(1, 3, 64, 64))
-    assert half.decode(codes).isfinite().all()
-    assert half.embed_image(pixels(1, 3, 64, 64)).dtype == torch.float32
 
 
 def test_gradient_checkpointing_changes_nothing(model):
@@ -217,18 +152,18 @@ def test_drop_path(tiny_config):
     assert not torch.equal(model.train().encoder(images), model.encoder(images))
     assert torch.equal(model.eval().encoder(images), model.encoder(images))
     blocks = model.train().encoder.blocks
-    blocks.drop_path_noise = torch.ones(3, 2, 5)  # of 1, nothing is dropped, but what stays is scaled up
+    blocks.drop_path_noise = torch.ones(3, 2, 5)  # noise of 1 drops nothing; kept branches are scaled up
     assert torch.equal(model.encoder(images), model.encoder(images))
-    blocks.drop_path_noise[2, :, 0] = 0.4  # below 0.5: the last block passes the first image on as it is
+    blocks.drop_path_noise[2, :, 0] = 0.4  # below the rate of 0.5: the last block is the identity for image 0
     hidden = torch.randn(2, 4, 64)
-    shown, before = blocks(hidden), blocks[1](blocks[0](hidden), blocks.drop_path_noise[1, :, :2])
-    assert torch.equal(shown[0], before[0]) and not torch.equal(shown[1], before[1])
+    after, before = blocks(hidden), blocks[1](blocks[0](hidden), blocks.drop_path_noise[1, :, :2])
+    assert torch.equal(after[0], before[0]) and not torch.equal(after[1], before[1])
 
 
 @pytest.mark.parametrize("name", TOKENIZER_SIZES)
 @pytest.mark.parametrize("changes", [{}, {"projection": "linear", "num_register_tokens": 2}])
-def test_every_size_learns_everywhere(name, changes):
-    """Each named size, with fewer and thinner layers: every trainable parameter gets a gradient."""
+def test_every_size_gets_gradients_everywhere(name, changes):
+    """Each named size with fewer and thinner layers."""
     sizes = TOKENIZER_SIZES[name]
     thin = {
         "stem_width": sizes["stem_width"] // 16,
@@ -256,7 +191,7 @@ def test_initial_weights(tiny_config):
     wide = model.decoder.enter.conv
     assert wide.weight.std() == pytest.approx(0.5 * (2 / (9 * (256 + 32))) ** 0.5, rel=0.05)
     assert not wide.bias.any() and not model.down_projection.linear.bias.any()
-    assert model.encoder.pool.bias.any()  # torch's own start
+    assert model.encoder.pool.bias.any()  # PyTorch's default
     assert model.quantizer.codebooks.abs().max() <= 1 / 72
     assert model.quantizer.codebooks.std() == pytest.approx(1 / 72 / 3**0.5, rel=0.05)
     assert not model.encoder.position_offset.any()

@@ -43,7 +43,7 @@ def test_embeddings(case):
     torch.testing.assert_close(model.embed_text(out["text"]), out["encode_text_norm"], **CLOSE)
 
 
-def test_middle_of_encoder_and_decoder(variant):
+def test_intermediate_values(variant):
     case = variant("attn")
     model, out = case.model, case.out
     image = out["image"][:1]
@@ -85,7 +85,7 @@ def test_reconstruct_first(variant):
 
 
 def losses(case, entropy: bool) -> dict[str, torch.Tensor]:
-    """The terms of the golden total loss, the batch serving as its own negatives."""
+    """The parts of the golden total loss, with the batch as its own negatives."""
     out = case.out
     result = case.model(out["image"], out["text"], entropy=entropy)
     logits = result.logit_scale * result.image_embeds @ result.text_embeds.T
@@ -140,7 +140,7 @@ def test_usage_statistics(case):
     quantizer, out = case.model.quantizer.train(), case.out
     with torch.no_grad():
         first = case.model.encode_latents(out["image"])
-        # The other image of the golden calls is in one file only; its codes stand for it in the others.
+        # Only one golden file holds the second image of these calls.
         if "image2" not in out:
             quantizer(first)
             torch.testing.assert_close(quantizer.usage, out["vocab_usage_after1"])
@@ -156,7 +156,7 @@ def test_usage_statistics(case):
                 torch.testing.assert_close(quantizer.usage, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_evaluation_leaves_statistics_alone(variant):
+def test_evaluation_does_not_update_usage(variant):
     case = variant("attn")
     before = case.model.quantizer.usage.clone()
     case.model(case.out["image"])
@@ -175,6 +175,6 @@ def test_zeroshot(variant, golden_folder):
     torch.testing.assert_close(logits, golden["logits"], rtol=0, atol=1e-3)
 
 
-def test_every_golden_variant_is_here(golden_folder):
+def test_every_golden_variant_is_tested(golden_folder):
     found = {re.sub(r"\.meta\.json$", "", path.name) for path in golden_folder.glob("*.meta.json")}
     assert found == set(VARIANTS)

@@ -1,4 +1,4 @@
-"""The projections: piece by piece equals at once, and any width fits."""
+"""The projections: cached equals uncached, and any width fits."""
 
 import pytest
 import torch

@@ -59,7 +59,7 @@ class MultiCodebookQuantizer(Quantizer):
 
     def split(self, latents: torch.Tensor) -> torch.Tensor:
         """(..., K*C) -> (..., K, C), unit norm."""
-        return F.normalize(latents.float().unflatten(-1, (self.codebooks.shape[0], -1)), dim=-1)
+        return F.normalize(latents.float().unflatten(-1, (len(self.code_sizes), -1)), dim=-1)
 
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., K, C), unit norm."""

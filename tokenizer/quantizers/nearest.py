@@ -57,7 +57,7 @@ class NearestQuantizer(Quantizer):
         return self._rows(codes).flatten(-2)
 
     def split(self, latents: torch.Tensor) -> torch.Tensor:
-        return latents.float().unflatten(-1, (self.codebooks.shape[0], -1))
+        return latents.float().unflatten(-1, (len(self.code_sizes), -1))
 
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         return torch.stack(
