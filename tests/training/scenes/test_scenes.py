@@ -29,6 +29,12 @@ RICH = SceneConfig(
     step=0.5,
     gradient=20,
 )
+# the settings of configs/scenes/questions.yaml
+LAST_STAGE = {
+    "question_shares": dict(zip(QUESTION_KINDS, (3, 3, 2, 2, 3, 4))),
+    "short_names": True,
+    "pair_captions": 6,
+}
 both = pytest.mark.parametrize("config", [DEMO, RICH], ids=["demo", "rich"])
 
 
@@ -228,6 +234,26 @@ def test_the_shipped_models_test_split_is_frozen():
         content.append([scene.as_json(), sample_test_questions(config, scene, index), words, pixels])
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     assert digest == "47713404c503aa8b101dff9229be88fa6decc46325ea6b96e145a0bdcd0e8e8c"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "expected"),
+    [
+        ("demo", {}, "9a0b15ef109e75c3d1f19c2a6d0fd5ac4d81e8d1ca0c206d9f844b03ebabb9b1"),
+        ("scenes", {}, "5af4c6d2fcc9418bcd4db9e57ded0608dc4560655ba36e01691d87d42613f254"),
+        ("scenes", LAST_STAGE, "587f81f186ca6f7ea4b2f89722d871fb1dc28408686972c78af52b4619eb3e47"),
+    ],
+)
+def test_training_data_of_shipped_configs_is_frozen(file, changes, expected):
+    config = with_values(dataset.load_config(f"configs/{file}/scenes.yaml"), changes)
+    content = []
+    for index in range(60):
+        scene, record = dataset.training_record(config, index)
+        content.append([record, hashlib.sha256(render_array(scene).tobytes()).hexdigest()])
+    lines = captions.sample_sentences(config, (sample_scene(config, "train", i) for i in range(60)),
+                                      random.Random(0))  # fmt: skip
+    digest = hashlib.sha256(json.dumps([content, list(lines)], sort_keys=True).encode()).hexdigest()
+    assert digest == expected
 
 
 def test_questions_are_balanced():
