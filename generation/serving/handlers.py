@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 async def chat_completions(server: Server, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
+    # for a stream this covers parsing only; the stream has a timeout of its own
     async with asyncio.timeout(server.limits.timeout):
         parsing = server.run_in_thread(server.parser.parse_chat, body)
         key, task = await server.or_disconnect(request, parsing)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.prompts import IMAGE_MARK
-from open_unitok.tokenizer.images import pad_to_square
+from open_unitok.tokenizer.images import to_pil
 
 from ..image_files import open_image
 from ..image_sampling import check_prompts
@@ -54,6 +54,7 @@ class RequestParser:
             raise UserError(f"The conversation has {len(urls)} images; at most {MAX_IMAGES} are allowed.")
         processor = self.pipe.processor
         ids = processor.question_ids(questions[-1], len(urls), history=list(zip(questions, answers)))
+        # without a context limit only the server's own limit counts
         available = self.max_new_tokens if self.context is None else self.context - len(ids)
         limit = request.limit or max(1, min(_DEFAULT_NEW_TOKENS, available, self.max_new_tokens))
         if limit > self.max_new_tokens:
@@ -65,7 +66,7 @@ class RequestParser:
             )
         images = [self.load_image_url(url) for url in urls]
         temperature = request.temperature or 0.0
-        key = AnswerKey()
+        key = AnswerKey()  # greedy
         if temperature > 0:
             key = AnswerKey(
                 True, max(temperature, 0.01), request.top_k or 0, request.top_p or 1.0, request.seed,
@@ -88,6 +89,7 @@ class RequestParser:
         unconditional_ids = self.pipe.processor.unconditional_ids()
         if request.negative_prompt:
             unconditional_ids = self._ids(request.negative_prompt, "Negative prompt")
+        # a random seed is returned with the image, so that it can be generated again
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         seeds = [check_seed(first + i) for i in range(request.n or 1)]
         previews = self._preview_rows(request.partial_images or 0) if request.stream else frozenset()
@@ -108,16 +110,16 @@ class RequestParser:
         return frozenset(round(rows * (i + 1) / (previews + 1)) for i in range(previews)) - {0, rows}
 
     def load_image_url(self, url: str) -> Image.Image:
-        """The image of a data: or allowed file: URL, padded to a square and scaled to the model's input size.
+        """The image of a data: or allowed file: URL, padded and scaled to the model's input size.
 
         Raises:
             UserError: the URL is not allowed, or is not an image within the limits.
         """
         is_file = self.files is not None and url.startswith("file:")
         data = self._read_file_url(url) if is_file else read_data_url(url)
-        image = pad_to_square(open_image(data, self.max_side))
-        size = self.pipe.processor.image_size
-        return image.resize((size, size), Image.Resampling.BILINEAR)  # as in `processor.pixels`
+        # scale now: a queue of full-size images would take much memory. The model's thread scales again,
+        # which changes nothing.
+        return to_pil(self.pipe.processor.pixels(open_image(data, self.max_side)))
 
     def _read_file_url(self, url: str) -> bytes:
         assert self.files is not None
@@ -163,6 +165,7 @@ def parse_messages(messages: list[Message]) -> tuple[list[str], list[str], list[
             continue
         if not text:
             raise UserError(f"messages[{i}] has no text.")
+        # a user message is due whenever every question so far has an answer
         if (message.role == "user") != (len(questions) == len(answers)):
             raise UserError(
                 f"messages[{i}] has role {message.role}; user and assistant must alternate, user first."

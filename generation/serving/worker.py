@@ -95,6 +95,7 @@ class ModelWorker:
             self._send_previews(jobs, codes)
             yield
         assert codes is not None
+        # the pixel decoder needs more memory per image than the language model: decode in parts
         for start in range(0, len(jobs), _DECODE_BATCH_SIZE):
             part = [i for i in range(start, min(start + _DECODE_BATCH_SIZE, len(jobs))) if jobs[i].pending]
             for i, image in zip(part, pipe.decode(codes[part])):
@@ -130,6 +131,7 @@ class ModelWorker:
             **{name: getattr(key, name) for name in ("seed", "do_sample", "temperature", "top_k", "top_p")},
         )
         for new_ids in steps:
+            # rows that are finished or cancelled stay in the batch until all are
             for job, detokenizer, token_id in zip(jobs, detokenizers, new_ids):
                 if job.pending:
                     if text := detokenizer.add(token_id):
@@ -168,6 +170,7 @@ class IncrementalDetokenizer:
             if len(self.ids) >= self.task.max_new_tokens:
                 self.finish_reason = "length"
         text = self.processor.decode(self.ids).strip()
+        # search the whole text: a stop text may span several pieces
         found = [start for stop in self.task.stop if (start := text.find(stop)) >= 0]
         if found:
             text, self.finish_reason = text[: min(found)].rstrip(), "stop"
@@ -196,6 +199,7 @@ def group_by_context(jobs: Sequence[Job], context: int | None) -> list[list[Job]
     Prompts are padded to the longest of the batch, and all rows decode as many steps as the longest answer.
     """
     groups: list[list[Job]] = []
+    # sorted by length, so that the current job has the longest prompt of its group
     for job in sorted(jobs, key=lambda job: len(job.task.prompt_ids)):
         for group in groups:
             limit = max(other.task.max_new_tokens for other in [*group, job])

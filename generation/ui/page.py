@@ -102,6 +102,7 @@ class ImageHandler:
         sampling, first, number = self.check(prompt, count, seed, random_seed, settings)
         negative = (negative or "").strip()
         record = {"prompt": prompt, "negative_prompt": negative, **dict(zip(_SETTINGS, settings))}
+        # each image stores its own seed, so that it can be generated again alone
         records = [{**record, "seed": first + i} for i in range(number)]
         rows = self.pipe.layout.rows
         started = time.perf_counter()
@@ -239,6 +240,7 @@ class AnswerHandler:
         if temperature != 0:
             options |= {"do_sample": True, "temperature": temperature}
         answer = ""
+        # show the question while the image is encoded and the prompt prefilled
         yield [*history, (question, "…")]
         for piece in self.pipe.chat_stream(question, images, history, **options):
             answer += piece
@@ -288,6 +290,7 @@ def _ask_tab(handler: AnswerHandler) -> None:
         events.append(chip.click(run, [image, chip, history, length, temperature], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")
     new.click(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
+    # earlier answers are about the earlier image
     image.change(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
 
 
@@ -305,25 +308,26 @@ class ReconstructionHandler:
 
     def __init__(self, pipe: Pipeline):
         self.unitok = pipe.unitok
-        self.colours = code_colours(pipe.unitok.quantizer.codebooks)
+        self.colours = code_colours(pipe.unitok.quantizer.code_table(), pipe.unitok.quantizer.code_sizes)
 
     @torch.no_grad()
     def __call__(self, path: str | None) -> tuple[str, str]:
         """HTML of image and reconstruction, and of the code maps."""
         if path is None:
             return _RECONSTRUCT_HINT, ""
-        config = self.unitok.config
+        config, code_sizes = self.unitok.config, self.unitok.quantizer.code_sizes
         image = open_image(Path(path).read_bytes(), _MAX_SIDE)
+        # cropped as in training of the tokenizer, not padded as for questions
         pixels = to_pixels(image, config.image_shape, mode="crop")
         codes = self.unitok.encode(pixels[None].to(self.unitok.device))
         original, reconstruction = to_pil(pixels), to_pil(self.unitok.decode(codes, config.layout.grid)[0])
         grid = codes[0, config.layout.registers :].cpu()  # register tokens come first and are not on the grid
-        bits = codes[0].numel() * math.log2(config.codebook_size)
+        bits = codes.shape[1] * sum(math.log2(size) for size in code_sizes)
         facts = [
             ("PSNR", f"{image_psnr(original, reconstruction):.1f} dB"),
             ("visual tokens", f"{codes.shape[1]}"),
             ("codes per token", f"{codes.shape[2]}"),
-            ("entries per sub-codebook", f"{config.codebook_size:,}"),
+            ("entries per sub-codebook", ", ".join(f"{size:,}" for size in sorted(set(code_sizes)))),
             ("bits per image", f"{bits:,.0f}"),
             ("compression", f"{original.width * original.height * 24 / bits:.0f} : 1"),
         ]

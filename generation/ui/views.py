@@ -83,6 +83,7 @@ def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
         for position, code in enumerate(codes[:, book].tolist()):
             row, column = divmod(position, columns)
             red, green, blue = colours[book, code].tolist()
+            # 1.02: neighbouring cells overlap, or antialiasing shows gaps
             cells.append(
                 f"<rect x='{column}' y='{row}' width='1.02' height='1.02' "
                 f"fill='#{red:02x}{green:02x}{blue:02x}' data-position='{position}' data-code='{code}'/>"
@@ -117,16 +118,25 @@ element.addEventListener('mouseover', (event) => {
 
 
 @torch.no_grad()
-def code_colours(codebooks: Tensor) -> Tensor:
-    """Colours (K, V, 3) in 0..255 of codebooks (K, V, C), similar for entries of similar direction.
+def code_colours(table: Tensor | None, code_sizes: Sequence[int]) -> Tensor:
+    """Colours (K, V, 3) in 0..255 of codebook entries, similar for entries of similar direction.
 
     The ranks along the first three principal components become red, green and blue.
+
+    Args:
+        table: (K, V, C) entries; None for a quantiser without a table, whose colours follow the code's index.
+        code_sizes: entries of each sub-codebook, V or fewer.
     """
-    vectors = torch.nn.functional.normalize(codebooks.float().cpu(), dim=-1)
+    if table is None:
+        table = torch.linspace(0, 1, max(code_sizes)).expand(len(code_sizes), -1)[..., None]
+    vectors = table.float().cpu()
+    if vectors.shape[-1] > 1:
+        vectors = torch.nn.functional.normalize(vectors, dim=-1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     _, _, directions = torch.linalg.svd(vectors.transpose(1, 2) @ vectors)  # (K, C, C)
     components = vectors @ directions[:, :3].transpose(1, 2)
-    if components.shape[-1] < 3:
+    if components.shape[-1] < 3:  # codes narrower than three dimensions leave channels constant
         components = torch.nn.functional.pad(components, (0, 3 - components.shape[-1]))
-    ranks = components.argsort(dim=1).argsort(dim=1).float() / max(codebooks.shape[1] - 1, 1)
+    # ranks instead of values: every shade is used, whatever the distribution
+    ranks = components.argsort(dim=1).argsort(dim=1).float() / max(vectors.shape[1] - 1, 1)
     return (40 + 205 * ranks).round().long()

@@ -259,8 +259,9 @@ def test_files_outside_the_page_are_not_served(address):
 def test_similar_codes_have_similar_colours(tiny_unitok):
     books = tiny_unitok.quantizer.codebooks.detach().clone()
     books[0, 1] = books[0, 0] * 2 + 1e-4  # the same direction
-    colours = code_colours(books)
+    colours = code_colours(books, [16] * 3)
     assert colours.shape == (3, 16, 3) and colours.min() >= 0 and colours.max() <= 255
     assert (colours[0, 0] - colours[0, 1]).abs().max() <= 205 / 15 + 1  # neighbours by rank
+    assert code_colours(None, [4, 3]).unique(dim=1).shape == (2, 4, 3)  # a quantiser without a table
     maps = code_maps(colours.new_zeros(9, 3), colours, 3)
     assert maps.count("<svg") == 3 and maps.count("<rect") == 27 and "1 used" in maps
