@@ -112,7 +112,9 @@ def benchmark_model() -> Any:
 
 def measure_machine() -> dict[str, Any]:
     """Read bandwidth of memory and last-level cache in GB/s, and fp32 GFLOP/s of a matrix product."""
-    numbers = torch.ones(96 * 2**20)
+    numbers = torch.ones(
+        96 * 2**20
+    )  # 384 MiB: larger than any last-level cache; its first 16 MiB fit into it
     x, w = torch.randn(256, 1024), torch.randn(3072, 1024)
     return {
         "memory_gb_s": 4 * numbers.numel() / best_seconds(numbers.sum, 8) / 1e9,
@@ -180,6 +182,7 @@ def time_native_backend() -> dict[str, list[float]]:
 
 def weights_per_token(model: Any) -> tuple[int, int, int]:
     """Weights read per visual token: decoder, visual embedder, depth head (K times)."""
+    # embeddings and lm_head are left out: a visual token does not read them
     parts = (model.language_model.layers, model.visual_embedder, model.depth_head)
     sizes = [sum(m.weight.numel() for m in p.modules() if isinstance(m, nn.Linear)) for p in parts]
     return sizes[0], sizes[1], sizes[2] * model.config.num_codebooks
@@ -237,6 +240,7 @@ def teacher_forced_agreement(
 def make_questions(count: int, images: int) -> tuple[list[list[int]], list[torch.Tensor]]:
     """Prompts of 256 visual tokens and 8 to 64 text ids, and the codes of their images."""
     generator = torch.Generator().manual_seed(0)
+    # text of different lengths, so that a batch needs padding
     lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
     texts = [torch.randint(10, 32000, (n,), generator=generator).tolist() for n in lengths]
     codes = torch.randint(4096, (images, 256, 8), generator=generator)
@@ -264,6 +268,7 @@ def measure_answers() -> dict[str, Any]:
             for i in range(0, 32, 4):
                 generate_text_ids(model, [prompts[i]], [codes[i]], new_tokens, **options)
 
+        # prefill reads an image once for all its questions; the last new token needs no decode step
         read = images * 256 * (decoder + embedder) + sum(len(p) - 256 for p in prompts) * decoder
         written = 32 * (new_tokens * model.lm_head.weight.numel() + (new_tokens - 1) * decoder)
         found[name] = {
@@ -350,6 +355,7 @@ def profile_line(part: str, now: dict[str, Any]) -> str:
 def measure_gpu() -> dict[str, Any]:
     """Seconds per image of the 7B shape in bfloat16, against the baseline and the bandwidth floor."""
     assert torch.cuda.is_available(), "--gpu needs a CUDA device"
+    # construct in bf16 on the GPU: the fp32 model would take 28 GB first
     with torch.device("cuda"):
         torch.set_default_dtype(torch.bfloat16)
         model = UniTokForConditionalGeneration(UniTokMLLMConfig.named("unitok_mllm_7b")).eval()
@@ -371,6 +377,7 @@ def measure_gpu() -> dict[str, Any]:
 
         measure_seconds(ours, "cuda")  # warm up: compilation, graph capture
         elapsed = measure_seconds(ours, "cuda")
+        # 32 of 256 tokens, extrapolated: the baseline is slow
         baseline_elapsed = 256 / 32 * measure_seconds(baseline, "cuda")
         found[f"batch_{images}"] = {
             "s_per_image": elapsed / images,

@@ -23,6 +23,7 @@ def iter_baseline_codes(
     rows = [*prompts, *[[0] * (length - len(unconditional)) + list(unconditional)] * images]
     ids = torch.tensor(rows, device=model.device)
     mask = torch.ones_like(ids)
+    # padding is masked, and positions count from the first real token
     mask[images:, : -len(unconditional)] = 0
     cache = DynamicCache(config=model.config.text_config)
     embedder_cache = model.visual_embedder.new_cache(256)
@@ -42,6 +43,7 @@ def iter_baseline_codes(
         yield torch.stack(codes, dim=1)
         with torch.no_grad():
             embeds = model.visual_embedder.step(token.unsqueeze(1), embedder_cache)
+            # both halves get the same image
             embeds = embeds.to(hidden.dtype).repeat(2, 1, 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
 
@@ -58,6 +60,7 @@ def _sample_visual_token(model: Any, hidden: Tensor, guidance: float) -> Tensor:
             state = layer(state, position_embeddings=head.rotary(state, positions))
         conditional, unconditional = head.output(head.norm(state))[:, -1].float().chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
+        # all probability on the maximum: multinomial becomes greedy but costs what it costs when sampling
         probabilities = F.one_hot(guided.argmax(-1), guided.shape[-1]).float().softmax(-1)
         probabilities = torch.where(guided == guided.amax(-1, keepdim=True), probabilities, 0.0)
         token = torch.cat([token, torch.multinomial(probabilities, 1)], dim=1)

@@ -146,6 +146,7 @@ def random_model(config: UniTokConfig) -> UniTok:
     with torch.device("meta"):
         model = UniTok(config)
     model.to_empty(device="cpu")
+    # uniform with variance 1 / fan-in
     for name, tensor in model.state_dict().items():
         if tensor.dim() > 1 and tensor.is_floating_point():
             bound = math.sqrt(3 / math.prod(tensor.shape[1:]))
