@@ -27,7 +27,7 @@ from ..core.judge_pass import (
 from ..judges import vqa_model
 
 IMAGES_PER_PROMPT = 4
-PUBLISHED_JUDGE = "mPLUG-large"  # the "model" of vqa_answers.jsonl that makes a run comparable
+_PUBLISHED_JUDGE = "mPLUG-large"  # the "model" of vqa_answers.jsonl that makes a run comparable
 IMAGE_BATCH, QUESTION_BATCH = 4, 8  # of the judge pass
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
@@ -232,7 +232,7 @@ def score(
     metrics |= _category_metrics(items, last)
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no answers (counted as 0)"] * (missing > 0)
-    reason = "" if by == PUBLISHED_JUDGE else f"answers by {by}, not by {PUBLISHED_JUDGE}"
+    reason = "" if by == _PUBLISHED_JUDGE else f"answers by {by}, not by {_PUBLISHED_JUDGE}"
     reason = reason or "questions are malformed" * task.truth["malformed"]
     return Scored(metrics, {"vqa model": by, "categories": "answers about the last image, as published"}, [
         {

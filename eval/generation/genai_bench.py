@@ -28,8 +28,8 @@ from ..core.judge_pass import (
 from ..judges import vqa_model
 from ..metrics.vqascore import ANSWER, QUESTION
 
-PUBLISHED_JUDGE = "clip-flant5-xxl"  # the "model" of vqascore.jsonl that makes a run comparable
-BATCH = 8  # images per batch of the judge pass
+_PUBLISHED_JUDGE = "clip-flant5-xxl"  # the "model" of vqascore.jsonl that makes a run comparable
+_BATCH = 8  # images per batch of the judge pass
 
 answer = save_generated_images
 
@@ -115,7 +115,7 @@ def judge(
         return [{"vqascore": value} for value in values]
 
     samples = samples_with_images(task.samples, records)
-    run_judge_pass(out, "vqascore", model.about, samples, records, work, BATCH, quiet)
+    run_judge_pass(out, "vqascore", model.about, samples, records, work, _BATCH, quiet)
 
 
 def _score_of(record: Record, where: str) -> float:
@@ -178,8 +178,8 @@ def score(
     formula = "the file's own" if (folder / "vqascore.jsonl").exists() else 'P("Yes")'
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no score (counted as 0)"] * (missing > 0)
-    same = by == PUBLISHED_JUDGE
-    reason = "" if same else f"VQAScore by {by}, not by {PUBLISHED_JUDGE} with its own formula"
+    same = by == _PUBLISHED_JUDGE
+    reason = "" if same else f"VQAScore by {by}, not by {_PUBLISHED_JUDGE} with its own formula"
     tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
     return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [
         {

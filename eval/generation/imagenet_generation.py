@@ -22,14 +22,14 @@ from ..core.image_sets import images_of_run
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import adm_order, write_adm_samples
 
-IMAGES = 50_000  # the published number
+_IMAGES = 50_000  # the published number
 
 answer = save_generated_images
 
 
 def load(data: Path, settings: Settings) -> Task:
     """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
-    count = settings.limit or IMAGES
+    count = settings.limit or _IMAGES
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.names()
     samples = [

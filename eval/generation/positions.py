@@ -13,7 +13,7 @@ from ..judges import detections
 from ..judges.detections import Verdict
 
 # the second name is that of folders written before version 0.1.1
-FILES = ("positions.jsonl", "drawing_positions.jsonl")
+_FILES = ("positions.jsonl", "drawing_positions.jsonl")
 WRONG_POSITION = "right object, wrong position"
 
 answer = detections.generate_and_detect
@@ -21,7 +21,7 @@ answer = detections.generate_and_detect
 
 def load(data: Path, settings: Settings) -> Task:
     """Prompts for one object, its colour and its cell; one matching test image each for the ceiling."""
-    paths = [data / "test" / name for name in FILES]
+    paths = [data / "test" / name for name in _FILES]
     path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
     prompts = [
         _check_prompt(row, f"{path}, prompt {i}")

@@ -33,7 +33,7 @@ from .scenes_detector import ScenesDetector
 
 DETECTORS = ("scenes", "none")
 PUBLISHED_DETECTOR = "mmdet Mask2Former"  # the "detector" of detections.jsonl that makes a run comparable
-BATCH = 8  # images per batch of a judge pass
+_BATCH = 8  # images per batch of a judge pass
 
 
 class Verdict(NamedTuple):
@@ -129,7 +129,7 @@ def run_detection_pass(
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
     generated = [s for s in samples_with_images(task.samples, records) if s.kind == "generate"]
-    run_judge_pass(out, "detections", about, generated, records, work, BATCH, quiet)
+    run_judge_pass(out, "detections", about, generated, records, work, _BATCH, quiet)
 
 
 def read_detections(task: Task, records: dict[int, Record], folder: Path) -> ExternalFindings:

@@ -1,8 +1,7 @@
 """An adapter for lmms-eval: `--model open_unitok --model_args pretrained=FOLDER`, simple and chat tasks.
 
-lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`. Its own package is needed for the
-classes (`lmms_models`), not for what stands here. Batches are made here: lmms-eval hands over all requests at
-once.
+lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`. Only `models` imports lmms-eval
+itself. lmms-eval passes all requests at once, so batches are formed here.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +13,11 @@ from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline
 
 NAME, ALIASES = "open_unitok", ("unitok",)
-MARK = "<image>"
+IMAGE_MARK = "<image>"
 
 
-class Question(NamedTuple):
-    """Images, a text that may hold their marks, and how the answer is to be generated."""
+class VisualRequest(NamedTuple):
+    """Images, a text that may mark their positions, and the generation options."""
 
     images: list[Any]
     text: str
@@ -26,7 +25,7 @@ class Question(NamedTuple):
 
 
 def manifest() -> Any:
-    """What lmms-eval registers: a name, its aliases, the classes of simple and of chat tasks."""
+    """What lmms-eval registers: name, aliases, and the classes for simple and chat tasks."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     module = "open_unitok.eval.lmms_eval.models"
@@ -38,43 +37,45 @@ def manifest() -> Any:
     )
 
 
-def load(pretrained: str, device: str | None, dtype: str | None, local_rank: int = 0) -> Pipeline:
-    """The model of a folder or hub id; several processes take a GPU each."""
+def load_lmms_pipeline(
+    pretrained: str, device: str | None, dtype: str | None, local_rank: int = 0
+) -> Pipeline:
+    """The pipeline of a folder or hub id; with several processes, each on its own GPU."""
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Pipeline.from_pretrained(pretrained, f"cuda:{local_rank}" if device == "cuda" else device, dtype)
 
 
-def answer(
-    pipeline: Pipeline, questions: Sequence[Question], batch_size: int, done: Callable[[int], Any]
+def answer_requests(
+    pipeline: Pipeline, requests: Sequence[VisualRequest], batch_size: int, done: Callable[[int], Any]
 ) -> list[str]:
-    """One answer per question, in their order; those of the same options are answered together.
+    """One answer per request, in order; requests with the same options share batches.
 
     Raises:
-        UserError: an option that we do not have, a question that is too long or empty.
+        UserError: an unsupported option, or a question that is empty or too long.
     """
-    answers = [""] * len(questions)
+    answers = [""] * len(requests)
     groups: dict[str, list[int]] = {}
-    for i, question in enumerate(questions):
-        groups.setdefault(repr(sorted(question.options.items())), []).append(i)
-    for places in groups.values():
-        until, longest, options = options_of(questions[places[0]].options)
-        for start in range(0, len(places), batch_size):
-            part = places[start : start + batch_size]
+    for i, request in enumerate(requests):
+        groups.setdefault(repr(sorted(request.options.items())), []).append(i)
+    for members in groups.values():
+        until, longest, options = generation_options(requests[members[0]].options)
+        for start in range(0, len(members), batch_size):
+            part = members[start : start + batch_size]
             texts = pipeline.answer(
-                [questions[i].images for i in part],
-                [questions[i].text for i in part],
+                [requests[i].images for i in part],
+                [requests[i].text for i in part],
                 longest,
                 batch_size,
                 **options,
             )
             for i, text in zip(part, texts):
-                answers[i] = cut(text, until)
+                answers[i] = truncate_at_stops(text, until)
             done(len(part))
     return answers
 
 
-def options_of(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
-    """lmms-eval's generation keywords -> (where an answer stops, its longest, options of `generate`)."""
+def generation_options(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
+    """lmms-eval's generation keywords -> (stop strings, max_new_tokens, options of `generate`)."""
     wanted = {key: value for key, value in wanted.items() if value is not None}
     until = wanted.pop("until", [])
     until = [until] if isinstance(until, str) else list(until)
@@ -86,42 +87,40 @@ def options_of(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str, Any]]:
     if sampled and temperature > 0:
         options |= {"do_sample": True, "temperature": temperature}
         options |= {} if top_p is None else {"top_p": float(top_p)}
-    for ignored in ("image_aspect_ratio", "use_cache"):  # of other models' tasks; they change nothing here
+    for ignored in ("image_aspect_ratio", "use_cache"):  # meant for other models, without effect here
         wanted.pop(ignored, None)
     if wanted:
-        raise UserError(
-            f"The task asks for generation options that are not known here: {', '.join(sorted(wanted))}."
-        )
+        raise UserError(f"The task has unsupported generation options: {', '.join(sorted(wanted))}.")
     return until, longest, options
 
 
-def cut(text: str, until: Sequence[str]) -> str:
-    """The text before the first of the stops."""
+def truncate_at_stops(text: str, until: Sequence[str]) -> str:
+    """The text before the first stop string."""
     for stop in until:
         text = text.split(stop)[0] if stop else text
     return text.strip()
 
 
 def images_of(visuals: Any) -> list[Any]:
-    """What a task's `doc_to_visual` gave, as a list of images.
+    """The result of a task's `doc_to_visual` as a list of RGB images.
 
     Raises:
-        UserError: something that is no image, such as a video's path.
+        UserError: something other than an image, such as the path of a video.
     """
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
         if not hasattr(visual, "convert"):
             raise UserError(
-                f"The task shows {type(visual).__name__} {str(visual)[:60]!r}; only images can be read."
+                f"The task contains {type(visual).__name__} {str(visual)[:60]!r}; only images are supported."
             )
     return [visual.convert("RGB") if visual.mode != "RGB" else visual for visual in visuals]
 
 
-def question_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
-    """Chat messages -> (images, text with a mark where each of them stands); turns follow each other.
+def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
+    """Chat messages -> (images, text with a mark at the position of each); turns are joined by newlines.
 
     Raises:
-        UserError: a video or a sound.
+        UserError: a video or audio.
     """
     images, parts = [], []
     for message in messages:
@@ -131,15 +130,17 @@ def question_of(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
                 parts.append(str(piece["text"]))
             elif piece["type"] == "image":
                 images += images_of(piece["url"])
-                parts.append(MARK)
+                parts.append(IMAGE_MARK)
             else:
-                raise UserError(f"The task shows a {piece['type']}; only images and texts can be read.")
+                raise UserError(f"The task contains a {piece['type']}; only images and text are supported.")
     return images, "\n".join(parts)
 
 
 @torch.no_grad()
-def loss_of(pipeline: Pipeline, images: Sequence[Any], text: str, continuation: str) -> tuple[float, bool]:
-    """(sum of -log p over the continuation's tokens, would greedy decoding write it)."""
+def continuation_loss(
+    pipeline: Pipeline, images: Sequence[Any], text: str, continuation: str
+) -> tuple[float, bool]:
+    """(sum of -log p over the tokens of the continuation, whether greedy decoding generates it)."""
     processor, model = pipeline.processor, pipeline.model
     prompt = processor.question_ids(text, len(images))
     target = processor.text_tokenizer(continuation.strip(), add_special_tokens=False)["input_ids"]

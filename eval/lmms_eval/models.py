@@ -1,4 +1,4 @@
-"""The classes that lmms-eval builds; this module alone imports lmms-eval."""
+"""The model classes of lmms-eval; the only module that imports lmms-eval."""
 
 from typing import Any
 
@@ -13,12 +13,12 @@ from . import adapter
 
 
 class OpenUniTok(Base):
-    """For tasks that give a text and images apart.
+    """For simple tasks: a text, and images separately.
 
     Args:
         pretrained: a model folder or hub id.
-        batch_size: questions answered together.
-        device: None = cuda where there is one; under several processes each takes a GPU of its own.
+        batch_size: requests per batch.
+        device: None = cuda if available; with several processes, each uses its own GPU.
         dtype: None = bfloat16 on cuda, float32 elsewhere.
     """
 
@@ -35,65 +35,67 @@ class OpenUniTok(Base):
     ):
         super().__init__()
         if more:
-            raise UserError(f"--model_args has keys that are not known here: {', '.join(sorted(more))}.")
-        self.pipeline = adapter.load(pretrained, device, dtype, distributed.local_rank())
+            raise UserError(f"--model_args has unknown keys: {', '.join(sorted(more))}.")
+        self.pipeline = adapter.load_lmms_pipeline(pretrained, device, dtype, distributed.local_rank())
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else int(max_batch_size or 32)
 
     @property
     def device(self) -> Any:
-        """Where the model is; lmms-eval gathers there."""
+        """The model's device; lmms-eval gathers results there."""
         return self.pipeline.device
 
     def document(self, task: str, split: str, number: int) -> Any:
-        """The sample that a request is about."""
+        """The dataset entry of a request."""
         return self.task_dict[task][split][number]
 
-    def question(self, arguments: tuple[Any, ...]) -> adapter.Question:
+    def question(self, arguments: tuple[Any, ...]) -> adapter.VisualRequest:
         """A simple request: (text, options, doc_to_visual, number, task, split)."""
         text, options, visuals, number, task, split = arguments
         images = adapter.images_of(visuals(self.document(task, split, number)))
-        return adapter.Question(images, plain(text), dict(options))
+        return adapter.VisualRequest(images, _without_marks(text), dict(options))
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; images are opened batch by batch."""
+        """Answers in the order of the requests; images are opened in pieces of 16 batches."""
         answers: list[str] = []
         with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
-            size = 16 * self.batch_size  # enough to make batches of like options, little enough to hold
+            size = 16 * self.batch_size  # large enough to group equal options, small enough for memory
             for start in range(0, len(requests), size):
                 part = [self.question(request.args) for request in requests[start : start + size]]
-                answers += adapter.answer(self.pipeline, part, self.batch_size, bar.update)
+                answers += adapter.answer_requests(self.pipeline, part, self.batch_size, bar.update)
         for request, text in zip(requests, answers):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Losses of options, since lmms-eval takes the smallest; wrapped, since it unwraps them once."""
+        """Losses of options: lmms-eval picks the smallest, after unwrapping each result once."""
         results = []
         for request in tqdm(requests, desc="options", disable=self.rank != 0):
             text, target, visuals, number, task, split = request.args
             document = self.document(task, split, number)
             option = target(document) if callable(target) else target
-            found = adapter.loss_of(self.pipeline, adapter.images_of(visuals(document)), plain(text), option)
+            found = adapter.continuation_loss(
+                self.pipeline, adapter.images_of(visuals(document)), _without_marks(text), option
+            )
             results.append(GenerationResult(text=found))  # pyright: ignore[reportArgumentType]
         return results
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Not offered."""
-        raise UserError("Tasks of several rounds (generate_until_multi_round) cannot be run with this model.")
+        """Not supported."""
+        raise UserError("Tasks with several rounds (generate_until_multi_round) are not supported.")
 
 
 class OpenUniTokChat(OpenUniTok):
-    """For tasks that give messages; images stay where they stand between the texts."""
+    """For chat tasks: messages, with images at their positions in the text."""
 
     is_simple = False
 
-    def question(self, arguments: tuple[Any, ...]) -> adapter.Question:
+    def question(self, arguments: tuple[Any, ...]) -> adapter.VisualRequest:
         """A chat request: (text, doc_to_messages, options, number, task, split)."""
         _, messages, options, number, task, split = arguments
-        images, text = adapter.question_of(messages(self.document(task, split, number)))
-        return adapter.Question(images, text, dict(options))
+        images, text = adapter.parse_messages(messages(self.document(task, split, number)))
+        return adapter.VisualRequest(images, text, dict(options))
 
 
-def plain(text: str) -> str:
-    """A simple task's text; its images come first, so that marks of other models go."""
-    return text.replace(adapter.MARK, "").strip()
+def _without_marks(text: str) -> str:
+    """The text of a simple task without image marks: its images are placed before the text."""
+    return text.replace(adapter.IMAGE_MARK, "").strip()

@@ -18,11 +18,11 @@ from ..core.judge_pass import current_judge_pass, open_judge_pass
 from . import fid
 from .inception_weights import Features, find_inception_variant, find_inception_weights
 
-PIECE, BATCH = 512, 32
+PIECE_SIZE, _BATCH = 512, 32
 RERUN_HINT = "Run `unitok eval run` again with --inception-weights PATH: generated images are kept."
 
 
-def load_extractor(variant: str, file: Path, device: str) -> Callable[..., Features]:
+def build_extractor(variant: str, file: Path, device: str) -> Callable[..., Features]:
     """`inception.load_extractor`, imported here so that scoring from files loads no torch."""
     from . import inception
 
@@ -40,7 +40,7 @@ def extract_inception_features(
     todo = [
         (images, start)
         for images in sets
-        for start in range(0, len(images.names), PIECE)
+        for start in range(0, len(images.names), PIECE_SIZE)
         if _stored_piece(folder, images, start) is None
     ]
     if distributed.is_main():
@@ -51,7 +51,7 @@ def extract_inception_features(
     distributed.barrier()
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
-        net = load_extractor(variant, file, device)
+        net = build_extractor(variant, file, device)
         for images, start in tqdm(mine, desc=f"inception ({variant})", unit=" pieces", disable=quiet):
             _save_piece(folder, images, start, net)
     distributed.barrier()
@@ -59,12 +59,12 @@ def extract_inception_features(
 
 def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Features]) -> None:
     """Compute and save the features of one piece; unreadable images are recorded with the reason."""
-    count = min(PIECE, len(images.names) - start)
+    count = min(PIECE_SIZE, len(images.names) - start)
     parts: list[Features] = []
     good, bad = [], []
-    for first in range(start, start + count, BATCH):
+    for first in range(start, start + count, _BATCH):
         batch = []
-        for i in range(first, min(first + BATCH, start + count)):
+        for i in range(first, min(first + _BATCH, start + count)):
             try:
                 batch.append(images.load(i))
                 good.append(i)
@@ -96,7 +96,7 @@ def _piece_path(folder: Path, role: str, start: int) -> Path:
 
 def _piece_stamp(images: ImageSet, start: int) -> str:
     """A hash that changes with any image of a piece."""
-    return hashlib.sha256("\n".join(images.names[start : start + PIECE]).encode()).hexdigest()
+    return hashlib.sha256("\n".join(images.names[start : start + PIECE_SIZE]).encode()).hexdigest()
 
 
 def _stored_piece(folder: Path, images: ImageSet, start: int) -> Any:

@@ -14,9 +14,9 @@ from .demo_run import (
     choose_samples,
     headlines,
     held_out_note,
+    metrics_summary,
     read_run,
     stage_curves,
-    summary,
 )
 from .page import escape, grid, inline_image, section
 from .screenshot import save_screenshot
@@ -41,7 +41,7 @@ def write_report(
         UserError: there are no results in `folder/eval`.
     """
     run = read_run(Path(folder), phases)
-    metrics = summary(run)
+    metrics = metrics_summary(run)
     write_json(run.folder / "metrics.json", metrics)
     write_atomic(run.folder / "report.html", demo_page(run, title))
     if reason := save_screenshot(run.folder / "report.html", run.folder / "report.png"):
@@ -222,7 +222,9 @@ def phase_times(run: DemoRun) -> str:
     if rows:
         rows.append(("<b>total</b>", f"<b>{total:.1f} s</b>", "", ""))
     return section(
-        "Time and memory", "", page.table(("phase", "time", "peak memory", "share of time"), rows, (1, 2))
+        "Time and memory",
+        "",
+        page.html_table(("phase", "time", "peak memory", "share of time"), rows, (1, 2)),
     )
 
 
@@ -241,7 +243,7 @@ def headline_table(rows: Sequence[Headline], note: str) -> str:
             )
         )
     columns = ("metric", "value", "95 % interval", "n", "baseline")
-    return section("All numbers", escape(note), page.table(columns, cells, (1, 2, 3)))
+    return section("All numbers", escape(note), page.html_table(columns, cells, (1, 2, 3)))
 
 
 def _short_reason(reason: str) -> str:

@@ -73,7 +73,7 @@ def read_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
     return run
 
 
-def summary(run: DemoRun) -> Record:
+def metrics_summary(run: DemoRun) -> Record:
     """The content of `metrics.json`; only its phases (times, memory) differ between identical runs."""
     return {
         "metrics": {

@@ -54,7 +54,9 @@ def grid(cards_html: Sequence[str], style: str, title: str = "") -> str:
     return f'{heading}<div class="{style}">{"".join(cards_html)}</div>'
 
 
-def table(columns: Sequence[str], rows_html: Sequence[Sequence[str]], numeric: Collection[int] = ()) -> str:
+def html_table(
+    columns: Sequence[str], rows_html: Sequence[Sequence[str]], numeric: Collection[int] = ()
+) -> str:
     """A table in a card; `numeric` are the indices of the columns that are aligned right."""
     if not rows_html:
         return ""

@@ -6,7 +6,7 @@ recipes are those of README.md here; VQAv2 is test-dev, which only the challenge
 
 PAPER = "UniTok (paper)"
 
-PUBLISHED: dict[str, dict[str, dict[str, float]]] = {
+PUBLISHED_SCORES: dict[str, dict[str, dict[str, float]]] = {
     "vqav2": {
         "accuracy": {
             PAPER: 0.768, "Liquid 7B": 0.713, "VILA-U 256": 0.753, "VILA-U 384": 0.794, "TokenFlow-XL": 0.776,

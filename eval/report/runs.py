@@ -11,7 +11,7 @@ from ..core.compare import folders_of
 from ..core.harness import Record
 from . import page
 from .page import escape, format_interval, format_value, grid, inline_image, section
-from .published import PAPER, PUBLISHED
+from .published import PAPER, PUBLISHED_SCORES
 
 MAX_BARS = 30  # categories of one benchmark
 GALLERY_SIZE = 12  # samples of each gallery
@@ -60,14 +60,14 @@ def main_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
     rows = []
     for benchmark in benchmarks:
         metrics = [next(run.results[benchmark]["metric"] for run in runs if benchmark in run.results)]
-        metrics += [name for name in PUBLISHED.get(benchmark, {}) if name not in metrics]
+        metrics += [name for name in PUBLISHED_SCORES.get(benchmark, {}) if name not in metrics]
         rows += [_metric_row(runs, benchmark, metric) for metric in metrics if metric is not None]
     columns = ("benchmark", *(run.name for run in runs), PAPER, "other models")
     note = (
         "95 % bootstrap intervals below the values. ✗: not comparable with published numbers; the reason "
         "stands in the benchmark's section."
     )
-    return section("Main metrics", note, page.table(columns, rows, range(1, len(runs) + 2)))
+    return section("Main metrics", note, page.html_table(columns, rows, range(1, len(runs) + 2)))
 
 
 def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
@@ -83,7 +83,7 @@ def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
         mark = "" if result.get("comparable", True) else " ✗"
         small = f"<br><small>{interval}</small>" if interval else ""
         cells.append(f"<b>{format_value(found['value'], found['unit'])}</b>{mark}{small}")
-    published = dict(PUBLISHED.get(benchmark, {}).get(metric, {}))
+    published = dict(PUBLISHED_SCORES.get(benchmark, {}).get(metric, {}))
     unit = "points" if benchmark == "mme" else "share"
     paper = published.pop(PAPER, None)
     cells.append("–" if paper is None else format_value(paper, unit))

@@ -34,7 +34,7 @@ SCORERS = ("lbfgs", "sgd")
 L2_STRENGTHS = tuple(10.0**e for e in range(-6, 2))
 LBFGS_STEPS = 200
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
-EPOCHS, BATCH = 90, 1024
+SGD_EPOCHS, SGD_BATCH = 90, 1024
 Probe = Callable[["Tensor"], "Tensor"]
 
 
@@ -199,16 +199,16 @@ def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
     import torch
     import torch.nn.functional as F
 
-    batch = min(BATCH, len(x))
+    batch = min(SGD_BATCH, len(x))
     norm = torch.nn.BatchNorm1d(x.shape[1], affine=False)
     layer = torch.nn.Linear(x.shape[1], classes)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
-    steps = EPOCHS * (len(x) // batch)
+    steps = SGD_EPOCHS * (len(x) // batch)
     optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     shuffling = torch.Generator().manual_seed(0)
-    for _ in range(EPOCHS):
+    for _ in range(SGD_EPOCHS):
         for rows in torch.randperm(len(x), generator=shuffling)[: len(x) // batch * batch].split(batch):
             if len(rows) < 2:  # batch norm cannot estimate a variance from one row
                 continue

@@ -1,4 +1,4 @@
-"""The lmms-eval adapter: what stands without lmms-eval, and a tiny offline task where it is installed."""
+"""The lmms-eval adapter, without lmms-eval, and on a tiny offline task if it is installed."""
 
 import importlib.util
 import json
@@ -18,7 +18,7 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 
 needed = pytest.mark.skipif(
     importlib.util.find_spec("lmms_eval") is None,
-    reason="lmms-eval is not installed: it asks for torchvision, which does not fit the tested torch",
+    reason="lmms-eval is not installed: it needs torchvision, which is incompatible with the tested torch",
 )
 SIZES = {
     "image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "stage_depths": [1, 1], "hidden_size": 16,
@@ -58,30 +58,32 @@ def image(number=0):
 
 def test_batches_of_mixed_options_equal_single_questions(pipeline):
     questions = [
-        adapter.Question([image(i)], f"Question {i}?", {"until": ["\n\n"], "max_new_tokens": 3 + i % 2})
+        adapter.VisualRequest([image(i)], f"Question {i}?", {"until": ["\n\n"], "max_new_tokens": 3 + i % 2})
         for i in range(5)
     ]
     counted = []
-    together = adapter.answer(pipeline, questions, 4, counted.append)
-    alone = [adapter.answer(pipeline, [question], 1, counted.append)[0] for question in questions]
+    together = adapter.answer_requests(pipeline, questions, 4, counted.append)
+    alone = [adapter.answer_requests(pipeline, [question], 1, counted.append)[0] for question in questions]
     assert together == alone and sum(counted) == 10
     assert together[0] == pipeline.answer([image(0)], ["Question 0?"], 3)[0]
 
 
-def test_options_stops_and_what_is_refused():
-    until, longest, options = adapter.options_of({"until": "\n", "max_new_tokens": 7, "temperature": 0})
+def test_options_stops_and_unsupported_options():
+    until, longest, options = adapter.generation_options(
+        {"until": "\n", "max_new_tokens": 7, "temperature": 0}
+    )
     assert (until, longest, options) == (["\n"], 7, {})
     wanted = {"temperature": 0.5, "top_p": 0.9, "num_beams": 2, "image_aspect_ratio": "pad"}
-    assert adapter.options_of(wanted)[2] == {
+    assert adapter.generation_options(wanted)[2] == {
         "num_beams": 2,
         "do_sample": True,
         "temperature": 0.5,
         "top_p": 0.9,
     }
-    assert adapter.cut("a b\n\nc", ["\n\n", "b"]) == "a"
-    with pytest.raises(UserError, match="not known here: penalty"):
-        adapter.options_of({"penalty": 1})
-    with pytest.raises(UserError, match="only images can be read"):
+    assert adapter.truncate_at_stops("a b\n\nc", ["\n\n", "b"]) == "a"
+    with pytest.raises(UserError, match="unsupported generation options: penalty"):
+        adapter.generation_options({"penalty": 1})
+    with pytest.raises(UserError, match="only images are supported"):
         adapter.images_of(["film.mp4"])
 
 
@@ -91,17 +93,22 @@ def test_messages_keep_their_images_in_place(pipeline):
         {"type": "text", "text": "and"},
         {"type": "image", "url": image(1).convert("L")}, {"type": "text", "text": "same?"},
     ]  # fmt: skip
-    images, text = adapter.question_of([{"role": "user", "content": content}])
+    images, text = adapter.parse_messages([{"role": "user", "content": content}])
     assert len(images) == 2 and images[1].mode == "RGB" and text == "First\n<image>\nand\n<image>\nsame?"
     assert (
-        len(adapter.answer(pipeline, [adapter.Question(images, text, {"max_new_tokens": 2})], 1, print)) == 1
+        len(
+            adapter.answer_requests(
+                pipeline, [adapter.VisualRequest(images, text, {"max_new_tokens": 2})], 1, print
+            )
+        )
+        == 1
     )
-    with pytest.raises(UserError, match="shows a video"):
-        adapter.question_of([{"role": "user", "content": [{"type": "video", "url": "x"}]}])
+    with pytest.raises(UserError, match="contains a video"):
+        adapter.parse_messages([{"role": "user", "content": [{"type": "video", "url": "x"}]}])
 
 
-def test_losses_are_those_of_the_model_token_by_token(pipeline):
-    loss, greedy = adapter.loss_of(pipeline, [image()], "Which?", "a cat")
+def test_losses_equal_the_models_token_by_token(pipeline):
+    loss, greedy = adapter.continuation_loss(pipeline, [image()], "Which?", "a cat")
     ids = pipeline.processor.question_ids("Which?", 1)
     codes = pipeline.encode_for_reading([image()])
     total = 0.0
@@ -115,7 +122,7 @@ def test_losses_are_those_of_the_model_token_by_token(pipeline):
     assert loss == pytest.approx(total, rel=1e-4) and greedy is False
     first = pipeline.answer([image()], ["Which?"], 1)[0]
     if first:
-        assert adapter.loss_of(pipeline, [image()], "Which?", first)[0] > 0
+        assert adapter.continuation_loss(pipeline, [image()], "Which?", first)[0] > 0
 
 
 def test_the_entry_point_names_the_manifest():
