@@ -1,4 +1,8 @@
-"""Images of 2 x 8 visual tokens, beside 4 x 4: both are 16. Generation, stream, preview, decode, reading."""
+"""Images of 2 x 8 visual tokens, beside 4 x 4: both are 16. Generation, stream, preview, decode, reading,
+the page and the server."""
+
+import base64
+import io
 
 import numpy as np
 import pytest
@@ -104,8 +108,38 @@ def test_images_are_read_and_reconstructed_in_this_shape(oblong, photos):
     assert oblong.processor.pixels(Image.new("RGB", (10, 10))).shape == (3, 32, 128)
 
 
+def test_the_page_shows_this_shape(oblong, photos):
+    from open_unitok.generation.ui.page import ImageHandler, ReconstructionHandler
+
+    views = [view for view, _, _ in ImageHandler(oblong)("a star", "", 1, 5, False, 2.0, "constant", 1, 0, 1)]
+    assert ["row 1 of 2" in view for view in views] == [False, True, False]
+    _, maps = ReconstructionHandler(oblong)(str(photos[0]))
+    assert maps.count("viewBox='0 0 8 2'") == 3 and "data-columns='8'" in maps
+
+
+def test_the_server_generates_and_reads_this_shape(oblong, photos, serving, ask):
+    path = "/v1/images/generations"
+    parts = [
+        {"type": "text", "text": "What?"},
+        {"type": "image_url", "image_url": {"url": data_url(photos[0])}},
+    ]
+    question = {"messages": [{"role": "user", "content": parts}], "max_tokens": 3}
+    with serving(oblong) as (url, _):
+        status, answer = ask(url, {"prompt": "a star", "size": "128x32", "seed": 1}, path)
+        assert status == 200 and answer["size"] == "128x32"
+        assert ask(url, {"prompt": "a star", "size": "64x64"}, path)[0] == 400
+        text = ask(url, question)[1]["choices"][0]["message"]["content"]
+    image = Image.open(io.BytesIO(base64.b64decode(answer["data"][0]["b64_json"])))
+    assert np.array_equal(image, oblong.generate(["a star"], seed=1)[0])
+    assert text == oblong.answer([photos[0]], ["What?"], max_new_tokens=3)[0]
+
+
+def data_url(path):
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
 def test_a_layout_must_have_the_models_tokens():
-    with pytest.raises(UserError, match="has 16 tokens, not 9"):
+    with pytest.raises(UserError, match="has 16 tokens, expected 9"):
         UniTokMLLMConfig(num_image_tokens=9, token_layout=OBLONG)
 
 
