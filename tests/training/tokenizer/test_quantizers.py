@@ -1,0 +1,36 @@
+"""`unitok train` with another quantiser, codebook initialisation and dead-code resets included."""
+
+import pytest
+import torch
+
+from open_unitok.cli.main import main
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.quantizers import NearestQuantizer
+
+
+def test_another_quantizer_trains_end_to_end(data, tmp_path, capsys):
+    def train(*changes: str) -> None:
+        changes = (f"out={tmp_path / 'run'}", "steps=4", "model.quantizer=nearest", *changes)
+        main(["train", str(data / "config.yaml"), *changes])
+
+    with pytest.raises(SystemExit):
+        train()
+    assert "'nearest' has no entropy loss: set losses.entropy to 0" in capsys.readouterr().err
+    train("losses.entropy=0", "model.quantizer_options={commitment: 0.5}", f"out={tmp_path / 'other'}")
+    model = UniTok.from_pretrained(tmp_path / "other" / "model")
+    assert isinstance(model.quantizer, NearestQuantizer) and model.quantizer.commitment == 0.5
+    assert model.quantizer.usage.sum(dim=-1).tolist() == pytest.approx([1, 1])
+    # Initialised on latents as they are: with unit norm, as UniTok's rows, all norms would be near 1.
+    norms = model.quantizer.codebooks.norm(dim=-1)
+    assert norms.std() > 0.05
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert model.decode(model.encode(pixels)).shape == pixels.shape
+
+
+def test_an_oblong_layout_trains_end_to_end(data, tmp_path):
+    layout = "model.token_layout={rows: 1, columns: 2}"
+    main(["train", str(data / "config.yaml"), f"out={tmp_path / 'run'}", "steps=2", layout])
+    model = UniTok.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.layout.grid == (1, 2)
+    pixels = torch.rand(2, 3, 16, 32) * 2 - 1
+    assert model.decode(model.encode(pixels)).shape == pixels.shape
