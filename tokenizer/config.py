@@ -53,7 +53,7 @@ class UniTokConfig(PretrainedConfig):
     Args:
         image_size: side of the square training images in pixels, a multiple of patch_size; with a
             `token_layout`, the longer side. Other sizes run too.
-        patch_size: side in pixels of the square that one visual token stands for; 16 for ViTamin.
+        patch_size: side in pixels of the square of one visual token; 16 for ViTamin.
         token_layout: {rows, columns, registers} of the training images' tokens; None = square.
         encoder, decoder: entries of `ENCODERS` and `DECODERS`; encoder_options, decoder_options: their own
             settings.
@@ -62,7 +62,7 @@ class UniTokConfig(PretrainedConfig):
             The published triples, which end in (hidden_size, 1), are accepted as well.
         hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformers of both halves.
         drop_path_rate: stochastic depth of the last block in training; the rate grows linearly from 0.
-        num_register_tokens: learnt tokens before those of the image; they are quantised as well.
+        num_register_tokens: learned tokens before those of the image; they are quantised as well.
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
         num_codebooks: K sub-codebooks.
         codebook_size, codebook_dim: V entries of width C, per sub-codebook.
@@ -113,6 +113,7 @@ class UniTokConfig(PretrainedConfig):
     text_context_length: int = 77
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # transformers keeps unknown keywords as attributes: a mistyped field would have no effect.
         for key in kwargs.keys() - {"model_type", "transformers_version"}:
             near = difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.8)
             if near:
@@ -144,6 +145,7 @@ class UniTokConfig(PretrainedConfig):
             raise UserError(f"drop_path_rate = {self.drop_path_rate}: must be in [0, 1).")
         if self.projection not in PROJECTIONS:
             raise UserError(f"projection = {self.projection!r}." + did_you_mean(self.projection, PROJECTIONS))
+        # Attention splits the width into heads of equal size.
         for width, heads in (("hidden_size", "num_attention_heads"), ("text_hidden_size", "text_num_heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise UserError(
@@ -161,6 +163,7 @@ class UniTokConfig(PretrainedConfig):
         """Fill in `token_layout`; raise UserError where it contradicts other fields."""
         if self.token_layout is None:
             return
+        # Registers may be given in either place; once stored, both agree.
         layout = TokenLayout.from_config(self.token_layout, None, self.num_register_tokens)
         self.num_register_tokens = self.num_register_tokens or layout.registers
         if layout.registers != self.num_register_tokens:

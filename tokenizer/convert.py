@@ -100,14 +100,28 @@ _NAMES_BACK = {ours: theirs for theirs, ours in _NAMES.items()}
 
 # One tensor per sub-codebook in the published file, one stacked tensor in ours.
 _STACKS = {"codebook.weight": "quantizer.codebooks", "vocab_usage": "quantizer.usage"}
-_TRANSPOSED = ("text_encoder.text_projection",)
+_TRANSPOSED = ("text_encoder.text_projection",)  # a parameter (width, E) there, the weight of a Linear here
+
+# Fields of our config that a published file cannot hold.
+_UNPUBLISHED = (
+    "encoder",
+    "encoder_options",
+    "decoder",
+    "decoder_options",
+    "patch_size",
+    "quantizer",
+    "quantizer_options",
+    "token_layout",
+)
 
 
 def rename(name: str, names: Mapping[str, str]) -> str | None:
     """Translate a tensor's name by a table of templates (# = a number); None if no template fits."""
+    # "encoder.blocks.3.norm1.weight": the template "encoder.blocks.#.norm1.weight" and the numbers ["3"]
     numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
     template = re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
     stem, _, last = template.rpartition(".")
+    # Most entries name a module; its tensors keep their last name. A full name has precedence.
     found = names.get(template)
     if found is None and last in ("weight", "bias") and stem in names:
         found = f"{names[stem]}.{last}"
@@ -127,12 +141,15 @@ def state_from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, Tensor]] = {}
     for name, tensor in published.items():
+        # 1. codebooks and their statistics are collected by number and stacked below
         book = re.fullmatch(r"quantizer\.codebooks\.(\d+)\.(.+)", name)
         if book and book[2] in _STACKS:
             stacks.setdefault(_STACKS[book[2]], {})[int(book[1])] = tensor
+        # 2. a buffer of zeros that the published attention concatenates; ours does without
         elif name.endswith(".attn.zero_k_bias"):
             if not tensor.is_meta and tensor.any():
                 raise UserError(f"{name} is not zero: this is not a UniTok checkpoint.")
+        # 3. the rest is renamed
         elif (ours := rename(name, _NAMES)) is not None:
             state[ours] = tensor.T.contiguous() if name in _TRANSPOSED else tensor
         else:
@@ -185,6 +202,7 @@ def tokenizer_config_from_published(args: Mapping[str, Any]) -> UniTokConfig:
             f"The checkpoint's model is {name!r}; sizes are known for {', '.join(TOKENIZER_SIZES)}. Pass a "
             "config: UniTok.from_reference(path, config), or unitok convert tokenizer --config FILE."
         )
+    # The published arguments give totals over all sub-codebooks.
     books = args["num_codebooks"]
     return UniTokConfig.named(
         name,
@@ -224,6 +242,7 @@ def read_published_tokenizer(
         ) from None
     if config is None:
         config = tokenizer_config_from_published(checkpoint.get("args", {}))
+    # Clones: tensors of one file may share memory, and the state dict becomes a model's parameters.
     state = {
         name: tensor.float().clone() if tensor.is_floating_point() else tensor.clone()
         for name, tensor in state_from_published(weights).items()
@@ -234,7 +253,19 @@ def read_published_tokenizer(
 def write_published_tokenizer(
     config: UniTokConfig, state: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> None:
-    """Write a state dict as a published checkpoint file (weights and the model's `args` only)."""
+    """Write a state dict as a published checkpoint file (weights and the model's `args` only).
+
+    Raises:
+        UserError: the model has parts that the published code does not know.
+    """
+    # A field that the published code lacks would be lost in silence, and the file read as another model.
+    plain = UniTokConfig()
+    for name in _UNPUBLISHED:
+        if getattr(config, name) not in (None, {}, getattr(plain, name)):
+            raise UserError(
+                f"{name} = {getattr(config, name)!r} has no counterpart in a published file: only the "
+                f"default, {getattr(plain, name)!r}, can be written."
+            )
     shape = {
         "stem_width",
         "stage_widths",
@@ -289,9 +320,11 @@ def read_clip_weights(
     """
     checkpoint = read_checkpoint(path)
     checkpoint = checkpoint.get("state_dict", checkpoint)
+    if "encoder.stem.conv1.weight" not in target:
+        raise UserError(f"{path} can only initialise encoder 'vitamin'; this model has another.")
     published = {}
     for name, tensor in checkpoint.items():
-        name = name.removeprefix("module.")
+        name = name.removeprefix("module.")  # of training under DistributedDataParallel
         if "head" in name or "pos_embed" in name:
             continue
         for prefix, ours in (("visual.trunk.", "encoder."), ("text.", "text_encoder.")):

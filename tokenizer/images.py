@@ -90,7 +90,7 @@ def to_pixels(
         if scaled != image.size:
             image = image.resize(scaled, resample or Image.Resampling.BICUBIC)
         return from_pil(_centre_crop(image, height, width))
-    if mode == "pad":
+    if mode == "pad":  # before scaling, so that the border has the same share at every size
         image = _pad(image, (height, width), PAD_COLOUR)
     return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
@@ -106,6 +106,7 @@ def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR)
 
 def from_pil(image: Image.Image) -> torch.Tensor:
     """An RGB image, unscaled -> (3, H, W) float32 in [-1, 1]."""
+    # np.array copies: torch warns about the read-only memory of a PIL image
     array = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     return (array.float() / 255 - 0.5) / 0.5
 

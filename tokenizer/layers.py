@@ -104,6 +104,7 @@ class GeGLU(nn.Module):
         super().__init__()
         hidden = int(width * ratio)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        # two layers rather than one of twice the width: the published files hold them apart
         self.gate = Linear(width, hidden)
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
@@ -187,6 +188,7 @@ class Transformer(nn.ModuleList):
             else:
                 noise = self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
         for block, block_noise in zip(self, noise):
+            # `block.__call__`, so that hooks of DeepSpeed and peft run in the recomputation as well
             if self.gradient_checkpointing and self.training:
                 hidden = self._gradient_checkpointing_func(block.__call__, hidden, block_noise)
             else:
@@ -258,7 +260,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         shortcut = map
-        if self.scale == 0.5:
+        if self.scale == 0.5:  # the shortcut follows the stride of the depthwise convolution
             shortcut = F.avg_pool2d(shortcut, 3, 2, 1, count_include_pad=False)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)

@@ -52,7 +52,7 @@ def find_weights(path: str | Path | None, names: Sequence[str], what: str, sourc
     if local.is_file():
         return local
     if local.is_dir():
-        for name in names:
+        for name in names:  # in order of preference
             if (local / name).is_file():
                 return local / name
         raise UserError(f"{what}: the folder {path} holds no {' or '.join(names)}. {hint}")
@@ -70,7 +70,7 @@ def _download(hub_id: str, names: Sequence[str], what: str, hint: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-    reason = ""
+    reason = ""  # of the last attempt
     for name in names:
         try:
             return Path(hf_hub_download(hub_id, name))

@@ -35,7 +35,7 @@ class KVCache:
         """
         end = self.length + key.shape[2]
         if end > self.max_length:
-            raise ValueError(f"The KV cache has room for {self.max_length} tokens, got {end}.")
+            raise ValueError(f"The KV cache holds up to {self.max_length} tokens, got {end}.")
         if self.length == 0:
             shape = (*key.shape[:2], self.max_length, key.shape[3])
             self._keys, self._values = key.new_empty(shape), value.new_empty(shape)

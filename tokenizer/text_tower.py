@@ -58,6 +58,7 @@ class TextEncoder(nn.Module):
         hidden = self.token_embedding(token_ids) + self.position_embedding[:length]
         for block in self.blocks:
             hidden = block(hidden)
+        # Padding (id 0) comes after the end of text; attention is causal, so it does not change the result.
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)
         return self.projection(self.norm(hidden[rows, token_ids.argmax(dim=-1)]))
 

@@ -15,6 +15,7 @@ from open_unitok.tokenizer.convert import (
     read_clip_weights,
     state_from_published,
     state_to_published,
+    write_published_tokenizer,
 )
 
 
@@ -167,3 +168,18 @@ def test_init_from_clip(variant, tiny_config, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not an open_clip ViTamin checkpoint"):
         read_clip_weights(tmp_path / "other.pt", model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantizer": "nearest"},
+        {"decoder_options": {"hidden_size": 32}},
+        {"token_layout": {"rows": 4, "columns": 4}},
+    ],
+)
+def test_what_a_published_file_cannot_hold_is_rejected(tiny_config, tmp_path, changes):
+    model = UniTok(tiny_config(**changes))
+    with pytest.raises(UserError, match=f"{next(iter(changes))} = .* has no counterpart in a published file"):
+        write_published_tokenizer(model.config, model.state_dict(), tmp_path / "a.pth")
+    assert not list(tmp_path.iterdir())

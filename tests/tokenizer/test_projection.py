@@ -18,7 +18,7 @@ def test_cached_equals_uncached(widths, pieces):
         steps = torch.cat([projection(piece, cache) for piece in hidden.split(pieces, dim=1)], dim=1)
         torch.testing.assert_close(steps, projection(hidden), rtol=0, atol=1e-6)
         torch.testing.assert_close(projection(hidden[:, :2]), projection(hidden)[:, :2], rtol=0, atol=1e-6)
-    with pytest.raises(ValueError, match="has room for 6 tokens, got 7"), torch.no_grad():
+    with pytest.raises(ValueError, match="holds up to 6 tokens, got 7"), torch.no_grad():
         projection(hidden[:, :1], cache)
 
 

@@ -45,6 +45,7 @@ class ViTaminDecoder(nn.Module):
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
         self.to_pixels = Conv2d(narrow, 3, 3)
+        # The published decoder initialises all its convolutions alike, those of shared blocks included.
         for module in self.modules():
             if isinstance(module, Conv2d):
                 module.weight_init = "xavier"
@@ -55,8 +56,9 @@ class ViTaminDecoder(nn.Module):
         return self.to_pixels.weight
 
     def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        # Register tokens take part in attention but have no place in the image.
+        # Register tokens take part in attention but are not part of the image.
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
+        # channels_last: the norms over channels then need no copies
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
         map = self.leave(self.narrow(self.wide(self.enter(map))))
         return self.to_pixels(cpu.gelu(self.leave_norm(map)))

@@ -71,6 +71,7 @@ class ViTaminEncoder(nn.Module):
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, H*W/256, D) in raster order: the convolutional half."""
+        # channels_last: the norms over channels then need no copies
         map = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             map = stage(map)

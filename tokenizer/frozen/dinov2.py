@@ -116,7 +116,7 @@ def native_grid_side(num_positions: int) -> int:
 
 
 class _LayerScale(nn.Module):
-    """One learnt factor per channel."""
+    """One learned factor per channel."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -127,6 +127,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def track_usage(self, codes: Tensor) -> Tensor:
         """(K,) per cent of entries that (B, N, K) codes use; in training, update running frequencies."""
+        # One flat histogram over all books: book k counts from k * size on.
         size = self.usage.shape[1]
         offsets = torch.arange(len(self.code_sizes), device=codes.device) * size
         index = (codes + offsets).flatten()

@@ -64,9 +64,8 @@ class MultiCodebookQuantizer(Quantizer):
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., K, C), unit norm."""
         books, entries, _ = self.codebooks.shape
-        offsets = (
-            torch.arange(books, device=self.codebooks.device) * entries
-        )  # of each book in one flat table
+        # One lookup in a flat table of all books; book k begins at k * entries.
+        offsets = torch.arange(books, device=self.codebooks.device) * entries
         return F.normalize(F.embedding(codes + offsets, self.codebooks.flatten(0, 1).float()), dim=-1)
 
     @torch.no_grad()
@@ -94,7 +93,7 @@ class MultiCodebookQuantizer(Quantizer):
             per_latent = per_latent + entropy / (count * books)
             means[book] = means[book] + probabilities / count
         mean = torch.stack(means)
-        if self.average_over_ranks is not None:
+        if self.average_over_ranks is not None:  # the entropy of the mean is not a mean of entropies
             mean = self.average_over_ranks(mean)
         of_mean = -(mean * torch.log(mean + 1e-7)).sum(dim=-1).mean()
         return per_latent - of_mean
@@ -102,6 +101,7 @@ class MultiCodebookQuantizer(Quantizer):
 
 def _soft_assignment(features: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, C), (V, C) -> the summed entropy of the R soft assignments, and their summed probabilities (V,)."""
+    # |x - e|^2 by its expansion: a matrix product instead of a (R, V, C) difference
     distance = features.square().sum(-1, keepdim=True) + table.square().sum(-1) - 2 * features @ table.T
     logs = torch.log_softmax(-distance / TEMPERATURE, dim=-1)
     probabilities = logs.exp()
