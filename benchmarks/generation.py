@@ -45,7 +45,7 @@ from open_unitok.generation.sampling import apply_guidance
 
 PROMPT, UNCONDITIONAL = list(range(10, 30)), [1, 5, 6, 3]
 GUIDANCE = 5.0
-# part -> (images, precision, visual tokens); the baseline's time per token hardly grows with the position
+# part -> (images, precision, visual tokens); the baseline's time per token barely depends on the position
 IMAGE_PARTS = {
     "baseline_1": (1, "baseline", 40),
     "fp32_1": (1, "fp32", 256),

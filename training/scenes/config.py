@@ -14,7 +14,7 @@ from .shapes import COLORS, SHAPES, TEXTURES
 
 # In this order everywhere: sampling with a seed depends on it.
 QUESTION_KINDS = ("existence", "count", "colour", "shape", "position", "relation")
-_DEFAULT_SHARES = dict(zip(QUESTION_KINDS, (3.0, 1.0, 1.0, 1.0, 1.0, 3.0)))
+_DEFAULT_SHARES: dict[str, float] = dict(zip(QUESTION_KINDS, (3.0, 1.0, 1.0, 1.0, 1.0, 3.0)))
 
 
 def _setting(default: Any, help: str) -> Any:
