@@ -1,4 +1,4 @@
-"""The stages of training: check the config, open the run directory, run the stage."""
+"""The stages of training, and the config of a run."""
 
 import importlib
 
@@ -7,7 +7,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .core import config as configs
 from .core.options import RunConfig
 
-# stage -> (module and class of its config, module of its loop); the loop's module is imported only to train
+# stage -> (module and class of its config, module of its loop); a config is read without importing torch
 TRAINING_STAGES = {
     "tokenizer": ("tokenizer.config", "TokenizerRunConfig", "tokenizer.train"),
     "mllm": ("mllm.config", "MLLMRunConfig", "mllm.train"),
@@ -15,10 +15,10 @@ TRAINING_STAGES = {
 
 
 def load_run_config(path: str, overrides: list[str]) -> RunConfig:
-    """The checked config of a run.
+    """The validated config of a run.
 
     Raises:
-        UserError: anything wrong with it.
+        UserError: unknown stage or key, wrong type, impossible combination.
     """
     raw = configs.read_yaml(path, overrides)
     stage = raw.get("stage")

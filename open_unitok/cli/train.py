@@ -19,15 +19,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train from the start or from the last checkpoint, unless the run is finished."""
     config = load_run_config(args.config, args.overrides)
-    folder = RunDir.open(config)
-    if folder.finished:
-        print(f"{config.out} is finished: {folder.model}")
+    run_dir = RunDir.open(config)
+    if run_dir.finished:
+        print(f"{config.out} is finished: {run_dir.model}")
         return
     stage = importlib.import_module(f"open_unitok.training.{TRAINING_STAGES[config.stage][2]}")
     try:
-        stage.main(config, folder)
+        stage.main(config, run_dir)
     except UserError:
-        folder.discard()
+        run_dir.discard()
         raise
     from open_unitok.training.core.deepspeed_engine import exit_process
 

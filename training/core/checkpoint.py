@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside, sealed with a list of their files, then renamed.
+"""Atomic checkpoints: written to a temporary folder, listed in a manifest, then renamed.
 
 checkpoints/step-00000500/ is a model folder (what `write_model` writes) plus training_state/: DeepSpeed's
 states, one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
@@ -25,19 +25,21 @@ CHECKPOINT_MANIFEST = "training_state/manifest.json"
 
 
 class Checkpoints:
-    """The checkpoints of one run; `keep` of them stay. Every method is called on every rank.
+    """The checkpoints of one run. Call every method on every rank.
 
-    trained_alone: parameters without gradient are left out of the engines' states; the run has them from
-        elsewhere (the model that adapters sit on).
+    Args:
+        keep: number of checkpoints that are kept.
+        trained_only: omit frozen parameters from the engines' states, because the run has them from elsewhere
+            (the base model of adapters).
     """
 
-    def __init__(self, folder: Path, keep: int = 2, trained_alone: bool = False):
+    def __init__(self, folder: Path, keep: int = 2, trained_only: bool = False):
         self.folder = folder
         self.keep = keep
-        self.trained_alone = trained_alone
+        self.trained_only = trained_only
 
     def steps(self) -> dict[int, Path]:
-        """step -> folder, oldest first; half-written temporary folders are not among them."""
+        """step -> folder, oldest first, without temporary folders of interrupted saves."""
         found = {}
         for path in self.folder.glob("step-*"):
             number = re.fullmatch(r"step-(\d+)", path.name)
@@ -46,10 +48,10 @@ class Checkpoints:
         return dict(sorted(found.items()))
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, checked; None if there is none.
+        """The newest checkpoint, verified; None if there is none.
 
         Raises:
-            UserError: it is broken; the message names the file and what to do.
+            UserError: it is damaged; the message names the file and what to do.
         """
         steps = self.steps()
         if not steps:
@@ -57,12 +59,12 @@ class Checkpoints:
         path = steps[max(steps)]
         problem = None
         if distributed.is_main():
-            problem = damage(path)
+            problem = find_damage(path)
         if _from_main(problem is not None):
             others = [p.name for p in steps.values() if p != path]
-            goes_on = f"to go on from {others[-1]}" if others else "to begin again"
+            remedy = f"to resume from {others[-1]}" if others else "to start over"
             raise UserError(
-                f"Checkpoint {path} is broken: {problem or 'see rank 0'}. Delete this folder {goes_on}."
+                f"Checkpoint {path} is broken: {problem or 'see rank 0'}. Delete this folder {remedy}."
             )
         return path
 
@@ -72,15 +74,15 @@ class Checkpoints:
         write_model: Callable[[Path], None],
         engines: Mapping[str, Any],
         state: Mapping[str, Any],
-        gathers: bool = False,
+        gather: bool = False,
     ) -> Path:
-        """Write step-XXXXXXXX in one go and prune old ones.
+        """Write step-XXXXXXXX atomically and delete old checkpoints.
 
         Args:
-            write_model: writes a loadable model folder into the path it is given; called on rank 0, or on
-                every rank (where it writes on rank 0 only) if `gathers`, as ZeRO 3 needs.
+            write_model: writes a loadable model folder into the given path.
             engines: name -> DeepSpeed engine.
-            state: what this rank needs to go on: plain types and tensors.
+            state: what this rank needs to resume: plain types and tensors.
+            gather: call `write_model` on every rank, not on rank 0 alone: ZeRO 3 gathers weights there.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
@@ -88,16 +90,17 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "training_state").mkdir(parents=True)
         distributed.barrier()
-        if distributed.is_main() or gathers:
+        if distributed.is_main() or gather:
             write_model(temporary)
         for name, engine in engines.items():
-            what = {"exclude_frozen_parameters": True} if self.trained_alone else {}
-            engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **what)
+            options = {"exclude_frozen_parameters": True} if self.trained_only else {}
+            engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **options)
         own = {**state, "step": step, "ranks": distributed.world_size(), "torch_rng": torch.get_rng_state()}
         torch.save(own, _rank_file(temporary))
         distributed.barrier()
         if distributed.is_main():
-            seal(temporary)
+            write_manifest(temporary)
+            # os.replace is atomic: after a kill the checkpoint is complete or absent
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
             for old in list(self.steps().values())[: -self.keep]:
@@ -106,10 +109,13 @@ class Checkpoints:
         return path
 
     def restore(self, path: Path, engines: Mapping[str, Any], key: str = "init_from") -> dict[str, Any]:
-        """Load engines and torch's RNG; returns this rank's state, with `step`.
+        """Load the engines and torch's random state.
 
         Args:
-            key: the config key that begins a new run from this checkpoint, for the message.
+            key: config key that starts a new run from this checkpoint, for the error message.
+
+        Returns:
+            This rank's state, with `step`.
 
         Raises:
             UserError: the checkpoint was written by another number of ranks.
@@ -118,31 +124,33 @@ class Checkpoints:
         written_by = torch.load(first, map_location="cpu", weights_only=True)["ranks"]
         if written_by != distributed.world_size():
             raise UserError(
-                f"{path} was written by {written_by} rank(s), this is a run of {distributed.world_size()}: "
-                f"start {written_by}, or begin a new run from its weights ({key}={path} and another out)."
+                f"{path} was written by {written_by} rank(s), but this run has {distributed.world_size()}: "
+                f"use {written_by}, or start a new run from its weights ({key}={path} and another out)."
             )
         state = torch.load(_rank_file(path), map_location="cpu", weights_only=True)
         for name, engine in engines.items():
-            what = {"load_module_strict": False} if self.trained_alone else {}
-            engine.load_checkpoint(str(path / "training_state"), tag=name, **what)
+            options = {"load_module_strict": False} if self.trained_only else {}
+            engine.load_checkpoint(str(path / "training_state"), tag=name, **options)
         torch.set_rng_state(state.pop("torch_rng"))
         return state
 
 
 def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Load what any number of ranks trained, but not the moments of their optimisers.
+    """Load the weights of a checkpoint of any number of ranks, without optimiser moments.
 
-    Engines that the checkpoint does not have stay as they are.
+    Engines that the checkpoint does not have keep their weights.
 
     Returns:
-        Every rank's state.
+        The state of every rank that wrote it.
 
     Raises:
-        UserError: `path` is no checkpoint, or a broken one.
+        UserError: `path` is not a checkpoint, or it is damaged.
     """
-    problem = damage(path) if path.is_dir() else "there is no such folder"
+    problem = find_damage(path) if path.is_dir() else "there is no such folder"
     if problem:
-        raise UserError(f"{path} is no whole checkpoint ({problem}): name a folder OUT/checkpoints/step-*.")
+        raise UserError(
+            f"{path} is not a complete checkpoint ({problem}): name a folder OUT/checkpoints/step-*."
+        )
     for name, engine in engines.items():
         if (path / "training_state" / name).is_dir():
             engine.load_checkpoint(
@@ -156,8 +164,8 @@ def _rank_file(path: Path) -> Path:
     return path / "training_state" / f"rank-{distributed.rank():05d}.pt"
 
 
-def seal(path: Path) -> None:
-    """List every file with size and hash, flushed to disk; what is sealed is whole."""
+def write_manifest(path: Path) -> None:
+    """Flush every file to disk and list it with size and hash; a folder with a manifest is complete."""
     files = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
@@ -167,8 +175,8 @@ def seal(path: Path) -> None:
     write_json(path / CHECKPOINT_MANIFEST, {"files": files})
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is whole."""
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is complete."""
     if not (path / CHECKPOINT_MANIFEST).exists():
         return f"{CHECKPOINT_MANIFEST} is missing"
     try:
@@ -187,7 +195,7 @@ def damage(path: Path) -> str | None:
 
 
 def _from_main(value: bool) -> bool:
-    """Rank 0's value on every rank."""
+    """Rank 0's value, on every rank."""
     return distributed.sum_over_ranks(torch.tensor(float(value and distributed.is_main()))).item() > 0
 
 

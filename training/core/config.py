@@ -1,6 +1,6 @@
-"""YAML to strict dataclasses: a mistake stops a run before its first batch, in one line that says what to do.
+"""YAML to strict dataclasses: a mistake stops a run before its first batch, with one line that says why.
 
-This module and the `*_config.py` files import no torch, so that a finished run is recognised at once.
+This module, `options.py` and the stages' `config.py` import no torch: errors and finished runs show at once.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ T = TypeVar("T")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `2e-4` is a number (YAML 1.1 wants 2.0e-4), and a key may stand only once."""
+    """YAML in which `2e-4` is a number (YAML 1.1 wants 2.0e-4) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.start_mark
+                    None, None, f"the key {key!r} occurs twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
 
@@ -40,7 +40,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Keys that a resumed run may change: they leave what is computed as it is.
+# Keys that a resumed run may change: they do not change what is computed.
 CHANGEABLE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
 CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
 
@@ -49,7 +49,7 @@ CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
 
 
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The plain dict of a YAML file (or of a shipped one) with `a.b=value` overrides applied.
+    """The plain dict of a YAML file (or a shipped one), with `a.b=value` overrides applied.
 
     Raises:
         UserError: no such file, not a YAML mapping, or an override that is not `key=value`.
@@ -76,7 +76,7 @@ def _text(path: str | Path) -> str:
     shipped = importlib.resources.files("open_unitok.configs").joinpath(str(path).removeprefix("configs/"))
     if not file.exists():
         if not (str(path).endswith(".yaml") and shipped.is_file()):
-            raise UserError(f"There is no config {path}, neither here nor among the shipped ones (configs/).")
+            raise UserError(f"{path} does not exist, neither here nor among the shipped configs (configs/).")
         return shipped.read_text(encoding="utf-8")
     try:
         return file.read_text(encoding="utf-8")
@@ -92,27 +92,27 @@ def _parse(value: str, override: str) -> Any:
 
 
 def _set(raw: Any, key: str, value: Any, override: str) -> None:
-    """Set raw[a][b] for key "a.b"; a number steps into a list."""
+    """Set raw[a][b] for key "a.b"; a number is an index of a list."""
     *parents, last = key.split(".")
-    where = raw
+    node = raw
     for part in parents:
-        if isinstance(where, list):
-            where = where[_index(part, where, override)]
+        if isinstance(node, list):
+            node = node[_index(part, node, override)]
         else:
-            if where.get(part) is None:
-                where[part] = {}
-            where = where[part]
-        if not isinstance(where, dict | list):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        if not isinstance(node, dict | list):
             raise UserError(f"Override {override!r}: {part!r} is a value, not a section.")
-    if isinstance(where, list):
-        where[_index(last, where, override)] = value
+    if isinstance(node, list):
+        node[_index(last, node, override)] = value
     else:
-        where[last] = value
+        node[last] = value
 
 
 def _index(part: str, items: list, override: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
-        raise UserError(f"Override {override!r}: {part!r} is not one of 0 to {len(items) - 1}.")
+        raise UserError(f"Override {override!r}: {part!r} is not an index from 0 to {len(items) - 1}.")
     return int(part)
 
 
@@ -120,13 +120,13 @@ def _index(part: str, items: list, override: str) -> int:
 
 
 def build_config(cls: type[T], raw: Any, where: str = "") -> T:
-    """An instance of the dataclass `cls` from plain values, every type checked; then its `check()` is called.
+    """An instance of the dataclass `cls` from plain values; checks every type, then calls its `check()`.
 
     Raises:
-        UserError: unknown or missing key, wrong type, or what `check` refuses; names the dotted key.
+        UserError: unknown or missing key, wrong type, or a value that `check` rejects; names the dotted key.
     """
     if not isinstance(raw, Mapping):
-        raise UserError(f"{where or 'The config'} is {raw!r}: a section of keys and values is wanted.")
+        raise UserError(f"{where or 'The config'} is {raw!r}: expected a section of keys and values.")
     fields: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     for key in raw:
@@ -138,13 +138,13 @@ def build_config(cls: type[T], raw: Any, where: str = "") -> T:
             values[name] = _convert(hints[name], raw[name], _join(where, name))
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise UserError(
-                f"Config key {_join(where, name)!r} is missing: {_describe(hints[name])} is wanted."
+                f"Config key {_join(where, name)!r} is missing: expected {_describe(hints[name])}."
             )
-    made = cls(**values)
-    check = getattr(made, "check", None)
+    config = cls(**values)
+    check = getattr(config, "check", None)
     if check is not None:
         check()
-    return made
+    return config
 
 
 def _join(where: str, key: Any) -> str:
@@ -152,13 +152,14 @@ def _join(where: str, key: Any) -> str:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    """`value` as the type `hint`; ints pass as floats, lists as tuples, nothing else is bent."""
+    """`value` as the type `hint`; the only conversions are int to float and list to tuple."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
         return _convert_union(inner, value, where, hint)
     if origin is Literal:
+        # True == 1, so a bool must not pass for an int
         if value in inner and not (isinstance(value, bool) and not any(isinstance(i, bool) for i in inner)):
             return value
         near = did_you_mean(str(value), map(str, inner))
@@ -184,9 +185,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         and not (isinstance(value, bool) and hint is not bool)
     ):
         if hint is float and not math.isfinite(value):
-            raise UserError(f"{where} is {value!r}: a finite number is wanted.")
+            raise UserError(f"{where} is {value!r}: expected a finite number.")
         return value
-    raise UserError(f"{where} is {value!r}: {_describe(hint)} is wanted.")
+    raise UserError(f"{where} is {value!r}: expected {_describe(hint)}.")
 
 
 def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
@@ -200,20 +201,20 @@ def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
             return _convert(option, value, where)
         except UserError:
             continue
-    raise UserError(f"{where} is {value!r}: {_describe(hint)} is wanted.")
+    raise UserError(f"{where} is {value!r}: expected {_describe(hint)}.")
 
 
 _NAMES = {
     int: "a whole number",
     float: "a number",
-    str: "a text",
+    str: "a string",
     bool: "true or false",
     type(None): "nothing (null)",
 }
 
 
 def _describe(hint: Any) -> str:
-    """A type in words."""
+    """A type in words, for error messages."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(i) for i in inner)
@@ -232,7 +233,7 @@ def _describe(hint: Any) -> str:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The config as plain dicts, lists, texts and numbers."""
+    """The config as plain dicts, lists, strings and numbers."""
     return _plain(dataclasses.asdict(config))
 
 
@@ -243,14 +244,14 @@ def _plain(value: Any) -> Any:
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved config as YAML, keys in the order of the dataclass."""
+    """The resolved config as YAML, keys in the order of the dataclasses."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
 
 
 def config_differences(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = CHANGEABLE_KEYS
 ) -> list[str]:
-    """ "key: old -> new" for every key that differs, those in `free` (and below) left out."""
+    """ "key: old -> new" for every key that differs, except those in `free` and below them."""
     before, after = _flat(old), _flat(new)
     return [
         f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"

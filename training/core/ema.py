@@ -1,4 +1,4 @@
-"""Averaged weights: after each step they move a little towards the trained ones; they are the saved model."""
+"""Exponential moving average of the weights, which is then saved as the model."""
 
 import contextlib
 from collections.abc import Iterator
@@ -18,20 +18,20 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call when `step` steps are done; early on the memory is short, so that the start is forgotten."""
+        """Call after `step` steps; early on the decay is lower, so that initial weights are forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def reset_rows(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
-        """Forget the past of rows that were overwritten."""
+        """Set averages of overwritten rows to the rows themselves."""
         for name, own in self.parameters.items():
             if own is parameter:
                 self.averages[name][rows] = own[rows]
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the module holds the averages."""
+        """Within it, the module has the averaged weights."""
         own = {name: p.data for name, p in self.parameters.items()}
         try:
             for name, parameter in self.parameters.items():
@@ -42,7 +42,7 @@ class EMA:
                 parameter.data = own[name]
 
     def load(self, folder: Path) -> None:
-        """Take the averages from the model file of a checkpoint, whose weights they are."""
+        """Load the averages from a checkpoint: they are the weights of its model file."""
         from safetensors.torch import load_file
 
         saved = load_file(folder / "model.safetensors")

@@ -1,7 +1,7 @@
-"""How much arithmetic a training step is, and how much a device could do: the two halves of MFU.
+"""FLOPs of a training step and the peak of a device: the two parts of MFU (model FLOPs utilisation).
 
-A multiplication and an addition are two operations. A recomputed activation counts once, frozen weights cost
-no gradient of their own, and attention counts the pairs of tokens that see each other.
+A multiply-add is two operations. Recomputed activations count once, frozen weights have no weight gradient,
+and attention counts the pairs of tokens that attend to each other.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from .gpus import PEAK_TFLOPS
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """Of a GPU that the table knows, else None."""
+    """Peak of a GPU in `PEAK_TFLOPS`; None for others."""
     if device.type != "cuda":
         return None
     name = " " + torch.cuda.get_device_name(device).replace("-", " ") + " "  # "NVIDIA A100-SXM4-80GB"
@@ -24,13 +24,13 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) -> float:
-    """Floating-point operations of one image's (and caption's) forward and backward pass, without losses.
+    """FLOPs of the forward and backward pass of one image and its caption, without losses.
 
-    Counted on shapes alone; the backward pass is taken as twice the forward pass.
+    Counted on meta tensors; the backward pass counts as twice the forward pass.
 
     Args:
-        captions: the text tower is trained too.
-        decoded: the share of the images that is reconstructed.
+        captions: whether the text tower is trained too.
+        decoded: share of the images that is reconstructed.
     """
     with torch.device("meta"):
         model = UniTok(config)
@@ -47,25 +47,25 @@ def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decode
     return counter.get_total_flops()
 
 
-# in the order in which a step runs through them
+# in the order of the forward pass
 _PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
 
 
 class TokenCounts(NamedTuple):
-    """What runs through the model: counts of one or many micro-batches."""
+    """Counts of what one or many micro-batches process."""
 
-    tokens: float = 0.0  # through the decoder, visual ones included
-    attention_pairs: float = 0.0  # of tokens and what each of them sees, itself included
-    text_targets: float = 0.0  # places where text is learnt
-    image_tokens: float = 0.0  # visual tokens of all images, read or drawn
-    image_targets: float = 0.0  # those that are learnt
+    tokens: float = 0.0  # through the decoder, visual tokens included
+    attention_pairs: float = 0.0  # of a token and each token it attends to, itself included
+    text_targets: float = 0.0  # positions with a text loss
+    image_tokens: float = 0.0  # visual tokens of all images, inputs or targets
+    image_targets: float = 0.0  # visual tokens with a loss
 
 
 class MLLMFlops:
-    """Floating-point operations of training steps; make it before ZeRO-3 takes the shapes away.
+    """FLOPs of MLLM training steps; build it before ZeRO 3 removes the parameters' shapes.
 
     Attributes:
-        weights, trained: part -> weights of its matrices, and how many of them are trained.
+        weights, trained: part -> number of weights of its matrices, and how many are trained.
     """
 
     def __init__(self, model: Any):
@@ -75,14 +75,14 @@ class MLLMFlops:
                 part = name.partition(".")[0]
                 self.weights[part] += module.weight.numel()
                 self.trained[part] += module.weight.numel() * module.weight.requires_grad
-        self.any_embedding = model.get_input_embeddings().weight.requires_grad
+        self.trained_embeddings = model.get_input_embeddings().weight.requires_grad
         config = model.config
         self.books = config.num_codebooks
         self.pair_cost = _pair_cost(config.text_config)
         self.depth_pair_cost = _pair_cost(config.depth_config)
 
     def flops(self, work: TokenCounts, backward: bool = True) -> float:
-        """Of a forward pass over `work`, and of the backward pass behind it."""
+        """FLOPs of the forward and (if `backward`) the backward pass over `work`."""
         uses = (work.image_tokens, work.tokens, work.text_targets, work.image_targets * self.books)
         pairs = (
             0.0,
@@ -90,17 +90,18 @@ class MLLMFlops:
             0.0,
             self._depth_pairs(work) * self.depth_pair_cost,
         )
-        total, learnt_before = 0.0, False
+        total, trained_below = 0.0, False
         for part, count, attention in zip(_PARTS, uses, pairs):
             forward = 2 * count * self.weights[part] + attention
             total += forward
-            learnt_here = self.trained[part] > 0
-            if backward and (learnt_before or learnt_here):
+            trained_here = self.trained[part] > 0
+            # the gradient passes through a part if anything in it or below it is trained
+            if backward and (trained_below or trained_here):
                 total += 2 * count * self.weights[part] + 2 * attention + 2 * count * self.trained[part]
-            if part == "visual_embedder":  # embeddings of text come in beside it
-                learnt_before = learnt_here or self.any_embedding
-            elif part != "lm_head":  # the heads stand side by side
-                learnt_before = learnt_before or learnt_here
+            if part == "visual_embedder":  # text embeddings are at the same level
+                trained_below = trained_here or self.trained_embeddings
+            elif part != "lm_head":  # the two heads are parallel
+                trained_below = trained_below or trained_here
         return total
 
     def _depth_pairs(self, work: TokenCounts) -> float:
@@ -108,6 +109,6 @@ class MLLMFlops:
 
 
 def _pair_cost(config: Any) -> float:
-    """Operations of attention per pair of tokens in all layers: a score and a weighted value."""
+    """FLOPs of attention per pair of tokens in all layers: a score and a weighted value."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4.0 * config.num_hidden_layers * config.num_attention_heads * head

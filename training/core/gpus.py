@@ -1,6 +1,7 @@
-"""What GPUs could do at their best."""
+"""Peak throughput of GPUs."""
 
-# Dense bf16 matrix products in 10^12 operations per second, from the makers' data sheets.
+# Dense bf16 matrix products in TFLOP/s, from the makers' data sheets. A key is part of the device's name; the
+# first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,

@@ -1,5 +1,9 @@
 """Muon: hidden matrices move along their orthogonalised momentum (Jordan et al., "Muon", 2024), all other
-parameters as AdamW says; one learning rate serves both (arXiv 2502.16982, section 2.2)."""
+parameters by AdamW; one learning rate serves both (arXiv 2502.16982, section 2.2).
+
+Why not torch.optim.Muon: it takes two-dimensional parameters only, so that AdamW would be a second optimiser
+beside it in DeepSpeed, and orthogonalises one matrix at a time. This one batches matrices by shape.
+"""
 
 import math
 from collections import defaultdict
@@ -9,15 +13,15 @@ from typing import Any
 import torch
 
 MOMENTUM = 0.95
-UPDATE_RMS = 0.2  # of an update's entries where the learning rate is 1: about AdamW's
-NEWTON_SCHULZ_STEPS = 5  # of Newton and Schulz
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-# Of the two-dimensional weights these are AdamW's: tables of embeddings, and layers that end in logits.
+UPDATE_RMS = 0.2  # of an update's entries at learning rate 1, about AdamW's
+NEWTON_SCHULZ_STEPS = 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic x -> a x + b x^3 + c x^5 on singular values
+# Matrices that AdamW updates: embedding tables, and layers that produce logits.
 NOT_HIDDEN = ("embed_tokens", "embedding", "lm_head", "depth_head.output")
 
 
 def muon_groups(module: torch.nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups, each cut into what Muon moves ("muon" is true) and what AdamW does."""
+    """The groups, each split into what Muon ("muon" is true) and what AdamW updates."""
     hidden = {
         parameter
         for name, parameter in module.named_parameters()
@@ -33,10 +37,9 @@ def muon_groups(module: torch.nn.Module, groups: Sequence[dict[str, Any]]) -> li
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW but for the parameter groups whose "muon" is true: all of their parameters are matrices.
+    """Muon for the parameter groups of `muon_groups` whose "muon" is true, AdamW for the others.
 
-    Args:
-        groups: of `muon_groups`; all else is AdamW's.
+    All arguments but the groups are AdamW's.
     """
 
     @torch.no_grad()
@@ -49,38 +52,41 @@ class Muon(torch.optim.AdamW):
             self.param_groups = groups
         for group in groups:
             if group["muon"]:
-                self._move(group)
+                self._step_matrices(group)
 
-    def _move(self, group: dict[str, Any]) -> None:
-        """One step of a group's matrices; those of one shape are orthogonalised together."""
-        alike = defaultdict(list)
+    def _step_matrices(self, group: dict[str, Any]) -> None:
+        """One step of a group's matrices; those of one shape are orthogonalised as a batch."""
+        by_shape = defaultdict(list)
         for parameter in group["params"]:
             if parameter.grad is not None:
-                alike[parameter.shape].append(parameter)
-        for (rows, columns), parameters in alike.items():
+                by_shape[parameter.shape].append(parameter)
+        for (rows, columns), parameters in by_shape.items():
             momenta = []
             for parameter in parameters:
                 state = self.state[parameter]
-                if not state:  # AdamW looks for a step in every parameter's state when it is loaded
+                if not state:  # AdamW.load_state_dict expects "step" in every parameter's state
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
                 state["step"] += 1
                 momenta.append(state["momentum"])
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-            ahead = torch._foreach_lerp(gradients, momenta, MOMENTUM)  # Nesterov's
-            updates = orthogonalise(torch.stack(ahead))
+            nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
+            updates = orthogonalise(torch.stack(nesterov))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
             rate = -group["lr"] * UPDATE_RMS * math.sqrt(max(rows, columns))
             torch._foreach_add_(parameters, list(updates.unbind()), alpha=rate)
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """(M, R, C) -> (M, R, C): singular vectors kept, singular values brought near 1 (0.7 to 1.2)."""
-    turned = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if turned else matrices
+    """(M, R, C) -> (M, R, C): same singular vectors, singular values near 1 (0.7 to 1.2).
+
+    Newton-Schulz iteration in bf16, on the smaller Gram matrix.
+    """
+    transposed = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if transposed else matrices
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
     a, b, c = COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return (x.mT if turned else x).to(matrices.dtype)
+    return (x.mT if transposed else x).to(matrices.dtype)

@@ -1,4 +1,4 @@
-"""The config sections that every stage shares: optimiser, schedule, engine, data, checkpoints, logging."""
+"""Config sections that all stages share: optimiser, schedule, engine, data, checkpoints, logging."""
 
 import dataclasses
 import math
@@ -11,9 +11,11 @@ from .schedules import check_schedule_kind
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """AdamW (reference defaults of the published tokenizer recipe); `clip_grad` 0 turns clipping off.
+    """AdamW with the defaults of the published tokenizer recipe.
 
-    `kind` "muon" moves hidden matrices by Muon instead (see `muon.py`), at the same `lr` and `weight_decay`.
+    Attributes:
+        kind: "muon" updates hidden matrices by Muon (see `muon.py`), with the same `lr` and `weight_decay`.
+        clip_grad: largest gradient norm; 0 turns clipping off.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -25,14 +27,14 @@ class Optimizer:
 
     def check(self) -> None:
         if self.lr < 0 or self.eps < 0 or self.weight_decay < 0 or self.clip_grad < 0:
-            raise UserError("optimizer: lr, eps, weight_decay and clip_grad are zero or more.")
+            raise UserError("optimizer: lr, eps, weight_decay and clip_grad must be 0 or more.")
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimizer.betas is {self.betas}: both are in [0, 1).")
+            raise UserError(f"optimizer.betas is {self.betas}: both must be in [0, 1).")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Learning rate over a run: from `start`*lr over `warmup` steps, then `kind` down to `end`*lr."""
+    """Learning rate: from `start` * lr to lr over `warmup` steps, then by `kind` down to `end` * lr."""
 
     kind: str = "cos"
     warmup: float = 0.0
@@ -42,16 +44,20 @@ class Schedule:
     def check(self) -> None:
         check_schedule_kind(self.kind)
         if self.warmup < 0:
-            raise UserError(f"schedule.warmup is {self.warmup}: a number of steps, zero or more.")
+            raise UserError(f"schedule.warmup is {self.warmup}: it must be 0 or more steps.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineOptions:
-    """How DeepSpeed runs: `deepspeed` is merged into its own config (offload, bucket sizes, ...).
+    """How DeepSpeed runs.
 
-    `dtype` "auto" is bf16 where the processor or GPU has units for it, which saves time there only.
-    `offload` keeps in the host's memory: "optimizer" moments and fp32 copies (ZeRO 1 to 3), "parameters" also
-    the weights (ZeRO 3); slower, for models that do not fit otherwise.
+    Attributes:
+        dtype: of autocast; "auto" is bf16 if the processor or GPU has bf16 units.
+        accumulation: micro-batches per optimiser step.
+        threads: of each process; 0 is torch's default.
+        offload: what stays in the host's memory: "optimizer" moments and fp32 weights (ZeRO 1 to 3),
+            "parameters" also the weights (ZeRO 3). Slower, for models that do not fit otherwise.
+        deepspeed: merged over DeepSpeed's own config (bucket sizes, ...).
     """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -64,33 +70,34 @@ class EngineOptions:
 
     def check(self) -> None:
         if self.accumulation < 1:
-            raise UserError(f"engine.accumulation is {self.accumulation}: it is 1 or more.")
+            raise UserError(f"engine.accumulation is {self.accumulation}: it must be 1 or more.")
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
-            wanted = f"engine.zero_stage {least} or more, not {self.zero_stage}"
-            raise UserError(f"engine.offload {self.offload} needs {wanted}.")
+            required = f"engine.zero_stage {least} or more, not {self.zero_stage}"
+            raise UserError(f"engine.offload {self.offload} needs {required}.")
         if self.threads < 0:
-            raise UserError(f"engine.threads is {self.threads}: it is 0 (all cores) or more.")
+            raise UserError(f"engine.threads is {self.threads}: it must be 0 (all cores) or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Save every `every` steps and keep the last `keep` checkpoints."""
+    """Save a checkpoint every `every` steps and keep the last `keep`."""
 
     every: int = 500
     keep: int = 2
 
     def check(self) -> None:
         if self.every < 1 or self.keep < 1:
-            raise UserError("checkpoint.every and checkpoint.keep are 1 or more.")
+            raise UserError("checkpoint.every and checkpoint.keep must be 1 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogOptions:
-    """A row of metrics every `every` steps; images every `images_every` steps (0: never).
+    """A metrics record every `every` steps; images every `images_every` steps (0: never).
 
-    `peak_tflops`: what one device could do at most, in 10^12 floating-point operations per second, for the
-    share of it that is used ("mfu"); null looks the GPU up in a table.
+    Attributes:
+        peak_tflops: peak of one device in TFLOP/s, of which "mfu" is the used share; null looks the GPU up in
+            a table.
     """
 
     every: int = 20
@@ -99,26 +106,26 @@ class LogOptions:
 
     def check(self) -> None:
         if self.every < 1 or self.images_every < 0:
-            raise UserError("log.every is 1 or more, log.images_every is 0 (never) or more.")
+            raise UserError("log.every must be 1 or more, log.images_every 0 (never) or more.")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            raise UserError(f"log.peak_tflops is {self.peak_tflops}: above 0, or null.")
+            raise UserError(f"log.peak_tflops is {self.peak_tflops}: it must be above 0, or null.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileOptions:
-    """Record `steps` steps after step `start` with torch.profiler (0 steps: none); see OUT/profile."""
+    """Profile `steps` steps after step `start` with torch.profiler into OUT/profile; 0 steps: off."""
 
     start: int = 10
     steps: int = 0
 
     def check(self) -> None:
         if self.start < 0 or self.steps < 0:
-            raise UserError("profile.start and profile.steps are 0 or more.")
+            raise UserError("profile.start and profile.steps must be 0 or more.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """Some webdataset tars: globs and {000..127} braces; sources are mixed by `weight`."""
+    """webdataset tars (globs and {000..127} braces); sources are mixed by `weight`."""
 
     path: str | list[str]
     weight: float = 1.0
@@ -126,12 +133,20 @@ class DataSource:
 
     def check(self) -> None:
         if not (self.weight > 0 and math.isfinite(self.weight)):
-            raise UserError(f"data.sources: weight of {self.path} is {self.weight}: it is above 0.")
+            raise UserError(f"data.sources: weight of {self.path} is {self.weight}: it must be above 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardOptions:
-    """Reading webdataset tars; `max_bad_share` the share of unreadable samples or tars that stops a run."""
+    """Reading of webdataset tars.
+
+    Attributes:
+        workers: processes per rank; 0 reads in the training process.
+        shuffle: size of the shuffle buffer.
+        split: ranks and workers share out "samples" of one order (global batches do not depend on their
+            number; each reads all tars) or "shards" (each reads its own tars, as large data needs).
+        max_bad_share: share of unreadable samples or tars above which a run stops.
+    """
 
     sources: list[DataSource]
     workers: int = 0
@@ -145,17 +160,19 @@ class ShardOptions:
                 "data.sources is empty: name at least one source, e.g. [{path: 'data/train/*.tar'}]."
             )
         if self.workers < 0 or self.shuffle < 1:
-            raise UserError("data.workers is 0 or more, data.shuffle is 1 (no shuffling) or more.")
+            raise UserError("data.workers must be 0 or more, data.shuffle 1 (no shuffling) or more.")
         if not 0 <= self.max_bad_share <= 1:
-            raise UserError(f"data.max_bad_share is {self.max_bad_share}: a share between 0 and 1.")
+            raise UserError(f"data.max_bad_share is {self.max_bad_share}: it must be from 0 to 1.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run has; a stage adds its own sections. `batch_size` counts over all ranks and accumulation.
+    """What every run has; a stage adds its own sections.
 
-    `stop_at` ends this call early with a checkpoint; the same command without it goes on. `init_from` takes
-    the weights (only) of a model folder.
+    Attributes:
+        batch_size: of one optimiser step, over all ranks and micro-batches.
+        stop_at: ends this call at a step with a checkpoint; the same command without it resumes.
+        init_from: model folder whose weights (only) are loaded.
     """
 
     stage: str
@@ -174,11 +191,11 @@ class RunConfig:
 
     def check(self) -> None:
         if self.steps < 1 or self.batch_size < 1:
-            raise UserError("steps and batch_size are 1 or more.")
+            raise UserError("steps and batch_size must be 1 or more.")
         if self.seed < 0:
-            raise UserError(f"seed is {self.seed}: it is 0 or more.")
+            raise UserError(f"seed is {self.seed}: it must be 0 or more.")
         if self.stop_at is not None and self.stop_at < 1:
-            raise UserError(f"stop_at is {self.stop_at}: a step, 1 or more.")
+            raise UserError(f"stop_at is {self.stop_at}: it must be a step, 1 or more.")
         if self.optimizer.kind == "muon" and self.engine.zero_stage:
             raise UserError(
                 f"optimizer.kind is muon, but engine.zero_stage is {self.engine.zero_stage}: Muon needs "
@@ -187,7 +204,7 @@ class RunConfig:
 
     @property
     def last_step(self) -> int:
-        """The step after which this call ends."""
+        """The step at which this call ends."""
         return min(self.steps, self.stop_at or self.steps)
 
     def micro_batch(self, ranks: int) -> int:
@@ -199,7 +216,7 @@ class RunConfig:
         parts = ranks * self.engine.accumulation
         if self.batch_size % parts:
             raise UserError(
-                f"batch_size {self.batch_size} does not split into {ranks} rank(s) x engine.accumulation "
-                f"{self.engine.accumulation}: make it a multiple of {parts}."
+                f"batch_size {self.batch_size} is not divisible by {ranks} rank(s) x engine.accumulation "
+                f"{self.engine.accumulation}: use a multiple of {parts}."
             )
         return self.batch_size // parts

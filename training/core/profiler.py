@@ -1,4 +1,4 @@
-"""Where the time of a few training steps goes: a torch.profiler trace and a table in OUT/profile."""
+"""torch.profiler on a few training steps: a trace and a table in OUT/profile."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from open_unitok.core import distributed
 
 from .options import ProfileOptions, RunConfig
 
-_TABLE_ROWS = 40  # of the table
+_TABLE_ROWS = 40
 
 
 class Profiler:
-    """Call `step` after each step; rank 0 records the asked ones."""
+    """Call `step` after each step; rank 0 records `options.steps` of them."""
 
     def __init__(self, options: ProfileOptions, folder: Path):
         self.options, self.folder = options, folder
         self._running: profile | None = None
 
     def step(self, step: int) -> None:
-        """`step` steps are done."""
+        """Start or stop recording after `step` steps."""
         if not self.options.steps or not distributed.is_main():
             return
         if self._running is not None and step >= self.options.start + self.options.steps:
@@ -35,17 +35,17 @@ class Profiler:
 
     def _write(self, step: int) -> None:
         assert self._running is not None
-        found, self._running = self._running, None
-        found.stop()
+        recording, self._running = self._running, None
+        recording.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.options.start + 1}-{step}"
-        found.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        recording.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        table: Any = found.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
+        table: Any = recording.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
         (self.folder / f"{name}.txt").write_text(table, encoding="utf-8")
 
     def close(self) -> None:
-        """Drop a recording that the end of the run cut short."""
+        """Discard a recording that is not complete."""
         if self._running is not None:
             self._running.stop()
             self._running = None
@@ -53,7 +53,7 @@ class Profiler:
 
 @contextlib.contextmanager
 def profile_steps(config: RunConfig, out: Path, step: int) -> Iterator[Profiler]:
-    """A profiler for a loop that begins after `step` steps; it writes into OUT/profile."""
+    """A profiler for a loop that starts after `step` steps; it writes into OUT/profile."""
     profiler = Profiler(config.profile, out / "profile")
     profiler.step(step)
     try:

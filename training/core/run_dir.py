@@ -1,4 +1,4 @@
-"""The folder of one run: what was asked for, with which code and data, and whether it is finished."""
+"""The run directory: resolved config, command, code version, data fingerprint, and whether it is finished."""
 
 import contextlib
 import datetime
@@ -20,7 +20,7 @@ from open_unitok.core.files import atomic_folder, read_json, write_atomic, write
 from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, config_differences, to_dict, to_yaml
 from .options import RunConfig
 
-# Packages whose version can change a number.
+# Packages whose version can change a result.
 PACKAGES = (
     "open-unitok",
     "torch",
@@ -34,10 +34,10 @@ PACKAGES = (
 
 
 class RunDir:
-    """Paths of a run, and the record that a later call is compared with.
+    """Paths of a run, and the facts that a later call must agree with.
 
-    config.yaml (resolved), run.json (command, code, versions, noted facts), metrics.jsonl, tensorboard/,
-    checkpoints/step-00000500/, model/ (final weights; its presence says that the run is finished).
+    config.yaml (resolved), run.json (command, code, versions, recorded facts), metrics.jsonl, tensorboard/,
+    checkpoints/step-00000500/, model/ (final weights; it exists when the run is finished).
     """
 
     def __init__(self, path: Path, facts: dict[str, Any]):
@@ -45,16 +45,16 @@ class RunDir:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self._facts = facts
-        self._new: list[Path] = []  # files, then folders, that this call began the run with
+        self._created: list[Path] = []  # by this call: files, then folders from the inside out
 
     @classmethod
     def open(cls, config: RunConfig) -> "RunDir":
-        """Begin a run or come back to one; rank 0 writes, the other ranks look.
+        """Create a run directory, or open an existing one; only rank 0 writes.
 
-        A folder without a checkpoint holds nothing to protect: another configuration begins there anew.
+        Without a checkpoint there is nothing to resume: another config then overwrites the old one.
 
         Raises:
-            UserError: the folder holds a run with another configuration, or is a file.
+            UserError: the directory has a run with another config, or is a file.
         """
         path = Path(config.out)
         if path.exists() and not path.is_dir():
@@ -66,66 +66,66 @@ class RunDir:
             changed = config_differences(_resolved(old, config), to_dict(config), free)
             if changed:
                 last = max(path.glob("checkpoints/step-*"), default=path / "model")
-                remedy = f"init_from={last} begins with its weights"
+                remedy = f"init_from={last} starts from its weights"
                 if hasattr(config, "resume_from") and all(c.startswith("data.workers:") for c in changed):
-                    remedy = f"resume_from={last} goes on at its step with tars that it had not begun"
+                    remedy = f"resume_from={last} continues at its step with tars that were not begun"
                 raise UserError(
-                    f"{path} holds a run with another configuration ({'; '.join(changed)}). "
-                    f"Give the old values to go on, or another `out` for a new run ({remedy})."
+                    f"{path} has a run with another config ({'; '.join(changed)}). Use the old values to "
+                    f"resume it, or another `out` for a new run ({remedy})."
                 )
         facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
-        folder = cls(path, facts)
-        if not folder.finished and _is_main():
+        run_dir = cls(path, facts)
+        if not run_dir.finished and _is_main():
             if not begun:
                 folders = [p for p in (path, *path.parents) if not p.exists()]
-                folder._new = [old, path / "run.json", *folders]
+                run_dir._created = [old, path / "run.json", *folders]
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(old, to_yaml(config))
-            again = {"facts": facts.get("facts", {}), "calls": [*facts.get("calls", []), _now()]}
-            folder._facts = _circumstances() | again
-            write_json(path / "run.json", folder._facts)
-        return folder
+            earlier = {"facts": facts.get("facts", {}), "calls": [*facts.get("calls", []), _now()]}
+            run_dir._facts = _environment() | earlier
+            write_json(path / "run.json", run_dir._facts)
+        return run_dir
 
     @property
     def finished(self) -> bool:
-        """True once the final model, or adapter, stands."""
+        """Whether the final model, or adapter, is there."""
         return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def record_facts(self, **facts: Any) -> None:
         """Record facts that the result depends on (fingerprint of the data, ...).
 
         Raises:
-            UserError: an earlier call of this run noted something else.
+            UserError: an earlier call of this run recorded another value.
         """
-        noted = self._facts.setdefault("facts", {})
+        recorded = self._facts.setdefault("facts", {})
         for name, value in facts.items():
-            if name in noted and noted[name] != value:
+            if name in recorded and recorded[name] != value:
                 raise UserError(
-                    f"{self.path} was begun with {name} {noted[name]}, but now it is {value}: "
-                    "give back what it was, or choose another `out` for a new run."
+                    f"{self.path} was started with {name} {recorded[name]}, but now it is {value}: "
+                    "restore it, or choose another `out` for a new run."
                 )
-        noted.update(facts)
+        recorded.update(facts)
         if _is_main():
             write_json(self.path / "run.json", self._facts)
 
     def discard(self) -> None:
-        """After a mistake that stopped a new run before its first row: leave nothing of it behind."""
+        """Remove what this call created, if an error stopped the run before its first metrics record."""
         if any(self.path.glob("checkpoints/step-*")) or (self.path / "metrics.jsonl").exists():
             return
-        for path in self._new:
-            with contextlib.suppress(OSError):  # a folder that holds something else by now stays
+        for path in self._created:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir() if path.is_dir() else path.unlink()
 
     def finish(self, write_model: Callable[[Path], None]) -> None:
-        """Write OUT/model in one go; call on rank 0 alone, with what writes the final weights."""
+        """Write OUT/model atomically with `write_model`; call it on rank 0 only."""
         with atomic_folder(self.model) as temporary:
             write_model(temporary)
 
 
 def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
-    """The config of an earlier call; keys that came with a later version have their defaults."""
+    """The config of an earlier call; keys that it does not have yet get their defaults."""
     old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    with contextlib.suppress(UserError):  # it has keys that are gone, or values that are refused now
+    with contextlib.suppress(UserError):  # an older version's keys or values, invalid now
         return to_dict(build_config(type(config), old))
     return old
 
@@ -138,8 +138,8 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _circumstances() -> dict[str, Any]:
-    """The command, the code and the machine of this call."""
+def _environment() -> dict[str, Any]:
+    """Command, code version and machine of this call."""
     return {
         "command": shlex.join(sys.argv),
         "git": git_hash(),
@@ -157,7 +157,7 @@ def _version(name: str) -> str | None:
 
 
 def git_hash() -> str | None:
-    """The commit of the checkout this code runs from ("+": files were changed); None without a checkout."""
+    """Commit of the checkout that this code runs from ("+": with changes); None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

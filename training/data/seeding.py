@@ -1,4 +1,4 @@
-"""Random numbers keyed by (seed, step, ...): the same on every resume, whatever was drawn before."""
+"""Random numbers keyed by (seed, step, ...): independent of earlier ones, so that a resumed run repeats them."""
 
 import hashlib
 import random
@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 
 from open_unitok.core.distributed import rank
 
-if TYPE_CHECKING:  # the help of commands shall not wait for torch
+if TYPE_CHECKING:  # `--help` must not import torch
     import torch
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
-    """A 63-bit number that depends on every part."""
+    """A 63-bit seed that depends on every part, stable across processes and Python versions."""
     text = repr((seed, *parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def torch_generator(seed: int, *parts: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
-    """A torch generator of its own for the given parts, the same on every rank."""
+    """A torch generator for the given parts, the same on every rank."""
     import torch
 
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
@@ -27,10 +27,10 @@ def torch_generator(seed: int, *parts: int | str, device: "torch.device | str" =
 def uniform_per_sample(
     shape: Sequence[int], samples: Sequence[int], seed: int, *parts: int | str
 ) -> "torch.Tensor":
-    """Uniform numbers in [0, 1), (*shape, B): a sample's depend on its number and not on its neighbours.
+    """Uniform numbers in [0, 1), (*shape, B); those of a sample depend on its number alone.
 
     Args:
-        samples: numbers of the B samples in the global batch, so that any split over ranks draws the same.
+        samples: numbers of the B samples in the global batch, so that any split over ranks samples the same.
     """
     import torch
 
@@ -40,12 +40,12 @@ def uniform_per_sample(
 
 
 def python_random(seed: int, *parts: int | str) -> random.Random:
-    """A Python generator of its own for the given parts."""
+    """A Python generator for the given parts."""
     return random.Random(derive_seed(seed, *parts))
 
 
 def seed_forward_pass(seed: int, step: int, micro: int = 0) -> None:
-    """Seed torch's global generators (dropout of adapters) for one forward pass of this rank."""
+    """Seed torch's global generators for one forward pass of this rank (dropout of adapters)."""
     import torch
 
     torch.manual_seed(derive_seed(seed, "step", step, micro, rank()))

@@ -97,7 +97,7 @@ def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     # with LoRA the frozen base weights stay in `init_from`: checkpoints hold the adapters alone
     checkpoints = Checkpoints(
-        run_dir.checkpoints, config.checkpoint.keep, trained_alone=config.lora is not None
+        run_dir.checkpoints, config.checkpoint.keep, trained_only=config.lora is not None
     )
     latest = checkpoints.latest()
     micro_batch = config.micro_batch(distributed.world_size())
@@ -253,7 +253,7 @@ def gathered_weights(state: TrainState) -> dict[str, torch.Tensor] | None:
     """All weights (LoRA: the trained ones) where ZeRO-3 shards them, else None; call it on every rank."""
     if not state.gather:
         return None
-    return deepspeed_engine.gather_zero3_weights(state.engine, state.checkpoints.trained_alone)
+    return deepspeed_engine.gather_zero3_weights(state.engine, state.checkpoints.trained_only)
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:

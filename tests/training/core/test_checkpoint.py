@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: pruning, kills in the middle of a save, damage, signals."""
+"""Checkpoints are complete or absent: pruning, kills during a save, damage, signals."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.checkpoint import Checkpoints, StopOnSignal, damage
+from open_unitok.training.core.checkpoint import Checkpoints, StopOnSignal, find_damage
 
 
 class Engine:
@@ -46,21 +46,21 @@ def test_round_trip_and_pruning(tmp_path):
             batches={"position": step, "rows": [1, 2]},
             weights=torch.ones(2),
         )
-    drawn = torch.rand(3)
+    sampled = torch.rand(3)
     assert sorted(os.listdir(tmp_path)) == ["step-00000010", "step-00000015"]
     latest = Checkpoints(tmp_path).latest()
     assert latest is not None and latest.name == "step-00000015" and (latest / "config.json").exists()
     engine = Engine()
     state = Checkpoints(tmp_path).restore(latest, {"model": engine})
     assert state["step"] == 15 and state["batches"] == {"position": 15, "rows": [1, 2]}
-    assert engine.value == 15.0 and torch.equal(torch.rand(3), drawn)
+    assert engine.value == 15.0 and torch.equal(torch.rand(3), sampled)
 
 
-def test_none_yet(tmp_path):
+def test_a_new_run_has_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "absent").latest() is None
 
 
-def test_half_written_ones_do_not_count(tmp_path):
+def test_temporary_folders_are_ignored(tmp_path):
     save(tmp_path, 5)
     (tmp_path / ".step-00000010.tmp" / "training_state").mkdir(parents=True)
     latest = Checkpoints(tmp_path).latest()
@@ -69,33 +69,33 @@ def test_half_written_ones_do_not_count(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["step-00000005", "step-00000010"]
 
 
-def cut(file):
+def truncate(file):
     file.write_bytes(file.read_bytes()[:-3])
 
 
-def flip(file):
+def flip_byte(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 255
     file.write_bytes(bytes(data))
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "words"),
     [
-        (lambda p: cut(p / "training_state/model/states.pt"), "bytes instead of"),
-        (lambda p: flip(p / "training_state/rank-00000.pt"), "rank-00000.pt has changed"),
+        (lambda p: truncate(p / "training_state/model/states.pt"), "bytes instead of"),
+        (lambda p: flip_byte(p / "training_state/rank-00000.pt"), "rank-00000.pt has changed"),
         (lambda p: (p / "config.json").unlink(), "config.json is missing"),
         (lambda p: (p / "training_state/manifest.json").unlink(), "manifest.json is missing"),
-        (lambda p: cut(p / "training_state/manifest.json"), "manifest.json is not readable"),
+        (lambda p: truncate(p / "training_state/manifest.json"), "manifest.json is not readable"),
     ],
 )
-def test_a_broken_one_is_refused_by_name(tmp_path, harm, words):
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
     save(tmp_path, 5)
-    harm(save(tmp_path, 10))
+    damage(save(tmp_path, 10))
     with pytest.raises(UserError, match=words) as error:
         Checkpoints(tmp_path).latest()
-    assert "step-00000010 is broken" in str(error.value) and "go on from step-00000005" in str(error.value)
-    assert damage(tmp_path / "step-00000005") is None
+    assert "step-00000010 is broken" in str(error.value) and "resume from step-00000005" in str(error.value)
+    assert find_damage(tmp_path / "step-00000005") is None
 
 
 def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
@@ -106,7 +106,7 @@ def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
         Checkpoints(tmp_path).restore(path, {})
 
 
-def test_an_error_while_saving_leaves_the_last_one(tmp_path):
+def test_an_error_during_a_save_keeps_the_last_checkpoint(tmp_path):
     save(tmp_path, 5)
 
     def fail(path):
@@ -118,48 +118,48 @@ def test_an_error_while_saving_leaves_the_last_one(tmp_path):
     assert latest is not None and latest.name == "step-00000005"
 
 
-def test_kill_in_the_middle_of_a_save(tmp_path):
-    """kill -9 at several places: the last whole checkpoint is found each time, and saving goes on."""
+def test_kill_during_a_save(tmp_path):
+    """kill -9 at four moments: the last complete checkpoint is found each time, and saving works again."""
     save(tmp_path, 5)
     script = textwrap.dedent("""
         import os, sys
         from pathlib import Path
         from open_unitok.training.core import checkpoint
-        place = sys.argv[2]
+        moment = sys.argv[2]
         kill = lambda *a, **k: os.kill(os.getpid(), 9)
-        if place == "seal": checkpoint.seal = kill
-        if place == "rename": checkpoint.os.replace = kill
+        if moment == "write_manifest": checkpoint.write_manifest = kill
+        if moment == "rename": checkpoint.os.replace = kill
         class Engine:
             def save_checkpoint(self, folder, tag, save_latest):
                 os.makedirs(f"{folder}/{tag}"); open(f"{folder}/{tag}/x", "w").write("x")
-                if place == "engine": kill()
-        write = kill if place == "model" else (lambda path: (path / "config.json").write_text("{}"))
+                if moment == "engine": kill()
+        write = kill if moment == "model" else (lambda path: (path / "config.json").write_text("{}"))
         checkpoint.Checkpoints(Path(sys.argv[1])).save(10, write, {"model": Engine()}, {})
     """)
     running = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x" / place), place])
-        for place in ("model", "engine", "seal", "rename")
+        subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "x" / moment), moment])
+        for moment in ("model", "engine", "write_manifest", "rename")
     ]
-    for place in ("model", "engine", "seal", "rename"):
-        save(tmp_path / "x" / place, 5)
-    for process, place in zip(running, ("model", "engine", "seal", "rename")):
+    for moment in ("model", "engine", "write_manifest", "rename"):
+        save(tmp_path / "x" / moment, 5)
+    for process, moment in zip(running, ("model", "engine", "write_manifest", "rename")):
         assert process.wait(120) == -signal.SIGKILL
-        latest = Checkpoints(tmp_path / "x" / place).latest()
-        assert latest is not None and latest.name == "step-00000005", place
-        save(tmp_path / "x" / place, 10)
-        assert sorted(os.listdir(tmp_path / "x" / place)) == ["step-00000005", "step-00000010"]
+        latest = Checkpoints(tmp_path / "x" / moment).latest()
+        assert latest is not None and latest.name == "step-00000005", moment
+        save(tmp_path / "x" / moment, 10)
+        assert sorted(os.listdir(tmp_path / "x" / moment)) == ["step-00000005", "step-00000010"]
 
 
-def test_signals_become_a_question():
-    before = signal.getsignal(signal.SIGINT)  # a shell's background job is started with Ctrl-C ignored
+def test_signals_stop_between_steps():
+    before = signal.getsignal(signal.SIGINT)  # SIG_IGN in a background job of a shell
     with StopOnSignal() as stop:
         assert not stop()
         stop.exit_if_signalled()
         signal.raise_signal(signal.SIGTERM)
         assert stop()
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit:
             stop.exit_if_signalled()
-        assert left.value.code == 143
+        assert exit.value.code == 143
     with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop()

@@ -32,7 +32,7 @@ class Whole:
     flag: bool = False
 
 
-def test_values_of_every_kind_are_built():
+def test_values_of_every_type_are_built():
     raw = yaml.load(
         "{name: x, rate: 2e-4, pair: [1, 2.5], some: [3], part: {size: 2, kind: bee}, parts: [{size: 5}],"
         " free: {a: {b: 1}}, either: [p, q], flag: true}",
@@ -57,8 +57,8 @@ def test_values_of_every_kind_are_built():
     ("raw", "words"),
     [
         ({"nam": "x"}, ["'nam'", "Did you mean 'name'"]),
-        ({}, ["'name' is missing", "a text"]),
-        ({"name": 3}, ["name is 3", "a text"]),
+        ({}, ["'name' is missing", "a string"]),
+        ({"name": 3}, ["name is 3", "a string"]),
         ({"name": "x", "rate": "fast"}, ["rate is 'fast'", "a number"]),
         ({"name": "x", "rate": True}, ["rate is True", "a number"]),
         ({"name": "x", "rate": float("nan")}, ["rate is nan", "finite"]),
@@ -69,7 +69,7 @@ def test_values_of_every_kind_are_built():
         ({"name": "x", "part": {"kind": "be"}}, ["part.kind is 'be'", "Did you mean 'bee'"]),
         ({"name": "x", "parts": [{"size": "1"}]}, ["parts.0.size is '1'"]),
         ({"name": "x", "part": 3}, ["part is 3", "section"]),
-        ({"name": "x", "either": 3}, ["either is 3", "a text or a list"]),
+        ({"name": "x", "either": 3}, ["either is 3", "a string or a list"]),
     ],
 )
 def test_mistakes_are_named(raw, words):
@@ -97,7 +97,7 @@ def test_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("a: [1", "not valid YAML"), ("- 1", "not a mapping"), ("a: 1\na: 2", "stands twice")]
+    ("text", "words"), [("a: [1", "not valid YAML"), ("- 1", "not a mapping"), ("a: 1\na: 2", "occurs twice")]
 )
 def test_broken_yaml(tmp_path, text, words):
     file = tmp_path / "c.yaml"
@@ -109,7 +109,7 @@ def test_broken_yaml(tmp_path, text, words):
 
 
 def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no config nowhere.yaml"):
+    with pytest.raises(UserError, match=r"nowhere.yaml does not exist"):
         configs.read_yaml("nowhere.yaml")
     with pytest.raises(UserError, match="folder"):
         configs.read_yaml(tmp_path)
@@ -135,7 +135,7 @@ def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
         ("freeze=[encodr]", "Did you mean 'encoder'"),
     ],
 )
-def test_the_demo_config_with_one_mistake(override, words):
+def test_mistakes_in_the_demo_config_are_named(override, words):
     with pytest.raises(UserError, match=words):
         load_run_config("configs/demo/tokenizer.yaml", [override])
 
@@ -156,25 +156,25 @@ def test_micro_batches_must_divide():
 def test_resume_with_another_config_shows_the_difference(tmp_path):
     out = tmp_path / "run"
     RunDir.open(run_config(out, seed=7))
-    RunDir.open(run_config(out))  # no checkpoint yet: a corrected config begins anew
+    RunDir.open(run_config(out))  # no checkpoint yet: a corrected config starts over
     (out / "checkpoints" / "step-00000001").mkdir(parents=True)
-    RunDir.open(run_config(out, stop_at=4))  # may change: it does not touch what is computed
+    RunDir.open(run_config(out, stop_at=4))  # may change: it does not change what is computed
     with pytest.raises(UserError) as error:
         RunDir.open(run_config(out, steps=9, seed=1))
     assert "steps: 8 -> 9" in str(error.value)
     assert "seed: 0 -> 1" in str(error.value)
 
 
-def test_noted_facts_must_stay(tmp_path):
-    folder = RunDir.open(run_config(tmp_path / "run"))
-    folder.record_facts(data="abc")
+def test_recorded_facts_must_not_change(tmp_path):
+    run_dir = RunDir.open(run_config(tmp_path / "run"))
+    run_dir.record_facts(data="abc")
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     RunDir.open(run_config(tmp_path / "run")).record_facts(data="abc")
     with pytest.raises(UserError, match="data abc, but now it is xyz"):
         RunDir.open(run_config(tmp_path / "run")).record_facts(data="xyz")
 
 
-def test_a_run_cannot_live_in_a_file(tmp_path):
+def test_a_file_is_not_a_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         RunDir.open(run_config(tmp_path / "file"))

@@ -92,7 +92,7 @@ def test_documents_are_planned_as_drawn():
     ("arguments", "words"),
     [
         (["configs/demo/tokenizer.yaml"], "only supports stage mllm"),
-        ([CONFIGS[0], "--gpus", "7"], "does not split"),
+        ([CONFIGS[0], "--gpus", "7"], "is not divisible"),
         ([CONFIGS[0], "--gpus", "0"], "--gpus and"),
         ([CONFIGS[0], "--gpu", "H1000"], "must be one of"),
         ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),

@@ -138,7 +138,7 @@ def test_with_dino(data, dino_file, tmp_path, dtype):
         (["init_from=HERE", "freeze=[quantizer]"], "would change its entries"),
         (["init_from=HERE", "init_from_clip=HERE"], "keep one of them"),
         (["init_from_clip=nowhere.bin"], "nowhere.bin does not exist"),
-        (["resume_from=nowhere"], "nowhere is no whole checkpoint"),
+        (["resume_from=nowhere"], "nowhere is not a complete checkpoint"),
         (["profile.steps=-1"], "profile.steps"),
     ],
 )

@@ -253,7 +253,7 @@ from open_unitok.training.tokenizer import train as tokenizer_stage
 where, calls = sys.argv[1], []
 module, name = {
     "weights": (tokenizer_stage, "save_model"),  # half a file of weights is there
-    "sealing": (checkpoint, "seal"),  # all files but the manifest
+    "sealing": (checkpoint, "write_manifest"),  # all files but the manifest
     "renaming": (os, "replace"),  # the manifest too, under its temporary name
 }[where]
 original = getattr(module, name)
