@@ -1,4 +1,4 @@
-"""Random numbers keyed by (seed, step, ...): independent of earlier ones, so that a resumed run repeats them."""
+"""Random numbers keyed by (seed, step, ...): independent of earlier ones, so a resumed run repeats them."""
 
 import hashlib
 import random
