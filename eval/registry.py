@@ -1,142 +1,304 @@
-"""The table of benchmarks, and how each is read, run and scored."""
+"""The table of benchmarks. A new one is a file with `load`, `answer` and `score`, and one entry here.
 
-from dataclasses import replace
+The table names the files as strings and imports none of them: `unitok eval run --help` lists every benchmark
+and its options without loading torch, and a run imports the files of its own benchmarks alone.
+"""
+
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing, read_json, write_json, write_jsonl
 
-from .core.harness import Benchmark, Record, Scoring, Settings, Store, Task, always, answer_samples
-from .core.results import build_result, check_complete, open_run_dir, run_metadata
-from .generation import dpg_bench, genai_bench, geneval, imagenet_generation, mjhq, positions
-from .metrics import image_quality
-from .tokenizer import linear_probe, reconstruction, retrieval, zeroshot
-from .understanding.table import UNDERSTANDING
+from .core.benchmark import Benchmark, Option
+from .core.harness import benchmark_data
 
-SETTINGS, SCORING = Settings(), Scoring()
+# ---------------------------------------------------------------------- options that several benchmarks have
 
-# What a tokenizer alone can do.
-TOKENIZER: dict[str, Benchmark] = {
-    "reconstruction": Benchmark(
-        "rFID, PSNR, SSIM, LPIPS and codebook use of encode-decode on images",
-        "tokenizer",
-        reconstruction.load,
-        always(reconstruction.answer),
-        reconstruction.score,
-        64,
-        ("skimage7", *(mode for mode in image_quality.SSIM_MODES if mode != "skimage7")),
-        ("scenes.json", "val"),
-        look=reconstruction.judge,
+SPLIT = Option("split", "split, where a folder holds several, such as mscoco_val2014")
+CROP = Option("crop", "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)")
+SEED = Option("seed", "seed of the first sample; each has its own", int, 0, minimum=0)
+
+QUESTIONS = (
+    Option("prompt_template", "short, letter, letter-cn, unanswerable, plain or ocr (default: as published)"),
+    Option("max_new_tokens", "longest answer (default: 128 as published, 16 for scenes)", int, minimum=1),
+)
+LAYOUT = Option("layout", "whose files are read where a folder holds both", choices=("original", "llava"))
+
+SAMPLING = (  # None on the command line: the model folder's sampling.json, else these defaults
+    Option("guidance", "scale of classifier-free guidance", float, 5.0),
+    Option("guidance_schedule", "constant, linear or cosine", default="constant"),
+    Option("temperature", "temperature of code sampling", float, 1.0),
+    Option("top_k", "number of codes to sample from, 0: all", int, 0),
+    Option("top_p", "probability mass to sample from", float, 1.0),
+    Option("greedy", "take the most likely codes", bool, False),
+    SEED,
+)
+IMAGES_PER_PROMPT = Option(
+    "images_per_prompt", "images per prompt (default: 4 as published, 1 for scenes)", int, minimum=1
+)
+IMAGE_FORMAT = Option(
+    "image_format", "format of saved images (default: as published)", choices=("jpg", "png")
+)
+DETECTOR = Option("detector", "scenes (default where DATA has a scenes.json), or none: see --detector-model")
+
+INCEPTION = (
+    Option(
+        "inception_variant",
+        "network behind FID: torch-fidelity, pytorch-fid, clean or adm (default: by benchmark)",
+        default="",
+        scoring=True,
     ),
-    "zeroshot": Benchmark(
-        "classification by the tokenizer's image and text embeddings",
-        "tokenizer",
-        zeroshot.load,
-        always(zeroshot.answer),
-        zeroshot.score,
-        64,
+    Option("inception_weights", "its weight file; without it no FID", default="", scoring=True),
+)
+REFERENCE = Option(
+    "reference", "real images as a folder or .npz, or an .npz of their statistics", default="", scoring=True
+)
+VQA_MODEL = Option(
+    "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
+)
+
+# --------------------------------------------------------------------------------------------- the benchmarks
+
+_TABLE = (
+    # what a tokenizer alone can do
+    Benchmark(
+        name="reconstruction",
+        module="tokenizer.reconstruction",
+        description="rFID, PSNR, SSIM, LPIPS and codebook usage of encode-decode on images",
+        needs="tokenizer",
+        files=("scenes.json", "val"),
+        options=(
+            CROP,
+            *INCEPTION,
+            Option(
+                "lpips_weights", "the file lpips_with_vgg.pth; without it no LPIPS", default="", scoring=True
+            ),
+        ),
+        scorers=("skimage7", "gauss11", "llamagen", "torchmetrics"),
+    ),
+    Benchmark(
+        name="zeroshot",
+        module="tokenizer.zeroshot",
+        description="zero-shot classification by the tokenizer's image and text embeddings",
+        needs="tokenizer",
         files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
+        options=(SPLIT, CROP),
     ),
-    "retrieval": Benchmark(
-        "which of 100 captions is an image's own, and back, by the tokenizer's embeddings",
-        "tokenizer",
-        retrieval.load,
-        always(retrieval.answer),
-        retrieval.score,
-        64,
+    Benchmark(
+        name="retrieval",
+        module="tokenizer.retrieval",
+        description="image-text retrieval among 100 captions by the tokenizer's embeddings",
+        needs="tokenizer",
         files=("scenes.json", "captions.json"),
+        options=(CROP,),
     ),
-    "linear_probe": Benchmark(
-        "classes told apart by one linear layer on frozen features",
-        "tokenizer",
-        linear_probe.load,
-        always(linear_probe.answer),
-        linear_probe.score,
-        64,
-        linear_probe.SCORERS,
-        ("train/n*",),
+    Benchmark(
+        name="linear_probe",
+        module="tokenizer.linear_probe",
+        description="classification by one linear layer on frozen features",
+        needs="tokenizer",
+        files=("train/n*",),
+        options=(CROP, Option("pooling", "features: embedding (default), quantised or latents")),
+        scorers=("lbfgs", "sgd"),
     ),
-}
-
-GENERATION: dict[str, Benchmark] = {
-    "geneval": Benchmark(
-        "do drawings show the objects, number, colours and places of their prompts",
-        "generator",
-        geneval.load,
-        always(geneval.answer),
-        geneval.score,
-        128,
+    # questions about images
+    Benchmark(
+        name="vqav2",
+        module="understanding.vqav2",
+        description="open questions with ten answers each",
+        needs="mllm",
+        files=(
+            "scenes.json",
+            "v2_OpenEnded_*_questions.json",
+            "test/v2_OpenEnded_*_questions.json",
+            "*vqav2*.jsonl",
+        ),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("lmms", "official", "gated"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="gqa",
+        module="understanding.gqa",
+        description="compositional questions about real images",
+        needs="mllm",
+        files=("testdev_balanced_questions.json", "*gqa*.jsonl"),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("official", "lenient"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="textvqa",
+        module="understanding.textvqa",
+        description="questions about text in images, with the OCR words in the prompt or without",
+        needs="mllm",
+        files=("TextVQA_0.5.1_*.json",),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("m4c",),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="pope",
+        module="understanding.pope",
+        description="object hallucination: is an object in the image",
+        needs="mllm",
+        files=(
+            "scenes.json",
+            "*_pope_random.json",
+            "test/*_pope_random.json",
+            "coco/*_pope_random.json",
+            "*pope*.jsonl",
+        ),
+        options=(LAYOUT, *QUESTIONS),
+        scorers=("official", "strict"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="mme",
+        module="understanding.mme",
+        description="fourteen tasks of yes or no, two questions per image",
+        needs="mllm",
+        files=("existence/*.txt", "MME_Benchmark_release_version/existence/*.txt"),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("official", "lmms"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="mmvet",
+        module="understanding.mmvet",
+        description="open answers graded by a judge model",
+        needs="mllm",
+        files=("mm-vet.json",),
+        options=(
+            LAYOUT,
+            *QUESTIONS,
+            Option("judge", "name of the judge model", default="", scoring=True),
+            Option(
+                "judge_url",
+                "OpenAI-compatible endpoint, such as http://localhost:8000/v1",
+                default="",
+                scoring=True,
+            ),
+            Option("judge_replay", "file of replies in place of an endpoint", default="", scoring=True),
+            Option("judge_runs", "how often every answer is judged", int, 1, scoring=True, minimum=1),
+            Option("judge_timeout", "seconds to wait for a reply", float, 60.0, scoring=True, minimum=1e-3),
+        ),
+        scorers=("official", "lmms"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="vizwiz",
+        module="understanding.vizwiz",
+        description="questions of blind people, some without an answer",
+        needs="mllm",
+        files=("val.json", "test.json", "Annotations/val.json"),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("m4c",),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="seedbench",
+        module="understanding.seedbench",
+        description="twelve dimensions with four options, images and videos",
+        needs="mllm",
+        files=("SEED-Bench.json",),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("official", "lmms"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="scienceqa",
+        module="understanding.scienceqa",
+        description="school questions with options, half of them with an image",
+        needs="mllm",
+        files=("problems.json",),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
+        scorers=("official", "lmms"),
+        batch_size=1024,
+    ),
+    Benchmark(
+        name="mmbench",
+        module="understanding.mmbench",
+        description="twenty abilities with options, each question once per rotation of its options",
+        needs="mllm",
+        files=("mmbench*.tsv", "MMBench*.tsv"),
+        options=(SPLIT, *QUESTIONS),
+        scorers=("static",),
+        batch_size=1024,
+    ),
+    # images from prompts
+    Benchmark(
+        name="geneval",
+        module="generation.geneval",
+        description="objects, number, colours and positions of generated images against their prompts",
+        needs="generator",
         files=("scenes.json", "evaluation_metadata.jsonl"),
-        look=geneval.judge,
+        options=(
+            *SAMPLING,
+            IMAGES_PER_PROMPT,
+            DETECTOR,
+            Option("detector_model", "folder of a Mask2Former or OWL model", default="", scoring=True),
+            Option("colour_model", "folder of a CLIP model that names colours", default="", scoring=True),
+        ),
+        batch_size=128,
     ),
-    "positions": Benchmark(
-        "one object of a colour at a named place (scenes)",
-        "generator",
-        positions.load,
-        always(positions.answer),
-        positions.score,
-        128,
+    Benchmark(
+        name="positions",
+        module="generation.positions",
+        description="one object of a colour at a named position (scenes)",
+        needs="generator",
         files=("scenes.json",),
+        options=(*SAMPLING, IMAGES_PER_PROMPT, DETECTOR),
+        batch_size=128,
     ),
-    "genai_bench": Benchmark(
-        "VQAScore of drawings, by skill (GenAI-Bench)",
-        "generator",
-        genai_bench.load,
-        always(genai_bench.answer),
-        genai_bench.score,
-        64,
+    Benchmark(
+        name="genai_bench",
+        module="generation.genai_bench",
+        description="VQAScore of generated images, by skill (GenAI-Bench)",
+        needs="generator",
         files=("genai_skills.json",),
-        look=genai_bench.judge,
+        options=(*SAMPLING, IMAGE_FORMAT, VQA_MODEL),
     ),
-    "dpg_bench": Benchmark(
-        "questions about drawings of dense prompts (DPG-Bench)",
-        "generator",
-        dpg_bench.load,
-        always(dpg_bench.answer),
-        dpg_bench.score,
-        64,
+    Benchmark(
+        name="dpg_bench",
+        module="generation.dpg_bench",
+        description="questions about images of dense prompts (DPG-Bench)",
+        needs="generator",
         files=("dpg_bench.csv",),
-        look=dpg_bench.judge,
+        options=(
+            *SAMPLING,
+            IMAGES_PER_PROMPT,
+            IMAGE_FORMAT,
+            Option("grid", "external images are files of 2 x 2 images, each of this side", int, minimum=1),
+            VQA_MODEL,
+        ),
     ),
-    "mjhq": Benchmark(
-        "FID of drawings against MJHQ-30K",
-        "generator",
-        mjhq.load,
-        always(mjhq.answer),
-        mjhq.score,
-        64,
+    Benchmark(
+        name="mjhq",
+        module="generation.mjhq",
+        description="FID of generated images against MJHQ-30K",
+        needs="generator",
         files=("meta_data.json",),
-        look=mjhq.judge,
+        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
     ),
-    "imagenet_generation": Benchmark(
-        "gFID, sFID, IS, precision and recall of class-conditional drawings (ADM)",
-        "generator",
-        imagenet_generation.load,
-        always(imagenet_generation.answer),
-        imagenet_generation.score,
-        64,
+    Benchmark(
+        name="imagenet_generation",
+        module="generation.imagenet_generation",
+        description="gFID, sFID, IS, precision and recall of class-conditional images (ADM)",
+        needs="generator",
         files=("VIRTUAL_imagenet*.npz",),
-        submit=imagenet_generation.submit,
-        look=imagenet_generation.judge,
+        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
     ),
-}
-
-BENCHMARKS: dict[str, Benchmark] = {**TOKENIZER, **UNDERSTANDING, **GENERATION}
+)
+BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name, or a UserError with what there is."""
+    """The benchmark of that name, or a UserError with the names."""
     if name not in BENCHMARKS:
         raise UserError(f"There is no benchmark {name!r}." + did_you_mean(name, BENCHMARKS))
     return BENCHMARKS[name]
-
-
-def benchmark_data(data: str | Path, name: str) -> Path:
-    """The folder of one benchmark: DATA/NAME if there is such a folder, else DATA itself."""
-    data = existing(data)
-    return data / name if (data / name).is_dir() else data
 
 
 def detect_benchmarks(data: str | Path) -> list[str]:
@@ -151,79 +313,31 @@ def detect_benchmarks(data: str | Path) -> list[str]:
         if any(next(benchmark_data(data, name).glob(pattern), None) for pattern in benchmark.files)
     ]
     if not names:
-        raise UserError(f"{data} holds the files of no benchmark; eval/README.md says what each one needs.")
+        raise UserError(f"{data} holds no benchmark's files; eval/README.md lists what each one needs.")
     return names
 
 
-def resolve_scorer(name: str, scoring: Scoring) -> Scoring:
-    """`scoring` with the scorer's name filled in.
+def options_of(benchmarks: Iterable[Benchmark], scoring_only: bool = False) -> dict[str, Option]:
+    """Name -> option, of all options that these benchmarks have."""
+    options = (option for benchmark in benchmarks for option in benchmark.all_options)
+    return {option.name: option for option in options if option.scoring or not scoring_only}
+
+
+def select_options(given: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> dict[str, dict[str, Any]]:
+    """Benchmark name -> the given options that it has.
 
     Raises:
-        UserError: the benchmark has no scorer of that name.
+        UserError: an option that none of the benchmarks has; the message names those that have it.
     """
-    allowed = find_benchmark(name).scorers
-    if scoring.scorer and scoring.scorer not in allowed:
-        raise UserError(f"{name}: scorer is {scoring.scorer!r}." + did_you_mean(scoring.scorer, allowed))
-    return replace(scoring, scorer=scoring.scorer or allowed[0])
-
-
-def run_benchmark(
-    name: str,
-    model: Any,
-    data: str | Path,
-    out: str | Path,
-    settings: Settings = SETTINGS,
-    batch_size: int | None = None,
-    scoring: Scoring = SCORING,
-    quiet: bool = False,
-) -> Record | None:
-    """Answer what is still open, then score; a finished run is only read.
-
-    `model` needs `describe()` and the methods that the benchmark calls (see `models.Model`); the answers lie
-    in `out`. Several processes share the questions; the main one scores and gets the result, the others None.
-    """
-    benchmark, data, out = find_benchmark(name), benchmark_data(data, name), Path(out)
-    resolve_scorer(name, scoring)
-    task = benchmark.load(data, settings)
-    open_run_dir(out, run_metadata(name, settings, model.describe(), data))
-    store, work = Store(out, name), benchmark.work(data, settings)
-    answer_samples(
-        store,
-        task.samples,
-        lambda batch: work(model, batch, out, task),
-        batch_size or benchmark.batch_size,
-        quiet,
-    )
-    if benchmark.look:
-        rows = store.gather(task.samples).records
-        benchmark.look(task, rows, out, resolve_scorer(name, scoring), getattr(model, "device", "cpu"), quiet)
-    return score_run(out, scoring=scoring, task=task) if distributed.is_main() else None
-
-
-def score_run(
-    folder: str | Path, partial: bool = False, scoring: Scoring = SCORING, task: Task | None = None
-) -> Record:
-    """Score the answers in `folder` from files alone, and write `results.json` and `scores.jsonl`.
-
-    Raises:
-        UserError: the folder is no run of ours, or answers are missing and `partial` was not asked for.
-    """
-    folder = Path(folder)
-    run = read_json(
-        existing(folder / "run.json", "`unitok eval run` writes it; give the folder of one benchmark.")
-    )
-    benchmark = find_benchmark(run["benchmark"])
-    scoring = resolve_scorer(run["benchmark"], scoring)
-    if task is None:
-        task = benchmark.load(existing(run["data"]), Settings(**run["settings"]))
-    answers = Store(folder, run["benchmark"]).gather(task.samples)
-    problems = check_complete(answers, task.samples, folder, partial)
-    scored = benchmark.score(task, answers.records, folder, run, scoring)
-    result = build_result(run, task, answers, scored, problems, scoring)
-    if benchmark.submit:
-        result["submission"] = [
-            p.name for p in benchmark.submit(task, answers.records, folder, Path(run["data"]))
-        ]
-    write_jsonl(folder / "scores.jsonl", scored.per_sample)
-    write_json(folder / "results.json", result)
-    return result
+    chosen = {b.name: {option.name for option in b.all_options} for b in benchmarks}
+    for name in given:
+        if not any(name in names for names in chosen.values()):
+            owners = [b.name for b in BENCHMARKS.values() if name in {o.name for o in b.all_options}]
+            raise UserError(
+                f"--{name.replace('_', '-')} is not an option of {', '.join(chosen)}; it is one of "
+                f"{', '.join(owners)}."
+            )
+    return {
+        name: {option: value for option, value in given.items() if option in names}
+        for name, names in chosen.items()
+    }

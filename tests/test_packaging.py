@@ -88,7 +88,7 @@ def test_a_wheel(source, tmp_path):
         "models/scenes/model.safetensors",
         "models/scenes/unitok/model.safetensors",
         "generation/ui/page.css",
-        "eval/core/imagenet_classes.json",
+        "eval/core/data/imagenet_classes.json",
     ):
         assert (site / "open_unitok" / file).exists(), file
     assert list((site / "open_unitok" / "generation" / "backends").glob("*.cpp"))

@@ -1,72 +1,31 @@
-"""Asking questions about images: the words around a question, the LLaVA question files, the answers."""
+"""Annotation files: found by pattern, read, and checked entry by entry.
 
-import base64
-import binascii
+A malformed entry is represented by the UserError that says what is wrong with it, in the entry's position:
+its sample is not answered and counts as wrong, instead of stopping the run.
+"""
+
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
-from . import tar_images
-from .harness import Record, Sample, Settings, Task
+from .benchmark import Options, Record, Sample
 
-# The words around a question, by name. All but "plain" are those of published runs.
-PROMPT_TEMPLATES = {
-    "short": "{}\nAnswer the question using a single word or phrase.",
-    "letter": "{}\nAnswer with the option's letter from the given choices directly.",
-    "letter-cn": "{}\n请直接回答选项字母。",
-    "unanswerable": (
-        "{}\nWhen the provided information is insufficient, respond with 'Unanswerable'."
-        "\nAnswer the question using a single word or phrase."
-    ),
-    "plain": "{}",
-}
-OCR_TEMPLATE = (
-    "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."  # TextVQA's "ocr"
-)
 LAYOUTS = ("original", "llava")
-
-
-class Base64Image(NamedTuple):
-    """An image that stands as base64 in a table."""
-
-    name: str
-    text: str
-
-
-def choose_prompt_template(
-    settings: Settings, default: str, data: Path | None = None, more: Sequence[str] = ()
-) -> str:
-    """The template asked for, else "plain" for scenes (scenes.json), else the benchmark's default."""
-    own = "plain" if data is not None and (data / "scenes.json").exists() else default
-    name, allowed = settings.prompt_template or own, [*PROMPT_TEMPLATES, *more]
-    if name not in allowed:
-        raise UserError(f"prompt_template is {name!r}." + did_you_mean(name, allowed))
-    return name
-
-
-def answering_metadata(split: str, template: str, settings: Settings, longest: int = 128) -> dict[str, Any]:
-    """What the result says of how the answers came about; published runs let an answer have 128 tokens."""
-    return {
-        "split": split,
-        "prompt_template": template,
-        "decoding": "greedy",
-        "max_new_tokens": settings.max_new_tokens or longest,
-    }
-
-
-# ------------------------------------------------------------------------------------------- question files
 
 
 def find_file(
     data: Path, patterns: Sequence[str], what: str, split: str | None = None, default: str = ""
 ) -> Path:
-    """The one file below `data` that fits a pattern and has `split` in its name; else the default of several.
+    """The one file below `data` that matches a pattern and has `split` in its name.
+
+    Args:
+        default: without a split, the part of the name that chooses one of several files.
 
     Raises:
-        UserError: there is none, or there are several to choose from.
+        UserError: no file matches, or several.
     """
     found = sorted({path for pattern in patterns for path in data.glob(pattern)})
     names = ", ".join(str(path.relative_to(data)) for path in found) or "nothing"
@@ -80,11 +39,11 @@ def find_file(
     return found[0]
 
 
-def detect_layout(data: Path, settings: Settings, original: Sequence[str], llava: Sequence[str]) -> str:
-    """ "original" or "llava": what was asked for, else what is there, the original first.
+def detect_layout(data: Path, settings: Options, original: Sequence[str], llava: Sequence[str]) -> str:
+    """ "original" or "llava": the `layout` option, else the layout found in `data`, the original first.
 
     Raises:
-        UserError: neither is there, or a layout has another name.
+        UserError: neither is there.
     """
     patterns = {"original": tuple(original), "llava": tuple(llava)}
     if settings.layout is not None:
@@ -93,15 +52,15 @@ def detect_layout(data: Path, settings: Settings, original: Sequence[str], llava
         if any(next(existing(data).glob(pattern), None) for pattern in patterns[layout]):
             return layout
     raise UserError(
-        f"{data}: found nothing of this benchmark: neither {' nor '.join(patterns['original'])}, "
-        f"as it is released, nor {' nor '.join(patterns['llava'])}, as LLaVA lays it out."
+        f"{data}: found no files of this benchmark: neither {' nor '.join(patterns['original'])} "
+        f"(the release), nor {' nor '.join(patterns['llava'])} (LLaVA's evaluation archive)."
     )
 
 
-def read_llava_questions(path: Path, limit: int | None = None) -> list[Record]:
-    """The lines of a LLaVA question file, each with "question_id", "text", and "image" where it has one.
+def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
+    """The lines of a LLaVA question file, each with "question_id", "text", and "image" if it has one.
 
-    A line that lacks a key stands as the UserError that names it.
+    A malformed line is the UserError that names the missing key.
     """
     return [
         validate_record(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
@@ -113,28 +72,46 @@ def read_json_as(kind: type, path: Path, key: str = "") -> Any:
     """A JSON file, or its `key`, that is an object (`dict`) or a list.
 
     Raises:
-        UserError: it is something else: another kind of file.
+        UserError: it has another type.
     """
     value = read_json(path)
-    return (
-        require_type(kind, require_key(value, key, path), f"{path}, {key}")
-        if key
-        else require_type(kind, value, path)
-    )
+    if not key:
+        return require_type(kind, value, path)
+    return require_type(kind, require_key(value, key, path), f"{path}, {key}")
+
+
+# ------------------------------------------------------------------------------------------------- one entry
+
+
+def require_key(row: Any, key: str, where: str | Path) -> Any:
+    """`row[key]`; UserError names the place and the key, and a row that is a UserError is raised."""
+    if isinstance(row, UserError):
+        raise row
+    if not isinstance(row, dict) or key not in row:
+        raise UserError(f"{where}: the key {key!r} is missing.")
+    return row[key]
+
+
+def require_text(row: Any, key: str, where: str) -> str:
+    """`row[key]`, a text that is not empty; UserError names the place."""
+    value = require_key(row, key, where)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: {key} is {value!r}; it must be a text that is not empty.")
+    return value
 
 
 def require_type(kind: type, value: Any, where: str | Path) -> Any:
     """`value`, an object (`dict`) or a list; UserError names the place."""
     if not isinstance(value, kind):
         words = {dict: "an object", list: "a list"}
-        raise UserError(f"{where}: expected {words[kind]}, found {type(value).__name__}.")
+        raise UserError(f"{where}: expected {words[kind]}, got {type(value).__name__}.")
     return value
 
 
 def validate_record(row: Any, where: str, keys: Sequence[str] = (), texts: Sequence[str] = ()) -> Any:
-    """The row as it is if it has these keys (texts or numbers) and these texts that are not empty.
+    """The row if it has these keys (texts or integers) and these texts (not empty), else a UserError.
 
-    Else the UserError that says what it lacks.
+    The error is returned, not raised: see the top of this file.
     """
     try:
         for key in keys:
@@ -151,130 +128,54 @@ def require_mostly_valid(samples: Sequence[Sample], path: Path) -> list[Sample]:
     """The samples as they are.
 
     Raises:
-        UserError: more than half of them are malformed: the file is of another kind or version.
+        UserError: more than half of them are malformed, so the file is of another kind or version.
     """
-    broken = [s.malformed for s in samples if s.malformed]
+    malformed = [s.malformed for s in samples if s.malformed]
     if not samples:
         raise UserError(f"{path} is empty.")
-    if len(broken) > len(samples) / 2:
+    if len(malformed) > len(samples) / 2:
         raise UserError(
-            f"{path}: {len(broken)} of {len(samples)} entries are malformed, so that it is taken for another "
-            f"kind of file. The first: {broken[0]}"
+            f"{path}: {len(malformed)} of {len(samples)} entries are malformed, so it seems to be another "
+            f"kind of file. The first: {malformed[0]}"
         )
     return list(samples)
 
 
-def image_path(folders: Sequence[Path], name: str) -> Path:
-    """The image of that name in the first folder that has it; else in the first folder, where it lacks."""
-    places = [folder / name for folder in folders]
-    return next((place for place in places if place.exists()), places[0])
+# ---------------------------------------------------------------------------------------------------- scenes
 
 
-def image_path_by_stem(
-    folders: Sequence[Path], stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")
-) -> Path:
-    """As `image_in`, of an image whose suffix is not known."""
-    places = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
-    return next((place for place in places if place.is_file()), places[1])
+class Scene(NamedTuple):
+    """An image's file and its objects, each with "shape", "color", "cell" and "box"."""
+
+    file: str
+    objects: list[dict[str, Any]]
 
 
-def require_text(row: Record, key: str, where: str) -> str:
-    """`row[key]`, a text that is not empty; UserError names the place."""
-    value = require_key(row, key, where)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key} is {value!r}; it must be a text that is not empty.")
-    return value
-
-
-def annotator_answers(row: Record, where: str) -> tuple[str, ...]:
-    """The annotators' answers of a VQA-like row: texts, or {"answer": text, ...}.
+def read_scenes(path: Path) -> list[Scene | UserError]:
+    """The images of a `captions.json` of scenes; a malformed entry is a UserError.
 
     Raises:
-        UserError: there are none, or one of them has no text.
+        UserError: no such file, or it is not a list.
     """
-    answers = require_key(row, "answers", where)
-    if not isinstance(answers, list) or not answers:
-        raise UserError(f"{where}: answers is {answers!r}; expected a list of answers.")
-    texts = [
-        require_key(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a
-        for j, a in enumerate(answers)
-    ]
-    if (bad := next((t for t in texts if not isinstance(t, str | int | float)), "")) != "":
-        raise UserError(f"{where}: one of the answers is {bad!r}; it must be a text.")
-    return tuple(map(str, texts))
-
-
-# --------------------------------------------------------------------------------------------------- asking
-
-
-def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Answer a batch; a sample whose image or question cannot be used gets a row that says so."""
-    rows: list[Record] = [{} for _ in batch]
-    images, read = {}, {}
-    for i, sample in enumerate(batch):
+    found: list[Scene | UserError] = []
+    for i, row in enumerate(read_json_as(list, existing(path))):
+        where = f"{path}, entry {i}"
         try:
-            if sample.image not in read:  # the same object again: the model encodes it once
-                read[sample.image] = None if sample.image is None else read_image(sample.image)
-            images[i] = read[sample.image]
-            if isinstance(sample.image, Base64Image):
-                rows[i] = {"file": save_base64_image(sample.image, out)}
+            found.append(_read_scene(row, where))
         except UserError as error:
-            rows[i] = {"text": "", "error": str(error)}
-    places = list(images)
-    if not places:
-        return rows
-    words = task.metadata["max_new_tokens"]
-    try:
-        texts = model.answer([images[i] for i in places], [batch[i].prompt for i in places], words)
-        for i, text in zip(places, texts, strict=True):
-            rows[i] = {"text": text} | rows[i]
-    except UserError:
-        for i in places:  # one of them is to blame: find it
-            try:
-                rows[i] = {"text": model.answer([images[i]], [batch[i].prompt], words)[0]} | rows[i]
-            except UserError as error:
-                rows[i] = {"text": "", "error": str(error)}
-    return rows
+            found.append(error)
+    return found
 
 
-def save_base64_image(picture: Base64Image, out: Path) -> str:
-    """Write the image below `out`, for people to look at; returns the path there."""
-    path = out / "images" / picture.name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(base64.b64decode(picture.text))
-    return f"images/{picture.name}"
-
-
-def read_image(path: Path | Base64Image | None):
-    """An image in RGB, also from within a tar; UserError names the file that is missing or no image."""
-    from open_unitok.tokenizer.images import load_image
-
-    if isinstance(path, Base64Image):
-        try:
-            return load_image(base64.b64decode(path.text, validate=True))
-        except (UserError, binascii.Error) as error:
-            raise UserError(f"{path.name} is no image that can be read: {error}") from error
-    assert path is not None
-    if inside := tar_images.split(path):
-        try:
-            return load_image(tar_images.read(*inside))
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from error
-    if not path.exists():
-        raise UserError(f"{path} does not exist.")
-    return load_image(path)
-
-
-def answer_texts(rows: dict[int, Record]) -> dict[int, str]:
-    """Index -> text, of the samples that could be asked."""
-    return {i: row["text"] for i, row in rows.items() if not row.get("error")}
-
-
-def require_key(row: Any, key: str, where: str | Path) -> Any:
-    """`row[key]`, or a one-line error that names the place and the key; a row that is an error is raised."""
-    if isinstance(row, UserError):
-        raise row
-    if not isinstance(row, dict) or key not in row:
-        raise UserError(f"{where}: the key {key!r} is missing.")
-    return row[key]
+def _read_scene(row: Record, where: str) -> Scene:
+    file, scene = require_text(row, "file", where), require_key(row, "scene", where)
+    objects = require_type(list, require_key(scene, "objects", f"{where}, scene"), f"{where}, objects")
+    for j, item in enumerate(objects):
+        place = f"{where}, objects[{j}]"
+        for key in ("shape", "color"):
+            require_text(item, key, place)
+        for key, count in (("cell", 2), ("box", 4)):
+            numbers = require_type(list, require_key(item, key, place), f"{place}, {key}")
+            if len(numbers) != count or not all(isinstance(n, int | float) for n in numbers):
+                raise UserError(f"{place}: {key} is {numbers!r}; it must be {count} numbers.")
+    return Scene(file, objects)

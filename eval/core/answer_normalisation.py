@@ -29,10 +29,10 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 @functools.cache
 def contractions() -> dict[str, str]:
-    """Word -> contraction; the benchmark's table, with its odd entries (data file `contractions.json`)."""
+    """Word -> contraction, with the published table's odd entries (data file `data/contractions.json`)."""
     return json.loads(
         importlib.resources.files("open_unitok.eval.core")
-        .joinpath("contractions.json")
+        .joinpath("data/contractions.json")
         .read_text(encoding="utf-8")
     )
 

@@ -1,6 +1,7 @@
 """Bootstrap intervals of metrics that are ratios of sums over samples, resampling whole clusters.
 
-M samples, G clusters (the questions of one image belong together), S sums.
+M samples, G clusters (the questions about one image form a cluster), S sums. A metric is a function of the
+column sums of an (M, S) array, so one resample is a matrix product of cluster counts and cluster sums.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -8,42 +9,26 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .benchmark import Record
+
 RESAMPLES = 1000
 Statistic = Callable[[np.ndarray], np.ndarray]
-
-
-def mean_statistic(sums: np.ndarray) -> np.ndarray:
-    """(..., 2) sums of value and of 1 -> their ratio."""
-    return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
-
-
-def f1_statistic(sums: np.ndarray) -> np.ndarray:
-    """(..., 3 * c) sums of TP, FP, FN per category -> the mean F1 over categories."""
-    tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
-    return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(axis=-1)
-
-
-def group_mean_statistic(sums: np.ndarray) -> np.ndarray:
-    """(..., 2 * g) sums of value and of 1 per group -> the mean of the means of groups that are not empty."""
-    value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
-    means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
-    return means.sum(axis=-1) / np.maximum((count > 0).sum(axis=-1), 1)
 
 
 def bootstrap(
     columns: np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    statistic: Statistic = mean_statistic,
+    statistic: Statistic | None = None,
     seed: int = 0,
 ) -> list[float] | None:
     """The central 95 % of `statistic` over resampled clusters; None with fewer than two clusters.
 
     Args:
         columns: (M, S) what each sample adds to each sum.
-        clusters: for each sample what it belongs to; None = every sample alone.
-        statistic: (..., S) sums -> (...) value.
+        clusters: the cluster of each sample; None = every sample alone.
+        statistic: (..., S) sums -> (...) value; None = `mean_statistic`.
     """
-    values = resampled(columns, clusters, statistic, seed)
+    values = _resampled(columns, clusters, statistic or mean_statistic, seed)
     if values is None:
         return None
     low, high = np.quantile(values, [0.025, 0.975])
@@ -51,7 +36,7 @@ def bootstrap(
 
 
 class Difference(NamedTuple):
-    """How much B is above A, its 95 % interval, and how likely so large a difference is by chance alone."""
+    """B minus A, its 95 % interval, and the two-sided p-value of "no difference"."""
 
     value: float
     interval: list[float] | None
@@ -62,22 +47,22 @@ def paired_bootstrap(
     a: np.ndarray,
     b: np.ndarray,
     clusters: Sequence[Hashable] | None = None,
-    statistic: Statistic = mean_statistic,
+    statistic: Statistic | None = None,
     seed: int = 0,
 ) -> Difference:
-    """`statistic` of b minus that of a, (M, S) each, of the same samples: every draw takes both alike.
+    """`statistic` of b minus that of a, (M, S) each, of the same samples, resampled together.
 
-    `p` is two-sided: twice the share of draws on the other side of zero, at least one draw.
+    `p` is twice the fraction of resamples on the other side of zero, at least one resample.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    width = a.shape[1]
+    width, value_of = a.shape[1], statistic or mean_statistic
 
-    def both(sums: np.ndarray) -> np.ndarray:
-        return statistic(sums[..., width:]) - statistic(sums[..., :width])
+    def difference(sums: np.ndarray) -> np.ndarray:
+        return value_of(sums[..., width:]) - value_of(sums[..., :width])
 
     joined = np.concatenate([a, b], axis=1)
-    value = float(both(joined.sum(axis=0)))
-    values = resampled(joined, clusters, both, seed)
+    value = float(difference(joined.sum(axis=0)))
+    values = _resampled(joined, clusters, difference, seed)
     if values is None:
         return Difference(value, None, None)
     low, high = np.quantile(values, [0.025, 0.975])
@@ -85,41 +70,123 @@ def paired_bootstrap(
     return Difference(value, [float(low), float(high)], min(1.0, 2 * max(beyond, 1) / len(values)))
 
 
-def resampled(
+def _resampled(
     columns: np.ndarray, clusters: Sequence[Hashable] | None, statistic: Statistic, seed: int
 ) -> np.ndarray | None:
-    """`statistic` of each draw, (RESAMPLES,); None with fewer than two clusters."""
+    """`statistic` of each resample, (RESAMPLES,); None with fewer than two clusters."""
     columns = np.asarray(columns, dtype=np.float64)
     if clusters is not None:
-        number: dict[Hashable, int] = {}
-        place = np.array([number.setdefault(c, len(number)) for c in clusters], dtype=np.int64)
-        totals = np.zeros((len(number), columns.shape[1]))
-        np.add.at(totals, place, columns)
+        numbers: dict[Hashable, int] = {}
+        positions = np.array([numbers.setdefault(c, len(numbers)) for c in clusters], dtype=np.int64)
+        totals = np.zeros((len(numbers), columns.shape[1]))
+        np.add.at(totals, positions, columns)
         columns = totals
     groups = len(columns)
     if groups < 2:
         return None
     rng = np.random.default_rng(seed)
     values = []
-    at_once = max(1, 4_000_000 // groups)  # keeps the draws of large sets in memory
+    at_once = max(1, 4_000_000 // groups)  # bounds the memory of the index array for large sets
     for start in range(0, RESAMPLES, at_once):
         rounds = min(at_once, RESAMPLES - start)
-        drawn = rng.integers(groups, size=(rounds, groups)) + groups * np.arange(rounds)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=rounds * groups).reshape(rounds, groups)
+        # row r of `sampled` holds cluster numbers shifted by r * groups, so one bincount counts all rounds
+        sampled = rng.integers(groups, size=(rounds, groups)) + groups * np.arange(rounds)[:, None]
+        weights = np.bincount(sampled.ravel(), minlength=rounds * groups).reshape(rounds, groups)
         values.append(statistic(weights.astype(np.float64) @ columns))
     return np.concatenate(values)
 
 
+# ------------------------------------------------------------------- statistics: columns of samples -> value
+
+
 def mean_columns(values: Sequence[float] | np.ndarray) -> np.ndarray:
-    """(M,) values -> (M, 2) columns for `mean_of`."""
+    """(M,) values -> (M, 2) columns, the value and 1, for `mean_statistic`."""
     values = np.asarray(values, dtype=np.float64)
     return np.stack([values, np.ones_like(values)], axis=1)
 
 
+def mean_statistic(sums: np.ndarray) -> np.ndarray:
+    """(..., 2) sums of value and of 1 -> their ratio."""
+    return sums[..., 0] / np.maximum(sums[..., 1], 1e-12)
+
+
 def group_mean_columns(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
-    """(M,) values and their groups -> (M, 2 * g) columns for `mean_of_groups`."""
+    """(M,) values and their groups -> (M, 2 * g) columns for `group_mean_statistic`."""
     names = list(dict.fromkeys(groups))
     columns = np.zeros((len(values), len(names), 2))
     for i, (value, group) in enumerate(zip(values, groups)):
         columns[i, names.index(group)] = value, 1
     return columns.reshape(len(values), -1)
+
+
+def group_mean_statistic(sums: np.ndarray) -> np.ndarray:
+    """(..., 2 * g) sums of value and of 1 per group -> the mean over non-empty groups of their means."""
+    value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
+    means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
+    return means.sum(axis=-1) / np.maximum((count > 0).sum(axis=-1), 1)
+
+
+def f1_columns(judged: Sequence[tuple[str, str, str]], categories: Sequence[str]) -> np.ndarray:
+    """(parsed, label, category) of M yes/no answers -> (M, 3 * c) TP, FP, FN per category; POPE."""
+    result = np.zeros((len(judged), len(categories), 3))
+    for i, (parsed, label, category) in enumerate(judged):
+        counts = (parsed == "yes" == label, parsed == "yes" != label, parsed != "yes" and label == "yes")
+        result[i, categories.index(category)] = counts
+    return result.reshape(len(judged), -1)
+
+
+def f1_statistic(sums: np.ndarray) -> np.ndarray:
+    """(..., 3 * c) sums of TP, FP, FN per category -> the mean F1 over categories."""
+    tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(axis=-1)
+
+
+def question_pair_columns(records: Sequence[Record]) -> np.ndarray:
+    """M records of two questions per image -> (M, 4 * t) columns for `question_pair_statistic`; MME.
+
+    A record has "group" (the task), "score" and "pair" (1 where both questions of its image are right). Each
+    of an image's records carries its share of the image, so that the last two sums count images.
+    """
+    names = list(dict.fromkeys(record["group"] for record in records))
+    images: dict[tuple[str, str], int] = {}
+    for record in records:
+        key = record["group"], record["cluster"]
+        images[key] = images.get(key, 0) + 1
+    result = np.zeros((len(records), len(names), 4))
+    for i, record in enumerate(records):
+        part = 1 / images[record["group"], record["cluster"]]
+        result[i, names.index(record["group"])] = record["score"], 1, record["pair"] * part, part
+    return result.reshape(len(records), -1)
+
+
+def question_pair_statistic(sums: np.ndarray) -> np.ndarray:
+    """(..., 4 * t) sums -> the sum over tasks of 100 * (accuracy + accuracy+)."""
+    right, count, both, images = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 4), -1, 0)
+    parts = right / np.maximum(count, 1e-12) + both / np.maximum(images, 1e-12)
+    return 100 * parts.sum(axis=-1)
+
+
+class MainStatistic(NamedTuple):
+    """How a benchmark's main metric is computed from the records of `scores.jsonl`."""
+
+    columns: Callable[[Sequence[Record]], np.ndarray]  # records -> (M, S)
+    value: Statistic
+    unit: str
+
+
+def _pope_columns(records: Sequence[Record]) -> np.ndarray:
+    names = list(dict.fromkeys(record["group"] for record in records))
+    return f1_columns([(r["parsed"], r["truth"], r["group"]) for r in records], names)
+
+
+# `Scored.statistic` -> the statistic
+STATISTICS = {
+    "mean": MainStatistic(lambda rows: mean_columns([r["score"] for r in rows]), mean_statistic, "fraction"),
+    "group mean": MainStatistic(
+        lambda rows: group_mean_columns([r["score"] for r in rows], [r["group"] for r in rows]),
+        group_mean_statistic,
+        "fraction",
+    ),
+    "f1": MainStatistic(_pope_columns, f1_statistic, "fraction"),
+    "question pairs": MainStatistic(question_pair_columns, question_pair_statistic, "points"),
+}

@@ -13,11 +13,11 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
+from .annotations import Scene, read_scenes
+from .benchmark import Metric, Record, Sample, Task, malformed_sample
 from .bootstrap import bootstrap, mean_columns
 from .generated_images import generate_images
-from .harness import Metric, Record, Sample, Task, malformed_sample
 from .image_files import open_images, save_image
-from .scenes import Scene, read_scenes
 
 
 def generation_samples(

@@ -1,19 +1,55 @@
-"""Reads the images of a batch of samples, writes PNG files."""
+"""Image files of benchmarks: found by name, read from folders, tar files or base64 cells, and saved.
 
+An image inside a tar (webdataset layout) has a path as if the tar were a folder: shard.tar/000001.jpg.
+"""
+
+import base64
+import binascii
+import functools
+import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
+from open_unitok.tokenizer.images import load_image
 
-from .annotations import read_image
-from .harness import Record, Sample
+from .benchmark import Record, Sample
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
 
 
-def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Any]]:
-    """A record per sample, with an error if its image is unreadable, and the images by batch position."""
+class Base64Image(NamedTuple):
+    """An image that a table holds as base64 text."""
+
+    name: str
+    text: str
+
+
+def read_image(path: Path | Base64Image | None) -> Image.Image:
+    """An image in RGB, also from within a tar; UserError names a missing or unreadable file."""
+    if isinstance(path, Base64Image):
+        try:
+            return load_image(base64.b64decode(path.text, validate=True))
+        except (UserError, binascii.Error) as error:
+            raise UserError(f"{path.name} is not a readable image: {error}") from error
+    assert path is not None
+    if inside := split_tar_path(path):
+        try:
+            return load_image(read_tar_member(*inside))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    if not path.exists():
+        raise UserError(f"{path} does not exist.")
+    return load_image(path)
+
+
+def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Image.Image]]:
+    """Records with an error for unreadable images, and the readable images by position in the batch."""
     records: list[Record] = [{} for _ in batch]
     images = {}
     for i, sample in enumerate(batch):
@@ -24,7 +60,87 @@ def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Any]]:
     return records, images
 
 
-def save_image(image: np.ndarray, path: Path) -> None:
-    """Write uint8 (H, W, 3) as PNG."""
+def save_image(pixels: np.ndarray, path: Path) -> None:
+    """Save uint8 (H, W, 3) as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image).save(path)
+    Image.fromarray(pixels).save(path)
+
+
+def save_base64_image(image: Base64Image, out: Path) -> str:
+    """Write the image below `out`, for the report; returns its path there."""
+    path = out / "images" / image.name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(image.text))
+    return f"images/{image.name}"
+
+
+def image_path(folders: Sequence[Path], name: str) -> Path:
+    """The image of that name in the first folder that has it; if none has, its path in the first folder."""
+    paths = [folder / name for folder in folders]
+    return next((path for path in paths if path.exists()), paths[0])
+
+
+def image_path_by_stem(
+    folders: Sequence[Path], stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")
+) -> Path:
+    """Like `image_path`, for an image whose suffix is unknown."""
+    paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
+    return next((path for path in paths if path.is_file()), paths[1])
+
+
+# ------------------------------------------------------------------------------------------------- tar files
+
+
+@functools.lru_cache(maxsize=64)
+def index_tar(tar: Path) -> dict[str, tuple[int, int]]:
+    """Member -> (offset, size) of all files in a tar, in its order, without unpacking.
+
+    Raises:
+        UserError: it is not an uncompressed tar file, or it is truncated.
+    """
+    try:
+        with tarfile.open(tar, "r:") as file:
+            found = {m.name: (m.offset_data, m.size) for m in file if m.isfile()}
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise UserError(f"{tar} is not a readable tar file: {error}") from error
+    end = max((offset + size for offset, size in found.values()), default=0)
+    if end > tar.stat().st_size:
+        raise UserError(f"{tar} is truncated: its last member ends beyond the end of the file.")
+    return found
+
+
+def split_tar_path(path: Path) -> tuple[Path, str] | None:
+    """shard.tar/member -> (shard.tar, member); None for a path outside tar files."""
+    for parent in path.parents:
+        if parent.suffix == ".tar" and parent.is_file():
+            return parent, path.relative_to(parent).as_posix()
+    return None
+
+
+def read_tar_member(tar: Path, member: str) -> bytes:
+    """The bytes of one member, or a UserError that names it."""
+    members = index_tar(existing(tar))
+    if member not in members:
+        raise UserError(f"{tar} holds no {member}.")
+    offset, size = members[member]
+    with open(tar, "rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def tar_members(tar: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The members with one of these suffixes, as paths through the tar, in its order."""
+    return [tar / name for name in index_tar(tar) if Path(name).suffix in suffixes]
+
+
+def read_tar_sibling(image: Path, suffix: str) -> bytes | None:
+    """The member with the image's key and another suffix, such as .cls with its class; else None."""
+    inside = split_tar_path(image)
+    if inside is None:
+        return None
+    tar, name = inside
+    folder, _, file = name.rpartition("/")
+    # webdataset: the key of a sample is its file name up to the first period
+    key = (folder + "/" if folder else "") + file.split(".")[0]
+    return read_tar_member(tar, key + suffix) if key + suffix in index_tar(tar) else None

@@ -9,9 +9,8 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from .annotations import read_image
-from .harness import Record, Task
-from .imagenet import SUFFIXES
+from .benchmark import Record, Task
+from .image_files import IMAGE_SUFFIXES, read_image
 from .judge_pass import samples_with_images
 
 
@@ -35,9 +34,9 @@ def images_of_folder(role: str, folder: Path, keep: Callable[[Path], bool] = lam
     Raises:
         UserError: there are none.
     """
-    paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in SUFFIXES and keep(p))
+    paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in IMAGE_SUFFIXES and keep(p))
     if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES[:4])}).")
+        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES[:4])}).")
     names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
     return ImageSet(role, names, lambda i: np.asarray(read_image(paths[i])))
 

@@ -1,4 +1,4 @@
-"""ImageNet's 1000 classes and the layouts that its images lie in on people's disks."""
+"""ImageNet's 1000 classes, and the layouts in which its images are stored."""
 
 import csv
 import functools
@@ -9,91 +9,90 @@ from pathlib import Path
 
 from open_unitok.core.errors import UserError
 
-from . import tar_images
+from .image_files import IMAGE_SUFFIXES, read_tar_sibling, tar_members
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
 WNID = re.compile(r"n\d{8}")
+LabelledImages = list[tuple[Path, int | UserError]]
 
 
 @functools.cache
-def classes() -> tuple[tuple[str, str], ...]:
-    """(WordNet id, name) by class number (data file `imagenet_classes.json`)."""
-    file = importlib.resources.files("open_unitok.eval.core").joinpath("imagenet_classes.json")
+def imagenet_classes() -> tuple[tuple[str, str], ...]:
+    """(WordNet id, name) by class number (data file `data/imagenet_classes.json`)."""
+    file = importlib.resources.files("open_unitok.eval.core").joinpath("data/imagenet_classes.json")
     return tuple((wnid, name) for wnid, name in json.loads(file.read_text(encoding="utf-8"))["classes"])
 
 
 @functools.cache
-def numbers() -> dict[str, int]:
+def class_numbers() -> dict[str, int]:
     """WordNet id -> class number."""
-    return {wnid: number for number, (wnid, _) in enumerate(classes())}
+    return {wnid: number for number, (wnid, _) in enumerate(imagenet_classes())}
 
 
-def names() -> list[str]:
+def class_names() -> list[str]:
     """The class names by number."""
-    return [name for _, name in classes()]
+    return [name for _, name in imagenet_classes()]
 
 
-Labelled = list[tuple[Path, int | UserError]]
+def find_labelled_images(data: Path, split: str = "val") -> LabelledImages | None:
+    """(image, class number) of a split, sorted by name; None where no layout of ImageNet is found.
 
-
-def find(data: Path, split: str = "val") -> Labelled | None:
-    """(image, class number) of a split, in the order of the names; None where no layout of ImageNet is.
-
-    In the place of an id or a class number that ImageNet does not have stands the UserError that says so.
+    An id or class number that ImageNet does not have is a UserError in the number's place.
     Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files.
     """
     for folder in (data / split, data / "ILSVRC" / "Data" / "CLS-LOC" / split, data):
         if not folder.is_dir():
             continue
         if any(WNID.fullmatch(p.name) for p in folder.iterdir()):
-            return by_folder(folder)
+            return _by_folder(folder)
         table = next((t for t in (data, folder) if (t / f"LOC_{split}_solution.csv").exists()), None)
         if table is not None:
-            return by_table(folder, table / f"LOC_{split}_solution.csv")
+            return _by_table(folder, table / f"LOC_{split}_solution.csv")
         if shards := sorted(folder.glob("*.tar")):
-            return [row for shard in shards for row in by_class_file(shard)]
+            return [image for shard in shards for image in _by_class_file(shard)]
     return None
 
 
-def by_folder(folder: Path) -> Labelled:
+def _by_folder(folder: Path) -> LabelledImages:
     """A folder per WordNet id."""
     return [
-        (path, number_of(one.name, str(one)))
-        for one in sorted(folder.iterdir())
-        if one.is_dir()
-        for path in sorted(one.iterdir())
-        if path.suffix in SUFFIXES
+        (path, _class_number(wnid.name, str(wnid)))
+        for wnid in sorted(folder.iterdir())
+        if wnid.is_dir()
+        for path in sorted(wnid.iterdir())
+        if path.suffix in IMAGE_SUFFIXES
     ]
 
 
-def by_table(folder: Path, table: Path) -> Labelled:
-    """One flat folder and a table of ImageId and "WordNet-id box ..." per image."""
+def _by_table(folder: Path, table: Path) -> LabelledImages:
+    """A flat folder and a table with ImageId and "WordNet-id box ..." per image."""
     with open(table, newline="", encoding="utf-8", errors="replace") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
-    result: Labelled = []
+    result: LabelledImages = []
     for row in rows:
         image, prediction = (row.get("ImageId") or "").strip(), (row.get("PredictionString") or "").strip()
         if not image or not prediction:
-            lacks = UserError(f"{table}: a row lacks ImageId or PredictionString: {row}.")
-            result.append((folder / f"{image or 'unknown'}.JPEG", lacks))
+            error = UserError(f"{table}: a row lacks ImageId or PredictionString: {row}.")
+            result.append((folder / f"{image or 'unknown'}.JPEG", error))
             continue
-        result.append((folder / f"{image}.JPEG", number_of(prediction.split()[0], f"{table}, {image}")))
+        number = _class_number(prediction.split()[0], f"{table}, {image}")
+        result.append((folder / f"{image}.JPEG", number))
     return result
 
 
-def by_class_file(shard: Path) -> Labelled:
+def _by_class_file(shard: Path) -> LabelledImages:
     """A tar with a .cls file beside every image."""
-    result: Labelled = []
-    for picture in tar_images.members(shard, SUFFIXES):
-        text = tar_images.beside(picture, ".cls")
-        known = text is not None and text.strip().isdigit() and int(text) < len(classes())
-        lacks = UserError(f"{picture} has no .cls file with a class number from 0 to {len(classes()) - 1}.")
-        result.append((picture, int(text) if known and text else lacks))
+    result: LabelledImages = []
+    last = len(imagenet_classes()) - 1
+    for image in tar_members(shard, IMAGE_SUFFIXES):
+        text = read_tar_sibling(image, ".cls")
+        known = text is not None and text.strip().isdigit() and int(text) <= last
+        error = UserError(f"{image} has no .cls file with a class number from 0 to {last}.")
+        result.append((image, int(text) if known and text else error))
     return result
 
 
-def number_of(wnid: str, where: str) -> int | UserError:
-    """The class number of a WordNet id, or that it is none."""
-    if wnid not in numbers():
-        return UserError(f"{where}: {wnid!r} is no WordNet id of ImageNet's 1000 classes.")
-    return numbers()[wnid]
+def _class_number(wnid: str, where: str) -> int | UserError:
+    """The class number of a WordNet id, or the error that it is not one of ImageNet's."""
+    if wnid not in class_numbers():
+        return UserError(f"{where}: {wnid!r} is not a WordNet id of ImageNet's 1000 classes.")
+    return class_numbers()[wnid]

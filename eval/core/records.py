@@ -1,4 +1,4 @@
-"""Numbers of questions: a row per sample, shares with intervals by image, submission files."""
+"""Records of scores.jsonl, metrics over samples with intervals by image, and submission files."""
 
 import json
 from collections import defaultdict
@@ -10,23 +10,13 @@ import numpy as np
 
 from open_unitok.core.files import write_atomic
 
+from .benchmark import Metric, Record, Sample
 from .bootstrap import bootstrap, mean_columns
-from .harness import Metric, Record, Sample
-
-
-def cluster_of(sample: Sample) -> str:
-    """What a sample shares with others: its image; without one it stands alone."""
-    return sample.image.name if sample.image is not None else f"#{sample.index}"
-
-
-def submittable(samples: Sequence[Sample]) -> list[Sample]:
-    """Those that a submission can name: all but malformed ones whose id cannot be read."""
-    return [s for s in samples if not (s.malformed and str(s.id).startswith("#"))]
 
 
 def sample_record(
     sample: Sample,
-    rows: dict[int, Record],
+    records: dict[int, Record],
     score: float | None,
     truth: Any,
     group: str = "",
@@ -34,22 +24,28 @@ def sample_record(
     **more: Any,
 ) -> Record:
     """A line of `scores.jsonl`; `score` is None for a sample that does not count."""
-    row = rows.get(sample.index, {})
+    record = records.get(sample.index, {})
     return {
-        "index": sample.index, "id": sample.id, "image": row.get("file") or str(sample.image or ""),
+        "index": sample.index, "id": sample.id, "image": record.get("file") or str(sample.image or ""),
         "cluster": cluster_of(sample), "group": group, "question": question or sample.prompt,
-        "answer": None if row.get("error") else row.get("text"), "truth": truth, "score": score,
-        **more, **({"error": row["error"]} if row.get("error") else {}),
+        "answer": None if record.get("error") else record.get("text"), "truth": truth, "score": score,
+        **more, **({"error": record["error"]} if record.get("error") else {}),
     }  # fmt: skip
 
 
+def cluster_of(sample: Sample) -> str:
+    """The bootstrap cluster of a sample: its image; without one it is alone."""
+    return sample.image.name if sample.image is not None else f"#{sample.index}"
+
+
 def mean_metric(
-    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], unit: str = "share"
+    values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], unit: str = "fraction"
 ) -> Metric:
-    """The mean of values with its interval; 0 of nothing."""
+    """The mean of values with its interval; 0 for no values."""
     values = np.asarray(values, np.float64)
-    mean = float(values.mean()) if len(values) else 0.0
-    return Metric(mean, len(values), bootstrap(mean_columns(values), clusters) if len(values) else None, unit)
+    average = float(values.mean()) if len(values) else 0.0
+    interval = bootstrap(mean_columns(values), clusters) if len(values) else None
+    return Metric(average, len(values), interval, unit)
 
 
 def mean_metrics_by(
@@ -57,22 +53,27 @@ def mean_metrics_by(
     groups: Sequence[str],
     values: Sequence[float] | np.ndarray,
     clusters: Sequence[Hashable],
-    unit: str = "share",
+    unit: str = "fraction",
 ) -> dict[str, Metric]:
-    """`prefix/group` -> the mean of its values, groups in alphabetical order; "" is no group."""
-    places: dict[str, list[int]] = {}
+    """`prefix/group` -> the mean of its values, groups in alphabetical order; "" means no group."""
+    members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         if group != "":
-            places.setdefault(group, []).append(i)
+            members.setdefault(group, []).append(i)
     values = np.asarray(values, np.float64)
     return {
-        f"{prefix}/{group}": mean_metric(values[places[group]], [clusters[i] for i in places[group]], unit)
-        for group in sorted(places)
+        f"{prefix}/{group}": mean_metric(values[members[group]], [clusters[i] for i in members[group]], unit)
+        for group in sorted(members)
     }
 
 
+def submittable(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples that a submission can name: all but malformed ones whose id cannot be read."""
+    return [s for s in samples if not (s.malformed and str(s.id).startswith("#"))]
+
+
 def write_submission(folder: Path, name: str, content: Any) -> Path:
-    """`folder/submission/name`: a list of rows for .jsonl, any text for .txt, JSON for all others."""
+    """Write `folder/submission/name`: a list as .jsonl, text as .txt or .tsv, anything else as JSON."""
     path = folder / "submission" / name
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
@@ -83,7 +84,7 @@ def write_submission(folder: Path, name: str, content: Any) -> Path:
 
 
 def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean, 0 of nothing."""
+    """Arithmetic mean, 0 for no values."""
     return sum(values) / len(values) if values else 0.0
 
 

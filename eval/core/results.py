@@ -1,54 +1,70 @@
-"""What stands around the answers: `run.json`, whether they are complete, and the result as it is written."""
+"""A run's metadata (run.json), the completeness check, and the content of results.json."""
 
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_json
 
-from .harness import Answers, Record, Sample, Scored, Scoring, Settings, Task, malformed_reasons
+from .benchmark import Options, Record, Sample, Scored, Task, malformed_reasons
 
 
-def open_run_dir(folder: str | Path, run: dict[str, Any]) -> None:
-    """Write `run.json`, or compare with the one that is there: answers of two settings never mix.
+class Answers(NamedTuple):
+    """The records of a run by sample index, and what is wrong with them."""
+
+    records: dict[int, Record]
+    missing: list[int]
+    failed: list[int]  # samples whose record says why they have no answer, such as an unreadable image
+    duplicates: int
+    unknown: int  # records of samples that this benchmark does not have
+
+
+def run_metadata(benchmark: str, settings: Options, model: Record, data: str | Path) -> Record:
+    """The content of `run.json`."""
+    return {
+        "benchmark": benchmark,
+        "settings": vars(settings),
+        "model": model,
+        "data": str(data),
+        "versions": package_versions(),
+    }
+
+
+def open_run_dir(folder: str | Path, run: Record) -> None:
+    """Write `run.json`, or compare with an existing one: answers of two settings never mix.
 
     Raises:
         UserError: the folder holds a run of another model or with other settings; the difference is shown.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
-        write_json(path, run)  # the same on every rank, and atomic
+        write_json(path, run)  # the same content on every rank, and an atomic write
     distributed.barrier()
-    old = read_json(path)
-    for name, before, now in differences(comparable(old), comparable(run)):
-        raise UserError(
-            f"{folder} holds answers made with {name} = {before!r}, this run has {now!r}. "
-            "Use another --out, or remove the folder."
-        )
+    old, new = _comparable(read_json(path)), _comparable(run)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{folder} holds answers made with {name} = {old.get(name)!r}, this run has "
+                f"{new.get(name)!r}. Use another --out, or remove the folder."
+            )
 
 
-def comparable(run: dict[str, Any]) -> dict[str, Any]:
-    """The parts of `run.json` that decide the answers, flat; a model that has moved is still the same."""
-    settings = {f"setting {k}": v for k, v in run.get("settings", {}).items()}
+def _comparable(run: Record) -> Record:
+    """The parts of `run.json` that decide the answers, flat; moving the model folder changes nothing."""
+    settings = {f"setting {name}": value for name, value in run.get("settings", {}).items()}
     model = {"model fingerprint": run.get("model", {}).get("fingerprint")}
     return {"benchmark": run.get("benchmark")} | settings | model
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> Iterable[tuple[str, Any, Any]]:
-    """(name, old value, new value) of all that differs."""
-    return [(k, old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)]
-
-
 def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, partial: bool) -> list[str]:
-    """What has to be said about these answers, one line each.
+    """The problems of these answers, one line each.
 
     Raises:
-        UserError: answers are missing, or belong to other questions, and `partial` was not asked for.
+        UserError: answers are missing, or belong to other questions, and `partial` is not set.
     """
     problems = []
     if answers.missing:
@@ -61,34 +77,35 @@ def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, pa
     if problems and not partial:
         raise UserError(
             f"{folder}: {'; '.join(problems)}. Run the same `unitok eval run` again to complete it, or score "
-            "what is there with --partial."
+            "the incomplete run with --partial."
         )
-    empty = sum(not row.get("text", "x") and not row.get("error") for row in answers.records.values())
+    empty = sum(
+        not record.get("text", "x") and not record.get("error") for record in answers.records.values()
+    )
     if empty:
-        problems.append(f"{empty} answers are empty (scored as the benchmark's own rule says)")
+        problems.append(f"{empty} answers are empty (scored by the benchmark's own rule)")
     if answers.duplicates:
         problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
-    if broken := malformed_reasons(samples):
-        problems.append(f"{len(broken)} annotations are malformed, the first: {broken[0]} (counted as wrong)")
+    if reasons := malformed_reasons(samples):
+        problems.append(
+            f"{len(reasons)} annotations are malformed, the first: {reasons[0]} (counted as wrong)"
+        )
     failed = sorted(set(answers.failed) - {s.index for s in samples if s.malformed})
     if failed:
         problems.append(
-            f"{len(failed)} samples could not be asked, the first because "
+            f"{len(failed)} samples could not be answered, the first because "
             f"{answers.records[failed[0]]['error']} (counted as wrong)"
         )
     return problems
 
 
 def build_result(
-    run: dict[str, Any], task: Task, answers: Answers, scored: Scored, problems: list[str], scoring: Scoring
+    run: Record, task: Task, answers: Answers, scored: Scored, problems: list[str], scoring: Options
 ) -> Record:
-    """The result as it is written: numbers with n and interval, and all that a reader needs to compare."""
+    """The content of `results.json`: metrics with n and interval, and all that a comparison needs."""
     main = next(iter(scored.metrics), None)
-    limit = run["settings"].get("limit")
-    why_not = scored.not_comparable or (f"only the first {limit} samples" if limit else "")
-    broken = len(malformed_reasons(task.samples))
-    for count, what in ((len(answers.missing), "answers are missing"), (broken, "annotations are malformed")):
-        why_not = why_not or (f"{count} {what}" if count else "")
+    malformed = len(malformed_reasons(task.samples))
+    reason = _not_comparable_reason(run, answers, scored, malformed)
     return {
         "benchmark": run["benchmark"],
         "metric": main,
@@ -96,10 +113,10 @@ def build_result(
         "n": len(task.samples),
         "missing": len(answers.missing),
         "failed": len(answers.failed),
-        "malformed": broken,
+        "malformed": malformed,
         "complete": not answers.missing,
-        "comparable": not why_not,
-        **({"not_comparable_reason": why_not} if why_not else {}),
+        "comparable": not reason,
+        **({"not_comparable_reason": reason} if reason else {}),
         "scorer": scoring.scorer,
         "split": task.metadata.get("split"),
         "prompt_template": task.metadata.get("prompt_template"),
@@ -107,9 +124,9 @@ def build_result(
         "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
         "statistic": scored.statistic,
         "problems": [*problems, *task.problems, *scored.problems],
-        "about": task.metadata,
+        "metadata": task.metadata,
         "settings": run["settings"],
-        "scoring": asdict(scoring),
+        "scoring": vars(scoring),
         "model": run["model"],
         "data": run["data"],
         "versions": run["versions"],
@@ -117,24 +134,22 @@ def build_result(
     }
 
 
-def run_metadata(
-    benchmark: str, settings: Settings, model: dict[str, Any], data: str | Path
-) -> dict[str, Any]:
-    """What `run.json` holds."""
-    return {
-        "benchmark": benchmark,
-        "settings": asdict(settings),
-        "model": model,
-        "data": str(data),
-        "versions": versions(),
-    }
+def _not_comparable_reason(run: Record, answers: Answers, scored: Scored, malformed: int) -> str:
+    """The first reason why the numbers are not comparable with published ones, "" if there is none."""
+    limit = run["settings"].get("limit")
+    reasons: Iterable[tuple[Any, str]] = (
+        (scored.not_comparable, scored.not_comparable),
+        (limit, f"only the first {limit} samples"),
+        (answers.missing, f"{len(answers.missing)} answers are missing"),
+        (malformed, f"{malformed} annotations are malformed"),
+    )
+    return next((reason for found, reason in reasons if found), "")
 
 
-def versions() -> dict[str, str]:
-    """Of what the numbers may depend on."""
-    names = ("open-unitok", "torch", "transformers", "numpy", "pillow")
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that the numbers may depend on."""
     found = {}
-    for name in names:
+    for name in ("open-unitok", "torch", "transformers", "numpy", "pillow"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -13,9 +13,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import require_key, require_mostly_valid, require_type
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.judge_pass import (
     ExternalFindings,
     judge_findings,
@@ -109,7 +109,7 @@ def _parse_question(row: dict[str, str], where: str) -> DpgQuestion:
 answer = save_generated_images
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """Four images per prompt."""
     items, problems = read_dpg_items(data)
     items = items[: settings.limit]
@@ -130,7 +130,7 @@ def load(data: Path, settings: Settings) -> Task:
 
 
 def judge(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Judge pass: ask the VQA model every question about every image."""
     if not scoring.vqa_model:
@@ -210,7 +210,7 @@ def category_scores(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """100 x the mean over prompts of the mean over images; an image without answers counts as 0."""
     require_generated_images(task, records, folder)

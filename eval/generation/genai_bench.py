@@ -14,9 +14,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text, require_type
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.judge_pass import (
     ExternalFindings,
     judge_findings,
@@ -34,7 +34,7 @@ _BATCH = 8  # images per batch of the judge pass
 answer = save_generated_images
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """An image per prompt of `prompts.txt` (527) or `genai_image.json` (1600), with `genai_skills.json`.
 
     A prompt that is malformed, or missing but named by a skill, counts as 0 in its skills.
@@ -103,7 +103,7 @@ def _positive_integer(value: Any) -> int | None:
 
 
 def judge(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Judge pass: the VQA model's probability that each image shows its prompt."""
     if not scoring.vqa_model:
@@ -158,7 +158,7 @@ def summarise_skills(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The mean score of advanced prompts (the published "overall"), of all prompts, and of each skill."""
     require_generated_images(task, records, folder)

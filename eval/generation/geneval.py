@@ -13,8 +13,8 @@ from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from ..core import ceiling
 from ..core.annotations import require_key, require_text, require_type
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, group_mean_columns, group_mean_statistic
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.judge_pass import ExternalFindings
 from ..core.records import mean, mean_by
 from ..judges import detections
@@ -41,7 +41,7 @@ answer = detections.generate_and_detect
 judge = detections.run_detection_pass
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """Images to generate per prompt; for scenes also test images that satisfy a prompt, for the ceiling."""
     prompts = read_prompts(data)[: settings.limit]
     detector = detections.choose_detector(data, settings)
@@ -85,7 +85,7 @@ def _matching_images(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The share of correct images per tag and the mean over tags; ceiling and held-out pairs separately."""
     prompts = task.truth["prompts"]

@@ -10,6 +10,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core import imagenet
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import (
     generation_metadata,
@@ -17,7 +18,6 @@ from ..core.generated_images import (
     save_generated_images,
     unscored_records,
 )
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
 from ..core.image_sets import images_of_run
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import adm_order, write_adm_samples
@@ -27,11 +27,11 @@ _IMAGES = 50_000  # the published number
 answer = save_generated_images
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
     count = settings.limit or _IMAGES
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
-    names = imagenet.names()
+    names = imagenet.class_names()
     samples = [
         Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i)
         for i, c in enumerate(labels)
@@ -43,7 +43,7 @@ def load(data: Path, settings: Settings) -> Task:
     return Task(samples, {"data": data, "labels": labels}, metadata)
 
 
-def _reference_file(data: Path, scoring: Scoring) -> Path:
+def _reference_file(data: Path, scoring: Options) -> Path:
     """The reference batch: --reference, or the one VIRTUAL_imagenet*.npz in the data folder."""
     if scoring.reference:
         return existing(scoring.reference)
@@ -57,7 +57,7 @@ def _reference_file(data: Path, scoring: Scoring) -> Path:
 
 
 def judge(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Write ADM's file of the generated images; compute their Inception features and the reference's."""
     generated = images_of_run(task, records, out)
@@ -75,7 +75,7 @@ def judge(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """gFID, sFID and Inception Score of the generated images; precision and recall against 10,000 images."""
     require_generated_images(task, records, folder)

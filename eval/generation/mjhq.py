@@ -11,13 +11,13 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import read_json_as, require_mostly_valid, require_text
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.generated_images import (
     generation_metadata,
     require_generated_images,
     save_generated_images,
     unscored_records,
 )
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_sets import ImageSet, images_of_folder, images_of_run
 from ..core.judge_pass import samples_with_images
 from ..metrics import fid, inception_features
@@ -26,7 +26,7 @@ from ..metrics.inception_features import StoredFeatures
 answer = save_generated_images
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """`meta_data.json`: {id: {category, prompt}}; the image of each prompt is category/id."""
     path = existing(data / "meta_data.json", "MJHQ-30K is this file and its images.")
     rows = list(read_json_as(dict, path).items())[: settings.limit]
@@ -60,7 +60,7 @@ def _released_images(data: Path, reference: str, size: int) -> ImageSet:
 
 
 def judge(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Compute Inception features of the generated and, unless statistics are given, the released images."""
     generated = images_of_run(task, records, out)
@@ -76,7 +76,7 @@ def judge(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """FID against all released images, and by category unless the reference is a file of statistics."""
     require_generated_images(task, records, folder)

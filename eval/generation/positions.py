@@ -8,7 +8,7 @@ from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from ..core import ceiling
 from ..core.annotations import require_key, require_mostly_valid, require_text, require_type
-from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task
+from ..core.benchmark import Options, Record, Sample, Scored, Task
 from ..judges import detections
 from ..judges.detections import Verdict
 
@@ -19,7 +19,7 @@ WRONG_POSITION = "right object, wrong position"
 answer = detections.generate_and_detect
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """Prompts for one object, its colour and its cell; one matching test image each for the ceiling."""
     paths = [data / "test" / name for name in _FILES]
     path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
@@ -84,7 +84,7 @@ def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The shares of images with exactly the object of the prompt: at its position, and anywhere."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]

@@ -17,8 +17,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import require_key, require_type
+from ..core.benchmark import Options, Record, Sample, Task
 from ..core.ceiling import generate_and_reconstruct
-from ..core.harness import Record, Sample, Scoring, Settings, Task
+from ..core.generated_images import describe_sampling
 from ..core.judge_pass import (
     ExternalFindings,
     judge_findings,
@@ -27,7 +28,7 @@ from ..core.judge_pass import (
     run_judge_pass,
     samples_with_images,
 )
-from ..core.model import fingerprint
+from ..core.model import model_fingerprint
 from .object_detector import ColourClassifier, detections_record, load_detector
 from .scenes_detector import ScenesDetector
 
@@ -44,7 +45,7 @@ class Verdict(NamedTuple):
     kept: dict[str, int]
 
 
-def choose_detector(data: Path, settings: Settings) -> str:
+def choose_detector(data: Path, settings: Options) -> str:
     """The detector of the settings; by default "scenes" if the data has a `scenes.json`, else "none"."""
     name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
     if name not in DETECTORS:
@@ -54,12 +55,12 @@ def choose_detector(data: Path, settings: Settings) -> str:
     return name
 
 
-def detection_metadata(settings: Settings, detector: str, per_prompt: int) -> dict[str, Any]:
+def detection_metadata(settings: Options, detector: str, per_prompt: int) -> dict[str, Any]:
     """Detector, images per prompt, decoding and file format, for the result."""
     return {
         "detector": detector,
         "images per prompt": per_prompt,
-        "decoding": settings.decoding,
+        "decoding": describe_sampling(settings),
         "images": "PNG",
     }
 
@@ -106,7 +107,7 @@ def scenes_detection(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record
 
 
 def run_detection_pass(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Judge pass: detect the objects of all generated images with --detector-model and --colour-model."""
     if not scoring.detector_model:
@@ -123,7 +124,7 @@ def run_detection_pass(
         kept = [[d for d in found if d.name in names] for found in detect(images, names)]
         return [detections_record(found, classify_colours(i, found)) for i, found in zip(images, kept)]
 
-    both = [fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
+    both = [model_fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
     about = {
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),

@@ -15,7 +15,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_jsonl_lenient
 
 from ..core.annotations import require_key, require_type
-from ..core.harness import Scoring, truncate_partial_line
+from ..core.benchmark import Options
+from ..core.harness import truncate_partial_line
 
 MAX_TRIES = 3  # requests per reply before it counts as failed
 MAX_WAIT = 60.0  # seconds, for a server's Retry-After
@@ -51,7 +52,7 @@ class Judge(Protocol):
         ...
 
 
-def load_judge(scoring: Scoring, folder: Path) -> Judge | None:
+def load_judge(scoring: Options, folder: Path) -> Judge | None:
     """The judge of the options, with a cache in `folder/judgements.jsonl`; None if the options name none.
 
     Raises:

@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from ..core.harness import Record
+from ..core.benchmark import Record
 
 # COCO's class names that GenEval's prompts word differently
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}

@@ -9,7 +9,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.model import fingerprint
+from ..core.model import model_fingerprint
 
 
 class VqaModel:
@@ -39,7 +39,7 @@ class VqaModel:
         if self.tokens.pad_token is None:
             self.tokens.pad_token = self.tokens.eos_token
         self.device = device
-        self.about: dict[str, Any] = {"model": path.name, "fingerprint": fingerprint(path)}
+        self.about: dict[str, Any] = {"model": path.name, "fingerprint": model_fingerprint(path)}
 
     def _inputs(self, images: Sequence[Image.Image], questions: Sequence[str]):
         """A batch for the model, in its chat template, or in LLaVA's format if it has none."""

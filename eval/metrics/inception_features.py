@@ -12,7 +12,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 
-from ..core.harness import Metric, Scoring
+from ..core.benchmark import Metric, Options
 from ..core.image_sets import ImageSet, images_of_array, images_of_folder, open_npz
 from ..core.judge_pass import current_judge_pass, open_judge_pass
 from . import fid
@@ -261,7 +261,7 @@ def unreadable_note(found: StoredFeatures, role: str) -> list[str]:
     return [f"{len(found.bad)} {role} could not be read, the first because {reason} (left out)"]
 
 
-def choose_variant(scoring: Scoring, default: str) -> str:
+def choose_variant(scoring: Options, default: str) -> str:
     """The variant of the options, else the benchmark's own."""
     find_inception_variant(scoring.inception_variant or default)
     return scoring.inception_variant or default

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from open_unitok.core.files import write_atomic, write_json
 
-from ..core.harness import Record, Settings
+from ..core.benchmark import Record
 from . import charts, page
 from .demo_run import (
     DemoRun,
@@ -258,8 +258,8 @@ def _duration(seconds: float) -> str:
 
 def _footer(run: DemoRun) -> str:
     """Decoding, models and versions."""
-    result = next(iter(run.results.values()))
     models = {r["model"]["kind"]: r for r in run.results.values()}
     lines = [f"{escape(kind)}: {page.model_and_versions(r)}" for kind, r in models.items()]
-    decoding = escape(Settings(**result["settings"]).decoding)
-    return "<br>".join([f"Images are generated with {decoding}; answers are decoded greedily.", *lines])
+    decoding = next((r["decoding"] for r in run.results.values() if "guidance" in r["settings"]), "")
+    sampled = f"Images are generated with {escape(decoding)}; " if decoding else ""
+    return "<br>".join([f"{sampled}Answers are decoded greedily.", *lines])

@@ -8,7 +8,7 @@ from typing import Any
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, read_jsonl
 
-from ..core.harness import Record
+from ..core.benchmark import Record
 from .page import format_interval, format_value, percent
 
 STAGES = ("tokenizer", "pretrain", "finetune")
@@ -41,7 +41,7 @@ class Headline:
 
     name: str  # indented by two blanks: a part of the row above
     value: float
-    unit: str  # "share", "dB", ...
+    unit: str  # "fraction", "dB", ...
     interval: list[float] | None = None
     n: int | None = None
     baseline: str = ""  # what the value compares with, in words

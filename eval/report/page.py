@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..core.harness import Record
+from ..core.benchmark import Record
 from . import charts
 from .style import STYLE
 
@@ -161,7 +161,7 @@ def percent(value: float) -> str:
 
 def format_value(value: float, unit: str) -> str:
     """A metric's value in its unit."""
-    if unit == "share":
+    if unit == "fraction":
         return percent(value)
     if unit == "dB":
         return f"{value:.2f} dB"

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from open_unitok.core.files import read_json, read_jsonl
 
-from ..core.compare import folders_of
-from ..core.harness import Record
+from ..core.benchmark import Record
 from . import page
+from .compare import result_folders
 from .page import escape, format_interval, format_value, grid, inline_image, section
 from .published import PAPER, PUBLISHED_SCORES
 
@@ -33,7 +33,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
         names = [str(path) for path in paths]
     runs = []
     for name, path in zip(names, paths):
-        folders = folders_of(path)
+        folders = result_folders(path)
         runs.append(Run(name, {b: read_json(f / "results.json") for b, f in folders.items()}, folders))
     return runs
 
@@ -84,7 +84,7 @@ def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
         small = f"<br><small>{interval}</small>" if interval else ""
         cells.append(f"<b>{format_value(found['value'], found['unit'])}</b>{mark}{small}")
     published = dict(PUBLISHED_SCORES.get(benchmark, {}).get(metric, {}))
-    unit = "points" if benchmark == "mme" else "share"
+    unit = "points" if benchmark == "mme" else "fraction"
     paper = published.pop(PAPER, None)
     cells.append("–" if paper is None else format_value(paper, unit))
     others = ", ".join(f"{escape(name)} {format_value(value, unit)}" for name, value in published.items())
@@ -118,7 +118,7 @@ def benchmark_body(run: Run, benchmark: str, seed: int) -> str:
 
 def _category_bar(name: str, metric: Record) -> str:
     """A metric of a category as a bar: of 100 %, or of the points that a task of MME is worth."""
-    whole = {"share": 1.0, "points": MME_POINTS}.get(metric["unit"])
+    whole = {"fraction": 1.0, "points": MME_POINTS}.get(metric["unit"])
     if whole is None:
         return ""
     points = f": {metric['value']:.1f} of {MME_POINTS:.0f} points" if metric["unit"] == "points" else ""

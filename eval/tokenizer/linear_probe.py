@@ -16,10 +16,9 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core import imagenet
 from ..core.annotations import require_mostly_valid
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
-from ..core.image_files import open_images
-from ..core.imagenet import SUFFIXES
+from ..core.image_files import IMAGE_SUFFIXES, open_images
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it
     from torch import Tensor
@@ -38,7 +37,7 @@ SGD_EPOCHS, SGD_BATCH = 90, 1024
 Probe = Callable[["Tensor"], "Tensor"]
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """`train` and `val` of ImageNet (see `imagenet.find`), or with a folder per class in each."""
     pooling = settings.pooling or "embedding"
     if pooling not in POOLINGS:
@@ -57,13 +56,13 @@ def load(data: Path, settings: Settings) -> Task:
     return Task(require_mostly_valid(samples, data), truth, metadata)
 
 
-def _labelled_images(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str]]:
+def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], list[str]]:
     """(image, class) pairs of train and val, and the names of the classes."""
     for part in ("train", "val"):
         if not (data / part).is_dir():
             raise UserError(f"{data} has no folder {part}; a linear probe needs train/ and val/.")
-    train, val = imagenet.find(data, "train"), imagenet.find(data, "val")
-    names = imagenet.names()
+    train, val = imagenet.find_labelled_images(data, "train"), imagenet.find_labelled_images(data, "val")
+    names = imagenet.class_names()
     if train is None or val is None:
         names = sorted(p.name for p in (data / "train").iterdir() if p.is_dir())
         unknown = {p.name for p in (data / "val").iterdir() if p.is_dir()} - set(names)
@@ -75,7 +74,7 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.Labelled], list[str
                 for n, name in enumerate(names)
                 if (data / part / name).is_dir()
                 for p in sorted((data / part / name).iterdir())
-                if p.suffix in SUFFIXES
+                if p.suffix in IMAGE_SUFFIXES
             ]
             for part in ("train", "val")
         )
@@ -88,13 +87,13 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
     """Record the features of each image, in half precision."""
     records, images = open_images(batch)
     if images:
-        for i, vector in zip(images, model.pooled(list(images.values()), task.truth["pooling"])):
+        for i, vector in zip(images, model.features(list(images.values()), task.truth["pooling"])):
             records[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
     return records
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """Top-1 and top-5 on val; an image without features is wrong in val and left out of train."""
     import torch

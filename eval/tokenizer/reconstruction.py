@@ -12,29 +12,26 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
 
-from ..core import tar_images
-from ..core.annotations import read_image
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.crops import find_crop
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task
-from ..core.image_files import open_images, save_image
+from ..core.image_files import IMAGE_SUFFIXES, open_images, read_image, save_image, tar_members
 from ..core.image_sets import ImageSet
-from ..core.imagenet import SUFFIXES
 from ..core.judge_pass import judge_findings, read_judge_pass, run_judge_pass
 from ..metrics import image_quality, inception_features
 
 LPIPS_BATCH, SCORING_BATCH = 16, 64
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """All images of `data/test/images`, or of `data` and its subfolders, or of its tars, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
-    files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
+    files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES)
     if not files:
-        files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_images.members(tar, SUFFIXES)]
+        files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_members(tar, IMAGE_SUFFIXES)]
     files = files[: settings.limit]
     if not files:
-        raise UserError(f"{folder} holds neither images ({', '.join(SUFFIXES)}) nor tars with images.")
+        raise UserError(f"{folder} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
     find_crop(crop)  # raises for an unknown name before the first batch
@@ -97,7 +94,7 @@ def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
 
 
 def judge(
-    task: Task, records: dict[int, Record], out: Path, scoring: Scoring, device: str, quiet: bool
+    task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
     """Inception features of originals and reconstructions, and LPIPS, if their weight files are given."""
     good, crop = _reconstructed(task, records), task.truth["crop"]
@@ -148,7 +145,7 @@ def _run_lpips_pass(
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """PSNR, SSIM and codebook usage always; LPIPS, rFID and re-encode agreement where they were computed."""
     good = _reconstructed(task, records)
@@ -178,7 +175,7 @@ def score(
     metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
     agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
     if agreement:
-        metrics["reencode_agreement"] = _image_mean(np.mean(agreement, axis=1), "share")
+        metrics["reencode_agreement"] = _image_mean(np.mean(agreement, axis=1), "fraction")
         details["reencode_agreement"] = np.mean(agreement, axis=0).tolist()
     variant = inception_features.choose_variant(scoring, "torch-fidelity")
     problems += _add_rfid(metrics, details, folder, variant, len(good))

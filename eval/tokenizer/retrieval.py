@@ -12,15 +12,15 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
 from ..core.image_files import open_images
 
 POOL_SIZE = 100  # candidates of a query; the next 100 images form another pool
 DIGITS = 6  # decimals of the recorded embeddings
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """`captions.json` next to the images, or in `test/` of scenes: a list of {"file", "captions"}.
 
     The first caption of each image is used; the last images, which do not fill a pool, are left out.
@@ -67,7 +67,7 @@ def retrieval_hits(queries: np.ndarray, candidates: np.ndarray, names: list[str]
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """Recall at 1 and 5 in pools of 100, in the order of the file.
 

@@ -17,18 +17,16 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
 from ..core import imagenet
-from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_type
+from ..core.annotations import read_json_as, read_scenes, require_key, require_mostly_valid, require_type
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
-from ..core.image_files import open_images
-from ..core.imagenet import SUFFIXES
-from ..core.scenes import read_scenes
+from ..core.image_files import IMAGE_SUFFIXES, open_images
 
 LOGIT_SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
 SCENE_TEMPLATES = ("{}", "an image of {}", "there is {}", "an image with {}")
 
 
-def load(data: Path, settings: Settings) -> Task:
+def load(data: Path, settings: Options) -> Task:
     """Images and the captions of their classes.
 
     Scenes: single-object images against the captions of all colour-shape pairs. `classes.json` next to a
@@ -40,19 +38,19 @@ def load(data: Path, settings: Settings) -> Task:
     if (data / "classes.json").exists():
         return _load_class_folders(data, settings)
     split = settings.split or "val"
-    files = imagenet.find(existing(data), split)
+    files = imagenet.find_labelled_images(existing(data), split)
     if files is None:
         raise UserError(
             f"{data}: nothing to classify. Expected ImageNet ({split}/n01440764/*.JPEG, a flat {split}/ with "
             f"LOC_{split}_solution.csv, or tars with .cls files) or a classes.json beside a folder per class."
         )
-    names = imagenet.names()
+    names = imagenet.class_names()
     prompts = fill_templates(names, clip_templates())
     metadata = {"split": split, "prompt_template": "CLIP's 80 templates, open_clip's 1000 names"}
     return _zeroshot_task(files[: settings.limit], prompts, names, [False] * len(files), metadata, settings)
 
 
-def _load_class_folders(data: Path, settings: Settings) -> Task:
+def _load_class_folders(data: Path, settings: Options) -> Task:
     """A folder per class and `classes.json`."""
     path = data / "classes.json"
     content = read_json_as(dict, path)
@@ -60,11 +58,11 @@ def _load_class_folders(data: Path, settings: Settings) -> Task:
     templates = content.get("templates") or clip_templates()
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: template {bad[0]!r} must hold {{}} exactly once.")
-    files: imagenet.Labelled = [
+    files: imagenet.LabelledImages = [
         (p, number)
         for number, folder in enumerate(names)
         for p in sorted(existing(data / folder).iterdir())
-        if p.suffix in SUFFIXES
+        if p.suffix in IMAGE_SUFFIXES
     ]
     own = content.get("templates")
     metadata = {"prompt_template": "templates of classes.json" if own else "CLIP's 80 templates"}
@@ -74,7 +72,7 @@ def _load_class_folders(data: Path, settings: Settings) -> Task:
     return _zeroshot_task(kept, prompts, class_names, [False] * len(files), metadata, settings)
 
 
-def _load_scenes(data: Path, settings: Settings) -> Task:
+def _load_scenes(data: Path, settings: Options) -> Task:
     """The test images of scenes with a single object."""
     scenes = read_json(data / "scenes.json")
     words = [
@@ -99,12 +97,12 @@ def _load_scenes(data: Path, settings: Settings) -> Task:
 
 
 def _zeroshot_task(
-    files: imagenet.Labelled,
+    files: imagenet.LabelledImages,
     prompts: list[list[str]],
     names: list[str],
     held_out: list[bool],
     metadata: dict[str, Any],
-    settings: Settings,
+    settings: Options,
 ) -> Task:
     """The samples; their truth is the class of each, prompts, names, and whether its pair is held out."""
     if not files:
@@ -141,7 +139,7 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
 
 
 def score(
-    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring
+    task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """Top-1 and top-5 accuracy; images of held-out pairs separately."""
     classes, names = task.truth["classes"], task.truth["names"]

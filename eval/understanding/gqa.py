@@ -1,7 +1,7 @@
-"""GQA: reader of the released questions, accuracy and the other published measures.
+"""GQA: the released questions or LLaVA's question file, accuracy and the other published measures.
 
-Scorers: `official` (default) wants the answer letter by letter after LLaVA's conversion (a last period goes,
-lower case), over balanced questions; `lenient` ignores case and punctuation, as another harness does.
+Scorers: `official` (default) compares literally after LLaVA's conversion (a trailing period is removed,
+lower case), over balanced questions; `lenient` ignores case and punctuation, as lmms-eval does.
 """
 
 import string
@@ -14,13 +14,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
 
 from ..core.annotations import (
-    PROMPT_TEMPLATES,
-    answer_texts,
-    answering_metadata,
-    choose_prompt_template,
     detect_layout,
     find_file,
-    image_path,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -28,7 +23,15 @@ from ..core.annotations import (
     require_text,
     require_type,
 )
-from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.image_files import image_path
 from ..core.records import (
     cluster_of,
     mean_metric,
@@ -38,38 +41,40 @@ from ..core.records import (
     write_submission,
 )
 
-SCORERS = ("official", "lenient")
-ORIGINAL, LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
-NOT_A_STEP = ("exist", "query: name", "choose name")
-Questions = dict[str, Record]
-# In the place of a malformed question: in the accuracy, where nothing is right, and in no group.
-UNREAD: Record = {
+_ORIGINAL, _LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
+_NOT_A_STEP = ("exist", "query: name", "choose name")
+GqaQuestions = dict[str, Record]
+# In the place of a malformed question: it counts in the accuracy, never right, and is in no group.
+_MALFORMED: Record = {
     "question": "", "answer": "", "isBalanced": True, "entailed": [], "semantic": [],
     "types": {"structural": "", "semantic": ""}, "groups": {"global": None},
 }  # fmt: skip
 
 
-def load(data: Path, settings: Settings) -> Task:
+answer = answer_questions
+
+
+def load(data: Path, settings: Options) -> Task:
     """One sample per question of `{split}_questions.json` in its order, or per line of LLaVA's file.
 
     A question that lacks a key, or that LLaVA's file has and the released file has not, is malformed.
     """
-    layout = detect_layout(data, settings, ORIGINAL, LLAVA)
-    path = find_file(data, ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    path = find_file(data, _ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
     questions, broken = {}, {}
     for name, row in read_json_as(dict, path).items():
         try:
-            check_question(row, f"{path}, question {name}")
+            _check_question(row, f"{path}, question {name}")
             questions[name] = row
         except UserError as error:
-            questions[name], broken[name] = UNREAD, error
+            questions[name], broken[name] = _MALFORMED, error
     if layout == "original":
         template, file = choose_prompt_template(settings, "short"), path
         asked = [
             (name, PROMPT_TEMPLATES[template].format(row["question"])) for name, row in questions.items()
         ]
     else:
-        file = find_file(data, LLAVA, "LLaVA question file", settings.split)
+        file = find_file(data, _LLAVA, "LLaVA question file", settings.split)
         template, asked = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
@@ -77,12 +82,12 @@ def load(data: Path, settings: Settings) -> Task:
             asked.append((name, row["text"] if good else ""))
             if name not in questions:
                 reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
-                questions[name], broken[name] = UNREAD, reason if good else row
+                questions[name], broken[name] = _MALFORMED, reason if good else row
     folders = [data / "images", data / "data" / "images", data]
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_path(folders, f"{questions[name]['imageId']}.jpg"), "ask")
+        else Sample(i, name, prompt, image_path(folders, f"{questions[name]['imageId']}.jpg"))
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
     split = path.stem.removesuffix("_questions")
@@ -92,7 +97,7 @@ def load(data: Path, settings: Settings) -> Task:
     return Task(require_mostly_valid(samples, file), truth, answering_metadata(split, template, settings))
 
 
-def check_question(row: Any, where: str) -> None:
+def _check_question(row: Any, where: str) -> None:
     """Raise UserError with what a released question lacks."""
     require_text(row, "question", where)
     for key in ("answer", "imageId", "isBalanced"):
@@ -107,19 +112,19 @@ def check_question(row: Any, where: str) -> None:
             require_key(step, key, f"{where}, semantic")
 
 
-def converted(text: str) -> str:
+def convert_answer(text: str) -> str:
     """An answer as LLaVA hands it to the official scorer."""
     return text.rstrip(".").lower()
 
 
-def is_right(text: str, answer: str, scorer: str = "official") -> bool:
-    """Does the raw answer count?"""
+def is_gqa_right(text: str, label: str, scorer: str = "official") -> bool:
+    """Whether the raw answer counts."""
     if scorer == "official":
-        return converted(text) == answer
-    return bare(text.strip()) == bare(answer)
+        return convert_answer(text) == label
+    return _without_punctuation(text.strip()) == _without_punctuation(label)
 
 
-def bare(text: str) -> str:
+def _without_punctuation(text: str) -> str:
     """Lower case, without punctuation."""
     return text.lower().translate(str.maketrans("", "", string.punctuation))
 
@@ -127,8 +132,8 @@ def bare(text: str) -> str:
 # ------------------------------------------------------------------------------------- the official measures
 
 
-def measures(
-    questions: Questions, predictions: dict[str, str], choices: dict[str, Record] | None = None
+def gqa_measures(
+    questions: GqaQuestions, predictions: dict[str, str], choices: dict[str, Record] | None = None
 ) -> dict[str, Any]:
     """What the official scorer prints, in per cent, over balanced questions; a missing prediction is wrong.
 
@@ -141,42 +146,42 @@ def measures(
     def by(key: Callable[[Record], Any], keep: Callable[[Record], bool] = lambda q: True) -> dict[str, list]:
         groups: dict[str, list[bool]] = defaultdict(list)
         for name, q in balanced.items():
-            if q is not UNREAD and keep(q):
+            if q is not _MALFORMED and keep(q):
                 groups[str(key(q))].append(right[name])
-        return {group: [100 * mean(hits), len(hits)] for group, hits in sorted(groups.items())}
+        return {group: [100 * _mean(hits), len(hits)] for group, hits in sorted(groups.items())}
 
     open_or_binary = by(lambda q: "open" if q["types"]["structural"] == "query" else "binary")
     return {
-        "accuracy": 100 * mean(right.values()),
+        "accuracy": 100 * _mean(right.values()),
         "binary": open_or_binary.get("binary", [0])[0],
         "open": open_or_binary.get("open", [0])[0],
-        "validity": within(balanced, predictions, choices, "valid"),
-        "plausibility": within(balanced, predictions, choices, "plausible"),
-        "consistency": consistency(questions, predictions),
-        "distribution": distribution(balanced, predictions),
+        "validity": _fraction_within(balanced, predictions, choices, "valid"),
+        "plausibility": _fraction_within(balanced, predictions, choices, "plausible"),
+        "consistency": gqa_consistency(questions, predictions),
+        "distribution": gqa_distribution(balanced, predictions),
         "accuracyPerStructuralType": by(lambda q: q["types"]["structural"]),
         "accuracyPerSemanticType": by(lambda q: q["types"]["semantic"]),
         "accuracyPerLength": by(lambda q: len(q["question"].split())),
-        "accuracyPerSteps": by(steps),
+        "accuracyPerSteps": by(reasoning_steps),
     }
 
 
-def steps(question: Record) -> int:
+def reasoning_steps(question: Record) -> int:
     """How many reasoning steps a question takes, as the official scorer counts."""
     submittable = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
-    return sum(not any(word in text for word in NOT_A_STEP) for text in submittable)
+    return sum(not any(word in text for word in _NOT_A_STEP) for text in submittable)
 
 
-def within(
-    questions: Questions, predictions: dict[str, str], choices: dict[str, Record] | None, kind: str
+def _fraction_within(
+    questions: GqaQuestions, predictions: dict[str, str], choices: dict[str, Record] | None, kind: str
 ) -> float | None:
     """Per cent of predictions that are among a question's valid or plausible answers."""
     if choices is None:
         return None
-    return 100 * mean(predictions.get(name) in choices.get(name, {}).get(kind, ()) for name in questions)
+    return 100 * _mean(predictions.get(name) in choices.get(name, {}).get(kind, ()) for name in questions)
 
 
-def consistency(questions: Questions, predictions: dict[str, str]) -> float | None:
+def gqa_consistency(questions: GqaQuestions, predictions: dict[str, str]) -> float | None:
     """Per cent of right answers to what a rightly answered question entails; None where one is missing."""
     shares = []
     for name, question in questions.items():
@@ -185,11 +190,11 @@ def consistency(questions: Questions, predictions: dict[str, str]) -> float | No
             continue
         if any(e not in questions or e not in predictions for e in entailed):
             return None
-        shares.append(mean(predictions[e] == questions[e]["answer"] for e in entailed))
-    return 100 * mean(shares)
+        shares.append(_mean(predictions[e] == questions[e]["answer"] for e in entailed))
+    return 100 * _mean(shares)
 
 
-def distribution(questions: Questions, predictions: dict[str, str]) -> float:
+def gqa_distribution(questions: GqaQuestions, predictions: dict[str, str]) -> float:
     """How far a group's answers are from the true ones: chi-square / 100, weighted by the groups' sizes."""
     gold: dict[str, Counter] = defaultdict(Counter)
     found: dict[str, Counter] = defaultdict(Counter)
@@ -206,7 +211,7 @@ def distribution(questions: Questions, predictions: dict[str, str]) -> float:
     return total / weight / 100 if weight else 0.0
 
 
-def mean(values: Iterable[float]) -> float:
+def _mean(values: Iterable[float]) -> float:
     """Arithmetic mean, 0 of nothing."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
@@ -215,15 +220,15 @@ def mean(values: Iterable[float]) -> float:
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
     """Accuracy over balanced questions, per type; the official measures in the details."""
-    questions: Questions = {s.id: task.truth["questions"][s.id] for s in task.samples}
-    texts = answer_texts(rows)
-    predictions = {s.id: converted(texts[s.index]) for s in task.samples if s.index in texts}
+    questions: GqaQuestions = {s.id: task.truth["questions"][s.id] for s in task.samples}
+    texts = answer_texts(records)
+    predictions = {s.id: convert_answer(texts[s.index]) for s in task.samples if s.index in texts}
     kept = [s for s in task.samples if questions[s.id]["isBalanced"]]
     values = {
         s.index: float(
-            s.index in texts and is_right(texts[s.index], questions[s.id]["answer"], scoring.scorer)
+            s.index in texts and is_gqa_right(texts[s.index], questions[s.id]["answer"], scoring.scorer)
         )
         for s in kept
     }
@@ -234,10 +239,10 @@ def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any]
     metrics |= mean_metrics_by("half", halves, scores, clusters)
     metrics |= mean_metrics_by("structural", [k["structural"] for k in kinds], scores, clusters)
     metrics |= mean_metrics_by("semantic", [k["semantic"] for k in kinds], scores, clusters)
-    details = {"official": measures(questions, predictions, task.truth["choices"])}
+    details = {"official": gqa_measures(questions, predictions, task.truth["choices"])}
     per_sample = [
         sample_record(
-            s, rows, values.get(s.index), questions[s.id]["answer"],
+            s, records, values.get(s.index), questions[s.id]["answer"],
             questions[s.id]["types"]["structural"], questions[s.id]["question"],
         )
         for s in task.samples
@@ -245,11 +250,11 @@ def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any]
     return Scored(metrics, details, per_sample)
 
 
-def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The official scorer's input; it wants an answer to every question, so that a missing one is empty."""
-    texts = answer_texts(rows)
+    texts = answer_texts(records)
     content = [
-        {"questionId": s.id, "prediction": converted(texts.get(s.index, ""))}
+        {"questionId": s.id, "prediction": convert_answer(texts.get(s.index, ""))}
         for s in submittable(task.samples)
     ]
     name = f"{task.metadata['split']}_predictions.json"

@@ -1,45 +1,41 @@
-"""MME: reader of the fourteen released folders, and the two totals over their tasks.
+"""MME: the fourteen released folders, and the two totals over their tasks.
 
-A task's score is 100 * (share of right answers + share of images with both answers right). Published tables
-quote the sum over the ten perception tasks, at most 2000. Scorers: `official` (default) looks for yes and no
-in the first four characters as they are; `lmms` strips blanks and periods first and takes a single y or n.
+A task's score is 100 * (accuracy + accuracy+), where accuracy+ is the fraction of images with both answers
+right. Published tables quote the sum over the ten perception tasks, at most 2000. Scorers: `official`
+(default) looks for yes and no in the first four characters as they are; `lmms` strips blanks and periods
+first and accepts a single y or n.
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
-from ..core.annotations import (
+from ..core.annotations import find_file, read_llava_questions, require_mostly_valid, require_text
+from ..core.answering import (
     PROMPT_TEMPLATES,
+    answer_questions,
     answer_texts,
     answering_metadata,
     choose_prompt_template,
-    find_file,
-    image_path_by_stem,
-    read_llava_questions,
-    require_mostly_valid,
-    require_text,
 )
-from ..core.bootstrap import bootstrap
-from ..core.harness import Metric, Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.bootstrap import bootstrap, question_pair_columns, question_pair_statistic
+from ..core.image_files import image_path_by_stem
 from ..core.records import cluster_of, sample_record, write_submission
 
-SCORERS = ("official", "lmms")
-PERCEPTION = (
+PERCEPTION_TASKS = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
-COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-TASKS = (*PERCEPTION, *COGNITION)
-ASK = "Please answer yes or no."
-LLAVA = ("llava_mme*.jsonl", "*mme*.jsonl")
-RELEASE = "MME_Benchmark_release_version"
+COGNITION_TASKS = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+MME_TASKS = (*PERCEPTION_TASKS, *COGNITION_TASKS)
+_YES_NO = "Please answer yes or no."
+_LLAVA = ("llava_mme*.jsonl", "*mme*.jsonl")
+_RELEASE = "MME_Benchmark_release_version"
 
 
-class Question(NamedTuple):
+class MmeQuestion(NamedTuple):
     """A question with its truth, "yes" or "no"."""
 
     task: str
@@ -49,7 +45,10 @@ class Question(NamedTuple):
     malformed: str = ""  # why its line is malformed: it is not asked and counts as wrong
 
 
-def load(data: Path, settings: Settings) -> Task:
+answer = answer_questions
+
+
+def load(data: Path, settings: Options) -> Task:
     """Two samples per image, task by task; `split` picks a single task.
 
     In LLaVA's layout its file gives the prompts, and the released folders beside it the truth. A line that is
@@ -58,23 +57,23 @@ def load(data: Path, settings: Settings) -> Task:
     Raises:
         UserError: a task's folder is missing or holds no questions.
     """
-    root = data / RELEASE if (data / RELEASE).is_dir() else existing(data)
-    tasks = (settings.split,) if settings.split else TASKS
+    root = data / _RELEASE if (data / _RELEASE).is_dir() else existing(data)
+    tasks = (settings.split,) if settings.split else MME_TASKS
     for name in tasks:
-        if name not in TASKS:
-            raise UserError(f"split is {name!r}; allowed: {', '.join(TASKS)}.")
-    questions = [question for name in tasks for question in read_task(root, name)]
+        if name not in MME_TASKS:
+            raise UserError(f"split is {name!r}; allowed: {', '.join(MME_TASKS)}.")
+    questions = [question for name in tasks for question in _read_task(root, name)]
     template = choose_prompt_template(settings, "short")
-    prompts = [PROMPT_TEMPLATES[template].format(bare(q.question)) for q in questions]
+    prompts = [PROMPT_TEMPLATES[template].format(without_yes_no_request(q.question)) for q in questions]
     if settings.layout == "llava":
-        file = find_file(data, LLAVA[:1], "LLaVA question file")
+        file = find_file(data, _LLAVA[:1], "LLaVA question file")
         template = f"as in {file.name}"
-        questions, prompts = joined(questions, file, tasks)
+        questions, prompts = _join_llava(questions, file, tasks)
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
         malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)
         if q.malformed
-        else Sample(i, f"{q.task}/{q.image.name}", prompt, q.image, "ask")
+        else Sample(i, f"{q.task}/{q.image.name}", prompt, q.image)
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
     return Task(
@@ -84,9 +83,9 @@ def load(data: Path, settings: Settings) -> Task:
     )
 
 
-def read_task(root: Path, name: str) -> list[Question]:
+def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     """The questions of one folder: flat, or `images/` beside `questions_answers_YN/`."""
-    folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(TASKS)}.")
+    folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(MME_TASKS)}.")
     texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
     images = [folder / "images", folder]
     result = []
@@ -101,42 +100,44 @@ def read_task(root: Path, name: str) -> list[Question]:
                 broken = f"{path}, line {i + 1}: expected a question, a tab and Yes or No: {line!r}."
             elif i > 1:
                 broken = f"{path}: expected two questions, found {len(lines)}."
-            result.append(Question(name, image, question, label.strip().lower(), broken))
+            result.append(MmeQuestion(name, image, question, label.strip().lower(), broken))
         for _ in range(len(lines), 2):
             result.append(
-                Question(name, image, "", "", f"{path}: expected two questions, found {len(lines)}.")
+                MmeQuestion(name, image, "", "", f"{path}: expected two questions, found {len(lines)}.")
             )
     if not result:
         raise UserError(f"{texts}: found no questions (*.txt).")
     return result
 
 
-def bare(question: str) -> str:
+def without_yes_no_request(question: str) -> str:
     """A released question without its call for yes or no, which stands behind one blank or two."""
-    return question.replace(ASK, "").strip()
+    return question.replace(_YES_NO, "").strip()
 
 
-def joined(questions: list[Question], file: Path, tasks: tuple[str, ...]) -> tuple[list[Question], list[str]]:
+def _join_llava(
+    questions: list[MmeQuestion], file: Path, tasks: tuple[str, ...]
+) -> tuple[list[MmeQuestion], list[str]]:
     """The released questions in the order of LLaVA's file, and its prompts.
 
     A line whose question is not released, or that cannot be read, counts as wrong in its task; without one in
     the first.
     """
-    known = {(q.task, q.image.stem, bare(q.question)): q for q in questions}
+    known = {(q.task, q.image.stem, without_yes_no_request(q.question)): q for q in questions}
     found, prompts = [], []
     for i, row in enumerate(read_llava_questions(file)):
         where, name, image = f"{file}, line {i + 1}", tasks[0], Path()
         try:
             image = Path(require_text(row, "image", where))
-            name = next((part for part in (row.get("category"), image.parts[0]) if part in TASKS), name)
-            if require_text(row, "category", where) not in TASKS:
-                raise UserError(f"{where}: category is {row['category']!r}; allowed: {', '.join(TASKS)}.")
+            name = next((part for part in (row.get("category"), image.parts[0]) if part in MME_TASKS), name)
+            if require_text(row, "category", where) not in MME_TASKS:
+                raise UserError(f"{where}: category is {row['category']!r}; allowed: {', '.join(MME_TASKS)}.")
             key = (name, image.stem, row["text"].split("\n")[0].strip())
             if name in tasks and key not in known:
                 raise UserError(f"{where}: the folder {name} has no such question about {key[1]}.")
             question, prompt = known.get(key), row["text"]
         except UserError as error:
-            question, prompt = Question(name, image, "", "", str(error)), ""
+            question, prompt = MmeQuestion(name, image, "", "", str(error)), ""
         if name in tasks and question is not None:
             found.append(question)
             prompts.append(prompt)
@@ -146,7 +147,7 @@ def joined(questions: list[Question], file: Path, tasks: tuple[str, ...]) -> tup
 # --------------------------------------------------------------------------------------------------- scoring
 
 
-def parse(answer: str, scorer: str = "official") -> str:
+def parse_mme(answer: str, scorer: str = "official") -> str:
     """ "yes", "no" or "other", which is always wrong."""
     text = answer.lower()
     if scorer == "lmms":
@@ -156,63 +157,49 @@ def parse(answer: str, scorer: str = "official") -> str:
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
-def columns(rows: list[Record]) -> np.ndarray:
-    """M rows with "group" (the task), "score" and "pair" (are both right) -> (M, 4 * T) for `total`."""
-    names = list(dict.fromkeys(row["group"] for row in rows))
-    images: dict[tuple[str, str], int] = {}
-    for row in rows:
-        key = row["group"], row["cluster"]
-        images[key] = images.get(key, 0) + 1
-    result = np.zeros((len(rows), len(names), 4))
-    for i, row in enumerate(rows):
-        part = 1 / images[row["group"], row["cluster"]]
-        result[i, names.index(row["group"])] = row["score"], 1, row["pair"] * part, part
-    return result.reshape(len(rows), -1)
-
-
-def total(sums: np.ndarray) -> np.ndarray:
-    """(..., 4 * T) sums -> the sum over tasks of 100 * (accuracy + accuracy+)."""
-    right, count, both, images = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 4), -1, 0)
-    parts = right / np.maximum(count, 1e-12) + both / np.maximum(images, 1e-12)
-    return 100 * parts.sum(axis=-1)
-
-
-def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
     """The perception total, the cognition total, and every task's score with its parts in the details."""
-    questions: list[Question] = task.truth
-    texts = answer_texts(rows)
-    parsed = [parse(texts[s.index], scoring.scorer) if s.index in texts else "missing" for s in task.samples]
+    questions: list[MmeQuestion] = task.truth
+    texts = answer_texts(records)
+    parsed = [
+        parse_mme(texts[s.index], scoring.scorer) if s.index in texts else "missing" for s in task.samples
+    ]
     right = [float(p == q.label) for p, q in zip(parsed, questions)]
     pairs: dict[tuple[str, str], list[float]] = {}
     for s, q, hit in zip(task.samples, questions, right):
         pairs.setdefault((q.task, cluster_of(s)), []).append(hit)
-    # an image that has lost one of its two questions is not right twice
+    # accuracy+ needs both of an image's questions; one that lost a question is not right twice
     both = {key: min(hits) if len(hits) > 1 else 0.0 for key, hits in pairs.items()}
+    main = PERCEPTION_TASKS if any(q.task in PERCEPTION_TASKS for q in questions) else COGNITION_TASKS
     per_sample = [
         sample_record(
-            s, rows, hit, q.label, q.task, q.question, parsed=p, pair=both[q.task, cluster_of(s)]
+            s, records, hit, q.label, q.task, q.question, parsed=p, pair=both[q.task, cluster_of(s)],
+            in_main_metric=q.task in main,
         )
         for s, q, hit, p in zip(task.samples, questions, right, parsed)
     ]  # fmt: skip
-
-    def metric(names: tuple[str, ...]) -> Metric | None:
-        chosen = [row for row in per_sample if row["group"] in names]
-        if not chosen:
-            return None
-        sums, clusters = columns(chosen), [(row["group"], row["cluster"]) for row in chosen]
-        return Metric(float(total(sums.sum(axis=0))), len(chosen), bootstrap(sums, clusters, total), "points")
-
-    parts = {"perception": PERCEPTION, "cognition": COGNITION} | {f"task/{name}": (name,) for name in TASKS}
-    metrics = {name: found for name, names in parts.items() if (found := metric(names))}
-    return Scored(metrics, {"tasks": per_task(per_sample)}, per_sample, "mme")
+    parts = {"perception": PERCEPTION_TASKS, "cognition": COGNITION_TASKS}
+    parts |= {f"task/{name}": (name,) for name in MME_TASKS}
+    metrics = {name: found for name, names in parts.items() if (found := _total(per_sample, names))}
+    return Scored(metrics, {"tasks": mme_tasks(per_sample)}, per_sample, "question pairs")
 
 
-def per_task(rows: list[Record]) -> dict[str, Record]:
+def _total(rows: list[Record], tasks: tuple[str, ...]) -> Metric | None:
+    """The sum of the tasks' scores, None without questions of these tasks."""
+    rows = [row for row in rows if row["group"] in tasks]
+    if not rows:
+        return None
+    columns, clusters = question_pair_columns(rows), [(row["group"], row["cluster"]) for row in rows]
+    value = float(question_pair_statistic(columns.sum(axis=0)))
+    return Metric(value, len(rows), bootstrap(columns, clusters, question_pair_statistic), "points")
+
+
+def mme_tasks(rows: list[Record]) -> dict[str, Record]:
     """Task -> score, accuracy, accuracy+, unreadable answers and images."""
     result = {}
     for name in dict.fromkeys(row["group"] for row in rows):
         chosen = [row for row in rows if row["group"] == name]
-        right, count, both, images = columns(chosen).sum(axis=0)
+        right, count, both, images = question_pair_columns(chosen).sum(axis=0)
         result[name] = {
             "score": 100 * (right / count + both / images),
             "acc": right / count, "acc_plus": both / images,
@@ -221,9 +208,9 @@ def per_task(rows: list[Record]) -> dict[str, Record]:
     return result
 
 
-def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The official tool's input: per task a file of image, question, truth and answer."""
-    texts = answer_texts(rows)
+    texts = answer_texts(records)
     lines: dict[str, list[str]] = {}
     for sample, question in zip(task.samples, task.truth):
         if question.malformed:

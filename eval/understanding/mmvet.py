@@ -18,34 +18,36 @@ import numpy as np
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    PROMPT_TEMPLATES,
-    answer_texts,
-    answering_metadata,
-    choose_prompt_template,
     detect_layout,
     find_file,
-    image_path,
     read_json_as,
     read_llava_questions,
     require_key,
     require_mostly_valid,
     require_text,
 )
-from ..core.harness import Record, Sample, Scored, Scoring, Settings, Task, malformed_sample
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.image_files import image_path
 from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
 from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
 
-SCORERS = ("official", "lmms")
-ORIGINAL, LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
-PUBLISHED_JUDGE = "gpt-4-0613"
+_ORIGINAL, _LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
+_PUBLISHED_JUDGE = "gpt-4-0613"
 # of the first request, and of those after replies without a grade
-TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
-AGAIN = "\nPredict the correctness of the answer (digit): "
-LONGEST = {"official": 3, "lmms": 128}  # tokens of a reply
-CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
+_TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
+RETRY_PROMPT = "\nPredict the correctness of the answer (digit): "
+_REPLY_TOKENS = {"official": 3, "lmms": 128}  # tokens of a reply
+MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
-class Question(NamedTuple):
+class MmvetQuestion(NamedTuple):
     """A question, its model answer and the capabilities that it takes."""
 
     name: str
@@ -54,21 +56,24 @@ class Question(NamedTuple):
     capabilities: tuple[str, ...]
 
 
-def load(data: Path, settings: Settings) -> Task:
+answer = answer_questions
+
+
+def load(data: Path, settings: Options) -> Task:
     """One sample per entry of `mm-vet.json`; LLaVA's numbers are v1_{number}."""
-    layout = detect_layout(data, settings, ORIGINAL, LLAVA)
-    path = find_file(data, ORIGINAL, "MM-Vet annotation file")
-    known: dict[str, tuple[Question, str]] = {}
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    path = find_file(data, _ORIGINAL, "MM-Vet annotation file")
+    known: dict[str, tuple[MmvetQuestion, str]] = {}
     broken: dict[str, object] = {}
     for name, row in read_json_as(dict, path).items():
         try:
-            known[name] = read_question(row, name, f"{path}, {name}")
+            known[name] = _read_question(row, name, f"{path}, {name}")
         except UserError as error:
-            known[name], broken[name] = (Question(name, "", "", ()), ""), error
+            known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), error
     template = choose_prompt_template(settings, "plain")
     asked = [(name, PROMPT_TEMPLATES[template].format(q.question)) for name, (q, _) in known.items()]
     if layout == "llava":
-        file = find_file(data, LLAVA, "LLaVA question file")
+        file = find_file(data, _LLAVA, "LLaVA question file")
         template, asked = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
@@ -76,12 +81,12 @@ def load(data: Path, settings: Settings) -> Task:
             asked.append((name, row["text"] if good else ""))
             if name not in known:
                 reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
-                known[name], broken[name] = (Question(name, "", "", ()), ""), reason if good else row
+                known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), reason if good else row
     folders = [data / "images", data / "mm-vet" / "images", data]
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_path(folders, known[name][1]), "ask")
+        else Sample(i, name, prompt, image_path(folders, known[name][1]))
         for i, (name, prompt) in enumerate(asked[: settings.limit])
     ]
     return Task(
@@ -91,20 +96,24 @@ def load(data: Path, settings: Settings) -> Task:
     )
 
 
-def read_question(row: Any, name: str, where: str) -> tuple[Question, str]:
+def _read_question(row: Any, name: str, where: str) -> tuple[MmvetQuestion, str]:
     """A question and its image's name; UserError says what is wrong with the entry."""
     abilities = require_key(row, "capability", where)
-    if not isinstance(abilities, list) or not abilities or any(a not in CAPABILITIES for a in abilities):
-        raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(CAPABILITIES)}.")
+    if (
+        not isinstance(abilities, list)
+        or not abilities
+        or any(a not in MMVET_CAPABILITIES for a in abilities)
+    ):
+        raise UserError(f"{where}: capability is {abilities!r}; allowed: {', '.join(MMVET_CAPABILITIES)}.")
     texts = (require_text(row, "question", where), str(require_key(row, "answer", where)))
-    return Question(name, *texts, tuple(abilities)), require_text(row, "imagename", where)
+    return MmvetQuestion(name, *texts, tuple(abilities)), require_text(row, "imagename", where)
 
 
-# -------------------------------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------------------------------- judging
 
 
 @functools.cache
-def examples(scorer: str = "official") -> str:
+def judge_examples(scorer: str = "official") -> str:
     """The instruction and the seven graded examples (data file `mmvet_judge.txt`, published with MM-Vet)."""
     text = (
         importlib.resources.files("open_unitok.eval.understanding")
@@ -116,14 +125,14 @@ def examples(scorer: str = "official") -> str:
     return text
 
 
-def judge_prompt(question: Question, answer: str, scorer: str = "official") -> str:
+def judge_prompt(question: MmvetQuestion, answer: str, scorer: str = "official") -> str:
     """What the judge is asked: the examples, then a line that lacks its grade."""
     truth = question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     line = f"\n{question.question} | {truth} | {answer} |"
-    return examples(scorer) + line + (" " if scorer == "official" else "")
+    return judge_examples(scorer) + line + (" " if scorer == "official" else "")
 
 
-def grade_in(reply: str) -> float | None:
+def parse_grade(reply: str) -> float | None:
     """The grade in [0, 1] that a reply begins with, None if it does not."""
     try:
         grade = float(reply.split(" ")[0].strip())
@@ -132,17 +141,17 @@ def grade_in(reply: str) -> float | None:
     return grade if 0.0 <= grade <= 1.0 and not math.isnan(grade) else None
 
 
-def grade(ask: Callable[[str, float, int], str], prompt: str) -> tuple[float, str, int]:
+def grade_answer(ask: Callable[[str, float, int], str], prompt: str) -> tuple[float, str, int]:
     """(grade, last reply, requests): asked again, ever warmer, while replies hold no grade; then 0.
 
     As in the published tool the sixth reply is kept but not read. `ask` takes prompt, temperature and try.
     """
     reply = ""
-    for attempt, temperature in enumerate(TEMPERATURES):
-        reply = ask(prompt + (AGAIN if attempt else ""), temperature, attempt)
-        found = grade_in(reply)
+    for attempt, temperature in enumerate(_TEMPERATURES):
+        reply = ask(prompt + (RETRY_PROMPT if attempt else ""), temperature, attempt)
+        found = parse_grade(reply)
         content = reply.split(" ")[0].strip()
-        if attempt == len(TEMPERATURES) - 1:
+        if attempt == len(_TEMPERATURES) - 1:
             return 0.0, content, attempt + 1
         if found is not None:
             return found, content, attempt + 1
@@ -158,13 +167,13 @@ class Grades(NamedTuple):
     failed: dict[int, str]  # samples whose judge did not reply: 0
 
 
-def judge_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Scoring) -> Grades:
+def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options) -> Grades:
     """Grade every answer `scoring.judge_runs` times, several at once."""
 
     def one(sample: Sample) -> tuple[list[float], list[str], int, str]:
-        question: Question = task.truth[sample.index]
+        question: MmvetQuestion = task.truth[sample.index]
         prompt = judge_prompt(question, texts[sample.index], scoring.scorer)
-        longest, nonsense = LONGEST[scoring.scorer], 0
+        longest, nonsense = _REPLY_TOKENS[scoring.scorer], 0
         grades: list[float] = []
         replies: list[str] = []
         for run in range(scoring.judge_runs):
@@ -173,10 +182,10 @@ def judge_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Scoring)
                 return judge.reply(JudgeCall(sample.id, text, temperature, longest, run, attempt))
 
             try:
-                value, reply, calls = grade(ask, prompt)
+                value, reply, calls = grade_answer(ask, prompt)
             except JudgeFailed as error:
                 return [0.0] * scoring.judge_runs, replies, nonsense, str(error)
-            nonsense += calls == len(TEMPERATURES)
+            nonsense += calls == len(_TEMPERATURES)
             grades.append(value)
             replies.append(reply)
         return grades, replies, nonsense, ""
@@ -192,10 +201,10 @@ def judge_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Scoring)
     )
 
 
-# -------------------------------------------------------------------------------------------------- scoring
+# --------------------------------------------------------------------------------------------------- scoring
 
 
-def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[str, Any]:
+def mmvet_summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[str, Any]:
     """The published report, in per cent, of grades (M samples, R runs)."""
     mean = grades.mean(axis=1)
     sets = ["_".join(sorted(row)) for row in capabilities]
@@ -203,7 +212,7 @@ def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[s
     def over(keep: Iterable[bool]) -> float:
         return 100 * float(mean[np.array(list(keep))].mean())
 
-    present = [name for name in CAPABILITIES if any(name in row for row in capabilities)]
+    present = [name for name in MMVET_CAPABILITIES if any(name in row for row in capabilities)]
     totals = [round(100 * float(total), 1) for total in grades.mean(axis=0)]
     return {
         "per capability": {name: over(name in row for row in capabilities) for name in present},
@@ -216,46 +225,46 @@ def summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[s
     }
 
 
-def score(task: Task, rows: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Scoring) -> Scored:
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
     """Mean grade, per capability; without a judge the answers are only laid out for one."""
-    questions: list[Question] = task.truth
-    texts = answer_texts(rows)
+    questions: list[MmvetQuestion] = task.truth
+    texts = answer_texts(records)
     judge = load_judge(scoring, folder)
     if judge is None:
         note = "no judge was given (--judge): the answers lie in submission/ for the official page"
         lines = [
-            sample_record(s, rows, None, q.answer, "_".join(sorted(q.capabilities)))
+            sample_record(s, records, None, q.answer, "_".join(sorted(q.capabilities)))
             for s, q in zip(task.samples, questions)
         ]
         return Scored({}, {}, lines, problems=[note])
-    grades = judge_all(judge, task, texts, scoring)
+    grades = _grade_all(judge, task, texts, scoring)
     if texts and len(grades.failed) == len(texts):
         reason = next(iter(grades.failed.values()))
         raise UserError(f"The judge {judge.model} graded not one answer: {reason}")
     table = np.array([grades.by_index.get(s.index, [0.0] * scoring.judge_runs) for s in task.samples])
     values, names = table.mean(axis=1), [cluster_of(s) for s in task.samples]
     metrics = {"total": mean_metric(values, names)}
-    for ability in CAPABILITIES:
+    for ability in MMVET_CAPABILITIES:
         kept = [i for i, q in enumerate(questions) if ability in q.capabilities]
         if kept:
             metrics[f"capability/{ability}"] = mean_metric(values[kept], [names[i] for i in kept])
     details = {"judge": judge.model, "runs": scoring.judge_runs}
-    details |= summary([q.capabilities for q in questions], table)
+    details |= mmvet_summary([q.capabilities for q in questions], table)
     per_sample = [
         sample_record(
-            s, rows, float(value), q.answer, "_".join(sorted(q.capabilities)), q.question,
+            s, records, float(value), q.answer, "_".join(sorted(q.capabilities)), q.question,
             grades=grades.by_index.get(s.index), replies=grades.replies.get(s.index),
         )
         for s, q, value in zip(task.samples, questions, values)
     ]  # fmt: skip
-    reason = why_not(judge, scoring) or ("some answers could not be judged" if grades.failed else "")
-    return Scored(metrics, details, per_sample, "mean", reason, problems_of(grades, task))
+    reason = _not_comparable(judge, scoring) or ("some answers could not be judged" if grades.failed else "")
+    return Scored(metrics, details, per_sample, "mean", reason, _judge_problems(grades, task))
 
 
-def why_not(judge: Judge, scoring: Scoring) -> str:
+def _not_comparable(judge: Judge, scoring: Options) -> str:
     """Why a result must not stand beside published ones, "" if it may."""
-    if judge.model != PUBLISHED_JUDGE:
-        return f"the judge is {judge.model}, the published one is {PUBLISHED_JUDGE}"
+    if judge.model != _PUBLISHED_JUDGE:
+        return f"the judge is {judge.model}, the published one is {_PUBLISHED_JUDGE}"
     return (
         ""
         if scoring.scorer == "official"
@@ -263,7 +272,7 @@ def why_not(judge: Judge, scoring: Scoring) -> str:
     )
 
 
-def problems_of(grades: Grades, task: Task) -> list[str]:
+def _judge_problems(grades: Grades, task: Task) -> list[str]:
     """What went wrong with the judge."""
     problems = []
     if grades.nonsense:
@@ -277,9 +286,9 @@ def problems_of(grades: Grades, task: Task) -> list[str]:
     return problems
 
 
-def submit(task: Task, rows: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
     """The input of the official tool and of its page."""
-    texts = answer_texts(rows)
+    texts = answer_texts(records)
     return [
         write_submission(
             folder, "mmvet_results.json", {s.id: texts.get(s.index, "") for s in submittable(task.samples)}

@@ -1,4 +1,4 @@
-"""POPE: reader of the released JSON lines, and the yes/no metrics as the official evaluation counts them.
+"""POPE (arXiv 2305.10355): is an object in the image; F1 of "yes" over three kinds of negative questions.
 
 Scorers: `official` (default) reads any answer without a plain "no" or "not" as yes; `strict` accepts
 "yes" and "no" alone.
@@ -8,19 +8,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, read_jsonl_lenient
 
-from ..core.annotations import require_key, require_text
-from ..core.records import mean
+from ..core.annotations import (
+    detect_layout,
+    find_file,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
+)
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    PUBLISHED_LENGTH,
+    SCENES_LENGTH,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.bootstrap import bootstrap, f1_columns, f1_statistic, mean_columns
+from ..core.records import cluster_of, mean, sample_record
 
-CATEGORIES = ("random", "popular", "adversarial")
-SCORERS = ("official", "strict")
+POPE_CATEGORIES = ("random", "popular", "adversarial")
+POPE_SCORERS = ("official", "strict")
+_ORIGINAL = ("*_pope_random.json", "test/*_pope_random.json", "coco/*_pope_random.json")
+_LLAVA = ("*pope*.jsonl",)
+
+answer = answer_questions
 
 
-class Question(NamedTuple):
+class PopeQuestion(NamedTuple):
     """One yes/no question; `label` is "yes" or "no"."""
 
     question_id: int
@@ -28,35 +48,91 @@ class Question(NamedTuple):
     text: str
     label: str
     category: str
-    malformed: str = ""  # why its line is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its line cannot be used: it is not answered and counts as wrong
 
 
-def load(data: str | Path) -> list[Question]:
+# --------------------------------------------------------------------------------------------------- loading
+
+
+def load(data: Path, settings: Options) -> Task:
+    """One sample per question of the three categories, one after the other.
+
+    In LLaVA's layout the released files lie in `data/coco`; LLaVA's questions follow theirs in order,
+    category by category, as LLaVA's own scorer assumes.
+    """
+    if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "original":
+        questions = read_pope(data)[: settings.limit]
+        template = choose_prompt_template(settings, "short", data)
+        prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
+        length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
+        metadata = answering_metadata("all three", template, settings, length)
+    else:
+        path = find_file(data, _LLAVA, "LLaVA question file")
+        rows = read_llava_questions(path)
+        questions = _in_llava_order(read_pope(data), rows, path)[: settings.limit]
+        prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
+        metadata = answering_metadata("all three", f"as in {path.name}", settings)
+    samples = [
+        malformed_sample(i, None, q.malformed)
+        if q.malformed
+        else Sample(i, f"{q.category}/{q.question_id}", prompt, q.image)
+        for i, (q, prompt) in enumerate(zip(questions, prompts))
+    ]
+    return Task(require_mostly_valid(samples, path), questions, metadata)
+
+
+def read_pope(data: str | Path) -> list[PopeQuestion]:
     """Read `*_pope_{random,popular,adversarial}.json` from `data`, `data/test` or its `coco` folder.
 
-    A line that lacks a key or has another label gives a question that is `broken`.
+    A line that lacks a key or has another label gives a `malformed` question.
 
     Raises:
-        UserError: a category is missing or there twice.
+        UserError: a category's file is missing, or there are two.
     """
     data = existing(data)
-    folders = (data, data / "test", data / "coco")
-    return [
-        question
-        for category in CATEGORIES
-        for question in load_category(
-            one_file([p for f in folders for p in f.glob(f"*_pope_{category}.json")], data, category)
-        )
-    ]
+    result = []
+    for category in POPE_CATEGORIES:
+        found = [p for f in (data, data / "test", data / "coco") for p in f.glob(f"*_pope_{category}.json")]
+        if len(found) != 1:
+            names = ", ".join(str(p) for p in found) or "nothing"
+            raise UserError(f"{data}: expected one *_pope_{category}.json here or in test/, found {names}.")
+        result += _read_category(found[0])
+    return result
 
 
-def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path: Path) -> list[Question]:
+def _read_category(path: Path) -> list[PopeQuestion]:
+    """The questions of one file, in its order."""
+    category = path.stem.rsplit("_", 1)[1]
+    folders = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
+    images = next((d for d in folders if d.is_dir()), path.parent)
+    result = []
+    for i, row in enumerate(read_jsonl_lenient(path)):
+        where = f"{path}, question {i + 1}"
+        try:
+            label = require_key(row, "label", where)
+            if label not in ("yes", "no"):
+                raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
+            image = images / Path(require_text(row, "image", where)).name
+            text = require_text(row, "text", where)
+            number = require_key(row, "question_id", where)
+            result.append(PopeQuestion(number, image, text, label, category))
+        except UserError as error:
+            result.append(_malformed_question(category, str(error)))
+    return result
+
+
+def _malformed_question(category: str, reason: str = "") -> PopeQuestion:
+    """In the place of a malformed line: a "yes" that no answer finds, so that it can only lower the score."""
+    return PopeQuestion(-1, Path(), "", "yes", category, reason)
+
+
+def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path: Path) -> list[PopeQuestion]:
     """The released questions in the order of LLaVA's rows, which name their category.
 
-    Where a row has another question than the released file at that place, the question is `broken`.
+    Where a row's image is not the released question's at that position, the question is `malformed`.
     """
-    left = {name: [q for q in questions if q.category == name] for name in CATEGORIES}
-    result: list[Question] = []
+    left = {name: [q for q in questions if q.category == name] for name in POPE_CATEGORIES}
+    result: list[PopeQuestion] = []
     for i, row in enumerate(rows):
         where, question = f"{path}, line {i + 1}", None
         try:
@@ -67,89 +143,77 @@ def in_order(questions: Sequence[Question], rows: Sequence[dict[str, Any]], path
             if not question.malformed and Path(require_text(row, "image", where)).name != question.image.name:
                 raise UserError(
                     f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
-                    "at this place: the files are of different versions."
+                    "at this position: the files are of different versions."
                 )
         except UserError as error:
-            # a line that cannot be read takes the place of one of the category that goes on here
-            before = result[-1].category if result else CATEGORIES[0]
+            # an unreadable line stands for the next question of the category that it lies in
+            before = result[-1].category if result else POPE_CATEGORIES[0]
             if question is None and left[before]:
                 question = left[before].pop(0)
-            question = (question or unread(before))._replace(malformed=str(error))
+            question = (question or _malformed_question(before))._replace(malformed=str(error))
         result.append(question)
     return result
 
 
-def unread(category: str, reason: str = "") -> Question:
-    """In the place of a malformed line: a yes that nothing finds, so that it can only lower a score."""
-    return Question(-1, Path(), "", "yes", category, reason)
+# --------------------------------------------------------------------------------------------------- scoring
 
 
-def columns(judged: Sequence[tuple[str, str, str]], names: Sequence[str]) -> np.ndarray:
-    """(parsed, label, category) of M answers -> (M, 3 * C) TP, FP, FN per category of `names`."""
-    result = np.zeros((len(judged), len(names), 3))
-    for i, (parsed, label, category) in enumerate(judged):
-        hit = (parsed == "yes" == label, parsed == "yes" != label, parsed != "yes" and label == "yes")
-        result[i, names.index(category)] = hit
-    return result.reshape(len(judged), -1)
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
+    """Mean F1 over the three categories, and each category's counts."""
+    questions: list[PopeQuestion] = task.truth
+    result = pope_metrics(questions, answer_texts(records), scoring.scorer)
+    names = list(result["per_category"])
+    judged = [(parsed, q.label, q.category) for parsed, q in zip(result["parsed"], questions)]
+    columns = f1_columns(judged, names)
+    right = [float(parsed == q.label) for parsed, q in zip(result["parsed"], questions)]
+    clusters = [cluster_of(s) for s in task.samples]
+    metrics = {
+        "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_statistic)),
+        "accuracy": Metric(result["accuracy"], len(questions), bootstrap(mean_columns(right), clusters)),
+    }
+    for k, (name, ratios) in enumerate(result["per_category"].items()):
+        interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_statistic)
+        metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
+    return Scored(metrics, {"per_category": result["per_category"]}, [
+        sample_record(s, records, value, q.label, q.category, q.text, parsed=parsed)
+        for s, q, value, parsed in zip(task.samples, questions, right, result["parsed"])
+    ], "f1")  # fmt: skip
 
 
-def one_file(found: list[Path], data: Path, category: str) -> Path:
-    """The only element of `found`."""
-    if len(found) != 1:
-        names = ", ".join(str(p) for p in found) or "nothing"
-        raise UserError(f"{data}: expected one *_pope_{category}.json here or in test/, found {names}.")
-    return found[0]
-
-
-def load_category(path: Path) -> list[Question]:
-    """The questions of one file, in its order."""
-    category = path.stem.rsplit("_", 1)[1]
-    places = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
-    images = next((d for d in places if d.is_dir()), path.parent)
-    result = []
-    for i, row in enumerate(read_jsonl_lenient(path)):
-        where = f"{path}, question {i + 1}"
-        try:
-            label = require_key(row, "label", where)
-            if label not in ("yes", "no"):
-                raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
-            image = images / Path(require_text(row, "image", where)).name
-            text = require_text(row, "text", where)
-            result.append(Question(require_key(row, "question_id", where), image, text, label, category))
-        except UserError as error:
-            result.append(unread(category, str(error)))
-    return result
-
-
-def parse(answer: str, scorer: str = "official") -> str:
+def parse_yes_no(text: str, scorer: str = "official") -> str:
     """ "yes" or "no"; the strict scorer also says "" where the answer is neither."""
     if scorer == "strict":
-        word = answer.strip().lower()
+        word = text.strip().lower()
         return word if word in ("yes", "no") else ""
     if scorer != "official":
-        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, SCORERS))
-    words = answer.split(".")[0].replace(",", "").split(" ")
+        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, POPE_SCORERS))
+    words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 
 
-def score(questions: Sequence[Question], answers: dict[int, str], scorer: str = "official") -> dict[str, Any]:
+def pope_metrics(
+    questions: Sequence[PopeQuestion], answers: dict[int, str], scorer: str = "official"
+) -> dict[str, Any]:
     """Per category the counts and ratios, then their means over categories.
 
-    `answers` maps a question's place in `questions` to the text (ids repeat from file to file). A missing
-    answer counts as the wrong one, so that it can only lower a score.
+    `answers` maps a question's position in `questions` to the text (ids repeat from file to file). A missing
+    answer counts as the wrong one, so that it can only lower the score.
 
     Raises:
-        UserError: an answer for a place that does not exist.
+        UserError: an answer for a position that does not exist.
     """
     if unknown := [i for i in answers if not 0 <= i < len(questions)]:
         raise UserError(
             f"{len(unknown)} answers belong to no question of POPE, for instance number {unknown[0]}."
         )
-    parsed = [parse(answers[i], scorer) if i in answers else wrong(q.label) for i, q in enumerate(questions)]
+    parsed = [
+        parse_yes_no(answers[i], scorer) if i in answers else ("no" if q.label == "yes" else "yes")
+        for i, q in enumerate(questions)
+    ]
     categories = {}
     for category in dict.fromkeys(q.category for q in questions):
         pairs = [(p, q.label) for p, q in zip(parsed, questions) if q.category == category]
-        categories[category] = ratios(pairs)
+        categories[category] = yes_no_ratios(pairs)
     return {
         "per_category": categories,
         "f1": mean([c["f1"] for c in categories.values()]),
@@ -158,26 +222,20 @@ def score(questions: Sequence[Question], answers: dict[int, str], scorer: str = 
     }
 
 
-def wrong(label: str) -> str:
-    """The other one of yes and no."""
-    return "no" if label == "yes" else "yes"
-
-
-def ratios(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Counts and ratios of (answer, label) pairs, yes being positive; a ratio of nothing is 0."""
+def yes_no_ratios(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Counts and ratios of (answer, label) pairs, yes being positive; a ratio with denominator 0 is 0."""
     tp, fp = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
     tn, fn = pairs.count(("no", "no")), pairs.count(("no", "yes"))
-    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
     return {
         "n": len(pairs), "TP": tp, "FP": fp, "TN": tn, "FN": fn,
-        "accuracy": ratio(tp + tn, len(pairs)),
+        "accuracy": _ratio(tp + tn, len(pairs)),
         "precision": precision,
         "recall": recall,
-        "f1": ratio(2 * precision * recall, precision + recall),
-        "yes_ratio": ratio(sum(p == "yes" for p, _ in pairs), len(pairs)),
+        "f1": _ratio(2 * precision * recall, precision + recall),
+        "yes_ratio": _ratio(sum(p == "yes" for p, _ in pairs), len(pairs)),
     }  # fmt: skip
 
 
-def ratio(part: float, whole: float) -> float:
-    """part / whole, 0 of nothing."""
+def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0

@@ -1,7 +1,7 @@
-"""VQAv2: reader of the released JSON pair, and the accuracy in the three forms that circulate.
+"""VQAv2: the released JSON pair or LLaVA's question file, and the accuracy in its three public variants.
 
-Scorers: `lmms` (default) normalises prediction and all answers; `official` is the first public evaluation
-(answers lose their punctuation only, and only where the ten differ); `gated` normalises both sides where the
+Scorers: `lmms` (default) normalises the prediction and all answers; `official` is the first public evaluation
+(answers lose only their punctuation, and only where the ten differ); `gated` normalises both sides where the
 ten answers differ and compares raw strings where they agree.
 """
 
@@ -10,17 +10,53 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing
 
-from ..core.annotations import annotator_answers, read_json_as, require_key, require_text, require_type
-from ..core.answer_normalisation import normalise, one_line, strip_punctuation
-from ..core.records import mean, mean_by
+from ..core.annotations import (
+    detect_layout,
+    find_file,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
+    require_type,
+)
+from ..core.answer_normalisation import normalise, normalise_m4c, one_line, strip_punctuation
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    PUBLISHED_LENGTH,
+    SCENES_LENGTH,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.image_files import image_path
+from ..core.open_answers import annotator_answers, leave_one_out_accuracy
+from ..core.records import (
+    mean,
+    mean_by,
+    mean_metric,
+    mean_metrics_by,
+    sample_record,
+    submittable,
+    write_submission,
+)
 
-SCORERS = ("lmms", "official", "gated")
+VQAV2_SCORERS = ("lmms", "official", "gated")
+_ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
+_LLAVA = ("*vqav2*.jsonl",)
+_TEMPLATE_SUFFIX = PROMPT_TEMPLATES["short"].format("")
+
+answer = answer_questions
 
 
-class Question(NamedTuple):
+class VqaQuestion(NamedTuple):
     """One question with its ten answers; `answers` is empty for splits whose answers are not public."""
 
     question_id: int
@@ -31,72 +67,97 @@ class Question(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     common_answer: str = ""
-    held_out: bool = False  # scenes: the image shows a colour x shape pair that training never does
-    malformed: str = ""  # why its annotation is malformed: it is not asked and counts as wrong
+    held_out: bool = False  # scenes: the image shows a colour x shape pair that training never shows
+    malformed: str = ""  # why its annotation cannot be used: it is not answered and counts as wrong
 
 
-def load(data: str | Path, split: str | None = None) -> list[Question]:
+# --------------------------------------------------------------------------------------------------- loading
+
+
+def load(data: Path, settings: Options) -> Task:
+    """One sample per question, in the file's order."""
+    if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "llava":
+        return _load_llava(data, settings)
+    path = _question_file(data, settings.split)
+    questions = read_vqav2(data, settings.split)[: settings.limit]
+    template = choose_prompt_template(settings, "short", data)
+    samples = [
+        malformed_sample(i, q.question_id, q.malformed)
+        if q.malformed
+        else Sample(i, q.question_id, PROMPT_TEMPLATES[template].format(q.question), q.image)
+        for i, q in enumerate(questions)
+    ]
+    split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
+    length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
+    metadata = answering_metadata(split, template, settings, length)
+    return Task(require_mostly_valid(samples, path), questions, metadata)
+
+
+def _load_llava(data: Path, settings: Options) -> Task:
+    """LLaVA's question file, joined by question id with the released files where those are there."""
+    path = find_file(data, _LLAVA, "LLaVA question file", settings.split, "test-dev")
+    known = {}
+    if any(next(data.glob(pattern), None) for pattern in _ORIGINAL):
+        known = {q.question_id: q for q in read_vqav2(data)}
+    folders = [data / name for name in ("test2015", "val2014", "images")] + [data]
+    samples, questions = [], []
+    for i, row in enumerate(read_llava_questions(path, settings.limit)):
+        try:
+            where = f"{path}, line {i + 1}"
+            number, text = require_key(row, "question_id", path), row["text"].removesuffix(_TEMPLATE_SUFFIX)
+            image = image_path(folders, Path(require_text(row, "image", where)).name)
+            if known and number not in known:
+                raise UserError(f"{where}: question_id {number!r} is not in the released files.")
+            question = known.get(number) or VqaQuestion(number, image.stem, text, image)
+            if question.malformed:
+                raise UserError(question.malformed)
+            samples.append(Sample(i, number, row["text"], image))
+            questions.append(question)
+        except UserError as error:
+            samples.append(malformed_sample(i, row["question_id"] if isinstance(row, dict) else None, error))
+            questions.append(VqaQuestion(i, i, "", Path(), malformed=str(error)))
+    metadata = answering_metadata(path.stem, f"as in {path.name}", settings)
+    return Task(require_mostly_valid(samples, path), questions, metadata)
+
+
+def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
     """Read `v2_OpenEnded_*_questions.json` and its annotations from `data` or `data/test`.
 
-    What is malformed, a question without its annotation and an annotation without its question stand in the
-    list as questions that are `broken`.
+    Malformed entries, questions without annotation and annotations without question are kept in the list as
+    `malformed` questions.
 
     Args:
-        split: the file's middle part (for instance `mscoco_val2014`), needed only where several are there.
+        split: the file's middle part (such as `mscoco_val2014`), needed only where several are there.
 
     Raises:
-        UserError: no file or several, or one that is of another kind.
+        UserError: no file or several, or one of another kind.
     """
-    path = find_questions(data, split)
+    path = _question_file(data, split)
     content = read_json_as(dict, path)
     rows = require_type(list, require_key(content, "questions", path), f"{path}, questions")
-    notes = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
-    annotations = read_annotations(notes)
-    locate = image_locator(path.parent, str(content.get("data_subtype", "")))
-    result: list[Question] = []
+    annotation_file = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    annotations = _read_annotations(annotation_file)
+    locate = _image_locator(path.parent, str(content.get("data_subtype", "")))
+    result: list[VqaQuestion] = []
     seen: set[Any] = set()
     for i, row in enumerate(rows):
         try:
-            question = read_question(row, f"{path}, questions[{i}]", locate, seen)
+            question = _read_question(row, f"{path}, questions[{i}]", locate, seen)
             if annotations is not None:
-                question = annotated(question, annotations, f"{path}, questions[{i}]")
+                question = _with_annotation(question, annotations, f"{path}, questions[{i}]")
         except UserError as error:
             name = row.get("question_id") if isinstance(row, dict) else None
-            question = Question(name, name, "", Path(), malformed=str(error))  # pyright: ignore[reportArgumentType]
+            question = VqaQuestion(name, name, "", Path(), malformed=str(error))  # pyright: ignore[reportArgumentType]
         seen.add(question.question_id if isinstance(question.question_id, int) else None)
         result.append(question)
     for name in annotations or ():
         if name not in seen:
-            reason = f"{notes}: question_id {name!r} is no question of {path.name}."
-            result.append(Question(name, name, "", Path(), malformed=reason))
+            reason = f"{annotation_file}: question_id {name!r} is not a question of {path.name}."
+            result.append(VqaQuestion(name, name, "", Path(), malformed=reason))
     return result
 
 
-def read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> Question:
-    """A question of the released file, without its answers; UserError says what is wrong with it."""
-    question_id, image_id = require_key(row, "question_id", where), require_key(row, "image_id", where)
-    for name, value in (("question_id", question_id), ("image_id", image_id)):
-        if not isinstance(value, int):
-            raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
-    if question_id in seen:
-        raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
-    return Question(question_id, image_id, require_text(row, "question", where), locate(image_id))
-
-
-def annotated(question: Question, annotations: dict[int, dict[str, Any] | UserError], where: str) -> Question:
-    """The question with its annotation; UserError where it has none or a malformed one."""
-    note = annotations.get(question.question_id)
-    if note is None:
-        raise UserError(
-            f"{where}: question_id {question.question_id} has no annotation: "
-            "questions and annotations differ."
-        )
-    if isinstance(note, UserError):
-        raise note
-    return question._replace(**note)
-
-
-def find_questions(data: str | Path, split: str | None) -> Path:
+def _question_file(data: str | Path, split: str | None) -> Path:
     """The one question file in `data` or `data/test`."""
     data = existing(data)
     found = sorted(
@@ -113,11 +174,37 @@ def find_questions(data: str | Path, split: str | None) -> Path:
     return found[0]
 
 
-def read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None:
+def _read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> VqaQuestion:
+    """A question of the released file, without its answers; UserError says what is wrong with it."""
+    question_id, image_id = require_key(row, "question_id", where), require_key(row, "image_id", where)
+    for name, value in (("question_id", question_id), ("image_id", image_id)):
+        if not isinstance(value, int):
+            raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
+    if question_id in seen:
+        raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
+    return VqaQuestion(question_id, image_id, require_text(row, "question", where), locate(image_id))
+
+
+def _with_annotation(
+    question: VqaQuestion, annotations: dict[int, dict[str, Any] | UserError], where: str
+) -> VqaQuestion:
+    """The question with its annotation; UserError where it has none or a malformed one."""
+    annotation = annotations.get(question.question_id)
+    if annotation is None:
+        raise UserError(
+            f"{where}: question_id {question.question_id} has no annotation: "
+            "questions and annotations differ."
+        )
+    if isinstance(annotation, UserError):
+        raise annotation
+    return question._replace(**annotation)
+
+
+def _read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None:
     """Question id -> the fields of its annotation, or what is wrong with it.
 
-    None without such a file (test-dev keeps its answers). An annotation without a readable id leaves its
-    question without one.
+    None without such a file (test-dev's answers are not public). An annotation without a readable id is
+    skipped, and its question has none.
     """
     if not path.exists():
         return None
@@ -128,15 +215,17 @@ def read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None
             continue
         try:
             if name in result:
-                raise UserError(f"{where}: question_id {name} occurs twice; which of the two is true?")
-            result[name] = annotation_of(row, where)
+                raise UserError(
+                    f"{where}: question_id {name} occurs twice; every question has one annotation."
+                )
+            result[name] = _annotation_fields(row, where)
         except UserError as error:
             result[name] = error
     return result
 
 
-def annotation_of(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `Question` that an annotation gives."""
+def _annotation_fields(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of `VqaQuestion` that an annotation gives."""
     texts = annotator_answers(row, where)
     return {
         "answers": texts,
@@ -147,7 +236,7 @@ def annotation_of(row: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def image_locator(folder: Path, subtype: str):
+def _image_locator(folder: Path, subtype: str) -> Callable[[int], Path]:
     """A function image_id -> path: COCO's names for COCO's splits, `{subtype}_{id}.png` for others."""
     first = next((d for d in (folder / "images", folder / subtype) if d.is_dir()), folder)
     coco = f"COCO_{subtype.replace('test-dev2015', 'test2015')}"
@@ -160,41 +249,72 @@ def image_locator(folder: Path, subtype: str):
     return locate
 
 
-# ---------------------------------------------------------------------------------------------------- scoring
+# --------------------------------------------------------------------------------------------------- scoring
 
 
-def accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> float:
-    """Leave-one-out accuracy: the mean over annotators of min(1, matches among the others / 3)."""
-    if scorer not in SCORERS:
-        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, SCORERS))
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
+    """Accuracy overall, by question type and by answer type, each beside the best constant answer's."""
+    questions: list[VqaQuestion] = task.truth
+    texts = answer_texts(records)
+    if not any(q.answers for q in questions if not q.malformed):  # test splits: upload the submission
+        lines = [
+            sample_record(s, records, None, None, "", q.question) for s, q in zip(task.samples, questions)
+        ]
+        return Scored({}, {}, lines)
+    predictions = {questions[i].question_id: text for i, text in texts.items()}
+    result = vqav2_accuracies(questions, predictions, scoring.scorer)
+    values = np.array(result["per_question"])
+    clusters = [s.id if q.malformed else q.image_id for s, q in zip(task.samples, questions)]
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("type", [q.question_type for q in questions], values, clusters)
+    metrics |= mean_metrics_by("answer", [q.answer_type for q in questions], values, clusters)
+    held_out = [i for i, q in enumerate(questions) if q.held_out]
+    if held_out:
+        metrics["images with held-out pairs"] = mean_metric(values[held_out], [clusters[i] for i in held_out])
+    constant = result["constant"]
+    margins = {t: result["per_question_type"][t] - c["accuracy"] for t, c in constant.items()}
+    details = {
+        "constant": constant,
+        "constant_overall": result["constant_overall"],
+        "above_constant": margins,
+        "above_constant_overall": result["overall"] - result["constant_overall"],
+    }
+    return Scored(metrics, details, [
+        sample_record(s, records, float(v), q.common_answer, q.question_type, q.question)
+        for s, q, v in zip(task.samples, questions, values)
+    ])  # fmt: skip
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> float:
+    """Leave-one-out accuracy of one answer by a variant of the scorer."""
+    if scorer not in VQAV2_SCORERS:
+        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, VQAV2_SCORERS))
     if scorer == "lmms":
         prediction, answers = normalise(prediction, "m4c"), [normalise(a, "m4c") for a in answers]
     else:
         differ = len(set(answers)) > 1
         if scorer == "official":
-            prediction, answers = (
-                normalise(prediction),
-                [strip_punctuation(a) if differ else a for a in answers],
-            )
+            prediction = normalise(prediction)
+            answers = [strip_punctuation(a) if differ else a for a in answers]
         elif differ:
             prediction, answers = normalise(prediction), [normalise(a) for a in answers]
         else:
             prediction = one_line(prediction)
-    matches, total = sum(answer == prediction for answer in answers), len(answers)
-    # The matching annotators see one match less than the others.
-    return (matches * min(1.0, (matches - 1) / 3) + (total - matches) * min(1.0, matches / 3)) / total
+    return leave_one_out_accuracy(prediction, answers)
 
 
-def score(questions: Sequence[Question], predictions: dict[int, str], scorer: str = "lmms") -> dict[str, Any]:
+def vqav2_accuracies(
+    questions: Sequence[VqaQuestion], predictions: dict[int, str], scorer: str = "lmms"
+) -> dict[str, Any]:
     """Accuracies in [0, 1]: overall, per answer type, question type and question; a missing answer scores 0.
 
-    A broken question scores 0 and has no type.
+    A malformed question scores 0 and has no type.
 
-    `constant` holds, per question type, the type's most frequent answer and what it would score: what a model
-    blind to the image reaches.
+    `constant` holds, per question type, the type's most frequent answer and its accuracy: what a model that
+    ignores the image reaches.
 
     Raises:
-        UserError: a prediction for a question id that does not exist, or questions without public answers.
+        UserError: a prediction for an unknown question id, or questions without public answers.
     """
     unknown = predictions.keys() - {q.question_id for q in questions}
     if unknown:
@@ -206,29 +326,57 @@ def score(questions: Sequence[Question], predictions: dict[int, str], scorer: st
             "This split has no public answers: upload the answers file to the challenge server instead."
         )
     values = [
-        accuracy(predictions[q.question_id], q.answers, scorer)
+        vqa_accuracy(predictions[q.question_id], q.answers, scorer)
         if q.question_id in predictions and not q.malformed
         else 0.0
         for q in questions
     ]
-    good = [q for q in questions if not q.malformed]
+    valid = [q for q in questions if not q.malformed]
     kept = [v for q, v in zip(questions, values) if not q.malformed]
-    constant = constant_answers(good)
-    blind = [accuracy(constant[q.question_type], q.answers, scorer) for q in good]
-    blind_by_type = mean_by(zip([q.question_type for q in good], blind))
+    constant = _constant_answers(valid)
+    blind = [vqa_accuracy(constant[q.question_type], q.answers, scorer) for q in valid]
+    blind_by_type = mean_by(zip([q.question_type for q in valid], blind))
     return {
         "overall": mean(values),
-        "per_answer_type": mean_by(zip([q.answer_type for q in good], kept)),
-        "per_question_type": mean_by(zip([q.question_type for q in good], kept)),
+        "per_answer_type": mean_by(zip([q.answer_type for q in valid], kept)),
+        "per_question_type": mean_by(zip([q.question_type for q in valid], kept)),
         "per_question": values,
         "constant": {t: {"answer": constant[t], "accuracy": blind_by_type[t]} for t in blind_by_type},
         "constant_overall": mean(blind),
     }
 
 
-def constant_answers(questions: Iterable[Question]) -> dict[str, str]:
-    """Question type -> the answer that most of its questions have (the alphabet decides a tie)."""
+def _constant_answers(questions: Iterable[VqaQuestion]) -> dict[str, str]:
+    """Question type -> its most frequent answer (the alphabet decides a tie)."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for question in questions:
         counts[question.question_type][question.common_answer] += 1
     return {t: min(c, key=lambda answer: (-c[answer], answer)) for t, c in counts.items()}
+
+
+# ------------------------------------------------------------------------------------------------ submission
+
+
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+    """EvalAI's upload: test2015's ids in its order, an empty answer where test-dev does not ask.
+
+    The list of ids comes from test2015's question file, LLaVA's or the released one, if it lies in `data`.
+    """
+    texts = answer_texts(records)
+    known = submittable(task.samples)
+    answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in known}
+    ids = [s.id for s in known]
+    if "test" in str(task.metadata["split"]):
+        ids = all_test_ids(data) or ids
+    content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
+    return [write_submission(folder, "vqav2_answers.json", content)]
+
+
+def all_test_ids(data: Path) -> list[int]:
+    """The question ids of test2015 in its order, [] without its file."""
+    for path in data.glob("*vqav2*test2015.jsonl"):
+        if "test-dev" not in path.name:
+            return [row["question_id"] for row in read_llava_questions(path) if isinstance(row, dict)]
+    path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
+    rows = read_json_as(list, path, "questions") if path.exists() else []
+    return [row["question_id"] for row in rows if isinstance(row, dict) and "question_id" in row]

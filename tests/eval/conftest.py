@@ -8,9 +8,22 @@ import pytest
 import torch
 
 from open_unitok.cli.main import main
+from open_unitok.eval.core.harness import read_run, run_benchmark, score_run
 from open_unitok.eval.metrics import inception_weights
+from open_unitok.eval.registry import find_benchmark
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "eval"
+
+
+def run_named(name, model, data, out, options=None, **more):
+    """`run_benchmark` of a benchmark by name."""
+    return run_benchmark(find_benchmark(name), model, data, out, options or {}, **more)
+
+
+def score_folder(folder, options=None, partial=False):
+    """`score_run` of the benchmark that `run.json` names."""
+    benchmark = find_benchmark(read_run(folder)["benchmark"])
+    return score_run(benchmark, folder, options or {}, partial)
 
 
 def formula(state):

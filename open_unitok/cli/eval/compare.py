@@ -3,7 +3,7 @@
 import argparse
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.compare import compare, folders_of, table
+from open_unitok.eval.report.compare import compare, comparison_table, result_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,13 +14,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare and print one table per benchmark that both runs have."""
-    a, b = folders_of(args.a), folders_of(args.b)
+    a, b = result_folders(args.a), result_folders(args.b)
     if len(a) == len(b) == 1:
         b = dict(zip(a, b.values())) if set(a) != set(b) else b
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(f"{args.a} has {', '.join(a)}, {args.b} has {', '.join(b)}: no benchmark in common.")
     for name in shared:
-        print(table(name, compare(a[name], b[name])))
+        print(comparison_table(name, compare(a[name], b[name])))
     for name in sorted(set(a) ^ set(b)):
         print(f"{name}: in one of the runs only")

@@ -1,22 +1,22 @@
-"""`unitok eval score`: score answers that are already on disk, without a model."""
+"""`unitok eval score`: score answers that are on disk, without a model."""
 
 import argparse
-from pathlib import Path
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.eval.registry import score_run
+from open_unitok.eval.core.harness import read_run, score_run
+from open_unitok.eval.registry import find_benchmark, select_options
 
-from .run import add_scoring, scoring_of, table
+from .run import add_benchmark_options, given_options, result_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
+    """The command's options, and the scoring options of every benchmark."""
     parser.add_argument("folder", help="the folder of one benchmark, or one that holds several")
     parser.add_argument(
-        "--partial", action="store_true", help="score an incomplete run; what is missing is wrong"
+        "--partial", action="store_true", help="score an incomplete run; missing answers are wrong"
     )
-    add_scoring(parser)
+    add_benchmark_options(parser, scoring_only=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
         [folder] if (folder / "run.json").exists() else sorted(p.parent for p in folder.glob("*/run.json"))
     )
     if not folders:
-        raise UserError(f"{Path(args.folder)} holds no answers of `unitok eval run` (no run.json).")
-    for one in folders:
-        print(table(score_run(one, args.partial, scoring_of(args))))
+        raise UserError(f"{folder} holds no answers of `unitok eval run` (no run.json).")
+    benchmarks = {path: find_benchmark(read_run(path)["benchmark"]) for path in folders}
+    options = select_options(given_options(args), benchmarks.values())
+    for path, benchmark in benchmarks.items():
+        print(result_table(score_run(benchmark, path, options[benchmark.name], args.partial)))

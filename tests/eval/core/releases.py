@@ -121,10 +121,10 @@ def pope(folder, llava):
 
 
 def mme(folder, llava):
-    from open_unitok.eval.understanding.mme import TASKS
+    from open_unitok.eval.understanding.mme import MME_TASKS
 
     replies, rows = {}, []
-    for task in TASKS:
+    for task in MME_TASKS:
         deep = task in ("artwork", "celebrity", "landmark", "posters", "scene")
         for i in range(2):
             texts = folder / task / ("questions_answers_YN" if deep else "")

@@ -12,9 +12,9 @@ import pytest
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.bootstrap import f1_statistic, mean_columns, paired_bootstrap
-from open_unitok.eval.core.compare import compare
-from open_unitok.eval.core.harness import Scoring, Settings
-from open_unitok.eval.registry import run_benchmark
+from open_unitok.eval.report.compare import compare
+
+from ..conftest import run_named
 
 spec = importlib.util.spec_from_file_location("releases", Path(__file__).with_name("releases.py"))
 releases = importlib.util.module_from_spec(spec)
@@ -71,11 +71,9 @@ def runs(tmp_path_factory):
         if name == "mme":
             better |= {key: "no" for key in replies if "count image" in key}
         judge = str(root / "data" / "mmvet" / "replies.jsonl")
-        scoring = Scoring(judge_replay=judge if name == "mmvet" else "")
+        options = {"judge_replay": judge} if name == "mmvet" else {}
         for label, script in (("a", replies), ("b", better)):
-            run_benchmark(
-                name, Scripted(script), root / "data", root / label / name, scoring=scoring, quiet=True
-            )
+            run_named(name, Scripted(script), root / "data", root / label / name, options=options, quiet=True)
     return root
 
 
@@ -109,13 +107,13 @@ def test_the_command_compares_all_that_both_have(runs, capsys):
 
 def test_runs_that_differ_in_more_than_the_model_are_refused(runs, tmp_path):
     replies, _ = releases.BUILDERS["vqav2"](tmp_path / "d", False)
-    run_benchmark("vqav2", Scripted(replies), tmp_path / "d", tmp_path / "o", Settings(limit=3), quiet=True)
+    run_named("vqav2", Scripted(replies), tmp_path / "d", tmp_path / "o", {"limit": 3}, quiet=True)
     with pytest.raises(UserError, match="not about the same samples"):
         compare(runs / "a" / "vqav2", tmp_path / "o")
     with pytest.raises(UserError, match="benchmark is 'vqav2' and 'pope'"):
         compare(runs / "a" / "vqav2", runs / "b" / "pope")
-    scoring = Scoring(scorer="official")
-    run_benchmark("vqav2", Scripted(replies), tmp_path / "d", tmp_path / "p", scoring=scoring, quiet=True)
+    scoring = {"scorer": "official"}
+    run_named("vqav2", Scripted(replies), tmp_path / "d", tmp_path / "p", options=scoring, quiet=True)
     with pytest.raises(UserError, match="scorer is 'lmms' and 'official'"):
         compare(runs / "a" / "vqav2", tmp_path / "p")
     with pytest.raises(SystemExit):

@@ -10,7 +10,7 @@ import pytest
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core import bootstrap, model
-from open_unitok.eval.understanding.table import UNDERSTANDING
+from open_unitok.eval.registry import BENCHMARKS
 
 spec = importlib.util.spec_from_file_location("releases", Path(__file__).with_name("releases.py"))
 releases = importlib.util.module_from_spec(spec)
@@ -23,11 +23,11 @@ class Scripted:
 
     replies, asked = {}, 0
 
-    def __init__(self, folder, settings, device):
+    def __init__(self, folder, *options):
         pass
 
-    def needs(self, kind, benchmark):
-        assert kind == "mllm"
+    def check_needs(self, needs, benchmark):
+        assert needs == "mllm"
 
     def describe(self):
         return {"path": "scripted", "kind": "mllm", "fingerprint": "0"}
@@ -70,7 +70,7 @@ def result_of(out, name):
 
 
 def test_every_benchmark_has_a_release():
-    assert list(BUILDERS) == list(UNDERSTANDING) or set(BUILDERS) == set(UNDERSTANDING)
+    assert set(BUILDERS) == {name for name, b in BENCHMARKS.items() if b.module.startswith("understanding.")}
 
 
 @pytest.mark.parametrize("layout", ["original", "llava"])
@@ -78,10 +78,11 @@ def test_every_benchmark_has_a_release():
 def test_five_samples_give_the_known_score(capsys, tmp_path, name, layout):
     Scripted.replies, expected = BUILDERS[name](tmp_path / name, layout == "llava")
     # DATA may hold a folder per benchmark
+    flags = [] if name == "mmbench" else ["--layout", layout]  # LLaVA reads MMBench's own table
     code, out, err = (
-        run(capsys, name, tmp_path, tmp_path / "o", "--layout", layout, "--batch-size", 2)
+        run(capsys, name, tmp_path, tmp_path / "o", *flags, "--batch-size", 2)
         if (name != "mmvet")
-        else run(capsys, name, tmp_path / name, tmp_path / "o", "--layout", layout)
+        else run(capsys, name, tmp_path / name, tmp_path / "o", *flags)
     )
     assert code == 0, err
     result = result_of(tmp_path / "o", name)
@@ -89,7 +90,7 @@ def test_five_samples_give_the_known_score(capsys, tmp_path, name, layout):
     assert f"{name}  ({result['n']} samples, 0 missing)" in out
     metric = result["metrics"][result["metric"]]
     assert metric["interval"][0] <= result["value"] <= metric["interval"][1]
-    assert result["complete"] and result["scorer"] == UNDERSTANDING[name].scorers[0]
+    assert result["complete"] and result["scorer"] == BENCHMARKS[name].scorers[0]
     assert result["split"] and result["decoding"] == "greedy" and result["versions"]["torch"]
     assert result["prompt_template"].startswith(
         ("as in", "letter after") if layout == "llava" and name != "mmbench" else ""
@@ -145,7 +146,7 @@ def test_prompts_and_submissions_are_the_published_ones(capsys, tmp_path):
     assert text.splitlines()[0] == "0000.jpg\tIs OCR image 0 right? Please answer yes or no.\tYes\tYes"
     sheet = tmp_path / "o" / "mmbench" / "submission" / "mmbench_dev_20230712.xlsx"
     cells = zipfile.ZipFile(sheet).read("xl/worksheets/sheet1.xml").decode()
-    assert cells.count("<row>") == 16 and "<c><v>2000004</v></c>" in cells and "prediction" in cells
+    assert cells.count("<row ") == 16 and "<v>2000004</v>" in cells
 
 
 def test_textvqa_without_ocr_words_is_another_recipe(capsys, tmp_path):
@@ -211,7 +212,7 @@ def test_missing_images_and_files_never_help(capsys, tmp_path, name):
     assert code == 0, err
     result = result_of(tmp_path / "o", name)
     assert result["failed"] and result["value"] < expected
-    assert "samples could not be asked, the first because" in out
+    assert "samples could not be answered, the first because" in out
 
 
 def test_unknown_split_layout_and_image_are_one_line(capsys, tmp_path):
@@ -236,7 +237,7 @@ def test_all_runs_what_is_there(capsys, tmp_path):
     code, out, err = run(capsys, "all", tmp_path, tmp_path / "o")
     assert code == 0 and "vizwiz  (5" in out and "seedbench  (5" in out, err
     code, _, err = run(capsys, "all", tmp_path / "vizwiz" / "val", tmp_path / "o")
-    assert code == 2 and "holds the files of no benchmark" in err
+    assert code == 2 and "holds no benchmark's files" in err
     assert issubclass(UserError, ValueError)
 
 

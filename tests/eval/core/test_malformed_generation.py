@@ -62,7 +62,7 @@ def test_geneval_counts_a_malformed_prompt_and_malformed_findings(call, generato
     assert "5 lines of detections.jsonl cannot be used, the first: " in out and "line 6" in out
     write_lines(path, bad[:2])
     code, _, err = run(*words)
-    assert code == 2 and "holds no line that can be used" in err and err.count("\n") == 1
+    assert code == 2 and "has no usable line" in err and err.count("\n") == 1
 
 
 def test_genai_bench_counts_malformed_prompts_skills_and_scores(call, generator, judge, tmp_path):
@@ -153,7 +153,7 @@ def test_mjhq_counts_malformed_prompts(call, generator, quick_net, tmp_path):
     assert result["metrics"]["fid"]["n"] == 5 and not result["comparable"]
     path.write_text("[]")
     code, _, err = run(call, "mjhq", tmp_path / "data", tmp_path / "o")
-    assert code == 2 and "expected an object, found list" in err
+    assert code == 2 and "expected an object, got list" in err
 
 
 def test_an_image_that_breaks_after_generation_is_counted(call, generator, judge, tmp_path):
@@ -165,6 +165,6 @@ def test_an_image_that_breaks_after_generation_is_counted(call, generator, judge
     code, out, err = run(call, "genai_bench", tmp_path / "data", tmp_path, "--vqa-model", tmp_path)
     assert code == 0, err
     assert result_of(tmp_path, "genai_bench")["value"] == pytest.approx(0.25)
-    assert "2 images could not be looked at, the first because " in out and "00001.jpg" in out
+    assert "2 images could not be judged, the first because " in out and "00001.jpg" in out
     assert "2 images have no score (counted as 0)" in out
     assert np.asarray(Image.open(tmp_path / "genai_bench" / "images" / "00002.jpg")).shape == (16, 16, 3)

@@ -8,9 +8,8 @@ import pytest
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.harness import Settings
-from open_unitok.eval.registry import run_benchmark
 
+from ..conftest import run_named
 from .test_runs import QUIET, Scripted, data
 
 assert data  # the fixture: a folder of scenes
@@ -47,9 +46,9 @@ def spoil(path, value):
 
 @pytest.mark.parametrize("fault", [*FAULTS, "an unknown shape"])
 def test_zeroshot_counts_a_malformed_scene_as_wrong(own, tmp_path, fault):
-    whole = run_benchmark("zeroshot", Scripted(own), own, tmp_path / "a", **QUIET)
+    whole = run_named("zeroshot", Scripted(own), own, tmp_path / "a", **QUIET)
     spoil(own / "test" / "captions.json", UNKNOWN if fault == "an unknown shape" else FAULTS[fault])
-    result = run_benchmark("zeroshot", Scripted(own), own, tmp_path / "b", **QUIET)
+    result = run_named("zeroshot", Scripted(own), own, tmp_path / "b", **QUIET)
     n = whole["metrics"]["top5"]["n"]
     assert result["malformed"] == 1 and result["metrics"]["top5"]["n"] == n + 1
     assert result["metrics"]["top5"]["value"] == pytest.approx(
@@ -61,15 +60,15 @@ def test_zeroshot_counts_a_malformed_scene_as_wrong(own, tmp_path, fault):
 @pytest.mark.parametrize("name", ["geneval", "positions"])
 def test_a_malformed_scene_is_left_out_of_the_ceiling(own, tmp_path, name, fault):
     spoil(own / "test" / "captions.json", FAULTS[fault])
-    result = run_benchmark(name, Scripted(own), own, tmp_path / "o", **QUIET)
+    result = run_named(name, Scripted(own), own, tmp_path / "o", **QUIET)
     assert result["details"]["ceiling_overall"] == 1.0 and result["value"] == 0.0
     assert any("1 images are left out of the ceiling" in p and "entry 0" in p for p in result["problems"])
 
 
 def test_a_scene_without_objects_is_not_reconstructed(own, tmp_path):
-    whole = run_benchmark("positions", Scripted(own), own, tmp_path / "a", **QUIET)
+    whole = run_named("positions", Scripted(own), own, tmp_path / "a", **QUIET)
     spoil(own / "test" / "captions.json", EMPTY)
-    result = run_benchmark("positions", Scripted(own), own, tmp_path / "b", **QUIET)
+    result = run_named("positions", Scripted(own), own, tmp_path / "b", **QUIET)
     assert result["metrics"] == whole["metrics"] and not result["problems"]
 
 
@@ -84,7 +83,7 @@ def words_of(scripted):
 )
 def test_retrieval_counts_a_malformed_entry_as_never_found(own, tmp_path, fault):
     spoil(own / "test" / "captions.json", fault)
-    result = run_benchmark("retrieval", words_of(Scripted(own)), own, tmp_path / "o", **QUIET)
+    result = run_named("retrieval", words_of(Scripted(own)), own, tmp_path / "o", **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "o" / "scores.jsonl").read_text().splitlines()]
     assert result["malformed"] == 1 and rows[0]["score"] == 0.0 and result["n"] == 41
 
@@ -94,25 +93,25 @@ def test_a_malformed_position_is_wrong(own, tmp_path, fault):
     path = own / "test" / "positions.jsonl"
     n = len(path.read_text().splitlines())
     path.write_text(fault + "\n" + path.read_text())
-    result = run_benchmark("positions", Scripted(own), own, tmp_path / "o", **QUIET)
-    assert result["malformed"] == 1 and result["about"]["prompts"] == n + 1
+    result = run_named("positions", Scripted(own), own, tmp_path / "o", **QUIET)
+    assert result["malformed"] == 1 and result["metadata"]["prompts"] == n + 1
     assert result["metrics"]["ceiling"]["value"] == 1.0
 
 
 def test_detections_without_colours_are_scored(own, tmp_path):
-    settings = Settings(detector="none")
+    settings = {"detector": "none"}
     with pytest.raises(UserError, match="have no detections"):
-        run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)
+        run_named("positions", Scripted(own), own, tmp_path, settings, **QUIET)
     row = {"index": 0, "detections": {"star": [[0, 0, 9, 9, 0.95]]}}
     (tmp_path / "detections.jsonl").write_text(json.dumps(row) + "\n")
-    assert run_benchmark("positions", Scripted(own), own, tmp_path, settings, **QUIET)["value"] == 0.0
+    assert run_named("positions", Scripted(own), own, tmp_path, settings, **QUIET)["value"] == 0.0
 
 
 def test_an_image_of_another_size_is_named_and_wrong(own, tmp_path):
     scripted = Scripted(own)
     sizes = iter((16, 32, 48))
     scripted.generate = lambda prompts, seeds: [Image.new("RGB", (next(sizes, 32),) * 2) for _ in prompts]
-    result = run_benchmark("geneval", scripted, own, tmp_path / "o", **QUIET)
+    result = run_named("geneval", scripted, own, tmp_path / "o", **QUIET)
     assert result["failed"] == 2 and result["details"]["ceiling_overall"] == 1.0
     assert any("(16, 16, 3)" in problem for problem in result["problems"])
 
@@ -129,4 +128,4 @@ def test_scenes_that_are_none_are_one_line(own, tmp_path, name, key):
     scenes = json.loads((own / "scenes.json").read_text())
     (own / "scenes.json").write_text(json.dumps(scenes | {key: "x"}))
     with pytest.raises(UserError, match=r"scenes\.json"):
-        run_benchmark(name, Scripted(own), own, tmp_path / "o", **QUIET)
+        run_named(name, Scripted(own), own, tmp_path / "o", **QUIET)

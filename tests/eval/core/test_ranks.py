@@ -14,7 +14,8 @@ from PIL import Image
 
 from open_unitok.core import distributed
 from open_unitok.eval.core import judge_pass
-from open_unitok.eval.core.harness import Sample, Store
+from open_unitok.eval.core.benchmark import Sample
+from open_unitok.eval.core.harness import AnswerStore
 from open_unitok.eval.metrics.inception_weights import INCEPTION_VARIANTS
 
 from ..generation.test_generated_images import random_image, write_dpg, write_genai
@@ -150,7 +151,7 @@ def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
         return out / "judge_passes" / "x-ffffffffffff"
 
     def said(folder):
-        answers = Store(folder, "x").gather(samples)
+        answers = AnswerStore(folder, "x").gather(samples)
         assert not answers.missing and not answers.duplicates
         return {i: row["batch"] for i, row in answers.records.items()}
 

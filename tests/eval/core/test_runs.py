@@ -9,10 +9,12 @@ from PIL import Image
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.harness import Sample, Settings, Store
+from open_unitok.eval.core.benchmark import Sample
+from open_unitok.eval.core.harness import AnswerStore
 from open_unitok.eval.core.model import Reconstructions
-from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
+
+from ..conftest import run_named, score_folder
 
 QUIET = {"quiet": True}
 
@@ -81,10 +83,10 @@ def hash_of(text):
 
 
 def test_known_vqa_score_comes_out_of_the_command(data, tmp_path):
-    result = run_benchmark("vqav2", Scripted(data), data, tmp_path / "a", **QUIET)
+    result = run_named("vqav2", Scripted(data), data, tmp_path / "a", **QUIET)
     assert result["metrics"]["accuracy"]["value"] == 1.0 and result["n"] > 60
-    assert result["complete"] and not result["problems"] and result["about"]["prompt_template"] == "plain"
-    result = run_benchmark("vqav2", Scripted(data, lambda i: i % 4 != 0), data, tmp_path / "b", **QUIET)
+    assert result["complete"] and not result["problems"] and result["metadata"]["prompt_template"] == "plain"
+    result = run_named("vqav2", Scripted(data, lambda i: i % 4 != 0), data, tmp_path / "b", **QUIET)
     assert result["value"] == pytest.approx(1 - np.ceil(result["n"] / 4) / result["n"])
     low, high = result["metrics"]["accuracy"]["interval"]
     assert low < result["value"] < high
@@ -94,7 +96,7 @@ def test_known_vqa_score_comes_out_of_the_command(data, tmp_path):
 
 
 def test_reconstruction_and_codebook_use(data, tmp_path):
-    result = run_benchmark("reconstruction", Scripted(data), data, tmp_path, **QUIET)
+    result = run_named("reconstruction", Scripted(data), data, tmp_path, **QUIET)
     assert result["metrics"]["psnr"]["value"] == pytest.approx(20 * np.log10(255), abs=1e-6)
     assert result["details"]["usage"] == [
         0.5,
@@ -105,39 +107,39 @@ def test_reconstruction_and_codebook_use(data, tmp_path):
 
 
 def test_drawings_and_their_ceiling(data, tmp_path):
-    result = run_benchmark("geneval", Scripted(data), data, tmp_path / "g", **QUIET)
+    result = run_named("geneval", Scripted(data), data, tmp_path / "g", **QUIET)
     assert result["value"] == 0.0  # empty images show nothing
     assert result["details"]["ceiling_overall"] == 1.0  # the detector knows real images with a little noise
     assert set(result["details"]["ceiling"]) <= {m.removeprefix("tag/") for m in result["metrics"]}
     layout = sorted((tmp_path / "g" / "images").glob("*/samples/0000.png"))
     assert len(layout) == len(list((tmp_path / "g" / "images").glob("*/metadata.jsonl")))
-    result = run_benchmark("positions", Scripted(data), data, tmp_path / "p", **QUIET)
+    result = run_named("positions", Scripted(data), data, tmp_path / "p", **QUIET)
     assert result["value"] == 0.0 and result["metrics"]["ceiling"]["value"] == 1.0
 
 
 def test_detections_of_another_detector_are_scored(data, tmp_path):
-    settings = Settings(detector="none", images_per_prompt=2)
+    settings = {"detector": "none", "images_per_prompt": 2}
     with pytest.raises(UserError, match="have no detections"):
-        run_benchmark("geneval", Scripted(data), data, tmp_path, settings, **QUIET)
+        run_named("geneval", Scripted(data), data, tmp_path, settings, **QUIET)
     rows = [json.loads(line) for line in (tmp_path / "answers-00000.jsonl").read_text().splitlines()]
     found = [{"index": row["index"], "detections": {}, "colors": {}} for row in rows]
     (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    result = score_run(tmp_path)
+    result = score_folder(tmp_path)
     assert result["value"] == 0.0 and not result["comparable"]
     assert "a detector without a name" in result["not_comparable_reason"]
     named = [row | {"detector": "mmdet Mask2Former"} for row in found]
     (tmp_path / "detections.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
-    assert score_run(tmp_path)["comparable"]
+    assert score_folder(tmp_path)["comparable"]
 
 
 def test_zeroshot_runs_over_all_pairs(data, tmp_path):
-    result = run_benchmark("zeroshot", Scripted(data), data, tmp_path, **QUIET)
+    result = run_named("zeroshot", Scripted(data), data, tmp_path, **QUIET)
     assert result["details"]["chance"] == pytest.approx(1 / 24)
     assert 0 <= result["metrics"]["top1"]["value"] <= result["metrics"]["top5"]["value"] <= 1
 
 
 def test_pope_counts_a_yes_sayer(data, tmp_path):
-    result = run_benchmark("pope", Scripted(data), data, tmp_path, **QUIET)
+    result = run_named("pope", Scripted(data), data, tmp_path, **QUIET)
     assert result["metrics"]["accuracy"]["value"] == pytest.approx(0.5)
     assert result["value"] == pytest.approx(2 / 3)
 
@@ -150,49 +152,49 @@ def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
             return super().answer(images, questions, max_new_tokens)
 
     with pytest.raises(KeyboardInterrupt):
-        run_benchmark("vqav2", Killed(data), data, tmp_path / "a", batch_size=10, **QUIET)
+        run_named("vqav2", Killed(data), data, tmp_path / "a", batch_size=10, **QUIET)
     path = tmp_path / "a" / "answers-00000.jsonl"
     path.write_bytes(path.read_bytes()[:-9] + "é".encode()[:1])  # the kill cut the last line off
     with pytest.raises(UserError, match=r"samples have no answer.*--partial"):
-        score_run(tmp_path / "a")
-    partial = score_run(tmp_path / "a", partial=True)
+        score_folder(tmp_path / "a")
+    partial = score_folder(tmp_path / "a", partial=True)
     assert partial["missing"] == partial["n"] - 19 and not partial["complete"]
     assert partial["value"] == pytest.approx(19 / partial["n"])  # what is missing is wrong
     model = Scripted(data)
-    again = run_benchmark("vqav2", model, data, tmp_path / "a", batch_size=7, **QUIET)
+    again = run_named("vqav2", model, data, tmp_path / "a", batch_size=7, **QUIET)
     assert model.asked == again["n"] - 19
-    whole = run_benchmark("vqav2", Scripted(data), data, tmp_path / "b", **QUIET)
+    whole = run_named("vqav2", Scripted(data), data, tmp_path / "b", **QUIET)
     assert again == whole
     for name in ("results.json", "scores.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_finished_run_asks_nothing_and_scores_the_same(data, tmp_path):
-    first = run_benchmark("vqav2", Scripted(data), data, tmp_path, **QUIET)
+    first = run_named("vqav2", Scripted(data), data, tmp_path, **QUIET)
     model = Scripted(data)
-    assert run_benchmark("vqav2", model, data, tmp_path, **QUIET) == first and model.asked == 0
-    assert score_run(tmp_path) == first
+    assert run_named("vqav2", model, data, tmp_path, **QUIET) == first and model.asked == 0
+    assert score_folder(tmp_path) == first
 
 
 def test_other_settings_or_model_are_refused(data, tmp_path):
-    run_benchmark("vqav2", Scripted(data), data, tmp_path, Settings(limit=5), **QUIET)
+    run_named("vqav2", Scripted(data), data, tmp_path, {"limit": 5}, **QUIET)
     with pytest.raises(UserError, match=r"setting limit = 5, this run has 6"):
-        run_benchmark("vqav2", Scripted(data), data, tmp_path, Settings(limit=6), **QUIET)
+        run_named("vqav2", Scripted(data), data, tmp_path, {"limit": 6}, **QUIET)
     other = Scripted(data)
     other.describe = lambda: Scripted.describe(other) | {"fingerprint": "1"}
     with pytest.raises(UserError, match="model fingerprint = '0', this run has '1'"):
-        run_benchmark("vqav2", other, data, tmp_path, Settings(limit=5), **QUIET)
+        run_named("vqav2", other, data, tmp_path, {"limit": 5}, **QUIET)
 
 
 def test_duplicates_and_strangers_are_found(tmp_path):
-    store, samples = Store(tmp_path, "vqav2"), [Sample(0, "a", "q"), Sample(1, "b", "r")]
+    store, samples = AnswerStore(tmp_path, "vqav2"), [Sample(0, "a", "q"), Sample(1, "b", "r")]
     store.append(samples, [{"text": "x"}, {"text": "y"}])
     store.append(samples[:1], [{"text": "z"}])
     store.append([Sample(7, "c", "s"), Sample(1, "b", "another prompt")], [{"text": "u"}, {"text": "v"}])
     answers = store.gather(samples)
     assert (answers.records[0]["text"], answers.duplicates, answers.unknown) == ("x", 1, 2)
     (tmp_path / "answers-00001.jsonl").write_text('{"index": 3}\n')
-    with pytest.raises(UserError, match="line 1, is no answer of ours"):
+    with pytest.raises(UserError, match="line 1 is not a valid answer record"):
         store.gather(samples)
 
 
@@ -202,15 +204,16 @@ def test_unreadable_images_are_counted_and_never_help(data, tmp_path):
     (mine / "test" / "images" / "scenes_test_000000000000.png").write_bytes(b"no image")
     (mine / "test" / "images" / "scenes_test_000000000001.png").unlink()
     model = Scripted(data)
-    result = run_benchmark("vqav2", model, mine, tmp_path / "v", **QUIET)
+    result = run_named("vqav2", model, mine, tmp_path / "v", **QUIET)
     broken = 6  # three questions about each
     assert result["failed"] == broken and result["value"] == pytest.approx(1 - broken / result["n"])
     assert (
-        "samples could not be asked" in result["problems"][0] and "000000000000.png" in result["problems"][0]
+        "samples could not be answered" in result["problems"][0]
+        and "000000000000.png" in result["problems"][0]
     )
-    copies = run_benchmark("reconstruction", model, mine, tmp_path / "r", **QUIET)
+    copies = run_named("reconstruction", model, mine, tmp_path / "r", **QUIET)
     assert copies["failed"] == 1 and copies["metrics"]["psnr"]["n"] == 38
-    positions = run_benchmark("pope", model, mine, tmp_path / "p", **QUIET)
+    positions = run_named("pope", model, mine, tmp_path / "p", **QUIET)
     assert positions["failed"] == 12 and positions["value"] < 2 / 3
 
 
@@ -221,7 +224,7 @@ def test_a_question_that_the_model_refuses_is_named_alone(data, tmp_path):
                 raise UserError("too long for the model")
             return super().answer(images, questions, max_new_tokens)
 
-    result = run_benchmark("vqav2", Strict(data), data, tmp_path, **QUIET)
+    result = run_named("vqav2", Strict(data), data, tmp_path, **QUIET)
     assert 0 < result["failed"] < result["n"]
     assert result["metrics"]["type/count"]["value"] == 0.0
     assert result["metrics"]["type/colour"]["value"] == 1.0
@@ -229,13 +232,13 @@ def test_a_question_that_the_model_refuses_is_named_alone(data, tmp_path):
 
 def test_bad_requests_are_one_line(data, tmp_path):
     with pytest.raises(UserError, match="Did you mean 'vqav2'"):
-        run_benchmark("vqa2", Scripted(data), data, tmp_path)
+        run_named("vqa2", Scripted(data), data, tmp_path)
     with pytest.raises(UserError, match="does not exist"):
-        run_benchmark("vqav2", Scripted(data), tmp_path / "nowhere", tmp_path / "o")
+        run_named("vqav2", Scripted(data), tmp_path / "nowhere", tmp_path / "o")
     with pytest.raises(UserError, match="does not exist"):
-        score_run(tmp_path)
+        score_folder(tmp_path)
     with pytest.raises(UserError, match="Did you mean 'plain'"):
-        run_benchmark("vqav2", Scripted(data), data, tmp_path / "o", Settings(prompt_template="plane"))
+        run_named("vqav2", Scripted(data), data, tmp_path / "o", {"prompt_template": "plane"})
     assert not (tmp_path / "o").exists()  # nothing half-written
 
 
@@ -246,12 +249,12 @@ def as_rank(monkeypatch, rank, world):
 
 
 def test_shares_of_ranks_that_died_are_taken_up_by_any_number_of_others(data, tmp_path, monkeypatch):
-    whole = run_benchmark("vqav2", Scripted(data), data, tmp_path / "one", **QUIET)
+    whole = run_named("vqav2", Scripted(data), data, tmp_path / "one", **QUIET)
     asked = []
     for rank, world in ((2, 3), (1, 3), (1, 2), (0, 1)):  # rank 0 of three died before it asked anything
         as_rank(monkeypatch, rank, world)
         model = Scripted(data)
-        result = run_benchmark("vqav2", model, data, tmp_path / "many", batch_size=7, **QUIET)
+        result = run_named("vqav2", model, data, tmp_path / "many", batch_size=7, **QUIET)
         assert (result is None) == (rank > 0)
         asked.append(model.asked)
     assert result == whole and sum(asked) == whole["n"] and min(asked) > 0
@@ -266,7 +269,7 @@ def test_memory_stays_flat_however_many_answers(tmp_path):
     from open_unitok.eval.core.harness import answer_samples
 
     samples = [Sample(i, i, f"question {i}") for i in range(4_000)]
-    store = Store(tmp_path, "vqav2")
+    store = AnswerStore(tmp_path, "vqav2")
     tracemalloc.start()
     answer_samples(store, samples[:100], lambda batch: [{"text": "x" * 5000}] * len(batch), 100, quiet=True)
     before = tracemalloc.get_traced_memory()[0]
@@ -283,5 +286,5 @@ def test_empty_answers_are_counted_and_named(data, tmp_path):
         def answer(self, images, questions, max_new_tokens=16):
             return ["" for _ in questions]
 
-    result = run_benchmark("vqav2", Silent(data), data, tmp_path, **QUIET)
+    result = run_named("vqav2", Silent(data), data, tmp_path, **QUIET)
     assert result["value"] == 0.0 and f"{result['n']} answers are empty" in result["problems"][0]

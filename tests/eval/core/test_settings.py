@@ -1,27 +1,67 @@
-"""Whose settings a benchmark draws with: those that are asked for, else the model's own."""
+"""Options of benchmarks: the sampling settings of a model, unknown options, the table itself."""
 
 import argparse
 import json
 from dataclasses import asdict
-from types import SimpleNamespace
 
-from open_unitok.cli.eval.run import add_arguments, settings_of
-from open_unitok.eval.core.harness import Settings
-from open_unitok.eval.core.model import Model
+import pytest
+
+from open_unitok.cli.eval.run import add_arguments, given_options, load_model
+from open_unitok.core.errors import UserError
+from open_unitok.eval.core.generated_images import SAMPLING_KEYS, describe_sampling
+from open_unitok.eval.metrics.image_quality import SSIM_MODES
+from open_unitok.eval.registry import BENCHMARKS, find_benchmark, select_options
+from open_unitok.eval.understanding.pope import POPE_SCORERS
+from open_unitok.eval.understanding.vqav2 import VQAV2_SCORERS
 from open_unitok.generation import Sampling
 
 
-def test_drawings_are_made_as_the_model_says(tmp_path):
-    def settings(*options):
+def test_images_are_sampled_with_the_models_own_settings(tmp_path):
+    def resolved(*flags):
         parser = argparse.ArgumentParser()
         add_arguments(parser)
-        command = ["geneval", "--model", str(tmp_path), "--data", "d", "--out", "o", *options]
-        return settings_of(parser.parse_args(command), str(tmp_path))
+        command = ["geneval", "--model", str(tmp_path), "--data", "d", "--out", "o", *flags]
+        given, geneval = given_options(parser.parse_args(command)), find_benchmark("geneval")
+        options = select_options(given, [geneval])
+        model = load_model(str(tmp_path), "cpu", [geneval], given, options)
+        settings, _ = geneval.resolve(options["geneval"])
+        assert asdict(model.sampling) == {key: getattr(settings, key) for key in SAMPLING_KEYS}
+        return settings
 
-    assert settings() == Settings()
+    (tmp_path / "config.json").write_text('{"model_type": "unitok_mllm"}')
+    assert resolved() == find_benchmark("geneval").resolve({})[0]
     own = {"guidance": 2.5, "temperature": 0.25, "greedy": True, "guidance_schedule": "linear"}
     (tmp_path / "sampling.json").write_text(json.dumps(own))
-    assert settings() == Settings(**own)
-    assert settings("--no-greedy", "--guidance", "3") == Settings(**own | {"greedy": False, "guidance": 3.0})
-    assert settings().decoding == "guidance 2.5 (linear), greedy"
-    assert asdict(Model.sampling.fget(SimpleNamespace(settings=settings()))) == asdict(Sampling(**own))
+    assert vars(resolved()) | own == vars(resolved())
+    changed = vars(resolved("--no-greedy", "--guidance", "3"))
+    assert changed == vars(resolved()) | {"greedy": False, "guidance": 3.0}
+    assert describe_sampling(resolved()) == "guidance 2.5 (linear), greedy"
+
+
+def test_an_option_that_no_chosen_benchmark_has_names_those_that_do():
+    chosen = [find_benchmark("pope"), find_benchmark("gqa")]
+    assert select_options({"split": "x"}, chosen) == {"pope": {}, "gqa": {"split": "x"}}
+    with pytest.raises(UserError, match=r"--judge-runs is not an option of pope, gqa; it is one of mmvet\."):
+        select_options({"judge_runs": 3}, chosen)
+    with pytest.raises(UserError, match=r"--grid .* it is one of dpg_bench\."):
+        select_options({"grid": 512}, chosen)
+    with pytest.raises(UserError, match="judge_runs is 0; it must be at least 1"):
+        find_benchmark("mmvet").resolve({"judge_runs": 0})
+    with pytest.raises(UserError, match="pope has no option 'guidance'"):
+        find_benchmark("pope").resolve({"guidance": 3.0})
+
+
+def test_the_table_agrees_with_the_benchmarks():
+    """Options of one name are one option; sampling defaults are those of `Sampling`; scorers are real."""
+    known = {}
+    for benchmark in BENCHMARKS.values():
+        names = [option.name for option in benchmark.all_options]
+        assert len(set(names)) == len(names)
+        for option in benchmark.all_options:
+            if option.name != "scorer":
+                assert known.setdefault(option.name, option) == option
+        code = benchmark.code
+        assert callable(code.load) and callable(code.answer) and callable(code.score)
+    assert {key: known[key].default for key in SAMPLING_KEYS} == asdict(Sampling())
+    assert BENCHMARKS["vqav2"].scorers == VQAV2_SCORERS and BENCHMARKS["pope"].scorers == POPE_SCORERS
+    assert set(BENCHMARKS["reconstruction"].scorers) == set(SSIM_MODES)

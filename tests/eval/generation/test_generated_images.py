@@ -11,6 +11,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.eval.generation import dpg_bench, genai_bench
 from open_unitok.eval.metrics import inception_features, inception_weights, vqascore
+from open_unitok.generation import Sampling
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
@@ -18,12 +19,12 @@ GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 class ScriptedGenerator:
     """Draws one colour per prompt; refuses prompts that say "refuse"."""
 
-    device = "cpu"
+    device, sampling = "cpu", Sampling()
 
-    def __init__(self, folder="scripted", settings=None, device="cpu"):
+    def __init__(self, folder="scripted", *options):
         pass
 
-    def needs(self, kind, benchmark):
+    def check_needs(self, needs, benchmark):
         pass
 
     def describe(self):
@@ -353,7 +354,7 @@ def test_images_of_another_system_replace_a_model(call, judge, tmp_path):
     assert result["value"] == pytest.approx(0.5) and "00003.png does not exist" in out
     assert result["model"]["kind"] == "external images"
     code, _, err = call("eval", "run", "pope", *words)
-    assert code == 2 and "holds images alone" in err
+    assert code == 2 and "holds images" in err
 
 
 def test_images_of_another_system_may_be_in_grids(call, judge, tmp_path):
@@ -371,13 +372,13 @@ def test_images_of_another_system_may_be_in_grids(call, judge, tmp_path):
             assert np.array_equal(np.asarray(image), random_image("1", j))
     result = result_of(tmp_path, "dpg_bench")
     assert result["value"] == pytest.approx(100 / 3 * (3 + 2 / 4) / 5) and result["failed"] == 6
-    assert "32 x 20 pixels have no 3. square of 16" in out
+    assert "32 x 20 pixels hold no square number 3 of 16" in out
     for name, more, message in (
         ("dpg_bench", ("--grid", 0), "grid is 0; it must be at least 1"),
-        ("genai_bench", ("--grid", 16), "--grid is for DPG-Bench"),
+        ("genai_bench", ("--grid", 16), "--grid is not an option of genai_bench; it is one of dpg_bench"),
     ):
         code, _, err = call("eval", "run", name, *words[1:-1], tmp_path / "o", *more)
         assert code == 2 and message in err
     words = ("dpg_bench", "--data", tmp_path / "data", "--model", "m", "--out", tmp_path / "o")
     code, _, err = call("eval", "run", *words, "--grid", 16)
-    assert code == 2 and "--grid is for drawings from elsewhere" in err
+    assert code == 2 and "--grid is for external images" in err

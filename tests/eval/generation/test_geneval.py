@@ -89,8 +89,8 @@ def test_malformed_metadata_names_the_line(tmp_path):
     for found, message in (
         ({"detections": {"a": [[0, 0, 1, 1, 1.0]] * 2}, "colors": {"a": ["red"]}}, "2 boxes, but 1 colours"),
         ({"detections": {"a": [[0, 0, 1]]}}, "boxes of 'a' must be"),
-        ({"detections": {"a": 5}, "colors": []}, "colors: expected an object, found list"),
-        ({"detections": []}, "detections: expected an object, found list"),
+        ({"detections": {"a": 5}, "colors": []}, "colors: expected an object, got list"),
+        ({"detections": []}, "detections: expected an object, got list"),
     ):
         with pytest.raises(UserError, match=message):
             detections.check_detections(found, "line 1")

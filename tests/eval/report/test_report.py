@@ -7,12 +7,12 @@ import pytest
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.harness import Settings
-from open_unitok.eval.registry import detect_benchmarks, run_benchmark
+from open_unitok.eval.registry import detect_benchmarks, find_benchmark
 from open_unitok.eval.report import screenshot
 from open_unitok.eval.report.demo import write_report
 from open_unitok.eval.report.demo_run import choose_samples, stage_curves, text_table
 
+from ..conftest import run_named
 from ..core.test_runs import QUIET, Scripted, data
 
 __all__ = ["data"]  # a fixture
@@ -74,7 +74,8 @@ def test_the_curves_shown_are_the_losses():
 def test_report_is_whole_and_self_contained(data, tmp_path):
     for name in detect_benchmarks(data):
         model = Scripted(data, lambda i: i % 5 != 0)
-        run_benchmark(name, model, data, tmp_path / "eval" / name, Settings(guidance=2.0), **QUIET)
+        options = {"guidance": 2.0} if find_benchmark(name).needs == "generator" else {}
+        run_named(name, model, data, tmp_path / "eval" / name, options, **QUIET)
     (tmp_path / "tokenizer").mkdir()
     rows = curve_rows(TOKENIZER_NAMES)
     (tmp_path / "tokenizer" / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -112,7 +113,7 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
 
 
 def test_report_of_a_tokenizer_alone(data, tmp_path):
-    run_benchmark("reconstruction", Scripted(data), data, tmp_path / "eval" / "reconstruction", **QUIET)
+    run_named("reconstruction", Scripted(data), data, tmp_path / "eval" / "reconstruction", **QUIET)
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert "Reconstructions" in page and "Generated images" not in page and "Time and memory" not in page

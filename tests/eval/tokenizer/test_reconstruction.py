@@ -13,15 +13,13 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core import crops, imagenet, tar_images
-from open_unitok.eval.core.harness import Scoring, Settings
+from open_unitok.eval.core import crops, image_files, imagenet
 from open_unitok.eval.core.model import Reconstructions
 from open_unitok.eval.metrics import fid, inception_features, inception_weights
-from open_unitok.eval.registry import run_benchmark, score_run
 from open_unitok.eval.tokenizer import linear_probe, zeroshot
 from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
 
-from ..conftest import GOLDEN
+from ..conftest import GOLDEN, run_named, score_folder
 
 WNIDS = ("n01440764", "n01443537", "n02123045", "n03255030", "n15075141")  # classes 0, 1, 281, 542, 999
 
@@ -31,10 +29,10 @@ class Scripted:
 
     device = "cpu"
 
-    def __init__(self, folder="scripted", settings=None, device="cpu"):
+    def __init__(self, folder="scripted", *options):
         self.reads = 0
 
-    def needs(self, kind, benchmark):
+    def check_needs(self, needs, benchmark):
         pass
 
     def describe(self):
@@ -49,7 +47,7 @@ class Scripted:
         second[:, 0, 1] += 1
         return Reconstructions(originals, originals ^ 1, codes, 256, second if reencode else None)
 
-    def pooled(self, images, pooling):
+    def features(self, images, pooling):
         return np.stack([np.asarray(i, np.float32).mean(axis=(0, 1)) / 255 for i in images])
 
     def embed_images(self, images):
@@ -64,7 +62,7 @@ class Scripted:
 def vectors():
     """Caption -> the direction of its class's colour."""
     colours = np.array([colour_of(n) for n in range(1000)], np.float64)
-    prompts = zeroshot.fill_templates(imagenet.names(), zeroshot.clip_templates())
+    prompts = zeroshot.fill_templates(imagenet.class_names(), zeroshot.clip_templates())
     rows = zeroshot.unit_rows(colours - 127.5)
     return {text: row for row, texts in zip(rows, prompts) for text in texts}
 
@@ -91,7 +89,7 @@ def photos(tmp_path_factory):
 
 def write_colours(folder, part, wnids=WNIDS, suffix="JPEG", copies=1):
     for wnid in wnids:
-        colour = colour_of(imagenet.numbers()[wnid])
+        colour = colour_of(imagenet.class_numbers()[wnid])
         for k in range(copies):
             path = folder / part / wnid / f"{wnid}_{k}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,15 +134,15 @@ def quick_net(monkeypatch):
 
 def test_features_resume_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
     monkeypatch.setattr(inception_features, "PIECE_SIZE", 2)
-    scoring = Scoring(inception_weights=str(inception_file))
-    run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
+    scoring = {"inception_weights": str(inception_file)}
+    run_named("reconstruction", Scripted(), photos, tmp_path / "a", options=scoring, quiet=True)
     pieces = sorted((tmp_path / "a" / "judge_passes").rglob("*.npz"))
     assert len(pieces) == 6
     whole = (tmp_path / "a" / "results.json").read_bytes()
     pieces[1].unlink()
-    partial = score_run(tmp_path / "a", scoring=scoring)
+    partial = score_folder(tmp_path / "a", options=scoring)
     assert "rfid" not in partial["metrics"] and any("3 of 5" in p for p in partial["problems"])
-    run_benchmark("reconstruction", Scripted(), photos, tmp_path / "a", scoring=scoring, quiet=True)
+    run_named("reconstruction", Scripted(), photos, tmp_path / "a", options=scoring, quiet=True)
     assert (tmp_path / "a" / "results.json").read_bytes() == whole
     assert b"rfid" in whole
 
@@ -170,9 +168,9 @@ def test_variants_are_separate_and_files_suffice_for_scoring(
 def test_bad_images_are_counted_and_left_out(quick_net, photos, tmp_path, inception_file):
     shutil.copytree(photos, tmp_path / "data")
     (tmp_path / "data" / "val" / WNIDS[0] / "broken.png").write_bytes(b"no image")
-    scoring = Scoring(inception_weights=str(inception_file))
-    result = run_benchmark(
-        "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", scoring=scoring, quiet=True
+    scoring = {"inception_weights": str(inception_file)}
+    result = run_named(
+        "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", options=scoring, quiet=True
     )
     assert result["failed"] == 1 and "broken.png" in result["problems"][0]
     assert result["metrics"]["psnr"]["n"] == result["metrics"]["rfid"]["n"] == 5
@@ -192,13 +190,13 @@ def test_a_tar_is_a_folder_of_images(call, scripted, photos, tmp_path):
         assert call(*words)[0] == 0
     a, b = (json.loads((tmp_path / x / "reconstruction" / "results.json").read_text()) for x in "ab")
     assert a["metrics"] == b["metrics"] and b["n"] == 5
-    assert imagenet.find(tar.parent)[3] == (tar / "000003.png", 3)
-    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[: tar_images.index(tar)["000004.png"][0] + 9])
+    assert imagenet.find_labelled_images(tar.parent)[3] == (tar / "000003.png", 3)
+    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[: image_files.index_tar(tar)["000004.png"][0] + 9])
     with pytest.raises(UserError, match=r"cut\.tar"):
-        tar_images.members(tmp_path / "cut.tar", (".png",))
+        image_files.tar_members(tmp_path / "cut.tar", (".png",))
     with tarfile.open(tmp_path / "x.tar", "w") as file:
         file.addfile(tarfile.TarInfo("1.png"), io.BytesIO())
-    assert "1.png has no .cls file" in str(imagenet.by_class_file(tmp_path / "x.tar")[0][1])
+    assert "1.png has no .cls file" in str(imagenet._by_class_file(tmp_path / "x.tar")[0][1])
 
 
 def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
@@ -208,8 +206,8 @@ def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
     assert code == 0, err
     result = json.loads((tmp_path / "o" / "zeroshot" / "results.json").read_text())
     assert result["metrics"]["top1"]["value"] == result["metrics"]["top5"]["value"] == 1.0
-    assert result["n"] == 5 and result["about"]["classes"] == 1000
-    assert result["about"]["prompts per class"] == 80 and "lanczos" in result["about"]["preprocessing"]
+    assert result["n"] == 5 and result["metadata"]["classes"] == 1000
+    assert result["metadata"]["prompts per class"] == 80 and "lanczos" in result["metadata"]["preprocessing"]
     # the flat layout with a table, one label wrong and one image missing: three of five
     flat = tmp_path / "flat"
     (flat / "val").mkdir(parents=True)
@@ -233,7 +231,7 @@ def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
     assert "2 annotations are malformed" in out and "lacks ImageId or PredictionString" in out
     (flat / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nx,n99999999 1\n")
     code, _, err = call(*words[:-2], "--data", flat, "--out", tmp_path / "q")
-    assert code == 2 and "'n99999999' is no WordNet id" in err
+    assert code == 2 and "'n99999999' is not a WordNet id" in err
     (tmp_path / "empty").mkdir()
     code, _, err = call(*words[:-2], "--data", tmp_path / "empty", "--out", tmp_path / "q")
     assert code == 2 and "nothing to classify" in err
@@ -241,10 +239,10 @@ def test_imagenet_zero_shot_through_the_command_line(call, scripted, tmp_path):
 
 def test_class_names_are_the_published_ones():
     golden = json.loads((GOLDEN / "zeroshot.json").read_text())
-    joined = hashlib.sha256("\n".join(imagenet.names()).encode()).hexdigest()
+    joined = hashlib.sha256("\n".join(imagenet.class_names()).encode()).hexdigest()
     assert joined == golden["imagenet_classnames_sha256_joined_by_newline"]
-    assert [wnid for wnid, _ in imagenet.classes()] == sorted(imagenet.numbers())
-    assert (imagenet.names()[0], imagenet.classes()[999][0]) == ("tench", "n15075141")
+    assert [wnid for wnid, _ in imagenet.imagenet_classes()] == sorted(imagenet.class_numbers())
+    assert (imagenet.class_names()[0], imagenet.imagenet_classes()[999][0]) == ("tench", "n15075141")
 
 
 @pytest.mark.parametrize("protocol", ["lbfgs", "sgd"])
@@ -304,9 +302,9 @@ def test_crops_equal_the_published_ones():
 
 
 def test_crop_is_part_of_the_settings(photos, tmp_path):
-    run_benchmark("reconstruction", Scripted(), photos, tmp_path, Settings(crop="adm"), quiet=True)
+    run_named("reconstruction", Scripted(), photos, tmp_path, {"crop": "adm"}, quiet=True)
     with pytest.raises(UserError, match="setting crop = 'adm', this run has None"):
-        run_benchmark("reconstruction", Scripted(), photos, tmp_path, quiet=True)
+        run_named("reconstruction", Scripted(), photos, tmp_path, quiet=True)
 
 
 def test_nan_features_are_rejected():
@@ -323,4 +321,4 @@ def test_linear_probe_counts_images_of_unknown_classes_as_wrong(scripted, call, 
     assert code == 0, err
     result = json.loads((tmp_path / "linear_probe" / "results.json").read_text())
     assert result["value"] == pytest.approx(3 / 4) and result["metrics"]["top1"]["n"] == 4
-    assert "'n99999999' is no WordNet id" in out and "4 training images have no features" in out
+    assert "'n99999999' is not a WordNet id" in out and "4 training images have no features" in out

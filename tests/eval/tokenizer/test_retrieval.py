@@ -15,10 +15,10 @@ class Scripted:
 
     device = "cpu"
 
-    def __init__(self, folder, settings=None, device="cpu"):
+    def __init__(self, folder, *options):
         pass
 
-    def needs(self, kind, benchmark):
+    def check_needs(self, needs, benchmark):
         pass
 
     def describe(self):
@@ -50,7 +50,7 @@ def test_recall_through_the_command_line(images, monkeypatch, capsys):
     result = json.loads((out / "retrieval" / "results.json").read_text())
     assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(197 / 200)
     assert result["metrics"]["text_to_image/R@1"]["value"] == pytest.approx(197 / 200)
-    assert result["n"] == 200 and result["failed"] == 1 and result["about"]["pool"] == 100
+    assert result["n"] == 200 and result["failed"] == 1 and result["metadata"]["pool"] == 100
     low, high = result["metrics"]["image_to_text/R@1"]["interval"]
     assert 0.95 < low < 197 / 200 < high <= 1
     assert "9.png" in capsys.readouterr().out

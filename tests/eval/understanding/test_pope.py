@@ -26,8 +26,8 @@ def folder(tmp_path, golden):
 @pytest.fixture
 def answers(folder, golden):
     """Place in our order -> text; the golden answers are joined by category and image order."""
-    places = {c: [] for c in pope.CATEGORIES}
-    for i, question in enumerate(pope.load(folder)):
+    places = {c: [] for c in pope.POPE_CATEGORIES}
+    for i, question in enumerate(pope.read_pope(folder)):
         places[question.category].append(i)
     texts = {a["question_id"]: a["text"] for a in golden["llava_answers"]}
     result = {}
@@ -37,11 +37,11 @@ def answers(folder, golden):
 
 
 def test_parsed_labels_and_metrics_equal_the_golden_vectors(folder, golden, answers):
-    questions = pope.load(folder)
-    result = pope.score(questions, answers)
+    questions = pope.read_pope(folder)
+    result = pope.pope_metrics(questions, answers)
     parsed = {row["question_id"]: row["parsed"] for row in golden["expected_parsed"]}
     for row in golden["llava_answers"]:
-        assert pope.parse(row["text"]) == parsed[row["question_id"]], row["text"]
+        assert pope.parse_yes_no(row["text"]) == parsed[row["question_id"]], row["text"]
     for category, expected in golden["expected_per_category"].items():
         assert result["per_category"][category] == pytest.approx(expected, abs=1e-9)
     assert result["f1"] == pytest.approx(golden["expected_mean_f1_over_categories"], abs=1e-9)
@@ -49,27 +49,27 @@ def test_parsed_labels_and_metrics_equal_the_golden_vectors(folder, golden, answ
 
 
 def test_strict_scorer_equals_the_other_harness(folder, golden, answers):
-    result = pope.score(pope.load(folder), answers, "strict")["per_category"]
-    for category in pope.CATEGORIES:
+    result = pope.pope_metrics(pope.read_pope(folder), answers, "strict")["per_category"]
+    for category in pope.POPE_CATEGORIES:
         expected, found = golden["lmms_eval_expected"][category], result[category]
         assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-9)
         assert found["f1"] == pytest.approx(expected["f1_score"], abs=1e-9)
 
 
 def test_a_model_that_always_says_no_gets_zero_not_an_error(folder):
-    questions = pope.load(folder)
-    result = pope.score(questions, dict.fromkeys(range(len(questions)), "No."))
+    questions = pope.read_pope(folder)
+    result = pope.pope_metrics(questions, dict.fromkeys(range(len(questions)), "No."))
     assert result["f1"] == 0.0 and result["per_category"]["random"]["precision"] == 0.0
 
 
 def test_a_missing_answer_never_helps(folder):
-    questions = pope.load(folder)
+    questions = pope.read_pope(folder)
     right = {i: q.label for i, q in enumerate(questions)}
-    assert pope.score(questions, right)["f1"] == 1.0
+    assert pope.pope_metrics(questions, right)["f1"] == 1.0
     without = {i: a for i, a in right.items() if i}
-    assert pope.score(questions, without)["accuracy"] < 1.0
+    assert pope.pope_metrics(questions, without)["accuracy"] < 1.0
     reordered = dict(reversed(right.items()))
-    assert pope.score(questions, reordered)["f1"] == 1.0
+    assert pope.pope_metrics(questions, reordered)["f1"] == 1.0
 
 
 def test_malformed_files_name_the_place(folder):
@@ -77,15 +77,15 @@ def test_malformed_files_name_the_place(folder):
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[4]["label"] = "maybe"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = pope.load(folder)
+    found = pope.read_pope(folder)
     assert "coco_pope_random.json, question 5: label is 'maybe'" in found[4].malformed
     right = {i: q.label for i, q in enumerate(found) if not q.malformed}
-    assert pope.score(found, right)["per_category"]["random"]["FN"] == 1
+    assert pope.pope_metrics(found, right)["per_category"]["random"]["FN"] == 1
     path.write_text('{"question_id": 1}\n{oops\n')
-    first, second = [q.malformed for q in pope.load(folder) if q.category == "random"]
+    first, second = [q.malformed for q in pope.read_pope(folder) if q.category == "random"]
     assert "question 1: the key 'label' is missing" in first and "line 2, is not valid JSON" in second
     path.unlink()
     with pytest.raises(UserError, match="found nothing"):
-        pope.load(folder)
+        pope.read_pope(folder)
     with pytest.raises(UserError, match="belong to no question"):
-        pope.score([], {3: "yes"})
+        pope.pope_metrics([], {3: "yes"})

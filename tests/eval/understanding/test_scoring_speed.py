@@ -6,9 +6,12 @@ import time
 import pytest
 
 from open_unitok.core.files import write_json
-from open_unitok.eval.core.harness import Settings, Store
+from open_unitok.eval.core.harness import AnswerStore
 from open_unitok.eval.core.results import run_metadata
-from open_unitok.eval.registry import find_benchmark, score_run
+from open_unitok.eval.registry import find_benchmark
+from open_unitok.eval.understanding import vqav2
+
+from ..conftest import score_folder
 
 
 @pytest.mark.slow
@@ -29,9 +32,12 @@ def test_scoring_100_000_vqav2_answers_takes_less_than_20_seconds(tmp_path):
     path = data / "v2_OpenEnded_mscoco_val2014_questions.json"
     path.write_text(json.dumps(head | {"questions": questions}))
     (data / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(head | {"annotations": notes}))
-    task = find_benchmark("vqav2").load(data, Settings())
-    Store(out, "vqav2").append(task.samples, [{"text": f"{words[i % 7]}, {i % 900}"} for i in range(count)])
-    write_json(out / "run.json", run_metadata("vqav2", Settings(), {"fingerprint": "0"}, data))
+    settings, _ = find_benchmark("vqav2").resolve({})
+    task = vqav2.load(data, settings)
+    AnswerStore(out, "vqav2").append(
+        task.samples, [{"text": f"{words[i % 7]}, {i % 900}"} for i in range(count)]
+    )
+    write_json(out / "run.json", run_metadata("vqav2", settings, {"fingerprint": "0"}, data))
     start = time.process_time()
-    result = score_run(out)
+    result = score_folder(out)
     assert time.process_time() - start < 20 and result["n"] == count

@@ -46,10 +46,12 @@ def test_contractions_are_the_public_table():
     )
 
 
-@pytest.mark.parametrize("scorer", vqav2.SCORERS)
+@pytest.mark.parametrize("scorer", vqav2.VQAV2_SCORERS)
 def test_scores_equal_the_golden_vectors(folder, golden, scorer):
-    questions = vqav2.load(folder)
-    result = vqav2.score(questions, {r["question_id"]: r["answer"] for r in golden["results"]}, scorer)
+    questions = vqav2.read_vqav2(folder)
+    result = vqav2.vqav2_accuracies(
+        questions, {r["question_id"]: r["answer"] for r in golden["results"]}, scorer
+    )
     name = NAMES[scorer]
     assert result["per_question"] == pytest.approx([e[name] for e in golden["expected"]], abs=1e-9)
     assert result["overall"] == pytest.approx(golden["expected_total"][name], abs=1e-9)
@@ -58,18 +60,18 @@ def test_scores_equal_the_golden_vectors(folder, golden, scorer):
 
 
 def test_reader_finds_coco_names(folder):
-    first = vqav2.load(folder, "mscoco_val2014")[0]
+    first = vqav2.read_vqav2(folder, "mscoco_val2014")[0]
     assert first.image.name == "COCO_val2014_000000010000.jpg"
     assert first.answer_type == "other" and len(first.answers) == 10
 
 
 def test_constant_answer_is_the_most_frequent_of_its_type():
     def question(i, kind, answer):
-        return vqav2.Question(i, i, "?", Path("x"), (answer,) * 10, kind, "other", answer)
+        return vqav2.VqaQuestion(i, i, "?", Path("x"), (answer,) * 10, kind, "other", answer)
 
     questions = [question(0, "colour", "red"), question(1, "colour", "red"), question(2, "colour", "blue")]
     questions += [question(3, "count", "2"), question(4, "count", "1")]
-    result = vqav2.score(questions, {0: "Red.", 1: "blue", 2: "blue", 3: "two"})
+    result = vqav2.vqav2_accuracies(questions, {0: "Red.", 1: "blue", 2: "blue", 3: "two"})
     assert result["constant"]["colour"] == {"answer": "red", "accuracy": pytest.approx(2 / 3)}
     assert result["constant"]["count"]["answer"] == "1"
     assert result["per_question_type"] == {"colour": pytest.approx(2 / 3), "count": 0.5}
@@ -82,7 +84,7 @@ def test_constant_answer_is_the_most_frequent_of_its_type():
         (lambda q, a: q["questions"][3].pop("image_id"), r"questions\[3\]: the key 'image_id' is missing"),
         (lambda q, a: a["annotations"][2].pop("answers"), r"annotations\[2\]: the key 'answers' is missing"),
         (lambda q, a: a["annotations"].pop(5), "has no annotation"),
-        (lambda q, a: q["questions"].pop(5), "is no question of v2_OpenEnded"),
+        (lambda q, a: q["questions"].pop(5), "is not a question of v2_OpenEnded"),
         (lambda q, a: q["questions"].append(q["questions"][0]), "occurs twice"),
     ],
 )
@@ -91,19 +93,19 @@ def test_malformed_files_name_file_and_key(folder, golden, change, message):
     change(questions, annotations)
     (folder / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps(questions))
     (folder / "v2_mscoco_val2014_annotations.json").write_text(json.dumps(annotations))
-    found = vqav2.load(folder)
+    found = vqav2.read_vqav2(folder)
     broken = [(i, q) for i, q in enumerate(found) if q.malformed]
     assert len(broken) == 1 and re.search(message, broken[0][1].malformed)
     answers = {q.question_id: q.answers[0] for q in found if not q.malformed}
-    values = vqav2.score(found, answers)["per_question"]
+    values = vqav2.vqav2_accuracies(found, answers)["per_question"]
     assert values[broken[0][0]] == 0.0 and sum(v > 0 for v in values) == len(found) - 1
 
 
 def test_missing_files_and_unknown_ids_are_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="found nothing"):
-        vqav2.load(tmp_path / "empty")
+        vqav2.read_vqav2(tmp_path / "empty")
     with pytest.raises(UserError, match="belong to no question"):
-        vqav2.score(vqav2.load(folder), {7: "yes"})
+        vqav2.vqav2_accuracies(vqav2.read_vqav2(folder), {7: "yes"})
     with pytest.raises(UserError, match="Did you mean 'official'"):
-        vqav2.accuracy("a", ["a"], "oficial")
+        vqav2.vqa_accuracy("a", ["a"], "oficial")

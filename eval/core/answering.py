@@ -1,0 +1,85 @@
+"""Answering questions about images: prompt templates, and batches that isolate a bad question."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError, did_you_mean
+
+from .benchmark import Options, Record, Sample, Task
+from .image_files import Base64Image, read_image, save_base64_image
+
+# What stands around a question, by name. All but "plain" are those of published runs.
+PROMPT_TEMPLATES = {
+    "short": "{}\nAnswer the question using a single word or phrase.",
+    "letter": "{}\nAnswer with the option's letter from the given choices directly.",
+    "letter-cn": "{}\n请直接回答选项字母。",
+    "unanswerable": (
+        "{}\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+        "\nAnswer the question using a single word or phrase."
+    ),
+    "plain": "{}",
+}
+# TextVQA's "ocr": the question, and the words that an OCR system read in the image
+OCR_TEMPLATE = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."
+PUBLISHED_LENGTH = 128  # tokens of an answer in published runs
+SCENES_LENGTH = 16  # tokens where no template asks for a long answer
+
+
+def choose_prompt_template(
+    settings: Options, default: str, data: Path | None = None, more: Sequence[str] = ()
+) -> str:
+    """The `prompt_template` option, else "plain" for scenes (scenes.json), else the benchmark's default."""
+    own = "plain" if data is not None and (data / "scenes.json").exists() else default
+    name, allowed = settings.prompt_template or own, [*PROMPT_TEMPLATES, *more]
+    if name not in allowed:
+        raise UserError(f"prompt_template is {name!r}." + did_you_mean(name, allowed))
+    return name
+
+
+def answering_metadata(
+    split: str, template: str, settings: Options, max_new_tokens: int = PUBLISHED_LENGTH
+) -> dict[str, Any]:
+    """What the result records about how the answers were made; `max_new_tokens` is the default."""
+    return {
+        "split": split,
+        "prompt_template": template,
+        "decoding": "greedy",
+        "max_new_tokens": settings.max_new_tokens or max_new_tokens,
+    }
+
+
+def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
+    """Answer a batch; a sample whose image or question cannot be used gets a record with the error."""
+    records: list[Record] = [{} for _ in batch]
+    images, loaded = {}, {}
+    for i, sample in enumerate(batch):
+        try:
+            if sample.image not in loaded:  # the same object for each question: the model encodes it once
+                loaded[sample.image] = None if sample.image is None else read_image(sample.image)
+            images[i] = loaded[sample.image]
+            if isinstance(sample.image, Base64Image):
+                records[i] = {"file": save_base64_image(sample.image, out)}
+        except UserError as error:
+            records[i] = {"text": "", "error": str(error)}
+    readable = list(images)
+    if not readable:
+        return records
+    length = task.metadata["max_new_tokens"]
+    try:
+        texts = model.answer([images[i] for i in readable], [batch[i].prompt for i in readable], length)
+        for i, text in zip(readable, texts, strict=True):
+            records[i] = {"text": text} | records[i]
+    except UserError:
+        for i in readable:  # one sample fails the batch: answer one by one to find it
+            try:
+                text = model.answer([images[i]], [batch[i].prompt], length)[0]
+                records[i] = {"text": text} | records[i]
+            except UserError as error:
+                records[i] = {"text": "", "error": str(error)}
+    return records
+
+
+def answer_texts(records: dict[int, Record]) -> dict[int, str]:
+    """Sample index -> answer, without the samples that have an error."""
+    return {i: record["text"] for i, record in records.items() if not record.get("error")}

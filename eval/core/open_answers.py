@@ -1,0 +1,101 @@
+"""Open questions with ten human answers each (VQAv2, TextVQA, VizWiz): readers and leave-one-out accuracy."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from open_unitok.core.errors import UserError
+
+from .annotations import require_key
+from .answer_normalisation import normalise_m4c
+from .answering import answer_texts
+from .benchmark import Options, Record, Scored, Task
+from .records import cluster_of, mean_metric, mean_metrics_by, sample_record
+
+
+class OpenQuestion(NamedTuple):
+    """A question and its ten answers; none where they are not public."""
+
+    question_id: Any
+    question: str
+    answers: tuple[str, ...] = ()
+    kind: str = ""  # VizWiz: yes/no, number, other, unanswerable
+
+
+def leave_one_out_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """The mean over annotators of min(1, matches among the others / 3); both sides are normalised already."""
+    matches, total = sum(answer == prediction for answer in answers), len(answers)
+    # An annotator whose own answer matches sees one match less among the others.
+    return (matches * min(1.0, (matches - 1) / 3) + (total - matches) * min(1.0, matches / 3)) / total
+
+
+def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Leave-one-out accuracy, both sides normalised as the M4C/EvalAI processor does."""
+    return _cached_accuracy(normalise_m4c(prediction), tuple(map(normalise_m4c, answers)))
+
+
+_cached_accuracy = functools.lru_cache(maxsize=100_000)(leave_one_out_accuracy)
+
+
+def annotator_answers(row: Record, where: str) -> tuple[str, ...]:
+    """The annotators' answers of an entry: texts, or {"answer": text, ...}.
+
+    Raises:
+        UserError: there are none, or one of them has no text.
+    """
+    answers = require_key(row, "answers", where)
+    if not isinstance(answers, list) or not answers:
+        raise UserError(f"{where}: answers is {answers!r}; expected a list of answers.")
+    texts = [
+        require_key(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a
+        for j, a in enumerate(answers)
+    ]
+    if (bad := next((t for t in texts if not isinstance(t, str | int | float)), "")) != "":
+        raise UserError(f"{where}: one of the answers is {bad!r}; it must be a text.")
+    return tuple(map(str, texts))
+
+
+def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> list[Any]:
+    """The rows with their answers as texts; a row whose answers are malformed becomes a UserError.
+
+    A test set has no answers at all; where some rows have them, one without is malformed.
+    """
+    public = any(isinstance(row, dict) and "answers" in row for row in rows)
+    result = []
+    for i, row in enumerate(rows):
+        try:
+            result.append(row | {"answers": annotator_answers(row, where(i))} if public else row)
+        except UserError as error:
+            result.append(error)
+        except TypeError:  # not an object: the row is already a UserError
+            result.append(row)
+    return result
+
+
+def score_open_answers(
+    task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options
+) -> Scored:
+    """Accuracy, and by kind of answer where the questions have kinds; a malformed question is wrong."""
+    questions: list[OpenQuestion] = task.truth
+    texts = answer_texts(records)
+    public = any(q.answers for q in questions)
+    values = [
+        (m4c_accuracy(texts[s.index], q.answers) if s.index in texts else 0.0) if public else None
+        for s, q in zip(task.samples, questions)
+    ]
+    per_sample = [
+        sample_record(s, records, value, _most_common(q.answers), q.kind, q.question)
+        for s, q, value in zip(task.samples, questions, values)
+    ]
+    if not public:
+        return Scored({}, {}, per_sample)
+    clusters = [cluster_of(s) for s in task.samples]
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("answer", [q.kind for q in questions], values, clusters)
+    return Scored(metrics, {}, per_sample)
+
+
+def _most_common(answers: Sequence[str]) -> str | None:
+    """The most frequent answer, the first of equally frequent ones."""
+    return max(answers, key=answers.count) if answers else None

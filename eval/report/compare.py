@@ -1,0 +1,111 @@
+"""Comparison of two runs of a benchmark: a paired bootstrap over images."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing, read_json, read_jsonl
+
+from ..core.benchmark import Record
+from ..core.bootstrap import STATISTICS, Difference, MainStatistic, paired_bootstrap
+
+
+class ComparedMetric(NamedTuple):
+    """One number of both runs."""
+
+    name: str
+    a: float
+    b: float
+    difference: Difference
+    n: int
+    unit: str
+
+
+def result_folders(path: str | Path) -> dict[str, Path]:
+    """Benchmark -> the folder with its results, of a folder of one benchmark or of several.
+
+    Raises:
+        UserError: no run in the folder is scored.
+    """
+    path = existing(path)
+    folders = [path] if (path / "results.json").exists() else [p.parent for p in path.glob("*/results.json")]
+    if not folders:
+        raise UserError(f"{path} holds no results.json: run `unitok eval run` or `unitok eval score` first.")
+    return {read_json(folder / "results.json")["benchmark"]: folder for folder in sorted(folders)}
+
+
+def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
+    """The main metric of both runs and the means of its groups, with the difference of each.
+
+    Raises:
+        UserError: the runs differ in benchmark, split, scorer or samples, or have no score per sample.
+    """
+    results = [read_json(Path(folder) / "results.json") for folder in (a, b)]
+    for key in ("benchmark", "split", "scorer", "statistic"):
+        first, second = (result.get(key) for result in results)
+        if first != second:
+            raise UserError(f"{a} and {b} cannot be compared: {key} is {first!r} and {second!r}.")
+    name = results[0]["statistic"]
+    records = [_main_records(Path(folder) / "scores.jsonl", name) for folder in (a, b)]
+    if [_sample_key(record) for record in records[0]] != [_sample_key(record) for record in records[1]]:
+        raise UserError(f"{a} and {b} cannot be compared: they are not about the same samples.")
+    statistic, main = STATISTICS[name], results[0]["metric"]
+    lines = [_compare_records(main, records, statistic, results[0]["metrics"][main]["unit"])]
+    if any(abs(v - r["value"]) > 1e-6 for v, r in zip((lines[0].a, lines[0].b), results)):
+        # the main metric is not computed from the records' scores: FID, for instance
+        lines = [lines[0]._replace(name="score per sample", unit="points")]
+    groups = list(dict.fromkeys(record.get("group") or "" for record in records[0]))
+    for group in groups if len(groups) > 1 else ():
+        chosen = [[r for r in side if (r.get("group") or "") == group] for side in records]
+        unit = "fraction" if statistic.unit == "points" else statistic.unit
+        lines.append(_compare_records(f"  {group}", chosen, STATISTICS["mean"], unit))
+    return lines
+
+
+def _main_records(path: Path, statistic: str) -> list[Record]:
+    """The records that the main metric is computed from, in order."""
+    records = [
+        record
+        for record in read_jsonl(path)
+        if record.get("score") is not None
+        and not record.get("held_out")  # scenes: held-out pairs have a metric of their own
+        and record.get("kind") != "reconstruct"  # the ceiling
+        and record.get("in_main_metric", True)
+    ]
+    if not records or statistic not in STATISTICS:
+        raise UserError(f"{path} has no score per sample to compare (FID and similar metrics have none).")
+    return records
+
+
+def _sample_key(record: Record) -> tuple[Any, ...]:
+    """Equal for two records of the same sample."""
+    truth = record.get("truth") if "question" in record else None
+    return record["index"], record.get("id"), record.get("question"), truth
+
+
+def _compare_records(
+    name: str, records: list[list[Record]], statistic: MainStatistic, unit: str
+) -> ComparedMetric:
+    """One number of both sides."""
+    first, second = (statistic.columns(side) for side in records)
+    clusters = [record.get("cluster", record.get("owner", record["index"])) for record in records[0]]
+    a, b = (float(statistic.value(side.sum(axis=0))) for side in (first, second))
+    difference = paired_bootstrap(first, second, clusters, statistic.value)
+    return ComparedMetric(name, a, b, difference, len(records[0]), unit)
+
+
+def comparison_table(name: str, lines: list[ComparedMetric]) -> str:
+    """Lines of text: A, B, B - A with its interval and p."""
+    width = max(len(line.name) for line in lines)
+    title = f"{name}: {'A':>{width - len(name) + 9}}  {'B':>9}  {'B - A':>9}  95 % interval      p"
+    rows = [title, "-" * len(title)]
+    for line in lines:
+        scale = 100 if line.unit == "fraction" else 1
+        around = ""
+        if line.difference.interval is not None:
+            low, high = (scale * v for v in line.difference.interval)
+            around = f"[{low:+.2f}, {high:+.2f}]  p={line.difference.p:.3f}"
+            around += "" if low <= 0 <= high else "  *"
+        values = f"{scale * line.a:>9.2f}  {scale * line.b:>9.2f}  {scale * line.difference.value:>+9.2f}"
+        rows.append(f"{line.name:<{width}}  {values}  {around}  n={line.n}")
+    return "\n".join([*rows, "(* = the interval excludes zero; fractions in per cent)"])

@@ -1,0 +1,165 @@
+"""ScienceQA: school questions with two to five options, half of them with an image.
+
+Scorers: `official` (default) is LLaVA's parser; `lmms` takes "A" or "A. ...".
+"""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+
+from ..core.annotations import (
+    detect_layout,
+    find_file,
+    read_json_as,
+    require_key,
+    require_mostly_valid,
+    require_text,
+    require_type,
+)
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.image_files import image_path
+from ..core.multiple_choice import (
+    OPTION_LETTERS,
+    ChoiceQuestion,
+    choice_records,
+    lettered_options,
+    malformed_choice,
+)
+from ..core.records import mean_metric, mean_metrics_by, write_submission
+
+_ORIGINAL, _LLAVA = ("problems.json",), ("llava_*CQM-A.json",)
+
+answer = answer_questions
+
+
+def load(data: Path, settings: Options) -> Task:
+    """One sample per problem of a split of `pid_splits.json` (default: test), with or without an image."""
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    path = find_file(data, _ORIGINAL, "ScienceQA problem file")
+    split_file = data / "pid_splits.json"
+    problems, splits = read_json_as(dict, path), read_json_as(dict, split_file)
+    split = settings.split or "test"
+    if split not in splits:
+        raise UserError(f"split is {split!r}; {split_file} has: {', '.join(splits)}.")
+    require_type(list, splits[split], f"{split_file}, {split}")
+    file, prompts = path, {}
+    template = choose_prompt_template(settings, "letter")
+    if layout == "llava":
+        file = find_file(data, _LLAVA, "LLaVA question file")
+        texts = _read_conversations(file)
+        prompts = {name: PROMPT_TEMPLATES[template].format(text) for name, text in texts.items()}
+    samples, questions = [], []
+    for i, name in enumerate(map(str, splits[split][: settings.limit])):
+        try:
+            question, context, image = read_scienceqa_problem(problems, name, path, split)
+            if layout == "llava" and name not in prompts:
+                raise UserError(f"{file}: problem {name} of split {split} is missing or malformed.")
+        except UserError as error:
+            row = problems.get(name)
+            medium = "image" if isinstance(row, dict) and row.get("image") else "text"
+            samples.append(malformed_sample(i, name, error))
+            questions.append(malformed_choice(name, medium))
+            continue
+        body = f"Context: {context or 'N/A'}\n{lettered_options(question.question, question.options)}"
+        prompt = prompts.get(name) or PROMPT_TEMPLATES[template].format(body)
+        samples.append(Sample(i, name, prompt, image))
+        questions.append(question)
+    template = f"{template} after {file.name}" if layout == "llava" else template
+    metadata = answering_metadata(split, template, settings)
+    return Task(require_mostly_valid(samples, file), questions, metadata)
+
+
+def _read_conversations(path: Path) -> dict[str, str]:
+    """Problem id -> the question of LLaVA's list of conversations, without its mark for the image.
+
+    An entry without id or question is left out; `load` reports its problem as malformed.
+    """
+    result = {}
+    for row in read_json_as(list, path):
+        with contextlib.suppress(UserError):
+            turns = require_type(list, require_key(row, "conversations", path), path)
+            text = require_text(turns[0] if turns else None, "value", str(path))
+            result[str(require_key(row, "id", path))] = text.replace("<image>", "").strip()
+    return result
+
+
+def read_scienceqa_problem(
+    problems: Any, name: str, path: Path, split: str
+) -> tuple[ChoiceQuestion, str, Path | None]:
+    """A problem, its context, and its image if it has one."""
+    where = f"{path}, problem {name}"
+    row = require_key(problems, name, path)
+    options, label = require_key(row, "choices", where), require_key(row, "answer", where)
+    if not isinstance(options, list) or not 2 <= len(options) <= len(OPTION_LETTERS):
+        raise UserError(f"{where}: choices is {options!r}; expected a list of two to five.")
+    if not isinstance(label, int) or not 0 <= label < len(options):
+        raise UserError(
+            f"{where}: answer is {label!r}; it must be the index of one of {len(options)} choices."
+        )
+    image = None
+    if row.get("image"):
+        folders = [path.parent / split / name, path.parent / "images" / split / name, path.parent / name]
+        image = image_path(folders, require_text(row, "image", where))
+    question = ChoiceQuestion(
+        name,
+        require_text(row, "question", where),
+        tuple(map(str, options)),
+        OPTION_LETTERS[label],
+        kind=str(row.get("subject", "")),
+        medium="image" if image else "text",
+    )
+    return question, str(row.get("hint") or "").strip(), image
+
+
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
+    """Accuracy over the split, and over problems with an image; a missing answer is wrong."""
+    questions: list[ChoiceQuestion] = task.truth
+    texts = answer_texts(records)
+    values = [
+        float(s.index in texts and is_scienceqa_right(texts[s.index], q, scoring.scorer))
+        for s, q in zip(task.samples, questions)
+    ]
+    clusters = [f"{s.id}" for s in task.samples]
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
+    metrics |= mean_metrics_by("subject", [q.kind for q in questions], values, clusters)
+    lines = [row | {"cluster": c} for row, c in zip(choice_records(task, records, values), clusters)]
+    return Scored(metrics, {}, lines)
+
+
+def parse_scienceqa(text: str) -> str:
+    """The letter that LLaVA's scorer reads, or "FAILED"."""
+    if text in tuple(OPTION_LETTERS):
+        return text
+    if len(text) >= 3 and text[0] in OPTION_LETTERS and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)  # the last dot is a wildcard there
+    return found[0] if len(found) == 1 else "FAILED"
+
+
+def is_scienceqa_right(text: str, question: ChoiceQuestion, scorer: str = "official") -> bool:
+    """Whether the raw answer counts; a letter beyond the options never does."""
+    if scorer == "official":
+        return parse_scienceqa(text) == question.answer
+    text = text.strip()
+    return text.lower() == question.answer.lower() or text[:2] == f"{question.answer}."
+
+
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+    """The leaderboard's file: the index of the chosen option, -1 where none could be read."""
+    texts = answer_texts(records)
+    results = {}
+    for sample, question in zip(task.samples, task.truth):
+        index = OPTION_LETTERS.find(parse_scienceqa(texts.get(sample.index, "")))
+        results[sample.id] = index if index < len(question.options) else -1
+    return [write_submission(folder, "scienceqa_results.json", {"results": results})]

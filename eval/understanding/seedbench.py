@@ -1,0 +1,152 @@
+"""SEED-Bench: twelve dimensions with four options, over images and videos.
+
+Scorers: `official` (default) accepts the letter alone, as LLaVA's scorer; `lmms` takes the first character
+of the answer in either case.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+
+from ..core.annotations import (
+    detect_layout,
+    find_file,
+    read_json_as,
+    read_llava_questions,
+    require_key,
+    require_mostly_valid,
+    require_text,
+)
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.image_files import image_path_by_stem
+from ..core.multiple_choice import ChoiceQuestion, choice_records, lettered_options, malformed_choice
+from ..core.records import cluster_of, mean_metric, mean_metrics_by, submittable, write_submission
+
+_ORIGINAL, _LLAVA = ("SEED-Bench.json",), ("*seed*.jsonl",)
+
+answer = answer_questions
+
+
+def load(data: Path, settings: Options) -> Task:
+    """One sample per question; a video is one frame, as LLaVA shows it. `split`: "image" or "video".
+
+    Images: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
+    """
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    path = find_file(data, _ORIGINAL, "SEED-Bench annotation file")
+    if settings.split not in (None, "image", "video"):
+        raise UserError(f"split is {settings.split!r}; allowed: image, video.")
+    known = _read_questions(data, path)
+    if layout == "llava":
+        file = find_file(data, _LLAVA, "LLaVA question file")
+        template, entries = f"as in {file.name}", _llava_entries(data, file, path, known)
+    else:
+        template, file = choose_prompt_template(settings, "letter"), path
+        entries = [
+            (q, image, PROMPT_TEMPLATES[template].format(lettered_options(q.question, q.options)))
+            for q, image in known.values()
+        ]
+    # a malformed question whose medium cannot be read counts in either split
+    entries = [
+        entry for entry in entries if settings.split is None or entry[0].medium in ("", settings.split)
+    ]
+    entries = entries[: settings.limit]
+    samples = [
+        malformed_sample(i, q.question_id, image)
+        if isinstance(image, UserError)
+        else Sample(i, q.question_id, prompt, image)
+        for i, (q, image, prompt) in enumerate(entries)
+    ]
+    metadata = answering_metadata(settings.split or "images and videos", template, settings)
+    return Task(require_mostly_valid(samples, file), [q for q, _, _ in entries], metadata)
+
+
+def _llava_entries(
+    data: Path, file: Path, path: Path, known: dict[str, tuple[ChoiceQuestion, Path | UserError]]
+) -> list[tuple[ChoiceQuestion, Path | UserError, str]]:
+    """(question, image or error, prompt) of each line of LLaVA's file."""
+    entries = []
+    for i, row in enumerate(read_llava_questions(file)):
+        name = str(row["question_id"]) if isinstance(row, dict) else f"#{i}"
+        unknown = UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
+        question, image = known.get(name, (malformed_choice(name), unknown))
+        if isinstance(row, UserError):
+            image, row = row, {"text": ""}
+        if not isinstance(image, UserError) and isinstance(row.get("image"), str):
+            image = data / row["image"]
+        entries.append((question, image, row["text"]))
+    return entries
+
+
+def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, Path | UserError]]:
+    """Question id -> the question and its image, or the error of a malformed entry in the image's place."""
+    types = read_json_as(dict, path, "question_type").items()
+    kinds = {number: name for name, number in types if isinstance(number, str | int)}
+    known: dict[str, tuple[ChoiceQuestion, Path | UserError]] = {}
+    for i, row in enumerate(read_json_as(list, path, "questions")):
+        try:
+            question, image = read_seedbench_question(row, f"{path}, questions[{i}]", kinds, data)
+            if question.question_id in known:
+                raise UserError(f"{path}, questions[{i}]: question_id {question.question_id} occurs twice.")
+            known[question.question_id] = question, image
+        except UserError as error:
+            medium = row.get("data_type") if isinstance(row, dict) else ""
+            medium = medium if medium in ("image", "video") else ""
+            known[f"#{i}"] = malformed_choice(f"#{i}", medium), error
+    return known
+
+
+def read_seedbench_question(
+    row: Record, where: str, kinds: dict[Any, str], data: Path
+) -> tuple[ChoiceQuestion, Path]:
+    """A question of `SEED-Bench.json` and its image or frame."""
+    options = tuple(str(require_key(row, f"choice_{letter}", where)) for letter in "abcd")
+    label, name = require_key(row, "answer", where), str(require_key(row, "question_id", where))
+    medium = row.get("data_type")
+    if label not in tuple("ABCD"):
+        raise UserError(f"{where}: answer is {label!r}; allowed: A, B, C, D.")
+    if medium not in ("image", "video"):
+        raise UserError(f"{where}: data_type is {medium!r}; allowed: image, video.")
+    number = require_key(row, "question_type_id", where)
+    kind = kinds.get(number) if isinstance(number, str | int) else None
+    if kind is None:
+        raise UserError(f"{where}: question_type_id is {number!r}, which question_type lacks.")
+    folder = data / ("SEED-Bench-image" if medium == "image" else "SEED-Bench-video-image")
+    stem = str(require_key(row, "data_id", where)) if medium == "image" else name
+    question = ChoiceQuestion(name, require_text(row, "question", where), options, label, kind, medium)
+    return question, image_path_by_stem([folder], stem)
+
+
+def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
+    """Accuracy over all, images, videos and each dimension; a missing answer is wrong."""
+    questions: list[ChoiceQuestion] = task.truth
+    texts = answer_texts(records)
+    values = [
+        float(s.index in texts and is_seedbench_right(texts[s.index], q.answer, scoring.scorer))
+        for s, q in zip(task.samples, questions)
+    ]
+    clusters = [cluster_of(s) for s in task.samples]
+    metrics = {"accuracy": mean_metric(values, clusters)}
+    metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
+    metrics |= mean_metrics_by("type", [q.kind for q in questions], values, clusters)
+    return Scored(metrics, {}, choice_records(task, records, values))
+
+
+def is_seedbench_right(text: str, label: str, scorer: str = "official") -> bool:
+    """Whether the raw answer counts."""
+    return text == label if scorer == "official" else text.strip()[:1].upper() == label
+
+
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+    """The leaderboard's upload."""
+    texts = answer_texts(records)
+    content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in submittable(task.samples)]
+    return [write_submission(folder, "seedbench_predictions.jsonl", content)]

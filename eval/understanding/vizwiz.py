@@ -1,0 +1,104 @@
+"""VizWiz: questions of blind people, some without an answer; ten answers each, scored as TextVQA's."""
+
+from pathlib import Path
+from typing import Any
+
+from open_unitok.core.errors import UserError
+
+from ..core.annotations import (
+    detect_layout,
+    find_file,
+    read_json_as,
+    read_llava_questions,
+    require_mostly_valid,
+    require_text,
+    validate_record,
+)
+from ..core.answer_normalisation import normalise_m4c
+from ..core.answering import (
+    PROMPT_TEMPLATES,
+    answer_questions,
+    answer_texts,
+    answering_metadata,
+    choose_prompt_template,
+)
+from ..core.benchmark import Options, Record, Sample, Task, malformed_sample
+from ..core.image_files import image_path
+from ..core.open_answers import OpenQuestion, score_open_answers, with_annotator_answers
+from ..core.records import submittable, write_submission
+
+_ORIGINAL = ("val.json", "test.json", "train.json", "Annotations/*.json")
+_LLAVA = ("llava_*.jsonl",)
+
+answer = answer_questions
+score = score_open_answers
+
+
+def load(data: Path, settings: Options) -> Task:
+    """One sample per entry of `{split}.json`, or of LLaVA's question file; ids are file names."""
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    split = settings.split or ("val" if layout == "original" else "test")
+    file, known = None, {}
+    if layout == "original" or any(next(data.glob(p), None) for p in _ORIGINAL):
+        file = find_file(data, _ORIGINAL, "VizWiz annotation file", settings.split, f"{split}.json")
+        known = _read_annotations(file)
+    folders = [data / name for name in (file.stem if file else split, split, "images")] + [data]
+    if layout == "llava":
+        llava_file = find_file(data, _LLAVA, "LLaVA question file", settings.split, split)
+        template, entries = f"as in {llava_file.name}", _llava_entries(llava_file, known)
+    else:
+        template = choose_prompt_template(settings, "unanswerable")
+        entries = [
+            (name, PROMPT_TEMPLATES[template].format(row["question"]) if isinstance(row, dict) else "", row)
+            for name, row in known.items()
+        ]
+    samples, questions = [], []
+    for i, (name, prompt, row) in enumerate(entries[: settings.limit]):
+        if isinstance(row, UserError):
+            samples.append(malformed_sample(i, name, row))
+            questions.append(OpenQuestion(name, ""))
+            continue
+        samples.append(Sample(i, name, prompt, image_path(folders, name)))
+        kind = str(row.get("answer_type", ""))
+        questions.append(OpenQuestion(name, row["question"], row.get("answers", ()), kind))
+    metadata = answering_metadata(file.stem if file else split, template, settings)
+    return Task(require_mostly_valid(samples, file or data), questions, metadata)
+
+
+def _read_annotations(file: Path) -> dict[str, Any]:
+    """Image name -> the entry, or "#number" -> the UserError of a malformed one."""
+    valid = [
+        validate_record(row, f"{file}, entry {i + 1}", (), ("question", "image"))
+        for i, row in enumerate(read_json_as(list, file))
+    ]
+    rows = with_annotator_answers(valid, lambda i: f"{file}, entry {i + 1}")
+    return {row["image"] if isinstance(row, dict) else f"#{i}": row for i, row in enumerate(rows)}
+
+
+def _llava_entries(file: Path, known: dict[str, Any]) -> list[tuple[Any, str, Any]]:
+    """(image name, prompt, entry) of each line of LLaVA's file."""
+    lines = read_llava_questions(file)
+    names = {Path(str(row.get("image"))).name for row in lines if isinstance(row, dict)}
+    if not names & known.keys():  # the annotations are of another split: the answers are not public
+        known = {}
+    return [_llava_entry(row, known, f"{file}, line {i + 1}") for i, row in enumerate(lines)]
+
+
+def _llava_entry(row: Any, known: dict[str, Any], where: str) -> tuple[str | None, str, Any]:
+    """Image name, prompt and entry of a line; the entry is a UserError where there is none."""
+    try:
+        name = Path(require_text(row, "image", where)).name
+    except UserError as error:
+        return None, "", error
+    if known and name not in known:
+        return name, "", UserError(f"{where}: the released file has no question about {name}.")
+    return name, row["text"], known.get(name, {"question": row["text"].split("\n")[0]})
+
+
+def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
+    """VizWiz's challenge file."""
+    texts = answer_texts(records)
+    content = [
+        {"image": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in submittable(task.samples)
+    ]
+    return [write_submission(folder, "vizwiz_answers.json", content)]
