@@ -26,7 +26,9 @@ MLLM, FINETUNE = "configs/mllm/pretrain_7b.yaml", "configs/mllm/finetune_7b.yaml
 
 def commands(text):
     """The words of every `unitok` command in the fenced blocks, also behind a launcher."""
-    for block in re.findall(r"^```\w*\n(.*?)^```$", text, flags=re.M | re.S):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S):
+        if language == "python":  # where `unitok` is a variable
+            continue
         for line in block.replace("\\\n", " ").splitlines():
             line = re.sub(r"\[(--[^]]*)\]", r"\1", line)  # [--optional VALUE]
             for part in line.split("&&"):
