@@ -6,8 +6,9 @@ from pathlib import Path
 from open_unitok.core.distributed import local_rank
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
-from open_unitok.training.data.extract import EXTRACTION_DTYPES, ExtractOptions, extract_codes
 from open_unitok.training.data.tar_index import matching_files
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps (default: cuda if available, else cpu)")
     parser.add_argument(
         "--dtype",
-        choices=EXTRACTION_DTYPES,
+        choices=_DTYPES,
         default="fp32",
         help="bf16 changes 2 to 5 %% of the codes (default: fp32)",
     )
@@ -48,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
     from open_unitok.core.devices import check_device
     from open_unitok.tokenizer import UniTok
+    from open_unitok.training.data.extract import ExtractOptions, extract_codes
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         max_bad_share=args.max_bad_share,
     )
-    unitok = unitok.to(device=device, dtype=getattr(torch, EXTRACTION_DTYPES[args.dtype]))
+    unitok = unitok.to(device=device, dtype=getattr(torch, _DTYPES[args.dtype]))
     manifest = extract_codes(unitok, tars, Path(args.out), options)
     if manifest is None:
         print(f"{args.out}: this process has finished, others are still running")

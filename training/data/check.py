@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, sha256, tokenizer_path
+from open_unitok.core.files import existing, sha256
+from open_unitok.tokenizer.images import load_image
 
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
@@ -244,8 +245,6 @@ def _open_tars(tars: list[str]) -> _OpenDataset:
 
 
 def _load_images(record: Record) -> CheckedSample:
-    from open_unitok.tokenizer.images import load_image
-
     members, info = image_members(record)
     try:
         return CheckedSample([load_image(record.read(member)).size for member in members], info)
@@ -283,10 +282,3 @@ def _tokenizer_line(codes: CodeFolder, expected: str | None) -> tuple[str, bool]
     if own == expected:
         return f"  codes of the tokenizer given ({own[:12]})", True
     return f"  codes of another tokenizer ({own[:12]}) than the one given ({expected[:12]})", False
-
-
-def tokenizer_fingerprint(folder: str) -> str:
-    """Fingerprint of a visual tokenizer's folder (or hub id), or of the one inside an MLLM folder."""
-    from open_unitok.tokenizer import UniTok
-
-    return UniTok.from_pretrained(tokenizer_path(folder)).fingerprint()

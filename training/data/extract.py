@@ -20,25 +20,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from open_unitok.core import distributed
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, sha256, write_atomic, write_json
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
 from .tar_index import BadSample, Record, image_members, index_tar
 
-if TYPE_CHECKING:
-    import torch
-
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
-EXTRACTION_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class ExtractOptions(NamedTuple):
@@ -57,13 +56,13 @@ class LoadedSample(NamedTuple):
     """A sample with its images: mostly one, several in conversations and documents, or none."""
 
     key: str
-    images: "list[torch.Tensor]"  # each (3, H, W)
+    images: list[torch.Tensor]  # each (3, H, W)
     info: dict[str, Any]
     reshaped: int  # images of another aspect ratio than the tokenizer's, which are cropped or padded
 
 
 def extract_codes(
-    unitok: Any, tars: list[str], out: Path, options: ExtractOptions, quiet: bool = False
+    unitok: UniTok, tars: list[str], out: Path, options: ExtractOptions, quiet: bool = False
 ) -> dict[str, Any] | None:
     """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
 
@@ -71,8 +70,6 @@ def extract_codes(
         UserError: `out` is a file, or holds codes of other images or of another tokenizer; too many
             images are unreadable.
     """
-    import torch
-
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {out}, which is a file: give a folder.")
     for number, tar in enumerate(tars):
@@ -92,7 +89,7 @@ def extract_codes(
     return _write_manifest(unitok, out, complete, options) if len(complete) == len(tars) else None
 
 
-def stored_dtype(unitok: Any) -> np.dtype:
+def stored_dtype(unitok: UniTok) -> np.dtype:
     """The integer type of this tokenizer's codes on disk."""
     return code_dtype(unitok.quantizer.code_sizes)
 
@@ -133,7 +130,7 @@ def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
 
 
 def _extract_tar(
-    unitok: Any, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
+    unitok: UniTok, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
 ) -> None:
     """One tar of images to one tar of codes, then its description."""
     records, problem = index_tar(tar)
@@ -160,10 +157,8 @@ def _extract_tar(
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **checked})
 
 
-def _encode(unitok: Any, pixels: "list[torch.Tensor]", batch_size: int) -> list[np.ndarray]:
+def _encode(unitok: UniTok, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
     """The codes of each image, (N, K), in the dtype that is stored."""
-    import torch
-
     found: list[np.ndarray] = []
     for start in range(0, len(pixels), batch_size):
         batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
@@ -210,8 +205,6 @@ def _batches(
 
 
 def _load(record: Record, shape: tuple[int, int], mode: str) -> LoadedSample:
-    from open_unitok.tokenizer.images import load_image, to_pixels
-
     members, info = image_members(record)
     images = [load_image(record.read(member)) for member in members]
     height, width = shape
@@ -223,7 +216,7 @@ def _add_sample(
     writer: tarfile.TarFile,
     sample: LoadedSample,
     codes: list[np.ndarray],
-    unitok: Any,
+    unitok: UniTok,
 ) -> None:
     """A sample's codes, (N, K), or (I, N, K) for other than one image, and its .json."""
     no_images = (0, unitok.config.num_visual_tokens, unitok.config.num_codebooks)
@@ -238,14 +231,12 @@ def _add_sample(
         writer.addfile(member, io.BytesIO(content))
 
 
-def _verify(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") -> float:
+def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor]) -> float:
     """Read a written tar back and decode its first codes; returns the summed squared errors of these images.
 
     Raises:
         UserError: the tar does not hold what was written.
     """
-    import torch
-
     records, problem = index_tar(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
@@ -268,7 +259,7 @@ def _verify(path: Path, samples: int, unitok: Any, first: "list[torch.Tensor]") 
 
 
 def _write_manifest(
-    unitok: Any, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
+    unitok: UniTok, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
 ) -> dict[str, Any]:
     """codes.json, from the descriptions of all tars."""
     checked = sum(fact["checked"] for fact in facts)

@@ -1,8 +1,8 @@
-"""How data sets lie on people's disks: each layout as a stream of items for `unitok data convert`.
+"""Source formats of `unitok data convert`: how data sets are laid out on disk, each as a stream of samples.
 
-An item's info is what `KEY.json` will say: {"captions": [str]} and perhaps "long_caption", "short_caption";
-{"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]}, whose numbers are
-those of the images.
+The info of a sample becomes its KEY.json: {"captions": [str]}, perhaps with "long_caption", "short_caption";
+{"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]}, where numbers are
+those of the sample's images.
 """
 
 import json
@@ -17,78 +17,79 @@ from open_unitok.core.files import read_json
 from .records import conversation_turns, image_key, image_names, read_records
 from .tar_index import BadSample
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
-CAPTION_KEYS = ("captions", "caption", "text", "prompt")
-METADATA = ("metadata.jsonl", "metadata.csv")
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+# keys of a metadata record, in the order of preference
+_FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
+_CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 
 class Source(NamedTuple):
-    """Where a data set lies, and what the user said about it."""
+    """A data set on disk, with the options of `unitok data convert`."""
 
     path: Path
     images: Path | None = None  # folder that image names are relative to
-    column: str | None = None  # name of the caption's key
+    column: str | None = None  # key of the caption
 
     @property
     def folder(self) -> Path:
-        """Where the images are."""
+        """The folder of the images."""
         return self.images or (self.path if self.path.is_dir() else self.path.parent)
 
 
-class Item(NamedTuple):
-    """One sample to be; `problem` says why it cannot be one."""
+class SourceSample(NamedTuple):
+    """One sample before its images are read; `problem` says why it cannot be used."""
 
     key: str
-    pictures: list[Path]
+    images: list[Path]
     info: dict[str, Any]
     problem: str = ""
 
 
-class Layout(NamedTuple):
-    """A stream of items, the same on every call; and what was looked for."""
+class SourceFormat(NamedTuple):
+    """A stream of samples, the same on every call, and a description of what it reads."""
 
-    items: Callable[[Source], Iterator[Item]]
-    wanted: str
-
-
-# ---- images with captions: a folder with .txt files, or with metadata.jsonl or .csv ----------------------
+    samples: Callable[[Source], Iterator[SourceSample]]
+    expected: str
 
 
-def folder_items(source: Source) -> Iterator[Item]:
+# ---- images with captions: a folder with .txt files, or with metadata.jsonl or .csv ------------------------
+
+
+def folder_samples(source: Source) -> Iterator[SourceSample]:
     """A folder with `x.jpg` and `x.txt` (a caption per line), or with metadata; or a metadata file itself."""
     seen: Counter[str] = Counter()
     for name, info, problem in _named_images(source):
         key = image_key(name)
         seen[key] += 1
-        if seen[key] > 1:  # a.b.jpg beside a_b.jpg
+        if seen[key] > 1:  # a.b.jpg and a_b.jpg have the same key
             key = f"{key}-{seen[key]}"
-        yield Item(key, [source.folder / name], {**info, "file": name}, problem)
+        yield SourceSample(key, [source.folder / name], {**info, "file": name}, problem)
 
 
 def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """(name of the image, what is said of it, problem)."""
+    """(name of the image, its info, problem)."""
     if source.path.is_dir():
-        metadata = next((source.path / m for m in METADATA if (source.path / m).exists()), None)
+        metadata = next((source.path / m for m in _METADATA_FILES if (source.path / m).exists()), None)
         if metadata is None:
             yield from _images_with_texts(source.path)
             return
     else:
         metadata = source.path
-    for number, row in enumerate(read_records(metadata), 1):
-        name = next((row[key] for key in FILE_KEYS if isinstance(row.get(key), str) and row[key]), None)
+    for number, record in enumerate(read_records(metadata), 1):
+        name = next((record[k] for k in _FILE_KEYS if isinstance(record.get(k), str) and record[k]), None)
         if name is None:
-            has = ", ".join(map(str, row)) or "nothing"
-            yield f"{metadata.name}_{number}", {}, f"names no image ({FILE_KEYS[0]}); it has {has}"
+            has = ", ".join(map(str, record)) or "no keys"
+            yield f"{metadata.name}_{number}", {}, f"names no image (key {_FILE_KEYS[0]}); it has {has}"
         else:
-            yield name, _captions_of(row, source.column), ""
+            yield name, _captions_of(record, source.column), ""
 
 
 def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in IMAGES or not path.is_file():
+        if hidden or path.suffix.lower() not in _IMAGE_SUFFIXES or not path.is_file():
             continue
         captions, problem = [], ""
         text = next((t for e in (".txt", ".caption") if (t := path.with_suffix(e)).is_file()), None)
@@ -101,88 +102,90 @@ def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]
         yield relative.as_posix(), {"captions": captions}, problem
 
 
-def _captions_of(row: dict[str, Any], column: str | None) -> dict[str, Any]:
-    """The captions that a row of metadata gives."""
-    if column is not None and column not in row:
-        raise UserError(f"--column is {column}, but there are only: {', '.join(map(str, row))}.")
-    value = next((row[key] for key in ((column,) if column else CAPTION_KEYS) if row.get(key)), [])
+def _captions_of(record: dict[str, Any], column: str | None) -> dict[str, Any]:
+    """The captions in a metadata record."""
+    if column is not None and column not in record:
+        raise UserError(f"--column is {column}, must be one of: {', '.join(map(str, record))}.")
+    value = next((record[key] for key in ((column,) if column else _CAPTION_KEYS) if record.get(key)), [])
     texts = value if isinstance(value, list) else [value]
-    extra = {key: str(row[key]) for key in ("long_caption", "short_caption") if row.get(key)}
+    extra = {key: str(record[key]) for key in ("long_caption", "short_caption") if record.get(key)}
     return {"captions": [str(text).strip() for text in texts if str(text).strip()], **extra}
 
 
 # ---- conversations as LLaVA writes them --------------------------------------------------------------------
 
 
-def llava_items(source: Source) -> Iterator[Item]:
+def llava_samples(source: Source) -> Iterator[SourceSample]:
     """LLaVA's JSON: [{"id", "image": name | [names], "conversations": [{"from", "value"}]}, ...]."""
-    for number, row in enumerate(read_records(source.path)):
+    for number, record in enumerate(read_records(source.path)):
         try:
-            names = image_names(row)
-            info = {"conversations": [conversation_turns(row, len(names))], "id": str(row.get("id", number))}
-            yield Item(f"{number:09d}", [source.folder / name for name in names], info)
+            names = image_names(record)
+            turns = conversation_turns(record, len(names))
+            info = {"conversations": [turns], "id": str(record.get("id", number))}
+            yield SourceSample(f"{number:09d}", [source.folder / name for name in names], info)
         except BadSample as error:
-            yield Item(f"{number:09d}", [], {}, str(error))
+            yield SourceSample(f"{number:09d}", [], {}, str(error))
 
 
 # ---- interleaved documents ---------------------------------------------------------------------------------
 
 
-def obelics_items(source: Source) -> Iterator[Item]:
-    """OBELICS: {"texts": [str | null], "images": [null | name]}, one of the two at each place."""
-    find = _Finder(source.folder)
-    for number, row in enumerate(read_records(source.path)):
-        texts, images = (_parsed(row.get(name)) for name in ("texts", "images"))
+def obelics_samples(source: Source) -> Iterator[SourceSample]:
+    """OBELICS: {"texts": [str | null], "images": [null | name]}, one of the two at each index."""
+    find = _ImageFinder(source.folder)
+    for number, record in enumerate(read_records(source.path)):
+        texts, images = (_parse_list(record.get(name)) for name in ("texts", "images"))
         if not isinstance(texts, list) or not isinstance(images, list) or len(texts) != len(images):
-            yield Item(f"{number:09d}", [], {}, 'has no "texts" and "images" of the same length')
+            yield SourceSample(f"{number:09d}", [], {}, 'has no "texts" and "images" of the same length')
             continue
         pieces = [find(image) if image else text for text, image in zip(texts, images)]
         yield _document(number, pieces, sum(map(bool, images)))
 
 
-def mmc4_items(source: Source) -> Iterator[Item]:
+def mmc4_samples(source: Source) -> Iterator[SourceSample]:
     """MMC4: {"text_list": [str], "image_info": [{"image_name", "matched_text_index"}]}; an image comes before
     the sentence that it matches."""
-    find = _Finder(source.folder)
-    for number, row in enumerate(read_records(source.path)):
-        texts, infos = row.get("text_list"), row.get("image_info", [])
+    find = _ImageFinder(source.folder)
+    for number, record in enumerate(read_records(source.path)):
+        texts, images = record.get("text_list"), record.get("image_info", [])
         if not (
-            isinstance(texts, list) and isinstance(infos, list) and all(isinstance(i, dict) for i in infos)
+            isinstance(texts, list) and isinstance(images, list) and all(isinstance(i, dict) for i in images)
         ):
-            yield Item(f"{number:09d}", [], {}, 'has no "text_list" and "image_info"')
+            yield SourceSample(f"{number:09d}", [], {}, 'has no "text_list" and "image_info"')
             continue
         pieces: list[Any] = []
-        for place, text in enumerate(texts):
-            matching = [i for i in infos if i.get("matched_text_index") == place]
+        for index, text in enumerate(texts):
+            matching = [i for i in images if i.get("matched_text_index") == index]
             pieces += [find(i.get("image_name")) or find(i.get("raw_url")) for i in matching]
             pieces.append(text)
-        yield _document(number, pieces, len(infos))
+        yield _document(number, pieces, len(images))
 
 
-def _parsed(value: Any) -> Any:
-    """A list, or the JSON of one (as tables keep it)."""
+def _parse_list(value: Any) -> Any:
+    """A list, or the JSON of one, which is how tables store lists."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
         return None
 
 
-def _document(number: int, pieces: list[Any], images: int) -> Item:
-    """Texts and images (paths) in their order; how many of the `images` are not on disk is noted."""
+def _document(number: int, pieces: list[Any], num_images: int) -> SourceSample:
+    """Texts and images (paths) in order; "lost" counts those of `num_images` that are not on disk."""
     document: list[str | int] = []
-    pictures: list[Path] = []
+    images: list[Path] = []
     for piece in pieces:
         if isinstance(piece, Path):
-            document.append(len(pictures))
-            pictures.append(piece)
+            document.append(len(images))
+            images.append(piece)
         elif isinstance(piece, str) and piece.strip():
             document.append(piece.strip())
-    lost = {"lost": images - len(pictures)} if images > len(pictures) else {}
-    return Item(f"{number:09d}", pictures, {"document": document, **lost}, "" if document else "is empty")
+    lost = {"lost": num_images - len(images)} if num_images > len(images) else {}
+    problem = "" if document else "is empty"
+    return SourceSample(f"{number:09d}", images, {"document": document, **lost}, problem)
 
 
-class _Finder:
-    """Images of documents by name, or by URL where img2dataset has left a .json beside each."""
+class _ImageFinder:
+    """Finds images of documents by name, or by URL where img2dataset wrote a .json next to each."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -193,27 +196,28 @@ class _Finder:
             return None
         if "://" in name:
             if self.urls is None:
-                self.urls = dict(_downloaded(self.folder))
+                self.urls = dict(_downloaded_images(self.folder))
             return self.urls.get(name)
         path = self.folder / name
         return path if path.is_file() else None
 
 
-def _downloaded(folder: Path) -> Iterator[tuple[str, Path]]:
-    for described in sorted(folder.rglob("*.json")):
-        picture = next((p for e in IMAGES if (p := described.with_suffix(e)).is_file()), None)
-        if picture is not None:
-            facts = read_json(described)
+def _downloaded_images(folder: Path) -> Iterator[tuple[str, Path]]:
+    """(URL, file) of the images that img2dataset downloaded."""
+    for description in sorted(folder.rglob("*.json")):
+        image = next((p for e in _IMAGE_SUFFIXES if (p := description.with_suffix(e)).is_file()), None)
+        if image is not None:
+            facts = read_json(description)
             if isinstance(facts, dict) and isinstance(facts.get("url"), str):
-                yield facts["url"], picture
+                yield facts["url"], image
 
 
-LAYOUTS: dict[str, Layout] = {
-    "folder": Layout(
-        folder_items,
-        "a folder with images beside .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
+SOURCE_FORMATS: dict[str, SourceFormat] = {
+    "folder": SourceFormat(
+        folder_samples,
+        "a folder of images with .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
     ),
-    "llava": Layout(llava_items, 'a JSON list of {"image": name or names, "conversations": [...]}.'),
-    "obelics": Layout(obelics_items, 'JSON lines of {"texts": [...], "images": [...]}.'),
-    "mmc4": Layout(mmc4_items, 'JSON lines of {"text_list": [...], "image_info": [...]}.'),
+    "llava": SourceFormat(llava_samples, 'a JSON list of {"image": name or names, "conversations": [...]}.'),
+    "obelics": SourceFormat(obelics_samples, 'JSON lines of {"texts": [...], "images": [...]}.'),
+    "mmc4": SourceFormat(mmc4_samples, 'JSON lines of {"text_list": [...], "image_info": [...]}.'),
 }

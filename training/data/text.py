@@ -1,10 +1,8 @@
-"""Reading texts that lie in files: plain text, and conversations in LLaVA's JSON whose images are codes.
+"""Texts in files: plain text, and conversations in LLaVA's JSON whose images are codes.
 
-Lines are found once and stay on disk. A conversation is {"image": name | [names], "conversations": [{"from":
-"human" | "gpt", "value"}]}; without "image" it is text alone. An image's name is looked up in a code folder
-that `unitok data convert folder` and `unitok extract-codes` made of the images.
-
-I images of a sample, N visual tokens per image, K sub-codebooks.
+Lines are located once and stay on disk. A conversation is {"image": name | [names], "conversations":
+[{"from": "human" | "gpt", "value"}]}; without "image" it is text alone. An image is looked up by its name in
+a code folder that `unitok data convert folder` and `unitok extract-codes` made of the images.
 """
 
 import hashlib
@@ -23,13 +21,14 @@ from .code_shards import CodeFolder, CodeSample
 from .records import TEXT_KEYS, conversation_turns, image_key, image_names
 from .tar_index import BadSample, matching_files
 
-NEWLINE = ord("\n")
-SCANNED_AT_ONCE = 1 << 26  # bytes
-NO_IMAGES = np.empty((0, 0, 0))
+NO_IMAGES = np.empty((0, 0, 0))  # codes of a sample without images: (I, N, K) with I = 0
+SCAN_BLOCK = 1 << 26  # bytes compared at a time while lines are located
+FINGERPRINTED = 1 << 20  # bytes of a file that are hashed
+GZIP_MAGIC = b"\x1f\x8b"
 
 
-class Lines:
-    """The lines of a file that are not empty, by number; the file stays on disk.
+class FileLines:
+    """The non-empty lines of a file, by number; the file stays on disk.
 
     Raises:
         UserError: there is no such file, or no line in it.
@@ -38,18 +37,17 @@ class Lines:
     def __init__(self, path: str | Path):
         self.path = existing(path)
         if self.path.is_dir():
-            raise UserError(f"{path} is a folder: name a text file with one text per line.")
+            raise UserError(f"{path} is a folder, expected a text file with one text per line.")
         size = self.path.stat().st_size
-        self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as the data set
+        self._file = open(self.path, "rb")  # noqa: SIM115 - it stays open as long as the data set
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if self._bytes[:2] == b"\x1f\x8b":
-            raise UserError(f"{path} is compressed: unpack it (gunzip), as lines are read where they lie.")
+        if self._bytes[:2] == GZIP_MAGIC:
+            raise UserError(f"{path} is compressed: unpack it (gunzip), as lines are read in place.")
         ends = []
-        for start in range(
-            0, size, SCANNED_AT_ONCE
-        ):  # compared as a whole, a large file would fill the memory
-            piece = np.frombuffer(self._bytes[start : start + SCANNED_AT_ONCE], dtype=np.uint8)
-            ends.append(start + np.flatnonzero(piece == NEWLINE))
+        # block by block: comparing a large file at once would allocate its size in memory
+        for start in range(0, size, SCAN_BLOCK):
+            block = np.frombuffer(self._bytes[start : start + SCAN_BLOCK], dtype=np.uint8)
+            ends.append(start + np.flatnonzero(block == ord("\n")))
         bounds = np.concatenate([[-1], *ends, [size]])
         self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
         self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
@@ -65,8 +63,8 @@ class Lines:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex digest of the file's size and beginning."""
-        head = f"{len(self._bytes)} ".encode() + bytes(self._bytes[: 1 << 20])
+        """Hex digest of the file's size and first bytes."""
+        head = f"{len(self._bytes)} ".encode() + bytes(self._bytes[:FINGERPRINTED])
         return hashlib.sha256(head).hexdigest()
 
 
@@ -74,9 +72,9 @@ class TextLines:
     """Plain text: a .txt file of lines, a .jsonl file of {"text": ...}, or a glob of such files."""
 
     def __init__(self, path: str | Path):
-        named = str(path)
-        paths = matching_files(named, "data.mixture") if any(c in named for c in "*?[{") else [named]
-        self.files = [Lines(p) for p in paths]
+        name = str(path)
+        paths = matching_files(name, "data.mixture") if any(c in name for c in "*?[{") else [name]
+        self.files = [FileLines(p) for p in paths]
         self.sizes = [len(file) for file in self.files]
 
     def __len__(self) -> int:
@@ -89,17 +87,16 @@ class TextLines:
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of all files' sizes and beginnings."""
+        """Hex digest of all files' sizes and first bytes."""
         each = [file.fingerprint for file in self.files]
         return each[0] if len(each) == 1 else hashlib.sha256(json.dumps(each).encode()).hexdigest()
 
     def read(self, shard: int, number: int) -> CodeSample:
-        """Text `number` of file `shard`, as a sample without images; raises BadSample if it is none."""
+        """Text `number` of file `shard`, as a sample without images; raises BadSample if it is not a text."""
         file = self.files[shard]
-        info = {"text": self._text(file, number)}
-        return CodeSample(f"{file.path.name} {number}", NO_IMAGES, info)
+        return CodeSample(f"{file.path.name} {number}", NO_IMAGES, {"text": self._text(file, number)})
 
-    def _text(self, file: Lines, number: int) -> str:
+    def _text(self, file: FileLines, number: int) -> str:
         try:
             text = file[number].decode()
         except UnicodeDecodeError as error:
@@ -107,39 +104,45 @@ class TextLines:
         if file.path.suffix != ".jsonl":
             return text
         try:
-            row = json.loads(text)
+            record = json.loads(text)
         except ValueError as error:
             raise BadSample(f"line {number} of {file.path.name} is not JSON: {error}") from error
-        found = next((row[k] for k in TEXT_KEYS if k in row), None) if isinstance(row, dict) else row
+        # a line may also be a bare JSON string
+        found = (
+            next((record[k] for k in TEXT_KEYS if k in record), None) if isinstance(record, dict) else record
+        )
         if not isinstance(found, str):
-            raise BadSample(f"line {number} of {file.path.name} holds no {' or '.join(TEXT_KEYS)}")
+            raise BadSample(f"line {number} of {file.path.name} has no {' or '.join(TEXT_KEYS)}")
         return found
 
 
 class Conversations:
-    """LLaVA's conversation JSON (a list) or JSONL, its images looked up in a code folder.
+    """LLaVA's conversation JSON (a list) or JSONL, with its images looked up in a code folder.
+
+    The .json form is held in memory, the .jsonl form stays on disk.
 
     Raises:
-        UserError: no such file, or a .json that is no list. The .json form is held in memory.
+        UserError: no such file, or a .json that is not a list.
     """
 
     def __init__(self, path: str | Path, codes: CodeFolder | None):
         self.path = existing(path)
         self.codes = codes
         if self.path.suffix == ".jsonl":
-            self.rows: Any = Lines(self.path)
-            self._facts = [self.rows.fingerprint]
+            self.records: Any = FileLines(self.path)
+            self._facts = [self.records.fingerprint]
         else:
-            rows = read_json(self.path)
-            if not isinstance(rows, list) or not rows:
-                raise UserError(f"{path} holds no list of conversations.")
-            self.rows = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+            records = read_json(self.path)
+            if not isinstance(records, list) or not records:
+                raise UserError(f"{path} is not a list of conversations.")
+            # as bytes: a million parsed conversations take several times the memory
+            self.records = [json.dumps(record, ensure_ascii=False).encode() for record in records]
             self._facts = [hashlib.sha256(self.path.read_bytes()).hexdigest()]
-        self.sizes = [len(self.rows)]
+        self.sizes = [len(self.records)]
         self._offsets = codes.member_offsets() if codes else {}
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.records)
 
     @property
     def fingerprint(self) -> str:
@@ -150,21 +153,23 @@ class Conversations:
     def read(self, _shard: int, number: int) -> CodeSample:
         """Conversation `number` with the codes of its images; raises BadSample if it cannot be used."""
         try:
-            row = json.loads(self.rows[number])
+            record = json.loads(self.records[number])
         except ValueError as error:
             raise BadSample(f"line {number} of {self.path.name} is not JSON: {error}") from error
-        names = image_names(row)
-        info = {"conversations": [conversation_turns(row, len(names))]}
+        names = image_names(record)
+        info = {"conversations": [conversation_turns(record, len(names))]}
         images = [self._codes_of(name) for name in names]
-        return CodeSample(str(row.get("id", number)), np.stack(images) if images else NO_IMAGES, info)
+        codes = np.stack(images) if images else NO_IMAGES
+        return CodeSample(str(record.get("id", number)), codes, info)
 
     def _codes_of(self, name: str) -> np.ndarray:
         if self.codes is None:
-            raise BadSample(f"has the image {name}, but data.mixture gives no `codes` to look it up in")
+            raise BadSample(f"has the image {name}, but no code folder to look it up in (`codes`)")
         key = image_key(name)
         if key not in self._offsets:
             raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
         found = self.codes.read_at(key, self._offsets[key])
+        # keys replace unusual characters, so that two names may have one key
         if found.codes.ndim != 2 or found.info.get("file", name) != name:
             raise BadSample(f"has the image {name}, but {self.codes.folder} has {found.info.get('file')}")
         return found.codes

@@ -3,7 +3,7 @@
 import argparse
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.data.check import check_dataset, tokenizer_fingerprint
+from open_unitok.core.files import tokenizer_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the report; raises UserError if something is broken."""
-    wanted = tokenizer_fingerprint(args.tokenizer) if args.tokenizer else None
-    report = check_dataset(args.path, codes=args.codes, samples=args.samples, fingerprint=wanted)
+    from open_unitok.tokenizer import UniTok
+    from open_unitok.training.data.check import check_dataset
+
+    fingerprint = None
+    if args.tokenizer:
+        fingerprint = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).fingerprint()
+    report = check_dataset(args.path, codes=args.codes, samples=args.samples, fingerprint=fingerprint)
     print("\n".join(report.lines))
     if report.broken:
         raise UserError(f"{args.path} has {len(report.broken):,} problem(s), listed above.")

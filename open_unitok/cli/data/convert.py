@@ -1,16 +1,16 @@
-"""`unitok data convert`: convert common layouts to the tar shards that `unitok extract-codes` reads."""
+"""`unitok data convert`: convert common formats to the tar shards that `unitok extract-codes` reads."""
 
 import argparse
 from pathlib import Path
 
 from open_unitok.cli import extract_codes
-from open_unitok.training.data.convert import convert
-from open_unitok.training.data.formats import LAYOUTS
+from open_unitok.training.data.convert import convert_dataset
+from open_unitok.training.data.formats import SOURCE_FORMATS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """KIND SRC DST."""
-    parser.add_argument("kind", help=f"layout of SRC: {', '.join(LAYOUTS)} (see training/README.md)")
+    parser.add_argument("kind", help=f"format of SRC: {', '.join(SOURCE_FORMATS)} (see training/README.md)")
     parser.add_argument("src", help="source folder or file")
     parser.add_argument("dst", help="output folder")
     parser.add_argument("--images", help="folder that image paths are relative to (default: that of SRC)")
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert and print the counts."""
-    counts = convert(
+    counts = convert_dataset(
         args.kind,
         args.src,
         args.dst,

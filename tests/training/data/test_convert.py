@@ -10,13 +10,13 @@ from PIL import Image
 from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
 from open_unitok.training.data import convert as data_convert
-from open_unitok.training.data.convert import convert
+from open_unitok.training.data.convert import convert_dataset
 from open_unitok.training.data.tar_index import index_tar
 
 SIZE = 24
 
 
-def draw(path, number):
+def write_image(path, number):
     """A random image, written as its ending says."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE + 8, 3), dtype=np.uint8)
@@ -32,11 +32,13 @@ def samples(folder):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     """Twenty user images with .txt files, some in a subfolder, in four formats; one has no caption."""
     for number in range(20):
         folder = tmp_path / "images" / ("more" if number % 4 == 0 else "")
-        path = draw(folder / f"my photo.{number:02d}.{('jpg', 'png', 'webp', 'gif')[number % 4]}", number)
+        path = write_image(
+            folder / f"my photo.{number:02d}.{('jpg', 'png', 'webp', 'gif')[number % 4]}", number
+        )
         if number != 7:
             path.with_suffix(".txt").write_text(
                 f"a cat {number}\n\n a dog {number} \n" if number == 3 else "a cat"
@@ -46,9 +48,9 @@ def pictures(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_folder_of_images_with_texts(pictures, tmp_path, capsys):
+def test_a_folder_of_images_with_texts(image_folder, tmp_path, capsys):
     out = tmp_path / "tars"
-    run(["data", "convert", "folder", str(pictures), str(out), "--shard", "8"])
+    run(["data", "convert", "folder", str(image_folder), str(out), "--shard", "8"])
     assert "20 samples, 20 images, 1 without a caption" in capsys.readouterr().out
     assert sorted(p.name for p in out.glob("*.tar")) == [f"part-00000{i}.tar" for i in range(3)]
     found = samples(out)
@@ -58,40 +60,44 @@ def test_a_folder_of_images_with_texts(pictures, tmp_path, capsys):
     })  # fmt: skip
     assert found["more/my_photo_04"][0] == ["jpg"] and found["my_photo_07"][1]["captions"] == []
     record = next(r for r in index_tar(str(out / "part-000000.tar")).records if r.key == "more/my_photo_04")
-    assert record.read("jpg") == (pictures / "more" / "my photo.04.jpg").read_bytes()
+    assert record.read("jpg") == (image_folder / "more" / "my photo.04.jpg").read_bytes()
 
 
 def test_metadata_names_images_and_captions(tmp_path):
-    rows = [{"file_name": draw(tmp_path / "a" / f"{n}.png", n).name, "text": f"cat {n}"} for n in range(4)]
+    rows = [
+        {"file_name": write_image(tmp_path / "a" / f"{n}.png", n).name, "text": f"cat {n}"} for n in range(4)
+    ]
     rows[1] = {"file_name": "1.png", "captions": ["cat", "dog"], "long_caption": "a long cat"}
     (tmp_path / "a" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert convert("folder", tmp_path / "a", tmp_path / "one")["samples"] == 4
+    assert convert_dataset("folder", tmp_path / "a", tmp_path / "one")["samples"] == 4
     found = samples(tmp_path / "one")
     assert found["2"][1]["captions"] == ["cat 2"] and found["1"][1]["long_caption"] == "a long cat"
     with open(tmp_path / "b.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerows([["image", "beschreibung"], ["0.png", "Katze, schwarz"], ["3.png", "Hund"]])
-    convert("folder", tmp_path / "b.csv", tmp_path / "two", images=tmp_path / "a", column="beschreibung")
+    convert_dataset(
+        "folder", tmp_path / "b.csv", tmp_path / "two", images=tmp_path / "a", column="beschreibung"
+    )
     assert samples(tmp_path / "two")["0"][1]["captions"] == ["Katze, schwarz"]
 
 
 def test_images_are_turned_upright(tmp_path):
-    path = draw(tmp_path / "a" / "x.jpg", 1)
+    path = write_image(tmp_path / "a" / "x.jpg", 1)
     with Image.open(path) as image:
         exif = image.getexif()
-        exif[data_convert.ORIENTATION] = 6
+        exif[data_convert._EXIF_ORIENTATION] = 6
         image.save(path, exif=exif)
-    convert("folder", tmp_path / "a", tmp_path / "out")
+    convert_dataset("folder", tmp_path / "a", tmp_path / "out")
     (record,) = index_tar(str(tmp_path / "out" / "part-000000.tar")).records
     (tmp_path / "turned.jpg").write_bytes(record.read("jpg"))
     with Image.open(tmp_path / "turned.jpg") as turned:
         assert turned.size == (SIZE, SIZE + 8)
 
 
-def test_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
+def test_goes_on_where_it_stopped(image_folder, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
-    counts = convert("folder", pictures, whole, shard=6)
-    real, calls = data_convert._add_item, []
+    counts = convert_dataset("folder", image_folder, whole, shard=6)
+    real, calls = data_convert._add_sample, []
 
     def stopped(tar, item, counted):
         calls.append(item.key)
@@ -99,84 +105,84 @@ def test_goes_on_where_it_stopped(pictures, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         real(tar, item, counted)
 
-    monkeypatch.setattr(data_convert, "_add_item", stopped)
+    monkeypatch.setattr(data_convert, "_add_sample", stopped)
     with pytest.raises(KeyboardInterrupt):
-        convert("folder", pictures, tmp_path / "out", shard=6)
+        convert_dataset("folder", image_folder, tmp_path / "out", shard=6)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["part-000000.tar"]
-    assert convert("folder", pictures, tmp_path / "out", shard=6) == counts
+    assert convert_dataset("folder", image_folder, tmp_path / "out", shard=6) == counts
     assert len(calls) == 9 + 14  # the first tar was not made again
     for path in whole.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-    assert convert("folder", pictures, tmp_path / "out", shard=6) == counts and len(calls) == 23
+    assert convert_dataset("folder", image_folder, tmp_path / "out", shard=6) == counts and len(calls) == 23
 
 
-def test_bad_images_are_skipped_up_to_a_share(pictures, tmp_path, capsys):
-    (pictures / "broken.png").write_bytes(b"no image")
-    assert convert("folder", pictures, tmp_path / "one")["skipped"] == 1
+def test_bad_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys):
+    (image_folder / "broken.png").write_bytes(b"no image")
+    assert convert_dataset("folder", image_folder, tmp_path / "one")["skipped"] == 1
     assert "broken.png" in capsys.readouterr().err
-    (pictures / "broken2.jpg").write_bytes(b"")
+    (image_folder / "broken2.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="2 of 22 samples"):
-        convert("folder", pictures, tmp_path / "two")
+        convert_dataset("folder", image_folder, tmp_path / "two")
     assert not (tmp_path / "two").exists()
     (tmp_path / "m.jsonl").write_text('{"file_name": "nothing.png", "text": "a"}\n')
-    with pytest.raises(UserError, match="nothing usable"):
-        convert("folder", tmp_path / "m.jsonl", tmp_path / "three")
+    with pytest.raises(UserError, match="no usable sample"):
+        convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "three")
     assert "there is no such file" in capsys.readouterr().err
 
 
-def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(pictures, tmp_path, monkeypatch):
+def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(image_folder, tmp_path, monkeypatch):
     def killed(*_):
         (tmp_path / "out" / ".part-000000.tar.1.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    (pictures / "broken.png").write_bytes(b"no image")
-    (pictures / "broken2.jpg").write_bytes(b"")
+    (image_folder / "broken.png").write_bytes(b"no image")
+    (image_folder / "broken2.jpg").write_bytes(b"")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data_convert, "_add_item", killed)
-        convert("folder", pictures, tmp_path / "out")
+        patch.setattr(data_convert, "_add_sample", killed)
+        convert_dataset("folder", image_folder, tmp_path / "out")
     with pytest.raises(UserError, match="2 of 22 samples"):
-        convert("folder", pictures, tmp_path / "out")
+        convert_dataset("folder", image_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mended_mistake_is_mended(pictures, tmp_path, capsys):
+def test_a_mended_mistake_is_mended(image_folder, tmp_path, capsys):
     """Another --images is another conversion, and what failed is not taken for done."""
     (tmp_path / "m.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "a"}}\n' for n in range(4)))
     for n in range(4):
-        draw(tmp_path / "right" / f"{n}.png", n)
+        write_image(tmp_path / "right" / f"{n}.png", n)
     (tmp_path / "wrong").mkdir()
     for _ in range(2):
         with pytest.raises(UserError, match="4 of 4 samples"):
-            convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+            convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
         assert "there is no such file" in capsys.readouterr().err  # said each time
         assert not (tmp_path / "out").exists()
-    counts = convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "right")
+    counts = convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "right")
     assert counts["samples"] == 4
     with pytest.raises(UserError, match="other images"):
-        convert("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
+        convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
 
 
-def test_mistakes_are_named(pictures, tmp_path):
+def test_mistakes_are_named(image_folder, tmp_path):
     out = tmp_path / "out"
-    convert("folder", pictures, out)
+    convert_dataset("folder", image_folder, out)
     for changed, words in (({"shard": 3}, "other shard"), ({"column": "x"}, "other column")):
         with pytest.raises(UserError, match=words):
-            convert("folder", pictures, out, **changed)
-    draw(pictures / "new.png", 99)
+            convert_dataset("folder", image_folder, out, **changed)
+    write_image(image_folder / "new.png", 99)
     with pytest.raises(UserError, match="the source has changed"):
-        convert("folder", pictures, out)
+        convert_dataset("folder", image_folder, out)
     (tmp_path / "m.jsonl").write_text('{"file_name": "a.png"\n')
     (tmp_path / "n.csv").write_text("file_name,text\na.png,b\n")
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        (("fodler", pictures, tmp_path / "x"), "Did you mean 'folder'"),
+        (("fodler", image_folder, tmp_path / "x"), "Did you mean 'folder'"),
         (("folder", tmp_path / "nothing", tmp_path / "x"), "does not exist"),
         (("folder", tmp_path / "empty", tmp_path / "x"), r"metadata\.jsonl"),
         (("folder", tmp_path / "m.jsonl", tmp_path / "y"), "line 1, is not valid JSON"),
-        (("folder", pictures, pictures / "tars"), "lies within"),
-        (("folder", tmp_path / "n.csv", tmp_path), "holds something else"),
+        (("folder", image_folder, image_folder / "tars"), "is inside"),
+        (("folder", tmp_path / "n.csv", tmp_path), "has other contents"),
     ):
         with pytest.raises(UserError, match=words):
-            convert(*arguments)
+            convert_dataset(*arguments)
     with pytest.raises(UserError, match="--column is x"):
-        convert("folder", tmp_path / "n.csv", tmp_path / "z", column="x")
+        convert_dataset("folder", tmp_path / "n.csv", tmp_path / "z", column="x")

@@ -253,9 +253,9 @@ def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, s
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_lines_are_found_piece_by_piece(tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(text, "SCANNED_AT_ONCE", at_once)
+    monkeypatch.setattr(text, "SCAN_BLOCK", at_once)
     (tmp_path / "lines.txt").write_bytes(b"\nab\ncde\r\n\n\nf")
-    lines = text.Lines(tmp_path / "lines.txt")
+    lines = text.FileLines(tmp_path / "lines.txt")
     assert [lines[number] for number in range(len(lines))] == [b"ab", b"cde", b"f"]
 
 

@@ -205,7 +205,7 @@ def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_p
     with pytest.raises(UserError, match="allowed only with conversations"):
         mixture([entry("text_to_image", image_codes, codes=str(image_codes))])
     (tmp_path / "no.json").write_text("{}")
-    with pytest.raises(UserError, match="no list of conversations"):
+    with pytest.raises(UserError, match="not a list of conversations"):
         mixture([entry("conversation", tmp_path / "no.json")])
 
 
