@@ -21,7 +21,7 @@ from open_unitok.tokenizer.images import load_image
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
 from .sample_kinds import SAMPLE_KINDS, crop_mismatch
-from .tar_index import BadSample, Record, image_members, index_tar, matching_files
+from .tar_index import BadSample, TarSample, image_members, index_tar, matching_files
 from .text import Conversations, TextLines
 
 _LISTED = 10  # broken samples that the report names one by one
@@ -235,7 +235,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
 def _open_tars(tars: list[str]) -> _OpenDataset:
     indexes = [index_tar(tar) for tar in tars]
     problems = tuple(f"{tar} is broken: {i.problem}" for tar, i in zip(tars, indexes) if i.problem)
-    records = [record for i in indexes for record in i.records]
+    records = [record for i in indexes for record in i.samples]
 
     def samples() -> Iterator[tuple[str, SampleReader]]:
         for record in records:
@@ -244,7 +244,7 @@ def _open_tars(tars: list[str]) -> _OpenDataset:
     return _OpenDataset(f"images in {len(tars)} tar(s)", len(records), samples(), None, problems)
 
 
-def _load_images(record: Record) -> CheckedSample:
+def _load_images(record: TarSample) -> CheckedSample:
     members, info = image_members(record)
     try:
         return CheckedSample([load_image(record.read(member)).size for member in members], info)

@@ -22,7 +22,7 @@ from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from .tar_index import BadSample, Record, index_tar
+from .tar_index import BadSample, TarSample, index_tar
 
 CODES_MANIFEST = "codes.json"
 CODES_FORMAT = "open-unitok codes 1"
@@ -113,13 +113,13 @@ class CodeFolder:
     def read_at(self, key: str, at: MemberOffsets) -> CodeSample:
         """The sample at one of `member_offsets`; raises BadSample if it cannot be used."""
         path = str(self.folder / self.manifest["shards"][at.shard]["file"])
-        return self._parse(Record(path, key, {"codes.npy": at.codes, "json": at.info}))
+        return self._parse(TarSample(path, key, {"codes.npy": at.codes, "json": at.info}))
 
     def check_shard(self, shard: int) -> None:
         """Raises UserError if tar `shard` is missing or cut off, or has more or fewer samples than listed."""
         self._index(shard)
 
-    def _read_index(self, shard: int) -> list[Record]:
+    def _read_index(self, shard: int) -> list[TarSample]:
         path = self.folder / self.manifest["shards"][shard]["file"]
         records, problem = index_tar(str(existing(path, "Run `unitok extract-codes` again.")))
         if problem or len(records) != self.sizes[shard]:
@@ -133,7 +133,7 @@ class CodeFolder:
         """Sample `number` of tar `shard`; raises BadSample if it cannot be used."""
         return self._parse(self._index(shard)[number])
 
-    def _parse(self, record: Record) -> CodeSample:
+    def _parse(self, record: TarSample) -> CodeSample:
         info = record.json("json")
         if not isinstance(info, dict):
             raise BadSample(f".json holds {type(info).__name__}, expected a mapping")

@@ -34,7 +34,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
-from .tar_index import BadSample, Record, image_members, index_tar
+from .tar_index import BadSample, TarSample, image_members, index_tar
 
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
@@ -79,7 +79,7 @@ def extract_codes(
         for n in range(distributed.rank(), len(tars), distributed.world_size())
         if not _completed(out, n, tars[n], options)
     ]
-    total = sum(len(index_tar(tars[n]).records) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
+    total = sum(len(index_tar(tars[n]).samples) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
     shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
@@ -167,7 +167,7 @@ def _encode(unitok: UniTok, pixels: list[torch.Tensor], batch_size: int) -> list
 
 
 def _batches(
-    records: list[Record],
+    records: list[TarSample],
     shape: tuple[int, int],
     options: ExtractOptions,
     bad: list[str],
@@ -175,7 +175,7 @@ def _batches(
 ) -> Iterator[list[LoadedSample]]:
     """Batches of readable samples; unreadable ones are added to `bad`, too many raise UserError."""
 
-    def load(record: Record) -> LoadedSample | str:
+    def load(record: TarSample) -> LoadedSample | str:
         try:
             return _load(record, shape, options.mode)
         except (BadSample, UserError) as error:
@@ -204,7 +204,7 @@ def _batches(
             pool.shutdown(cancel_futures=True)
 
 
-def _load(record: Record, shape: tuple[int, int], mode: str) -> LoadedSample:
+def _load(record: TarSample, shape: tuple[int, int], mode: str) -> LoadedSample:
     members, info = image_members(record)
     images = [load_image(record.read(member)) for member in members]
     height, width = shape

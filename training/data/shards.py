@@ -1,7 +1,7 @@
 """Webdataset tars as an endless stream of samples that resumes exactly in the middle of an epoch.
 
-The order of samples is a function of (seed, epoch): tars are shuffled, their samples pass a shuffle buffer,
-and sources are mixed by weight. The buffer holds places in tars, not bytes: the whole state is a few numbers.
+The order of samples is a function of (seed, epoch): tars are shuffled, their samples pass through a shuffle
+buffer, and sources are mixed by weight. The buffer holds positions in tars, not bytes, so the state is small.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
@@ -24,16 +25,14 @@ from .tar_index import (
     LOGGED_BAD_SAMPLES,
     MIN_SEEN_FOR_BAD_SHARE,
     BadSample,
-    Record,
+    TarSample,
     index_tar,
     matching_files,
 )
 
-__all__ = ["BadSample", "Record", "ShardStream", "build_loader", "read_batches"]
-
 
 class _Source:
-    """The order of one source's records: position in the epoch, and the shuffle buffer."""
+    """The order of one source's samples: position in the epoch, and the shuffle buffer."""
 
     def __init__(self, number: int, options: DataSource, seed: int, shuffle: int):
         self.name = options.name or f"source{number}"
@@ -42,21 +41,23 @@ class _Source:
         self.seed = seed
         self.shuffle = shuffle
         self.number = number
+        # position: `cursor` in this epoch's tars, `record` in that tar; `popped` samples left the buffer
         self.epoch = self.cursor = self.record = self.popped = 0
         self.broken: set[int] = set()
         self.order: list[int] | None = None  # the tars of this epoch
-        self.passed: set[int] = set()  # tars that `passed_epoch` leaves out, see ShardStream.pass_over
-        self.passed_epoch = -1
-        self.buffer: list[tuple[int, int, Record]] = []
+        # tars that are left out of one epoch, see ShardStream.skip_started_tars
+        self.skipped_tars: set[int] = set()
+        self.skipped_epoch = -1
+        self.buffer: list[tuple[int, int, TarSample]] = []
 
-    def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, Record]:
-        """(tar, number in it, record) of the next sample of this part (of `parts`) of the tars."""
-        for _ in range(2):
+    def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, TarSample]:
+        """(tar, number in it, sample): the next one of this part (of `parts`) of the tars."""
+        for _ in range(2):  # an epoch without any sample means that there is none at all
             self._fill(part, parts, report)
             if self.buffer:
-                at = seeding.derive_seed(self.seed, "pop", self.number, part, self.epoch, self.popped) % len(
-                    self.buffer
-                )
+                # keyed by the number of pops: no generator state has to be stored
+                keyed = seeding.derive_seed(self.seed, "pop", self.number, part, self.epoch, self.popped)
+                at = keyed % len(self.buffer)
                 self.popped += 1
                 self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
                 return self.buffer.pop()
@@ -72,72 +73,77 @@ class _Source:
         order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
-            records, problem = index_tar(self.tars[tar], self.name)
+            samples, problem = index_tar(self.tars[tar], self.name)
             if problem and tar not in self.broken and self.record == 0:
                 self.broken.add(tar)
                 report(f"{self.tars[tar]} is broken: {problem}; the rest of it is skipped")
-            take = min(self.shuffle - len(self.buffer), len(records) - self.record)
-            self.buffer += [(tar, n, records[n]) for n in range(self.record, self.record + take)]
+            take = min(self.shuffle - len(self.buffer), len(samples) - self.record)
+            self.buffer += [(tar, n, samples[n]) for n in range(self.record, self.record + take)]
             self.record += take
-            if self.record >= len(records):
+            if self.record >= len(samples):
                 self.cursor, self.record = self.cursor + 1, 0
 
     def order_of(self, epoch: int, part: int, parts: int) -> list[int]:
-        """The tars that a part reads in an epoch, in this order."""
+        """The tars that a part reads in an epoch, in order."""
         order = list(range(len(self.tars)))
         seeding.python_random(self.seed, "tars", self.number, epoch).shuffle(order)
-        if epoch == self.passed_epoch:
-            order = [tar for tar in order if tar not in self.passed]
+        if epoch == self.skipped_epoch:
+            order = [tar for tar in order if tar not in self.skipped_tars]
         return order[part::parts]
 
-    def pass_over(self, states: Sequence[tuple[dict[str, Any], int, int]]) -> None:
-        """Begin in the epoch of `states` (state, part, parts) without the tars that they had begun."""
+    def skip_started_tars(self, states: Sequence[tuple[dict[str, Any], int, int]]) -> None:
+        """Start in the epoch of `states` (state, part, parts) without the tars that they had started."""
         epoch = min(state["epoch"] for state, _, _ in states)
-        self.passed, self.passed_epoch = set(states[0][0]["passed"]), states[0][0]["passed_epoch"]
-        begun = set(self.passed) if self.passed_epoch == epoch else set()
+        self.skipped_tars, self.skipped_epoch = (
+            set(states[0][0]["skipped_tars"]),
+            states[0][0]["skipped_epoch"],
+        )
+        started = set(self.skipped_tars) if self.skipped_epoch == epoch else set()
         for state, part, parts in states:
             own = self.order_of(epoch, part, parts)
-            begun |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
+            started |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
             self.broken |= set(state["broken"])
-        whole = len(begun) == len(self.tars)
-        self.epoch, self.passed = (epoch + 1, set()) if whole else (epoch, begun)
-        self.passed_epoch, self.order = self.epoch, None
+        whole = len(started) == len(self.tars)
+        self.epoch, self.skipped_tars = (epoch + 1, set()) if whole else (epoch, started)
+        self.skipped_epoch, self.order = self.epoch, None
 
     def state_dict(self) -> dict[str, Any]:
-        places = [number for tar, record, _ in self.buffer for number in (tar, record)]
+        positions = [number for tar, record, _ in self.buffer for number in (tar, record)]
         numbers = {
-            name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "passed_epoch")
+            name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "skipped_epoch")
         }
-        return {**numbers, "broken": sorted(self.broken), "passed": sorted(self.passed), "buffer": places}
+        tars = {"broken": sorted(self.broken), "skipped_tars": sorted(self.skipped_tars)}
+        return {**numbers, **tars, "buffer": positions}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("epoch", "cursor", "record", "popped"):
             setattr(self, name, state[name])
         self.broken, self.order = set(state["broken"]), None
-        self.passed, self.passed_epoch = set(state.get("passed", ())), state.get("passed_epoch", -1)
+        self.skipped_tars = set(state.get("skipped_tars", ()))
+        self.skipped_epoch = state.get("skipped_epoch", -1)
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
-        found = {
-            tar: index_tar(self.tars[tar], self.name).records for tar in sorted({tar for tar, _ in pairs})
-        }
-        self.buffer = [(tar, number, found[tar][number]) for tar, number in pairs]
+        # tars in order, as each is indexed once while it is cached
+        tars = sorted({tar for tar, _ in pairs})
+        samples = {tar: index_tar(self.tars[tar], self.name).samples for tar in tars}
+        self.buffer = [(tar, number, samples[tar][number]) for tar, number in pairs]
 
 
 class ShardStream(IterableDataset):
     """An endless stream of decoded samples for one rank.
 
     With split "samples" every rank and worker follows the same order and takes its own micro-batches, so that
-    the global batches do not depend on their number; with "shards" each takes its own tars, as large data
+    the global batches do not depend on their number; with "shards" each reads its own tars, which large data
     needs.
 
     Args:
-        decode: (record, random) -> sample; raises BadSample (or UserError) for a sample to be skipped.
+        decode: (tar sample, random) -> sample; raises BadSample (or UserError) for a sample to be skipped.
             `random` is keyed by (seed, epoch, source, tar, number): augmentation does not depend on ranks.
     """
 
     def __init__(
         self,
         options: ShardOptions,
-        decode: Callable[[Record, random.Random], Any],
+        decode: Callable[[TarSample, random.Random], Any],
         *,
         seed: int,
         micro_batch: int,
@@ -161,7 +167,7 @@ class ShardStream(IterableDataset):
                 )
 
     def fingerprint(self) -> str:
-        """Hex digest of names, sizes and beginnings of all tars: another data set gives another one."""
+        """Hex digest of names, sizes and first bytes of all tars: another data set gives another one."""
         digest = hashlib.sha256()
         for source in self.sources:
             for path in source.tars:
@@ -171,41 +177,39 @@ class ShardStream(IterableDataset):
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        """Yields (sample, bad samples skipped since the one before)."""
+        """Yield (sample, bad samples skipped since the previous one)."""
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        whole = self.options.split == "samples"
-        part, parts = (0, 1) if whole else (self.rank * workers + number, self.ranks * workers)
+        # split "samples": every reader goes through all tars and drops the micro-batches of the others
+        shared = self.options.split == "samples"
+        part, parts = (0, 1) if shared else (self.rank * workers + number, self.ranks * workers)
         self.part, self.parts = part, parts
         skipped = 0
         while True:
-            source = self._draw_source(part)
-            tar, place, record = source.next(part, parts, lambda text: self._report(text, part))
+            source = self._sample_source(part)
+            tar, number_in_tar, tar_sample = source.next(part, parts, lambda text: self._report(text, part))
             epoch = source.epoch
             micro = self.position // self.micro_batch
             self.position += 1
-            if whole and (micro % self.ranks != self.rank or micro // self.ranks % workers != number):
+            if shared and (micro % self.ranks != self.rank or micro // self.ranks % workers != number):
                 continue
             self.seen += 1
             try:
-                keyed = seeding.python_random(self.seed, "sample", source.number, epoch, tar, place)
-                sample = self.decode(record, keyed)
+                keyed = seeding.python_random(self.seed, "sample", source.number, epoch, tar, number_in_tar)
+                sample = self.decode(tar_sample, keyed)
             except (BadSample, UserError) as error:
                 self.bad += 1
                 skipped += 1
-                self._report(f"{record.tar}: sample {record.key} is skipped: {error}", part)
+                self._report(f"{tar_sample.tar}: sample {tar_sample.key} is skipped: {error}", part)
                 continue
             yield sample, skipped
             skipped = 0
 
-    def _draw_source(self, part: int) -> _Source:
+    def _sample_source(self, part: int) -> _Source:
         if len(self.sources) == 1:
             return self.sources[0]
-        at = (
-            seeding.derive_seed(self.seed, "source", part, self.position)
-            / (1 << 63)
-            * sum(s.weight for s in self.sources)
-        )
+        uniform = seeding.derive_seed(self.seed, "source", part, self.position) / (1 << 63)  # 63-bit seeds
+        at = uniform * sum(s.weight for s in self.sources)
         for source in self.sources:
             at -= source.weight
             if at < 0:
@@ -213,57 +217,59 @@ class ShardStream(IterableDataset):
         return self.sources[-1]
 
     def _report(self, text: str, part: int) -> None:
-        """Log a defect, and stop where there are too many."""
+        """Log a defect; raises UserError if there are too many."""
         if self.bad <= LOGGED_BAD_SAMPLES and (part or self.rank == 0):
             tqdm.write(f"data: {text}", file=sys.stderr)
         limit = self.options.max_bad_share
         advice = (
-            f"more than data.max_bad_share = {limit:.2%}: mend the data or raise it. The last one: {text}."
+            f"more than data.max_bad_share = {limit:.2%}: fix the data or raise it. The last one: {text}."
         )
         if self.seen >= MIN_SEEN_FOR_BAD_SHARE and self.bad > limit * self.seen:
             raise UserError(f"{self.bad} of {self.seen} samples are unreadable, {advice}")
         for source in self.sources:
-            # a single broken tar is never too many: small data sets have few
+            # a single one is allowed: one tar of a small data set may exceed the share
             if len(source.broken) > max(1, limit * len(source.tars)):
                 raise UserError(f"{len(source.broken)} of {len(source.tars)} tars are broken, {advice}")
 
     def take(self) -> list[tuple[Any, int]]:
-        """The first micro-batch, undisturbed by any worker: (sample, skipped) pairs."""
+        """The first micro-batch, read in this process: (sample, skipped) pairs."""
         return list(itertools.islice(iter(self), self.micro_batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this worker stands."""
+        """The position of this worker."""
         counts = {name: getattr(self, name) for name in ("position", "seen", "bad", "part", "parts")}
         return {**counts, "sources": [source.state_dict() for source in self.sources]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
+        """Continue from a state."""
         for name in ("position", "seen", "bad"):
             setattr(self, name, state[name])
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
 
-    def pass_over(self, states: Any) -> None:
-        """Go on at the granularity of tars where readers of another number of ranks or workers stopped.
+    def skip_started_tars(self, states: Any) -> None:
+        """Continue, tar by tar, where readers of another number of ranks or workers stopped.
 
-        Their epoch goes on without the tars that any of them had begun; what still waited in their shuffle
-        buffers is not seen in that epoch. Call it before `build_loader`.
+        Their epoch continues without the tars that any of them had started; samples left in their shuffle
+        buffers are not seen in that epoch. Call it before `build_loader`.
 
         Args:
             states: their loaders' states, in any nesting.
 
         Raises:
-            UserError: they had other sources, or come from a version that did not write what this needs.
+            UserError: they had other sources, or their states do not list the tars.
         """
         found = list(_stream_states(states))
-        if not found or any("passed" not in source for state in found for source in state["sources"]):
+        if not found or any("skipped_tars" not in source for state in found for source in state["sources"]):
             raise UserError(
-                "resume_from: the checkpoint does not say which tars it had begun; take init_from."
+                "resume_from: the checkpoint does not say which tars it had started; use init_from."
             )
         if any(len(state["sources"]) != len(self.sources) for state in found):
-            raise UserError("resume_from: that run had another number of data.sources: take init_from.")
+            raise UserError("resume_from: that run had another number of data.sources; use init_from.")
         for number, source in enumerate(self.sources):
-            source.pass_over([(state["sources"][number], state["part"], state["parts"]) for state in found])
+            source.skip_started_tars(
+                [(state["sources"][number], state["part"], state["parts"]) for state in found]
+            )
 
 
 def _stream_states(value: Any) -> Iterator[dict[str, Any]]:
@@ -276,7 +282,7 @@ def _stream_states(value: Any) -> Iterator[dict[str, Any]]:
 
 
 class _Collate:
-    """Adds the number of skipped samples to the batch; a class, so that it reaches a spawned worker."""
+    """Add the number of skipped samples to the batch; a class, so that a spawned worker can unpickle it."""
 
     def __init__(self, collate: Callable[[list[Any]], dict[str, Any]]):
         self.collate = collate
@@ -290,9 +296,8 @@ class _Collate:
 def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
     """A StatefulDataLoader of micro-batches: what `collate` makes of a list, and "skipped" (a count).
 
-    Its state_dict is this rank's exact place in the data; read it with `read`.
+    Its state_dict is this rank's exact position in the data; iterate it with `read_batches`.
     """
-    import torch
     from torchdata.stateful_dataloader import StatefulDataLoader
 
     with warnings.catch_warnings():
@@ -307,7 +312,7 @@ def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, A
 
 
 def read_batches(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The loader's batches; a user's mistake found in a worker process comes back as its one line."""
+    """The loader's batches; a UserError of a worker process is raised with its own one-line message."""
     try:
         yield from batches
     except UserError as error:

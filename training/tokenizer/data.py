@@ -18,7 +18,7 @@ from open_unitok.tokenizer.images import load_image
 
 from ..core.options import ShardOptions
 from ..data.shards import ShardStream
-from ..data.tar_index import BadSample, Record
+from ..data.tar_index import BadSample, TarSample
 from .config import ImageOptions
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -57,7 +57,7 @@ class PairDecoder:
         self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
         self._cache: dict[tuple[str, int, int], np.ndarray] = {}
 
-    def __call__(self, record: Record, rng: random.Random) -> Pair:
+    def __call__(self, record: TarSample, rng: random.Random) -> Pair:
         """Raises BadSample if image or caption is missing or unreadable."""
         extension = next((e for e in EXTENSIONS if e in record.members), None)
         if extension is None:
@@ -90,7 +90,7 @@ class PairDecoder:
         left, top, w, h = crop_box(*image.size, self.options.crop_scale, (low, high), rng)
         return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
 
-    def _caption(self, record: Record, rng: random.Random) -> str:
+    def _caption(self, record: TarSample, rng: random.Random) -> str:
         if self.options.captions == "txt":
             return record.text("txt").strip()
         captions = record.json("json").get("captions")

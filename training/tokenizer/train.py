@@ -248,7 +248,7 @@ def build_train_state(
     saved = None
     if other is not None:
         rank_states = load_weights_only(other, engines)
-        stream.pass_over([saved["batches"] for saved in rank_states])
+        stream.skip_started_tars([saved["batches"] for saved in rank_states])
         saved = rank_states[0]
     batches = build_loader(stream, collate)
     if latest is not None:

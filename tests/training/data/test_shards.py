@@ -116,8 +116,8 @@ def test_going_on_with_other_ranks_and_workers(tars, split, before):
         seen |= {n // 10 for _ in range(2 if split == "shards" else 7) for n in next(rows)["numbers"]}
         states.append(part.state_dict())
     other = stream(tars, split=split, micro_batch=1, shuffle=1)
-    other.pass_over(states)
-    begun = other.sources[0].passed
+    other.skip_started_tars(states)
+    begun = other.sources[0].skipped_tars
     if split == "samples":
         assert len(seen) <= len(begun) < 4
         order = [tar for tar in range(4) if tar not in begun]
@@ -139,13 +139,13 @@ def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
     begun = build_loader(stream(tars, shuffle=100), collate)
     first(begun, 2)
     other = stream(tars, shuffle=100)
-    other.pass_over([begun.state_dict()])
-    assert other.sources[0].epoch == 1 and not other.sources[0].passed
+    other.skip_started_tars([begun.state_dict()])
+    assert other.sources[0].epoch == 1 and not other.sources[0].skipped_tars
     more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
     with pytest.raises(UserError, match="another number of data"):
-        ShardStream(more, Keys(), seed=0, micro_batch=1).pass_over([begun.state_dict()])
+        ShardStream(more, Keys(), seed=0, micro_batch=1).skip_started_tars([begun.state_dict()])
     with pytest.raises(UserError, match="does not say which tars"):
-        other.pass_over([{}])
+        other.skip_started_tars([{}])
 
 
 def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
@@ -214,7 +214,7 @@ def damage(path, at=None, cut=None):
 def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
     damage(tars / "s-001.tar", cut=5 * 2048 + 1024 + 100)
     found = index_tar(str(tars / "s-001.tar"))
-    assert len(found.records) == 6 and "ends at byte" in str(found.problem)
+    assert len(found.samples) == 6 and "ends at byte" in str(found.problem)
     numbers = [n for b in first(build_loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
     assert sorted(numbers) == [*range(15), *range(20, 40)]  # the sixth lost its .json
     error = capfd.readouterr().err
@@ -227,7 +227,7 @@ def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
 def test_a_header_in_the_middle_is_damaged(tars):
     damage(tars / "s-003.tar", at=4 * 1024)
     found = index_tar(str(tars / "s-003.tar"))
-    assert [r.key for r in found.records] == ["0030", "0031"]
+    assert [r.key for r in found.samples] == ["0030", "0031"]
     assert "header at byte 4096 is damaged" in str(found.problem)
 
 
@@ -236,20 +236,20 @@ def test_names_of_every_kind(tmp_path):
     path = write_tar(
         tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]
     )
-    assert [(r.key, set(r.members)) for r in index_tar(path).records] == [
+    assert [(r.key, set(r.members)) for r in index_tar(path).samples] == [
         (long, {"seg.png"}),
         ("b/c", {"txt", "json"}),
     ]
-    assert index_tar(path).records[0].read("seg.png") == b"1"
+    assert index_tar(path).samples[0].read("seg.png") == b"1"
     with pytest.raises(BadSample, match=r"has no \.png"):
-        index_tar(path).records[1].read("png")
+        index_tar(path).samples[1].read("png")
 
 
 def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
     path = write_tar(tmp_path / "a.tar", ["0001"])
-    assert index_tar(path).records[0].text("txt") == "text 0001"
+    assert index_tar(path).samples[0].text("txt") == "text 0001"
     write_tar(tmp_path / "a.tar", ["0002", "0003"])
-    assert [r.text("txt") for r in index_tar(path).records] == ["text 0002", "text 0003"]
+    assert [r.text("txt") for r in index_tar(path).samples] == ["text 0002", "text 0003"]
 
 
 def test_patterns(tars):

@@ -141,7 +141,7 @@ def test_one_batch_is_learnt_by_heart(data, tmp_path):
         ("model.hidden_sise=8", "Did you mean 'hidden_size'"),
         ("model.size=vitamin_huge", "vitamin"),
         ("model.image_size=30", "image_size"),
-        ("data.sources.0.path=nowhere/*.tar", "no file nowhere"),
+        ("data.sources.0.path=nowhere/*.tar", "no file matches nowhere"),
         ("caption_tokenizer=nowhere.model", "nowhere.model"),
         ("losses={lpips: 1.0, lpips_weights: nowhere.pth}", "nowhere.pth"),
         ("init_from=nowhere", "nowhere"),
