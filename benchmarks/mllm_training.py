@@ -20,7 +20,7 @@ import torch
 from harness import device_name, load_average, result_file
 
 from open_unitok.core.files import write_json
-from open_unitok.mllm import SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
+from open_unitok.mllm import MLLM_SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.mllm.lora import add_lora
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.flops import MLLMFlops, TokenCounts, peak_tflops
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     visual: dict[str, Any] = {}
 
 
-PUBLISHED = dict(SIZES["unitok_mllm_7b"]["text_config"])
+PUBLISHED = dict(MLLM_SIZES["unitok_mllm_7b"]["text_config"])
 TINY_TEXT = {
     **PUBLISHED,
     "vocab_size": 512,

@@ -17,10 +17,9 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
-from .batching import split_batches
 from .image_sampling import generate_image_codes, iter_image_codes
 from .loading import check_parts_match, check_quantization, find_model
-from .reconstruction import iter_reconstructions
+from .reconstruction import iter_reconstructions, split_batches
 from .sampling import Sampling
 from .text_generation import generate_text_ids, iter_text_ids, stream_text
 from .validation import check_history, check_prefix, check_texts, check_whole, expand_seeds

@@ -1,6 +1,7 @@
 """Reconstruction by the visual tokenizer alone: encode images and decode their codes."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -8,7 +9,6 @@ from PIL import Image
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 
-from .batching import split_batches
 from .validation import check_whole
 
 
@@ -32,3 +32,8 @@ def iter_reconstructions(
         pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in batch])
         decoded = unitok.decode(unitok.encode(pixels.to(unitok.device)), grid).float().cpu()
         yield from ((to_pil(original), to_pil(own)) for original, own in zip(pixels, decoded))
+
+
+def split_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    """The items in batches of `size`, the last one shorter."""
+    return (items[i : i + size] for i in range(0, len(items), size))

@@ -14,8 +14,15 @@ from open_unitok.core.errors import UserError
 
 from .backends import choose_backend
 from .backends.native_text import iter_native_text_ids
-from .batching import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_id, pad_left
-from .kv_cache import CachedDecoder
+from .kv_cache import (
+    CachedDecoder,
+    SharedPrefix,
+    can_share,
+    concat_codes,
+    find_shared_prefixes,
+    pad_id,
+    pad_left,
+)
 from .sampling import Sampling, check_seed, sample_code
 from .validation import check_questions, check_whole
 

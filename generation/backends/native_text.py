@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..batching import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_left
+from ..kv_cache import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_left
 from . import native_library
 from .native import has_plain_linears, layer_struct, stack_struct
 
