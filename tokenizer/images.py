@@ -73,8 +73,8 @@ def to_pixels(
         mode: "crop" scales the image until it just covers the size and cuts out the centre; "pad" puts it in
             the centre of a canvas of `PAD_COLOUR` with the size's aspect ratio and scales that; "squash"
             scales both sides independently.
-        resize: for "crop": the shorter side in pixels before the cut; None = as said above, 0 = unscaled
-            (what lies outside the image is black).
+        resize: for "crop": the shorter side in pixels before the cut; None = the scale that covers the
+            size, 0 = unscaled (black outside the image).
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:

@@ -196,7 +196,7 @@ class UniTok(PreTrainedModel):
     ) -> Any:
         """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
 
-        A folder or hub id that holds the published file and no config.json stands for that file.
+        A folder or hub id that holds the published file and no config.json loads that file.
 
         Raises:
             UserError: nothing is there, on disk or on the hub; the folder holds no model, or one of another

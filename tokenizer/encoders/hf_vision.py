@@ -48,7 +48,7 @@ class HFVisionEncoder(nn.Module):
         self.tower: Any = AutoModel.from_config(tower_config)
         if getattr(self.tower, "pooler", None) is not None:  # of ViT: pools the CLS token
             self.tower.pooler = None
-        # Some towers resize their position embeddings to the image only when asked to.
+        # Some towers resize their position embeddings to the image only on request.
         forward = inspect.signature(self.tower.forward).parameters
         self._forward_options = (
             {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
