@@ -49,7 +49,7 @@ class RequestParser:
         Raises:
             UserError: roles in an invalid order, an image that cannot be read, too many tokens.
         """
-        questions, answers, urls = parse_messages(request.messages)
+        questions, answers, urls = parse_chat_messages(request.messages)
         if len(urls) > MAX_IMAGES:
             raise UserError(f"The conversation has {len(urls)} images; at most {MAX_IMAGES} are allowed.")
         processor = self.pipe.processor
@@ -134,7 +134,7 @@ class RequestParser:
         return path.read_bytes()
 
 
-def parse_messages(messages: list[Message]) -> tuple[list[str], list[str], list[str]]:
+def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], list[str]]:
     """Questions with image marks, the answers to all but the last one, and the image URLs in order.
 
     System messages are put before the first question: the models are trained without a system role.

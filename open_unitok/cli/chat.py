@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
 
     images = [load_image(path) for path in args.images]  # before the model: report a wrong path at once
     options = _answer_options(args)
-    conversation = Conversation(load_pipeline(args), images, options)
+    session = ChatSession(load_pipeline(args), images, options)
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # a line that is not UTF-8 must not end the conversation
     interactive = sys.stdin.isatty()
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
             return
         if line:
             try:
-                conversation.handle(line)
+                session.handle(line)
             except UserError as error:  # an invalid question must not end the conversation
                 print(f"unitok: error: {error}", file=sys.stderr)
 
@@ -73,7 +73,7 @@ def _answer_options(args: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-class Conversation:
+class ChatSession:
     """Images, the earlier questions and answers about them, and the answer options."""
 
     def __init__(self, pipe: "Pipeline", images: "list[Image.Image]", options: dict[str, Any]):

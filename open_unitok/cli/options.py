@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from open_unitok.core.distributed import local_rank
@@ -76,6 +77,17 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
         if getattr(args, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} is {getattr(args, name)}; it must be a whole number >= 1.")
+
+
+def new_path(name: str) -> Path:
+    """
+    Raises:
+        UserError: the path already exists.
+    """
+    path = Path(name)
+    if path.exists():
+        raise UserError(f"{path} already exists: delete it or choose another name.")
+    return path
 
 
 def pick_device(name: str) -> str:

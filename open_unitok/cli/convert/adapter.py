@@ -2,10 +2,10 @@
 
 import argparse
 import shutil
-from pathlib import Path
 
-from open_unitok.core.errors import UserError
-from open_unitok.core.files import atomic_folder, existing, model_path, tokenizer_path
+from open_unitok.core.files import SAMPLING_FILE, atomic_folder, existing, model_path, tokenizer_path
+
+from ..options import new_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,20 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Merge and save."""
-    from open_unitok.core.files import SAMPLING_FILE
-    from open_unitok.generation.loading import check_belongs
+    from open_unitok.generation.loading import check_parts_match
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
     from open_unitok.mllm.lora import merge_adapter
     from open_unitok.tokenizer import UniTok
 
-    source, target = existing(model_path(args.base)), Path(args.target)
+    source, target = existing(model_path(args.base)), new_path(args.target)
     unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
-    if target.exists():
-        raise UserError(f"{target} already exists: delete it or choose another name.")
     model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
     processor = UniTokProcessor.from_pretrained(source)
+    # another pixel decoder is fine, other codes are not
     if args.unitok:
-        check_belongs(model, UniTok.from_pretrained(unitok), processor, unitok)
+        check_parts_match(model, UniTok.from_pretrained(unitok), processor, unitok)
     with atomic_folder(target) as folder:
         processor.save_pretrained(folder)
         model.save_pretrained(folder)

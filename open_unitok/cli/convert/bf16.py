@@ -3,12 +3,10 @@
 import argparse
 import dataclasses
 import shutil
-from pathlib import Path
 
-from open_unitok.core.errors import UserError
-from open_unitok.core.files import atomic_folder, write_json
+from open_unitok.core.files import SAMPLING_FILE, atomic_folder, write_json
 
-from ..options import add_sampling_options, quiet_loading, sampling_of
+from ..options import add_sampling_options, new_path, quiet_loading, sampling_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +20,10 @@ def run(args: argparse.Namespace) -> None:
     """Round and save; sampling options that are given go into the new model's sampling.json."""
     import torch
 
-    from open_unitok.core.files import SAMPLING_FILE
     from open_unitok.generation.loading import find_model
     from open_unitok.generation.pipeline import Pipeline
 
-    if Path(args.target).exists():
-        raise UserError(f"{args.target} already exists: delete it or choose another name.")
+    target = new_path(args.target)
     quiet_loading()
     source = find_model(args.source)
     sampling = sampling_of(args, str(source))
@@ -35,13 +31,14 @@ def run(args: argparse.Namespace) -> None:
     model, unitok = pipe.model.to(torch.bfloat16), pipe.unitok.to(torch.bfloat16)
     # the rounded tokenizer gives slightly different codes, so it has another fingerprint
     model.config.unitok_fingerprint = unitok.fingerprint()
-    with atomic_folder(args.target) as folder:
+    with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         pipe.processor.save_pretrained(folder)
         unitok.save_pretrained(folder / "unitok")
+        # not part of the tokenizer's weights, but of its folder
         captions = source / "unitok" / "caption_tokenizer"
         if captions.exists():
             shutil.copytree(captions, folder / "unitok" / captions.name)
         write_json(folder / SAMPLING_FILE, dataclasses.asdict(sampling))
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{source} -> {args.target}, {size / 1e6:.1f} MB")
+    print(f"{source} -> {target}, {size / 1e6:.1f} MB")

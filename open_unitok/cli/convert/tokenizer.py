@@ -6,6 +6,8 @@ from pathlib import Path
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, read_json
 
+from ..options import new_path
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """SRC DST [--config FILE]."""
@@ -24,9 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.tokenizer.convert import write_published_tokenizer
     from open_unitok.tokenizer.loading import check_tokenizer_folder
 
-    target = Path(args.target)
-    if target.exists():
-        raise UserError(f"{target} already exists: delete it or choose another name.")
+    target = new_path(args.target)
     if Path(args.source).is_dir():
         check_tokenizer_folder(args.source)
         if target.suffix != ".pth":

@@ -1,4 +1,4 @@
-"""`unitok data scenes`: write captioned scenes of coloured shapes: training shards and a test split."""
+"""`unitok data scenes`: render captioned scenes of coloured shapes: training shards and a test split."""
 
 import argparse
 from dataclasses import fields
@@ -9,9 +9,10 @@ from open_unitok.training.scenes.dataset import load_config, write_scenes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", required=True, help="folder to write")
-    parser.add_argument("--config", help="YAML of settings; options given here win over it")
-    parser.add_argument("--overwrite", action="store_true", help="replace scenes of another configuration")
+    """--out DIR and one option per field of `SceneConfig`."""
+    parser.add_argument("--out", required=True, help="output folder")
+    parser.add_argument("--config", help="YAML of settings; options override it")
+    parser.add_argument("--overwrite", action="store_true", help="replace scenes of another config")
     for field in fields(SceneConfig):
         default, what = getattr(SceneConfig(), field.name), field.metadata["help"]
         if isinstance(default, dict):
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             what, shares = f"{what} (default: {shown})", "KIND=SHARE"
             parser.add_argument(_option(field.name), nargs="+", metavar=shares, help=what)
         elif isinstance(default, tuple):
+            # an empty default tuple does not tell its type
             kind: Any = str if field.name in ("size_names", "textures") else float
             shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
             parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"{what} (default: {shown})")
@@ -34,11 +36,13 @@ def _option(name: str) -> str:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Render the scenes that DIR does not have yet."""
     config = load_config(args.config)
+    # None = not given: the config file's value stays
     given = {f.name: getattr(args, f.name) for f in fields(SceneConfig) if getattr(args, f.name) is not None}
     if "question_shares" in given:
         given["question_shares"] = parse_shares(given["question_shares"])
     config = with_values(config, given)
     done = write_scenes(config, args.out, overwrite=args.overwrite)
     counts = f"{config.train:,} training and {config.test:,} test scenes"
-    print(f"{args.out}: {counts}{'' if done else ', already there'}")
+    print(f"{args.out}: {counts}{'' if done else ', already exist'}")

@@ -1,4 +1,4 @@
-"""`unitok eval compare A B`: is run B better than run A? A paired bootstrap over images."""
+"""`unitok eval compare A B`: test with a paired bootstrap whether run B is better than run A."""
 
 import argparse
 
@@ -7,13 +7,13 @@ from open_unitok.eval.report.compare import compare, comparison_table, result_fo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options."""
-    parser.add_argument("a", help="a run's folder: one benchmark's, or one that holds several")
-    parser.add_argument("b", help="the run to compare with it")
+    """A B."""
+    parser.add_argument("a", help="results folder of one benchmark, or a folder of several")
+    parser.add_argument("b", help="results to compare with A")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Compare and print one table per benchmark that both runs have."""
+    """Print one table per benchmark that both runs have."""
     a, b = result_folders(args.a), result_folders(args.b)
     if len(a) == len(b) == 1:
         b = dict(zip(a, b.values())) if set(a) != set(b) else b
@@ -23,4 +23,4 @@ def run(args: argparse.Namespace) -> None:
     for name in shared:
         print(comparison_table(name, compare(a[name], b[name])))
     for name in sorted(set(a) ^ set(b)):
-        print(f"{name}: in one of the runs only")
+        print(f"{name}: only one of the runs has it")

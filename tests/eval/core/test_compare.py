@@ -139,7 +139,7 @@ def test_the_page_shows_numbers_bars_and_samples_and_loads_nothing(runs, tmp_pat
     for words, message in (
         ([str(tmp_path / "nothing")], "does not exist"),
         ([str(runs / "data")], "holds no results.json"),
-        ([str(runs / "a"), "--out", str(tmp_path)], "a folder; give the name of the page"),
+        ([str(runs / "a"), "--out", str(tmp_path)], "a folder; expected a file"),
     ):
         with pytest.raises(SystemExit):
             main(["eval", "report", *words])

@@ -1,0 +1,66 @@
+"""Whole folders of the published MLLM to model folders, with processor and visual tokenizer, and back."""
+
+import shutil
+from pathlib import Path
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import atomic_folder
+from open_unitok.tokenizer import UniTok
+
+from .convert import check_same_codebooks, read_published, save_published
+from .model import UniTokForConditionalGeneration
+from .processor import UniTokProcessor
+
+_IMAGE_SIZE = 256  # of the published model
+
+
+def from_published_folder(
+    source: Path, target: Path, unitok: UniTok | None = None, text_tokenizer: str | Path | None = None
+) -> None:
+    """Write the published MLLM in `source` as a model folder.
+
+    Args:
+        unitok: its visual tokenizer; None = the folder has none, and the model neither reads nor generates
+            images.
+        text_tokenizer: tokenizer.model or its folder; None = that of `source`.
+
+    Raises:
+        UserError: not the published layout, or a tokenizer that the model was not trained with.
+    """
+    model = UniTokForConditionalGeneration.from_state(*read_published(source), source=source)
+    image_size = _IMAGE_SIZE
+    if unitok is not None:
+        check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
+        # from now on loading checks that the tokenizer's codes are those of training
+        model.config.unitok_fingerprint = unitok.fingerprint()
+        model.config.num_image_tokens = unitok.config.num_visual_tokens
+        image_size = unitok.config.image_size
+    processor = UniTokProcessor.from_text_tokenizer(
+        text_tokenizer or source,
+        image_size=image_size,
+        num_image_tokens=model.config.num_image_tokens,
+        legacy=True,
+    )
+    found = processor.boi_token_id, processor.eoi_token_id
+    expected = model.config.boi_token_id, model.config.eoi_token_id
+    if found != expected:
+        raise UserError(
+            f"The text tokenizer has <0x00> and <0x01> at {found[0]} and {found[1]}; the model expects "
+            f"{expected[0]} and {expected[1]}: use the text tokenizer it was trained with."
+        )
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        if unitok is not None:
+            unitok.save_pretrained(folder / "unitok")
+        for name in ("LICENSE", "NOTICE"):
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+
+
+def to_published_folder(source: Path, target: Path) -> None:
+    """Write the model folder `source` in the published layout, without the visual tokenizer."""
+    model = UniTokForConditionalGeneration.from_pretrained(source)
+    text_tokenizer = UniTokProcessor.from_pretrained(source).text_tokenizer
+    with atomic_folder(target) as folder:
+        save_published(model.config, model.state_dict(), text_tokenizer, folder)
