@@ -68,9 +68,11 @@ def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
         if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
             raise UserError(f"{path} has no column {missing[0]!r}.")
         for row in reader:
+            # the released table repeats its header
             if row["item_id"] == "item_id":
                 continue
             lines, name = lines + 1, (row["item_id"] or "").strip() or name
+            # only the first line of a prompt has to hold its text
             prompts[name] = prompts.get(name) or (row["text"] or "").strip()
             try:
                 question = _parse_question(row, f"{path}, line {reader.line_num}")
@@ -80,8 +82,10 @@ def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
                     )
             except UserError as error:
                 bad.append(str(error))
+                # a negative number: never asked, counts as no, depends on nothing
                 question = DpgQuestion(-len(bad), (), "", "")
             questions[name].append(question)
+    # a few bad lines cost their questions; a file of bad lines is another format
     if not lines or len(bad) > lines / 2:
         raise UserError(f"{path} is {f'not a table of questions: {bad[0]}' if bad else 'empty.'}")
     problems = [f"{len(bad)} questions are malformed, the first: {bad[0]} (counted as no)"] if bad else []
@@ -143,6 +147,7 @@ def judge(
             item = task.truth["items"][task.truth["owners"][sample.index]]
             questions = [q for q in item.questions if q.number >= 0]
             texts: list[str] = []
+            # a dense prompt has many questions: batches bound the memory
             for start in range(0, len(questions), QUESTION_BATCH):
                 piece = [q.text for q in questions[start : start + QUESTION_BATCH]]
                 texts += model.answers([image] * len(piece), piece)
@@ -189,6 +194,7 @@ def image_score(questions: Sequence[DpgQuestion], answers: dict[str, str]) -> fl
     """
     scores = raw_scores(questions, answers)
     for question in questions:
+        # scores of earlier questions are final, so the order of the file decides
         if any(scores.get(p, 0.0) == 0 for p in question.parents if p != 0):
             scores[question.number] = 0.0
     return float(np.mean([scores[q.number] for q in questions]))
@@ -224,7 +230,9 @@ def score(
         for s in task.samples
     ]
     per_prompt = task.metadata["images per prompt"]
+    # images of a prompt first, so that each prompt has the same weight
     means = [float(np.mean(values[k * per_prompt : (k + 1) * per_prompt])) for k in range(len(items))]
+    # prompts are the independent units
     interval = bootstrap(mean_columns(100 * np.array(means)))
     metrics = {"dpg": Metric(100 * float(np.mean(means)), len(items), interval, "points")}
     # the published script overwrites the answers image by image, so that its categories hold the last one's
@@ -232,6 +240,7 @@ def score(
     metrics |= _category_metrics(items, last)
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no answers (counted as 0)"] * (missing > 0)
+    # mPLUG-large is not in transformers: its answers come from a file
     reason = "" if by == _PUBLISHED_JUDGE else f"answers by {by}, not by {_PUBLISHED_JUDGE}"
     reason = reason or "questions are malformed" * task.truth["malformed"]
     return Scored(metrics, {"vqa model": by, "categories": "answers about the last image, as published"}, [

@@ -55,6 +55,7 @@ def load(data: Path, settings: Options) -> Task:
             elif number not in prompts and number not in bad:
                 bad[number] = f"{path}: the skill {tag!r} names prompt {number}, which does not exist."
             skills[tag].append(number)
+    # errors come last, so that --limit keeps valid prompts
     chosen = [*prompts.items(), *((number, "") for number in bad)][: settings.limit]
     samples = [
         malformed_sample(k, f"{number:05d}" if number > 0 else None, bad[number])
@@ -76,6 +77,7 @@ def _read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
     The number is the line of `prompts.txt`, from 1, or the key of `genai_image.json`.
     """
     prompts, bad = {}, {}
+    # GenAI-Bench-527 is a text file, the 1600 prompts are JSON
     if (data / "prompts.txt").exists():
         lines = (data / "prompts.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
@@ -147,9 +149,11 @@ def summarise_skills(
     """Mean, sample deviation and n of each skill and of all prompts with one, in float32 as published."""
     by_number = dict(zip(numbers, scores))
     groups = {tag: [i for i in ids if i in by_number] for tag, ids in skills.items()}
+    # a prompt with several skills counts once
     groups["all"] = sorted({i for ids in groups.values() for i in ids})
     result = {}
     for tag, ids in groups.items():
+        # float32 as in the published script
         values = np.array([by_number[i] for i in ids], np.float32)
         if len(values):
             deviation = float(values.std(ddof=1)) if len(values) > 1 else 0.0
@@ -163,10 +167,12 @@ def score(
     """The mean score of advanced prompts (the published "overall"), of all prompts, and of each skill."""
     require_generated_images(task, records, folder)
     found, by, problems = _read_scores(task, records, folder)
+    # a missing score counts as 0, so that a failed image cannot raise the mean
     scores = [0.0 if s.malformed else found.get(s.index, 0.0) for s in task.samples]
     numbers, skills = task.truth["numbers"], task.truth["skills"]
     summary = summarise_skills(scores, numbers, skills)
     index_of = {n: k for k, n in enumerate(numbers)}
+    # the main metric is the first: the published table's overall is "advanced"
     order = [t for t in ("advanced", "all") if t in summary] + [
         t for t in summary if t not in ("advanced", "all")
     ]
@@ -180,6 +186,7 @@ def score(
     problems = problems + [f"{missing} images have no score (counted as 0)"] * (missing > 0)
     same = by == _PUBLISHED_JUDGE
     reason = "" if same else f"VQAScore by {by}, not by {_PUBLISHED_JUDGE} with its own formula"
+    # basic and advanced cut across the skills, so they do not name a group
     tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
     return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [
         {

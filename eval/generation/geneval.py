@@ -45,6 +45,7 @@ def load(data: Path, settings: Options) -> Task:
     """Images to generate per prompt; for scenes also test images that satisfy a prompt, for the ceiling."""
     prompts = read_prompts(data)[: settings.limit]
     detector = detections.choose_detector(data, settings)
+    # four per prompt as published; scenes have enough prompts for one
     per_prompt = settings.images_per_prompt or (1 if detector == "scenes" else 4)
     samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     rules, problems = Rules(), []
@@ -97,15 +98,18 @@ def score(
         [bool(r["score"]) for r in generated],
         [r["owner"] for r in generated],
     )
+    # the main metric is the mean of the tags' means, so the interval resamples that statistic
     interval = bootstrap(
         group_mean_columns([r["score"] for r in generated], [r["group"] for r in generated]),
         [r["owner"] for r in generated],
         group_mean_statistic,
     )
+    # the published overall score: every tag has the same weight
     metrics = {"overall": Metric(summary["overall"], len(generated), interval)}
     for tag in summary["per_tag"]:
         metrics[f"tag/{tag}"] = ceiling.prompt_mean([r for r in generated if r["group"] == tag])
     ceiling.add_held_out_and_ceiling(metrics, per_sample)
+    # GenEval itself does not penalise additional objects
     exact = [r | {"score": r["exact"]} for r in per_sample if "exact" in r and not r["held_out"]]
     if exact:
         metrics["single objects: colour, shape and number"] = ceiling.prompt_mean(exact)
@@ -133,6 +137,7 @@ def _verdicts(task: Task, records: dict[int, Record], found: ExternalFindings) -
         verdict = detections.verdict_on(judge_image, prompt, detected, rules)
         held_out = prompt.get("held_out", False)
         record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
+        # group and owner let `unitok eval compare` resample as here
         record |= {"group": prompt["tag"], "owner": owners[sample.index]}
         if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "generate":
             boxes = found.by_index.get(sample.index, {}).get("detections", {})
@@ -159,6 +164,7 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
         UserError: the file is missing or empty, or most of its lines are malformed.
     """
     data = existing(data)
+    # the released repository, its prompts folder, or `unitok data scenes`
     folders = (data, data / "test" / "geneval", data / "geneval", data / "prompts")
     path = next(
         (f / "evaluation_metadata.jsonl" for f in folders if (f / "evaluation_metadata.jsonl").exists()), None
@@ -166,6 +172,7 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     if path is None:
         raise UserError(f"{data}: found no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
     rows = read_jsonl_lenient(path)
+    # the first lines may be malformed: they take the first valid tag
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
     tag = tags[0] if tags else TAGS[0]
     for i, row in enumerate(rows):
@@ -209,11 +216,14 @@ def judge_image(metadata: dict[str, Any], detected: dict[str, Any], rules: Rules
     reasons: list[str] = []
     targets: list[list[_Box] | None] = []  # boxes that each clause matched, None if it failed
     for clause in metadata.get("include", ()):
+        # the best `count` boxes; more boxes of a class are not an error
         found = kept.get(clause["class"], [])[: clause["count"]]
         failure = _clause_failure(clause, found, targets, rules)
         if failure:
             reasons.append(failure)
+        # a position refers to an earlier clause by index
         targets.append(None if failure else found)
+    # counting prompts exclude one object more than they ask for
     for clause in metadata.get("exclude", ()):
         count = len(kept.get(clause["class"], []))
         if count >= clause["count"]:
@@ -251,6 +261,7 @@ def _clause_failure(
 
 def _filter_boxes(tag: str, detected: dict[str, Any], rules: Rules) -> dict[str, list[_Box]]:
     """The boxes of each class above the threshold, best first, at most `max_objects`, without overlaps."""
+    # counting needs confident boxes, as published; scores are float32 in mmdet
     threshold = np.float32(rules.counting_threshold if tag == "counting" else rules.threshold)
     kept = {}
     for name, rows in detected["detections"].items():
@@ -258,6 +269,7 @@ def _filter_boxes(tag: str, detected: dict[str, Any], rules: Rules) -> dict[str,
         colours = detected.get("colors", {}).get(name) or [""] * len(boxes)
         if len(colours) != len(boxes):
             raise UserError(f"detections of {name!r}: {len(boxes)} boxes, but {len(colours)} colours.")
+        # stable and reversed as in the published script: ties go to the later box
         order = np.argsort(boxes[:, 4], kind="stable")[::-1]
         best = [_Box(boxes[i], colours[i]) for i in order if boxes[i, 4] > threshold][: rules.max_objects]
         if rules.max_overlap < 1:
@@ -279,6 +291,7 @@ def _suppress_overlaps(found: Iterable[_Box], max_overlap: float) -> list[_Box]:
 def box_iou(a: np.ndarray, b: np.ndarray) -> float:
     """Intersection over union of two boxes that include the pixel of their far corner, as in GenEval."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    # + 1: corners are inclusive in the published script
     sides = np.maximum(0, np.minimum(a[2:4], b[2:4]) - np.maximum(a[:2], b[:2]) + 1)
     shared = sides.prod()
     areas = (a[2:4] - a[:2] + 1).prod() + (b[2:4] - b[:2] + 1).prod()
@@ -296,6 +309,7 @@ def box_relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[
     if np.all(np.abs(moved) < 1e-3):
         return []
     x, y = moved / np.linalg.norm(offset)
+    # a direction holds within about 60 degrees of its axis; y grows downwards
     words = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
     return [word for word, holds in words if holds]
 
@@ -311,6 +325,7 @@ def summarise_verdicts(
     by_prompt: dict[int, bool] = defaultdict(bool)
     for row, good, prompt in zip(metadata, correct, prompts):
         by_tag[row["tag"]].append(float(good))
+        # a prompt counts as solved if any of its images is correct
         by_prompt[prompt] |= bool(good)
     per_tag = {tag: {"value": mean(by_tag[tag]), "n": len(by_tag[tag])} for tag in TAGS if tag in by_tag}
     return {

@@ -30,6 +30,7 @@ answer = save_generated_images
 def load(data: Path, settings: Options) -> Task:
     """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
     count = settings.limit or _IMAGES
+    # one generator for all labels: the classes do not depend on the number of ranks
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.class_names()
     samples = [
@@ -61,6 +62,7 @@ def judge(
 ) -> None:
     """Write ADM's file of the generated images; compute their Inception features and the reference's."""
     generated = images_of_run(task, records, out)
+    # ADM's evaluator runs in TensorFlow 1, elsewhere: it only needs this file
     if distributed.is_main() and generated.names:
         write_adm_samples(generated, out / "submission" / "samples.npz")
     if not scoring.inception_weights or not generated.names:
@@ -80,6 +82,7 @@ def score(
     """gFID, sFID and Inception Score of the generated images; precision and recall against 10,000 images."""
     require_generated_images(task, records, folder)
     variant = inception_features.choose_variant(scoring, "adm")
+    # the reference statistics were computed with ADM's graph alone
     if variant != "adm":
         raise UserError(f"inception_variant is {variant!r}; imagenet_generation allows only 'adm'.")
     file = str(_reference_file(task.truth["data"], scoring))
@@ -87,10 +90,12 @@ def score(
     reference = inception_features.reference_moments(file, folder, variant)
     result = inception_features.feature_distances(folder, variant, features, reference, "g")
     metrics, problems = result.metrics, result.problems
+    # sFID has features of its own, so statistics of its own
     spatial = inception_features.reference_moments(file, folder, variant, "spatial")
     sfid = fid.frechet_distance(features.moments("spatial"), spatial[0])
     metrics["sfid"] = Metric(sfid, features.n, None, "fid")
     logits = features.column("logits")
+    # blocks of 5000 need a mixture of classes, hence the permutation
     score = fid.inception_score_adm(logits[adm_order(len(logits))])
     metrics["inception_score"] = Metric(score, features.n, None, "score")
     real = inception_features.read_inception_features(folder, variant, "reference")

@@ -52,6 +52,7 @@ def _released_images(data: Path, reference: str, size: int) -> ImageSet:
 
     def load(i: int) -> np.ndarray:
         image = found.load(i)
+        # no resampling where sizes agree: it would change the FID
         if image.shape[:2] == (size, size):
             return image
         return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
@@ -67,6 +68,7 @@ def judge(
     if not scoring.inception_weights or not generated.names:
         return
     sets = [generated]
+    # an .npz holds statistics, so no released image has to be read
     if not scoring.reference.endswith(".npz"):
         sets.append(_released_images(task.truth["data"], scoring.reference, generated.load(0).shape[0]))
     variant = inception_features.choose_variant(scoring, "clean")
@@ -92,6 +94,7 @@ def score(
         inception_features.save_statistics(folder / "reference.npz", reference[0], variant)
     result = inception_features.feature_distances(folder, variant, features, reference, others=real)
     metrics, problems = result.metrics, result.problems
+    # a judge pass that was killed: scoring a part would be silently wrong
     without = len(samples_with_images(task.samples, records)) - features.n - len(features.bad)
     if without > 0:
         raise UserError(
@@ -115,11 +118,13 @@ def _fid_by_category(
     """FID of each category with at least two generated and two released images."""
     samples = samples_with_images(task.samples, records)
     categories = [str(samples[i].id).split("/")[0] for i in generated.numbers()]
+    # names are CATEGORY/FILE SIZE, as `images_of_folder` makes them
     real_categories = [name.split("/")[-2] if "/" in name else "" for name in real.names()]
     a, b = generated.column("pooled"), real.column("pooled")
     counts, real_counts = Counter(categories), Counter(real_categories)
     metrics = {}
     for name in sorted(counts):
+        # a covariance needs two images
         if min(counts[name], real_counts[name]) < 2:
             continue
         moments = fid.compute_moments([a[np.array(categories) == name]])

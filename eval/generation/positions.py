@@ -31,10 +31,12 @@ def load(data: Path, settings: Options) -> Task:
     samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     require_mostly_valid(samples, path)
     scenes, problems = ceiling.ceiling_scenes(data)
+    # one real image per prompt is enough for a ceiling
     unmatched = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
     for file, objects in scenes:
         if len(objects) != 1:
             continue
+        # shape, colour and cell are what the prompt asks for
         key = (objects[0]["shape"], objects[0]["color"], tuple(objects[0]["cell"]))
         if key in unmatched:
             owner = unmatched.pop(key)
@@ -78,6 +80,7 @@ def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
     colour = (detected.get("colors", {}).get(name) or [""])[0]
     if (name, colour) != (prompt["class"], prompt["color"]):
         return Verdict(False, f"found a {colour} {name}", {name: 1})
+    # the centre decides: an object may be jittered across the edge of its cell
     if [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)] != list(prompt["cell"]):
         return Verdict(False, WRONG_POSITION, {name: 1})
     return Verdict(True, "", {name: 1})
@@ -96,6 +99,7 @@ def score(
         verdict = detections.verdict_on(judge_position, prompt, detected, task.truth["cell"])
         held_out = prompt.get("held_out", False)
         record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
+        # "object" ignores the position: it separates recognition from placement
         right_object = verdict.correct or verdict.reason == WRONG_POSITION
         per_sample.append(
             record | {"owner": owners[sample.index], "group": prompt["color"], "object": float(right_object)}

@@ -50,6 +50,7 @@ def choose_detector(data: Path, settings: Options) -> str:
     name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
     if name not in DETECTORS:
         raise UserError(f"detector is {name!r}; allowed: {', '.join(DETECTORS)}.")
+    # fails here, before the model is loaded
     if name == "scenes":
         existing(data / "scenes.json", "The scenes detector reads the palette and the shapes from it.")
     return name
@@ -147,6 +148,7 @@ def read_detections(task: Task, records: dict[int, Record], folder: Path) -> Ext
     if judged := read_judge_pass(folder, "detections", samples_with_images(task.samples, records)):
         found, problems = judge_findings(judged[0])
         return ExternalFindings(found, f"{judged[1]['model']} of transformers", problems)
+    # recorded while the images were generated
     found = {i: record for i, record in records.items() if "detections" in record}
     if not found and any(not record.get("error") for record in records.values()):
         raise UserError(
@@ -176,6 +178,7 @@ def check_detections(record: Any, where: str) -> Record:
     boxes_by_class = require_type(dict, require_key(record, "detections", where), f"{where}, detections")
     for name, boxes in boxes_by_class.items():
         try:
+            # a ragged or non-numeric list raises here, with the class named below
             count = len(np.asarray(boxes, dtype=np.float32).reshape(-1, 5))
         except (ValueError, TypeError) as error:
             raise UserError(f"{where}: boxes of {name!r} must be [x0, y0, x1, y1, score]: {error}") from error

@@ -92,6 +92,7 @@ class EndpointJudge:
                 return text
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}"
+                # timeouts, rate limits and server errors may pass; other codes will not
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     reason += f": {_error_body(error)}"
                     if error.code in (401, 403, 404):  # key or model: all other requests would fail too
@@ -99,11 +100,13 @@ class EndpointJudge:
                             f"The judge at {self.url} answered {reason}; check OPENAI_API_KEY and --judge"
                         ) from error
                     break  # this prompt only: too long, or its content is rejected
+                # the server's own wait, else exponential back-off
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
                 time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**attempt, MAX_WAIT))
             except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 time.sleep(self.pause * 2**attempt)
+        # an endpoint that has never answered is a wrong URL, not a bad prompt
         if self.failures >= 0:
             self.failures += 1
             if self.failures >= MAX_TRIES:
@@ -177,12 +180,14 @@ class CachedJudge:
 
     def reply(self, call: JudgeCall) -> str:
         """The cached reply, or a new one."""
+        # all that decides a reply; `run` keeps repeated gradings apart
         parts = (self.model, call.prompt, call.temperature, call.max_tokens, call.run, call.attempt)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self.cache:
             text = self.judge.reply(call)
             row = {"key": key, "id": call.id, "model": self.model, "temperature": call.temperature}
             row |= {"run": call.run, "attempt": call.attempt, "reply": text}
+            # calls run in threads, and a line must be written in one piece
             with self.lock:
                 self.cache[key] = text
                 with open(self.path, "a", encoding="utf-8") as file:

@@ -92,6 +92,7 @@ def _mask_detections(
     """Detections of one image from class probabilities (Q, C) and mask logits (Q, h, w)."""
     import torch.nn.functional as F
 
+    # top-k over queries and classes: a query may give two classes, as in mmdet
     best = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
     query, label = best.indices // probabilities.shape[1], best.indices % probabilities.shape[1]
     # to the network's input size first, then to the image: as mmdet does
@@ -128,6 +129,7 @@ def _load_owl(path: Path, device: str) -> Detector:
             out = model(**inputs)
         results = []
         for logits, boxes, image in zip(out.logits.float(), out.pred_boxes.float(), images):
+            # padding queries are cut off
             best = logits[:, : len(names)].sigmoid().max(dim=1)
             # OWLv2 pads the image to a square of its longer side, at the top left
             square = max(image.size)
@@ -193,6 +195,7 @@ def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
     """The object's box, grey outside of the mask."""
     if detection.mask is not None:
         array = np.array(image)
+        # GenEval's background colour, #999
         array[~detection.mask] = BACKGROUND
         image = Image.fromarray(array)
     x0, y0, x1, y1 = detection.box[:4]

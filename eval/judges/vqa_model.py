@@ -24,6 +24,7 @@ class VqaModel:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         path = existing(folder, "It is what --vqa-model names: a folder in transformers' layout.")
+        # bfloat16 is slow on most CPUs
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
             self.processor = AutoProcessor.from_pretrained(path, local_files_only=True)
@@ -36,6 +37,7 @@ class VqaModel:
         self.model = self.model.to(device).eval()
         self.tokens = self.processor.tokenizer
         self.tokens.padding_side = "left"  # the next token of every row is then at the last position
+        # LLaMA's tokenizer has none, and batches need padding
         if self.tokens.pad_token is None:
             self.tokens.pad_token = self.tokens.eos_token
         self.device = device
@@ -76,5 +78,6 @@ class VqaModel:
         batch = self._inputs(images, questions)
         with torch.inference_mode():
             ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
+        # generate() returns the prompt too
         new = ids[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokens.batch_decode(new, skip_special_tokens=True)]

@@ -41,6 +41,7 @@ def load_lmms_pipeline(
     pretrained: str, device: str | None, dtype: str | None, local_rank: int = 0
 ) -> Pipeline:
     """The pipeline of a folder or hub id; with several processes, each on its own GPU."""
+    # lmms-eval passes None unless --device is given
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Pipeline.from_pretrained(pretrained, f"cuda:{local_rank}" if device == "cuda" else device, dtype)
 
@@ -54,6 +55,7 @@ def answer_requests(
         UserError: an unsupported option, or a question that is empty or too long.
     """
     answers = [""] * len(requests)
+    # a batch shares one set of generation options
     groups: dict[str, list[int]] = {}
     for i, request in enumerate(requests):
         groups.setdefault(repr(sorted(request.options.items())), []).append(i)
@@ -82,6 +84,7 @@ def generation_options(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str
     longest = int(wanted.pop("max_new_tokens", 128))
     beams, top_p = int(wanted.pop("num_beams", 1)), wanted.pop("top_p", None)
     temperature = float(wanted.pop("temperature", 0.0))
+    # do_sample with temperature 0 means greedy decoding
     sampled = wanted.pop("do_sample", temperature > 0)
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     if sampled and temperature > 0:
@@ -146,9 +149,11 @@ def continuation_loss(
     target = processor.text_tokenizer(continuation.strip(), add_special_tokens=False)["input_ids"]
     if not target:
         raise UserError(f"The option {continuation!r} has no tokens.")
+    # images are encoded once, for the prompt; the continuation is text
     codes = pipeline.encode_for_reading(list(images))
     ids = torch.tensor([[*prompt, *target]], device=model.device)
     logits = model(input_ids=ids, image_codes=codes.to(model.device), return_logits=True).logits
+    # the logits at position t predict token t + 1
     logits = logits[0, len(prompt) - 1 : -1].float()
     wanted = ids[0, len(prompt) :]
     losses = torch.nn.functional.cross_entropy(logits, wanted, reduction="sum")

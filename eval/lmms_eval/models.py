@@ -37,6 +37,7 @@ class OpenUniTok(Base):
         if more:
             raise UserError(f"--model_args has unknown keys: {', '.join(sorted(more))}.")
         self.pipeline = adapter.load_lmms_pipeline(pretrained, device, dtype, distributed.local_rank())
+        # lmms-eval also accepts "auto"
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else int(max_batch_size or 32)
 
     @property

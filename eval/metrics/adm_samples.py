@@ -38,6 +38,7 @@ def write_adm_samples(images: ImageSet, path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     about = {"descr": "|u1", "fortran_order": False, "shape": (len(good), *size)}
+    # written by hand: np.savez would need all images in memory at once
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         with archive.open("stamp.npy", "w") as file:
             np.lib.format.write_array(file, np.array(stamp))  # pyright: ignore[reportArgumentType]

@@ -40,6 +40,7 @@ def compute_moments(batches: Iterable[np.ndarray]) -> Moments:
         n, total, products = n + len(batch), total + centred.sum(axis=0), products + centred.T @ centred
     if n < 2:
         raise UserError(f"FID needs at least two images on either side, got {n}.")
+    # E[xy] - E[x]E[y] about the origin, in the N - 1 convention of numpy and all FID packages
     shift = total / n
     return Moments(origin + shift, (products - n * np.outer(shift, shift)) / (n - 1), n)
 
@@ -55,7 +56,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
             f"FID statistics have {a.mean.size} and {b.mean.size} features; use those of one layer."
         )
     values, vectors = scipy.linalg.eigh(a.covariance)  # clip: round-off gives slightly negative eigenvalues
+    # R = S1^1/2 from the eigendecomposition of the symmetric S1
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    # symmetrised: eigvalsh reads one triangle only
     inner = root @ b.covariance @ root
     overlap = np.sqrt(scipy.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
     distance = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance)
@@ -67,7 +70,9 @@ def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) 
     n = len(logits)
     if n < splits:
         raise UserError(f"The Inception Score in {splits} splits needs at least {splits} images, got {n}.")
+    # torch-fidelity shuffles with this seed before it splits
     order = np.random.RandomState(2020).permutation(n) if shuffle else np.arange(n)
+    # splits differ by at most one image if n is not a multiple
     bounds = [i * n // splits for i in range(splits + 1)]
     scores = [_block_score(logits[order[a:b]]) for a, b in itertools.pairwise(bounds)]
     return float(np.mean(scores)), float(np.std(scores))
@@ -80,8 +85,10 @@ def inception_score_adm(logits: np.ndarray, block: int = 5000) -> float:
 
 def _block_score(logits: np.ndarray) -> float:
     """exp of the mean KL divergence between the class distribution of an image and that of the block."""
+    # in float64: sums over 1008 classes lose digits in float32
     logs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     shares = np.exp(logs)
+    # the marginal class distribution of the block
     mean = shares.mean(axis=0)
     return float(np.exp((shares * (logs - np.log(mean.clip(1e-300)))).sum(axis=1).mean()))
 
@@ -91,6 +98,7 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n, m, d = len(x), len(y), x.shape[1]
     xx, yy, xy = ((p @ q.T / d + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
+    # unbiased: pairs of an image with itself are left out
     within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
     return float(within - 2 * xy.mean())
 
@@ -105,6 +113,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> t
         raise UserError(
             f"KID with subsets of {size} needs as many images on either side, got {len(x)} and {len(y)}."
         )
+    # torch-fidelity's seed and order of subsets, so that values agree exactly
     random = np.random.RandomState(2020)
     values = []
     for _ in range(subsets):
@@ -146,8 +155,10 @@ def manifold_membership(
             f"got {len(reference)} and {len(samples)}."
         )
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
+    # the radius of a point is the distance to its k-th neighbour in its own set
     radii_r, radii_s = _squared_radii(reference, k, rows), _squared_radii(samples, k, rows)
     inside_r, inside_s = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
+    # in blocks of rows: the whole distance matrix of 50,000 images takes 20 GB
     for start in range(0, len(samples), rows):
         squares = _squared_distances(samples[start : start + rows], reference)
         inside_r[start : start + rows] = (squares <= radii_r).any(axis=1)
@@ -163,10 +174,12 @@ def _squared_radii(x: np.ndarray, k: int, rows: int) -> np.ndarray:
         squares[
             np.arange(len(squares)), np.arange(start, start + len(squares))
         ] = -1.0  # the point itself is never a neighbour
+        # partition finds the k-th smallest without sorting a row
         parts.append(np.partition(squares, k, axis=1)[:, k])
     return np.concatenate(parts)
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(N, M) squared distances of (N, D) and (M, D)."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2ab; round-off may push it below 0
     return ((a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T).clip(0)

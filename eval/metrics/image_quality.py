@@ -47,6 +47,7 @@ def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     """
     a, b = _as_batch(originals, reconstructions)
     error = ((a - b) ** 2).reshape(len(a), -1).mean(axis=1)
+    # identical images have error 0, which the minimum turns into 100 dB
     with np.errstate(divide="ignore"):
         return np.minimum(10 * np.log10(255.0**2 / error), 100.0)
 
@@ -66,6 +67,7 @@ def ssim(originals: np.ndarray, reconstructions: np.ndarray, mode: str = "skimag
         raise UserError(
             f"Images of {a.shape[2]}x{a.shape[1]} are smaller than SSIM's window of {size}x{size} pixels."
         )
+    # torchmetrics pads, the others average over positions where the window fits
     if kind.mirror_border:
         pad = ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0))
         a, b = np.pad(a, pad, mode="reflect"), np.pad(b, pad, mode="reflect")
@@ -76,7 +78,9 @@ def ssim(originals: np.ndarray, reconstructions: np.ndarray, mode: str = "skimag
     var_a = correction * (blur(a * a) - mean_a**2)
     var_b = correction * (blur(b * b) - mean_b**2)
     covariance = correction * (blur(a * b) - mean_a * mean_b)
+    # stabilisers of the published formula
     c1, c2 = (K1 * kind.data_range) ** 2, (K2 * kind.data_range) ** 2
+    # the two factors of SSIM; contrast and structure are merged, as in all implementations
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
     return (luminance * structure).reshape(len(a), -1).mean(axis=1)
@@ -118,6 +122,7 @@ class CodebookUsage:
             raise UserError(
                 f"Codes range from {codes.min()} to {codes.max()}, but a sub-codebook has {v} entries."
             )
+        # bincount per sub-codebook: entry i of two sub-codebooks is not the same vector
         self.counts += np.stack([np.bincount(codes[:, i], minlength=v) for i in range(k)])
 
     def usage(self) -> np.ndarray:

@@ -142,6 +142,7 @@ class Inception(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    # batch norm must use its stored statistics, whatever a caller sets
     def train(self, mode: bool = True) -> "Inception":
         return super().train(False)
 
@@ -160,6 +161,7 @@ class Inception(nn.Module):
         found["768"] = x.mean(dim=(2, 3))
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         found["2048"] = x.mean(dim=(2, 3))
+        # torch-fidelity computes the Inception Score without the bias
         found["logits_unbiased"] = found["2048"] @ self.fc.weight.T
         found["logits"] = found["logits_unbiased"] + self.fc.bias
         return found
@@ -176,6 +178,7 @@ def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
         low = at.floor().long()
         return low, (low + 1).clamp(max=length - 1), at - low
 
+    # TensorFlow 1 maps output i to input i * length / side, without half-pixel offset
     top, bottom, down = along(x.shape[2])
     left, right, across = along(x.shape[3])
     down = down[:, None]
@@ -192,6 +195,7 @@ def resize_torch(x: Tensor, side: int = SIDE) -> Tensor:
 
 def resize_clean(image: np.ndarray, side: int = SIDE) -> np.ndarray:
     """uint8 (H, W, 3) -> float32 (side, side, 3): Pillow's bicubic per channel in float, not rounded."""
+    # per channel in mode F: Pillow rounds to 8 bits in mode RGB, clean-fid must not
     channels = [
         Image.fromarray(image[:, :, c].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
         for c in range(3)
@@ -216,6 +220,7 @@ class PortExtractor:
     def __call__(self, images: Sequence[np.ndarray]) -> Features:
         """uint8 (H, W, 3) images, of any sizes -> features in their order."""
         found = {}
+        # equal sizes share a batch
         for shape in dict.fromkeys(p.shape for p in images):  # equal sizes share a batch
             same = [i for i, p in enumerate(images) if p.shape == shape]
             with torch.inference_mode():
@@ -261,6 +266,7 @@ def load_extractor(
         return CleanExtractor(file, device)
     net = Inception()
     load_exactly(net, _with_counters(read_weights(file)), file)
+    # pytorch-fid resizes values of [0, 1] and then scales; TF1's graph takes (x - 128) / 128
     resizes = {"pytorch-fid": lambda x: 2 * resize_torch(x / 255) - 1}
     resize = resizes.get(variant, lambda x: (resize_tf1(x) - 128) / 128)
     return PortExtractor(net, resize, variant == "adm", device)

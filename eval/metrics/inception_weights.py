@@ -61,6 +61,7 @@ def find_inception_weights(variant: str, path: str | Path | None) -> Path:
     """The weight file of a variant in a folder, or the file itself; both .pth names hold the same weights."""
     from open_unitok.tokenizer.loading import find_weights
 
+    # torch-fidelity's and pytorch-fid's files differ in name only
     kind = find_inception_variant(variant)
     others = (TORCH_FIDELITY_FILE, INCEPTION_VARIANTS["pytorch-fid"].file)
     names = (kind.file, *others) if kind.file.endswith(".pth") else (kind.file,)

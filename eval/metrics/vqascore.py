@@ -12,6 +12,7 @@ QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
 
 def vqascore(logits: np.ndarray, labels: Sequence[int]) -> float:
     """(T, V) logits and T label tokens -> exp(-mean cross-entropy); labels of -100 do not count."""
+    # -100 marks positions without a loss, as in transformers
     kept = [i for i, label in enumerate(labels) if label != -100]
     if not kept:
         raise UserError("VQAScore needs at least one label that counts.")

@@ -33,6 +33,7 @@ def line_chart(title: str, points: Points) -> str:
     raw = " ".join(to_svg(x, y) for x, y in points)
     base = _HEIGHT - _BOTTOM
     area = f"{to_svg(*curve[0]).split(',')[0]},{base} {path} {to_svg(*curve[-1]).split(',')[0]},{base}"
+    # painted in this order: area, raw values, smoothed curve, last value
     parts.append(f'<polygon class="area" points="{area}"/>')
     if len(points) > 30:
         parts.append(f'<polyline class="raw" points="{raw}"/>')
@@ -103,6 +104,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
         return [low]
     raw = (high - low) / count
     power = 10 ** math.floor(math.log10(raw))
+    # 1, 2, 2.5 or 5 times a power of ten
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]

@@ -44,6 +44,7 @@ def write_report(
     metrics = metrics_summary(run)
     write_json(run.folder / "metrics.json", metrics)
     write_atomic(run.folder / "report.html", demo_page(run, title))
+    # the page is complete without it, so a missing browser is no error
     if reason := save_screenshot(run.folder / "report.html", run.folder / "report.png"):
         print(f"report.png is not written: {reason}", file=sys.stderr)
     return metrics
@@ -59,6 +60,7 @@ def demo_page(run: DemoRun, title: str) -> str:
         "<p>A visual tokenizer and a decoder that reads and generates text and images through it"
         f"{took}. All images below are random samples of the test sets.</p>"
     )
+    # what a reader looks at first: images, answers, then numbers
     sections = [
         generated_images(run),
         question_answering(run),
@@ -77,6 +79,7 @@ def generated_images(run: DemoRun) -> str:
     """Prompts and the images generated from them."""
     cards = {}
     for benchmark, count in (("geneval", 35), ("positions", 14)):
+        # reconstructions of the ceiling are not shown here
         rows = [r for r in run.samples.get(benchmark, []) if r["kind"] == "generate" and r["file"]]
         cards[benchmark] = [
             page.generated_card(
@@ -101,6 +104,7 @@ def question_answering(run: DemoRun) -> str:
     """Questions and the model's answers."""
     cards = []
     for row in choose_samples(run.samples.get("vqav2", []), 24, "group"):
+        # VQAv2's score of an answer is between 0 and 1
         answer, correct = escape(row["answer"] or "no answer"), row["score"] > 0.5
         line = f"<b>{answer}</b>" if correct else f"<s>{answer}</s> <b>{escape(row['truth'])}</b>"
         image = inline_image(Path(row["image"]), "a test image")
@@ -141,6 +145,7 @@ def scores(run: DemoRun) -> str:
     def ceiling(details: Record, tag: str) -> tuple[float | None, str]:
         return details["ceiling"].get(tag), "ceiling"
 
+    # each benchmark has its own baseline
     panels = [
         _metric_panel(run, "vqav2", "type/", "Question answering, accuracy per type", constant),
         _metric_panel(run, "geneval", "tag/", "Generated images, GenEval score per tag", ceiling),
@@ -210,6 +215,7 @@ def phase_times(run: DemoRun) -> str:
     for phase in run.phases:
         memory = phase.get("peak_memory")
         resumed = " <small>stopped and resumed</small>" if phase.get("calls", 1) > 1 else ""
+        # relative to the total, so that the bars add up
         width = 100 * phase["seconds"] / total
         rows.append(
             (
@@ -235,6 +241,7 @@ def headline_table(rows: Sequence[Headline], note: str) -> str:
         name = escape(row.name.strip())
         cells.append(
             (
+                # two leading blanks mark a part of the row above
                 f'<span class="sub">{name}</span>' if row.name.startswith("  ") else name,
                 page.format_value(row.value, row.unit),
                 page.format_interval(row.interval, row.unit),
@@ -258,6 +265,7 @@ def _duration(seconds: float) -> str:
 
 def _footer(run: DemoRun) -> str:
     """Decoding, models and versions."""
+    # the tokenizer's and the MLLM's fingerprint, once each
     models = {r["model"]["kind"]: r for r in run.results.values()}
     lines = [f"{escape(kind)}: {page.model_and_versions(r)}" for kind, r in models.items()]
     decoding = next((r["decoding"] for r in run.results.values() if "guidance" in r["settings"]), "")

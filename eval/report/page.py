@@ -60,6 +60,7 @@ def html_table(
     """A table in a card; `numeric` are the indices of the columns that are aligned right."""
     if not rows_html:
         return ""
+    # the style sheet aligns .n to the right
     kinds = [' class="n"' if i in numeric else "" for i in range(len(columns))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns))
     body = "".join(
@@ -76,6 +77,7 @@ def panel(title: str, bars_html: Sequence[str]) -> str:
 
 def tile(value: float, unit: str, name: str, note: str) -> str:
     """A headline number in large type."""
+    # the unit in small type behind the number
     number, _, suffix = format_value(value, unit).partition(" ")
     small = f"<em>{escape(note)}</em>" if note else ""
     large = f"<b>{number}<small>{suffix}</small></b>"
@@ -89,6 +91,7 @@ def inline_image(path: Path, alt: str) -> str:
             image = opened.convert("RGB")
     except OSError:
         return f'<img alt="{escape(path.name)} could not be read">'
+    # thumbnail() never enlarges: small images stay pixel for pixel
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -135,6 +138,7 @@ def metric_bar(
         whole: the value of a full bar.
         mark: a value to compare with, marked on the bar.
     """
+    # an interval scales with its value
     interval = metric["interval"] and [value / whole for value in metric["interval"]]
     notes = [note, f"n = {metric['n']}", "" if mark is None else f"{mark_name} {percent(mark)}"]
     text = ", ".join(filter(None, notes))

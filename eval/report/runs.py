@@ -28,6 +28,7 @@ class Run(NamedTuple):
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     """The results of every run, named by its folder, or by its whole path where names would repeat."""
+    # two runs are often called `eval`: then their paths tell them apart
     names = [Path(path).name or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -40,6 +41,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 def runs_page(runs: Sequence[Run], title: str, seed: int = 0) -> str:
     """The whole page; `seed` picks the random samples."""
+    # in the order of the first run that has each
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.results))
     sections = [main_metrics(runs, benchmarks)]
     for name in benchmarks:
@@ -60,6 +62,7 @@ def main_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
     rows = []
     for benchmark in benchmarks:
         metrics = [next(run.results[benchmark]["metric"] for run in runs if benchmark in run.results)]
+        # main metric of the result, then every metric with a published value
         metrics += [name for name in PUBLISHED_SCORES.get(benchmark, {}) if name not in metrics]
         rows += [_metric_row(runs, benchmark, metric) for metric in metrics if metric is not None]
     columns = ("benchmark", *(run.name for run in runs), PAPER, "other models")
@@ -119,6 +122,7 @@ def benchmark_body(run: Run, benchmark: str, seed: int) -> str:
 def _category_bar(name: str, metric: Record) -> str:
     """A metric of a category as a bar: of 100 %, or of the points that a task of MME is worth."""
     whole = {"fraction": 1.0, "points": MME_POINTS}.get(metric["unit"])
+    # distances and decibels have no natural full bar
     if whole is None:
         return ""
     points = f": {metric['value']:.1f} of {MME_POINTS:.0f} points" if metric["unit"] == "points" else ""
@@ -128,6 +132,7 @@ def _category_bar(name: str, metric: Record) -> str:
 def worst_and_random(rows: list[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
     """The samples with the lowest scores (ties at random), and random ones."""
     shuffled = rows[:]
+    # shuffled first: the stable sort then breaks ties at random
     random.Random(seed).shuffle(shuffled)
     return sorted(shuffled, key=lambda row: row["score"])[:count], shuffled[-count:]
 

@@ -88,6 +88,7 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
     records, images = open_images(batch)
     if images:
         for i, vector in zip(images, model.features(list(images.values()), task.truth["pooling"])):
+            # half precision: 1.28 million training images of ImageNet take 2 kB each
             records[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
     return records
 
@@ -108,6 +109,7 @@ def score(
     y = torch.tensor([labels[s.index] for s in train])
     probe, chosen = fit_probe(x, y, len(names), scoring.scorer)
     best: dict[int, list[int]] = {}
+    # unreadable images stay in val and count as wrong
     with_features = [s for s in val if s.index in vectors]
     if with_features:
         scores = probe(torch.from_numpy(np.stack([_unpack(vectors[s.index]) for s in with_features])))
@@ -115,6 +117,7 @@ def score(
         best = {s.index: row for s, row in zip(with_features, ranked)}
     hits = {
         f"top{k}": [float(labels[s.index] in best.get(s.index, [])[:k]) for s in val]
+        # top-5 of five or fewer classes is always 1
         for k in ((1, 5) if len(names) > 5 else (1,))
     }
     metrics = {k: Metric(float(np.mean(v)), len(v), bootstrap(mean_columns(v))) for k, v in hits.items()}
@@ -154,6 +157,7 @@ def fit_probe(x: "Tensor", y: "Tensor", classes: int, protocol: str) -> tuple[Pr
     """(N, F) features and (N,) labels -> features -> (N, C) scores, and the sweep's choice."""
     import torch
 
+    # the split is fixed: all settings of the sweep see the same images
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
     train, name, settings = (
@@ -165,6 +169,7 @@ def fit_probe(x: "Tensor", y: "Tensor", classes: int, protocol: str) -> tuple[Pr
     for setting in settings:
         correct = train(x[rest], y[rest], classes, setting)(x[held_out]).argmax(dim=1) == y[held_out]
         trials.append(Trial(setting, correct.float().mean().item()))
+    # the first of equal settings, that is the smallest
     best = max(trials, key=lambda trial: trial.accuracy)
     chosen = {name: best.setting, "held-out accuracy": best.accuracy, "swept": [tuple(t) for t in trials]}
     return train(x, y, classes, best.setting), chosen
@@ -176,8 +181,10 @@ def fit_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
     import torch.nn.functional as F
 
     standardise = _standardiser(x)
+    # standardised features make one range of L2 strengths fit all poolings
     z, weight = standardise(x), torch.zeros(classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
+    # the problem is convex, so the result does not depend on the initialisation
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=LBFGS_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
@@ -201,6 +208,7 @@ def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
     batch = min(SGD_BATCH, len(x))
     norm = torch.nn.BatchNorm1d(x.shape[1], affine=False)
     layer = torch.nn.Linear(x.shape[1], classes)
+    # zeros, so that the result does not depend on a seed
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     steps = SGD_EPOCHS * (len(x) // batch)
@@ -215,6 +223,7 @@ def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
             F.cross_entropy(layer(norm(x[rows])), y[rows]).backward()
             optimiser.step()
             schedule.step()
+    # running statistics of the training images from here on
     norm.eval()
     return torch.no_grad()(lambda q: layer(norm(q)))
 

@@ -26,6 +26,7 @@ LPIPS_BATCH, SCORING_BATCH = 16, 64
 def load(data: Path, settings: Options) -> Task:
     """All images of `data/test/images`, or of `data` and its subfolders, or of its tars, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
+    # sorted: indices, seeds and the interval of a run must not depend on the file system
     files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES)
     if not files:
         files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_members(tar, IMAGE_SUFFIXES)]
@@ -52,6 +53,7 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
                 "codes": _pack(codes, size),
                 "codebooks": [codes.shape[1], size],
             }
+            # (K,): the share of tokens whose code is unchanged, per sub-codebook
             if found.reencoded is not None:
                 records[i]["agreement"] = (found.reencoded[k] == codes).mean(axis=0).tolist()
     return records
@@ -86,6 +88,7 @@ def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
     from open_unitok.tokenizer.images import to_uint8
 
     cut = find_crop(crop)
+    # the same crop as in the model: FID must not measure the preprocessing
     pixels = torch.stack([cut(read_image(s.image), size) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
@@ -99,6 +102,7 @@ def judge(
     """Inception features of originals and reconstructions, and LPIPS, if their weight files are given."""
     good, crop = _reconstructed(task, records), task.truth["crop"]
 
+    # read one at a time: Inception takes 512 images a piece, not all of them
     def load_decoded(i: int) -> np.ndarray:
         return np.asarray(read_image(out / records[good[i].index]["file"]))
 
@@ -107,6 +111,7 @@ def judge(
 
     if scoring.inception_weights and good:
         variant = inception_features.choose_variant(scoring, "torch-fidelity")
+        # cache keys: the crop changes the originals, so it is part of their names
         names = [f"{s.id} {crop} {s.index}" for s in good]
         codes = [records[s.index]["codes"] for s in good]  # another reconstruction has other codes
         sets = [ImageSet("originals", names, load_original)]
@@ -131,6 +136,7 @@ def _run_lpips_pass(
     net = LPIPS.from_file(file).to(device)
 
     def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+        # the saved 8-bit images are measured, not float outputs, as published tables do
         decoded = np.stack([np.asarray(image) for image in images])
         both = (_originals(batch, decoded.shape[1], task.truth["crop"]), decoded)
         with torch.inference_mode():
@@ -152,6 +158,7 @@ def score(
     if not good:
         raise UserError(f"{folder}: no image could be read, so there is nothing to score.")
     k, v = records[good[0].index]["codebooks"]
+    # all images of a run have the codebooks of one tokenizer
     counter = image_quality.CodebookUsage(k, v)
     psnr, ssim = [], []
     for start in range(0, len(good), SCORING_BATCH):
@@ -171,6 +178,7 @@ def score(
         "tokens": int(counter.counts.sum() // k),
     }
     problems = _add_lpips(metrics, folder, good)
+    # the lowest sub-codebook: a mean would hide one that has collapsed
     metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))
     metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
     agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
@@ -216,6 +224,7 @@ def _add_rfid(
     )
     if decoded is None or originals is None:
         return []
+    # features of a killed pass: an rFID of a part would look like a result
     if min(decoded.n, originals.n) < n:
         return [f"only {min(decoded.n, originals.n)} of {n} images have features, so no rFID: run again"]
     if n < 2:

@@ -38,6 +38,7 @@ def load(data: Path, settings: Options) -> Task:
         except UserError as error:
             samples.append(malformed_sample(i, None, error))
     require_mostly_valid(samples, path)
+    # fewer images than a pool form one smaller pool
     pool = min(POOL_SIZE, len(samples))
     return Task(
         samples[: len(samples) // pool * pool], None, {"pool": pool, "prompt_template": "first caption"}
@@ -74,6 +75,7 @@ def score(
     An image that is unreadable, or whose entry is malformed, is neither found nor finds anything.
     """
     size, samples = task.metadata["pool"], task.samples
+    # zero vectors keep the shapes of a pool; `valid` removes their hits
     width = next((len(record["image"]) for record in records.values() if "image" in record), 1)
     missing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
@@ -89,6 +91,7 @@ def score(
                 ("image_to_text", retrieval_hits(images, captions, names, k)),
                 ("text_to_image", retrieval_hits(captions, images, names, k)),
             ):
+                # both directions of a pair fail if its image is missing
                 found.setdefault(f"{direction}/R@{k}", []).extend(hits * valid)
     metrics = {
         name: Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(np.array(values))))

@@ -56,6 +56,7 @@ def _load_class_folders(data: Path, settings: Options) -> Task:
     content = read_json_as(dict, path)
     names = require_type(dict, require_key(content, "classes", path), f"{path}, classes")
     templates = content.get("templates") or clip_templates()
+    # a template without {} would give all classes the same prompt
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: template {bad[0]!r} must hold {{}} exactly once.")
     files: imagenet.LabelledImages = [
@@ -88,6 +89,7 @@ def _load_scenes(data: Path, settings: Options) -> Task:
             files.append((data / "test" / f"entry {i}", scene))
             held_out.append(False)
         elif len(scene.objects) == 1:
+            # one object, so that a single caption describes the image
             pair = (scene.objects[0]["color"], scene.objects[0]["shape"])
             unknown = UserError(f"{scene.file} shows a {' '.join(pair)}, which is not in scenes.json.")
             files.append((data / "test" / scene.file, pairs.index(pair) if pair in pairs else unknown))
@@ -143,10 +145,12 @@ def score(
 ) -> Scored:
     """Top-1 and top-5 accuracy; images of held-out pairs separately."""
     classes, names = task.truth["classes"], task.truth["names"]
+    # --limit shortens the samples, not the list of flags
     held_out = np.array(task.truth["held_out"])[: len(task.samples)]
     choices = [records.get(s.index, {}).get("best", []) for s in task.samples]
     hits = {k: np.array(v, float) for k, v in topk_hits(choices, classes).items()}
     metrics = {}
+    # without held-out pairs the mask is empty and the second pair of metrics is left out
     for suffix, mask in (("", ~held_out), ("/held-out pairs", held_out)):
         for name, values in hits.items():
             if mask.any():
@@ -188,10 +192,12 @@ def build_classifier(
     """
     if not prompts or not all(prompts):
         raise UserError("Every class needs at least one prompt.")
+    # all prompts in one list, so that batches are full however many a class has
     texts = list(itertools.chain.from_iterable(prompts))
     rows = np.concatenate(
         [np.asarray(embed(texts[i : i + batch]), np.float64) for i in range(0, len(texts), batch)]
     )
+    # mean of unit vectors, then normalised again: CLIP's prompt ensembling
     per_class = np.split(unit_rows(rows), np.cumsum([len(p) for p in prompts])[:-1])
     return unit_rows(np.stack([embeds.mean(axis=0) for embeds in per_class])).T
 
