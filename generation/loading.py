@@ -104,7 +104,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
-    if quantization is not None and (device.type != "cpu" or native_library.load() is None):
+    if quantization is not None and (device.type != "cpu" or native_library.load_library() is None):
         raise UserError(
             f"quantization = {quantization!r} needs device = cpu and a C++ compiler (g++ or clang++): use "
             "None, or dtype = bfloat16."

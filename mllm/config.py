@@ -14,6 +14,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
 IMAGE_TOKEN_ID = -200
+IGNORED = -100  # label of a token that is not learnt
 VISUAL_CONTEXTS = ("full", "last")
 ROW_NORMS = ("unit", "blocks", "none")
 
@@ -142,7 +143,7 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"visual_hidden_size = {self.visual_hidden_size} would have {self.num_projection_heads} "
                 f"heads, which do not divide {widest}: set projection_heads to a divisor of {widest}."
             )
-        if self.image_token_id in (self.boi_token_id, self.eoi_token_id, -100):
+        if self.image_token_id in (self.boi_token_id, self.eoi_token_id, IGNORED):
             raise UserError(
                 f"image_token_id = {self.image_token_id} is also boi, eoi or the ignored label: choose "
                 "another number."

@@ -45,7 +45,7 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def check_complete(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
+def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
     """Refuse a model that would be part random; `info` is what transformers tells of a loading.
 
     Raises:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from open_unitok.core.errors import UserError
 
-IGNORED = -100
+from .config import IGNORED
 
 
 class Targets(NamedTuple):

@@ -29,7 +29,7 @@ from open_unitok.tokenizer.projection import ProjectionAttention
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import DepthHead
-from .loading import PUBLISHED_TYPE, assign_state, check_complete, check_folder, folder_type
+from .loading import PUBLISHED_TYPE, assign_state, check_complete_weights, check_folder, folder_type
 from .losses import find_targets, image_loss, text_loss
 from .positions import positions_from_mask, sequence_bounds
 from .visual_embedder import VisualEmbedder
@@ -313,7 +313,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"{path} cannot be loaded with these arguments: {' '.join(str(error).split())}"
             ) from error
-        check_complete(path, info)
+        check_complete_weights(path, info)
         model.visual_embedder.codebooks.requires_grad_(False)  # transformers sets it to True
         return (model, info) if wants_info else model
 

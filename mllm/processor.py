@@ -19,9 +19,8 @@ from open_unitok.core.files import read_json, write_json
 from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
-from .config import IMAGE_TOKEN_ID
+from .config import IGNORED, IMAGE_TOKEN_ID
 from .prompts import (
-    IGNORED,
     IMAGE_MARK,
     UNCONDITIONAL,
     Turns,

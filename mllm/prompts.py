@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from open_unitok.core.errors import UserError, did_you_mean
 
+from .config import IGNORED
+
 IMAGE_MARK = "<image>"
 UNCONDITIONAL = "<unconditional>"  # plain text for the text tokenizer, not a special id
 TEXT_TO_IMAGE_INSTRUCTION = " Generate an image based on this description."
-IGNORED = -100
 
 Encode = Callable[[str], list[int]]  # text -> ids, beginning with bos
 Turns = Sequence[dict[str, str]]  # [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]

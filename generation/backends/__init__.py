@@ -38,7 +38,7 @@ def choose_backend(
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
-    if native.supports_model(model) and (
+    if native.supports_native(model) and (
         text_options is None or native_text.supports_options(model, text_options)
     ):
         return "native"
@@ -46,6 +46,6 @@ def choose_backend(
         raise UserError(
             f"quantization = {quantization!r} needs a LLaMA decoder on a CPU and a C++ compiler; use None."
         )
-    if text_options is None and cuda_graph.supports_model(model, num_steps):
+    if text_options is None and cuda_graph.supports_cuda_graph(model, num_steps):
         return "cuda_graph"
     return "eager"

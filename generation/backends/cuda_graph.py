@@ -22,7 +22,7 @@ STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # RoPE tables that do not
 _log = logging.getLogger(__name__)
 
 
-def supports_model(model: Any, num_steps: int) -> bool:
+def supports_cuda_graph(model: Any, num_steps: int) -> bool:
     """True on CUDA, where every layer attends to the whole cache and enough steps follow."""
     if model.device.type != "cuda" or num_steps < MIN_STEPS:
         return False

@@ -24,10 +24,14 @@ from .cuda_graph import STATIC_ROPE
 from .eager import Eager
 
 
-def supports_model(model: Any) -> bool:
+def supports_native(model: Any) -> bool:
     """True for a plain LLaMA on a CPU in float32 or bfloat16, where the C++ library can be built."""
     text, embedder = model.config.text_config, model.visual_embedder
-    if model.device.type != "cpu" or text.model_type != "llama" or model.dtype not in native_library.DTYPES:
+    if (
+        model.device.type != "cpu"
+        or text.model_type != "llama"
+        or model.dtype not in native_library.NATIVE_DTYPES
+    ):
         return False
     for config in (text, model.config.depth_config):
         rope = (config.rope_parameters or {}).get("rope_type", "default")
@@ -38,7 +42,7 @@ def supports_model(model: Any) -> bool:
     parts = (model.language_model.layers, model.depth_head, embedder)
     if not all(has_plain_linears(part, model.dtype) for part in parts):
         return False
-    return not embedder.projection.attention.average and native_library.load() is not None
+    return not embedder.projection.attention.average and native_library.load_library() is not None
 
 
 def has_plain_linears(part: nn.Module, dtype: torch.dtype) -> bool:
@@ -72,7 +76,7 @@ class Native(Eager):
         self.num_rows, self.cache_index = len(self.hidden), decoder.length
         padding = torch.zeros(self.num_rows) if decoder.mask is None else (decoder.mask == 0).sum(dim=1)
         self.starts = padding.to(torch.int64)  # of each row in the cache, behind its padding
-        self.library, self.num_threads = native_library.load(), torch.get_num_threads()
+        self.library, self.num_threads = native_library.load_library(), torch.get_num_threads()
         self.weights = _weight_structs(model, self.int8)  # the structs point into it: keep it alive
         self.builder = native_library.StructBuilder()
         caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]

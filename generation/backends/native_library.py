@@ -21,7 +21,11 @@ from torch import Tensor, nn
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SOURCES = (_SOURCE, _SOURCE.with_name("matmul.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # of weights; the numbers are Matrix.dtype
+NATIVE_DTYPES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.int8: 2,
+}  # of weights; the numbers are Matrix.dtype
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _log = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ Embedder = _struct(
 
 
 @functools.cache
-def load() -> Any:
+def load_library() -> Any:
     """The compiled library, or None where there is none; `UNITOK_NATIVE=0` turns it off."""
     if os.environ.get("UNITOK_NATIVE") == "0":
         return None
@@ -135,7 +139,7 @@ class StructBuilder:
         if self.int8:
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
             weight = (weight.float() / scale[:, None]).round().to(torch.int8)
-        sizes = (*weight.shape, DTYPES[weight.dtype])
+        sizes = (*weight.shape, NATIVE_DTYPES[weight.dtype])
         return Matrix(self.pointer(weight.contiguous()), self.floats(scale), self.floats(bias), *sizes)
 
     def linear(self, layer: nn.Linear) -> Any:

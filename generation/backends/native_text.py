@@ -154,7 +154,7 @@ class NativeTextDecoder:
         """Feed the next ids (R,) of the rows (R,) -> logits (R, vocabulary) of the ids after them."""
         entry = self.model.get_input_embeddings()(ids).float().contiguous()
         starts, logits = self.starts[rows], torch.empty(len(rows), self.output.outputs)
-        native_library.load().logits_step(
+        native_library.load_library().logits_step(
             ctypes.addressof(self.stack), ctypes.addressof(self.output), len(rows), self.cache_index,
             starts.data_ptr(), rows.data_ptr(), entry.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip

@@ -70,7 +70,7 @@ def test_a_quantiser_without_table_is_refused(tiny, monkeypatch):
 def test_the_native_backend_needs_a_table(tiny):
     model = tiny()
     model.visual_embedder.codebooks = None
-    assert not native.supports_model(model)
+    assert not native.supports_native(model)
 
 
 def test_unknown_norms_are_named(tiny_config):

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokProcessor
-from open_unitok.mllm.prompts import IGNORED, expand_images, text_to_image_prompt
+from open_unitok.mllm.config import IGNORED
+from open_unitok.mllm.prompts import expand_images, text_to_image_prompt
 
 
 @pytest.fixture(scope="module")

@@ -95,14 +95,16 @@ def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch,
 
 
 def test_a_graph_needs_cuda(full_model):
-    assert not cuda_graph.supports_model(full_model, num_steps=100)
+    assert not cuda_graph.supports_cuda_graph(full_model, num_steps=100)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_a_captured_graph_generates_what_eager_generates(make_model, sampling, caplog):
     model = make_model().cuda()
-    assert cuda_graph.supports_model(model, num_steps=8) and not cuda_graph.supports_model(model, num_steps=7)
+    assert cuda_graph.supports_cuda_graph(model, num_steps=8) and not cuda_graph.supports_cuda_graph(
+        model, num_steps=7
+    )
     found = generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL)
     assert "without a CUDA graph" not in caplog.text
     assert torch.equal(found, generate("eager", model, sampling))

@@ -15,7 +15,7 @@ PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 UNCONDITIONAL = [1, 90, 91, 3]
 SAMPLED = Sampling(guidance=3.0, temperature=0.9, top_k=12, top_p=0.95)
 
-needs_compiler = pytest.mark.skipif(native_library.load() is None, reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(native_library.load_library() is None, reason="no C++ compiler")
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def run_layers(x, weights, depth, threads):
     rope = [build.floats(torch.full((1, width), f)) for f in (1.0, 0.0)]
     stack = native_library.Stack(ctypes.addressof(layers), norm, *rope, depth, width, 1, 1, width, 1)
     entry, logits = x.clone(), torch.empty(rows, len(weights[-1]))
-    native_library.load().logits_step(
+    native_library.load_library().logits_step(
         ctypes.addressof(stack), ctypes.addressof(output), rows, 0, None, None, entry.data_ptr(),
         logits.data_ptr(), threads,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def random_weights(width, inner, outputs, dtype):
 
 # neither whole steps of inputs nor whole tiles of outputs
 @needs_compiler
-@pytest.mark.parametrize("dtype", native_library.DTYPES)
+@pytest.mark.parametrize("dtype", native_library.NATIVE_DTYPES)
 @pytest.mark.parametrize("width, outputs", [(4, 3), (16, 16), (46, 37), (96, 12), (130, 70)])
 def test_matrix_products_of_all_sizes_are_near_float64(dtype, width, outputs):
     weights, x = random_weights(width, 2 * width + 1, outputs, dtype)
@@ -116,7 +116,7 @@ def test_long_rows_do_not_overflow_int8_sums():
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native_library.DTYPES)
+@pytest.mark.parametrize("dtype", native_library.NATIVE_DTYPES)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_nan_and_infinity_propagate(dtype, wrong):
     weights, x = random_weights(46, 8, 5, dtype)
@@ -126,7 +126,7 @@ def test_nan_and_infinity_propagate(dtype, wrong):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", native_library.DTYPES)
+@pytest.mark.parametrize("dtype", native_library.NATIVE_DTYPES)
 @pytest.mark.parametrize("width, inner", [(20, 33), (64, 176)])
 def test_a_row_does_not_depend_on_its_neighbours(dtype, width, inner):
     weights, x = random_weights(width, inner, 50, dtype)
@@ -163,8 +163,8 @@ def test_int8_follows_weights_that_change(make_model):
 
 def test_without_a_compiler_the_eager_backend_generates_the_same_codes(full_model, monkeypatch):
     codes = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
-    monkeypatch.setattr(native_library, "load", lambda: None)
-    assert not native.supports_model(full_model) and choose_backend(full_model) == "eager"
+    monkeypatch.setattr(native_library, "load_library", lambda: None)
+    assert not native.supports_native(full_model) and choose_backend(full_model) == "eager"
     assert torch.equal(codes, generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL))
     with pytest.raises(UserError, match=r"a C.. compiler"):
         generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL, quantization="int8")
@@ -174,10 +174,10 @@ def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("UNITOK_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    assert native_library.load.__wrapped__() is None
+    assert native_library.load_library.__wrapped__() is None
     assert "could not be built" in caplog.text
     monkeypatch.setenv("UNITOK_NATIVE", "0")
-    assert native_library.load.__wrapped__() is None
+    assert native_library.load_library.__wrapped__() is None
 
 
 @needs_compiler
