@@ -64,6 +64,7 @@ def run_demo(out: Path, configs: str | None = None) -> None:
         from open_unitok.eval.report.demo import write_report
         from open_unitok.eval.report.demo_run import text_table
 
+        # from the files of the phases, so that a finished demo can be reported again
         write_report(out, timings.rows)
         print(f"\n{text_table(out)}\n\n{timings.summary()}; the report is {out / 'report.html'}")
 
@@ -125,6 +126,7 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
                 raise UserError(
                     f"{path}: out is {config.out}; it must be inside a folder, e.g. {DEMO_DIR}/tokenizer."
                 )
+        # parsed only to validate it; the file is copied with its comments
         texts[name] = path.read_text(encoding="utf-8")
     return {name: text.replace(base, out.as_posix()) for name, text in texts.items()}
 
@@ -192,6 +194,7 @@ class Timings:
         """Measure one phase."""
         row = next((row for row in self.rows if row["name"] == name), None)
         if row is None:
+            # calls > 1 tells the report that the phase was interrupted
             row = {"name": name, "seconds": 0.0, "peak_memory": 0, "calls": 0, "finished": False}
             self.rows.append(row)
         row["calls"] += 1
@@ -213,7 +216,7 @@ class Timings:
         saver.start()
         try:
             yield
-            row["finished"] = True
+            row["finished"] = True  # not after an exception
         finally:
             done.set()
             saver.join()
@@ -229,6 +232,7 @@ class Timings:
 
 def _reset_peak_memory() -> None:
     """Reset the kernel's peak counter (Linux); elsewhere the peak is that of the whole process."""
+    # 5 resets VmHWM, see proc(5)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

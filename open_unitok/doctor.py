@@ -36,6 +36,7 @@ def machine() -> list[Check]:
     """Python, cores, memory, disk and accelerators."""
     import torch
 
+    # the cores that this process may use, which in a container are fewer than the machine's
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     checks = [
         Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
@@ -79,6 +80,7 @@ def speed() -> list[Check]:
             "attention uses torch SDPA; flash-attn is supported but was never tested",
         )
     )
+    # importing deepspeed takes seconds and prints: look for it only
     if importlib.util.find_spec("deepspeed") is None:
         checks.append(Check("deepspeed", "absent", "training needs it: pip install 'open-unitok[train]'"))
     else:
@@ -108,6 +110,7 @@ def package_versions() -> list[Check]:
         except importlib.metadata.PackageNotFoundError:
             checks.append(Check(name, "absent", f"tested with {tested}"))
             continue
+        # 2.13.0+cpu is a build of 2.13.0
         same = found.split("+")[0] == tested
         checks.append(Check(name, found, "" if same else f"tested with {tested}"))
     return checks
@@ -136,6 +139,7 @@ def available_memory() -> float | None:
 def container_memory_left(limit: pathlib.Path, used: pathlib.Path, cached: str) -> float:
     """Bytes below a cgroup's limit; reclaimable page cache counts as free."""
     text = limit.read_text().strip()
+    # cgroup v2 writes "max" for no limit, v1 a number near 2**63
     if text == "max":
         return float("inf")
     stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())

@@ -45,6 +45,7 @@ def create_app(
     app.state.server = server
     _add_routes(app, server)
     _add_error_handlers(app)
+    # the labels of the request metrics
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(
         AccessMiddleware,
@@ -60,6 +61,7 @@ def create_app(
 def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> Response:
+        # the model's thread ends only at shutdown or by a bug
         alive = server.batcher.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 

@@ -124,6 +124,7 @@ class Batcher:
         self.run_batch, self.on_batch = run_batch, on_batch
         self.max_batch_size, self.max_queue_size, self.window = max_batch_size, max_queue_size, window
         self._queue: list[Job] = []
+        # kind -> the jobs of its current batch and the generator that runs them
         self._active: dict[str, tuple[list[Job], Iterator[None]]] = {}
         self._idle_since: dict[str, float] = {}  # kind -> when its last batch ended
         self._changed = threading.Condition()
@@ -139,6 +140,7 @@ class Batcher:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        # a step may take seconds; the thread is a daemon, so the process ends in any case
         if self._thread.is_alive():
             self._thread.join(timeout)
 
@@ -156,6 +158,7 @@ class Batcher:
     @property
     def running(self) -> int:
         """Pending jobs of the current batches."""
+        # list(): the model's thread may change the dict meanwhile
         return sum(job.pending for jobs, _ in list(self._active.values()) for job in jobs)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -181,6 +184,7 @@ class Batcher:
         while not self._stopping:
             for batch in self._next_batches():
                 self._start_batch(batch)
+            # one step of each kind in turn
             for kind in list(self._active):
                 self._step(kind)
         error = ShuttingDown("The server is shutting down.")

@@ -88,6 +88,7 @@ async def _chat_events(
             continue
         server.metrics.tokens.labels("completion").inc(value.tokens)
         yield chunk({}, value.finish_reason)
+        # OpenAI sends the usage in a last chunk without choices, on request only
         if body.stream_options and body.stream_options.include_usage:
             usage = _usage(len(job.task.prompt_ids), value.tokens)
             yield _data({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
@@ -98,8 +99,9 @@ async def _image_events(
     server: Server, body: ImageRequest, job: Job, sampling: Sampling
 ) -> AsyncIterator[str]:
     """The server-sent events of an image: previews, then the image."""
-    number = 0
+    number = 0  # of the preview
     async for kind, image in job.events():
+        # encoding takes milliseconds: not on the event loop
         event: dict[str, Any] = {"created_at": int(time.time()), "output_format": body.output_format or "png"}
         event["b64_json"] = await server.run_in_thread(_to_base64, image, body, sampling, job.task.seed)
         event["size"] = server.parser.output_size

@@ -89,6 +89,7 @@ class AccessMiddleware:
             await _send_rejection(send_and_note_status, rejected)
         finally:
             self.in_flight -= 1
+            # unknown paths share one label: clients must not create time series
             route = scope["path"] if scope["path"] in self.routes else "other"
             self.metrics.requests.labels(route, str(status)).inc()
             self.metrics.request_seconds.labels(route).observe(time.monotonic() - started)
@@ -98,6 +99,7 @@ class AccessMiddleware:
         self._check_host(headers.get(b"host", b""))
         if scope["path"] != "/health":
             self._check_token(headers.get(b"authorization", b""))
+        # requests without a body pass at once
         if scope["method"] in ("GET", "HEAD") or scope["path"] in _UNLIMITED_PATHS:
             await self.app(scope, receive, send)
             return
@@ -117,6 +119,7 @@ class AccessMiddleware:
             return
         replayed = False
 
+        # the body has been consumed: hand it to the app as one message, then pass on disconnects
         async def replay_body() -> Any:
             nonlocal replayed
             if replayed:

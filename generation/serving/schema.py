@@ -23,6 +23,7 @@ _Ignored = Any  # OpenAI's clients may send it; it has no meaning here
 class _StrictModel(BaseModel):
     """Rejects unknown fields, numbers for strings, and NaN."""
 
+    # strict: "5" is not 5 and True is not 1
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -86,6 +87,7 @@ class ChatRequest(_StrictModel):
     messages: Annotated[list[Message], Field(min_length=1, max_length=_MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
+    # OpenAI's default is 1; here it is greedy decoding, as in `unitok ask`
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
     top_p: _Probability | None = 1.0
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = 0
@@ -96,6 +98,7 @@ class ChatRequest(_StrictModel):
     n: Literal[1] | None = 1
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
+    # accepted with their neutral value only
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
     presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0.0
     user: _Ignored = None
@@ -137,6 +140,7 @@ class ImageRequest(_StrictModel):
     partial_images: Annotated[int, Field(ge=0, le=64)] | None = 0
     seed: _Seed | None = None
     negative_prompt: _Text | None = None
+    # None = the model's sampling.json
     guidance: Annotated[float, Field(ge=1, le=100)] | None = None
     guidance_schedule: Literal[*SCHEDULES] | None = None  # type: ignore[valid-type]
     temperature: Annotated[float, Field(ge=0.01, le=100)] | None = None

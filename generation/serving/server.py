@@ -39,6 +39,7 @@ class Server:
     def __init__(self, pipe: Pipeline, name: str, limits: Limits, files: Path | None = None):
         self.name, self.limits, self.created = name, limits, int(time.time())
         self.parser = RequestParser(pipe, limits.max_side, files, limits.max_new_tokens)
+        # lambdas: metrics and batcher refer to each other
         self.metrics = ServerMetrics(lambda: self.batcher.waiting, lambda: self.batcher.running)
         self.batcher = Batcher(
             ModelWorker(pipe),
@@ -71,6 +72,7 @@ class Server:
         Raises:
             QueueFull, ShuttingDown: see `Batcher.submit`.
         """
+        # outside the try: jobs that were rejected are not cancelled ones
         self.batcher.submit(jobs)
         try:
             yield

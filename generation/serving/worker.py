@@ -121,6 +121,7 @@ class ModelWorker:
         pipe, key = self.pipe, jobs[0].key
         assert isinstance(key, AnswerKey)
         tasks: list[AnswerTask] = [job.task for job in jobs]
+        # the images of all answers in one batch of the tokenizer
         codes = pipe.encode_for_reading([image for task in tasks for image in task.images])
         detokenizers = [IncrementalDetokenizer(pipe.processor, task) for task in tasks]
         steps = iter_text_ids(
@@ -141,6 +142,7 @@ class ModelWorker:
             yield
             if not any(job.pending for job in jobs):
                 return
+        # answers that reached the end-of-text token
         for job, detokenizer in zip(jobs, detokenizers):
             if job.pending:
                 if text := detokenizer.add(None):

@@ -40,6 +40,7 @@ def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Bl
     model = pipe.model
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     dtype = str(model.dtype).removeprefix("torch.")
+    # uploads and images are deleted from gradio's cache after an hour
     with gr.Blocks(title=f"{name} · OpenUniTok", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(
             f"<div class='ou-head'><h1>Open<em>UniTok</em></h1><span>{name} · {size:,.1f} M parameters · "
@@ -52,6 +53,7 @@ def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Bl
             _ask_tab(AnswerHandler(pipe))
         with gr.Tab("Reconstruct", id="reconstruct"):
             _reconstruct_tab(ReconstructionHandler(pipe))
+    # more waiting events are rejected: each visitor's event may take a minute
     return page.queue(max_size=32)
 
 
@@ -116,6 +118,7 @@ class ImageHandler:
         )
         for row, images in enumerate(steps, 1):
             seconds = time.perf_counter() - started
+            # the elapsed time includes prefill
             status = (
                 f"row {row} of {rows} · {seconds:.1f} s" if row < rows else f"generated in {seconds:.1f} s"
             )

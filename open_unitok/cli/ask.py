@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.generation.validation import check_texts
     from open_unitok.tokenizer.images import load_image
 
+    # all checks come before the model, which takes seconds to load
     at_least_one(args, "max_new_tokens", "batch_size")
     if (args.questions is None) == (args.image is None):
         raise UserError('Give IMAGE and "QUESTION" ..., or --questions FILE.')

@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> None:
     settings |= {key: value for key, value in optional.items() if value is not None}
     jobs = plan_images(prompts, out, args.num_images, args.seed, settings)
     make_folder(out)
+    # strided, so that all ranks work on the first prompts first
     share = jobs[rank() :: world_size()]
+    # a finished launch needs no model
     missing = [job for job in share if not is_generated(job)]
     if missing:
         pipe = load_pipeline(args)

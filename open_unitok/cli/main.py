@@ -52,19 +52,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         run(arguments)
     except UserError as error:
+        # UNITOK_TRACEBACK=1 shows where it was raised
         if os.environ.get("UNITOK_TRACEBACK"):
             raise
         print(f"unitok: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("unitok: interrupted; run the same command again to resume.", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130)  # 128 + SIGINT
     except BrokenPipeError:
-        sys.exit(141)
+        sys.exit(141)  # 128 + SIGPIPE, e.g. `unitok ... | head`
 
 
 def run(arguments: list[str]) -> None:
     """Parse the arguments, import the module of the command and run it; errors are raised."""
+    # `eval run` before `eval`
     name = next(
         (n for n in (" ".join(arguments[:2]), arguments[0] if arguments else "") if n in COMMANDS), None
     )

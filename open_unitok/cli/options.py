@@ -41,6 +41,7 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """The fields of `Sampling`; an option that is not given keeps the model's sampling.json."""
+    # no argparse defaults: None = not given, so that the model's own settings apply
     default = "(default: the model's sampling.json, else %s)"
     parser.add_argument(
         "--guidance", type=float, help=f"classifier-free guidance scale; 1 = no guidance {default % 5}"
@@ -97,6 +98,7 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     if torch.cuda.is_available():
+        # more processes than GPUs share them
         return f"cuda:{local_rank() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
@@ -106,6 +108,7 @@ def require_extra(extra: str, *modules: str) -> None:
     Raises:
         UserError: one of the modules is not installed; the message says how to install them.
     """
+    # find_spec does not import them, which takes seconds
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"unitok {extra} needs {' and '.join(missing)}: pip install 'open-unitok[{extra}]' "

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_loading()
     unitok = load_unitok(args.model, pick_device(args.device), args.dtype)
     make_folder(args.out)
+    # images of different folders may have the same name
     names = _output_names(args.images)
     pairs = iter_reconstructions(unitok, args.images, args.batch_size, args.size)
     for name, source, (original, reconstruction) in zip(

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> None:
     files = None if args.files is None else existing(args.files)
     if files is not None and not files.is_dir():
         raise UserError(f"--files {files} is not a folder.")
+    # before the model loads: a port in use is reported at once
     sock = listen(args.host, args.port)
     pipe = load_pipeline(args)
     name = args.name or Path(args.model).resolve().name
@@ -112,6 +113,7 @@ def _read_token(args: argparse.Namespace) -> str | None:
     Raises:
         UserError: the file is missing, a folder, or does not hold exactly one token.
     """
+    # a file or variable, not an option: options are visible to every user in `ps`
     if args.token_file is None:
         return os.environ.get(TOKEN_VARIABLE) or None
     path = existing(args.token_file)

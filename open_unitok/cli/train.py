@@ -27,8 +27,10 @@ def run(args: argparse.Namespace) -> None:
     try:
         stage.main(config, run_dir)
     except UserError:
+        # the config or the data is invalid: leave no run directory that blocks the next try
         run_dir.discard()
         raise
+    # loads torch and deepspeed
     from open_unitok.training.core.deepspeed_engine import exit_process
 
     exit_process()

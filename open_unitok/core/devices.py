@@ -18,6 +18,7 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps.") from error
+    # a torch build without CUDA still parses "cuda"
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(found.type) or (
         found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
@@ -43,6 +44,7 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
 
 def bf16_in_hardware() -> bool:
     """True if this machine computes bf16 natively; emulated bf16 is slower than fp32."""
+    # training runs on the GPU wherever there is one
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     path = Path("/proc/cpuinfo")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Global rank of this process."""
+    # the environment variable covers launches whose process group is not initialised (yet)
     dist = process_group()
     return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
 

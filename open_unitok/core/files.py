@@ -31,9 +31,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
+            # without it a power cut after the rename can leave an empty file
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        # leave nothing behind, e.g. on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
@@ -58,6 +60,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` on a clean exit and is removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # hidden and with the process id: globs skip it, and two processes do not share it
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
@@ -71,6 +74,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
+    # a folder cannot be replaced atomically: a kill between the two lines leaves only the temporary one
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
 
@@ -132,6 +136,7 @@ def read_jsonl_lenient(path: str | Path) -> list[Any]:
         UserError: the file is missing.
     """
     found: list[Any] = []
+    # bytes, so that one line with invalid UTF-8 does not make the whole file unreadable
     with open(existing(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

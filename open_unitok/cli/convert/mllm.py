@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.tokenizer import UniTok
 
     source, target = existing(args.source), new_path(args.target)
+    # our folders have our model type, published ones mini_gemini
     if read_json(source / "config.json").get("model_type") == UniTokMLLMConfig.model_type:
         to_published_folder(source, target)
         print(f"{source} -> {target}")

@@ -39,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         sizes = read_json(args.config) if args.config else None
         if not isinstance(sizes, dict | None):
             raise UserError(f"{args.config} is not a config: expected a JSON object of names and sizes.")
+        # published checkpoints store a model name, not sizes
         config = None if sizes is None else UniTokConfig(**sizes)
         model = UniTok.from_reference(args.source, config)
         with atomic_folder(target) as folder:
