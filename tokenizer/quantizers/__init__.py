@@ -1,6 +1,7 @@
 """Quantisers: latents to codes and back. A new one is one file and one entry of `QUANTIZERS`."""
 
 import inspect
+from typing import Any
 
 from open_unitok.core.codes import code_dtype
 
@@ -25,7 +26,8 @@ def build_quantizer(config: UniTokConfig) -> Quantizer:
     options = config.quantizer_options or {}
     allowed = list(inspect.signature(kind).parameters)[3:]  # behind the three sizes
     check_options("quantizer", config.quantizer, options, allowed)
-    return kind(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
+    build: Any = kind  # its constructor is not that of the base class
+    return build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
 
 
 __all__ = [
