@@ -36,6 +36,11 @@ SEVERAL_HOMES: dict[str, str] = {
     "add_arguments": "the protocol of a command",
     "run": "the protocol of a command",
     "main": "the entry point of a stage, a benchmark or the command line",
+    "TrainState": "the loop of every training stage has the same parts",
+    "StepOutput": "the loop of every training stage has the same parts",
+    "build_train_state": "the loop of every training stage has the same parts",
+    "train_step": "the loop of every training stage has the same parts",
+    "save_checkpoint": "the loop of every training stage has the same parts",
 }
 MOST_FILES = 20
 

@@ -21,7 +21,7 @@ from open_unitok.tokenizer.images import load_image
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
 from .sample_kinds import SAMPLE_KINDS, crop_mismatch
-from .tar_index import BadSample, TarSample, image_members, index_tar, matching_files
+from .tar_index import BadSample, TarSample, image_members, matching_files, scan_tar
 from .text import Conversations, TextLines
 
 _LISTED = 10  # broken samples that the report names one by one
@@ -81,6 +81,7 @@ def check_dataset(
     step = max(1, dataset.total // samples) if samples else 1
     checked = 0
     bar = tqdm(dataset.samples, total=dataset.total, unit=" samples", disable=quiet, file=sys.stderr)
+    # readers are called only for the samples that are checked
     for number, (name, read) in enumerate(bar):
         if number % step:
             continue
@@ -129,7 +130,7 @@ class _Counts:
         if not by_field and num_images:
             self.fields["images alone"] += 1
         for codes in sample.images if self.codebook_size else ():
-            if self.used is None:
+            if self.used is None:  # K is known from the first codes
                 self.used = np.zeros((codes.shape[1], self.codebook_size), dtype=bool)
             self.used[np.arange(codes.shape[1]), codes] = True
 
@@ -185,6 +186,7 @@ def _open(path: str, codes: str | None) -> _OpenDataset:
     if path.endswith(".tar"):
         return _open_tars(matching_files(path, "PATH"))
     if path.endswith((".json", ".jsonl")) and not any(c in path for c in "*?[{"):
+        # the first record tells texts, conversations and unconverted documents apart
         first = next(read_records(existing(path)), {})
         if {"conversations", "messages"} & first.keys():
             conversations = Conversations(path, CodeFolder(codes) if codes else None)
@@ -207,6 +209,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
     for number, shard in enumerate(codes.manifest["shards"]):
         path = folder / shard["file"]
         try:
+            # a shard that changed may still be readable: report it and go on with its samples
             if sha256(existing(path)) != shard["sha256"]:
                 problems.append(f"{path} has changed since it was written (sha256)")
             codes.check_shard(number)
@@ -233,7 +236,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
 
 
 def _open_tars(tars: list[str]) -> _OpenDataset:
-    indexes = [index_tar(tar) for tar in tars]
+    indexes = [scan_tar(tar) for tar in tars]
     problems = tuple(f"{tar} is broken: {i.problem}" for tar, i in zip(tars, indexes) if i.problem)
     records = [record for i in indexes for record in i.samples]
 

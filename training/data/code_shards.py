@@ -22,7 +22,7 @@ from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json
 
-from .tar_index import BadSample, TarSample, index_tar
+from .tar_index import BadSample, TarSample, scan_tar
 
 CODES_MANIFEST = "codes.json"
 CODES_FORMAT = "open-unitok codes 1"
@@ -121,7 +121,7 @@ class CodeFolder:
 
     def _read_index(self, shard: int) -> list[TarSample]:
         path = self.folder / self.manifest["shards"][shard]["file"]
-        records, problem = index_tar(str(existing(path, "Run `unitok extract-codes` again.")))
+        records, problem = scan_tar(str(existing(path, "Run `unitok extract-codes` again.")))
         if problem or len(records) != self.sizes[shard]:
             raise UserError(
                 f"{path} is broken ({problem or f'{len(records)} samples'}; {CODES_MANIFEST} lists "

@@ -61,17 +61,19 @@ def convert_dataset(
         raise UserError(f"{kind!r} is not a source format.{did_you_mean(kind, SOURCE_FORMATS)}")
     if shard < 1 or not 0 <= max_bad_share <= 1:
         raise UserError("--shard must be 1 or more, --max-bad-share between 0 and 1.")
-    place = Source(existing(source), existing(images) if images else None, column)
+    origin = Source(existing(source), existing(images) if images else None, column)
     out = Path(target)
-    if place.path.is_dir() and out.resolve().is_relative_to(place.path.resolve()):
+    # tars inside the source would change its listing, and so its hash, while they are written
+    if origin.path.is_dir() and out.resolve().is_relative_to(origin.path.resolve()):
         raise UserError(f"{target} is inside {source}: choose a folder outside of it.")
-    wanted = {"kind": kind, "shard": shard, "column": column, "source": _listing_hash(place.path)}
-    wanted |= {"images": str(place.images.resolve()) if place.images else None}
+    # what decides the contents of the tars: a rerun with any other value is another conversion
+    wanted = {"kind": kind, "shard": shard, "column": column, "source": _listing_hash(origin.path)}
+    wanted |= {"images": str(origin.images.resolve()) if origin.images else None}
     state = _open_state(out, wanted)
     if "counts" in state:
         return state["counts"]
     counts = Counter(samples=0, images=0)
-    samples = SOURCE_FORMATS[kind].samples(place)
+    samples = SOURCE_FORMATS[kind].samples(origin)
     with tqdm(desc=kind, unit=" samples", disable=quiet, file=sys.stderr, mininterval=1.0) as bar:
         for number in itertools.count():
             group = list(itertools.islice(samples, shard))
@@ -117,6 +119,7 @@ def _discard(out: Path) -> None:
 
 def _listing_hash(path: Path) -> str:
     """Hex digest of names, sizes and times of a file, or of all files in a folder."""
+    # not the contents: hashing a large data set would take as long as converting it
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     stats = [(str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
@@ -132,11 +135,13 @@ def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str,
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
+            # GNU headers without times or owners: the same source gives the same bytes
             with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
                 for sample in group:
                     _add_sample(tar, sample, counts)
             file.flush()
             os.fsync(file.fileno())
+        # a group without a usable sample leaves no tar, but its counts
         if counts["samples"]:
             os.replace(temporary, path)
     finally:

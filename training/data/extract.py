@@ -34,7 +34,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
-from .tar_index import BadSample, TarSample, image_members, index_tar
+from .tar_index import BadSample, TarSample, image_members, scan_tar
 
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
@@ -74,12 +74,13 @@ def extract_codes(
         raise UserError(f"--out is {out}, which is a file: give a folder.")
     for number, tar in enumerate(tars):
         _completed(out, number, tar, options)  # raises before the first batch where `out` is of other origin
+    # every n-th tar, as tars of a data set are of similar size
     mine = [
         n
         for n in range(distributed.rank(), len(tars), distributed.world_size())
         if not _completed(out, n, tars[n], options)
     ]
-    total = sum(len(index_tar(tars[n]).samples) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
+    total = sum(len(scan_tar(tars[n]).samples) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
     shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
@@ -133,7 +134,7 @@ def _extract_tar(
     unitok: UniTok, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
 ) -> None:
     """One tar of images to one tar of codes, then its description."""
-    records, problem = index_tar(tar)
+    records, problem = scan_tar(tar)
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Repair it, or leave it out of --data.")
     bad: list[str] = []
@@ -150,6 +151,7 @@ def _extract_tar(
             reshaped += sum(sample.reshaped for sample in batch)
     if not samples:
         raise UserError(f"{tar} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
+    # the whole tar in memory: codes are small, and a killed process leaves no partial file
     write_atomic(target, buffer.getvalue())
     error = _verify(target, samples, unitok, first)
     counts = {"samples": samples, "images": num_images, "oblong": reshaped, "broken": len(bad)}
@@ -181,6 +183,7 @@ def _batches(
         except (BadSample, UserError) as error:
             return f"{record.tar}: {record.key}: {error}"
 
+    # threads suffice: Pillow releases the GIL while it decodes and resizes
     pool = ThreadPoolExecutor(options.workers) if options.workers else None
     remaining = iter(records)
     try:
@@ -237,7 +240,7 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     Raises:
         UserError: the tar does not hold what was written.
     """
-    records, problem = index_tar(str(path))
+    records, problem = scan_tar(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "

@@ -95,6 +95,7 @@ def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]
         text = next((t for e in (".txt", ".caption") if (t := path.with_suffix(e)).is_file()), None)
         if text is not None:
             try:
+                # utf-8-sig: editors on Windows write a byte-order mark
                 lines = text.read_text(encoding="utf-8-sig").splitlines()
                 captions = [line.strip() for line in lines if line.strip()]
             except UnicodeDecodeError as error:
@@ -106,6 +107,7 @@ def _captions_of(record: dict[str, Any], column: str | None) -> dict[str, Any]:
     """The captions in a metadata record."""
     if column is not None and column not in record:
         raise UserError(f"--column is {column}, must be one of: {', '.join(map(str, record))}.")
+    # a list of captions, or one text
     value = next((record[key] for key in ((column,) if column else _CAPTION_KEYS) if record.get(key)), [])
     texts = value if isinstance(value, list) else [value]
     extra = {key: str(record[key]) for key in ("long_caption", "short_caption") if record.get(key)}
@@ -153,6 +155,7 @@ def mmc4_samples(source: Source) -> Iterator[SourceSample]:
         ):
             yield SourceSample(f"{number:09d}", [], {}, 'has no "text_list" and "image_info"')
             continue
+        # texts, and paths of the images that were found; None where one was not
         pieces: list[Any] = []
         for index, text in enumerate(texts):
             matching = [i for i in images if i.get("matched_text_index") == index]
@@ -195,6 +198,7 @@ class _ImageFinder:
         if not isinstance(name, str) or not name:
             return None
         if "://" in name:
+            # only on demand: it reads a .json per image
             if self.urls is None:
                 self.urls = dict(_downloaded_images(self.folder))
             return self.urls.get(name)

@@ -97,6 +97,7 @@ class Mixture:
     def build(self) -> list[Batch]:
         """As `next`, in this process."""
         positions = [self._next_position() for _ in range(self.batch_size)]
+        # sampled for the whole batch, so that a sample's numbers do not depend on which rank builds it
         random = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
             (self.batch_size, 3)
         )
@@ -121,6 +122,7 @@ class Mixture:
 
     def _next_position(self) -> tuple[int, int]:
         """(entry that is furthest behind its share, position in its order)."""
+        # largest remainder: after n samples no entry is more than one away from its share of n
         behind = self.shares * (self.counts.sum() + 1) - self.counts
         entry = int(behind.argmax())
         self.counts[entry] += 1
@@ -192,6 +194,7 @@ def open_datasets(entries: list[MixtureEntry], fingerprint: str | None) -> list[
     Raises:
         UserError: it is missing, of another type, or made by another visual tokenizer.
     """
+    # an index of a large data set costs seconds and memory: share it between entries
     texts = cache(TextLines)
     folders = cache(lambda path: CodeFolder(path, fingerprint))
     conversations = cache(lambda path, codes: Conversations(path, folders(codes) if codes else None))

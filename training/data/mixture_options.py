@@ -25,6 +25,7 @@ class MixtureEntry:
     def dataset(self) -> str:
         """The type of data set at `path`: what the kind reads, by the extension if it reads several."""
         reads = find_sample_kind(self.kind).reads
+        # a .jsonl may hold texts or conversations: the kind decides
         is_file = self.path.endswith((".json", ".jsonl"))
         if CONVERSATION_FILE in reads and is_file:
             return CONVERSATION_FILE
@@ -36,6 +37,7 @@ class MixtureEntry:
             raise UserError(
                 f"data.mixture: weight of {self.kind} from {self.path} is {self.weight}, must be above 0."
             )
+        # the likely mistake: a file that is still to be converted and extracted
         if dataset == CODE_FOLDER and self.path.endswith((".json", ".jsonl")):
             raise UserError(
                 f"data.mixture: {self.path} is not a code folder, as kind {self.kind} needs: see `unitok "

@@ -29,6 +29,7 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         UserError: another extension, or a record that is malformed; the message names file and line.
     """
     if path.suffix == ".csv":
+        # utf-8-sig: spreadsheets write a byte-order mark
         with open(existing(path), encoding="utf-8-sig", newline="") as file:
             yield from csv.DictReader(file)
         return
@@ -62,6 +63,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 def image_key(name: str) -> str:
     """The key of an image's sample: its name without extension; other than [A-Za-z0-9_/-] becomes "_"."""
+    # a dot would end the key in a tar, where member names are KEY.EXTENSION
     stem = str(Path(name).with_suffix("")) if Path(name).suffix else name
     key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"), flags=re.ASCII)
     if len(key) <= _MAX_KEY:
@@ -111,10 +113,11 @@ def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str
             continue
         expected = ("human", "gpt")[len(turns) % 2]
         if _SPEAKERS.get(str(speaker)) != expected or not isinstance(text, str):
-            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt must take turns")
+            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt must alternate")
         turns.append({"from": expected, "value": text})
     if not turns or len(turns) % 2:
         raise BadSample(f"has {len(turns)} turns, expected pairs of a question and an answer")
+    # without marks the images come first; with marks there must be one per image
     marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns)
     if num_images and not marks:
         turns[0]["value"] = f"{_IMAGE_MARK}\n" * num_images + turns[0]["value"]

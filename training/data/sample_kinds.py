@@ -104,7 +104,7 @@ def bos_ids(processor: Any) -> list[int]:
     return [] if processor.bos_token_id is None else [processor.bos_token_id]
 
 
-class Captioning(SampleKind):
+class CaptioningKind(SampleKind):
     """Image to text, as in the published pretraining: the caption and eos are learned."""
 
     field = "captions"
@@ -126,7 +126,7 @@ class Captioning(SampleKind):
         return given + learned, [IGNORE_INDEX] * len(given) + learned
 
 
-class TextToImage(Captioning):
+class TextToImageKind(CaptioningKind):
     """Text to image: the prompt is given; boi, the image, eoi and eos are learned."""
 
     crop = "crop"
@@ -153,7 +153,7 @@ class TextToImage(Captioning):
         return options.text_to_image_share
 
 
-class Conversation(SampleKind):
+class ConversationKind(SampleKind):
     """Questions and answers in the processor's template; the answers are learned."""
 
     reads = (CODE_FOLDER, CONVERSATION_FILE)
@@ -178,7 +178,7 @@ class Conversation(SampleKind):
         return processor.conversation_ids(json.loads(text or "[]"))
 
 
-class Alignment(Conversation):
+class AlignmentKind(ConversationKind):
     """The first answer of a conversation right after the image, without eos: how LLaVA pretrains its
     projector."""
 
@@ -186,7 +186,7 @@ class Alignment(Conversation):
         return processor.alignment_ids(json.loads(text or "[]"))
 
 
-class Text(SampleKind):
+class TextKind(SampleKind):
     """Plain text, learned from its second token on, without eos."""
 
     reads = (TEXT_FILE,)
@@ -204,7 +204,7 @@ class Text(SampleKind):
         return ids, ids
 
 
-class Document(SampleKind):
+class DocumentKind(SampleKind):
     """Interleaved texts and images, as many as fit into max_length; texts, images and eos are learned."""
 
     field = "document"
@@ -235,7 +235,7 @@ class Document(SampleKind):
         return [*ids, processor.eos_token_id], [*labels, processor.eos_token_id]
 
 
-class Reading(Document):
+class ReadingKind(DocumentKind):
     """A document of which only the texts and eos are learned."""
 
     generates_images = False
@@ -243,13 +243,13 @@ class Reading(Document):
 
 # the order decides the numbers in `Batch.kinds`, and which kind `unitok data check` warns about
 SAMPLE_KINDS: dict[str, SampleKind] = {
-    "text_to_image": TextToImage(),
-    "captioning": Captioning(),
-    "conversation": Conversation(),
-    "alignment": Alignment(),
-    "text": Text(),
-    "document": Document(),
-    "reading": Reading(),
+    "text_to_image": TextToImageKind(),
+    "captioning": CaptioningKind(),
+    "conversation": ConversationKind(),
+    "alignment": AlignmentKind(),
+    "text": TextKind(),
+    "document": DocumentKind(),
+    "reading": ReadingKind(),
 }
 
 

@@ -3,12 +3,10 @@
 import hashlib
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import torch
 
 from open_unitok.core.distributed import rank
-
-if TYPE_CHECKING:  # `--help` must not import torch
-    import torch
 
 
 def derive_seed(seed: int, *parts: int | str) -> int:
@@ -17,23 +15,19 @@ def derive_seed(seed: int, *parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def torch_generator(seed: int, *parts: int | str, device: "torch.device | str" = "cpu") -> "torch.Generator":
+def torch_generator(seed: int, *parts: int | str, device: torch.device | str = "cpu") -> torch.Generator:
     """A torch generator for the given parts, the same on every rank."""
-    import torch
-
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *parts))
 
 
 def uniform_per_sample(
     shape: Sequence[int], samples: Sequence[int], seed: int, *parts: int | str
-) -> "torch.Tensor":
+) -> torch.Tensor:
     """Uniform numbers in [0, 1), (*shape, B); those of a sample depend on its number alone.
 
     Args:
         samples: numbers of the B samples in the global batch, so that any split over ranks samples the same.
     """
-    import torch
-
     return torch.stack(
         [torch.rand(*shape, generator=torch_generator(seed, *parts, n)) for n in samples], dim=-1
     )
@@ -46,6 +40,4 @@ def python_random(seed: int, *parts: int | str) -> random.Random:
 
 def seed_forward_pass(seed: int, step: int, micro: int = 0) -> None:
     """Seed torch's global generators for one forward pass of this rank (dropout of adapters)."""
-    import torch
-
     torch.manual_seed(derive_seed(seed, "step", step, micro, rank()))

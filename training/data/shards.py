@@ -26,8 +26,8 @@ from .tar_index import (
     MIN_SEEN_FOR_BAD_SHARE,
     BadSample,
     TarSample,
-    index_tar,
     matching_files,
+    scan_tar,
 )
 
 
@@ -73,7 +73,7 @@ class _Source:
         order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
-            samples, problem = index_tar(self.tars[tar], self.name)
+            samples, problem = scan_tar(self.tars[tar], self.name)
             if problem and tar not in self.broken and self.record == 0:
                 self.broken.add(tar)
                 report(f"{self.tars[tar]} is broken: {problem}; the rest of it is skipped")
@@ -124,7 +124,7 @@ class _Source:
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
         # tars in order, as each is indexed once while it is cached
         tars = sorted({tar for tar, _ in pairs})
-        samples = {tar: index_tar(self.tars[tar], self.name).samples for tar in tars}
+        samples = {tar: scan_tar(self.tars[tar], self.name).samples for tar in tars}
         self.buffer = [(tar, number, samples[tar][number]) for tar, number in pairs]
 
 
@@ -172,6 +172,7 @@ class ShardStream(IterableDataset):
         for source in self.sources:
             for path in source.tars:
                 digest.update(f"{os.path.basename(path)} {os.path.getsize(path)} ".encode())
+                # the first bytes: hashing whole data sets would take hours
                 with open(path, "rb") as file:
                     digest.update(file.read(1 << 16))
         return digest.hexdigest()
@@ -194,6 +195,7 @@ class ShardStream(IterableDataset):
             if shared and (micro % self.ranks != self.rank or micro // self.ranks % workers != number):
                 continue
             self.seen += 1
+            # keyed by the sample, not by a running generator: the same augmentation on any rank and worker
             try:
                 keyed = seeding.python_random(self.seed, "sample", source.number, epoch, tar, number_in_tar)
                 sample = self.decode(tar_sample, keyed)
@@ -313,6 +315,7 @@ def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, A
 
 def read_batches(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The loader's batches; a UserError of a worker process is raised with its own one-line message."""
+    # DataLoader re-raises a worker's error with the worker's traceback as its text
     try:
         yield from batches
     except UserError as error:

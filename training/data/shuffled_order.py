@@ -19,6 +19,7 @@ class ShuffledOrder:
     def __init__(self, sizes: list[int], seed: int, name: str):
         self.sizes, self.seed, self.name = sizes, seed, name
         self.total = sum(sizes)
+        # two, as prefetching reads into the next epoch or group while this one is finished
         self._epoch = lru_cache(maxsize=2)(self._epoch_of)
         self._group = lru_cache(maxsize=2)(self._group_of)
 
@@ -29,12 +30,14 @@ class ShuffledOrder:
         group = int(np.searchsorted(ends, within, side="right"))
         chosen = shards[group * SHUFFLED_TARS : (group + 1) * SHUFFLED_TARS]
         starts, shuffled = self._group(epoch, group, tuple(chosen))
+        # a number within the group, then the tar that contains it
         number = int(shuffled[within - (int(ends[group - 1]) if group else 0)])
         at = int(np.searchsorted(starts, number, side="right")) - 1
         return chosen[at], number - int(starts[at])
 
     def _epoch_of(self, epoch: int) -> tuple[list[int], np.ndarray]:
         shards = [shard for shard, size in enumerate(self.sizes) if size]
+        # keyed generators: any position can be computed without those before it, so resuming needs no state
         seeding.python_random(self.seed, "tars", self.name, epoch).shuffle(shards)
         groups = [shards[i : i + SHUFFLED_TARS] for i in range(0, len(shards), SHUFFLED_TARS)]
         return shards, np.cumsum([sum(self.sizes[s] for s in group) for group in groups])

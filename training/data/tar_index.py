@@ -78,7 +78,7 @@ def _open(path: str) -> int:
     return _OPEN[path]
 
 
-def index_tar(path: str, source: str = "") -> TarIndex:
+def scan_tar(path: str, source: str = "") -> TarIndex:
     """Scan the headers of a tar; adjacent members with the same name up to the first dot are one sample.
 
     Raises:

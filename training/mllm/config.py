@@ -32,6 +32,7 @@ class LossOptions:
     """
 
     weighting: Literal["tokens", "means"] = "tokens"
+    # weights, looked up by the names of the losses that the model returns
     text: float = 1.0
     image: float = 1.0
 
@@ -114,10 +115,12 @@ class MLLMRunConfig(RunConfig):
                 raise UserError(f"lr_factors.{part}: {part!r} is not a part of the model.{hint}")
             if factor < 0:
                 raise UserError(f"lr_factors.{part} is {factor}, must be 0 (frozen) or more.")
+        # by prefix: a part inside another one may have a factor of its own
         if all(self.lr_factor(prefix) == 0 for prefix in MODEL_PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
         if self.lora and self.model:
             raise UserError("lora needs a trained base model: give `init_from` instead of `model`.")
+        # fp32 activations would meet bf16 weights in every frozen linear layer
         if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
             raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
         if self.lora and all(self.lr_factor(MODEL_PARTS[part]) == 0 for part in self.lora.parts):

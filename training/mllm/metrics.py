@@ -35,6 +35,7 @@ class RunningMetrics:
         # one number per sample kind, in the order of SAMPLE_KINDS
         self.text_loss_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
         self.text_targets = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
+        # on the host: these counts are known without the device
         self.positions = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
         self.counts = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
         self._clock = time.monotonic()
@@ -58,6 +59,7 @@ class RunningMetrics:
     @torch.no_grad()
     def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
         """Text losses per sample kind, from the (B, L, D) hidden states of one micro-batch."""
+        # a second pass through lm_head in the logged steps alone: the forward pass returns only the sum
         found = find_targets(
             inputs["labels"],
             inputs.get("attention_mask"),
@@ -78,6 +80,7 @@ class RunningMetrics:
     def reduce(self) -> dict[str, float]:
         """Values by name over all ranks, then reset: without kinds that had no sample, and without MFU where
         the device's peak is not known. Call it on every rank."""
+        # on the device, where the collective runs
         counts = torch.cat([self.positions, self.counts])
         positions, *counts = distributed.sum_over_ranks(counts.to(self.device)).tolist()
         counts = TokenCounts(*counts)

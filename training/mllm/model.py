@@ -58,6 +58,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     folder = existing(options.unitok, "model.unitok must be the folder of a trained visual tokenizer.")
     check_tokenizer_folder(folder)
     unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
+    # transformers ignores unknown keys: check them here, with a did-you-mean
     allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(options.processor, allowed, "model.processor")
     sizes = {"image_size": unitok.config.image_size, "num_image_tokens": unitok.config.num_visual_tokens}
@@ -125,6 +126,7 @@ def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | No
     """Write an MLLM folder: weights (`state` where they had to be gathered), processor, and `unitok/`. With
     LoRA only the adapter."""
     parts.model.save_pretrained(path, state_dict=state)
+    # transformers has written the adapter alone; the base folder has everything else
     if parts.model._hf_peft_config_loaded:
         return
     parts.processor.save_pretrained(path)
@@ -184,6 +186,7 @@ def _load_decoder(folder: str) -> Any:
 def _decoder_fields(model_type: str) -> set[str]:
     """The config fields of a family of decoders."""
     try:
+        # rope_theta is accepted, but stored under another key by newer versions
         return set(AutoConfig.for_model(model_type).to_dict()) | {"rope_theta"}
     except ValueError as error:
         raise UserError(

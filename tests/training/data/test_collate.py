@@ -156,7 +156,7 @@ def test_long_text_is_cut_but_never_an_image(golden):
 
 
 def test_what_cannot_be_used_is_a_bad_sample(sequences):
-    with pytest.raises(BadSample, match="take turns"):
+    with pytest.raises(BadSample, match="human and gpt alternate"):
         sequences.build(
             "conversation", json.dumps([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]), ()
         )

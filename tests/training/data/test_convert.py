@@ -11,7 +11,7 @@ from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
 from open_unitok.training.data import convert as data_convert
 from open_unitok.training.data.convert import convert_dataset
-from open_unitok.training.data.tar_index import index_tar
+from open_unitok.training.data.tar_index import scan_tar
 
 SIZE = 24
 
@@ -26,8 +26,8 @@ def write_image(path, number):
 
 def samples(folder):
     """key -> (extensions, info) of everything in the tars of a folder."""
-    records = [r for tar in sorted(folder.glob("*.tar")) for r in index_tar(str(tar)).samples]
-    assert all(index_tar(str(tar)).problem is None for tar in folder.glob("*.tar"))
+    records = [r for tar in sorted(folder.glob("*.tar")) for r in scan_tar(str(tar)).samples]
+    assert all(scan_tar(str(tar)).problem is None for tar in folder.glob("*.tar"))
     return {r.key: (sorted(set(r.members) - {"json"}), r.json()) for r in records}
 
 
@@ -59,7 +59,7 @@ def test_a_folder_of_images_with_texts(image_folder, tmp_path, capsys):
         "captions": ["a cat 3", "a dog 3"], "file": "my photo.03.gif", "images": 1,
     })  # fmt: skip
     assert found["more/my_photo_04"][0] == ["jpg"] and found["my_photo_07"][1]["captions"] == []
-    record = next(r for r in index_tar(str(out / "part-000000.tar")).samples if r.key == "more/my_photo_04")
+    record = next(r for r in scan_tar(str(out / "part-000000.tar")).samples if r.key == "more/my_photo_04")
     assert record.read("jpg") == (image_folder / "more" / "my photo.04.jpg").read_bytes()
 
 
@@ -88,7 +88,7 @@ def test_images_are_turned_upright(tmp_path):
         exif[data_convert._EXIF_ORIENTATION] = 6
         image.save(path, exif=exif)
     convert_dataset("folder", tmp_path / "a", tmp_path / "out")
-    (record,) = index_tar(str(tmp_path / "out" / "part-000000.tar")).samples
+    (record,) = scan_tar(str(tmp_path / "out" / "part-000000.tar")).samples
     (tmp_path / "turned.jpg").write_bytes(record.read("jpg"))
     with Image.open(tmp_path / "turned.jpg") as turned:
         assert turned.size == (SIZE, SIZE + 8)

@@ -195,7 +195,7 @@ def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_p
     found = read_batch(made)
     assert made.bad >= 4 and len(found) == 9
     error = capsys.readouterr().err
-    for words in ("train/99.png, which is not in", "marks 2 image(s)", "take turns", "has no conversations"):
+    for words in ("99.png, which is not in", "marks 2 image(s)", "must alternate", "has no conversations"):
         assert words in error
     given = ("--images", images, "--max-bad-share", 0.5)
     unitok("data", "convert", "llava", path, tmp_path / "tars", *given)

@@ -11,7 +11,7 @@ import pytest
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.options import DataSource, ShardOptions
 from open_unitok.training.data.shards import BadSample, ShardStream, build_loader, read_batches
-from open_unitok.training.data.tar_index import index_tar, matching_files
+from open_unitok.training.data.tar_index import matching_files, scan_tar
 
 
 def write_tar(path, keys, extra=()):
@@ -213,7 +213,7 @@ def damage(path, at=None, cut=None):
 
 def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
     damage(tars / "s-001.tar", cut=5 * 2048 + 1024 + 100)
-    found = index_tar(str(tars / "s-001.tar"))
+    found = scan_tar(str(tars / "s-001.tar"))
     assert len(found.samples) == 6 and "ends at byte" in str(found.problem)
     numbers = [n for b in first(build_loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
     assert sorted(numbers) == [*range(15), *range(20, 40)]  # the sixth lost its .json
@@ -226,7 +226,7 @@ def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
 
 def test_a_header_in_the_middle_is_damaged(tars):
     damage(tars / "s-003.tar", at=4 * 1024)
-    found = index_tar(str(tars / "s-003.tar"))
+    found = scan_tar(str(tars / "s-003.tar"))
     assert [r.key for r in found.samples] == ["0030", "0031"]
     assert "header at byte 4096 is damaged" in str(found.problem)
 
@@ -236,20 +236,20 @@ def test_names_of_every_kind(tmp_path):
     path = write_tar(
         tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]
     )
-    assert [(r.key, set(r.members)) for r in index_tar(path).samples] == [
+    assert [(r.key, set(r.members)) for r in scan_tar(path).samples] == [
         (long, {"seg.png"}),
         ("b/c", {"txt", "json"}),
     ]
-    assert index_tar(path).samples[0].read("seg.png") == b"1"
+    assert scan_tar(path).samples[0].read("seg.png") == b"1"
     with pytest.raises(BadSample, match=r"has no \.png"):
-        index_tar(path).samples[1].read("png")
+        scan_tar(path).samples[1].read("png")
 
 
 def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
     path = write_tar(tmp_path / "a.tar", ["0001"])
-    assert index_tar(path).samples[0].text("txt") == "text 0001"
+    assert scan_tar(path).samples[0].text("txt") == "text 0001"
     write_tar(tmp_path / "a.tar", ["0002", "0003"])
-    assert [r.text("txt") for r in index_tar(path).samples] == ["text 0002", "text 0003"]
+    assert [r.text("txt") for r in scan_tar(path).samples] == ["text 0002", "text 0003"]
 
 
 def test_patterns(tars):
@@ -263,7 +263,7 @@ def test_patterns(tars):
             matching_files(pattern)
     (tars / "s-000.tar").write_bytes(gzip.compress((tars / "s-000.tar").read_bytes()))
     with pytest.raises(UserError, match="compressed"):
-        index_tar(str(tars / "s-000.tar"))
+        scan_tar(str(tars / "s-000.tar"))
 
 
 def test_fingerprint_changes_with_the_data(tars):

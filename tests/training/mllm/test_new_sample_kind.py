@@ -5,11 +5,11 @@ import pytest
 from open_unitok.core.errors import UserError
 from open_unitok.training import run
 from open_unitok.training.data.check import check_dataset
-from open_unitok.training.data.sample_kinds import SAMPLE_KINDS, Captioning
+from open_unitok.training.data.sample_kinds import SAMPLE_KINDS, CaptioningKind
 from open_unitok.training.mllm import plan
 
 
-class ReversedCaptioning(Captioning):
+class ReversedCaptioning(CaptioningKind):
     """The caption is learned word by word from its end."""
 
     crop = "pad"
@@ -18,7 +18,7 @@ class ReversedCaptioning(Captioning):
         return super().sequence(processor, " ".join(reversed((text or "").split())))
 
 
-class Shouting(Captioning):
+class Shouting(CaptioningKind):
     """Made of a field that no other kind reads."""
 
     field = "shout"

@@ -11,7 +11,7 @@ from open_unitok.tokenizer import MultiCodebookQuantizer
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.ema import EMA
 from open_unitok.training.data import seeding
-from open_unitok.training.data.tar_index import index_tar
+from open_unitok.training.data.tar_index import scan_tar
 from open_unitok.training.tokenizer import losses as tokenizer_losses
 from open_unitok.training.tokenizer.config import ImageOptions, LossWeights
 from open_unitok.training.tokenizer.data import (
@@ -40,7 +40,7 @@ def test_crop_boxes_keep_to_their_bounds():
 
 
 def test_a_image_of_the_right_size_is_taken_as_it_is(data):
-    record = index_tar(str(data / "pairs-0.tar")).samples[0]
+    record = scan_tar(str(data / "pairs-0.tar")).samples[0]
     options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
     pair = PairDecoder(options, (32, 32), True)(record, random.Random(0))
     assert np.array_equal(pair.image, np.asarray(Image.open(io.BytesIO(record.read("png")))))
