@@ -17,9 +17,9 @@ from .phrases import RELATION_PHRASES, a_or_an, join_phrases, position_name, wit
 from .questions import SceneQuestion, absent_pair, sample_question
 from .scene import Scene, render, sample_scene
 
-SUBTYPE = "scenes_test"  # VQAv2's data_subtype
-ANSWER_TYPES = {"existence": "yes/no", "count": "number"}  # all others are "other"
-POPE_CATEGORIES = ("random", "popular", "adversarial")
+_SUBTYPE = "scenes_test"  # VQAv2's data_subtype
+_ANSWER_TYPES = {"existence": "yes/no", "count": "number"}  # all others are "other"
+_POPE_CATEGORIES = ("random", "popular", "adversarial")
 _Record = dict[str, Any]
 
 
@@ -49,7 +49,7 @@ def _write_images(scenes: list[Scene], folder: Path, on_images: Callable[[int], 
 
 
 def _image_file(number: int) -> str:
-    return f"images/{SUBTYPE}_{number:012d}.png"
+    return f"images/{_SUBTYPE}_{number:012d}.png"
 
 
 def _has_held_out(scene: Scene, config: SceneConfig) -> bool:
@@ -89,7 +89,7 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     head = {
         "info": {"description": "Questions about scenes of coloured shapes", "version": "1.0"},
         "data_type": "scenes",
-        "data_subtype": SUBTYPE,
+        "data_subtype": _SUBTYPE,
         "license": {"name": "MIT"},
     }
     questions: list[_Record] = []
@@ -102,7 +102,7 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
                 {
                     **ids,
                     "question_type": question.kind,
-                    "answer_type": ANSWER_TYPES.get(question.kind, "other"),
+                    "answer_type": _ANSWER_TYPES.get(question.kind, "other"),
                     "multiple_choice_answer": question.answer,
                     # VQAv2 compares with ten annotators, who all agree here
                     "answers": [
@@ -135,7 +135,7 @@ def _write_pope(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     ranked = sorted(config.pairs, key=lambda pair: (-seen[pair], pair))
     # at least one pair more than a scene can hold, so that one of them is absent
     popular = ranked[: max(len(ranked) // 2, config.max_objects + 1)]
-    for category in POPE_CATEGORIES:
+    for category in _POPE_CATEGORIES:
         records: list[_Record] = []
         for number, scene in enumerate(scenes[: config.pope]):
             rng = Random(f"{config.seed}/pope {category}/{number}")
