@@ -26,7 +26,7 @@ from ..core.judge_pass import (
 )
 from ..judges import vqa_model
 
-IMAGES_PER_PROMPT = 4
+_IMAGES_PER_PROMPT = 4
 _PUBLISHED_JUDGE = "mPLUG-large"  # the "model" of vqa_answers.jsonl that makes a run comparable
 IMAGE_BATCH, QUESTION_BATCH = 4, 8  # of the judge pass
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -117,7 +117,7 @@ def load(data: Path, settings: Options) -> Task:
     """Four images per prompt."""
     items, problems = read_dpg_items(data)
     items = items[: settings.limit]
-    per_prompt = settings.images_per_prompt or IMAGES_PER_PROMPT
+    per_prompt = settings.images_per_prompt or _IMAGES_PER_PROMPT
     samples, owners = [], []
     for k, item in enumerate(items):
         for j in range(per_prompt):

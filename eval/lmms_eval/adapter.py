@@ -11,9 +11,9 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline
+from open_unitok.mllm import IMAGE_MARK
 
 NAME, ALIASES = "open_unitok", ("unitok",)
-IMAGE_MARK = "<image>"
 
 
 class VisualRequest(NamedTuple):

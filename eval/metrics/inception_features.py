@@ -16,17 +16,11 @@ from ..core.benchmark import Metric, Options
 from ..core.image_sets import ImageSet, images_of_array, images_of_folder, open_npz
 from ..core.judge_pass import current_judge_pass, open_judge_pass
 from . import fid
+from .inception import load_extractor
 from .inception_weights import Features, find_inception_variant, find_inception_weights
 
 PIECE_SIZE, _BATCH = 512, 32
 RERUN_HINT = "Run `unitok eval run` again with --inception-weights PATH: generated images are kept."
-
-
-def build_extractor(variant: str, file: Path, device: str) -> Callable[..., Features]:
-    """`inception.load_extractor`, imported here so that scoring from files loads no torch."""
-    from . import inception
-
-    return inception.load_extractor(variant, file, device)
 
 
 def extract_inception_features(
@@ -54,7 +48,7 @@ def extract_inception_features(
     # interleaved, so that ranks finish together although sets differ in image size
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
-        net = build_extractor(variant, file, device)
+        net = load_extractor(variant, file, device)
         for images, start in tqdm(mine, desc=f"inception ({variant})", unit=" pieces", disable=quiet):
             _save_piece(folder, images, start, net)
     distributed.barrier()

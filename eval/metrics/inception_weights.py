@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.tokenizer.loading import find_weights
 
 
 class Features(NamedTuple):
@@ -59,8 +60,6 @@ INCEPTION_VARIANTS = {
 
 def find_inception_weights(variant: str, path: str | Path | None) -> Path:
     """The weight file of a variant in a folder, or the file itself; both .pth names hold the same weights."""
-    from open_unitok.tokenizer.loading import find_weights
-
     # torch-fidelity's and pytorch-fid's files differ in name only
     kind = find_inception_variant(variant)
     others = (TORCH_FIDELITY_FILE, INCEPTION_VARIANTS["pytorch-fid"].file)

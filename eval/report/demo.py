@@ -15,7 +15,7 @@ from .demo_run import (
     headlines,
     held_out_note,
     metrics_summary,
-    read_run,
+    read_demo_run,
     stage_curves,
 )
 from .page import escape, grid, inline_image, section
@@ -40,7 +40,7 @@ def write_report(
     Raises:
         UserError: there are no results in `folder/eval`.
     """
-    run = read_run(Path(folder), phases)
+    run = read_demo_run(Path(folder), phases)
     metrics = metrics_summary(run)
     write_json(run.folder / "metrics.json", metrics)
     write_atomic(run.folder / "report.html", demo_page(run, title))

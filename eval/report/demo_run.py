@@ -48,7 +48,7 @@ class Headline:
     tile: str = ""  # a short name; rows that have one are also shown in large type
 
 
-def read_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
+def read_demo_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
     """Read `eval/*/results.json`, `<stage>/metrics.jsonl` and `phases.json` of a run folder.
 
     Raises:
@@ -168,7 +168,7 @@ def held_out_note(run: DemoRun) -> str:
 
 def text_table(folder: str | Path) -> str:
     """The headline table as text, for a terminal."""
-    rows = headlines(read_run(Path(folder)))
+    rows = headlines(read_demo_run(Path(folder)))
     width = max(len(row.name) for row in rows)
     return "\n".join(
         f"{row.name:<{width}}  {format_value(row.value, row.unit):>9}  "

@@ -8,9 +8,12 @@ all of them. N images, F features, C classes.
 import base64
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from open_unitok.core.errors import UserError, did_you_mean
 
@@ -20,21 +23,17 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import IMAGE_SUFFIXES, open_images
 
-if TYPE_CHECKING:  # torch is imported by the functions that need it
-    from torch import Tensor
-
 # Features (F,) per image.
 POOLINGS = {
     "embedding": "the CLIP branch's unit embedding, after quantisation",
     "quantised": "mean of the quantised latents over the visual tokens",
     "latents": "mean of the latents over the visual tokens, before quantisation",
 }
-SCORERS = ("lbfgs", "sgd")
 L2_STRENGTHS = tuple(10.0**e for e in range(-6, 2))
 LBFGS_STEPS = 200
 LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0)
 SGD_EPOCHS, SGD_BATCH = 90, 1024
-Probe = Callable[["Tensor"], "Tensor"]
+Probe = Callable[[Tensor], Tensor]
 
 
 def load(data: Path, settings: Options) -> Task:
@@ -97,8 +96,6 @@ def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """Top-1 and top-5 on val; an image without features is wrong in val and left out of train."""
-    import torch
-
     labels, names, parts = task.truth["labels"], task.truth["names"], task.truth["parts"]
     vectors = {i: record["vector"] for i, record in records.items() if "vector" in record}
     train = [s for s in task.samples if parts[s.index] == "train" and s.index in vectors]
@@ -153,10 +150,8 @@ class Trial(NamedTuple):
     accuracy: float
 
 
-def fit_probe(x: "Tensor", y: "Tensor", classes: int, protocol: str) -> tuple[Probe, dict[str, Any]]:
+def fit_probe(x: Tensor, y: Tensor, classes: int, protocol: str) -> tuple[Probe, dict[str, Any]]:
     """(N, F) features and (N,) labels -> features -> (N, C) scores, and the sweep's choice."""
-    import torch
-
     # the split is fixed: all settings of the sweep see the same images
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
@@ -175,11 +170,8 @@ def fit_probe(x: "Tensor", y: "Tensor", classes: int, protocol: str) -> tuple[Pr
     return train(x, y, classes, best.setting), chosen
 
 
-def fit_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
+def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> Probe:
     """The minimum of mean cross-entropy + strength / 2 |W|^2, with a bias that is not regularised."""
-    import torch
-    import torch.nn.functional as F
-
     standardise = _standardiser(x)
     # standardised features make one range of L2 strengths fit all poolings
     z, weight = standardise(x), torch.zeros(classes, x.shape[1], requires_grad=True)
@@ -189,7 +181,7 @@ def fit_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
         [weight, bias], max_iter=LBFGS_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
 
-    def loss() -> "Tensor":
+    def loss() -> Tensor:
         optimiser.zero_grad()
         value = F.cross_entropy(F.linear(z, weight, bias), y) + strength / 2 * weight.square().sum()
         value.backward()
@@ -200,11 +192,8 @@ def fit_lbfgs(x: "Tensor", y: "Tensor", classes: int, strength: float) -> Probe:
     return lambda q: F.linear(standardise(q), w, b)
 
 
-def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
+def fit_sgd(x: Tensor, y: Tensor, classes: int, rate: float) -> Probe:
     """A linear layer after batch norm without parameters: SGD with momentum, cosine schedule."""
-    import torch
-    import torch.nn.functional as F
-
     batch = min(SGD_BATCH, len(x))
     norm = torch.nn.BatchNorm1d(x.shape[1], affine=False)
     layer = torch.nn.Linear(x.shape[1], classes)
@@ -228,7 +217,7 @@ def fit_sgd(x: "Tensor", y: "Tensor", classes: int, rate: float) -> Probe:
     return torch.no_grad()(lambda q: layer(norm(q)))
 
 
-def _standardiser(x: "Tensor") -> Probe:
+def _standardiser(x: Tensor) -> Probe:
     """Features -> features with the training images' mean 0 and deviation 1."""
     mean, deviation = x.mean(dim=0), x.std(dim=0, correction=0).clamp(min=1e-6)
     return lambda z: (z - mean) / deviation

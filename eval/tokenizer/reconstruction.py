@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
+from open_unitok.tokenizer import code_dtype
+from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
+from open_unitok.tokenizer.images import to_uint8
+from open_unitok.tokenizer.loading import HELPER_HUB_ID, find_weights
 
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, mean_columns
@@ -71,8 +76,6 @@ def _unpack(text: str, sub_codebooks: int, codebook_size: int) -> np.ndarray:
 
 def _dtype(codebook_size: int) -> np.dtype:
     """The little-endian dtype in which codes are recorded."""
-    from open_unitok.tokenizer import code_dtype
-
     return np.dtype(code_dtype([codebook_size])).newbyteorder("<")
 
 
@@ -83,10 +86,6 @@ def _reconstructed(task: Task, records: dict[int, Record]) -> list[Sample]:
 
 def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
     """The images as the tokenizer reads them, uint8 (B, size, size, 3)."""
-    import torch
-
-    from open_unitok.tokenizer.images import to_uint8
-
     cut = find_crop(crop)
     # the same crop as in the model: FID must not measure the preprocessing
     pixels = torch.stack([cut(read_image(s.image), size) for s in batch])
@@ -127,11 +126,6 @@ def _run_lpips_pass(
     task: Task, records: dict[int, Record], out: Path, weights: str, device: str, quiet: bool
 ) -> None:
     """LPIPS of every reconstruction."""
-    import torch
-
-    from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
-    from open_unitok.tokenizer.loading import HELPER_HUB_ID, find_weights
-
     file = find_weights(weights, (LPIPS_FILE,), "LPIPS", f"https://huggingface.co/{HELPER_HUB_ID}")
     net = LPIPS.from_file(file).to(device)
 

@@ -129,7 +129,7 @@ def quick_net(monkeypatch):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50)
 
-    monkeypatch.setattr(inception_features, "build_extractor", lambda variant, file, device: net)
+    monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
 
 
 def test_features_resume_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):
