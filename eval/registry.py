@@ -15,34 +15,34 @@ from .core.harness import benchmark_data
 
 # ---------------------------------------------------------------------- options that several benchmarks have
 
-SPLIT = Option("split", "split, where a folder holds several, such as mscoco_val2014")
-CROP = Option("crop", "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)")
-SEED = Option("seed", "seed of the first sample; each has its own", int, 0, minimum=0)
+_SPLIT = Option("split", "split, where a folder holds several, such as mscoco_val2014")
+_CROP = Option("crop", "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)")
+_SEED = Option("seed", "seed of the first sample; each has its own", int, 0, minimum=0)
 
-QUESTIONS = (
+_QUESTIONS = (
     Option("prompt_template", "short, letter, letter-cn, unanswerable, plain or ocr (default: as published)"),
     Option("max_new_tokens", "longest answer (default: 128 as published, 16 for scenes)", int, minimum=1),
 )
-LAYOUT = Option("layout", "whose files are read where a folder holds both", choices=("original", "llava"))
+_LAYOUT = Option("layout", "whose files are read where a folder holds both", choices=("original", "llava"))
 
-SAMPLING = (  # None on the command line: the model folder's sampling.json, else these defaults
+_SAMPLING = (  # None on the command line: the model folder's sampling.json, else these defaults
     Option("guidance", "scale of classifier-free guidance", float, 5.0),
     Option("guidance_schedule", "constant, linear or cosine", default="constant"),
     Option("temperature", "temperature of code sampling", float, 1.0),
     Option("top_k", "number of codes to sample from, 0: all", int, 0),
     Option("top_p", "probability mass to sample from", float, 1.0),
     Option("greedy", "take the most likely codes", bool, False),
-    SEED,
+    _SEED,
 )
-IMAGES_PER_PROMPT = Option(
+_IMAGES_PER_PROMPT = Option(
     "images_per_prompt", "images per prompt (default: 4 as published, 1 for scenes)", int, minimum=1
 )
-IMAGE_FORMAT = Option(
+_IMAGE_FORMAT = Option(
     "image_format", "format of saved images (default: as published)", choices=("jpg", "png")
 )
-DETECTOR = Option("detector", "scenes (default where DATA has a scenes.json), or none: see --detector-model")
+_DETECTOR = Option("detector", "scenes (default where DATA has a scenes.json), or none: see --detector-model")
 
-INCEPTION = (
+_INCEPTION = (
     Option(
         "inception_variant",
         "network behind FID: torch-fidelity, pytorch-fid, clean or adm (default: by benchmark)",
@@ -51,10 +51,10 @@ INCEPTION = (
     ),
     Option("inception_weights", "its weight file; without it no FID", default="", scoring=True),
 )
-REFERENCE = Option(
+_REFERENCE = Option(
     "reference", "real images as a folder or .npz, or an .npz of their statistics", default="", scoring=True
 )
-VQA_MODEL = Option(
+_VQA_MODEL = Option(
     "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
 )
 
@@ -69,8 +69,8 @@ _TABLE = (
         needs="tokenizer",
         files=("scenes.json", "val"),
         options=(
-            CROP,
-            *INCEPTION,
+            _CROP,
+            *_INCEPTION,
             Option(
                 "lpips_weights", "the file lpips_with_vgg.pth; without it no LPIPS", default="", scoring=True
             ),
@@ -83,7 +83,7 @@ _TABLE = (
         description="zero-shot classification by the tokenizer's image and text embeddings",
         needs="tokenizer",
         files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
-        options=(SPLIT, CROP),
+        options=(_SPLIT, _CROP),
     ),
     Benchmark(
         name="retrieval",
@@ -91,7 +91,7 @@ _TABLE = (
         description="image-text retrieval among 100 captions by the tokenizer's embeddings",
         needs="tokenizer",
         files=("scenes.json", "captions.json"),
-        options=(CROP,),
+        options=(_CROP,),
     ),
     Benchmark(
         name="linear_probe",
@@ -99,7 +99,7 @@ _TABLE = (
         description="classification by one linear layer on frozen features",
         needs="tokenizer",
         files=("train/n*",),
-        options=(CROP, Option("pooling", "features: embedding (default), quantised or latents")),
+        options=(_CROP, Option("pooling", "features: embedding (default), quantised or latents")),
         scorers=("lbfgs", "sgd"),
     ),
     # questions about images
@@ -114,7 +114,7 @@ _TABLE = (
             "test/v2_OpenEnded_*_questions.json",
             "*vqav2*.jsonl",
         ),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("lmms", "official", "gated"),
         batch_size=1024,
     ),
@@ -124,7 +124,7 @@ _TABLE = (
         description="compositional questions about real images",
         needs="mllm",
         files=("testdev_balanced_questions.json", "*gqa*.jsonl"),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lenient"),
         batch_size=1024,
     ),
@@ -134,7 +134,7 @@ _TABLE = (
         description="questions about text in images, with the OCR words in the prompt or without",
         needs="mllm",
         files=("TextVQA_0.5.1_*.json",),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
     ),
@@ -150,7 +150,7 @@ _TABLE = (
             "coco/*_pope_random.json",
             "*pope*.jsonl",
         ),
-        options=(LAYOUT, *QUESTIONS),
+        options=(_LAYOUT, *_QUESTIONS),
         scorers=("official", "strict"),
         batch_size=1024,
     ),
@@ -160,7 +160,7 @@ _TABLE = (
         description="fourteen tasks of yes or no, two questions per image",
         needs="mllm",
         files=("existence/*.txt", "MME_Benchmark_release_version/existence/*.txt"),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -171,8 +171,8 @@ _TABLE = (
         needs="mllm",
         files=("mm-vet.json",),
         options=(
-            LAYOUT,
-            *QUESTIONS,
+            _LAYOUT,
+            *_QUESTIONS,
             Option("judge", "name of the judge model", default="", scoring=True),
             Option(
                 "judge_url",
@@ -193,7 +193,7 @@ _TABLE = (
         description="questions of blind people, some without an answer",
         needs="mllm",
         files=("val.json", "test.json", "Annotations/val.json"),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
     ),
@@ -203,7 +203,7 @@ _TABLE = (
         description="twelve dimensions with four options, images and videos",
         needs="mllm",
         files=("SEED-Bench.json",),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -213,7 +213,7 @@ _TABLE = (
         description="school questions with options, half of them with an image",
         needs="mllm",
         files=("problems.json",),
-        options=(SPLIT, LAYOUT, *QUESTIONS),
+        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -223,7 +223,7 @@ _TABLE = (
         description="twenty abilities with options, each question once per rotation of its options",
         needs="mllm",
         files=("mmbench*.tsv", "MMBench*.tsv"),
-        options=(SPLIT, *QUESTIONS),
+        options=(_SPLIT, *_QUESTIONS),
         scorers=("static",),
         batch_size=1024,
     ),
@@ -235,9 +235,9 @@ _TABLE = (
         needs="generator",
         files=("scenes.json", "evaluation_metadata.jsonl"),
         options=(
-            *SAMPLING,
-            IMAGES_PER_PROMPT,
-            DETECTOR,
+            *_SAMPLING,
+            _IMAGES_PER_PROMPT,
+            _DETECTOR,
             Option("detector_model", "folder of a Mask2Former or OWL model", default="", scoring=True),
             Option("colour_model", "folder of a CLIP model that names colours", default="", scoring=True),
         ),
@@ -249,7 +249,7 @@ _TABLE = (
         description="one object of a colour at a named position (scenes)",
         needs="generator",
         files=("scenes.json",),
-        options=(*SAMPLING, IMAGES_PER_PROMPT, DETECTOR),
+        options=(*_SAMPLING, _IMAGES_PER_PROMPT, _DETECTOR),
         batch_size=128,
     ),
     Benchmark(
@@ -258,7 +258,7 @@ _TABLE = (
         description="VQAScore of generated images, by skill (GenAI-Bench)",
         needs="generator",
         files=("genai_skills.json",),
-        options=(*SAMPLING, IMAGE_FORMAT, VQA_MODEL),
+        options=(*_SAMPLING, _IMAGE_FORMAT, _VQA_MODEL),
     ),
     Benchmark(
         name="dpg_bench",
@@ -267,11 +267,11 @@ _TABLE = (
         needs="generator",
         files=("dpg_bench.csv",),
         options=(
-            *SAMPLING,
-            IMAGES_PER_PROMPT,
-            IMAGE_FORMAT,
+            *_SAMPLING,
+            _IMAGES_PER_PROMPT,
+            _IMAGE_FORMAT,
             Option("grid", "external images are files of 2 x 2 images, each of this side", int, minimum=1),
-            VQA_MODEL,
+            _VQA_MODEL,
         ),
     ),
     Benchmark(
@@ -280,7 +280,7 @@ _TABLE = (
         description="FID of generated images against MJHQ-30K",
         needs="generator",
         files=("meta_data.json",),
-        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
+        options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
     ),
     Benchmark(
         name="imagenet_generation",
@@ -288,7 +288,7 @@ _TABLE = (
         description="gFID, sFID, IS, precision and recall of class-conditional images (ADM)",
         needs="generator",
         files=("VIRTUAL_imagenet*.npz",),
-        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
+        options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
     ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}

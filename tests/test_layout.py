@@ -35,6 +35,11 @@ ROOMS = {
 SEVERAL_HOMES: dict[str, str] = {
     "add_arguments": "the protocol of a command",
     "run": "the protocol of a command",
+    "load": "the protocol of a benchmark",
+    "answer": "the protocol of a benchmark",
+    "judge": "the protocol of a benchmark",
+    "score": "the protocol of a benchmark",
+    "submit": "the protocol of a benchmark",
     "main": "the entry point of a stage, a benchmark or the command line",
     "TrainState": "the loop of every training stage has the same parts",
     "StepOutput": "the loop of every training stage has the same parts",

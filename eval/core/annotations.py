@@ -13,7 +13,7 @@ from open_unitok.core.files import existing, read_json, read_jsonl_lenient
 
 from .benchmark import Options, Record, Sample
 
-LAYOUTS = ("original", "llava")
+_LAYOUTS = ("original", "llava")
 
 
 def find_file(
@@ -48,7 +48,7 @@ def detect_layout(data: Path, settings: Options, original: Sequence[str], llava:
     patterns = {"original": tuple(original), "llava": tuple(llava)}
     if settings.layout is not None:
         return settings.layout
-    for layout in LAYOUTS:
+    for layout in _LAYOUTS:
         if any(next(existing(data).glob(pattern), None) for pattern in patterns[layout]):
             return layout
     raise UserError(
@@ -144,20 +144,20 @@ def require_mostly_valid(samples: Sequence[Sample], path: Path) -> list[Sample]:
 # ---------------------------------------------------------------------------------------------------- scenes
 
 
-class Scene(NamedTuple):
+class SceneAnnotation(NamedTuple):
     """An image's file and its objects, each with "shape", "color", "cell" and "box"."""
 
     file: str
     objects: list[dict[str, Any]]
 
 
-def read_scenes(path: Path) -> list[Scene | UserError]:
+def read_scenes(path: Path) -> list[SceneAnnotation | UserError]:
     """The images of a `captions.json` of scenes; a malformed entry is a UserError.
 
     Raises:
         UserError: no such file, or it is not a list.
     """
-    found: list[Scene | UserError] = []
+    found: list[SceneAnnotation | UserError] = []
     for i, row in enumerate(read_json_as(list, existing(path))):
         where = f"{path}, entry {i}"
         try:
@@ -167,7 +167,7 @@ def read_scenes(path: Path) -> list[Scene | UserError]:
     return found
 
 
-def _read_scene(row: Record, where: str) -> Scene:
+def _read_scene(row: Record, where: str) -> SceneAnnotation:
     file, scene = require_text(row, "file", where), require_key(row, "scene", where)
     objects = require_type(list, require_key(scene, "objects", f"{where}, scene"), f"{where}, objects")
     for j, item in enumerate(objects):
@@ -178,4 +178,4 @@ def _read_scene(row: Record, where: str) -> Scene:
             numbers = require_type(list, require_key(item, key, place), f"{place}, {key}")
             if len(numbers) != count or not all(isinstance(n, int | float) for n in numbers):
                 raise UserError(f"{place}: {key} is {numbers!r}; it must be {count} numbers.")
-    return Scene(file, objects)
+    return SceneAnnotation(file, objects)

@@ -7,7 +7,7 @@ from typing import Any
 from open_unitok.core.errors import UserError, did_you_mean
 
 from .benchmark import Options, Record, Sample, Task
-from .image_files import Base64Image, read_image, save_base64_image
+from .image_files import Base64Image, read_sample_image, save_base64_image
 
 # What stands around a question, by name. All but "plain" are those of published runs.
 PROMPT_TEMPLATES = {
@@ -56,7 +56,7 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
     for i, sample in enumerate(batch):
         try:
             if sample.image not in loaded:  # the same object for each question: the model encodes it once
-                loaded[sample.image] = None if sample.image is None else read_image(sample.image)
+                loaded[sample.image] = None if sample.image is None else read_sample_image(sample.image)
             images[i] = loaded[sample.image]
             if isinstance(sample.image, Base64Image):
                 records[i] = {"file": save_base64_image(sample.image, out)}

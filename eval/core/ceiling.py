@@ -13,7 +13,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
-from .annotations import Scene, read_scenes
+from .annotations import SceneAnnotation, read_scenes
 from .benchmark import Metric, Record, Sample, Task, malformed_sample
 from .bootstrap import bootstrap, mean_columns
 from .generated_images import generate_images
@@ -34,7 +34,7 @@ def generation_samples(
     return samples, [i for i, _, _ in numbered]
 
 
-def ceiling_scenes(data: Path) -> tuple[list[Scene], list[str]]:
+def ceiling_scenes(data: Path) -> tuple[list[SceneAnnotation], list[str]]:
     """The valid scenes of `test/captions.json`, and a line about the malformed entries."""
     found = read_scenes(data / "test" / "captions.json")
     bad = [scene for scene in found if isinstance(scene, UserError)]

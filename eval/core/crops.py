@@ -19,15 +19,11 @@ def adm_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _centre_crop(resample: Image.Resampling) -> Callable:
-    """Shorter side to the size, then the centre."""
-    return lambda image, size: to_pixels(image, size, "crop", resample=resample)
-
-
-# name -> (RGB image, size) -> pixels (3, size, size) in [-1, 1]
+# name -> (RGB image, size) -> pixels (3, size, size) in [-1, 1]; to_pixels(..., "crop") scales the shorter
+# side to the size and cuts the centre
 CROPS: dict[str, Callable] = {
-    "bicubic": _centre_crop(Image.Resampling.BICUBIC),
-    "lanczos": _centre_crop(Image.Resampling.LANCZOS),
+    "bicubic": lambda image, size: to_pixels(image, size, "crop", resample=Image.Resampling.BICUBIC),
+    "lanczos": lambda image, size: to_pixels(image, size, "crop", resample=Image.Resampling.LANCZOS),
     "adm": lambda image, size: from_pil(adm_crop(image, size)),
 }
 

@@ -11,7 +11,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 
 from .benchmark import Options, Record, Sample, Task
-from .image_files import IMAGE_SUFFIXES, read_image
+from .image_files import IMAGE_SUFFIXES, read_sample_image
 from .image_sets import images_of_array
 
 IMAGE_FORMATS = ("jpg", "png")
@@ -140,7 +140,7 @@ class ExternalImages:
         name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
         paths = [self.path / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
         path = next((p for p in paths if p.exists()), paths[0])
-        image = np.asarray(read_image(path))
+        image = np.asarray(read_sample_image(path))
         return _grid_cell(image, int(number), self.grid, path) if self.grid else image
 
 

@@ -17,7 +17,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, read_json, write_json, write_jsonl
 
 from .benchmark import Benchmark, Record, Sample, Task
-from .results import Answers, build_result, check_complete, open_run_dir, run_metadata
+from .results import Answers, build_result, check_answers_complete, open_run_dir, run_metadata
 
 NO_OPTIONS: Mapping[str, Any] = {}
 
@@ -77,12 +77,12 @@ def score_run(
         UserError: the folder is not a run of this benchmark, or answers are missing and `partial` is not set.
     """
     folder = Path(folder)
-    run = read_run(folder)
+    run = read_run_metadata(folder)
     settings, scoring = benchmark.resolve({**run["settings"], **options})
     if task is None:
         task = benchmark.code.load(existing(run["data"]), settings)
     answers = AnswerStore(folder, benchmark.name).gather(task.samples)
-    problems = check_complete(answers, task.samples, folder, partial)
+    problems = check_answers_complete(answers, task.samples, folder, partial)
     scored = benchmark.code.score(task, answers.records, folder, run, scoring)
     result = build_result(run, task, answers, scored, problems, scoring)
     if hasattr(benchmark.code, "submit"):
@@ -93,7 +93,7 @@ def score_run(
     return result
 
 
-def read_run(folder: str | Path) -> Record:
+def read_run_metadata(folder: str | Path) -> Record:
     """The content of `run.json` in a run folder."""
     hint = "`unitok eval run` writes it; give the folder of one benchmark."
     return read_json(existing(Path(folder) / "run.json", hint))

@@ -30,7 +30,7 @@ class Base64Image(NamedTuple):
     text: str
 
 
-def read_image(path: Path | Base64Image | None) -> Image.Image:
+def read_sample_image(path: Path | Base64Image | None) -> Image.Image:
     """An image in RGB, also from within a tar; UserError names a missing or unreadable file."""
     if isinstance(path, Base64Image):
         try:
@@ -54,7 +54,7 @@ def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Image.Imag
     images = {}
     for i, sample in enumerate(batch):
         try:
-            images[i] = read_image(sample.image)
+            images[i] = read_sample_image(sample.image)
         except UserError as error:
             records[i] = {"error": str(error)}
     return records, images
@@ -93,7 +93,7 @@ def image_path_by_stem(
 
 
 @functools.lru_cache(maxsize=64)
-def index_tar(tar: Path) -> dict[str, tuple[int, int]]:
+def tar_member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
     """Member -> (offset, size) of all files in a tar, in its order, without unpacking.
 
     Raises:
@@ -120,7 +120,7 @@ def split_tar_path(path: Path) -> tuple[Path, str] | None:
 
 def read_tar_member(tar: Path, member: str) -> bytes:
     """The bytes of one member, or a UserError that names it."""
-    members = index_tar(existing(tar))
+    members = tar_member_offsets(existing(tar))
     if member not in members:
         raise UserError(f"{tar} holds no {member}.")
     offset, size = members[member]
@@ -131,7 +131,7 @@ def read_tar_member(tar: Path, member: str) -> bytes:
 
 def tar_members(tar: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """The members with one of these suffixes, as paths through the tar, in its order."""
-    return [tar / name for name in index_tar(tar) if Path(name).suffix in suffixes]
+    return [tar / name for name in tar_member_offsets(tar) if Path(name).suffix in suffixes]
 
 
 def read_tar_sibling(image: Path, suffix: str) -> bytes | None:
@@ -143,4 +143,4 @@ def read_tar_sibling(image: Path, suffix: str) -> bytes | None:
     folder, _, file = name.rpartition("/")
     # webdataset: the key of a sample is its file name up to the first period
     key = (folder + "/" if folder else "") + file.split(".")[0]
-    return read_tar_member(tar, key + suffix) if key + suffix in index_tar(tar) else None
+    return read_tar_member(tar, key + suffix) if key + suffix in tar_member_offsets(tar) else None

@@ -10,7 +10,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
 from .benchmark import Record, Task
-from .image_files import IMAGE_SUFFIXES, read_image
+from .image_files import IMAGE_SUFFIXES, read_sample_image
 from .judge_pass import samples_with_images
 
 
@@ -38,7 +38,7 @@ def images_of_folder(role: str, folder: Path, keep: Callable[[Path], bool] = lam
     if not paths:
         raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES[:4])}).")
     names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
-    return ImageSet(role, names, lambda i: np.asarray(read_image(paths[i])))
+    return ImageSet(role, names, lambda i: np.asarray(read_sample_image(paths[i])))
 
 
 def images_of_array(role: str, path: Path) -> ImageSet:
@@ -60,7 +60,7 @@ def images_of_run(task: Task, records: dict[int, Record], out: Path) -> ImageSet
     generated = samples_with_images(task.samples, records)
     paths = [out / records[s.index]["file"] for s in generated]
     names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(generated, paths)]
-    return ImageSet("samples", names, lambda i: np.asarray(read_image(paths[i])))
+    return ImageSet("samples", names, lambda i: np.asarray(read_sample_image(paths[i])))
 
 
 def open_npz(path: Path):

@@ -15,7 +15,7 @@ from open_unitok.core.files import read_json, read_jsonl_lenient, write_json
 from .annotations import require_key
 from .benchmark import Record, Sample
 from .harness import AnswerStore, answer_samples
-from .image_files import read_image
+from .image_files import read_sample_image
 from .results import Answers
 
 
@@ -41,7 +41,7 @@ def run_judge_pass(
         images = {}
         for i, sample in enumerate(batch):
             try:
-                images[i] = read_image(out / records[sample.index]["file"])
+                images[i] = read_sample_image(out / records[sample.index]["file"])
             except UserError as error:
                 found[i] = {"error": str(error)}
         if images:

@@ -23,8 +23,8 @@ from open_unitok.tokenizer.images import to_uint8
 
 from .crops import find_crop
 
-DTYPES = ("float32", "bfloat16", "float16")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
+_DTYPES = ("float32", "bfloat16", "float16")
+_FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
 class Reconstructions(NamedTuple):
@@ -57,8 +57,8 @@ class Model:
         sampling: Mapping[str, Any] | None = None,
     ):
         self.folder, self.device, self.crop = existing(model_path(folder)), device, crop
-        if dtype not in DTYPES:
-            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
+        if dtype not in _DTYPES:
+            raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}.")
         if crop is not None:
             find_crop(crop)
         self.dtype: torch.dtype = getattr(torch, dtype)
@@ -173,7 +173,7 @@ def model_fingerprint(folder: Path) -> str:
     if folder.is_file():
         files = [folder]
     else:
-        files = [p for p in folder.rglob("*") if p.suffix in WEIGHT_SUFFIXES]
+        files = [p for p in folder.rglob("*") if p.suffix in _FINGERPRINTED_SUFFIXES]
     digest = hashlib.sha256()
     for path in sorted(files):
         digest.update(path.name.encode())

@@ -30,7 +30,7 @@ def run_metadata(benchmark: str, settings: Options, model: Record, data: str | P
         "settings": vars(settings),
         "model": model,
         "data": str(data),
-        "versions": package_versions(),
+        "versions": run_versions(),
     }
 
 
@@ -60,7 +60,9 @@ def _comparable(run: Record) -> Record:
     return {"benchmark": run.get("benchmark")} | settings | model
 
 
-def check_complete(answers: Answers, samples: Sequence[Sample], folder: Path, partial: bool) -> list[str]:
+def check_answers_complete(
+    answers: Answers, samples: Sequence[Sample], folder: Path, partial: bool
+) -> list[str]:
     """The problems of these answers, one line each.
 
     Raises:
@@ -146,7 +148,7 @@ def _not_comparable_reason(run: Record, answers: Answers, scored: Scored, malfor
     return next((reason for found, reason in reasons if found), "")
 
 
-def package_versions() -> dict[str, str]:
+def run_versions() -> dict[str, str]:
     """Versions of the packages that the numbers may depend on."""
     found = {}
     for name in ("open-unitok", "torch", "transformers", "numpy", "pillow"):

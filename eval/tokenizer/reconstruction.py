@@ -20,7 +20,7 @@ from open_unitok.tokenizer.loading import HELPER_HUB_ID, find_weights
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.crops import find_crop
-from ..core.image_files import IMAGE_SUFFIXES, open_images, read_image, save_image, tar_members
+from ..core.image_files import IMAGE_SUFFIXES, open_images, read_sample_image, save_image, tar_members
 from ..core.image_sets import ImageSet
 from ..core.judge_pass import judge_findings, read_judge_pass, run_judge_pass
 from ..metrics import image_quality, inception_features
@@ -88,7 +88,7 @@ def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
     """The images as the tokenizer reads them, uint8 (B, size, size, 3)."""
     cut = find_crop(crop)
     # the same crop as in the model: FID must not measure the preprocessing
-    pixels = torch.stack([cut(read_image(s.image), size) for s in batch])
+    pixels = torch.stack([cut(read_sample_image(s.image), size) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
@@ -103,7 +103,7 @@ def judge(
 
     # read one at a time: Inception takes 512 images a piece, not all of them
     def load_decoded(i: int) -> np.ndarray:
-        return np.asarray(read_image(out / records[good[i].index]["file"]))
+        return np.asarray(read_sample_image(out / records[good[i].index]["file"]))
 
     def load_original(i: int) -> np.ndarray:
         return _originals([good[i]], load_decoded(i).shape[0], crop)[0]
@@ -157,7 +157,7 @@ def score(
     psnr, ssim = [], []
     for start in range(0, len(good), SCORING_BATCH):
         batch = good[start : start + SCORING_BATCH]
-        decoded = np.stack([np.asarray(read_image(folder / records[s.index]["file"])) for s in batch])
+        decoded = np.stack([np.asarray(read_sample_image(folder / records[s.index]["file"])) for s in batch])
         originals = _originals(batch, decoded.shape[1], task.truth["crop"])
         psnr += image_quality.psnr(originals, decoded).tolist()
         ssim += image_quality.ssim(originals, decoded, scoring.scorer).tolist()

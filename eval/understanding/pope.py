@@ -32,7 +32,7 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, f1_columns, f1_statistic, mean_columns
 from ..core.records import cluster_of, mean, sample_record
 
-POPE_CATEGORIES = ("random", "popular", "adversarial")
+POPE_SUBSETS = ("random", "popular", "adversarial")
 POPE_SCORERS = ("official", "strict")
 _ORIGINAL = ("*_pope_random.json", "test/*_pope_random.json", "coco/*_pope_random.json")
 _LLAVA = ("*pope*.jsonl",)
@@ -91,7 +91,7 @@ def read_pope(data: str | Path) -> list[PopeQuestion]:
     """
     data = existing(data)
     result = []
-    for category in POPE_CATEGORIES:
+    for category in POPE_SUBSETS:
         found = [p for f in (data, data / "test", data / "coco") for p in f.glob(f"*_pope_{category}.json")]
         if len(found) != 1:
             names = ", ".join(str(p) for p in found) or "nothing"
@@ -131,7 +131,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
 
     Where a row's image is not the released question's at that position, the question is `malformed`.
     """
-    left = {name: [q for q in questions if q.category == name] for name in POPE_CATEGORIES}
+    left = {name: [q for q in questions if q.category == name] for name in POPE_SUBSETS}
     result: list[PopeQuestion] = []
     for i, row in enumerate(rows):
         where, question = f"{path}, line {i + 1}", None
@@ -147,7 +147,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
                 )
         except UserError as error:
             # an unreadable line stands for the next question of the category that it lies in
-            before = result[-1].category if result else POPE_CATEGORIES[0]
+            before = result[-1].category if result else POPE_SUBSETS[0]
             if question is None and left[before]:
                 question = left[before].pop(0)
             question = (question or _malformed_question(before))._replace(malformed=str(error))

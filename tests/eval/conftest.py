@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from open_unitok.cli.main import main
-from open_unitok.eval.core.harness import read_run, run_benchmark, score_run
+from open_unitok.eval.core.harness import read_run_metadata, run_benchmark, score_run
 from open_unitok.eval.metrics import inception_weights
 from open_unitok.eval.registry import find_benchmark
 
@@ -22,7 +22,7 @@ def run_named(name, model, data, out, options=None, **more):
 
 def score_folder(folder, options=None, partial=False):
     """`score_run` of the benchmark that `run.json` names."""
-    benchmark = find_benchmark(read_run(folder)["benchmark"])
+    benchmark = find_benchmark(read_run_metadata(folder)["benchmark"])
     return score_run(benchmark, folder, options or {}, partial)
 
 

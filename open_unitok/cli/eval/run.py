@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     options = select_options(given_options(args), benchmarks)
     for benchmark in benchmarks:
         benchmark.resolve(options[benchmark.name])  # errors come before the model is loaded
-    with process_group(args.device) as device:
+    with _joined_ranks(args.device) as device:
         model = load_model(args.model, device, benchmarks, given_options(args), options)
         for benchmark in benchmarks:
             out = Path(args.out) / benchmark.name
@@ -100,7 +100,8 @@ def load_model(
     from open_unitok.eval.core.generated_images import SAMPLING_KEYS, ExternalImages, holds_external_images
     from open_unitok.eval.core.model import Model
 
-    if holds_external_images(path):
+    is_model = (Path(path) / "config.json").exists()  # else a scan of the folder decides
+    if not is_model and holds_external_images(path):
         model = ExternalImages(Path(path), device, given.get("grid"))
     elif "grid" in given:
         raise UserError("--grid is for external images, but --model is a model.")
@@ -116,7 +117,7 @@ def load_model(
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[str]:
+def _joined_ranks(device: str) -> Iterator[str]:
     """Join the other ranks of a torchrun launch, if there are any; yields this rank's device.
 
     Ranks may differ by hours in their share of answers, so the timeout is two weeks.

@@ -4,7 +4,7 @@ import argparse
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.eval.core.harness import read_run, score_run
+from open_unitok.eval.core.harness import read_run_metadata, score_run
 from open_unitok.eval.registry import find_benchmark, select_options
 
 from .run import add_benchmark_options, given_options, result_table
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if not folders:
         raise UserError(f"{folder} holds no answers of `unitok eval run` (no run.json).")
-    benchmarks = {path: find_benchmark(read_run(path)["benchmark"]) for path in folders}
+    benchmarks = {path: find_benchmark(read_run_metadata(path)["benchmark"]) for path in folders}
     options = select_options(given_options(args), benchmarks.values())
     for path, benchmark in benchmarks.items():
         print(result_table(score_run(benchmark, path, options[benchmark.name], args.partial)))

@@ -191,7 +191,9 @@ def test_a_tar_is_a_folder_of_images(call, scripted, photos, tmp_path):
     a, b = (json.loads((tmp_path / x / "reconstruction" / "results.json").read_text()) for x in "ab")
     assert a["metrics"] == b["metrics"] and b["n"] == 5
     assert imagenet.find_labelled_images(tar.parent)[3] == (tar / "000003.png", 3)
-    (tmp_path / "cut.tar").write_bytes(tar.read_bytes()[: image_files.index_tar(tar)["000004.png"][0] + 9])
+    (tmp_path / "cut.tar").write_bytes(
+        tar.read_bytes()[: image_files.tar_member_offsets(tar)["000004.png"][0] + 9]
+    )
     with pytest.raises(UserError, match=r"cut\.tar"):
         image_files.tar_members(tmp_path / "cut.tar", (".png",))
     with tarfile.open(tmp_path / "x.tar", "w") as file:

@@ -26,7 +26,7 @@ def folder(tmp_path, golden):
 @pytest.fixture
 def answers(folder, golden):
     """Place in our order -> text; the golden answers are joined by category and image order."""
-    places = {c: [] for c in pope.POPE_CATEGORIES}
+    places = {c: [] for c in pope.POPE_SUBSETS}
     for i, question in enumerate(pope.read_pope(folder)):
         places[question.category].append(i)
     texts = {a["question_id"]: a["text"] for a in golden["llava_answers"]}
@@ -50,7 +50,7 @@ def test_parsed_labels_and_metrics_equal_the_golden_vectors(folder, golden, answ
 
 def test_strict_scorer_equals_the_other_harness(folder, golden, answers):
     result = pope.pope_metrics(pope.read_pope(folder), answers, "strict")["per_category"]
-    for category in pope.POPE_CATEGORIES:
+    for category in pope.POPE_SUBSETS:
         expected, found = golden["lmms_eval_expected"][category], result[category]
         assert found["accuracy"] == pytest.approx(expected["accuracy"], abs=1e-9)
         assert found["f1"] == pytest.approx(expected["f1_score"], abs=1e-9)
