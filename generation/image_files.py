@@ -1,4 +1,4 @@
-"""Images as files: PNGs that carry how they were drawn, grids, and what strangers send in."""
+"""Image files: PNGs with a record of their generation, contact sheets, untrusted uploads."""
 
 import io
 import json
@@ -13,67 +13,65 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_atomic
 from open_unitok.tokenizer.images import PILLOW_ERRORS
 
-GAP = 2  # pixels between the images of a grid
-KEY = (
-    "unitok"  # the PNG text chunk that holds the record; prompt and seed also stand alone, for other viewers
-)
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # some of Pillow's other readers start programs
+GRID_GAP = 2  # pixels between the images of a contact sheet
+RECORD_KEY = "unitok"  # PNG text chunk of the whole record; its entries also have chunks, for other viewers
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other Pillow readers run external programs
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
-    """Write a PNG whole or not at all; `record` goes into its text chunks, for `read_record`."""
+    """Write a PNG atomically, with `record` in its text chunks, for `read_record`."""
     write_atomic(path, image_bytes(image, "png", record))
 
 
 def image_bytes(image: Image.Image, kind: str = "png", record: dict[str, Any] | None = None) -> bytes:
-    """The image as a file of kind "png", "jpeg" or "webp"; only a PNG carries the record."""
+    """The image as a "png", "jpeg" or "webp" file; only a PNG has the record."""
     info = PngImagePlugin.PngInfo()
     for key, value in (record or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
     if record is not None:
-        info.add_itxt(KEY, json.dumps(record, ensure_ascii=False, sort_keys=True))
+        info.add_itxt(RECORD_KEY, json.dumps(record, ensure_ascii=False, sort_keys=True))
     buffer = io.BytesIO()
     image.save(buffer, kind, **({"pnginfo": info} if kind == "png" else {"quality": 95}))
     return buffer.getvalue()
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
-    """The record of a PNG written by `save_png`; None where there is none.
+    """The record of a PNG written by `save_png`, or None.
 
     Raises:
-        UserError: the file is not a whole PNG.
+        UserError: the file is not a complete PNG.
     """
     try:
         with Image.open(path) as image:
             image.load()
-            text = getattr(image, "text", {}).get(KEY)
+            text = getattr(image, "text", {}).get(RECORD_KEY)
             return json.loads(text) if text else None
     except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a whole PNG ({error}): remove it and run again.") from error
+        raise UserError(f"{path} is not a complete PNG ({error}): delete it and run again.") from error
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """The images in reading order on white, about as many columns as rows unless told."""
+    """A contact sheet on white, in reading order; about as many columns as rows by default."""
     columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
     rows = -(-len(images) // columns)
-    width = max(image.width for image in images) + GAP
-    height = max(image.height for image in images) + GAP
-    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    width = max(image.width for image in images) + GRID_GAP
+    height = max(image.height for image in images) + GRID_GAP
+    sheet = Image.new("RGB", (columns * width + GRID_GAP, rows * height + GRID_GAP), "white")
     for i, image in enumerate(images):
-        sheet.paste(image, (GAP + i % columns * width, GAP + i // columns * height))
+        sheet.paste(image, (GRID_GAP + i % columns * width, GRID_GAP + i // columns * height))
     return sheet
 
 
 def open_image(data: bytes, max_side: int) -> Image.Image:
-    """A stranger's image as RGB, unpacked only where its header says that it is small enough.
+    """An untrusted image as RGB, decoded only if its header says that it is small enough.
 
     Raises:
-        UserError: it is no image, broken, or too large.
+        UserError: not an image, broken, or too large.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
                 if max(image.size) > max_side:
                     raise UserError(
                         f"The image has {image.width} x {image.height} pixels; a side may have {max_side}."
@@ -82,6 +80,6 @@ def open_image(data: bytes, max_side: int) -> Image.Image:
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:
-        raise UserError(f"The image cannot be read: it is none of {', '.join(FORMATS)}.") from error
+        raise UserError(f"The image cannot be read: it is not one of {', '.join(UPLOAD_FORMATS)}.") from error
     except PILLOW_ERRORS as error:
         raise UserError(f"The image cannot be read: {error}") from error

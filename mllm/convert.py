@@ -1,8 +1,8 @@
-"""The published MLLM's folder (model_type mini_gemini) to a folder of ours and back: names, sizes, shards.
+"""Conversion of published MLLM folders (model_type mini_gemini): configs, state dicts and shards, both ways.
 
-Its config.json speaks of the decoder alone: the visual sizes follow from the shapes of its tensors, the
-heads of the projection from the tokenizer's rule, and 256 visual tokens, boi 3 and eoi 4 are constants of
-the published code.
+The published config.json describes the decoder only. The visual sizes follow from tensor shapes, the heads of
+the projection from the tokenizer's rule; 256 visual tokens, boi 3 and eoi 4 are constants of the published
+code.
 
 K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
@@ -30,7 +30,7 @@ _LLAMA_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
     "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
-# Published module -> ours, # for a number.
+# Published module name -> ours; # stands for a number.
 _NAMES = {
     "model.embed_tokens": "language_model.embed_tokens",
     "model.norm": "language_model.norm",
@@ -71,13 +71,13 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tables[int(match[1])] = tensor
         elif name.endswith(".attn.zero_k_bias"):
             if not tensor.is_meta and tensor.any():
-                raise UserError(f"{name} is not zero: this is no published MLLM.")
+                raise UserError(f"{name} is not zero: this is not a published MLLM.")
         elif name.endswith((".vocab_usage", ".rotary_emb.inv_freq")):
-            continue  # statistics of the tokenizer's training; a table that is computed
+            continue  # training statistics of the tokenizer; RoPE tables, which are computed
         elif (ours := rename(name, _NAMES)) is not None:
             state[ours] = tensor
         else:
-            raise UserError(f"{name!r} is no name of a published MLLM weight: this is another kind of model.")
+            raise UserError(f"{name!r} is not a weight of a published MLLM: this is another kind of model.")
     if books:
         state["visual_embedder.codebooks"] = torch.stack([books[k] for k in sorted(books)])
     if tables:
@@ -86,10 +86,10 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tensor]:
-    """Our state dict under the published names; the tokenizer's usage statistics, which we lack, are zero.
+    """Our state dict under the published names; the tokenizer's usage statistics become 0.
 
     Raises:
-        UserError: a name that the published MLLM has no place for.
+        UserError: a weight that the published MLLM does not have.
     """
     state: dict[str, Tensor] = {}
     for name, tensor in ours.items():
@@ -104,15 +104,15 @@ def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Te
             if name.endswith(".query_bias"):
                 state[published.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
         else:
-            raise UserError(f"The published MLLM has no place for {name!r}.")
+            raise UserError(f"The published MLLM has no weight {name!r}.")
     return state
 
 
 def config_from_published(config: Mapping[str, Any], published: Mapping[str, Tensor]) -> UniTokMLLMConfig:
-    """Our config of a published model: the decoder from its config.json, the rest from its tensors' shapes.
+    """Our config of a published model: the decoder from its config.json, the rest from tensor shapes.
 
     Raises:
-        UserError: tensors that tell the sizes are missing.
+        UserError: tensors from which sizes are derived are missing.
     """
     books = sum(bool(re.fullmatch(rf"{re.escape(_BOOK)}\.\d+\.codebook\.weight", name)) for name in published)
     layers = {m[1] for name in published if (m := re.match(r"ar_head\.layers\.(\d+)\.", name))}
@@ -136,7 +136,7 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
         codebook_size=entries,
         codebook_dim=width,
         visual_hidden_size=published[wanted[1]].shape[0],
-        visual_context="last",  # what its sampler did
+        visual_context="last",  # as in its sampler
         pad_token_id=config.get("pad_token_id") or 0,
     )
 
@@ -175,10 +175,10 @@ def read_published(
 
 
 def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a folder of weights: safetensors, or .bin without running code from it.
+    """All tensors of a folder: safetensors, or .bin files without executing their code.
 
     Raises:
-        UserError: there are no weights, or a shard that the index names is missing or broken.
+        UserError: there are no weights, or a shard of the index is missing or broken.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -194,19 +194,19 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
             continue
         state: dict[str, Tensor] = {}
         for name in names:
-            path = existing(folder / name, f"{index.name} names it: fetch it again.")
+            path = existing(folder / name, f"{index.name} lists it: download it again.")
             try:
                 if suffix == "safetensors":
                     state |= load_file(path)
                 else:
                     state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
-                raise UserError(f"{path} cannot be read without running code that is in it.") from error
+                raise UserError(f"{path} cannot be read without executing code from it.") from error
             except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
                 raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
         return state
     raise UserError(
-        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor their index."
+        f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index."
     )
 
 
@@ -221,7 +221,7 @@ def save_published(
 
     text = config.text_config.to_dict()
     if text.get("model_type") != "llama":
-        raise UserError(f"The published MLLM is a LLaMA; this decoder is {text.get('model_type')!r}.")
+        raise UserError(f"The published format is for LLaMA; this decoder is {text.get('model_type')!r}.")
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
     fields["rope_theta"] = text["rope_parameters"]["rope_theta"]
     fields |= {"model_type": PUBLISHED_TYPE, "pad_token_id": config.pad_token_id}

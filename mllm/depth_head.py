@@ -1,5 +1,5 @@
-"""The depth head: from one hidden state to the K codes of a visual token, one after the other (arXiv
-2502.20321, section 3.4).
+"""The depth head: the K codes of a visual token, autoregressively from one hidden state (arXiv 2502.20321,
+section 3.4).
 
 M visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width, W width of the head.
 """
@@ -15,7 +15,7 @@ from .config import UniTokMLLMConfig
 
 
 class DepthCache:
-    """Keys and values of the codes so far, and the rotary tables of all K places; inference only."""
+    """KV cache of the codes so far, and the RoPE tables of all K positions; inference only."""
 
     def __init__(self, rotary: tuple[torch.Tensor, torch.Tensor]) -> None:
         self.rotary = rotary  # each (1, K, head width)
@@ -25,20 +25,19 @@ class DepthCache:
 class DepthHead(nn.Module):
     """A few LLaMA layers over [hidden, E_0(c_0), ..., E_{K-2}(c_{K-2})]; output k gives the logits of code k.
 
-    One output layer serves all sub-codebooks. Where the head is narrower than the decoder, a linear map goes
-    first.
+    All sub-codebooks share one output layer. A head narrower than the decoder has a linear layer first.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
         super().__init__()
-        depth = copy.deepcopy(
-            config.depth_config
-        )  # a choice of attention for the decoder must not reach this copy:
-        depth._attn_implementation = "sdpa"  # others would need a mask to be causal
+        # a copy: the attention implementation chosen for the decoder must not apply here, because without a
+        # mask only sdpa is causal
+        depth = copy.deepcopy(config.depth_config)
+        depth._attn_implementation = "sdpa"
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         own = depth.hidden_size
         self.reduce = nn.Linear(width, own, bias=False) if own != width else None
-        # K-1 tables, one under the other: the last code is no one's input
+        # K-1 tables in one: the last code is not an input
         self.embeddings = nn.Embedding((config.num_codebooks - 1) * config.codebook_size, own)
         self.layers = nn.ModuleList(LlamaDecoderLayer(depth, i) for i in range(depth.num_hidden_layers))
         self.norm = LlamaRMSNorm(own, eps=depth.rms_norm_eps)
@@ -46,7 +45,7 @@ class DepthHead(nn.Module):
         self.rotary = LlamaRotaryEmbedding(depth)
 
     def forward(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced: (M, D) hidden states and the (M, K) codes they should give -> (M, K, V) logits."""
+        """Teacher-forced: (M, D) hidden states and their (M, K) target codes -> (M, K, V) logits."""
         offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
         state = torch.cat([self._enter(hidden), self.embeddings(codes[:, :-1] + offsets)], dim=1)
         rotary = self._rotary_tables(state)
@@ -58,21 +57,23 @@ class DepthHead(nn.Module):
         """Logits (M, V) of code k.
 
         Args:
-            k: 0 to K-1, in this order with one cache from `new_cache`.
-            entry: for k = 0 the hidden states (M, D); afterwards the codes (M,) chosen at k - 1.
+            k: 0 to K-1 in this order, with one cache from `new_cache`.
+            entry: the hidden states (M, D) for k = 0, then the codes (M,) sampled at k - 1.
         """
         if k == 0:
             state = self._enter(entry)
         else:
             state = self.embeddings(entry + (k - 1) * self.codebook_size).unsqueeze(1)
         cos, sin = cache.rotary
-        here = (cos[:, k : k + 1], sin[:, k : k + 1])
+        position_embeddings = (cos[:, k : k + 1], sin[:, k : k + 1])
         for layer in self.layers:
-            state = layer(state, position_embeddings=here, past_key_values=cache.layers, use_cache=True)
+            state = layer(
+                state, position_embeddings=position_embeddings, past_key_values=cache.layers, use_cache=True
+            )
         return self.output(self.norm(state))[:, 0]
 
     def new_cache(self) -> DepthCache:
-        """An empty cache for the K steps of one visual token per row."""
+        """An empty KV cache for the K steps of one visual token per row."""
         return DepthCache(self._rotary_tables(self.norm.weight))
 
     def _enter(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -80,5 +81,5 @@ class DepthHead(nn.Module):
         return (hidden if self.reduce is None else self.reduce(hidden)).unsqueeze(1)
 
     def _rotary_tables(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        places = torch.arange(self.num_codebooks, device=like.device)[None]
-        return self.rotary(like, places)
+        positions = torch.arange(self.num_codebooks, device=like.device)[None]
+        return self.rotary(like, positions)

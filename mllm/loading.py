@@ -1,4 +1,4 @@
-"""What a model folder on disk holds, before anything of it is loaded."""
+"""Checks of model folders before loading, and of state dicts while loading."""
 
 import os
 from collections.abc import Mapping
@@ -23,33 +23,33 @@ def folder_type(folder: str | os.PathLike[str]) -> Any:
     """
     config = Path(folder) / "config.json"
     if not config.exists():
-        raise UserError(f"{folder} is no model folder: it has no config.json.")
+        raise UserError(f"{folder} is not a model folder: it has no config.json.")
     return read_json(config).get("model_type")
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """
     Raises:
-        UserError: `folder` holds no MLLM; the message says what it holds.
+        UserError: `folder` is not an MLLM; the message says what it is.
     """
     kind = folder_type(folder)
     if kind == PUBLISHED_TYPE:
         raise UserError(
-            f"{folder} holds the published MLLM in its own layout: rewrite it with "
+            f"{folder} holds the published MLLM in its own format: convert it with "
             f"`unitok convert mllm {folder} NEW_FOLDER`."
         )
     if kind != UniTokMLLMConfig.model_type:
-        hint = " That is a visual tokenizer: it draws and reads no text." if kind == "unitok" else ""
+        hint = " That is a visual tokenizer, without a language model." if kind == "unitok" else ""
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not an MLLM ({UniTokMLLMConfig.model_type!r}).{hint}"
         )
 
 
 def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
-    """Refuse a model that would be part random; `info` is what transformers tells of a loading.
+    """Reject weights that would leave parts of a model random; `info` is transformers' loading info.
 
     Raises:
-        UserError: weights are missing; the message names them and those that are there instead.
+        UserError: weights are missing; the message names them and the unexpected ones.
     """
     missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if missing:
@@ -58,7 +58,7 @@ def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, An
             for kind, names in (("missing", missing), ("unexpected", unexpected))
             if names
         )
-        raise UserError(f"{folder} does not hold the weights of its config.json ({found}).")
+        raise UserError(f"The weights in {folder} do not match its config.json ({found}).")
 
 
 def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:

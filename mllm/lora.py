@@ -1,4 +1,4 @@
-"""LoRA adapters by peft: which layers they sit on, and how they are put on, loaded and merged."""
+"""LoRA adapters through peft: add them to linear layers, load and merge them."""
 
 import os
 import re
@@ -23,12 +23,12 @@ def add_lora(
     alpha: float = 32.0,
     dropout: float = 0.0,
 ) -> None:
-    """Put LoRA on every linear layer of some parts, in place; all other weights are frozen.
+    """Add LoRA to every linear layer of some parts, in place; all other weights are frozen.
 
-    Afterwards `model.save_pretrained` writes the adapter alone.
+    `model.save_pretrained` then writes the adapter only.
 
     Args:
-        parts: beginnings of module names, such as "language_model" or "depth_head".
+        parts: prefixes of module names, such as "language_model" or "depth_head".
 
     Raises:
         UserError: peft is not installed, or a part has no linear layer.
@@ -44,19 +44,19 @@ def add_lora(
 
 
 def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
-    """A regular expression for the full names of all linear layers of `parts`.
+    """A regular expression that matches the full names of all linear layers of `parts`.
 
     Raises:
         UserError: a part has none.
     """
     patterns = []
-    # "qkv" is read by its attention as a plain matrix: an adapter on it would do nothing
+    # the attention multiplies by `qkv.weight` itself: an adapter on this layer would have no effect
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("qkv")]
     for part in parts:
         inside = (name for name in linear if f"{name}.".startswith(f"{part}."))
         leaves = {name.rpartition(".")[2] for name in inside}
         if not leaves:
-            raise UserError(f"The model's part {part!r} has no linear layer that LoRA could sit on.")
+            raise UserError(f"The model's part {part!r} has no linear layer for LoRA.")
         alone = part.rpartition(".")[2]
         inner = "|".join(sorted(map(re.escape, leaves - {alone})))
         patterns.append(rf"{re.escape(part)}\.(?:.*\.)?(?:{inner})" if inner else re.escape(part))
@@ -66,16 +66,16 @@ def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
 def merge_adapter(
     model: UniTokForConditionalGeneration, folder: str | os.PathLike[str]
 ) -> UniTokForConditionalGeneration:
-    """The model with the adapter of a folder or hub id added into its weights: as fast as without.
+    """The model with the adapter of a folder or hub id merged into its weights.
 
     Raises:
-        UserError: peft is not installed, there is no adapter, or it belongs to a model of other sizes.
+        UserError: peft is not installed, there is no adapter, or it does not fit the model.
     """
     peft = _peft()
     path = Path(folder)
     if path.exists() and not (path / ADAPTER_CONFIG).exists():
-        hint = f" Is {path / 'model'} meant?" if (path / "model" / ADAPTER_CONFIG).exists() else ""
-        raise UserError(f"{folder} holds no adapter: it has no {ADAPTER_CONFIG}.{hint}")
+        hint = f" Did you mean {path / 'model'}?" if (path / "model" / ADAPTER_CONFIG).exists() else ""
+        raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}.{hint}")
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
@@ -86,7 +86,7 @@ def merge_adapter(
 
 
 def _base(path: Path) -> str:
-    """ " (it was trained on ...)", where its config says so."""
+    """ " (it was trained on ...)" if its config has the base model."""
     if not (path / ADAPTER_CONFIG).exists():
         return ""
     base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")

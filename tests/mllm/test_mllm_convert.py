@@ -90,7 +90,7 @@ def test_mistakes_are_named(folder, tmp_path):
     with pytest.raises(UserError, match=f"1 of another shape: language_{name}"):
         load(folder)
     save_file({**weights, "vision_tower.weight": torch.zeros(1)}, shards[0])
-    with pytest.raises(UserError, match=r"'vision_tower.weight' is no name"):
+    with pytest.raises(UserError, match=r"'vision_tower.weight' is not a weight"):
         load(folder)
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name} does not exist"):

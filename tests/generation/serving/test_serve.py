@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from open_unitok.generation import Sampling
-from open_unitok.generation.image_files import KEY
+from open_unitok.generation.image_files import RECORD_KEY
 from open_unitok.generation.serving.listen import listen
 from open_unitok.generation.serving.metrics import ServerMetrics
 from open_unitok.generation.serving.middleware import Limits
@@ -100,13 +100,13 @@ def test_images_are_those_of_the_pipeline(client, pipe):
     for i, (entry, image) in enumerate(zip(answer.data, expected)):
         got = decoded(entry)
         assert np.array_equal(np.asarray(got), np.asarray(image))
-        record = json.loads(got.text[KEY])
+        record = json.loads(got.text[RECORD_KEY])
         assert (record["prompt"], record["seed"], record["guidance"]) == ("a red circle", 5 + i, 2.0)
     answer = client.images.generate(
         prompt="a star", size="48x48", response_format="url", output_format="webp"
     )
     assert answer.data[0].url.startswith("data:image/webp;base64,")
-    record = json.loads(decoded(client.images.generate(prompt="a star").data[0]).text[KEY])
+    record = json.loads(decoded(client.images.generate(prompt="a star").data[0]).text[RECORD_KEY])
     assert (record["guidance"], record["temperature"], record["greedy"]) == (5.0, 1.0, False)
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling
-from open_unitok.generation.image_files import KEY
+from open_unitok.generation.image_files import RECORD_KEY
 from open_unitok.generation.ui.views import code_colours, code_maps
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -88,7 +88,7 @@ def test_generate_and_restore_from_the_history(page, pipe):
     photos = saved_images(page)
     expected = pipe.generate(["two blue squares"] * 2, Sampling(guidance=5.0), seed=7)
     assert [np.array_equal(a, b) for a, b in zip(photos, expected, strict=True)] == [True, True]
-    record = json.loads(photos[1].text[KEY])
+    record = json.loads(photos[1].text[RECORD_KEY])
     assert (record["prompt"], record["seed"], record["guidance"]) == ("two blue squares", 8, 5.0)
 
     page.get_by_label("Prompt", exact=True).fill("a star")
@@ -178,8 +178,8 @@ def bomb():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "cannot be read"), (b"no image", "none of PNG"), (bomb(), "exceeds limit"),
-     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "none of PNG")],
+    [(b"", "cannot be read"), (b"no image", "not one of PNG"), (bomb(), "exceeds limit"),
+     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of PNG")],
 )  # fmt: skip
 def test_broken_images_are_rejected(pipe, tmp_path, content, words):
     from open_unitok.generation.ui.page import AnswerHandler, ReconstructionHandler
