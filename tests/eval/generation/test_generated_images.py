@@ -48,7 +48,7 @@ def generator(monkeypatch):
 
 @pytest.fixture
 def quick_net(monkeypatch, tmp_path):
-    """In Inception's place something that needs no time; returns a file that stands for its weights."""
+    """A fast replacement for Inception; returns a placeholder for its weight file."""
 
     def net(images):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
@@ -121,7 +121,7 @@ def test_genai_bench_through_the_command_line(call, generator, judge, tmp_path):
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
     values = {k: m["value"] for k, m in result["metrics"].items()}
-    assert values["advanced"] == result["value"] == pytest.approx(0.5)  # the one refused counts as 0
+    assert values["advanced"] == result["value"] == pytest.approx(0.5)  # the rejected prompt counts as 0
     assert values["all"] == pytest.approx(0.75 * 3 / 4) and values["counting"] == pytest.approx(0.375)
     assert values["scene"] == pytest.approx(0.75)
     assert result["failed"] == 1 and "1 images have no score" in out and "too long" in out
@@ -189,7 +189,7 @@ def write_dpg(folder, prompts=("p", "q", "refuse", "s", "t")):
     with open(folder / "dpg_bench.csv", "w", newline="") as file:
         table = csv.writer(file)
         table.writerow(header)
-        table.writerow(header)  # a second header, as the released table is said to have
+        table.writerow(header)  # the released table repeats its header
         for k, prompt in enumerate(prompts):
             for number, parents, words in ((1, "0", "1?"), (2, "1", "2?"), (3, "2", "is 1 so?")):
                 kind = "entity - whole (x)" if number == 1 else "attribute - color (x, y)"

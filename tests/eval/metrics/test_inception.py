@@ -41,13 +41,13 @@ def test_port_equals_torch_fidelity(golden, inception_file):
 
 
 def test_variants_differ_and_adm_has_what_sfid_needs(golden, inception_file):
-    pictures = [i.transpose(1, 2, 0) for i in golden[1]["images"]]
-    other = inception.load_extractor("pytorch-fid", inception_file)(pictures).pooled
-    # the formula weights hardly see the images, so the resize moves them little, but by more than noise
+    images = [i.transpose(1, 2, 0) for i in golden[1]["images"]]
+    other = inception.load_extractor("pytorch-fid", inception_file)(images).pooled
+    # these weights barely depend on the image: the resize changes features little, but more than noise
     assert 5e-5 < np.abs(other - golden[1]["feat_2048"]).max() < 1
     adm = inception.load_extractor("adm", inception_file)
     # images of two sizes in one batch keep their order
-    mixed = adm([pictures[0][:50], pictures[1], pictures[0]])
+    mixed = adm([images[0][:50], images[1], images[0]])
     assert mixed.spatial is not None and mixed.spatial.shape == (3, 2023) and (mixed.spatial >= 0).all()
     assert mixed.pooled[1:] == pytest.approx(golden[1]["feat_2048"][::-1], abs=1e-5)
 
