@@ -78,7 +78,7 @@ def test_demo_killed_twice_gives_the_same_results(tmp_path):
     assert rerun.returncode == 0, rerun.stderr
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("*.safetensors")} == before
     assert (whole / "report.html").read_bytes() == page
-    for word in ("Reconstruction", "Question answering", "Drawn"):
+    for word in ("Reconstruction", "Question answering", "GenEval-style"):
         assert word in rerun.stdout
 
     # random codes decode to an image, but not to the scene of the prompt
