@@ -63,7 +63,7 @@ def test_a_finished_folder_with_fewer_settings_is_recognised(data, tmp_path):
 
 
 def test_a_finished_folder_with_the_old_key_of_question_shares_is_recognised(data, tmp_path):
-    """Up to version 0.1.0: `asked`, a list of shares in the order of the kinds."""
+    """Before version 0.1.0: `asked`, a list of shares in the order of the kinds."""
     shutil.copytree(data, tmp_path / "older")
     stored = json.loads((data / "scenes.json").read_text())
     del stored["config"]["question_shares"]
