@@ -200,7 +200,7 @@ def write_tokenizer(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def mllm_place(tmp_path_factory, golden):
+def mllm_folder(tmp_path_factory, golden):
     """A folder with a tiny visual tokenizer, code shards of sixteen images and of four, and plain text."""
     folder = tmp_path_factory.mktemp("stage")
     write_tokenizer(folder / "unitok", seed=0)
@@ -238,11 +238,11 @@ def mllm_place(tmp_path_factory, golden):
     return folder
 
 
-def train(place: Path, out: str, *overrides: str) -> Path:
+def train(root: Path, out: str, *overrides: str) -> Path:
     """`unitok train` in this process; returns the run's folder."""
-    folder = place / out
+    folder = root / out
     given = [f"out={folder}", *overrides]
-    train_command.run(argparse.Namespace(config=str(place / "config.yaml"), overrides=given))
+    train_command.run(argparse.Namespace(config=str(root / "config.yaml"), overrides=given))
     return folder
 
 
@@ -264,12 +264,12 @@ def same_rows(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 
 @pytest.fixture(scope="session")
-def mllm(mllm_place):
-    """place (folder), train(out, *overrides) -> run folder, rows(folder), weights(folder), write_tokenizer,
-    write_codes, same_rows; what `unitok train place/config.yaml` does in this process."""
+def mllm(mllm_folder):
+    """folder, train(out, *overrides) -> run folder, rows(folder), weights(folder), write_tokenizer,
+    write_codes, same_rows; what `unitok train folder/config.yaml` does in this process."""
     return SimpleNamespace(
-        place=mllm_place,
-        train=lambda out, *overrides: train(mllm_place, out, *overrides),
+        folder=mllm_folder,
+        train=lambda out, *overrides: train(mllm_folder, out, *overrides),
         rows=rows,
         weights=weights,
         same_rows=same_rows,

@@ -74,7 +74,7 @@ def test_codes(tmp_path, capsys):
     assert len(other.broken) == 1 and "another tokenizer (abc) than the one given (xyz)" in other.broken[0]
 
 
-def test_codes_of_the_wrong_mode_are_told(tmp_path):
+def test_codes_of_the_wrong_mode_are_noted(tmp_path):
     talks = [{"captions": ["a cat"], "conversations": [talk()]}] * 2
     for mode, infos, kind in (
         ("crop", talks, "conversation"),
@@ -155,7 +155,7 @@ def test_conversations_and_text(tmp_path):
     assert "not UTF-8" in check_dataset(f"{tmp_path}/text.txt", quiet=True).broken[0]
 
 
-def test_mistakes_are_named(tmp_path):
+def test_errors_name_the_mistake(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "o.jsonl").write_text('{"texts": [], "images": []}\n')
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')

@@ -40,7 +40,7 @@ def published_cases(golden):
     return [case for case in cases if "sample" in case]
 
 
-def published_text(sample: dict, draw: float) -> str | None:
+def published_text(sample: dict, random: float) -> str | None:
     """The text that the published collator takes, given its one constant random number."""
     kind, short, long = sample["data_type"], sample.get("text", "no"), sample.get("InVL_caption", "no")
     if kind == "I2T":
@@ -48,9 +48,9 @@ def published_text(sample: dict, draw: float) -> str | None:
     if kind != "T2I":
         return short
     caption = (
-        (short if draw > 0.8 else long) if "no" not in (short, long) else min(short, long, key="no".__eq__)
+        (short if random > 0.8 else long) if "no" not in (short, long) else min(short, long, key="no".__eq__)
     )
-    return None if draw > 0.9 or caption == "no" else caption
+    return None if random > 0.9 or caption == "no" else caption
 
 
 @pytest.mark.parametrize("legacy", [True, False])
@@ -111,7 +111,7 @@ def test_one_batch_holds_all_kinds(sequences):
     assert [list(SAMPLE_KINDS)[k] for k in batch.kinds[:, 0]] == [s.kind for s in samples]
 
 
-def test_a_genuine_unknown_token_stays(sequences):
+def test_a_real_unknown_token_is_not_masked(sequences):
     unknown = TrainingSample("text", sequences.build("text", "a cat", ()), ())
     unknown.sequence.ids[1] = 0
     batch = collate([unknown, mixed(sequences)[0]], IMAGE, pad_id=0)
@@ -124,8 +124,8 @@ def test_packed_rows_hold_the_same_samples(sequences):
     ids, positions = batch.inputs["input_ids"], batch.inputs["position_ids"]
     assert ids.shape[0] < len(samples) and ids.shape[1] <= 64 and "attention_mask" not in batch.inputs
     found = []
-    for row, places in zip(ids, positions):
-        starts = [*(places == 0).nonzero().flatten().tolist(), len(row)]
+    for row, row_positions in zip(ids, positions):
+        starts = [*(row_positions == 0).nonzero().flatten().tolist(), len(row)]
         found += [row[a:b].tolist() for a, b in itertools.pairwise(starts)]
     for s in samples:
         assert s.sequence.ids.tolist() in found
@@ -155,7 +155,7 @@ def test_long_text_is_cut_but_never_an_image(golden):
         sequences.build("conversation", talk("<image>\n" + "What " * 50, "a cat"), (TOKENS,))
 
 
-def test_what_cannot_be_used_is_a_bad_sample(sequences):
+def test_unusable_samples_raise_bad_sample(sequences):
     with pytest.raises(BadSample, match="human and gpt alternate"):
         sequences.build(
             "conversation", json.dumps([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]), ()

@@ -1,4 +1,4 @@
-"""Converting what people have to tars: every layout, exactly; resume; bad input is named."""
+"""Conversion to tars: every source format exactly, resume, errors on bad input."""
 
 import csv
 import json
@@ -81,7 +81,7 @@ def test_metadata_names_images_and_captions(tmp_path):
     assert samples(tmp_path / "two")["0"][1]["captions"] == ["Katze, schwarz"]
 
 
-def test_images_are_turned_upright(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     path = write_image(tmp_path / "a" / "x.jpg", 1)
     with Image.open(path) as image:
         exif = image.getexif()
@@ -94,7 +94,7 @@ def test_images_are_turned_upright(tmp_path):
         assert turned.size == (SIZE, SIZE + 8)
 
 
-def test_goes_on_where_it_stopped(image_folder, tmp_path, monkeypatch):
+def test_resumes_after_an_interruption(image_folder, tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     counts = convert_dataset("folder", image_folder, whole, shard=6)
     real, calls = data_convert._add_sample, []
@@ -110,7 +110,7 @@ def test_goes_on_where_it_stopped(image_folder, tmp_path, monkeypatch):
         convert_dataset("folder", image_folder, tmp_path / "out", shard=6)
     assert sorted(p.name for p in (tmp_path / "out").glob("*.tar")) == ["part-000000.tar"]
     assert convert_dataset("folder", image_folder, tmp_path / "out", shard=6) == counts
-    assert len(calls) == 9 + 14  # the first tar was not made again
+    assert len(calls) == 9 + 14  # the first tar was not written again
     for path in whole.iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
     assert convert_dataset("folder", image_folder, tmp_path / "out", shard=6) == counts and len(calls) == 23
@@ -130,7 +130,7 @@ def test_bad_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys):
     assert "there is no such file" in capsys.readouterr().err
 
 
-def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(image_folder, tmp_path, monkeypatch):
+def test_a_failed_conversion_removes_leftovers_of_a_kill(image_folder, tmp_path, monkeypatch):
     def killed(*_):
         (tmp_path / "out" / ".part-000000.tar.1.tmp").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -145,7 +145,7 @@ def test_what_a_kill_left_is_taken_away_with_a_failed_conversion(image_folder, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_mended_mistake_is_mended(image_folder, tmp_path, capsys):
+def test_a_corrected_command_starts_over(image_folder, tmp_path, capsys):
     """Another --images is another conversion, and what failed is not taken for done."""
     (tmp_path / "m.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "a"}}\n' for n in range(4)))
     for n in range(4):
@@ -154,7 +154,7 @@ def test_a_mended_mistake_is_mended(image_folder, tmp_path, capsys):
     for _ in range(2):
         with pytest.raises(UserError, match="4 of 4 samples"):
             convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
-        assert "there is no such file" in capsys.readouterr().err  # said each time
+        assert "there is no such file" in capsys.readouterr().err  # reported each time
         assert not (tmp_path / "out").exists()
     counts = convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "right")
     assert counts["samples"] == 4
@@ -162,7 +162,7 @@ def test_a_mended_mistake_is_mended(image_folder, tmp_path, capsys):
         convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
 
 
-def test_mistakes_are_named(image_folder, tmp_path):
+def test_errors_name_the_mistake(image_folder, tmp_path):
     out = tmp_path / "out"
     convert_dataset("folder", image_folder, out)
     for changed, words in (({"shard": 3}, "other shard"), ({"column": "x"}, "other column")):

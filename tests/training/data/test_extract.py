@@ -88,7 +88,7 @@ def run(tokenizer, data, out, *more):
     extract_codes.run(parser.parse_args(list(map(str, given))))
 
 
-def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
+def test_codes_equal_those_of_the_tokenizer(tokenizer, data, tmp_path, capsys):
     run(tokenizer, data, tmp_path / "codes", "--workers", 2)
     assert "30 images in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
     unitok = UniTok.from_pretrained(tokenizer).eval()
@@ -98,10 +98,10 @@ def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
         and codes.manifest["layout"] == {"rows": 2, "columns": 2, "registers": 0}
         and codes.manifest["psnr"] > 0
     )
-    for shard, place in ((0, 0), (1, 7), (2, 9)):
-        sample, number = codes.read(shard, place), 10 * shard + place
-        wanted = unitok.encode(to_pixels(image(number), SIZE)[None])[0]
-        assert sample.codes.dtype == np.uint16 and sample.codes.tolist() == wanted.tolist()
+    for shard, index in ((0, 0), (1, 7), (2, 9)):
+        sample, number = codes.read(shard, index), 10 * shard + index
+        expected = unitok.encode(to_pixels(image(number), SIZE)[None])[0]
+        assert sample.codes.dtype == np.uint16 and sample.codes.tolist() == expected.tolist()
         assert sample.info == {
             "conversations": [],
             "note": number,
@@ -110,13 +110,13 @@ def test_codes_are_the_tokenizers(tokenizer, data, tmp_path, capsys):
         }
 
 
-def test_a_device_that_is_not_there_is_named(tokenizer, data, tmp_path):
+def test_a_missing_device_is_an_error(tokenizer, data, tmp_path):
     with pytest.raises(UserError, match="device is 'gpu'; it must be cpu"):
         run(tokenizer, data, tmp_path / "codes", "--device", "gpu")
     assert not (tmp_path / "codes").exists()
 
 
-def test_goes_on_where_it_stopped(tokenizer, data, tmp_path, monkeypatch):
+def test_resumes_after_an_interruption(tokenizer, data, tmp_path, monkeypatch):
     out = tmp_path / "codes"
     real, calls = extract._extract_tar, []
 
@@ -131,7 +131,7 @@ def test_goes_on_where_it_stopped(tokenizer, data, tmp_path, monkeypatch):
         run(tokenizer, data, out)
     assert sorted(p.name for p in out.iterdir()) == ["codes-000000.json", "codes-000000.tar"]
     run(tokenizer, data, out)
-    assert len(calls) == 4 and len(CodeFolder(out)) == 30  # the first tar was not made again
+    assert len(calls) == 4 and len(CodeFolder(out)) == 30  # the first tar was not extracted again
     whole = (out / "codes.json").read_bytes()
     (out / "codes-000001.json").unlink()
     run(tokenizer, data, out)
@@ -178,7 +178,7 @@ def test_refusals(tokenizer, data, tmp_path):
         run(tokenizer, broken, tmp_path / "none")
 
 
-def test_a_kind_that_wants_its_images_square_in_another_way_is_told(tokenizer, tmp_path):
+def test_codes_cropped_in_a_mode_that_does_not_suit_a_kind_are_noted(tokenizer, tmp_path):
     data = tmp_path / "data"
     write_tar(data / "a.tar", range(4))
     run(tokenizer, data, tmp_path / "square")

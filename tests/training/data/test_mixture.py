@@ -201,7 +201,7 @@ def test_unconditional_share_and_captions(make, sequences):
     found = Counter(rows_of(mixture.next()))
     bare = sequences.build("text_to_image", None, (TOKENS,)).ids.tolist()
     assert abs(found[tuple(bare)] / 400 - 0.25) < 0.07
-    assert len(found) > 70  # of 40 samples with two captions each, nearly all were drawn
+    assert len(found) > 70  # of 40 samples with two captions each, nearly all were sampled
     both = make([("text_to_image", 1.0)], batch_size=400, text_to_image_share=0.7, unconditional=0.0)
     kinds = Counter(list(SAMPLE_KINDS)[k] for batch in both.next() for k in batch.kinds[:, 0])
     assert (
@@ -209,7 +209,7 @@ def test_unconditional_share_and_captions(make, sequences):
     )
 
 
-def test_short_captions_are_taken_as_published(tmp_path, sequences):
+def test_short_captions_are_chosen_as_published(tmp_path, sequences):
     info = {"short_caption": "a cat", "long_caption": "a photo of a red cat"}
     codes = write_codes(tmp_path / "codes", info=info)
     options = {"mixture": [{"kind": "text_to_image", "path": str(codes)}], "unconditional": 0.0}
@@ -238,7 +238,7 @@ def test_each_entry_has_one_order(make):
     assert len(mixture.orders) == len(mixture.entries) == len(mixture.datasets)
 
 
-def test_conversations_of_ones_own_tars_are_read_as_they_are_checked(tmp_path, sequences):
+def test_conversations_in_code_folders_are_read_as_data_check_reads_them(tmp_path, sequences):
     """Without <image> the image comes first, and roles are known by other names, as `data check` has it."""
     talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
     own = write_codes(tmp_path / "own", info={"conversations": [talk]})
@@ -279,8 +279,8 @@ def test_refusals(tmp_path, make, folder):
     path = broken / "codes-000001.tar"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(UserError, match=r"codes-000001\.tar is broken"):
-        for place in range(20):
-            CodeFolder(broken).read(1, place)
+        for number in range(20):
+            CodeFolder(broken).read(1, number)
 
 
 def test_other_data_has_another_fingerprint(make, tmp_path, sequences):

@@ -84,7 +84,7 @@ def test_the_packed_loss_is_the_sum_over_the_samples(model, samples, pack_to):
 
 
 @torch.no_grad()
-def test_no_sample_sees_another(model, samples):
+def test_packed_samples_do_not_attend_to_each_other(model, samples):
     """Other neighbours in a row leave a sample's hidden states as they are."""
     one = collate(samples, IMAGE, 0, pack_to=200)
     changed = [samples[0]._replace(images=(samples[0].images[0] * 0,)), *samples[1:]]
@@ -101,7 +101,7 @@ def test_no_sample_sees_another(model, samples):
 
 @torch.no_grad()
 def test_a_first_token_is_never_a_target(model, samples):
-    """Plain text labels its first id; neither the row's nor a packed sample's first is learnt."""
+    """Plain text labels its first id; neither the row's nor a packed sample's first is learned."""
     texts = [sample for sample in samples if sample.kind == "text"] * 2
     assert all(sample.sequence.labels[0] != IGNORE_INDEX for sample in texts)
     for batch in (collate(texts, IMAGE, 0), collate(texts, IMAGE, 0, pack_to=100)):
@@ -113,7 +113,7 @@ def test_a_first_token_is_never_a_target(model, samples):
 
 
 @torch.no_grad()
-def test_a_genuine_pad_id_is_read_and_learnt(model, sequences):
+def test_a_real_pad_id_is_read_and_learned(model, sequences):
     """Masks come from lengths: a genuine unknown token, whose id also fills rows up, stays."""
     row = sequences.build("text", "a cat in the blue sky", ())
     row = row._replace(ids=row.ids.copy(), labels=row.labels.copy())

@@ -41,7 +41,7 @@ def tars(tmp_path):
 
 
 class Keys:
-    """Decodes a record to its number and a draw of its own; the numbers in `bad` are unusable."""
+    """Decode a tar sample to its number and a random number of its own; the numbers in `bad` are unusable."""
 
     def __init__(self, bad=()):
         self.bad = set(bad)
@@ -55,7 +55,7 @@ class Keys:
 
 
 def collate(samples):
-    return {"numbers": [n for n, _ in samples], "draws": [d for _, d in samples]}
+    return {"numbers": [n for n, _ in samples], "random": [d for _, d in samples]}
 
 
 def options(folder, **changes):
@@ -79,9 +79,9 @@ def test_every_sample_once_an_epoch_and_another_order_each(tars):
     one, two = numbers[:40], numbers[40:]
     assert sorted(one) == sorted(two) == list(range(40))
     assert one != two and one != sorted(one)
-    again = [n for batch in first(build_loader(stream(tars), collate), 20) for n in batch["numbers"]]
+    repeated = [n for batch in first(build_loader(stream(tars), collate), 20) for n in batch["numbers"]]
     other = [n for batch in first(build_loader(stream(tars, seed=1), collate), 20) for n in batch["numbers"]]
-    assert again == numbers != other
+    assert repeated == numbers != other
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -89,10 +89,10 @@ def test_every_sample_once_an_epoch_and_another_order_each(tars):
 def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
     """7 + 13 batches are the 20 batches of an uninterrupted reader, over the end of an epoch."""
     whole = first(build_loader(stream(tars, workers=workers, split=split), collate), 20)
-    begun = build_loader(stream(tars, workers=workers, split=split), collate)
-    rows = read_batches(begun)
+    started = build_loader(stream(tars, workers=workers, split=split), collate)
+    rows = read_batches(started)
     parts = [next(rows) for _ in range(7)]
-    state = begun.state_dict()
+    state = started.state_dict()
     resumed = build_loader(stream(tars, workers=workers, split=split), collate)
     resumed.load_state_dict(state)
     parts += first(resumed, 13)
@@ -104,8 +104,8 @@ def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
 
 @pytest.mark.parametrize("split", ["samples", "shards"])
 @pytest.mark.parametrize("before", [(2, 0), (1, 3)])
-def test_going_on_with_other_ranks_and_workers(tars, split, before):
-    """Tars that nobody had begun make up the rest of the epoch, each once; the next epoch is whole."""
+def test_resume_with_other_ranks_and_workers(tars, split, before):
+    """Tars that nobody had started make up the rest of the epoch, each once; the next epoch is whole."""
     ranks, workers = before
     seen, states = set(), []
     for rank in range(ranks):
@@ -117,33 +117,33 @@ def test_going_on_with_other_ranks_and_workers(tars, split, before):
         states.append(part.state_dict())
     other = stream(tars, split=split, micro_batch=1, shuffle=1)
     other.skip_started_tars(states)
-    begun = other.sources[0].skipped_tars
+    started = other.sources[0].skipped_tars
     if split == "samples":
-        assert len(seen) <= len(begun) < 4
-        order = [tar for tar in range(4) if tar not in begun]
+        assert len(seen) <= len(started) < 4
+        order = [tar for tar in range(4) if tar not in started]
         batches = build_loader(other, collate)
         rows = read_batches(batches)
         rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
-        state = batches.state_dict()  # and from there exactly again
+        state = batches.state_dict()  # and resumed from there exactly
         whole = [next(rows)["numbers"][0] for _ in range(43)]
         assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
         assert sorted(whole[3:]) == list(range(40))
-        again = build_loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
-        again.load_state_dict(state)
-        assert [b["numbers"][0] for b in first(again, 43)] == whole
+        repeated = build_loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
+        repeated.load_state_dict(state)
+        assert [b["numbers"][0] for b in first(repeated, 43)] == whole
     else:
-        assert begun == seen
+        assert started == seen
 
 
-def test_a_whole_epoch_that_was_begun_goes_on_with_the_next(tars):
-    begun = build_loader(stream(tars, shuffle=100), collate)
-    first(begun, 2)
+def test_after_a_fully_started_epoch_the_next_one_follows(tars):
+    started = build_loader(stream(tars, shuffle=100), collate)
+    first(started, 2)
     other = stream(tars, shuffle=100)
-    other.skip_started_tars([begun.state_dict()])
+    other.skip_started_tars([started.state_dict()])
     assert other.sources[0].epoch == 1 and not other.sources[0].skipped_tars
     more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
     with pytest.raises(UserError, match="another number of data"):
-        ShardStream(more, Keys(), seed=0, micro_batch=1).skip_started_tars([begun.state_dict()])
+        ShardStream(more, Keys(), seed=0, micro_batch=1).skip_started_tars([started.state_dict()])
     with pytest.raises(UserError, match="does not say which tars"):
         other.skip_started_tars([{}])
 
@@ -153,8 +153,8 @@ def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
     ranks = [first(build_loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]
     joined = [[*a["numbers"], *b["numbers"]] for a, b in zip(*ranks)]
     assert joined == [batch["numbers"] for batch in alone]
-    draws = [[*a["draws"], *b["draws"]] for a, b in zip(*ranks)]
-    assert draws == [batch["draws"] for batch in alone]
+    random = [[*a["random"], *b["random"]] for a, b in zip(*ranks)]
+    assert random == [batch["random"] for batch in alone]
     workers = first(build_loader(stream(tars, micro_batch=8, workers=2), collate), 6)
     assert [b["numbers"] for b in workers] == [batch["numbers"] for batch in alone]
 
@@ -245,7 +245,7 @@ def test_names_of_every_kind(tmp_path):
         scan_tar(path).samples[1].read("png")
 
 
-def test_a_tar_that_is_written_anew_is_read_anew(tmp_path):
+def test_a_rewritten_tar_is_indexed_again(tmp_path):
     path = write_tar(tmp_path / "a.tar", ["0001"])
     assert scan_tar(path).samples[0].text("txt") == "text 0001"
     write_tar(tmp_path / "a.tar", ["0002", "0003"])

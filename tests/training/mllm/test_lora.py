@@ -45,7 +45,7 @@ def logits(model):
         return model.eval()(input_ids=ids, image_codes=codes).logits
 
 
-def test_the_run_leaves_an_adapter_alone(tuned, base, mllm):
+def test_the_run_writes_only_an_adapter(tuned, base, mllm):
     files = {path.name for path in (tuned / "model").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors"} <= files and "model.safetensors" not in files
     described = json.loads((tuned / "model" / "adapter_config.json").read_text())
@@ -61,8 +61,8 @@ def test_the_run_leaves_an_adapter_alone(tuned, base, mllm):
     assert saved < whole / 2
 
 
-def test_a_few_images_are_learnt(mllm, base):
-    few = f"{{kind: text_to_image, path: {mllm.place}/few}}, {{kind: captioning, path: {mllm.place}/few}}"
+def test_a_few_images_are_learned(mllm, base):
+    few = f"{{kind: text_to_image, path: {mllm.folder}/few}}, {{kind: captioning, path: {mllm.folder}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
     more = [f"data.mixture=[{few}]", lora, "steps=60", "log.every=20", "data.unconditional=0"]
     folder = mllm.train("lora-few", "model=null", f"init_from={base}", *more, "optimizer.lr=2e-2")
@@ -71,11 +71,11 @@ def test_a_few_images_are_learnt(mllm, base):
 
 
 @pytest.mark.slow
-def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
-    """In small what the bar asks of the demo: a base that answers about twelve images learns four others by
+def test_own_images_are_learned_and_old_answers_kept(mllm, tmp_path):
+    """A base that answers about twelve images learns four others by
     their captions; half of what it sees are the questions it knew."""
-    seen = mllm.write_codes(mllm.place, "seen", range(12), captions=1)
-    mine = mllm.write_codes(mllm.place, "mine", range(12, 16), captions=1)
+    seen = mllm.write_codes(mllm.folder, "seen", range(12), captions=1)
+    mine = mllm.write_codes(mllm.folder, "mine", range(12, 16), captions=1)
     generated = "kind: text_to_image, path"
     old = f"{{{generated}: {seen}, weight: 0.3}}, {{kind: conversation, path: {seen}, weight: 0.7}}"
     steady = ["batch_size=24", "log.every=1", "optimizer.lr=1e-2", "data.unconditional=0"]
@@ -94,8 +94,8 @@ def test_images_of_ones_own_are_learnt_and_little_is_unlearnt(mllm, tmp_path):
     wanted = torch.from_numpy(np.stack([codes.read(0, n).codes for n in range(4)]).astype(np.int64))
     agreed = []
     for pipe in pipes:
-        drawn = pipe.generate_codes([caption for _, caption in own], Sampling(greedy=True, guidance=1))
-        agreed.append((drawn == wanted).float().mean(dim=(1, 2)).min().item())
+        generated = pipe.generate_codes([caption for _, caption in own], Sampling(greedy=True, guidance=1))
+        agreed.append((generated == wanted).float().mean(dim=(1, 2)).min().item())
     assert agreed[0] < 0.5 and agreed[1] >= 0.8, agreed
 
 
@@ -140,9 +140,9 @@ def test_peft_pipeline_and_merged_folder_agree(tuned, base, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
     main.run(["convert", "adapter", str(tmp_path / "base"), str(tuned / "model"), str(tmp_path / "merged")])
-    again = Pipeline.from_pretrained(tmp_path / "merged")
-    assert again.sampling == Sampling(guidance=3.0)
-    assert torch.equal(again.generate_codes(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
+    merged = Pipeline.from_pretrained(tmp_path / "merged")
+    assert merged.sampling == Sampling(guidance=3.0)
+    assert torch.equal(merged.generate_codes(["a red cat"], Sampling(greedy=True, guidance=1)), codes)
 
 
 def test_a_merged_folder_takes_a_tokenizer_of_the_same_codes(tuned, base, mllm, tmp_path):
@@ -162,7 +162,7 @@ def test_a_merged_folder_takes_a_tokenizer_of_the_same_codes(tuned, base, mllm, 
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_fine_tuned_model_keeps_how_its_base_draws(base, mllm, tmp_path):
+def test_a_fine_tuned_model_keeps_the_sampling_settings_of_its_base(base, mllm, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     (tmp_path / "base" / "sampling.json").write_text('{"guidance": 3.0}')
     folder = mllm.train("keeps", "model=null", f"init_from={tmp_path / 'base'}", "steps=1")
@@ -183,7 +183,7 @@ def test_adapters_sit_on_all_linear_layers_of_their_parts(base):
         linear_layers(model, ["head"])
 
 
-def test_other_adapters_are_refused(tuned, base, tmp_path, tiny_mllm):
+def test_other_adapters_are_rejected(tuned, base, tmp_path, tiny_mllm):
     model = UniTokForConditionalGeneration.from_pretrained(base)
     with pytest.raises(UserError, match=r"is not an adapter: .* Did you mean .*model"):
         merge_adapter(model, tuned)
@@ -213,7 +213,7 @@ def tiny_mllm(base):
         (["attention=flash_attention_2"], "needs a CUDA GPU"),
     ],
 )
-def test_mistakes_are_named(mllm, overrides, words):
+def test_errors_name_the_mistake(mllm, overrides, words):
     with pytest.raises(UserError, match=words):
         mllm.train("lora-mistake", *overrides)
 

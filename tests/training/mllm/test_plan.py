@@ -1,4 +1,4 @@
-"""The planner: published sizes, arithmetic by hand, mistakes; test_mllm_ranks.py measures its memory."""
+"""`unitok plan`: published sizes, arithmetic by hand, errors; test_ranks.py measures its memory."""
 
 import json
 import runpy
@@ -35,7 +35,7 @@ def test_the_published_7b(config, capsys):
 def test_lora_on_the_7b_needs_little_beside_the_weights():
     config = run.load_run_config(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
     found = plan.plan_run(config, 8)
-    trained = sum(learnt for _, learnt in found.parameters.values())
+    trained = sum(count for _, count in found.parameters.values())
     total = sum(count for count, _ in found.parameters.values())
     assert 0.15e9 < trained < 0.2e9
     assert found.memory[0].parameters == pytest.approx(2 * (total - trained) + 4 * trained, rel=0.01)
@@ -43,7 +43,7 @@ def test_lora_on_the_7b_needs_little_beside_the_weights():
 
 
 def test_flops_are_those_that_torch_counts(mllm_reference):
-    """A forward pass of one drawn image and one answered question, against torch's own count."""
+    """A forward pass of one generated image and one answered question, against torch's own count."""
     model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
     model.set_attn_implementation("eager")
     ids = torch.tensor([[1, 7, 3, -200, -200, -200, -200, 4, 2], [1, -200, -200, -200, -200, 9, 8, 7, 2]])
@@ -70,15 +70,15 @@ def test_flops_are_those_that_torch_counts(mllm_reference):
     assert forward < less < 3 * forward
 
 
-def test_a_frozen_part_that_nothing_learnt_precedes_has_no_backward_pass(mllm_reference):
+def test_a_frozen_part_that_no_trained_part_precedes_has_no_backward_pass(mllm_reference):
     model = UniTokForConditionalGeneration.from_pretrained(mllm_reference / "model").train()
     work = TokenCounts(tokens=18, attention_pairs=2 * 9 * 9, text_targets=5, image_tokens=8, image_targets=4)
-    all_learnt, weights = MLLMFlops(model).flops(work), MLLMFlops(model).weights["visual_embedder"]
+    all_trained, weights = MLLMFlops(model).flops(work), MLLMFlops(model).weights["visual_embedder"]
     model.visual_embedder.requires_grad_(False)
-    assert MLLMFlops(model).flops(work) == pytest.approx(all_learnt - 4 * work.image_tokens * weights)
+    assert MLLMFlops(model).flops(work) == pytest.approx(all_trained - 4 * work.image_tokens * weights)
 
 
-def test_documents_are_planned_as_drawn():
+def test_documents_are_planned_as_generated():
     mixture = "data.mixture=[{kind: KIND, path: data/docs, weight: 1}]"
     work = {
         kind: plan.plan_run(run.load_run_config(CONFIGS[0], [mixture.replace("KIND", kind)]), 8).counts
@@ -98,7 +98,7 @@ def test_documents_are_planned_as_drawn():
         ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),
     ],
 )
-def test_mistakes_are_named(arguments, words):
+def test_errors_name_the_mistake(arguments, words):
     with pytest.raises(UserError, match=words):
         main.run(["plan", *arguments])
 
@@ -109,8 +109,8 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
     script = runpy.run_path(str(folder / "mllm_training.py"))
     out = tmp_path / "results.json"
     size = ["--rows", "1", "--length", "100", "--steps", "1", "--warmup", "0"]
-    told = ["--case", "tiny", "tiny_lora", *size, "--peak-tflops", "1", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["mllm_training.py", *told])
+    arguments = ["--case", "tiny", "tiny_lora", *size, "--peak-tflops", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["mllm_training.py", *arguments])
     script["main"]()
     whole, lora = json.loads(out.read_text())["results"]
     assert lora["trained"] < lora["parameters"] / 5 and whole["trained"] == 335_872 - 4 * 64 * 8

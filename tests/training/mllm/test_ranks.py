@@ -31,7 +31,7 @@ MEMORY = (
 LORA = "lora={rank: 4, alpha: 8}"
 
 
-def jobs(place: Path, base: Path) -> dict[str, list[str]]:
+def jobs(root: Path, base: Path) -> dict[str, list[str]]:
     """Name of the run -> overrides."""
     found = {}
     for stage in STAGES:
@@ -41,7 +41,7 @@ def jobs(place: Path, base: Path) -> dict[str, list[str]]:
         found[f"parted{stage}"] = [*STEPS, f"engine.zero_stage={stage}", "engine.accumulation=2"]
     found["offloaded2"] = [*STEPS, "engine.zero_stage=2", "engine.offload=optimizer"]
     found["offloaded3"] = [*STEPS, "engine.zero_stage=3", "engine.offload=parameters"]
-    half = f"[{{kind: text, path: {place}/text.txt}}, {{kind: text_to_image, path: {place}/few}}]"
+    half = f"[{{kind: text, path: {root}/text.txt}}, {{kind: text_to_image, path: {root}/few}}]"
     found["apart"] = [*STEPS, "engine.zero_stage=3", "batch_size=2", f"data.mixture={half}"]
     for stage in (1, 3):
         tune = [*STEPS, LORA, "model=null", f"init_from={base}", f"engine.zero_stage={stage}"]
@@ -52,23 +52,23 @@ def jobs(place: Path, base: Path) -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 def launched(mllm, mllm_reference):
     """All runs on two ranks; those named resumed-* were stopped after step 5 and went on."""
-    place = mllm.place
-    told = []
-    for name, overrides in jobs(place, mllm_reference / "model").items():
-        out = place / "ranks" / name
-        job = {"config": str(place / "config.yaml"), "overrides": [*overrides, f"out={out}"]}
-        told.append({**job, "memory": f"{out}.bytes"} if name.startswith("memory") else job)
+    root = mllm.folder
+    launched_jobs = []
+    for name, overrides in jobs(root, mllm_reference / "model").items():
+        out = root / "ranks" / name
+        job = {"config": str(root / "config.yaml"), "overrides": [*overrides, f"out={out}"]}
+        launched_jobs.append({**job, "memory": f"{out}.bytes"} if name.startswith("memory") else job)
         if name.startswith(("zero", "lora3")):
-            again = [*overrides, f"out={place / 'ranks' / f'resumed-{name}'}"]
-            told += [{**job, "overrides": [*again, "stop_at=5"]}, {**job, "overrides": again}]
-    (place / "ranks").mkdir()
-    list_of_jobs = place / "jobs.json"
-    list_of_jobs.write_text(json.dumps(told))
+            resumed = [*overrides, f"out={root / 'ranks' / f'resumed-{name}'}"]
+            launched_jobs += [{**job, "overrides": [*resumed, "stop_at=5"]}, {**job, "overrides": resumed}]
+    (root / "ranks").mkdir()
+    list_of_jobs = root / "jobs.json"
+    list_of_jobs.write_text(json.dumps(launched_jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     worker = Path(__file__).parent / "ranks_worker.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(worker), str(list_of_jobs)], check=True, timeout=1200, env=environment)
-    return place / "ranks"
+    return root / "ranks"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def alone(mllm, mllm_reference):
 
     def run(name: str) -> Path:
         if name not in done:
-            overrides = jobs(mllm.place, mllm_reference / "model")[name]
+            overrides = jobs(mllm.folder, mllm_reference / "model")[name]
             plain = [o for o in overrides if "zero_stage" not in o and "accumulation" not in o]
             done[name] = mllm.train(f"alone-{name}", *plain)
         return done[name]
@@ -121,7 +121,7 @@ def test_every_checkpoint_is_a_model_folder(launched, stage):
     same_weights(steps[-1], launched / f"zero{stage}" / "model")
 
 
-def test_text_on_one_rank_and_drawing_on_the_other(mllm, launched, alone):
+def test_text_on_one_rank_and_images_on_the_other(mllm, launched, alone):
     folder, expected = launched / "apart", alone("apart")
     mllm.same_rows(mllm.rows(folder), mllm.rows(expected), 1e-4)
     same_weights(folder / "model", expected / "model")
@@ -137,8 +137,8 @@ def test_adapters_equal_one_process(mllm, launched, alone, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_planned_memory_is_what_is_alive(mllm, mllm_reference, launched, stage):
     """Parameters, gradients and optimiser of every rank, when the second step has its gradients."""
-    overrides = jobs(mllm.place, mllm_reference / "model")[f"memory{stage}"]
-    config = run.load_run_config(str(mllm.place / "config.yaml"), overrides)
+    overrides = jobs(mllm.folder, mllm_reference / "model")[f"memory{stage}"]
+    config = run.load_run_config(str(mllm.folder / "config.yaml"), overrides)
     memory = plan.plan_run(config, gpus=2).memory[stage]
     planned = memory.states + (memory.buffers if stage == 3 else 0)  # at stage 2 the bucket is gone by then
     for rank in range(2):

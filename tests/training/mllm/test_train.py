@@ -1,5 +1,5 @@
 """The MLLM stage: one batch is overfitted, a resumed run equals an uninterrupted one, accumulation, packing
-and ranks do not change the losses, fine-tuning goes on from pretraining, and mistakes are named."""
+and ranks do not change the losses, fine-tuning starts from pretraining, and errors name the mistake."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from open_unitok.training.mllm.train import combine_losses
 
 
 @pytest.fixture(scope="module")
-def place(mllm):
-    return mllm.place
+def root(mllm):
+    return mllm.folder
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +29,8 @@ def reference(mllm_reference):
     return mllm_reference
 
 
-def test_one_batch_is_overfitted(mllm, place):
-    few = f"[{{kind: text_to_image, path: {place}/few}}, {{kind: conversation, path: {place}/few}}]"
+def test_one_batch_is_overfitted(mllm, root):
+    few = f"[{{kind: text_to_image, path: {root}/few}}, {{kind: conversation, path: {root}/few}}]"
     folder = mllm.train(
         "overfit",
         "steps=160",
@@ -56,7 +56,7 @@ def test_resumed_equals_uninterrupted(mllm, reference):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_muon_goes_on_exactly_and_steps_are_profiled(mllm):
+def test_muon_resumes_exactly_and_steps_are_profiled(mllm):
     muon = ("optimizer.kind=muon", "optimizer.lr=1e-2", "steps=40")
     whole = mllm.train("muon", *muon)
     profile = "profile={start: 2, steps: 1}"
@@ -79,12 +79,12 @@ def test_muon_goes_on_exactly_and_steps_are_profiled(mllm):
         ["engine.accumulation=2", "data.group_by_length=true"],
     ],
 )
-def test_cut_in_another_way_the_losses_are_the_same(mllm, reference, overrides):
+def test_losses_do_not_depend_on_how_the_batch_is_split(mllm, reference, overrides):
     folder = mllm.train("-".join(o.replace(".", "_") for o in overrides), *overrides)
     mllm.same_rows(mllm.rows(folder), mllm.rows(reference), 1e-4)
 
 
-def test_the_model_folder_has_all_that_inference_needs(place, reference):
+def test_the_model_folder_has_all_that_inference_needs(root, reference):
     folder = reference / "model"
     model = UniTokForConditionalGeneration.from_pretrained(folder)
     processor = UniTokProcessor.from_pretrained(folder)
@@ -98,7 +98,7 @@ def test_the_model_folder_has_all_that_inference_needs(place, reference):
     assert torch.equal(checkpoint.lm_head.weight, model.lm_head.weight)
 
 
-def test_fine_tuning_goes_on_from_a_model_with_parts_frozen(mllm, reference):
+def test_fine_tuning_starts_from_a_model_with_parts_frozen(mllm, reference):
     folder = mllm.train(
         "tuned",
         "model=null",
@@ -113,14 +113,14 @@ def test_fine_tuning_goes_on_from_a_model_with_parts_frozen(mllm, reference):
     assert (folder / "model" / "unitok" / "config.json").exists()
 
 
-def test_a_trained_decoder_is_taken_over(mllm, place):
+def test_a_trained_decoder_keeps_its_weights(mllm, root):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     base = LlamaForCausalLM(
         LlamaConfig(vocab_size=500, max_position_embeddings=128, **sizes)
     )  # 512 ids are used
-    base.save_pretrained(place / "decoder")
+    base.save_pretrained(root / "decoder")
     folder = mllm.train(
-        "taken", "model.text={}", f"model.language_model={place}/decoder", "steps=1", "optimizer.lr=0"
+        "taken", "model.text={}", f"model.language_model={root}/decoder", "steps=1", "optimizer.lr=0"
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder / "model")
     assert (
@@ -178,15 +178,15 @@ def test_a_loss_without_a_weight_is_an_error_that_names_both():
         (["loss={text: 0, image: 0}"], "not both 0"),
     ],
 )
-def test_mistakes_are_named(mllm, place, overrides, message):
+def test_errors_name_the_mistake(mllm, root, overrides, message):
     with pytest.raises(UserError, match=message):
         mllm.train(f"mistake-{message[:9]}", *overrides)
-    assert not (place / f"mistake-{message[:9]}" / "model").exists()
+    assert not (root / f"mistake-{message[:9]}" / "model").exists()
 
 
-def test_other_folders_are_refused(mllm, place, reference, tmp_path):
+def test_other_folders_are_rejected(mllm, root, reference, tmp_path):
     with pytest.raises(UserError, match="not an MLLM"):
-        mllm.train("wrong-a", "model=null", f"init_from={place}/unitok")
+        mllm.train("wrong-a", "model=null", f"init_from={root}/unitok")
     with pytest.raises(UserError, match="not a visual tokenizer"):
         mllm.train("wrong-b", f"model.unitok={reference}/model")
     mllm.write_tokenizer(tmp_path / "other", seed=1)
@@ -194,7 +194,7 @@ def test_other_folders_are_refused(mllm, place, reference, tmp_path):
         mllm.train("wrong-c", f"model.unitok={tmp_path}/other")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch):
+def test_sigterm_saves_and_the_same_command_resumes(mllm, reference, monkeypatch):
     add = MetricLogger.add
 
     def interrupted(self, step, values):
@@ -207,7 +207,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(mllm, reference, monkeypatch
         with pytest.raises(SystemExit) as left:
             mllm.train("terminated")
     assert left.value.code == 128 + signal.SIGTERM
-    folder = mllm.place / "terminated"
+    folder = mllm.folder / "terminated"
     assert [path.name for path in folder.glob("checkpoints/step-*")] == ["step-00000003"]
     mllm.train("terminated")
     assert mllm.rows(folder) == mllm.rows(reference)
@@ -224,12 +224,12 @@ def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
         patch.setattr(train, "combine_losses", poisoned)
         with pytest.raises(UserError, match=r"Step 3 is not finite \(loss=nan, text_loss="):
             mllm.train("poisoned", "checkpoint.every=2")
-    checkpoint = mllm.place / "poisoned" / "checkpoints" / "step-00000002"
+    checkpoint = mllm.folder / "poisoned" / "checkpoints" / "step-00000002"
     UniTokForConditionalGeneration.from_pretrained(checkpoint)
-    assert not (mllm.place / "poisoned" / "model").exists()
+    assert not (mllm.folder / "poisoned" / "model").exists()
 
 
-def test_zero_3_cuts_the_model_before_it_is_moved_to_its_device(mllm, monkeypatch):
+def test_zero_3_shards_the_model_before_it_is_moved_to_its_device(mllm, monkeypatch):
     """No device holds the whole model at any time: whoever moves it finds parameters without storage."""
     held = []
     original = UniTokForConditionalGeneration.to
@@ -243,8 +243,8 @@ def test_zero_3_cuts_the_model_before_it_is_moved_to_its_device(mllm, monkeypatc
     assert held and not any(held)
 
 
-def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
-    shutil.copytree(mllm.place / "codes", tmp_path / "codes")
+def test_codes_of_the_wrong_mode_are_noted_once(mllm, tmp_path, capsys):
+    shutil.copytree(mllm.folder / "codes", tmp_path / "codes")
     facts = json.loads((tmp_path / "codes" / "codes.json").read_text())
     assert facts["mode"] == "crop" and facts["oblong"] == 0
     (tmp_path / "codes" / "codes.json").write_text(json.dumps({**facts, "oblong": 3}))
@@ -252,6 +252,6 @@ def test_codes_of_the_wrong_mode_are_told_once(mllm, tmp_path, capsys):
         f"{{kind: {kind}, path: {tmp_path}/codes}}"
         for kind in ("conversation", "conversation", "text_to_image")
     )
-    mllm.train("told", f"data.mixture=[{entries}]", "steps=2")
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
-    assert len(told) == 1 and "3 of 16 images were not square" in told[0] and "--mode pad" in told[0]
+    mllm.train("notes", f"data.mixture=[{entries}]", "steps=2")
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("data: ")]
+    assert len(notes) == 1 and "3 of 16 images were not square" in notes[0] and "--mode pad" in notes[0]

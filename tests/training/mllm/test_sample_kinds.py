@@ -34,7 +34,7 @@ def reversed_captioning(monkeypatch):
 
 
 def entries(mllm, *kinds):
-    return "data.mixture=[" + ", ".join(f"{{kind: {k}, path: {mllm.place}/codes}}" for k in kinds) + "]"
+    return "data.mixture=[" + ", ".join(f"{{kind: {k}, path: {mllm.folder}/codes}}" for k in kinds) + "]"
 
 
 def test_it_trains(mllm, reversed_captioning):
@@ -46,18 +46,18 @@ def test_it_trains(mllm, reversed_captioning):
 
 
 def test_it_is_planned_as_reading_an_image(mllm, reversed_captioning):
-    config = run.load_run_config(str(mllm.place / "config.yaml"), [entries(mllm, reversed_captioning)])
+    config = run.load_run_config(str(mllm.folder / "config.yaml"), [entries(mllm, reversed_captioning)])
     counts = plan.plan_run(config, gpus=1).counts
     assert counts.image_tokens > 0 and counts.image_targets == 0 and counts.text_targets > 0
 
 
 def test_data_check_counts_its_field(mllm, monkeypatch):
     monkeypatch.setitem(SAMPLE_KINDS, "shouting", Shouting())
-    report = check_dataset(str(mllm.place / "codes"), quiet=True)
+    report = check_dataset(str(mllm.folder / "codes"), quiet=True)
     assert not report.broken and not any("shout" in line for line in report.lines)
     field = Shouting.field
     monkeypatch.setattr(Shouting, "texts", lambda self, info, num_images: info["captions"])
-    lines = check_dataset(str(mllm.place / "codes"), quiet=True).lines
+    lines = check_dataset(str(mllm.folder / "codes"), quiet=True).lines
     assert any(f"16 samples with {field}: 32 texts" in line for line in lines)
 
 

@@ -1,5 +1,5 @@
-"""Every kind of data set on twenty samples, from the public layout on disk to a batch: `unitok data convert`,
-`unitok extract-codes`, the mixture; codes are those of the right images, and what is learnt is right."""
+"""Every source format on twenty samples, from its published layout on disk to a batch: `unitok data convert`,
+`unitok extract-codes`, the mixture. Each text goes with the codes of its images, and labels are right."""
 
 import json
 import subprocess
@@ -66,8 +66,8 @@ def codes_of(tokenizer, images):
 @pytest.fixture(scope="module")
 def image_codes(tokenizer, images, tmp_path_factory):
     """The images alone as a code folder."""
-    place = tmp_path_factory.mktemp("images")
-    return prepare("folder", images, place, tokenizer)
+    folder = tmp_path_factory.mktemp("images")
+    return prepare("folder", images, folder, tokenizer)
 
 
 def unitok(*words):
@@ -79,11 +79,11 @@ def extract(tokenizer, tars, out, *more):
     unitok("extract-codes", *given, *more)
 
 
-def prepare(kind, source, place, tokenizer, *more):
+def prepare(kind, source, folder, tokenizer, *more):
     """Convert and extract; returns the code folder."""
-    unitok("data", "convert", kind, source, place / "tars", "--shard", 7, *more)
-    extract(tokenizer, place / "tars", place / "codes")
-    return place / "codes"
+    unitok("data", "convert", kind, source, folder / "tars", "--shard", 7, *more)
+    extract(tokenizer, folder / "tars", folder / "codes")
+    return folder / "codes"
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def mixture(golden, tokenizer):
 
 
 def read_batch(mixture):
-    """[(text, [codes of each image], learnt text, number of images learnt)] of one batch."""
+    """[(text, [codes of each image], learned text, number of images learned)] of one batch."""
     (batch,) = mixture.next()
     inputs = batch.inputs
 
@@ -115,8 +115,8 @@ def read_batch(mixture):
     for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"]):
         ids, labels = ids[mask.bool()], labels[mask.bool()]
         images = [next(codes) for _ in range(int((ids == IMAGE).sum()) // TOKENS)]
-        learnt = labels[(labels != IGNORE_INDEX) & (labels != IMAGE)]
-        found.append((decode(ids), images, decode(learnt), int((labels == IMAGE).sum()) // TOKENS))
+        learned = labels[(labels != IGNORE_INDEX) & (labels != IMAGE)]
+        found.append((decode(ids), images, decode(learned), int((labels == IMAGE).sum()) // TOKENS))
     assert next(codes, None) is None
     return found
 
@@ -148,33 +148,33 @@ def llava_rows():
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llava")
-    (folder / "talks.json").write_text(json.dumps(llava_rows()))
-    (folder / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in llava_rows()))
+    (folder / "conversations.json").write_text(json.dumps(llava_rows()))
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in llava_rows()))
     return folder
 
 
-def check_talks(found, codes_of):
+def check_conversations(found, codes_of):
     assert len(found) == 20
-    for text, images, learnt, drawn in found:
-        number = int(learnt.split()[2])
-        assert drawn == 0 and learnt.startswith(f"a {THINGS[number % 4]} {number}")
-        assert learnt.endswith(f"a photo {number}") == (number % 4 == 0)
-        assert "What" in text and "What" not in learnt  # only the assistant's turns are learnt
+    for text, images, learned, generated in found:
+        number = int(learned.split()[2])
+        assert generated == 0 and learned.startswith(f"a {THINGS[number % 4]} {number}")
+        assert learned.endswith(f"a photo {number}") == (number % 4 == 0)
+        assert "What" in text and "What" not in learned  # only the assistant's turns are learned
         assert images == [codes_of[(number + i) % 20] for i in range(number % 3)]
-    assert sorted(int(learnt.split()[2]) for _, _, learnt, _ in found) == list(range(20))
+    assert sorted(int(learned.split()[2]) for _, _, learned, _ in found) == list(range(20))
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_llava_with_images_on_disk(llava, ending, images, tokenizer, mixture, codes_of, tmp_path):
-    codes = prepare("llava", llava / f"talks.{ending}", tmp_path, tokenizer, "--images", images)
+    codes = prepare("llava", llava / f"conversations.{ending}", tmp_path, tokenizer, "--images", images)
     assert json.loads((codes / "codes.json").read_text())["images"] == sum(n % 3 for n in range(20))
-    check_talks(read_batch(mixture([entry("conversation", codes)])), codes_of)
+    check_conversations(read_batch(mixture([entry("conversation", codes)])), codes_of)
 
 
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_llava_with_codes_looked_up(llava, ending, image_codes, mixture, codes_of):
-    made = mixture([entry("conversation", llava / f"talks.{ending}", codes=str(image_codes))])
-    check_talks(read_batch(made), codes_of)
+    made = mixture([entry("conversation", llava / f"conversations.{ending}", codes=str(image_codes))])
+    check_conversations(read_batch(made), codes_of)
 
 
 def test_conversations_that_cannot_be_used(image_codes, tokenizer, images, tmp_path, mixture, capsys):
@@ -249,11 +249,11 @@ def test_documents(kind, images, tokenizer, mixture, codes_of, tmp_path, capsys)
     for role in ("document", "reading"):
         found = read_batch(mixture([entry(role, codes)]))
         numbers = []
-        for text, pictures, learnt, drawn in found:
+        for text, found_codes, learned, generated in found:
             number = int(text.split()[2])
-            assert text == learnt == f"a {THINGS[number % 4]} {number} in the blue sky"
-            assert pictures == [codes_of[number], codes_of[(number + 3) % 20]]
-            assert drawn == (2 if role == "document" else 0)
+            assert text == learned == f"a {THINGS[number % 4]} {number} in the blue sky"
+            assert found_codes == [codes_of[number], codes_of[(number + 3) % 20]]
+            assert generated == (2 if role == "document" else 0)
             numbers.append(number)
         assert sorted(numbers) == list(range(20))
     with pytest.raises(UserError, match="cannot be used as text_to_image"):
@@ -297,13 +297,13 @@ def test_image_text_pairs(images, tokenizer, mixture, codes_of, tmp_path):
     rows = [{"file_name": f"train/{n:02d}.png", "text": f"a {THINGS[n % 4]} {n}"} for n in range(20)]
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     codes = prepare("folder", tmp_path / "m.jsonl", tmp_path, tokenizer, "--images", images)
-    drawn = read_batch(mixture([entry("text_to_image", codes)], unconditional=0.0))
+    generated = read_batch(mixture([entry("text_to_image", codes)], unconditional=0.0))
     captioned = read_batch(mixture([entry("captioning", codes)]))
-    for text, pictures, learnt, count in drawn:
-        assert (pictures, learnt, count) == ([codes_of[int(text.split()[2])]], "", 1)
-    for text, pictures, learnt, count in captioned:
-        assert (pictures, learnt, count) == ([codes_of[int(text.split()[2])]], text, 0)
-    assert len({text for text, *_ in drawn}) == len({text for text, *_ in captioned}) == 20
+    for text, found_codes, learned, count in generated:
+        assert (found_codes, learned, count) == ([codes_of[int(text.split()[2])]], "", 1)
+    for text, found_codes, learned, count in captioned:
+        assert (found_codes, learned, count) == ([codes_of[int(text.split()[2])]], text, 0)
+    assert len({text for text, *_ in generated}) == len({text for text, *_ in captioned}) == 20
 
 
 def test_plain_text(tmp_path, mixture):
@@ -312,7 +312,7 @@ def test_plain_text(tmp_path, mixture):
     for name in ("a.txt", "b.jsonl"):
         found = read_batch(mixture([entry("text", tmp_path / name)], batch_size=10))
         assert len({text for text, *_ in found}) == 10
-        assert all(text == learnt and not images for text, images, learnt, _ in found)
+        assert all(text == learned and not images for text, images, learned, _ in found)
     both = read_batch(mixture([entry("text", f"{tmp_path}/*.*")]))
     assert len({text for text, *_ in both}) == 20
     (tmp_path / "c.jsonl").write_text('{"txt": "a"}\n[1]\n{"text"\n"a cat"\n')
@@ -327,10 +327,12 @@ def test_plain_text(tmp_path, mixture):
 # ---- extraction by several processes -----------------------------------------------------------------------
 
 
-def test_samples_lack_no_image(images, tokenizer, tmp_path, capsys):
+def test_a_sample_without_one_of_its_images_is_skipped(images, tokenizer, tmp_path, capsys):
     rows = [row for row in llava_rows() if row.get("image")]
-    (tmp_path / "talks.json").write_text(json.dumps(rows))
-    unitok("data", "convert", "llava", tmp_path / "talks.json", tmp_path / "whole", "--images", images)
+    (tmp_path / "conversations.json").write_text(json.dumps(rows))
+    unitok(
+        "data", "convert", "llava", tmp_path / "conversations.json", tmp_path / "whole", "--images", images
+    )
     (tmp_path / "tars").mkdir()
     with (
         tarfile.open(tmp_path / "whole" / "part-000000.tar") as whole,
@@ -345,7 +347,7 @@ def test_samples_lack_no_image(images, tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_torchrun_shares_the_tars(images, tokenizer, image_codes, tmp_path):
+def test_torchrun_splits_the_tars(images, tokenizer, image_codes, tmp_path):
     """Two processes that never meet write the files that one writes."""
     unitok("data", "convert", "folder", images, tmp_path / "tars", "--shard", 7)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -359,7 +361,7 @@ def test_torchrun_shares_the_tars(images, tokenizer, image_codes, tmp_path):
 
 @pytest.mark.parametrize(("kind", "mode"), [("llava", "pad"), ("folder", "crop")])
 def test_convert_makes_codes_in_the_mode_that_suits(kind, mode, llava, images, tokenizer, tmp_path):
-    told = ["data", "convert", kind, llava / "talks.json" if kind == "llava" else images, tmp_path / "out"]
-    told += ["--tokenizer", tokenizer, *(["--images", images] if kind == "llava" else [])]
-    run(list(map(str, told)))
+    source = llava / "conversations.json" if kind == "llava" else images
+    more = ("--images", images) if kind == "llava" else ()
+    unitok("data", "convert", kind, source, tmp_path / "out", "--tokenizer", tokenizer, *more)
     assert CodeFolder(tmp_path / "out" / "codes").manifest["mode"] == mode
