@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import re
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +67,16 @@ def test_the_table_agrees_with_the_benchmarks():
     assert {key: known[key].default for key in SAMPLING_KEYS} == asdict(Sampling())
     assert BENCHMARKS["vqav2"].scorers == VQAV2_SCORERS and BENCHMARKS["pope"].scorers == POPE_SCORERS
     assert set(BENCHMARKS["reconstruction"].scorers) == set(SSIM_MODES)
+
+
+def test_commands_of_the_readme_parse():
+    text = (Path(__file__).parents[3] / "eval" / "README.md").read_text()
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    fenced = "".join(blocks).replace("\\\n", " ")
+    commands = [m[1].split("#")[0].split() for m in re.finditer(r"eval run ((?!NAME)[^\n]*)", fenced)]
+    assert len(commands) > 5
+    for words in commands:
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        args = parser.parse_args(words)
+        select_options(given_options(args), [find_benchmark(name) for name in args.names])
