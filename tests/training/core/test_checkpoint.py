@@ -119,7 +119,7 @@ def test_an_error_during_a_save_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_kill_during_a_save(tmp_path):
-    """kill -9 at four moments: the last complete checkpoint is found each time, and saving works again."""
+    """kill -9 at four moments: the last complete checkpoint is found each time, and a new save succeeds."""
     save(tmp_path, 5)
     script = textwrap.dedent("""
         import os, sys

@@ -1,4 +1,4 @@
-"""DeepSpeed on one CPU process: quiet, exact, and in step with plain torch at every ZeRO stage."""
+"""DeepSpeed on one CPU process: no output, and equal to plain torch at ZeRO 0 to 2."""
 
 import copy
 
@@ -15,7 +15,7 @@ OPTIMIZER = Optimizer(lr=1e-2, weight_decay=0.1, clip_grad=0.5)
 
 
 class Net(nn.Module):
-    """A matrix, a table of rows, a vector and a scalar: all kinds that the engine treats apart."""
+    """A matrix, a table of rows, a vector and a scalar: every kind that the engine handles differently."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ def process():
     deepspeed_engine.exit_process()
 
 
-def wrapped(stage=0, accumulation=1, dtype="fp32"):
+def build(stage=0, accumulation=1, dtype="fp32"):
     options = EngineOptions(zero_stage=stage, accumulation=accumulation, dtype=dtype)
     net = Net()
     return deepspeed_engine.build_engine(
@@ -67,8 +67,8 @@ def plain(steps, accumulation=1):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_every_stage_is_plain_torch(stage, accumulation, capfd):
-    trained, net = wrapped(stage, accumulation)
+def test_every_zero_stage_equals_plain_torch(stage, accumulation, capfd):
+    trained, net = build(stage, accumulation)
     losses, norms = [], []
     for step in range(4):
         for part in range(accumulation):
@@ -90,14 +90,14 @@ def test_every_stage_is_plain_torch(stage, accumulation, capfd):
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_gradients_may_be_asked_for_before_the_backward_pass(stage, accumulation):
-    """As the adaptive weight does: the update is the same as without asking."""
-    trained, net = wrapped(stage, accumulation)
+def test_autograd_grad_before_the_backward_pass(stage, accumulation):
+    """As the adaptive GAN weight does; the update is the same as without it."""
+    trained, net = build(stage, accumulation)
     for step in range(3):
         for part in range(accumulation):
             loss = deepspeed_engine.forward(trained, inputs(step, part))
-            (asked,) = torch.autograd.grad(loss, net.table, retain_graph=True)
-            assert asked.abs().sum() > 0
+            (gradient,) = torch.autograd.grad(loss, net.table, retain_graph=True)
+            assert gradient.abs().sum() > 0
             trained.backward(loss)
             deepspeed_engine.optimizer_step(trained)
     _, _, want = plain(3, accumulation)
@@ -106,7 +106,7 @@ def test_gradients_may_be_asked_for_before_the_backward_pass(stage, accumulation
 
 
 def test_learning_rate_follows_the_multiplier():
-    trained, net = wrapped()
+    trained, net = build()
     deepspeed_engine.set_lr_multiplier(trained, 0.0)
     before = copy.deepcopy(net.state_dict())
     trained.backward(trained(inputs(0)))
@@ -117,8 +117,8 @@ def test_learning_rate_follows_the_multiplier():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_rows_and_scalars_can_be_overwritten(stage):
-    """What is written survives the next step with rate 0: the fp32 master knows of it; moments start anew."""
-    trained, net = wrapped(stage)
+    """Written values survive a step of rate 0, so the fp32 master weights have them; moments start at 0."""
+    trained, net = build(stage)
     for step in range(2):
         trained.backward(trained(inputs(step)))
         deepspeed_engine.optimizer_step(trained)
@@ -137,7 +137,7 @@ def test_rows_and_scalars_can_be_overwritten(stage):
     trained.backward(trained(nothing))
     deepspeed_engine.optimizer_step(trained)
     moved = (net.table / kept - (1 - 1e-2 * 0.1)).abs()
-    assert moved[rows][values != 0].max() < 1e-5 < moved[~rows].max()  # the others go on by momentum
+    assert moved[rows][values != 0].max() < 1e-5 < moved[~rows].max()  # the others move by momentum
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "fp32"), (1, "bf16")])
@@ -151,12 +151,12 @@ def test_resume_is_exact(tmp_path, stage, dtype):
             losses.append(loss.item())
         return losses
 
-    trained, net = wrapped(stage, dtype=dtype)
+    trained, net = build(stage, dtype=dtype)
     whole = train(trained, range(6))
-    begun, _ = wrapped(stage, dtype=dtype)
-    losses = train(begun, range(3))
-    begun.save_checkpoint(str(tmp_path), tag="model", save_latest=False)
-    resumed, other = wrapped(stage, dtype=dtype)
+    started, _ = build(stage, dtype=dtype)
+    losses = train(started, range(3))
+    started.save_checkpoint(str(tmp_path), tag="model", save_latest=False)
+    resumed, other = build(stage, dtype=dtype)
     resumed.load_checkpoint(str(tmp_path), tag="model")
     losses += train(resumed, range(3, 6))
     assert losses == whole
@@ -165,7 +165,7 @@ def test_resume_is_exact(tmp_path, stage, dtype):
 
 
 def test_bf16_keeps_fp32_weights():
-    trained, net = wrapped(dtype="bf16")
+    trained, net = build(dtype="bf16")
     seen = []
     net.layer.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
     trained.backward(trained(inputs(0)))
@@ -180,7 +180,7 @@ def test_parameter_groups_follow_the_published_rule(numbers):
     assert found == {(0.02, 0.5, 2), (0.0, 0.5, 1), (0.02, 1.0, 3), (0.0, 1.0, 0)}
 
 
-def test_a_deepspeed_option_that_it_refuses_is_one_line():
+def test_an_invalid_deepspeed_option_is_one_line():
     options = EngineOptions(deepspeed={"train_batch_size": 7})
     with pytest.raises(UserError, match="DeepSpeed refuses") as error:
         deepspeed_engine.build_engine(
@@ -189,7 +189,7 @@ def test_a_deepspeed_option_that_it_refuses_is_one_line():
     assert "\n" not in str(error.value)
 
 
-def test_draws_are_keyed():
+def test_random_numbers_are_keyed():
     assert seeding.derive_seed(0, "a", 1) != seeding.derive_seed(0, "a", 2) != seeding.derive_seed(1, "a", 2)
     assert torch.equal(inputs(3), inputs(3)) and not torch.equal(inputs(3), inputs(4))
     seeding.seed_forward_pass(0, 5)

@@ -121,7 +121,7 @@ def test_autocast_is_reported():
 
 
 def test_moments_of_later_groups_need_the_second_link():
-    """`overwrite_rows` links again; without it the moments of the second group are unknown."""
+    """`overwrite_rows` links a second time: DeepSpeed misses the moments of the second group."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine = build(1)

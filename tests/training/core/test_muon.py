@@ -1,4 +1,4 @@
-"""Muon against torch's own, and who is moved by it."""
+"""Muon resumedst torch.optim.Muon, and which parameters it updates."""
 
 import copy
 
@@ -37,7 +37,7 @@ def train(net, optimizers, steps=4):
     return dict(net.named_parameters())
 
 
-def test_it_is_torchs_muon_beside_torchs_adamw():
+def test_equals_torch_muon_and_torch_adamw():
     settings = {"lr": 0.02, "weight_decay": 0.1}
     net = Net()
     groups = muon_groups(net, [{"params": list(net.parameters())}])
@@ -48,12 +48,12 @@ def test_it_is_torchs_muon_beside_torchs_adamw():
     muon = torch.optim.Muon(hidden, **settings, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     want = train(net, [muon, torch.optim.AdamW(rest, **settings, fused=True)])
     start = dict(Net().named_parameters())
-    for name, value in want.items():  # bf16 inside: the order of its roundings differs
+    for name, value in want.items():  # bf16 inside: the order of rounding differs
         moved = value - start[name]
         assert (found[name] - value).norm() < 0.05 * moved.norm(), name
 
 
-def test_singular_values_come_near_one():
+def test_singular_values_are_near_one():
     matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     for found in (orthogonalise(matrices), orthogonalise(matrices.mT)):
         values = torch.linalg.svdvals(found)
@@ -61,19 +61,19 @@ def test_singular_values_come_near_one():
     assert torch.equal(orthogonalise(matrices.mT), orthogonalise(matrices).mT)
 
 
-def test_a_run_goes_on_exactly():
+def test_resume_is_exact():
     def optimizer(net):
         return Muon(muon_groups(net, [{"params": list(net.parameters())}]), lr=0.02)
 
-    halves = Net()
-    first = optimizer(halves)
-    train(halves, [first], steps=4)
-    again = Net()
-    again.load_state_dict(halves.state_dict())
-    second = optimizer(again)
+    original = Net()
+    first = optimizer(original)
+    train(original, [first], steps=4)
+    resumed = Net()
+    resumed.load_state_dict(original.state_dict())
+    second = optimizer(resumed)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    want = train(halves, [first], steps=3)
-    found = train(again, [second], steps=3)
+    want = train(original, [first], steps=3)
+    found = train(resumed, [second], steps=3)
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 

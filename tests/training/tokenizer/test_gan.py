@@ -1,4 +1,4 @@
-"""Stage 1 with a discriminator: clock, exact resume, ranks, mistakes; and going on with other ranks."""
+"""The tokenizer stage with a GAN: schedule, exact resume, ranks, errors; resuming with other ranks."""
 
 import json
 import os
@@ -32,8 +32,8 @@ def rows(out):
     return [{k: v for k, v in row.items() if "second" not in k} for row in found]
 
 
-def test_clock(data):
-    """The weight rises, the blur fades over twice as many steps, the rate has a schedule of its own."""
+def test_gan_schedule(data):
+    """The weight ramps up, the blur fades over twice as many steps, the rate has its own schedule."""
     config = load_run_config(
         str(data / "config.yaml"),
         [
@@ -53,13 +53,13 @@ def test_clock(data):
     assert weights == pytest.approx([0, 0, 0, 0, 0.2, 0.4, 0.4, 0.4])
     assert blurs == pytest.approx([1, 1, 1, 1, 0.75, 0.5, 0.25, 0])
     assert rates == pytest.approx([0, 0, 0, 0, 0.5, 1.0, 0.55, 0.1])
-    copies = torch.zeros(8, 3, 32, 32)
+    reconstruction = torch.zeros(8, 3, 32, 32)
     gan.start_step(3)
     assert not any(
         v.any()
         for v in (
-            gan.generator_step(copies.sum(), copies, copies, range(8))
-            | gan.discriminator_step(copies, copies)
+            gan.generator_step(reconstruction.sum(), reconstruction, reconstruction, range(8))
+            | gan.discriminator_step(reconstruction, reconstruction)
         ).values()
     )
 
@@ -67,12 +67,12 @@ def test_clock(data):
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """An uninterrupted run of 8 steps with a discriminator from the third on."""
-    out = tmp_path_factory.mktemp("adversary") / "run"
+    out = tmp_path_factory.mktemp("gan") / "run"
     train(data, out, *PATCH)
     return out
 
 
-def test_it_joins_at_its_start_and_learns(data, whole):
+def test_the_gan_starts_at_its_step(data, whole):
     found = rows(whole)
     for row in found[:3]:
         assert row["adversarial_weight"] == row["discriminator"] == row["discriminator_grad_norm"] == 0
@@ -87,8 +87,8 @@ def test_it_joins_at_its_start_and_learns(data, whole):
 
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 0), (2, 1)])
-def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, stage, workers):
-    """With the discriminator, its moments and draws; at ZeRO 2 and with a worker against a run of its own."""
+def test_resume_is_bit_identical(data, whole, tmp_path, stage, workers):
+    """With the discriminator, its moments and views; ZeRO 2 and a worker against a run of their own."""
     more = []
     if (stage, workers) != (0, 0):
         options = f"zero_stage: {stage}, accumulation: 2, gradient_checkpointing: true, threads: 1"
@@ -154,10 +154,10 @@ def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, caps
 @pytest.mark.parametrize("stage", [0, 2])
 def test_two_ranks_are_one_process(data, dino_file, tmp_path, stage):
     """Steps with discriminator, entropy, augmentation, drop path and a part of the images decoded give the
-    same losses to 1e-4, until rounding, which depends on the processor, turns a code that is nearly a tie."""
-    judge = PATCH if stage == 0 else ["losses.adversarial=0.4", f"discriminator.weights={dino_file}"]
-    chance = ["model.num_hidden_layers=2", "model.drop_path_rate=0.4", "reconstruct_share=0.5"]
-    settings = [*judge, *chance, "steps=10", "log.images_every=0", "checkpoint.every=10"]
+    same losses to 1e-4, until rounding, which depends on the processor, flips a code that is nearly a tie."""
+    discriminator = PATCH if stage == 0 else ["losses.adversarial=0.4", f"discriminator.weights={dino_file}"]
+    drop = ["model.num_hidden_layers=2", "model.drop_path_rate=0.4", "reconstruct_share=0.5"]
+    settings = [*discriminator, *drop, "steps=10", "log.images_every=0", "checkpoint.every=10"]
     alone, both = tmp_path / "alone", tmp_path / "both"
     train(data, alone, *settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -186,7 +186,7 @@ def test_two_ranks_are_one_process(data, dino_file, tmp_path, stage):
 # ---- other ranks, other workers --------------------------------------------------------------------------
 
 
-def test_another_number_of_workers_is_refused_with_a_way_on(data, whole, tmp_path, capsys):
+def test_another_number_of_workers_is_refused_with_the_remedy(data, whole, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(data, whole, *PATCH, "data.workers=1")
     with pytest.raises(SystemExit):
@@ -199,12 +199,12 @@ def test_another_number_of_workers_is_refused_with_a_way_on(data, whole, tmp_pat
     assert [row["step"] for row in rows(out)] == [7, 8]
     assert rows(out)[0]["l2"] == pytest.approx(rows(whole)[6]["l2"], rel=0.2)
     assert rows(out)[0]["discriminator_lr"] == rows(whole)[6]["discriminator_lr"]
-    train(data, tmp_path / "again", *PATCH, f"resume_from={whole}/checkpoints/step-00000006", "stop_at=7")
-    train(data, tmp_path / "again", *PATCH, f"resume_from={whole}/checkpoints/step-00000006")
-    assert [row["step"] for row in rows(tmp_path / "again")] == [7, 8]
+    train(data, tmp_path / "other", *PATCH, f"resume_from={whole}/checkpoints/step-00000006", "stop_at=7")
+    train(data, tmp_path / "other", *PATCH, f"resume_from={whole}/checkpoints/step-00000006")
+    assert [row["step"] for row in rows(tmp_path / "other")] == [7, 8]
 
 
-def test_a_config_from_before_a_key_existed_goes_on(data, tmp_path):
+def test_a_config_without_a_newer_key_resumes(data, tmp_path):
     out = tmp_path / "run"
     train(data, out, "stop_at=3")
     old = (out / "config.yaml").read_text()
@@ -222,8 +222,8 @@ def test_profile(data, tmp_path):
     assert "Self CPU" in (out / "profile" / "steps-2-3.txt").read_text()
 
 
-def test_speed_is_told(data, tmp_path):
-    """Per row what was computed per second, and its share of the peak that the config names."""
+def test_speed_is_recorded(data, tmp_path):
+    """Each record has the FLOP/s and their share of the peak in the config."""
     out = tmp_path / "run"
     train(data, out, "stop_at=2", "log.peak_tflops=2.0")
     with open(out / "metrics.jsonl") as file:
@@ -262,7 +262,7 @@ def test_the_text_tower_is_counted_by_hand():
     assert half == pytest.approx((whole + none) / 2) and 0 < none < whole
 
 
-def test_broken_checkpoint_is_not_gone_on_from(data, whole, tmp_path):
+def test_a_damaged_checkpoint_is_not_resumed(data, whole, tmp_path):
     import shutil
 
     broken = tmp_path / "step-00000008"

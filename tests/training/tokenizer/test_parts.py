@@ -1,4 +1,4 @@
-"""Parts of stage 1 alone: images and chance per image, codebooks, averages, losses."""
+"""Parts of the tokenizer stage: crops, per-image random numbers, codebooks, EMA, losses."""
 
 import io
 import random
@@ -27,7 +27,7 @@ from open_unitok.training.tokenizer.dead_codes import (
 )
 
 
-def test_crop_boxes_keep_to_their_bounds():
+def test_crop_boxes_stay_in_bounds():
     rng = random.Random(0)
     for width, height in ((64, 48), (10, 300), (5, 5)):
         for _ in range(200):
@@ -39,7 +39,7 @@ def test_crop_boxes_keep_to_their_bounds():
     assert crop_box(64, 64, (1.0, 1.0), (1.0, 1.0), rng) == (0, 0, 64, 64)
 
 
-def test_a_image_of_the_right_size_is_taken_as_it_is(data):
+def test_whole_images_are_not_cropped(data):
     record = scan_tar(str(data / "pairs-0.tar")).samples[0]
     options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), captions="json")
     pair = PairDecoder(options, (32, 32), True)(record, random.Random(0))
@@ -68,21 +68,21 @@ def test_dead_codes_are_reset_to_latents(monkeypatch):
     )
     dead_codes = DeadCodes(quantizer, reset_after=2, last_step=6, seed=0)
     latents = torch.randn(4, 5, 6)
-    moved = []
+    resets = []
     for step in range(1, 13):
         quantizer(latents)
-        moved.append(dead_codes.reset_codes(step, None))
-    assert moved[0] is None and moved[1] is not None
-    assert all(mask is None for mask in moved[6:])  # only in the first half
+        resets.append(dead_codes.reset_codes(step, None))
+    assert resets[0] is None and resets[1] is not None
+    assert all(mask is None for mask in resets[6:])  # not after last_step
     chunks = torch.nn.functional.normalize(latents.view(20, 2, 3), dim=-1)
-    values = quantizer.codebooks.detach()[moved[1]]
+    values = quantizer.codebooks.detach()[resets[1]]
     best = torch.stack([(values @ chunks[:, k].T).max(-1).values for k in (0, 1)]).max(0).values
     assert (best > 0.999).all()
     used, perplexity = usage_and_perplexity(quantizer.usage)
     assert len(used) == 2 and all(0 < u <= 100 for u in used) and all(1 <= p <= 8 for p in perplexity)
 
 
-def test_averages_follow_and_swap():
+def test_ema_updates_and_swaps():
     layer = torch.nn.Linear(2, 2)
     ema = EMA(layer, 0.5)
     before = layer.weight.detach().clone()
@@ -101,7 +101,7 @@ def test_contrastive_loss_is_clip_loss_by_hand():
     torch.testing.assert_close(found, want)
 
 
-def test_weights_of_zero_leave_losses_out():
+def test_a_weight_of_zero_omits_a_loss():
     weights = LossWeights(lpips=0.0, l1=0.0, clip=0.0).by_name()
     losses = {"l1": torch.tensor(float("inf")), "l2": torch.tensor(2.0), "vq": torch.tensor(3.0)}
     assert tokenizer_losses.weighted_sum(losses, weights) == 5.0
@@ -120,7 +120,7 @@ def test_the_same_images_are_decoded_however_a_batch_is_split():
     assert order_decoded_first(10, 0.11)[1] == 2  # rounded up
 
 
-def test_an_image_has_its_own_drop_path():
+def test_drop_path_noise_belongs_to_the_image():
     one = seeding.uniform_per_sample((2, 3), [4, 9], 0, "drop path", 5)
     assert one.shape == (2, 3, 2) and torch.equal(
         one[..., 1:], seeding.uniform_per_sample((2, 3), [9], 0, "drop path", 5)

@@ -1,4 +1,4 @@
-"""Stage 1 on tiny images: exact resume, what is left behind, codebooks in use, refusals."""
+"""The tokenizer stage on tiny images: exact resume, outputs of a run, errors."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def same_weights(one, two):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_what_a_run_leaves_behind(whole):
+def test_outputs_of_a_run(whole):
     assert {p.name for p in whole.iterdir()} == {
         *("config.yaml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "model")
     }
@@ -75,8 +75,8 @@ def test_what_a_run_leaves_behind(whole):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, accumulation):
-    """Losses, weights, averages, restarts, crops, captions, drop path: all as if never stopped."""
+def test_resume_is_bit_identical(data, whole, tmp_path, accumulation):
+    """Losses, weights, EMA, dead-code resets, crops, captions and drop path equal an uninterrupted run."""
     if accumulation > 1:
         whole = tmp_path / "whole"
         train(data, whole, "engine.accumulation=2")
@@ -89,8 +89,8 @@ def test_four_and_four_are_eight_bit_for_bit(data, whole, tmp_path, accumulation
     assert any(row["skipped"] == 0 for row in rows(out))
 
 
-def test_rows_over_several_steps_go_on_too(data, whole, tmp_path):
-    """Stopped between two rows, the next row still is the mean since the last one."""
+def test_records_of_several_steps_resume(data, whole, tmp_path):
+    """After a stop between two records, the next one is still the mean since the last one."""
     for out, stops in ((tmp_path / "whole", [[]]), (tmp_path / "run", [["stop_at=4"], []])):
         for stop in stops:
             train(data, out, "log.every=3", *stop)
@@ -98,7 +98,7 @@ def test_rows_over_several_steps_go_on_too(data, whole, tmp_path):
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
-def test_rows_after_the_checkpoint_are_dropped_after_a_kill(data, whole, tmp_path):
+def test_records_after_the_checkpoint_are_dropped_after_a_kill(data, whole, tmp_path):
     out = tmp_path / "run"
     train(data, out, "stop_at=3")
     with open(out / "metrics.jsonl", "a") as file:
@@ -107,7 +107,7 @@ def test_rows_after_the_checkpoint_are_dropped_after_a_kill(data, whole, tmp_pat
     assert rows(out) == rows(whole)
 
 
-def test_a_finished_run_says_so_at_once(data, whole, capsys):
+def test_a_finished_run_is_recognised_at_once(data, whole, capsys):
     started = time.perf_counter()
     train(data, whole)
     assert time.perf_counter() - started < 1
@@ -125,8 +125,8 @@ def test_the_loss_falls_on_one_batch(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_batch_is_learnt_by_heart(data, tmp_path):
-    """Twenty images of noise, rebuilt to a mean square error of 0.04 (of a range of 2): 20 dB."""
+def test_one_batch_can_be_overfitted(data, tmp_path):
+    """Twenty images are reconstructed to a mean squared error of 0.04 (of a range of 2): 20 dB."""
     same = ["steps=300", "batch_size=20", "images.crop_scale=[1.0,1.0]", "images.crop_ratio=[1.0,1.0]"]
     alone = ["losses.entropy=0", "losses.clip=0", "ema=null", "data.shuffle=1", "decoder_init=kaiming"]
     settings = ["optimizer.lr=3e-3", "optimizer.weight_decay=0", "checkpoint.every=300", "log.every=50"]
@@ -160,13 +160,13 @@ def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_nan_stops_with_every_value_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
+def test_nan_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
     original = tokenizer_losses.reconstruction_losses
     calls = []
 
-    def poisoned(copies, pixels):
+    def poisoned(reconstruction, pixels):
         calls.append(1)
-        losses = original(copies, pixels)
+        losses = original(reconstruction, pixels)
         return {**losses, "l2": losses["l2"] * float("nan")} if len(calls) == 5 else losses
 
     monkeypatch.setattr("open_unitok.training.tokenizer.train.reconstruction_losses", poisoned)
@@ -187,7 +187,7 @@ def test_another_config_is_refused(data, whole, capsys):
     assert "optimizer.lr: 0.002 -> 0.001" in capsys.readouterr().err
 
 
-def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
+def test_frozen_parts_keep_the_weights_of_init_from(data, whole, tmp_path):
     out = tmp_path / "run"
     start = [
         f"init_from={whole}/model",
@@ -211,7 +211,7 @@ def test_frozen_parts_stay_and_weights_are_taken_over(data, whole, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.slow
-def test_a_signal_saves_and_the_same_command_goes_on(data, whole, tmp_path, number):
+def test_a_signal_saves_and_the_same_command_resumes(data, whole, tmp_path, number):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "open_unitok", "train", str(data / "config.yaml"), f"out={out}"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -220,7 +220,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, whole, tmp_path, numb
         assert process.poll() is None
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
-    if process.returncode:  # it may have been faster than the signal
+    if process.returncode:  # the run may have finished before the signal
         assert process.returncode == (143 if number == signal.SIGTERM else 130)
         assert "run the same command again" in error
         assert subprocess.run(command).returncode == 0
@@ -229,8 +229,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(data, whole, tmp_path, numb
 
 
 @pytest.mark.slow
-def test_kill_and_go_on(data, whole, tmp_path):
-    """kill -9 as soon as a checkpoint stands; the next run reaches the same end."""
+def test_resume_after_a_kill(data, whole, tmp_path):
+    """kill -9 as soon as a checkpoint exists; the next run ends with the same weights."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "open_unitok", "train", str(data / "config.yaml"), f"out={out}"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
@@ -244,7 +244,7 @@ def test_kill_and_go_on(data, whole, tmp_path):
     assert same_weights(out / "model", whole / "model")
 
 
-KILLED_IN_THE_SECOND_SAVE = """
+KILLED_DURING_THE_SECOND_SAVE = """
 import os, signal, sys
 from open_unitok.cli.main import main
 from open_unitok.training.core import checkpoint
@@ -253,7 +253,7 @@ from open_unitok.training.tokenizer import train as tokenizer_stage
 where, calls = sys.argv[1], []
 module, name = {
     "weights": (tokenizer_stage, "save_model"),  # half a file of weights is there
-    "sealing": (checkpoint, "write_manifest"),  # all files but the manifest
+    "manifest": (checkpoint, "write_manifest"),  # all files but the manifest
     "renaming": (os, "replace"),  # the manifest too, under its temporary name
 }[where]
 original = getattr(module, name)
@@ -273,12 +273,12 @@ main(sys.argv[2:])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("where", ["weights", "sealing", "renaming"])
-def test_kill_in_the_middle_of_a_save(data, whole, tmp_path, where):
-    """kill -9 while the second checkpoint is written: the next start goes on from the first one, exactly."""
+@pytest.mark.parametrize("where", ["weights", "manifest", "renaming"])
+def test_kill_during_a_save(data, whole, tmp_path, where):
+    """kill -9 while the second checkpoint is written: the next call resumes from the first one, exactly."""
     out = tmp_path / "run"
     arguments = ["train", str(data / "config.yaml"), f"out={out}"]
-    killed = subprocess.run([sys.executable, "-c", KILLED_IN_THE_SECOND_SAVE, where, *arguments])
+    killed = subprocess.run([sys.executable, "-c", KILLED_DURING_THE_SECOND_SAVE, where, *arguments])
     assert killed.returncode == -signal.SIGKILL
     assert sorted(os.listdir(out / "checkpoints")) == [".step-00000006.tmp", "step-00000003"]
     train(data, out)
@@ -290,7 +290,7 @@ def test_kill_in_the_middle_of_a_save(data, whole, tmp_path, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_are_one_process(data, tmp_path, stage):
-    """The same global batches give the same losses; both ranks stop, go on and finish together."""
+    """The same global batches give the same losses; both ranks stop, resume and finish together."""
     settings = ["model.num_hidden_layers=2", "log.images_every=0"]
     alone, both = tmp_path / "alone", tmp_path / "both"
     train(data, alone, *settings)
