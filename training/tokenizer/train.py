@@ -48,7 +48,7 @@ class TrainState:
     gan: GAN | None
     dead_codes: DeadCodes
     ema: EMA | None
-    batches: Any  # the data loader
+    loader: Any  # of this rank's micro-batches
     captions: Any  # the tokenizer of captions, or None
 
 
@@ -56,11 +56,18 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     """Train from the start, or from the last checkpoint, to the end; leaves OUT/model."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)
-    log = MetricLogger(run_dir, config.steps, config.log.every, config.batch_size, "tokenizer")
-    state = build_train_state(config, run_dir, device, checkpoints, log)
+    latest = checkpoints.latest()
+    other = Path(config.resume_from) if config.resume_from and latest is None else None
+    state = build_train_state(config, run_dir, device, new=latest is None and other is None)
+    log = build_logger(config, run_dir, state)
+    if latest is not None:
+        resume(state, latest, checkpoints, log)
+    elif other is not None:
+        resume_from_other_ranks(state, other, log)
+    log.info(f"steps {state.step} to {config.last_step}, {config.batch_size} images each")
     state.model.train()
     log.start(state.step)
-    batches = read_batches(state.batches)
+    batches = read_batches(state.loader)
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
@@ -200,19 +207,13 @@ def sample_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]
         blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
 
 
-# ---- building, saving ------------------------------------------------------------------------------------
+# ---- building, resuming, saving --------------------------------------------------------------------------
 
 
 def build_train_state(
-    config: TokenizerRunConfig,
-    run_dir: RunDir,
-    device: torch.device,
-    checkpoints: Checkpoints,
-    log: MetricLogger,
+    config: TokenizerRunConfig, run_dir: RunDir, device: torch.device, new: bool
 ) -> TrainState:
-    """Models, data, engines and their state at the start, at the last checkpoint, or at `resume_from`."""
-    latest = checkpoints.latest()
-    other = Path(config.resume_from) if config.resume_from and latest is None else None
+    """Models, data and engines at step 0; `new`: no checkpoint will replace the weights."""
     micro_batch = config.micro_batch(distributed.world_size())
 
     # 1. models
@@ -226,55 +227,65 @@ def build_train_state(
     pairs = (config.data, config.images, image_shape, captions is not None, config.seed)
     stream = build_pair_stream(*pairs, micro_batch, distributed.rank(), distributed.world_size())
     collate = PairCollate(captions, config.reconstruct_share)
+    loader = build_loader(stream, collate)
     run_dir.record_facts(data=stream.fingerprint())
 
-    # 3. codebooks on encoder outputs, before an engine copies the weights
-    if latest is None and other is None and config.codebooks.init_images:
-        log.info(f"initialising codebooks on encoder outputs of {config.codebooks.init_images} images")
+    # 3. codebooks: initialised before the engine copies the weights; dead codes are reset in training
+    if new and config.codebooks.init_images:
         sample = collate([pair for pair, _ in build_pair_stream(*pairs, config.codebooks.init_images).take()])
         init_codebooks(model, pixels_from_uint8(sample["image"], device), config.seed)
+    last_reset = round(config.codebooks.reset_share * config.steps)
+    dead_codes = DeadCodes(model.quantizer, config.codebooks.reset_after, last_reset, config.seed)
 
-    # 4. engine, dead-code reset, averaged weights
+    # 4. engine and averaged weights
     groups = deepspeed_engine.parameter_groups(model, config.optimizer.weight_decay, config.lr_factors)
     engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
     if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
         model.quantizer.average_over_ranks = mean_over_ranks
-    last_reset = round(config.codebooks.reset_share * config.steps)
-    dead_codes = DeadCodes(model.quantizer, config.codebooks.reset_after, last_reset, config.seed)
     ema = EMA(model, config.ema) if config.ema else None
+    return TrainState(0, device, model, engine, lpips, gan, dead_codes, ema, loader, captions)
 
-    # 5. a checkpoint's state, if there is one
-    engines = _engines(engine, gan)
-    saved = None
-    if other is not None:
-        rank_states = load_weights_only(other, engines)
-        stream.skip_started_tars([saved["batches"] for saved in rank_states])
-        saved = rank_states[0]
-    batches = build_loader(stream, collate)
-    if latest is not None:
-        saved = checkpoints.restore(latest, engines, key="resume_from")
-        batches.load_state_dict(saved["batches"])
-        log.load_state_dict(saved["log"])
-    if saved is not None:
-        dead_codes.load_state_dict(saved["dead_codes"])
-        if ema:
-            ema.load(latest or other)
-        log.info(f"resuming after step {saved['step']} ({latest or other})")
-    step = saved["step"] if saved else 0
 
+def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState) -> MetricLogger:
+    """The metric logger, with the FLOPs of one image."""
+    log = MetricLogger(run_dir, config.steps, config.log.every, config.batch_size, "tokenizer")
     if distributed.is_main():
+        micro_batch = config.micro_batch(distributed.world_size())
         share = order_decoded_first(micro_batch, config.reconstruct_share)[1] / micro_batch
-        per_sample = flops.tokenizer_flops(model.config, captions is not None, share)
-        log.set_flops(per_sample, config.log.peak_tflops or flops.peak_tflops(device))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    images = f"{config.batch_size} images each"
-    log.info(f"{trained:.1f} M trained parameters, steps {step} to {config.last_step}, {images}")
-    return TrainState(step, device, model, engine, lpips, gan, dead_codes, ema, batches, captions)
+        per_sample = flops.tokenizer_flops(state.model.config, state.captions is not None, share)
+        log.set_flops(per_sample, config.log.peak_tflops or flops.peak_tflops(state.device))
+    trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
+    log.info(f"{trained / 1e6:.1f} M trained parameters")
+    return log
 
 
-def _engines(engine: Any, gan: GAN | None) -> dict[str, Any]:
-    """Names of the engines in a checkpoint."""
-    return {"tokenizer": engine, **({"discriminator": gan.engine} if gan else {})}
+def resume(state: TrainState, checkpoint: Path, checkpoints: Checkpoints, log: MetricLogger) -> None:
+    """Continue exactly after a checkpoint of this run."""
+    saved = checkpoints.restore(checkpoint, _engines(state), key="resume_from")
+    state.loader.load_state_dict(saved["batches"])
+    log.load_state_dict(saved["log"])
+    _load_saved(state, saved, checkpoint, log)
+
+
+def resume_from_other_ranks(state: TrainState, checkpoint: Path, log: MetricLogger) -> None:
+    """Continue at the step of a run with other ranks or workers: without moments, without started tars."""
+    rank_states = load_weights_only(checkpoint, _engines(state))
+    state.loader.dataset.skip_started_tars([saved["batches"] for saved in rank_states])
+    _load_saved(state, rank_states[0], checkpoint, log)
+
+
+def _load_saved(state: TrainState, saved: dict[str, Any], checkpoint: Path, log: MetricLogger) -> None:
+    state.step = saved["step"]
+    state.dead_codes.load_state_dict(saved["dead_codes"])
+    if state.ema:
+        state.ema.load(checkpoint)
+    log.info(f"resuming after step {state.step} ({checkpoint})")
+
+
+def _engines(state: TrainState) -> dict[str, Any]:
+    """The engines by their names in a checkpoint."""
+    gan = {"discriminator": state.gan.engine} if state.gan else {}
+    return {"tokenizer": state.engine, **gan}
 
 
 def save_checkpoint(
@@ -282,12 +293,11 @@ def save_checkpoint(
 ) -> None:
     """Write checkpoints/step-XXXXXXXX: a model folder, the engines, and what this rank needs to resume."""
     own = {
-        "batches": state.batches.state_dict(),
+        "batches": state.loader.state_dict(),
         "log": log.state_dict(),
         "dead_codes": state.dead_codes.state_dict(),
     }
-    engines = _engines(state.engine, state.gan)
-    checkpoints.save(state.step, lambda path: save_model(path, state, config), engines, own)
+    checkpoints.save(state.step, lambda path: save_model(path, state, config), _engines(state), own)
 
 
 def save_model(path: Path, state: TrainState, config: TokenizerRunConfig) -> None:
