@@ -253,7 +253,7 @@ class ShardStream(IterableDataset):
         """Continue, tar by tar, where readers of another number of ranks or workers stopped.
 
         Their epoch continues without the tars that any of them had started; samples left in their shuffle
-        buffers are not seen in that epoch. Call it before `build_loader`.
+        buffers are not seen in that epoch. Call it before the first batch.
 
         Args:
             states: their loaders' states, in any nesting.
