@@ -138,9 +138,11 @@ def _understanding_headlines(run: DemoRun) -> list[Headline]:
 
 def _generation_headlines(run: DemoRun) -> list[Headline]:
     rows = _headline(
-        run, "geneval", SINGLE_OBJECTS, "Single objects: colour, shape, number", tile="single objects"
+        run, "geneval", SINGLE_OBJECTS, "Single objects: colour, shape and number", tile="single objects"
     )
-    rows += _headline(run, "positions", "position", "Single objects: and position", tile="at the position")
+    rows += _headline(
+        run, "positions", "position", "Single objects: also the position", tile="at the position"
+    )
     rows += _headline(run, "positions", HELD_OUT, "  held-out pairs")
     details = run.details("geneval")
     ceiling = _ceiling(details.get("ceiling_overall"))

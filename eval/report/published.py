@@ -1,7 +1,7 @@
-"""Published numbers, to stand beside one's own: {benchmark: {metric: {model: value}}}; shares, or MME points.
+"""Published numbers for comparison: {benchmark: {metric: {model: value}}}; fractions, or MME points.
 
-UniTok's own paper first (arXiv 2502.20321), then systems of its kind, as their papers give them. Splits and
-recipes are those of README.md here; VQAv2 is test-dev, which only the challenge server scores.
+UniTok's paper first (arXiv 2502.20321), then other unified models, as their papers report them. Splits and
+prompt templates are those of eval/README.md; VQAv2 is test-dev, which only the challenge server scores.
 """
 
 PAPER = "UniTok (paper)"

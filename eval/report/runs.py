@@ -68,7 +68,7 @@ def main_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
     columns = ("benchmark", *(run.name for run in runs), PAPER, "other models")
     note = (
         "95 % bootstrap intervals below the values. ✗: not comparable with published numbers; the reason "
-        "stands in the benchmark's section."
+        "is given in the benchmark's section."
     )
     return section("Main metrics", note, page.html_table(columns, rows, range(1, len(runs) + 2)))
 
@@ -98,7 +98,9 @@ def result_note(result: Record) -> str:
     """Counts, split, prompt template, scorer and decoding of a result, and its problems."""
     names = ("n", "missing", "failed", "split", "prompt_template", "scorer", "decoding")
     facts = {name: result.get(name) for name in names}
-    line = ", ".join(f"{name} {escape(value)}" for name, value in facts.items() if value is not None)
+    line = ", ".join(
+        f"{name.replace('_', ' ')} {escape(value)}" for name, value in facts.items() if value is not None
+    )
     problems = list(result["problems"])
     if not result.get("comparable", True):
         problems.insert(0, f"not comparable with published numbers: {result['not_comparable_reason']}")
