@@ -1,6 +1,6 @@
 """Speed of image and text generation, each as a ratio to a baseline in the same run.
 
-    python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 3 minutes on two cores
+    python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 10 minutes on two cores
     python benchmarks/generation.py --agreement MODEL   # codes of bf16 and int8 against fp32, teacher-forced
     python benchmarks/generation.py --gpu                                # the 7B shape on a CUDA device
 
@@ -18,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from torch import nn
 from open_unitok import Pipeline, UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_image_codes
 from open_unitok.generation.backends import BACKENDS, choose_backend
+from open_unitok.generation.backends.cuda_graph import CudaGraph
 from open_unitok.generation.backends.native import Native
 from open_unitok.generation.sampling import apply_guidance
 
@@ -52,6 +53,8 @@ IMAGE_PARTS = {
     "bf16_1": (1, "bf16", 256),
     "int8_1": (1, "int8", 256),
     "eager_1": (1, "eager", 40),  # without the C++ backend
+    "compiled_1": (1, "compiled", 64),  # torch.compile in its place; minutes to compile
+    "compiled_bf16_1": (1, "compiled_bf16", 64),
     "baseline_8": (8, "baseline", 64),  # as many as the others, so that peak memory compares
     "fp32_8": (8, "fp32", 64),
     "bf16_8": (8, "bf16", 64),
@@ -129,10 +132,12 @@ def measure_machine() -> dict[str, Any]:
 
 def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
     """Milliseconds per visual token of greedy decoding with guidance, the codes, and peak memory in MB."""
-    if precision == "eager":
+    if precision.startswith(("eager", "compiled")):
         os.environ["UNITOK_NATIVE"] = "0"
+    if precision.startswith("compiled"):
+        BACKENDS["eager"] = Compiled
     model = benchmark_model()
-    if precision == "bf16":
+    if precision.endswith("bf16"):
         model = model.to(torch.bfloat16)
     prompts = [[*PROMPT, i, 3] for i in range(images)]
     if precision == "baseline":
@@ -160,6 +165,14 @@ def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
         "weights": dict(zip(("decoder", "embedder", "depth"), weights_per_token(model))),
         "profile_ms": {name: statistics.median(ms) for name, ms in backend_times.items() if ms},
     }
+
+
+class Compiled(CudaGraph):
+    """The torch backend as a user would speed it up on a CPU: static caches, the whole step (decoder, K depth
+    steps, sampling) under torch.compile."""
+
+    def compile_step(self, step: Callable[[], None], counters: Sequence[torch.Tensor]) -> Callable[[], None]:
+        return torch.compile(step, dynamic=False)
 
 
 def time_native_backend() -> dict[str, list[float]]:
@@ -327,13 +340,13 @@ def image_line(part: str, results: dict[str, Any]) -> str:
     """Time, ratio to the baseline, the time to read the weights once ("floor"), memory, equality of codes."""
     images, precision, _ = IMAGE_PARTS[part]
     now, base, machine = results[part], results.get(f"baseline_{images}"), results.get("machine")
-    num_bytes = sum(now["weights"].values()) * {"bf16": 2, "int8": 1}.get(precision, 4)
+    num_bytes = sum(now["weights"].values()) * {"bf16": 2, "int8": 1}.get(precision.removeprefix("compiled_"), 4)
     floor = num_bytes / machine["memory_gb_s"] / 1e6 if machine else float("nan")
     ratio = base["ms"] / now["ms"] if base else float("nan")
     count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
     same = base and all(a[:count] == b[:count] for a, b in zip(now["codes"], base["codes"]))
     return (
-        f"{part:12} {now['ms']:8.2f} {ratio:6.2f} {floor:7.2f} {now['ms'] / floor:5.2f} "
+        f"{part:15} {now['ms']:8.2f} {ratio:6.2f} {floor:7.2f} {now['ms'] / floor:5.2f} "
         f"{now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
     )
 
