@@ -340,7 +340,8 @@ def image_line(part: str, results: dict[str, Any]) -> str:
     """Time, ratio to the baseline, the time to read the weights once ("floor"), memory, equality of codes."""
     images, precision, _ = IMAGE_PARTS[part]
     now, base, machine = results[part], results.get(f"baseline_{images}"), results.get("machine")
-    num_bytes = sum(now["weights"].values()) * {"bf16": 2, "int8": 1}.get(precision.removeprefix("compiled_"), 4)
+    bytes_per_weight = {"bf16": 2, "compiled_bf16": 2, "int8": 1}.get(precision, 4)
+    num_bytes = sum(now["weights"].values()) * bytes_per_weight
     floor = num_bytes / machine["memory_gb_s"] / 1e6 if machine else float("nan")
     ratio = base["ms"] / now["ms"] if base else float("nan")
     count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
