@@ -15,7 +15,7 @@ COMMA = {
     "m4c": re.compile(r"(?<=\d),+(?=\d)"),
 }
 # The published pattern tries to look behind with "(?!<=\d)", which forbids the literal text "<=" after the
-# period's place and so always passes: a period goes unless a digit follows it.
+# period's place and so always passes: a period is removed unless a digit follows it.
 PERIOD = re.compile(r"\.(?!\d)")
 MOST_PERIODS = 32  # the published call passes re.UNICODE where the count belongs
 NUMBERS = {
@@ -38,14 +38,14 @@ def contractions() -> dict[str, str]:
 
 
 def one_line(text: str) -> str:
-    """Newlines and tabs become blanks; outer blanks go."""
+    """Newlines and tabs become blanks; outer blanks are stripped."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str, comma: str = "official") -> str:
     """Delete or blank out punctuation and periods that no digit follows; `comma` picks the digit-comma rule.
 
-    The tests look at the text as given, the replacements act on the running text.
+    Conditions are evaluated on the original text, replacements act on the current one.
     """
     result, digits_around_comma = text, COMMA[comma].search(text) is not None
     for mark in PUNCTUATION:
@@ -55,7 +55,7 @@ def strip_punctuation(text: str, comma: str = "official") -> str:
 
 
 def unify_words(text: str) -> str:
-    """Lower-case; number words to digits, articles away, contractions spelled with their apostrophe."""
+    """Lower-case; number words to digits, articles removed, contractions spelled with an apostrophe."""
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     table = contractions()
     return " ".join(table.get(word, word) for word in words if word not in ARTICLES)
@@ -68,7 +68,7 @@ def normalise(text: str, comma: str = "official") -> str:
 
 
 def word_tokenize(text: str) -> str:
-    """The step that the M4C/EvalAI processor of TextVQA and VizWiz puts in front."""
+    """The first step of the M4C/EvalAI processor of TextVQA and VizWiz."""
     return text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
 
 

@@ -9,7 +9,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .benchmark import Options, Record, Sample, Task
 from .image_files import Base64Image, read_sample_image, save_base64_image
 
-# What stands around a question, by name. All but "plain" are those of published runs.
+# Templates around a question, by name. All but "plain" are those of published runs.
 PROMPT_TEMPLATES = {
     "short": "{}\nAnswer the question using a single word or phrase.",
     "letter": "{}\nAnswer with the option's letter from the given choices directly.",

@@ -116,7 +116,7 @@ class Benchmark:
         module: the benchmark's file below `open_unitok.eval`, such as "understanding.pope".
         needs: "tokenizer"; "mllm", which answers; or "generator", an MLLM or images of another system.
         files: patterns below the data folder; a match means that the benchmark is there (for `all`).
-        options: its own, beside those that every benchmark has.
+        options: its own, in addition to those of every benchmark.
         scorers: the variants of its scorer, the default first.
     """
 
@@ -166,7 +166,7 @@ COMMON_OPTIONS = (
 
 
 def malformed_sample(index: int, name: Any, error: object, image: Path | None = None) -> Sample:
-    """In the place of a malformed annotation: a sample that is not answered and counts as wrong.
+    """Stands in for a malformed annotation: it is not answered and counts as wrong.
 
     Args:
         name: the entry's id where it can be read; otherwise the sample gets a number, "#7".

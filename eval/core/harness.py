@@ -1,7 +1,7 @@
 """Runs and scores a benchmark: answers go to JSON lines, are resumed by key and scored only when complete.
 
-A record is keyed by (benchmark, sample index, hash of prompt and image name); the benchmark's own id stands
-beside it, since ids repeat in some benchmarks. Duplicate, missing and unknown records are found before
+A record is keyed by (benchmark, sample index, hash of prompt and image name); the benchmark's own id is
+stored too, but ids repeat in some benchmarks. Duplicate, missing and unknown records are found before
 scoring.
 """
 

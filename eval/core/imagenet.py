@@ -80,7 +80,7 @@ def _by_table(folder: Path, table: Path) -> LabelledImages:
 
 
 def _by_class_file(shard: Path) -> LabelledImages:
-    """A tar with a .cls file beside every image."""
+    """A tar with a .cls file for every image."""
     result: LabelledImages = []
     last = len(imagenet_classes()) - 1
     for image in tar_members(shard, IMAGE_SUFFIXES):

@@ -34,7 +34,7 @@ class Reconstructions(NamedTuple):
     decoded: np.ndarray
     codes: np.ndarray
     codebook_size: int  # V
-    reencoded: np.ndarray | None = None  # the codes of the reconstructions, if asked for
+    reencoded: np.ndarray | None = None  # the codes of the reconstructions, on request
 
 
 class Model:
@@ -63,7 +63,7 @@ class Model:
             find_crop(crop)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.kind = model_kind(self.folder)
-        # the model's own settings, and over them those that were asked for
+        # the model's own settings, and over them those of the command line
         self.sampling = dataclasses.replace(Sampling.from_folder(self.folder), **(sampling or {}))
         self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
         self._unitok = self._pipeline = self._captions = None

@@ -70,16 +70,16 @@ def load(data: Path, settings: Options) -> Task:
             questions[name], broken[name] = _MALFORMED, error
     if layout == "original":
         template, file = choose_prompt_template(settings, "short"), path
-        asked = [
+        entries = [
             (name, PROMPT_TEMPLATES[template].format(row["question"])) for name, row in questions.items()
         ]
     else:
         file = find_file(data, _LLAVA, "LLaVA question file", settings.split)
-        template, asked = f"as in {file.name}", []
+        template, entries = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
             name = str(row["question_id"]) if good else f"#{i}"
-            asked.append((name, row["text"] if good else ""))
+            entries.append((name, row["text"] if good else ""))
             if name not in questions:
                 reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
                 questions[name], broken[name] = _MALFORMED, reason if good else row
@@ -88,7 +88,7 @@ def load(data: Path, settings: Options) -> Task:
         malformed_sample(i, name, broken[name])
         if name in broken
         else Sample(i, name, prompt, image_path(folders, f"{questions[name]['imageId']}.jpg"))
-        for i, (name, prompt) in enumerate(asked[: settings.limit])
+        for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     split = path.stem.removesuffix("_questions")
     tier = split.removesuffix("_balanced").removesuffix("_all")

@@ -1,6 +1,6 @@
 """MMBench: the released table, letters read from answers without a judge model, circular accuracy.
 
-A question is asked once per rotation of its options (index = base + r * 1,000,000) and counts only if all
+A question occurs once per rotation of its options (index = base + r * 1,000,000) and counts only if all
 rotations are right. Scorer `static`: a letter that stands alone or in one of twelve notations, else the only
 option whose text occurs, else the first option letter in the answer. The official server asks a language
 model where the first two rules fail.
@@ -47,14 +47,14 @@ class MmbenchQuestion(NamedTuple):
     answer: str
     category: str
     group: str
-    malformed: str = ""  # why its row is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its row cannot be used: it is not answered and counts as wrong
 
 
 answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per row. LLaVA reads the same table; `mmbench_dev_cn_...` is asked in Chinese.
+    """One sample per row. LLaVA reads the same table; `mmbench_dev_cn_...` gets the Chinese prompt template.
 
     A row without number, question or option is malformed, and its question wrong in every rotation.
 
@@ -70,9 +70,9 @@ def load(data: Path, settings: Options) -> Task:
         if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the image
             image = first.get(int(image), "")
         encoded = Base64Image(f"{_base_index(q)}.jpg", image)
-        asked = Sample(i, q.index, PROMPT_TEMPLATES[template].format(mmbench_prompt(q)), encoded)
+        sample = Sample(i, q.index, PROMPT_TEMPLATES[template].format(mmbench_prompt(q)), encoded)
         samples.append(
-            malformed_sample(i, q.index if q.index >= 0 else None, q.malformed) if q.malformed else asked
+            malformed_sample(i, q.index if q.index >= 0 else None, q.malformed) if q.malformed else sample
         )
     return Task(
         require_mostly_valid(samples, path),
@@ -86,7 +86,7 @@ def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], l
 
     A row without an answer is malformed where others have one; where none has, it is a test set.
     """
-    csv.field_size_limit(2**31 - 1)  # images stand in cells
+    csv.field_size_limit(2**31 - 1)  # cells hold images as base64
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         if missing := {"index", "question", "A", "B", "image", "category"} - set(reader.fieldnames or ()):
@@ -110,7 +110,7 @@ def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], l
 
 
 def _base_index(question: MmbenchQuestion) -> int:
-    """The number that a question's rotations share; a negative one stands for a row without a number."""
+    """The index shared by a question's rotations; a row without an index has a negative one."""
     return question.index % ROTATION_STEP if question.index >= 0 else question.index
 
 
@@ -188,7 +188,7 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Circular accuracy per question, category and group; `vanilla` looks at the unrotated row alone."""
+    """Circular accuracy per question, category and group; `vanilla` is the accuracy of unrotated rows."""
     questions: list[MmbenchQuestion] = task.truth
     texts = answer_texts(records)
     chosen = [chosen_letter(texts.get(s.index, ""), q.options) for s, q in zip(task.samples, questions)]
@@ -270,7 +270,7 @@ def _write_xlsx(path: Path, rows: Sequence[Sequence[Any]]) -> None:
         for j, value in enumerate(row, 1):
             cell = sheet.cell(i, j, _FORBIDDEN.sub("", value) if isinstance(value, str) else value)
             if isinstance(value, str):
-                cell.data_type = "s"  # an answer that begins with "=" is text, not a formula
+                cell.data_type = "s"  # an answer that starts with "=" is text, not a formula
     saved, fixed = io.BytesIO(), io.BytesIO()
     book.save(saved)
     # openpyxl writes the time of saving into the zip entries and into docProps/core.xml

@@ -42,7 +42,7 @@ class MmeQuestion(NamedTuple):
     image: Path
     question: str
     label: str
-    malformed: str = ""  # why its line is malformed: it is not asked and counts as wrong
+    malformed: str = ""  # why its line cannot be used: it is not answered and counts as wrong
 
 
 answer = answer_questions
@@ -51,7 +51,7 @@ answer = answer_questions
 def load(data: Path, settings: Options) -> Task:
     """Two samples per image, task by task; `split` picks a single task.
 
-    In LLaVA's layout its file gives the prompts, and the released folders beside it the truth. A line that is
+    In LLaVA's layout its file gives the prompts, and the released folders give the truth. A line that is
     no question with Yes or No gives a question that is `broken`, and so does an image's missing second one.
 
     Raises:
@@ -84,7 +84,7 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _read_task(root: Path, name: str) -> list[MmeQuestion]:
-    """The questions of one folder: flat, or `images/` beside `questions_answers_YN/`."""
+    """The questions of one folder: flat, or with `images/` and `questions_answers_YN/`."""
     folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(MME_TASKS)}.")
     texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
     images = [folder / "images", folder]
@@ -111,7 +111,7 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
 
 
 def without_yes_no_request(question: str) -> str:
-    """A released question without its call for yes or no, which stands behind one blank or two."""
+    """A released question without its request for yes or no, which follows one blank or two."""
     return question.replace(_YES_NO, "").strip()
 
 

@@ -1,6 +1,6 @@
 """MM-Vet: open answers graded by a judge, per capability and per set of capabilities.
 
-The published numbers are of `gpt-4-0613`; any other judge makes a result that must not stand beside them.
+The published numbers are of `gpt-4-0613`; a result of any other judge is not comparable with them.
 Scorers name the judge's prompt: `official` (default), or `lmms`, which differs by a word, a blank line and
 how long a reply may be.
 """
@@ -71,14 +71,14 @@ def load(data: Path, settings: Options) -> Task:
         except UserError as error:
             known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), error
     template = choose_prompt_template(settings, "plain")
-    asked = [(name, PROMPT_TEMPLATES[template].format(q.question)) for name, (q, _) in known.items()]
+    entries = [(name, PROMPT_TEMPLATES[template].format(q.question)) for name, (q, _) in known.items()]
     if layout == "llava":
         file = find_file(data, _LLAVA, "LLaVA question file")
-        template, asked = f"as in {file.name}", []
+        template, entries = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
             name = f"v1_{str(row['question_id']).removeprefix('v1_')}" if good else f"#{i}"
-            asked.append((name, row["text"] if good else ""))
+            entries.append((name, row["text"] if good else ""))
             if name not in known:
                 reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
                 known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), reason if good else row
@@ -87,7 +87,7 @@ def load(data: Path, settings: Options) -> Task:
         malformed_sample(i, name, broken[name])
         if name in broken
         else Sample(i, name, prompt, image_path(folders, known[name][1]))
-        for i, (name, prompt) in enumerate(asked[: settings.limit])
+        for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     return Task(
         require_mostly_valid(samples, path),
@@ -126,14 +126,14 @@ def judge_examples(scorer: str = "official") -> str:
 
 
 def judge_prompt(question: MmvetQuestion, answer: str, scorer: str = "official") -> str:
-    """What the judge is asked: the examples, then a line that lacks its grade."""
+    """The judge's prompt: the examples, then a line without its grade."""
     truth = question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     line = f"\n{question.question} | {truth} | {answer} |"
     return judge_examples(scorer) + line + (" " if scorer == "official" else "")
 
 
 def parse_grade(reply: str) -> float | None:
-    """The grade in [0, 1] that a reply begins with, None if it does not."""
+    """The grade in [0, 1] at the start of a reply, None if there is none."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -142,7 +142,7 @@ def parse_grade(reply: str) -> float | None:
 
 
 def grade_answer(ask: Callable[[str, float, int], str], prompt: str) -> tuple[float, str, int]:
-    """(grade, last reply, requests): asked again, ever warmer, while replies hold no grade; then 0.
+    """(grade, last reply, requests): retried at rising temperature while replies have no grade; then 0.
 
     As in the published tool the sixth reply is kept but not read. `ask` takes prompt, temperature and try.
     """
@@ -190,9 +190,9 @@ def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options
             replies.append(reply)
         return grades, replies, nonsense, ""
 
-    asked = [s for s in task.samples if s.index in texts]
+    answered = [s for s in task.samples if s.index in texts]
     with ThreadPoolExecutor(max_workers=8) as pool:
-        found = dict(zip([s.index for s in asked], pool.map(one, asked)))
+        found = dict(zip([s.index for s in answered], pool.map(one, answered)))
     return Grades(
         {i: row[0] for i, row in found.items()},
         {i: row[1] for i, row in found.items()},
@@ -262,7 +262,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def _not_comparable(judge: Judge, scoring: Options) -> str:
-    """Why a result must not stand beside published ones, "" if it may."""
+    """Why a result is not comparable with published ones, "" if it is."""
     if judge.model != _PUBLISHED_JUDGE:
         return f"the judge is {judge.model}, the published one is {_PUBLISHED_JUDGE}"
     return (

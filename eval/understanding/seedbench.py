@@ -87,7 +87,7 @@ def _llava_entries(
 
 
 def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, Path | UserError]]:
-    """Question id -> the question and its image, or the error of a malformed entry in the image's place."""
+    """Question id -> the question and its image, or instead of the image the error of a malformed entry."""
     types = read_json_as(dict, path, "question_type").items()
     kinds = {number: name for name, number in types if isinstance(number, str | int)}
     known: dict[str, tuple[ChoiceQuestion, Path | UserError]] = {}

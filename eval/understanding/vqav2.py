@@ -253,7 +253,7 @@ def _image_locator(folder: Path, subtype: str) -> Callable[[int], Path]:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy overall, by question type and by answer type, each beside the best constant answer's."""
+    """Accuracy overall, by question type and by answer type, each with that of the best constant answer."""
     questions: list[VqaQuestion] = task.truth
     texts = answer_texts(records)
     if not any(q.answers for q in questions if not q.malformed):  # test splits: upload the submission
