@@ -17,10 +17,6 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.judge_pass import (
-    ExternalFindings,
-    judge_findings,
-    read_external_findings,
-    read_judge_pass,
     run_judge_pass,
     samples_with_images,
 )
@@ -166,22 +162,6 @@ def _answers_of(record: Record, where: str) -> dict[str, str]:
     return {str(number): str(text) for number, text in answers.items()}
 
 
-def _read_answers(task: Task, records: dict[int, Record], folder: Path) -> ExternalFindings:
-    """The answers of `vqa_answers.jsonl` ({"index", "answers", "model"}), else of the judge pass."""
-    path = folder / "vqa_answers.jsonl"
-    if path.exists():
-        return read_external_findings(path, task.samples, _answers_of, "model", "a model without a name")
-    judged = read_judge_pass(folder, "dpg", samples_with_images(task.samples, records))
-    if judged is None:
-        raise UserError(
-            f"{folder}: the images are generated, but have no answers. Run again with --vqa-model FOLDER "
-            f"(the images are kept), or write another model's answers to {path}."
-        )
-    found, problems = judge_findings(judged[0])
-    by_index = {i: record["answers"] for i, record in found.items()}
-    return ExternalFindings(by_index, judged[1]["model"], problems)
-
-
 def raw_scores(questions: Sequence[DpgQuestion], answers: dict[str, str]) -> dict[int, float]:
     """1 for the exact string "yes", else 0, by question number; 0 without an answer."""
     return {q.number: float(q.number >= 0 and answers.get(str(q.number)) == "yes") for q in questions}
@@ -222,7 +202,9 @@ def score(
     require_generated_images(task, records, folder)
     items: list[DpgItem] = task.truth["items"]
     owners = task.truth["owners"]
-    found, by, problems = _read_answers(task, records, folder)
+    found, by, problems = vqa_model.read_vqa_findings(
+        task, records, folder, "dpg", "answers", "vqa_answers.jsonl", _answers_of
+    )
     values = [
         image_score(items[owners[s.index]].questions, found[s.index])
         if s.index in found and not s.malformed

@@ -18,10 +18,6 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.judge_pass import (
-    ExternalFindings,
-    judge_findings,
-    read_external_findings,
-    read_judge_pass,
     run_judge_pass,
     samples_with_images,
 )
@@ -128,21 +124,6 @@ def _score_of(record: Record, where: str) -> float:
     return float(value)
 
 
-def _read_scores(task: Task, records: dict[int, Record], folder: Path) -> ExternalFindings:
-    """The scores of `vqascore.jsonl` ({"index", "score", "model"}), else of the judge pass."""
-    path = folder / "vqascore.jsonl"
-    if path.exists():
-        return read_external_findings(path, task.samples, _score_of, "model", "a model without a name")
-    judged = read_judge_pass(folder, "vqascore", samples_with_images(task.samples, records))
-    if judged is None:
-        raise UserError(
-            f"{folder}: the images are generated, but have no scores. Run again with --vqa-model FOLDER "
-            f"(the images are kept), or write another model's scores to {path}."
-        )
-    found, problems = judge_findings(judged[0])
-    return ExternalFindings({i: row["vqascore"] for i, row in found.items()}, judged[1]["model"], problems)
-
-
 def summarise_skills(
     scores: Sequence[float], numbers: Sequence[int], skills: dict[str, list[int]]
 ) -> dict[str, Record]:
@@ -166,7 +147,9 @@ def score(
 ) -> Scored:
     """The mean score of advanced prompts (the published "overall"), of all prompts, and of each skill."""
     require_generated_images(task, records, folder)
-    found, by, problems = _read_scores(task, records, folder)
+    found, by, problems = vqa_model.read_vqa_findings(
+        task, records, folder, "vqascore", "vqascore", "vqascore.jsonl", _score_of
+    )
     # a missing score counts as 0, so that a failed image cannot raise the mean
     scores = [0.0 if s.malformed else found.get(s.index, 0.0) for s in task.samples]
     numbers, skills = task.truth["numbers"], task.truth["skills"]

@@ -1,6 +1,6 @@
 """An image-text model of transformers from a local folder, as a judge of generated images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,14 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 
+from ..core.benchmark import Record, Task
+from ..core.judge_pass import (
+    ExternalFindings,
+    judge_findings,
+    read_external_findings,
+    read_judge_pass,
+    samples_with_images,
+)
 from ..core.model import model_fingerprint
 
 
@@ -81,3 +89,35 @@ class VqaModel:
         # generate() returns the prompt too
         new = ids[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokens.batch_decode(new, skip_special_tokens=True)]
+
+
+def read_vqa_findings(
+    task: Task,
+    records: dict[int, Record],
+    folder: Path,
+    kind: str,
+    key: str,
+    file: str,
+    check: Callable[[Record, str], Any],
+) -> ExternalFindings:
+    """The findings of `file` in the run folder if it exists, else `key` of the judge pass `kind`.
+
+    Args:
+        file: lines {"index", ..., "model"}.
+        check: (line of the file, where it stands) -> its finding; UserError if it is malformed.
+
+    Raises:
+        UserError: there are neither.
+    """
+    path = folder / file
+    if path.exists():
+        return read_external_findings(path, task.samples, check, "model", "a model without a name")
+    judged = read_judge_pass(folder, kind, samples_with_images(task.samples, records))
+    if judged is None:
+        raise UserError(
+            f"{folder}: the images are generated, but not judged. Run again with --vqa-model FOLDER "
+            f"(the images are kept), or write the findings of another model to {path}."
+        )
+    found, problems = judge_findings(judged[0])
+    by_index = {i: record[key] for i, record in found.items()}
+    return ExternalFindings(by_index, judged[1]["model"], problems)

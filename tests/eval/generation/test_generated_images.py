@@ -116,7 +116,7 @@ def write_genai(folder, prompts=("a", "b", "refuse", "d", "e")):
 def test_genai_bench_through_the_command_line(call, generator, judge, tmp_path):
     write_genai(tmp_path / "data")
     code, _, err = run(call, "genai_bench", tmp_path / "data", tmp_path)
-    assert code == 2 and "have no scores. Run again with --vqa-model" in err
+    assert code == 2 and "but not judged. Run again with --vqa-model" in err
     code, out, err = run(call, "genai_bench", tmp_path / "data", tmp_path, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
@@ -200,7 +200,7 @@ def test_dpg_bench_through_the_command_line(call, generator, judge, tmp_path):
     write_dpg(tmp_path / "data")
     words = (call, "dpg_bench", tmp_path / "data", tmp_path, "--images-per-prompt", 2)
     code, _, err = run(*words)
-    assert code == 2 and "have no answers" in err
+    assert code == 2 and "but not judged" in err
     code, out, err = run(*words, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "dpg_bench")
