@@ -61,7 +61,11 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     # transformers ignores unknown keys: check them here, with a did-you-mean
     allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(options.processor, allowed, "model.processor")
-    sizes = {"image_size": unitok.config.image_size, "num_image_tokens": unitok.config.num_visual_tokens}
+    sizes = {
+        "image_size": unitok.config.image_size,
+        "num_image_tokens": unitok.config.num_visual_tokens,
+        "token_layout": unitok.config.token_layout,
+    }
     sizes["token_layout"] = unitok.config.token_layout
     processor = UniTokProcessor.from_text_tokenizer(options.text_tokenizer, **{**sizes, **options.processor})
     decoder = _load_decoder(options.language_model) if options.language_model else None
@@ -83,7 +87,6 @@ def _mllm_config(
 ) -> UniTokMLLMConfig:
     """The config of a new model; `decoder` is a trained one or None."""
     fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
-    fields["token_layout"] = unitok.config.token_layout
     _check_keys(options.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
     _check_keys(options.text, _decoder_fields(options.text.get("model_type", "llama")), "model.text")
     _check_keys(options.depth, _decoder_fields("llama"), "model.depth")

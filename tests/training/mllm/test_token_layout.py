@@ -10,7 +10,7 @@ from PIL import Image
 
 from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
@@ -84,6 +84,8 @@ def test_one_training_step(mllm, wide):
     assert row["image_loss"] > 0 and row["text_loss"] > 0
     config = UniTokForConditionalGeneration.from_pretrained(folder / "model").config
     assert config.num_image_tokens == 16 and config.token_layout == WIDE
+    processor = UniTokProcessor.from_pretrained(folder / "model")
+    assert processor.pixels(wide / "images" / "0.png").shape == (3, 32, 128)
 
 
 def test_codes_of_another_layout_are_rejected(mllm, wide):
