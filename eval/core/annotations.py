@@ -29,6 +29,7 @@ def find_file(
     """
     found = sorted({path for pattern in patterns for path in data.glob(pattern)})
     names = ", ".join(str(path.relative_to(data)) for path in found) or "nothing"
+    # the default decides only between several files: a lone file of another name is taken
     if split or (default and len(found) > 1):
         found = [path for path in found if (split or default) in path.name]
     if len(found) != 1:
@@ -130,6 +131,7 @@ def require_mostly_valid(samples: Sequence[Sample], path: Path) -> list[Sample]:
     Raises:
         UserError: more than half of them are malformed, so the file is of another kind or version.
     """
+    # a few bad entries are data errors; a majority means the wrong file
     malformed = [s.malformed for s in samples if s.malformed]
     if not samples:
         raise UserError(f"{path} is empty.")

@@ -30,6 +30,7 @@ def choose_prompt_template(
     settings: Options, default: str, data: Path | None = None, more: Sequence[str] = ()
 ) -> str:
     """The `prompt_template` option, else "plain" for scenes (scenes.json), else the benchmark's default."""
+    # scenes are asked in the words that the small models are trained on
     own = "plain" if data is not None and (data / "scenes.json").exists() else default
     name, allowed = settings.prompt_template or own, [*PROMPT_TEMPLATES, *more]
     if name not in allowed:
@@ -65,6 +66,7 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
     readable = list(images)
     if not readable:
         return records
+    # one length for the whole benchmark, as recorded in the result
     length = task.metadata["max_new_tokens"]
     try:
         texts = model.answer([images[i] for i in readable], [batch[i].prompt for i in readable], length)

@@ -60,6 +60,7 @@ def paired_bootstrap(
     def difference(sums: np.ndarray) -> np.ndarray:
         return value_of(sums[..., width:]) - value_of(sums[..., :width])
 
+    # one resampling for both sides: the noise that they share cancels in the difference
     joined = np.concatenate([a, b], axis=1)
     value = float(difference(joined.sum(axis=0)))
     values = _resampled(joined, clusters, difference, seed)
@@ -78,6 +79,7 @@ def _resampled(
     if clusters is not None:
         numbers: dict[Hashable, int] = {}
         positions = np.array([numbers.setdefault(c, len(numbers)) for c in clusters], dtype=np.int64)
+        # sums over a cluster first: resampling then needs G rows, not M
         totals = np.zeros((len(numbers), columns.shape[1]))
         np.add.at(totals, positions, columns)
         columns = totals
@@ -122,6 +124,7 @@ def group_mean_columns(values: Sequence[float], groups: Sequence[Hashable]) -> n
 def group_mean_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 2 * g) sums of value and of 1 per group -> the mean over non-empty groups of their means."""
     value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
+    # a group that a resample misses has no mean and must not count as 0
     means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
     return means.sum(axis=-1) / np.maximum((count > 0).sum(axis=-1), 1)
 
@@ -154,6 +157,7 @@ def question_pair_columns(records: Sequence[Record]) -> np.ndarray:
         images[key] = images.get(key, 0) + 1
     result = np.zeros((len(records), len(names), 4))
     for i, record in enumerate(records):
+        # both records of an image add up to one image
         part = 1 / images[record["group"], record["cluster"]]
         result[i, names.index(record["group"])] = record["score"], 1, record["pair"] * part, part
     return result.reshape(len(records), -1)

@@ -11,6 +11,7 @@ from open_unitok.tokenizer.images import from_pil, to_pixels
 
 def adm_crop(image: Image.Image, size: int) -> Image.Image:
     """The square of ADM's and LlamaGen's ImageNet references: halved by box filters, then bicubic."""
+    # the published crop halves with box filters before its bicubic step
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

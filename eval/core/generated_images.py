@@ -44,9 +44,10 @@ def generate_images(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
     try:
         return [np.asarray(p) for p in model.generate([s.prompt for s in batch], [s.seed for s in batch])]
     except UserError as error:
+        # one refused prompt fails the whole batch: the prompts are then generated one by one
         if len(batch) == 1:
             return [str(error)]
-        return [generate_images(model, [sample])[0] for sample in batch]  # find the sample that fails
+        return [generate_images(model, [sample])[0] for sample in batch]
 
 
 def save_generated_images(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
@@ -116,6 +117,7 @@ class ExternalImages:
     def describe(self) -> dict[str, Any]:
         """Path and a fingerprint of file names and sizes, for run.json."""
         files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
+        # names and sizes: hashing 50,000 images would take minutes
         text = "\n".join(
             f"{p.name if p == self.path else p.relative_to(self.path)} {p.stat().st_size}" for p in files
         )
@@ -137,6 +139,7 @@ class ExternalImages:
             if sample.index >= len(self.arrays.names):
                 raise UserError(f"{self.path} holds only {len(self.arrays.names)} images.")
             return self.arrays.load(sample.index)
+        # DPG-Bench's ids are ITEM/NUMBER; in a grid the number is the cell
         name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
         paths = [self.path / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
         path = next((p for p in paths if p.exists()), paths[0])

@@ -43,6 +43,7 @@ def run_benchmark(
     """
     settings, scoring = benchmark.resolve(options)
     data, out = benchmark_data(data, benchmark.name), Path(out)
+    # before the run folder is touched: a data error leaves nothing behind
     task = benchmark.code.load(data, settings)
     open_run_dir(out, run_metadata(benchmark.name, settings, model.describe(), data))
     store = AnswerStore(out, benchmark.name)
@@ -54,6 +55,7 @@ def run_benchmark(
         quiet,
     )
     if hasattr(benchmark.code, "judge"):
+        # the pass reads images of all ranks, so it gathers the files again
         records = store.gather(task.samples).records
         benchmark.code.judge(task, records, out, scoring, getattr(model, "device", "cpu"), quiet)
     return score_run(benchmark, out, options, task=task) if distributed.is_main() else None
@@ -78,6 +80,7 @@ def score_run(
     """
     folder = Path(folder)
     run = read_run_metadata(folder)
+    # settings come from run.json, so that scoring sees the samples that were answered
     settings, scoring = benchmark.resolve({**run["settings"], **options})
     if task is None:
         task = benchmark.code.load(existing(run["data"]), settings)
@@ -142,8 +145,10 @@ class AnswerStore:
                 "benchmark": self.benchmark, "index": index, "prompt_hash": prompt_hash, "id": sample.id,
                 "prompt": sample.prompt,
             }  # fmt: skip
+            # no ASCII escapes: the file is read by people too
             lines.append(json.dumps(record | more, ensure_ascii=False) + "\n")
         self.folder.mkdir(parents=True, exist_ok=True)
+        # only once per process: later writes are our own and end in a newline
         if self.path.exists() and not self.end_checked:
             truncate_partial_line(self.path)
         self.end_checked = True
@@ -186,12 +191,14 @@ def answer_samples(
     """
     done = store.done()
     distributed.barrier()  # no rank writes before all have read
+    # samples of one kind together: a batch is answered or generated or reconstructed
     ordered = sorted(samples, key=lambda s: (s.kind, s.index))
     if not fixed_batches:
         ordered = [s for s in ordered if s.key not in done]
     rank, world, size = distributed.rank(), distributed.world_size(), batch_size if fixed_batches else 1
     pieces = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     pieces = [piece for piece in pieces if any(s.key not in done for s in piece)]
+    # contiguous pieces: rank r takes pieces r * count / world to (r + 1) * count / world
     count = len(pieces)
     mine = [s for piece in pieces[count * rank // world : count * (rank + 1) // world] for s in piece]
     bar = tqdm(

@@ -92,6 +92,7 @@ def image_path_by_stem(
 # ------------------------------------------------------------------------------------------------- tar files
 
 
+# one pass over the headers per tar, instead of one per image
 @functools.lru_cache(maxsize=64)
 def tar_member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
     """Member -> (offset, size) of all files in a tar, in its order, without unpacking.
@@ -104,6 +105,7 @@ def tar_member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
             found = {m.name: (m.offset_data, m.size) for m in file if m.isfile()}
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{tar} is not a readable tar file: {error}") from error
+    # tarfile does not notice a truncated last member
     end = max((offset + size for offset, size in found.values()), default=0)
     if end > tar.stat().st_size:
         raise UserError(f"{tar} is truncated: its last member ends beyond the end of the file.")

@@ -66,6 +66,7 @@ def _by_folder(folder: Path) -> LabelledImages:
 def _by_table(folder: Path, table: Path) -> LabelledImages:
     """A flat folder and a table with ImageId and "WordNet-id box ..." per image."""
     with open(table, newline="", encoding="utf-8", errors="replace") as file:
+        # the order of names, as in the other layouts: --limit then takes the same images
         rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
     result: LabelledImages = []
     for row in rows:

@@ -62,6 +62,7 @@ def open_judge_pass(out: Path, kind: str, about: dict[str, Any]) -> Path:
         about: describes the judge; its "fingerprint" distinguishes it from others.
     """
     folder = out / "judge_passes" / f"{kind}-{about['fingerprint'][:12]}"
+    # the pointer first: a killed pass is found and resumed
     if distributed.is_main():
         write_json(out / "judge_passes" / f"{kind}.json", about | {"folder": folder.name})
     distributed.barrier()
@@ -119,6 +120,7 @@ def read_external_findings(
         where = f"{path}, line {number}"
         try:
             index = require_key(row, "index", where)
+            # a typo must not shift findings to other samples
             if not isinstance(index, int) or index not in wanted:
                 raise UserError(f"{where}: index {index!r} is not a sample of this benchmark.")
             if index in found:

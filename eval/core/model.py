@@ -83,6 +83,7 @@ class Model:
     def unitok(self) -> UniTok:
         """The visual tokenizer, in evaluation mode."""
         if self._unitok is None:
+            # an MLLM's pipeline has loaded the tokenizer already
             if self._pipeline is not None:
                 self._unitok = self._pipeline.unitok
             else:
@@ -129,6 +130,7 @@ class Model:
             found = self.unitok.encode_latents(pixels)
             if pooling == "quantised":
                 found = self.unitok.quantizer.embed(self.unitok.quantizer.encode(found))
+            # (B, N, F) -> (B, F)
             found = found.mean(dim=1)
         return found.float().cpu().numpy()
 
@@ -176,6 +178,7 @@ def model_fingerprint(folder: Path) -> str:
         files = [p for p in folder.rglob("*") if p.suffix in _FINGERPRINTED_SUFFIXES]
     digest = hashlib.sha256()
     for path in sorted(files):
+        # names without folders: a moved model keeps its fingerprint
         digest.update(path.name.encode())
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

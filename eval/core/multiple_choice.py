@@ -27,6 +27,7 @@ def malformed_choice(name: str, medium: str = "", kind: str = "") -> ChoiceQuest
 
 def lettered_options(question: str, options: Sequence[str]) -> str:
     """The question with its options below, one a line."""
+    # the layout of LLaVA's and the published runs' prompts
     lines = (f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options))
     return "\n".join([question, *lines])
 

@@ -61,6 +61,7 @@ def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> 
 
     A test set has no answers at all; where some rows have them, one without is malformed.
     """
+    # test sets publish no answers at all
     public = any(isinstance(row, dict) and "answers" in row for row in rows)
     result = []
     for i, row in enumerate(rows):

@@ -92,6 +92,7 @@ def check_answers_complete(
         problems.append(
             f"{len(reasons)} annotations are malformed, the first: {reasons[0]} (counted as wrong)"
         )
+    # malformed samples have their own line above
     failed = sorted(set(answers.failed) - {s.index for s in samples if s.malformed})
     if failed:
         problems.append(
@@ -105,6 +106,7 @@ def build_result(
     run: Record, task: Task, answers: Answers, scored: Scored, problems: list[str], scoring: Options
 ) -> Record:
     """The content of `results.json`: metrics with n and interval, and all that a comparison needs."""
+    # the first metric is the main one; a test split without public answers has none
     main = next(iter(scored.metrics), None)
     malformed = len(malformed_reasons(task.samples))
     reason = _not_comparable_reason(run, answers, scored, malformed)

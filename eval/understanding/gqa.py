@@ -140,6 +140,7 @@ def gqa_measures(
     `validity` and `plausibility` need the choices file, `consistency` the answers to all entailed questions;
     what cannot be had is None. Groups are {name: [per cent, n]}.
     """
+    # the official accuracy counts balanced questions; the others serve consistency
     balanced = {name: q for name, q in questions.items() if q["isBalanced"]}
     right = {name: predictions.get(name) == q["answer"] for name, q in balanced.items()}
 
@@ -188,6 +189,7 @@ def gqa_consistency(questions: GqaQuestions, predictions: dict[str, str]) -> flo
         entailed = [e for e in question["entailed"] if e != name]
         if not question["isBalanced"] or not entailed or predictions.get(name) != question["answer"]:
             continue
+        # consistency needs an answer to every entailed question, so a partial run has none
         if any(e not in questions or e not in predictions for e in entailed):
             return None
         shares.append(_mean(predictions[e] == questions[e]["answer"] for e in entailed))

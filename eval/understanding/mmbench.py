@@ -67,6 +67,7 @@ def load(data: Path, settings: Options) -> Task:
     template = choose_prompt_template(settings, "letter-cn" if "_cn" in path.name else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
+        # a base64 image is longer than any row number
         if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the image
             image = first.get(int(image), "")
         encoded = Base64Image(f"{_base_index(q)}.jpg", image)
@@ -201,6 +202,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
                 for s, q in zip(task.samples, questions)
             ],
         )
+    # circular accuracy: all rotations of a question must be right
     right: dict[int, list[bool]] = {}
     for q, letter in zip(questions, chosen):
         right.setdefault(_base_index(q), []).append(letter == q.answer and not q.malformed)

@@ -92,6 +92,7 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     for path in sorted(texts.glob("*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
+        # releases differ in the images' suffix
         image = image_path_by_stem(images, path.stem)
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
@@ -138,6 +139,7 @@ def _join_llava(
             question, prompt = known.get(key), row["text"]
         except UserError as error:
             question, prompt = MmeQuestion(name, image, "", "", str(error)), ""
+        # a line of a task outside --split is skipped
         if name in tasks and question is not None:
             found.append(question)
             prompts.append(prompt)

@@ -151,6 +151,7 @@ def grade_answer(ask: Callable[[str, float, int], str], prompt: str) -> tuple[fl
         reply = ask(prompt + (RETRY_PROMPT if attempt else ""), temperature, attempt)
         found = parse_grade(reply)
         content = reply.split(" ")[0].strip()
+        # the published tool keeps the sixth reply but does not parse it
         if attempt == len(_TEMPERATURES) - 1:
             return 0.0, content, attempt + 1
         if found is not None:
@@ -184,6 +185,7 @@ def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options
             try:
                 value, reply, calls = grade_answer(ask, prompt)
             except JudgeFailed as error:
+                # a failed request scores 0 in every run of its sample
                 return [0.0] * scoring.judge_runs, replies, nonsense, str(error)
             nonsense += calls == len(_TEMPERATURES)
             grades.append(value)
@@ -191,6 +193,7 @@ def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options
         return grades, replies, nonsense, ""
 
     answered = [s for s in task.samples if s.index in texts]
+    # the time goes into waiting for the endpoint
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = dict(zip([s.index for s in answered], pool.map(one, answered)))
     return Grades(
@@ -215,11 +218,11 @@ def mmvet_summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> 
     present = [name for name in MMVET_CAPABILITIES if any(name in row for row in capabilities)]
     totals = [round(100 * float(total), 1) for total in grades.mean(axis=0)]
     return {
-        "per capability": {name: over(name in row for row in capabilities) for name in present},
+        "per_capability": {name: over(name in row for row in capabilities) for name in present},
         "total": 100 * float(mean.mean()),
-        "total of each run": totals,
-        "deviation over runs": round(float(np.std(100 * grades.mean(axis=0))), 1),
-        "per set of capabilities": {
+        "run_totals": totals,
+        "std_over_runs": round(float(np.std(100 * grades.mean(axis=0))), 1),
+        "per_capability_set": {
             name: round(over(other == name for other in sets), 1) for name in dict.fromkeys(sets) if name
         },
     }

@@ -131,6 +131,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
 
     Where a row's image is not the released question's at that position, the question is `malformed`.
     """
+    # LLaVA's file has no ids of the release: its rows follow the release's order
     left = {name: [q for q in questions if q.category == name] for name in POPE_SUBSETS}
     result: list[PopeQuestion] = []
     for i, row in enumerate(rows):
@@ -187,6 +188,7 @@ def parse_yes_no(text: str, scorer: str = "official") -> str:
         return word if word in ("yes", "no") else ""
     if scorer != "official":
         raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, POPE_SCORERS))
+    # the published rule: only the first sentence, commas removed
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 

@@ -71,6 +71,7 @@ def load(data: Path, settings: Options) -> Task:
             questions.append(malformed_choice(name, medium))
             continue
         body = f"Context: {context or 'N/A'}\n{lettered_options(question.question, question.options)}"
+        # LLaVA's conversations hold the whole question; otherwise it is built in the same layout
         prompt = prompts.get(name) or PROMPT_TEMPLATES[template].format(body)
         samples.append(Sample(i, name, prompt, image))
         questions.append(question)
@@ -160,6 +161,7 @@ def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> 
     texts = answer_texts(records)
     results = {}
     for sample, question in zip(task.samples, task.truth):
+        # "FAILED" is not found: -1, as the leaderboard expects
         index = OPTION_LETTERS.find(parse_scienceqa(texts.get(sample.index, "")))
         results[sample.id] = index if index < len(question.options) else -1
     return [write_submission(folder, "scienceqa_results.json", {"results": results})]

@@ -120,6 +120,7 @@ def read_seedbench_question(
     if kind is None:
         raise UserError(f"{where}: question_type_id is {number!r}, which question_type lacks.")
     folder = data / ("SEED-Bench-image" if medium == "image" else "SEED-Bench-video-image")
+    # a video's frame is named by question, an image by data_id
     stem = str(require_key(row, "data_id", where)) if medium == "image" else name
     question = ChoiceQuestion(name, require_text(row, "question", where), options, label, kind, medium)
     return question, image_path_by_stem([folder], stem)

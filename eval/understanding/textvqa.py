@@ -129,6 +129,7 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
             if key not in known:
                 raise UserError(f"{where}: {path.name} has no question {key[1]!r} about image {key[0]}.")
             row = known[key]
+            # LLaVA's file names the image; older versions have only its id
             if "image" in line:
                 image = image_path(folders, Path(require_text(line, "image", where)).name)
             else:

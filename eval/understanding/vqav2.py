@@ -88,6 +88,7 @@ def load(data: Path, settings: Options) -> Task:
         for i, q in enumerate(questions)
     ]
     split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
+    # scenes have one-word answers; a short limit keeps the demo fast
     length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
     metadata = answering_metadata(split, template, settings, length)
     return Task(require_mostly_valid(samples, path), questions, metadata)
@@ -106,6 +107,7 @@ def _load_llava(data: Path, settings: Options) -> Task:
             where = f"{path}, line {i + 1}"
             number, text = require_key(row, "question_id", path), row["text"].removesuffix(_TEMPLATE_SUFFIX)
             image = image_path(folders, Path(require_text(row, "image", where)).name)
+            # LLaVA's file may be of another split than the annotations
             if known and number not in known:
                 raise UserError(f"{where}: question_id {number!r} is not in the released files.")
             question = known.get(number) or VqaQuestion(number, image.stem, text, image)
@@ -150,6 +152,7 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
             question = VqaQuestion(name, name, "", Path(), malformed=str(error))  # pyright: ignore[reportArgumentType]
         seen.add(question.question_id if isinstance(question.question_id, int) else None)
         result.append(question)
+    # an annotation without a question means mixed versions: it must lower the score
     for name in annotations or ():
         if name not in seen:
             reason = f"{annotation_file}: question_id {name!r} is not a question of {path.name}."
@@ -334,6 +337,7 @@ def vqav2_accuracies(
     valid = [q for q in questions if not q.malformed]
     kept = [v for q, v in zip(questions, values) if not q.malformed]
     constant = _constant_answers(valid)
+    # the score of always giving the type's most frequent answer
     blind = [vqa_accuracy(constant[q.question_type], q.answers, scorer) for q in valid]
     blind_by_type = mean_by(zip([q.question_type for q in valid], blind))
     return {
@@ -367,6 +371,7 @@ def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> 
     answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in known}
     ids = [s.id for s in known]
     if "test" in str(task.metadata["split"]):
+        # EvalAI's test-dev phase takes all ids of test2015
         ids = all_test_ids(data) or ids
     content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
     return [write_submission(folder, "vqav2_answers.json", content)]

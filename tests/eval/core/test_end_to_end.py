@@ -149,7 +149,7 @@ def test_prompts_and_submissions_are_the_published_ones(capsys, tmp_path):
     assert cells.count("<row ") == 16 and "<v>2000004</v>" in cells
 
 
-def test_textvqa_without_ocr_words_is_another_recipe(capsys, tmp_path):
+def test_textvqa_without_ocr_words_is_another_prompt_template(capsys, tmp_path):
     Scripted.replies, _ = BUILDERS["textvqa"](tmp_path / "d", False)
     (tmp_path / "d" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     code, _, err = run(capsys, "textvqa", tmp_path / "d", tmp_path / "o")

@@ -106,7 +106,7 @@ def test_reconstruction_and_codebook_use(data, tmp_path):
     assert len(list((tmp_path / "images").glob("*.png"))) == 40
 
 
-def test_drawings_and_their_ceiling(data, tmp_path):
+def test_generated_images_and_their_ceiling(data, tmp_path):
     result = run_named("geneval", Scripted(data), data, tmp_path / "g", **QUIET)
     assert result["value"] == 0.0  # empty images show nothing
     assert result["details"]["ceiling_overall"] == 1.0  # the detector knows real images with a little noise
@@ -144,7 +144,7 @@ def test_pope_counts_a_yes_sayer(data, tmp_path):
     assert result["value"] == pytest.approx(2 / 3)
 
 
-def test_a_killed_run_goes_on_where_it_was(data, tmp_path):
+def test_a_killed_run_is_resumed(data, tmp_path):
     class Killed(Scripted):
         def answer(self, images, questions, max_new_tokens=16):
             if self.asked >= 20:
@@ -186,7 +186,7 @@ def test_other_settings_or_model_are_refused(data, tmp_path):
         run_named("vqav2", other, data, tmp_path, {"limit": 5}, **QUIET)
 
 
-def test_duplicates_and_strangers_are_found(tmp_path):
+def test_duplicate_and_unknown_records_are_found(tmp_path):
     store, samples = AnswerStore(tmp_path, "vqav2"), [Sample(0, "a", "q"), Sample(1, "b", "r")]
     store.append(samples, [{"text": "x"}, {"text": "y"}])
     store.append(samples[:1], [{"text": "z"}])

@@ -66,10 +66,10 @@ def test_report_equals_the_golden_one():
     )
     means = dict(expected["per_capability_mean_over_runs"])
     assert found["total"] == pytest.approx(means.pop("total"), abs=1e-9)
-    assert found["per capability"] == pytest.approx(means, abs=1e-9)
-    assert found["deviation over runs"] == expected["total_std_over_runs_round1"]
-    assert found["total of each run"] == expected["total_runs_round1"]
-    assert found["per set of capabilities"] == pytest.approx(
+    assert found["per_capability"] == pytest.approx(means, abs=1e-9)
+    assert found["std_over_runs"] == expected["total_std_over_runs_round1"]
+    assert found["run_totals"] == expected["total_runs_round1"]
+    assert found["per_capability_set"] == pytest.approx(
         expected["per_capability_integration_rounded1"], abs=0.05
     )
 
