@@ -58,7 +58,7 @@ class Checkpoints:
             return None
         path = steps[max(steps)]
         problem = None
-        if distributed.is_main():
+        if distributed.is_main():  # hashing gigabytes once is enough
             problem = find_damage(path)
         if _from_main(problem is not None):
             others = [p.name for p in steps.values() if p != path]
@@ -97,6 +97,7 @@ class Checkpoints:
             engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **options)
         own = {**state, "step": step, "ranks": distributed.world_size(), "torch_rng": torch.get_rng_state()}
         torch.save(own, _rank_file(temporary))
+        # the manifest must list the files of all ranks
         distributed.barrier()
         if distributed.is_main():
             write_manifest(temporary)

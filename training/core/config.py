@@ -156,6 +156,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return value
+    # `X | None` has another origin than `Optional[X]`
     if origin in (Union, types.UnionType):
         return _convert_union(inner, value, where, hint)
     if origin is Literal:
@@ -194,7 +195,7 @@ def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
     if value is None and type(None) in options:
         return None
     options = tuple(option for option in options if option is not type(None))
-    if len(options) == 1:
+    if len(options) == 1:  # X | None: the error of X names more than "X or None" would
         return _convert(options[0], value, where)
     for option in options:
         try:

@@ -110,9 +110,11 @@ class MetricLogger:
         names = list(self._pending[0][1])
         for (step, _), row in zip(self._pending, table.tolist()):
             _check_finite(step, dict(zip(names, row)), self.run_dir)
+        # every rank has the same names and steps: the mean of means is the mean of the global batch
         means = distributed.sum_over_ranks(table.mean(0)) / distributed.world_size()
         step, count = self._pending[-1][0], len(self._pending)
         self._pending = []
+        # the clock runs over saves and reports too, as a user's does
         self._tick()
         elapsed = max(self._seconds - self._since, 1e-9)
         self._since = self._seconds

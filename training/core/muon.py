@@ -44,6 +44,7 @@ class Muon(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        # AdamW's step sees its own groups only
         groups = self.param_groups
         self.param_groups = [group for group in groups if not group["muon"]]
         try:
@@ -73,6 +74,7 @@ class Muon(torch.optim.AdamW):
             nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             updates = orthogonalise(torch.stack(nesterov))
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            # an orthogonal (R, C) matrix has entries of RMS 1/sqrt(max(R, C))
             rate = -group["lr"] * UPDATE_RMS * math.sqrt(max(rows, columns))
             torch._foreach_add_(parameters, list(updates.unbind()), alpha=rate)
 

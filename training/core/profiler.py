@@ -40,6 +40,7 @@ class Profiler:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.options.start + 1}-{step}"
         recording.export_chrome_trace(str(self.folder / f"{name}.json.gz"))
+        # the most expensive operators first
         order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table: Any = recording.key_averages().table(sort_by=order, row_limit=_TABLE_ROWS)
         (self.folder / f"{name}.txt").write_text(table, encoding="utf-8")

@@ -60,6 +60,7 @@ class RunDir:
         if path.exists() and not path.is_dir():
             raise UserError(f"out is {path}, which is a file: name a folder.")
         old = path / "config.yaml"
+        # with neither there is nothing to protect
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
             free = (*CHANGEABLE_KEYS, *CHANGEABLE_IN_STAGE.get(config.stage, ()))
@@ -77,6 +78,7 @@ class RunDir:
         run_dir = cls(path, facts)
         if not run_dir.finished and _is_main():
             if not begun:
+                # what `discard` may remove
                 folders = [p for p in (path, *path.parents) if not p.exists()]
                 run_dir._created = [old, path / "run.json", *folders]
             path.mkdir(parents=True, exist_ok=True)

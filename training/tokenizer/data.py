@@ -62,6 +62,7 @@ class PairDecoder:
         extension = next((e for e in EXTENSIONS if e in record.members), None)
         if extension is None:
             raise BadSample(f"has no image (.{', .'.join(EXTENSIONS)})")
+        # without random crops an image decodes to the same pixels in every epoch
         key = (record.tar, *record.members[extension])
         pixels = self._cache.get(key)
         if pixels is None:
@@ -123,6 +124,7 @@ def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:
     They are equally spaced: if `share` of a micro-batch is a whole number, the same images of the global
     batch are decoded however it is split.
     """
+    # rounding first: 100 * 0.07 is 7.000000000000001
     decoded = max(1, math.ceil(round(count * share, 6)))
     chosen = [number * count // decoded for number in range(decoded)]
     return chosen + sorted(set(range(count)) - set(chosen)), decoded

@@ -108,7 +108,7 @@ class DeadCodes:
             generator = seeding.torch_generator(self.seed, "restart", step)
             rows = self._latent_rows(torch.randint(2**62, (count,), generator=generator), books)
             self.quantizer.reset_codes(dead, rows, partial(deepspeed_engine.overwrite_rows, engine))
-            self.last_hit[dead] = step
+            self.last_hit[dead] = step  # a new entry gets `reset_after` steps to be hit
         self._latents = None
         return dead if count else None
 
@@ -117,6 +117,7 @@ class DeadCodes:
         assert self._latents is not None
         rows = self.quantizer.split(self._latents).flatten(0, 1)
         local = len(rows)
+        # `numbers` are the same on every rank and count tokens of the global batch
         index = (numbers % (local * distributed.world_size())).to(rows.device)
         chosen = rows[index % local, books]
         # each row comes from the rank that has it; zeros elsewhere make the sum a broadcast

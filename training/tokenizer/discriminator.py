@@ -109,6 +109,7 @@ class DinoDiscriminator(Discriminator):
         return F.interpolate(pixels, size=(height, width), mode="area")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DinoDiscriminator":
+        # `.to()`, `.half()`, ... end in _apply, which does not reach a module in a list
         self.dino._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
@@ -229,6 +230,7 @@ class RankBatchNorm(nn.BatchNorm1d):
         sums = torch.cat((features.sum(dim=(0, 2)), features.square().sum(dim=(0, 2)), count))
         total, squares, count = all_reduce_with_grad(sums).split((self.num_features, self.num_features, 1))
         mean = total / count
+        # E[x^2] - E[x]^2 can be slightly negative in fp32
         variance = (squares / count - mean.square()).clamp_min(0)
         self._update_running_statistics(mean.detach(), (variance * count / (count - 1).clamp_min(1)).detach())
         normal = (features - mean[:, None]) * (variance + self.eps).rsqrt()[:, None]
@@ -254,6 +256,7 @@ def _head(width: int, kernel: int, norm: Callable[[int], nn.Module]) -> nn.Seque
     """(B, D, N) features -> (B, 1, N) logits."""
 
     def layer(size: int) -> list[nn.Module]:
+        # circular padding, as published: patch tokens are treated as a ring
         conv = nn.Conv1d(
             width, width, size, padding=size // 2, padding_mode="circular" if size > 1 else "zeros"
         )

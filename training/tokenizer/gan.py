@@ -55,6 +55,7 @@ class GAN:
         ).to(device)
         with torch.no_grad():  # rejects images that are too small before training starts
             self.module.eval()(torch.zeros(1, 3, *image_shape, device=device))
+        # an engine of its own: two optimisers cannot share one
         groups = deepspeed_engine.parameter_groups(self.module, options.optimizer.weight_decay)
         self.engine = deepspeed_engine.build_engine(
             self.module, groups, options.optimizer, config.engine, micro_batch
@@ -160,6 +161,7 @@ def adaptive_weight(
     """
     if limits not in ADAPTIVE_LIMITS:
         raise UserError(f"discriminator.adaptive is {limits!r}.{did_you_mean(str(limits), ADAPTIVE_LIMITS)}")
+    # retain_graph: the same graphs are used by the backward pass
     norms = []
     for loss in (reconstruction_loss, generator_loss):
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)

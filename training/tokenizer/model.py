@@ -57,6 +57,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             _init_from_clip(model, config.init_from_clip)
     else:
         model = _load_pretrained(config.init_from)
+        # sizes may be repeated in the config, but not changed
         for key in fields:
             if getattr(model.config, key) != getattr(wanted, key):
                 other = getattr(model.config, key)
