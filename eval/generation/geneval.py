@@ -196,17 +196,19 @@ def _check_prompt(row: Any, where: str) -> None:
         raise UserError(f"{where}: include is empty: every image would be correct.")
     for key in ("include", "exclude"):
         for i, clause in enumerate(require_type(list, row.get(key, []), f"{where}, {key}")):
-            place = f"{where}, {key}[{i}]"
-            require_text(clause, "class", place)
-            if not isinstance(require_key(clause, "count", place), int):
-                raise UserError(f"{place}: count is {clause['count']!r}; expected a whole number.")
+            where_clause = f"{where}, {key}[{i}]"
+            require_text(clause, "class", where_clause)
+            if not isinstance(require_key(clause, "count", where_clause), int):
+                raise UserError(f"{where_clause}: count is {clause['count']!r}; expected a whole number.")
             if key == "include" and "position" in clause:
                 relation = clause["position"]
                 if not isinstance(relation, list) or len(relation) != 2 or not isinstance(relation[1], int):
-                    raise UserError(f"{place}: position is {relation!r}; expected [relation, clause number].")
+                    raise UserError(
+                        f"{where_clause}: position is {relation!r}; expected [relation, clause number]."
+                    )
                 if not 0 <= relation[1] < i:
                     raise UserError(
-                        f"{place}: position names clause {relation[1]}; it must be an earlier one."
+                        f"{where_clause}: position names clause {relation[1]}; it must be an earlier one."
                     )
 
 

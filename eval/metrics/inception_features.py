@@ -194,9 +194,9 @@ def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") 
             "Features of two variants are not comparable."
         )
     n = int(arrays["n"]) if "n" in arrays.files else 0
-    told = "" if own else f"; the file names no variant; {variant} is assumed"
+    assumed = "" if own else f"; the file names no variant; {variant} is assumed"
     return fid.Moments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), n), (
-        f"statistics of {file.name}{told}"
+        f"statistics of {file.name}{assumed}"
     )
 
 

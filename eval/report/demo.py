@@ -119,7 +119,7 @@ def question_answering(run: DemoRun) -> str:
 
 
 def reconstructions(run: DemoRun) -> str:
-    """Originals beside their reconstructions."""
+    """Originals next to their reconstructions."""
     folder, details = run.folder / "eval" / "reconstruction", run.details("reconstruction")
     cards = [
         f'<div class="pair card"><div>{inline_image(Path(row["image"]), "original")}'

@@ -116,7 +116,7 @@ def generated_card(path: Path, prompt: str, correct: bool, notes: Sequence[str])
 def sample_card(
     image_html: str, question: str, lines_html: Sequence[str], correct: bool | None = None
 ) -> str:
-    """An image beside its question or prompt and lines about the answer."""
+    """An image next to its question or prompt and lines about the answer."""
     mark = "" if correct is None else verdict(correct)
     return (
         f'<div class="sample card">{image_html}<div>{mark}<q>{escape(question)}</q>'

@@ -1,4 +1,4 @@
-"""Runs beside published numbers: main metrics, bars per category, worst and random samples on one page."""
+"""Runs next to published numbers: main metrics, bars per category, worst and random samples on one page."""
 
 import random
 from collections.abc import Sequence

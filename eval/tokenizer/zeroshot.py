@@ -42,7 +42,7 @@ def load(data: Path, settings: Options) -> Task:
     if files is None:
         raise UserError(
             f"{data}: nothing to classify. Expected ImageNet ({split}/n01440764/*.JPEG, a flat {split}/ with "
-            f"LOC_{split}_solution.csv, or tars with .cls files) or a classes.json beside a folder per class."
+            f"LOC_{split}_solution.csv, or tars with .cls files) or classes.json next to a folder per class."
         )
     names = imagenet.class_names()
     prompts = fill_templates(names, clip_templates())
