@@ -74,7 +74,7 @@ def iter_image_codes(
         )
     codes = torch.zeros(images, num_tokens, books, dtype=torch.long, device=model.device)
     num_given = 0
-    if prefix is not None:
+    if prefix is not None:  # one for all images is broadcast
         check_prefix(prefix, images, config)
         model.visual_embedder.check_codes(prefix)
         num_given = prefix.shape[1]
@@ -83,6 +83,7 @@ def iter_image_codes(
     backend = choose_backend(model, quantization=quantization, num_steps=num_tokens - num_given - 1)
     if not images:
         return iter([codes])
+    # conditional rows first: `apply_guidance` splits the logits in halves
     rows = [*prompt_ids, *unconditional]
     return _iter_codes(BACKENDS[backend](model, quantization), rows, sampling, noise, codes, num_given)
 
@@ -97,6 +98,7 @@ def _iter_codes(
     num_given: int,
 ) -> Iterator[Tensor]:
     """Fill `codes` (B, N, K) from visual token `num_given` on."""
+    # tensors, not numbers: a CUDA graph would bake numbers in
     guidances = torch.tensor(sampling.guidances(codes.shape[1]), device=codes.device)
     index = torch.tensor([num_given], device=codes.device)  # of the visual token that is sampled next
     gumbel = None

@@ -47,6 +47,7 @@ class CachedDecoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        # left padding: the last column is the last token of every prompt
         self.hidden = states[select, -1]
         self.cache = _expand_cache(cache, select, max_steps)
         self.positions = positions[select, -1:]
@@ -57,6 +58,7 @@ class CachedDecoder:
     def decode_step(self, vectors: Tensor) -> Tensor:
         """(R, n, D) the next n inputs -> (R, D) states at the last of them."""
         new = vectors.shape[1]
+        # positions count real tokens, cache entries count padding as well
         positions = self.positions + torch.arange(1, new + 1, device=self.positions.device)
         self.positions = positions[:, -1:]
         self.length += new
@@ -154,6 +156,7 @@ def find_shared_prefixes(
     prompts: Sequence[Sequence[int]], image_codes: Sequence[Tensor]
 ) -> list[SharedPrefix]:
     """Group prompts about the same images; each group's common prefix leaves every prompt its last id."""
+    # images are equal if their codes are, whatever object they came from
     groups: dict[Any, list[int]] = {}
     for i, codes in enumerate(image_codes):
         groups.setdefault((tuple(codes.shape), codes.cpu().numpy().tobytes()), []).append(i)

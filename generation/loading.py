@@ -27,6 +27,7 @@ def find_model(folder: str | Path) -> Path:
         raise UserError(f"{folder} is a file; a model is a folder with config.json, the weights and unitok/.")
     if not os.path.exists(path):
         path = download(str(folder))
+    # a training checkpoint has its model folder inside
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         raise UserError(
             f"{folder} is not a model folder: it has no config.json. Did you mean {path / 'model'}?"
@@ -77,6 +78,7 @@ def check_parts_match(
         UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
             tokenizer has more ids than the model.
     """
+    # more rows than ids are fine: embeddings are padded to multiples
     rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:
         raise UserError(
@@ -89,6 +91,7 @@ def check_parts_match(
                 f"{folder}: the model has {name} = {getattr(model.config, name)}, its tokenizer in unitok/ "
                 f"{getattr(unitok.config, name)}: they do not belong together."
             )
+    # codes of another tokenizer would load, and give noise
     expected = model.config.unitok_fingerprint
     if expected is not None and expected != (found := unitok.fingerprint()):
         raise UserError(

@@ -114,7 +114,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
         ordered, order = logits.sort(dim=-1, descending=True)
         # the sum before an entry decides, so the entry that crosses the threshold is kept
         beyond = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1) > top_p
-        beyond[..., 0] = False
+        beyond[..., 0] = False  # roll has moved the total, 1, to the front
         dropped = torch.empty_like(beyond).scatter_(-1, order, beyond)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
@@ -123,6 +123,7 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def apply_guidance(logits: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance: logits (2B, V), conditional rows first -> (B, V)."""
     conditional, unconditional = logits.chunk(2)
+    # l = u + s (c - u)
     return unconditional + guidance * (conditional - unconditional)
 
 
@@ -160,5 +161,6 @@ def sample_code(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Ten
     """Codes (B,) int64 from guided logits (B, V); `noise` (B, V) is Gumbel noise, None if greedy."""
     if sampling.greedy or noise is None:
         return logits.argmax(dim=-1)
+    # as published: temperature first, so that top-p sees the tempered distribution
     logits = filter_logits(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
     return (logits + noise).argmax(dim=-1)

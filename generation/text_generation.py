@@ -64,6 +64,7 @@ def generate_text_ids(
                 model, prompt_ids, image_codes, max_new_tokens, batch_size, None, share_prefix, **options
             )
     answers: list[list[int]] = [[] for _ in prompt_ids]
+    # by length, so that a batch has little padding
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -110,6 +111,7 @@ def iter_text_ids(
     def pick(logits: Tensor) -> Tensor:
         gumbel = None
         if not sampling.greedy:
+            # argmax(logits - log E), E exponential, samples from softmax(logits)
             gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
         return sample_code(logits, sampling, gumbel)
 
@@ -134,6 +136,7 @@ def _iter_eager(
     for left in reversed(range(max_new_tokens)):
         new = pick(model.text_logits(hidden).float())
         rows = new.tolist()
+        # finished rows keep decoding, and their ids are dropped
         active = [on and row not in ends for on, row in zip(active, rows)]
         if not any(active):
             return
@@ -179,6 +182,7 @@ def _prefill_prefixes(
         use_cache=True,
     )
     prefix_of = {row: i for i, prefix in enumerate(prefixes) for row in prefix.rows}
+    # beams of one prompt are consecutive rows in `generate`
     select = torch.tensor([prefix_of[row] for row in range(len(prompts))], device=model.device)
     cache.batch_select_indices(select.repeat_interleave(num_beams))
     rests = [prompt[len(prefixes[prefix_of[row]].ids) :] for row, prompt in enumerate(prompts)]

@@ -107,6 +107,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _decoder_config(self.text_config)
         self.depth_config = _depth_config(self.depth_config, self.text_config)
+        # transformers' `generate` reads these from the outer config
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
                 setattr(self, name, getattr(self.text_config, name, None))

@@ -46,6 +46,7 @@ class DepthHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """Teacher-forced: (M, D) hidden states and their (M, K) target codes -> (M, K, V) logits."""
+        # table k starts at row k * V
         offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
         state = torch.cat([self._enter(hidden), self.embeddings(codes[:, :-1] + offsets)], dim=1)
         rotary = self._rotary_tables(state)

@@ -40,6 +40,7 @@ def find_targets(
     Raises:
         UserError: an image is learnt in part, or has no token before it.
     """
+    # logits at position i predict the token at i + 1
     first = first_tokens(labels, attention_mask, position_ids).flatten()
     flat = labels.flatten()
     learnt = (flat != IGNORED) & ~first
@@ -69,8 +70,8 @@ def first_tokens(
     first[:, 0] = True
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -labels.shape[1] :].bool()
-        first[:, 1:] |= ~mask[:, :-1]
-        first |= ~mask
+        first[:, 1:] |= ~mask[:, :-1]  # behind padding
+        first |= ~mask  # padding itself
     elif position_ids is not None:
         first |= position_ids == 0
     return first

@@ -126,8 +126,9 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             assert input_ids is not None
             positions = self._image_positions(input_ids, image_codes)
             inputs_embeds = self._embed(input_ids, image_codes, positions)
+        # entries already in the KV cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:
+        if position_ids is None:  # packed rows may be longer than the context: their samples are not
             self.check_length(past + inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
@@ -149,6 +150,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
         if labels is not None:
             self._add_losses(result, labels, attention_mask, position_ids, image_codes, positions, reduction)
+        # in training the loss needs few of them: (B, L, vocabulary) is large
         if return_logits or (return_logits is None and labels is None):
             result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return result
@@ -253,6 +255,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs["attention_mask"] = attention_mask
         if input_ids is None or image_codes is None:
             return super().generate(input_ids, **kwargs)  # type: ignore[misc]
+        # transformers knows no image_codes: give it the embedded prompt
         with torch.no_grad():
             embeds = self.embed_inputs(input_ids, image_codes)
         return super().generate(inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
@@ -328,6 +331,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model = cls(config)
         assign_state(model, state, source)
         model.visual_embedder.codebooks.requires_grad_(False)
+        # transformers writes the dtype into config.json
         dtype = state["language_model.embed_tokens.weight"].dtype
         for part in (config, config.text_config, config.depth_config):
             part.dtype = dtype
@@ -359,6 +363,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:
             assert image_codes is not None
+            # the depth head runs on learnt visual tokens only, as one batch of J*N
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
             logits = self.depth_head(flat[found.image_before.flatten()], codes)
             image_sum, z_sum, result.image_correct = image_loss(
@@ -372,6 +377,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if keep_graph:
                 dummy = labels.new_zeros((1, self.config.num_codebooks))
                 image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
+        # every code counts as one token, as published
         result.text_tokens = labels.new_tensor(count)
         result.image_codes = labels.new_tensor(image_codes_learnt)
         total = text_sum + image_sum

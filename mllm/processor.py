@@ -90,6 +90,7 @@ class UniTokProcessor:
         if text_tokenizer.eos_token_id is None:
             raise UserError("The text tokenizer has no eos token, which ends an answer.")
         self.eos_token_id: int = text_tokenizer.eos_token_id
+        # the mask hides padding: any id will do
         candidates = (text_tokenizer.pad_token_id, text_tokenizer.unk_token_id, self.eos_token_id)
         self.pad_token_id: int = next(i for i in candidates if i is not None)
 
@@ -167,6 +168,7 @@ class UniTokProcessor:
         questions = [*(q for q, _ in history), question]
         if not any(IMAGE_MARK in q for q in questions):
             questions[0] = f"{IMAGE_MARK}\n" * num_images + questions[0]
+        # a mark in an answer is text that the model wrote, not an image
         earlier = [(q, a.replace(IMAGE_MARK, "")) for q, (_, a) in zip(questions, history)]
         ids = self._mark(self._prompt(earlier, questions[-1]), bos=self.template != CHAT)
         return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)

@@ -120,7 +120,7 @@ def conversation_ids(
         return len(ids_with_images(encode, piece, image_token_id) if with_image else encode(piece))
 
     labels = list(ids)
-    labels[0] = IGNORED
+    labels[0] = IGNORED  # bos
     place = 1
     for i, part in enumerate(text.split(end)):
         halves = part.split(between)
@@ -133,7 +133,7 @@ def conversation_ids(
         labels[place : place + given] = [IGNORED] * given
         place += length
     labels[place:] = [IGNORED] * (len(labels) - place)
-    if place != len(ids):
+    if place != len(ids):  # the counts do not add up: learn nothing rather than the wrong tokens
         labels = [IGNORED] * len(ids)
     return ids, [IGNORED if i == image_token_id else label for i, label in zip(ids, labels)]
 

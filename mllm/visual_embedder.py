@@ -35,6 +35,7 @@ class VisualEmbedder(nn.Module):
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
         self.codebooks = nn.Parameter(torch.randn(shape), requires_grad=False)
+        # causal, so that generation can feed it token by token
         self.projection = AttentionProjection(
             config.latent_dim, middle, config.num_projection_heads, causal=True
         )
@@ -66,6 +67,7 @@ class VisualEmbedder(nn.Module):
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) codes -> (..., K*C): the K rows concatenated, as the tokenizer's `embed`."""
+        # one lookup in all K tables: code k is shifted by k * V
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes + offsets, self.codebooks.flatten(0, 1))
         return self._normalise(rows).flatten(-2)

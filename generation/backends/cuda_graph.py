@@ -63,6 +63,7 @@ class CudaGraph(Eager):
         if model.language_model.config._attn_implementation == "eager":  # adds its mask to the scores
             visible = self.hidden.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
         self.positions += 1
+        # (R, 1, 1, T): one query per row, the same for all heads
         self.hidden = model.language_model(
             inputs_embeds=vectors.repeat(self.rows_per_image, 1, 1),
             attention_mask=visible[:, None, None].expand(len(self.positions), -1, -1, -1),

@@ -48,7 +48,7 @@ def supports_native(model: Any) -> bool:
 def has_plain_linears(part: nn.Module, dtype: torch.dtype) -> bool:
     """True if every linear layer is its weight and bias alone: adapters and quantised layers are not."""
     for module in part.modules():
-        if hasattr(module, "base_layer"):
+        if hasattr(module, "base_layer"):  # a peft adapter
             return False
         if isinstance(module, nn.Linear) and (
             type(module) not in (nn.Linear, Linear) or module.weight.dtype != dtype
@@ -182,6 +182,7 @@ def _weight_structs(model: Any, int8: bool) -> _WeightStructs:
     """The structs of a model; int8 weights are quantised once and again after every change."""
     if not int8:
         return _WeightStructs(model, False)
+    # an in-place update raises a parameter's version, a new tensor has another address
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     if model not in _int8_weights or _int8_weights[model][0] != state:
         _int8_weights[model] = (state, _WeightStructs(model, True))
@@ -211,7 +212,7 @@ def stack_struct(
     array = (native_library.Layer * len(layers))(*layers)
     for layer, states in zip(array, caches):
         layer.keys, layer.values = map(build.floats, states)
-    build.kept.append(array)
+    build.kept.append(array)  # ctypes does not keep what an address points to
     cos, sin = rotary(torch.empty(0), torch.arange(num_positions)[None])
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     capacity, head_dim = caches[0][0].shape[2:]

@@ -79,6 +79,7 @@ def load_library() -> Any:
         _log.info("No C++ compiler found: torch's operators are used, which is several times slower.")
         return None
     for i, struct in enumerate((Matrix, Norm, Layer, Stack, Embedder)):
+        # a struct that differs from its C++ twin would read wrong memory
         library.struct_size.restype = _INT
         assert library.struct_size(i) == ctypes.sizeof(struct), struct
     library.decode_step.argtypes = [_POINTER] * 3 + [_INT] * 4 + [_POINTER] * 2 + [_INT]
@@ -138,6 +139,7 @@ class StructBuilder:
         weight = weight.detach()
         if self.int8:
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
+            # symmetric: w = scale * q with q in [-127, 127]
             weight = (weight.float() / scale[:, None]).round().to(torch.int8)
         sizes = (*weight.shape, NATIVE_DTYPES[weight.dtype])
         return Matrix(self.pointer(weight.contiguous()), self.floats(scale), self.floats(bias), *sizes)
@@ -148,7 +150,7 @@ class StructBuilder:
 
     def norm(self, layer: Any) -> Any:
         """An RMS norm or layer norm."""
-        eps = getattr(layer, "variance_epsilon", None)
+        eps = getattr(layer, "variance_epsilon", None)  # LlamaRMSNorm; torch's norms have `eps`
         return Norm(
             self.floats(layer.weight),
             self.floats(getattr(layer, "bias", None)),

@@ -83,6 +83,7 @@ def _iter_ids(
     logits = model.text_logits(decoder.hidden).float()
     for left in reversed(range(max_new_tokens)):
         new = pick(logits)
+        # finished rows leave the batch: a decode step costs less
         active = torch.tensor([id not in eos_ids for id in new.tolist()], dtype=torch.bool)
         rows, new = rows[active], new[active]
         if not len(rows):
@@ -131,7 +132,7 @@ class NativeTextDecoder:
             embeds = model.embed_inputs(torch.tensor([list(prefix)]), codes)
             model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(rows))
-            codes = None
+            codes = None  # all images lie in the prefix
         ids, mask = pad_left(rests, model)
         mask = torch.cat([mask.new_ones(len(rows), len(prefix)), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix) :]

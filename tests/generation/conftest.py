@@ -1,4 +1,4 @@
-"""Tiny random models for drawing and answering; every code and id depends on the weights alone."""
+"""Tiny random models for image and text generation; every code and id depends on the weights alone."""
 
 import contextlib
 import json

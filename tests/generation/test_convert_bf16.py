@@ -1,4 +1,4 @@
-"""`unitok convert bf16` and sampling.json: a model that ships brings its own settings of drawing."""
+"""`unitok convert bf16` and sampling.json: a model that ships has its own sampling settings."""
 
 import json
 import shutil

@@ -57,8 +57,10 @@ def test_greedy_codes_are_the_published_ones(tiny, run, monkeypatch):
     rows = [row[there].tolist() for row, there in zip(ids, mask)]  # prompts, then unconditional rows
     count = len(expected)
     sampling = Sampling(guidance=settings["cfg_scale"], temperature=settings["temperature"], greedy=True)
-    free = rows[count] if len(rows) > count else None
-    assert torch.equal(generate_image_codes(model, rows[:count], sampling, [0] * count, free), expected)
+    unconditional = rows[count] if len(rows) > count else None
+    assert torch.equal(
+        generate_image_codes(model, rows[:count], sampling, [0] * count, unconditional), expected
+    )
 
 
 @pytest.mark.parametrize("run", ["vqa_gen0", "vqa_gen1"])

@@ -19,7 +19,7 @@ def same(a, b):
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_a_image_is_the_same_in_every_batch(pipe):
+def test_an_image_is_the_same_in_every_batch(pipe):
     images = pipe.generate(PROMPTS, SAMPLING, seed=5)
     assert [image.size for image in images] == [(48, 48)] * 3
     split = pipe.generate(PROMPTS, SAMPLING, seed=5, batch_size=2)
@@ -50,7 +50,7 @@ def test_several_images_of_a_prompt_and_negative_prompts(pipe):
     assert torch.equal(guided[2:], alone) and not torch.equal(guided, two)
 
 
-def test_a_image_is_completed_from_its_first_rows(pipe, photos):
+def test_an_image_is_completed_from_its_first_rows(pipe, photos):
     prefix = pipe.first_rows(photos[:2], 2)
     assert prefix.shape == (2, 6, 3)
     codes = pipe.generate_codes(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
@@ -61,7 +61,7 @@ def test_a_image_is_completed_from_its_first_rows(pipe, photos):
         pipe.first_rows(photos[:1], 3)
 
 
-def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
+def test_a_closed_stream_stops_generating(pipe, monkeypatch):
     steps = pipe.stream(PROMPTS[:1], SAMPLING)
     next(steps)
     monkeypatch.setattr(pipe.model.visual_embedder, "embed", None)  # any further step would fail
@@ -69,7 +69,7 @@ def test_a_closed_stream_stops_drawing(pipe, monkeypatch):
     assert list(steps) == []
 
 
-def test_answers_stream_word_by_word(pipe, photos):
+def test_answers_stream_piece_by_piece(pipe, photos):
     questions = ["What is it?", "Is it red?"]
     images = [photos[0], None]
     pieces = list(pipe.answer_stream(images, questions, max_new_tokens=12))
@@ -92,9 +92,11 @@ def test_a_chat_fills_the_context_at_most(pipe, photos):
 
 def test_a_chat_is_one_long_prompt(pipe, photos):
     history = [("What is it?", "A star."), ("Is it red?", "Yes.")]
-    told = "<image>\nWhat is it? ASSISTANT: A star.</s>USER: Is it red? ASSISTANT: Yes.</s>USER: And now?"
+    prompt_text = (
+        "<image>\nWhat is it? ASSISTANT: A star.</s>USER: Is it red? ASSISTANT: Yes.</s>USER: And now?"
+    )
     answer = pipe.chat("And now?", photos[0], history, max_new_tokens=6)
-    assert answer == pipe.answer([photos[0]], [told], max_new_tokens=6)[0]
+    assert answer == pipe.answer([photos[0]], [prompt_text], max_new_tokens=6)[0]
     assert "".join(pipe.chat_stream("And now?", photos[0], history, max_new_tokens=6)) == answer
     several = pipe.answer([photos[0], None], ["And now?", "Hi"], max_new_tokens=6, histories=[history, []])
     assert several == [answer, pipe.chat("Hi", max_new_tokens=6)]
@@ -113,7 +115,7 @@ def test_answers_do_not_depend_on_the_batch(pipe, photos):
     assert pipe.answer([], []) == []
 
 
-def test_a_image_that_comes_again_is_encoded_once(pipe, photos, monkeypatch):
+def test_a_repeated_image_is_encoded_once(pipe, photos, monkeypatch):
     seen = []
     encode = pipe.encode_for_reading
     monkeypatch.setattr(pipe, "encode_for_reading", lambda p, **k: seen.append(len(p)) or encode(p, **k))
@@ -122,9 +124,9 @@ def test_a_image_that_comes_again_is_encoded_once(pipe, photos, monkeypatch):
 
 
 def test_reconstruction_is_encode_and_decode(pipe, photos):
-    copies = pipe.reconstruct(photos, batch_size=2)
-    assert [copy.size for copy in copies] == [(48, 48)] * 3
-    assert same(copies[2], pipe.reconstruct(photos[2:])[0])
+    reconstructions = pipe.reconstruct(photos, batch_size=2)
+    assert [image.size for image in reconstructions] == [(48, 48)] * 3
+    assert same(reconstructions[2], pipe.reconstruct(photos[2:])[0])
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_unknown_quantization_is_refused(folder):
         Pipeline.from_pretrained(folder, quantization="int4")
 
 
-def test_bfloat16_draws_and_answers(folder, photos):
+def test_bfloat16_generates_and_answers(folder, photos):
     pipe = Pipeline.from_pretrained(folder, dtype="bfloat16")
     assert pipe.generate(PROMPTS[:1], SAMPLING)[0].size == (48, 48)
     assert len(pipe.answer([photos[0]], ["What?"], max_new_tokens=2)) == 1

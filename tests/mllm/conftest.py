@@ -40,7 +40,7 @@ def reference(golden, formula):
 
 @pytest.fixture(scope="session")
 def batch_of():
-    """batch_of(out, name) -> keyword arguments of `forward` for a golden batch: images take their places."""
+    """batch_of(out, name) -> keyword arguments of `forward` for a golden batch: N placeholders per image."""
 
     def make(out: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor | None]:
         rows, images = [], []

@@ -16,16 +16,18 @@ IMAGE = -200
 
 
 def a_row(text_before: int, images: int, text_after: int, learnt: bool, seed: int):
-    """Ids and labels of random text around images of 4 places; text behind is learnt, or the images are."""
-    draw = torch.Generator().manual_seed(seed)
-    before, after = (torch.randint(5, 90, (n,), generator=draw).tolist() for n in (text_before, text_after))
-    places = [IMAGE] * 4 * images
+    """Ids and labels of random text around images of 4 tokens; the text after them, or they, are learnt."""
+    generator = torch.Generator().manual_seed(seed)
+    before, after = (
+        torch.randint(5, 90, (n,), generator=generator).tolist() for n in (text_before, text_after)
+    )
+    placeholders = [IMAGE] * 4 * images
     labels = (
         [-100] * len(before)
-        + [IMAGE if learnt else -100] * len(places)
+        + [IMAGE if learnt else -100] * len(placeholders)
         + (after if not learnt else [4, *after[1:]])
     )
-    return before + places + after, labels
+    return before + placeholders + after, labels
 
 
 ROWS = [a_row(3, 1, 5, False, 1), a_row(7, 1, 1, True, 2), a_row(4, 0, 4, False, 3), a_row(2, 2, 2, True, 4)]
@@ -141,17 +143,17 @@ def test_logits_of_text_are_those_of_the_plain_decoder(tiny):
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
-@pytest.mark.parametrize("kind", ["text", "read", "drawn"])
+@pytest.mark.parametrize("kind", ["text", "read", "generated"])
 def test_every_part_takes_part_in_every_batch(tiny, codes, pad_rows, kind):
     model = tiny().train()
-    row, images = {"text": (2, None), "read": (0, codes[:1]), "drawn": (1, codes[1:2])}[kind]
+    row, images = {"text": (2, None), "read": (0, codes[:1]), "generated": (1, codes[1:2])}[kind]
     model(**pad_rows([ROWS[row]]), image_codes=images).loss.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     assert model.visual_embedder.codebooks.grad is None
     used = model.visual_embedder.projector[1].weight.grad.abs().max() > 0
     assert used == (kind != "text")
-    assert (model.depth_head.output.weight.grad.abs().max() > 0) == (kind == "drawn")
+    assert (model.depth_head.output.weight.grad.abs().max() > 0) == (kind == "generated")
 
 
 def test_a_batch_with_nothing_to_learn_has_loss_zero(tiny, pad_rows):

@@ -74,7 +74,7 @@ def _check_image_logits(logits, out, name):
 
 
 @torch.no_grad()
-def draw(model, ids, mask, guidance, context):
+def generate_greedily(model, ids, mask, guidance, context):
     """Greedy codes (B, N, K) by the model's incremental parts, the states (rows, N, D) that predict each, and
     the logits after guidance of the first three (B, 3, K, V)."""
     embedder, head = model.visual_embedder, model.depth_head
@@ -87,9 +87,9 @@ def draw(model, ids, mask, guidance, context):
     states, codes, logits = [], [], []
     for _ in range(length):
         hidden = output.last_hidden_state[:, -1]
-        entry, places, steps, chosen = hidden, head.new_cache(), [], []
+        entry, depth_cache, steps, chosen = hidden, head.new_cache(), [], []
         for k in range(model.config.num_codebooks):
-            step = head.step(k, entry, places)
+            step = head.step(k, entry, depth_cache)
             step = step[count:] + guidance * (step[:count] - step[count:]) if guided else step
             steps.append(step)
             chosen.append(step.argmax(-1))
@@ -120,9 +120,9 @@ def draw(model, ids, mask, guidance, context):
         "nocache_cfg5_equal",
     ],
 )
-def test_greedy_drawing(published, case):
+def test_greedy_codes(published, case):
     out, info = published.out, published.meta[f"t2i_{case}.info"]
-    codes, states, logits = draw(
+    codes, states, logits = generate_greedily(
         published.model,
         out[f"t2i_{case}.input_ids"],
         out[f"t2i_{case}.attention_mask"],
@@ -140,22 +140,24 @@ def test_greedy_drawing(published, case):
 
 
 @pytest.mark.parametrize("context", ["full", "last"])
-def test_drawing_in_a_left_padded_batch_equals_one_by_one(reference, context):
+def test_generation_in_a_left_padded_batch_equals_one_by_one(reference, context):
     model = reference("tiny").model
     rows = [[1, 50, 60, 70, 3], [1, 80, 3], [1, 20, 30, 40, 50, 60, 3]]
     ids = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (7 - len(row)) + [1] * len(row) for row in rows])
-    codes, states, _ = draw(model, ids, mask, 1.0, context)
+    codes, states, _ = generate_greedily(model, ids, mask, 1.0, context)
     for r, row in enumerate(rows):
-        alone, state, _ = draw(model, torch.tensor([row]), torch.ones(1, len(row)).long(), 1.0, context)
+        alone, state, _ = generate_greedily(
+            model, torch.tensor([row]), torch.ones(1, len(row)).long(), 1.0, context
+        )
         assert torch.equal(alone[0], codes[r])
         torch.testing.assert_close(state[0], states[r], atol=1e-4, rtol=0)
 
 
-def test_drawing_step_by_step_equals_one_pass(reference):
+def test_generation_step_by_step_equals_one_pass(reference):
     model = reference("tiny").model
     prompt = torch.tensor([[1, 50, 60, 3]])
-    codes, states, logits = draw(model, prompt, torch.ones_like(prompt), 1.0, "full")
+    codes, states, logits = generate_greedily(model, prompt, torch.ones_like(prompt), 1.0, "full")
     ids = torch.cat([prompt, torch.full((1, 16), -200)], dim=1)
     labels = torch.where(ids == -200, ids, -100)
     whole = model(ids, image_codes=codes, labels=labels)

@@ -32,16 +32,18 @@ def processor(golden, tmp_path_factory):
 
 
 def ids_and_labels(processor, case):
-    """A golden sample by the processor; drawing and captioning as the published collator joins them."""
-    sample, draw = case["sample"], case["np_random_rand"]
+    """A golden sample by the processor; text_to_image and captioning as the published collator joins them."""
+    sample, uniform = case["sample"], case["np_random_rand"]
     image = processor.image_token_id
     kind, text = sample["data_type"], sample.get("text")
     long = sample.get("InVL_caption")
     if kind == "T2I":
         both = text != "no" and long != "no"
-        caption = (text if draw > 0.8 else long) if both else (text if text != "no" else long)
-        free = caption == "no" or draw > 0.9
-        *prompt, boi = processor.unconditional_ids() if free else processor.text_to_image_ids(caption)
+        caption = (text if uniform > 0.8 else long) if both else (text if text != "no" else long)
+        unconditional = caption == "no" or uniform > 0.9
+        *prompt, boi = (
+            processor.unconditional_ids() if unconditional else processor.text_to_image_ids(caption)
+        )
         learnt = [boi, image, processor.eoi_token_id, processor.eos_token_id]
         return prompt + learnt, [IGNORED] * len(prompt) + learnt
     if kind == "I2T":
@@ -112,7 +114,7 @@ def test_decode_leaves_out_images_and_special_ids(processor):
     assert ours.decode(torch.tensor(ids)) == "A photo of a cat"
 
 
-def test_a_long_drawing_prompt_is_cut_before_boi(processor):
+def test_a_long_text_to_image_prompt_is_truncated_before_boi(processor):
     ours = processor(True, max_prompt=6)
     ids = ours.text_to_image_ids("A photo of a cat in a blue sky")
     assert len(ids) == 7 and ids[-1] == ours.boi_token_id

@@ -41,7 +41,7 @@ def test_batch_equals_one_by_one_and_the_plain_loop(full_model, asked):
         assert truncate_at_eos(plain_loop(full_model, prompt, code, 8), {2}) == answer
 
 
-def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_model, asked):
+def test_an_adapted_output_layer_is_applied(make_model, asked):
     class Adapted(torch.nn.Linear):
         def forward(self, input):
             return -super().forward(input)
@@ -54,7 +54,7 @@ def test_an_output_layer_that_is_more_than_its_weight_is_not_passed_over(make_mo
     assert truncate_at_eos(plain_loop(model, prompts[0], codes[0], 8), {2}) == answer
 
 
-def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
+def test_an_answer_ends_at_eos(full_model, asked, monkeypatch):
     prompts, codes = asked
     long = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)
     end = long[0][2]
@@ -64,7 +64,7 @@ def test_an_answer_stops_at_its_end(full_model, asked, monkeypatch):
     assert generate_text_ids(full_model, prompts, codes, max_new_tokens=8) == expected
 
 
-def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
+def test_questions_about_one_image_share_its_prefill(full_model, asked, monkeypatch):
     """Two images with two and three questions, one question without: the same as alone, and less read."""
     (_, image), mark = (asked[1][0], asked[1][3]), full_model.config.image_token_id
     start = [1, 5, *[mark] * 9, 6]
@@ -85,7 +85,7 @@ def test_questions_about_one_image_read_it_once(full_model, asked, monkeypatch):
 
 
 @pytest.mark.parametrize("native", [True, False])
-def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
+def test_streamed_ids_are_the_greedy_answers(full_model, asked, monkeypatch, native):
     prompts, codes = asked
     end = generate_text_ids(full_model, prompts, codes, max_new_tokens=8)[0][2]
     for ends in ([2], [end, 2]):
@@ -101,19 +101,19 @@ def test_steps_are_the_greedy_answers(full_model, asked, monkeypatch, native):
         assert rows == want
 
 
-def test_draws_follow_their_seed(full_model, asked):
+def test_sampling_follows_its_seed(full_model, asked):
     prompts, codes = asked
     options = {"max_new_tokens": 6, "do_sample": True, "top_k": 50}
     first = generate_text_ids(full_model, prompts, codes, seed=3, **options)
     state = torch.get_rng_state()
     assert first == generate_text_ids(full_model, prompts, codes, seed=3, **options)
-    assert torch.equal(state, torch.get_rng_state())  # the user's own draws go on undisturbed
+    assert torch.equal(state, torch.get_rng_state())  # the global generator is unchanged
     assert first != generate_text_ids(full_model, prompts, codes, seed=4, **options)
     steps = [list(iter_text_ids(full_model, prompts, codes, seed=s, **options)) for s in (3, 3, 4)]
     assert steps[0] == steps[1] != steps[2]
 
 
-def test_noise_of_bf16_models_is_drawn_in_fp32(full_model, asked, monkeypatch):
+def test_noise_of_bf16_models_is_sampled_in_fp32(full_model, asked, monkeypatch):
     seen = []
     sample_code = text_generation.sample_code
 
