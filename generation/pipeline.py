@@ -22,7 +22,14 @@ from .loading import check_parts_match, check_quantization, find_model
 from .reconstruction import iter_reconstructions, split_batches
 from .sampling import Sampling
 from .text_generation import generate_text_ids, iter_text_ids, stream_text
-from .validation import check_history, check_prefix, check_texts, check_whole, expand_seeds
+from .validation import (
+    check_history,
+    check_one_per_question,
+    check_prefix,
+    check_texts,
+    check_whole,
+    expand_seeds,
+)
 
 CHAT_TOKENS = 256  # max_new_tokens of a chat answer unless given
 History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers
@@ -121,15 +128,8 @@ class Pipeline:
         Raises:
             UserError: an empty or over-long prompt, a wrong seed, number or prefix.
         """
-        codes = self.generate_codes(
-            prompts,
-            sampling,
-            seed,
-            batch_size,
-            negative_prompt=negative_prompt,
-            num_images=num_images,
-            prefix=prefix,
-        )
+        options = {"negative_prompt": negative_prompt, "num_images": num_images, "prefix": prefix}
+        codes = self.generate_codes(prompts, sampling, seed, batch_size, **options)
         return [image for part in codes.split(batch_size) for image in self.decode(part)]
 
     def generate_codes(
@@ -145,23 +145,16 @@ class Pipeline:
     ) -> Tensor:
         """The codes (B, N, K) of the images; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
+        sampling = sampling or self.sampling
         ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images)
         if prefix is not None:
             check_prefix(prefix, len(ids), self.model.config)
         parts = []
         for i in range(0, len(ids), batch_size):
             batch = slice(i, i + batch_size)
-            parts.append(
-                generate_image_codes(
-                    self.model,
-                    ids[batch],
-                    sampling or self.sampling,
-                    seeds[batch],
-                    unconditional[batch],
-                    prefix if prefix is None or len(prefix) == 1 else prefix[batch],
-                    self.quantization,
-                )
-            )
+            own_prefix = prefix if prefix is None or len(prefix) == 1 else prefix[batch]
+            arguments = (ids[batch], sampling, seeds[batch], unconditional[batch], own_prefix)
+            parts.append(generate_image_codes(self.model, *arguments, self.quantization))
         return torch.cat(parts) if parts else self._no_codes()
 
     def _image_prompts(
@@ -186,8 +179,7 @@ class Pipeline:
         Raises:
             UserError: a prompt that the processor would truncate.
         """
-        limit = self.processor.max_prompt
-        rows = [self.processor.text_to_image_ids(prompt) for prompt in prompts]
+        rows, limit = [self.processor.text_to_image_ids(p) for p in prompts], self.processor.max_prompt
         for i, row in enumerate(rows):
             if len(row) > limit:  # truncated ids and boi
                 raise UserError(f"{name} {i} has {limit} tokens or more: shorten the prompt.")
@@ -196,9 +188,8 @@ class Pipeline:
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes (B, N, K) -> B images."""
-        if not len(codes):
-            return []
-        return [to_pil(pixels) for pixels in self.unitok.decode(codes, self.layout.grid).float().cpu()]
+        pixels = self.unitok.decode(codes, self.layout.grid).float().cpu() if len(codes) else ()
+        return [to_pil(image) for image in pixels]
 
     def stream(
         self,
@@ -303,9 +294,9 @@ class Pipeline:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Iterator[list[str]]:
-        """The answers while they are generated: one new piece of text per question and step, which may be
-        empty. Joined, the greedy pieces are what `answer` returns, in float32; closing the iterator stops the
-        work.
+        """The answers while they are generated: per step one new, possibly empty piece of text per question.
+
+        Joined, the greedy pieces are what `answer` returns, in float32; closing the iterator stops the work.
 
         Args:
             do_sample: sample with temperature, top_k (0 = all) and top_p; else greedy.
@@ -365,13 +356,8 @@ class Pipeline:
         """The ids of each question and the codes (n, N, K) of its images."""
         check_texts(questions, "question")
         histories = [()] * len(questions) if histories is None else histories
-        for name, given in (("images", images), ("histories", histories)):
-            if not isinstance(given, Sequence):
-                raise UserError(f"{name} is {given!r}; it must be a list with one entry per question.")
-            if len(given) != len(questions):
-                raise UserError(
-                    f"{len(given)} {name} for {len(questions)} questions: give one entry per question."
-                )
+        check_one_per_question("images", images, len(questions))
+        check_one_per_question("histories", histories, len(questions))
         earlier = [check_history(entry) for entry in histories]
         groups = [_as_list(entry) for entry in images]
         # each image is encoded once

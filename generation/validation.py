@@ -44,6 +44,17 @@ def check_history(history: Any) -> tuple[tuple[str, str], ...]:
     return tuple((question, answer) for question, answer in pairs)
 
 
+def check_one_per_question(name: str, entries: Any, count: int) -> None:
+    """
+    Raises:
+        UserError: `entries` is not a list with one entry for each of `count` questions.
+    """
+    if not isinstance(entries, Sequence):
+        raise UserError(f"{name} is {entries!r}; it must be a list with one entry per question.")
+    if len(entries) != count:
+        raise UserError(f"{len(entries)} {name} for {count} questions: give one entry per question.")
+
+
 def expand_seeds(seed: int | Sequence[int], count: int) -> list[int]:
     """One seed per image: the list given, or seed, seed + 1, ..."""
     if isinstance(seed, (list, tuple, range)):
