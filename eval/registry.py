@@ -26,12 +26,16 @@ _QUESTIONS = (
 _LAYOUT = Option("layout", "whose files are read where a folder holds both", choices=("original", "llava"))
 
 _SAMPLING = (  # None on the command line: the model folder's sampling.json, else these defaults
-    Option("guidance", "scale of classifier-free guidance", float, 5.0),
-    Option("guidance_schedule", "constant, linear or cosine", default="constant"),
-    Option("temperature", "temperature of code sampling", float, 1.0),
-    Option("top_k", "number of codes to sample from, 0: all", int, 0),
-    Option("top_p", "probability mass to sample from", float, 1.0),
-    Option("greedy", "take the most likely codes", bool, False),
+    Option("guidance", "scale of classifier-free guidance; the model's own before the default", float, 5.0),
+    Option(
+        "guidance_schedule",
+        "constant, linear or cosine; the model's own before the default",
+        default="constant",
+    ),
+    Option("temperature", "temperature of code sampling; the model's own before the default", float, 1.0),
+    Option("top_k", "number of codes to sample from, 0: all; the model's own before the default", int, 0),
+    Option("top_p", "probability mass to sample from; the model's own before the default", float, 1.0),
+    Option("greedy", "take the most likely codes; the model's own before the default", bool, False),
     _SEED,
 )
 _IMAGES_PER_PROMPT = Option(
