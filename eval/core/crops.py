@@ -1,4 +1,4 @@
-"""Crops of an image to the tokenizer's square; published numbers differ in it."""
+"""Crops of an image to the tokenizer's input size; published numbers depend on the crop."""
 
 from collections.abc import Callable
 
@@ -9,19 +9,20 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.images import from_pil, to_pixels
 
 
-def adm_crop(image: Image.Image, size: int) -> Image.Image:
-    """The square of ADM's and LlamaGen's ImageNet references: halved by box filters, then bicubic."""
-    # the published crop halves with box filters before its bicubic step
-    while min(image.size) >= 2 * size:
+def adm_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The centre crop of ADM's and LlamaGen's ImageNet references; `size` is (H, W) or a square's side."""
+    height, width = (size, size) if isinstance(size, int) else size
+    # published order: halve with box filters while both sides allow it, then one bicubic step
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
+    scale = max(width / image.width, height / image.height)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
-# name -> (RGB image, size) -> pixels (3, size, size) in [-1, 1]; to_pixels(..., "crop") scales the shorter
-# side to the size and cuts the centre
+# name -> (RGB image, (H, W) or side) -> pixels (3, H, W) in [-1, 1]; to_pixels(..., "crop") scales the image
+# until it just covers the size and cuts out the centre
 CROPS: dict[str, Callable] = {
     "bicubic": lambda image, size: to_pixels(image, size, "crop", resample=Image.Resampling.BICUBIC),
     "lanczos": lambda image, size: to_pixels(image, size, "crop", resample=Image.Resampling.LANCZOS),
@@ -30,12 +31,17 @@ CROPS: dict[str, Callable] = {
 
 
 def find_crop(name: str) -> Callable:
-    """The crop of that name, or a UserError with the allowed names."""
+    """The crop of that name.
+
+    Raises:
+        UserError: there is none; the message lists the names.
+    """
     if name not in CROPS:
         raise UserError(f"crop is {name!r}." + did_you_mean(name, CROPS))
     return CROPS[name]
 
 
 def to_uint8_llamagen(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] -> uint8 by truncating 127.5 x + 128, as class-conditional samplers save them."""
+    """Pixels in [-1, 1] -> uint8 as class-conditional samplers save them."""
+    # truncation of 127.5 x + 128, not the rounding of 127.5 (x + 1)
     return (127.5 * np.asarray(pixels, np.float32) + 128.0).clip(0, 255).astype(np.uint8)

@@ -41,7 +41,7 @@ class Model:
     """A tokenizer folder or an MLLM folder (with its tokenizer in `unitok/`); weights load on first use.
 
     Args:
-        crop: how an image is cropped to the tokenizer's square; None = by the method called.
+        crop: name of the crop to the tokenizer's input size; None = the default of each method.
         sampling: fields of `Sampling` that replace those of the model's sampling.json.
 
     Raises:
@@ -99,9 +99,14 @@ class Model:
         return self._pipeline
 
     def pixels(self, images: Sequence[Image.Image], crop: str = "bicubic") -> Tensor:
-        """Images cropped to the tokenizer's size, (B, 3, H, W) in [-1, 1]; the model's crop option wins."""
-        cropped, size = find_crop(self.crop or crop), self.unitok.config.image_size
-        return torch.stack([cropped(image, size) for image in images])
+        """Images cropped to the tokenizer's input size, (B, 3, H, W) in [-1, 1].
+
+        Args:
+            crop: used unless the `crop` option of the model is set.
+        """
+        crop_image = find_crop(self.crop or crop)
+        # (height, width): a token layout may have more columns than rows
+        return torch.stack([crop_image(image, self.unitok.config.image_shape) for image in images])
 
     @torch.inference_mode()
     def reconstruct(self, images: Sequence[Image.Image], reencode: bool = False) -> Reconstructions:

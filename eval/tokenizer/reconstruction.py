@@ -84,11 +84,11 @@ def _reconstructed(task: Task, records: dict[int, Record]) -> list[Sample]:
     return [s for s in task.samples if s.index in records and not records[s.index].get("error")]
 
 
-def _originals(batch: list[Sample], size: int, crop: str) -> np.ndarray:
-    """The images as the tokenizer reads them, uint8 (B, size, size, 3)."""
-    cut = find_crop(crop)
+def _originals(batch: list[Sample], shape: tuple[int, ...], crop: str) -> np.ndarray:
+    """The images as the tokenizer reads them, uint8 (B, H, W, 3) of `shape` = (H, W)."""
+    crop_image = find_crop(crop)
     # the same crop as in the model: FID must not measure the preprocessing
-    pixels = torch.stack([cut(read_sample_image(s.image), size) for s in batch])
+    pixels = torch.stack([crop_image(read_sample_image(s.image), shape) for s in batch])
     return to_uint8(pixels).permute(0, 2, 3, 1).numpy()
 
 
@@ -106,7 +106,7 @@ def judge(
         return np.asarray(read_sample_image(out / records[good[i].index]["file"]))
 
     def load_original(i: int) -> np.ndarray:
-        return _originals([good[i]], load_decoded(i).shape[0], crop)[0]
+        return _originals([good[i]], load_decoded(i).shape[:2], crop)[0]
 
     if scoring.inception_weights and good:
         variant = inception_features.choose_variant(scoring, "torch-fidelity")
@@ -132,7 +132,7 @@ def _run_lpips_pass(
     def work(batch: list[Sample], images: list[Any]) -> list[Record]:
         # the saved 8-bit images are measured, not float outputs, as published tables do
         decoded = np.stack([np.asarray(image) for image in images])
-        both = (_originals(batch, decoded.shape[1], task.truth["crop"]), decoded)
+        both = (_originals(batch, decoded.shape[1:3], task.truth["crop"]), decoded)
         with torch.inference_mode():
             a, b = (torch.from_numpy(x).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1 for x in both)
             return [{"lpips": value} for value in net(a, b).tolist()]
@@ -158,7 +158,7 @@ def score(
     for start in range(0, len(good), SCORING_BATCH):
         batch = good[start : start + SCORING_BATCH]
         decoded = np.stack([np.asarray(read_sample_image(folder / records[s.index]["file"])) for s in batch])
-        originals = _originals(batch, decoded.shape[1], task.truth["crop"])
+        originals = _originals(batch, decoded.shape[1:3], task.truth["crop"])
         psnr += image_quality.psnr(originals, decoded).tolist()
         ssim += image_quality.ssim(originals, decoded, scoring.scorer).tolist()
         counter.add(np.concatenate([_unpack(records[s.index]["codes"], k, v) for s in batch]))

@@ -14,14 +14,23 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core import crops, image_files, imagenet
-from open_unitok.eval.core.model import Reconstructions
-from open_unitok.eval.metrics import fid, inception_features, inception_weights
+from open_unitok.eval.core.model import Model, Reconstructions
+from open_unitok.eval.metrics import fid, image_quality, inception_features, inception_weights
 from open_unitok.eval.tokenizer import linear_probe, zeroshot
+from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
 
 from ..conftest import GOLDEN, run_named, score_folder
 
 WNIDS = ("n01440764", "n01443537", "n02123045", "n03255030", "n15075141")  # classes 0, 1, 281, 542, 999
+
+
+TINY = {
+    "stem_width": 16, "stage_widths": (16, 32), "stage_depths": (1, 1), "hidden_size": 64,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "decoder_widths": (32, 16), "decoder_depths": (1, 1),
+    "num_codebooks": 4, "codebook_size": 64, "codebook_dim": 4, "embed_dim": 32, "text_hidden_size": 64,
+    "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 512, "text_context_length": 16,
+}  # fmt: skip
 
 
 class Scripted:
@@ -301,6 +310,28 @@ def test_crops_equal_the_published_ones():
     assert np.array_equal(back, arrays["adm_center_crop_32"])
     with pytest.raises(UserError, match="Did you mean 'lanczos'"):
         crops.find_crop("lancsoz")
+
+
+@pytest.mark.parametrize("crop", sorted(crops.CROPS))
+def test_a_tokenizer_of_2_x_8_tokens_is_evaluated_on_oblong_crops(crop, tmp_path):
+    torch.manual_seed(0)
+    layout = {"image_size": 128, "token_layout": {"rows": 2, "columns": 8}}
+    UniTok(UniTokConfig(**TINY, **layout)).save_pretrained(tmp_path / "model")
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 255, (300, 260, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "images" / "tall.png")
+    model = Model(tmp_path / "model", crop=crop)
+    found = model.reconstruct([Image.fromarray(noise)])
+    assert found.originals.shape == found.decoded.shape == (1, 32, 128, 3)
+    result = run_named("reconstruction", model, tmp_path, tmp_path / "o", {"crop": crop}, quiet=True)
+    # the scorer crops the original exactly as the model does
+    expected = image_quality.psnr(found.originals, found.decoded).item()
+    assert result["metrics"]["psnr"]["value"] == pytest.approx(expected)
+
+
+def test_adm_crop_of_equal_sides_is_the_square_crop():
+    image = Image.fromarray(np.load(GOLDEN / "metrics.npz")["crop_in"])
+    assert np.array_equal(np.asarray(crops.adm_crop(image, (32, 32))), np.asarray(crops.adm_crop(image, 32)))
 
 
 def test_crop_is_part_of_the_settings(photos, tmp_path):
