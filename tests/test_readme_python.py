@@ -18,8 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.M | re.S)
 # What the table of sizes would need to know the golden checkpoint, whose model name is not a published one.
 PRELUDE = """
-from open_unitok.tokenizer.config import SIZES
-SIZES["vitamin_tiny_dev"] = dict(
+from open_unitok.tokenizer.config import TOKENIZER_SIZES
+TOKENIZER_SIZES["vitamin_tiny_dev"] = dict(
     stem_width=16, stage_widths=(16, 32), stage_depths=(2, 4), hidden_size=64, num_hidden_layers=3,
     num_attention_heads=2, decoder_widths=(32, 16), decoder_depths=(4, 2),
 )
