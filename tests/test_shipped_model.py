@@ -8,9 +8,9 @@ from PIL import Image
 from open_unitok import Pipeline, Sampling
 from open_unitok.core.files import DEFAULT_MODEL, SHIPPED_MODELS, write_json
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, only_object
+from open_unitok.training.scenes.benchmark_files import sample_test_questions
 from open_unitok.training.scenes.dataset import load_config, scenes_description
 from open_unitok.training.scenes.scene import render, sample_scene
-from open_unitok.training.scenes.test_split import sample_test_questions
 
 CONFIG = load_config("configs/scenes/scenes.yaml")
 

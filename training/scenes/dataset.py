@@ -21,12 +21,12 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json, write_atomic, write_json
 
 from ..core.config import read_yaml
+from .benchmark_files import write_test_split
 from .captions import sample_captions, sample_pair_captions, sample_sentences
 from .config import QUESTION_KINDS, SceneConfig, with_values
 from .questions import SceneQuestion, sample_conversation
 from .scene import Scene, render, sample_scene
 from .shapes import COLORS, PALE, SHAPES
-from .test_split import write_test_split
 
 FINISHED = "scenes.json"
 UNFINISHED = "unfinished.json"  # the configuration of a run in progress

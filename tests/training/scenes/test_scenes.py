@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.scenes import captions, dataset, phrases, questions, test_split
+from open_unitok.training.scenes import benchmark_files, captions, dataset, phrases, questions
+from open_unitok.training.scenes.benchmark_files import sample_test_questions
 from open_unitok.training.scenes.config import QUESTION_KINDS, SceneConfig, parse_shares, with_values
 from open_unitok.training.scenes.scene import in_test_split, object_centre, render_array, sample_scene
 from open_unitok.training.scenes.shapes import COLORS
-from open_unitok.training.scenes.test_split import sample_test_questions
 
 DEMO = SceneConfig()
 RICH = SceneConfig(
@@ -226,7 +226,7 @@ def test_question_shares_and_pair_captions():
 
 def test_the_shipped_models_test_split_is_frozen():
     config = dataset.load_config("configs/scenes/scenes.yaml")
-    content: list = [test_split.geneval_prompts(config), test_split.position_prompts(config)]
+    content: list = [benchmark_files.geneval_prompts(config), benchmark_files.position_prompts(config)]
     for index in range(config.test):
         scene = sample_scene(config, "test", index)
         words = captions.sample_captions(scene, config, random.Random(index), config.captions)

@@ -15,9 +15,9 @@ from open_unitok.cli import main
 from open_unitok.core.errors import UserError
 from open_unitok.eval.generation import geneval
 from open_unitok.training.scenes import dataset
+from open_unitok.training.scenes.benchmark_files import GENEVAL_PROMPTS
 from open_unitok.training.scenes.config import SceneConfig, with_values
 from open_unitok.training.scenes.scene import render_array, sample_scene
-from open_unitok.training.scenes.test_split import GENEVAL_PROMPTS
 
 SMALL = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40)
 
