@@ -87,8 +87,10 @@ class Checkpoints:
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
         if distributed.is_main():
+            # left over from a save that was killed
             shutil.rmtree(temporary, ignore_errors=True)
             (temporary / "training_state").mkdir(parents=True)
+        # the other ranks write into this folder
         distributed.barrier()
         if distributed.is_main() or gather:
             write_model(temporary)
@@ -130,6 +132,7 @@ class Checkpoints:
             )
         state = torch.load(_rank_file(path), map_location="cpu", weights_only=True)
         for name, engine in engines.items():
+            # a strict load would reject the absence of the frozen parameters
             options = {"load_module_strict": False} if self.trained_only else {}
             engine.load_checkpoint(str(path / "training_state"), tag=name, **options)
         torch.set_rng_state(state.pop("torch_rng"))
@@ -153,6 +156,7 @@ def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, 
             f"{path} is not a complete checkpoint ({problem}): name a folder OUT/checkpoints/step-*."
         )
     for name, engine in engines.items():
+        # the earlier run may have had no discriminator
         if (path / "training_state" / name).is_dir():
             engine.load_checkpoint(
                 str(path / "training_state"), tag=name, load_module_only=True, load_optimizer_states=False
@@ -170,6 +174,7 @@ def write_manifest(path: Path) -> None:
     files = {}
     for file in sorted(path.rglob("*")):
         if file.is_file():
+            # the rename that follows must not reach the disk before the contents
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
             files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
@@ -177,7 +182,7 @@ def write_manifest(path: Path) -> None:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is complete."""
+    """A description of the first defect of a checkpoint; None if it is complete."""
     if not (path / CHECKPOINT_MANIFEST).exists():
         return f"{CHECKPOINT_MANIFEST} is missing"
     try:
@@ -188,6 +193,7 @@ def find_damage(path: Path) -> str | None:
         file = path / name
         if not file.exists():
             return f"{name} is missing"
+        # the size first: a truncated file needs no hashing
         if file.stat().st_size != known["bytes"]:
             return f"{name} has {file.stat().st_size} bytes instead of {known['bytes']}"
         if sha256(file) != known["sha256"]:
@@ -201,7 +207,7 @@ def _from_main(value: bool) -> bool:
 
 
 class StopOnSignal:
-    """Turns SIGTERM and Ctrl-C into a question that the training loop asks between steps.
+    """Turns SIGTERM and Ctrl-C into a flag that the training loop polls between steps.
 
     Within `with StopOnSignal() as stop:`, `stop()` is True once a signal has arrived on any rank: call it on
     every rank at the same step. A second signal ends the process at once.
@@ -223,6 +229,7 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _frame: Any) -> None:
+        # second signal: the default action ends the process
         if self.signal is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -244,4 +251,4 @@ class StopOnSignal:
             raise KeyboardInterrupt
         if distributed.is_main():
             print("unitok: stopped by SIGTERM; run the same command again to resume.", file=sys.stderr)
-        sys.exit(128 + self.signal)
+        sys.exit(128 + self.signal)  # the exit code that a shell reports for a signal

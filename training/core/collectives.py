@@ -41,7 +41,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # a reduce-scatter; gloo has all_reduce alone on every version
+        # this is a reduce-scatter, which not every version of gloo has: all-reduce and take this rank's chunk
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient.chunk(distributed.world_size())[distributed.rank()]
@@ -56,6 +56,7 @@ class _AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # every rank's output depends on this rank's input: sum the gradients of all outputs
         gradient = gradients[0].contiguous().clone()
         dist.all_reduce(gradient)
         return gradient

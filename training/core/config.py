@@ -1,6 +1,7 @@
-"""YAML to strict dataclasses: a mistake stops a run before its first batch, with one line that says why.
+"""YAML to strict dataclasses: a config error stops the run before its first batch with a one-line message.
 
-This module, `options.py` and the stages' `config.py` import no torch: errors and finished runs show at once.
+This module, `options.py` and the stages' `config.py` import no torch, so that errors and finished runs are
+reported at once.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ class _Loader(yaml.SafeLoader):
     """YAML in which `2e-4` is a number (YAML 1.1 wants 2.0e-4) and a repeated key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        # PyYAML keeps the last of several equal keys without an error
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -33,6 +35,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# an exponent without a decimal point; PyYAML would read a string
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*)(\.\d*)?[eE][-+]?\d+$"),
@@ -74,6 +77,7 @@ def _text(path: str | Path) -> str:
     if file.is_dir():
         raise UserError(f"{path} is a folder: name the YAML file.")
     shipped = importlib.resources.files("open_unitok.configs").joinpath(str(path).removeprefix("configs/"))
+    # a file in the working directory has precedence over the shipped config of the same name
     if not file.exists():
         if not (str(path).endswith(".yaml") and shipped.is_file()):
             raise UserError(f"{path} does not exist, neither here nor among the shipped configs (configs/).")
@@ -99,6 +103,7 @@ def _set(raw: Any, key: str, value: Any, override: str) -> None:
         if isinstance(node, list):
             node = node[_index(part, node, override)]
         else:
+            # a section may be absent or null: create it
             if node.get(part) is None:
                 node[part] = {}
             node = node[part]
@@ -178,8 +183,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return {
             _convert(inner[0], k, where): _convert(inner[1], v, _join(where, k)) for k, v in value.items()
         }
+    # `lr: 1` is an int in YAML
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    # bool is a subclass of int: `steps: true` must be rejected
     if (
         isinstance(hint, type)
         and isinstance(value, hint)
@@ -197,6 +204,7 @@ def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:  # X | None: the error of X names more than "X or None" would
         return _convert(options[0], value, where)
+    # the first type that accepts the value
     for option in options:
         try:
             return _convert(option, value, where)
@@ -262,7 +270,7 @@ def config_differences(
     ]
 
 
-_ABSENT = object()
+_ABSENT = object()  # distinct from None, which is a valid value
 
 
 def _flat(value: Any, where: str = "") -> dict[str, Any]:

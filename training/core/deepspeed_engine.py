@@ -19,29 +19,29 @@ from open_unitok.core.errors import UserError
 from .muon import Muon, muon_groups
 from .options import EngineOptions, Optimizer
 
-# What we use of DeepSpeed beyond its documented interface, tested with 0.19.8. An upgrade may change any of
-# these without an error: tests/training/core/test_deepspeed_internals.py checks existence and behaviour.
+# Undocumented parts of DeepSpeed that this module uses, tested with 0.19.8. An upgrade may change any of them
+# without an error: tests/training/core/test_deepspeed_internals.py checks existence and behaviour.
 # "engine" is a DeepSpeedEngine, "zero" its optimizer at ZeRO 1 and 2, "parameter" one at ZeRO 3.
 DEEPSPEED_INTERNALS = {
     "deepspeed.ops.__compatible_ops__": "skip the build of deepspeed_shm_comm in init_distributed (minutes)",
-    "deepspeed.runtime.config.DeepSpeedConfigError": "turn its complaints about the config into a UserError",
+    "deepspeed.runtime.config.DeepSpeedConfigError": "raise config errors as a UserError",
     "deepspeed.DeepSpeedEngine._broadcast_model": "its first broadcast fails on 0-d parameters",
     "engine.enable_backward_allreduce": "no all-reduce of gradients on one rank at ZeRO 0",
     "engine.zero_optimization": "is the engine at ZeRO 1 or more",
     "engine.is_gradient_accumulation_boundary": "is this micro-batch the last of its step",
     "engine.get_global_grad_norm": "gradient norm that ZeRO computed for clipping",
-    "engine.torch_autocast_enabled": "precision for what is computed beside the module",
-    "engine.torch_autocast_dtype": "precision for what is computed beside the module",
+    "engine.torch_autocast_enabled": "precision of losses computed outside the module",
+    "engine.torch_autocast_dtype": "precision of losses computed outside the module",
     "engine._zero3_consolidated_16bit_state_dict": "whole weights at ZeRO 3, without writing a file",
     "zero.optimizer": "the torch optimizer inside",
-    "zero.clear_backward_seen_flag": "forward through engine.module must do what the engine's own call does",
-    "zero.set_gradient_accumulation_boundary": "forward through engine.module, as above",
+    "zero.clear_backward_seen_flag": "a call of engine.module must do what a call of the engine does",
+    "zero.set_gradient_accumulation_boundary": "a call of engine.module, as above",
     "zero._hp_optimizer_states_linked": "link moments of parameter groups that are linked too early",
     "zero._lazy_init_hp_params_optimizer_state": "link moments of parameter groups, as above",
     "parameter.ds_id": "marks a parameter that ZeRO 3 has partitioned",
 }
 
-# Published UniTok: no weight decay for vectors and for names that contain one of these words.
+# As in the published UniTok: no weight decay for vectors and for names that contain one of these words.
 NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
 
 
@@ -56,7 +56,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     """
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if not cuda:  # importing torch's compiler takes seconds, and nothing is compiled on a CPU
+    if not cuda:  # nothing is compiled on a CPU, and importing torch's compiler takes seconds
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     deepspeed = _import_deepspeed()
     transformers_logging.disable_progress_bar()  # the metric logger has the only bar
@@ -66,7 +66,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        # gloo beside nccl: the ranks agree on small CPU values (stop now?) without waiting for the GPU
+        # gloo for CPU tensors: ranks reduce small values (the stop flag) without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
         if under_launcher():
             dist.init_process_group(backend)
@@ -76,7 +76,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
             atexit.register(_leave_group)
     from deepspeed.ops import __compatible_ops__ as operators
 
-    # it only speeds up inference; its build takes minutes and needs a compiler
+    # this operator only speeds up inference; its build takes minutes and needs a compiler
     if "deepspeed_shm_comm" in operators:
         operators["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
@@ -131,9 +131,9 @@ def shard_to_device(
 ) -> None:
     """Move a model to its device before `build_engine`; ZeRO 3 partitions it on the way.
 
-    One parameter after the other goes to the device, takes rank 0's values and leaves this rank's partition
-    there (on the host, if parameters are offloaded): no device ever holds the whole model. Afterwards
-    parameters have no shape.
+    Parameters are moved one at a time: to the device, where rank 0's values are broadcast and only this
+    rank's partition is kept (on the host, if parameters are offloaded). No device ever holds the whole model.
+    Afterwards parameters have no shape.
 
     Raises:
         UserError: see `build_engine`.
@@ -141,7 +141,7 @@ def shard_to_device(
     import deepspeed
 
     if options.zero_stage == 3:
-        with _refusals():
+        with _config_errors():
             deepspeed.zero.Init(
                 module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
             )
@@ -149,14 +149,14 @@ def shard_to_device(
 
 
 @contextlib.contextmanager
-def _refusals() -> Iterator[None]:
-    """Turn DeepSpeed's complaint about its config into one line."""
+def _config_errors() -> Iterator[None]:
+    """Raise DeepSpeed's errors about its config as a one-line UserError."""
     import deepspeed
 
     try:
         yield
     except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
-        raise UserError(f"DeepSpeed refuses the engine section: {' '.join(str(error).split())}") from error
+        raise UserError(f"DeepSpeed rejects the engine section: {' '.join(str(error).split())}") from error
 
 
 def build_engine(
@@ -172,7 +172,7 @@ def build_engine(
     micro-batch call the engine for the forward pass, `engine.backward(loss)`, then `optimizer_step(engine)`.
 
     Raises:
-        UserError: an option of `engine.deepspeed` that DeepSpeed does not take.
+        UserError: DeepSpeed rejects an option of `engine.deepspeed`.
     """
     import deepspeed
 
@@ -186,10 +186,11 @@ def build_engine(
         fused=True,
     )
     for group in adam.param_groups:
-        group["init_lr"] = group["lr"]  # what `set_lr_multiplier` scales
+        group["init_lr"] = group["lr"]  # scaled by `set_lr_multiplier`
     settings = deepspeed_settings(optimizer, options, micro_batch)
-    with _refusals(), _broadcast_scalars(module):
+    with _config_errors(), _broadcast_scalars(module):
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+    # read by `optimizer_step`, which clips at ZeRO 0
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
     if distributed.world_size() == 1 and options.zero_stage == 0:
         engine.enable_backward_allreduce = False  # all-reduce is a no-op on one rank
@@ -244,7 +245,8 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
         settings["zero_optimization"]["offload_optimizer"] = host
         if options.offload == "parameters":
             settings["zero_optimization"]["offload_param"] = host
-        settings["zero_force_ds_cpu_optimizer"] = False  # torch's AdamW runs on a CPU without a build
+        # torch's AdamW runs on a CPU; DeepSpeed's would have to be compiled
+        settings["zero_force_ds_cpu_optimizer"] = False
     return _merge(settings, options.deepspeed)
 
 
@@ -259,11 +261,11 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Forward pass through the engine's module, under its autocast; ZeRO 0 to 2.
 
-    The output may be differentiated by torch.autograd.grad before the backward pass. With `engine(...)` that
-    fails: its hooks on the output take the first gradient for the backward pass itself.
+    torch.autograd.grad may differentiate the output before the backward pass. With `engine(...)` that fails:
+    its hooks on the output mistake the first gradient for the backward pass.
     """
     optimizer = engine.optimizer
-    if engine.zero_optimization():  # the two calls that `engine(...)` makes by those hooks
+    if engine.zero_optimization():  # the two calls that `engine(...)` makes in those hooks
         optimizer.clear_backward_seen_flag()
         optimizer.set_gradient_accumulation_boundary(engine.is_gradient_accumulation_boundary())
     with autocast(engine):
@@ -271,7 +273,7 @@ def forward(engine: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def autocast(engine: Any) -> torch.autocast:
-    """The engine's precision, for losses that are computed outside its module."""
+    """Autocast in the engine's precision, for losses that are computed outside its module."""
     on = engine.torch_autocast_enabled()
     kind = next(engine.module.parameters()).device.type
     return torch.autocast(kind, dtype=engine.torch_autocast_dtype() if on else torch.bfloat16, enabled=on)
@@ -292,7 +294,7 @@ def optimizer_step(engine: Any) -> torch.Tensor | float | None:
     boundary = engine.is_gradient_accumulation_boundary()
     norm: torch.Tensor | float | None = None
     if boundary and not engine.zero_optimization():
-        limit = engine.unitok_clip or float("inf")
+        limit = engine.unitok_clip or float("inf")  # infinity: measure the norm only
         norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit, foreach=True)
     engine.step()
     if boundary and norm is None:
@@ -312,6 +314,7 @@ def overwrite_rows(
     """
     with torch.no_grad():
         if not engine.zero_optimization():
+            # ZeRO 0: the parameter is its own master copy
             parameter[rows] = values.to(parameter.dtype)
             for moment in ("exp_avg", "exp_avg_sq"):
                 if moment in engine.optimizer.state.get(parameter, {}):
@@ -330,6 +333,7 @@ def overwrite_rows(
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
+        # the master weights are sharded: gather them, change the rows, write each rank's part back
         full = safe_get_full_fp32_param(parameter).clone()
         full[rows] = values.to(full)
         safe_set_full_fp32_param(parameter, full)
@@ -347,6 +351,7 @@ def clamp_parameter(engine: Any, parameter: torch.nn.Parameter, low: float, high
     """Clamp a parameter and its fp32 master weights."""
     with torch.no_grad():
         parameter.clamp_(low, high)
+        # the next step would overwrite the clamped values from the master weights
         if engine.zero_optimization() and parameter.requires_grad:
             from deepspeed.utils import safe_set_full_fp32_param
 

@@ -18,7 +18,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Call after `step` steps; early on the decay is lower, so that initial weights are forgotten."""
+        """Update after `step` steps; the decay is lower at first, so that initial weights are forgotten."""
         # warm-up of the decay as in TensorFlow's ExponentialMovingAverage
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
@@ -32,7 +32,7 @@ class EMA:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, the module has the averaged weights."""
+        """Context in which the module has the averaged weights."""
         # swap the storage, so that references to the parameters stay valid
         own = {name: p.data for name, p in self.parameters.items()}
         try:

@@ -19,7 +19,8 @@ def peak_tflops(device: torch.device) -> float | None:
     """Peak of a GPU in `PEAK_TFLOPS`; None for others."""
     if device.type != "cuda":
         return None
-    name = " " + torch.cuda.get_device_name(device).replace("-", " ") + " "  # "NVIDIA A100-SXM4-80GB"
+    # "NVIDIA A100-SXM4-80GB": compare whole words, so that L4 does not match L40S
+    name = " " + torch.cuda.get_device_name(device).replace("-", " ") + " "
     return next((peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in name), None)
 
 
@@ -37,6 +38,7 @@ def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) 
         pixels = torch.zeros(1, 3, *config.image_shape)
         ids = torch.zeros(1, config.text_context_length, dtype=torch.int64) if captions else None
         total = _count(model, pixels, ids, 1)
+        # without the pixel decoder: encoder and text tower alone
         encoded = _count(model, pixels, ids, 0) if decoded < 1 else total
     return 3.0 * (encoded + decoded * (total - encoded))
 
@@ -83,6 +85,7 @@ class MLLMFlops:
 
     def flops(self, work: TokenCounts, backward: bool = True) -> float:
         """FLOPs of the forward and (if `backward`) the backward pass over `work`."""
+        # per part: positions that pass through its matrices (the depth head runs once per code)
         uses = (work.image_tokens, work.tokens, work.text_targets, work.image_targets * self.books)
         pairs = (
             0.0,
@@ -96,6 +99,8 @@ class MLLMFlops:
             total += forward
             trained_here = self.trained[part] > 0
             # the gradient passes through a part if anything in it or below it is trained
+            # input gradients repeat the products of the forward pass (attention: of both operands), weight
+            # gradients those with trained weights
             if backward and (trained_below or trained_here):
                 total += 2 * count * self.weights[part] + 2 * attention + 2 * count * self.trained[part]
             if part == "visual_embedder":  # text embeddings are at the same level
@@ -105,10 +110,11 @@ class MLLMFlops:
         return total
 
     def _depth_pairs(self, work: TokenCounts) -> float:
+        # code k attends to k positions: 1 + 2 + ... + K
         return work.image_targets * self.books * (self.books + 1) / 2
 
 
 def _pair_cost(config: Any) -> float:
-    """FLOPs of attention per pair of tokens in all layers: a score and a weighted value."""
+    """FLOPs of attention per pair of tokens in all layers: 2 x head_dim each for score and weighted value."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 4.0 * config.num_hidden_layers * config.num_attention_heads * head

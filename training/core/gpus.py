@@ -1,7 +1,7 @@
 """Peak throughput of GPUs."""
 
-# Dense bf16 matrix products in TFLOP/s, from the makers' data sheets. A key is part of the device's name; the
-# first match counts.
+# Dense bf16 matrix products in TFLOP/s, from the vendors' data sheets. A key is part of the device's name;
+# the first match counts.
 PEAK_TFLOPS = {
     "B200": 2250.0,
     "H200": 989.0,

@@ -22,8 +22,8 @@ class MetricLogger:
 
     A record: {"step", "seconds" (training time of this run so far), "samples_per_second", one mean per name};
     on a GPU also "gpu_memory_gb" (peak); after `set_flops` also "tflops_per_second" and "mfu". Values stay on
-    the device until then. A value that is not finite stops the run: on a CPU at its own step, on a GPU at the
-    next record.
+    the device until a record is written. A value that is not finite stops the run: on a CPU at its own step,
+    on a GPU at the next record.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class MetricLogger:
         self.title = title
         self.quiet = quiet or not distributed.is_main()
         self._total = total_steps
-        self._pending: list[tuple[int, dict[str, Any]]] = []
-        self._notes: dict[str, float] = {}
-        self._seconds = 0.0
-        self._clock: float | None = None
-        self._since = 0.0
+        self._pending: list[tuple[int, dict[str, Any]]] = []  # (step, metrics) since the last record
+        self._notes: dict[str, float] = {}  # for the next record
+        self._seconds = 0.0  # training time of all calls so far
+        self._clock: float | None = None  # when `_seconds` was last updated
+        self._since = 0.0  # `_seconds` at the last record
         self._bar: tqdm | None = None
         self._tensorboard: Any = None
         self._first_step = 0
@@ -76,7 +76,7 @@ class MetricLogger:
             disable=self.quiet,
             file=sys.stderr,
             dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,  # a log file gets few updates
         )
         self._first_step, self._clock = step, time.monotonic()
 
@@ -87,7 +87,7 @@ class MetricLogger:
             UserError: a value is NaN or infinite; the message has the step and every value.
         """
         self._pending.append((step, values))
-        # reading a value from a GPU would wait for it
+        # reading a value from a GPU would synchronise with it in every step
         if all(not isinstance(v, torch.Tensor) or v.device.type == "cpu" for v in values.values()):
             _check_finite(step, {name: float(value) for name, value in values.items()}, self.run_dir)
         if self._bar is not None:
@@ -114,7 +114,7 @@ class MetricLogger:
         means = distributed.sum_over_ranks(table.mean(0)) / distributed.world_size()
         step, count = self._pending[-1][0], len(self._pending)
         self._pending = []
-        # the clock runs over saves and reports too, as a user's does
+        # wall-clock time: checkpoints and logging count too
         self._tick()
         elapsed = max(self._seconds - self._since, 1e-9)
         self._since = self._seconds
@@ -144,6 +144,7 @@ class MetricLogger:
     def state_dict(self) -> dict[str, Any]:
         """State with which a resumed run continues its records; rejects NaN and Inf as `add` does."""
         self._tick()
+        # raises on NaN: no checkpoint is written from such a step
         self._fetch()
         return {
             "seconds": self._seconds,
@@ -188,9 +189,11 @@ class MetricLogger:
 
     def _writer(self) -> Any:
         if self._tensorboard is None:
+            # tensorboard imports TensorFlow, if installed, which logs warnings
             os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
             from torch.utils.tensorboard import SummaryWriter
 
+            # purge_step hides events of steps that this call repeats
             self._tensorboard = SummaryWriter(
                 str(self.run_dir.path / "tensorboard"), flush_secs=30, purge_step=self._first_step + 1
             )

@@ -1,8 +1,8 @@
-"""Muon: hidden matrices move along their orthogonalised momentum (Jordan et al., "Muon", 2024), all other
-parameters by AdamW; one learning rate serves both (arXiv 2502.16982, section 2.2).
+"""Muon (Jordan et al., 2024): hidden matrices are updated by their orthogonalised momentum, all other
+parameters by AdamW, at one learning rate (arXiv 2502.16982, section 2.2).
 
-Why not torch.optim.Muon: it takes two-dimensional parameters only, so that AdamW would be a second optimiser
-beside it in DeepSpeed, and orthogonalises one matrix at a time. This one batches matrices by shape.
+torch.optim.Muon accepts 2-D parameters only, so AdamW would be a second optimiser, which DeepSpeed does not
+support; it also orthogonalises one matrix at a time, while this one batches matrices by shape.
 """
 
 import math
@@ -21,19 +21,19 @@ NOT_HIDDEN = ("embed_tokens", "embedding", "lm_head", "depth_head.output")
 
 
 def muon_groups(module: torch.nn.Module, groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The groups, each split into what Muon ("muon" is true) and what AdamW updates."""
+    """Split each group into parameters that Muon updates ("muon" is true) and those that AdamW updates."""
     hidden = {
         parameter
         for name, parameter in module.named_parameters()
         if parameter.ndim == 2 and not any(word in name for word in NOT_HIDDEN)
     }
-    cut = []
+    split = []
     for group in groups:
         for muon in (False, True):
             parameters = [p for p in group["params"] if (p in hidden) == muon]
             if parameters:
-                cut.append({**group, "params": parameters, "muon": muon})
-    return cut
+                split.append({**group, "params": parameters, "muon": muon})
+    return split
 
 
 class Muon(torch.optim.AdamW):
@@ -69,12 +69,14 @@ class Muon(torch.optim.AdamW):
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(parameter))
                 state["step"] += 1
                 momenta.append(state["momentum"])
+            # Nesterov momentum: m <- 0.95 m + 0.05 g, then the same average of g and the new m
             gradients = [parameter.grad for parameter in parameters]
             torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
             nesterov = torch._foreach_lerp(gradients, momenta, MOMENTUM)
             updates = orthogonalise(torch.stack(nesterov))
+            # decoupled weight decay, as in AdamW
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            # an orthogonal (R, C) matrix has entries of RMS 1/sqrt(max(R, C))
+            # an orthogonal (R, C) matrix has entries of RMS 1/sqrt(max(R, C)): scale them to UPDATE_RMS
             rate = -group["lr"] * UPDATE_RMS * math.sqrt(max(rows, columns))
             torch._foreach_add_(parameters, list(updates.unbind()), alpha=rate)
 
@@ -86,9 +88,11 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
+    # the Frobenius norm bounds the largest singular value: all are in [0, 1], as the iteration requires
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()
     a, b, c = COEFFICIENTS
     for _ in range(NEWTON_SCHULZ_STEPS):
+        # S = X X^T, X <- a X + (b S + c S^2) X
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if transposed else x).to(matrices.dtype)

@@ -55,8 +55,8 @@ class EngineOptions:
         dtype: of autocast; "auto" is bf16 if the processor or GPU has bf16 units.
         accumulation: micro-batches per optimiser step.
         threads: of each process; 0 is torch's default.
-        offload: what stays in the host's memory: "optimizer" moments and fp32 weights (ZeRO 1 to 3),
-            "parameters" also the weights (ZeRO 3). Slower, for models that do not fit otherwise.
+        offload: kept in host memory: "optimizer" moments and fp32 weights (ZeRO 1 to 3), "parameters" also
+            the weights (ZeRO 3). Slower, for models that do not fit otherwise.
         deepspeed: merged over DeepSpeed's own config (bucket sizes, ...).
     """
 
@@ -71,6 +71,7 @@ class EngineOptions:
     def check(self) -> None:
         if self.accumulation < 1:
             raise UserError(f"engine.accumulation is {self.accumulation}: it must be 1 or more.")
+        # DeepSpeed offloads only what ZeRO shards
         least = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
         if self.zero_stage < least:
             required = f"engine.zero_stage {least} or more, not {self.zero_stage}"
@@ -96,8 +97,7 @@ class LogOptions:
     """A metrics record every `every` steps; images every `images_every` steps (0: never).
 
     Attributes:
-        peak_tflops: peak of one device in TFLOP/s, of which "mfu" is the used share; null looks the GPU up in
-            a table.
+        peak_tflops: peak of one device in TFLOP/s, for "mfu"; null = that of the GPU in `core/gpus.py`.
     """
 
     every: int = 20
@@ -143,8 +143,8 @@ class ShardOptions:
     Attributes:
         workers: processes per rank; 0 reads in the training process.
         shuffle: size of the shuffle buffer.
-        split: ranks and workers share out "samples" of one order (global batches do not depend on their
-            number; each reads all tars) or "shards" (each reads its own tars, as large data needs).
+        split: "samples": ranks and workers take turns in one order of samples (global batches do not depend
+            on their number; each reads all tars); "shards": each reads its own tars, for large data.
         max_bad_share: share of unreadable samples or tars above which a run stops.
     """
 
@@ -167,7 +167,7 @@ class ShardOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What every run has; a stage adds its own sections.
+    """Config of every run; a stage adds its own sections.
 
     Attributes:
         batch_size: of one optimiser step, over all ranks and micro-batches.

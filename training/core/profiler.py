@@ -24,6 +24,7 @@ class Profiler:
 
     def step(self, step: int) -> None:
         """Start or stop recording after `step` steps."""
+        # one rank is enough: all run the same operators
         if not self.options.steps or not distributed.is_main():
             return
         if self._running is not None and step >= self.options.start + self.options.steps:

@@ -45,7 +45,7 @@ class RunDir:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self._facts = facts
-        self._created: list[Path] = []  # by this call: files, then folders from the inside out
+        self._created: list[Path] = []  # by this call: files, then folders, the innermost first
 
     @classmethod
     def open(cls, config: RunConfig) -> "RunDir":
@@ -60,7 +60,7 @@ class RunDir:
         if path.exists() and not path.is_dir():
             raise UserError(f"out is {path}, which is a file: name a folder.")
         old = path / "config.yaml"
-        # with neither there is nothing to protect
+        # without a checkpoint or a model the run has produced nothing: its config may be overwritten
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
         if old.exists() and begun:
             free = (*CHANGEABLE_KEYS, *CHANGEABLE_IN_STAGE.get(config.stage, ()))
@@ -78,7 +78,7 @@ class RunDir:
         run_dir = cls(path, facts)
         if not run_dir.finished and _is_main():
             if not begun:
-                # what `discard` may remove
+                # `discard` may remove these
                 folders = [p for p in (path, *path.parents) if not p.exists()]
                 run_dir._created = [old, path / "run.json", *folders]
             path.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class RunDir:
 
     @property
     def finished(self) -> bool:
-        """Whether the final model, or adapter, is there."""
+        """Whether the final model, or adapter, exists."""
         return any((self.model / name).exists() for name in ("config.json", "adapter_config.json"))
 
     def record_facts(self, **facts: Any) -> None:
@@ -133,6 +133,7 @@ def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
 
 
 def _is_main() -> bool:
+    # by the environment: the process group is not initialised yet, and torch not imported
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -165,6 +166,7 @@ def git_hash() -> str | None:
         return None
     git = ["git", "-C", str(root)]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
+        # -uno: untracked files do not count as changes
         commit, changed = (
             subprocess.run(
                 [*git, *words], capture_output=True, text=True, timeout=10, check=True

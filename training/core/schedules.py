@@ -25,7 +25,7 @@ def lr_multiplier(
     """
     if step < warmup:
         return start + (1 - start) * step / warmup
-    span = total - warmup - 1
+    span = total - warmup - 1  # the last step is total - 1
     progress = min(1.0, (step - warmup) / span) if span > 0 else 0.0
     return _decay(kind, progress, end)
 
@@ -43,12 +43,13 @@ def _decay(kind: str, progress: float, end: float) -> float:
         return 1.0 if progress < flat else end + (1 - end) * rest / (1 - flat)
     if kind == "lin00":
         return end + (1 - end) * rest
-    if kind == "exp":
+    if kind == "exp":  # constant for 15 per cent, then exponential
         return 1.0 if progress < 0.15 else math.exp((progress - 0.15) / 0.85 * math.log(end))
     knee = _threshold(kind)
     if knee is None:
         check_schedule_kind(kind)
         raise AssertionError(kind)
+    # value at the knee: the mean of 1 and of the straight line from 1 to `end`
     middle = (1 + end + (1 - end) * (1 - knee)) / 2
     return 1 + (middle - 1) * progress / knee if progress < knee else end + (middle - end) * rest / (1 - knee)
 

@@ -1,4 +1,4 @@
-"""What a data set holds, what of it is broken, and whether its codes fit a tokenizer.
+"""Check a data set: its contents, broken samples, and whether its codes belong to a tokenizer.
 
 Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA's .json or .jsonl, and plain
 text. Every sample is read as training reads it.
@@ -28,7 +28,7 @@ _LISTED = 10  # broken samples that the report names one by one
 
 
 class DatasetReport(NamedTuple):
-    """The result of a check; `lines` are for people."""
+    """The result of a check; `lines` are the printed report."""
 
     samples: int
     broken: list[str]
@@ -78,6 +78,7 @@ def check_dataset(
     dataset = _open(path, codes)
     counts = _Counts(dataset.codes.manifest["codebook_size"] if dataset.codes else 0)
     broken = list(dataset.problems)
+    # evenly spread: every step-th sample
     step = max(1, dataset.total // samples) if samples else 1
     checked = 0
     bar = tqdm(dataset.samples, total=dataset.total, unit=" samples", disable=quiet, file=sys.stderr)
@@ -116,7 +117,7 @@ class _Counts:
         self.used: np.ndarray | None = None  # (K, V) bool
 
     def add(self, sample: CheckedSample) -> None:
-        """Count one sample; raises BadSample if no kind of training sample can be made of it."""
+        """Count one sample; raises BadSample if a field of its info is malformed."""
         num_images = len(sample.images)
         by_field: dict[str, list[str]] = {}
         for kind in SAMPLE_KINDS.values():
@@ -135,7 +136,7 @@ class _Counts:
             self.used[np.arange(codes.shape[1]), codes] = True
 
     def lines(self) -> list[str]:
-        """The counts, for people."""
+        """The counts as lines of the report."""
         lines = [f"  {self.images:,} images"] if self.images else []
         for field, count in self.fields.items():
             words = self.words.get(field, [])
@@ -156,9 +157,9 @@ def _text_lengths(words: list[int]) -> str:
 
 
 def _crop_warning(codes: CodeFolder, fields: set[str]) -> str | None:
-    """Whether images were made square in another way than suits what the samples can serve as."""
-    # field -> its first kind; later fields first, as samples with captions and conversations serve as the
-    # latter
+    """A warning if the images were cropped or padded in another way than the samples' kind expects."""
+    # field -> its first kind; later fields first: samples with captions and conversations are used as
+    # conversations
     kinds = {
         kind.field: name
         for name, kind in reversed(SAMPLE_KINDS.items())
@@ -209,7 +210,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
     for number, shard in enumerate(codes.manifest["shards"]):
         path = folder / shard["file"]
         try:
-            # a shard that changed may still be readable: report it and go on with its samples
+            # a shard that changed may still be readable: report it and check its samples
             if sha256(existing(path)) != shard["sha256"]:
                 problems.append(f"{path} has changed since it was written (sha256)")
             codes.check_shard(number)
@@ -220,7 +221,7 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
     def samples() -> Iterator[tuple[str, SampleReader]]:
         for shard in good:
             for number in range(codes.sizes[shard]):
-
+                # the defaults bind the loop variables now: readers are called later
                 def read(shard: int = shard, number: int = number) -> CheckedSample:
                     sample = codes.read(shard, number)
                     return CheckedSample(list(sample.images), sample.info)

@@ -1,10 +1,10 @@
-"""Reading what `unitok extract-codes` wrote: samples by number.
+"""Read the output of `unitok extract-codes`, any sample by its number.
 
 A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.npy`, (N, K), or (I, N, K) for
 a sample with other than one image, next to `KEY.json`:
 {"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]},
-perhaps with "long_caption" and "short_caption"; the numbers in a document are those of its images. The dtype
-of the codes follows from the codebook size (`open_unitok.core.codes`).
+optionally with "long_caption" and "short_caption"; the numbers in a document are those of its images. The
+dtype of the codes follows from the codebook size (`open_unitok.core.codes`).
 
 I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
 """
@@ -89,7 +89,7 @@ class CodeFolder:
 
     @property
     def codes(self) -> "CodeFolder":
-        """Where the codes of its images are: itself."""
+        """The code folder of its images: itself."""
         return self
 
     @property
@@ -137,6 +137,7 @@ class CodeFolder:
         info = record.json("json")
         if not isinstance(info, dict):
             raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
+        # (N, K) for one image, (I, N, K) otherwise
         codes = _read_npy(record.read("codes.npy"), self.shape, self.dtype)
         if codes.dtype != self.dtype or self.shape not in (codes.shape, codes.shape[1:]):
             raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, expected {self.dtype} {self.shape}")
@@ -147,7 +148,7 @@ class CodeFolder:
 
 def _read_npy(data: bytes, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
     """The array of an .npy file."""
-    # np.load parses the header as Python: skip that where it is the header of this very shape and dtype
+    # np.load parses the header as Python, which is slow: skip it for one image of the expected shape
     header = _npy_header(shape, dtype)
     if data.startswith(header) and len(data) == len(header) + dtype.itemsize * shape[0] * shape[1]:
         return np.frombuffer(data, dtype=dtype, offset=len(header)).reshape(shape)
@@ -176,7 +177,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     manifest = read_json(
         existing(path, hint if Path(folder).is_dir() else "Run `unitok extract-codes` first.")
     )
-    if isinstance(manifest, dict) and "pictures" in manifest:  # the key `images` before 0.2
+    if isinstance(manifest, dict) and "pictures" in manifest:  # key of `images` in older folders
         manifest["images"] = manifest.pop("pictures")
     missing = (
         [name for name in MANIFEST_FIELDS if name not in manifest] if isinstance(manifest, dict) else ["all"]

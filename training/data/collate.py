@@ -1,7 +1,7 @@
-"""From samples to the rows of a micro-batch: padding, masks, packing (arXiv 2502.20321, section 3.4).
+"""Collate samples into the rows of a micro-batch: padding, masks, packing (arXiv 2502.20321, section 3.4).
 
-Rows are padded on the right. What is padding follows from lengths alone, never from the pad id, which is a
-real token too. Packing puts several samples into one row; position ids restart at 0 to keep them apart.
+Rows are padded on the right. Padding is derived from lengths, never from the pad id, which is also a real
+token. Packing puts several samples into one row; position ids restart at 0 to keep them apart.
 
 B rows, L sequence length, I images in a batch, N visual tokens per image, K sub-codebooks.
 """
@@ -30,7 +30,7 @@ class Batch(NamedTuple):
 
     # input_ids, labels, attention_mask (B, L), or, packed, position_ids (B, L); image_codes (I, N, K) or None
     inputs: dict[str, torch.Tensor | None]
-    kinds: torch.Tensor  # (B, L) positions in SAMPLE_KINDS
+    kinds: torch.Tensor  # (B, L) indices of SAMPLE_KINDS
     text_targets: int  # text labels left after the shift by one
     code_targets: int  # codes that are learned: K per placeholder of a generated image
     tokens: int  # tokens that are not padding
@@ -70,7 +70,9 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
     images = [codes for row in packed for i in row for codes in samples[i].images]
     if len({codes.shape for codes in images}) > 1:
         raise BadSample("a batch holds images of different sizes")
+    # placeholders of generated images: K codes each instead of a text label
     generated = labels == image_token_id
+    # position ids alone separate packed samples, so packed rows have no mask
     inputs = {
         "input_ids": ids,
         "labels": labels,
@@ -88,8 +90,8 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which samples share a row of `capacity` tokens: best-fit decreasing, the longest first, each into the
-    fullest row that still holds it."""
+    """Group samples into rows of `capacity` tokens by best-fit decreasing: the longest first, each into the
+    fullest row that still holds it. Returns the indices of each row's samples."""
     rows: list[list[int]] = []
     free: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

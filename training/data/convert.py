@@ -66,7 +66,7 @@ def convert_dataset(
     # tars inside the source would change its listing, and so its hash, while they are written
     if origin.path.is_dir() and out.resolve().is_relative_to(origin.path.resolve()):
         raise UserError(f"{target} is inside {source}: choose a folder outside of it.")
-    # what decides the contents of the tars: a rerun with any other value is another conversion
+    # everything that the tars depend on: a rerun with another value is another conversion
     wanted = {"kind": kind, "shard": shard, "column": column, "source": _listing_hash(origin.path)}
     wanted |= {"images": str(origin.images.resolve()) if origin.images else None}
     state = _open_state(out, wanted)
@@ -96,14 +96,14 @@ def convert_dataset(
 
 
 def _open_state(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The state of this very conversion in `out`; raises UserError if `out` has other contents."""
+    """The state of the same conversion in `out`; raises UserError if `out` has other contents."""
     if (out / _STATE_FILE).exists():
         found = read_json(out / _STATE_FILE)
         differing = [name for name, value in wanted.items() if found.get(name) != value]
         if not differing:
             return found
-        what = "the source has changed" if differing == ["source"] else f"other {', '.join(differing)}"
-        raise UserError(f"{out} was converted before ({what}): delete it, or choose another folder.")
+        reason = "the source has changed" if differing == ["source"] else f"other {', '.join(differing)}"
+        raise UserError(f"{out} was converted before ({reason}): delete it, or choose another folder.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} has other contents: choose a new or empty folder.")
     write_json(out / _STATE_FILE, wanted)
@@ -177,8 +177,8 @@ def _add_sample(tar: tarfile.TarFile, sample: SourceSample, counts: Counter[str]
 
 
 def read_upright(path: Path) -> tuple[str, bytes]:
-    """(extension, bytes) of an image file: the file itself where extraction can read it, else re-encoded,
-    rotated as its EXIF orientation says.
+    """(extension, bytes) of an image file: unchanged where extraction can read it, else re-encoded and
+    rotated according to its EXIF orientation.
 
     Raises:
         BadSample: there is no such file, or it is not an image.

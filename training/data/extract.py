@@ -64,7 +64,7 @@ class LoadedSample(NamedTuple):
 def extract_codes(
     unitok: UniTok, tars: list[str], out: Path, options: ExtractOptions, quiet: bool = False
 ) -> dict[str, Any] | None:
-    """Write this rank's tars; returns the contents of codes.json once all ranks' tars are there, else None.
+    """Write this rank's tars; returns the contents of codes.json if the tars of all ranks exist, else None.
 
     Raises:
         UserError: `out` is a file, or holds codes of other images or of another tokenizer; too many
@@ -73,7 +73,7 @@ def extract_codes(
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {out}, which is a file: give a folder.")
     for number, tar in enumerate(tars):
-        _completed(out, number, tar, options)  # raises before the first batch where `out` is of other origin
+        _completed(out, number, tar, options)  # rejects an `out` of other origin before the first batch
     # every n-th tar, as tars of a data set are of similar size
     mine = [
         n
@@ -142,10 +142,12 @@ def _extract_tar(
     samples = num_images = reshaped = 0
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
         for batch in _batches(records, unitok.config.image_shape, options, bad, progress):
+            # the images of all samples as one list: a sample has any number of them
             pixels = [image for sample in batch for image in sample.images]
             codes = iter(_encode(unitok, pixels, options.batch_size))
             for sample in batch:
                 _add_sample(writer, sample, [next(codes) for _ in sample.images], unitok)
+            # kept to verify the written tar
             first += pixels[: VERIFIED_IMAGES - len(first)]
             samples, num_images = samples + len(batch), num_images + len(pixels)
             reshaped += sum(sample.reshaped for sample in batch)
@@ -244,7 +246,7 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "
-            "disk full, or are there two images of one name in a tar?"
+            "disk full, or does the source tar hold two images of the same name?"
         )
     found: list[np.ndarray] = []
     for record in records:

@@ -1,8 +1,8 @@
 """Source formats of `unitok data convert`: how data sets are laid out on disk, each as a stream of samples.
 
-The info of a sample becomes its KEY.json: {"captions": [str]}, perhaps with "long_caption", "short_caption";
-{"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]}, where numbers are
-those of the sample's images.
+The info of a sample becomes its KEY.json: {"captions": [str]}, optionally with "long_caption" and
+"short_caption"; {"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]} with
+numbers of the sample's images.
 """
 
 import json
@@ -87,6 +87,7 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path in sorted(folder.rglob("*")):
+        # skip hidden files and folders, such as macOS's ._x.jpg
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or path.suffix.lower() not in _IMAGE_SUFFIXES or not path.is_file():
@@ -159,6 +160,7 @@ def mmc4_samples(source: Source) -> Iterator[SourceSample]:
         pieces: list[Any] = []
         for index, text in enumerate(texts):
             matching = [i for i in images if i.get("matched_text_index") == index]
+            # the file name first: finding a URL reads the .json of every image
             pieces += [find(i.get("image_name")) or find(i.get("raw_url")) for i in matching]
             pieces.append(text)
         yield _document(number, pieces, len(images))

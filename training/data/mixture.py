@@ -1,8 +1,8 @@
-"""The mixture of data sets that an MLLM is trained on: weighted, seeded, and resumed from a few numbers.
+"""The weighted and seeded mixture of data sets that an MLLM is trained on; its state is a few numbers.
 
-The data set of each sample follows the weights as closely as whole samples can; the sample comes from one
-shuffle per epoch; its caption, and whether it is unconditional, from numbers keyed by (seed, step). None of
-this depends on the number of ranks or on accumulation: they only split the same global batch.
+The data set of each sample follows the weights as closely as whole samples allow; the sample comes from one
+shuffle per epoch; its caption, and whether it is unconditional, from random numbers keyed by (seed, step).
+None of this depends on the number of ranks or on accumulation: they only split the same global batch.
 """
 
 import hashlib
@@ -89,13 +89,13 @@ class Mixture:
         return pickle.loads(step.batches)
 
     def skip(self) -> None:
-        """Move on by one step without building it."""
+        """Advance by one step without building it."""
         for _ in range(self.batch_size):
             self._next_position()
         self.step += 1
 
     def build(self) -> list[Batch]:
-        """As `next`, in this process."""
+        """Like `next`, but always in this process."""
         positions = [self._next_position() for _ in range(self.batch_size)]
         # sampled for the whole batch, so that a sample's numbers do not depend on which rank builds it
         random = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
@@ -113,6 +113,7 @@ class Mixture:
             steps = [ordered[a * micro * world : (a + 1) * micro * world] for a in range(self.accumulation)]
             mine = [samples[rank::world] for samples in steps]
         else:
+            # the global batch is split by accumulation step first, then by rank
             starts = [(a * world + rank) * micro for a in range(self.accumulation)]
             mine = [[build(index) for index in range(start, start + micro)] for start in starts]
         self.step += 1
@@ -129,7 +130,7 @@ class Mixture:
         return entry, int(self.counts[entry]) - 1
 
     def _sample(self, number: int, position: int, random: list[float], index: int) -> TrainingSample:
-        """The sample at `position` of an entry; in place of a bad one, another that the seed picks."""
+        """The sample at `position` of an entry; a bad one is replaced by another that the seed determines."""
         entry, order, data = self.entries[number], self.orders[number], self.datasets[number]
         self.seen += 1
         for attempt in range(MAX_REPLACEMENTS):

@@ -1,4 +1,4 @@
-"""What a YAML may say about the mixture of data sets; checked without loading torch."""
+"""Config of the mixture of data sets; imports no torch."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ class MixtureEntry:
 
     @property
     def dataset(self) -> str:
-        """The type of data set at `path`: what the kind reads, by the extension if it reads several."""
+        """The type of data set at `path`: by the kind, and by the extension if the kind reads several."""
         reads = find_sample_kind(self.kind).reads
         # a .jsonl may hold texts or conversations: the kind decides
         is_file = self.path.endswith((".json", ".jsonl"))

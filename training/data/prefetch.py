@@ -1,7 +1,7 @@
-"""Prefetching the steps of a mixture in worker processes; the batches and their order stay the same.
+"""Prefetch the steps of a mixture in worker processes; the batches and their order stay the same.
 
-Of W workers, worker w builds steps w, w + W, ... counted from the mixture's current step, and only counts
-through the others. The state of a run is therefore the mixture's own, whatever W is or becomes.
+Of W workers, worker w builds steps w, w + W, ... counted from the mixture's current step, and skips the
+others without building them. The state of a run is therefore the mixture's own and does not depend on W.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from .shards import read_batches
 
 
 class Steps(Protocol):
-    """What builds the steps of a run one after the other; `seen` and `bad` count samples."""
+    """Builds the steps of a run in order; `seen` and `bad` count samples."""
 
     seen: int
     bad: int
@@ -25,12 +25,12 @@ class Steps(Protocol):
         ...
 
     def skip(self) -> None:
-        """Move on by one step without building it."""
+        """Advance by one step without building it."""
         ...
 
 
 class Prefetched(NamedTuple):
-    """One step of this rank, and the samples that were seen and bad while it was built."""
+    """One step of this rank, with its numbers of seen and bad samples."""
 
     batches: bytes  # a pickled list[Batch]: faster than torch's shared-memory file per tensor
     seen: int
@@ -59,7 +59,7 @@ def _identity(item: Any) -> Any:
 
 
 def prefetch(steps: Steps, workers: int) -> Iterator[Prefetched]:
-    """The next steps without end, built by `workers` processes."""
+    """An endless iterator over the next steps, built by `workers` processes."""
     loader = DataLoader(
         _WorkerSteps(steps),
         batch_size=None,

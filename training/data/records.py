@@ -1,6 +1,6 @@
-"""Reading the records of data sets: files of records, captions, conversations (LLaVA's JSON), documents.
+"""Read the records of data sets: files of records, captions, conversations (LLaVA's JSON), documents.
 
-Used alike by conversion, `unitok data check` and training, so that what one accepts the others accept.
+Conversion, `unitok data check` and training share these functions, so that all three accept the same input.
 """
 
 import csv
@@ -85,7 +85,7 @@ def caption_texts(info: dict[str, Any]) -> list[str]:
 
 
 def image_names(record: Any) -> list[str]:
-    """The images that a conversation is about; raises BadSample."""
+    """The names of a conversation's images; raises BadSample if they are malformed."""
     if not isinstance(record, dict):
         raise BadSample(f"is {type(record).__name__}, expected a mapping")
     named = record.get("image", record.get("images"))
@@ -96,10 +96,10 @@ def image_names(record: Any) -> list[str]:
 
 
 def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str, str]]:
-    """[{"from": "human" | "gpt", "value"}] of a conversation; images come first where no turn marks them.
+    """[{"from": "human" | "gpt", "value"}] of a conversation; images come first if no turn has a placeholder.
 
     Raises:
-        BadSample: the speakers do not alternate, or the turns mark another number of images.
+        BadSample: the speakers do not alternate, or there are more or fewer placeholders than images.
     """
     given = record.get("conversations", record.get("messages"))
     if not isinstance(given, list) or not given:
@@ -109,7 +109,8 @@ def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str
         # LLaVA writes from/value, chat templates role/content
         speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
         text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if _SPEAKERS.get(str(speaker)) == "gpt" and not turns:  # LLaVA drops an answer before any question
+        # as LLaVA does: an answer before the first question is dropped
+        if _SPEAKERS.get(str(speaker)) == "gpt" and not turns:
             continue
         expected = ("human", "gpt")[len(turns) % 2]
         if _SPEAKERS.get(str(speaker)) != expected or not isinstance(text, str):
@@ -117,7 +118,7 @@ def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str
         turns.append({"from": expected, "value": text})
     if not turns or len(turns) % 2:
         raise BadSample(f"has {len(turns)} turns, expected pairs of a question and an answer")
-    # without marks the images come first; with marks there must be one per image
+    # without placeholders the images come first; else there must be one per image
     marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns)
     if num_images and not marks:
         turns[0]["value"] = f"{_IMAGE_MARK}\n" * num_images + turns[0]["value"]

@@ -1,10 +1,11 @@
-"""The kinds of training samples: what each learns and how it becomes a sequence (arXiv 2502.20321, 3.4).
+"""Kinds of training samples: how a sample becomes a sequence, and which tokens have a loss (arXiv 2502.20321,
+section 3.4).
 
 `SAMPLE_KINDS` maps a name to one object; a new kind is one subclass and one entry, and every other list of
-kinds derives from this dict. Configs are checked against it, so nothing here imports torch.
+kinds is derived from this dict. Configs are checked against it, so this module imports no torch.
 
-A sample is the codes of I images, each (N, K), and the `info` that stands in its KEY.json. The ids that a
-kind builds hold one placeholder per image; `SequenceBuilder` repeats it N times.
+A sample is the codes of I images, each (N, K), and the `info` of its KEY.json. The ids that a kind builds
+hold one placeholder per image; `SequenceBuilder` repeats it N times.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from .code_shards import CodeFolder, CodeSample
 from .records import caption_texts, conversation_turns, document_pieces
 from .tar_index import BadSample
 
-# positions that are not learned: the `ignore_index` of torch's cross_entropy
+# label of positions without a loss: the `ignore_index` of torch's cross_entropy
 IGNORE_INDEX = -100
 
 # what a kind can read; `MixtureEntry.dataset` chooses among them by the path
@@ -32,8 +33,8 @@ class DropOptions:
     """Shares of samples that drop something; the defaults are published UniTok's.
 
     unconditional: text_to_image samples without their caption, for classifier-free guidance. short_captions:
-    samples that take the short caption where there is a long one too. text_to_image_share: samples of an
-    entry text_to_image that generate their image; the rest is captioned.
+    samples that take the short caption where there is also a long one. text_to_image_share: samples of a
+    text_to_image entry that generate their image; the rest becomes captioning.
     """
 
     unconditional: float = 0.1
@@ -49,7 +50,7 @@ class Selection(NamedTuple):
 
 
 class SampleKind:
-    """One kind of training sample. Subclasses set what differs and define `texts`, `select`, `sequence`."""
+    """One kind of training sample. Subclasses set attributes and define `texts`, `select` and `sequence`."""
 
     reads: tuple[str, ...] = (CODE_FOLDER,)  # data sets it can be read from
     field: str = ""  # key of KEY.json that it is made of
@@ -61,7 +62,7 @@ class SampleKind:
     shuffle_name: str | None = None  # seeds the shuffle in place of the kind's name
 
     def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
-        """The texts that a sample offers to this kind, for `unitok data check`; [] if it has none.
+        """The texts of a sample that this kind can use, for `unitok data check`; [] if there are none.
 
         Raises:
             BadSample: `info` is malformed.
@@ -69,7 +70,7 @@ class SampleKind:
         raise NotImplementedError
 
     def alternative(self, options: DropOptions, random: Sequence[float]) -> str | None:
-        """Name of another kind that this sample serves as, or None; `random` as in `select`."""
+        """Name of another kind that this sample becomes, or None; `random` as in `select`."""
         return None
 
     def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
@@ -79,7 +80,7 @@ class SampleKind:
             random: three uniform numbers in [0, 1), a function of seed, step and position in the batch.
 
         Raises:
-            BadSample: the sample cannot serve as this kind.
+            BadSample: this kind cannot use the sample.
         """
         raise NotImplementedError
 
@@ -119,6 +120,7 @@ class CaptioningKind(SampleKind):
         return Selection(caption, sample.images)
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        # encode_text prepends bos, which is already the first id
         bos = bos_ids(processor)
         caption = processor.encode_text(text or "")[len(bos) :]
         given = [*bos, processor.boi_token_id, processor.image_token_id, processor.eoi_token_id]
@@ -145,6 +147,7 @@ class TextToImageKind(CaptioningKind):
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         ids = processor.unconditional_ids() if text is None else processor.text_to_image_ids(text)
+        # boi ends the prompt at inference, but is learned in training
         *prompt, boi = ids
         learned = [boi, processor.image_token_id, processor.eoi_token_id, processor.eos_token_id]
         return prompt + learned, [IGNORE_INDEX] * len(prompt) + learned
@@ -236,7 +239,7 @@ class DocumentKind(SampleKind):
 
 
 class ReadingKind(DocumentKind):
-    """A document of which only the texts and eos are learned."""
+    """A document with a loss on texts and eos only."""
 
     generates_images = False
 
@@ -254,7 +257,8 @@ SAMPLE_KINDS: dict[str, SampleKind] = {
 
 
 def find_sample_kind(name: str) -> SampleKind:
-    """
+    """The kind of this name.
+
     Raises:
         UserError: there is no such kind.
     """
@@ -276,6 +280,7 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
     if len(sample.images) != 1:
         raise BadSample(f"has {len(sample.images)} images, expected 1")
     long, short, captions = (sample.info.get(n) for n in ("long_caption", "short_caption", "captions"))
+    # one number for both choices: `captions` is sampled only without a long and a short caption
     caption = (short or long) if random >= 1 - options.short_captions or not long else long
     if caption is None and captions:
         if not isinstance(captions, list):
@@ -287,14 +292,14 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
 
 
 def crop_mismatch(codes: CodeFolder, kind: str) -> str | None:
-    """A warning where `codes` crop or pad images in another way than suits `kind`, else None."""
+    """A warning if the images of `codes` were cropped or padded in another way than `kind` expects."""
     mode, reshaped = codes.manifest.get("mode"), codes.manifest.get("oblong", 0)
     wanted = SAMPLE_KINDS[kind].crop
     if not reshaped or mode is None or wanted in (None, mode):  # older folders do not store the mode
         return None
     shape = codes.manifest.get("layout", {"rows": 1, "columns": 1})
-    what = "square" if shape["rows"] == shape["columns"] else "of the tokenizer's aspect ratio"
+    expected = "square" if shape["rows"] == shape["columns"] else "of the tokenizer's aspect ratio"
     return (
-        f"{codes.folder}: {reshaped} of {codes.manifest['images']} images were not {what} and were "
+        f"{codes.folder}: {reshaped} of {codes.manifest['images']} images were not {expected} and were "
         f"extracted with --mode {mode}; kind {kind} expects codes of `unitok extract-codes --mode {wanted}`."
     )

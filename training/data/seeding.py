@@ -11,6 +11,7 @@ from open_unitok.core.distributed import rank
 
 def derive_seed(seed: int, *parts: int | str) -> int:
     """A 63-bit seed that depends on every part, stable across processes and Python versions."""
+    # not hash(): Python salts the hashes of strings in each process
     text = repr((seed, *parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 

@@ -1,7 +1,7 @@
-"""From texts to token sequences with N placeholders per image (arXiv 2502.20321, section 3.4).
+"""Build token sequences with N placeholders per image from texts (arXiv 2502.20321, section 3.4).
 
-`labels` say what is learned at each position: a text id, `image_token_id` where the image itself is
-generated, IGNORE_INDEX elsewhere.
+`labels` hold the target of each position: a text id, `image_token_id` for a visual token of a generated
+image, IGNORE_INDEX for none.
 
 L sequence length, N visual tokens per image.
 """
@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError
 from .sample_kinds import IGNORE_INDEX, SAMPLE_KINDS
 from .tar_index import BadSample
 
-CACHED_TEXTS = 100_000  # texts and sequences kept, so that repeated ones are tokenised once
+CACHED_TEXTS = 100_000  # texts and sequences that are cached, so that repeated ones are tokenised once
 
 
 class TokenSequence(NamedTuple):
@@ -29,7 +29,7 @@ class TokenSequence(NamedTuple):
 
 
 class CachedTokenizer:
-    """A text tokenizer with a cache: questions repeat, and every call has a cost."""
+    """A text tokenizer with a cache: questions repeat, and tokenising is slow."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -68,7 +68,7 @@ class SequenceBuilder:
         self.build = lru_cache(maxsize=CACHED_TEXTS)(self._build)
 
     def _build(self, kind: str, text: str | None, visual_tokens: tuple[int, ...]) -> TokenSequence:
-        """The sequence of `text` (see `Selection`) with images of so many visual tokens.
+        """The sequence of `text` (see `Selection`); `visual_tokens` has the number of tokens of each image.
 
         Raises:
             BadSample: the text cannot be used, or nothing of it is learned.
@@ -86,7 +86,7 @@ class SequenceBuilder:
         return TokenSequence(ids, labels)
 
     def _end(self, ids: np.ndarray, may_drop_images: bool) -> int:
-        """Where a sequence that is too long is cut: never inside an image, nor between it and its boi."""
+        """Length to truncate a sequence to: never inside an image, nor between it and its boi."""
         end = min(len(ids), self.max_length)
         if not (ids[end:] == self.image_token_id).any():
             return end

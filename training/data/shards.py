@@ -51,7 +51,7 @@ class _Source:
         self.buffer: list[tuple[int, int, TarSample]] = []
 
     def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, TarSample]:
-        """(tar, number in it, sample): the next one of this part (of `parts`) of the tars."""
+        """The next (tar, number in it, sample) among the tars of `part` (of `parts`)."""
         for _ in range(2):  # an epoch without any sample means that there is none at all
             self._fill(part, parts, report)
             if self.buffer:
@@ -59,6 +59,7 @@ class _Source:
                 keyed = seeding.derive_seed(self.seed, "pop", self.number, part, self.epoch, self.popped)
                 at = keyed % len(self.buffer)
                 self.popped += 1
+                # swap with the last entry: removing it costs O(1)
                 self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
                 return self.buffer.pop()
             self.epoch, self.cursor, self.record, self.popped = self.epoch + 1, 0, 0, 0
@@ -100,6 +101,7 @@ class _Source:
         )
         started = set(self.skipped_tars) if self.skipped_epoch == epoch else set()
         for state, part, parts in states:
+            # a reader that is already in a later epoch has started all its tars of this one
             own = self.order_of(epoch, part, parts)
             started |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
             self.broken |= set(state["broken"])
@@ -108,6 +110,7 @@ class _Source:
         self.skipped_epoch, self.order = self.epoch, None
 
     def state_dict(self) -> dict[str, Any]:
+        # a flat list of tar, number, tar, number, ...
         positions = [number for tar, record, _ in self.buffer for number in (tar, record)]
         numbers = {
             name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "skipped_epoch")
@@ -219,7 +222,7 @@ class ShardStream(IterableDataset):
         return self.sources[-1]
 
     def _report(self, text: str, part: int) -> None:
-        """Log a defect; raises UserError if there are too many."""
+        """Log a bad sample or a broken tar; raises UserError if there are too many."""
         if self.bad <= LOGGED_BAD_SAMPLES and (part or self.rank == 0):
             tqdm.write(f"data: {text}", file=sys.stderr)
         limit = self.options.max_bad_share
@@ -250,7 +253,7 @@ class ShardStream(IterableDataset):
             source.load_state_dict(saved)
 
     def skip_started_tars(self, states: Any) -> None:
-        """Continue, tar by tar, where readers of another number of ranks or workers stopped.
+        """Continue after readers of another number of ranks or workers, at the granularity of tars.
 
         Their epoch continues without the tars that any of them had started; samples left in their shuffle
         buffers are not seen in that epoch. Call it before the first batch.
@@ -264,7 +267,7 @@ class ShardStream(IterableDataset):
         found = list(_stream_states(states))
         if not found or any("skipped_tars" not in source for state in found for source in state["sources"]):
             raise UserError(
-                "resume_from: the checkpoint does not say which tars it had started; use init_from."
+                "resume_from: the checkpoint does not record which tars were started; use init_from."
             )
         if any(len(state["sources"]) != len(self.sources) for state in found):
             raise UserError("resume_from: that run had another number of data.sources; use init_from.")

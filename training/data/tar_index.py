@@ -59,7 +59,7 @@ class TarSample(NamedTuple):
 
 
 class TarIndex(NamedTuple):
-    """The samples of one tar, and what is damaged (None if nothing is)."""
+    """The samples of one tar, and a description of its damage (None if there is none)."""
 
     samples: list[TarSample]
     problem: str | None
@@ -88,6 +88,7 @@ def scan_tar(path: str, source: str = "") -> TarIndex:
     return _index(path, source, stat.st_size, stat.st_mtime_ns)
 
 
+# size and time are part of the cache key: a tar that was rewritten is scanned again
 @lru_cache(maxsize=16)
 def _index(path: str, source: str, _size: int, _changed: int) -> TarIndex:
     if path in _OPEN:  # may refer to an older file of this name
@@ -97,6 +98,7 @@ def _index(path: str, source: str, _size: int, _changed: int) -> TarIndex:
     try:
         for name, offset, size in _members(path):
             folder, base = os.path.split(name)
+            # webdataset splits at the first dot: a.codes.npy has the key a
             stem, _, extension = base.partition(".")
             key = os.path.join(folder, stem)
             if not samples or samples[-1].key != key:
@@ -138,6 +140,7 @@ def _members(path: str) -> Iterator[tuple[str, int, int]]:
             elif kind in (b"0", b"\0"):
                 yield long_name or _header_name(header), data, size
                 long_name = ""
+            # contents are padded to whole blocks
             offset = data + (size + BLOCK - 1) // BLOCK * BLOCK
 
 

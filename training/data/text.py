@@ -59,7 +59,7 @@ class FileLines:
 
     def __getitem__(self, number: int) -> bytes:
         start, end = self._spans[number]
-        return self._bytes[start:end].rstrip(b"\r")
+        return self._bytes[start:end].rstrip(b"\r")  # line ends of Windows
 
     @cached_property
     def fingerprint(self) -> str:

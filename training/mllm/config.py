@@ -11,7 +11,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from ..core.options import RunConfig
 from ..data.mixture_options import MixtureOptions
 
-# part of the model -> prefix of its parameters' names; the longest matching prefix counts
+# part of the model -> prefix of its parameters' names; the longest matching prefix applies
 MODEL_PARTS = {
     "language_model": "language_model.",
     "lm_head": "lm_head.",
@@ -115,12 +115,12 @@ class MLLMRunConfig(RunConfig):
                 raise UserError(f"lr_factors.{part}: {part!r} is not a part of the model.{hint}")
             if factor < 0:
                 raise UserError(f"lr_factors.{part} is {factor}, must be 0 (frozen) or more.")
-        # by prefix: a part inside another one may have a factor of its own
+        # by prefix: a part inside another one may have its own factor
         if all(self.lr_factor(prefix) == 0 for prefix in MODEL_PARTS.values()):
             raise UserError("lr_factors freeze every part: nothing is left to train.")
         if self.lora and self.model:
             raise UserError("lora needs a trained base model: give `init_from` instead of `model`.")
-        # fp32 activations would meet bf16 weights in every frozen linear layer
+        # without autocast, fp32 activations and bf16 weights would meet in every frozen linear layer
         if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
             raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
         if self.lora and all(self.lr_factor(MODEL_PARTS[part]) == 0 for part in self.lora.parts):

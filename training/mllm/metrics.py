@@ -15,13 +15,13 @@ from ..data.sample_kinds import SAMPLE_KINDS
 
 
 class RunningMetrics:
-    """Counts since the last record of the log; `reduce` sums them over ranks and resets them.
+    """Counts since the last metrics record; `reduce` sums them over ranks and resets them.
 
     K sub-codebooks. Counts stay on the device until then, so that no step waits for it. Create it before
-    ZeRO-3 shards the model, which hides the shapes that FLOPs are counted from.
+    ZeRO 3 shards the model, which removes the shapes that FLOPs are computed from.
 
     Args:
-        peak: peak TFLOP/s of one device; None looks the GPU up in a table.
+        peak: peak TFLOP/s of one device; None = that of the GPU in `core/gpus.py`.
 
     Attributes:
         num_trained: trained parameters.
@@ -35,7 +35,7 @@ class RunningMetrics:
         # one number per sample kind, in the order of SAMPLE_KINDS
         self.text_loss_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
         self.text_targets = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)
-        # on the host: these counts are known without the device
+        # on the host, where these counts are computed
         self.positions = torch.zeros(1, dtype=torch.float64)  # of the batches, padding included
         self.counts = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
         self._clock = time.monotonic()
@@ -59,7 +59,7 @@ class RunningMetrics:
     @torch.no_grad()
     def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
         """Text losses per sample kind, from the (B, L, D) hidden states of one micro-batch."""
-        # a second pass through lm_head in the logged steps alone: the forward pass returns only the sum
+        # a second pass through lm_head, in logged steps only: the forward pass returns just the sum
         found = find_targets(
             inputs["labels"],
             inputs.get("attention_mask"),
@@ -78,9 +78,9 @@ class RunningMetrics:
         self.text_targets.index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
 
     def reduce(self) -> dict[str, float]:
-        """Values by name over all ranks, then reset: without kinds that had no sample, and without MFU where
-        the device's peak is not known. Call it on every rank."""
-        # on the device, where the collective runs
+        """Metrics by name over all ranks, without kinds that had no sample and without MFU if the device's
+        peak is unknown; resets the counts. Call it on every rank."""
+        # reduced on the device, like the other counts
         counts = torch.cat([self.positions, self.counts])
         positions, *counts = distributed.sum_over_ranks(counts.to(self.device)).tolist()
         counts = TokenCounts(*counts)

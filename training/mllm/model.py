@@ -38,7 +38,7 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
     """
     parts = new_parts(config) if config.model else load_parts(str(config.init_from))
     parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
-    # adapters get a seed of their own: they do not depend on how the model was made
+    # adapters have their own seed: they do not depend on how the model was created
     torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
     add_adapters(parts.model, config)
     freeze_parts(parts.model, config)
@@ -66,7 +66,6 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         "num_image_tokens": unitok.config.num_visual_tokens,
         "token_layout": unitok.config.token_layout,
     }
-    sizes["token_layout"] = unitok.config.token_layout
     processor = UniTokProcessor.from_text_tokenizer(options.text_tokenizer, **{**sizes, **options.processor})
     decoder = _load_decoder(options.language_model) if options.language_model else None
     mllm_config = _mllm_config(options, unitok, processor, decoder)
@@ -78,6 +77,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         # the processor may have added boi and eoi to the decoder's vocabulary
         if processor.vocab_size > model.config.text_config.vocab_size:
             model.resize_token_embeddings(processor.vocab_size)
+    # copies the code table and initialises the causal projection
     model.init_from_tokenizer(unitok)
     return MLLMParts(model, processor, folder)
 
@@ -126,10 +126,10 @@ def load_parts(name: str) -> MLLMParts:
 
 
 def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Write an MLLM folder: weights (`state` where they had to be gathered), processor, and `unitok/`. With
+    """Write an MLLM folder: weights (from `state` if ZeRO 3 sharded them), processor, and `unitok/`. With
     LoRA only the adapter."""
     parts.model.save_pretrained(path, state_dict=state)
-    # transformers has written the adapter alone; the base folder has everything else
+    # save_pretrained has written only the adapter; the base folder has everything else
     if parts.model._hf_peft_config_loaded:
         return
     parts.processor.save_pretrained(path)
@@ -153,7 +153,7 @@ def add_adapters(model: Any, config: MLLMRunConfig) -> None:
 
 
 def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
-    """No gradient for parts with factor 0, nor for the sub-codebooks, which stored codes refer to."""
+    """Freeze parts with factor 0, and the sub-codebooks, because stored codes refer to their entries."""
     for name, parameter in model.named_parameters():
         if config.lr_factor(name) == 0:
             parameter.requires_grad_(False)

@@ -1,7 +1,7 @@
 """Estimate parameters, memory and time of an MLLM run without a GPU.
 
-No weights are loaded: the model is built on the meta device from the config and from what is on disk. Where a
-folder or hub id that the config names is not here, the published sizes are assumed, and the plan says so.
+No weights are loaded: the model is built on the meta device from the config and from files on disk. If a
+folder or hub id of the config is not on disk, the published sizes are assumed, and the plan says so.
 
 N trained and F frozen parameters, W ranks. With fp32 weights ZeRO 0 holds N+F weights, N gradients and 2N
 moments, 4 bytes each; ZeRO 1 and 2 shard gradients and moments over W ranks and add an fp32 copy, sharded as
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 
     @property
     def states(self) -> float:
-        """What stays allocated from step to step."""
+        """Bytes that stay allocated between steps."""
         return self.parameters + self.gradients + self.optimizer
 
 
@@ -59,13 +59,13 @@ class Plan(NamedTuple):
 
 
 def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
-    """What the run needs on `gpus` ranks.
+    """Parameters, memory and FLOPs of the run on `gpus` ranks.
 
     Args:
         text_tokens: mean length of a caption, an answer or a line.
 
     Raises:
-        UserError: the config does not fit what is on disk, or does not split over the ranks.
+        UserError: the config does not fit the files on disk, or batch_size does not split over the ranks.
     """
     micro_batch = config.micro_batch(gpus)
     model, assumed = model_on_meta(config)
@@ -84,11 +84,11 @@ def _trained_sizes(module: torch.nn.Module) -> list[int]:
     return [p.numel() for p in module.parameters() if p.requires_grad]
 
 
-# ---- the model, from what is on disk -----------------------------------------------------------------------
+# ---- the model, from files on disk -------------------------------------------------------------------------
 
 
 def model_on_meta(config: MLLMRunConfig) -> tuple[Any, list[str]]:
-    """The model of the run without storage, with its adapters and frozen parts; and what was assumed."""
+    """The model of the run without storage, with its adapters and frozen parts; and the assumptions made."""
     assumed: list[str] = []
     if config.init_from:
         sizes = _on_disk_or(
@@ -131,7 +131,7 @@ def _new_model_config(config: MLLMRunConfig, assumed: list[str]) -> Any:
 
 
 def _on_disk_or(name: str, assumed: list[str], read: Callable[[], Any], default: Callable[[], Any]) -> Any:
-    """What `read` finds at `name` if that exists; else `default`, noted in `assumed`."""
+    """The result of `read` if `name` exists; else that of `default`, with a note in `assumed`."""
     if Path(name).exists():
         return read()
     assumed.append(f"{name} is not here: the published sizes are assumed")
@@ -164,7 +164,7 @@ def memory_of_stage(
         unsharded = sum(p.numel() * p.element_size() for p in model.parameters() if p.numel() <= threshold)
         parameters = parameters / ranks + unsharded
         buffers = 4.0 * bucket
-        if ranks > 1:  # the weights that are gathered for the current layer and the next
+        if ranks > 1:  # gathered weights of the current layer and the next
             layers = model.config.text_config.num_hidden_layers
             layer = sum(p.numel() for p in model.language_model.parameters()) / max(layers, 1)
             live = float(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
@@ -194,6 +194,7 @@ def activation_bytes(config: MLLMRunConfig, model: Any, micro_batch: int, text_t
             return 4.0 * count * part.hidden_size * part.num_hidden_layers + one
         return one * part.num_hidden_layers
 
+    # the depth head runs after the decoder, but all activations are kept until the backward pass
     decoder = layers(sizes.text_config, tokens)
     return decoder + layers(sizes.depth_config, depth_positions) + text_logits + code_logits
 
@@ -233,7 +234,7 @@ def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     return min(2 * text_tokens + image, config.data.max_length)
 
 
-# ---- in words ----------------------------------------------------------------------------------------------
+# ---- report ------------------------------------------------------------------------------------------------
 
 
 def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace) -> list[str]:

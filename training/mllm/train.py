@@ -31,7 +31,7 @@ from .model import MLLMParts, build_parts, save_parts
 
 
 class TrainState(NamedTuple):
-    """Everything that the loop works with, as it is after `step` steps."""
+    """Everything that the loop reads and changes, after `step` optimiser steps."""
 
     step: int
     parts: MLLMParts
@@ -40,7 +40,7 @@ class TrainState(NamedTuple):
     metrics: RunningMetrics
     log: MetricLogger
     checkpoints: Checkpoints
-    gather: bool  # ZeRO-3 shards the weights: gather them before they are written
+    gather: bool  # ZeRO 3 shards the weights: gather them before writing
 
 
 class StepOutput(NamedTuple):
@@ -74,7 +74,7 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
                 for name, value in state.metrics.reduce().items():
                     log.note(name, value)
             log.add(step, {**output.losses, "grad_norm": output.grad_norm})
-            # called every step on every rank: a signal on one rank stops all of them at the same step
+            # collective, so in every step on every rank: a signal on one rank stops all at the same step
             stopping = stop()
             if stopping or step % config.checkpoint.every == 0 or step == config.last_step:
                 save_checkpoint(state, step)
@@ -84,7 +84,7 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
     if step < config.steps:
         log.info(f"stopped at step {step} (stop_at); run the same command without it to continue")
         return
-    # gathering is collective, so every rank takes part; one writes
+    # gathering is collective: every rank takes part, rank 0 writes
     weights = gathered_weights(state)
     if distributed.is_main():
         run_dir.finish(lambda path: save_parts(state.parts, path, weights))
@@ -125,7 +125,7 @@ def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
 
 def prepare_engine(config: MLLMRunConfig, model: Any, device: torch.device, micro_batch: int) -> Any:
     """The DeepSpeed engine around the model, with a learning rate per part."""
-    # before sharding: under ZeRO-3 parameters have no shapes afterwards
+    # before sharding: under ZeRO 3 parameters have no shapes afterwards
     groups = deepspeed_engine.parameter_groups(
         model, config.optimizer.weight_decay, dict(config.prefix_factors())
     )
@@ -168,7 +168,7 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
 
 
 def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: str) -> None:
-    """Images may be read in any layout, but are generated in the model's own.
+    """Check the layout of generated images: the model reads any layout, but generates only its own.
 
     Raises:
         UserError: the codes at `path` have another number of tokens or another layout.
@@ -207,6 +207,7 @@ def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], s
         # 3. DeepSpeed averages over ranks and accumulation, but the denominators already cover both
         state.engine.backward(micro_losses["loss"] * (world * config.engine.accumulation))
         grad_norm = deepspeed_engine.optimizer_step(state.engine)
+        # the logger averages over ranks, but ranks have shares of the loss: x world gives their sum
         for name, value in micro_losses.items():
             losses[name] = losses.get(name, 0) + value.detach() * world
         state.metrics.add(output.image_correct, batch)
@@ -216,7 +217,7 @@ def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], s
 def combine_losses(
     sums: dict[str, torch.Tensor], targets: dict[str, float], options: LossOptions
 ) -> dict[str, torch.Tensor]:
-    """The weighted loss and the mean of each part, see `LossOptions`: this micro-batch's share of them.
+    """This micro-batch's share of the weighted loss and of the mean of each part, see `LossOptions`.
 
     Args:
         sums: name -> loss summed over this micro-batch; `options` has a weight of the same name.
@@ -226,6 +227,7 @@ def combine_losses(
         "loss", and "NAME_loss" for each name. Over micro-batches and ranks they add up.
     """
     weights = {name: loss_weight(options, name) for name in sums}
+    # max: a step may have no images, or no texts
     means = {name: value / max(targets[name], 1.0) for name, value in sums.items()}
     if options.weighting == "means":
         loss = sum(weights[name] * mean for name, mean in means.items())
@@ -250,14 +252,14 @@ def loss_weight(options: LossOptions, name: str) -> float:
 
 
 def gathered_weights(state: TrainState) -> dict[str, torch.Tensor] | None:
-    """All weights (LoRA: the trained ones) where ZeRO-3 shards them, else None; call it on every rank."""
+    """All weights (LoRA: the trained ones) if ZeRO 3 shards them, else None; call it on every rank."""
     if not state.gather:
         return None
     return deepspeed_engine.gather_zero3_weights(state.engine, state.checkpoints.trained_only)
 
 
 def save_checkpoint(state: TrainState, step: int) -> None:
-    """Write a checkpoint that a run resumes from exactly and that is a model folder."""
+    """Write a checkpoint for exact resume, which is also a model folder."""
 
     def write_model(path: Path) -> None:
         weights = gathered_weights(state)

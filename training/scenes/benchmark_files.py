@@ -26,7 +26,7 @@ _Record = dict[str, Any]
 def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int], object]) -> None:
     """Write test images, questions and prompts below `folder`; `on_images(n)` reports n more images."""
     scenes = [sample_scene(config, "test", index) for index in range(config.test)]
-    if (folder / "images").exists():  # complete, see _write_images; the text files are fast and written anew
+    if (folder / "images").exists():  # complete, see _write_images; text files are fast to rewrite
         on_images(config.test)
     else:
         _write_images(scenes, folder / "images", on_images)
@@ -104,7 +104,7 @@ def _write_vqa(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
                     "question_type": question.kind,
                     "answer_type": _ANSWER_TYPES.get(question.kind, "other"),
                     "multiple_choice_answer": question.answer,
-                    # VQAv2 compares with ten annotators, who all agree here
+                    # VQAv2's metric compares with ten annotators, who all agree here
                     "answers": [
                         {"answer": question.answer, "answer_confidence": "yes", "answer_id": i}
                         for i in range(1, 11)
@@ -224,7 +224,7 @@ def _colors(config: SceneConfig, rng: Random) -> Iterator[_Record]:
 def _position(config: SceneConfig, rng: Random) -> Iterator[_Record]:
     choices = itertools.product(itertools.permutations(config.shape_names, 2), RELATION_PHRASES)
     for (shape, target), relation in _shuffled(choices, rng):
-        # GenEval's order: the target first, and the relation is what the second clause is to clause 0
+        # GenEval's order: the target first; the second clause has its relation to clause 0
         include = [
             {"class": target, "count": 1},
             {"class": shape, "count": 1, "position": [_GENEVAL_RELATIONS[relation], 0]},

@@ -1,4 +1,4 @@
-"""Settings of a scene data set: an immutable dataclass that validates itself."""
+"""Settings of a scene data set: a frozen dataclass that validates its values."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from .shapes import COLORS, SHAPES, TEXTURES
 
-# In this order everywhere: sampling with a seed depends on it.
+# Do not reorder: the random numbers of a seed depend on the order.
 QUESTION_KINDS = ("existence", "count", "colour", "shape", "position", "relation")
 _DEFAULT_SHARES: dict[str, float] = dict(zip(QUESTION_KINDS, (3.0, 1.0, 1.0, 1.0, 1.0, 3.0)))
 
@@ -74,6 +74,7 @@ class SceneConfig:
         for name, default in defaults.items():
             _check_type(name, getattr(self, name), default)
         # 10 and 10.0 are the same setting and must give the same scenes
+        # object.__setattr__: a frozen dataclass rejects plain assignment
         object.__setattr__(self, "sizes", tuple(map(float, self.sizes)))
         for name in ("jitter", "step", "held_out", "test_share"):
             object.__setattr__(self, name, float(getattr(self, name)))

@@ -30,7 +30,7 @@ from .shapes import COLORS, PALE, SHAPES
 
 FINISHED = "scenes.json"
 UNFINISHED = "unfinished.json"  # the configuration of a run in progress
-# prompt templates around captions, questions and answers: few tokens in the text tokenizer too
+# prompt templates around captions, questions and answers: the text tokenizer must encode them in few tokens
 _PROMPT_PIECES = ("USER:", "ASSISTANT:", " Generate an image based on this description.", "<unconditional>")
 
 
@@ -49,7 +49,7 @@ def write_scenes(
     """Write the data set below `out`; returns False if it was finished before.
 
     Raises:
-        UserError: `out` holds something else.
+        UserError: `out` holds other files, or scenes of other settings.
     """
     out, wanted = Path(out), _as_json(config)
     state = next((out / n for n in (FINISHED, UNFINISHED) if (out / n).exists()), None)
@@ -81,7 +81,7 @@ def _as_json(config: SceneConfig) -> dict[str, Any]:
 
 
 def _stored_settings(state: Path) -> dict[str, Any]:
-    """The settings in a state file; those that it lacks have been added since, with defaults that keep it."""
+    """The settings in a state file; settings that were added later have defaults that keep it valid."""
     stored = read_json(state)["config"]
     if "asked" in stored:  # the key before version 0.1.0: shares in the order of QUESTION_KINDS
         stored["question_shares"] = dict(zip(QUESTION_KINDS, map(float, stored.pop("asked"))))
@@ -100,7 +100,7 @@ def _remove_old(out: Path, state: Path, found: dict, wanted: dict, overwrite: bo
 
 
 def scenes_description(config: SceneConfig) -> dict[str, Any]:
-    """Contents of `scenes.json`: all that the object detector of `eval` needs to know about the images."""
+    """Contents of `scenes.json`: everything that the object detector of `eval` reads about the images."""
     return {
         "config": asdict(config),
         "size": config.size,
@@ -126,6 +126,7 @@ def scenes_description(config: SceneConfig) -> dict[str, Any]:
 def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, Any]]:
     """Training scene `index` and its `key.json`: captions, conversations and ground truth."""
     scene = sample_scene(config, "train", index)
+    # texts have their own generator: changing them does not change the images
     rng = Random(f"{config.seed}/train text/{index}")
     known = [pair for pair in config.pairs if pair not in config.held_out_pairs]
     # a generator: conversations are sampled after the captions, from the same random numbers
@@ -193,7 +194,7 @@ def _write_text(config: SceneConfig, folder: Path) -> None:
         for turns in record["conversations"]:
             corpus += [turn["value"].removeprefix("<image>\n") for turn in turns]
     write_atomic(folder / "captions.txt", "".join(line + "\n" for line in captions))
-    # every colour and shape becomes a single token, also where few of the texts above name it
+    # repeated, so that every colour and shape becomes a single token even if the texts rarely name it
     corpus += [*config.color_names, *config.shape_names] * 40
     write_atomic(folder / "tokenizer.model", _train_text_tokenizer(corpus, config.vocabulary))
 

@@ -5,7 +5,7 @@ from .scene import SceneObject
 # names of the rows and columns of a grid, from the top and from the left
 ROW_NAMES = {2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 COLUMN_NAMES = {2: ("left", "right"), 3: ("left", "middle", "right")}
-# index = number
+# the index is the number
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six")
 RELATION_PHRASES = {"left": "to the left of", "right": "to the right of", "above": "above", "below": "below"}
 

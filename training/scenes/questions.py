@@ -103,6 +103,7 @@ def _existence(
         )
         subject = a_or_an(f"{color} {shape}")
     elif sample < 0.8:
+        # sorted: the order of a set of strings differs between processes
         present = sorted({o.shape for o in scene.objects})
         choices = present if yes else [s for s in config.shape_names if s not in present]
         if not choices:

@@ -52,7 +52,7 @@ class Scene:
     gradient: tuple[int, int] = (0, 0)  # change of all three channels across the image, along x and along y
 
     def as_json(self) -> dict[str, Any]:
-        """The ground truth that data files carry: attributes, cell and bounding box of each object."""
+        """Ground truth for data files: attributes, cell and bounding box of each object."""
         objects = []
         for obj in self.objects:
             x, y = object_centre(obj, self.size // self.grid)
@@ -95,13 +95,14 @@ def sample_scene(config: SceneConfig, split: str, index: int) -> Scene:
 
 def in_test_split(config: SceneConfig, scene: Scene) -> bool:
     """Whether this arrangement of objects is reserved for the test split."""
-    # The hash covers the dataclass's repr under the class's first name: data sets on disk depend on it.
+    # The hash is of the dataclass's repr with its former class name: existing data sets depend on it.
     arrangement = repr((config.seed, scene.objects)).replace("SceneObject(", "Thing(")
     digest = hashlib.sha256(arrangement.encode()).digest()
     return int.from_bytes(digest[:8], "big") < config.test_share * 2**64
 
 
 def _sample_arrangement(config: SceneConfig, rng: Random, pairs: list[tuple[str, str]], count: int) -> Scene:
+    # pairs and shapes repeat on purpose: questions about counts and attributes need such scenes
     chosen = [rng.choice(pairs)]
     while len(chosen) < count:
         sample, (color, shape) = rng.random(), rng.choice(chosen)

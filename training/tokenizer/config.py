@@ -130,11 +130,11 @@ class DiscriminatorOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookOptions:
-    """Keeping codebook entries in use.
+    """Codebook initialisation and dead-code reset.
 
     Attributes:
         init_images: initialise the entries with encoder outputs of this many images; 0: at random.
-        reset_after: reset an entry that was not hit for this many steps to an encoder output; 0: never.
+        reset_after: reset an entry that was not used for this many steps to an encoder output; 0: never.
         reset_share: share of the run, from its start, in which entries are reset.
     """
 
@@ -164,7 +164,7 @@ class TokenizerRunConfig(RunConfig):
             nearly mutes depthwise convolutions at first, which matters in short runs; "kaiming" does not.
         caption_tokenizer: path or hub id of a CLIP vocabulary, or a sentencepiece tokenizer.model.
         reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
-            contrastive loss needs large batches, reconstruction does not).
+            contrastive loss needs large batches, the reconstruction losses do not).
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
         freeze: parts that keep the weights of `init_from`.
         lr_factors: part of a parameter's name -> factor on its learning rate.

@@ -22,7 +22,7 @@ from ..data.tar_index import BadSample, TarSample
 from .config import ImageOptions
 
 EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-CACHE_BYTES = 2**26  # of decoded images, which a run without random crops keeps
+CACHE_BYTES = 2**26  # of decoded images that are cached in runs without random crops
 
 
 class Pair(NamedTuple):
@@ -48,7 +48,7 @@ def build_pair_stream(
 
 
 class PairDecoder:
-    """Decodes records into pairs of (height, width) pixels; a class, because spawned workers pickle it."""
+    """Decodes records into pairs of image and caption; a class, because spawned workers pickle it."""
 
     def __init__(self, options: ImageOptions, image_shape: tuple[int, int], captions: bool):
         self.options = options
@@ -87,6 +87,7 @@ class PairDecoder:
             left, top = (image.width - box_width) / 2, (image.height - box_height) / 2
             box = (left, top, left + box_width, top + box_height)
             return image.resize(size, Image.Resampling.BICUBIC, box=box)
+        # crop_ratio is relative to the model's aspect ratio
         low, high = (ratio * width / height for ratio in self.options.crop_ratio)
         left, top, w, h = crop_box(*image.size, self.options.crop_scale, (low, high), rng)
         return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
@@ -119,10 +120,10 @@ def crop_box(
 
 
 def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:
-    """Positions of a micro-batch of `count` images, those to decode first, and how many these are.
+    """The order of a micro-batch of `count` images with those to decode first, and their number.
 
-    They are equally spaced: if `share` of a micro-batch is a whole number, the same images of the global
-    batch are decoded however it is split.
+    Decoded images are equally spaced: if `share` of a micro-batch is a whole number, the same images of the
+    global batch are decoded however it is split.
     """
     # rounding first: 100 * 0.07 is 7.000000000000001
     decoded = max(1, math.ceil(round(count * share, 6)))
@@ -131,7 +132,7 @@ def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:
 
 
 class PairCollate:
-    """Pairs -> {"image": uint8 (B, H, W, 3), "token_ids": (B, T) int64 or None}, those to decode first.
+    """Pairs -> {"image": uint8 (B, H, W, 3), "token_ids": (B, T) int64 or None}; images to decode come first.
 
     Args:
         share: see `order_decoded_first`.

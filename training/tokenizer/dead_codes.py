@@ -1,4 +1,4 @@
-"""Keeping codebook entries in use: data-dependent codebook initialisation, and dead-code reset.
+"""Codebook initialisation on encoder outputs, and dead-code reset.
 
 B batch, N visual tokens, K codes per token, V entries per code, C width of a codebook row, R = B*N tokens.
 """
@@ -28,9 +28,9 @@ def init_codebooks(model: UniTok, pixels: Tensor, seed: int) -> None:
 
 @torch.no_grad()
 def init_codebooks_from_latents(quantizer: Quantizer, latents: Tensor, seed: int) -> None:
-    """Set all entries to rows of (R, latent_dim) latents, sampled for each of the K codes on its own.
+    """Set all entries to rows of (R, latent_dim) latents, sampled independently for each of the K codes.
 
-    Where R < V, rows are repeated with a little noise.
+    If R < V, rows are repeated with a little noise.
     """
     codebooks = _codebooks(quantizer)
     books, entries, width = codebooks.shape
@@ -42,20 +42,20 @@ def init_codebooks_from_latents(quantizer: Quantizer, latents: Tensor, seed: int
         repeated = torch.randint(len(rows), (max(0, entries - len(rows)),), generator=generator)
         chosen = torch.cat([order[:entries], repeated]).to(rows.device)
         noise = torch.randn(entries, width, generator=generator).to(rows.device) * 0.01
-        noise[: min(entries, len(rows))] = 0
+        noise[: min(entries, len(rows))] = 0  # only repeated rows need noise, to differ from the originals
         values.append(rows[chosen, book] + noise)
     every = torch.ones(codebooks.shape[:2], dtype=torch.bool, device=codebooks.device)
     quantizer.reset_codes(every, torch.cat(values))
 
 
 class DeadCodes:
-    """Finds entries that no latent chose for `reset_after` steps and moves them onto current latents.
+    """Finds entries that no latent was assigned to for `reset_after` steps and sets them to current latents.
 
     Random numbers are keyed by (seed, step) and by position in the global batch: any number of ranks resets
     the same entries to the same values.
 
     Args:
-        reset_after: steps without a hit; 0 turns resets off.
+        reset_after: steps without use; 0 turns resets off.
         last_step: the last step with a reset.
 
     Attributes:
@@ -74,7 +74,7 @@ class DeadCodes:
         self._latents: Tensor | None = None
         if self.last_reset:
             _codebooks(quantizer)
-            # the latents do not leave the model: only a hook sees them beside their codes
+            # the model does not return latents: a hook sees them together with their codes
             quantizer.register_forward_hook(self._record)
 
     def _record(self, _module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
@@ -83,6 +83,7 @@ class DeadCodes:
             return
         self._latents = inputs[0].detach()
         if self.order is not None:
+            # undo the reordering: `_latent_rows` indexes the global batch in its own order
             self._latents = self._latents[torch.tensor(self.order).argsort().to(self._latents.device)]
         books = torch.arange(output.codes.shape[-1], device=output.codes.device)
         self.last_hit[books.expand_as(output.codes), output.codes] = self.step + 1
@@ -104,11 +105,11 @@ class DeadCodes:
         count = int(dead.sum())
         if count:
             books = dead.nonzero()[:, 0]
-            # the key word is part of every run's random numbers: it stays
+            # do not change the key "restart": the random numbers of existing runs depend on it
             generator = seeding.torch_generator(self.seed, "restart", step)
             rows = self._latent_rows(torch.randint(2**62, (count,), generator=generator), books)
             self.quantizer.reset_codes(dead, rows, partial(deepspeed_engine.overwrite_rows, engine))
-            self.last_hit[dead] = step  # a new entry gets `reset_after` steps to be hit
+            self.last_hit[dead] = step  # the new entry has `reset_after` steps to be used
         self._latents = None
         return dead if count else None
 
@@ -144,6 +145,7 @@ def _codebooks(quantizer: Quantizer) -> nn.Parameter:
 def usage_and_perplexity(usage: Tensor) -> tuple[list[float], list[float]]:
     """(K, V) running frequencies -> per code, per cent of entries in use and perplexity."""
     frequency = usage.double() / usage.sum(-1, keepdim=True).clamp_min(1e-12)
+    # in use: more than 1 % of the uniform frequency 1 / V
     used = 100 * (frequency > 0.01 / usage.shape[1]).double().mean(-1)
     entropy = -(frequency * frequency.clamp_min(1e-12).log()).sum(-1)
     return used.tolist(), entropy.exp().tolist()

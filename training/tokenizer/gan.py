@@ -28,7 +28,7 @@ ADAPTIVE_LIMITS = {
     "sqrt": (0.0, 1e4),  # and then the square root
     "capped": (0.015, 1.5),
 }
-# The discriminator passes of one step; each has augmentation parameters of its own.
+# The discriminator passes of one step; each has its own augmentation parameters.
 VIEWS = ("generator", "real", "fake", "strong_real", "strong_fake")
 
 
@@ -53,9 +53,9 @@ class GAN:
         self.module = build_discriminator(
             options.kind, options.weights, options.norm, options.spectral_norm, options.width, options.layers
         ).to(device)
-        with torch.no_grad():  # rejects images that are too small before training starts
+        with torch.no_grad():  # a trial pass: rejects images that are too small before training starts
             self.module.eval()(torch.zeros(1, 3, *image_shape, device=device))
-        # an engine of its own: two optimisers cannot share one
+        # a second engine: DeepSpeed has one optimiser per engine
         groups = deepspeed_engine.parameter_groups(self.module, options.optimizer.weight_decay)
         self.engine = deepspeed_engine.build_engine(
             self.module, groups, options.optimizer, config.engine, micro_batch
@@ -95,9 +95,9 @@ class GAN:
         """The generator loss "adversarial" and its weight "adversarial_weight".
 
         Args:
-            reconstruction_loss: their weighted sum, which the adaptive weight balances against.
+            reconstruction_loss: weighted sum of the reconstruction losses, for the adaptive weight.
             reconstruction: (B, 3, H, W).
-            last_layer: last weight of the decoder, where gradients are compared.
+            last_layer: last weight of the decoder, at which gradients are compared.
             samples: numbers of the B images in the global batch.
         """
         if not self.weight:

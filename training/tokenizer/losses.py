@@ -1,7 +1,7 @@
 """All losses of the tokenizer stage and their weighted sum (arXiv 2502.20321, section 3.1).
 
-A loss travels in a dict under its name; its weight has the same name in `LossWeights`. The quantiser's own
-losses come from `Quantizer.forward`, the adaptive weight of the generator loss from `gan.py`.
+Losses are dicts by name; the weight of a loss has the same name in `LossWeights`. The quantiser's losses come
+from `Quantizer.forward`, the adaptive weight of the generator loss from `gan.py`.
 
 B images of this rank, G images of all ranks, E width of the joint image-text space, M logits per image.
 """
@@ -98,7 +98,7 @@ def generator_loss(
     probability: float = 1.0,
     cutout: float = CUTOUT,
 ) -> Tensor:
-    """Minus the mean logit of (B, 3, H, W) reconstructions; only they receive a gradient.
+    """Negative mean logit of (B, 3, H, W) reconstructions; the discriminator receives no gradient.
 
     Args:
         blur, probability, cutout: see `augment`.
@@ -129,7 +129,7 @@ def discriminator_loss(
     probability: float = 1.0,
     cutout: float = CUTOUT,
 ) -> DiscriminatorLoss:
-    """Loss of telling (B, 3, H, W) real images from reconstructions, with consistency regularisation.
+    """Loss of classifying (B, 3, H, W) real images and reconstructions, with consistency regularisation.
 
     Args:
         discriminator: the module, or a forward pass through the engine around it.
@@ -142,6 +142,7 @@ def discriminator_loss(
     """
     if kind not in GAN_LOSSES:
         raise UserError(f"{kind!r} is not a discriminator loss.{did_you_mean(kind, GAN_LOSSES)}")
+    # detached: the discriminator step must not reach the decoder
     images = {"real": real, "fake": fake.detach()}
     logits = {}
     for name, image in images.items():
@@ -166,7 +167,7 @@ def discriminator_loss(
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within it, `module` is in evaluation mode and its parameters receive no gradient."""
+    """Context in which `module` is in evaluation mode and its parameters receive no gradient."""
     training = module.training
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     module.eval()

@@ -68,7 +68,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             model.config.drop_path_rate = wanted.drop_path_rate
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
-    if not config.losses.clip:  # these get no gradient then, and weight decay must not shrink them
+    if not config.losses.clip:  # without a gradient, weight decay would still shrink these
         for part in (model.text_encoder, model.image_norm, model.image_projection):
             part.requires_grad_(False)
         model.logit_scale.requires_grad_(False)

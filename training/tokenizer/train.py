@@ -38,7 +38,7 @@ from .model import build_model, load_caption_tokenizer
 
 @dataclasses.dataclass
 class TrainState:
-    """What training reads and changes, after `step` optimiser steps."""
+    """Everything that the loop reads and changes, after `step` optimiser steps."""
 
     step: int
     device: torch.device
@@ -83,7 +83,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
                 grid = reconstruction_grid(output.pixels, output.reconstruction)
                 log.log_image(state.step, "originals above reconstructions", grid)
             profiler.step(state.step)
-            # every rank must ask: the signal may have reached one of them alone
+            # collective, so on every rank: the signal may have reached only one of them
             stopped = stop()
             if stopped or state.step % config.checkpoint.every == 0 or state.step == config.last_step:
                 save_checkpoint(state, config, checkpoints, log)
@@ -157,7 +157,7 @@ def micro_step(
     model, engine = state.model, state.engine
     pixels = pixels_from_uint8(batch["image"], state.device)
     token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(state.device)
-    # random numbers belong to an image by its number in the global batch, however that is split
+    # random numbers are keyed by an image's number in the global batch, so they do not depend on the split
     order, decoded = order_decoded_first(len(pixels), config.reconstruct_share)
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
     samples = [first + position for position in order]
@@ -195,13 +195,14 @@ def micro_step(
     # 3. discriminator step on the same images
     if state.gan:
         losses |= state.gan.discriminator_step(pixels, reconstruction)
+    # a loss of weight 0 is logged, too
     losses = {"loss": loss, **losses, "skipped": torch.tensor(batch["skipped"])}
     detached = {name: value.detach() for name, value in losses.items()}
     return MicroStepOutput(detached, grad_norm, pixels, reconstruction.detach())
 
 
 def sample_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
-    """Set the random numbers of drop path for the coming forward pass over these images."""
+    """Set the drop-path noise of the coming forward pass over these images."""
     for name, blocks in drop_path_stacks(model).items():
         shape = (len(blocks), 2)
         blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
@@ -306,7 +307,7 @@ def save_model(path: Path, state: TrainState, config: TokenizerRunConfig) -> Non
         state.model.save_pretrained(path)
     if state.captions is not None:
         state.captions.save(path)
-    elif config.init_from:  # without the contrastive loss the initial model's own stays valid
+    elif config.init_from:  # without the contrastive loss the caption tokenizer of init_from stays valid
         initial = tokenizer_path(config.init_from) / "caption_tokenizer"
         if initial.exists():
             shutil.copytree(initial, path / initial.name, dirs_exist_ok=True)

@@ -182,7 +182,7 @@ def test_parameter_groups_follow_the_published_rule(numbers):
 
 def test_an_invalid_deepspeed_option_is_one_line():
     options = EngineOptions(deepspeed={"train_batch_size": 7})
-    with pytest.raises(UserError, match="DeepSpeed refuses") as error:
+    with pytest.raises(UserError, match="DeepSpeed rejects") as error:
         deepspeed_engine.build_engine(
             Net(), deepspeed_engine.parameter_groups(Net(), 0.1), OPTIMIZER, options, 4
         )

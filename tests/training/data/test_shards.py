@@ -144,7 +144,7 @@ def test_after_a_fully_started_epoch_the_next_one_follows(tars):
     more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
     with pytest.raises(UserError, match="another number of data"):
         ShardStream(more, Keys(), seed=0, micro_batch=1).skip_started_tars([started.state_dict()])
-    with pytest.raises(UserError, match="does not say which tars"):
+    with pytest.raises(UserError, match="does not record which tars"):
         other.skip_started_tars([{}])
 
 
