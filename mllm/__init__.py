@@ -11,6 +11,7 @@ from .processor import UniTokProcessor
 from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL, text_to_image_prompt
 from .visual_embedder import VisualEmbedder
 
+# transformers' Auto classes, peft and push_to_hub look the model up by its type.
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
 AutoModel.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)

@@ -14,7 +14,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
 IMAGE_TOKEN_ID = -200
-IGNORED = -100  # label of a token that is not learnt
+IGNORED = -100  # label of a token that is no target; the default ignore_index of cross_entropy
 VISUAL_CONTEXTS = ("full", "last")
 ROW_NORMS = ("unit", "blocks", "none")
 
@@ -52,38 +52,39 @@ MLLM_SIZES: dict[str, dict[str, Any]] = {
 
 
 class UniTokMLLMConfig(PretrainedConfig):
-    """Every size of a `UniTokForConditionalGeneration`; except for the decoder the defaults are as published.
+    """All sizes of a `UniTokForConditionalGeneration`; all defaults but the decoder's are the published ones.
 
     Args:
-        text_config: the decoder: a config of transformers, or a dict with its `model_type` ("llama" if none).
+        text_config: the decoder: a transformers config, or a dict with its `model_type` (default "llama").
         depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that
-            differ from the decoder's widths; 3 layers unless given.
+            differ from the decoder's; 3 layers by default.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
-        row_norm, row_blocks: normalisation of codebook rows before the projection, as the tokenizer's
-            quantiser has it: "unit" norm, unit norm of each of `row_blocks` equal "blocks" of a row, "none".
-        visual_hidden_size: width of the causal projection; equal to the tokenizer's decoder width if the
-            projection is initialised from the tokenizer.
+        row_norm, row_blocks: normalisation of codebook rows before the projection, the same as in the
+            tokenizer's quantiser: "unit" norm, unit norm of each of `row_blocks` equal "blocks" of a row,
+            "none".
+        visual_hidden_size: width of the causal projection; must equal the tokenizer's decoder width to
+            initialise the projection from the tokenizer.
         projection_heads: its heads; None = visual_hidden_size // (K*C), as in the tokenizer.
-        num_image_tokens: N of a generated image. Images that are read may have another N.
+        num_image_tokens: N of a generated image. Images in prompts may have another N.
         token_layout: {rows, columns, registers} of a generated image's tokens; None = square.
-        visual_context: what a visual vector depends on during generation: "full" = all earlier codes of its
-            image, as in training; "last" = its own codes alone, as in the published sampler.
+        visual_context: the codes that a visual vector depends on during generation: "full" = all earlier ones
+            of its image, as in training; "last" = only its own, as in the published sampler.
         image_z_loss_weight: weight of the mean squared largest logit, added to the image's cross entropy.
-        image_token_id: placeholder of visual tokens in `input_ids`, and in `labels` if they are learnt; it is
+        image_token_id: placeholder of visual tokens in `input_ids`, and in `labels` of target images; it is
             outside the vocabulary, so text logits equal those of the plain decoder.
         boi_token_id, eoi_token_id: begin and end of a generated image.
-        pad_token_id: padding; the attention mask alone decides what is padding.
+        pad_token_id: id of padding; only the attention mask determines which positions are padding.
         unitok_fingerprint: of the visual tokenizer whose codes the model was trained on, or None.
 
     Raises:
-        UserError: a value from which no model can be built; the message names the field.
+        UserError: a value is not valid or contradicts another one; the message names the field.
     """
 
     model_type = "unitok_mllm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "depth_config": LlamaConfig}
 
-    text_config: Any = None  # a dict, a config or None when given; a PretrainedConfig ever after
-    depth_config: Any = None  # likewise; a LlamaConfig ever after
+    text_config: Any = None  # dict, config or None as an argument; a PretrainedConfig after construction
+    depth_config: Any = None  # the same; a LlamaConfig after construction
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8
@@ -116,7 +117,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        """Raise UserError for what would fail, or mean something else, when the model is built."""
+        """Raise UserError for values that would fail, or be misread, when the model is built."""
         for name in (
             "num_codebooks",
             "codebook_size",
@@ -137,6 +138,7 @@ class UniTokMLLMConfig(PretrainedConfig):
             )
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
+        # The attention of the projection runs at the larger of its two widths.
         widest = max(self.visual_hidden_size, self.latent_dim)
         if widest % self.num_projection_heads:
             raise UserError(
@@ -144,6 +146,7 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"visual_hidden_size = {self.visual_hidden_size} would have {self.num_projection_heads} "
                 f"heads, which do not divide {widest}: set projection_heads to a divisor of {widest}."
             )
+        # labels hold all of these ids, so they must differ
         if self.image_token_id in (self.boi_token_id, self.eoi_token_id, IGNORED):
             raise UserError(
                 f"image_token_id = {self.image_token_id} is also boi, eoi or the ignored label: choose "
@@ -178,7 +181,7 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     @classmethod
     def for_tokenizer(cls, unitok: UniTokConfig, **fields: Any) -> UniTokMLLMConfig:
-        """A config whose visual side fits a visual tokenizer; `fields` are the others (text_config, ...)."""
+        """A config with the visual sizes of a tokenizer; `fields` are the other fields (text_config, ...)."""
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
         visual |= {"visual_hidden_size": unitok.decoder_width, "token_layout": unitok.token_layout}
         visual |= {
@@ -194,7 +197,7 @@ def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> Pretrai
     if isinstance(config, PretrainedConfig):
         return config
     fields = dict(config or {})
-    kind = fields.pop("model_type", "llama")
+    kind = fields.pop("model_type", "llama")  # LLaMA is the published decoder
     try:
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
@@ -204,16 +207,16 @@ def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> Pretrai
 
 
 def _depth_config(config: dict[str, Any] | PretrainedConfig | None, text: PretrainedConfig) -> LlamaConfig:
-    """The depth head's config: `config`, else the decoder's widths, else the defaults."""
+    """The depth head's config: fields of `config`, else those of the decoder, else the defaults."""
     if isinstance(config, LlamaConfig):
         return config
     fields = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config or {})
     fields.pop("model_type", None)
     shared = {name: getattr(text, name, None) for name in _SHARED}
     if not isinstance(shared["rope_parameters"], dict) or "rope_theta" not in shared["rope_parameters"]:
-        shared["rope_parameters"] = None  # some families have one set per layer type
+        shared["rope_parameters"] = None  # Gemma 3 has one set per layer type, which LLaMA layers cannot use
     shared["hidden_act"] = shared["hidden_act"] or getattr(text, "hidden_activation", None) or "silu"
-    if fields.keys() & {"hidden_size", "num_attention_heads"}:  # these follow from the new widths
+    if fields.keys() & {"hidden_size", "num_attention_heads"}:  # LlamaConfig derives both from the new widths
         shared["head_dim"] = shared["num_key_value_heads"] = None
         if "num_attention_heads" not in fields and fields["hidden_size"] % (
             shared["num_attention_heads"] or 1
@@ -222,6 +225,7 @@ def _depth_config(config: dict[str, Any] | PretrainedConfig | None, text: Pretra
                 f"depth_config.hidden_size = {fields['hidden_size']} is not a multiple of the decoder's "
                 f"{shared['num_attention_heads']} heads: set depth_config.num_attention_heads too."
             )
+    # The head embeds codes itself: LlamaConfig's vocabulary and special ids are unused.
     own = {"num_hidden_layers": 3, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
     filled = {**own, **{name: value for name, value in shared.items() if value is not None}, **fields}
     return LlamaConfig(**filled)

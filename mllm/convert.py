@@ -1,4 +1,4 @@
-"""Conversion of published MLLM folders (model_type mini_gemini): configs, state dicts and shards, both ways.
+"""Published MLLM folders (model_type mini_gemini) to our configs and state dicts, and back.
 
 The published config.json describes the decoder only. The visual sizes follow from tensor shapes, the heads of
 the projection from the tokenizer's rule; 256 visual tokens, boi 3 and eoi 4 are constants of the published
@@ -30,7 +30,7 @@ _LLAMA_LAYER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
     "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm",
 )  # fmt: skip
-# Published module name -> ours; # stands for a number.
+# Published module name -> ours; # matches a number.
 _NAMES = {
     "model.embed_tokens": "language_model.embed_tokens",
     "model.norm": "language_model.norm",
@@ -62,6 +62,7 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         UserError: a name that the published MLLM does not have, or a key bias that is not zero.
     """
     state: dict[str, Tensor] = {}
+    # Codebooks and embedding tables are numbered in the file and one tensor in our model.
     books: dict[int, Tensor] = {}
     tables: dict[int, Tensor] = {}
     for name, tensor in published.items():
@@ -73,7 +74,7 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if not tensor.is_meta and tensor.any():
                 raise UserError(f"{name} is not zero: this is not a published MLLM.")
         elif name.endswith((".vocab_usage", ".rotary_emb.inv_freq")):
-            continue  # training statistics of the tokenizer; RoPE tables, which are computed
+            continue  # usage statistics of the tokenizer; RoPE tables, which are recomputed
         elif (ours := rename(name, _NAMES)) is not None:
             state[ours] = tensor
         else:
@@ -86,7 +87,7 @@ def to_ours(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tensor]:
-    """Our state dict under the published names; the tokenizer's usage statistics become 0.
+    """Our state dict under the published names; the tokenizer's usage statistics, which we drop, are zeros.
 
     Raises:
         UserError: a weight that the published MLLM does not have.
@@ -101,7 +102,7 @@ def to_published(ours: Mapping[str, Tensor], codebook_size: int) -> dict[str, Te
             state |= {f"ar_head.codebooks.{k}.weight": part for k, part in enumerate(parts)}
         elif (published := rename(name, _NAMES_BACK)) is not None:
             state[published] = tensor
-            if name.endswith(".query_bias"):
+            if name.endswith(".query_bias"):  # the published attention also stores a zero bias of the keys
                 state[published.replace("q_bias", "zero_k_bias")] = torch.zeros_like(tensor)
         else:
             raise UserError(f"The published MLLM has no weight {name!r}.")
@@ -123,8 +124,8 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
     )
     for name in wanted:
         if name not in published:
-            raise UserError(f"The weights hold no {name}: this is no published MLLM.")
-    entries, width = published[wanted[0]].shape
+            raise UserError(f"The weights hold no {name}: this is not a published MLLM.")
+    entries, width = published[wanted[0]].shape  # (V, C)
     text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
     return UniTokMLLMConfig(
         text_config=LlamaConfig.from_dict(text),
@@ -136,7 +137,7 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
         codebook_size=entries,
         codebook_dim=width,
         visual_hidden_size=published[wanted[1]].shape[0],
-        visual_context="last",  # as in its sampler
+        visual_context="last",  # as in the published sampler
         pad_token_id=config.get("pad_token_id") or 0,
     )
 
@@ -151,7 +152,7 @@ def read_published(
         fields: of `UniTokMLLMConfig` that replace the derived ones, such as visual_context.
 
     Raises:
-        UserError: the folder holds another kind of model, or names that are not published.
+        UserError: the folder holds another type of model, or weights with other names.
     """
     folder = existing(Path(folder))
     description = read_json(folder / "config.json")
@@ -165,7 +166,7 @@ def read_published(
     for name, value in fields.items():
         setattr(config, name, value)
     state = to_ours(published)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings:  # files of tied models may store the shared tensor once
         state.setdefault("lm_head.weight", state["language_model.embed_tokens.weight"])
     if isinstance(dtype, str):
         dtype = None if dtype == "auto" else getattr(torch, dtype)
@@ -175,7 +176,7 @@ def read_published(
 
 
 def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """All tensors of a folder: safetensors, or .bin files without executing their code.
+    """All tensors of a folder: safetensors, or .bin files (read with weights_only=True).
 
     Raises:
         UserError: there are no weights, or a shard of the index is missing or broken.
@@ -184,6 +185,7 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    # safetensors first: a folder may hold both
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{suffix}.index.json"
         if index.exists():
@@ -199,6 +201,7 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
                 if suffix == "safetensors":
                     state |= load_file(path)
                 else:
+                    # mmap: a shard of many GB is not copied into memory
                     state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except pickle.UnpicklingError as error:
                 raise UserError(f"{path} cannot be read without executing code from it.") from error
@@ -222,6 +225,7 @@ def save_published(
     text = config.text_config.to_dict()
     if text.get("model_type") != "llama":
         raise UserError(f"The published format is for LLaMA; this decoder is {text.get('model_type')!r}.")
+    # transformers 5 nests rope_theta; published code reads it at the top level
     fields = {name: text[name] for name in _TEXT_FIELDS if text.get(name) is not None}
     fields["rope_theta"] = text["rope_parameters"]["rope_theta"]
     fields |= {"model_type": PUBLISHED_TYPE, "pad_token_id": config.pad_token_id}
@@ -244,8 +248,9 @@ def check_same_codebooks(ours: Tensor, theirs: Tensor) -> None:
         ours: (K, V, C) codebooks of the MLLM. theirs: those of a visual tokenizer.
 
     Raises:
-        UserError: their rows point in other directions: the MLLM was trained on another tokenizer.
+        UserError: the rows differ in direction: the MLLM was trained on another tokenizer.
     """
+    # Cosines: rows are normalised on use, so only directions matter; 0.999 tolerates rounding.
     same = ours.shape == theirs.shape and bool(
         (F.cosine_similarity(ours.float(), theirs.float(), dim=-1) > 0.999).all()
     )

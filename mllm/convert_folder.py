@@ -1,4 +1,4 @@
-"""Whole folders of the published MLLM to model folders, with processor and visual tokenizer, and back."""
+"""Folders of the published MLLM to model folders with processor and visual tokenizer, and back."""
 
 import shutil
 from pathlib import Path
@@ -20,18 +20,17 @@ def from_published_folder(
     """Write the published MLLM in `source` as a model folder.
 
     Args:
-        unitok: its visual tokenizer; None = the folder has none, and the model neither reads nor generates
-            images.
+        unitok: its visual tokenizer; None = write a folder without one, which cannot read or generate images.
         text_tokenizer: tokenizer.model or its folder; None = that of `source`.
 
     Raises:
-        UserError: not the published layout, or a tokenizer that the model was not trained with.
+        UserError: `source` is not in the published layout, or a tokenizer is not the one of training.
     """
     model = UniTokForConditionalGeneration.from_state(*read_published(source), source=source)
     image_size = _IMAGE_SIZE
     if unitok is not None:
         check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
-        # from now on loading checks that the tokenizer's codes are those of training
+        # loading compares this fingerprint with that of the tokenizer in the folder
         model.config.unitok_fingerprint = unitok.fingerprint()
         model.config.num_image_tokens = unitok.config.num_visual_tokens
         image_size = unitok.config.image_size
@@ -41,6 +40,7 @@ def from_published_folder(
         num_image_tokens=model.config.num_image_tokens,
         legacy=True,
     )
+    # boi and eoi are byte tokens of LLaMA's vocabulary: another text tokenizer may have them at other ids.
     found = processor.boi_token_id, processor.eoi_token_id
     expected = model.config.boi_token_id, model.config.eoi_token_id
     if found != expected:

@@ -25,19 +25,19 @@ class DepthCache:
 class DepthHead(nn.Module):
     """A few LLaMA layers over [hidden, E_0(c_0), ..., E_{K-2}(c_{K-2})]; output k gives the logits of code k.
 
-    All sub-codebooks share one output layer. A head narrower than the decoder has a linear layer first.
+    All sub-codebooks share one output layer. If W differs from D, a linear layer maps the hidden state first.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
         super().__init__()
-        # a copy: the attention implementation chosen for the decoder must not apply here, because without a
-        # mask only sdpa is causal
+        # A copy with its own attention implementation: the layers get no mask, and without a mask only sdpa
+        # is causal.
         depth = copy.deepcopy(config.depth_config)
         depth._attn_implementation = "sdpa"
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         own = depth.hidden_size
         self.reduce = nn.Linear(width, own, bias=False) if own != width else None
-        # K-1 tables in one: the last code is not an input
+        # K-1 tables in one: the last code is never an input
         self.embeddings = nn.Embedding((config.num_codebooks - 1) * config.codebook_size, own)
         self.layers = nn.ModuleList(LlamaDecoderLayer(depth, i) for i in range(depth.num_hidden_layers))
         self.norm = LlamaRMSNorm(own, eps=depth.rms_norm_eps)
@@ -48,6 +48,7 @@ class DepthHead(nn.Module):
         """Teacher-forced: (M, D) hidden states and their (M, K) target codes -> (M, K, V) logits."""
         # table k starts at row k * V
         offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
+        # (M, K, W): position k holds code k - 1 and predicts code k
         state = torch.cat([self._enter(hidden), self.embeddings(codes[:, :-1] + offsets)], dim=1)
         rotary = self._rotary_tables(state)
         for layer in self.layers:
@@ -55,15 +56,15 @@ class DepthHead(nn.Module):
         return self.output(self.norm(state))
 
     def step(self, k: int, entry: torch.Tensor, cache: DepthCache) -> torch.Tensor:
-        """Logits (M, V) of code k.
+        """One decode step: logits (M, V) of code k.
 
         Args:
             k: 0 to K-1 in this order, with one cache from `new_cache`.
-            entry: the hidden states (M, D) for k = 0, then the codes (M,) sampled at k - 1.
+            entry: the hidden states (M, D) for k = 0, else the codes (M,) sampled at step k - 1.
         """
         if k == 0:
             state = self._enter(entry)
-        else:
+        else:  # table k - 1 starts at row (k - 1) * V
             state = self.embeddings(entry + (k - 1) * self.codebook_size).unsqueeze(1)
         cos, sin = cache.rotary
         position_embeddings = (cos[:, k : k + 1], sin[:, k : k + 1])

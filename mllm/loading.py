@@ -30,7 +30,7 @@ def folder_type(folder: str | os.PathLike[str]) -> Any:
 def check_folder(folder: str | os.PathLike[str]) -> None:
     """
     Raises:
-        UserError: `folder` is not an MLLM; the message says what it is.
+        UserError: `folder` is not an MLLM; the message names the model type found.
     """
     kind = folder_type(folder)
     if kind == PUBLISHED_TYPE:
@@ -46,7 +46,9 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
-    """Reject weights that would leave parts of a model random; `info` is transformers' loading info.
+    """Reject incomplete weights; `info` is transformers' loading info.
+
+    transformers initialises missing weights randomly and only logs a warning.
 
     Raises:
         UserError: weights are missing; the message names them and the unexpected ones.
@@ -62,7 +64,7 @@ def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, An
 
 
 def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
-    """Put exactly these tensors into a model that was built on the meta device.
+    """Assign `state` to a model that was built on the meta device; all names and shapes must match.
 
     Raises:
         UserError: names or shapes differ; the message shows the missing and the unexpected ones.
@@ -82,7 +84,7 @@ def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> Non
     if problems:
         raise UserError(f"{source} does not fit an MLLM: {'; '.join(problems)}.")
     model.load_state_dict(state, assign=True)
-    # rotary tables are buffers that no file holds: compute those that the meta device left empty
+    # RoPE tables are non-persistent buffers and still on the meta device: build these modules anew
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if "RotaryEmbedding" in type(child).__name__:

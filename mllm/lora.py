@@ -50,13 +50,14 @@ def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
         UserError: a part has none.
     """
     patterns = []
-    # the attention multiplies by `qkv.weight` itself: an adapter on this layer would have no effect
+    # ProjectionAttention reads `qkv.weight` without calling the layer: an adapter on it would have no effect
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("qkv")]
     for part in parts:
         inside = (name for name in linear if f"{name}.".startswith(f"{part}."))
         leaves = {name.rpartition(".")[2] for name in inside}
         if not leaves:
             raise UserError(f"The model's part {part!r} has no linear layer for LoRA.")
+        # `part` may itself be a linear layer ("lm_head"): then it is matched by its own name
         alone = part.rpartition(".")[2]
         inner = "|".join(sorted(map(re.escape, leaves - {alone})))
         patterns.append(rf"{re.escape(part)}\.(?:.*\.)?(?:{inner})" if inner else re.escape(part))
@@ -79,6 +80,7 @@ def merge_adapter(
     try:
         return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
+        # peft lists every tensor that differs: two lines are enough
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
             f"The adapter {folder} does not fit this model{_base(path)}: {' '.join(lines[:2])}"

@@ -1,7 +1,7 @@
 """Targets and losses of text and images (arXiv 2502.20321, section 3.4; z-loss as published).
 
-B batch, L sequence, I images in the batch, J learnt images, N visual tokens per image, K sub-codebooks,
-V entries per sub-codebook, T learnt text tokens.
+B batch, L sequence, I images in the batch, J target images, N visual tokens per image, K sub-codebooks,
+V entries per sub-codebook, T target text tokens.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from .config import IGNORED
 
 
 class Targets(NamedTuple):
-    """Positions in the flattened batch; a token is predicted at the position before its own."""
+    """Positions in the flattened batch; a token is predicted at the position before it."""
 
     text_before: torch.Tensor  # (T,)
     text_ids: torch.Tensor  # (T,)
-    images: torch.Tensor | None  # (J,) which of the I images are learnt; None = none
+    images: torch.Tensor | None  # (J,) indices of the target images among the I images; None = none
     image_before: torch.Tensor | None  # (J, N)
 
 
@@ -30,7 +30,7 @@ def find_targets(
     positions: torch.Tensor | None,
     image_token_id: int,
 ) -> Targets:
-    """Where the targets of a batch are.
+    """Find the text and image targets of a batch.
 
     Args:
         labels: (B, L) text ids, `image_token_id` or -100.
@@ -38,15 +38,16 @@ def find_targets(
         positions: (I, N) of the images in the flattened batch, or None.
 
     Raises:
-        UserError: an image is learnt in part, or has no token before it.
+        UserError: labels mark part of an image, or an image with no token before it.
     """
     # logits at position i predict the token at i + 1
     first = first_tokens(labels, attention_mask, position_ids).flatten()
     flat = labels.flatten()
-    learnt = (flat != IGNORED) & ~first
-    text = (learnt & (flat != image_token_id)).nonzero().squeeze(1)
+    is_target = (flat != IGNORED) & ~first
+    text = (is_target & (flat != image_token_id)).nonzero().squeeze(1)
     images = image_before = None
     if positions is not None:
+        # an image is a target as a whole or not at all: the depth head is trained on (J, N) tokens
         marked = flat[positions] == image_token_id  # (I, N)
         images = marked.any(dim=1).nonzero().squeeze(1)
         if not bool(marked[images].all()):
@@ -54,7 +55,7 @@ def find_targets(
         if len(images):
             if bool(first[positions[images, 0]].any()):
                 raise UserError(
-                    "An image comes first in its sample and cannot be learnt: put a token before it."
+                    "An image is the first token of its sample and cannot be a target: put a token before it."
                 )
             image_before = positions[images] - 1
         else:
@@ -65,14 +66,14 @@ def find_targets(
 def first_tokens(
     labels: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """(B, L) bool: tokens with no real token before them, which nothing can predict."""
+    """(B, L) bool: padding, and tokens with no real token before them, which cannot be predicted."""
     first = torch.zeros_like(labels, dtype=torch.bool)
     first[:, 0] = True
     if attention_mask is not None and attention_mask.dim() == 2:
         mask = attention_mask[:, -labels.shape[1] :].bool()
-        first[:, 1:] |= ~mask[:, :-1]  # behind padding
+        first[:, 1:] |= ~mask[:, :-1]  # after left padding
         first |= ~mask  # padding itself
-    elif position_ids is not None:
+    elif position_ids is not None:  # packed rows: positions restart from 0 with each sample
         first |= position_ids == 0
     return first
 

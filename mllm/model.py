@@ -4,7 +4,7 @@
 Weights have one dtype throughout, the frozen code rows included; losses and their logits are float32.
 
 B batch, L sequence, I images in the batch, N visual tokens per image, K sub-codebooks, V entries per
-sub-codebook, D decoder width, J learnt images, T learnt text tokens.
+sub-codebook, D decoder width, J target images, T target text tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from .visual_embedder import VisualEmbedder
 
 @dataclass
 class UniTokMLLMOutput(ModelOutput):
-    """Result of `UniTokForConditionalGeneration.forward`; None where nothing was requested.
+    """Result of `UniTokForConditionalGeneration.forward`; None where a part was not requested.
 
     With `reduction="sum"` the losses are sums over tokens and codes, for a training loop that divides by
     global counts; with "mean", `loss` is their sum divided by `text_tokens + image_codes`.
@@ -45,11 +45,11 @@ class UniTokMLLMOutput(ModelOutput):
 
     loss: torch.Tensor | None = None
     text_loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None  # z-term included
-    image_z_loss: torch.Tensor | None = None  # the z-term alone, weighted
+    image_loss: torch.Tensor | None = None  # z-loss included
+    image_z_loss: torch.Tensor | None = None  # the z-loss alone, weighted
     text_tokens: torch.Tensor | None = None  # T, int64
     image_codes: torch.Tensor | None = None  # J*N*K, int64: every code counts as one token
-    image_correct: torch.Tensor | None = None  # (K,) int64: learnt codes whose logit was the largest
+    image_correct: torch.Tensor | None = None  # (K,) int64: target codes whose logit was the largest
     logits: torch.Tensor | None = None  # (B, L or fewer, vocabulary), of text
     image_logits: torch.Tensor | None = None  # (J, N, K, V)
     past_key_values: Any = None
@@ -57,11 +57,11 @@ class UniTokMLLMOutput(ModelOutput):
 
 
 class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """Any decoder of transformers that takes `inputs_embeds`, with a visual embedder at its input and two
-    heads: `lm_head` for text, `depth_head` for the K codes of a visual token.
+    """Any transformers decoder that takes `inputs_embeds`, with a visual embedder at its input and two heads:
+    `lm_head` for text, `depth_head` for the K codes of a visual token.
 
-    Some decoders (Gemma) multiply text embeddings by a scale. Visual vectors are not multiplied: the
-    embedder's MLP learns their scale.
+    Some decoders (Gemma) scale text embeddings. Visual vectors are not scaled: the embedder's MLP learns
+    their scale.
     """
 
     config_class = UniTokMLLMConfig
@@ -107,19 +107,19 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             input_ids: (B, L); an image is N placeholders `config.image_token_id`.
             attention_mask: (B, L), 0 on padding, on either side; None = no padding.
             image_codes: (I, N, K), the images in row-major order of their placeholders.
-            labels: (B, L): a text id where it is learnt, `config.image_token_id` at the placeholders of an
-                image that is learnt, -100 elsewhere. The first token of a row or packed sample is no target.
+            labels: (B, L): the id of a target text token, `config.image_token_id` at the placeholders of a
+                target image, -100 elsewhere. The first token of a row or packed sample is never a target.
             inputs_embeds: (B, L, D) instead of `input_ids`, images included.
             position_ids: (B, L); None = counted along the mask. For rows that pack several samples pass
-                positions that restart from 0 with each sample, and no mask: samples do not attend to each
-                other then.
-            logits_to_keep: text logits of the last positions only; 0 = of all.
+                positions that restart from 0 with each sample, and no mask: samples then do not attend to
+                each other.
+            logits_to_keep: number of last positions with text logits; 0 = all.
             reduction: "mean" or "sum" of the losses; see `UniTokMLLMOutput`.
             return_logits: compute text logits; None = only without labels.
 
         Raises:
-            UserError: images and placeholders do not match; a sequence longer than the context; a learnt
-                image with no token before it.
+            UserError: images and placeholders do not match; a sequence is longer than the context; a target
+                image has no token before it.
         """
         positions = None
         if inputs_embeds is None:
@@ -128,7 +128,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds = self._embed(input_ids, image_codes, positions)
         # entries already in the KV cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
-        if position_ids is None:  # packed rows may be longer than the context: their samples are not
+        if position_ids is None:  # a packed row may exceed the context, its samples do not
             self.check_length(past + inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
@@ -150,7 +150,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
         if labels is not None:
             self._add_losses(result, labels, attention_mask, position_ids, image_codes, positions, reduction)
-        # in training the loss needs few of them: (B, L, vocabulary) is large
+        # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
         if return_logits or (return_logits is None and labels is None):
             result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return result
@@ -194,14 +194,15 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if positions is None:
             vectors = embed(input_ids)
             if self.training and torch.is_grad_enabled():
-                # every module takes part in every batch on every rank, or ZeRO-3's gathers hang
+                # zero-weighted dummy: every rank must run every module, or ZeRO-3's all-gathers deadlock
                 dummy = input_ids.new_zeros((1, 1, self.config.num_codebooks))
                 vectors = vectors + 0.0 * self.visual_embedder(dummy).sum().to(vectors.dtype)
             return vectors
         assert image_codes is not None
-        # the placeholder is not in the vocabulary: embed id 0, then overwrite
+        # the placeholder is outside the vocabulary: embed id 0, then overwrite
         vectors = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
         visual = self.visual_embedder(image_codes).to(vectors.dtype)
+        # index_copy instead of an in-place write: gradients flow to both
         flat = vectors.flatten(0, 1).index_copy(0, positions.flatten(), visual.flatten(0, 1))
         return flat.view_as(vectors)
 
@@ -213,7 +214,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) hidden states -> (..., vocabulary) logits of text."""
         logits = self.lm_head(hidden)
-        cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # some Gemmas
+        cap = getattr(self.config.text_config, "final_logit_softcapping", None)  # Gemma 2
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def check_length(self, length: int, what: str = "The sequence") -> None:
@@ -255,7 +256,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs["attention_mask"] = attention_mask
         if input_ids is None or image_codes is None:
             return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-        # transformers knows no image_codes: give it the embedded prompt
+        # transformers' loop has no image_codes argument: pass the embedded prompt
         with torch.no_grad():
             embeds = self.embed_inputs(input_ids, image_codes)
         return super().generate(inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
@@ -285,11 +286,11 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder of ours or a hub id; keyword arguments as in transformers. A published folder loads
-        too, with the keyword arguments `dtype` and `attn_implementation`.
+        """Load a model folder, a hub id or a published folder; keyword arguments as in transformers, for a
+        published folder only `dtype` and `attn_implementation`.
 
         Raises:
-            UserError: the folder holds no model, another kind of model, or incomplete weights; a package
+            UserError: the folder holds no model, another type of model, or incomplete weights; a package
                 that an argument needs (flash-attn, bitsandbytes, accelerate) is not installed.
         """
         path = Path(pretrained_model_name_or_path)
@@ -304,10 +305,10 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             check_folder(path)
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
-            # the embedder's attention multiplies by `qkv.weight` itself, which must not be quantised
+            # the embedder's attention reads `qkv.weight` directly, so it must not be quantised
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
-        wants_info = kwargs.pop("output_loading_info", False)
+        wants_info = kwargs.pop("output_loading_info", False)  # always requested below, for the check
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
@@ -322,7 +323,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_state(cls, config: UniTokMLLMConfig, state: dict[str, torch.Tensor], source: Any) -> Any:
-        """A model, in evaluation mode, that holds exactly these tensors; `source` is named in errors.
+        """Build a model in evaluation mode from a complete state dict; errors name `source`.
 
         Raises:
             UserError: names or shapes differ.
@@ -331,7 +332,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model = cls(config)
         assign_state(model, state, source)
         model.visual_embedder.codebooks.requires_grad_(False)
-        # transformers writes the dtype into config.json
+        # save_pretrained writes config.dtype into config.json
         dtype = state["language_model.embed_tokens.weight"].dtype
         for part in (config, config.text_config, config.depth_config):
             part.dtype = dtype
@@ -348,7 +349,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         positions: torch.Tensor | None,
         reduction: str,
     ) -> None:
-        """Fill in the losses: text logits only where text is learnt, the depth head only where images are."""
+        """Fill in the losses; text logits and the depth head are computed at targets only."""
         found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
         hidden = result.last_hidden_state
         assert hidden is not None
@@ -359,33 +360,33 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         count = len(found.text_before)
         if count:
             text_sum = text_loss(self.text_logits(flat[found.text_before]), found.text_ids)
-        elif keep_graph:  # a zero-weighted dummy: every module takes part on every rank
+        elif keep_graph:  # zero-weighted dummy, as in `_embed`
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:
             assert image_codes is not None
-            # the depth head runs on learnt visual tokens only, as one batch of J*N
+            # the depth head runs on target visual tokens only, as one batch of J*N
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
             logits = self.depth_head(flat[found.image_before.flatten()], codes)
             image_sum, z_sum, result.image_correct = image_loss(
                 logits, codes, self.config.image_z_loss_weight
             )
             result.image_logits = logits.view(*found.image_before.shape, *logits.shape[1:])
-            image_codes_learnt = codes.numel()
+            num_codes = codes.numel()
         else:
-            image_codes_learnt = 0
+            num_codes = 0
             result.image_correct = labels.new_zeros(self.config.num_codebooks)
-            if keep_graph:
+            if keep_graph:  # zero-weighted dummy, as in `_embed`
                 dummy = labels.new_zeros((1, self.config.num_codebooks))
                 image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
         # every code counts as one token, as published
         result.text_tokens = labels.new_tensor(count)
-        result.image_codes = labels.new_tensor(image_codes_learnt)
+        result.image_codes = labels.new_tensor(num_codes)
         total = text_sum + image_sum
         if reduction == "mean":
-            total = total / max(count + image_codes_learnt, 1)
+            total = total / max(count + num_codes, 1)
             text_sum = text_sum / max(count, 1)
-            image_sum = image_sum / max(image_codes_learnt, 1)
-            z_sum = z_sum / max(image_codes_learnt, 1)
+            image_sum = image_sum / max(num_codes, 1)
+            z_sum = z_sum / max(num_codes, 1)
         result.loss, result.text_loss, result.image_loss = total, text_sum, image_sum
         result.image_z_loss = z_sum
 

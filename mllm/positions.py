@@ -12,8 +12,9 @@ def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 
 def sequence_bounds(position_ids: torch.Tensor) -> dict[str, Any]:
     """(B, L) positions that restart from 0 with each sample -> FlashAttention's arguments for the flattened
-    batch: cumulative sequence lengths and the longest one."""
+    batch: cumulative sequence lengths and the maximum length."""
     flat = position_ids.flatten()
+    # every 0 starts a sequence: each padding token (position 0) becomes a sequence of length 1
     starts = (flat == 0).nonzero().squeeze(1)
     bounds = torch.cat([starts, starts.new_tensor([len(flat)])]).to(torch.int32)
     longest = int((bounds[1:] - bounds[:-1]).max())

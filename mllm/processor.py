@@ -1,5 +1,5 @@
-"""The processor: text and images to the MLLM's inputs and back; prompts, special ids, image preprocessing
-(published UniTok).
+"""The processor: text and images to the inputs of the MLLM, ids to text (arXiv 2502.20321; formats as in the
+published code).
 """
 
 from __future__ import annotations
@@ -37,10 +37,8 @@ if TYPE_CHECKING:
 
 CONFIG = "processor_config.json"
 CHAT = "chat"  # the text tokenizer's own chat template
-BOI, EOI = (
-    ("<0x00>", "<|boi|>"),
-    ("<0x01>", "<|eoi|>"),
-)  # a byte token of LLaMA's vocabulary, or a new one
+# A byte token of LLaMA's vocabulary; tokenizers without it get a new token.
+BOI, EOI = ("<0x00>", "<|boi|>"), ("<0x01>", "<|eoi|>")
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
@@ -54,7 +52,7 @@ class UniTokProcessor:
             `token_layout`, the longer side.
         num_image_tokens: N of such an image.
         template: a name in `TEMPLATES`, or "chat" for the tokenizer's own chat template.
-        legacy: how LLaMA's tokenizer treats text behind an eos; True for the published weights.
+        legacy: LLaMA's tokenizer option for text after an eos (see `conversation_ids`); True as published.
         image_token_id: the placeholder of visual tokens.
         max_prompt: maximum text ids of a text-to-image prompt, bos included; longer ones are truncated
             (published: 1750).
@@ -90,16 +88,16 @@ class UniTokProcessor:
         if text_tokenizer.eos_token_id is None:
             raise UserError("The text tokenizer has no eos token, which ends an answer.")
         self.eos_token_id: int = text_tokenizer.eos_token_id
-        # the mask hides padding: any id will do
+        # any id works: the mask hides padding
         candidates = (text_tokenizer.pad_token_id, text_tokenizer.unk_token_id, self.eos_token_id)
         self.pad_token_id: int = next(i for i in candidates if i is not None)
 
     @classmethod
     def from_text_tokenizer(cls, path: str | os.PathLike[str], **options: Any) -> UniTokProcessor:
-        """Build one with the text tokenizer of a sentencepiece `tokenizer.model`, a folder or a hub id.
+        """A new processor with the text tokenizer of a sentencepiece `tokenizer.model`, a folder or a hub id.
 
         Raises:
-            UserError: nothing is there.
+            UserError: the path holds no text tokenizer.
         """
         return cls(_load_tokenizer(path, legacy=options.get("legacy", True)), **options)
 
@@ -127,7 +125,7 @@ class UniTokProcessor:
         """Write the text tokenizer's files and `processor_config.json` into `folder`."""
         self.text_tokenizer.save_pretrained(folder)
         options = {name: getattr(self, name) for name in _OPTIONS}
-        if self.token_layout is None:  # absent in all files of square images
+        if self.token_layout is None:  # not stored for square images, as in files of earlier versions
             del options["token_layout"]
         write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
 
@@ -158,47 +156,49 @@ class UniTokProcessor:
 
         Args:
             question: may contain `<image>` marks, one per image; else the images come first.
-            tokens: N if it is not `num_image_tokens`.
-            history: earlier questions and their answers; the images are those of the whole conversation, at
-                the marks in its questions, or all before the first.
+            tokens: N if it differs from `num_image_tokens`.
+            history: earlier questions and their answers. `num_images` then counts the images of the whole
+                conversation, at the marks in its questions, or all before the first question.
 
         Raises:
-            UserError: the number of marks is neither 0 nor that of the images.
+            UserError: the number of marks is neither 0 nor `num_images`.
         """
         questions = [*(q for q, _ in history), question]
         if not any(IMAGE_MARK in q for q in questions):
             questions[0] = f"{IMAGE_MARK}\n" * num_images + questions[0]
-        # a mark in an answer is text that the model wrote, not an image
+        # a mark in an answer is text that the model generated, not an image
         earlier = [(q, a.replace(IMAGE_MARK, "")) for q, (_, a) in zip(questions, history)]
+        # a chat template writes bos itself
         ids = self._mark(self._prompt(earlier, questions[-1]), bos=self.template != CHAT)
         return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)
 
     def text_to_image_ids(self, prompt: str) -> list[int]:
-        """Ids of a text-to-image prompt with its instruction, cut to `max_prompt`, and boi."""
-        # a chat template has no text-to-image instruction of its own
+        """Ids of a text-to-image prompt with its instruction, truncated to `max_prompt`, then boi."""
+        # chat templates have no text-to-image instruction
         template = find_template("vicuna_v1" if self.template == CHAT else self.template)
         return [*self.encode_text(prompt + template.text_to_image)[: self.max_prompt], self.boi_token_id]
 
     def unconditional_ids(self) -> list[int]:
-        """The unconditional prompt of classifier-free guidance, then boi."""
+        """Ids of the unconditional prompt of classifier-free guidance, then boi."""
         return [*self.encode_text(UNCONDITIONAL), self.boi_token_id]
 
     def conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]; the answers and
-        their eos are learnt.
+        """Ids and labels of a conversation [{"from": "human" | "gpt", "value": text}, ...]; targets are the
+        answers and their eos.
 
         Raises:
             UserError: the turns do not alternate.
         """
+        # the published way, which counts ids, needs a tokenizer with bos
         if self.template != CHAT and self.bos_token_id is not None:
             template, end = find_template(self.template), self.text_tokenizer.eos_token
             return conversation_ids(turns, self.encode_text, template, self.image_token_id, end, self.legacy)
         ids: list[int] = []
         labels: list[int] = []
-        for text, learnt in conversation_pieces(turns, self._prompt, self._answer):
+        for text, is_target in conversation_pieces(turns, self._prompt, self._answer):
             piece = self._mark(text, bos=not ids and self.template != CHAT)
             ids += piece
-            labels += piece if learnt else [IGNORED] * len(piece)
+            labels += piece if is_target else [IGNORED] * len(piece)
         return ids, labels
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
@@ -210,23 +210,23 @@ class UniTokProcessor:
         """
         answer = check_turns(turns)[0][1].replace(IMAGE_MARK, "")
         given = ([] if self.bos_token_id is None else [self.bos_token_id]) + [self.image_token_id]
-        learnt = self._pieces(answer + " ")
-        return given + learnt, [IGNORED] * len(given) + learnt
+        target = self._pieces(answer + " ")
+        return given + target, [IGNORED] * len(given) + target
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids, without images and special ids."""
+        """Ids to text; images and special ids are skipped."""
         kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
         return self.text_tokenizer.decode(kept, skip_special_tokens=True)
 
     def decode_settled(self, ids: Iterable[int]) -> str:
         """The prefix of `decode(ids)` that later ids cannot change.
 
-        A run of byte tokens at the end is held back until it is complete: one invalid byte turns the whole
-        run into replacement characters. An incomplete character is held back as well.
+        Byte tokens at the end are held back until another token ends their run: one invalid byte turns the
+        whole run into replacement characters. An incomplete character is held back as well.
         """
         skipped = {*self.text_tokenizer.all_special_ids, self.image_token_id}
         kept = [int(i) for i in ids]
-        while kept:  # ids that decoding skips do not end a run
+        while kept:  # skipped ids do not end a run of bytes
             piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
             if piece and kept[-1] not in skipped and not BYTE.fullmatch(piece):
                 break
@@ -247,12 +247,13 @@ class UniTokProcessor:
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """An image to be read -> (3, H, W) in [-1, 1]: padded to the aspect ratio with the published grey."""
+        """An input image -> (3, H, W) in [-1, 1], padded to the aspect ratio with the published colour."""
         return to_pixels(load_image(image), self.image_shape, mode="pad")
 
     @property
     def image_shape(self) -> tuple[int, int]:
         """(height, width) in pixels of the images that the visual tokenizer reads."""
+        # without a layout any square gives the same result: use 1 x 1
         layout = TokenLayout.from_config(self.token_layout or {"rows": 1, "columns": 1}, None)
         patch_size = self.image_size // max(layout.grid)
         return layout.rows * patch_size, layout.columns * patch_size
@@ -262,6 +263,7 @@ class UniTokProcessor:
 
     def _mark(self, text: str, bos: bool = False) -> list[int]:
         """Ids of text with image marks, with or without bos."""
+        # `ids_with_images` expects a bos from the tokenizer: 0 is a dummy, removed by [1:]
         ids = ids_with_images(lambda piece: [0, *self._pieces(piece)], text, self.image_token_id)[1:]
         return ids if not bos or self.bos_token_id is None else [self.bos_token_id, *ids]
 
@@ -274,9 +276,10 @@ class UniTokProcessor:
         return template.opening + rounds + template._replace(system="").prompt(question)
 
     def _answer(self, answer: str) -> str:
-        """An answer with the text that separates it from the question and ends it."""
+        """The answer with the text before it and its end-of-answer text."""
         if self.template != CHAT:
             return f" {answer}{self.text_tokenizer.eos_token}"
+        # find the text after an answer by comparing prompts with and without one round
         before = self._chat_prompt([], "?")
         after = self._chat_prompt([("?", answer)], "?")
         closing = after[len(before) + len(answer) :] if after.startswith(before + answer) else ""
@@ -304,7 +307,7 @@ _TOKEN_IDS = (
 
 
 def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
-    """The id of the first of `names` in the vocabulary; without any, the last one is added."""
+    """The id of the first of `names` in the vocabulary; if there is none, add the last one as a token."""
     vocabulary = text_tokenizer.get_vocab()
     for name in names:
         if name in vocabulary:
@@ -316,7 +319,7 @@ def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
 def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
     """A tokenizer from a `tokenizer.model` file, a folder or a hub id.
 
-    `legacy` is passed to LLaMA's tokenizer: its own files do not store it.
+    `legacy` is passed to LLaMA's tokenizer, whose files do not store it.
     """
     from transformers import AutoTokenizer, LlamaTokenizer
 
@@ -332,6 +335,7 @@ def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
             if not (path / "tokenizer.model").exists():
                 raise UserError(f"{path} has no text tokenizer: neither tokenizer.json nor tokenizer.model.")
             return LlamaTokenizer.from_pretrained(path, **llama)
+        # saved folders of LLaMA tokenizers: the options above are not all stored
         kind = read_json(described).get("tokenizer_class") if described.exists() else None
         if kind in ("LlamaTokenizer", "LlamaTokenizerFast"):
             return LlamaTokenizer.from_pretrained(path, **llama)

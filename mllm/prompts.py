@@ -1,7 +1,7 @@
-"""Prompt templates of conversations and text-to-image prompts, and which of their ids are learnt (published
-UniTok; conversations as in vicuna).
+"""Prompt templates of conversations and text-to-image prompts, and their ids and labels (as in the published
+code; conversations in the vicuna format).
 
-Here an image is one `IMAGE_MARK` in text and one placeholder id; `expand_images` makes N placeholders of it.
+An image is one `IMAGE_MARK` in text and one placeholder id; `expand_images` repeats the id N times.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .config import IGNORED
 
 IMAGE_MARK = "<image>"
-UNCONDITIONAL = "<unconditional>"  # plain text for the text tokenizer, not a special id
+UNCONDITIONAL = "<unconditional>"  # tokenised as plain text, not a special id
 TEXT_TO_IMAGE_INSTRUCTION = " Generate an image based on this description."
 
-Encode = Callable[[str], list[int]]  # text -> ids, beginning with bos
+Encode = Callable[[str], list[int]]  # text -> ids, bos first
 Turns = Sequence[dict[str, str]]  # [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
 
 
@@ -42,9 +42,8 @@ TEMPLATES = {
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    "plain": Template(
-        "", text_to_image=""
-    ),  # for small models: the begin-of-image id alone asks for an image
+    # for small models: boi after the caption requests an image, without an instruction
+    "plain": Template("", text_to_image=""),
 }
 
 
@@ -59,12 +58,13 @@ def find_template(name: str) -> Template:
 
 
 def text_to_image_prompt(text: str, template: str = "vicuna_v1") -> str:
-    """The text before an image of `text`."""
+    """The prompt for an image of `text`: the text, then the template's instruction."""
     return text + find_template(template).text_to_image
 
 
 def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:
     """Ids of `text` with one bos; the pieces between marks are tokenised separately, as published."""
+    # every piece gets a bos from `encode`: keep only the first
     first, *others = text.split(IMAGE_MARK)
     ids = encode(first)
     for piece in others:
@@ -73,7 +73,7 @@ def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]
 
 
 def check_turns(turns: Turns) -> list[tuple[str, str]]:
-    """[(question, answer), ...], without an answer that comes before the first question.
+    """[(question, answer), ...]; an answer before the first question is dropped.
 
     Raises:
         UserError: the speakers do not alternate, or a turn has no text.
@@ -95,16 +95,17 @@ def check_turns(turns: Turns) -> list[tuple[str, str]]:
 def conversation_ids(
     turns: Turns, encode: Encode, template: Template, image_token_id: int, end: str, legacy: bool
 ) -> tuple[list[int], list[int]]:
-    """Ids and labels of a conversation as published: tokenise the whole text, then find the answers by
-    counting the ids of each round.
+    """Ids and labels of a conversation as published: tokenise the whole text, then locate the answers by the
+    number of ids of each round.
 
-    If the counts do not add up (a word is tokenised differently alone than within the text), nothing of the
-    sample is learnt.
+    If the numbers do not add up (a word is tokenised differently alone than within the text), the sample has
+    no targets.
 
     Args:
         encode: of a tokenizer that adds a bos.
         end: the text of eos, which ends every answer.
-        legacy: how LLaMA's tokenizer treats text behind `end`: True = as a new text, with a space before it.
+        legacy: LLaMA's tokenizer option: True = text after `end` is tokenised as a new text, with a space
+            before it.
 
     Raises:
         UserError: see `check_turns`.
@@ -121,19 +122,21 @@ def conversation_ids(
 
     labels = list(ids)
     labels[0] = IGNORED  # bos
-    place = 1
+    position = 1
     for i, part in enumerate(text.split(end)):
         halves = part.split(between)
         if not part or len(halves) != 2:
             break
-        # a round counted alone has a bos instead of the eos that the split removed; without legacy the first
-        # word of a later round has no space before it
+        # A round tokenised alone has a bos where the whole text has the eos that `split` removed, so its
+        # count is right. Without legacy the first word of a later round has no space token: one less. `given`
+        # also excludes the bos and the space at the end of `between`, which is part of the answer's first
+        # token.
         shift = int(i > 0 and not legacy)
         length, given = count(part) - shift, count(halves[0] + between) - 2 - shift
-        labels[place : place + given] = [IGNORED] * given
-        place += length
-    labels[place:] = [IGNORED] * (len(labels) - place)
-    if place != len(ids):  # the counts do not add up: learn nothing rather than the wrong tokens
+        labels[position : position + given] = [IGNORED] * given
+        position += length
+    labels[position:] = [IGNORED] * (len(labels) - position)
+    if position != len(ids):  # no targets are better than wrong ones
         labels = [IGNORED] * len(ids)
     return ids, [IGNORED if i == image_token_id else label for i, label in zip(ids, labels)]
 
@@ -141,15 +144,15 @@ def conversation_ids(
 def conversation_pieces(
     turns: Turns, prompt: Callable[[list[tuple[str, str]], str], str], end: Callable[[str], str]
 ) -> list[tuple[str, bool]]:
-    """A conversation as [(text, learnt), ...] for other tokenizers: the pieces are tokenised separately, so
-    nothing is counted.
+    """A conversation as [(text, is_target), ...] for other tokenizers; the caller tokenises each piece
+    separately, so that labels need no counting.
 
     Args:
         prompt: (earlier rounds, question) -> the text up to the answer.
         end: answer -> the answer with the text that ends it.
 
     Raises:
-        UserError: see `check_turns`; the template changes the text of a round when another one follows.
+        UserError: see `check_turns`; the template changes the text of a round when another round follows.
     """
     rounds, pieces, written = check_turns(turns), [], ""
     for i, (question, answer) in enumerate(rounds):
@@ -162,10 +165,10 @@ def conversation_pieces(
 
 
 def expand_images(ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """Repeat each image's placeholder `counts` times: one per visual token.
+    """Repeat the placeholder of image i counts[i] times, once per visual token.
 
     Raises:
-        UserError: not one count per image.
+        UserError: the number of placeholders differs from the number of counts.
     """
     found = sum(i == image_token_id for i in ids)
     if found != len(counts):

@@ -14,15 +14,15 @@ from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 
 from .config import UniTokMLLMConfig
 
-PROJECTOR_EPS = 1e-6  # the published value; the norms of the projection have torch's 1e-5
+PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e-5
 
 
 class VisualEmbedder(nn.Module):
-    """Frozen code rows -> causal attention projection, each image a sequence of its own -> MLP.
+    """Frozen code rows -> causal attention projection within each image -> MLP.
 
     Attributes:
-        codebooks: (K, V, C) frozen copy of the tokenizer's `Quantizer.code_table()`. Rows are stored as the
-            tokenizer has them and normalised by `row_norm` on use, so that saving and converting keep them.
+        codebooks: (K, V, C) frozen copy of the tokenizer's `Quantizer.code_table()`. Rows are stored as in
+            the tokenizer and normalised by `row_norm` on use, so that saving and converting preserve them.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
@@ -31,11 +31,11 @@ class VisualEmbedder(nn.Module):
         middle = config.visual_hidden_size
         self.context = config.visual_context
         self.row_norm, self.row_blocks = config.row_norm, config.row_blocks
-        # ZeRO-3 partitions parameters: their shapes are not available
+        # not read from `codebooks`: under ZeRO-3 a parameter's shape is that of its partition
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
         self.codebooks = nn.Parameter(torch.randn(shape), requires_grad=False)
-        # causal, so that generation can feed it token by token
+        # causal, so that generation can run it token by token
         self.projection = AttentionProjection(
             config.latent_dim, middle, config.num_projection_heads, causal=True
         )
@@ -51,9 +51,9 @@ class VisualEmbedder(nn.Module):
         return self.projector(self.projection(self.embed(codes)))
 
     def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
-        """The next codes (I, n, K) of images during generation -> (I, n, D); `cache` from `new_cache`.
+        """One decode step: the next codes (I, n, K) of each image -> (I, n, D); `cache` is from `new_cache`.
 
-        With the "full" context the steps together equal one `forward`; with "last" each visual token is
+        With the "full" context, steps equal one `forward` over all tokens; with "last" each visual token is
         embedded alone.
         """
         if cache is None:
@@ -67,13 +67,13 @@ class VisualEmbedder(nn.Module):
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) codes -> (..., K*C): the K rows concatenated, as the tokenizer's `embed`."""
-        # one lookup in all K tables: code k is shifted by k * V
+        # one lookup in all K tables: table k starts at row k * V
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes + offsets, self.codebooks.flatten(0, 1))
         return self._normalise(rows).flatten(-2)
 
     def code_table(self) -> torch.Tensor:
-        """(K, V, C) float32 rows as `embed` concatenates them."""
+        """(K, V, C) float32 rows, normalised as in `embed`."""
         return self._normalise(self.codebooks.detach().float())
 
     def _normalise(self, rows: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,9 @@ class VisualEmbedder(nn.Module):
                 "visual tokenizer: take the config from UniTokMLLMConfig.for_tokenizer."
             )
         own, other = self.projection, unitok.up_projection
-        if isinstance(other, AttentionProjection):  # a linear projection has nothing to start from
+        if isinstance(
+            other, AttentionProjection
+        ):  # a linear projection has other weights: keep the random ones
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
             if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
                 raise UserError(
@@ -132,7 +134,7 @@ class VisualEmbedder(nn.Module):
 
 
 def readable_code_table(unitok: UniTok) -> torch.Tensor:
-    """(K, V, C) float32 rows of a tokenizer's codebooks, which an MLLM keeps a frozen copy of.
+    """(K, V, C) float32 rows of a tokenizer's codebooks, to be copied into an MLLM.
 
     Raises:
         UserError: the quantiser's codes are not readable, or their embedding is not a table lookup.

@@ -10,7 +10,7 @@ from .projection import AttentionProjection, KVCache, LinearProjection, build_pr
 from .quantizers import QUANTIZERS, MultiCodebookQuantizer, Quantizer, QuantizerOutput, code_dtype
 from .token_layout import TokenLayout
 
-# transformers' Auto classes, peft and push_to_hub find the model by its type.
+# transformers' Auto classes, peft and push_to_hub look the model up by its type.
 AutoConfig.register(UniTokConfig.model_type, UniTokConfig, exist_ok=True)
 AutoModel.register(UniTokConfig, UniTok, exist_ok=True)
 

@@ -46,6 +46,7 @@ class CaptionTokenizer:
         ids = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
         for row, caption in zip(ids, captions, strict=True):
             words = self._encode(caption)[: self.context_length - 2]
+            # zeros follow the end of text: causal attention never sees them, pooling is at the largest id
             row[: len(words) + 2] = torch.tensor([self.start, *words, self.end])
         return ids
 
@@ -64,11 +65,12 @@ class CaptionTokenizer:
         A sentencepiece model with S pieces gets the start of text S and the end of text S + 1.
 
         Raises:
-            UserError: no such tokenizer is there.
+            UserError: the path or hub id holds no such tokenizer.
         """
         path = Path(path_or_hub_id)
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
+        # The file name decides the format; everything else is left to transformers.
         if path.suffix == ".model":
             return cls._sentencepiece(existing(path), context_length)
         if path.name.endswith((".txt", ".txt.gz")):
@@ -89,7 +91,7 @@ class CaptionTokenizer:
         """Load the caption tokenizer that training saved in a tokenizer model's folder.
 
         Raises:
-            UserError: there is none.
+            UserError: the folder has no caption tokenizer.
         """
         hint = "This model was saved without its caption tokenizer: give the path or hub id of one."
         return cls.from_path(existing(Path(folder) / CAPTION_TOKENIZER_FOLDER, hint), context_length)
@@ -115,7 +117,7 @@ class CaptionTokenizer:
             pieces: Any = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path} is not a sentencepiece model: {_HINT}.") from error
-        size = pieces.get_piece_size()
+        size = pieces.get_piece_size()  # S and S + 1 are free: the end of text becomes the largest id
 
         def save(folder: Path) -> None:
             shutil.copyfile(path, folder / "tokenizer.model")
@@ -130,6 +132,7 @@ def _read_bpe(path: Path) -> Any:
     data = path.read_bytes()
     text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
     lines = text.split("\n")[1 : 1 + _MERGES]
+    # Ids: 256 bytes, the same 256 at the end of a word, the merges, start of text, end of text.
     letters = _byte_letters()
     vocab = {letter: i for i, letter in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
     merges = []
@@ -149,6 +152,6 @@ def _byte_letters() -> list[str]:
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     ]
-    # Control characters and blanks cannot stand in a merges file: GPT-2's rule maps them above 255.
+    # A merges file cannot hold control characters and blanks: GPT-2's rule maps them to code points from 256.
     others = len(range(256)) - len(printable)
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(others)]

@@ -45,28 +45,29 @@ TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
 
 
 class UniTokConfig(PretrainedConfig):
-    """Every size of a `UniTok`; the defaults are the published UniTok (vitamin_large, 256 px, 8 x 4096).
+    """All sizes of a `UniTok`; the defaults are the published UniTok (vitamin_large, 256 px, 8 x 4096).
 
-    The flat fields size encoder and decoder alike; `encoder_options` and `decoder_options` override them for
-    one half, or size an encoder or decoder of another kind.
+    The flat fields apply to encoder and decoder; `encoder_options` and `decoder_options` override them for
+    one of the two, or configure an encoder or decoder of another kind.
 
     Args:
         image_size: side of the square training images in pixels, a multiple of patch_size; with a
-            `token_layout`, the longer side. Other sizes run too.
-        patch_size: side in pixels of the square of one visual token; 16 for ViTamin.
+            `token_layout`, the longer side. The model accepts images of other sizes as well.
+        patch_size: side of the image patch of one visual token in pixels; 16 for ViTamin.
         token_layout: {rows, columns, registers} of the training images' tokens; None = square.
-        encoder, decoder: entries of `ENCODERS` and `DECODERS`; encoder_options, decoder_options: their own
-            settings.
+        encoder, decoder: entries of `ENCODERS` and `DECODERS`; encoder_options, decoder_options: their
+            keyword arguments.
         stem_width: channels of the convolutional stem.
         stage_widths, stage_depths: channels and blocks of the two convolutional stages (strides 4 and 8).
             The published triples, which end in (hidden_size, 1), are accepted as well.
-        hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformers of both halves.
+        hidden_size, num_hidden_layers, num_attention_heads, mlp_ratio: the transformers of encoder and
+            decoder.
         drop_path_rate: stochastic depth of the last block in training; the rate grows linearly from 0.
-        num_register_tokens: learned tokens before those of the image; they are quantised as well.
+        num_register_tokens: learned tokens before the image tokens; they are quantised as well.
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
         num_codebooks: K sub-codebooks.
         codebook_size, codebook_dim: V entries of width C, per sub-codebook.
-        quantizer: an entry of `QUANTIZERS`; quantizer_options: its own keyword arguments.
+        quantizer: an entry of `QUANTIZERS`; quantizer_options: its keyword arguments.
         projection: "attention" (published) or "linear", between hidden size and code width, both ways.
         projection_heads: heads of the attention projections; None = hidden_size // (K*C), as published.
         projection_causal: a visual token attends only to itself and earlier ones in the projections.
@@ -74,7 +75,7 @@ class UniTokConfig(PretrainedConfig):
         text_*: the CLIP text tower; text_context_length counts start and end of text.
 
     Raises:
-        UserError: a value from which no model can be built; the message names the field.
+        UserError: a value is not valid or contradicts another one; the message names the field.
     """
 
     model_type = "unitok"
@@ -118,6 +119,7 @@ class UniTokConfig(PretrainedConfig):
             near = difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.8)
             if near:
                 raise UserError(f"UniTokConfig has no field {key!r}.{did_you_mean(key, near)}")
+        # Before the checks: they expect pairs, and config.json stores pairs.
         self.stage_widths = _pair(self.stage_widths, last=self.hidden_size)
         self.stage_depths = _pair(self.stage_depths, last=1)
         self.decoder_widths = _pair(self.decoder_widths, first=self.hidden_size)
@@ -127,7 +129,7 @@ class UniTokConfig(PretrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self) -> None:
-        """Raise UserError for what would fail, or mean something else, when the model is built."""
+        """Raise UserError for values that would fail, or be misread, when the model is built."""
         for name in ("stage_widths", "stage_depths", "decoder_widths", "decoder_depths"):
             value = getattr(self, name)
             if len(value) != 2 or min(value) < 1:
@@ -151,6 +153,7 @@ class UniTokConfig(PretrainedConfig):
                 raise UserError(
                     f"{width} = {getattr(self, width)} is not a multiple of {heads} = {getattr(self, heads)}."
                 )
+        # The attention of a projection runs at the larger of its two widths.
         widest = max(self.decoder_width, self.latent_dim)
         if self.projection == "attention" and widest % self.num_projection_heads:
             raise UserError(
@@ -163,7 +166,7 @@ class UniTokConfig(PretrainedConfig):
         """Fill in `token_layout`; raise UserError where it contradicts other fields."""
         if self.token_layout is None:
             return
-        # Registers may be given in either place; once stored, both agree.
+        # Registers may be given in either of the two fields; the stored config has them in both.
         layout = TokenLayout.from_config(self.token_layout, None, self.num_register_tokens)
         self.num_register_tokens = self.num_register_tokens or layout.registers
         if layout.registers != self.num_register_tokens:
@@ -171,6 +174,7 @@ class UniTokConfig(PretrainedConfig):
                 f"token_layout has {layout.registers} registers, but num_register_tokens = "
                 f"{self.num_register_tokens}: they must be equal."
             )
+        # image_size is redundant with the layout: a wrong one would resize images to another grid.
         longer = max(layout.grid) * self.patch_size
         if self.image_size != longer:
             raise UserError(
@@ -180,10 +184,10 @@ class UniTokConfig(PretrainedConfig):
         self.token_layout = layout.to_dict()
 
     def part_sizes(self, part: str, fields: Sequence[str]) -> dict[str, Any]:
-        """`fields` for one half, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.
+        """`fields` of `part`, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.
 
         Raises:
-            UserError: an option that is not one of `fields`; a width that its heads do not divide.
+            UserError: an option is not one of `fields`; the width is not a multiple of the number of heads.
         """
         options = getattr(self, f"{part}_options") or {}
         check_options(part, getattr(self, part), options, fields)
@@ -215,7 +219,7 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def decoder_width(self) -> int:
-        """Width of the vectors that decoder and image head read."""
+        """Width of the hidden states that decoder and image head share."""
         return (self.decoder_options or {}).get("hidden_size", self.hidden_size)
 
     @property
@@ -235,7 +239,7 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def bits_per_token(self) -> float:
-        """Information that one visual token can carry."""
+        """Bits per visual token: K * log2(V)."""
         return self.num_codebooks * math.log2(self.codebook_size)
 
     @classmethod
@@ -270,10 +274,10 @@ _POSITIVE = (
 
 
 def entry_of(table: Mapping[str, Entry], table_name: str, field: str, name: str) -> Entry:
-    """The entry of a seam's table that a config field names.
+    """The entry `name` of a registry such as `ENCODERS`; `field` is the config field it comes from.
 
     Raises:
-        UserError: there is none; the message names the table.
+        UserError: the registry has no such entry; the message lists its entries.
     """
     if name in table:
         return table[name]
@@ -285,7 +289,7 @@ def entry_of(table: Mapping[str, Entry], table_name: str, field: str, name: str)
 def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """
     Raises:
-        UserError: `options` holds a key that the entry `name` of a seam does not take.
+        UserError: `options` holds a key that the registry entry `name` does not accept.
     """
     for key in options:
         if key not in allowed:
@@ -294,8 +298,10 @@ def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Se
 
 
 def _pair(values: Sequence[int], first: int | None = None, last: int | None = None) -> list[int]:
-    """A list, as in JSON; of a published triple only the two numbers that no other field holds."""
+    """`values` as a list of two, as stored in JSON; of a published triple the number that another field holds
+    is dropped."""
     values = list(values)
+    # (320, 160) or, published, (1024, 320, 160) for the decoder and (160, 320, 1024) for the encoder
     if len(values) == 3 and first is not None and values[0] == first:
         return values[1:]
     if len(values) == 3 and last is not None and values[-1] == last:

@@ -145,7 +145,7 @@ def state_from_published(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
         book = re.fullmatch(r"quantizer\.codebooks\.(\d+)\.(.+)", name)
         if book and book[2] in _STACKS:
             stacks.setdefault(_STACKS[book[2]], {})[int(book[1])] = tensor
-        # 2. a buffer of zeros that the published attention concatenates; ours does without
+        # 2. a buffer of zeros that the published attention concatenates; ours builds it in `forward`
         elif name.endswith(".attn.zero_k_bias"):
             if not tensor.is_meta and tensor.any():
                 raise UserError(f"{name} is not zero: this is not a UniTok checkpoint.")
@@ -175,7 +175,7 @@ def state_to_published(ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if name in stacks:
             state |= {f"quantizer.codebooks.{i}.{stacks[name]}": part for i, part in enumerate(tensor)}
         elif name == "quantizer.calls":
-            continue
+            continue  # published files do not store the number of batches
         elif (published := rename(name, _NAMES_BACK)) is not None:
             state[published] = tensor.T.contiguous() if published in _TRANSPOSED else tensor
             if name.endswith(".query_bias"):
@@ -258,7 +258,7 @@ def write_published_tokenizer(
     Raises:
         UserError: the model has parts that the published code does not know.
     """
-    # A field that the published code lacks would be lost in silence, and the file read as another model.
+    # A field that the published code lacks would be dropped, and loading would silently build another model.
     plain = UniTokConfig()
     for name in _UNPUBLISHED:
         if getattr(config, name) not in (None, {}, getattr(plain, name)):
@@ -274,6 +274,8 @@ def write_published_tokenizer(
         "num_attention_heads",
         "decoder_widths",
     }
+    # The file stores a size's name, not its widths; other widths are written as "unnamed" and need a config
+    # to load. TOKENIZER_SIZES has tuples, a config lists.
     ours = {key: _as_list(getattr(config, key)) for key in shape}
     name = next(
         (n for n, s in TOKENIZER_SIZES.items() if {k: _as_list(v) for k, v in s.items()} == ours), "unnamed"
@@ -296,7 +298,7 @@ def write_published_tokenizer(
     }
     published = {name: tensor.detach().cpu() for name, tensor in state_to_published(state).items()}
     path = Path(path)
-    # write under another name first: an interrupted run leaves no broken file
+    # atomic replace: an interrupted run leaves no truncated file
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     torch.save({"args": args, "trainer": {"unitok": published}}, temporary)
     os.replace(temporary, path)
@@ -323,8 +325,9 @@ def read_clip_weights(
     if "encoder.stem.conv1.weight" not in target:
         raise UserError(f"{path} can only initialise encoder 'vitamin'; this model has another.")
     published = {}
+    # open_clip's names inside the two towers are those of the published UniTok: only the prefixes differ.
     for name, tensor in checkpoint.items():
-        name = name.removeprefix("module.")  # of training under DistributedDataParallel
+        name = name.removeprefix("module.")  # added by DistributedDataParallel
         if "head" in name or "pos_embed" in name:
             continue
         for prefix, ours in (("visual.trunk.", "encoder."), ("text.", "text_encoder.")):

@@ -1,12 +1,12 @@
-"""Faster operators for inference on CPU, autotuned: each is chosen by a measurement at its first use.
+"""Autotuned operators for inference on CPU: the variants of an operator are timed at its first use.
 
-Which operator is fastest depends on the processor: float32 products run twice as fast in oneDNN as in MKL
-on some and slower on others; bfloat16 is the fastest format where the processor supports it and the slowest
-where it does not. So the first large product of each kind is timed in every variant for some milliseconds,
+Which variant is fastest depends on the processor: float32 products run twice as fast in oneDNN as in MKL on
+some and slower on others; bfloat16 is the fastest format where the processor supports it and the slowest
+where it does not. Therefore the first large product of each kind times every variant for some milliseconds,
 and the choice holds until the process ends: the default, unless another takes less than `MAX_RELATIVE_TIME`
-of its time, best of `NUM_ROUNDS` each, so that noise does not decide. All variants give equal results but for
-rounding: codes differ only where two entries are within 1e-4 of each other. Nothing is packed or replaced:
-weights, state dicts and training are the same as without this module. `UNITOK_FAST_CPU=0` turns it off.
+of its time (best of `NUM_ROUNDS` each, against noise). Variants differ only by rounding: codes differ only
+where two entries are within 1e-4 of each other. Weights, state dicts and training do not change.
+`UNITOK_FAST_CPU=0` turns autotuning off.
 """
 
 import os
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MIN_WORK = 2**22  # multiplications; below it the choice costs more than it gains
-MAX_RELATIVE_TIME = 0.9  # of the default's time; nearer ones would be chosen by noise
+MIN_WORK = 2**22  # multiplications; for smaller products the dispatch costs more than it gains
+MAX_RELATIVE_TIME = 0.9  # of the default's time; smaller gains are within the noise
 NUM_ROUNDS = 5
-_SAMPLE_ROWS, _SAMPLE_SIDE = 256, 8  # the timed part of the input: rows of a matrix, sides of a map
+_SAMPLE_ROWS, _SAMPLE_SIDE = 256, 8  # part of the input that is timed: rows of a matrix, side of a map
 _chosen: dict[Any, str] = {}
 
 
@@ -81,8 +81,8 @@ class DerivedWeight:
 
     def get(self, weight: Tensor, derive: Callable[[Tensor], Tensor]) -> Tensor:
         """`derive(weight)`, or its cached result."""
-        # Version and address miss in-place writes through `.data`, which some optimisers do; sums over a part
-        # of the rows catch them.
+        # Version and address do not change with in-place writes through `.data`, as some optimisers make;
+        # sums over about 32 rows detect these.
         part = weight.detach()[:: max(weight.shape[0] // 32, 1)].float()
         version = 0 if weight.is_inference() else weight._version
         key = (weight.data_ptr(), version, weight.dtype, weight.shape, float(part.sum()), float(part.norm()))
@@ -107,6 +107,7 @@ def _convolve(
     bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
+    # multiplications, up to a constant: strides, groups and padding are ignored
     work = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
     # float32 convolutions have one variant only: there is nothing to choose
     if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not active(x) or work < MIN_WORK:
@@ -123,7 +124,7 @@ def _fastest(
     options: Mapping[str, Any] | None = None,
 ) -> Callable[..., Tensor]:
     """The fastest variant for weights of this shape; the first of `variants` is the default."""
-    # the number of threads is part of the key: libraries scale differently
+    # the number of threads is part of the key: variants scale differently with it
     key = (name, str(weight.dtype), tuple(weight.shape), torch.get_num_threads())
     if key not in _chosen:
         seconds = _measure(variants, sample, options or {})
@@ -140,6 +141,7 @@ def _measure(
 
     A variant that is 5 times slower than the best in the warm-up is not timed again.
     """
+    # interleaved: a change of the machine's load affects all variants alike
     seconds: dict[str, float] = {}
     for round in range(1 + NUM_ROUNDS):
         for name, variant in variants.items():
@@ -149,7 +151,7 @@ def _measure(
             try:
                 variant(*sample, **options)
             except (RuntimeError, NotImplementedError, AttributeError):
-                if name == next(iter(variants)):
+                if name == next(iter(variants)):  # the default fails: the input is wrong
                     raise
                 continue  # this build of torch or this processor does not have it
             took = time.perf_counter() - start

@@ -8,12 +8,12 @@ import json
 
 from torch import nn
 
-# Part of the model -> prefix of its tensors' names in the hash. Fixed for ever: code shards and MLLM folders
-# hold hashes of these names. A part may be renamed in the code, but not here.
+# Part of the model -> prefix of its tensors' names in the hash. Never change the prefixes: code shards and
+# MLLM folders store hashes of these names. A part may be renamed in the code, but not here.
 _PREFIXES = {"encoder": "encoder.", "down_projection": "down_projection.", "quantizer": ""}
 
-# Options of the config that decide codes without a trace in any tensor, with the published UniTok's values.
-# They are hashed only where they differ: files from before an option existed keep their fingerprint.
+# Config options that change the codes but no tensor, with the published UniTok's values. They are hashed only
+# where they differ from these: fingerprints stored before an option existed stay valid.
 _DEFAULTS = {
     "encoder": "vitamin",
     "encoder_options": None,
@@ -23,14 +23,15 @@ _DEFAULTS = {
 
 
 def compute_fingerprint(model: nn.Module) -> str:
-    """Hex sha256 of all that decides the codes of a `UniTok`: tensors as float32, and options."""
+    """Hex sha256 of everything that determines the codes of a `UniTok`: tensors as float32, and options."""
     digest = hashlib.sha256()
     tensors = {}
     for part, prefix in _PREFIXES.items():
         module = model.get_submodule(part)
-        # A quantiser also has statistics, which decide nothing; it names what does.
+        # A quantiser also holds usage statistics, which do not affect codes: hash only the tensors it names.
         found = module.fingerprint_tensors() if part == "quantizer" else module.state_dict()  # pyright: ignore
         tensors |= {prefix + name: tensor for name, tensor in found.items()}
+    # sorted: the hash must not depend on the order in which modules are assigned
     for name in sorted(tensors):
         tensor = tensors[name].detach().float().cpu().contiguous()
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

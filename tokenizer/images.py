@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, the border of padded images
 MODES = ("crop", "pad", "squash")
-# what Pillow's readers raise on bytes that only resemble an image
+# raised by Pillow's readers on corrupt images
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
@@ -31,7 +31,7 @@ def load_image(source: ImageSource) -> Image.Image:
     """An image file, its bytes, or a PIL image -> an RGB PIL image.
 
     Raises:
-        UserError: no image can be read; the message names the file.
+        UserError: the source is not a readable image; the message names the file.
     """
     if isinstance(source, Image.Image):
         return source.convert("RGB")
@@ -45,7 +45,7 @@ def load_image(source: ImageSource) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                # The header gives the size: check it before anything is decompressed.
+                # The size is in the header: check it before `convert` decompresses the pixels.
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(
                         f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}."
@@ -70,15 +70,15 @@ def to_pixels(
 
     Args:
         size: (H, W), or the side of a square.
-        mode: "crop" scales the image until it just covers the size and cuts out the centre; "pad" puts it in
-            the centre of a canvas of `PAD_COLOUR` with the size's aspect ratio and scales that; "squash"
-            scales both sides independently.
-        resize: for "crop": the shorter side in pixels before the cut; None = the scale that covers the
+        mode: "crop" scales the image to cover the size and crops the centre; "pad" centres it on a canvas of
+            `PAD_COLOUR` with the size's aspect ratio and scales the canvas; "squash" scales both sides
+            independently.
+        resize: for "crop": the shorter side in pixels before the crop; None = the scale that covers the
             size, 0 = unscaled (black outside the image).
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:
-        UserError: the mode is not known; the image is so long and thin that its canvas would exceed
+        UserError: the mode is not known; the aspect ratio is so extreme that the canvas would exceed
             `MAX_PIXELS`.
     """
     if mode not in MODES:
@@ -90,16 +90,16 @@ def to_pixels(
         if scaled != image.size:
             image = image.resize(scaled, resample or Image.Resampling.BICUBIC)
         return from_pil(_centre_crop(image, height, width))
-    if mode == "pad":  # before scaling, so that the border has the same share at every size
+    if mode == "pad":  # before scaling, so that the border covers the same share of the image at every size
         image = _pad(image, (height, width), PAD_COLOUR)
     return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
 
 def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The image in the centre of a square of its longer side.
+    """The image centred on a square of its longer side.
 
     Raises:
-        UserError: it is so long and thin that the square would not fit in memory.
+        UserError: the square would exceed `MAX_PIXELS`.
     """
     return _pad(image, (1, 1), colour)
 
@@ -128,7 +128,7 @@ def image_psnr(a: Image.Image, b: Image.Image) -> float:
 
 
 def _check_pixels(image: Image.Image, pixels: int) -> None:
-    """A file of some kilobytes with 1 x 100,000,000 pixels would otherwise become a petabyte."""
+    """Reject canvases above `MAX_PIXELS`: a 1 x 100,000,000 image of some kilobytes would need petabytes."""
     if pixels > MAX_PIXELS:
         raise UserError(
             f"The image has {image.width} x {image.height} pixels: with the model's aspect ratio it would "
@@ -137,7 +137,7 @@ def _check_pixels(image: Image.Image, pixels: int) -> None:
 
 
 def _pad(image: Image.Image, shape: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
-    """The image in the centre of the smallest canvas with the aspect ratio of `shape` (H, W)."""
+    """The image centred on the smallest canvas with the aspect ratio of `shape` (H, W)."""
     (width, height), (rows, columns) = image.size, shape
     canvas_width = max(width, -(-height * columns // rows))  # rounded up
     canvas_height = max(height, -(-width * rows // columns))
@@ -156,15 +156,16 @@ def _scaled_size(image: Image.Image, shape: tuple[int, int], resize: int | None)
         return image.size
     if resize is not None:
         rows = columns = resize
-    # The side that reaches its target last decides the scale.
+    # Scale by the larger of the two factors columns / width and rows / height, compared without division.
     if width * rows <= height * columns:
         return columns, int(columns * height / width)
     return int(rows * width / height), rows
 
 
 def _centre_crop(image: Image.Image, rows: int, columns: int) -> Image.Image:
-    """The centre (rows, columns); black where the image is smaller. Odd remainders as in torchvision."""
+    """The centre (rows, columns), black where the image is smaller; rounded as in torchvision."""
     width, height = image.size
+    # pad first, as torchvision: floor for the padding, round half to even for the crop
     if width < columns or height < rows:
         left, top = max(columns - width, 0) // 2, max(rows - height, 0) // 2
         larger = Image.new("RGB", (max(width, columns), max(height, rows)))

@@ -61,7 +61,7 @@ def init_kaiming(module: nn.Module) -> None:
     """Initialise all convolutions within `module` at unit gain (He et al., arXiv 1502.01852, equation 10).
 
     The published initialisation counts the outputs of all groups, so depthwise kernels start near zero and
-    their blocks pass nothing on for hundreds of steps: harmless in a long run, half of a short one.
+    their blocks contribute nothing for hundreds of steps: negligible in a long run, half of a short one.
     """
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
@@ -69,7 +69,7 @@ def init_kaiming(module: nn.Module) -> None:
 
 
 class Linear(nn.Linear):
-    """A linear map that runs the fastest operator for inference on CPU (see cpu.py)."""
+    """`nn.Linear` with an autotuned operator for inference on CPU (see cpu.py)."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu.linear(hidden, self.weight, self.bias)
@@ -88,12 +88,13 @@ def bottleneck_width(outputs: int) -> int:
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of (B, C, H, W) at every pixel; copies nothing on channels_last maps."""
+    """LayerNorm over the channels of (B, C, H, W) at every pixel; needs no copy for channels_last maps."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=NORM_EPS)
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
+        # (B, H, W, C) is a view of a channels_last map
         return super().forward(map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -104,7 +105,7 @@ class GeGLU(nn.Module):
         super().__init__()
         hidden = int(width * ratio)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
-        # two layers rather than one of twice the width: the published files hold them apart
+        # two layers instead of one of twice the width: published files store them separately
         self.gate = Linear(width, hidden)
         self.up = Linear(width, hidden)
         self.down = Linear(hidden, width)
@@ -156,6 +157,7 @@ class Block(nn.Module):
         """Zero whole samples with probability `drop_path_rate`; scale the others up to keep the mean."""
         if noise is None or self.drop_path_rate == 0.0:
             return branch
+        # (B,): 0 or 1 / (1 - rate)
         kept = (noise >= self.drop_path_rate) / (1.0 - self.drop_path_rate)
         return branch * kept.to(branch.dtype).view(-1, 1, 1)
 
@@ -165,8 +167,9 @@ class Transformer(nn.ModuleList):
 
     Attributes:
         drop_path_rate: of the last block; the rate grows linearly from 0 at the first.
-        drop_path_noise: (depth, 2, B or more), uniform in [0, 1), decides what training drops; None samples
-            it in each forward pass. A training loop sets it to make the result independent of batch splits.
+        drop_path_noise: (depth, 2, B or more), uniform in [0, 1): the noise of `Block.forward` in training;
+            None samples it in each forward pass. A training loop sets it to make the result independent of
+            how a batch is split.
     """
 
     drop_path_noise: torch.Tensor | None = None
@@ -188,7 +191,7 @@ class Transformer(nn.ModuleList):
             else:
                 noise = self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
         for block, block_noise in zip(self, noise):
-            # `block.__call__`, so that hooks of DeepSpeed and peft run in the recomputation as well
+            # `block.__call__` instead of `forward`: hooks of DeepSpeed and peft must run in the recomputation
             if self.gradient_checkpointing and self.training:
                 hidden = self._gradient_checkpointing_func(block.__call__, hidden, block_noise)
             else:
@@ -214,7 +217,7 @@ class Upsample(nn.Module):
         self._kernel_cache = cpu.DerivedWeight()
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
-        # Inference on CPU reuses the derived kernel; training derives it in the graph, for its gradient.
+        # Inference on CPU caches the 4x4 kernel; training derives it in the graph, for the gradient.
         if not self.training and cpu.active(map):
             kernel = self._kernel_cache.get(self.conv.weight, _upsampling_kernel_channels_last)
         else:
@@ -226,7 +229,7 @@ class Upsample(nn.Module):
 def upsampling_kernel(kernel: torch.Tensor) -> torch.Tensor:
     """(outputs, inputs, 3, 3) of a convolution on the doubled map -> (inputs, outputs, 4, 4), transposed."""
     kernel = kernel.flip(2, 3)
-    # Doubling repeats each input pixel along a row and a column: sum the kernel and itself shifted by one.
+    # Doubling repeats each pixel in both directions: add the kernel shifted by one column, then by one row.
     kernel = F.pad(kernel, (0, 1)) + F.pad(kernel, (1, 0))
     kernel = F.pad(kernel, (0, 0, 0, 1)) + F.pad(kernel, (0, 0, 1, 0))
     return kernel.transpose(0, 1)
@@ -260,7 +263,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         shortcut = map
-        if self.scale == 0.5:  # the shortcut follows the stride of the depthwise convolution
+        if self.scale == 0.5:  # match the stride of the depthwise convolution
             shortcut = F.avg_pool2d(shortcut, 3, 2, 1, count_include_pad=False)
         if self.shortcut is not None:
             shortcut = self.shortcut(shortcut)
@@ -271,6 +274,6 @@ class ConvBlock(nn.Module):
 
 
 def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:
-    """`depth` blocks, the first of which resamples."""
+    """`depth` blocks; the first one resamples."""
     first = ConvBlock(inputs, outputs, scale)
     return nn.Sequential(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))

@@ -22,7 +22,7 @@ HELPER_HUB_ID = "FoundationVision/unitok_external"  # the published LPIPS and DI
 def check_tokenizer_folder(folder: str | os.PathLike[str]) -> None:
     """
     Raises:
-        UserError: `folder` holds no visual tokenizer; the message says what it holds.
+        UserError: `folder` does not hold a visual tokenizer; the message names the model type found.
     """
     config = Path(folder) / "config.json"
     if not config.exists():
@@ -35,15 +35,15 @@ def check_tokenizer_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def find_weights(path: str | Path | None, names: Sequence[str], what: str, source: str) -> Path:
-    """The weight file that `path` names, downloaded if it is a hub id.
+    """The weight file at `path`, downloaded if `path` is a hub id.
 
     Args:
         path: a file, a folder that holds one of `names`, or a hub id ("owner/name").
-        names: the published file's name first, then other accepted ones.
-        what: the purpose of the weights, and `source`: their origin; both for the message.
+        names: accepted file names, the published one first.
+        what, source: name of the model and where it is published; both for error messages.
 
     Raises:
-        UserError: nothing is there; the message names the expected file and its origin.
+        UserError: there is no such file; the message names the expected file and its source.
     """
     hint = f"It is published as {names[0]}: {source}. Give its path, a folder that holds it, or a hub id."
     if not path:
@@ -56,7 +56,7 @@ def find_weights(path: str | Path | None, names: Sequence[str], what: str, sourc
             if (local / name).is_file():
                 return local / name
         raise UserError(f"{what}: the folder {path} holds no {' or '.join(names)}. {hint}")
-    # "owner/name" may be a hub id, but with the ending of a weight file it is a mistyped path
+    # "owner/name" may be a hub id; with the suffix of a weight file it is a mistyped path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or local.suffix in (
         ".pth",
         ".pt",
@@ -75,7 +75,7 @@ def _download(hub_id: str, names: Sequence[str], what: str, hint: str) -> Path:
         try:
             return Path(hf_hub_download(hub_id, name))
         except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-            reason = _first_line(error)
+            reason = _first_line(error)  # a missing file is no failure yet: the next name may exist
     raise UserError(
         f"{what}: {hub_id} is neither a local path nor a hub repository that holds {' or '.join(names)} "
         f"({reason}). {hint}"
@@ -86,7 +86,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     """The content of a .pth or .safetensors file.
 
     Raises:
-        UserError: there is no such file, or it is not readable without running code from it.
+        UserError: there is no such file, or it cannot be read without running code from it.
     """
     path = Path(path)
     if not path.is_file():
@@ -111,7 +111,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by name, in float32.
 
     Raises:
-        UserError: the file is not readable or holds something else.
+        UserError: the file is not readable or does not map names to tensors.
     """
     weights = read_checkpoint(path)
     if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
@@ -134,7 +134,7 @@ def check_weights_fit(
         problems.append(f"{len(unexpected)} are unexpected ({unexpected[0]}, ...)")
     for name in sorted(target.keys() & weights.keys()):
         found, expected = tuple(weights[name].shape), tuple(target[name].shape)
-        if found != expected:
+        if found != expected:  # one is enough: with a wrong config hundreds differ
             problems.append(f"{name} has shape {found}, expected {expected}")
             break
     if problems:

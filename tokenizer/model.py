@@ -40,11 +40,11 @@ class UniTokOutput(NamedTuple):
 
     reconstruction: torch.Tensor | None  # (B or fewer, 3, H, W), not clamped
     codes: torch.Tensor  # (B, N, K) int64
-    losses: dict[str, torch.Tensor]  # scalars, the quantiser's by name: "vq" (commitment included), ...
+    losses: dict[str, torch.Tensor]  # scalars by name, from the quantiser: "vq" (commitment included), ...
     usage: torch.Tensor  # (K,) per cent of each sub-codebook's entries used in this batch
     image_embeds: torch.Tensor  # (B, E) unit norm
     text_embeds: torch.Tensor | None  # (B, E) unit norm
-    logit_scale: torch.Tensor  # scalar, the factor itself, not its logarithm
+    logit_scale: torch.Tensor  # scalar, after exp
 
 
 class UniTok(PreTrainedModel):
@@ -54,12 +54,12 @@ class UniTok(PreTrainedModel):
     config: UniTokConfig
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
-    _keep_in_fp32_modules_strict = list(FLOAT32_PARTS)  # what from_pretrained(dtype=...) spares
+    _keep_in_fp32_modules_strict = list(FLOAT32_PARTS)  # not cast by from_pretrained(dtype=...)
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__(config)
-        # The projections need the widths of both their ends. Modules are assigned in the order of the data:
-        # that is the order of the state dict and of the random numbers that initialise the weights.
+        # Quantiser and decoder are built first: the projections need their widths. Modules are assigned in
+        # the order of the data flow, which is the order of the state dict and of weight initialisation.
         quantizer, decoder = build_quantizer(config), build_decoder(config)
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
@@ -72,7 +72,7 @@ class UniTok(PreTrainedModel):
         self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
         self.image_projection = nn.Linear(decoder.width, config.embed_dim)
         self.text_encoder = TextEncoder(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # a logarithm, as in CLIP
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale, as in CLIP
         self.post_init()
 
     def forward(
@@ -82,7 +82,7 @@ class UniTok(PreTrainedModel):
         reconstruct_first: int | None = None,
         entropy: bool = False,
     ) -> UniTokOutput:
-        """All outputs that training needs, differentiable end to end.
+        """All outputs that training needs, differentiable.
 
         Args:
             pixels: (B, 3, H, W) in [-1, 1].
@@ -90,7 +90,7 @@ class UniTok(PreTrainedModel):
             reconstruct_first: decode only this many images of the batch; None = all, 0 = none.
             entropy: compute the entropy loss as well.
         """
-        # Contrast needs every image of the batch, reconstruction only some: decoding is the expensive half.
+        # The contrastive loss needs every image of the batch; decoding, the expensive half, can skip some.
         quantised = self.quantizer(self.encode_latents(pixels), entropy=entropy)
         hidden = self.up_project(quantised.quantised)
         first = hidden.shape[0] if reconstruct_first is None else reconstruct_first
@@ -129,7 +129,7 @@ class UniTok(PreTrainedModel):
         return self.decode_latents(self.quantizer.embed(codes), grid).clamp(-1, 1)
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, from the quantised image."""
+        """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, computed from the codes."""
         return self._image_embedding(self.up_project(self.quantizer.embed(self.encode(pixels))))
 
     def embed_text(self, token_ids: torch.Tensor) -> torch.Tensor:
@@ -140,6 +140,7 @@ class UniTok(PreTrainedModel):
         """(B, 3, H, W) pixels -> (B, N, K*C) float32 latents, before quantisation."""
         self._check_pixels(pixels)
         tokens = self.encoder(to_dtype_of(self.encoder, pixels))
+        # float32 from here to the codes: rounding would change them (see precision.py)
         with exact_float32(tokens.device):
             return self.down_projection(tokens.float())
 
@@ -153,7 +154,7 @@ class UniTok(PreTrainedModel):
         return self.decoder(to_dtype_of(self.decoder, self.up_project(latents)), grid)
 
     def check_codes(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> tuple[int, int]:
-        """The grid of these codes: as given, of the config, or square.
+        """The grid of `codes`: `grid` if given, else the config's, else the square one.
 
         Raises:
             UserError: see `decode`.
@@ -171,7 +172,7 @@ class UniTok(PreTrainedModel):
             )
             raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
         count = codes.shape[1]
-        # An oblong tokenizer's own number of tokens means its own layout; other numbers are read as squares.
+        # With a non-square layout its number of tokens means this layout; other numbers must be squares.
         if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
             return self.config.layout.grid
         if grid is None:
@@ -187,20 +188,20 @@ class UniTok(PreTrainedModel):
         return layout.grid
 
     def fingerprint(self) -> str:
-        """Hex sha256 of all that decides the codes: encoder, down projection and quantiser, as float32."""
+        """Hex sha256 of all that determines the codes: encoder, down projection and quantiser, as float32."""
         return compute_fingerprint(self)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a folder of ours, a hub id, or the published .pth file; keyword arguments as in transformers.
+        """Load a model folder, a hub id, or the published .pth file; keyword arguments as in transformers.
 
         A folder or hub id that holds the published file and no config.json loads that file.
 
         Raises:
-            UserError: nothing is there, on disk or on the hub; the folder holds no model, or one of another
-                kind; the file is not a published checkpoint.
+            UserError: neither a local path nor a hub repository; the folder holds no model, or one of another
+                type; the file is not a published checkpoint.
         """
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
@@ -237,7 +238,7 @@ class UniTok(PreTrainedModel):
             UserError: the file is not such a checkpoint, or its weights do not fit the config.
         """
         config, state = read_published_tokenizer(path, config)
-        # On the meta device nothing is allocated or initialised twice: `assign` takes the file's tensors.
+        # The meta device allocates and initialises nothing; `assign` makes the file's tensors the parameters.
         with torch.device("meta"):
             model = cls(config)
         check_weights_fit(path, state, model.state_dict(), "the config")
@@ -260,15 +261,15 @@ class UniTok(PreTrainedModel):
             )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniTok":
-        """`.to(dtype)`, `.half()` and `.bfloat16()` keep `FLOAT32_PARTS` in float32."""
+        """Make `.to(dtype)`, `.half()` and `.bfloat16()` keep `FLOAT32_PARTS` in float32."""
         return super()._apply(spare_float32_parts(self, fn), recurse)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise one module; transformers calls it for each, children first."""
+        """Initialise one module; transformers calls it for every module, children first."""
         if module is self:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
-        elif hasattr(module, "init_weights"):  # each module of ours knows its own initialisation
+        elif hasattr(module, "init_weights"):  # defined by the modules of this package
             module.init_weights()  # pyright: ignore[reportCallIssue]
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
             module.reset_parameters()

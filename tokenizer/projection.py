@@ -21,7 +21,7 @@ class KVCache:
     Memory for `max_length` tokens is allocated at the first append.
     """
 
-    mask: torch.Tensor | None = None  # for subclasses that return positions which are not filled yet
+    mask: torch.Tensor | None = None  # set by subclasses whose `append` returns unfilled positions as well
 
     def __init__(self, max_length: int) -> None:
         self.max_length, self.length = max_length, 0
@@ -48,7 +48,7 @@ class KVCache:
 class ProjectionAttention(nn.Module):
     """Self-attention that changes the width; (B, N, inputs) -> (B, N, outputs).
 
-    Down (inputs > outputs) the heads are averaged, up they are concatenated. Keys have no bias.
+    The heads are averaged when the width shrinks and concatenated when it grows. Keys have no bias.
     """
 
     def __init__(self, inputs: int, outputs: int, heads: int, causal: bool) -> None:
@@ -67,7 +67,8 @@ class ProjectionAttention(nn.Module):
         init.zeros_(self.value_bias)
 
     def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        # Keys have no bias: softmax ignores what is equal for all keys. One product with a zero instead.
+        # A key bias adds q.b to all scores of a query, which softmax cancels. A zero bias keeps q, k and v in
+        # one matrix product.
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
         query, key, value = split_heads(cpu.linear(hidden, self.qkv.weight, bias), self.heads)
         if cache is not None:
@@ -76,18 +77,19 @@ class ProjectionAttention(nn.Module):
         mixed = self._attend(query, key, value, mask)  # (B, heads, N, d)
         if not self.average:
             return self.out(mixed.transpose(1, 2).flatten(2))
-        mixed = mixed.mean(dim=1)
-        if mixed.shape[-1] != self.outputs:  # heads of another width than `outputs`
+        mixed = mixed.mean(dim=1)  # (B, N, d)
+        if mixed.shape[-1] != self.outputs:  # `heads` is not inputs / outputs
             mixed = F.adaptive_avg_pool1d(mixed, self.outputs)
         return self.out(mixed)
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        new, seen = query.shape[2], key.shape[2]
+        new, seen = query.shape[2], key.shape[2]  # tokens in this call; tokens so far, these included
         if mask is not None:
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        # `is_causal` aligns the mask to the first key: right without a cache, wrong for a chunk behind one.
+        # `is_causal` aligns the mask to the first key: right without a cache, wrong for a chunk after cached
+        # tokens. A single new token may attend to all keys and needs no mask.
         if self.causal and new != seen and new > 1:
             mask = torch.ones(new, seen, dtype=torch.bool, device=query.device).tril(seen - new)
             return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -117,10 +119,10 @@ class AttentionProjection(nn.Module):
         self.mlp = GeGLU(outputs)
 
     def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """With a `cache`, `hidden` continues the last call's tokens; the result equals one call on all.
+        """With a `cache`, `hidden` continues the tokens of earlier calls; the result equals one call on all.
 
         Raises:
-            ValueError: a cache was given to a projection that is not causal.
+            ValueError: a cache is passed to a projection that is not causal.
         """
         if cache is not None and not self.causal:
             raise ValueError("A KV cache needs a causal projection (causal=True).")
@@ -132,12 +134,12 @@ class LinearProjection(Linear):
     """A linear map with the attention projection's interface; (B, N, inputs) -> (B, N, outputs)."""
 
     def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """Each token is mapped on its own: the cache is not used."""
+        """Tokens are independent: the cache is ignored."""
         return super().forward(hidden)
 
 
 def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: bool = False) -> nn.Module:
-    """The projection named in a config, "attention" or "linear"."""
+    """Build a projection; `kind` is "attention" or "linear"."""
     if kind == "linear":
         return LinearProjection(inputs, outputs)
     return AttentionProjection(inputs, outputs, heads, causal)

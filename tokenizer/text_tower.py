@@ -47,7 +47,7 @@ class TextEncoder(nn.Module):
     def forward(self, token_ids: torch.Tensor) -> torch.Tensor:
         """
         Raises:
-            UserError: more positions than the tower has.
+            UserError: the captions are longer than text_context_length.
         """
         length, longest = token_ids.shape[1], self.position_embedding.shape[0]
         if length > longest:
@@ -58,19 +58,21 @@ class TextEncoder(nn.Module):
         hidden = self.token_embedding(token_ids) + self.position_embedding[:length]
         for block in self.blocks:
             hidden = block(hidden)
-        # Padding (id 0) comes after the end of text; attention is causal, so it does not change the result.
+        # Pool at the end of text, the largest id of a row. Padding (id 0) follows it, and attention is
+        # causal: padding does not change the result.
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)
         return self.projection(self.norm(hidden[rows, token_ids.argmax(dim=-1)]))
 
     def init_weights(self) -> None:
         """CLIP's rule: width and depth set the scale (arXiv 2103.00020, section 2.4).
 
-        Overwrites what `Linear.init_weights` has set in the blocks: children are initialised first.
+        Overwrites the values of `Linear.init_weights` in the blocks: children are initialised first.
         """
         width, depth = self.token_embedding.embedding_dim, len(self.blocks)
         init.normal_(self.token_embedding.weight, std=0.02)
         init.normal_(self.position_embedding, std=0.01)
         init.normal_(self.projection.weight, std=width**-0.5)
+        # Layers that write to the residual stream shrink with the number of writes, 2 * depth.
         for block in self.blocks:
             assert isinstance(block, TextBlock)
             init.normal_(block.attention.qkv.weight, std=width**-0.5)

@@ -1,7 +1,7 @@
 """The layout of an image's visual tokens: register tokens, then a grid of rows x columns.
 
-Only this module derives a grid from a number of tokens. Configs and codes.json store the layout as a dict;
-where it is absent (all files written before it existed) the grid is the square of the tokens minus registers.
+Only this module derives a grid from a number of tokens. Configs and codes.json store the layout as a dict; in
+files without one (all older files) the grid is square: num_tokens - registers = side ** 2.
 """
 
 import math
@@ -33,7 +33,7 @@ class TokenLayout(NamedTuple):
         """The square grid of `num_tokens` minus `registers`.
 
         Raises:
-            UserError: that is not a square number.
+            UserError: the difference is not a square number.
         """
         side = math.isqrt(max(num_tokens - registers, 0))
         if side == 0 or side * side != num_tokens - registers:
@@ -47,9 +47,9 @@ class TokenLayout(NamedTuple):
     def from_config(
         cls, value: "Mapping[str, Any] | TokenLayout | None", num_tokens: int | None, registers: int = 0
     ) -> "TokenLayout":
-        """The layout that a config stores as `token_layout`, or the square where it stores None.
+        """The layout stored in a config as `token_layout`; None is the square one.
 
-        `num_tokens` is what it must add up to; None where the layout itself says it.
+        `num_tokens` is the expected number of tokens; None accepts the layout's own.
 
         Raises:
             UserError: a key or value is not valid, or the layout does not have `num_tokens` tokens.
@@ -74,11 +74,12 @@ class TokenLayout(NamedTuple):
         return layout
 
     def to_dict(self) -> dict[str, int]:
-        """What configs and codes.json store."""
+        """The form stored in configs and codes.json."""
         return self._asdict()
 
     def complete_rows(self, num_generated: int) -> int:
         """Rows of the grid that the first `num_generated` tokens complete; a preview may show these."""
+        # registers are generated first and complete no row
         return min(max(num_generated - self.registers, 0) // self.columns, self.rows)
 
     def tokens_of_rows(self, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""The published tiny MLLMs of the golden files as models of ours, and their batches in our layout."""
+"""Fixtures: the published tiny MLLMs of the golden files as our models, and their batches in our layout."""
 
 import json
 from functools import cache
@@ -16,7 +16,7 @@ LENGTH = 16  # visual tokens per image in the golden files
 
 @pytest.fixture(scope="session")
 def reference(golden, formula):
-    """reference("tiny" | "truecb") -> model ("full" context; a fresh one), out (tensors), meta, weights."""
+    """reference("tiny" | "truecb") -> a new model ("full" context), out (tensors), meta, weights."""
 
     @cache
     def files(name: str) -> SimpleNamespace:
@@ -94,7 +94,7 @@ TEXT = {
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """The smallest config that has all parts, with changes."""
+    """tiny_config(**changes) -> the smallest config that has all parts."""
 
     def make(**changes) -> UniTokMLLMConfig:
         fields = {
@@ -113,7 +113,7 @@ def tiny_config():
 
 @pytest.fixture
 def tiny(tiny_config):
-    """tiny(**changes) -> a random model in evaluation mode; weights large enough to tell things apart."""
+    """tiny(**changes) -> a random model in evaluation mode; weights are enlarged, so that errors show."""
 
     def make(**changes) -> UniTokForConditionalGeneration:
         torch.manual_seed(0)

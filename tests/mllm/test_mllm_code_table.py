@@ -42,7 +42,7 @@ def test_the_model_embeds_codes_as_the_quantiser(tiny, quantizer, row_norm):
     model.init_from_tokenizer(unitok)
     codes = torch.randint(0, 8, (2, 4, 3))
     assert torch.equal(model.visual_embedder.embed(codes), unitok.quantizer.embed(codes))
-    # the rows themselves are kept as the tokenizer stores them
+    # rows are stored as in the tokenizer
     assert torch.equal(model.visual_embedder.codebooks, unitok.quantizer.code_table())
 
 
@@ -52,12 +52,12 @@ def test_blocks_of_rows_have_unit_norm(tiny):
     torch.testing.assert_close(embedded.unflatten(-1, (6, 2)).norm(dim=-1), torch.ones(2, 4, 6))
 
 
-def test_a_quantiser_of_another_norm_is_refused(tiny):
+def test_quantisers_with_another_norm_are_rejected(tiny):
     with pytest.raises(UserError, match="row_norm = 'unit' in the model, but 'none' in the"):
         tiny().init_from_tokenizer(make_unitok(quantizer="nearest"))
 
 
-def test_a_quantiser_without_table_is_refused(tiny, monkeypatch):
+def test_quantisers_without_code_table_are_rejected(tiny, monkeypatch):
     unitok = make_unitok()
     monkeypatch.setattr(unitok.quantizer, "code_table", lambda: None)
     with pytest.raises(UserError, match=r"quantizer = 'multi_codebook' does not have .Quantizer.code_table"):

@@ -1,4 +1,4 @@
-"""Published folders: read, rewritten, written back; sizes from shapes; what is missing is named."""
+"""Published folders: conversion in both directions, sizes from tensor shapes, errors."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def folder(tmp_path, golden, reference):
     return path
 
 
-def test_there_and_back(folder, reference, tmp_path, capsys):
+def test_round_trip(folder, reference, tmp_path, capsys):
     main.run(["convert", "mllm", str(folder), str(tmp_path / "ours")])
     assert "--unitok" in capsys.readouterr().out
     model = UniTokForConditionalGeneration.from_pretrained(tmp_path / "ours")
@@ -57,7 +57,7 @@ def test_there_and_back(folder, reference, tmp_path, capsys):
     assert again.dtype == torch.bfloat16 and again.config.visual_context == "full"
 
 
-def test_rotary_tables_are_there_after_loading(folder, reference):
+def test_rotary_tables_are_built_after_loading(folder, reference):
     loaded, expected = UniTokForConditionalGeneration.from_pretrained(folder), reference("tiny").model
     for (name, ours), theirs in zip(loaded.named_buffers(), expected.buffers()):
         assert torch.equal(ours, theirs) and not ours.is_meta, name
@@ -76,7 +76,7 @@ def test_torch_files_run_no_code(folder, reference):
         read_shards(folder)
 
 
-def test_mistakes_are_named(folder, tmp_path):
+def test_errors(folder, tmp_path):
     def load(folder):
         UniTokForConditionalGeneration.from_state(*read_published(folder), source=folder)
 
@@ -102,7 +102,7 @@ def test_mistakes_are_named(folder, tmp_path):
         main.run(["convert", "mllm", str(folder), str(tmp_path)])
 
 
-def test_the_visual_tokenizer_must_be_the_right_one(folder, reference, tmp_path):
+def test_another_visual_tokenizer_is_rejected(folder, reference, tmp_path):
     sizes = {"stem_width": 8, "stage_widths": (8, 16), "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"decoder_widths": (16, 8), "text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2}
     sizes |= {"num_codebooks": 4, "codebook_size": 64, "codebook_dim": 4, "hidden_size": 64, "image_size": 64}
@@ -122,7 +122,7 @@ def test_the_visual_tokenizer_must_be_the_right_one(folder, reference, tmp_path)
     assert UniTok.from_pretrained(tmp_path / "ours" / "unitok").fingerprint() == unitok.fingerprint()
 
 
-def test_a_new_model_starts_from_the_visual_tokenizer(tiny, tiny_config):
+def test_init_from_tokenizer(tiny, tiny_config):
     sizes = {"stem_width": 8, "stage_widths": (8, 16), "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"decoder_widths": (16, 8), "text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2}
     sizes |= {"num_codebooks": 3, "codebook_size": 8, "codebook_dim": 4, "hidden_size": 24, "image_size": 32}
@@ -130,7 +130,7 @@ def test_a_new_model_starts_from_the_visual_tokenizer(tiny, tiny_config):
     model = tiny()
     model.init_from_tokenizer(unitok)
     assert model.config.unitok_fingerprint == unitok.fingerprint()
-    codes = torch.randint(0, 8, (2, 1, 3))  # of one token causal and not causal are the same
+    codes = torch.randint(0, 8, (2, 1, 3))  # one token: causal and full attention are equal
     torch.testing.assert_close(model.visual_embedder.embed(codes), unitok.quantizer.embed(codes))
     projected = model.visual_embedder.projection(model.visual_embedder.embed(codes))
     torch.testing.assert_close(projected, unitok.up_projection(unitok.quantizer.embed(codes)))

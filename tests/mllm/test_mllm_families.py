@@ -1,4 +1,4 @@
-"""Other decoders than LLaMA, adapters, and what transformers offers around a model."""
+"""Decoders other than LLaMA, adapters, and transformers' attention implementations and device maps."""
 
 import copy
 
@@ -71,7 +71,7 @@ def test_other_decoders(tiny, codes, family, tmp_path):
         assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
-def test_visual_vectors_do_not_take_gemmas_embedding_scale(tiny, codes):
+def test_visual_vectors_are_not_scaled_by_gemma(tiny, codes):
     model = tiny(text_config=FAMILIES["gemma"])
     vectors = model.embed_inputs(IDS, codes)
     torch.testing.assert_close(vectors[0, 2:6], model.visual_embedder(codes)[0])
@@ -79,7 +79,7 @@ def test_visual_vectors_do_not_take_gemmas_embedding_scale(tiny, codes):
     torch.testing.assert_close(vectors[0, 0], text)
 
 
-def test_the_depth_head_takes_the_decoders_widths_unless_told(tiny_config):
+def test_the_depth_head_has_the_decoders_widths_by_default(tiny_config):
     depth = tiny_config(text_config=FAMILIES["qwen3"]).depth_config
     assert (depth.hidden_size, depth.intermediate_size, depth.num_key_value_heads) == (32, 48, 2)
     assert depth.model_type == "llama" and depth.rope_parameters["rope_theta"] > 0

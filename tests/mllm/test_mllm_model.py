@@ -1,5 +1,4 @@
-"""What must hold whatever the weights: step by step = all at once, padded = alone, packed = apart, saved =
-loaded."""
+"""Invariants for any weights: incremental = full pass, padded = alone, packed = separate, saved = loaded."""
 
 import copy
 import itertools
@@ -15,8 +14,8 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
 IMAGE = -200
 
 
-def a_row(text_before: int, images: int, text_after: int, learnt: bool, seed: int):
-    """Ids and labels of random text around images of 4 tokens; the text after them, or they, are learnt."""
+def a_row(text_before: int, images: int, text_after: int, image_targets: bool, seed: int):
+    """Ids and labels of random text around images of 4 tokens; targets are the images or the text after."""
     generator = torch.Generator().manual_seed(seed)
     before, after = (
         torch.randint(5, 90, (n,), generator=generator).tolist() for n in (text_before, text_after)
@@ -24,8 +23,8 @@ def a_row(text_before: int, images: int, text_after: int, learnt: bool, seed: in
     placeholders = [IMAGE] * 4 * images
     labels = (
         [-100] * len(before)
-        + [IMAGE if learnt else -100] * len(placeholders)
-        + (after if not learnt else [4, *after[1:]])
+        + [IMAGE if image_targets else -100] * len(placeholders)
+        + (after if not image_targets else [4, *after[1:]])
     )
     return before + placeholders + after, labels
 
@@ -55,7 +54,7 @@ def test_embedder_step_by_step(tiny, codes, context):
             assert cache is None and (steps - whole)[:, 1:].abs().max() > 1e-2
 
 
-def test_each_image_is_a_sequence_of_its_own(tiny, codes):
+def test_images_are_embedded_independently(tiny, codes):
     model = tiny()
     torch.testing.assert_close(model.embed_codes(codes)[2:], model.embed_codes(codes[2:]))
     changed = codes.clone()
@@ -76,7 +75,7 @@ def test_depth_head_step_by_step(tiny, codes, depth):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_depth_head_is_causal_whatever_the_attention(tiny, codes, attention):
+def test_depth_head_is_causal_with_every_attention(tiny, codes, attention):
     model = tiny()
     model.set_attn_implementation(attention)
     changed = codes.flatten(0, 1).clone()
@@ -112,7 +111,7 @@ def test_packed_rows_equal_rows_alone(tiny, codes, pad_rows):
     ids = torch.tensor([[*itertools.chain(*(ids for ids, _ in ROWS)), 0, 0]])
     labels = torch.tensor([[*itertools.chain(*(labels for _, labels in ROWS)), -100, -100]])
     positions = torch.tensor([[i for ids, _ in ROWS for i in range(len(ids))] + [0, 0]])
-    labels[0, len(ROWS[0][0])] = 7  # the first token of the second sample: nothing may predict it
+    labels[0, len(ROWS[0][0])] = 7  # the first token of the second sample must not be predicted
     packed = model(
         ids, image_codes=codes, labels=labels, position_ids=positions, reduction="sum", return_logits=True
     )
@@ -131,7 +130,7 @@ def test_the_first_token_is_never_a_target(tiny, pad_rows):
         assert found.text_tokens == 2 + 5
 
 
-def test_logits_of_text_are_those_of_the_plain_decoder(tiny):
+def test_text_logits_equal_those_of_the_plain_decoder(tiny):
     model = tiny()
     plain = LlamaForCausalLM(copy.deepcopy(model.config.text_config)).eval()
     plain.model.load_state_dict(model.language_model.state_dict())
@@ -144,7 +143,7 @@ def test_logits_of_text_are_those_of_the_plain_decoder(tiny):
 
 
 @pytest.mark.parametrize("kind", ["text", "read", "generated"])
-def test_every_part_takes_part_in_every_batch(tiny, codes, pad_rows, kind):
+def test_every_parameter_gets_a_gradient_in_every_batch(tiny, codes, pad_rows, kind):
     model = tiny().train()
     row, images = {"text": (2, None), "read": (0, codes[:1]), "generated": (1, codes[1:2])}[kind]
     model(**pad_rows([ROWS[row]]), image_codes=images).loss.backward()
@@ -156,7 +155,7 @@ def test_every_part_takes_part_in_every_batch(tiny, codes, pad_rows, kind):
     assert (model.depth_head.output.weight.grad.abs().max() > 0) == (kind == "generated")
 
 
-def test_a_batch_with_nothing_to_learn_has_loss_zero(tiny, pad_rows):
+def test_a_batch_without_targets_has_loss_zero(tiny, pad_rows):
     found = tiny().train()(**pad_rows([([5, 6, 7], [-100] * 3)]))
     assert found.loss == 0 and found.text_tokens == found.image_codes == 0
     found.loss.backward()
@@ -204,7 +203,7 @@ def test_save_and_load(tiny, codes, pad_rows, tmp_path):
     assert loss.dtype == torch.float32 and abs(loss - before.loss) < 0.1
 
 
-def test_a_folder_that_lacks_weights_is_refused(tiny, tmp_path):
+def test_folders_with_missing_weights_are_rejected(tiny, tmp_path):
     tiny().save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     state["lm_heads.weight"] = state.pop("lm_head.weight")
@@ -213,7 +212,7 @@ def test_a_folder_that_lacks_weights_is_refused(tiny, tmp_path):
         UniTokForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_resized_embeddings_leave_images_alone(tiny, codes, pad_rows):
+def test_resized_embeddings_do_not_change_images(tiny, codes, pad_rows):
     model = tiny()
     before = model(**pad_rows(ROWS), image_codes=codes, return_logits=True)
     model.resize_token_embeddings(97)
@@ -244,7 +243,7 @@ def test_generate_in_a_left_padded_batch_equals_one_by_one(tiny, codes, pad_rows
     assert beams.shape == together.shape
 
 
-def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
+def test_errors(tiny, codes, pad_rows, tmp_path):
     model = tiny()
     ids = torch.tensor([ROWS[0][0]])
     with pytest.raises(UserError, match=r"4 image placeholders, but no image_codes"):
@@ -260,7 +259,7 @@ def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
     with pytest.raises(UserError, match=r"The prompt with one new token has 65 tokens .* context is 64"):
         model.generate(torch.ones(1, 64, dtype=torch.long))
     first = torch.tensor([[IMAGE] * 4 + [5]])
-    with pytest.raises(UserError, match=r"cannot be learnt: put a token before it"):
+    with pytest.raises(UserError, match=r"cannot be a target: put a token before it"):
         model(first, image_codes=codes[:1], labels=first)
     part = torch.tensor([[5, IMAGE, IMAGE, IMAGE, IMAGE]])
     with pytest.raises(UserError, match=r"only part of an image"):
@@ -284,7 +283,7 @@ def test_mistakes_are_named(tiny, codes, pad_rows, tmp_path):
         ({"text_config": {"model_type": "lama"}}, "text_config.model_type = 'lama'"),
     ],
 )
-def test_impossible_sizes_are_named(tiny_config, changes, words):
+def test_invalid_fields_are_named(tiny_config, changes, words):
     with pytest.raises(UserError, match=words):
         tiny_config(**changes)
 

@@ -1,4 +1,4 @@
-"""The MLLM against the published one on random weights: embeddings, states, logits, losses, gradients, greedy
+"""Parity with the published MLLM on random weights: embeddings, states, logits, losses, gradients, greedy
 codes and ids. "truecb" has the published 8 x 4096 codes and widths 64 -> 1024."""
 
 import pytest
@@ -57,7 +57,7 @@ def test_batch(published, batch_of, name):
 
 
 def _check_image_logits(logits, out, name):
-    """(J, N, K, V) against what the file holds of the published (J, K, N, V)."""
+    """Compare (J, N, K, V) with the parts of the published (J, K, N, V) that the file stores."""
     if logits is None:
         assert f"{name}.image_logits_argmax" not in out and f"{name}.image_logits_BKLV" not in out
         return

@@ -1,5 +1,4 @@
-"""Prompts, special ids, labels and masks: equal to the published collator's, for both ways of LLaMA's
-tokenizer."""
+"""Prompts, special ids, labels and masks: equal to the published collator's, with legacy=True and False."""
 
 import json
 
@@ -20,7 +19,7 @@ def expected(golden):
 
 @pytest.fixture(scope="module")
 def processor(golden, tmp_path_factory):
-    """processor(legacy) -> one that went through a folder."""
+    """processor(legacy, **options) -> a processor that was saved and loaded."""
 
     def make(legacy: bool, **options) -> UniTokProcessor:
         folder = tmp_path_factory.mktemp("processor")
@@ -32,7 +31,7 @@ def processor(golden, tmp_path_factory):
 
 
 def ids_and_labels(processor, case):
-    """A golden sample by the processor; text_to_image and captioning as the published collator joins them."""
+    """A golden sample by the processor; the pieces are joined as in the published collator."""
     sample, uniform = case["sample"], case["np_random_rand"]
     image = processor.image_token_id
     kind, text = sample["data_type"], sample.get("text")
@@ -44,13 +43,13 @@ def ids_and_labels(processor, case):
         *prompt, boi = (
             processor.unconditional_ids() if unconditional else processor.text_to_image_ids(caption)
         )
-        learnt = [boi, image, processor.eoi_token_id, processor.eos_token_id]
-        return prompt + learnt, [IGNORED] * len(prompt) + learnt
+        target = [boi, image, processor.eoi_token_id, processor.eos_token_id]
+        return prompt + target, [IGNORED] * len(prompt) + target
     if kind == "I2T":
         bos, *words = processor.encode_text(long)
         given = [bos, processor.boi_token_id, image, processor.eoi_token_id]
-        learnt = [*words, processor.eos_token_id]
-        return given + learnt, [IGNORED] * 4 + learnt
+        target = [*words, processor.eos_token_id]
+        return given + target, [IGNORED] * 4 + target
     if kind == "mllm_pretrain":
         return processor.alignment_ids(json.loads(text))
     if kind == "mllm_finetune":
@@ -93,7 +92,7 @@ def test_special_ids(processor):
     }
 
 
-def test_images_stand_before_the_question_or_at_its_marks(processor):
+def test_images_are_before_the_question_or_at_its_marks(processor):
     ours = processor(True, template="plain", num_image_tokens=3)
     two = ours.question_ids("What is in this photo", num_images=2)
     assert two.count(-200) == 6
@@ -107,7 +106,7 @@ def test_images_stand_before_the_question_or_at_its_marks(processor):
     assert expand_images([1, -200, 5, -200], -200, [2, 1]) == [1, -200, -200, 5, -200]
 
 
-def test_decode_leaves_out_images_and_special_ids(processor):
+def test_decode_skips_images_and_special_ids(processor):
     ours = processor(True)
     ids = ours.encode_text("A photo of a cat")
     assert ours.decode([*ids, -200, -200, 2]) == "A photo of a cat"
@@ -129,12 +128,12 @@ def test_a_long_text_to_image_prompt_is_truncated_before_boi(processor):
         ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "Turn 1 .* 'gpt'"),
     ],
 )
-def test_broken_conversations_are_refused(processor, turns, words):
+def test_invalid_conversations_are_rejected(processor, turns, words):
     with pytest.raises(UserError, match=words):
         processor(True).conversation_ids(turns)
 
 
-def test_unknown_templates_and_missing_tokenizers_are_refused(golden, tmp_path):
+def test_unknown_templates_and_missing_tokenizers_are_rejected(golden, tmp_path):
     model = golden / "mllm" / "tokenizer.model"
     with pytest.raises(UserError, match=r"Did you mean 'vicuna_v1'"):
         UniTokProcessor.from_text_tokenizer(model, template="vicuna")
@@ -156,7 +155,7 @@ CHAT = (
 
 @pytest.fixture(scope="module")
 def without_bos():
-    """A byte-level tokenizer as Qwen has it: no bos, no byte pieces of LLaMA's, a chat template."""
+    """A byte-level tokenizer like Qwen's: no bos, no byte tokens like LLaMA's, a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -185,10 +184,10 @@ def test_tokenizers_of_other_families(without_bos, tmp_path, template):
     assert sorted([ours.boi_token_id, ours.eoi_token_id]) == [258, 259]
     assert ours.pad_token_id == ours.eos_token_id
     ids, labels = ours.conversation_ids(TURNS)
-    learnt = ours.text_tokenizer.decode([i for i in labels if i != IGNORED])
-    assert learnt.replace(" ", "") == "Acat.<|im_end|>Yes.<|im_end|>"
+    targets = ours.text_tokenizer.decode([i for i in labels if i != IGNORED])
+    assert targets.replace(" ", "") == "Acat.<|im_end|>Yes.<|im_end|>"
     assert ids.count(-200) == 1
-    # what is asked at inference is the beginning of what was learnt
+    # the prompt at inference is a prefix of the training sample
     question = ours.question_ids("What?", tokens=1)
     assert ids[: len(question)] == question
     assert labels[: len(question)] == [IGNORED] * len(question) and labels[len(question)] != IGNORED

@@ -1,5 +1,5 @@
-"""What a user of transformers expects: Auto classes, device maps with offload, packed rows under flash
-attention, quantised loading, shards as .bin, and placeholders within the vocabulary."""
+"""Features of transformers: Auto classes, device maps with offload, packed rows under flash attention,
+quantised loading, .bin shards, and placeholders within the vocabulary."""
 
 import copy
 import itertools
@@ -41,15 +41,15 @@ def test_auto_classes(tiny, golden, tmp_path):
     assert processor.encode_text("A photo") == [1, 368, 348]
 
 
-def test_layers_may_lie_on_disk(tiny, codes, tmp_path):
+def test_layers_may_be_offloaded_to_disk(tiny, codes, tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "model")
-    places = {name: "cpu" for name, _ in model.named_children() if name != "language_model"}
-    places |= {f"language_model.{name}": "cpu" for name, _ in model.language_model.named_children()}
-    del places["language_model.layers"]
-    places |= {"language_model.layers.0": "cpu", "language_model.layers.1": "disk"}
+    device_map = {name: "cpu" for name, _ in model.named_children() if name != "language_model"}
+    device_map |= {f"language_model.{name}": "cpu" for name, _ in model.language_model.named_children()}
+    del device_map["language_model.layers"]
+    device_map |= {"language_model.layers.0": "cpu", "language_model.layers.1": "disk"}
     mapped = UniTokForConditionalGeneration.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "disk"
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "disk"
     ).eval()
     assert mapped.language_model.layers[1].mlp.up_proj.weight.is_meta
     inputs = {"input_ids": IDS, "image_codes": codes}
@@ -60,7 +60,7 @@ def test_layers_may_lie_on_disk(tiny, codes, tmp_path):
 
 @pytest.fixture
 def by_lengths():
-    """An attention that, as flash attention does, gets no mask but where samples begin."""
+    """An attention function that, like flash attention, gets cu_seqlens instead of a mask."""
 
     def attend(module, query, key, value, mask, scaling=None, dropout=0.0, cu_seq_lens_q=None, **kwargs):
         assert mask is None and query.shape[0] == 1
@@ -94,7 +94,7 @@ def test_packed_rows_do_not_leak_under_flash_attention(tiny, codes, by_lengths):
     assert found.last_hidden_state.shape == (2, 12, 32)
 
 
-def test_quantised_loading_spares_what_reads_plain_matrices(tiny, tmp_path, monkeypatch):
+def test_quantised_loading_skips_modules_that_read_weights_directly(tiny, tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     wanted = BitsAndBytesConfig(load_in_8bit=True)
     seen = {}
@@ -111,7 +111,7 @@ def test_quantised_loading_spares_what_reads_plain_matrices(tiny, tmp_path, monk
     assert wanted.llm_int8_skip_modules is None
 
 
-def test_missing_packages_are_one_line(tiny, tmp_path, monkeypatch):
+def test_missing_packages_raise_a_one_line_error(tiny, tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: False)
     with pytest.raises(UserError, match=r"cannot be loaded with these arguments: .*[Ff]lash") as error:
@@ -138,7 +138,7 @@ def test_published_shards_as_bin(reference, golden, tmp_path):
 
 
 def test_a_placeholder_within_the_vocabulary_changes_nothing(tiny, codes):
-    """An id that no text uses marks the places; logits and losses stay those of the plain decoder."""
+    """The placeholder is an id that no text uses; logits and losses equal those of the plain decoder."""
     outside, inside = tiny(), tiny(image_token_id=89)
     inside.load_state_dict(outside.state_dict())
     ids, labels = (torch.where(x == -200, 89, x) for x in (IDS, LABELS))

@@ -1,4 +1,4 @@
-"""The tiny published tokenizers of the golden files, as models of ours."""
+"""Fixtures: the tiny published tokenizers of the golden files, loaded as `UniTok`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def published():
 
 @pytest.fixture(scope="session")
 def tiny_config():
-    """The config of the golden models, with changes."""
+    """tiny_config(**changes) -> the config of the golden models."""
 
     def build(**changes) -> UniTokConfig:
         sizes = {
@@ -59,7 +59,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def variant(published, tiny_config):
-    """variant(name) -> model (fresh), out (golden tensors), meta (golden numbers)."""
+    """variant(name) -> a new model, out (golden tensors), meta (golden numbers), weights (published)."""
     changes = {
         "attn": {},
         "linear": {"projection": "linear"},

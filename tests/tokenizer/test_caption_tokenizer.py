@@ -1,4 +1,4 @@
-"""Captions to token ids: CLIP's, equal to the golden ones, and sentencepiece's."""
+"""Captions to token ids: CLIP's vocabulary against golden ids, and sentencepiece."""
 
 import json
 
@@ -15,7 +15,7 @@ def clip_tokens(golden):
 
 
 def test_clip(golden, clip_tokens, tmp_path):
-    """The reduced merges file holds those that these captions need, at their ranks."""
+    """The reduced merges file holds only the merges of these captions, at their original ranks."""
     for length, captions in clip_tokens.items():
         tokenizer = CaptionTokenizer.from_path(golden / "preprocess" / "merges_reduced.txt.gz", int(length))
         assert tokenizer(list(captions)).tolist() == list(captions.values())
@@ -45,11 +45,11 @@ def test_sentencepiece(tmp_path):
     assert loaded(["three green squares"]).tolist() == tokenizer(["three green squares"]).tolist()
 
 
-def test_mistakes(tmp_path):
+def test_errors(tmp_path):
     with pytest.raises(UserError, match="holds no caption tokenizer"):
         CaptionTokenizer.from_path(tmp_path)
     with pytest.raises(UserError, match="saved without its caption tokenizer"):
         CaptionTokenizer.from_model_folder(tmp_path)
-    (tmp_path / "tokenizer.model").write_text("nothing of the kind")
+    (tmp_path / "tokenizer.model").write_text("not a sentencepiece model")
     with pytest.raises(UserError, match="is not a sentencepiece model"):
         CaptionTokenizer.from_path(tmp_path)

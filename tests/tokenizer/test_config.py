@@ -45,7 +45,7 @@ def test_default_projection_heads_fit_many_sizes(books, width):
         ({"num_register_tokens": -1}, "num_register_tokens = -1"),
     ],
 )
-def test_mistakes_are_named(wrong, message):
+def test_invalid_fields_are_named(wrong, message):
     with pytest.raises(UserError) as error:
         UniTokConfig(**wrong)
     assert message in str(error.value)

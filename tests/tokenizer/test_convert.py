@@ -1,4 +1,4 @@
-"""Published checkpoints, both directions: names of the full sizes, files, weights of CLIP, errors."""
+"""Conversion of published checkpoints in both directions: full-size names, files, CLIP weights, errors."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_full_size_names_map_one_to_one(golden, size):
     back = state_to_published(state)
     assert {n: list(t.shape) for n, t in back.items()} == listed["keys"]
     count = sum(parameter.numel() for parameter in model.parameters()) + model.config.hidden_size
-    assert count == listed["n_params_total"]  # there the position offset is a (frozen) parameter
+    assert count == listed["n_params_total"]  # the published count includes the position offset
 
 
 def test_round_trip(published):
@@ -178,7 +178,7 @@ def test_init_from_clip(variant, tiny_config, tmp_path):
         {"token_layout": {"rows": 4, "columns": 4}},
     ],
 )
-def test_what_a_published_file_cannot_hold_is_rejected(tiny_config, tmp_path, changes):
+def test_configs_without_a_published_counterpart_are_rejected(tiny_config, tmp_path, changes):
     model = UniTok(tiny_config(**changes))
     with pytest.raises(UserError, match=f"{next(iter(changes))} = .* has no counterpart in a published file"):
         write_published_tokenizer(model.config, model.state_dict(), tmp_path / "a.pth")

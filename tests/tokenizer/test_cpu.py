@@ -1,4 +1,4 @@
-"""Autotuned CPU operators: equal results, the choice by measurement, no trace in files and copies."""
+"""Autotuned CPU operators: equal results, choice by measurement, caches neither saved nor copied."""
 
 import copy
 import importlib.util
@@ -14,8 +14,8 @@ from open_unitok.tokenizer.layers import Linear, Upsample
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch):
-    """Every operator is large enough, and none has been chosen."""
+def no_choices(monkeypatch):
+    """Autotune products of every size, starting without choices."""
     monkeypatch.setattr(cpu, "MIN_WORK", 1)
     monkeypatch.setattr(cpu, "_chosen", {})
 
@@ -31,7 +31,7 @@ def pixels(count: int = 2) -> torch.Tensor:
 
 
 def prefer(monkeypatch, wanted: str) -> None:
-    """Let the measurement report `wanted` as the fastest variant, where it exists."""
+    """Make the measurement report `wanted` as the fastest variant, where it exists."""
     measure = cpu._measure
 
     def pretend(variants, sample, options):
@@ -81,8 +81,8 @@ def test_equals_the_baseline_of_the_benchmark(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_variants_give_equal_codes_where_entries_are_apart(tiny_config, monkeypatch):
-    """With many entries some are nearly as close: only there may rounding of the variant decide."""
+def test_variants_give_equal_codes_except_at_near_ties(tiny_config, monkeypatch):
+    """With many entries some are almost equally close: only there may rounding change the code."""
     torch.manual_seed(0)
     model = UniTok(tiny_config(codebook_size=4096)).eval()
     torch.nn.init.normal_(model.quantizer.codebooks)
@@ -103,8 +103,8 @@ def test_variants_give_equal_codes_where_entries_are_apart(tiny_config, monkeypa
 
 
 @pytest.mark.parametrize("noise", range(3))
-def test_noise_does_not_decide(monkeypatch, noise):
-    """Variants of equal speed: whichever round is disturbed, the default stays."""
+def test_one_slow_round_does_not_change_the_choice(monkeypatch, noise):
+    """Variants of equal speed: the default stays, whichever round is slow."""
     now, calls = [0.0], []
 
     def operator(name: str):
@@ -215,7 +215,7 @@ def test_the_cached_kernel_follows_its_weight(change):
     torch.testing.assert_close(after, 2 * before, rtol=0, atol=0.05 if change == "half" else 1e-5)
 
 
-def test_the_cached_kernel_is_in_no_copy_or_file(model, tmp_path):
+def test_the_cached_kernel_is_neither_copied_nor_saved(model, tmp_path):
     names = set(model.state_dict())
     model.decode(model.encode(pixels()))
     assert model.decoder.enter._kernel_cache._value is not None and set(model.state_dict()) == names

@@ -1,4 +1,4 @@
-"""The encoder and decoder interface: every entry builds and trains, and halves have sizes of their own."""
+"""The encoder and decoder interface: every entry builds and trains; the two may have different sizes."""
 
 import pytest
 import torch
@@ -45,8 +45,8 @@ def test_every_encoder_trains_saves_and_loads(tiny_config, tmp_path, name, optio
     assert half.decode(half.encode(pixels())).isfinite().all()
 
 
-def test_a_wrong_order_of_tokens_would_show(tiny_config):
-    """A patch changes its own token most, whatever comes first in the tower's output."""
+def test_tokens_are_in_raster_order(tiny_config):
+    """A changed patch changes its own token most, also in towers that put a CLS token first."""
     for options in OPTIONS["hf_vision"]:
         torch.manual_seed(0)
         encoder = UniTok(tiny_config(encoder="hf_vision", encoder_options=options)).eval().encoder
@@ -57,17 +57,17 @@ def test_a_wrong_order_of_tokens_would_show(tiny_config):
         assert difference.argmax(dim=-1).tolist() == [7, 7], options["model_type"]
 
 
-def test_fingerprints_tell_encoders_apart(tiny_config):
+def test_fingerprints_differ_between_encoders(tiny_config):
     kinds = [{}, {"encoder_options": {"num_hidden_layers": 2}}]
     kinds += [{"encoder": "hf_vision", "encoder_options": VIT | {"num_attention_heads": n}} for n in (2, 4)]
     found = set()
     for changes in kinds:
         torch.manual_seed(0)
         found.add(UniTok(tiny_config(**changes)).fingerprint())
-    assert len(found) == len(kinds)  # heads leave no trace in the weights
+    assert len(found) == len(kinds)  # the number of heads changes no tensor, but the options are hashed
 
 
-def test_encoder_and_decoder_have_sizes_of_their_own(tiny_config, tmp_path):
+def test_encoder_and_decoder_may_have_different_sizes(tiny_config, tmp_path):
     small = {"hidden_size": 32, "num_hidden_layers": 1, "stage_depths": [1, 1], "stem_width": 8}
     model = UniTok(tiny_config(encoder_options=small, decoder_options={"hidden_size": 48})).eval()
     assert (model.encoder.width, len(model.encoder.blocks)) == (32, 1)
@@ -97,6 +97,6 @@ def test_encoder_and_decoder_have_sizes_of_their_own(tiny_config, tmp_path):
         ({"encoder": "hf_vision", "encoder_options": VIT | {"patch_size": 8}}, r"patches of 8 pixels"),
     ],
 )
-def test_mistakes_name_the_table(tiny_config, wrong, message):
+def test_errors_name_the_registry(tiny_config, wrong, message):
     with pytest.raises(UserError, match=message):
         UniTok(tiny_config(**wrong))

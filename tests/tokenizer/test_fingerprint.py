@@ -1,4 +1,4 @@
-"""The fingerprint: pinned values, and what it depends on."""
+"""The fingerprint: pinned values, and the tensors it depends on."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from open_unitok.core.files import SHIPPED_MODELS
 from open_unitok.tokenizer import UniTok
 
-# Of models with seed 0, as computed before quantisers and encoders could be chosen.
+# Models with seed 0; computed before quantisers and encoders were configurable.
 PINNED = {
     "default": "61a37a4dc3728c5f733606cfa55a8cf93e5328114413f40a363b7ba080eeae26",
     "registers": "9342c70e07e29a7327e7e5b10e74e2942a031107a4fdf2968cbfdeb3854b4140",
@@ -27,7 +27,7 @@ def test_seeded_models_keep_their_fingerprint(tiny_config, name):
     assert model.fingerprint() == PINNED[name]
 
 
-def test_only_what_decides_the_codes_enters(tiny_config):
+def test_only_tensors_that_determine_codes_are_hashed(tiny_config):
     model = UniTok(tiny_config())
     before = model.fingerprint()
     with torch.no_grad():

@@ -35,7 +35,7 @@ def test_transforms(preprocess, name, number):
     difference = (to_pixels(image, 64, **TRANSFORMS[name]) - preprocess[f"{number}.{name}"]).abs()
     if name == "fid":
         assert difference.max() == 0
-    # Versions of Pillow that resize in another order differ by some grey levels in single pixels.
+    # Pillow versions that resize in another order differ by some grey levels in single pixels.
     assert difference.max() <= 4 / 127.5 and difference.mean() < 0.2 / 127.5
 
 
@@ -74,8 +74,8 @@ def test_load(tmp_path, monkeypatch):
         load_image(tmp_path / "a.png")
 
 
-def test_load_mistakes(tmp_path):
-    (tmp_path / "a.png").write_text("no image")
+def test_load_errors(tmp_path):
+    (tmp_path / "a.png").write_text("not an image")
     with pytest.raises(UserError, match=r"a\.png is not a readable image"):
         load_image(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"b\.png is not an existing file"):
@@ -88,7 +88,7 @@ def test_load_mistakes(tmp_path):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "AVIF", "QOI", "DDS", "TGA"])
 def test_broken_images_of_every_format_are_rejected(kind):
-    """Truncated or with a corrupt header: Pillow's readers raise nearly every type of error."""
+    """Truncated files and corrupt headers: Pillow's readers raise many types of exception."""
     buffer, random = io.BytesIO(), Random(0)
     try:
         Image.effect_noise((17, 13), 80).convert("RGB").save(buffer, kind)
@@ -114,7 +114,7 @@ def test_long_and_thin_images_are_rejected():
 
 
 def test_oblong_sizes():
-    """White in the middle of black: cropped, padded and squashed to 16 x 64."""
+    """A white image cropped, padded and squashed to 16 x 64."""
     image = Image.new("RGB", (80, 40), "white")
     for mode in ("crop", "pad", "squash"):
         assert to_pixels(image, (16, 64), mode).shape == (3, 16, 64)

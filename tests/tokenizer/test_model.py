@@ -1,4 +1,4 @@
-"""The UniTok model beyond parity: shapes, folders, initialisation, errors."""
+"""The UniTok model: shapes, folders, initialisation, errors."""
 
 import json
 

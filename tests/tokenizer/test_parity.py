@@ -1,4 +1,4 @@
-"""The tokenizer against the published implementation, on tiny models with its weights."""
+"""Parity with the published implementation, on tiny models with its weights."""
 
 import re
 
@@ -85,7 +85,7 @@ def test_reconstruct_first(variant):
 
 
 def losses(case, entropy: bool) -> dict[str, torch.Tensor]:
-    """The parts of the golden total loss, with the batch as its own negatives."""
+    """The terms of the golden total loss; negatives come from the batch."""
     out = case.out
     result = case.model(out["image"], out["text"], entropy=entropy)
     logits = result.logit_scale * result.image_embeds @ result.text_embeds.T
@@ -140,7 +140,7 @@ def test_usage_statistics(case):
     quantizer, out = case.model.quantizer.train(), case.out
     with torch.no_grad():
         first = case.model.encode_latents(out["image"])
-        # Only one golden file holds the second image of these calls.
+        # Only one golden file has the second image of these calls.
         if "image2" not in out:
             quantizer(first)
             torch.testing.assert_close(quantizer.usage, out["vocab_usage_after1"])

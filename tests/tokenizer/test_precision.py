@@ -22,7 +22,7 @@ def test_codes_are_float32_under_autocast(model):
     with torch.no_grad():
         tokens = model.encoder(images)
         expected = model.quantizer(model.down_projection(tokens))
-        model.encoder.forward = lambda _: tokens  # autocast may change the encoder alone
+        model.encoder.forward = lambda _: tokens  # autocast may change only the encoder
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents = model.encode_latents(images)
             result = model.quantizer(latents, entropy=True)

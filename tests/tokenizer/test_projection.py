@@ -1,4 +1,4 @@
-"""The projections: cached equals uncached, and any width fits."""
+"""The projections: cached equals uncached, for any widths."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_cached_equals_uncached(widths, pieces):
         projection(hidden[:, :1], cache)
 
 
-def test_only_causal_ones_take_a_cache():
+def test_a_cache_needs_a_causal_projection():
     projection = AttentionProjection(16, 64, heads=4)
     with pytest.raises(ValueError, match="causal"):
         projection(torch.randn(1, 2, 16), KVCache(4))

@@ -32,7 +32,7 @@ def test_shapes_and_dtypes(quantizer):
 
 
 def test_embed_is_a_lookup_in_the_code_table(quantizer):
-    """What an MLLM does with its frozen copy: rows by index, normalised by `row_norm`, concatenated."""
+    """As the MLLM embeds codes: rows by index, normalised by `row_norm`, concatenated."""
     codes = torch.randint(32, (2, 5, 3))
     table = quantizer.code_table()
     assert table.shape == (3, 32, 4) and table.dtype == torch.float32
@@ -42,7 +42,7 @@ def test_embed_is_a_lookup_in_the_code_table(quantizer):
     torch.testing.assert_close(quantizer.embed(codes), rows.flatten(-2), rtol=0, atol=1e-6)
 
 
-def test_codes_of_its_own_rows_are_their_indices(quantizer):
+def test_encode_inverts_embed(quantizer):
     codes = torch.randint(32, (2, 5, 3))
     assert torch.equal(quantizer.encode(quantizer.embed(codes)), codes)
 
@@ -102,7 +102,7 @@ def test_nearest_finds_the_smallest_distance():
         quantizer(latents, entropy=True)
 
 
-def test_the_fingerprint_tells_quantizers_and_their_options_apart(tiny_config):
+def test_fingerprints_differ_between_quantizers_and_options(tiny_config):
     def fingerprint(**changes) -> str:
         torch.manual_seed(0)
         model = UniTok(tiny_config(**changes))

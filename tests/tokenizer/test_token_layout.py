@@ -1,4 +1,4 @@
-"""The layout of an image's visual tokens, and a tokenizer of 2 x 8 of them."""
+"""The layout of an image's visual tokens, and a tokenizer with 2 x 8 tokens."""
 
 import pytest
 import torch
@@ -20,14 +20,14 @@ def test_square():
             TokenLayout.square(tokens, registers)
 
 
-def test_numbers():
+def test_num_tokens_grid_and_dict():
     layout = TokenLayout(2, 8, registers=3)
     assert (layout.num_tokens, layout.grid) == (19, (2, 8))
     assert layout.to_dict() == {"rows": 2, "columns": 8, "registers": 3}
     assert [layout.tokens_of_rows(rows) for rows in range(3)] == [3, 11, 19]
 
 
-def test_complete_rows_say_where_a_preview_may_be_shown():
+def test_complete_rows():
     layout = TokenLayout(2, 8, registers=3)
     assert [layout.complete_rows(n) for n in (0, 2, 10, 11, 18, 19, 40)] == [0, 0, 0, 1, 1, 2, 2]
     for n in range(layout.num_tokens + 1):
@@ -78,7 +78,7 @@ def test_a_tokenizer_of_2_x_8_tokens_encodes_decodes_and_embeds(oblong, tmp_path
     decoded = oblong.decode(codes)
     assert decoded.shape == (2, 3, 32, 128)
     assert torch.equal(oblong.decode(codes, grid=(2, 8)), decoded)
-    assert oblong.decode(codes, grid=(4, 4)).shape == (2, 3, 64, 64)  # what is given wins
+    assert oblong.decode(codes, grid=(4, 4)).shape == (2, 3, 64, 64)  # an explicit grid takes precedence
     assert oblong.decode(codes[:, :9]).shape == (2, 3, 48, 48)  # other numbers of tokens are square
     assert oblong.embed_image(pixels()).shape == (2, 32)
     image = to_pil(decoded[0])
@@ -108,7 +108,7 @@ def test_a_tokenizer_of_2_x_8_tokens_trains(tiny_config):
     assert losses[-1] < losses[0]
 
 
-def test_square_tokenizers_reject_codes_that_are_not_square(tiny_config):
+def test_square_tokenizers_reject_other_numbers_of_tokens(tiny_config):
     model = UniTok(tiny_config(token_layout={"rows": 4, "columns": 4})).eval()
     assert model.decode(torch.zeros(1, 16, 4, dtype=torch.int64)).shape == (1, 3, 64, 64)
     with pytest.raises(UserError, match=r"pass grid=\(rows, columns\)"):

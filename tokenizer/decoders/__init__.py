@@ -19,10 +19,10 @@ DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
 
 
 def build_decoder(config: UniTokConfig) -> Any:
-    """The decoder that the config names.
+    """Build the decoder `config.decoder`.
 
     Raises:
-        UserError: there is no such decoder, or its patches have another size than the config's.
+        UserError: there is no such decoder, or its patch size differs from the config's.
     """
     decoder = entry_of(DECODERS, "DECODERS", "decoder", config.decoder)(config)
     if decoder.patch_size != config.patch_size:

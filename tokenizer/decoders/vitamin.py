@@ -27,7 +27,7 @@ _FIELDS = (
 class ViTaminDecoder(nn.Module):
     """A transformer, then four 2x upsamplings; (B, N, D) -> (B, 3, 16*rows, 16*columns), not clamped."""
 
-    patch_size = 16  # 2 to the number of upsamplings
+    patch_size = 16  # 2 ** number of upsamplings
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class ViTaminDecoder(nn.Module):
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
         self.to_pixels = Conv2d(narrow, 3, 3)
-        # The published decoder initialises all its convolutions alike, those of shared blocks included.
+        # The published decoder initialises all its convolutions alike, including those in ConvBlocks.
         for module in self.modules():
             if isinstance(module, Conv2d):
                 module.weight_init = "xavier"
@@ -58,7 +58,7 @@ class ViTaminDecoder(nn.Module):
     def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # Register tokens take part in attention but are not part of the image.
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
-        # channels_last: the norms over channels then need no copies
+        # (B, N, D) -> (B, D, rows, columns). channels_last: norms over the channels then need no copies.
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
         map = self.leave(self.narrow(self.wide(self.enter(map))))
         return self.to_pixels(cpu.gelu(self.leave_norm(map)))

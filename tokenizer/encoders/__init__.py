@@ -21,10 +21,10 @@ ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
 
 
 def build_encoder(config: UniTokConfig) -> Any:
-    """The encoder that the config names.
+    """Build the encoder `config.encoder`.
 
     Raises:
-        UserError: there is no such encoder, or its patches have another size than the config's.
+        UserError: there is no such encoder, or its patch size differs from the config's.
     """
     encoder = entry_of(ENCODERS, "ENCODERS", "encoder", config.encoder)(config)
     if encoder.patch_size != config.patch_size:

@@ -14,7 +14,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from ..config import UniTokConfig
 
-# Leave out weights on which the tokens do not depend: an optimiser would decay them without a gradient.
+# Omit weights that the tokens do not depend on: they get no gradient, but weight decay would shrink them.
 _NO_EXTRAS = {"use_mask_token": False, "vision_use_head": False}  # DINOv2; SigLIP
 
 
@@ -46,7 +46,7 @@ class HFVisionEncoder(nn.Module):
         self.patch_size: int = tower_config.patch_size
         self.width: int = tower_config.hidden_size
         self.tower: Any = AutoModel.from_config(tower_config)
-        if getattr(self.tower, "pooler", None) is not None:  # of ViT: pools the CLS token
+        if getattr(self.tower, "pooler", None) is not None:  # of ViT; pools the CLS token, which is not used
             self.tower.pooler = None
         # Some towers resize their position embeddings to the image only on request.
         forward = inspect.signature(self.tower.forward).parameters
@@ -57,4 +57,4 @@ class HFVisionEncoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden = self.tower(pixel_values=pixels, **self._forward_options).last_hidden_state
         count = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
-        return hidden[:, -count:]  # a CLS token, and a tower's own registers, come first
+        return hidden[:, -count:]  # the CLS token and the tower's own registers come first

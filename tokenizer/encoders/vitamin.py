@@ -71,7 +71,7 @@ class ViTaminEncoder(nn.Module):
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, H*W/256, D) in raster order: the convolutional half."""
-        # channels_last: the norms over channels then need no copies
+        # channels_last: norms over the channels then need no copies
         map = self.stem(pixels.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             map = stage(map)
@@ -80,6 +80,7 @@ class ViTaminEncoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         tokens = self.patches(pixels)
         if self.register_tokens is not None:
+            # (B, registers, D), before the image tokens
             registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
         return self.norm(self.blocks(tokens + self.position_offset.to(tokens.dtype)))

@@ -1,9 +1,9 @@
 """The frozen DINOv2 vision transformer whose intermediate features feed the discriminator (arXiv 2304.07193).
 
-transformers' Dinov2Model cannot replace it: it resizes position embeddings to a given size, the published
-discriminator by a factor with an offset of 0.1, which samples other points. With Dinov2Model the golden
-logits differ by up to 0.11 and the norms of golden gradients by up to 3 %; on the native grid, where nothing
-is resized, the two agree within 1e-5 (tested).
+transformers' Dinov2Model cannot replace it: it resizes position embeddings to a target size, whereas the
+published discriminator scales them by a factor with an offset of 0.1, which samples other points. With
+Dinov2Model the golden logits differ by up to 0.11 and the norms of golden gradients by up to 3 %; on the
+native grid, where nothing is resized, the two agree within 1e-5 (tested).
 
 B batch, D width, N = rows*columns patches. Parameter names are those of the published weight file.
 """
@@ -24,7 +24,7 @@ from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 DINOV2_FILES = ("dinov2_vits14_pretrain.pth", "model.safetensors")  # the second: the layout of transformers
 _NORM_EPS = 1e-6
 _HEAD_WIDTH = 64  # of every published DINOv2; the file does not hold the number of heads
-_UNUSED = ("mask_token", "norm.weight", "norm.bias")  # in the file, but intermediate features skip them
+_UNUSED = ("mask_token", "norm.weight", "norm.bias")  # in the file, but not used by intermediate features
 
 
 class DINOv2(nn.Module):
@@ -73,8 +73,8 @@ class DINOv2(nn.Module):
             return self.pos_embed
         first, rest = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         square = rest.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        # The offset of 0.1 keeps the output size from being rounded down. Interpolation by this factor, as
-        # DINOv2 was evaluated, samples other points than interpolation to the size.
+        # The offset of 0.1 prevents the output size from being rounded down. DINOv2 was evaluated with
+        # interpolation by this factor; interpolation to the size samples other points.
         factors = ((rows + 0.1) / self.grid, (columns + 0.1) / self.grid)
         resized = F.interpolate(square.float(), scale_factor=factors, mode="bicubic", antialias=False)
         assert resized.shape[-2:] == (rows, columns)
@@ -87,7 +87,7 @@ class DINOv2(nn.Module):
         Reads the original file and the layout of transformers (facebook/dinov2-small).
 
         Raises:
-            UserError: the file is missing (the message names it and its origin), or holds something else.
+            UserError: the file is missing (the message names it and its source), or is not a DINOv2.
         """
         hub = f"https://huggingface.co/{HELPER_HUB_ID}"
         source = f"{hub}, or https://github.com/facebookresearch/dinov2 (ViT-S/14)"
@@ -101,6 +101,7 @@ class DINOv2(nn.Module):
         width = weights["cls_token"].shape[-1]
         model = cls(
             width=width,
+            # number of distinct i in blocks.i.*
             depth=len({name.split(".")[1] for name in weights if name.startswith("blocks.")}),
             heads=heads or max(width // _HEAD_WIDTH, 1),
             patch=weights["patch_embed.proj.weight"].shape[-1],
@@ -111,7 +112,7 @@ class DINOv2(nn.Module):
 
 
 def native_grid_side(num_positions: int) -> int:
-    """Side of the square grid of trained positions, of which the first belongs to the class token."""
+    """Side of the square grid of trained positions; one position belongs to the class token."""
     return math.isqrt(num_positions - 1)
 
 
@@ -181,6 +182,7 @@ def _from_transformers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             result[_OUTSIDE.get(name, name)] = tensor
             continue
         block, part = f"blocks.{layer[1]}", layer[2]
+        # query collects key and value too; their own entries are skipped below
         if inner := re.fullmatch(r"attention\.attention\.query\.(weight|bias)", part):
             names = (name.replace("query", word) for word in ("query", "key", "value"))
             parts = [weights.get(n, weights.get(f"dinov2.{n}")) for n in names]

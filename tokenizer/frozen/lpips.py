@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 
 LPIPS_FILE = "lpips_with_vgg.pth"
-MIN_SIZE = 48  # below it the deepest feature maps hold 2 x 2 pixels or less; the published training skips it
+# The deepest feature maps of smaller images are 2 x 2 or less; the published training skips LPIPS for them.
+MIN_SIZE = 48
+# ImageNet's mean and standard deviation, for inputs in [-1, 1]
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 _CHANNELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16, up to relu5_3
 
@@ -36,7 +38,7 @@ class LPIPS(nn.Module):
                 layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(inplace=True)]
                 inputs = width
             self.net[f"slice{number}"] = nn.Sequential(*layers)
-        # Weight files name the linear heads model.1: their training had dropout at model.0.
+        # Weight files name the linear heads model.1: model.0 was a dropout, here an identity.
         heads = (nn.Sequential(nn.Identity(), nn.Conv2d(w[-1], 1, 1, bias=False)) for w in _CHANNELS)
         self.lins = nn.ModuleList(nn.ModuleDict({"model": head}) for head in heads)
         self.register_buffer("shift", torch.tensor(_SHIFT).view(1, 3, 1, 1), persistent=False)
@@ -64,7 +66,7 @@ class LPIPS(nn.Module):
         """Load the published weights; `path` is a file, a folder or a hub id.
 
         Raises:
-            UserError: the file is missing (the message names it and its origin), or holds something else.
+            UserError: the file is missing (the message names it and its source), or is not LPIPS.
         """
         file = find_weights(
             path, (LPIPS_FILE,), "LPIPS (the perceptual loss)", f"https://huggingface.co/{HELPER_HUB_ID}"
@@ -84,7 +86,7 @@ def layer_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Unit length over the channels, in float32; the two constants are the published ones."""
+    """Normalise over the channels in float32; both epsilons are the published ones."""
     features = features.float()
     length = (features.square().sum(dim=1, keepdim=True) + 1e-9).sqrt()
     return features / (length + 1e-10)

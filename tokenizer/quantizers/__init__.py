@@ -17,16 +17,16 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
 
 
 def build_quantizer(config: UniTokConfig) -> Quantizer:
-    """The quantiser that the config names, with its `quantizer_options`.
+    """Build the quantiser `config.quantizer` with its `quantizer_options`.
 
     Raises:
         UserError: there is no such quantiser, or it has no such option.
     """
     kind = entry_of(QUANTIZERS, "QUANTIZERS", "quantizer", config.quantizer)
     options = config.quantizer_options or {}
-    allowed = list(inspect.signature(kind).parameters)[3:]  # behind the three sizes
+    allowed = list(inspect.signature(kind).parameters)[3:]  # the first three are the sizes
     check_options("quantizer", config.quantizer, options, allowed)
-    build: Any = kind  # its constructor is not that of the base class
+    build: Any = kind  # subclasses have another constructor than the base class
     return build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
 
 

@@ -15,7 +15,7 @@ from open_unitok.core.errors import UserError
 
 from ..token_layout import TokenLayout
 
-SIMILARITY_BLOCK = 2**24  # most similarities held at a time: 64 MiB of float32
+SIMILARITY_BLOCK = 2**24  # maximum number of similarities in memory: 64 MiB of float32
 WriteRows = Callable[[nn.Parameter, Tensor, Tensor], object]
 
 
@@ -25,7 +25,7 @@ class QuantizerOutput(NamedTuple):
     quantised: Tensor  # (B, N, latent_dim) float32; gradients pass straight through to the latents
     codes: Tensor  # (B, N, K) int64
     losses: dict[str, Tensor]  # scalars by name; the training config has a weight of the same name for each
-    usage: Tensor  # (K,) float32: per cent of the entries that this batch uses
+    usage: Tensor  # (K,) float32: per cent of the entries used in this batch
 
 
 class Quantizer(nn.Module):
@@ -38,11 +38,11 @@ class Quantizer(nn.Module):
     Attributes:
         latent_dim: width of the latents it quantises.
         code_sizes: V of each of the K codes of a token.
-        row_norm: what `embed` does to rows of `code_table()`: "unit" scales each to unit norm, "blocks" each
-            of `row_blocks` equal parts of a row, "none" nothing.
+        row_norm: normalisation by `embed` of rows of `code_table()`: "unit" = each row to unit norm, "blocks"
+            = each of `row_blocks` equal parts of a row, "none" = none.
         reads, generates: whether an MLLM can read its codes as input, and can generate them.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
-        usage, calls: running frequency (K, V) of the entries and the number of training batches in it.
+        usage, calls: running mean (K, V) of the entries' frequencies, and its number of training batches.
         average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
             sets it, so that losses and usage refer to the global batch.
     """
@@ -84,7 +84,7 @@ class Quantizer(nn.Module):
 
     @abstractmethod
     def split(self, latents: Tensor) -> Tensor:
-        """(..., latent_dim) latents -> (..., K, C): what rows are compared with, and reset to."""
+        """(..., latent_dim) latents -> (..., K, C): the vectors that rows are compared with and reset to."""
 
     def num_tokens(self, layout: TokenLayout) -> int:
         """N of an image with this layout; a multi-scale quantiser has more than the grid."""
@@ -93,12 +93,13 @@ class Quantizer(nn.Module):
     def code_table(self) -> Tensor | None:
         """(K, max V, C) float32 rows as stored, padded with zeros.
 
-        `embed` is a lookup in it, normalised by `row_norm` and concatenated over K; None where it is not.
+        `embed` equals a lookup in it, normalised by `row_norm` and concatenated over K. None if the quantiser
+        has no such table.
         """
         return None if self.codebooks is None else self.codebooks.detach().float()
 
     def fingerprint_tensors(self) -> dict[str, Tensor]:
-        """The tensors that decide the codes, by their names in the tokenizer's fingerprint."""
+        """The tensors that determine the codes, by their names in the tokenizer's fingerprint."""
         return dict(self.named_parameters())
 
     def reset_codes(self, unused: Tensor, rows: Tensor, write: WriteRows | None = None) -> None:
@@ -107,8 +108,8 @@ class Quantizer(nn.Module):
         Args:
             unused: (K, V) bool, True where an entry is replaced.
             rows: (number of True, C) in the order of `unused.nonzero()`, from `split`.
-            write: (parameter, mask, rows) -> None, for parameters that an engine has partitioned; None writes
-                in place.
+            write: (parameter, mask, rows) -> None, for parameters that a training engine has partitioned
+                (ZeRO-3); None writes in place.
 
         Raises:
             UserError: this quantiser has no table of rows.
@@ -127,7 +128,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def track_usage(self, codes: Tensor) -> Tensor:
         """(K,) per cent of entries that (B, N, K) codes use; in training, update running frequencies."""
-        # One flat histogram over all books: book k counts from k * size on.
+        # One flat histogram over all books; book k starts at k * size.
         size = self.usage.shape[1]
         offsets = torch.arange(len(self.code_sizes), device=codes.device) * size
         index = (codes + offsets).flatten()
@@ -138,19 +139,19 @@ class Quantizer(nn.Module):
         if self.average_over_ranks is not None:
             frequency = self.average_over_ranks(frequency)
         if self.training:
-            # The first batch sets the average; it follows quickly at first and slowly from batch 100 on.
+            # Published moving average: decay 0 for the first batch, 0.9 up to batch 100, then 0.99.
             early = torch.where(self.calls == 0, 0.0, 0.9)
             decay = torch.where(self.calls < 100, early, 0.99).to(self.usage.dtype)
             self.usage.copy_(decay * self.usage + (1 - decay) * frequency)
             self.calls += 1
-        # An entry counts as used above 1 % of the frequency that uniform use would give it.
+        # An entry counts as used above 1 % of its frequency under uniform use, 1 / V.
         used = [(row > 0.01 / size).sum() / size for row, size in zip(frequency, self.code_sizes)]
         return 100 * torch.stack(used)
 
 
 def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Tensor]]:
-    """(book, (R, C) rows of that book), of (B, N, K, C) features: each block's (R, V) similarities fit into
-    `SIMILARITY_BLOCK` numbers."""
+    """Yield (book, (R, C) rows of that book) from (B, N, K, C) features, such that R * V is at most
+    `SIMILARITY_BLOCK`."""
     by_book = features.flatten(0, 1).transpose(0, 1).contiguous()  # (K, B*N, C)
     step = max(SIMILARITY_BLOCK // num_entries, 1)
     for book, rows in enumerate(by_book):

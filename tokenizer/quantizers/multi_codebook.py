@@ -13,12 +13,12 @@ from transformers import initialization as init
 from ..precision import exact_float32
 from .base import Quantizer, QuantizerOutput, blocks_of_rows
 
-COMMITMENT = 0.25  # weight of pulling latents to codes, relative to pulling codes to latents
+COMMITMENT = 0.25  # weight of the commitment loss (latents to codes) relative to the codebook loss
 TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
 
 
 class MultiCodebookQuantizer(Quantizer):
-    """Entry of largest cosine in each of K sub-codebooks, in float32 whatever the autocast.
+    """The entry of largest cosine similarity in each of K sub-codebooks, in float32 even under autocast.
 
     Losses: "vq" (commitment included) and "entropy" (0 unless computed).
     """
@@ -45,7 +45,7 @@ class MultiCodebookQuantizer(Quantizer):
                 "vq": COMMITMENT * F.mse_loss(features, rows.detach()) + F.mse_loss(rows, features.detach()),
                 "entropy": self._entropy(features) if entropy else features.new_zeros(()),
             }
-            # Straight-through estimator: the value of the rows, the gradient of the features.
+            # Straight-through estimator: the value is that of the rows, the gradient goes to the features.
             quantised = ((rows - features).detach() + features).flatten(-2)
             return QuantizerOutput(quantised, codes, losses, self.track_usage(codes))
 
@@ -64,13 +64,13 @@ class MultiCodebookQuantizer(Quantizer):
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., K, C), unit norm."""
         books, entries, _ = self.codebooks.shape
-        # One lookup in a flat table of all books; book k begins at k * entries.
+        # One lookup in a flat table of all books; book k starts at row k * entries.
         offsets = torch.arange(books, device=self.codebooks.device) * entries
         return F.normalize(F.embedding(codes + offsets, self.codebooks.flatten(0, 1).float()), dim=-1)
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, K, C) -> (B, N, K): the entry of largest cosine, the first where several are equal."""
+        """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
         table = F.normalize(self.codebooks.float(), dim=-1)
         blocks = blocks_of_rows(features, table.shape[1])
         found = [torch.argmax(block @ table[book].T, dim=-1) for book, block in blocks]
@@ -80,20 +80,20 @@ class MultiCodebookQuantizer(Quantizer):
     def _entropy(self, features: torch.Tensor) -> torch.Tensor:
         """Mean entropy of the soft assignments minus entropy of their mean, averaged over the sub-codebooks.
 
-        Low when each latent has one clear code while the batch uses all codes. The backward pass recomputes
-        each block's similarities: keeping them would take B*N*K*V floats.
+        Low if each latent has one clear code and the batch uses all codes. The backward pass recomputes the
+        similarities of each block: keeping them would take B*N*K*V floats.
         """
         table = F.normalize(self.codebooks.float(), dim=-1)
         books, entries, _ = table.shape
         count = features.shape[0] * features.shape[1]
         per_latent = features.new_zeros(())
-        means = [features.new_zeros(entries) for _ in range(books)]
+        means = [features.new_zeros(entries) for _ in range(books)]  # mean assignment of each book
         for book, block in blocks_of_rows(features, entries):
             entropy, probabilities = checkpoint(_soft_assignment, block, table[book], use_reentrant=False)
             per_latent = per_latent + entropy / (count * books)
             means[book] = means[book] + probabilities / count
         mean = torch.stack(means)
-        if self.average_over_ranks is not None:  # the entropy of the mean is not a mean of entropies
+        if self.average_over_ranks is not None:  # entropy is not linear: average before the logarithm
             mean = self.average_over_ranks(mean)
         of_mean = -(mean * torch.log(mean + 1e-7)).sum(dim=-1).mean()
         return per_latent - of_mean

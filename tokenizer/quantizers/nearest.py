@@ -15,10 +15,10 @@ from .base import Quantizer, QuantizerOutput, blocks_of_rows
 
 
 class NearestQuantizer(Quantizer):
-    """Nearest entry in each of K codebooks, rows as stored.
+    """The nearest entry in each of K codebooks; neither rows nor latents are normalised.
 
     Args:
-        commitment: weight of pulling latents to codes, relative to pulling codes to latents.
+        commitment: weight of the commitment loss (latents to codes) relative to the codebook loss.
     """
 
     row_norm = "none"
@@ -67,7 +67,7 @@ class NearestQuantizer(Quantizer):
     @torch.no_grad()
     def _search(self, chunks: torch.Tensor) -> torch.Tensor:
         """(B, N, K, C) -> (B, N, K)."""
-        # |x - e|^2 = |x|^2 - 2 x e + |e|^2, of which |x|^2 is equal for all entries
+        # argmin |x - e|^2 = argmin |e|^2 - 2 x e, because |x|^2 is the same for all entries
         norms = self.codebooks.square().sum(dim=-1)  # (K, V)
         blocks = blocks_of_rows(chunks, norms.shape[1])
         found = [(norms[k] - 2 * block @ self.codebooks[k].T).argmin(dim=-1) for k, block in blocks]
