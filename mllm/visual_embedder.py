@@ -102,9 +102,7 @@ class VisualEmbedder(nn.Module):
                 "visual tokenizer: take the config from UniTokMLLMConfig.for_tokenizer."
             )
         own, other = self.projection, unitok.up_projection
-        if isinstance(
-            other, AttentionProjection
-        ):  # a linear projection has other weights: keep the random ones
+        if isinstance(other, AttentionProjection):  # a linear projection has no matching weights
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
             if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
                 raise UserError(
