@@ -1,5 +1,5 @@
-"""The golden values of the losses, the small DINOv2, discriminator and LPIPS they were made with, and the
-pairs of a small run of stage 1."""
+"""Fixtures: golden losses with their small DINOv2, discriminator and LPIPS, data of a small run of stage 1,
+and tiny MLLM runs."""
 
 import argparse
 import io
@@ -157,14 +157,14 @@ def dino_file(tmp_path_factory):
     return path
 
 
-# ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen images, and how a run is started ----------
+# ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen images, and `train` -----------------------
 
 NAMES = ("red", "blue", "brown", "black")
 THINGS = ("cat", "dog", "fox", "sky")
 
 
 def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
-    """Images by number as a tar, and that as a code folder; returns its path."""
+    """Write random images by number as a tar and extract their codes; returns the code folder's path."""
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for number in numbers:
             colour, thing = NAMES[number % 4], THINGS[number // 4]
@@ -239,7 +239,7 @@ def mllm_folder(tmp_path_factory, golden):
 
 
 def train(root: Path, out: str, *overrides: str) -> Path:
-    """`unitok train` in this process; returns the run's folder."""
+    """Run `unitok train` in this process; returns the run directory."""
     folder = root / out
     given = [f"out={folder}", *overrides]
     train_command.run(argparse.Namespace(config=str(root / "config.yaml"), overrides=given))
@@ -247,7 +247,7 @@ def train(root: Path, out: str, *overrides: str) -> Path:
 
 
 def rows(folder: Path) -> list[dict]:
-    """The log without what depends on the clock."""
+    """The records of metrics.jsonl without times and speeds."""
     timed = ("seconds", "samples_per_second", "tokens_per_second", "tflops_per_second")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
@@ -265,8 +265,8 @@ def same_rows(one: list[dict], other: list[dict], tolerance: float) -> None:
 
 @pytest.fixture(scope="session")
 def mllm(mllm_folder):
-    """folder, train(out, *overrides) -> run folder, rows(folder), weights(folder), write_tokenizer,
-    write_codes, same_rows; what `unitok train folder/config.yaml` does in this process."""
+    """folder, train(out, *overrides) -> run directory, rows(folder), weights(folder), write_tokenizer,
+    write_codes, same_rows; `train` runs `unitok train folder/config.yaml` in this process."""
     return SimpleNamespace(
         folder=mllm_folder,
         train=lambda out, *overrides: train(mllm_folder, out, *overrides),
@@ -280,5 +280,5 @@ def mllm(mllm_folder):
 
 @pytest.fixture(scope="session")
 def mllm_reference(mllm):
-    """Six steps in one go."""
+    """An uninterrupted run of six steps."""
     return mllm.train("reference")

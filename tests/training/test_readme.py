@@ -1,4 +1,4 @@
-"""The commands of training/README.md on preparing data run as they stand there, and its mixture trains."""
+"""The data preparation commands of training/README.md run as written, and its mixture trains."""
 
 import gzip
 import json
@@ -36,8 +36,8 @@ def blocks(language=""):
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
-    """What the commands name: images, conversations, documents, text, and a tiny tokenizer."""
+def workdir(tmp_path, monkeypatch):
+    """A working directory with the files that the commands name: images, texts, and a tiny tokenizer."""
     torch.manual_seed(0)
     sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
     decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
@@ -62,7 +62,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_preparing_data_runs_as_written(place, golden):
+def test_data_preparation_runs_as_written(workdir, golden):
     lines = "".join(blocks()).replace("\\\n", " ").splitlines()
     assert len(lines) > 12
     for line in lines:

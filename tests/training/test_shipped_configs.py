@@ -1,4 +1,4 @@
-"""Every shipped YAML is valid and documented; those of stage 1, scaled down, run two steps."""
+"""Every shipped YAML is valid and documented; those of stage 1 run two steps, scaled down."""
 
 import json
 import pathlib

@@ -89,7 +89,7 @@ def flip_byte(file):
         (lambda p: truncate(p / "training_state/manifest.json"), "manifest.json is not readable"),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
+def test_a_damaged_checkpoint_is_rejected(tmp_path, damage, words):
     save(tmp_path, 5)
     damage(save(tmp_path, 10))
     with pytest.raises(UserError, match=words) as error:
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage, words):
     assert find_damage(tmp_path / "step-00000005") is None
 
 
-def test_another_number_of_ranks_is_refused_with_the_remedy(tmp_path):
+def test_another_number_of_ranks_is_rejected(tmp_path):
     path = save(tmp_path, 5)
     file = path / "training_state/rank-00000.pt"
     torch.save(torch.load(file, weights_only=True) | {"ranks": 4}, file)
@@ -151,7 +151,7 @@ def test_kill_during_a_save(tmp_path):
 
 
 def test_signals_stop_between_steps():
-    before = signal.getsignal(signal.SIGINT)  # SIG_IGN in a background job of a shell
+    before = signal.getsignal(signal.SIGINT)  # SIG_IGN if the tests run as a background job of a shell
     with StopOnSignal() as stop:
         assert not stop()
         stop.exit_if_signalled()

@@ -1,4 +1,4 @@
-"""Configs: what is read, what is refused and in which words, and what a resumed run may change."""
+"""Configs: types, overrides, error messages, and the changes that a resumed run allows."""
 
 import dataclasses
 from typing import Any, Literal
@@ -72,7 +72,7 @@ def test_values_of_every_type_are_built():
         ({"name": "x", "either": 3}, ["either is 3", "a string or a list"]),
     ],
 )
-def test_mistakes_are_named(raw, words):
+def test_config_error_messages(raw, words):
     with pytest.raises(UserError) as error:
         configs.build_config(Whole, raw)
     assert all(word in str(error.value) for word in words), error.value
@@ -135,7 +135,7 @@ def test_missing_file_and_shipped_config(tmp_path, monkeypatch):
         ("freeze=[encodr]", "Did you mean 'encoder'"),
     ],
 )
-def test_mistakes_in_the_demo_config_are_named(override, words):
+def test_demo_config_error_messages(override, words):
     with pytest.raises(UserError, match=words):
         load_run_config("configs/demo/tokenizer.yaml", [override])
 
@@ -158,7 +158,7 @@ def test_resume_with_another_config_shows_the_difference(tmp_path):
     RunDir.open(run_config(out, seed=7))
     RunDir.open(run_config(out))  # no checkpoint yet: a corrected config starts over
     (out / "checkpoints" / "step-00000001").mkdir(parents=True)
-    RunDir.open(run_config(out, stop_at=4))  # may change: it does not change what is computed
+    RunDir.open(run_config(out, stop_at=4))  # allowed: stop_at does not change the results
     with pytest.raises(UserError) as error:
         RunDir.open(run_config(out, steps=9, seed=1))
     assert "steps: 8 -> 9" in str(error.value)

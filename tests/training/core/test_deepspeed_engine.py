@@ -48,7 +48,7 @@ def inputs(step, part=0):
 
 
 def plain(steps, accumulation=1):
-    """The same in plain torch: (losses, gradient norms, net)."""
+    """The same training in plain torch: (losses, gradient norms, net)."""
     net = Net()
     adam = torch.optim.AdamW(
         deepspeed_engine.parameter_groups(net, 0.1), lr=1e-2, betas=OPTIMIZER.betas, eps=OPTIMIZER.eps
@@ -117,7 +117,7 @@ def test_learning_rate_follows_the_multiplier():
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_rows_and_scalars_can_be_overwritten(stage):
-    """Written values survive a step of rate 0, so the fp32 master weights have them; moments start at 0."""
+    """Written values survive a step of rate 0, so they are in the fp32 master weights; moments start at 0."""
     trained, net = build(stage)
     for step in range(2):
         trained.backward(trained(inputs(step)))

@@ -30,7 +30,7 @@ def build(stage: int, accumulation: int = 1, dtype: str = "fp32") -> Any:
     deepspeed_engine.init_distributed(EngineOptions(), 0)
     scale = torch.tensor(2.0)
     if stage == 3:
-        scale = scale.view(1)  # its broadcast takes no 0-d parameters
+        scale = scale.view(1)  # DeepSpeed's broadcast fails on 0-d parameters
     module, optimizer = TwoGroups(scale), Optimizer()
     options = EngineOptions(zero_stage=stage, accumulation=accumulation, dtype=dtype)
     groups = deepspeed_engine.parameter_groups(module, 0.1)
@@ -96,7 +96,7 @@ def test_one_rank_reduces_no_gradients(monkeypatch):
     calls.clear()
     engine.backward(engine(torch.ones(4, 3)))
     assert not calls
-    engine.enable_backward_allreduce = True  # the switch is what makes the difference
+    engine.enable_backward_allreduce = True  # the switch makes the difference
     engine.backward(engine(torch.ones(4, 3)))
     assert calls
 

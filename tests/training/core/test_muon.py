@@ -1,4 +1,4 @@
-"""Muon resumedst torch.optim.Muon, and which parameters it updates."""
+"""Muon against torch.optim.Muon, and which parameters it updates."""
 
 import copy
 
@@ -77,7 +77,7 @@ def test_resume_is_exact():
     assert all(torch.equal(found[name], want[name]) for name in want)
 
 
-def test_zero_stages_are_refused():
+def test_zero_stages_are_rejected():
     assert build_config(RunConfig, RUN).optimizer.kind == "muon"
     with pytest.raises(UserError, match="Muon needs whole matrices"):
         build_config(RunConfig, {**RUN, "engine": {"zero_stage": 1}})

@@ -1,4 +1,4 @@
-"""Schedules against the published ones, at 20 steps for each kind."""
+"""Schedules against the published ones, at 20 steps of each kind."""
 
 import pytest
 

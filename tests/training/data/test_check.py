@@ -1,4 +1,4 @@
-"""`unitok data check` on every kind of data set: counts, broken samples, lengths, the tokenizer of codes."""
+"""`unitok data check` on every type of data set: counts, broken samples, lengths, the tokenizer of codes."""
 
 import io
 import json
@@ -74,7 +74,7 @@ def test_codes(tmp_path, capsys):
     assert len(other.broken) == 1 and "another tokenizer (abc) than the one given (xyz)" in other.broken[0]
 
 
-def test_codes_of_the_wrong_mode_are_noted(tmp_path):
+def test_codes_of_the_wrong_mode_give_a_warning(tmp_path):
     talks = [{"captions": ["a cat"], "conversations": [talk()]}] * 2
     for mode, infos, kind in (
         ("crop", talks, "conversation"),
@@ -155,7 +155,7 @@ def test_conversations_and_text(tmp_path):
     assert "not UTF-8" in check_dataset(f"{tmp_path}/text.txt", quiet=True).broken[0]
 
 
-def test_errors_name_the_mistake(tmp_path):
+def test_error_messages(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "o.jsonl").write_text('{"texts": [], "images": []}\n')
     (tmp_path / "x.jsonl").write_text('{"a": 1}\n')

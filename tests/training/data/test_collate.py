@@ -1,4 +1,4 @@
-"""Rows and batches: ids, labels and masks as published, for every kind; packing; what is refused."""
+"""Rows and batches: ids, labels and masks as published, for every kind; packing; rejected samples."""
 
 import itertools
 import json
@@ -41,7 +41,7 @@ def published_cases(golden):
 
 
 def published_text(sample: dict, random: float) -> str | None:
-    """The text that the published collator takes, given its one constant random number."""
+    """The text that the published collator chooses with its constant random number."""
     kind, short, long = sample["data_type"], sample.get("text", "no"), sample.get("InVL_caption", "no")
     if kind == "I2T":
         return long
@@ -62,7 +62,7 @@ def test_rows_are_as_published(golden, legacy):
         kind = PUBLISHED_KINDS[sample["data_type"]]
         images = (1,) if IMAGE in case["input_ids"][0] else ()
         text = published_text(sample, case["np_random_rand"])
-        if set(case["labels"][0]) == {IGNORE_INDEX}:  # the published code keeps it, to no effect
+        if set(case["labels"][0]) == {IGNORE_INDEX}:  # the published code keeps such a sample, without effect
             with pytest.raises(BadSample, match="nothing to learn"):
                 sequences.build(kind, text, images)
             continue
@@ -73,7 +73,7 @@ def test_rows_are_as_published(golden, legacy):
             labels = [IGNORE_INDEX if label == IMAGE else label for label in labels]
         assert row.labels.tolist() == labels, case["name"]
         seen.add(kind)
-    assert seen == set(SAMPLE_KINDS) - {"document", "reading"}  # which the published code does not know
+    assert seen == set(SAMPLE_KINDS) - {"document", "reading"}  # kinds of this package only
 
 
 def sample(sequences, kind, text, images=1):
@@ -146,7 +146,7 @@ def test_packing_fills_rows_and_loses_nothing(seed):
     assert max(sums) <= 64 and len(packed) <= 1.1 * sum(lengths) / 64 + 1
 
 
-def test_long_text_is_cut_but_never_an_image(golden):
+def test_long_text_is_truncated_but_never_an_image(golden):
     sequences = make_sequences(golden, template="plain", max_length=24)
     assert len(sequences.build("captioning", "a cat " * 50, (TOKENS,)).ids) == 24
     with pytest.raises(BadSample, match="does not fit into max_length 24"):

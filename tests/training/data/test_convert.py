@@ -17,7 +17,7 @@ SIZE = 24
 
 
 def write_image(path, number):
-    """A random image, written as its ending says."""
+    """Write a random image in the format of the file's extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(number).integers(0, 256, (SIZE, SIZE + 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -146,7 +146,7 @@ def test_a_failed_conversion_removes_leftovers_of_a_kill(image_folder, tmp_path,
 
 
 def test_a_corrected_command_starts_over(image_folder, tmp_path, capsys):
-    """Another --images is another conversion, and what failed is not taken for done."""
+    """Another --images is another conversion, and a failed conversion does not count as finished."""
     (tmp_path / "m.jsonl").write_text("".join(f'{{"file_name": "{n}.png", "text": "a"}}\n' for n in range(4)))
     for n in range(4):
         write_image(tmp_path / "right" / f"{n}.png", n)
@@ -162,7 +162,7 @@ def test_a_corrected_command_starts_over(image_folder, tmp_path, capsys):
         convert_dataset("folder", tmp_path / "m.jsonl", tmp_path / "out", images=tmp_path / "wrong")
 
 
-def test_errors_name_the_mistake(image_folder, tmp_path):
+def test_error_messages(image_folder, tmp_path):
     out = tmp_path / "out"
     convert_dataset("folder", image_folder, out)
     for changed, words in (({"shard": 3}, "other shard"), ({"column": "x"}, "other column")):

@@ -1,4 +1,4 @@
-"""Code extraction: the tokenizer's codes, work resumed per tar and shared by ranks, errors that are clear."""
+"""Code extraction: equal to the tokenizer's codes, resumed per tar, split over ranks; error messages."""
 
 import argparse
 import io
@@ -162,7 +162,7 @@ def test_unreadable_images_are_skipped_up_to_a_share(tokenizer, tmp_path, capsys
     assert not (tmp_path / "none").exists()
 
 
-def test_refusals(tokenizer, data, tmp_path):
+def test_error_messages(tokenizer, data, tmp_path):
     out = tmp_path / "codes"
     run(tokenizer, data, out)
     with pytest.raises(UserError, match="another extraction"):
@@ -178,7 +178,7 @@ def test_refusals(tokenizer, data, tmp_path):
         run(tokenizer, broken, tmp_path / "none")
 
 
-def test_codes_cropped_in_a_mode_that_does_not_suit_a_kind_are_noted(tokenizer, tmp_path):
+def test_codes_of_the_wrong_mode_give_a_warning(tokenizer, tmp_path):
     data = tmp_path / "data"
     write_tar(data / "a.tar", range(4))
     run(tokenizer, data, tmp_path / "square")

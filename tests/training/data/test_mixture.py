@@ -1,4 +1,4 @@
-"""The mixture of tasks: shares, captions as published, same batches on any number of ranks, exact resume."""
+"""The mixture: shares, captions as published, the same batches on any number of ranks, exact resume."""
 
 import io
 import json
@@ -117,7 +117,7 @@ def test_shares_follow_the_weights(make):
             assert abs(kinds[kind] - share * 10 * step) <= 1
 
 
-def test_every_sample_comes_once_per_epoch(folder):
+def test_every_sample_occurs_once_per_epoch(folder):
     sizes = CodeFolder(folder).sizes
     order = ShuffledOrder(sizes, seed=0, name="a")
     epochs = [[order[e * 40 + i] for i in range(40)] for e in range(3)]
@@ -144,10 +144,10 @@ def test_resumes_exactly(make, options):
         same(after.next(), batches)
 
 
-def test_workers_change_nothing_and_their_number_may_change(make):
+def test_batches_do_not_depend_on_the_number_of_workers(make):
     """Nine steps over two epochs, stopped at the fourth and at the sixth, with 2, 1 and no processes."""
-    alone = make()
-    wanted = [alone.next() for _ in range(9)]
+    single = make()
+    wanted = [single.next() for _ in range(9)]
     state = make().state_dict()
     for workers, steps in ((2, range(4)), (1, range(4, 6)), (0, range(6, 9))):
         part = make(workers=workers)
@@ -155,7 +155,7 @@ def test_workers_change_nothing_and_their_number_may_change(make):
         for step in steps:
             same(part.next(), wanted[step])
         state = json.loads(json.dumps(part.state_dict()))
-    assert state == alone.state_dict()
+    assert state == single.state_dict()
 
 
 def test_workers_count_bad_samples_and_stop(tmp_path, sequences):
@@ -174,7 +174,7 @@ def test_workers_count_bad_samples_and_stop(tmp_path, sequences):
     assert "\n" not in str(error.value)
 
 
-def test_ranks_and_accumulation_cut_the_same_batch(make, monkeypatch):
+def test_ranks_and_accumulation_split_the_same_batch(make, monkeypatch):
     whole = rows_of(make().next())
     parts = []
     for rank in range(2):
@@ -239,7 +239,7 @@ def test_each_entry_has_one_order(make):
 
 
 def test_conversations_in_code_folders_are_read_as_data_check_reads_them(tmp_path, sequences):
-    """Without <image> the image comes first, and roles are known by other names, as `data check` has it."""
+    """As in `data check`: without <image> the image comes first, and `role` may replace `from`."""
     talk = [{"role": "user", "content": "What is it"}, {"role": "assistant", "content": "a cat"}]
     own = write_codes(tmp_path / "own", info={"conversations": [talk]})
     options = build_config(MixtureOptions, {"mixture": [{"kind": "conversation", "path": str(own)}]})
@@ -252,14 +252,14 @@ def test_conversations_in_code_folders_are_read_as_data_check_reads_them(tmp_pat
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
-def test_lines_are_found_piece_by_piece(tmp_path, monkeypatch, at_once):
+def test_lines_are_located_block_by_block(tmp_path, monkeypatch, at_once):
     monkeypatch.setattr(text, "SCAN_BLOCK", at_once)
     (tmp_path / "lines.txt").write_bytes(b"\nab\ncde\r\n\n\nf")
     lines = text.FileLines(tmp_path / "lines.txt")
     assert [lines[number] for number in range(len(lines))] == [b"ab", b"cde", b"f"]
 
 
-def test_refusals(tmp_path, make, folder):
+def test_error_messages(tmp_path, make, folder):
     with pytest.raises(UserError, match="another visual tokenizer"):
         make(fingerprint="xyz")
     with pytest.raises(UserError, match="extract-codes"):

@@ -1,4 +1,4 @@
-"""Packed rows: no sample sees another, no first token is a target, losses are those of the samples alone."""
+"""Packed rows: no attention between samples, no loss on first tokens, the same losses as unpacked."""
 
 import json
 
@@ -30,7 +30,7 @@ def sequences(processor):
 
 @pytest.fixture(scope="module")
 def samples(sequences):
-    """One of every kind, with no, one and two images."""
+    """Samples of every kind, with zero, one and two images."""
     random = np.random.default_rng(0)
 
     def make(kind, text, images):
@@ -85,7 +85,7 @@ def test_the_packed_loss_is_the_sum_over_the_samples(model, samples, pack_to):
 
 @torch.no_grad()
 def test_packed_samples_do_not_attend_to_each_other(model, samples):
-    """Other neighbours in a row leave a sample's hidden states as they are."""
+    """A sample's hidden states do not depend on its neighbours in the row."""
     one = collate(samples, IMAGE, 0, pack_to=200)
     changed = [samples[0]._replace(images=(samples[0].images[0] * 0,)), *samples[1:]]
     other = collate(changed, IMAGE, 0, pack_to=200)
@@ -101,7 +101,7 @@ def test_packed_samples_do_not_attend_to_each_other(model, samples):
 
 @torch.no_grad()
 def test_a_first_token_is_never_a_target(model, samples):
-    """Plain text labels its first id; neither the row's nor a packed sample's first is learned."""
+    """Plain text labels its first id, but no loss is computed for the first id of a row or packed sample."""
     texts = [sample for sample in samples if sample.kind == "text"] * 2
     assert all(sample.sequence.labels[0] != IGNORE_INDEX for sample in texts)
     for batch in (collate(texts, IMAGE, 0), collate(texts, IMAGE, 0, pack_to=100)):
@@ -113,8 +113,8 @@ def test_a_first_token_is_never_a_target(model, samples):
 
 
 @torch.no_grad()
-def test_a_real_pad_id_is_read_and_learned(model, sequences):
-    """Masks come from lengths: a genuine unknown token, whose id also fills rows up, stays."""
+def test_a_real_pad_id_is_not_masked(model, sequences):
+    """Masks come from lengths: a real unknown token, whose id is also the pad id, is not masked."""
     row = sequences.build("text", "a cat in the blue sky", ())
     row = row._replace(ids=row.ids.copy(), labels=row.labels.copy())
     row.ids[3] = row.labels[3] = sequences.processor.pad_token_id
@@ -128,8 +128,8 @@ def test_a_real_pad_id_is_read_and_learned(model, sequences):
 
 
 @pytest.mark.parametrize("pack_to", [0, 1, 48, 200, 1000])
-def test_speed_counts_real_tokens_and_pairs_alone(model, samples, pack_to):
-    """Padded, packed with padding behind, packed tight: the work is that of the samples one by one."""
+def test_token_counts_exclude_padding(model, samples, pack_to):
+    """Padded, packed with padding, packed without: the token counts equal those of the separate samples."""
     metrics = RunningMetrics(model, torch.device("cpu"))
     metrics.add(torch.zeros(BOOKS), collate(samples, IMAGE, 0, pack_to=pack_to))
     lengths = [len(sample.sequence.ids) for sample in samples]

@@ -41,7 +41,7 @@ def tars(tmp_path):
 
 
 class Keys:
-    """Decode a tar sample to its number and a random number of its own; the numbers in `bad` are unusable."""
+    """Decode a tar sample to its number and its own random number; the numbers in `bad` are unusable."""
 
     def __init__(self, bad=()):
         self.bad = set(bad)
@@ -87,7 +87,7 @@ def test_every_sample_once_an_epoch_and_another_order_each(tars):
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("split", ["samples", "shards"])
 def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
-    """7 + 13 batches are the 20 batches of an uninterrupted reader, over the end of an epoch."""
+    """7 + 13 batches equal the 20 batches of an uninterrupted reader, across the end of an epoch."""
     whole = first(build_loader(stream(tars, workers=workers, split=split), collate), 20)
     started = build_loader(stream(tars, workers=workers, split=split), collate)
     rows = read_batches(started)
@@ -105,7 +105,7 @@ def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
 @pytest.mark.parametrize("split", ["samples", "shards"])
 @pytest.mark.parametrize("before", [(2, 0), (1, 3)])
 def test_resume_with_other_ranks_and_workers(tars, split, before):
-    """Tars that nobody had started make up the rest of the epoch, each once; the next epoch is whole."""
+    """The rest of the epoch has every tar that no reader had started, once; the next epoch has all tars."""
     ranks, workers = before
     seen, states = set(), []
     for rank in range(ranks):
@@ -149,17 +149,17 @@ def test_after_a_fully_started_epoch_the_next_one_follows(tars):
 
 
 def test_global_batches_do_not_depend_on_ranks_and_workers(tars):
-    alone = first(build_loader(stream(tars, micro_batch=8), collate), 6)
+    single = first(build_loader(stream(tars, micro_batch=8), collate), 6)
     ranks = [first(build_loader(stream(tars, rank=r, ranks=2, micro_batch=4), collate), 6) for r in (0, 1)]
     joined = [[*a["numbers"], *b["numbers"]] for a, b in zip(*ranks)]
-    assert joined == [batch["numbers"] for batch in alone]
+    assert joined == [batch["numbers"] for batch in single]
     random = [[*a["random"], *b["random"]] for a, b in zip(*ranks)]
-    assert random == [batch["random"] for batch in alone]
+    assert random == [batch["random"] for batch in single]
     workers = first(build_loader(stream(tars, micro_batch=8, workers=2), collate), 6)
-    assert [b["numbers"] for b in workers] == [batch["numbers"] for batch in alone]
+    assert [b["numbers"] for b in workers] == [batch["numbers"] for batch in single]
 
 
-def test_split_by_shards_shares_nothing(tars):
+def test_split_by_shards_is_disjoint(tars):
     seen = [
         {
             n
@@ -199,7 +199,7 @@ def test_too_many_bad_samples_stop_the_run(tars, workers):
     assert "\n" not in str(error.value) and "max_bad_share" in str(error.value)
 
 
-def test_nothing_readable(tars):
+def test_no_readable_sample(tars):
     with pytest.raises(UserError, match="unreadable"):
         first(build_loader(stream(tars, bad=range(40)), collate), 1)
 
@@ -211,7 +211,7 @@ def damage(path, at=None, cut=None):
     path.write_bytes(bytes(data[:cut]))
 
 
-def test_broken_tars_give_what_is_whole_and_too_many_stop(tars, capfd):
+def test_broken_tars_give_their_intact_samples_and_too_many_stop(tars, capfd):
     damage(tars / "s-001.tar", cut=5 * 2048 + 1024 + 100)
     found = scan_tar(str(tars / "s-001.tar"))
     assert len(found.samples) == 6 and "ends at byte" in str(found.problem)
@@ -231,7 +231,7 @@ def test_a_header_in_the_middle_is_damaged(tars):
     assert "header at byte 4096 is damaged" in str(found.problem)
 
 
-def test_names_of_every_kind(tmp_path):
+def test_tar_member_names(tmp_path):
     long = "folder/" + "x" * 120
     path = write_tar(
         tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]

@@ -1,5 +1,5 @@
 """Every source format on twenty samples, from its published layout on disk to a batch: `unitok data convert`,
-`unitok extract-codes`, the mixture. Each text goes with the codes of its images, and labels are right."""
+`unitok extract-codes`, the mixture. Each text has the codes of its images, and labels are correct."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ def codes_of(tokenizer, images):
 
 @pytest.fixture(scope="module")
 def image_codes(tokenizer, images, tmp_path_factory):
-    """The images alone as a code folder."""
+    """A code folder of the images without texts."""
     folder = tmp_path_factory.mktemp("images")
     return prepare("folder", images, folder, tokenizer)
 
@@ -217,7 +217,7 @@ def rows_of(question, answer):
 
 
 def obelics_rows():
-    """Twenty documents: image, text, image, text; every fifth also names an image that is not there."""
+    """Twenty documents: image, text, image, text; every fifth also names a missing image."""
     rows = []
     for n in range(20):
         lost = ["nowhere.png"] if n % 5 == 0 else []
@@ -228,7 +228,7 @@ def obelics_rows():
 
 
 def mmc4_rows():
-    """The same documents as MMC4 writes them."""
+    """The same documents in MMC4's format."""
     rows = []
     for n in range(20):
         names = [f"train/{n:02d}.png", f"train/{(n + 3) % 20:02d}.png", "nowhere.png"][
@@ -274,7 +274,7 @@ def test_a_long_document_ends_before_an_image_that_does_not_fit(
         visual = int((ids == IMAGE).sum())
         assert visual % TOKENS == 0 and visual // TOKENS == len(batch.inputs["image_codes"]) and made.bad == 0
         ends = ids[torch.arange(20), batch.inputs["attention_mask"].sum(1) - 1]
-        assert made.sequences.processor.boi_token_id not in ends  # no image is announced that does not come
+        assert made.sequences.processor.boi_token_id not in ends  # no boi without its image
     assert min(lengths) <= 10 and max(lengths) > 20
 
 
@@ -348,7 +348,7 @@ def test_a_sample_without_one_of_its_images_is_skipped(images, tokenizer, tmp_pa
 
 @pytest.mark.slow
 def test_torchrun_splits_the_tars(images, tokenizer, image_codes, tmp_path):
-    """Two processes that never meet write the files that one writes."""
+    """Two processes without communication write the same files as one."""
     unitok("data", "convert", "folder", images, tmp_path / "tars", "--shard", 7)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "open_unitok", "extract-codes", "--tokenizer", tokenizer, "--batch-size", 4]
@@ -360,7 +360,7 @@ def test_torchrun_splits_the_tars(images, tokenizer, image_codes, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "mode"), [("llava", "pad"), ("folder", "crop")])
-def test_convert_makes_codes_in_the_mode_that_suits(kind, mode, llava, images, tokenizer, tmp_path):
+def test_convert_extracts_codes_in_the_mode_of_the_kind(kind, mode, llava, images, tokenizer, tmp_path):
     source = llava / "conversations.json" if kind == "llava" else images
     more = ("--images", images) if kind == "llava" else ()
     unitok("data", "convert", kind, source, tmp_path / "out", "--tokenizer", tokenizer, *more)

@@ -1,4 +1,4 @@
-"""Started by torchrun from the tests: MLLM runs one after the other in one launch, listed in a JSON file.
+"""Launched by torchrun in the tests: runs the MLLM runs of a JSON file one after the other.
 
 [{"config", "overrides": [...], "memory": null or a file for the bytes of live tensors in step 2}, ...]
 """

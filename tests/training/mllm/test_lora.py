@@ -30,7 +30,7 @@ def base(mllm_reference):
 
 @pytest.fixture(scope="module")
 def tuned(mllm, base):
-    """Six steps of adapters on the reference, with activation checkpointing: it must not lose gradients."""
+    """Six steps of adapters on the reference, with activation checkpointing, which must keep gradients."""
     return mllm.train("lora", "model=null", f"init_from={base}", *MORE)
 
 
@@ -72,8 +72,8 @@ def test_a_few_images_are_learned(mllm, base):
 
 @pytest.mark.slow
 def test_own_images_are_learned_and_old_answers_kept(mllm, tmp_path):
-    """A base that answers about twelve images learns four others by
-    their captions; half of what it sees are the questions it knew."""
+    """A base that answers questions about twelve images is fine-tuned on captions of four others; half of the
+    samples are the old questions."""
     seen = mllm.write_codes(mllm.folder, "seen", range(12), captions=1)
     mine = mllm.write_codes(mllm.folder, "mine", range(12, 16), captions=1)
     generated = "kind: text_to_image, path"
@@ -111,7 +111,7 @@ def tar_samples(path):
 
 
 def answered(pipe, samples):
-    """Per cent of the questions about these images that are answered rightly."""
+    """Per cent of the questions about these images that are answered correctly."""
     answers = pipe.answer([image for image, _ in samples], ["What is in this photo"] * len(samples))
     return 100 * np.mean([answer.strip() == caption for answer, (_, caption) in zip(answers, samples)])
 
@@ -213,12 +213,12 @@ def tiny_mllm(base):
         (["attention=flash_attention_2"], "needs a CUDA GPU"),
     ],
 )
-def test_errors_name_the_mistake(mllm, overrides, words):
+def test_error_messages(mllm, overrides, words):
     with pytest.raises(UserError, match=words):
         mllm.train("lora-mistake", *overrides)
 
 
-def test_the_projector_alone_is_trained(mllm, base):
+def test_only_the_projector_is_trained(mllm, base):
     factors = "{language_model: 0, lm_head: 0, visual_embedder: 0, projector: 1, depth_head: 0}"
     folder = mllm.train("projector", "model=null", f"init_from={base}", f"lr_factors={factors}", "steps=1")
     one, other = mllm.weights(folder), load_file(base / "model.safetensors")

@@ -1,4 +1,4 @@
-"""`unitok plan`: published sizes, arithmetic by hand, errors; test_ranks.py measures its memory."""
+"""`unitok plan`: published sizes, values computed by hand, errors; test_ranks.py measures memory."""
 
 import json
 import runpy
@@ -32,7 +32,7 @@ def test_the_published_7b(config, capsys):
     assert "GPU-hours" in out
 
 
-def test_lora_on_the_7b_needs_little_beside_the_weights():
+def test_lora_on_the_7b_needs_little_more_than_the_weights():
     config = run.load_run_config(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
     found = plan.plan_run(config, 8)
     trained = sum(count for _, count in found.parameters.values())
@@ -61,7 +61,7 @@ def test_flops_are_those_that_torch_counts(mllm_reference):
     )
     cost = MLLMFlops(model)
     forward = cost.flops(work, backward=False)
-    # torch also counts the pairs that a mask takes away, here all of them, and the projection's attention
+    # torch also counts masked pairs, so all of them here, and the projection's attention
     assert counter.get_total_flops() == pytest.approx(forward, rel=0.03)
     assert cost.flops(work) == pytest.approx(3 * forward, rel=1e-6)
     model.language_model.requires_grad_(False)
@@ -98,7 +98,7 @@ def test_documents_are_planned_as_generated():
         ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),
     ],
 )
-def test_errors_name_the_mistake(arguments, words):
+def test_error_messages(arguments, words):
     with pytest.raises(UserError, match=words):
         main.run(["plan", *arguments])
 

@@ -1,5 +1,5 @@
-"""Two ranks on one machine: every ZeRO stage gives the losses and weights of one process, resumes, and needs
-the memory that was planned. All runs share one launch."""
+"""Two ranks on one machine: every ZeRO stage gives the losses and weights of one process, resumes, and uses
+the planned memory. All runs share one launch."""
 
 import json
 import os
@@ -17,9 +17,9 @@ from open_unitok.training.mllm import plan
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 STAGES = (0, 1, 2, 3)
-# with the usual eps, gradients that are nothing but rounding would move weights by the whole learning rate
+# with the usual eps, gradients that are only rounding errors would change weights by the whole learning rate
 STEPS = ("steps=10", "optimizer.eps=1e-4", "log.every=2", "checkpoint.every=4")
-# weights that outweigh one small micro-batch, and a bucket that does not outweigh them
+# weights take more memory than a small micro-batch, and the bucket less than the weights
 MEMORY = (
     "steps=2",
     "batch_size=2",
@@ -51,7 +51,7 @@ def jobs(root: Path, base: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def launched(mllm, mllm_reference):
-    """All runs on two ranks; those named resumed-* were stopped after step 5 and went on."""
+    """All runs on two ranks; those named resumed-* were stopped after step 5 and resumed."""
     root = mllm.folder
     launched_jobs = []
     for name, overrides in jobs(root, mllm_reference / "model").items():
@@ -72,7 +72,7 @@ def launched(mllm, mllm_reference):
 
 
 @pytest.fixture(scope="module")
-def alone(mllm, mllm_reference):
+def single(mllm, mllm_reference):
     """(name) -> the same run in one process, without ZeRO."""
     done = {}
 
@@ -80,7 +80,7 @@ def alone(mllm, mllm_reference):
         if name not in done:
             overrides = jobs(mllm.folder, mllm_reference / "model")[name]
             plain = [o for o in overrides if "zero_stage" not in o and "accumulation" not in o]
-            done[name] = mllm.train(f"alone-{name}", *plain)
+            done[name] = mllm.train(f"single-{name}", *plain)
         return done[name]
 
     return run
@@ -97,8 +97,8 @@ NAMES = [*(f"zero{stage}" for stage in STAGES), "parted0", "parted3", "offloaded
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_stage_equals_one_process(mllm, launched, alone, name):
-    folder, expected = launched / name, alone("zero0")
+def test_every_stage_equals_one_process(mllm, launched, single, name):
+    folder, expected = launched / name, single("zero0")
     mllm.same_rows(mllm.rows(folder), mllm.rows(expected), 1e-4)
     same_weights(folder / "model", expected / "model")
 
@@ -121,26 +121,27 @@ def test_every_checkpoint_is_a_model_folder(launched, stage):
     same_weights(steps[-1], launched / f"zero{stage}" / "model")
 
 
-def test_text_on_one_rank_and_images_on_the_other(mllm, launched, alone):
-    folder, expected = launched / "apart", alone("apart")
+def test_text_on_one_rank_and_images_on_the_other(mllm, launched, single):
+    folder, expected = launched / "apart", single("apart")
     mllm.same_rows(mllm.rows(folder), mllm.rows(expected), 1e-4)
     same_weights(folder / "model", expected / "model")
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_adapters_equal_one_process(mllm, launched, alone, stage):
-    folder, expected = launched / f"lora{stage}", alone(f"lora{stage}")
+def test_adapters_equal_one_process(mllm, launched, single, stage):
+    folder, expected = launched / f"lora{stage}", single(f"lora{stage}")
     mllm.same_rows(mllm.rows(folder), mllm.rows(expected), 1e-4)
     same_weights(folder / "model", expected / "model", "adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_planned_memory_is_what_is_alive(mllm, mllm_reference, launched, stage):
-    """Parameters, gradients and optimiser of every rank, when the second step has its gradients."""
+    """Parameters, gradients and optimiser states of every rank, once the second step has gradients."""
     overrides = jobs(mllm.folder, mllm_reference / "model")[f"memory{stage}"]
     config = run.load_run_config(str(mllm.folder / "config.yaml"), overrides)
     memory = plan.plan_run(config, gpus=2).memory[stage]
-    planned = memory.states + (memory.buffers if stage == 3 else 0)  # at stage 2 the bucket is gone by then
+    # at stage 2 the bucket has been freed by then
+    planned = memory.states + (memory.buffers if stage == 3 else 0)
     for rank in range(2):
         found = int((launched / f"memory{stage}.bytes.{rank}").read_text())
         assert planned == pytest.approx(found, rel=0.1), (memory, found)

@@ -1,4 +1,4 @@
-"""A kind of training sample that only this file defines: checked, planned and trained by its name alone."""
+"""A kind of training sample defined in this file is checked, planned and trained by its name."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from open_unitok.training.mllm import plan
 
 
 class ReversedCaptioning(CaptioningKind):
-    """The caption is learned word by word from its end."""
+    """The caption with its words in reverse order."""
 
     crop = "pad"
 
@@ -19,7 +19,7 @@ class ReversedCaptioning(CaptioningKind):
 
 
 class Shouting(CaptioningKind):
-    """Made of a field that no other kind reads."""
+    """Reads a field that no other kind reads."""
 
     field = "shout"
 
@@ -61,7 +61,7 @@ def test_data_check_counts_its_field(mllm, monkeypatch):
     assert any(f"16 samples with {field}: 32 texts" in line for line in lines)
 
 
-def test_an_unknown_kind_is_rejected_with_the_seams_name(mllm, reversed_captioning):
+def test_an_unknown_kind_is_rejected(mllm, reversed_captioning):
     with pytest.raises(
         UserError, match=r"'reversed_caption' is not in SAMPLE_KINDS .* mean 'reversed_captioning'"
     ):

@@ -1,4 +1,4 @@
-"""A tokenizer with 2 x 8 visual tokens, as many as 4 x 4: extraction and one step of training."""
+"""A tokenizer with 2 x 8 visual tokens, as many as 4 x 4: extraction and one training step."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_codes_of_another_layout_are_rejected(mllm, wide):
         train(mllm, wide, "square_codes", "other-layout")
 
 
-def test_an_extraction_goes_on_in_its_own_layout_alone(wide, tmp_path):
+def test_an_extraction_resumes_only_in_its_own_layout(wide, tmp_path):
     shutil.copytree(wide / "codes", tmp_path / "codes")
     given = ["--tokenizer", str(wide / "square"), "--data", f"{wide}/tars/*.tar"]
     with pytest.raises(UserError, match=r"another extraction \(layout"):

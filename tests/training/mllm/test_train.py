@@ -1,5 +1,5 @@
 """The MLLM stage: one batch is overfitted, a resumed run equals an uninterrupted one, accumulation, packing
-and ranks do not change the losses, fine-tuning starts from pretraining, and errors name the mistake."""
+and ranks do not change the losses, fine-tuning starts from pretraining; error messages."""
 
 import json
 import os
@@ -178,7 +178,7 @@ def test_a_loss_without_a_weight_is_an_error_that_names_both():
         (["loss={text: 0, image: 0}"], "not both 0"),
     ],
 )
-def test_errors_name_the_mistake(mllm, root, overrides, message):
+def test_error_messages(mllm, root, overrides, message):
     with pytest.raises(UserError, match=message):
         mllm.train(f"mistake-{message[:9]}", *overrides)
     assert not (root / f"mistake-{message[:9]}" / "model").exists()
@@ -230,7 +230,7 @@ def test_nan_stops_and_keeps_the_checkpoint(mllm, monkeypatch):
 
 
 def test_zero_3_shards_the_model_before_it_is_moved_to_its_device(mllm, monkeypatch):
-    """No device holds the whole model at any time: whoever moves it finds parameters without storage."""
+    """No device holds the whole model at any time: parameters have no storage when the module is moved."""
     held = []
     original = UniTokForConditionalGeneration.to
 
@@ -243,7 +243,7 @@ def test_zero_3_shards_the_model_before_it_is_moved_to_its_device(mllm, monkeypa
     assert held and not any(held)
 
 
-def test_codes_of_the_wrong_mode_are_noted_once(mllm, tmp_path, capsys):
+def test_codes_of_the_wrong_mode_give_one_warning(mllm, tmp_path, capsys):
     shutil.copytree(mllm.folder / "codes", tmp_path / "codes")
     facts = json.loads((tmp_path / "codes" / "codes.json").read_text())
     assert facts["mode"] == "crop" and facts["oblong"] == 0

@@ -177,7 +177,7 @@ def test_answers_are_true():
 
 
 def named_objects(question: str, scene) -> list:
-    """The objects that a question names, in the order of their names."""
+    """The objects that a question names, in the order of their names in the text."""
     names = [(obj, f"the {name}") for obj in scene.objects for name in questions.all_names(obj)]
     found = [(question.index(name), obj) for obj, name in names if name in question]
     return [obj for _, obj in sorted(found, key=lambda pair: pair[0])]

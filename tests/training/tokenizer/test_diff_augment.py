@@ -57,7 +57,7 @@ def test_noise_belongs_to_the_sample():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_batch_is_one_by_one_and_not_square():
+def test_batch_equals_single_images_and_may_be_oblong():
     image, noise = torch.rand(3, 3, 24, 40, requires_grad=True), sample_noise(0, 0, "real", range(3))
     together = augment(image, noise, blur=0.3)
     for i in range(3):

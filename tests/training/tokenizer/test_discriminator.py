@@ -1,4 +1,4 @@
-"""The discriminators: golden logits and gradients, norms, weight files, the one from scratch."""
+"""The discriminators: golden logits and gradients, norms, weight files, the PatchGAN."""
 
 import json
 
@@ -123,7 +123,7 @@ def test_grouped_batch_norm():
         norm(features[:9])
 
 
-def test_rank_batch_norm_alone_is_batch_norm():
+def test_rank_batch_norm_on_one_rank_is_batch_norm():
     ours, plain = RankBatchNorm(4, eps=1e-6), torch.nn.BatchNorm1d(4, eps=1e-6)
     features = torch.randn(6, 4, 5)
     torch.testing.assert_close(ours(features), plain(features))

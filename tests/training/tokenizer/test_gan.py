@@ -26,7 +26,7 @@ def train(data, out, *overrides):
 
 
 def rows(out):
-    """metrics.jsonl without what depends on the clock."""
+    """The records of metrics.jsonl without times and speeds."""
     with open(out / "metrics.jsonl") as file:
         found = [json.loads(line) for line in file]
     return [{k: v for k, v in row.items() if "second" not in k} for row in found]
@@ -88,7 +88,7 @@ def test_the_gan_starts_at_its_step(data, whole):
 
 @pytest.mark.parametrize(("stage", "workers"), [(0, 0), (2, 1)])
 def test_resume_is_bit_identical(data, whole, tmp_path, stage, workers):
-    """With the discriminator, its moments and views; ZeRO 2 and a worker against a run of their own."""
+    """With the discriminator, its moments and views; ZeRO 2 with a worker has its own uninterrupted run."""
     more = []
     if (stage, workers) != (0, 0):
         options = f"zero_stage: {stage}, accumulation: 2, gradient_checkpointing: true, threads: 1"
@@ -142,7 +142,7 @@ def test_with_dino(data, dino_file, tmp_path, dtype):
         (["profile.steps=-1"], "profile.steps"),
     ],
 )
-def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, capsys, overrides, words):
+def test_config_errors_stop_before_the_first_batch(data, tmp_path, capsys, overrides, words):
     with pytest.raises(SystemExit) as left:
         train(data, tmp_path / "run", *(text.replace("HERE", str(data)) for text in overrides))
     last = capsys.readouterr().err.strip().splitlines()[-1]
@@ -152,20 +152,20 @@ def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, caps
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_two_ranks_are_one_process(data, dino_file, tmp_path, stage):
-    """Steps with discriminator, entropy, augmentation, drop path and a part of the images decoded give the
-    same losses to 1e-4, until rounding, which depends on the processor, flips a code that is nearly a tie."""
+def test_two_ranks_equal_one_process(data, dino_file, tmp_path, stage):
+    """With discriminator, entropy, augmentation, drop path and partial decoding the losses agree to 1e-4,
+    until rounding, which depends on the processor, changes a code with two almost equally near entries."""
     discriminator = PATCH if stage == 0 else ["losses.adversarial=0.4", f"discriminator.weights={dino_file}"]
     drop = ["model.num_hidden_layers=2", "model.drop_path_rate=0.4", "reconstruct_share=0.5"]
     settings = [*discriminator, *drop, "steps=10", "log.images_every=0", "checkpoint.every=10"]
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    train(data, alone, *settings)
+    single, both = tmp_path / "single", tmp_path / "both"
+    train(data, single, *settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={both}", *settings]
     done = subprocess.run([*launch, *command, f"engine.zero_stage={stage}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(rows(both)) == 10 and rows(both)[-1]["discriminator_grad_norm"] > 0
-    for one, two in zip(rows(alone), rows(both), strict=True):
+    for one, two in zip(rows(single), rows(both), strict=True):
         if one["step"] > 6:
             assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
             continue
@@ -186,7 +186,7 @@ def test_two_ranks_are_one_process(data, dino_file, tmp_path, stage):
 # ---- other ranks, other workers --------------------------------------------------------------------------
 
 
-def test_another_number_of_workers_is_refused_with_the_remedy(data, whole, tmp_path, capsys):
+def test_another_number_of_workers_is_rejected(data, whole, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(data, whole, *PATCH, "data.workers=1")
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The losses of stage 1 against golden values, alone and in three training steps with a discriminator."""
+"""The losses of stage 1 against golden values, each one and in three training steps with a discriminator."""
 
 import math
 import os
@@ -102,7 +102,7 @@ def adam(module, lr, betas, decay):
 
 
 def train_step(models, optimizers, batch, views, warmup, blur):
-    """One published step: the first two images are rebuilt, all are contrasted; returns what was logged."""
+    """One published step: decode the first two images, contrast all; returns the metrics."""
     unitok, discriminator, lpips = models
     image, text = batch
     real = image[:2]
@@ -178,12 +178,12 @@ def check_parameters(model, values, numbers):
     assert len(wanted) == 6
     for name, tensor in wanted.items():
         ours = found[name]
-        if name == "quantizer.codebooks":  # the golden file holds the second one alone
+        if name == "quantizer.codebooks":  # the golden file holds only the second one
             ours = ours[1:2]
-        if name.endswith("qkv.bias"):  # the keys' bias has no gradient: Adam moves it by noise
+        if name.endswith("qkv.bias"):  # the key bias has no gradient: Adam updates it with noise
             ours, tensor = (torch.cat((t[:64], t[128:])) for t in (ours, tensor))
         torch.testing.assert_close(ours, tensor, rtol=0, atol=5e-5, msg=name)
-    # a norm takes its parameter's way through the table of names
+    # rename the norms like their parameters
     norms = numbers["train.step0.param_norms"]
     norms = {name: torch.tensor([[norm]]) for name, norm in norms.items() if ".codebooks." not in name}
     renamed = state_from_published(norms)
@@ -254,12 +254,12 @@ def run_ranks(count: int, port: int) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one(unused_port):
+def test_two_ranks_equal_one_process(unused_port):
     """Losses, adaptive weight and every gradient, with random numbers keyed by the sample's number."""
-    alone, both = run_ranks(1, unused_port), run_ranks(2, unused_port)
-    assert len(alone) > 15
-    # a bias before a norm has only noise for a gradient
-    assert both == pytest.approx(alone, rel=1e-5, abs=1e-6)
+    single, both = run_ranks(1, unused_port), run_ranks(2, unused_port)
+    assert len(single) > 15
+    # abs: the gradient of a bias before a norm is only rounding error
+    assert both == pytest.approx(single, rel=1e-5, abs=1e-6)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ def test_another_quantizer_trains_end_to_end(data, tmp_path, capsys):
     model = UniTok.from_pretrained(tmp_path / "other" / "model")
     assert isinstance(model.quantizer, NearestQuantizer) and model.quantizer.commitment == 0.5
     assert model.quantizer.usage.sum(dim=-1).tolist() == pytest.approx([1, 1])
-    # Initialised on latents as they are: with unit norm, as UniTok's rows, all norms would be near 1.
+    # Initialised on latents without normalisation: with UniTok's unit rows all norms would be near 1.
     norms = model.quantizer.codebooks.norm(dim=-1)
     assert norms.std() > 0.05
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1

@@ -24,7 +24,7 @@ def train(data, out, *overrides):
 
 
 def rows(out):
-    """metrics.jsonl without what depends on the clock."""
+    """The records of metrics.jsonl without times and speeds."""
     with open(out / "metrics.jsonl") as file:
         found = [json.loads(line) for line in file]
     return [{k: v for k, v in row.items() if "second" not in k} for row in found]
@@ -90,7 +90,7 @@ def test_resume_is_bit_identical(data, whole, tmp_path, accumulation):
 
 
 def test_records_of_several_steps_resume(data, whole, tmp_path):
-    """After a stop between two records, the next one is still the mean since the last one."""
+    """After a stop between two records, the next record still averages all steps since the last one."""
     for out, stops in ((tmp_path / "whole", [[]]), (tmp_path / "run", [["stop_at=4"], []])):
         for stop in stops:
             train(data, out, "log.every=3", *stop)
@@ -126,12 +126,18 @@ def test_the_loss_falls_on_one_batch(data, tmp_path):
 
 @pytest.mark.slow
 def test_one_batch_can_be_overfitted(data, tmp_path):
-    """Twenty images are reconstructed to a mean squared error of 0.04 (of a range of 2): 20 dB."""
+    """Twenty images are reconstructed to a mean squared error of 0.04 (range 2): 20 dB."""
     same = ["steps=300", "batch_size=20", "images.crop_scale=[1.0,1.0]", "images.crop_ratio=[1.0,1.0]"]
-    alone = ["losses.entropy=0", "losses.clip=0", "ema=null", "data.shuffle=1", "decoder_init=kaiming"]
+    reconstruction_only = [
+        "losses.entropy=0",
+        "losses.clip=0",
+        "ema=null",
+        "data.shuffle=1",
+        "decoder_init=kaiming",
+    ]
     settings = ["optimizer.lr=3e-3", "optimizer.weight_decay=0", "checkpoint.every=300", "log.every=50"]
     out = tmp_path / "run"
-    train(data, out, *same, *alone, *settings, f"data.sources.0.path={data}/pairs-0.tar")
+    train(data, out, *same, *reconstruction_only, *settings, f"data.sources.0.path={data}/pairs-0.tar")
     assert rows(out)[0]["l2"] > 0.2 and rows(out)[-1]["l2"] < 0.04
 
 
@@ -150,7 +156,7 @@ def test_one_batch_can_be_overfitted(data, tmp_path):
         ("model.text_vocab_size=9", "leave the key out"),
     ],
 )
-def test_mistakes_stop_before_the_first_batch_with_one_line(data, tmp_path, capsys, override, words):
+def test_config_errors_stop_before_the_first_batch(data, tmp_path, capsys, override, words):
     with pytest.raises(SystemExit) as left:
         train(data, tmp_path / "run", override, "engine.accumulation=2")
     error = capsys.readouterr().err
@@ -181,7 +187,7 @@ def test_nan_stops_and_keeps_the_checkpoint(data, tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["step-00000003"]
 
 
-def test_another_config_is_refused(data, whole, capsys):
+def test_another_config_is_rejected(data, whole, capsys):
     with pytest.raises(SystemExit):
         train(data, whole, "optimizer.lr=1e-3")
     assert "optimizer.lr: 0.002 -> 0.001" in capsys.readouterr().err
@@ -289,11 +295,11 @@ def test_kill_during_a_save(data, whole, tmp_path, where):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
-def test_two_ranks_are_one_process(data, tmp_path, stage):
+def test_two_ranks_equal_one_process(data, tmp_path, stage):
     """The same global batches give the same losses; both ranks stop, resume and finish together."""
     settings = ["model.num_hidden_layers=2", "log.images_every=0"]
-    alone, both = tmp_path / "alone", tmp_path / "both"
-    train(data, alone, *settings)
+    single, both = tmp_path / "single", tmp_path / "both"
+    train(data, single, *settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={both}", *settings]
     for stop in (["stop_at=4"], []):
@@ -302,10 +308,10 @@ def test_two_ranks_are_one_process(data, tmp_path, stage):
         )
         assert done.returncode == 0, done.stderr
     assert [row["step"] for row in rows(both)] == list(range(1, 9))
-    for one, two in zip(rows(alone), rows(both)):
+    for one, two in zip(rows(single), rows(both)):
         for name in ("loss", "l1", "l2", "vq", "entropy", "clip"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
-    models = [UniTok.from_pretrained(out / "model") for out in (alone, both)]
+    models = [UniTok.from_pretrained(out / "model") for out in (single, both)]
     torch.testing.assert_close(*[m.decoder.norm.weight for m in models], rtol=1e-3, atol=1e-4)
     refused = subprocess.run([sys.executable, *command, "stop_at=8"], capture_output=True, text=True)
     assert (refused.returncode == 2 and "engine.zero_stage" in refused.stderr) or stage == 0
