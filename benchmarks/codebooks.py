@@ -1,5 +1,5 @@
-"""The paper's central ablation in small: equally many entries as one codebook or as several sub-codebooks
-(arXiv 2502.20321, section 4.3). About 10 minutes on 2 idle CPU cores, 30 on busy ones:
+"""A small version of the paper's central ablation: the same number of entries in one codebook or in several
+sub-codebooks (arXiv 2502.20321, section 4.3). About 10 minutes on 2 idle CPU cores, 30 on busy ones:
 
     python benchmarks/codebooks.py [--out runs/codebooks] [--steps 1000] [--books 1 2 4 8]
 
@@ -22,7 +22,7 @@ HEAD = ("sub-codebooks x entries", "bits per visual token", "PSNR (dB)", "RMS er
 
 
 def main() -> None:
-    """Make the scenes, train, evaluate, print the table."""
+    """Write the scenes, train, evaluate, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/codebooks"), help="folder of all runs")
     parser.add_argument("--steps", type=int, default=1000, help="steps of each training run")
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def train_and_evaluate(out: Path, books: int, steps: int) -> dict:
-    """Train with `books` sub-codebooks, unless finished before, and evaluate the saved model."""
+    """Train with `books` sub-codebooks, unless that run is finished, and evaluate the saved model."""
     run, data = out / f"k{books}", out / "data"
     size = ENTRIES // books
     overrides = {
@@ -64,6 +64,7 @@ def train_and_evaluate(out: Path, books: int, steps: int) -> dict:
         "entries": size,
         "bits_per_token": books * math.log2(size),
         "psnr": psnr,
+        # PSNR = -20 log10(RMS) with a peak of 1
         "rms_error": 255 * 10 ** (-psnr / 20),
         "usage": found["details"]["usage"],
     }

@@ -66,12 +66,12 @@ PARTS = ("machine", *IMAGE_PARTS, "answers", "prefix")
 
 
 def main() -> None:
-    """Run the parts one after the other and print their ratios."""
+    """Run each part in its own process and print the ratios."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # for the process of one part
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of results; those of other parts in it are kept")
     parser.add_argument("--gpu", action="store_true", help="the 7B shape on a CUDA device")
@@ -115,9 +115,8 @@ def benchmark_model() -> Any:
 
 def measure_machine() -> dict[str, Any]:
     """Read bandwidth of memory and last-level cache in GB/s, and fp32 GFLOP/s of a matrix product."""
-    numbers = torch.ones(
-        96 * 2**20
-    )  # 384 MiB: larger than any last-level cache; its first 16 MiB fit into it
+    # 384 MiB, larger than any last-level cache; the first 16 MiB fit into it
+    numbers = torch.ones(96 * 2**20)
     x, w = torch.randn(256, 1024), torch.randn(3072, 1024)
     return {
         "memory_gb_s": 4 * numbers.numel() / best_seconds(numbers.sum, 8) / 1e9,
@@ -204,7 +203,8 @@ def weights_per_token(model: Any) -> tuple[int, int, int]:
 def measure_agreement(folder: str) -> dict[str, float]:
     """Shares of equal codes: bf16 and int8 against fp32, and a seed alone against the same seed in a batch.
 
-    The first is teacher-forced on fp32's greedy codes with guidance, so that one difference does not spread.
+    The first is teacher-forced on fp32's greedy codes with guidance, so that one difference does not affect
+    later codes.
     """
     pipe = Pipeline.from_pretrained(folder)
     prompts = pipe.prompt_ids(["a red circle", "two blue squares", "a green star above a yellow circle"])
@@ -216,7 +216,8 @@ def measure_agreement(folder: str) -> dict[str, float]:
     for precision in ("fp32", "bf16", "int8"):
         model = pipe.model.to(torch.bfloat16) if precision == "bf16" else pipe.model
         if precision == "int8":
-            model = Pipeline.from_pretrained(folder).model  # fp32 again: the conversion to bf16 is in place
+            # load fp32 weights again: the conversion to bf16 was in place
+            model = Pipeline.from_pretrained(folder).model
         found[precision] = teacher_forced_agreement(
             model, rows, codes, "int8" if precision == "int8" else None
         )
@@ -353,7 +354,7 @@ def image_line(part: str, results: dict[str, Any]) -> str:
 
 
 def profile_line(part: str, now: dict[str, Any]) -> str:
-    """Where the time of a visual token goes."""
+    """The time per visual token by part."""
     times = now["profile_ms"]
     depth_head = len(now["codes"][0][0]) * times["code_logits"]
     rest = now["ms"] - times["decode_step"] - depth_head  # guidance, argmax, Python

@@ -1,4 +1,4 @@
-"""What the benchmarks share: device names, timing, parts in processes of their own, files of results."""
+"""Shared by the benchmarks: device names, timing, isolated processes, result files."""
 
 import json
 import os
@@ -52,12 +52,12 @@ def measure_seconds(work: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def best_seconds(work: Callable[[], Any], repeats: int = 3, device: str = "cpu") -> float:
-    """The fastest of some calls: other load on the machine only ever adds time."""
+    """Seconds of the fastest call: other load on the machine can only add time."""
     return min(measure_seconds(work, device) for _ in range(repeats))
 
 
 def run_isolated(script: str, *arguments: str) -> Any:
-    """JSON from the last line of a script run in its own process: peak memory is then its own, too."""
+    """JSON from the last line of a script run in its own process, so that peak memory is its own."""
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
@@ -65,12 +65,12 @@ def run_isolated(script: str, *arguments: str) -> Any:
 
 
 def load_average() -> float:
-    """Processes that wanted a core in the last minute: results above the number of cores are suspect."""
+    """Load average of the last minute; above the number of cores, results are unreliable."""
     return round(os.getloadavg()[0], 1)
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """The results in a file, or none where it does not exist yet."""
+    """The results in a file; {} if it does not exist."""
     return json.loads(path.read_text()) if path.exists() else {}
 
 

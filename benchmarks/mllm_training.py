@@ -5,7 +5,7 @@
 
 Results go to benchmarks/results/mllm_training-DEVICE.json; a case that does not fit is reported as out of
 memory. Half of the samples are text-to-image, half questions about an image, packed into rows of `--length`
-tokens. A step is forward, backward, gradient clipping and AdamW as in `unitok train`; data are made before.
+tokens. A step is forward, backward, gradient clipping and AdamW as in `unitok train`, without loading data.
 "7b_8of32" has the published 7B's widths and 8 of its 32 layers.
 """
 
@@ -89,7 +89,7 @@ def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator
     while len(ids) + image + words + 1 <= length:
         text = torch.randint(5, config.text_config.vocab_size, (words,), generator=generator).tolist()
         image_ids = [config.image_token_id] * image
-        if images % 2:  # a question: loss on the text behind the image
+        if images % 2:  # a question: loss on the text after the image
             ids += [1, *image_ids, *text]
             labels += [-100] * (1 + image) + text
         else:  # text-to-image: loss on the begin-of-image token and the image
@@ -110,7 +110,7 @@ def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator
 def batch_of(
     config: UniTokMLLMConfig, rows: int, length: int, device: torch.device
 ) -> tuple[dict[str, torch.Tensor], TokenCounts]:
-    """A micro-batch of equally packed rows, and the token counts that its FLOPs depend on."""
+    """A micro-batch of packed rows, and the token counts for its FLOPs."""
     generator = torch.Generator().manual_seed(0)
     made = [packed_row(config, length, generator) for _ in range(rows)]
     batch = {name: torch.cat([row[name] for row in made]) for name in made[0]}
@@ -129,7 +129,7 @@ def batch_of(
 
 
 def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train some steps; returns the record of results."""
+    """Train for some steps; returns the record of results."""
     case = CASES[name]
     torch.manual_seed(0)
     model = make_model(case, device)

@@ -106,7 +106,7 @@ def red_circle() -> str:
 
 
 def measure(address: str, requests: list[Request], clients: int, duration: float) -> dict[str, Any]:
-    """Throughput and latency of some concurrent clients."""
+    """Throughput and latency of `clients` concurrent clients."""
     latencies: list[float] = []
     errors: list[str] = []
     start = time.monotonic()

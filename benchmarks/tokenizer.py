@@ -39,7 +39,7 @@ from open_unitok.tokenizer import UniTok, UniTokConfig, cpu
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.training.core.flops import peak_tflops
 
-MARGIN = 1e-4  # codes may differ where two entries are nearer to each other than this, by rounding alone
+MARGIN = 1e-4  # rounding may change a code whose two nearest entries differ by less than this
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def alternate(
 
 @torch.no_grad()
 def random_model(config: UniTokConfig) -> UniTok:
-    """A model with random weights that keep the scale of activations; faster than its initialisation."""
+    """A model with random weights that keep the scale of activations; faster than its own initialisation."""
     with torch.device("meta"):
         model = UniTok(config)
     model.to_empty(device="cpu")
@@ -205,7 +205,7 @@ def compare(
     if "encode" in parts:
         latents = baseline_latents(reference, pixels)
         codes, clear = reference.quantizer.encode(latents), code_margins(reference, latents) > MARGIN
-        model.encode(typed[:1])  # the first use: operators are autotuned here
+        model.encode(typed[:1])  # warm up: operators are autotuned at first use
         row, found, _ = alternate(
             lambda: model.encode(typed), lambda: baseline_encode(reference, pixels), repeats
         )
@@ -239,7 +239,7 @@ def run_cuda(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, A
     needed["train"] = 3 * (needed["encode"] + needed["decode"])  # the backward pass costs two forward passes
     rate = best_rate(torch.bfloat16, "cuda", 4 * args.product)
     peak = peak_tflops(torch.device("cuda"))
-    nominal = peak * 1e12 if peak else rate  # MFU: of the data sheet's peak, else of the measured rate
+    nominal = peak * 1e12 if peak else rate  # MFU relative to the data sheet's peak, or to the measured rate
     rows = []
     for batch in args.batch:
         pixels = torch.rand(batch, 3, args.side, args.side, device="cuda") * 2 - 1

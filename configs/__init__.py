@@ -1,1 +1,1 @@
-"""One YAML per run; `unitok train` takes a path, or such a name: configs/demo/tokenizer.yaml."""
+"""One YAML per run; `unitok train` takes a path or a shipped config by name: configs/demo/tokenizer.yaml."""

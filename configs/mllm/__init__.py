@@ -1,1 +1,1 @@
-"""Configs shipped with the package: demo runs."""
+"""Configs shipped with the package: stage 2, the MLLM at the published size."""

@@ -1,1 +1,1 @@
-"""Configs shipped with the package: the model that ships with it."""
+"""Configs shipped with the package: those of the shipped model."""
