@@ -1,4 +1,4 @@
-"""Image and text generation: sampling, KV caches, streaming, and the Pipeline around them."""
+"""Image and text generation: sampling, KV caches, streaming, and `Pipeline`, which combines them."""
 
 from .image_sampling import generate_image_codes, iter_image_codes
 from .pipeline import Pipeline

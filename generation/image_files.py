@@ -1,4 +1,4 @@
-"""Image files: PNGs with a record of their generation, contact sheets, untrusted uploads."""
+"""Image files: PNGs with generation settings in their metadata, contact sheets, untrusted uploads."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from open_unitok.core.files import write_atomic
 from open_unitok.tokenizer.images import PILLOW_ERRORS
 
 GRID_GAP = 2  # pixels between the images of a contact sheet
-RECORD_KEY = "unitok"  # PNG text chunk of the whole record; its entries also have chunks, for other viewers
+RECORD_KEY = "unitok"  # PNG text chunk of the whole record; each entry also has a chunk, for image viewers
 UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other Pillow readers run external programs
 
 
@@ -24,7 +24,8 @@ def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None
 
 
 def image_bytes(image: Image.Image, kind: str = "png", record: dict[str, Any] | None = None) -> bytes:
-    """The image as a "png", "jpeg" or "webp" file; only a PNG has the record."""
+    """The image encoded as "png", "jpeg" or "webp"; only PNG stores the record."""
+    # iTXt chunks: tEXt is limited to Latin-1
     info = PngImagePlugin.PngInfo()
     for key, value in (record or {}).items():
         info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -43,7 +44,7 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
     """
     try:
         with Image.open(path) as image:
-            image.load()
+            image.load()  # decode all: a truncated file must not count as finished
             text = getattr(image, "text", {}).get(RECORD_KEY)
             return json.loads(text) if text else None
     except (OSError, SyntaxError, ValueError) as error:
@@ -51,7 +52,8 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """A contact sheet on white, in reading order; about as many columns as rows by default."""
+    """A contact sheet on white, row by row; about as many columns as rows by default."""
+    # + 0.49: rounded up, except for square numbers
     columns = columns or max(1, round(len(images) ** 0.5 + 0.49))
     rows = -(-len(images) // columns)
     width = max(image.width for image in images) + GRID_GAP
@@ -63,10 +65,10 @@ def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.
 
 
 def open_image(data: bytes, max_side: int) -> Image.Image:
-    """An untrusted image as RGB, decoded only if its header says that it is small enough.
+    """Open an untrusted image as RGB; the size in its header is checked before decoding.
 
     Raises:
-        UserError: not an image, broken, or too large.
+        UserError: the data is not an image, is corrupt, or is too large.
     """
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""Image files of many prompts: one PNG per image, finished ones skipped, shared by several processes."""
+"""Jobs of `unitok generate`: one PNG per image; finished files are skipped; processes share the jobs."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -52,8 +52,10 @@ def plan_images(
     for i, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"Prompt {i} is empty.")
+        # the number first: files sort in the order of the prompts
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
         for j in range(num_images):
+            # every image has its own seed, so that the split over processes and batches does not matter
             own_seed = check_seed(seed + i * num_images + j)
             record = {"prompt": prompt, "seed": own_seed, **settings}
             jobs.append(ImageJob(out / f"{i:05d}-{slug}-seed{own_seed}.png", record))
@@ -69,6 +71,7 @@ def is_generated(job: ImageJob) -> bool:
     if not job.path.exists():
         return False
     found = read_record(job.path) or {}
+    # keys of both: a setting that only one of them has is a difference too
     for key in {**job.record, **found}:
         had, wanted = found.get(key), job.record.get(key)
         if had != wanted:
@@ -97,9 +100,9 @@ def generate_files(
 
 
 def save_grid(jobs: Sequence[ImageJob], path: Path) -> None:
-    """Save the first images as one grid, once all of them exist."""
+    """Save the first `GRID_LIMIT` images as one grid, if all of them exist."""
     jobs = jobs[:GRID_LIMIT]
-    # with several processes only the last one to finish finds all files
+    # with several processes only the last to finish finds all files
     if all(job.path.exists() for job in jobs):
         images = [Image.open(job.path).convert("RGB") for job in jobs]
         save_png(grid_of(images), path, {"prompts": [job.record["prompt"] for job in jobs]})

@@ -1,5 +1,5 @@
-"""Autoregressive image generation: codes from batches of prompts, behind KV caches (arXiv 2502.20321,
-section 3.3).
+"""Autoregressive image generation: codes for batches of prompts, with KV caches (arXiv 2502.20321, section
+3.4).
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), N visual
 tokens per image, K sub-codebooks, V entries per sub-codebook, L prompt length, D decoder width.
@@ -32,15 +32,15 @@ def generate_image_codes(
     Args:
         model: a `UniTokForConditionalGeneration`.
         prompt_ids: B lists of ids of any lengths, each ending in boi; equal ones are prefilled once.
-        seeds: B seeds; an image's codes depend on its own seed alone, not on the rest of the batch.
+        seeds: B seeds; the codes of an image depend only on its own seed, not on the rest of the batch.
         unconditional_ids: the unconditional or negative prompt, one for all or one per prompt; required if
             guidance is not 1.
-        prefix: (B, n, K) or (1, n, K) codes with which the images begin, 0 <= n < N.
+        prefix: (B, n, K) or (1, n, K) codes of the first n visual tokens, 0 <= n < N.
         quantization: of the weights: None, or "int8" on a CPU.
 
     Raises:
-        UserError: an empty or over-long prompt, a wrong seed, guidance without unconditional_ids, a prefix of
-            another shape or range, a quantization that is not available.
+        UserError: an empty or over-long prompt, a seed out of range, guidance without unconditional_ids, a
+            prefix of another shape or range, a quantization that is not available.
     """
     codes = torch.empty(0)
     for codes in iter_image_codes(  # noqa: B007
@@ -61,12 +61,13 @@ def iter_image_codes(
 ) -> Iterator[Tensor]:
     """Yield the codes so far (B, t, K) after each visual token t = n+1..N; else as `generate_image_codes`.
 
-    The call itself, not the first step, rejects wrong arguments. Every step yields a view of one tensor that
-    later steps fill further: copy it to keep it.
+    Arguments are checked by the call itself, not by the first step. Every step yields a view of the same
+    tensor: clone it to keep it.
     """
     config = model.config
     check_prompts(prompt_ids, seeds, config)
     images, num_tokens, books = len(prompt_ids), config.num_image_tokens, config.num_codebooks
+    # guidance 1 is the conditional distribution: half the rows
     unconditional = _unconditional_rows(unconditional_ids, images, config) if sampling.guidance != 1 else []
     if unconditional is None:
         raise UserError(
@@ -83,7 +84,7 @@ def iter_image_codes(
     backend = choose_backend(model, quantization=quantization, num_steps=num_tokens - num_given - 1)
     if not images:
         return iter([codes])
-    # conditional rows first: `apply_guidance` splits the logits in halves
+    # conditional rows first: `apply_guidance` splits the logits into halves
     rows = [*prompt_ids, *unconditional]
     return _iter_codes(BACKENDS[backend](model, quantization), rows, sampling, noise, codes, num_given)
 
@@ -98,11 +99,11 @@ def _iter_codes(
     num_given: int,
 ) -> Iterator[Tensor]:
     """Fill `codes` (B, N, K) from visual token `num_given` on."""
-    # tensors, not numbers: a CUDA graph would bake numbers in
+    # tensors on the device: a CUDA graph would capture Python numbers as constants
     guidances = torch.tensor(sampling.guidances(codes.shape[1]), device=codes.device)
     index = torch.tensor([num_given], device=codes.device)  # of the visual token that is sampled next
     gumbel = None
-    for _ in range(num_given):  # the rest is sampled as it would be without a prefix
+    for _ in range(num_given):  # skip the noise of given tokens: the rest is sampled as without a prefix
         gumbel = noise.sample() if noise else None
 
     def sample_token() -> None:
@@ -111,7 +112,7 @@ def _iter_codes(
         codes.index_copy_(1, index, new.unsqueeze(1))
         index.add_(1)
 
-    def step() -> None:  # on tensors that stay in place, so that a CUDA graph can replay it
+    def step() -> None:  # reads and writes tensors of fixed address, so that a CUDA graph can replay it
         backend.decode_step(codes.index_select(1, index - 1)[:, 0])
         sample_token()
 
@@ -122,7 +123,7 @@ def _iter_codes(
     fast_step = backend.compile_step(step, [index]) if num_given + 1 < codes.shape[1] else step
     for t in range(num_given + 1, codes.shape[1]):
         if noise:
-            noise.sample()  # into the tensor `gumbel`
+            noise.sample()  # refills the tensor `gumbel`
         fast_step()
         yield codes[:, : t + 1]
 
@@ -130,11 +131,11 @@ def _iter_codes(
 def sample_visual_token(
     backend: Backend, sampling: Sampling, guidance: float | Tensor, noise: Tensor | None, codes: Tensor
 ) -> None:
-    """Sample the K codes of one visual token, one after the other, into `codes` (B, K).
+    """Sample the K codes of one visual token autoregressively into `codes` (B, K).
 
     Args:
-        backend: prefilled, and fed with all earlier visual tokens.
-        guidance: at this visual token; a number or (1,).
+        backend: after `prefill` and the decode steps of all earlier visual tokens.
+        guidance: scale at this visual token; a number or (1,).
         noise: (K, B, V), or None if greedy.
     """
     code = None
@@ -152,10 +153,11 @@ def _unconditional_rows(
     """One row of ids per image.
 
     Raises:
-        UserError: neither one row nor one per image; an empty or over-long one.
+        UserError: neither one row nor one per image; a row is empty or too long.
     """
     if ids is None:
         return None
+    # one flat list of ids, or a list of such lists
     rows: list[Any] = list(ids) if any(isinstance(row, Sequence) for row in ids) else [ids]
     if len(rows) not in (1, images):
         raise UserError(f"{len(rows)} negative prompts for {images} prompts: give one, or one per prompt.")

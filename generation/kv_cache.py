@@ -1,4 +1,4 @@
-"""The language model behind its KV cache: prefill a batch of prompts, then one decode step per token.
+"""The language model with its KV cache: prefill a batch of prompts, then one decode step per token.
 
 U unique prompts, R rows of the batch, L longest prompt, n new inputs per row, D decoder width, I images of a
 batch, N visual tokens per image, K sub-codebooks.
@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 
 def prefill(model: Any, rows: Sequence[Sequence[int]], max_steps: int) -> "CachedDecoder":
-    """Read R prompts of text ids, equal ones once; up to `max_steps` decode steps may follow."""
+    """Prefill R prompts of text ids, equal ones once; up to `max_steps` decode steps may follow."""
+    # dict.fromkeys removes duplicates and keeps the order
     index = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     ids, mask = pad_left(list(index), model)
     select = torch.tensor([index[tuple(row)] for row in rows], device=model.device)
@@ -25,8 +26,8 @@ class CachedDecoder:
 
     Args:
         embeds: (U, L, D) left-padded inputs; mask: (U, L) int64, 0 on padding.
-        select: (R,) for each row of the batch, its row of `embeds`. Equal prompts (unconditional rows, many
-            images of one prompt) are read once and their cache is copied.
+        select: (R,) the row of `embeds` of each row of the batch. Equal prompts (unconditional rows, many
+            images of one prompt) are prefilled once, then their cache is copied.
         max_steps: capacity of the cache beyond L.
 
     Attributes:
@@ -37,7 +38,7 @@ class CachedDecoder:
     def __init__(self, language_model: Any, embeds: Tensor, mask: Tensor, select: Tensor, max_steps: int):
         self.language_model = language_model
         self.length = mask.shape[1]
-        padded = bool((mask == 0).any())  # no mask is faster
+        padded = bool((mask == 0).any())  # without a mask, attention uses faster kernels
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # real tokens count from 0
         cache = DynamicCache(config=language_model.config)
         states = language_model(
@@ -47,7 +48,7 @@ class CachedDecoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        # left padding: the last column is the last token of every prompt
+        # left padding: the last column holds the last token of every prompt
         self.hidden = states[select, -1]
         self.cache = _expand_cache(cache, select, max_steps)
         self.positions = positions[select, -1:]
@@ -56,9 +57,9 @@ class CachedDecoder:
         )
 
     def decode_step(self, vectors: Tensor) -> Tensor:
-        """(R, n, D) the next n inputs -> (R, D) states at the last of them."""
+        """(R, n, D) next n inputs -> (R, D) states at the last of them."""
         new = vectors.shape[1]
-        # positions count real tokens, cache entries count padding as well
+        # positions count real tokens only, `length` counts padding as well
         positions = self.positions + torch.arange(1, new + 1, device=self.positions.device)
         self.positions = positions[:, -1:]
         self.length += new
@@ -81,6 +82,7 @@ class PreallocatedLayer(DynamicLayer):
     """
 
     def __init__(self, layer: DynamicLayer, select: Tensor, max_steps: int):
+        # `keys` and `values` are views of the filled part of `buffers`: transformers reads their length
         super().__init__()
         assert layer.keys is not None and layer.values is not None
         self.lazy_initialization(layer.keys, layer.values)
@@ -90,7 +92,7 @@ class PreallocatedLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append (R, heads, n, width); return everything written so far."""
+        """Append (R, heads, n, width); return views of all entries so far."""
         assert self.keys is not None
         start, new = self.keys.shape[2], key_states.shape[2]
         self.buffers[0][:, :, start : start + new] = key_states
@@ -115,7 +117,7 @@ def _expand_cache(cache: Cache, select: Tensor, max_steps: int) -> Cache:
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = PreallocatedLayer(layer, select, max_steps)
-        else:  # sliding windows and the like grow as transformers has it
+        else:  # sliding windows: transformers' own layers, which concatenate
             layer.batch_select_indices(select)  # type: ignore[attr-defined]
     return cache
 
@@ -123,7 +125,7 @@ def _expand_cache(cache: Cache, select: Tensor, max_steps: int) -> Cache:
 def pad_left(rows: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]:
     """Ids and mask (B, L) int64 on the model's device; all rows end together.
 
-    The mask follows the lengths, not the ids: a pad id that is part of a prompt stays visible.
+    The mask depends on the lengths, not on the ids: a pad id that is part of a prompt stays visible.
     """
     longest, pad = max(map(len, rows)), pad_id(model)
     ids = [[pad] * (longest - len(row)) + list(row) for row in rows]
@@ -132,7 +134,7 @@ def pad_left(rows: Sequence[Sequence[int]], model: Any) -> tuple[Tensor, Tensor]
 
 
 def pad_id(model: Any) -> int:
-    """The padding id; the mask hides it, so any id of the vocabulary will do."""
+    """The padding id; any id of the vocabulary works, because the mask hides it."""
     return model.config.pad_token_id or 0
 
 
@@ -145,18 +147,21 @@ def concat_codes(image_codes: Sequence[Tensor], model: Any) -> Tensor:
 
 
 class SharedPrefix(NamedTuple):
-    """The ids with which some prompts of a batch begin."""
+    """A common prefix of some prompts of a batch."""
 
     ids: list[int]
     codes: Tensor  # (n, N, K), the images of these prompts
-    rows: list[int]  # the prompts
+    rows: list[int]  # indices of the prompts
 
 
 def find_shared_prefixes(
     prompts: Sequence[Sequence[int]], image_codes: Sequence[Tensor]
 ) -> list[SharedPrefix]:
-    """Group prompts about the same images; each group's common prefix leaves every prompt its last id."""
-    # images are equal if their codes are, whatever object they came from
+    """Group prompts by their images and find the common prefix of each group.
+
+    A prefix is shorter than every prompt of its group: the last id must be an input, to predict the next one.
+    """
+    # compare codes, not objects: callers may encode the same image several times
     groups: dict[Any, list[int]] = {}
     for i, codes in enumerate(image_codes):
         groups.setdefault((tuple(codes.shape), codes.cpu().numpy().tobytes()), []).append(i)
@@ -172,7 +177,7 @@ def find_shared_prefixes(
 
 
 def can_share(model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence[SharedPrefix]) -> bool:
-    """True if all images lie within the prefixes and every layer attends to its whole past.
+    """True if all images are within the prefixes and every layer attends to its whole past.
 
     The padding between prefix and rest would shift a sliding window.
     """

@@ -1,4 +1,4 @@
-"""Find and check what a pipeline loads: model folders and hub ids, dtypes, quantization."""
+"""Find and check the parts of a pipeline: model folders, hub ids, fingerprints, quantization."""
 
 import os
 import re
@@ -17,17 +17,17 @@ from .backends import QUANTIZATIONS, native_library
 
 
 def find_model(folder: str | Path) -> Path:
-    """The folder of an MLLM: the given one, that of a shipped model, or the download of a hub id.
+    """The folder of an MLLM: a local folder, a shipped model by name, or the download of a hub id.
 
     Raises:
-        UserError: nothing is there, or something else than an MLLM; the message says what.
+        UserError: there is no such folder or hub id, or it is not an MLLM.
     """
     path = model_path(folder)
     if os.path.isfile(path):
         raise UserError(f"{folder} is a file; a model is a folder with config.json, the weights and unitok/.")
     if not os.path.exists(path):
         path = download(str(folder))
-    # a training checkpoint has its model folder inside
+    # a training checkpoint contains its model folder as model/
     if not (path / "config.json").exists() and (path / "model" / "config.json").exists():
         raise UserError(
             f"{folder} is not a model folder: it has no config.json. Did you mean {path / 'model'}?"
@@ -42,7 +42,7 @@ def load_unitok(name: str | Path, device: str, dtype: torch.dtype | str | None =
     """The visual tokenizer of a tokenizer folder, a published .pth, an MLLM folder, or a hub id of these.
 
     Raises:
-        UserError: nothing is there, or no such device or dtype.
+        UserError: there is no such tokenizer, device or dtype.
     """
     target, path = check_device(device), tokenizer_path(name)
     if not os.path.exists(path):
@@ -56,8 +56,10 @@ def download(name: str) -> Path:
     Raises:
         UserError: `name` is not a valid hub id, or the download fails.
     """
+    # an existing parent folder: a mistyped path, not a hub id
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) or os.path.isdir(Path(name).parent):
         raise UserError(f"{name} does not exist.")
+    # deferred: only hub ids need it
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -78,7 +80,7 @@ def check_parts_match(
         UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
             tokenizer has more ids than the model.
     """
-    # more rows than ids are fine: embeddings are padded to multiples
+    # more rows than ids are valid: embeddings may be padded to a multiple
     rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:
         raise UserError(
@@ -91,7 +93,7 @@ def check_parts_match(
                 f"{folder}: the model has {name} = {getattr(model.config, name)}, its tokenizer in unitok/ "
                 f"{getattr(unitok.config, name)}: they do not belong together."
             )
-    # codes of another tokenizer would load, and give noise
+    # with another tokenizer everything loads, but the images are noise
     expected = model.config.unitok_fingerprint
     if expected is not None and expected != (found := unitok.fingerprint()):
         raise UserError(

@@ -1,5 +1,5 @@
-"""`Pipeline`: one loaded model that generates images, answers questions and reconstructs (arXiv 2502.20321,
-section 3.3)."""
+"""`Pipeline`: one loaded model that generates images, answers questions and reconstructs images (arXiv
+2502.20321, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,8 +73,8 @@ class Pipeline:
             quantization: "int8" = generate images with 8-bit weights, on a CPU with a C++ compiler.
 
         Raises:
-            UserError: nothing is there, it is of another kind, its parts do not belong together, or the
-                device, dtype or quantization is not available.
+            UserError: there is no such model, it is of another type, its parts do not match, or the device,
+                dtype or quantization is not available.
         """
         device = check_device(device)
         dtype = check_dtype(dtype, device)
@@ -83,7 +83,7 @@ class Pipeline:
         unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = UniTokProcessor.from_pretrained(folder)
-        # before the tokenizer is cast, which changes its fingerprint
+        # before casting the tokenizer: bfloat16 weights have another fingerprint
         check_parts_match(model, unitok, processor, folder)
         if adapter is not None:
             model = merge_adapter(model, adapter)
@@ -97,7 +97,7 @@ class Pipeline:
 
     @property
     def layout(self) -> TokenLayout:
-        """How the visual tokens of a generated image are arranged."""
+        """The layout of the visual tokens of a generated image."""
         config, registers = self.model.config, self.unitok.config.num_register_tokens
         return TokenLayout.from_config(config.token_layout, config.num_image_tokens, registers)
 
@@ -114,19 +114,20 @@ class Pipeline:
         num_images: int = 1,
         prefix: Tensor | None = None,
     ) -> list[Image.Image]:
-        """`num_images` images per prompt, those of the first prompt first.
+        """Generate `num_images` images per prompt, in the order of the prompts.
 
         Args:
             sampling: None = the model's own settings.
-            seed: of the first image, counting up for the others; or a list with one seed per image.
-            batch_size: images generated together; each depends on its own prompt and seed alone.
+            seed: seed of the first image, incremented for the others; or a list with one seed per image.
+            batch_size: images generated together; an image depends only on its own prompt and seed.
             negative_prompt: replaces the unconditional prompt of classifier-free guidance; one text for all
                 prompts or one per prompt.
             num_images: >= 1.
-            prefix: (1 or B, n, K) codes with which all images, or each of the B, begin; see `first_rows`.
+            prefix: (1 or B, n, K) codes of the first visual tokens of all images, or of each; see
+                `first_rows`.
 
         Raises:
-            UserError: an empty or over-long prompt, a wrong seed, number or prefix.
+            UserError: an empty or over-long prompt; a seed, number or prefix that is not valid.
         """
         options = {"negative_prompt": negative_prompt, "num_images": num_images, "prefix": prefix}
         codes = self.generate_codes(prompts, sampling, seed, batch_size, **options)
@@ -160,7 +161,7 @@ class Pipeline:
     def _image_prompts(
         self, prompts: Any, negative_prompt: Any, seed: Any, num_images: Any
     ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Prompt ids, unconditional ids and seeds, one each per image."""
+        """Prompt ids, unconditional ids and seeds; one of each per image."""
         check_whole("num_images", num_images)
         count = len(check_texts(prompts, "prompt"))
         seeds = expand_seeds(seed, count * num_images)
@@ -181,7 +182,7 @@ class Pipeline:
         """
         rows, limit = [self.processor.text_to_image_ids(p) for p in prompts], self.processor.max_prompt
         for i, row in enumerate(rows):
-            if len(row) > limit:  # truncated ids and boi
+            if len(row) > limit:  # `text_to_image_ids` returned `max_prompt` ids and boi: it has truncated
                 raise UserError(f"{name} {i} has {limit} tokens or more: shorten the prompt.")
         return rows
 
@@ -201,10 +202,9 @@ class Pipeline:
         num_images: int = 1,
         prefix: Tensor | None = None,
     ) -> Iterator[list[Image.Image]]:
-        """The images of one batch while they are generated: previews after every complete row of visual
-        tokens, grey below.
+        """Yield previews of one batch after every complete row of visual tokens, grey below.
 
-        The last ones are exactly what `generate` returns. Closing the iterator stops the work. Arguments and
+        The last ones equal the result of `generate`. Closing the iterator stops generation. Arguments and
         errors as `generate`.
         """
         ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images)
@@ -213,12 +213,13 @@ class Pipeline:
 
         row_ends = {layout.tokens_of_rows(row) for row in range(1, layout.rows + 1)}
 
+        # an inner generator: arguments are checked by the call of `stream`, not by the first step
         def previews() -> Iterator[list[Image.Image]]:
             for codes in steps if ids else ():
                 if codes.shape[1] in row_ends:
                     yield self.preview(codes)
 
-        return previews()  # not a generator itself: the call, not the first step, rejects wrong arguments
+        return previews()
 
     def preview(self, codes: Tensor) -> list[Image.Image]:
         """Images of the complete rows of the first codes (B, n, K); grey below."""
@@ -240,7 +241,7 @@ class Pipeline:
         The images are cropped to the shape of generated ones; register tokens come first.
 
         Raises:
-            UserError: a file that is missing or not an image; `rows` is not 1 to one less than an image has.
+            UserError: a file is missing or not an image; `rows` is not in 1 .. (rows of an image) - 1.
         """
         layout, config = self.layout, self.unitok.config
         if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows < layout.rows:
@@ -262,20 +263,22 @@ class Pipeline:
         seed: int | None = None,
         **options: Any,
     ) -> list[str]:
-        """One answer per question.
+        """Answer each question.
 
         Args:
-            images: one per question: an image (PIL, path or bytes), a list of several, or None.
-                An image that is given several times (same object or path) is encoded once.
+            images: one entry per question: an image (PIL, path or bytes), a list of several, or None.
+                Repeated images (same object or path) are encoded once.
             max_new_tokens: maximum length of an answer.
             batch_size: questions answered together.
-            histories: per question the earlier (question, answer) pairs of its conversation; its images are
-                those of the whole conversation, at the `<image>` marks in the questions or before the first.
+            histories: per question the earlier (question, answer) pairs of its conversation. The images are
+                then those of the whole conversation, at the `<image>` marks in its questions or before the
+                first question.
             seed: for options that sample; None = torch's global generator.
             options: of transformers' `generate`, such as do_sample=True, temperature=0.7; none = greedy.
 
         Raises:
-            UserError: not one image entry per question, a file that is not an image, an empty or long one.
+            UserError: not one image entry per question, a file that is not an image, an empty or over-long
+                question.
         """
         ids, codes = self._question_prompts(images, questions, histories)
         new = generate_text_ids(self.model, ids, codes, max_new_tokens, batch_size, seed, **options)
@@ -294,15 +297,16 @@ class Pipeline:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Iterator[list[str]]:
-        """The answers while they are generated: per step one new, possibly empty piece of text per question.
+        """Yield one new piece of text per question and step; a piece may be empty.
 
-        Joined, the greedy pieces are what `answer` returns, in float32; closing the iterator stops the work.
+        In float32 the concatenated greedy pieces equal the result of `answer`. Closing the iterator stops
+        generation.
 
         Args:
             do_sample: sample with temperature, top_k (0 = all) and top_p; else greedy.
 
         Raises:
-            UserError: as `answer`, or a number out of range.
+            UserError: as `answer`; a number out of range.
         """
         ids, codes = self._question_prompts(images, questions, histories)
         steps = iter_text_ids(
@@ -318,12 +322,12 @@ class Pipeline:
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> str:
-        """The answer to the next question of a conversation; options and errors as `answer`.
+        """Answer the next question of a conversation; options and errors as `answer`.
 
         Args:
-            images: of the whole conversation: an image, a list, or None.
+            images: those of the whole conversation: an image, a list, or None.
             history: earlier (question, answer) pairs.
-            max_new_tokens: None = 256, or what is left of the context if that is less.
+            max_new_tokens: None = 256, or the rest of the context if that is shorter.
         """
         max_new_tokens = self._chat_tokens(question, images, history, max_new_tokens)
         return self.answer([images], [question], max_new_tokens, histories=[history], **options)[0]
@@ -336,13 +340,13 @@ class Pipeline:
         max_new_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[str]:
-        """`chat` piece by piece; options as `answer_stream`."""
+        """Yield the answer of `chat` in pieces; options as `answer_stream`."""
         max_new_tokens = self._chat_tokens(question, images, history, max_new_tokens)
         steps = self.answer_stream([images], [question], max_new_tokens, histories=[history], **options)
         return (pieces[0] for pieces in steps if pieces[0])
 
     def _chat_tokens(self, question: str, images: Any, history: Any, wanted: int | None) -> int:
-        """Maximum length of the next answer: `wanted`, or what is left of the context."""
+        """Maximum length of the next answer: `wanted`, else the rest of the context up to `CHAT_TOKENS`."""
         limit = self.model.config.context_length
         if wanted is not None or limit is None:
             return CHAT_TOKENS if wanted is None else wanted
@@ -360,19 +364,19 @@ class Pipeline:
         check_one_per_question("histories", histories, len(questions))
         earlier = [check_history(entry) for entry in histories]
         groups = [_as_list(entry) for entry in images]
-        # each image is encoded once
+        # encode each image once
         unique = {_identity(image): image for group in groups for image in group}
         index = {key: i for i, key in enumerate(unique)}
         codes = self.encode_for_reading(list(unique.values()), batch_size=64)
         image_codes = [codes[[index[_identity(image)] for image in group]] for group in groups]
-        # benchmarks repeat their questions: each is tokenized once
+        # benchmarks repeat questions: tokenize each once
         asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
         ids = {key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)}
         return [ids[key] for key in asked], image_codes
 
     @torch.no_grad()
     def encode_for_reading(self, images: Sequence[ImageSource], batch_size: int = 64) -> Tensor:
-        """Codes (I, N, K) of images as the model reads them: padded to the aspect ratio, then scaled."""
+        """Codes (I, N, K) of input images of questions: padded to the aspect ratio, then scaled."""
         parts = []
         for batch in split_batches(images, batch_size):
             pixels = torch.stack([self.processor.pixels(load_image(image)) for image in batch])
@@ -382,7 +386,7 @@ class Pipeline:
     # ---- images -> images ----
 
     def reconstruct(self, images: Sequence[ImageSource], batch_size: int = 16) -> list[Image.Image]:
-        """Each image, cropped to the tokenizer's training size, encoded and decoded again."""
+        """Crop each image to the tokenizer's training size, encode and decode it."""
         return [decoded for _, decoded in iter_reconstructions(self.unitok, images, batch_size)]
 
     def _no_codes(self) -> Tensor:
@@ -396,5 +400,6 @@ def _as_list(entry: Any) -> list[Any]:
 
 
 def _identity(image: ImageSource) -> Any:
-    """Key of an image: the file's name, or the object."""
+    """Key of an image: its path, or the object's id."""
+    # ids are unique while the caller's list keeps the objects alive
     return str(image) if isinstance(image, (str, Path)) else id(image)

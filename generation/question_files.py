@@ -1,4 +1,4 @@
-"""Files of questions and answers as JSON lines, shared by the processes of a torchrun launch."""
+"""Question and answer files in JSON lines, shared by the processes of a torchrun launch."""
 
 import os
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from open_unitok.core.files import existing, make_folder, read_jsonl, write_json
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """The records {"image": PATH, "question": TEXT, ...} of a file; a relative PATH is relative to the file.
+    """Read the records {"image": PATH, "question": TEXT, ...}; a relative PATH is relative to the file.
 
     Raises:
         UserError: the file is missing, a folder or empty, or a record lacks one of the two texts.
@@ -29,7 +29,7 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
 
 
 def prepare_answer_file(out: Path, rank: int, world_size: int) -> None:
-    """Create the folder of `out` and delete what a killed launch left of this rank's answers.
+    """Create the folder of `out` and delete this rank's part of an interrupted launch.
 
     Raises:
         UserError: `out` is a folder, or its folder cannot be created.
@@ -41,9 +41,9 @@ def prepare_answer_file(out: Path, rank: int, world_size: int) -> None:
 
 
 def write_answers(out: Path, records: Sequence[dict[str, Any]], rank: int, world_size: int) -> None:
-    """Write the answers of one rank, which had the questions rank, rank + world_size, ...
+    """Write the answers of one rank, to the questions rank, rank + world_size, ...
 
-    Each rank writes its own part. No rank waits: the one that finds all parts merges them in order.
+    Each rank writes its own part. No rank waits: a rank that finds all parts merges them in order.
     """
     if world_size == 1:
         write_jsonl(out, records)
@@ -52,8 +52,9 @@ def write_answers(out: Path, records: Sequence[dict[str, Any]], rank: int, world
     write_jsonl(parts[rank], records)
     try:
         answers = [read_jsonl(part) for part in parts]
-    except UserError:  # another rank is not finished, or has merged them already
+    except UserError:  # a part is missing: its rank is not finished, or another rank has merged all parts
         return
+    # question i is record i // world_size of rank i % world_size
     total = sum(map(len, answers))
     write_jsonl(out, [answers[i % world_size][i // world_size] for i in range(total)])
     for part in parts:

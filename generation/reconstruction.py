@@ -1,4 +1,4 @@
-"""Reconstruction by the visual tokenizer alone: encode images and decode their codes."""
+"""Reconstruction of images: encode with the visual tokenizer, then decode the codes."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,13 +16,13 @@ from .validation import check_whole
 def iter_reconstructions(
     unitok: UniTok, images: Sequence[ImageSource], batch_size: int = 16, size: int | None = None
 ) -> Iterator[tuple[Image.Image, Image.Image]]:
-    """(cropped original, reconstruction) per image.
+    """Yield (cropped original, reconstruction) per image.
 
     Args:
         size: side in pixels of a square crop; None = the shape of the training images.
 
     Raises:
-        UserError: a file that is missing or not an image, a size that is not a multiple of the patch size.
+        UserError: a file is missing or not an image; the size is not a multiple of the patch size.
     """
     shape = unitok.config.image_shape if size is None else (size, size)
     check_whole("size", shape[0])
@@ -31,7 +31,7 @@ def iter_reconstructions(
     for batch in split_batches(images, batch_size):
         pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in batch])
         decoded = unitok.decode(unitok.encode(pixels.to(unitok.device)), grid).float().cpu()
-        yield from ((to_pil(original), to_pil(own)) for original, own in zip(pixels, decoded))
+        yield from ((to_pil(original), to_pil(image)) for original, image in zip(pixels, decoded))
 
 
 def split_batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

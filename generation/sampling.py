@@ -1,4 +1,4 @@
-"""Sampling of one code from its logits: classifier-free guidance, temperature, top-k, top-p, seeded noise.
+"""Sampling of codes from logits: classifier-free guidance, temperature, top-k, top-p, seeded noise.
 
 Shapes: B images, K sub-codebooks, V entries per sub-codebook.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import SAMPLING_FILE, read_json
 
-# share of the image that is generated -> how far guidance has risen from 1 (0) to its full value (1)
+# share of the visual tokens generated so far -> share s of the guidance: scale = 1 + (guidance - 1) * s
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "linear": lambda share: share,
@@ -31,14 +31,14 @@ class Sampling:
     Attributes:
         guidance: classifier-free guidance scale, >= 1; 1 skips the unconditional rows.
         guidance_schedule: "constant"; or "linear" or "cosine", which rise from 1 at the first visual token to
-            `guidance` at the last, so that the layout is freer than the details.
+            `guidance` at the last, so that the layout varies more than the details.
         temperature: > 0, divides the logits after guidance.
-        top_k: keep this many entries per code (ties with the last one are kept); 0 keeps all.
-        top_p: keep the smallest set of likeliest entries whose probability reaches this; 1 keeps all.
-        greedy: take the likeliest entry; temperature, top_k, top_p and the seed are then ignored.
+        top_k: keep the k most likely entries (and ties with the k-th); 0 keeps all.
+        top_p: keep the smallest set of most likely entries whose probability reaches this; 1 keeps all.
+        greedy: take the most likely entry; temperature, top_k, top_p and the seed are ignored.
 
     Raises:
-        UserError: a value of the wrong type or out of its range.
+        UserError: a value has the wrong type or is out of range.
     """
 
     guidance: float = 5.0
@@ -53,7 +53,7 @@ class Sampling:
         _check(
             "temperature",
             self.temperature,
-            "a number > 0 (for the likeliest codes set greedy)",
+            "a number > 0 (for the most likely codes set greedy)",
             lambda x: x > 0,
         )
         _check("top_k", self.top_k, "a whole number >= 0 (0 = all entries)", lambda x: x >= 0, whole=True)
@@ -67,10 +67,10 @@ class Sampling:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Sampling":
-        """The settings recommended for a model folder by its sampling.json, or the defaults.
+        """The recommended settings of a model folder (its sampling.json), or the defaults.
 
         Raises:
-            UserError: sampling.json is not valid JSON or holds unknown settings.
+            UserError: sampling.json is not valid JSON or has unknown settings.
         """
         path = Path(folder) / SAMPLING_FILE
         if not path.exists():
@@ -82,7 +82,7 @@ class Sampling:
             raise UserError(f"{path} must be a mapping with some of {names}.") from error
 
     def override(self, settings: Mapping[str, Any]) -> "Sampling":
-        """These settings with some replaced; None values and other keys are ignored."""
+        """A copy with some settings replaced; None values and unknown keys are ignored."""
         names = {field.name for field in dataclasses.fields(self)}
         given = {name: value for name, value in settings.items() if name in names and value is not None}
         return dataclasses.replace(self, **given)
@@ -96,25 +96,26 @@ class Sampling:
 def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:
     """Raise UserError unless `value` is a finite number (not a bool) for which `ok` holds."""
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-    # compared, not converted: an int may be larger than every float
+    # a comparison, because float(value) overflows for very large ints; it also rejects NaN and infinity
     if not number or not abs(value) <= sys.float_info.max or not ok(value):
         raise UserError(f"{name} is {value!r}; it must be {allowed}.")
 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (..., V) with -inf where top-k, then top-p, drop an entry; the likeliest entry always stays.
+    """Logits (..., V) with -inf for entries dropped by top-k, then top-p; the most likely entry is kept.
 
-    A top_k above V keeps all; entries equal to the k-th and the entry that crosses top_p are kept. Equal to
-    the published UniTok sampler and to transformers' TopK and TopP warpers.
+    A top_k above V keeps all; ties with the k-th entry and the entry that crosses top_p are kept. Equals the
+    published UniTok sampler and transformers' TopK and TopP warpers.
     """
     if 0 < top_k < logits.shape[-1]:
         lowest = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < lowest, -math.inf)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
-        # the sum before an entry decides, so the entry that crosses the threshold is kept
+        # compare the sum before an entry: the entry that crosses the threshold is kept
         beyond = ordered.softmax(dim=-1).cumsum(dim=-1).roll(1, dims=-1) > top_p
-        beyond[..., 0] = False  # roll has moved the total, 1, to the front
+        beyond[..., 0] = False  # roll moved the total, 1, to the front
+        # back to the order of the codebook
         dropped = torch.empty_like(beyond).scatter_(-1, order, beyond)
         logits = logits.masked_fill(dropped, -math.inf)
     return logits
@@ -123,24 +124,24 @@ def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def apply_guidance(logits: Tensor, guidance: float | Tensor) -> Tensor:
     """Classifier-free guidance: logits (2B, V), conditional rows first -> (B, V)."""
     conditional, unconditional = logits.chunk(2)
-    # l = u + s (c - u)
+    # l = l_u + s (l_c - l_u)
     return unconditional + guidance * (conditional - unconditional)
 
 
 class GumbelNoise:
-    """Gumbel noise from one generator per image, so that an image's codes depend on its own seed alone."""
+    """Gumbel noise from one generator per image, so that an image's codes depend only on its own seed."""
 
     def __init__(
         self, seeds: Sequence[int], num_codebooks: int, codebook_size: int, device: torch.device | str = "cpu"
     ):
         self.generators = [torch.Generator(device).manual_seed(check_seed(seed)) for seed in seeds]
         self.exponential = torch.empty(len(seeds), num_codebooks, codebook_size, device=device)
-        self.noise = torch.empty_like(self.exponential)
+        self.noise = torch.empty_like(self.exponential)  # separate from the input of log, for its `out`
 
     def sample(self) -> Tensor:
         """The noise (K, B, V) of the next visual token: argmax(logits + noise) samples from softmax(logits).
 
-        Every call fills and returns the same tensor, so that a CUDA graph can read it.
+        Every call fills and returns the same tensor, which a CUDA graph reads.
         """
         for row, generator in zip(self.exponential, self.generators):
             row.exponential_(generator=generator)
@@ -161,6 +162,6 @@ def sample_code(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Ten
     """Codes (B,) int64 from guided logits (B, V); `noise` (B, V) is Gumbel noise, None if greedy."""
     if sampling.greedy or noise is None:
         return logits.argmax(dim=-1)
-    # as published: temperature first, so that top-p sees the tempered distribution
+    # as published: temperature first, so that top-p applies to the tempered distribution
     logits = filter_logits(logits.float() / sampling.temperature, sampling.top_k, sampling.top_p)
     return (logits + noise).argmax(dim=-1)

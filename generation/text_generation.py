@@ -1,4 +1,4 @@
-"""Text generation for batches of prompts with images in them, left-padded so that all rows end together.
+"""Text generation for batches of prompts with images, left-padded so that all rows end together.
 
 B prompts, L longest prompt, I images of a batch, N visual tokens per image, K sub-codebooks, D decoder width.
 """
@@ -37,20 +37,20 @@ def generate_text_ids(
     share_prefix: bool = True,
     **options: Any,
 ) -> list[list[int]]:
-    """The new ids of each prompt, without the end-of-sequence id.
+    """Generate the new ids of each prompt, without the end-of-sequence id.
 
     Args:
         model: a `UniTokForConditionalGeneration`.
         prompt_ids: lists of ids with N placeholder ids for each image.
-        image_codes: one tensor (n, N, K) per prompt: the codes of its n images in their order; n may be 0.
+        image_codes: one tensor (n, N, K) per prompt: the codes of its n images in order; n may be 0.
         max_new_tokens: >= 1; an answer ends earlier at the end-of-sequence id.
         batch_size: prompts per batch; prompts of similar length share a batch.
         seed: for options that sample; None = torch's global generator.
-        share_prefix: prefill once per batch what prompts about the same images have in common.
+        share_prefix: prefill the common prefix of prompts about the same images once per batch.
         options: of transformers' `generate` (do_sample, num_beams, temperature, ...); none = greedy.
 
     Raises:
-        UserError: an empty prompt, one that is too long, or a number out of range.
+        UserError: a prompt is empty or too long, or a number is out of range.
     """
     check_questions(prompt_ids, max_new_tokens, batch_size, model.config)
     check_whole("num_beams", options.get("num_beams", 1))
@@ -64,7 +64,7 @@ def generate_text_ids(
                 model, prompt_ids, image_codes, max_new_tokens, batch_size, None, share_prefix, **options
             )
     answers: list[list[int]] = [[] for _ in prompt_ids]
-    # by length, so that a batch has little padding
+    # longest first: little padding per batch, and running out of memory shows in the first batch
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
@@ -94,10 +94,10 @@ def iter_text_ids(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Iterator[list[int | None]]:
-    """Yield the next id of each prompt, None where its answer has ended, until all have.
+    """Yield the next id of each prompt, None for finished answers, until all are finished.
 
-    Arguments and greedy ids as `generate_text_ids`. The call itself, not the first step, rejects wrong
-    arguments; closing the iterator stops the work.
+    Arguments and greedy ids as `generate_text_ids`. Arguments are checked by the call itself, not by the
+    first step; closing the iterator stops generation.
 
     Args:
         do_sample: sample with temperature, top_k and top_p; else greedy.
@@ -136,12 +136,12 @@ def _iter_eager(
     for left in reversed(range(max_new_tokens)):
         new = pick(model.text_logits(hidden).float())
         rows = new.tolist()
-        # finished rows keep decoding, and their ids are dropped
+        # finished rows stay in the batch; their ids are dropped
         active = [on and row not in ends for on, row in zip(active, rows)]
         if not any(active):
             return
         yield [row if on else None for on, row in zip(active, rows)]
-        if left:
+        if left:  # the last id is never an input
             hidden = decoder.decode_step(model.get_input_embeddings()(new).unsqueeze(1))
 
 
@@ -153,13 +153,14 @@ def _generate_by_transformers(
     share_prefix: bool,
     options: dict[str, Any],
 ) -> list[list[int]]:
-    """The new ids of one batch by transformers' `generate`, with whatever options it has."""
+    """The new ids of one batch by transformers' `generate`, with all its options."""
     prefixes = find_shared_prefixes(prompts, image_codes) if share_prefix else []
+    # as many groups as prompts: nothing to share
     if 0 < len(prefixes) < len(prompts) and can_share(model, prompts, prefixes):
         inputs = _prefill_prefixes(model, prompts, prefixes, options.get("num_beams", 1))
     else:
         ids, mask = pad_left(prompts, model)
-        # with image_codes, even of no image, the model's `generate` returns the new ids alone
+        # with image_codes, even without images, the model's `generate` returns only the new ids
         codes = concat_codes(image_codes, model)
         inputs = {"input_ids": ids, "attention_mask": mask, "image_codes": codes}
     settings = {"do_sample": False, "pad_token_id": pad_id(model), **options}
@@ -171,7 +172,7 @@ def _generate_by_transformers(
 def _prefill_prefixes(
     model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence[SharedPrefix], num_beams: int
 ) -> dict[str, Any]:
-    """Inputs of `generate` that continue from the prefixes, each of which is prefilled once."""
+    """Prefill each prefix once; returns the inputs of `generate` that continue from them."""
     ids, mask = pad_left([prefix.ids for prefix in prefixes], model)
     cache = DynamicCache(config=model.config.text_config)
     model.language_model(
@@ -188,7 +189,7 @@ def _prefill_prefixes(
     rests = [prompt[len(prefixes[prefix_of[row]].ids) :] for row, prompt in enumerate(prompts)]
     rest_ids, rest_mask = pad_left(rests, model)
     vectors = model.get_input_embeddings()(rest_ids)
-    # `generate` skips as many inputs as are cached: zeros stand in for them
+    # `generate` skips as many inputs as the cache has entries: their values do not matter, use zeros
     cached = vectors.new_zeros(len(prompts), ids.shape[1], vectors.shape[2])
     return {
         "inputs_embeds": torch.cat([cached, vectors], dim=1),
@@ -198,15 +199,16 @@ def _prefill_prefixes(
 
 
 def stream_text(processor: Any, steps: Iterator[list[int | None]], count: int) -> Iterator[list[str]]:
-    """New ids of `count` answers, step by step -> the new pieces of their texts.
+    """Turn the new ids of `count` answers, per step, into new pieces of text.
 
-    A piece is final: text that a later id could still change is held back.
+    Pieces are final: text that later ids could still change is held back.
     """
     ids: list[list[int]] = [[] for _ in range(count)]
     shown = [""] * count
     for new in steps:
         for row, id in zip(ids, new):
             row += [] if id is None else [id]
+        # decode the whole answer: the text of an id depends on its neighbours (spaces, bytes)
         settled = [processor.decode_settled(row).strip() for row in ids]
         yield [text[len(old) :] for old, text in zip(shown, settled)]
         shown = settled
@@ -216,7 +218,8 @@ def stream_text(processor: Any, steps: Iterator[list[int | None]], count: int) -
 
 
 def eos_ids(model: Any) -> set[int]:
-    """The ids at which an answer ends."""
+    """The end-of-sequence ids."""
+    # generation_config.json takes precedence, as in transformers; it may hold several ids
     ends = getattr(model.generation_config, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
     return set() if ends is None else set(ends) if isinstance(ends, (list, tuple)) else {ends}

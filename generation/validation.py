@@ -1,4 +1,4 @@
-"""Checks of what a caller passes, made before any work begins."""
+"""Checks of arguments, made before any computation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,12 @@ from .sampling import check_seed
 
 
 def check_texts(texts: Any, name: str) -> Sequence[str]:
-    """The texts, a list of `name`s.
+    """Return `texts`, a list of non-empty strings; error texts call an entry `name`.
 
     Raises:
-        UserError: not a list, or one of them is empty or not a text.
+        UserError: not a list, or an entry is empty or not a string.
     """
+    # a string is a sequence too: each of its characters would become a prompt
     if isinstance(texts, str):
         raise UserError(f"One string was given where a list of {name}s is expected: put it into [...].")
     if not isinstance(texts, Sequence):
@@ -27,7 +28,7 @@ def check_texts(texts: Any, name: str) -> Sequence[str]:
 
 
 def _is_text(value: Any) -> bool:
-    """True for a string without lone surrogates, which bytes that are not UTF-8 leave behind."""
+    """True for a string without lone surrogates: Python decodes invalid UTF-8 of command lines to these."""
     return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
@@ -56,7 +57,7 @@ def check_one_per_question(name: str, entries: Any, count: int) -> None:
 
 
 def expand_seeds(seed: int | Sequence[int], count: int) -> list[int]:
-    """One seed per image: the list given, or seed, seed + 1, ..."""
+    """One seed per image: the given list, or seed, seed + 1, ..."""
     if isinstance(seed, (list, tuple, range)):
         if len(seed) != count:
             raise UserError(f"{len(seed)} seeds for {count} images: give one seed per image.")
@@ -70,6 +71,7 @@ def check_whole(name: str, value: Any) -> None:
     Raises:
         UserError: `value` is not a whole number >= 1.
     """
+    # bool is a subclass of int
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}; it must be a whole number >= 1.")
 
@@ -97,7 +99,7 @@ def check_prompts(
 def check_prefix(prefix: Any, images: int, config: Any) -> None:
     """
     Raises:
-        UserError: not a tensor, or of a shape with which `images` images cannot begin.
+        UserError: not a tensor of shape (1 or `images`, n < N, K).
     """
     shape, num_tokens = tuple(getattr(prefix, "shape", ())), config.num_image_tokens
     is_3d = isinstance(prefix, Tensor) and len(shape) == 3
@@ -113,7 +115,7 @@ def check_questions(
 ) -> None:
     """
     Raises:
-        UserError: an empty question, one that leaves no context for the answer, or a number out of range.
+        UserError: a question is empty or leaves no context for the answer, or a number is out of range.
     """
     check_whole("max_new_tokens", max_new_tokens)
     check_whole("batch_size", batch_size)

@@ -25,19 +25,20 @@ def choose_backend(
     num_steps: int = 0,
     text_options: dict[str, Any] | None = None,
 ) -> str:
-    """The fastest backend that runs this model here: a key of `BACKENDS`.
+    """The fastest backend for this model on this machine: a key of `BACKENDS`.
 
     Args:
-        quantization: of the weights: None = as the model has them; "int8" = 8 bits with one scale per row.
-        num_steps: decode steps to come; a CUDA graph pays off only over several.
-        text_options: for text instead of images: the options of transformers' `generate`. "eager" then
-            stands for transformers' own loop.
+        quantization: of the weights: None = the model's dtype; "int8" = 8 bits with one scale per row.
+        num_steps: number of decode steps; capturing a CUDA graph pays off only over several.
+        text_options: for text instead of images: the options of transformers' `generate`. "eager" then means
+            transformers' own loop.
 
     Raises:
         UserError: `quantization` is unknown, or not available for this model on this machine.
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
+    # native runs on a CPU, cuda_graph on CUDA: a model supports at most one of them
     if native.supports_native(model) and (
         text_options is None or native_text.supports_options(model, text_options)
     ):

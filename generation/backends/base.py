@@ -1,7 +1,7 @@
 """The protocol of a decoding backend for images: prefill, decode step, code logits.
 
-A backend runs decoder, visual embedder and depth head of one batch behind their KV caches. Classifier-free
-guidance and sampling stand outside, in `image_sampling`, so that a new backend is these four methods.
+A backend runs decoder, visual embedder and depth head of one batch with their KV caches. Classifier-free
+guidance and sampling are in `image_sampling`, so a new backend implements only these four methods.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook.
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 class Backend(Protocol):
-    """One batch of images on its way from prompts to codes."""
+    """The model state of one batch of images during generation."""
 
     rows_per_image: int  # 2 under guidance, else 1; known after `prefill`
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
-        """Read R prompts of text ids and the given codes (B, n, K): visual token n is predicted next."""
+        """Prefill R prompts of text ids and the given codes (B, n, K); visual token n is predicted next."""
         ...
 
     def decode_step(self, codes: Tensor) -> None:
-        """Feed the codes (B, K) of the visual token just sampled: the next one is predicted."""
+        """Feed the codes (B, K) of the visual token just sampled; the next one is predicted."""
         ...
 
     def code_logits(self, k: int, previous: Tensor | None) -> Tensor:
@@ -35,10 +35,10 @@ class Backend(Protocol):
         ...
 
     def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
-        """A faster function for `step`, which samples one visual token; or `step` itself.
+        """A faster function equivalent to `step`, which samples one visual token; or `step` itself.
 
         Args:
-            step: calls `decode_step` and `code_logits`; reads and writes only tensors that stay in place.
-            counters: the tensors that `step` increments; they are as before after a trial run.
+            step: calls `decode_step` and `code_logits`; reads and writes only tensors of fixed address.
+            counters: the tensors that `step` increments; trial runs must restore them.
         """
         ...

@@ -1,7 +1,7 @@
 """The CUDA-graph backend: embedder, decoder, K depth steps and sampling of one visual token in one launch.
 
-A graph replays fixed kernels on fixed addresses, so every cache has its full length from the start, what is
-not yet filled is masked, and every counter is a tensor on the device.
+A graph replays fixed kernels on fixed addresses. Therefore every cache has its full length from the start,
+unfilled entries are masked, and every counter is a tensor on the device.
 
 B images, R rows of the batch, T length of the decoder's cache, N visual tokens per image, K sub-codebooks.
 """
@@ -23,13 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def supports_cuda_graph(model: Any, num_steps: int) -> bool:
-    """True on CUDA, where every layer attends to the whole cache and enough steps follow."""
+    """True on CUDA if every layer attends to the whole cache and there are enough steps."""
     if model.device.type != "cuda" or num_steps < MIN_STEPS:
         return False
     config = model.language_model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    masked = config._attn_implementation in ("sdpa", "eager")  # others take no 4D mask
-    # sliding windows have layers of another type, which cannot be written at a fixed address
+    masked = config._attn_implementation in ("sdpa", "eager")  # others do not accept a 4D mask
+    # sliding-window layers are of another type, which cannot be written at a fixed address
     layers = DynamicCache(config=config).layers
     return masked and rope in STATIC_ROPE and all(type(layer) is DynamicLayer for layer in layers)
 
@@ -38,14 +38,15 @@ class CudaGraph(Eager):
     """See `base.Backend`; `compile_step` captures the graph."""
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
-        """As `Eager`; then the caches are turned into static ones."""
+        """As `Eager`; then the caches are replaced by static ones."""
         super().prefill(rows, prefix)
         decoder, device = self.decoder, self.hidden.device
         layers = [layer for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
         capacity = layers[0].buffers[0].shape[2]
-        self.visual_index = torch.tensor([self.num_read], device=device)  # of the token fed next
-        self.cache_index = torch.tensor([decoder.length], device=device)  # where it is written
-        self.positions = decoder.positions.clone()  # (R, 1), of the token fed last
+        # cache index and position differ by the row's padding
+        self.visual_index = torch.tensor([self.num_read], device=device)  # of the next token in the image
+        self.cache_index = torch.tensor([decoder.length], device=device)  # of the next token in the KV cache
+        self.positions = decoder.positions.clone()  # (R, 1), RoPE positions of the last token
         self.cache_range = torch.arange(capacity, device=device)
         self.padding_mask = None if decoder.mask is None else decoder.mask.bool()[:, :capacity]
         for i, layer in enumerate(layers):
@@ -55,12 +56,12 @@ class CudaGraph(Eager):
             self.embedder_cache = StaticProjectionCache(self.embedder_cache, length, self.visual_index)
 
     def decode_step(self, codes: Tensor) -> None:
-        """Feed the codes (B, K): fixed shapes, and nothing that the host waits for."""
+        """Feed the codes (B, K); all shapes are fixed, and the host never waits for the device."""
         model = self.model
         vectors = model.visual_embedder.step(codes.unsqueeze(1), self.embedder_cache).to(self.hidden.dtype)
-        visible = (self.cache_range <= self.cache_index)[None]
+        visible = (self.cache_range <= self.cache_index)[None]  # (1, T): filled, or written in this step
         visible = visible if self.padding_mask is None else visible & self.padding_mask
-        if model.language_model.config._attn_implementation == "eager":  # adds its mask to the scores
+        if model.language_model.config._attn_implementation == "eager":  # adds the mask to the scores
             visible = self.hidden.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
         self.positions += 1
         # (R, 1, 1, T): one query per row, the same for all heads
@@ -75,10 +76,11 @@ class CudaGraph(Eager):
         self.cache_index += 1
 
     def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
-        """Capture `step` as one graph; if that fails, log why and return `step`."""
+        """Capture `step` as one graph; if that fails, log the reason and return `step`."""
         counters = (*counters, self.visual_index, self.cache_index, self.positions)
         start = [counter.clone() for counter in counters]
 
+        # trial runs advance the counters; what they write to caches and codes is overwritten by the replay
         def rewind() -> None:
             for counter, value in zip(counters, start):
                 counter.copy_(value)
@@ -86,7 +88,8 @@ class CudaGraph(Eager):
         try:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries initialise themselves in the first runs
+            # warm-up: libraries such as cuBLAS initialise in the first runs, which a capture does not allow
+            with torch.cuda.stream(stream):
                 for _ in range(2):
                     step()
                     rewind()
@@ -108,14 +111,14 @@ class StaticLayer(DynamicLayer):
         super().__init__()
         self.lazy_initialization(*buffers)
         for buffer in buffers:
-            buffer[:, :, length:] = 0  # masked entries have weight 0, but 0 * NaN is NaN
+            buffer[:, :, length:] = 0  # masked entries get weight 0, but 0 * NaN is NaN
         self.keys, self.values = buffers
         self.index = index
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write (R, heads, 1, width); return the whole buffers, the unfilled part included."""
+        """Write (R, heads, 1, width); return the whole buffers, including the unfilled part."""
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self.index, key_states)
         self.values.index_copy_(2, self.index, value_states)
@@ -123,11 +126,11 @@ class StaticLayer(DynamicLayer):
 
 
 class StaticProjectionCache:
-    """Keys and values of the causal projection for all N visual tokens; `mask` hides the unfilled part.
+    """Static KV cache of the causal projection for all N visual tokens; `mask` hides the unfilled part.
 
     Args:
-        cache: the `KVCache` of the visual tokens fed so far.
-        index: (1,) the visual token that is fed next.
+        cache: the `KVCache` of the visual tokens so far.
+        index: (1,) index of the next visual token.
     """
 
     def __init__(self, cache: Any, length: int, index: Tensor):
@@ -137,12 +140,12 @@ class StaticProjectionCache:
 
     @property
     def mask(self) -> Tensor:
-        """(1, N), True for the tokens fed so far, the one of this step included."""
+        """(1, N), True for the tokens so far, including that of this step."""
         return (self.token_range <= self.index)[None]
 
     def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write (B, heads, 1, d); return all N entries."""
-        if not self.buffers:  # the first step, before any capture, shows the shapes
+        if not self.buffers:  # allocated in the warm-up, when the shapes are known, not during capture
             shape, filled = (*key.shape[:2], self.length, key.shape[3]), self.earlier.length
             self.buffers = [key.new_zeros(shape), value.new_zeros(shape)]
             for buffer, states in zip(self.buffers, (self.earlier._keys, self.earlier._values)):

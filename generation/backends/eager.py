@@ -1,4 +1,4 @@
-"""The eager backend: torch's operators, on every device and for every decoder.
+"""The eager backend: torch operators, for every device and decoder.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
@@ -13,11 +13,11 @@ from ..kv_cache import prefill
 
 
 class Eager:
-    """See `base.Backend`; the other backends derive from this one and share its prefill.
+    """See `base.Backend`; the other backends inherit from this one and share its prefill.
 
     Attributes:
         hidden: (R, D) decoder states that predict the next visual token.
-        num_read: visual tokens fed so far.
+        num_read: number of visual tokens so far.
     """
 
     def __init__(self, model: Any, quantization: str | None = None):
@@ -25,10 +25,10 @@ class Eager:
         self.model = model
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
-        """Read R prompts of text ids and the given codes (B, n, K)."""
+        """Prefill R prompts of text ids and the given codes (B, n, K)."""
         num_tokens = self.model.config.num_image_tokens
         self.rows_per_image = len(rows) // len(prefix)
-        # the last visual token is never fed
+        # the last visual token is never an input
         self.decoder = prefill(self.model, rows, max_steps=num_tokens - 1)
         self.embedder_cache = self.model.visual_embedder.new_cache(num_tokens)
         self.hidden, self.num_read = self.decoder.hidden, prefix.shape[1]
@@ -41,19 +41,19 @@ class Eager:
         self._feed(codes.unsqueeze(1))
 
     def _feed(self, codes: Tensor) -> None:
-        """(B, n, K) codes of the next n visual tokens."""
+        """Embed the codes (B, n, K) of the next n visual tokens and run the decoder on them."""
         vectors = self.model.visual_embedder.step(codes, self.embedder_cache).to(self.hidden.dtype)
-        # conditional and unconditional rows read the same image
+        # conditional and unconditional rows get the same image
         self.hidden = self.decoder.decode_step(vectors.repeat(self.rows_per_image, 1, 1))
 
     def code_logits(self, k: int, previous: Tensor | None) -> Tensor:
-        """Logits (R, V) of code k, in order; `previous` (B,) is the code before it, None for the first."""
+        """Logits (R, V) of code k, in order; `previous` (B,) holds the codes k - 1, None for k = 0."""
         head = self.model.depth_head
-        if previous is None:
+        if previous is None:  # k = 0 starts a new visual token: the depth head's cache spans one token
             self.depth_cache = head.new_cache()
             return head.step(0, self.hidden, self.depth_cache)
         return head.step(k, previous.repeat(self.rows_per_image), self.depth_cache)
 
     def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
-        """`step` as it is."""
+        """Return `step` unchanged."""
         return step

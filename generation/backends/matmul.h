@@ -1,9 +1,9 @@
 // SIMD vectors and GEMM (GEMV for one row) over float32, bfloat16 and int8 weights, for native.cpp.
 //
-// R rows of x, n inputs, O outputs. Few rows are bound by memory bandwidth, many by arithmetic. Either way a
-// row is accumulated in one order (lane by lane, then halves of lanes), so it does not depend on the batch.
-// Inputs are rounded to 16 bits where AVX-512 multiplies such numbers: those of bfloat16 weights with
-// AVX512_BF16, those of int8 weights with VNNI.
+// R rows of x, n inputs, O outputs. Few rows are bound by memory bandwidth, many by arithmetic. In both cases a
+// row is accumulated in the same order (per lane, then halves of lanes), so results do not depend on the batch.
+// Inputs are rounded to 16 bits if the processor has instructions for it: AVX512_BF16 for bfloat16 weights, VNNI
+// for int8 weights.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -21,7 +21,7 @@ constexpr int LANES = 8;
 #endif
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
-#ifdef __AVX2__  // keeps a value in a register: gcc would load it again for every row
+#ifdef __AVX2__  // keeps a value in a register: gcc would reload it for every row
 #define KEEP_IN_REGISTER(v) asm("" : "+v"(v))
 #else
 #define KEEP_IN_REGISTER(v)
@@ -52,7 +52,7 @@ inline vf32 load(const uint16_t* p) {
 inline vf32 load(const int8_t* p) {
     return (vf32)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
 }
-#elif defined(__AVX2__)  // compilers need several steps for these two
+#elif defined(__AVX2__)  // compilers generate several instructions for the generic code below
 inline vf32 load(const uint16_t* p) {
     return (vf32)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
@@ -69,9 +69,9 @@ inline vf32 load(const int8_t* p) {
     return __builtin_convertvector(__builtin_convertvector(b, vi32), vf32);
 }
 #endif
-inline float horizontal_sum(vf32 v) {  // by halves: fewer steps than lane by lane
+inline float horizontal_sum(vf32 v) {  // by halves: log2(LANES) steps
 #ifdef __AVX512F__
-    return _mm512_reduce_add_ps((__m512)v);  // gcc makes fifty instructions of the generic code
+    return _mm512_reduce_add_ps((__m512)v);  // gcc generates fifty instructions for the generic code
 #else
     for (int half = LANES / 2; half; half /= 2) {
 #ifdef __clang__
@@ -106,8 +106,8 @@ inline vf32 gelu_tanh(vf32 x) {
 }
 inline float gelu(float x) { return 0.5f * x * (1 + std::erf(x * 0.70710678f)); }
 
-// The dot product of STEP weights of type T with STEP packed inputs. An input is stored as x / input_scale of
-// its row, in the type that the multiply-add instruction takes.
+// The dot product of STEP weights of type T with STEP packed inputs. An input is stored as x / input_scale, with
+// one scale per row, in the type of the multiply-add instruction.
 template <class T> struct Dot {
     typedef float Input;
     typedef vf32 Accumulator;
@@ -153,6 +153,7 @@ template <> struct Dot<int8_t> {  // pairs; inputs quantized to int16 so that th
         float top = _mm512_reduce_max_ps((__m512)tops);
         float nan = horizontal_sum(odd);  // NaN if an input is not finite, else 0
         for (; i < n; i++) top = std::max(top, std::abs(x[i])), nan += x[i] * 0.0f;
+        // an int32 lane adds two products of up to 127 * limit per step
         float limit = std::floor(2147483520.0f / (127 * 2 * (n / STEP + 1)));
         return top / std::min(32767.0f, limit) + nan;
     }
@@ -173,8 +174,9 @@ template <> struct Dot<int8_t> {  // pairs; inputs quantized to int16 so that th
 };
 #endif
 
-// Register tile: tile_outputs(rows) outputs times up to TILE_ROWS rows. 32 registers hold 16 accumulators, 16
-// hold 12. Few rows take many outputs, so that enough loads are in flight. BLOCK: outputs of several tiles.
+// Register tile: tile_outputs(rows) outputs times up to TILE_ROWS rows. AVX-512's 32 registers hold 16
+// accumulators, AVX2's 16 hold 12. With few rows a tile has more outputs, so that enough loads are in flight.
+// BLOCK: outputs of several tiles.
 constexpr int TILE_ROWS = 4;
 #ifdef __AVX512F__
 constexpr int BLOCK = 16;
@@ -185,10 +187,10 @@ constexpr int tile_outputs(int rows) { return rows == TILE_ROWS ? 3 : 4; }
 #endif
 typedef float BlockRow[16];  // BLOCK outputs of one row, padded to whole vectors
 
-// y[r][o] = horizontal_sum(acc[o][r]) for a whole tile, bit for bit
+// y[r][o] = horizontal_sum(acc[o][r]) for a whole tile, bitwise equal
 template <int O, int R> INLINE void reduce_tile(const vf32 (&acc)[O][R], float* y) {
 #if defined(__AVX512F__)
-    static_assert(O * R <= 16);  // a 16 x 16 transpose-add takes 45 instructions, one sum alone seven
+    static_assert(O * R <= 16);  // a 16 x 16 transpose-add takes 45 instructions, a single sum seven
     vf32 v[16] = {};
     UNROLL for (int i = 0; i < O * R; i++) v[i / 4 + i % 4 * 4] = acc[i % O][i / O];
     auto halves = [](vf32 a, vf32 b) {
@@ -216,7 +218,7 @@ template <int O, int R> INLINE void reduce_tile(const vf32 (&acc)[O][R], float* 
 #else
     UNROLL for (int o = 0; o < O; o++) {
 #ifdef __AVX2__
-        if constexpr (R == 4) {  // the same halves, of four accumulators at once
+        if constexpr (R == 4) {  // the same order of additions, for four accumulators at once
             auto low = [](vf32 a, vf32 b) {
                 return (vf32)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x20)
                     + (vf32)_mm256_permute2f128_ps((__m256)a, (__m256)b, 0x31);
@@ -235,9 +237,9 @@ template <int O, int R> INLINE void reduce_tile(const vf32 (&acc)[O][R], float* 
 
 // One register tile: O weight rows w[o] times R packed input rows -> y[r][o].
 //
-// Meanwhile O weight rows at `ahead` are prefetched into L2; of a full tile only those whose bit is set in
-// `prefetch_mask`. Rows are too short for the hardware prefetcher (measured: two rows of fp32 take 20 ms
-// instead of 27, of int8 3.6 instead of 8).
+// O weight rows at `ahead` are prefetched into L2; with TILE_ROWS rows only those whose bit is set in
+// `prefetch_mask`. Weight rows are too short for the hardware prefetcher (measured for two rows of x: 20 ms
+// instead of 27 with fp32 weights, 3.6 instead of 8 with int8).
 template <int O, int R, class T>
 inline void gemm_tile(
     const T* const* w, const typename Dot<T>::Input* x, int64_t n, float* y, const T* ahead,
@@ -284,8 +286,8 @@ inline void gemm_tile(
     reduce_tile<O, R>(all, y);
 }
 
-// x (rows, n) packed for gemm_tile: groups of TILE_ROWS rows, interleaved step by step and padded with zeros;
-// and the rows' input scales
+// x (rows, n) packed for gemm_tile: groups of TILE_ROWS rows, interleaved by steps and padded with zeros; and the
+// input scale of each row
 template <class T> struct PackedRows {
     typedef Dot<T> D;
     std::vector<typename D::Input> x;
@@ -307,7 +309,7 @@ template <class T> struct PackedRows {
 };
 
 struct Range { int64_t begin, end; };
-// the part of `count` items that thread `thread` of `threads` takes, in multiples of `step`
+// the part of `count` items for thread `thread` of `threads`, in multiples of `step`
 inline Range thread_range(int64_t count, int64_t step, int thread, int threads) {
     int64_t steps = (count + step - 1) / step;
     return {
@@ -315,12 +317,13 @@ inline Range thread_range(int64_t count, int64_t step, int thread, int threads) 
         std::min(count, steps * (thread + 1) / threads * step),
     };
 }
+// clamped to the last row: a partial block computes outputs that are not stored
 template <class T> const T* weight_row(const Matrix& m, int64_t o) {
     return (const T*)m.weight + std::min(o, m.outputs - 1) * m.inputs;
 }
 
-// outputs o .. o + BLOCK of R packed rows -> y[r][i]; each of the `groups` of rows prefetches its part of the
-// next block
+// outputs o .. o + BLOCK of R packed rows -> y[r][i]; each of the `groups` of rows prefetches a part of the next
+// block, so that every weight is prefetched once
 template <int R, class T>
 inline void gemm_block(
     const Matrix& m, int64_t o, const typename Dot<T>::Input* x, const T* next, int64_t group,
@@ -339,8 +342,8 @@ inline void gemm_block(
 
 // A thread's part of M matrices of one shape times x: calls store(row, first output, BlockRow[M], count).
 //
-// At some hundred inputs a block of weights stays in L2 for all groups of rows, which lie packed in L1.
-// `after` is the matrix that is multiplied next; its beginning is prefetched at the end.
+// With some hundred inputs a block of weights stays in L2 for all groups of rows, and a packed group in L1.
+// `after` is the matrix used next; its first block is prefetched at the end.
 template <class T, int M, class Store>
 void gemm(
     const Matrix* const (&m)[M], const Matrix* after, const float* x, int64_t rows, int thread, int threads,

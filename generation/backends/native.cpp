@@ -1,9 +1,9 @@
 // Decoding on a CPU, one call per step: decode_step feeds a visual token (embedder and decoder); logits_step
 // runs LLaMA layers with an output layer (the depth head for a code, the decoder for a text token).
 //
-// With one or two rows a step is as fast as its weights can be read, so there is no operator dispatch, one
-// team of threads serves the whole call, and the weights stay where the model has them. R rows, B images. A
-// row is accumulated in one order whatever the batch, so an image does not depend on its neighbours.
+// With one or two rows a step is bound by reading the weights. Therefore there is no operator dispatch, one team
+// of threads runs the whole call, and weights are read from the model's memory. Rows are accumulated in the same
+// order for every batch size, so an image does not depend on the rest of its batch.
 // native_library.py compiles this file and mirrors its structs.
 #include <algorithm>
 #include <atomic>
@@ -31,18 +31,18 @@ struct Stack {
     int64_t depth, width, heads, kv_heads, head_dim, capacity;
 };
 struct Embedder {
-    const float* codebooks;  // (K, V, C), unit-norm rows
+    const float* codebooks;  // (K, V, C), normalised rows (VisualEmbedder.code_table)
     Norm attention_norm, linear_norm, mlp_norm, gate_norm, projector_norm;
     Matrix query, key, value, out, linear, gate, up, down, first, second;
     float *keys, *values;  // KV cache: (images, heads, capacity, head_dim)
     int64_t books, entries, code_dim, heads, head_dim, capacity;
-    int64_t attends_to_earlier;  // 0: a visual token attends to itself alone (visual_context "last")
+    int64_t attends_to_earlier;  // 0: a visual token attends only to itself (visual_context "last")
 };
 }
 
 namespace {
 
-// The threads of one call; `barrier` spins, because a step has many short phases.
+// The threads of one call; `barrier` spins, because phases are too short for a system call.
 struct ThreadTeam {
     int size;
     std::atomic<int> arrived{0}, round{0};
@@ -56,7 +56,7 @@ struct ThreadTeam {
             return;
         }
         for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++)
-            if (spins > 4000) std::this_thread::yield();
+            if (spins > 4000) std::this_thread::yield();  // more threads than free cores
     }
     template <class F> void run(F work) {
         std::vector<std::thread> others;
@@ -78,6 +78,7 @@ void rms_norm(const Norm& norm, const float* x, int64_t rows, int64_t n, float* 
     }
 }
 
+// sums in double: the scalar loops would lose accuracy in float
 void layer_norm(const Norm& norm, const float* x, int64_t rows, int64_t n, float* y) {
     for (int64_t r = 0; r < rows; r++, x += n, y += n) {
         double mean = 0, var = 0;
@@ -104,7 +105,7 @@ void attention(
         for (int i = 0; i < O; i++) k[i] = keys + std::min(last, first + s + i) * head_dim;
         gemm_tile<O, 1>(k, q, head_dim, &scores[s], keys + (first + s + O) * head_dim);
     }
-    // softmax
+    // softmax; lanes after the last score are -inf, then 0
     for (int64_t s = 0; s < count; s++) top = std::max(top, scores[s] *= scale);
     for (int64_t s = count; s < count + LANES; s++) scores[s] = -INFINITY;
     vf32 total = {};
@@ -131,6 +132,7 @@ void attention(
     }
 }
 
+// LLaMA's RoPE in place: channel i is rotated with channel i + head_dim / 2.
 inline void apply_rope(float* x, const float* cos, const float* sin, int64_t head_dim) {
     int64_t half = head_dim / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -160,11 +162,11 @@ struct SharedScratch {  // of all threads of a call
         : q(rows * q), k(rows * kv), v(rows * kv), mixed(rows * q), h(rows * h) {}
 };
 
-// x (rows, width) through all layers, in place, with its keys and values written at `cache_index`.
+// Runs x (rows, width) through all layers, in place; keys and values are written at `cache_index`.
 //
-// starts: (rows) cache index of each row's first token, behind its padding; null = 0.
-// cache_rows: (rows) the row of the cache that each row uses; null = its own.
-// after: the matrix that is multiplied next, to prefetch it.
+// starts: (rows) cache index of each row's first real token; null = 0.
+// cache_rows: (rows) the row of the cache that each row uses; null = the same row.
+// after: the matrix used after these layers, for prefetching.
 void run_layers(
     const Stack& s, float* x, int64_t rows, int64_t cache_index, const int64_t* starts,
     const int64_t* cache_rows, SharedScratch& shared, ThreadTeam& team, int thread, ThreadScratch& own,
@@ -183,7 +185,8 @@ void run_layers(
         linear(layer.key, &layer.value, normed, rows, thread, team.size, k_store);
         linear(layer.value, &layer.out, normed, rows, thread, team.size, v_store);
         team.barrier();
-        // a thread takes whole (row, KV head) pairs: it writes their cache and attends with their query heads
+        // a thread takes whole (row, KV head) pairs: it writes their cache entry, then attends with their query
+        // heads, so that no barrier is needed in between
         Range mine = thread_range(rows * s.kv_heads, 1, thread, team.size);
         for (int64_t i = mine.begin; i < mine.end; i++) {
             int64_t r = i / s.kv_heads, h = i % s.kv_heads, start = starts ? starts[r] : 0;
@@ -219,13 +222,14 @@ void run_layers(
 
 // codes (images, K) of visual token `token_index` -> x: one vector per image, written `copies` times.
 //
-// Dequantize (code rows side by side), causal attention projection with its KV cache, GeGLU, two-layer MLP.
+// Concatenated code rows, causal attention projection with its KV cache, GeGLU, two-layer MLP.
 void run_embedder(
     const Embedder& e, const int64_t* codes, int64_t images, int64_t copies, int64_t token_index, float* x,
     std::vector<float>& state, SharedScratch& shared, ThreadTeam& team, int thread, ThreadScratch& own
 ) {
     int64_t latent = e.books * e.code_dim, wide = e.heads * e.head_dim, out = e.second.outputs;
     int threads = team.size;
+    // every thread computes all latents and norms: cheaper than a barrier
     std::vector<float> latents(images * latent);
     for (int64_t b = 0; b < images; b++)
         for (int64_t k = 0; k < e.books; k++) {
@@ -269,7 +273,7 @@ void run_embedder(
     };
     linear(e.first, &e.second, normed, images, thread, threads, store_gelu);
     team.barrier();
-    // conditional and unconditional rows read the same image
+    // conditional and unconditional rows get the same image
     auto store_copies = [&](int64_t r, int64_t o, const float* y, int64_t count) {
         for (int64_t c = 0; c < copies; c++) std::memcpy(x + (c * images + r) * out + o, y, count * 4);
     };
@@ -281,7 +285,7 @@ void run_embedder(
 
 extern "C" {
 
-// codes (images, K) of visual token `token_index` -> hidden (rows, width); its keys go to `cache_index`
+// codes (images, K) of visual token `token_index` -> hidden (rows, width); KV entries go to `cache_index`
 void decode_step(
     const Embedder* e, const Stack* s, const int64_t* codes, int64_t images, int64_t rows,
     int64_t token_index, int64_t cache_index, const int64_t* starts, float* hidden, int64_t threads

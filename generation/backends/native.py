@@ -1,7 +1,7 @@
-"""The native backend: decode steps and code logits in C++ (native.cpp) over the weights of a LLaMA on a CPU.
+"""The native backend: decode steps and code logits of a LLaMA on a CPU in C++ (native.cpp).
 
-States and sums are float32 whatever the weights are; products with bfloat16 and int8 weights round their
-inputs to 16 bits where AVX-512 multiplies such numbers.
+States and accumulators are float32 for every weight dtype. On processors with the AVX-512 instructions for
+it, products with bfloat16 and int8 weights round their inputs to 16 bits.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
@@ -25,7 +25,7 @@ from .eager import Eager
 
 
 def supports_native(model: Any) -> bool:
-    """True for a plain LLaMA on a CPU in float32 or bfloat16, where the C++ library can be built."""
+    """True for a plain LLaMA on a CPU in float32 or bfloat16 if the C++ library can be built."""
     text, embedder = model.config.text_config, model.visual_embedder
     if (
         model.device.type != "cpu"
@@ -37,19 +37,22 @@ def supports_native(model: Any) -> bool:
         rope = (config.rope_parameters or {}).get("rope_type", "default")
         if config.hidden_act != "silu" or rope not in STATIC_ROPE:
             return False
-    if embedder.codebooks is None:  # an `embed` that is not a table lookup
+    if embedder.codebooks is None:  # `embed` is not a table lookup
         return False
     parts = (model.language_model.layers, model.depth_head, embedder)
     if not all(has_plain_linears(part, model.dtype) for part in parts):
         return False
+    # run_embedder concatenates heads; averaging them is not implemented. The library comes last: it may
+    # compile.
     return not embedder.projection.attention.average and native_library.load_library() is not None
 
 
 def has_plain_linears(part: nn.Module, dtype: torch.dtype) -> bool:
-    """True if every linear layer is its weight and bias alone: adapters and quantised layers are not."""
+    """True if every linear layer is only a weight and a bias, without adapters and quantisation."""
     for module in part.modules():
-        if hasattr(module, "base_layer"):  # a peft adapter
+        if hasattr(module, "base_layer"):  # wrapped by peft
             return False
+        # exact types: subclasses (bitsandbytes) store weights in their own formats
         if isinstance(module, nn.Linear) and (
             type(module) not in (nn.Linear, Linear) or module.weight.dtype != dtype
         ):
@@ -69,15 +72,16 @@ class Native(Eager):
         self.int8 = quantization == "int8"
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
-        """As `Eager`; then the C++ structs are laid over weights and caches."""
+        """As `Eager`; then build C++ structs that point to weights and caches."""
         super().prefill(rows, prefix)
         model, decoder, config = self.model, self.decoder, self.model.config
         self.hidden = self.hidden.float().contiguous()
         self.num_rows, self.cache_index = len(self.hidden), decoder.length
         padding = torch.zeros(self.num_rows) if decoder.mask is None else (decoder.mask == 0).sum(dim=1)
-        self.starts = padding.to(torch.int64)  # of each row in the cache, behind its padding
+        self.starts = padding.to(torch.int64)  # cache index of each row's first real token
         self.library, self.num_threads = native_library.load_library(), torch.get_num_threads()
-        self.weights = _weight_structs(model, self.int8)  # the structs point into it: keep it alive
+        # the structs hold raw pointers: `weights` and `builder` keep the tensors alive
+        self.weights = _weight_structs(model, self.int8)
         self.builder = native_library.StructBuilder()
         caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
         self.decoder_stack = stack_struct(
@@ -89,6 +93,7 @@ class Native(Eager):
             model.language_model.rotary_emb,
             num_positions=self.cache_index + config.num_image_tokens,
         )
+        # one cache for all visual tokens: the depth head restarts at k = 0 and overwrites it
         depth, books = config.depth_config, config.num_codebooks
         shape = (self.num_rows, depth.num_key_value_heads, books, depth.head_dim)
         caches = [(torch.empty(shape), torch.empty(shape)) for _ in range(depth.num_hidden_layers)]
@@ -105,9 +110,11 @@ class Native(Eager):
         self.logits = torch.empty(self.num_rows, config.codebook_size)
 
     def _embedder_struct(self) -> Any:
-        """The visual embedder's struct with a cache that holds what torch has put into its own."""
+        """The visual embedder's struct with a cache; entries of torch's cache (of a prefix) are copied."""
         cache = self.embedder_cache
-        embedder = native_library.Embedder.from_buffer_copy(self.weights.embedder)  # shares the weights
+        # a copy of the struct, not of the weights: `_int8_weights` shares it between batches
+        embedder = native_library.Embedder.from_buffer_copy(self.weights.embedder)
+        # no cache = the "last" context: one entry, overwritten by every token
         images, capacity = self.num_rows // self.rows_per_image, 1 if cache is None else cache.max_length
         shape = (images, embedder.heads, capacity, embedder.head_dim)
         states = (torch.empty(shape), torch.empty(shape))
@@ -133,7 +140,7 @@ class Native(Eager):
         """Logits (R, V) of code k, in order; the next call overwrites them."""
         head = self.model.depth_head
         if previous is None:
-            # the C++ step works in place on its input
+            # logits_step overwrites its input: clone `hidden`
             entry = (
                 self.hidden.clone()
                 if head.reduce is None
@@ -150,7 +157,7 @@ class Native(Eager):
 
 
 class _WeightStructs:
-    """The structs over a model's weights, without caches."""
+    """C++ structs that point to a model's weights, without caches."""
 
     def __init__(self, model: Any, int8: bool):
         build = self.builder = native_library.StructBuilder(int8)
@@ -161,6 +168,7 @@ class _WeightStructs:
         projection, attention = embedder.projection, embedder.projection.attention
         width = attention.outputs
         query, key, value = attention.qkv.weight.split(width)
+        # positional, in the order of the C++ struct's fields
         books, entries, code_dim = embedder.codebooks.shape
         self.embedder = native_library.Embedder(
             build.floats(embedder.code_table()),
@@ -174,15 +182,15 @@ class _WeightStructs:
         )  # fmt: skip
 
 
-# int8 weights by model, with the addresses and versions of the parameters that they were made from
+# model -> (addresses and versions of its parameters, int8 structs)
 _int8_weights: "weakref.WeakKeyDictionary[Any, tuple[Any, _WeightStructs]]" = weakref.WeakKeyDictionary()
 
 
 def _weight_structs(model: Any, int8: bool) -> _WeightStructs:
-    """The structs of a model; int8 weights are quantised once and again after every change."""
+    """The structs of a model; int8 weights are cached until a parameter changes."""
     if not int8:
         return _WeightStructs(model, False)
-    # an in-place update raises a parameter's version, a new tensor has another address
+    # an in-place update increments a parameter's version; a new tensor has another address
     state = tuple((p.data_ptr(), p._version) for p in model.parameters())
     if model not in _int8_weights or _int8_weights[model][0] != state:
         _int8_weights[model] = (state, _WeightStructs(model, True))
@@ -212,7 +220,8 @@ def stack_struct(
     array = (native_library.Layer * len(layers))(*layers)
     for layer, states in zip(array, caches):
         layer.keys, layer.values = map(build.floats, states)
-    build.kept.append(array)  # ctypes does not keep what an address points to
+    build.kept.append(array)  # an address does not keep its object alive
+    # tables for all positions: C++ does not compute RoPE scaling
     cos, sin = rotary(torch.empty(0), torch.arange(num_positions)[None])
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     capacity, head_dim = caches[0][0].shape[2:]

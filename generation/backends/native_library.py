@@ -1,6 +1,6 @@
-"""Compiles native.cpp once per machine, loads it, and mirrors its structs.
+"""Compile native.cpp once per machine, load it, and mirror its structs.
 
-Nothing is compiled at install: without a compiler the eager backend takes over.
+Nothing is compiled at install time: without a compiler the eager backend is used.
 """
 
 import ctypes
@@ -21,11 +21,8 @@ from torch import Tensor, nn
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SOURCES = (_SOURCE, _SOURCE.with_name("matmul.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
-NATIVE_DTYPES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.int8: 2,
-}  # of weights; the numbers are Matrix.dtype
+# Weight dtypes -> Matrix.dtype of the C++ code.
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _log = logging.getLogger(__name__)
 
@@ -36,7 +33,7 @@ def _struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
     )
 
 
-# the structs of native.cpp, field by field
+# Mirror the structs of native.cpp and matmul.h: same fields, same order.
 Matrix = _struct("Matrix", ("weight scale bias", _POINTER), ("outputs inputs dtype", _INT))
 Norm = _struct("Norm", ("weight bias", _POINTER), ("eps", ctypes.c_double))
 Layer = _struct(
@@ -64,7 +61,7 @@ Embedder = _struct(
 
 @functools.cache
 def load_library() -> Any:
-    """The compiled library, or None where there is none; `UNITOK_NATIVE=0` turns it off."""
+    """The compiled library; None if it cannot be built, or with `UNITOK_NATIVE=0`."""
     if os.environ.get("UNITOK_NATIVE") == "0":
         return None
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
@@ -72,6 +69,7 @@ def load_library() -> Any:
         path = _build(compiler)
         library = ctypes.CDLL(str(path)) if path else None
     except (OSError, subprocess.SubprocessError) as error:
+        # never fatal; the end of a compiler's output has the actual error
         detail = getattr(error, "stderr", None) or str(error)
         _log.warning("The C++ backend could not be built; torch's operators are used: %s", detail[-300:])
         return None
@@ -79,16 +77,17 @@ def load_library() -> Any:
         _log.info("No C++ compiler found: torch's operators are used, which is several times slower.")
         return None
     for i, struct in enumerate((Matrix, Norm, Layer, Stack, Embedder)):
-        # a struct that differs from its C++ twin would read wrong memory
+        # a struct whose layout differs from C++ would read wrong memory
         library.struct_size.restype = _INT
         assert library.struct_size(i) == ctypes.sizeof(struct), struct
+    # without argtypes ctypes passes Python ints as 32 bits and truncates pointers
     library.decode_step.argtypes = [_POINTER] * 3 + [_INT] * 4 + [_POINTER] * 2 + [_INT]
     library.logits_step.argtypes = [_POINTER] * 2 + [_INT] * 2 + [_POINTER] * 4 + [_INT]
     return library
 
 
 def _build(compiler: str | None) -> Path | None:
-    """The library in the user's cache, named by the hash of sources, flags and processor."""
+    """The library in the user's cache folder; its name has a hash of sources, flags and processor."""
     key = hashlib.sha256(
         b"".join(path.read_bytes() for path in _SOURCES) + " ".join(_FLAGS).encode() + _processor().encode()
     ).hexdigest()
@@ -97,7 +96,8 @@ def _build(compiler: str | None) -> Path | None:
     if path.exists() or compiler is None:
         return path if path.exists() else None
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as work:  # renamed when complete: processes may race
+    # compile to a temporary folder, then rename: several processes may compile at the same time
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         built = Path(work) / path.name
         command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
@@ -106,7 +106,7 @@ def _build(compiler: str | None) -> Path | None:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: machines of different kinds may share a home folder."""
+    """A string that changes with `-march=native`: different machines may share a home folder."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -114,7 +114,7 @@ def _processor() -> str:
 
 
 class StructBuilder:
-    """Makes structs that point into tensors, and keeps these tensors alive.
+    """Builds structs that point to tensors, and keeps these tensors alive.
 
     Args:
         int8: quantise the weight matrices to 8 bits with one scale per row.
@@ -130,14 +130,15 @@ class StructBuilder:
         return tensor.data_ptr()
 
     def floats(self, tensor: Tensor | None) -> int | None:
-        """The address of a tensor as float32, copied if need be."""
+        """The address of a tensor as float32; copies if the dtype or layout differs."""
         return None if tensor is None else self.pointer(tensor.detach().float().contiguous())
 
     def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """A weight (outputs, inputs) in the model's own memory, or quantised to int8."""
+        """A weight (outputs, inputs): the model's memory, or a copy quantised to int8."""
         scale = None
         weight = weight.detach()
         if self.int8:
+            # clamp: a row of zeros would divide by zero
             scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
             # symmetric: w = scale * q with q in [-127, 127]
             weight = (weight.float() / scale[:, None]).round().to(torch.int8)
@@ -149,7 +150,7 @@ class StructBuilder:
         return self.matrix(layer.weight, layer.bias)
 
     def norm(self, layer: Any) -> Any:
-        """An RMS norm or layer norm."""
+        """The struct of an RMS norm or layer norm."""
         eps = getattr(layer, "variance_epsilon", None)  # LlamaRMSNorm; torch's norms have `eps`
         return Norm(
             self.floats(layer.weight),

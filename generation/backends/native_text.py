@@ -1,8 +1,8 @@
-"""Text through the native backend: prompts are prefilled in small chunks, then decoded all at once.
+"""Text generation with the native backend: prefill in small chunks, then decode all prompts in one batch.
 
-Prefill is bound by arithmetic, which a batch does not make cheaper; decoding is bound by reading the weights,
-which all rows share. So prefill chunks are as small as the caches like, and rows that have reached their end
-of sequence leave the batch.
+Prefill is compute-bound, and batching does not make it cheaper: chunks are small enough for the processor's
+caches. Decoding is bound by reading the weights, which all rows share; rows that reach their end of sequence
+leave the batch.
 
 P prompts, R rows still decoding, D decoder width.
 """
@@ -19,8 +19,8 @@ from ..kv_cache import SharedPrefix, can_share, concat_codes, find_shared_prefix
 from . import native_library
 from .native import has_plain_linears, layer_struct, stack_struct
 
-_CHUNK_TOKENS = 512  # prefilled at once, where prompts are short
-# keys of a generation config that greedy decoding may come with
+_CHUNK_TOKENS = 512  # maximum tokens of several prompts that are prefilled together
+# Keys of a generation config that do not change greedy decoding.
 _GREEDY_KEYS = {
     "bos_token_id", "eos_token_id", "pad_token_id", "max_length", "do_sample", "temperature", "top_k",
     "top_p", "transformers_version", "_from_model_config", "output_attentions", "output_hidden_states",
@@ -29,7 +29,8 @@ _GREEDY_KEYS = {
 
 
 def supports_options(model: Any, options: dict[str, Any]) -> bool:
-    """True if these options of transformers' `generate` mean greedy decoding with a plain output layer."""
+    """True if `options` of transformers' `generate` mean greedy decoding and the output layer is plain."""
+    # any other key of the generation config, such as repetition_penalty, may change the logits
     config = model.generation_config.to_diff_dict()
     greedy = config.keys() <= _GREEDY_KEYS and not any(options.values())
     return greedy and has_plain_linears(model.lm_head, model.dtype)
@@ -44,11 +45,11 @@ def iter_native_text_ids(
     pick: Callable[[Tensor], Tensor],
     share_prefix: bool = True,
 ) -> Iterator[list[int | None]]:
-    """Yield the next id of each prompt, None where its answer has ended, until all have.
+    """Yield the next id of each prompt, None for finished answers, until all are finished.
 
     Args:
         pick: logits (R, vocabulary) -> the next ids (R,).
-        share_prefix: prefill once what prompts about the same images have in common.
+        share_prefix: prefill the common prefix of prompts about the same images once.
     """
     found = find_shared_prefixes(prompts, image_codes) if share_prefix else []
     shared = [p for p in found if len(p.rows) > 1 and p.ids and can_share(model, prompts, [p])]
@@ -72,7 +73,7 @@ def _iter_ids(
         rests = [list(prompts[row][len(prefix.ids) :]) for row in prefix.rows]
         decoder.prefill(prefix.rows, prefix.ids, rests, concat_codes([prefix.codes], model))
     alone.sort(key=lambda row: len(prompts[row]))
-    while alone:  # short prompts together, as long as they fit a chunk
+    while alone:  # sorted by length: as many as fit a chunk when padded to the longest, at least one
         size = next(
             (i for i in range(len(alone), 1, -1) if i * len(prompts[alone[i - 1]]) <= _CHUNK_TOKENS), 1
         )
@@ -95,10 +96,10 @@ def _iter_ids(
 
 
 class NativeTextDecoder:
-    """The decoder behind a KV cache in which all prompts end at the same index.
+    """The decoder with a KV cache in which all prompts end at the same index.
 
     Args:
-        lengths: of the P prompts.
+        lengths: number of ids of each of the P prompts.
         max_steps: capacity of the cache beyond the longest prompt.
 
     Attributes:
@@ -107,7 +108,8 @@ class NativeTextDecoder:
 
     def __init__(self, model: Any, lengths: Sequence[int], max_steps: int):
         self.model, self.cache_index = model, max(lengths)
-        self.starts = torch.tensor([self.cache_index - length for length in lengths])
+        self.starts = torch.tensor([self.cache_index - length for length in lengths])  # padding of each row
+        # float32 as in C++, also for bfloat16 models
         text, capacity = model.config.text_config, self.cache_index + max_steps
         shape = (len(lengths), text.num_key_value_heads, capacity, text.head_dim)
         self.caches = [(torch.empty(shape), torch.empty(shape)) for _ in range(text.num_hidden_layers)]
@@ -122,17 +124,17 @@ class NativeTextDecoder:
     def prefill(
         self, rows: Sequence[int], prefix: Sequence[int], rests: Sequence[Sequence[int]], codes: Any
     ) -> None:
-        """Read the prompts of some rows: a common prefix, which may be empty, and the rest of each.
+        """Prefill the prompts of some rows: a common prefix, which may be empty, and the rest of each.
 
         Args:
-            codes: (I, N, K) of the images, which lie in the prefix or, without one, in the rests.
+            codes: (I, N, K) of the images, which are in the prefix or, without a prefix, in the rests.
         """
         model, cache = self.model, DynamicCache(config=self.model.config.text_config)
         if prefix:
             embeds = model.embed_inputs(torch.tensor([list(prefix)]), codes)
             model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(rows))
-            codes = None  # all images lie in the prefix
+            codes = None  # `can_share` guarantees that the rests have no images
         ids, mask = pad_left(rests, model)
         mask = torch.cat([mask.new_ones(len(rows), len(prefix)), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix) :]
@@ -143,7 +145,7 @@ class NativeTextDecoder:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        # torch's cache: prefix, padding, rest; ours: padding, prefix, rest
+        # torch's cache is prefix, padding, rest; ours is padding, prefix, rest: C++ needs contiguous rows
         for i, (row, rest) in enumerate(zip(rows, rests)):
             middle = self.cache_index - len(rest)
             for layer, states in zip(cache.layers, self.caches):
@@ -152,7 +154,7 @@ class NativeTextDecoder:
                     buffer[row, :, middle - len(prefix) : middle] = read[i, :, : len(prefix)]
 
     def decode_step(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Feed the next ids (R,) of the rows (R,) -> logits (R, vocabulary) of the ids after them."""
+        """One decode step: the last ids (R,) of the rows (R,) -> logits (R, vocabulary) of the next ids."""
         entry = self.model.get_input_embeddings()(ids).float().contiguous()
         starts, logits = self.starts[rows], torch.empty(len(rows), self.output.outputs)
         native_library.load_library().logits_step(

@@ -1,1 +1,1 @@
-"""The HTTP server behind `unitok serve`: OpenAI-compatible routes, dynamic batching, one model."""
+"""The HTTP server of `unitok serve`: OpenAI-compatible routes, dynamic batching, one model."""

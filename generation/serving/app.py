@@ -30,7 +30,7 @@ def create_app(
     files: Path | None = None,
     hosts: frozenset[str] | None = None,
 ) -> FastAPI:
-    """The application; arguments as `Server` and `AccessMiddleware`."""
+    """Build the application; arguments as `Server` and `AccessMiddleware`."""
     server = Server(pipe, name, limits or Limits(), files)
 
     @contextlib.asynccontextmanager
@@ -45,7 +45,7 @@ def create_app(
     app.state.server = server
     _add_routes(app, server)
     _add_error_handlers(app)
-    # the labels of the request metrics
+    # route labels of the request metrics
     routes = frozenset(getattr(route, "path", "") for route in app.routes)
     app.add_middleware(
         AccessMiddleware,
@@ -61,7 +61,7 @@ def create_app(
 def _add_routes(app: FastAPI, server: Server) -> None:
     @app.get("/health")
     async def health() -> Response:
-        # the model's thread ends only at shutdown or by a bug
+        # the model's thread ends only at shutdown or after a bug
         alive = server.batcher.alive
         return JSONResponse({"status": "ok" if alive else "failed"}, 200 if alive else 503)
 
@@ -94,7 +94,7 @@ def _model_object(server: Server) -> dict[str, Any]:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every error has OpenAI's format, whatever raised it."""
+    """Return every error in OpenAI's format."""
 
     def respond_with(status: int, code: str | None, headers: dict[str, str] | None = None) -> Any:
         async def handle(_: Request, error: Exception) -> Response:
@@ -117,12 +117,12 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ClientDisconnected)
     async def disconnected(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)  # nobody receives it; the status goes into the metrics
+        return Response(status_code=499)  # never received; the middleware records the status in the metrics
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: Any) -> Response:
         first = error.errors()[0]
-        # keys of the body are the client's text: cut them
+        # keys are text of the client: limit their length
         where = ".".join(str(part)[:60] for part in first["loc"] if part != "body")[:200]
         message = f"{where or 'The body'}: {first['msg']}"
         return JSONResponse(error_body(message[:500], 400, first["type"], where or None), 400)

@@ -1,7 +1,7 @@
-"""Dynamic batching: jobs with equal settings share a batch, run on the one thread that owns the model.
+"""Dynamic batching: jobs with equal settings share a batch, which runs on the model's thread.
 
-One batch per kind (images, answers) runs at a time. Their steps alternate, so that an answer that takes a
-second does not wait for an image that takes a minute.
+At most one batch per kind (images, answers) runs at a time. Their steps alternate, so that a short answer
+does not wait for a long image generation.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 class QueueFull(Exception):
-    """The queue has no capacity for the jobs."""
+    """The queue is too full for the jobs."""
 
 
 class ShuttingDown(Exception):
@@ -30,18 +30,18 @@ class BatchKey(Protocol):
 
     @property
     def kind(self) -> str:
-        """One batch per kind runs at a time."""
+        """At most one batch per kind runs at a time."""
         ...
 
 
 class Job:
-    """One row of a batch: carries a request to the model's thread, and its results back to the event loop.
+    """One row of a batch: passes a request to the model's thread and its results back to the event loop.
 
     Attributes:
         key: jobs with equal keys may share a batch.
-        task: the work; its type depends on the key.
+        task: the input; its type depends on the key.
         arrived: creation time on the monotonic clock.
-        cancelled: the client does not wait any more; a batch with only such jobs is dropped.
+        cancelled: the client no longer waits; a batch of cancelled jobs only is dropped.
         finished: the result or the error has been sent.
     """
 
@@ -80,12 +80,13 @@ class Job:
 
     def _put(self, kind: str, value: Any) -> None:
         if not self.cancelled:
-            # asyncio queues are not thread-safe; RuntimeError: the event loop is closed
+            # asyncio queues are not thread-safe: call from the loop's thread; RuntimeError: the loop is
+            # closed
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (kind, value))
 
     async def events(self) -> AsyncIterator[tuple[str, Any]]:
-        """Any number of ("partial", value), then ("result", value); an error is raised."""
+        """Yield any number of ("partial", value), then ("result", value); raise if the job fails."""
         while True:
             kind, value = await self._events.get()
             if kind == "error":
@@ -95,7 +96,7 @@ class Job:
                 return
 
     async def result(self) -> Any:
-        """The result, without the partial ones; an error is raised."""
+        """The final result; raises if the job fails."""
         *_, (_, value) = [event async for event in self.events()]
         return value
 
@@ -105,11 +106,11 @@ class Batcher:
 
     Args:
         run_batch: takes the jobs of one batch (equal keys), yields after each small step so that the other
-            kind's batch can go on, and finishes or fails each job. If it raises, its pending jobs fail.
+            kind's batch can run, and finishes or fails each job. If it raises, its pending jobs fail.
         max_batch_size: jobs per batch.
         max_queue_size: jobs in the queue; `submit` rejects more.
-        window: seconds. A batch that is not full starts when no job has joined it for that long, at the
-            latest after ten times that.
+        window: seconds. A batch that is not full starts when no job has joined it for this time, at the
+            latest after ten times as long.
         on_batch: called with kind and size of each batch that starts.
     """
 
@@ -136,7 +137,7 @@ class Batcher:
         self._thread.start()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Fail all pending jobs and end the thread."""
+        """Fail all pending jobs and stop the thread."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -158,7 +159,7 @@ class Batcher:
     @property
     def running(self) -> int:
         """Pending jobs of the current batches."""
-        # list(): the model's thread may change the dict meanwhile
+        # list(): the model's thread may change the dict at the same time
         return sum(job.pending for jobs, _ in list(self._active.values()) for job in jobs)
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -169,6 +170,7 @@ class Batcher:
             ShuttingDown: the server is stopping.
         """
         with self._changed:
+            # cancelled jobs must not count towards the limit
             self._queue = [job for job in self._queue if not job.cancelled]
             if self._stopping:
                 raise ShuttingDown("The server is shutting down.")
@@ -184,7 +186,7 @@ class Batcher:
         while not self._stopping:
             for batch in self._next_batches():
                 self._start_batch(batch)
-            # one step of each kind in turn
+            # round robin: one step of each kind
             for kind in list(self._active):
                 self._step(kind)
         error = ShuttingDown("The server is shutting down.")
@@ -196,7 +198,7 @@ class Batcher:
             self._queue = []
 
     def _next_batches(self) -> list[list[Job]]:
-        """Remove the batches that start now from the queue; blocks only while no batch is active."""
+        """Take the batches that start now from the queue; blocks only while no batch is active."""
         with self._changed:
             while True:
                 self._queue = [job for job in self._queue if not job.cancelled]
@@ -205,19 +207,20 @@ class Batcher:
                     taken = {id(job) for batch in batches for job in batch}
                     self._queue = [job for job in self._queue if id(job) not in taken]
                     return batches
-                self._changed.wait(soonest)
+                self._changed.wait(soonest)  # None: until a job is submitted or the server stops
 
     def _ready_batches(self) -> tuple[list[list[Job]], float | None]:
-        """Per idle kind the batch of its oldest job if its window is over; else the seconds until then."""
+        """Per idle kind the batch of its oldest job if its window is over, and the seconds until the next."""
         now, batches, soonest = time.monotonic(), [], None
-        seen = set(self._active)
+        seen = set(self._active)  # kinds that are running or already considered
         for oldest in self._queue:
             kind = oldest.key.kind
             if kind in seen:
                 continue
             seen.add(kind)
             batch = [job for job in self._queue if job.key == oldest.key][: self.max_batch_size]
-            # the window starts when the last batch ended, so that its clients can send their next requests
+            # the window starts at the end of the last batch or later: its clients send their next requests
+            # then
             idle_since = self._idle_since.get(kind, 0.0)
             start = min(
                 max(batch[-1].arrived, idle_since),
@@ -246,7 +249,7 @@ class Batcher:
         except StopIteration:
             _fail_all(jobs, RuntimeError("run_batch ended without finishing this job"))
         except Exception as error:
-            # a failed batch must not stop the thread; every request of the batch gets the error
+            # a failed batch must not end the thread; every request of the batch gets the error
             if not isinstance(error, UserError):
                 _log.exception("a batch of %d failed", len(jobs))
             _fail_all(jobs, error)

@@ -1,4 +1,4 @@
-"""Handlers of chat completions and image generations: parse, queue, and respond whole or as a stream."""
+"""Handlers of chat completions and image generations: parse, queue, respond in one piece or as a stream."""
 
 import asyncio
 import base64
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 async def chat_completions(server: Server, body: ChatRequest, request: Request) -> Response:
     """POST /v1/chat/completions."""
-    # for a stream this covers parsing only; the stream has a timeout of its own
+    # for a stream this covers only parsing; `_EventStream` has its own timeout
     async with asyncio.timeout(server.limits.timeout):
         parsing = server.run_in_thread(server.parser.parse_chat, body)
         key, task = await server.or_disconnect(request, parsing)
@@ -63,7 +63,7 @@ async def image_generations(server: Server, body: ImageRequest, request: Request
             encoded = await server.run_in_thread(_to_base64, image, body, key.sampling, task.seed)
             data_url = f"data:image/{body.output_format or 'png'};base64,{encoded}"
             content = {"url": data_url} if body.response_format == "url" else {"b64_json": encoded}
-            # the seed is our extension: with it the client can generate the image again
+            # our extension of the API: with the seed the client can reproduce the image
             data.append({**content, "seed": task.seed})
     return JSONResponse({"created": int(time.time()), "data": data, "size": server.parser.output_size})
 
@@ -88,7 +88,7 @@ async def _chat_events(
             continue
         server.metrics.tokens.labels("completion").inc(value.tokens)
         yield chunk({}, value.finish_reason)
-        # OpenAI sends the usage in a last chunk without choices, on request only
+        # as in OpenAI's API, the usage comes in a last chunk without choices, only on request
         if body.stream_options and body.stream_options.include_usage:
             usage = _usage(len(job.task.prompt_ids), value.tokens)
             yield _data({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
@@ -101,7 +101,7 @@ async def _image_events(
     """The server-sent events of an image: previews, then the image."""
     number = 0  # of the preview
     async for kind, image in job.events():
-        # encoding takes milliseconds: not on the event loop
+        # encoding takes milliseconds, too long for the event loop
         event: dict[str, Any] = {"created_at": int(time.time()), "output_format": body.output_format or "png"}
         event["b64_json"] = await server.run_in_thread(_to_base64, image, body, sampling, job.task.seed)
         event["size"] = server.parser.output_size
@@ -147,7 +147,7 @@ class _EventStream(StreamingResponse):
         self._stack = stack
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        # starlette notices a disconnect only when it sends; the model may have nothing to send for long
+        # starlette detects a disconnect only when it sends, and the model may send nothing for a long time
         with self._stack:
             response = asyncio.ensure_future(self.stream_response(send))
             disconnect = asyncio.ensure_future(until_disconnect(Request(scope, receive)))
@@ -161,7 +161,7 @@ class _EventStream(StreamingResponse):
 
     @staticmethod
     async def _with_timeout(server: Server, events: AsyncIterator[str]) -> AsyncIterator[str]:
-        # the status 200 has been sent, so errors can only follow as events
+        # status 200 has been sent already: errors can only be sent as events
         try:
             async with asyncio.timeout(server.limits.timeout):
                 async for event in events:

@@ -1,4 +1,4 @@
-"""The Prometheus metrics of one server, on a registry of its own."""
+"""The Prometheus metrics of one server, in a separate registry."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,18 @@ _BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
 
 class ServerMetrics:
-    """Counters, histograms and gauges; safe to use from every thread.
+    """Counters, histograms and gauges; thread-safe.
 
-    Label values come from the code only, never from a request: each value is a time series that is kept.
+    Label values come from code, never from requests: each value creates a time series that is never deleted.
 
     Args:
         waiting: returns the queue length. running: returns the number of jobs in the current batches.
     """
 
     def __init__(self, waiting: Callable[[], int], running: Callable[[], int]):
-        # no `_created` series: one more per counter, which nobody reads
+        # no `_created` series: an extra one per counter that no dashboard uses
         prometheus_client.disable_created_metrics()
-        # a registry per server: the global one rejects a second server in the same process
+        # the global registry would reject a second server in the same process
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "unitok_requests_total",

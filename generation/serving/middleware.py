@@ -9,7 +9,7 @@ from typing import Any
 
 from .metrics import ServerMetrics
 
-_UNLIMITED_PATHS = ("/health", "/metrics")  # answered under any load
+_UNLIMITED_PATHS = ("/health", "/metrics")  # never rejected for load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Limits:
 
 
 class RequestRejected(Exception):
-    """A request that is rejected before it reaches a route."""
+    """The request is rejected before it reaches a route."""
 
     def __init__(self, status: int, message: str, code: str, **headers: str):
         super().__init__(message)
@@ -49,10 +49,9 @@ class AccessMiddleware:
     """Checks host, token, load and body size, reads the body, and records request metrics.
 
     Args:
-        routes: the paths that are labels of the metrics; all others are "other".
+        routes: paths used as labels of the metrics; all others are counted as "other".
         token: clients must send `Authorization: Bearer TOKEN`; None = no authentication. `/health` is open.
-        hosts: allowed names of the Host header; None = any. This stops DNS rebinding, by which a web page
-            whose name resolves to 127.0.0.1 would reach a server on loopback.
+        hosts: allowed names in the Host header; None = any (see `listen.loopback_names`).
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class AccessMiddleware:
         self.in_flight = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Handle one request; messages that are not HTTP (lifespan) pass through."""
+        """Handle one request; other ASGI scopes (lifespan) pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -99,11 +98,12 @@ class AccessMiddleware:
         self._check_host(headers.get(b"host", b""))
         if scope["path"] != "/health":
             self._check_token(headers.get(b"authorization", b""))
-        # requests without a body pass at once
+        # no body to read, no job to queue
         if scope["method"] in ("GET", "HEAD") or scope["path"] in _UNLIMITED_PATHS:
             await self.app(scope, receive, send)
             return
-        # every request holds at least one image or answer, so with more of them the queue is surely full
+        # every request needs at least one job: with more requests than running and queued jobs the queue is
+        # full
         if self.in_flight > self.limits.max_batch_size + self.limits.max_queue_size:
             raise RequestRejected(
                 429, "Too many concurrent requests: try again later.", "queue_full", **{"retry-after": "1"}
@@ -119,7 +119,7 @@ class AccessMiddleware:
             return
         replayed = False
 
-        # the body has been consumed: hand it to the app as one message, then pass on disconnects
+        # the body has been consumed: pass it to the app as one message, then forward disconnects
         async def replay_body() -> Any:
             nonlocal replayed
             if replayed:
@@ -142,7 +142,7 @@ class AccessMiddleware:
         if self.token is None:
             return
         scheme, _, token = given.partition(b" ")
-        # constant time: the duration must not reveal how much of the token is right
+        # constant time: the duration must not reveal how many characters of the token match
         matches = hmac.compare_digest(token.strip(), self.token.encode())
         if scheme.lower() != b"bearer" or not matches:
             raise RequestRejected(
@@ -159,7 +159,7 @@ class AccessMiddleware:
         if content_length is not None and (not content_length.isdigit() or int(content_length[:20]) > limit):
             raise too_large
         body = bytearray()
-        # a chunked body announces no length, so count while reading
+        # a chunked body has no content-length: count while reading
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":

@@ -1,6 +1,6 @@
-"""Requests to tasks: messages to ids, URLs to images, lengths checked.
+"""Validated requests to tasks: messages to ids, URLs to images, checks of lengths.
 
-Runs on a thread next to the model's; an invalid request raises `UserError` before anything is queued.
+Runs on a separate thread; an invalid request raises `UserError` before it is queued.
 """
 
 import base64
@@ -16,10 +16,9 @@ from open_unitok.mllm.prompts import IMAGE_MARK
 from open_unitok.tokenizer.images import to_pil
 
 from ..image_files import open_image
-from ..image_sampling import check_prompts
 from ..pipeline import Pipeline
 from ..sampling import check_seed
-from ..validation import check_texts
+from ..validation import check_prompts, check_texts
 from .schema import MAX_IMAGES, ChatRequest, ImagePart, ImageRequest, Message
 from .worker import AnswerKey, AnswerTask, ImageKey, ImageTask
 
@@ -30,7 +29,8 @@ class RequestParser:
     """Turns validated requests into tasks for one pipeline.
 
     Args:
-        max_side: pixels of an image's longer side, which decides its cost: images are padded to squares.
+        max_side: maximum longer side of an image in pixels; it determines the cost, because images are
+            padded.
         files: the folder that file: URLs may read; None = file: URLs are rejected.
         max_new_tokens: of one answer.
     """
@@ -47,14 +47,15 @@ class RequestParser:
     def parse_chat(self, request: ChatRequest) -> tuple[AnswerKey, AnswerTask]:
         """
         Raises:
-            UserError: roles in an invalid order, an image that cannot be read, too many tokens.
+            UserError: the order of roles is not valid, an image is not readable, or there are too many
+                tokens.
         """
         questions, answers, urls = parse_chat_messages(request.messages)
         if len(urls) > MAX_IMAGES:
             raise UserError(f"The conversation has {len(urls)} images; at most {MAX_IMAGES} are allowed.")
         processor = self.pipe.processor
         ids = processor.question_ids(questions[-1], len(urls), history=list(zip(questions, answers)))
-        # without a context limit only the server's own limit counts
+        # without a context limit only the server's limit applies
         available = self.max_new_tokens if self.context is None else self.context - len(ids)
         limit = request.limit or max(1, min(_DEFAULT_NEW_TOKENS, available, self.max_new_tokens))
         if limit > self.max_new_tokens:
@@ -68,6 +69,7 @@ class RequestParser:
         temperature = request.temperature or 0.0
         key = AnswerKey()  # greedy
         if temperature > 0:
+            # object() is equal only to itself: an answer with a seed shares no batch
             key = AnswerKey(
                 True, max(temperature, 0.01), request.top_k or 0, request.top_p or 1.0, request.seed,
                 object() if request.seed is not None else None,
@@ -77,7 +79,7 @@ class RequestParser:
     def parse_image(self, request: ImageRequest) -> tuple[ImageKey, list[ImageTask]]:
         """
         Raises:
-            UserError: an empty or over-long prompt, or a size that the model does not generate.
+            UserError: the prompt is empty or too long, or the model does not generate this size.
         """
         allowed = (None, "auto", self.output_size)
         if request.size not in allowed:
@@ -85,11 +87,11 @@ class RequestParser:
         if request.stream and (request.n or 1) > 1:
             raise UserError("stream needs n = 1: one image per stream.")
         ids = self._ids(request.prompt, "Prompt")
-        # a negative prompt takes the place of the unconditional sequence of classifier-free guidance
+        # a negative prompt replaces the unconditional prompt of classifier-free guidance
         unconditional_ids = self.pipe.processor.unconditional_ids()
         if request.negative_prompt:
             unconditional_ids = self._ids(request.negative_prompt, "Negative prompt")
-        # a random seed is returned with the image, so that it can be generated again
+        # a random seed is returned with the image, so that the image can be reproduced
         first = secrets.randbelow(2**32) if request.seed is None else request.seed
         seeds = [check_seed(first + i) for i in range(request.n or 1)]
         previews = self._preview_rows(request.partial_images or 0) if request.stream else frozenset()
@@ -117,8 +119,8 @@ class RequestParser:
         """
         is_file = self.files is not None and url.startswith("file:")
         data = self._read_file_url(url) if is_file else read_data_url(url)
-        # scale now: a queue of full-size images would take much memory. The model's thread scales again,
-        # which changes nothing.
+        # Scale now: full-size images in the queue would need much memory. Preprocessing on the model's thread
+        # is then the identity.
         return to_pil(self.pipe.processor.pixels(open_image(data, self.max_side)))
 
     def _read_file_url(self, url: str) -> bytes:
@@ -127,7 +129,7 @@ class RequestParser:
         rejected = UserError("image_url is a file outside the folder that this server may read.")
         if "\0" in str(path):  # resolve() would raise ValueError
             raise rejected
-        # resolve before the check: an absolute path replaces the folder, `..` and links may leave it
+        # resolve before the check: absolute paths, `..` and links may point outside the folder
         path = (self.files / path).resolve()
         if not path.is_relative_to(self.files) or not path.is_file():
             raise rejected
@@ -135,12 +137,12 @@ class RequestParser:
 
 
 def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], list[str]]:
-    """Questions with image marks, the answers to all but the last one, and the image URLs in order.
+    """Messages -> questions with image marks, the answers to all but the last one, and image URLs in order.
 
     System messages are put before the first question: the models are trained without a system role.
 
     Raises:
-        UserError: user and assistant do not alternate, or a message has no text.
+        UserError: user and assistant do not alternate, or a message has no text or images it may not have.
     """
     system: list[str] = []
     questions: list[str] = []
@@ -150,7 +152,7 @@ def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], 
         parts = message.parts()
         images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
         text = "\n".join(part.text for part in parts if not isinstance(part, ImagePart)).strip()
-        if IMAGE_MARK in text:
+        if IMAGE_MARK in text:  # would be counted as an image
             raise UserError(
                 f"messages[{i}] has the text {IMAGE_MARK}, which is reserved for images: rephrase it."
             )
@@ -182,11 +184,12 @@ def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], 
 
 
 def read_data_url(url: str) -> bytes:
-    """The bytes of data:image/...;base64,...
+    """Decode data:image/...;base64,...
 
     Raises:
         UserError: not a data: URL of an image, or invalid base64.
     """
+    # URLs are never fetched: a server that fetches can be used to reach hosts behind its firewall
     head, comma, body = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
         raise UserError(

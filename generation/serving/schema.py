@@ -1,6 +1,6 @@
 """Request schemas: OpenAI's fields with their ranges, and the sampling settings of image generation.
 
-Unknown fields are rejected by name, as OpenAI does; fields of OpenAI that mean nothing here are ignored.
+Unknown fields are rejected by name, as in OpenAI's API; OpenAI's fields without a meaning here are ignored.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ..sampling import SCHEDULES
 
 MAX_IMAGES = 16  # input or output images of one request
-_MAX_CHARACTERS = 32_000  # of one text; far more than any context holds
+_MAX_CHARACTERS = 32_000  # of one text; much longer than the context
 _MAX_MESSAGES = 200
 
 _Text = Annotated[str, Field(max_length=_MAX_CHARACTERS)]
 _Probability = Annotated[float, Field(gt=0, le=1)]
 _Stop = Annotated[str, Field(max_length=200)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
-_Ignored = Any  # OpenAI's clients may send it; it has no meaning here
+_Ignored = Any  # OpenAI's clients may send the field; it has no effect here
 
 
 class _StrictModel(BaseModel):
@@ -28,7 +28,7 @@ class _StrictModel(BaseModel):
 
 
 class ImageUrl(_StrictModel):
-    """The URL of an image: data:, or file: if the server allows it."""
+    """The URL of an image: data:, or file: if the server was started with a folder for it."""
 
     url: str
     detail: _Ignored = None
@@ -68,7 +68,7 @@ class Message(_StrictModel):
 
 
 class StreamOptions(_StrictModel):
-    """What a stream contains beside the text."""
+    """Additional content of a stream."""
 
     include_usage: bool = False
     include_obfuscation: _Ignored = None
@@ -117,7 +117,7 @@ class ChatRequest(_StrictModel):
 
     @property
     def limit(self) -> int | None:
-        """max_tokens, under either of its names."""
+        """max_completion_tokens, or its older name max_tokens."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
@@ -128,7 +128,7 @@ class ChatRequest(_StrictModel):
 
 
 class ImageRequest(_StrictModel):
-    """POST /v1/images/generations, extended by a negative prompt and the settings of `Sampling`."""
+    """POST /v1/images/generations, extended with a negative prompt and the settings of `Sampling`."""
 
     model: _Text | None = None
     prompt: Annotated[str, Field(min_length=1, max_length=_MAX_CHARACTERS)]

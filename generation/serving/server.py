@@ -1,4 +1,4 @@
-"""The state of one server: pipeline, job queue, metrics, and the thread that parses requests."""
+"""The state of one server: pipeline, job queue, metrics, and the parser thread."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ class ClientDisconnected(Exception):
 
 
 class UnknownModel(Exception):
-    """The request names another model than the served one."""
+    """The request names a model that is not served."""
 
 
 class Server:
-    """One pipeline behind a queue.
+    """One pipeline with a queue.
 
     Args:
         name: the model's name in the API.
@@ -39,7 +39,7 @@ class Server:
     def __init__(self, pipe: Pipeline, name: str, limits: Limits, files: Path | None = None):
         self.name, self.limits, self.created = name, limits, int(time.time())
         self.parser = RequestParser(pipe, limits.max_side, files, limits.max_new_tokens)
-        # lambdas: metrics and batcher refer to each other
+        # lambdas, because metrics and batcher refer to each other
         self.metrics = ServerMetrics(lambda: self.batcher.waiting, lambda: self.batcher.running)
         self.batcher = Batcher(
             ModelWorker(pipe),
@@ -48,13 +48,13 @@ class Server:
             limits.batch_window,
             lambda kind, size: self.metrics.batch_rows.labels(kind).observe(size),
         )
-        # a single thread: decoding images and tokenizing must not take the CPU from the model
+        # one thread: decoding images and tokenizing must not compete with the model for the CPU
         self.executor = ThreadPoolExecutor(1, thread_name_prefix="unitok-parser")
 
     def check_model(self, name: str | None) -> None:
         """
         Raises:
-            UnknownModel: it is not the served model.
+            UnknownModel: `name` is not the served model.
         """
         if name is not None and name != self.name:
             raise UnknownModel(
@@ -62,17 +62,17 @@ class Server:
             )
 
     async def run_in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
-        """Run a blocking function next to the event loop and the model's thread."""
+        """Run a blocking function on the parser thread."""
         return await asyncio.get_running_loop().run_in_executor(self.executor, function, *arguments)
 
     @contextlib.contextmanager
     def submitted(self, jobs: Sequence[Job]) -> Iterator[None]:
-        """Queue the jobs; cancel those that are not finished when the block ends.
+        """Context manager: queue the jobs; at the end cancel those that are not finished.
 
         Raises:
             QueueFull, ShuttingDown: see `Batcher.submit`.
         """
-        # outside the try: jobs that were rejected are not cancelled ones
+        # outside the try: rejected jobs do not count as cancelled
         self.batcher.submit(jobs)
         try:
             yield
@@ -84,10 +84,10 @@ class Server:
                 job.cancel()
 
     async def or_disconnect(self, request: Request, work: Awaitable[_Result]) -> _Result:
-        """The result of `work`.
+        """Await `work`.
 
         Raises:
-            ClientDisconnected: the client disconnected first; `work` is cancelled.
+            ClientDisconnected: the client disconnects first; `work` is cancelled.
         """
         task = asyncio.ensure_future(work)
         disconnect = asyncio.ensure_future(until_disconnect(request))

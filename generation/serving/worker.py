@@ -1,4 +1,4 @@
-"""The work on the model's thread: runs a batch of images or of answers step by step."""
+"""Run batches of images or answers step by step, on the model's thread."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from ..sampling import Sampling
 from ..text_generation import iter_text_ids
 from .batcher import Job
 
-_DECODE_BATCH_SIZE = 8  # images per step of the pixel decoder; between steps other batches go on
+_DECODE_BATCH_SIZE = 8  # images per step of the pixel decoder; between steps the other batch runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,14 +25,14 @@ class ImageKey:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerKey:
-    """Answers with equal sampling settings share a batch; an answer with a seed has a batch of its own."""
+    """Answers with equal sampling settings share a batch; an answer with a seed has its own batch."""
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
-    request: object = None  # unique if there is a seed: other rows would consume random numbers
+    request: object = None  # unique if there is a seed: other rows would use random numbers of the generator
     kind: ClassVar[str] = "answer"
 
 
@@ -40,8 +40,8 @@ class ImageTask(NamedTuple):
     """One image to generate.
 
     Attributes:
-        prompt_ids: the conditional sequence. unconditional_ids: that of classifier-free guidance.
-        preview_rows: after these rows of visual tokens a preview is sent.
+        prompt_ids, unconditional_ids: conditional and unconditional prompt of classifier-free guidance.
+        preview_rows: numbers of complete rows of visual tokens after which a preview is sent.
     """
 
     prompt_ids: list[int]
@@ -51,7 +51,7 @@ class ImageTask(NamedTuple):
 
 
 class AnswerTask(NamedTuple):
-    """One answer to generate: ids with placeholders for the images, the images, and where to stop."""
+    """One answer to generate: ids with placeholders for the images, images, length limit, stop texts."""
 
     prompt_ids: list[int]
     images: list[Image.Image]
@@ -68,7 +68,7 @@ class Completion(NamedTuple):
 
 
 class ModelWorker:
-    """The `run_batch` of a `Batcher`, around one pipeline."""
+    """The `run_batch` of a `Batcher` for one pipeline."""
 
     def __init__(self, pipe: Pipeline):
         self.pipe, self.layout = pipe, pipe.layout
@@ -78,7 +78,7 @@ class ModelWorker:
         return self.generate(jobs) if isinstance(jobs[0].key, ImageKey) else self.answer(jobs)
 
     def generate(self, jobs: list[Job]) -> Iterator[None]:
-        """Generate a batch of images; a job gets the previews it requests, then its image."""
+        """Generate a batch of images; send each job its requested previews, then its image."""
         pipe, key = self.pipe, jobs[0].key
         assert isinstance(key, ImageKey)
         tasks: list[ImageTask] = [job.task for job in jobs]
@@ -105,7 +105,7 @@ class ModelWorker:
     def _send_previews(self, jobs: list[Job], codes: Any) -> None:
         """Decode the rows so far for the jobs that request a preview here; codes (B, n, K)."""
         rows = self.layout.complete_rows(codes.shape[1])
-        if codes.shape[1] != self.layout.tokens_of_rows(rows):  # within a row
+        if codes.shape[1] != self.layout.tokens_of_rows(rows):  # within a row, or within the registers
             return
         wanted = [i for i, job in enumerate(jobs) if rows in job.task.preview_rows and job.pending]
         if wanted:
@@ -113,7 +113,7 @@ class ModelWorker:
                 jobs[i].send_partial(image)
 
     def answer(self, jobs: list[Job]) -> Iterator[None]:
-        """Generate a batch of answers; a job gets its text in pieces, then the `Completion`."""
+        """Generate a batch of answers; send each job its text in pieces, then the `Completion`."""
         for group in group_by_context(jobs, self.pipe.model.config.context_length):
             yield from self._answer_group(group)
 
@@ -121,7 +121,7 @@ class ModelWorker:
         pipe, key = self.pipe, jobs[0].key
         assert isinstance(key, AnswerKey)
         tasks: list[AnswerTask] = [job.task for job in jobs]
-        # the images of all answers in one batch of the tokenizer
+        # encode the images of all answers together
         codes = pipe.encode_for_reading([image for task in tasks for image in task.images])
         detokenizers = [IncrementalDetokenizer(pipe.processor, task) for task in tasks]
         steps = iter_text_ids(
@@ -132,7 +132,7 @@ class ModelWorker:
             **{name: getattr(key, name) for name in ("seed", "do_sample", "temperature", "top_k", "top_p")},
         )
         for new_ids in steps:
-            # rows that are finished or cancelled stay in the batch until all are
+            # finished and cancelled rows stay in the batch until all are
             for job, detokenizer, token_id in zip(jobs, detokenizers, new_ids):
                 if job.pending:
                     if text := detokenizer.add(token_id):
@@ -142,7 +142,7 @@ class ModelWorker:
             yield
             if not any(job.pending for job in jobs):
                 return
-        # answers that reached the end-of-text token
+        # answers that ended with eos: `steps` ends when all have
         for job, detokenizer in zip(jobs, detokenizers):
             if job.pending:
                 if text := detokenizer.add(None):
@@ -151,20 +151,20 @@ class ModelWorker:
 
 
 class IncrementalDetokenizer:
-    """Turns the ids of one answer into text piece by piece, until a stop text or the length limit.
+    """Turns the ids of one answer into pieces of text, until a stop text or the length limit.
 
     Attributes:
-        finish_reason: None while the answer goes on, then "stop" or "length".
+        finish_reason: None while the answer continues, then "stop" or "length".
     """
 
     def __init__(self, processor: Any, task: AnswerTask):
         self.processor, self.task = processor, task
         self.ids: list[int] = []
-        self.text = ""  # what has been sent
+        self.text = ""  # sent so far
         self.finish_reason: str | None = None
 
     def add(self, token_id: int | None) -> str:
-        """Append an id, or None at the end; returns the new text that no later id can change."""
+        """Append an id, or None at eos; returns the new text that later ids cannot change."""
         if token_id is None:
             self.finish_reason = "stop"
         else:
@@ -177,26 +177,26 @@ class IncrementalDetokenizer:
         if found:
             text, self.finish_reason = text[: min(found)].rstrip(), "stop"
         if not self.finish_reason:
-            # hold back the bytes of an incomplete character and what may become a stop text
+            # hold back an incomplete character and a possible prefix of a stop text
             text = self._without_stop_prefix(self.processor.decode_settled(self.ids).strip())
         new = text[len(self.text) :]
         self.text = text if len(text) > len(self.text) else self.text
         return new
 
     def _without_stop_prefix(self, text: str) -> str:
-        """The text without an ending that is the beginning of a stop text."""
+        """The text without a suffix that may be the beginning of a stop text."""
         held = max(
             (n for stop in self.task.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
         )
         return text[: len(text) - held]
 
     def completion(self) -> Completion:
-        """The whole answer, once it has ended."""
+        """The finished answer."""
         return Completion(self.text, self.finish_reason or "stop", len(self.ids))
 
 
 def group_by_context(jobs: Sequence[Job], context: int | None) -> list[list[Job]]:
-    """Groups in which the longest prompt and the longest answer together fit the context; mostly one group.
+    """Groups in which the longest prompt plus the longest answer fit the context; usually one group.
 
     Prompts are padded to the longest of the batch, and all rows decode as many steps as the longest answer.
     """

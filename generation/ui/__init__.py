@@ -1,1 +1,1 @@
-"""The Gradio page behind `unitok ui`."""
+"""The Gradio page of `unitok ui`."""

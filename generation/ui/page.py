@@ -1,4 +1,4 @@
-"""The Gradio page of `unitok ui`: tabs to generate, ask and reconstruct, around one pipeline."""
+"""The Gradio page of `unitok ui`: tabs to generate, ask and reconstruct with one pipeline."""
 
 import contextlib
 import math
@@ -36,11 +36,11 @@ _MODEL_EVENT: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 
 
 
 def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Blocks:
-    """Build the page; `examples` are prompts to choose from."""
+    """Build the page; `examples` are example prompts."""
     model = pipe.model
     size = sum(weight.numel() for weight in model.parameters()) / 1e6
     dtype = str(model.dtype).removeprefix("torch.")
-    # uploads and images are deleted from gradio's cache after an hour
+    # gradio deletes uploads and images from its cache after an hour
     with gr.Blocks(title=f"{name} · OpenUniTok", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.HTML(
             f"<div class='ou-head'><h1>Open<em>UniTok</em></h1><span>{name} · {size:,.1f} M parameters · "
@@ -53,17 +53,17 @@ def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Bl
             _ask_tab(AnswerHandler(pipe))
         with gr.Tab("Reconstruct", id="reconstruct"):
             _reconstruct_tab(ReconstructionHandler(pipe))
-    # more waiting events are rejected: each visitor's event may take a minute
+    # further events are rejected: each may take a minute
     return page.queue(max_size=32)
 
 
 def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
-    """Serve the page on a thread of its own; returns its URL."""
+    """Serve the page on a separate thread; returns its URL."""
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
-    # nothing of the page is loaded from or sent to the internet
+    # the page neither loads from nor sends to the internet
     _, url, _ = page.launch(
         server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True,
         theme=theme, css_paths=[Path(__file__).with_name("page.css")], max_file_size=_MAX_UPLOAD,
@@ -74,9 +74,9 @@ def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
 
 
 def as_path(component: gr.Image) -> gr.Image:
-    """Make the component pass the uploaded file's path, not opened.
+    """Make the component pass the path of the uploaded file without opening it.
 
-    gradio would open the file itself, without our limits, and fail with a traceback if it is not an image.
+    gradio would open the file without our size limit, and raise a traceback if it is not an image.
     """
     component.preprocess = lambda payload: None if payload is None else payload.path
     return component
@@ -100,11 +100,11 @@ class ImageHandler:
     def __call__(
         self, prompt: str, negative: str, count: float, seed: float, random_seed: bool, *settings: Any
     ) -> Iterator[tuple[str, int, _Images]]:
-        """After every row of visual tokens: (HTML, seed, images); there are images only at the end."""
+        """Yield (HTML, seed, images) after every row of visual tokens; images are empty until the end."""
         sampling, first, number = self.check(prompt, count, seed, random_seed, settings)
         negative = (negative or "").strip()
         record = {"prompt": prompt, "negative_prompt": negative, **dict(zip(_SETTINGS, settings))}
-        # each image stores its own seed, so that it can be generated again alone
+        # each image has its own seed, so that it can be reproduced alone
         records = [{**record, "seed": first + i} for i in range(number)]
         rows = self.pipe.layout.rows
         started = time.perf_counter()
@@ -133,6 +133,7 @@ class ImageHandler:
         Raises:
             UserError: a field is empty or out of range.
         """
+        # gradio sends None for an emptied field
         if not isinstance(prompt, str) or not prompt.strip():
             raise UserError("The prompt is empty.")
         if None in (count, *settings) or (seed is None and not random_seed):
@@ -233,7 +234,7 @@ class AnswerHandler:
         max_new_tokens: float,
         temperature: float,
     ) -> Iterator[_Pairs]:
-        """The conversation with the new answer, after every piece of it."""
+        """Yield the conversation after every piece of the new answer."""
         if not isinstance(question, str) or not question.strip():
             raise UserError("The question is empty.")
         if None in (max_new_tokens, temperature):
@@ -293,7 +294,7 @@ def _ask_tab(handler: AnswerHandler) -> None:
         events.append(chip.click(run, [image, chip, history, length, temperature], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")
     new.click(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
-    # earlier answers are about the earlier image
+    # a new image starts a new conversation: earlier answers are about the old one
     image.change(clear, None, [chatbot, history], cancels=events, **_PRIVATE)
 
 
@@ -307,7 +308,7 @@ def _messages(pairs: _Pairs) -> list[dict[str, str]]:
 
 
 class ReconstructionHandler:
-    """Encodes an image, decodes its codes, and shows the reconstruction and the codes."""
+    """Encodes an image and shows its reconstruction and codes."""
 
     def __init__(self, pipe: Pipeline):
         self.unitok = pipe.unitok
@@ -315,16 +316,17 @@ class ReconstructionHandler:
 
     @torch.no_grad()
     def __call__(self, path: str | None) -> tuple[str, str]:
-        """HTML of image and reconstruction, and of the code maps."""
+        """HTML of the comparison and of the code maps."""
         if path is None:
             return _RECONSTRUCT_HINT, ""
         config, code_sizes = self.unitok.config, self.unitok.quantizer.code_sizes
         image = open_image(Path(path).read_bytes(), _MAX_SIDE)
-        # cropped as in training of the tokenizer, not padded as for questions
+        # cropped as in tokenizer training, not padded as for questions
         pixels = to_pixels(image, config.image_shape, mode="crop")
         codes = self.unitok.encode(pixels[None].to(self.unitok.device))
         original, reconstruction = to_pil(pixels), to_pil(self.unitok.decode(codes, config.layout.grid)[0])
         grid = codes[0, config.layout.registers :].cpu()  # register tokens come first and are not on the grid
+        # N * sum of log2(V) over the sub-codebooks, against 24 bits per pixel
         bits = codes.shape[1] * sum(math.log2(size) for size in code_sizes)
         facts = [
             ("PSNR", f"{image_psnr(original, reconstruction):.1f} dB"),

@@ -1,4 +1,4 @@
-"""HTML views of the page: images with progress, image and reconstruction, code maps.
+"""HTML of the page: images with progress, image and reconstruction, code maps.
 
 N visual tokens per image, K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
@@ -28,7 +28,7 @@ def _data_url(image: Image.Image, record: dict[str, Any] | None = None) -> str:
 def images_view(
     images: Sequence[Image.Image], records: Sequence[dict[str, Any]], done: float, status: str
 ) -> str:
-    """Images side by side above a progress bar; `done` from 0 to 1. At 1 each image gets a Save link."""
+    """Images side by side above a progress bar; `done` is from 0 to 1. At 1 each image has a Save link."""
     figures = []
     for image, record in zip(images, records):
         url = _data_url(image, record)
@@ -83,7 +83,7 @@ def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
         for position, code in enumerate(codes[:, book].tolist()):
             row, column = divmod(position, columns)
             red, green, blue = colours[book, code].tolist()
-            # 1.02: neighbouring cells overlap, or antialiasing shows gaps
+            # 1.02: cells overlap, otherwise antialiasing shows gaps
             cells.append(
                 f"<rect x='{column}' y='{row}' width='1.02' height='1.02' "
                 f"fill='#{red:02x}{green:02x}{blue:02x}' data-position='{position}' data-code='{code}'/>"
@@ -99,7 +99,7 @@ def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
     )
 
 
-# highlights the token under the pointer in all maps and shows its codes below them
+# Highlights the token under the pointer in all maps and shows its codes below.
 CODE_MAPS_SCRIPT = """
 element.addEventListener('mouseover', (event) => {
   const position = event.target.dataset && event.target.dataset.position;
@@ -132,11 +132,12 @@ def code_colours(table: Tensor | None, code_sizes: Sequence[int]) -> Tensor:
     vectors = table.float().cpu()
     if vectors.shape[-1] > 1:
         vectors = torch.nn.functional.normalize(vectors, dim=-1)
+    # principal components: eigenvectors of the covariance, in descending order
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     _, _, directions = torch.linalg.svd(vectors.transpose(1, 2) @ vectors)  # (K, C, C)
     components = vectors @ directions[:, :3].transpose(1, 2)
-    if components.shape[-1] < 3:  # codes narrower than three dimensions leave channels constant
+    if components.shape[-1] < 3:  # C < 3: the remaining channels are constant
         components = torch.nn.functional.pad(components, (0, 3 - components.shape[-1]))
-    # ranks instead of values: every shade is used, whatever the distribution
+    # ranks instead of values: all shades are used for every distribution; 40 keeps colours off black
     ranks = components.argsort(dim=1).argsort(dim=1).float() / max(vectors.shape[1] - 1, 1)
     return (40 + 205 * ranks).round().long()

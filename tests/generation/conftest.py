@@ -1,4 +1,4 @@
-"""Tiny random models for image and text generation; every code and id depends on the weights alone."""
+"""Fixtures: tiny random models for image and text generation, a pipeline, and a running server."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ def tiny_config(**changes) -> UniTokMLLMConfig:
 
 
 def tiny_model(**changes) -> UniTokForConditionalGeneration:
-    """Weights large enough that the codes differ from place to place and from prompt to prompt."""
+    """A random model; weights are enlarged, so that codes differ between positions and prompts."""
     torch.manual_seed(7)
     model = UniTokForConditionalGeneration(tiny_config(**changes)).eval()
     with torch.no_grad():
@@ -111,7 +111,7 @@ def tiny_unitok():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory, full_model, tiny_unitok, golden):
-    """A whole MLLM folder: model, processor, `unitok/`."""
+    """A complete MLLM folder: model, processor, `unitok/`."""
     path = tmp_path_factory.mktemp("models") / "mllm"
     full_model.config.unitok_fingerprint = tiny_unitok.fingerprint()
     full_model.save_pretrained(path)
@@ -140,7 +140,7 @@ def photos(tmp_path_factory):
 
 
 def request(url, body=None, path="/v1/chat/completions", **headers):
-    """(status, parsed answer) of a request; `body` is bytes or becomes JSON."""
+    """(status, parsed response) of a request; `body` is bytes, or is sent as JSON."""
     data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
     asked = urllib.request.Request(url + path, data, {"content-type": "application/json", **headers})
     try:

@@ -1,4 +1,4 @@
-"""`unitok generate`, `ask`, `chat` and `reconstruct` through the entry point of the command line."""
+"""`unitok generate`, `ask`, `chat` and `reconstruct` through the command line's entry point."""
 
 import argparse
 import io
@@ -17,7 +17,7 @@ from open_unitok.generation import Sampling
 
 @pytest.fixture
 def unitok(capsys):
-    """Run a command; (exit code, stdout, stderr)."""
+    """unitok(*arguments) -> (exit code, stdout, stderr)."""
 
     def run(*arguments):
         try:
@@ -76,7 +76,7 @@ def test_generate_applies_every_sampling_option(unitok, folder, pipe, tmp_path):
 
 
 def test_inference_needs_no_training_package(folder, photos, tmp_path):
-    """The inference commands in a process of their own load no training package."""
+    """In a separate process the inference commands load no training package."""
     code = """
 import json, sys
 from open_unitok.cli.main import main
@@ -111,7 +111,7 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
     ask = ["ask", "--questions", questions, "--model", folder, "--max-new-tokens", "3", "--out"]
     assert unitok(*generate, tmp_path / "alone")[0] == 0
     assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
-    # another test of this process may have left its process group up
+    # another test of this process may not have destroyed its process group
     monkeypatch.setattr(distributed, "process_group", lambda: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
@@ -136,7 +136,7 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
 
 
 def test_answers_of_a_killed_launch_are_discarded(unitok, folder, photos, tmp_path, monkeypatch):
-    """Rank 1 of an earlier launch left its answers; now rank 0 finishes before rank 1."""
+    """Rank 1 of an interrupted launch left its answers; in the next launch rank 0 finishes before rank 1."""
 
     def command(*questions):
         rows = [{"image": str(photos[0]), "question": question} for question in questions]

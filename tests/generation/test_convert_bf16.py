@@ -1,4 +1,4 @@
-"""`unitok convert bf16` and sampling.json: a model that ships has its own sampling settings."""
+"""`unitok convert bf16` and sampling.json: a shipped model has its own sampling settings."""
 
 import json
 import shutil
@@ -32,13 +32,13 @@ def test_weights_are_rounded_and_codebooks_kept(folder, rounded):
         assert before.keys() == after.keys()
         for key, tensor in after.items():
             assert torch.equal(tensor.float(), before[key].to(tensor.dtype).float())
-            exact = key.startswith(("quantizer.", "down_projection.", "up_projection."))  # what decides codes
+            exact = key.startswith(("quantizer.", "down_projection.", "up_projection."))  # FLOAT32_PARTS
             if tensor.is_floating_point() and not exact:
                 assert tensor.dtype == torch.bfloat16
     assert (rounded / "unitok" / "caption_tokenizer" / "tokenizer.model").read_bytes() == b"kept"
 
 
-def test_it_loads_in_fp32_and_draws_with_its_own_settings(rounded):
+def test_it_loads_in_fp32_and_generates_with_its_own_settings(rounded):
     pipe = Pipeline.from_pretrained(rounded)
     assert pipe.model.dtype == torch.float32 and pipe.sampling == OWN
     prompt = ["a red circle"]
@@ -48,7 +48,7 @@ def test_it_loads_in_fp32_and_draws_with_its_own_settings(rounded):
     )
 
 
-def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded, tmp_path):
+def test_its_settings_are_the_defaults_of_command_line_and_server(rounded, tmp_path):
     from PIL import Image
 
     command = ["generate", "a star", "--model", str(rounded), "--top-k", "5", "--out", str(tmp_path / "out")]
@@ -69,13 +69,13 @@ def test_the_command_line_and_the_server_take_them_unless_told_otherwise(rounded
         ("{", "sampling.json"),
     ],
 )
-def test_wrong_settings_in_the_folder_are_named(tmp_path, text, words):
+def test_invalid_settings_in_the_folder_are_named(tmp_path, text, words):
     (tmp_path / "sampling.json").write_text(text)
     with pytest.raises(UserError, match=words):
         Sampling.from_folder(tmp_path)
 
 
-def test_a_target_that_exists_is_left_alone(rounded, capsys):
+def test_an_existing_target_is_not_overwritten(rounded, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["convert", "bf16", str(rounded), str(rounded)])
     assert stop.value.code == 2 and "already exists" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Greedy codes and answers equal those of the published UniTok, in both visual contexts."""
+"""Greedy codes and answers are equal to those of the published UniTok, in both visual contexts."""
 
 import json
 
@@ -48,7 +48,7 @@ def tiny(golden):
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_greedy_codes_are_the_published_ones(tiny, run, monkeypatch):
+def test_greedy_codes_equal_the_published_ones(tiny, run, monkeypatch):
     model, vectors, numbers = tiny
     settings = numbers[f"{run}.info"]
     monkeypatch.setattr(model.visual_embedder, "context", "last" if settings["cached"] else "full")
@@ -64,7 +64,7 @@ def test_greedy_codes_are_the_published_ones(tiny, run, monkeypatch):
 
 
 @pytest.mark.parametrize("run", ["vqa_gen0", "vqa_gen1"])
-def test_greedy_answers_are_the_published_ones(tiny, run, monkeypatch):
+def test_greedy_answers_equal_the_published_ones(tiny, run, monkeypatch):
     model, vectors, _ = tiny
     mark = model.config.image_token_id
     ids = vectors[f"{run}.input_ids"][0].tolist()

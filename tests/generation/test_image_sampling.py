@@ -1,4 +1,4 @@
-"""Image generation: cached = uncached = teacher-forced, batch = one by one, guidance 1 = none."""
+"""Image generation: cached = uncached = teacher-forced, batched = one by one, guidance 1 = no guidance."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ GREEDY = Sampling(guidance=3.0, greedy=True)
 
 @torch.no_grad()
 def plain_loop(model, prompt, sampling, seed, unconditional):
-    """One image with no cache at all: the whole sequence and the whole depth head again for every code."""
+    """One image without caches: the whole sequence and the whole depth head are recomputed for every code."""
     config = model.config
     rows = [prompt] if sampling.guidance == 1 else [prompt, unconditional]
     noise = None if sampling.greedy else GumbelNoise([seed], config.num_codebooks, config.codebook_size)
@@ -51,8 +51,8 @@ def test_cached_batch_equals_the_plain_loop(model, sampling):
         assert torch.equal(generated, plain_loop(model, prompt, sampling, seed, UNCONDITIONAL))
 
 
-def test_generated_codes_are_the_teacher_forced_ones(full_model):
-    """A training pass over prompt and generated codes finds each greedy code the likeliest."""
+def test_generated_codes_equal_the_teacher_forced_ones(full_model):
+    """In a training pass over prompt and generated codes, each greedy code has the largest logit."""
     codes = generate_image_codes(full_model, PROMPTS, Sampling(guidance=1.0, greedy=True), [0, 0, 0])
     mark = full_model.config.image_token_id
     for prompt, generated in zip(PROMPTS, codes):
@@ -63,7 +63,7 @@ def test_generated_codes_are_the_teacher_forced_ones(full_model):
         assert torch.equal(output.image_logits.argmax(-1)[0], generated)
 
 
-def test_an_image_depends_on_its_own_prompt_and_seed_alone(model):
+def test_an_image_depends_only_on_its_own_prompt_and_seed(model):
     together = generate_image_codes(
         model, [*PROMPTS, PROMPTS[1], PROMPTS[1]], SAMPLED, [1, 2, 3, 2, 4], UNCONDITIONAL
     )
@@ -75,7 +75,7 @@ def test_an_image_depends_on_its_own_prompt_and_seed_alone(model):
 
 
 def test_equal_prompts_are_prefilled_once(full_model, monkeypatch):
-    """Several images of a prompt and their unconditional rows share what is read."""
+    """Several images of a prompt share its prefill, and so do their unconditional rows."""
     read, whole = [], kv_cache.pad_left
     monkeypatch.setattr(
         kv_cache, "pad_left", lambda rows, *rest: read.append(len(rows)) or whole(rows, *rest)
@@ -98,7 +98,7 @@ def test_guidance_1_is_unguided(full_model):
     )
 
 
-def test_steps_end_in_the_same_codes(full_model):
+def test_the_last_step_yields_the_same_codes(full_model):
     steps = [
         codes.clone() for codes in iter_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
     ]
@@ -109,7 +109,7 @@ def test_steps_end_in_the_same_codes(full_model):
 
 
 def test_an_image_continues_from_its_prefix(model):
-    """The first codes of an image given back lead to the same image; others to another one."""
+    """The first codes of an image as prefix lead to the same image; other codes lead to another image."""
     whole = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
     for given in (1, 4, 8):
         continued = generate_image_codes(
@@ -135,7 +135,7 @@ def test_each_image_has_its_own_negative_prompt(full_model):
     )
 
 
-def test_guidance_rises_as_scheduled(full_model):
+def test_guidance_schedules(full_model):
     assert Sampling(guidance=5.0).guidances(3) == [5, 5, 5]
     assert Sampling(guidance=5.0, guidance_schedule="linear").guidances(3) == [1, 3, 5]
     cosine = Sampling(guidance=5.0, guidance_schedule="cosine").guidances(5)
@@ -170,7 +170,7 @@ def test_no_prompts_give_no_images(full_model):
         ([[1, 3]], [-3], UNCONDITIONAL, "seed is -3"),
     ],
 )
-def test_wrong_requests_are_refused(full_model, prompts, seeds, unconditional, words):
+def test_invalid_requests_are_rejected(full_model, prompts, seeds, unconditional, words):
     with pytest.raises(UserError, match=words):
         generate_image_codes(full_model, prompts, SAMPLED, seeds, unconditional)
 
@@ -185,6 +185,6 @@ def test_wrong_requests_are_refused(full_model, prompts, seeds, unconditional, w
         (torch.zeros(1, 2, 3), "integers"),
     ],
 )
-def test_wrong_prefixes_are_refused(full_model, prefix, words):
+def test_invalid_prefixes_are_rejected(full_model, prefix, words):
     with pytest.raises(UserError, match=words):
         generate_image_codes(full_model, PROMPTS[:2], SAMPLED, [0, 1], UNCONDITIONAL, prefix)

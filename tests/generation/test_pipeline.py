@@ -1,4 +1,4 @@
-"""The Pipeline: batches, seeds, streaming, answers, reconstruction, and what it refuses to load or do."""
+"""The Pipeline: batches, seeds, streaming, answers, reconstruction, errors."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def same(a, b):
     return np.array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_an_image_is_the_same_in_every_batch(pipe):
+def test_images_do_not_depend_on_the_batch(pipe):
     images = pipe.generate(PROMPTS, SAMPLING, seed=5)
     assert [image.size for image in images] == [(48, 48)] * 3
     split = pipe.generate(PROMPTS, SAMPLING, seed=5, batch_size=2)
@@ -29,7 +29,7 @@ def test_an_image_is_the_same_in_every_batch(pipe):
     assert pipe.generate([]) == []
 
 
-def test_the_stream_ends_in_the_same_images(pipe):
+def test_a_stream_ends_with_the_same_images(pipe):
     steps = list(pipe.stream(PROMPTS, SAMPLING, seed=5))
     assert len(steps) == 3  # rows of visual tokens
     assert all(map(same, steps[-1], pipe.generate(PROMPTS, SAMPLING, seed=5)))
@@ -50,7 +50,7 @@ def test_several_images_of_a_prompt_and_negative_prompts(pipe):
     assert torch.equal(guided[2:], alone) and not torch.equal(guided, two)
 
 
-def test_an_image_is_completed_from_its_first_rows(pipe, photos):
+def test_first_rows_are_the_prefix_of_a_generated_image(pipe, photos):
     prefix = pipe.first_rows(photos[:2], 2)
     assert prefix.shape == (2, 6, 3)
     codes = pipe.generate_codes(PROMPTS[:2], SAMPLING, prefix=prefix, batch_size=1)
@@ -69,7 +69,7 @@ def test_a_closed_stream_stops_generating(pipe, monkeypatch):
     assert list(steps) == []
 
 
-def test_answers_stream_piece_by_piece(pipe, photos):
+def test_answers_are_streamed_in_pieces(pipe, photos):
     questions = ["What is it?", "Is it red?"]
     images = [photos[0], None]
     pieces = list(pipe.answer_stream(images, questions, max_new_tokens=12))
@@ -78,7 +78,7 @@ def test_answers_stream_piece_by_piece(pipe, photos):
 
 
 def test_a_chat_fills_the_context_at_most(pipe, photos):
-    """The model's context is 64: what is left of it is the default; more is refused where it is asked for."""
+    """The context is 64: the default length is the rest of it; an explicit larger length is rejected."""
     prompt = len(pipe.processor.question_ids("And now?", 1, history=()))
     answer = pipe.chat("And now?", photos[0])
     assert answer == pipe.chat("And now?", photos[0], max_new_tokens=64 - prompt)
@@ -170,31 +170,31 @@ def test_reconstruction_is_encode_and_decode(pipe, photos):
         (lambda p: p.reconstruct(["nothing.png"], batch_size=-1), "batch_size is -1"),
     ],
 )
-def test_wrong_requests_are_refused(pipe, call, words):
+def test_invalid_requests_are_rejected(pipe, call, words):
     with pytest.raises(UserError, match=words):
         call(pipe)
 
 
-def test_only_an_mllm_folder_is_loaded(folder, tmp_path):
-    def refused(path, words):
+def test_folders_of_other_models_are_rejected(folder, tmp_path):
+    def rejects(path, words):
         with pytest.raises(UserError, match=words):
             Pipeline.from_pretrained(path)
 
-    refused(tmp_path / "missing", "does not exist")
-    refused(tmp_path, "no config.json")
-    refused(folder / "unitok", "visual tokenizer")
-    refused(folder / "config.json", "is a file")
+    rejects(tmp_path / "missing", "does not exist")
+    rejects(tmp_path, "no config.json")
+    rejects(folder / "unitok", "visual tokenizer")
+    rejects(folder / "config.json", "is a file")
     (tmp_path / "run").mkdir()
     shutil.copytree(folder, tmp_path / "run" / "model")
-    refused(tmp_path / "run", "Did you mean .*model")
+    rejects(tmp_path / "run", "Did you mean .*model")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    refused(tmp_path / "other", "bert")
+    rejects(tmp_path / "other", "bert")
     shutil.rmtree(tmp_path / "run" / "model" / "unitok")
-    refused(tmp_path / "run" / "model", "no visual tokenizer")
+    rejects(tmp_path / "run" / "model", "no visual tokenizer")
 
 
-def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
+def test_another_tokenizer_is_rejected(folder, tiny_unitok, tmp_path):
     shutil.copytree(folder, tmp_path / "mllm")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "mllm" / "config.json").write_text(json.dumps({**config, "unitok_fingerprint": "0" * 64}))
@@ -210,12 +210,12 @@ def test_a_foreign_tokenizer_is_refused(folder, tiny_unitok, tmp_path):
         ("cpu", "int8", "dtype is 'int8'"),
     ],
 )
-def test_wrong_devices_and_dtypes_are_refused(folder, device, dtype, words):
+def test_unknown_devices_and_dtypes_are_rejected(folder, device, dtype, words):
     with pytest.raises(UserError, match=words):
         Pipeline.from_pretrained(folder, device, dtype)
 
 
-def test_unknown_quantization_is_refused(folder):
+def test_unknown_quantization_is_rejected(folder):
     with pytest.raises(UserError, match="quantization is 'int4'; it must be None or 'int8'"):
         Pipeline.from_pretrained(folder, quantization="int4")
 

@@ -1,4 +1,4 @@
-"""The filter equals golden vectors and transformers' warpers; noise follows seeds; settings are checked."""
+"""Sampling: filter against golden vectors and transformers' warpers, seeded noise, checks of settings."""
 
 import re
 
@@ -44,18 +44,18 @@ def test_filter_equals_the_warpers_of_transformers(k, p):
     assert torch.equal(filter_logits(logits, k, p), expected)
 
 
-def test_ties_with_the_last_of_top_k_stay():
+def test_ties_with_the_last_of_top_k_are_kept():
     logits = torch.tensor([3.0, 1.0, 1.0, 0.0])
     assert filter_logits(logits, top_k=2).isfinite().tolist() == [True, True, True, False]
 
 
-def test_guidance_moves_away_from_the_unconditional_rows():
+def test_guidance_formula():
     logits = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
     assert apply_guidance(logits, 3.0).tolist() == [[4.0, 1.0]]
     assert apply_guidance(logits, 1.0).tolist() == [[2.0, 1.0]]
 
 
-def test_noise_of_an_image_is_its_own():
+def test_noise_depends_only_on_the_seed_of_the_image():
     together = [GumbelNoise([5, 6, 5], 3, 11)]
     alone = [GumbelNoise([6], 3, 11)]
     for _ in range(3):
@@ -65,7 +65,7 @@ def test_noise_of_an_image_is_its_own():
         assert torch.equal(noise[:, 0], noise[:, 2]) and not torch.equal(noise[:, 0], noise[:, 1])
 
 
-def test_choices_follow_the_probabilities():
+def test_sampled_codes_follow_the_probabilities():
     logits = torch.tensor([0.7, 0.2, 0.1]).log().expand(4000, -1)
     noise = GumbelNoise(list(range(4000)), 1, 3).sample()[0]
     shares = sample_code(logits, Sampling(), noise).bincount(minlength=3) / 4000
@@ -93,12 +93,12 @@ def test_choices_follow_the_probabilities():
         ({"guidance_schedule": "cubic"}, "constant, linear, cosine"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(settings, words):
+def test_invalid_settings_are_named(settings, words):
     with pytest.raises(UserError, match=words):
         Sampling(**settings)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "7", True, None, 2**63])
-def test_wrong_seeds_are_refused(seed):
+def test_invalid_seeds_are_rejected(seed):
     with pytest.raises(UserError, match="seed is"):
         GumbelNoise([seed], 1, 2)

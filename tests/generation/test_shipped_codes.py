@@ -1,4 +1,4 @@
-"""The shipped model generates the codes and answers that it generated before the code table had its seam.
+"""The shipped model generates pinned codes and answers, which the first version of the code computed.
 
 Its code rows are stored in bfloat16 with a mean norm of 0.96 and normalised on use.
 """
@@ -28,7 +28,7 @@ def pinned():
     return found
 
 
-def test_the_stored_rows_are_raw(shipped, pinned):
+def test_the_stored_rows_are_not_normalised(shipped, pinned):
     config, rows = shipped.model.config, shipped.model.visual_embedder.codebooks
     assert config.row_norm == "unit" and config.token_layout is None
     assert config.unitok_fingerprint == pinned["unitok_fingerprint"] == shipped.unitok.fingerprint()
@@ -37,12 +37,12 @@ def test_the_stored_rows_are_raw(shipped, pinned):
     torch.testing.assert_close(table.norm(dim=-1), torch.ones(table.shape[:2]))
     codes = pinned["codes"].view(3, -1, config.num_codebooks)
     embedded = shipped.model.visual_embedder.embed(codes)
-    # the tokenizer has its own rows in float32
+    # the tokenizer stores its rows in float32
     torch.testing.assert_close(embedded, shipped.unitok.quantizer.embed(codes), atol=5e-3, rtol=0)
 
 
 def test_greedy_codes(shipped, pinned):
-    """Each pinned code has the largest guided logit, up to rounding, whatever the processor."""
+    """On every processor each pinned code has the largest guided logit, up to rounding."""
     model, processor = shipped.model, shipped.processor
     codes = pinned["codes"].view(3, -1, model.config.num_codebooks)
     rows = [*shipped.prompt_ids(pinned["prompts"]), *[processor.unconditional_ids()] * 3]

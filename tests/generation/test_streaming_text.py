@@ -1,4 +1,4 @@
-"""Text as it streams, on the page and from the server: nothing shown is taken back, and all of it comes."""
+"""Streamed text, on the page and from the server: pieces are final and add up to the whole text."""
 
 import random
 
@@ -9,15 +9,15 @@ from open_unitok.generation.text_generation import stream_text
 
 A, B, NO_CHARACTER = 68, 69, 258  # LLaMA's byte pieces <0x41>, <0x42>, <0xFF>
 NI = (231, 192, 163)  # the three bytes of one Chinese character
-END, IMAGE, UNKNOWN = 2, -200, 10**6  # passed over by decoding, so that they end no run of bytes
+END, IMAGE, UNKNOWN = 2, -200, 10**6  # skipped by decoding: they do not end a run of bytes
 ANSWERS = {
-    "a byte that fits no character undoes the run": [270, A, B, NO_CHARACTER, 271],
-    "and at the end": [270, 271, A, NO_CHARACTER],
+    "an invalid byte changes the whole run": [270, A, B, NO_CHARACTER, 271],
+    "an invalid byte at the end": [270, 271, A, NO_CHARACTER],
     "a character byte by byte": [270, *NI, *NI, 271],
     "half a character at the end": [270, *NI, *NI[:2]],
-    "what is passed over ends no run": [270, A, END, IMAGE, UNKNOWN, NO_CHARACTER, 271],
-    "nothing but bytes": [A, B],
-    "nothing": [],
+    "skipped ids do not end a run": [270, A, END, IMAGE, UNKNOWN, NO_CHARACTER, 271],
+    "only bytes": [A, B],
+    "empty": [],
 }
 ANSWERS |= {f"random {i}": random.Random(i).choices(range(400), k=40) for i in range(20)}
 
@@ -35,17 +35,17 @@ def from_the_server(processor, ids):
 
 @pytest.mark.parametrize("stream", [on_the_page, from_the_server])
 @pytest.mark.parametrize("name", ANSWERS)
-def test_the_pieces_are_the_whole_text(pipe, stream, name):
+def test_the_pieces_add_up_to_the_text(pipe, stream, name):
     ids = ANSWERS[name]
     assert "".join(stream(pipe.processor, ids)) == pipe.processor.decode(ids).strip()
 
 
-def test_text_is_not_held_back_longer_than_need_be(pipe):
+def test_text_is_not_held_back_longer_than_necessary(pipe):
     pieces = on_the_page(pipe.processor, [270, A, 271, 272])
     assert [bool(piece) for piece in pieces] == [True, False, True, True]
 
 
-def test_chat_streams_what_it_answers(pipe, photos):
+def test_chat_stream_equals_chat(pipe, photos):
     for question in ("What?", "And now?", "a b c", "Where is it?"):
         for image in photos[:2]:
             whole = pipe.chat(question, image)

@@ -1,4 +1,4 @@
-"""Answers: batches = one by one = a plain loop without cache, with and without images, ends included."""
+"""Answers: batched = one by one = a plain loop without cache, with and without images and eos."""
 
 import copy
 
@@ -12,7 +12,7 @@ from open_unitok.generation.text_generation import truncate_at_eos
 
 @torch.no_grad()
 def plain_loop(model, prompt, codes, count):
-    """Greedy ids from the whole sequence again for each."""
+    """Greedy ids; the whole sequence is recomputed for each."""
     ids = list(prompt)
     for _ in range(count):
         logits = model(input_ids=torch.tensor([ids]), image_codes=codes if len(codes) else None).logits
@@ -65,7 +65,7 @@ def test_an_answer_ends_at_eos(full_model, asked, monkeypatch):
 
 
 def test_questions_about_one_image_share_its_prefill(full_model, asked, monkeypatch):
-    """Two images with two and three questions, one question without: the same as alone, and less read."""
+    """Two images with two and three questions, one question without image: equal answers, less prefill."""
     (_, image), mark = (asked[1][0], asked[1][3]), full_model.config.image_token_id
     start = [1, 5, *[mark] * 9, 6]
     prompts = [[*start, 7, 8], [*start, 9], [1, 20, 21], [*start, 7, 10, 11], [*start, 12], [*start, 7, 13]]
@@ -76,7 +76,7 @@ def test_questions_about_one_image_share_its_prefill(full_model, asked, monkeypa
     for options in ({}, {"num_beams": 2}):
         read.clear()
         shared = generate_text_ids(full_model, prompts, codes, max_new_tokens=8, **options)
-        # three beginnings, at most 12 ids each; the C++ steps read each alone, and what follows on it
+        # eager: three prefixes padded to 12 ids; native: each prefix, then the rests of its prompts
         assert read == [3 * 12] or (not options and read == [12, 3 * 3, 12, 2 * 2, 3])
         single = [generate_text_ids(full_model, [p], [c], 8, **options)[0] for p, c in zip(prompts, codes)]
         assert shared == single
@@ -134,7 +134,7 @@ def test_beams_and_sampling_run(full_model, asked):
 
 
 @pytest.mark.parametrize("beams", [0, -1, 1.5, True, None])
-def test_beams_are_a_whole_number(full_model, asked, beams):
+def test_num_beams_must_be_a_whole_number(full_model, asked, beams):
     with pytest.raises(UserError, match="num_beams is"):
         generate_text_ids(full_model, *asked, max_new_tokens=2, num_beams=beams)
 
@@ -148,6 +148,6 @@ def test_beams_are_a_whole_number(full_model, asked, beams):
         ([[1]], 2.5, "max_new_tokens is 2.5"),
     ],
 )
-def test_wrong_requests_are_refused(full_model, prompts, tokens, words):
+def test_invalid_requests_are_rejected(full_model, prompts, tokens, words):
     with pytest.raises(UserError, match=words):
         generate_text_ids(full_model, prompts, [torch.empty(0, 9, 3)], max_new_tokens=tokens)

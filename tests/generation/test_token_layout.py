@@ -1,5 +1,5 @@
-"""Images of 2 x 8 visual tokens, beside 4 x 4: both are 16. Generation, stream, preview, decode, reading,
-the page and the server."""
+"""Images of 2 x 8 and of 4 x 4 visual tokens, 16 each: generation, stream, preview, decode, questions, page,
+server."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ OBLONG = {"rows": 2, "columns": 8, "registers": 0}
 
 @pytest.fixture(scope="module")
 def make_pipe(golden, tiny_unitok, make_model, tmp_path_factory):
-    """make_pipe(token_layout, image_size) -> a pipeline that went through a folder."""
+    """make_pipe(token_layout, image_size) -> a pipeline, saved and loaded."""
 
     def make(token_layout, image_size, registers=0) -> Pipeline:
         sizes = tiny_unitok.config.to_dict()
@@ -92,7 +92,7 @@ def test_decode_uses_the_layout(oblong):
     torch.testing.assert_close(pixels.float() / 127.5 - 1, expected, atol=1 / 127, rtol=0)
 
 
-def test_the_first_row_of_an_image_begins_another(oblong, photos):
+def test_the_first_row_of_an_image_is_a_prefix_of_another(oblong, photos):
     prefix = oblong.first_rows(photos[:1], 1)
     assert prefix.shape == (1, 8, 3)
     assert torch.equal(oblong.generate_codes(PROMPTS[:1], SAMPLING, prefix=prefix)[:, :8], prefix)
@@ -100,7 +100,7 @@ def test_the_first_row_of_an_image_begins_another(oblong, photos):
         oblong.first_rows(photos[:1], 2)
 
 
-def test_images_are_read_and_reconstructed_in_this_shape(oblong, photos):
+def test_images_are_encoded_and_reconstructed_in_this_shape(oblong, photos):
     assert oblong.processor.image_shape == (32, 128)
     assert oblong.encode_for_reading(photos).shape == (3, 16, 3)
     assert len(oblong.answer([photos[0]], ["What is it?"], max_new_tokens=2)) == 1
@@ -117,7 +117,7 @@ def test_the_page_shows_this_shape(oblong, photos):
     assert maps.count("viewBox='0 0 8 2'") == 3 and "data-columns='8'" in maps
 
 
-def test_the_server_generates_and_reads_this_shape(oblong, photos, serving, ask):
+def test_the_server_generates_and_encodes_this_shape(oblong, photos, serving, ask):
     path = "/v1/images/generations"
     parts = [
         {"type": "text", "text": "What?"},

@@ -1,4 +1,4 @@
-"""The step that a CUDA graph captures: on a CPU its codes, its addresses and that the host never waits; on a
+"""The step that a CUDA graph captures: on a CPU its codes, fixed addresses and missing synchronisation; on a
 GPU the graph itself."""
 
 import pytest
@@ -16,7 +16,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 class Watch(TorchDispatchMode):
-    """Records the operators for which a host would wait for its device."""
+    """Records operators that would synchronise host and device."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Watch(TorchDispatchMode):
 
 
 class WatchedBackend(cuda_graph.CudaGraph):
-    """Stands in for a captured graph: the same step over the same tensors, watched."""
+    """A substitute for a captured graph: the same step on the same tensors, with synchronisation recorded."""
 
     made = ()
 
@@ -50,7 +50,7 @@ class WatchedBackend(cuda_graph.CudaGraph):
 
 
 def generate(backend, model, sampling, prefix=None):
-    """Codes by a given backend, whatever the machine."""
+    """Codes from a given backend, on every machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(image_sampling, "choose_backend", lambda model, **options: backend)
         return generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL, prefix)
@@ -76,7 +76,7 @@ def test_the_static_step_generates_the_same_codes_without_waiting(model, samplin
     assert not backend.watch.waits
 
 
-def test_the_static_step_supports_attention_that_adds_its_mask(make_model, watched):
+def test_the_static_step_supports_additive_masks(make_model, watched):
     model = make_model()
     model.language_model.set_attn_implementation("eager")
     assert torch.equal(generate("cuda_graph", model, SAMPLED), generate("eager", model, SAMPLED))
@@ -86,10 +86,10 @@ def test_the_static_step_supports_attention_that_adds_its_mask(make_model, watch
 def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
     expected = generate("eager", full_model, SAMPLED)
 
-    def refuse():
+    def fail():
         raise RuntimeError("no stream here\nand more")
 
-    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    monkeypatch.setattr(torch.cuda, "Stream", fail)
     assert torch.equal(generate("cuda_graph", full_model, SAMPLED), expected)
     assert "without a CUDA graph: no stream here" in caplog.text and "more" not in caplog.text
 
@@ -100,7 +100,7 @@ def test_a_graph_needs_cuda(full_model):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
-def test_a_captured_graph_generates_what_eager_generates(make_model, sampling, caplog):
+def test_a_captured_graph_equals_eager(make_model, sampling, caplog):
     model = make_model().cuda()
     assert cuda_graph.supports_cuda_graph(model, num_steps=8) and not cuda_graph.supports_cuda_graph(
         model, num_steps=7

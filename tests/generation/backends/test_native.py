@@ -1,4 +1,4 @@
-"""The native backend equals the eager one; int8 and bfloat16 are near float32; no compiler, no backend."""
+"""The native backend: equal to the eager one; int8 and bfloat16 close to float32; missing compilers."""
 
 import copy
 import ctypes
@@ -54,7 +54,7 @@ def test_native_logits_equal_eager_logits(make_model, context, changes, threads)
 
 
 def run_layers(x, weights, depth, threads):
-    """Logits of rows x (R, n) behind `depth` layers; weights: of a layer of one head, then the output's."""
+    """Logits of rows x (R, n) after `depth` layers; `weights`: of a one-head layer, then the output's."""
     build, (rows, width) = native_library.StructBuilder(weights[0].dtype == torch.int8), x.shape
     matrices = [build.matrix(w.float() if build.int8 else w) for w in weights[:-1]]
     output = build.matrix(
@@ -76,7 +76,7 @@ def run_layers(x, weights, depth, threads):
 def random_weights(width, inner, outputs, dtype):
     generator = torch.Generator().manual_seed(width)
     shapes = [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner), (outputs, width)]
-    if dtype == torch.int8:  # already what rounding makes of them: a scale of 1
+    if dtype == torch.int8:  # integers up to 127: the scale is 1 and rounding is exact
         found = [torch.randint(-127, 128, shape, generator=generator) for shape in shapes]
         for weight in found:
             weight[:, 0] = 127
@@ -85,7 +85,7 @@ def random_weights(width, inner, outputs, dtype):
     return [w.to(dtype) for w in found], torch.randn(17, width, generator=generator)
 
 
-# neither whole steps of inputs nor whole tiles of outputs
+# sizes that are not multiples of the steps of inputs and the tiles of outputs
 @needs_compiler
 @pytest.mark.parametrize("dtype", native_library.NATIVE_DTYPES)
 @pytest.mark.parametrize("width, outputs", [(4, 3), (16, 16), (46, 37), (96, 12), (130, 70)])
@@ -94,7 +94,7 @@ def test_matrix_products_of_all_sizes_are_near_float64(dtype, width, outputs):
     x[3] *= 1e4
     exact = x.double() / x.double().pow(2).mean(dim=1, keepdim=True).sqrt()
     weight = weights[-1].double()
-    each = torch.zeros_like(exact)  # by how much an input may be rounded
+    each = torch.zeros_like(exact)  # bound on the rounding of the inputs
     if dtype == torch.bfloat16:
         each = 2**-8 * exact.abs()
     elif dtype == torch.int8:
@@ -120,7 +120,7 @@ def test_long_rows_do_not_overflow_int8_sums():
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 def test_nan_and_infinity_propagate(dtype, wrong):
     weights, x = random_weights(46, 8, 5, dtype)
-    x[1, 7], x[2, 45] = wrong, wrong  # in a whole step and in the rest
+    x[1, 7], x[2, 45] = wrong, wrong  # in a full step and in the remainder
     finite = run_layers(x[:4], weights, depth=0, threads=1).isfinite().all(dim=1)
     assert finite.tolist() == [True, False, False, True]
 
@@ -128,7 +128,7 @@ def test_nan_and_infinity_propagate(dtype, wrong):
 @needs_compiler
 @pytest.mark.parametrize("dtype", native_library.NATIVE_DTYPES)
 @pytest.mark.parametrize("width, inner", [(20, 33), (64, 176)])
-def test_a_row_does_not_depend_on_its_neighbours(dtype, width, inner):
+def test_a_row_does_not_depend_on_other_rows(dtype, width, inner):
     weights, x = random_weights(width, inner, 50, dtype)
     alone = torch.cat([run_layers(row[None], weights, depth=1, threads=1) for row in x])
     assert alone.isfinite().all() and alone.std() > 0.1
@@ -137,7 +137,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype, width, inner):
 
 
 @needs_compiler
-def test_int8_and_bf16_logits_are_near_fp32(full_model):
+def test_int8_and_bf16_logits_are_close_to_fp32(full_model):
     codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
     exact = logits_along(full_model, codes)
     short = copy.deepcopy(full_model).to(torch.bfloat16)
@@ -147,7 +147,7 @@ def test_int8_and_bf16_logits_are_near_fp32(full_model):
 
 
 @needs_compiler
-def test_int8_follows_weights_that_change(make_model):
+def test_int8_weights_are_updated_when_parameters_change(make_model):
     model = make_model()
 
     def generate():
@@ -170,7 +170,7 @@ def test_without_a_compiler_the_eager_backend_generates_the_same_codes(full_mode
         generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL, quantization="int8")
 
 
-def test_a_broken_compiler_is_not_an_error(monkeypatch, tmp_path, caplog):
+def test_a_failing_compiler_is_not_an_error(monkeypatch, tmp_path, caplog):
     monkeypatch.delenv("UNITOK_NATIVE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")

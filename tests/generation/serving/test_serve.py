@@ -44,7 +44,7 @@ def decoded(entry):
     return Image.open(io.BytesIO(base64.b64decode(entry.b64_json)))
 
 
-def test_answers_are_those_of_the_pipeline(client, pipe, photos):
+def test_answers_equal_those_of_the_pipeline(client, pipe, photos):
     body = question_about(photos[1].read_bytes())
     answer = client.chat.completions.create(model="tiny", **body)
     [choice] = answer.choices
@@ -92,7 +92,7 @@ def test_sampled_answers_with_a_seed_repeat(client):
     assert sample(3) == sample(3) and len({sample(seed) for seed in range(4)}) > 1
 
 
-def test_images_are_those_of_the_pipeline(client, pipe):
+def test_images_equal_those_of_the_pipeline(client, pipe):
     settings = {"seed": 5, "guidance": 2.0, "negative_prompt": "a square"}
     answer = client.images.generate(model="tiny", prompt="a red circle", n=2, extra_body=settings)
     expected = pipe.generate(["a red circle"] * 2, Sampling(guidance=2.0), seed=5, negative_prompt="a square")
@@ -133,7 +133,7 @@ def test_concurrent_requests_share_batches(pipe, serving, ask):
 
 
 def concurrently(function, arguments):
-    """The results of calls, one thread each."""
+    """The results of calls, each on its own thread."""
     results = [None] * len(arguments)
 
     def call(i):
@@ -148,7 +148,7 @@ def concurrently(function, arguments):
 
 
 class SlowWorker:
-    """Replaces a server's worker: a step every 10 ms until `end` is set."""
+    """A substitute for a server's worker: one step every 10 ms until `end` is set."""
 
     def __init__(self, server):
         self.steps, self.end, self.batches = 0, threading.Event(), []
@@ -196,7 +196,7 @@ def test_a_batch_stops_when_its_client_disconnects(pipe, stream, serving):
 
 
 def test_a_full_queue_is_429_and_waiting_requests_are_kept(pipe, serving, ask):
-    # batch size 4: with less the middleware, which counts requests, rejects before the queue is full
+    # batch size 4: with a smaller one the middleware, which counts requests, rejects before the queue is full
     with serving(pipe, Limits(max_batch_size=4, max_queue_size=2)) as (url, server):
         real, slow = server.batcher.run_batch, SlowWorker(server)
         body = {"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2}
@@ -229,7 +229,7 @@ def test_too_many_concurrent_requests_are_429_before_their_bodies_are_read(pipe,
     with serving(pipe, Limits(max_batch_size=1, max_queue_size=1)) as (url, server):
         slow = SlowWorker(server)
         connections = [send_without_reading(url, "/v1/chat/completions", user("What?"))]
-        until(lambda: slow.steps > 0)  # until then the second one may be rejected too
+        until(lambda: slow.steps > 0)  # before that the second one may be rejected too
         connections.append(send_without_reading(url, "/v1/chat/completions", user("What?")))
         until(lambda: server.batcher.waiting == 1)
         status, answer = ask(url, b"no JSON")
@@ -279,7 +279,7 @@ def test_other_host_headers_are_rejected_on_loopback(pipe, serving, ask):
         assert ask(url, path="/v1/models", host=f"[::1]:{port}")[0] == 200
 
 
-def test_two_servers_count_apart_and_exactly():
+def test_two_servers_have_separate_metrics():
     busy, idle = ServerMetrics(lambda: 3, lambda: 1), ServerMetrics(lambda: 0, lambda: 0)
     busy.tokens.labels("prompt").inc(12_345_677)
     busy.tokens.labels("prompt").inc()

@@ -1,4 +1,4 @@
-"""Requests that `unitok serve` rejects: malformed, too large, too slow, broken images, other files."""
+"""Requests that `unitok serve` rejects: malformed, too large, too slow, corrupt images, other files."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""`unitok serve` under load and abuse: many clients at once, killed clients, 10,000 malformed bodies."""
+"""`unitok serve` under load: many concurrent clients, killed clients, 10,000 malformed bodies."""
 
 import base64
 import http.client
@@ -22,7 +22,7 @@ CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def process(folder, tmp_path_factory):
-    """`unitok serve` in a process of its own; yields (address, process)."""
+    """`unitok serve` in a separate process; yields (address, process)."""
     log = tmp_path_factory.mktemp("serve") / "log"
     command = [sys.executable, "-m", "open_unitok", "serve", "--model", str(folder), "--port", "0"]
     with open(log, "w") as file:
@@ -49,7 +49,7 @@ def post(connection, path, body):
 
 
 def metric(address, line):
-    """A number of the metrics page."""
+    """A value from /metrics."""
     connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", "/metrics")
     text = connection.getresponse().read().decode()
@@ -68,7 +68,7 @@ def data_url(content: bytes):
 
 
 def bodies(number):
-    """Requests of all kinds, a different one for each number."""
+    """Requests of all kinds; each number gives a different one."""
     parts = [
         {"type": "image_url", "image_url": {"url": data_url(image())}},
         {"type": "text", "text": "What?"},
@@ -82,7 +82,7 @@ def bodies(number):
 
 
 @pytest.mark.slow
-def test_sixteen_clients_at_once_see_no_error(process):
+def test_sixteen_concurrent_clients_get_no_errors(process):
     address, _ = process
     end, statuses = time.monotonic() + 20, []
 
@@ -145,7 +145,7 @@ json_values = st.recursive(
 
 @st.composite
 def mutated(draw):
-    """A valid request with one change anywhere."""
+    """A valid request with one random change."""
     path, body = bodies(draw(st.integers(0, 8)))
     whole = {"": json.loads(json.dumps(body))}
     spot, key = whole, ""
@@ -164,7 +164,7 @@ def mutated(draw):
 
 @st.composite
 def broken_images(draw):
-    """An image with changed bytes or cut short."""
+    """An image with changed bytes, or truncated."""
     content = bytearray(IMAGES[draw(st.integers(0, len(IMAGES) - 1))])
     for _ in range(draw(st.integers(0, 6))):
         content[draw(st.integers(0, min(len(content) - 1, 120)))] = draw(st.integers(0, 255))
@@ -195,7 +195,7 @@ requests = st.one_of(
 
 
 @pytest.mark.slow
-def test_ten_thousand_malformed_bodies_never_a_5xx_never_a_leak(process):
+def test_malformed_bodies_cause_neither_5xx_nor_leaks(process):
     address, server = process
     tally, before = {}, []
     connection = http.client.HTTPConnection(address, timeout=60)
@@ -211,7 +211,7 @@ def test_ten_thousand_malformed_bodies_never_a_5xx_never_a_leak(process):
         if status != 200:
             assert json.loads(text)["error"]["type"] == "invalid_request_error"
         tally[status] = tally.get(status, 0) + 1
-        if not before and sum(tally.values()) == 2000:  # by then every lazy import and pool is filled
+        if not before and sum(tally.values()) == 2000:  # by then all lazy imports and pools are loaded
             before.extend((server.memory_info().rss, server.num_threads()))
 
     flood()

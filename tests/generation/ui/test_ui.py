@@ -104,7 +104,7 @@ def test_generate_and_restore_from_the_history(page, pipe):
 
 
 @needs_browser
-def test_previews_are_shown_row_by_row(page, pipe, monkeypatch):
+def test_a_preview_is_shown_after_every_row(page, pipe, monkeypatch):
     stream, resume = pipe.stream, threading.Event()
 
     def paused(*arguments, **options):
@@ -123,7 +123,7 @@ def test_previews_are_shown_row_by_row(page, pipe, monkeypatch):
 
 
 @needs_browser
-def test_a_broken_upload_is_reported_and_the_page_still_works(page, photos, tmp_path):
+def test_a_corrupt_upload_is_reported_and_the_page_still_works(page, photos, tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
@@ -251,9 +251,9 @@ def test_gradio_does_not_open_uploads(address, pipe, tmp_path):
 
 def test_files_outside_the_page_are_not_served(address):
     for path in ("/etc/passwd", __file__):
-        with pytest.raises(urllib.error.HTTPError) as refused:
+        with pytest.raises(urllib.error.HTTPError) as rejected:
             urllib.request.urlopen(f"{address}/gradio_api/file={urllib.parse.quote(path)}", timeout=30)
-        assert refused.value.code in (403, 404)
+        assert rejected.value.code in (403, 404)
 
 
 def test_similar_codes_have_similar_colours(tiny_unitok):
