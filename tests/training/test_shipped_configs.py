@@ -85,7 +85,7 @@ def test_scaled_down_it_trains(data, helpers, tmp_path, path):
         "codebooks.init_images=0",
         "engine.dtype=fp32",
     ]
-    if not config.init_from:  # else the shipped model in full size
+    if not config.init_from:  # else it trains the shipped model at full size
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
@@ -122,7 +122,7 @@ def test_lpips_rejects_small_images(data, helpers, tmp_path, capsys):
 
 
 def test_init_from_clip(data, tmp_path):
-    """CLIP weights replace both towers and nothing else; a file that lacks part of them is rejected."""
+    """CLIP weights replace only the two towers; a file without all of their weights is rejected."""
     config = str(data / "config.yaml")
     captions = load_caption_tokenizer(load_run_config(config, []))
     source, plain = (build_model(load_run_config(config, [f"seed={seed}"]), captions) for seed in (1, 0))

@@ -82,7 +82,7 @@ class Checkpoints:
             write_model: writes a loadable model folder into the given path.
             engines: name -> DeepSpeed engine.
             state: what this rank needs to resume: plain types and tensors.
-            gather: call `write_model` on every rank, not on rank 0 alone: ZeRO 3 gathers weights there.
+            gather: call `write_model` on every rank, not only on rank 0: ZeRO 3 gathers weights in it.
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"

@@ -38,7 +38,7 @@ def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) 
         pixels = torch.zeros(1, 3, *config.image_shape)
         ids = torch.zeros(1, config.text_context_length, dtype=torch.int64) if captions else None
         total = _count(model, pixels, ids, 1)
-        # without the pixel decoder: encoder and text tower alone
+        # without the pixel decoder: encoder and text tower only
         encoded = _count(model, pixels, ids, 0) if decoded < 1 else total
     return 3.0 * (encoded + decoded * (total - encoded))
 

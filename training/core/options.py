@@ -196,6 +196,7 @@ class RunConfig:
             raise UserError(f"seed is {self.seed}: it must be 0 or more.")
         if self.stop_at is not None and self.stop_at < 1:
             raise UserError(f"stop_at is {self.stop_at}: it must be a step, 1 or more.")
+        # ZeRO flattens parameters, but orthogonalisation needs each matrix in its shape
         if self.optimizer.kind == "muon" and self.engine.zero_stage:
             raise UserError(
                 f"optimizer.kind is muon, but engine.zero_stage is {self.engine.zero_stage}: Muon needs "

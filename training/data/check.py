@@ -129,7 +129,7 @@ class _Counts:
             self.fields[field] += 1
             self.words.setdefault(field, []).extend(len(text.split()) for text in texts)
         if not by_field and num_images:
-            self.fields["images alone"] += 1
+            self.fields["images only"] += 1
         for codes in sample.images if self.codebook_size else ():
             if self.used is None:  # K is known from the first codes
                 self.used = np.zeros((codes.shape[1], self.codebook_size), dtype=bool)

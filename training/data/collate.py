@@ -72,7 +72,7 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         raise BadSample("a batch holds images of different sizes")
     # placeholders of generated images: K codes each instead of a text label
     generated = labels == image_token_id
-    # position ids alone separate packed samples, so packed rows have no mask
+    # the model separates packed samples by their position ids, so packed rows have no mask
     inputs = {
         "input_ids": ids,
         "labels": labels,

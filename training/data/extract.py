@@ -269,7 +269,7 @@ def _write_manifest(
     """codes.json, from the descriptions of all tars."""
     checked = sum(fact["checked"] for fact in facts)
     if not checked:
-        raise UserError(f"{out}: no sample of --data has an image; texts alone need no codes.")
+        raise UserError(f"{out}: no sample of --data has an image; plain text needs no codes.")
     error = sum(fact["error"] for fact in facts) / checked
     shards = [
         {"file": _tar_name(number), "samples": fact["samples"], "sha256": fact["sha256"]}

@@ -141,7 +141,7 @@ class TextToImageKind(CaptioningKind):
 
     def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
         caption = choose_caption(sample, options, random[0])
-        # classifier-free guidance needs a model that also knows images without a prompt
+        # classifier-free guidance needs a model that is also trained without a prompt
         unconditional = random[1] >= 1 - options.unconditional
         return Selection(None if unconditional else caption, sample.images)
 

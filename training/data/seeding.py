@@ -24,7 +24,7 @@ def torch_generator(seed: int, *parts: int | str, device: torch.device | str = "
 def uniform_per_sample(
     shape: Sequence[int], samples: Sequence[int], seed: int, *parts: int | str
 ) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (*shape, B); those of a sample depend on its number alone.
+    """Uniform numbers in [0, 1), (*shape, B); those of a sample depend only on its number.
 
     Args:
         samples: numbers of the B samples in the global batch, so that any split over ranks samples the same.

@@ -1,7 +1,7 @@
 """Texts in files: plain text, and conversations in LLaVA's JSON whose images are codes.
 
 Lines are located once and stay on disk. A conversation is {"image": name | [names], "conversations":
-[{"from": "human" | "gpt", "value"}]}; without "image" it is text alone. An image is looked up by its name in
+[{"from": "human" | "gpt", "value"}]}; without "image" it is text only. An image is looked up by its name in
 a code folder that `unitok data convert folder` and `unitok extract-codes` made of the images.
 """
 

@@ -95,7 +95,7 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
 def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
     """Model, data and engine, at step 0 or as of the last checkpoint."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
-    # with LoRA the frozen base weights stay in `init_from`: checkpoints hold the adapters alone
+    # with LoRA the frozen base weights stay in `init_from`: checkpoints hold only the adapters
     checkpoints = Checkpoints(
         run_dir.checkpoints, config.checkpoint.keep, trained_only=config.lora is not None
     )

@@ -1,4 +1,4 @@
-"""Captions of scenes, and sentences for training on text alone."""
+"""Captions of scenes, and sentences for training on plain text."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ NameOf = Callable[[SceneObject], str]
 
 
 def sample_captions(scene: Scene, config: SceneConfig, rng: Random, count: int) -> list[str]:
-    """`count` captions of a scene; the first names every object in full, every fourth by shape alone.
+    """`count` captions of a scene; the first names every object in full, every fourth by its shape only.
 
     Where scenes have size names or textures, every other caption leaves them out.
     """
@@ -109,7 +109,7 @@ def _shapes_caption(scene: Scene, config: SceneConfig, rng: Random, name: NameOf
 
 def sample_sentences(config: SceneConfig, scenes: Iterator[Scene], rng: Random) -> Iterator[str]:
     """One sentence per scene, true of that scene or of shapes and colours in general."""
-    # facts that no image shows, so that text alone is not only captions
+    # facts that no image shows, so that plain text is more than captions
     facts = [f"{color} is a color." for color in config.color_names]
     facts += [f"{a_or_an(shape)} is a shape." for shape in config.shape_names]
     facts += [

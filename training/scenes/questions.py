@@ -27,7 +27,7 @@ def full_name(obj: SceneObject) -> list[str]:
 
 
 def all_names(obj: SceneObject) -> list[str]:
-    """All names of an object, from every attribute down to its shape or its colour alone."""
+    """All names of an object, from all its attributes to only its shape or its colour."""
     words = (
         f"{obj.texture} {' '.join(obj.pair)}",
         " ".join(obj.pair),
@@ -95,7 +95,7 @@ def _choose_name(names: list[str], rng: Random) -> str:
 def _existence(
     scene: Scene, config: SceneConfig, rng: Random, known: Pairs, names: NamesOf
 ) -> TextAndAnswer | None:
-    # both answers equally often; three in five questions name a pair, the others a shape or a colour alone
+    # both answers equally often; three in five questions name a pair, the others only a shape or a colour
     sample, yes = rng.random(), rng.random() < 0.5
     if sample < 0.6:
         color, shape = (

@@ -32,7 +32,7 @@ def _circle(radius: float, points: int = 48) -> list[tuple[float, float]]:
 
 
 def _star() -> list[tuple[float, float]]:
-    # outer and inner corners in turn, the first at the top; 0.04 lower, so that the box is filled evenly
+    # outer and inner corners alternate, from the top; shifted down by 0.04 to centre the star in its box
     corners = [(0.56 if i % 2 == 0 else 0.24, math.pi * (i / 5 - 0.5)) for i in range(10)]
     return [(r * math.cos(angle), r * math.sin(angle) + 0.04) for r, angle in corners]
 

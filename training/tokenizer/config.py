@@ -60,7 +60,7 @@ class LossWeights:
         own = {field.name for field in dataclasses.fields(self)}
         for name in self.extra:
             if name in own:
-                raise UserError(f"losses.extra has {name!r}, which has a key of its own: set losses.{name}.")
+                raise UserError(f"losses.extra has {name!r}, which has its own key: set losses.{name}.")
         if self.lpips > 0 and self.lpips_weights is None:
             raise UserError(
                 f"losses.lpips is {self.lpips}, but losses.lpips_weights is not set: name the file "
@@ -208,6 +208,7 @@ class TokenizerRunConfig(RunConfig):
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
+        # both write codebook rows directly, regardless of requires_grad
         if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.reset_after):
             raise UserError(
                 "freeze holds quantizer, but codebooks.init_images or codebooks.reset_after would change "
@@ -229,6 +230,7 @@ class TokenizerRunConfig(RunConfig):
                 "name the file dinov2_vits14_pretrain.pth, take discriminator.kind=patch, or set "
                 "losses.adversarial to 0."
             )
+        # a frozen decoder has no gradient at its last layer, where the adaptive weight is measured
         if "decoder" in self.freeze:
             raise UserError("freeze holds decoder, which losses.adversarial would train: set that to 0.")
         if self.discriminator.adaptive is not None and not (

@@ -95,6 +95,7 @@ class PairDecoder:
     def _caption(self, record: TarSample, rng: random.Random) -> str:
         if self.options.captions == "txt":
             return record.text("txt").strip()
+        # `rng` is keyed by the epoch: an image has another caption in each
         captions = record.json("json").get("captions")
         if not captions or not all(isinstance(caption, str) for caption in captions):
             raise BadSample('.json has no "captions"')
@@ -163,5 +164,6 @@ def reconstruction_grid(pixels: torch.Tensor, reconstruction: torch.Tensor, colu
     rows = [
         torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (pixels, reconstruction)
     ]
+    # originals above reconstructions; [-1, 1] -> [0, 255]
     grid = torch.cat(rows, dim=1).clamp(-1, 1).add(1).mul(127.5).round().byte()
     return grid.permute(1, 2, 0).numpy()

@@ -107,8 +107,9 @@ def _translate(pixels: Tensor, amounts: Tensor) -> Tensor:
 
 
 def _colour(pixels: Tensor, amounts: Tensor) -> Tensor:
-    """Brightness, saturation and contrast, one after the other; `amounts` is (3, B, 1, 1)."""
+    """Brightness, then saturation, then contrast; `amounts` is (3, B, 1, 1)."""
     brightness, saturation, contrast = amounts.unsqueeze(2)  # (B, 1, 1, 1) each
+    # brightness adds up to +-0.5; saturation is scaled by [0, 2), contrast by [0.5, 1.5)
     pixels = pixels + (brightness - 0.5)
     grey = pixels.mean(dim=1, keepdim=True)
     pixels = (pixels - grey) * (2 * saturation) + grey

@@ -77,6 +77,7 @@ class DinoDiscriminator(Discriminator):
         return self._frozen[0]
 
     def forward(self, pixels: Tensor, crop: Crop = None) -> Tensor:
+        # from [-1, 1] to ImageNet's normalisation
         image = self._fit(pixels.float(), crop) * self.x_scale + self.x_shift
         logits = []
         for hidden, head in zip(self.dino(image, self.depths), self.heads):
@@ -191,6 +192,7 @@ class _Residual(nn.Module):
         self.fn = nn.Sequential(*parts)
 
     def forward(self, features: Tensor) -> Tensor:
+        # the factor keeps the variance of a sum of two independent terms
         return (self.fn(features) + features) * 2**-0.5
 
 
@@ -226,6 +228,7 @@ class RankBatchNorm(nn.BatchNorm1d):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         features = input.float()
+        # one all-reduce for sum, sum of squares and count
         count = features.new_tensor([features.shape[0] * features.shape[2]])
         sums = torch.cat((features.sum(dim=(0, 2)), features.square().sum(dim=(0, 2)), count))
         total, squares, count = all_reduce_with_grad(sums).split((self.num_features, self.num_features, 1))

@@ -165,6 +165,7 @@ def adaptive_weight(
     norms = []
     for loss in (reconstruction_loss, generator_loss):
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        # the norm of the mean gradient, not the mean of norms: every rank gets the weight of the global batch
         norms.append((distributed.sum_over_ranks(gradient.float()) / distributed.world_size()).norm())
     weight = (norms[0] / (norms[1] + 1e-6)).clamp(*ADAPTIVE_LIMITS[limits])
     return weight.sqrt() if limits == "sqrt" else weight

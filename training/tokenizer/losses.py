@@ -73,7 +73,7 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Ten
     """
     all_images, all_texts = all_gather_with_grad(image_embeds), all_gather_with_grad(text_embeds)
     count = len(image_embeds)
-    # the matching pair of local row i is row rank * B + i of the gathered batch
+    # the match of local row i is row rank * B + i of the gathered batch
     labels = torch.arange(count, device=image_embeds.device) + distributed.rank() * count
     by_image = F.cross_entropy(logit_scale * image_embeds @ all_texts.T, labels)
     by_text = F.cross_entropy(logit_scale * text_embeds @ all_images.T, labels)

@@ -62,7 +62,7 @@ def test_codes(tmp_path, capsys):
         "16 samples with captions: 32 texts of 2 to 6 words, median 2, 95 % up to 6",
         "16 samples with conversations: 16 texts of 3 to 3 words",
         "2 samples with document: 2 texts of 5 to 5 words",
-        "2 samples with images alone",
+        "2 samples with images only",
         "codes use 100.0% to 100.0%",
         "tokenizer abc (not compared",
         "0 broken",
@@ -134,7 +134,7 @@ def test_images(tmp_path):
     )
     text = "\n".join(report.lines)
     assert "21 images" in text and "18 samples with captions" in text
-    assert "1 samples with images alone" in text
+    assert "1 samples with images only" in text
     assert check_dataset(f"{tmp_path}/*.tar", quiet=True).samples == 22
 
 

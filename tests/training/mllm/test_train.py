@@ -115,12 +115,11 @@ def test_fine_tuning_starts_from_a_model_with_parts_frozen(mllm, reference):
 
 def test_a_trained_decoder_keeps_its_weights(mllm, root):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    base = LlamaForCausalLM(
-        LlamaConfig(vocab_size=500, max_position_embeddings=128, **sizes)
-    )  # 512 ids are used
+    # the text tokenizer has 512 ids, more than the decoder's 500: its embeddings are extended
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=500, max_position_embeddings=128, **sizes))
     base.save_pretrained(root / "decoder")
     folder = mllm.train(
-        "taken", "model.text={}", f"model.language_model={root}/decoder", "steps=1", "optimizer.lr=0"
+        "decoder-run", "model.text={}", f"model.language_model={root}/decoder", "steps=1", "optimizer.lr=0"
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder / "model")
     assert (
@@ -180,8 +179,8 @@ def test_a_loss_without_a_weight_is_an_error_that_names_both():
 )
 def test_error_messages(mllm, root, overrides, message):
     with pytest.raises(UserError, match=message):
-        mllm.train(f"mistake-{message[:9]}", *overrides)
-    assert not (root / f"mistake-{message[:9]}" / "model").exists()
+        mllm.train(f"invalid-{message[:9]}", *overrides)
+    assert not (root / f"invalid-{message[:9]}" / "model").exists()
 
 
 def test_other_folders_are_rejected(mllm, root, reference, tmp_path):

@@ -157,7 +157,7 @@ def test_three_published_steps(
         models = (tiny_unitok, discriminator, lpips)
         found = train_step(models, optimizers, (inputs["image"], inputs["text"]), views, warmup, blur)
         logged = wanted["wandb"] | {"Lv": wanted["Lv"], "usage": wanted["wandb"]["Codebook_usage"]}
-        # steps after the first are chaotic: 6e-8 in the weights moves some numbers by a fifth
+        # steps after the first are chaotic: a difference of 6e-8 in the weights changes some values by a fifth
         for name, value in found.items():
             exact = step == 0
             loose = name in ("Wei_g", "Gradnorm_g", "Gradnorm_d", "Lg", "Lbcr", "Ldisc", "Lc", "usage")
@@ -169,7 +169,7 @@ def test_three_published_steps(
 
 
 def check_parameters(model, values, numbers):
-    """Every parameter's norm, and the whole of a few, after step 0."""
+    """The norm of every parameter, and all values of a few, after step 0."""
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     prefix = "train.step0.param."
     wanted = state_from_published(

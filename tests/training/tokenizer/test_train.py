@@ -258,7 +258,7 @@ from open_unitok.training.tokenizer import train as tokenizer_stage
 
 where, calls = sys.argv[1], []
 module, name = {
-    "weights": (tokenizer_stage, "save_model"),  # half a file of weights is there
+    "weights": (tokenizer_stage, "save_model"),  # half of the weights file is written
     "manifest": (checkpoint, "write_manifest"),  # all files but the manifest
     "renaming": (os, "replace"),  # the manifest too, under its temporary name
 }[where]
@@ -313,5 +313,5 @@ def test_two_ranks_equal_one_process(data, tmp_path, stage):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
     models = [UniTok.from_pretrained(out / "model") for out in (single, both)]
     torch.testing.assert_close(*[m.decoder.norm.weight for m in models], rtol=1e-3, atol=1e-4)
-    refused = subprocess.run([sys.executable, *command, "stop_at=8"], capture_output=True, text=True)
-    assert (refused.returncode == 2 and "engine.zero_stage" in refused.stderr) or stage == 0
+    rejected = subprocess.run([sys.executable, *command, "stop_at=8"], capture_output=True, text=True)
+    assert (rejected.returncode == 2 and "engine.zero_stage" in rejected.stderr) or stage == 0
