@@ -73,7 +73,7 @@ def first(batches, count):
     return [next(rows) for _ in range(count)]
 
 
-def test_every_sample_once_an_epoch_and_another_order_each(tars):
+def test_each_epoch_has_every_sample_once_in_another_order(tars):
     batches = first(build_loader(stream(tars), collate), 20)
     numbers = [n for batch in batches for n in batch["numbers"]]
     one, two = numbers[:40], numbers[40:]
@@ -124,7 +124,7 @@ def test_resume_with_other_ranks_and_workers(tars, split, before):
         batches = build_loader(other, collate)
         rows = read_batches(batches)
         rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
-        state = batches.state_dict()  # and resumed from there exactly
+        state = batches.state_dict()  # an exact resume from here, too
         whole = [next(rows)["numbers"][0] for _ in range(43)]
         assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
         assert sorted(whole[3:]) == list(range(40))
@@ -216,7 +216,7 @@ def test_broken_tars_give_their_intact_samples_and_too_many_stop(tars, capfd):
     found = scan_tar(str(tars / "s-001.tar"))
     assert len(found.samples) == 6 and "ends at byte" in str(found.problem)
     numbers = [n for b in first(build_loader(stream(tars, micro_batch=5), collate), 7) for n in b["numbers"]]
-    assert sorted(numbers) == [*range(15), *range(20, 40)]  # the sixth lost its .json
+    assert sorted(numbers) == [*range(15), *range(20, 40)]  # sample 15 has no .json
     error = capfd.readouterr().err
     assert error.count("s-001.tar is broken") == 1 and "0015 is skipped" in error
     damage(tars / "s-002.tar", at=0)

@@ -1,4 +1,4 @@
-"""LoRA in the loop: what is trained and saved, resume, checkpointing, loading by peft and by the Pipeline."""
+"""LoRA in training: trained and saved weights, resume, checkpointing, loading by peft and by the Pipeline."""
 
 import io
 import json
@@ -61,7 +61,7 @@ def test_the_run_writes_only_an_adapter(tuned, base, mllm):
     assert saved < whole / 2
 
 
-def test_a_few_images_are_learned(mllm, base):
+def test_a_few_images_are_memorised(mllm, base):
     few = f"{{kind: text_to_image, path: {mllm.folder}/few}}, {{kind: captioning, path: {mllm.folder}/few}}"
     lora = "lora={rank: 8, alpha: 16, parts: [language_model, depth_head, lm_head]}"
     more = [f"data.mixture=[{few}]", lora, "steps=60", "log.every=20", "data.unconditional=0"]
@@ -71,7 +71,7 @@ def test_a_few_images_are_learned(mllm, base):
 
 
 @pytest.mark.slow
-def test_own_images_are_learned_and_old_answers_kept(mllm, tmp_path):
+def test_fine_tuning_on_own_images_keeps_old_answers(mllm, tmp_path):
     """A base that answers questions about twelve images is fine-tuned on captions of four others; half of the
     samples are the old questions."""
     seen = mllm.write_codes(mllm.folder, "seen", range(12), captions=1)
@@ -171,7 +171,7 @@ def test_a_fine_tuned_model_keeps_the_sampling_settings_of_its_base(base, mllm, 
     assert not (fresh / "model" / "sampling.json").exists()  # another model, on the same tokenizer
 
 
-def test_adapters_sit_on_all_linear_layers_of_their_parts(base):
+def test_adapters_are_on_all_linear_layers_of_their_parts(base):
     model = UniTokForConditionalGeneration.from_pretrained(base)
     add_lora(model, ["visual_embedder", "lm_head"], rank=2)
     found = {n.partition(".lora_")[0] for n, p in model.named_parameters() if p.requires_grad}

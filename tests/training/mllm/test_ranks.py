@@ -135,7 +135,7 @@ def test_adapters_equal_one_process(mllm, launched, single, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_planned_memory_is_what_is_alive(mllm, mllm_reference, launched, stage):
+def test_planned_memory_matches_live_tensors(mllm, mllm_reference, launched, stage):
     """Parameters, gradients and optimiser states of every rank, once the second step has gradients."""
     overrides = jobs(mllm.folder, mllm_reference / "model")[f"memory{stage}"]
     config = run.load_run_config(str(mllm.folder / "config.yaml"), overrides)

@@ -157,7 +157,7 @@ def test_three_published_steps(
         models = (tiny_unitok, discriminator, lpips)
         found = train_step(models, optimizers, (inputs["image"], inputs["text"]), views, warmup, blur)
         logged = wanted["wandb"] | {"Lv": wanted["Lv"], "usage": wanted["wandb"]["Codebook_usage"]}
-        # steps after the first are chaotic: a difference of 6e-8 in the weights changes some values by a fifth
+        # steps after the first are chaotic: 6e-8 in the weights changes some values by a fifth
         for name, value in found.items():
             exact = step == 0
             loose = name in ("Wei_g", "Gradnorm_g", "Gradnorm_d", "Lg", "Lbcr", "Ldisc", "Lc", "usage")
