@@ -76,7 +76,8 @@ def open_image(data: bytes, max_side: int) -> Image.Image:
             with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
                 if max(image.size) > max_side:
                     raise UserError(
-                        f"The image has {image.width} x {image.height} pixels; a side may have {max_side}."
+                        f"The image has {image.width} x {image.height} pixels; the limit per side is "
+                        f"{max_side}."
                     )
                 return image.convert("RGB")
     except UserError:

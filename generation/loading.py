@@ -84,21 +84,21 @@ def check_parts_match(
     rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:
         raise UserError(
-            f"{folder}: its text tokenizer has {processor.vocab_size} ids, the model only {rows}: they do "
-            "not belong together."
+            f"{folder}: the text tokenizer has {processor.vocab_size} ids, the model only {rows}: they do "
+            "not match."
         )
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):
             raise UserError(
                 f"{folder}: the model has {name} = {getattr(model.config, name)}, its tokenizer in unitok/ "
-                f"{getattr(unitok.config, name)}: they do not belong together."
+                f"{getattr(unitok.config, name)}: they do not match."
             )
     # with another tokenizer everything loads, but the images are noise
     expected = model.config.unitok_fingerprint
     if expected is not None and expected != (found := unitok.fingerprint()):
         raise UserError(
             f"{folder}: the model was trained on the codes of tokenizer {expected[:12]}, but unitok/ holds "
-            f"{found[:12]}: put the tokenizer that it was trained with there."
+            f"{found[:12]}: replace it with the tokenizer of training."
         )
 
 

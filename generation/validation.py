@@ -18,12 +18,12 @@ def check_texts(texts: Any, name: str) -> Sequence[str]:
     """
     # a string is a sequence too: each of its characters would become a prompt
     if isinstance(texts, str):
-        raise UserError(f"One string was given where a list of {name}s is expected: put it into [...].")
+        raise UserError(f"Expected a list of {name}s, got one string: put it into [...].")
     if not isinstance(texts, Sequence):
-        raise UserError(f"{texts!r} was given where a list of {name}s is expected.")
+        raise UserError(f"Expected a list of {name}s, got {texts!r}.")
     for i, text in enumerate(texts):
         if not _is_text(text) or not text.strip():
-            raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a text that is not empty.")
+            raise UserError(f"{name.capitalize()} {i} is {text!r}; it must be a string that is not empty.")
     return texts
 
 

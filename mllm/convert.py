@@ -124,7 +124,7 @@ def config_from_published(config: Mapping[str, Any], published: Mapping[str, Ten
     )
     for name in wanted:
         if name not in published:
-            raise UserError(f"The weights hold no {name}: this is not a published MLLM.")
+            raise UserError(f"The weights have no {name}: this is not a published MLLM.")
     entries, width = published[wanted[0]].shape  # (V, C)
     text = {name: config[name] for name in _TEXT_FIELDS if config.get(name) is not None}
     return UniTokMLLMConfig(

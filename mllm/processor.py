@@ -77,7 +77,7 @@ class UniTokProcessor:
             find_template(template)
         elif not getattr(text_tokenizer, "chat_template", None):
             raise UserError(
-                "template = 'chat', but this text tokenizer has no chat template: take 'vicuna_v1'."
+                "template = 'chat', but this text tokenizer has no chat template: use 'vicuna_v1'."
             )
         self.text_tokenizer, self.template, self.legacy = text_tokenizer, template, legacy
         self.image_size, self.num_image_tokens = image_size, num_image_tokens

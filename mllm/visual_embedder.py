@@ -99,7 +99,7 @@ class VisualEmbedder(nn.Module):
         if config.row_norm != unitok.quantizer.row_norm:
             raise UserError(
                 f"row_norm = {config.row_norm!r} in the model, but {unitok.quantizer.row_norm!r} in the "
-                "visual tokenizer: take the config from UniTokMLLMConfig.for_tokenizer."
+                "visual tokenizer: build the config with UniTokMLLMConfig.for_tokenizer."
             )
         own, other = self.projection, unitok.up_projection
         if isinstance(other, AttentionProjection):  # a linear projection has no matching weights
@@ -108,8 +108,8 @@ class VisualEmbedder(nn.Module):
                 raise UserError(
                     f"visual_hidden_size = {config.visual_hidden_size} with {own.attention.heads} heads "
                     "does not fit the visual tokenizer's projection to "
-                    f"{unitok.config.decoder_width} with {other.attention.heads} heads: take the config from "
-                    "UniTokMLLMConfig.for_tokenizer."
+                    f"{unitok.config.decoder_width} with {other.attention.heads} heads: build the config "
+                    "with UniTokMLLMConfig.for_tokenizer."
                 )
             own.load_state_dict(other.state_dict())
         self.codebooks.copy_(table)

@@ -55,7 +55,7 @@ def find_weights(path: str | Path | None, names: Sequence[str], what: str, sourc
         for name in names:  # in order of preference
             if (local / name).is_file():
                 return local / name
-        raise UserError(f"{what}: the folder {path} holds no {' or '.join(names)}. {hint}")
+        raise UserError(f"{what}: the folder {path} has no {' or '.join(names)}. {hint}")
     # "owner/name" may be a hub id; with the suffix of a weight file it is a mistyped path
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) or local.suffix in (
         ".pth",

@@ -135,7 +135,7 @@ def test_reconstruction_is_encode_and_decode(pipe, photos):
         (lambda p: p.generate("a fox"), "list of prompts"),
         (lambda p: p.generate(["a", " "]), "Prompt 1 is ' '"),
         (lambda p: p.generate([3]), "Prompt 0 is 3"),
-        (lambda p: p.generate(3), "3 was given where a list of prompts"),
+        (lambda p: p.generate(3), "Expected a list of prompts, got 3"),
         (lambda p: p.generate(["a\udcff"]), r"Prompt 0 is 'a\\udcff'"),
         (lambda p: p.generate(["word " * 60]), "shorten the prompt"),
         (lambda p: p.generate(["a"], seed=[1, 2]), "2 seeds for 1 images"),
@@ -144,7 +144,7 @@ def test_reconstruction_is_encode_and_decode(pipe, photos):
         (lambda p: p.generate(["a"], num_images=0), "num_images is 0"),
         (lambda p: p.generate(["a"], negative_prompt=["b", "c"]), "2 negative prompts for 1 prompts"),
         (lambda p: p.generate(["a"], negative_prompt=" "), "Negative prompt 0"),
-        (lambda p: p.generate(["a"], negative_prompt=3), "3 was given where a list of negative prompts"),
+        (lambda p: p.generate(["a"], negative_prompt=3), "Expected a list of negative prompts, got 3"),
         (lambda p: p.generate(["a"], prefix=[[1]]), "a tensor of .1 or 1 images"),
         (lambda p: p.generate(["a"], prefix=3), "a tensor of .1 or 1 images"),
         (lambda p: p.generate(["a"], prefix=torch.tensor(3)), "a tensor of .1 or 1 images"),
@@ -159,7 +159,7 @@ def test_reconstruction_is_encode_and_decode(pipe, photos):
         (lambda p: p.chat_stream("a?", None, [], 4, temperature=0), "temperature is 0"),
         (lambda p: p.answer([None], ["a?", "b?"]), "1 images for 2 questions"),
         (lambda p: p.answer([None], [""]), "Question 0 is ''"),
-        (lambda p: p.answer([None], None), "None was given where a list of questions"),
+        (lambda p: p.answer([None], None), "Expected a list of questions, got None"),
         (lambda p: p.answer(None, ["a?"]), "images is None"),
         (lambda p: p.answer([3], ["a?"]), "Cannot read int as an image"),
         (lambda p: p.answer(["x" * 300], ["a?"]), "is not an existing file"),
@@ -198,7 +198,7 @@ def test_another_tokenizer_is_rejected(folder, tiny_unitok, tmp_path):
     shutil.copytree(folder, tmp_path / "mllm")
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "mllm" / "config.json").write_text(json.dumps({**config, "unitok_fingerprint": "0" * 64}))
-    with pytest.raises(UserError, match="put the tokenizer that it was trained with there"):
+    with pytest.raises(UserError, match="replace it with the tokenizer of training"):
         Pipeline.from_pretrained(tmp_path / "mllm")
 
 
