@@ -1,7 +1,7 @@
-"""The table of benchmarks. A new one is a file with `load`, `answer` and `score`, and one entry here.
+"""The benchmark registry. A new benchmark is a module with `load`, `answer` and `score`, and an entry here.
 
-The table names the files as strings and imports none of them: `unitok eval run --help` lists every benchmark
-and its options without loading torch, and a run imports the files of its own benchmarks alone.
+Entries name their modules as strings: `unitok eval run --help` lists every benchmark and its options without
+loading torch, and a run imports only the modules of its benchmarks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,19 +13,26 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .core.benchmark import Benchmark, Option
 from .core.harness import benchmark_data
 
-# ---------------------------------------------------------------------- options that several benchmarks have
+# ----------------------------------------------------------------------- options shared by several benchmarks
 
-_SPLIT = Option("split", "split, where a folder holds several, such as mscoco_val2014")
-_CROP = Option("crop", "to the tokenizer's square: bicubic, lanczos or adm (default: lanczos for labels)")
-_SEED = Option("seed", "seed of the first sample; each has its own", int, 0, minimum=0)
+_SPLIT = Option("split", "split, if the folder contains several, e.g. mscoco_val2014")
+_CROP = Option(
+    "crop", "crop to the tokenizer's size: bicubic, lanczos or adm (default: lanczos for classification)"
+)
+_SEED = Option("seed", "seed of the first sample; sample i uses seed + i", int, 0, minimum=0)
 
 _QUESTIONS = (
     Option("prompt_template", "short, letter, letter-cn, unanswerable, plain or ocr (default: as published)"),
-    Option("max_new_tokens", "longest answer (default: 128 as published, 16 for scenes)", int, minimum=1),
+    Option(
+        "max_new_tokens",
+        "longest answer in tokens (default: 128 as published, 16 for scenes)",
+        int,
+        minimum=1,
+    ),
 )
-_LAYOUT = Option("layout", "whose files are read where a folder holds both", choices=("original", "llava"))
+_LAYOUT = Option("layout", "layout of the files, if the folder contains both", choices=("original", "llava"))
 
-_SAMPLING = (  # None on the command line: the model folder's sampling.json, else these defaults
+_SAMPLING = (  # precedence: command line, sampling.json of the model, these defaults
     Option("guidance", "scale of classifier-free guidance; the model's own before the default", float, 5.0),
     Option(
         "guidance_schedule",
@@ -49,14 +56,14 @@ _DETECTOR = Option("detector", "scenes (default where DATA has a scenes.json), o
 _INCEPTION = (
     Option(
         "inception_variant",
-        "network behind FID: torch-fidelity, pytorch-fid, clean or adm (default: by benchmark)",
+        "Inception network of FID: torch-fidelity, pytorch-fid, clean or adm (default: by benchmark)",
         default="",
         scoring=True,
     ),
-    Option("inception_weights", "its weight file; without it no FID", default="", scoring=True),
+    Option("inception_weights", "its weight file; required for FID", default="", scoring=True),
 )
 _REFERENCE = Option(
-    "reference", "real images as a folder or .npz, or an .npz of their statistics", default="", scoring=True
+    "reference", "real images (folder or .npz), or an .npz of their statistics", default="", scoring=True
 )
 _VQA_MODEL = Option(
     "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
@@ -65,7 +72,7 @@ _VQA_MODEL = Option(
 # --------------------------------------------------------------------------------------------- the benchmarks
 
 _TABLE = (
-    # what a tokenizer alone can do
+    # a tokenizer is sufficient
     Benchmark(
         name="reconstruction",
         module="tokenizer.reconstruction",
@@ -76,7 +83,7 @@ _TABLE = (
             _CROP,
             *_INCEPTION,
             Option(
-                "lpips_weights", "the file lpips_with_vgg.pth; without it no LPIPS", default="", scoring=True
+                "lpips_weights", "the file lpips_with_vgg.pth; required for LPIPS", default="", scoring=True
             ),
         ),
         scorers=("skimage7", "gauss11", "llamagen", "torchmetrics"),
@@ -184,8 +191,8 @@ _TABLE = (
                 default="",
                 scoring=True,
             ),
-            Option("judge_replay", "file of replies in place of an endpoint", default="", scoring=True),
-            Option("judge_runs", "how often every answer is judged", int, 1, scoring=True, minimum=1),
+            Option("judge_replay", "file of replies instead of an endpoint", default="", scoring=True),
+            Option("judge_runs", "number of gradings of every answer", int, 1, scoring=True, minimum=1),
             Option("judge_timeout", "seconds to wait for a reply", float, 60.0, scoring=True, minimum=1e-3),
         ),
         scorers=("official", "lmms"),
@@ -274,7 +281,7 @@ _TABLE = (
             *_SAMPLING,
             _IMAGES_PER_PROMPT,
             _IMAGE_FORMAT,
-            Option("grid", "external images are files of 2 x 2 images, each of this side", int, minimum=1),
+            Option("grid", "external images are 2 x 2 grids of squares of this side", int, minimum=1),
             _VQA_MODEL,
         ),
     ),
@@ -299,14 +306,14 @@ BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _
 
 
 def find_benchmark(name: str) -> Benchmark:
-    """The benchmark of that name, or a UserError with the names."""
+    """The benchmark of that name; UserError if there is none."""
     if name not in BENCHMARKS:
         raise UserError(f"There is no benchmark {name!r}." + did_you_mean(name, BENCHMARKS))
     return BENCHMARKS[name]
 
 
 def detect_benchmarks(data: str | Path) -> list[str]:
-    """The names of the benchmarks whose files lie in `data`.
+    """The names of the benchmarks whose files are in `data`.
 
     Raises:
         UserError: there are none.
@@ -322,16 +329,16 @@ def detect_benchmarks(data: str | Path) -> list[str]:
 
 
 def options_of(benchmarks: Iterable[Benchmark], scoring_only: bool = False) -> dict[str, Option]:
-    """Name -> option, of all options that these benchmarks have."""
+    """Name -> option, for all options of these benchmarks."""
     options = (option for benchmark in benchmarks for option in benchmark.all_options)
     return {option.name: option for option in options if option.scoring or not scoring_only}
 
 
 def select_options(given: Mapping[str, Any], benchmarks: Iterable[Benchmark]) -> dict[str, dict[str, Any]]:
-    """Benchmark name -> the given options that it has.
+    """Benchmark name -> those of the given options that it has.
 
     Raises:
-        UserError: an option that none of the benchmarks has; the message names those that have it.
+        UserError: none of the benchmarks has an option; the message lists those that do.
     """
     chosen = {b.name: {option.name for option in b.all_options} for b in benchmarks}
     for name in given:

@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 
 
 class _Checkout:
-    """Finds the six packages that lie at the root of a checkout, and nothing else of that root.
+    """Meta path finder for the six packages at the root of a checkout; a wheel has them in this folder.
 
-    In a wheel they lie in this folder and no finder is needed. Appending the root to `__path__` instead would
-    also make `open_unitok.tests` and a second `open_unitok.open_unitok` importable.
+    Appending the root to `__path__` instead would also make `open_unitok.tests` and a second
+    `open_unitok.open_unitok` importable.
     """
 
     root = pathlib.Path(__file__).resolve().parents[1]
@@ -23,7 +23,7 @@ class _Checkout:
 
     @classmethod
     def find_spec(cls, fullname, path=None, target=None):
-        """The spec of one of the six, None for every other name (importlib's protocol)."""
+        """The spec of one of the six packages, None for any other name (protocol of importlib)."""
         if fullname not in cls.packages:
             return None
         folder = cls.root / fullname.rpartition(".")[2]
@@ -32,9 +32,11 @@ class _Checkout:
         )
 
 
+# a checkout, not a wheel; reloading this module must not add the finder twice
 if not (pathlib.Path(__file__).parent / "tokenizer").is_dir() and _Checkout not in sys.meta_path:
     sys.meta_path.insert(0, _Checkout)
 
+# public name -> subpackage that defines it
 _HOMES = {
     "UniTok": "tokenizer",
     "UniTokConfig": "tokenizer",
@@ -54,7 +56,7 @@ __all__ = [
     "UniTokProcessor",
 ]
 
-# Editors and type checkers see the names; at run time each is imported on first use.
+# static imports for editors and type checkers; at run time PEP 562: `import open_unitok` loads no torch
 if TYPE_CHECKING:
     from open_unitok.generation import Pipeline as Pipeline
     from open_unitok.generation import Sampling as Sampling

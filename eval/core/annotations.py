@@ -1,7 +1,7 @@
 """Annotation files: found by pattern, read, and checked entry by entry.
 
-A malformed entry is represented by the UserError that says what is wrong with it, in the entry's position:
-its sample is not answered and counts as wrong, instead of stopping the run.
+A malformed entry is replaced by a UserError that describes the problem: its sample is not answered and counts
+as wrong, and the run continues.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,8 @@ def find_file(
     """The one file below `data` that matches a pattern and has `split` in its name.
 
     Args:
-        default: without a split, the part of the name that chooses one of several files.
+        what: the kind of file, for the error text.
+        default: part of the file name that selects one of several files if `split` is None.
 
     Raises:
         UserError: no file matches, or several.
@@ -44,7 +45,7 @@ def detect_layout(data: Path, settings: Options, original: Sequence[str], llava:
     """ "original" or "llava": the `layout` option, else the layout found in `data`, the original first.
 
     Raises:
-        UserError: neither is there.
+        UserError: `data` has files of neither layout.
     """
     patterns = {"original": tuple(original), "llava": tuple(llava)}
     if settings.layout is not None:
@@ -61,8 +62,9 @@ def detect_layout(data: Path, settings: Options, original: Sequence[str], llava:
 def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
     """The lines of a LLaVA question file, each with "question_id", "text", and "image" if it has one.
 
-    A malformed line is the UserError that names the missing key.
+    A malformed line becomes a UserError that names the missing key.
     """
+    # cut before the check: --limit counts lines of the file, malformed ones included
     return [
         validate_record(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
         for i, row in enumerate(read_jsonl_lenient(path)[:limit])
@@ -70,10 +72,10 @@ def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
 
 
 def read_json_as(kind: type, path: Path, key: str = "") -> Any:
-    """A JSON file, or its `key`, that is an object (`dict`) or a list.
+    """Read a JSON file, or one key of it, and check that it is an object (`dict`) or a list.
 
     Raises:
-        UserError: it has another type.
+        UserError: the value has another type.
     """
     value = read_json(path)
     if not key:
@@ -85,7 +87,12 @@ def read_json_as(kind: type, path: Path, key: str = "") -> Any:
 
 
 def require_key(row: Any, key: str, where: str | Path) -> Any:
-    """`row[key]`; UserError names the place and the key, and a row that is a UserError is raised."""
+    """`row[key]`.
+
+    Raises:
+        UserError: the key is missing, or `row` itself is a UserError.
+    """
+    # lenient readers return a UserError in place of a line that is not JSON
     if isinstance(row, UserError):
         raise row
     if not isinstance(row, dict) or key not in row:
@@ -94,30 +101,33 @@ def require_key(row: Any, key: str, where: str | Path) -> Any:
 
 
 def require_text(row: Any, key: str, where: str) -> str:
-    """`row[key]`, a text that is not empty; UserError names the place."""
+    """`row[key]`, which must be a non-empty string, else UserError."""
     value = require_key(row, key, where)
     if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {key} is {value!r}; it must be a text that is not empty.")
+        raise UserError(f"{where}: {key} is {value!r}; it must be a non-empty text.")
     return value
 
 
 def require_type(kind: type, value: Any, where: str | Path) -> Any:
-    """`value`, an object (`dict`) or a list; UserError names the place."""
+    """`value`, which must be an object (`dict`) or a list, else UserError."""
     if not isinstance(value, kind):
+        # the words of JSON, not of Python: the reader edits a JSON file
         words = {dict: "an object", list: "a list"}
         raise UserError(f"{where}: expected {words[kind]}, got {type(value).__name__}.")
     return value
 
 
 def validate_record(row: Any, where: str, keys: Sequence[str] = (), texts: Sequence[str] = ()) -> Any:
-    """The row if it has these keys (texts or integers) and these texts (not empty), else a UserError.
+    """The row if it is valid, else a UserError, which is returned, not raised.
 
-    The error is returned, not raised: see the top of this file.
+    Args:
+        keys: must hold a string or an integer.
+        texts: must hold a non-empty string.
     """
     try:
         for key in keys:
             if not isinstance(require_key(row, key, where), str | int):
-                raise UserError(f"{where}: {key} is {row[key]!r}; it must be a text or a whole number.")
+                raise UserError(f"{where}: {key} is {row[key]!r}; it must be a text or an integer.")
         for key in texts:
             require_text(row, key, where)
     except UserError as error:
@@ -126,10 +136,10 @@ def validate_record(row: Any, where: str, keys: Sequence[str] = (), texts: Seque
 
 
 def require_mostly_valid(samples: Sequence[Sample], path: Path) -> list[Sample]:
-    """The samples as they are.
+    """Return the samples unchanged.
 
     Raises:
-        UserError: more than half of them are malformed, so the file is of another kind or version.
+        UserError: there are none, or more than half of them are malformed.
     """
     # a few bad entries are data errors; a majority means the wrong file
     malformed = [s.malformed for s in samples if s.malformed]
@@ -147,17 +157,17 @@ def require_mostly_valid(samples: Sequence[Sample], path: Path) -> list[Sample]:
 
 
 class SceneAnnotation(NamedTuple):
-    """An image's file and its objects, each with "shape", "color", "cell" and "box"."""
+    """An image file and its objects, each with "shape", "color", "cell" and "box"."""
 
     file: str
     objects: list[dict[str, Any]]
 
 
 def read_scenes(path: Path) -> list[SceneAnnotation | UserError]:
-    """The images of a `captions.json` of scenes; a malformed entry is a UserError.
+    """The images of the `captions.json` of a scenes data set; a malformed entry becomes a UserError.
 
     Raises:
-        UserError: no such file, or it is not a list.
+        UserError: the file is missing or not a list.
     """
     found: list[SceneAnnotation | UserError] = []
     for i, row in enumerate(read_json_as(list, existing(path))):
@@ -173,11 +183,12 @@ def _read_scene(row: Record, where: str) -> SceneAnnotation:
     file, scene = require_text(row, "file", where), require_key(row, "scene", where)
     objects = require_type(list, require_key(scene, "objects", f"{where}, scene"), f"{where}, objects")
     for j, item in enumerate(objects):
-        place = f"{where}, objects[{j}]"
+        item_where = f"{where}, objects[{j}]"
         for key in ("shape", "color"):
-            require_text(item, key, place)
+            require_text(item, key, item_where)
+        # cell is (row, column), box is x0, y0, x1, y1 in pixels
         for key, count in (("cell", 2), ("box", 4)):
-            numbers = require_type(list, require_key(item, key, place), f"{place}, {key}")
+            numbers = require_type(list, require_key(item, key, item_where), f"{item_where}, {key}")
             if len(numbers) != count or not all(isinstance(n, int | float) for n in numbers):
-                raise UserError(f"{place}: {key} is {numbers!r}; it must be {count} numbers.")
+                raise UserError(f"{item_where}: {key} is {numbers!r}; it must be {count} numbers.")
     return SceneAnnotation(file, objects)

@@ -1,6 +1,6 @@
 """Answer normalisation of the VQA benchmarks, as the public VQAv2 evaluation defines it.
 
-Every odd rule below is deliberate: published scores depend on it.
+The odd rules below are deliberate: published scores depend on them.
 """
 
 import functools
@@ -8,16 +8,17 @@ import importlib.resources
 import json
 import re
 
-# The order matters: the text runs through the marks one after the other.
+# in the published order: the marks are removed one after the other
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
+# digit, comma, digit: the official pattern consumes both digits, that of M4C only the comma
 COMMA = {
     "official": re.compile(r"\d,\d"),
     "m4c": re.compile(r"(?<=\d),+(?=\d)"),
 }
-# The published pattern tries to look behind with "(?!<=\d)", which forbids the literal text "<=" after the
-# period's place and so always passes: a period is removed unless a digit follows it.
+# The published pattern misspells a look-behind as "(?!<=\d)", a look-ahead that always passes: a period is
+# removed unless a digit follows, whether or not a digit precedes it.
 PERIOD = re.compile(r"\.(?!\d)")
-MOST_PERIODS = 32  # the published call passes re.UNICODE where the count belongs
+MAX_PERIODS = 32  # the published call passes re.UNICODE (32) as the count
 NUMBERS = {
     word: str(value)
     for value, word in enumerate(
@@ -29,7 +30,7 @@ ARTICLES = frozenset({"a", "an", "the"})
 
 @functools.cache
 def contractions() -> dict[str, str]:
-    """Word -> contraction, with the published table's odd entries (data file `data/contractions.json`)."""
+    """Word -> contraction, including the odd entries of the published table (`data/contractions.json`)."""
     return json.loads(
         importlib.resources.files("open_unitok.eval.core")
         .joinpath("data/contractions.json")
@@ -38,24 +39,24 @@ def contractions() -> dict[str, str]:
 
 
 def one_line(text: str) -> str:
-    """Newlines and tabs become blanks; outer blanks are stripped."""
+    """Replace newlines and tabs by blanks and strip the text."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def strip_punctuation(text: str, comma: str = "official") -> str:
-    """Delete or blank out punctuation and periods that no digit follows; `comma` picks the digit-comma rule.
-
-    Conditions are evaluated on the original text, replacements act on the current one.
-    """
+    """Remove punctuation, and periods that no digit follows; `comma` selects a pattern of `COMMA`."""
     result, digits_around_comma = text, COMMA[comma].search(text) is not None
     for mark in PUNCTUATION:
+        # conditions look at the original text, replacements change the current one, as published;
+        # a mark next to a blank is deleted, one inside a word becomes a blank
         alone = f"{mark} " in text or f" {mark}" in text
         result = result.replace(mark, "" if alone or digits_around_comma else " ")
-    return PERIOD.sub("", result, count=MOST_PERIODS)
+    return PERIOD.sub("", result, count=MAX_PERIODS)
 
 
 def unify_words(text: str) -> str:
-    """Lower-case; number words to digits, articles removed, contractions spelled with an apostrophe."""
+    """Lower-case; number words become digits, articles are removed, contractions get their apostrophe."""
+    # numbers first: "none" becomes "0" before the articles are filtered
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     table = contractions()
     return " ".join(table.get(word, word) for word in words if word not in ARTICLES)

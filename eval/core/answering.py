@@ -9,7 +9,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .benchmark import Options, Record, Sample, Task
 from .image_files import Base64Image, read_sample_image, save_base64_image
 
-# Templates around a question, by name. All but "plain" are those of published runs.
+# name -> template of a question; all but "plain" are those of published runs
 PROMPT_TEMPLATES = {
     "short": "{}\nAnswer the question using a single word or phrase.",
     "letter": "{}\nAnswer with the option's letter from the given choices directly.",
@@ -20,17 +20,17 @@ PROMPT_TEMPLATES = {
     ),
     "plain": "{}",
 }
-# TextVQA's "ocr": the question, and the words that an OCR system read in the image
+# TextVQA's "ocr": the question, and the words that an OCR system found in the image
 OCR_TEMPLATE = "{}\nReference OCR token: {}\nAnswer the question using a single word or phrase."
-PUBLISHED_LENGTH = 128  # tokens of an answer in published runs
-SCENES_LENGTH = 16  # tokens where no template asks for a long answer
+PUBLISHED_LENGTH = 128  # max_new_tokens of published runs
+SCENES_LENGTH = 16  # max_new_tokens for scenes, whose answers are one or two words
 
 
 def choose_prompt_template(
     settings: Options, default: str, data: Path | None = None, more: Sequence[str] = ()
 ) -> str:
     """The `prompt_template` option, else "plain" for scenes (scenes.json), else the benchmark's default."""
-    # scenes are asked in the words that the small models are trained on
+    # models of scenes are trained on bare questions: an instruction would be out of distribution
     own = "plain" if data is not None and (data / "scenes.json").exists() else default
     name, allowed = settings.prompt_template or own, [*PROMPT_TEMPLATES, *more]
     if name not in allowed:
@@ -41,7 +41,7 @@ def choose_prompt_template(
 def answering_metadata(
     split: str, template: str, settings: Options, max_new_tokens: int = PUBLISHED_LENGTH
 ) -> dict[str, Any]:
-    """What the result records about how the answers were made; `max_new_tokens` is the default."""
+    """The part of a result that describes how answers were generated; `max_new_tokens` is the default."""
     return {
         "split": split,
         "prompt_template": template,
@@ -51,12 +51,13 @@ def answering_metadata(
 
 
 def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Answer a batch; a sample whose image or question cannot be used gets a record with the error."""
+    """Answer a batch; a sample with an invalid image or question gets a record with the error."""
     records: list[Record] = [{} for _ in batch]
     images, loaded = {}, {}
     for i, sample in enumerate(batch):
         try:
-            if sample.image not in loaded:  # the same object for each question: the model encodes it once
+            # one object per image, so that the pipeline encodes it only once
+            if sample.image not in loaded:
                 loaded[sample.image] = None if sample.image is None else read_sample_image(sample.image)
             images[i] = loaded[sample.image]
             if isinstance(sample.image, Base64Image):
@@ -73,7 +74,8 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
         for i, text in zip(readable, texts, strict=True):
             records[i] = {"text": text} | records[i]
     except UserError:
-        for i in readable:  # one sample fails the batch: answer one by one to find it
+        # one invalid sample fails the whole batch: answer one by one to isolate it
+        for i in readable:
             try:
                 text = model.answer([images[i]], [batch[i].prompt], length)[0]
                 records[i] = {"text": text} | records[i]
@@ -83,5 +85,5 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
 
 
 def answer_texts(records: dict[int, Record]) -> dict[int, str]:
-    """Sample index -> answer, without the samples that have an error."""
+    """Sample index -> answer; samples with an error are left out, which scorers count as wrong."""
     return {i: record["text"] for i, record in records.items() if not record.get("error")}

@@ -1,4 +1,4 @@
-"""What a benchmark is: its options, its samples, its scores, and the functions that its file defines."""
+"""The benchmark interface: options, samples, tasks, scores, and the functions of a benchmark module."""
 
 import hashlib
 import importlib
@@ -14,17 +14,17 @@ Record = dict[str, Any]  # one JSON line: an answer, a judge's finding or a scor
 
 
 class Options(SimpleNamespace):
-    """The values of a benchmark's options as attributes; `vars(options)` is what run.json keeps."""
+    """Option values as attributes; `vars(options)` is saved in run.json."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option: `name` in run.json and Python, `--name` with hyphens on the command line.
+    """One option of a benchmark: `name` in run.json and Python, `--name` with hyphens on the command line.
 
     Attributes:
         type: str, int, float or bool (a pair of flags, --name and --no-name).
-        scoring: it shapes the scores alone, so that `unitok eval score` takes it too; the others shape the
-            answers, and a run with another value is not resumed.
+        scoring: True if it affects the scores only: `unitok eval score` accepts it too. All others affect the
+            answers: a run is not resumed with another value.
         minimum: the smallest value allowed.
     """
 
@@ -37,11 +37,13 @@ class Option:
     minimum: float | None = None
 
     def check(self, value: Any) -> Any:
-        """The value as it is; UserError where it is not allowed."""
+        """Return the value; UserError if it is not allowed."""
+        # None means "as published": the benchmark chooses
         if value is None:
             return None
         if self.choices and value not in self.choices:
             raise UserError(f"{self.name} is {value!r}." + did_you_mean(value, self.choices))
+        # `not >=` instead of `<`: NaN is rejected too
         if self.minimum is not None and not value >= self.minimum:
             raise UserError(f"{self.name} is {value}; it must be at least {self.minimum:g}.")
         return value
@@ -54,29 +56,30 @@ class Sample(NamedTuple):
     id: Any  # the benchmark's own id
     prompt: str = ""
     image: Any = None  # a Path, or an `image_files.Base64Image`
-    kind: str = ""  # what the model does with it, where a benchmark has several kinds
+    kind: str = ""  # e.g. "generate" or "reconstruct", in benchmarks with several kinds of samples
     seed: int = 0
-    malformed: str = ""  # why its annotation cannot be used: it is not answered and counts as wrong
+    malformed: str = ""  # the error in its annotation: the sample is not answered and counts as wrong
 
     @property
     def key(self) -> tuple[int, str]:
-        """Index and a hash of all that decides the answer: ids repeat in MME and TextVQA."""
+        """The resume key: index, and a hash of everything that determines the answer."""
+        # not the benchmark's id: ids repeat in MME and TextVQA
         name = self.image.name if self.image else ""
         text = "\0".join((self.kind, self.prompt, name, str(self.seed)))
         return self.index, hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class Task(NamedTuple):
-    """A benchmark read from disk: its samples, the truth, and what its result records about the run."""
+    """A benchmark read from disk: samples, ground truth, and metadata for the result."""
 
     samples: list[Sample]
     truth: Any
-    metadata: dict[str, Any]  # split, prompt template, decoding, ...: written into the result
-    problems: Sequence[str] = ()  # of the files, beyond malformed samples; one line each
+    metadata: dict[str, Any]  # split, prompt template, decoding, ...; copied into the result
+    problems: Sequence[str] = ()  # warnings about the files other than malformed samples, one line each
 
 
 class Metric(NamedTuple):
-    """One number with its unit ("fraction", "dB", ...), over n samples, with its 95 % interval if any."""
+    """A value over n samples with its unit ("fraction", "dB", ...) and 95 % interval, if it has one."""
 
     value: float
     n: int
@@ -85,11 +88,11 @@ class Metric(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A benchmark's metrics, the main one first, with details and a record per sample.
+    """Metrics (the main one first), details, and a record per sample.
 
-    A record has "index", "score" and, where the main metric is a statistic of records, "cluster" (the image)
-    and "group": `bootstrap.STATISTICS[statistic]` computes the main metric from them, which is how two runs
-    are compared.
+    A record has "index" and "score". If the main metric is a statistic of the records, they also have
+    "cluster" (the image) and "group": `unitok eval compare` recomputes the metric from them with
+    `bootstrap.STATISTICS[statistic]`.
     """
 
     metrics: dict[str, Metric]
@@ -102,22 +105,22 @@ class Scored(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The table entry of one benchmark; its file is imported when it runs, so that help needs no torch.
+    """A registry entry; the benchmark's module is imported on first use, so that --help loads no torch.
 
-    The file defines these functions, the last two where the benchmark has such a step:
+    The module defines these functions; `judge` and `submit` are optional:
 
         load(data, settings) -> Task
         answer(model, samples, folder, task) -> one record per sample
         score(task, records by index, folder, run.json, scoring) -> Scored, from files alone
-        judge(task, records, folder, scoring, device, quiet): a judge pass over a run's images
-        submit(task, records, folder, data) -> the files that a challenge server or official tool takes
+        judge(task, records, folder, scoring, device, quiet): a judge pass over the images of a run
+        submit(task, records, folder, data) -> the input files of a challenge server or official tool
 
     Attributes:
-        module: the benchmark's file below `open_unitok.eval`, such as "understanding.pope".
-        needs: "tokenizer"; "mllm", which answers; or "generator", an MLLM or images of another system.
-        files: patterns below the data folder; a match means that the benchmark is there (for `all`).
-        options: its own, in addition to those of every benchmark.
-        scorers: the variants of its scorer, the default first.
+        module: relative to `open_unitok.eval`, e.g. "understanding.pope".
+        needs: "tokenizer"; "mllm"; or "generator", which is an MLLM or images of another system.
+        files: glob patterns below the data folder; `all` runs the benchmarks with a match.
+        options: in addition to `COMMON_OPTIONS`.
+        scorers: variants of the scorer, the default first.
     """
 
     name: str
@@ -131,20 +134,20 @@ class Benchmark:
 
     @property
     def code(self) -> ModuleType:
-        """The benchmark's file."""
+        """The benchmark's module."""
         return importlib.import_module(f"open_unitok.eval.{self.module}")
 
     @property
     def all_options(self) -> tuple[Option, ...]:
-        """The options of every benchmark, its own, and the variant of its scorer."""
+        """`COMMON_OPTIONS`, the benchmark's options, and `scorer`."""
         scorer = Option("scorer", "variant of the scorer", default=self.scorers[0], scoring=True)
         return (*COMMON_OPTIONS, *self.options, scorer)
 
     def resolve(self, given: Mapping[str, Any]) -> tuple[Options, Options]:
-        """(settings, scoring): the values given over the defaults, checked.
+        """(settings, scoring): validated option values; options that are not given have their defaults.
 
         Raises:
-            UserError: the benchmark has no such option, or its value is not allowed.
+            UserError: an unknown option, or a value that is not allowed.
         """
         known = {option.name: option for option in self.all_options}
         for name in given:
@@ -153,6 +156,7 @@ class Benchmark:
         settings, scoring = Options(), Options()
         for name, option in known.items():
             value = given.get(name, option.default)
+            # the variants differ by benchmark, so the error names the benchmark
             if name == "scorer" and value not in self.scorers:
                 raise UserError(f"{self.name}: scorer is {value!r}." + did_you_mean(value, self.scorers))
             setattr(scoring if option.scoring else settings, name, option.check(value))
@@ -166,16 +170,16 @@ COMMON_OPTIONS = (
 
 
 def malformed_sample(index: int, name: Any, error: object, image: Path | None = None) -> Sample:
-    """Stands in for a malformed annotation: it is not answered and counts as wrong.
+    """The sample of a malformed annotation: it is not answered and counts as wrong.
 
     Args:
-        name: the entry's id where it can be read; otherwise the sample gets a number, "#7".
-        image: its image where it is known, so that the questions of one image stay one cluster.
+        name: the entry's id if it is readable; otherwise the id is "#" and the index.
+        image: the image if it is known: questions about one image form one bootstrap cluster.
     """
     name = name if isinstance(name, str | int) else f"#{index}"
     return Sample(index, name, "", image, "malformed", malformed=str(error))
 
 
 def malformed_reasons(samples: Sequence[Sample]) -> list[str]:
-    """What is wrong with the malformed annotations, each reason once however many samples share it."""
+    """The errors of malformed annotations; an error that several samples share is listed once."""
     return list(dict.fromkeys(s.malformed for s in samples if s.malformed))

@@ -1,7 +1,7 @@
 """Bootstrap intervals of metrics that are ratios of sums over samples, resampling whole clusters.
 
 M samples, G clusters (the questions about one image form a cluster), S sums. A metric is a function of the
-column sums of an (M, S) array, so one resample is a matrix product of cluster counts and cluster sums.
+column sums of an (M, S) array, so one resample is the product of cluster counts (G,) and cluster sums (G, S).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,10 +21,10 @@ def bootstrap(
     statistic: Statistic | None = None,
     seed: int = 0,
 ) -> list[float] | None:
-    """The central 95 % of `statistic` over resampled clusters; None with fewer than two clusters.
+    """95 % percentile interval of `statistic` over resampled clusters; None with fewer than two clusters.
 
     Args:
-        columns: (M, S) what each sample adds to each sum.
+        columns: (M, S) contribution of each sample to each sum.
         clusters: the cluster of each sample; None = every sample alone.
         statistic: (..., S) sums -> (...) value; None = `mean_statistic`.
     """
@@ -36,7 +36,7 @@ def bootstrap(
 
 
 class Difference(NamedTuple):
-    """B minus A, its 95 % interval, and the two-sided p-value of "no difference"."""
+    """B minus A, its 95 % interval, and the two-sided p-value of the null hypothesis "no difference"."""
 
     value: float
     interval: list[float] | None
@@ -50,23 +50,21 @@ def paired_bootstrap(
     statistic: Statistic | None = None,
     seed: int = 0,
 ) -> Difference:
-    """`statistic` of b minus that of a, (M, S) each, of the same samples, resampled together.
-
-    `p` is twice the fraction of resamples on the other side of zero, at least one resample.
-    """
+    """`statistic` of b minus that of a; both are (M, S) columns of the same samples."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     width, value_of = a.shape[1], statistic or mean_statistic
 
     def difference(sums: np.ndarray) -> np.ndarray:
         return value_of(sums[..., width:]) - value_of(sums[..., :width])
 
-    # one resampling for both sides: the noise that they share cancels in the difference
+    # one set of resamples for both sides: their common noise cancels in the difference
     joined = np.concatenate([a, b], axis=1)
     value = float(difference(joined.sum(axis=0)))
     values = _resampled(joined, clusters, difference, seed)
     if values is None:
         return Difference(value, None, None)
     low, high = np.quantile(values, [0.025, 0.975])
+    # p: twice the fraction of resamples on the other side of zero, and never 0
     beyond = min(int((values <= 0).sum()), int((values >= 0).sum()))
     return Difference(value, [float(low), float(high)], min(1.0, 2 * max(beyond, 1) / len(values)))
 
@@ -79,7 +77,7 @@ def _resampled(
     if clusters is not None:
         numbers: dict[Hashable, int] = {}
         positions = np.array([numbers.setdefault(c, len(numbers)) for c in clusters], dtype=np.int64)
-        # sums over a cluster first: resampling then needs G rows, not M
+        # sum each cluster first: resampling then works on G rows instead of M
         totals = np.zeros((len(numbers), columns.shape[1]))
         np.add.at(totals, positions, columns)
         columns = totals
@@ -91,7 +89,7 @@ def _resampled(
     at_once = max(1, 4_000_000 // groups)  # bounds the memory of the index array for large sets
     for start in range(0, RESAMPLES, at_once):
         rounds = min(at_once, RESAMPLES - start)
-        # row r of `sampled` holds cluster numbers shifted by r * groups, so one bincount counts all rounds
+        # cluster indices of row r are shifted by r * groups, so that one bincount counts all rounds
         sampled = rng.integers(groups, size=(rounds, groups)) + groups * np.arange(rounds)[:, None]
         weights = np.bincount(sampled.ravel(), minlength=rounds * groups).reshape(rounds, groups)
         values.append(statistic(weights.astype(np.float64) @ columns))
@@ -104,6 +102,7 @@ def _resampled(
 def mean_columns(values: Sequence[float] | np.ndarray) -> np.ndarray:
     """(M,) values -> (M, 2) columns, the value and 1, for `mean_statistic`."""
     values = np.asarray(values, dtype=np.float64)
+    # a mean is a ratio of sums, so that resamples of unequal size are weighted correctly
     return np.stack([values, np.ones_like(values)], axis=1)
 
 
@@ -124,7 +123,7 @@ def group_mean_columns(values: Sequence[float], groups: Sequence[Hashable]) -> n
 def group_mean_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 2 * g) sums of value and of 1 per group -> the mean over non-empty groups of their means."""
     value, count = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 2), -1, 0)
-    # a group that a resample misses has no mean and must not count as 0
+    # a group without samples in a resample is left out of the mean instead of counting as 0
     means = np.where(count > 0, value / np.maximum(count, 1e-12), 0.0)
     return means.sum(axis=-1) / np.maximum((count > 0).sum(axis=-1), 1)
 
@@ -140,6 +139,7 @@ def f1_columns(judged: Sequence[tuple[str, str, str]], categories: Sequence[str]
 
 def f1_statistic(sums: np.ndarray) -> np.ndarray:
     """(..., 3 * c) sums of TP, FP, FN per category -> the mean F1 over categories."""
+    # F1 = 2 TP / (2 TP + FP + FN)
     tp, fp, fn = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
     return (2 * tp / np.maximum(2 * tp + fp + fn, 1e-12)).mean(axis=-1)
 
@@ -147,8 +147,8 @@ def f1_statistic(sums: np.ndarray) -> np.ndarray:
 def question_pair_columns(records: Sequence[Record]) -> np.ndarray:
     """M records of two questions per image -> (M, 4 * t) columns for `question_pair_statistic`; MME.
 
-    A record has "group" (the task), "score" and "pair" (1 where both questions of its image are right). Each
-    of an image's records carries its share of the image, so that the last two sums count images.
+    A record has "group" (the task), "score" and "pair" (1 if both questions about its image are right). The
+    last two sums count images: each record of an image contributes an equal fraction of it.
     """
     names = list(dict.fromkeys(record["group"] for record in records))
     images: dict[tuple[str, str], int] = {}
@@ -157,7 +157,7 @@ def question_pair_columns(records: Sequence[Record]) -> np.ndarray:
         images[key] = images.get(key, 0) + 1
     result = np.zeros((len(records), len(names), 4))
     for i, record in enumerate(records):
-        # both records of an image add up to one image
+        # 1/2 for a complete pair
         part = 1 / images[record["group"], record["cluster"]]
         result[i, names.index(record["group"])] = record["score"], 1, record["pair"] * part, part
     return result.reshape(len(records), -1)
@@ -171,7 +171,7 @@ def question_pair_statistic(sums: np.ndarray) -> np.ndarray:
 
 
 class MainStatistic(NamedTuple):
-    """How a benchmark's main metric is computed from the records of `scores.jsonl`."""
+    """How the main metric of a benchmark is computed from the records of `scores.jsonl`."""
 
     columns: Callable[[Sequence[Record]], np.ndarray]  # records -> (M, S)
     value: Statistic
@@ -183,7 +183,7 @@ def _pope_columns(records: Sequence[Record]) -> np.ndarray:
     return f1_columns([(r["parsed"], r["truth"], r["group"]) for r in records], names)
 
 
-# `Scored.statistic` -> the statistic
+# by `Scored.statistic`
 STATISTICS = {
     "mean": MainStatistic(lambda rows: mean_columns([r["score"] for r in rows]), mean_statistic, "fraction"),
     "group mean": MainStatistic(

@@ -1,7 +1,7 @@
-"""Images generated from prompts, and reconstructions of real images, whose score is the ceiling.
+"""Generated images, and the ceiling of their score: that of reconstructed real images.
 
-A detector that misses objects in reconstructions of real images would miss them in perfect generations too:
-no model on this tokenizer can be expected to score above that.
+A detector that misses objects in reconstructions misses them in perfect generations too, so no model on this
+tokenizer can be expected to score higher.
 """
 
 import json
@@ -23,7 +23,8 @@ from .image_files import open_images, save_image
 def generation_samples(
     prompts: Sequence[Record], per_prompt: int, seed: int
 ) -> tuple[list[Sample], list[int]]:
-    """`per_prompt` samples for each prompt, named by GenEval's layout, and for each the prompt's index."""
+    """`per_prompt` samples per prompt, with ids in GenEval's layout, and the prompt index of each sample."""
+    # seed + n: every image has its own noise, independent of batch and rank
     numbered = [(i, j, row["prompt"]) for i, row in enumerate(prompts) for j in range(per_prompt)]
     samples = [
         malformed_sample(n, f"{i:05d}/samples/{j:04d}", prompts[i]["malformed"])
@@ -35,7 +36,7 @@ def generation_samples(
 
 
 def ceiling_scenes(data: Path) -> tuple[list[SceneAnnotation], list[str]]:
-    """The valid scenes of `test/captions.json`, and a line about the malformed entries."""
+    """The valid scenes of `test/captions.json`, and a warning about malformed entries."""
     found = read_scenes(data / "test" / "captions.json")
     bad = [scene for scene in found if isinstance(scene, UserError)]
     good = [scene for scene in found if not isinstance(scene, UserError)]
@@ -46,7 +47,7 @@ def ceiling_scenes(data: Path) -> tuple[list[SceneAnnotation], list[str]]:
 def generate_and_reconstruct(
     model: Any, batch: list[Sample], out: Path, task: Task
 ) -> tuple[list[Record], dict[int, np.ndarray]]:
-    """Generate or reconstruct a batch and save it; returns its records and its images by batch position."""
+    """Generate or reconstruct a batch and save it; returns records, and images by batch position."""
     records: list[Record] = [{} for _ in batch]
     images: dict[int, np.ndarray] = {}
     generated = [i for i, s in enumerate(batch) if s.kind == "generate"]
@@ -61,6 +62,7 @@ def generate_and_reconstruct(
         errors, originals = open_images([batch[i] for i in reconstructed])
         for k, i in enumerate(reconstructed):
             records[i] = errors[k]
+        # `originals` is keyed by position within `reconstructed`
         decoded = model.reconstruct(list(originals.values())).decoded if originals else []
         images |= {reconstructed[k]: image for k, image in zip(originals, decoded)}
     for i, image in images.items():
@@ -69,7 +71,7 @@ def generate_and_reconstruct(
 
 
 def _save(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
-    """Save a generated image in GenEval's layout, a reconstruction apart; returns the path below `out`."""
+    """Save a generated image in GenEval's layout, or a reconstruction; returns the path relative to `out`."""
     if sample.kind == "reconstruct":
         file = f"reconstructions/{sample.index:06d}.png"
     else:
@@ -86,7 +88,7 @@ def _save(sample: Sample, image: np.ndarray, out: Path, task: Task) -> str:
 def object_record(
     sample: Sample, records: dict[int, Record], correct: bool, reason: str, held_out: bool
 ) -> Record:
-    """A line of `scores.jsonl`: the verdict on one image."""
+    """The record of `scores.jsonl` with the verdict on one image."""
     record = records.get(sample.index, {})
     return {
         "index": sample.index, "kind": "generate" if sample.malformed else sample.kind,
@@ -97,14 +99,15 @@ def object_record(
 
 
 def prompt_mean(records: Sequence[Record]) -> Metric:
-    """The mean score, with an interval that resamples prompts: images of one prompt are not independent."""
+    """The mean score with its bootstrap interval."""
+    # resample prompts: images of one prompt are not independent
     scores = [r["score"] for r in records]
     interval = bootstrap(mean_columns(scores), [r["owner"] for r in records])
     return Metric(float(np.mean(scores)), len(records), interval)
 
 
 def add_held_out_and_ceiling(metrics: dict[str, Metric], per_sample: Sequence[Record]) -> None:
-    """Add the scores of held-out pairs and of reconstructions, which the main metrics leave out."""
+    """Add the scores of held-out pairs and of reconstructions, which the main metrics exclude."""
     held_out = [r for r in per_sample if r["kind"] == "generate" and r["held_out"]]
     reconstructed = [r for r in per_sample if r["kind"] == "reconstruct" and not r["held_out"]]
     if held_out:

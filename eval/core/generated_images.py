@@ -1,4 +1,4 @@
-"""Images generated for a benchmark, saved in its layout; or images of another system in a model's place."""
+"""Generate and save the images of a benchmark, or read images of another system instead."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from .image_sets import images_of_array
 IMAGE_FORMATS = ("jpg", "png")
 JPEG_QUALITY = 75  # Pillow's default, used for the published images
 SAMPLING_KEYS = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
-EXTERNAL = "external images"  # the kind of a model folder that holds images, in run.json
+EXTERNAL = "external images"  # the model kind in run.json if --model is a folder or .npz of images
 
 
 def generation_metadata(settings: Options, default_format: str) -> dict[str, Any]:
-    """What the result records about how the images were generated and saved."""
+    """The part of a result that describes how images were generated and saved."""
     image_format = settings.image_format or default_format
     return {
         "decoding": describe_sampling(settings),
@@ -38,13 +38,13 @@ def describe_sampling(settings: Options) -> str:
 
 
 def generate_images(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
-    """One uint8 image (H, W, 3) per sample, or the error message in its place."""
+    """Per sample a uint8 image (H, W, 3), or an error message."""
     if isinstance(model, ExternalImages):
         return model.load_batch(batch)
     try:
         return [np.asarray(p) for p in model.generate([s.prompt for s in batch], [s.seed for s in batch])]
     except UserError as error:
-        # one refused prompt fails the whole batch: the prompts are then generated one by one
+        # one rejected prompt fails the whole batch: generate one by one to isolate it
         if len(batch) == 1:
             return [str(error)]
         return [generate_images(model, [sample])[0] for sample in batch]
@@ -60,6 +60,7 @@ def save_generated_images(model: Any, batch: list[Sample], out: Path, task: Task
             continue
         path = out / "images" / f"{sample.id}.{image_format}"
         path.parent.mkdir(parents=True, exist_ok=True)
+        # JPEG only where it is published: compression changes FID and VQAScore
         options = {"quality": JPEG_QUALITY} if image_format == "jpg" else {}
         Image.fromarray(result).save(path, **options)
         records.append({"file": path.relative_to(out).as_posix(), "seed": sample.seed})
@@ -67,13 +68,13 @@ def save_generated_images(model: Any, batch: list[Sample], out: Path, task: Task
 
 
 def require_generated_images(task: Task, records: dict[int, Record], folder: Path) -> None:
-    """Raise UserError where no image was generated."""
+    """Raise UserError if no image was generated."""
     if not any(records.get(s.index, {}).get("file") for s in task.samples):
         raise UserError(f"{folder}: there is no generated image, so there is nothing to score.")
 
 
 def unscored_records(task: Task, records: dict[int, Record]) -> list[Record]:
-    """A line of scores.jsonl per sample for a benchmark without a score per image."""
+    """Records of scores.jsonl for a benchmark without a score per image, such as FID."""
     return [
         {"index": s.index, "id": s.id, "prompt": s.prompt, "file": records.get(s.index, {}).get("file")}
         for s in task.samples
@@ -81,7 +82,7 @@ def unscored_records(task: Task, records: dict[int, Record]) -> list[Record]:
 
 
 def holds_external_images(path: str | Path) -> bool:
-    """Whether a path holds images instead of a model: an .npz, or a folder of images without config.json."""
+    """Whether `path` is an .npz, or a folder of images without config.json, rather than a model."""
     path = Path(path)
     if path.suffix == ".npz":
         return True
@@ -91,14 +92,14 @@ def holds_external_images(path: str | Path) -> bool:
 
 
 class ExternalImages:
-    """Images of another system in a model's place: a folder in the benchmark's layout, or an .npz.
+    """Images of another system, used as a model: a folder in the benchmark's layout, or an .npz.
 
     Args:
-        grid: the images of one prompt lie in one file `ID.png`, row by row in 2 x 2 squares of this side in
-            pixels, as DPG-Bench's own scorer takes them.
+        grid: side in pixels of the squares if each file `ID.png` is a 2 x 2 grid of a prompt's images, the
+            input format of DPG-Bench's scorer; None = one image per file.
 
     Raises:
-        UserError: an .npz that holds no images.
+        UserError: an .npz without images.
     """
 
     kind = EXTERNAL
@@ -108,7 +109,7 @@ class ExternalImages:
         self.arrays = images_of_array("samples", path) if path.is_file() else None
 
     def check_needs(self, needs: str, benchmark: str) -> None:
-        """Raise UserError for a benchmark that does not generate images."""
+        """Raise UserError unless the benchmark scores generated images."""
         if needs != "generator":
             raise UserError(f"{benchmark} needs a model, but {self.path} holds images.")
         if self.grid and self.arrays is not None:
@@ -117,7 +118,7 @@ class ExternalImages:
     def describe(self) -> dict[str, Any]:
         """Path and a fingerprint of file names and sizes, for run.json."""
         files = [self.path] if self.path.is_file() else sorted(p for p in self.path.rglob("*") if p.is_file())
-        # names and sizes: hashing 50,000 images would take minutes
+        # names and sizes, not contents: hashing 50,000 images would take minutes
         text = "\n".join(
             f"{p.name if p == self.path else p.relative_to(self.path)} {p.stat().st_size}" for p in files
         )
@@ -125,7 +126,7 @@ class ExternalImages:
         return {"path": str(self.path), "kind": self.kind, "fingerprint": digest}
 
     def load_batch(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
-        """The image of each sample, found by index in an array, else by id; or the error in its place."""
+        """Per sample its image, by index in an array or by id in a folder, or an error message."""
         results: list[np.ndarray | str] = []
         for sample in batch:
             try:
@@ -139,7 +140,7 @@ class ExternalImages:
             if sample.index >= len(self.arrays.names):
                 raise UserError(f"{self.path} holds only {len(self.arrays.names)} images.")
             return self.arrays.load(sample.index)
-        # DPG-Bench's ids are ITEM/NUMBER; in a grid the number is the cell
+        # ids of DPG-Bench are ITEM/NUMBER; with a grid, the number is the cell
         name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
         paths = [self.path / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
         path = next((p for p in paths if p.exists()), paths[0])
@@ -148,9 +149,9 @@ class ExternalImages:
 
 
 def _grid_cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:
-    """One of four images, numbered from 0 row by row: uint8 (H, W, 3) -> (side, side, 3)."""
+    """Cell `number` of a 2 x 2 grid, in row-major order from 0: uint8 (H, W, 3) -> (side, side, 3)."""
     top, left = side * (number // 2), side * (number % 2)
     if number > 3 or image.shape[0] < top + side or image.shape[1] < left + side:
         height, width = image.shape[:2]
-        raise UserError(f"{path}: {width} x {height} pixels hold no square number {number + 1} of {side}.")
+        raise UserError(f"{path}: {width} x {height} pixels have no cell {number + 1} of side {side}.")
     return image[top : top + side, left : left + side]

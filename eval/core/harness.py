@@ -1,8 +1,7 @@
-"""Runs and scores a benchmark: answers go to JSON lines, are resumed by key and scored only when complete.
+"""Run and score a benchmark: answers are appended to JSON lines, resumed by key, scored when complete.
 
-A record is keyed by (benchmark, sample index, hash of prompt and image name); the benchmark's own id is
-stored too, but ids repeat in some benchmarks. Duplicate, missing and unknown records are found before
-scoring.
+A record is keyed by (benchmark, sample index, hash of prompt and image name): the ids of some benchmarks are
+not unique. Scoring first counts duplicate, missing and unknown records.
 """
 
 import json
@@ -31,19 +30,19 @@ def run_benchmark(
     batch_size: int | None = None,
     quiet: bool = False,
 ) -> Record | None:
-    """Answer the samples that have no answer yet, run the judge pass, score; a finished run is only read.
+    """Answer the samples that have no record yet, run the judge pass and score.
 
-    Several ranks share the samples; rank 0 scores and gets the result, the others None.
+    The samples are divided among the ranks; rank 0 scores and returns the result, the others return None.
 
     Args:
-        model: has `describe()` and the methods that the benchmark calls (see `model.Model`).
-        data: the benchmark's folder, or one that holds a folder of the benchmark's name.
-        out: the run folder of this benchmark.
+        model: `model.Model`, `generated_images.ExternalImages`, or an object with the same methods.
+        data: the folder of the benchmark, or a folder that contains one of the benchmark's name.
+        out: the output folder of this benchmark.
         options: option name -> value, for any of `benchmark.all_options`.
     """
     settings, scoring = benchmark.resolve(options)
     data, out = benchmark_data(data, benchmark.name), Path(out)
-    # before the run folder is touched: a data error leaves nothing behind
+    # before the output folder is created: an error in the data leaves nothing behind
     task = benchmark.code.load(data, settings)
     open_run_dir(out, run_metadata(benchmark.name, settings, model.describe(), data))
     store = AnswerStore(out, benchmark.name)
@@ -55,7 +54,7 @@ def run_benchmark(
         quiet,
     )
     if hasattr(benchmark.code, "judge"):
-        # the pass reads images of all ranks, so it gathers the files again
+        # after the barrier in answer_samples: this rank judges images that other ranks generated
         records = store.gather(task.samples).records
         benchmark.code.judge(task, records, out, scoring, getattr(model, "device", "cpu"), quiet)
     return score_run(benchmark, out, options, task=task) if distributed.is_main() else None
@@ -68,19 +67,19 @@ def score_run(
     partial: bool = False,
     task: Task | None = None,
 ) -> Record:
-    """Score the answers in `folder` from files alone, and write `results.json` and `scores.jsonl`.
+    """Score the answers in `folder` without a model; writes `results.json` and `scores.jsonl`.
 
     Args:
-        options: values of scoring options; those that shape the answers are read from run.json.
-        partial: score an incomplete run, in which missing answers are wrong.
-        task: the benchmark's task where it is already read.
+        options: values of scoring options; all others are read from run.json.
+        partial: score an incomplete run; missing answers count as wrong.
+        task: the loaded task; None = load it.
 
     Raises:
-        UserError: the folder is not a run of this benchmark, or answers are missing and `partial` is not set.
+        UserError: the folder is not a run of this benchmark, or answers are missing and `partial` is False.
     """
     folder = Path(folder)
     run = read_run_metadata(folder)
-    # settings come from run.json, so that scoring sees the samples that were answered
+    # settings from run.json, so that the task has the samples that were answered
     settings, scoring = benchmark.resolve({**run["settings"], **options})
     if task is None:
         task = benchmark.code.load(existing(run["data"]), settings)
@@ -91,25 +90,26 @@ def score_run(
     if hasattr(benchmark.code, "submit"):
         files = benchmark.code.submit(task, answers.records, folder, Path(run["data"]))
         result["submission"] = [path.name for path in files]
+    # results.json last: it marks a scored run
     write_jsonl(folder / "scores.jsonl", scored.per_sample)
     write_json(folder / "results.json", result)
     return result
 
 
 def read_run_metadata(folder: str | Path) -> Record:
-    """The content of `run.json` in a run folder."""
+    """Read the `run.json` of a benchmark's output folder."""
     hint = "`unitok eval run` writes it; give the folder of one benchmark."
     return read_json(existing(Path(folder) / "run.json", hint))
 
 
 def benchmark_data(data: str | Path, name: str) -> Path:
-    """The folder of one benchmark: DATA/NAME if there is such a folder, else DATA itself."""
+    """The data folder of one benchmark: DATA/NAME if it exists, else DATA."""
     data = existing(data)
     return data / name if (data / name).is_dir() else data
 
 
 class AnswerStore:
-    """The answers of one run in `folder`, one append-only file per rank."""
+    """The answers of one run: an append-only file per rank in `folder`."""
 
     def __init__(self, folder: str | Path, benchmark: str):
         self.folder, self.benchmark = Path(folder), benchmark
@@ -117,9 +117,9 @@ class AnswerStore:
         self.end_checked = False
 
     def records(self) -> Iterator[Record]:
-        """Every record on disk, all ranks' files in order; a last line cut off by a kill is skipped."""
+        """All records of all ranks; a last line truncated by a kill is skipped."""
         for path in sorted(self.folder.glob("answers-*.jsonl")):
-            with open(path, "rb") as file:  # bytes: a kill may leave half a UTF-8 character
+            with open(path, "rb") as file:  # bytes: a kill may truncate inside a UTF-8 character
                 for number, line in enumerate(file, 1):
                     if not line.endswith(b"\n"):
                         continue
@@ -133,11 +133,11 @@ class AnswerStore:
                         ) from error
 
     def done(self) -> set[tuple[int, str]]:
-        """The keys that have an answer."""
+        """The keys that have a record."""
         return {record["key"] for record in self.records() if record["benchmark"] == self.benchmark}
 
     def append(self, samples: Sequence[Sample], fields: Sequence[Record]) -> None:
-        """Append one record per sample in one write."""
+        """Append one record per sample."""
         lines = []
         for sample, more in zip(samples, fields, strict=True):
             index, prompt_hash = sample.key
@@ -145,22 +145,24 @@ class AnswerStore:
                 "benchmark": self.benchmark, "index": index, "prompt_hash": prompt_hash, "id": sample.id,
                 "prompt": sample.prompt,
             }  # fmt: skip
-            # no ASCII escapes: the file is read by people too
+            # keep non-ASCII answers readable
             lines.append(json.dumps(record | more, ensure_ascii=False) + "\n")
         self.folder.mkdir(parents=True, exist_ok=True)
-        # only once per process: later writes are our own and end in a newline
+        # once per process: only a previous, killed process can have left a partial line
         if self.path.exists() and not self.end_checked:
             truncate_partial_line(self.path)
         self.end_checked = True
+        # one write per batch: a kill loses at most the last line
         with open(self.path, "a", encoding="utf-8") as file:
             file.write("".join(lines))
 
     def gather(self, samples: Sequence[Sample]) -> Answers:
-        """Match records with samples; of several records with one key the first counts."""
+        """Match records with samples; the first of several records with the same key counts."""
         wanted = {sample.key for sample in samples}
         records: dict[int, Record] = {}
         duplicates = unknown = 0
         for record in self.records():
+            # e.g. records of a larger --limit, or of another version of the data
             if record["benchmark"] != self.benchmark or record["key"] not in wanted:
                 unknown += 1
             elif record["index"] in records:
@@ -180,25 +182,23 @@ def answer_samples(
     quiet: bool = False,
     fixed_batches: bool = False,
 ) -> int:
-    """Answer this rank's share of the samples that have no record yet; returns how many were run.
-
-    Each rank takes a contiguous piece in the benchmark's order, so that questions about one image meet in a
-    batch and the image is encoded once.
+    """Answer this rank's share of the samples that have no record yet; returns the size of the share.
 
     Args:
-        fixed_batches: batches do not depend on the number of ranks or on where a run was killed: one that
-            lacks a record is computed again as a whole. For numbers whose last digits depend on the batch.
+        fixed_batches: compose batches independently of the number of ranks and of where a run was killed: a
+            batch with a missing record is recomputed as a whole. For scores whose last digits depend on the
+            composition of the batch.
     """
     done = store.done()
-    distributed.barrier()  # no rank writes before all have read
-    # samples of one kind together: a batch is answered or generated or reconstructed
+    distributed.barrier()  # no rank writes before all ranks have read the records
+    # group by kind: a model call either generates or reconstructs
     ordered = sorted(samples, key=lambda s: (s.kind, s.index))
     if not fixed_batches:
         ordered = [s for s in ordered if s.key not in done]
     rank, world, size = distributed.rank(), distributed.world_size(), batch_size if fixed_batches else 1
     pieces = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     pieces = [piece for piece in pieces if any(s.key not in done for s in piece)]
-    # contiguous pieces: rank r takes pieces r * count / world to (r + 1) * count / world
+    # contiguous shares: questions about one image stay in one batch, which encodes the image once
     count = len(pieces)
     mine = [s for piece in pieces[count * rank // world : count * (rank + 1) // world] for s in piece]
     bar = tqdm(
@@ -220,7 +220,7 @@ def answer_samples(
 
 
 def truncate_partial_line(path: Path) -> None:
-    """Cut off what a kill left after the last newline."""
+    """Remove an incomplete last line, which a killed process leaves."""
     data = path.read_bytes()
     if not data.endswith(b"\n"):
         with open(path, "rb+") as file:
@@ -228,7 +228,7 @@ def truncate_partial_line(path: Path) -> None:
 
 
 def _answer_batch(batch: list[Sample], answer: Callable[[list[Sample]], list[Record]]) -> list[Record]:
-    """The records of a batch; a malformed sample gets one with the reason, without the model."""
+    """The records of a batch; malformed samples get the error and are not passed to `answer`."""
     valid = [s for s in batch if not s.malformed]
     records = iter(answer(valid) if valid else ())
     return [{"text": "", "error": s.malformed} if s.malformed else next(records) for s in batch]

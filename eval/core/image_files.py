@@ -1,6 +1,6 @@
-"""Image files of benchmarks: found by name, read from folders, tar files or base64 cells, and saved.
+"""Image files of benchmarks: find, read (from folders, tar files or base64 text) and save.
 
-An image inside a tar (webdataset layout) has a path as if the tar were a folder: shard.tar/000001.jpg.
+The path of an image inside a tar (webdataset layout) treats the tar as a folder: shard.tar/000001.jpg.
 """
 
 import base64
@@ -24,20 +24,24 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
 
 
 class Base64Image(NamedTuple):
-    """An image that a table holds as base64 text."""
+    """An image stored as base64 text in a table."""
 
     name: str
     text: str
 
 
 def read_sample_image(path: Path | Base64Image | None) -> Image.Image:
-    """An image in RGB, also from within a tar; UserError names a missing or unreadable file."""
+    """Read an image as RGB.
+
+    Raises:
+        UserError: the file is missing or not a readable image.
+    """
     if isinstance(path, Base64Image):
         try:
             return load_image(base64.b64decode(path.text, validate=True))
         except (UserError, binascii.Error) as error:
             raise UserError(f"{path.name} is not a readable image: {error}") from error
-    assert path is not None
+    assert path is not None  # callers skip samples without an image
     if inside := split_tar_path(path):
         try:
             return load_image(read_tar_member(*inside))
@@ -49,7 +53,7 @@ def read_sample_image(path: Path | Base64Image | None) -> Image.Image:
 
 
 def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Image.Image]]:
-    """Records with an error for unreadable images, and the readable images by position in the batch."""
+    """Per sample a record, with the error if the image is unreadable; readable images by batch position."""
     records: list[Record] = [{} for _ in batch]
     images = {}
     for i, sample in enumerate(batch):
@@ -67,7 +71,7 @@ def save_image(pixels: np.ndarray, path: Path) -> None:
 
 
 def save_base64_image(image: Base64Image, out: Path) -> str:
-    """Write the image below `out`, for the report; returns its path there."""
+    """Save the image below `out`, for the report; returns its path relative to `out`."""
     path = out / "images" / image.name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +80,8 @@ def save_base64_image(image: Base64Image, out: Path) -> str:
 
 
 def image_path(folders: Sequence[Path], name: str) -> Path:
-    """The image of that name in the first folder that has it; if none has, its path in the first folder."""
+    """The path of `name` in the first folder that contains it, else in the first folder."""
+    # a missing file is reported per sample when it is read
     paths = [folder / name for folder in folders]
     return next((path for path in paths if path.exists()), paths[0])
 
@@ -84,7 +89,8 @@ def image_path(folders: Sequence[Path], name: str) -> Path:
 def image_path_by_stem(
     folders: Sequence[Path], stem: str, suffixes: Sequence[str] = (".jpg", ".png", ".jpeg")
 ) -> Path:
-    """Like `image_path`, for an image whose suffix is unknown."""
+    """As `image_path`, for a file name without its suffix."""
+    # "" first: some releases ship images without a suffix
     paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
     return next((path for path in paths if path.is_file()), paths[1])
 
@@ -92,15 +98,16 @@ def image_path_by_stem(
 # ------------------------------------------------------------------------------------------------- tar files
 
 
-# one pass over the headers per tar, instead of one per image
+# cached: one pass over the headers per tar instead of one per image
 @functools.lru_cache(maxsize=64)
 def tar_member_offsets(tar: Path) -> dict[str, tuple[int, int]]:
-    """Member -> (offset, size) of all files in a tar, in its order, without unpacking.
+    """Member -> (offset, size) of all files in a tar, in the order of the tar.
 
     Raises:
-        UserError: it is not an uncompressed tar file, or it is truncated.
+        UserError: not an uncompressed tar file, or truncated.
     """
     try:
+        # "r:" rejects compressed tars, in which offsets are useless
         with tarfile.open(tar, "r:") as file:
             found = {m.name: (m.offset_data, m.size) for m in file if m.isfile()}
     except (tarfile.TarError, OSError, EOFError) as error:
@@ -121,10 +128,10 @@ def split_tar_path(path: Path) -> tuple[Path, str] | None:
 
 
 def read_tar_member(tar: Path, member: str) -> bytes:
-    """The bytes of one member, or a UserError that names it."""
+    """The bytes of one member; UserError if it is missing."""
     members = tar_member_offsets(existing(tar))
     if member not in members:
-        raise UserError(f"{tar} holds no {member}.")
+        raise UserError(f"{tar} has no member {member}.")
     offset, size = members[member]
     with open(tar, "rb") as file:
         file.seek(offset)
@@ -132,12 +139,12 @@ def read_tar_member(tar: Path, member: str) -> bytes:
 
 
 def tar_members(tar: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """The members with one of these suffixes, as paths through the tar, in its order."""
+    """Paths (shard.tar/member) of the members with one of these suffixes, in the order of the tar."""
     return [tar / name for name in tar_member_offsets(tar) if Path(name).suffix in suffixes]
 
 
 def read_tar_sibling(image: Path, suffix: str) -> bytes | None:
-    """The member with the image's key and another suffix, such as .cls with its class; else None."""
+    """The member with the same key and another suffix, e.g. the class in .cls; None if there is none."""
     inside = split_tar_path(image)
     if inside is None:
         return None

@@ -1,4 +1,4 @@
-"""Sets of images that are read one at a time: a folder, an array in an .npz file, or the images of a run."""
+"""Image sets that are read lazily: a folder, an array in an .npz file, or the images of a run."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +19,8 @@ class ImageSet(NamedTuple):
 
     Attributes:
         role: samples, reference, originals or reconstructions.
-        names: one per image; it changes when the image does, so it serves as a cache key.
-        load: the i-th image, uint8 (H, W, 3); UserError if it is unreadable.
+        names: one per image, used as cache key: it must change if the image does.
+        load: i -> image, uint8 (H, W, 3); UserError if it is unreadable.
     """
 
     role: str
@@ -29,14 +29,15 @@ class ImageSet(NamedTuple):
 
 
 def images_of_folder(role: str, folder: Path, keep: Callable[[Path], bool] = lambda path: True) -> ImageSet:
-    """All images of a folder and its subfolders, sorted by path.
+    """All images below a folder, sorted by path.
 
     Raises:
         UserError: there are none.
     """
     paths = sorted(p for p in existing(folder).rglob("*") if p.suffix in IMAGE_SUFFIXES and keep(p))
     if not paths:
-        raise UserError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES[:4])}).")
+        raise UserError(f"{folder} contains no images ({', '.join(IMAGE_SUFFIXES[:4])}).")
+    # path and size stand for the content: hashing 50,000 images takes minutes
     names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
     return ImageSet(role, names, lambda i: np.asarray(read_sample_image(paths[i])))
 
@@ -45,7 +46,7 @@ def images_of_array(role: str, path: Path) -> ImageSet:
     """The images of an .npz file's `arr_0`, uint8 (N, H, W, 3)."""
     arrays = open_npz(path)
     if "arr_0" not in arrays.files:
-        raise UserError(f"{path} holds no arr_0, the array of images.")
+        raise UserError(f"{path} has no arr_0, the array of images.")
     images = arrays["arr_0"]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
@@ -58,14 +59,16 @@ def images_of_array(role: str, path: Path) -> ImageSet:
 def images_of_run(task: Task, records: dict[int, Record], out: Path) -> ImageSet:
     """The generated images of a run."""
     generated = samples_with_images(task.samples, records)
+    # a file that was deleted after generation has size 0 here; loading it raises UserError
     paths = [out / records[s.index]["file"] for s in generated]
     names = [f"{s.id} {p.stat().st_size if p.exists() else 0}" for s, p in zip(generated, paths)]
     return ImageSet("samples", names, lambda i: np.asarray(read_sample_image(paths[i])))
 
 
 def open_npz(path: Path):
-    """An .npz file, or a UserError that names it."""
+    """Open an .npz file; UserError if it is missing or not an .npz."""
     try:
+        # no pickle: an .npz of somebody else must not run code
         return np.load(existing(path), allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not an .npz file: {error}") from error

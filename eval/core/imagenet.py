@@ -1,4 +1,4 @@
-"""ImageNet's 1000 classes, and the layouts in which its images are stored."""
+"""The 1000 classes of ImageNet, and readers of its common folder layouts."""
 
 import csv
 import functools
@@ -34,10 +34,10 @@ def class_names() -> list[str]:
 
 
 def find_labelled_images(data: Path, split: str = "val") -> LabelledImages | None:
-    """(image, class number) of a split, sorted by name; None where no layout of ImageNet is found.
+    """(image, class number) pairs of a split, sorted by name; None if `data` has no ImageNet layout.
 
-    An id or class number that ImageNet does not have is a UserError in the number's place.
-    Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files.
+    Layouts: a folder per WordNet id; Kaggle's flat folder with LOC_val_solution.csv; tars with .cls files. An
+    unknown class is represented by a UserError instead of the number.
     """
     for folder in (data / split, data / "ILSVRC" / "Data" / "CLS-LOC" / split, data):
         if not folder.is_dir():
@@ -66,7 +66,7 @@ def _by_folder(folder: Path) -> LabelledImages:
 def _by_table(folder: Path, table: Path) -> LabelledImages:
     """A flat folder and a table with ImageId and "WordNet-id box ..." per image."""
     with open(table, newline="", encoding="utf-8", errors="replace") as file:
-        # the order of names, as in the other layouts: --limit then takes the same images
+        # sorted as in the other layouts, so that --limit selects the same images
         rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
     result: LabelledImages = []
     for row in rows:
@@ -83,7 +83,7 @@ def _by_table(folder: Path, table: Path) -> LabelledImages:
 def _by_class_file(shard: Path) -> LabelledImages:
     """A tar with a .cls file for every image."""
     result: LabelledImages = []
-    last = len(imagenet_classes()) - 1
+    last = len(imagenet_classes()) - 1  # .cls files hold the class number, not the WordNet id
     for image in tar_members(shard, IMAGE_SUFFIXES):
         text = read_tar_sibling(image, ".cls")
         known = text is not None and text.strip().isdigit() and int(text) <= last
@@ -93,7 +93,7 @@ def _by_class_file(shard: Path) -> LabelledImages:
 
 
 def _class_number(wnid: str, where: str) -> int | UserError:
-    """The class number of a WordNet id, or the error that it is not one of ImageNet's."""
+    """The class number of a WordNet id, or a UserError if ImageNet does not have it."""
     if wnid not in class_numbers():
         return UserError(f"{where}: {wnid!r} is not a WordNet id of ImageNet's 1000 classes.")
     return class_numbers()[wnid]

@@ -1,7 +1,7 @@
-"""Judge passes: a detector, VQA model or metric network runs over a run's images after generation.
+"""Judge passes: a detector, VQA model or metric network processes the images of a run after generation.
 
-The records of one judge lie in `judge_passes/KIND-FINGERPRINT`; `judge_passes/KIND.json` names the current
-one. Another judge gets its own folder: no image is generated again and the records of two never mix.
+Findings are stored in `judge_passes/KIND-FINGERPRINT`; `judge_passes/KIND.json` points to the current judge.
+Every judge has its own folder: findings never mix, and images are not regenerated for another judge.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,11 +29,12 @@ def run_judge_pass(
     batch_size: int,
     quiet: bool = False,
 ) -> None:
-    """Judge every sample that has no finding of this judge; resumed and shared by ranks like answers.
+    """Judge the samples without a finding of this judge; resumed and divided among ranks like answers.
 
     Args:
-        records: the run's, whose "file" is the image.
-        judge: (samples, images) -> findings; an unreadable image gets a record with the error.
+        about: see `open_judge_pass`.
+        records: the answers of the run; "file" is the image.
+        judge: (samples, images) -> findings; unreadable images get a record with the error instead.
     """
 
     def judge_batch(batch: list[Sample]) -> list[Record]:
@@ -51,18 +52,18 @@ def run_judge_pass(
         return found
 
     store = AnswerStore(open_judge_pass(out, kind, about), kind)
-    # fixed batches: a judge's scores must not depend on where a run was killed
+    # a judge's scores must not depend on the number of ranks or on where a run was killed
     answer_samples(store, samples, judge_batch, batch_size, quiet, fixed_batches=True)
 
 
 def open_judge_pass(out: Path, kind: str, about: dict[str, Any]) -> Path:
-    """The folder for this judge's findings; it becomes the current one.
+    """Make this judge the current one; returns the folder of its findings.
 
     Args:
-        about: describes the judge; its "fingerprint" distinguishes it from others.
+        about: description of the judge; "fingerprint" identifies it.
     """
     folder = out / "judge_passes" / f"{kind}-{about['fingerprint'][:12]}"
-    # the pointer first: a killed pass is found and resumed
+    # written before the first finding, so that a killed pass is found and resumed
     if distributed.is_main():
         write_json(out / "judge_passes" / f"{kind}.json", about | {"folder": folder.name})
     distributed.barrier()
@@ -70,7 +71,7 @@ def open_judge_pass(out: Path, kind: str, about: dict[str, Any]) -> Path:
 
 
 def current_judge_pass(out: Path, kind: str) -> tuple[Path, dict[str, Any]] | None:
-    """The current folder and its judge, or None without a judge pass."""
+    """Folder and description of the current judge, or None without a judge pass."""
     path = out / "judge_passes" / f"{kind}.json"
     if not path.exists():
         return None
@@ -79,13 +80,13 @@ def current_judge_pass(out: Path, kind: str) -> tuple[Path, dict[str, Any]] | No
 
 
 def read_judge_pass(out: Path, kind: str, samples: Sequence[Sample]) -> tuple[Answers, dict[str, Any]] | None:
-    """The findings of the current judge and the judge, or None without a judge pass."""
+    """Findings and description of the current judge, or None without a judge pass."""
     found = current_judge_pass(out, kind)
     return None if found is None else (AnswerStore(found[0], kind).gather(samples), found[1])
 
 
 def judge_findings(answers: Answers) -> tuple[dict[int, Record], list[str]]:
-    """Findings by sample index, and a line about the images that could not be judged."""
+    """Findings by sample index, and a warning about images that could not be judged."""
     found = {i: record for i, record in answers.records.items() if not record.get("error")}
     if not answers.failed:
         return found, []
@@ -94,7 +95,7 @@ def judge_findings(answers: Answers) -> tuple[dict[int, Record], list[str]]:
 
 
 class ExternalFindings(NamedTuple):
-    """Findings of another tool: by sample index; the tool's name; problems of its file."""
+    """Findings by sample index, the name of the tool that made them, and problems of its file."""
 
     by_index: dict[int, Any]
     by: str
@@ -104,14 +105,14 @@ class ExternalFindings(NamedTuple):
 def read_external_findings(
     path: Path, samples: Sequence[Sample], value: Callable[[Record, str], Any], key: str, unnamed: str
 ) -> ExternalFindings:
-    """A file of lines {"index", ..., key: name of the tool}; unusable lines are counted and the first named.
+    """Read JSON lines {"index", ..., key: name of the tool}; invalid lines are counted, the first is quoted.
 
     Args:
-        value: (line, place) -> the finding; UserError where it is malformed.
-        unnamed: the tool's name for lines that do not name it.
+        value: (line, location for the error text) -> the finding; UserError if it is malformed.
+        unnamed: name of the tool if a line has none.
 
     Raises:
-        UserError: the file has no usable line.
+        UserError: the file has no valid line.
     """
     wanted = {sample.index for sample in samples}
     found: dict[int, Any] = {}
@@ -120,7 +121,7 @@ def read_external_findings(
         where = f"{path}, line {number}"
         try:
             index = require_key(row, "index", where)
-            # a typo must not shift findings to other samples
+            # a wrong index must not count for another sample
             if not isinstance(index, int) or index not in wanted:
                 raise UserError(f"{where}: index {index!r} is not a sample of this benchmark.")
             if index in found:

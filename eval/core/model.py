@@ -1,6 +1,6 @@
-"""Runs a model for the benchmarks: codes, reconstructions, embeddings, answers and generated images.
+"""The model interface of the benchmarks: reconstructions, embeddings, answers and generated images.
 
-B images, N visual tokens, K sub-codebooks, V entries of each, E width of the joint image-text space.
+B images, N visual tokens, K sub-codebooks, V entries of each, E embedding width, F feature width.
 """
 
 import dataclasses
@@ -28,13 +28,13 @@ _FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
 class Reconstructions(NamedTuple):
-    """Images as the tokenizer saw them and their reconstructions, uint8 (B, H, W, 3), and codes (B, N, K)."""
+    """Cropped originals and their reconstructions, uint8 (B, H, W, 3), and codes (B, N, K)."""
 
     originals: np.ndarray
     decoded: np.ndarray
     codes: np.ndarray
     codebook_size: int  # V
-    reencoded: np.ndarray | None = None  # the codes of the reconstructions, on request
+    reencoded: np.ndarray | None = None  # (B, N, K), codes of the reconstructions, if requested
 
 
 class Model:
@@ -42,10 +42,10 @@ class Model:
 
     Args:
         crop: name of the crop to the tokenizer's input size; None = the default of each method.
-        sampling: fields of `Sampling` that replace those of the model's sampling.json.
+        sampling: fields of `Sampling` that override the model's sampling.json.
 
     Raises:
-        UserError: the folder is missing or holds no model, or an argument is not allowed.
+        UserError: the folder is missing or not a model folder, or an argument is not allowed.
     """
 
     def __init__(
@@ -63,27 +63,27 @@ class Model:
             find_crop(crop)
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.kind = model_kind(self.folder)
-        # the model's own settings, and over them those of the command line
+        # the command line overrides the model's sampling.json
         self.sampling = dataclasses.replace(Sampling.from_folder(self.folder), **(sampling or {}))
         self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
         self._unitok = self._pipeline = self._captions = None
 
     def check_needs(self, needs: str, benchmark: str) -> None:
-        """Raise UserError where a benchmark needs an MLLM and this is a tokenizer."""
+        """Raise UserError if a benchmark needs an MLLM and this is a tokenizer."""
         if needs != "tokenizer" and self.kind != "mllm":
             raise UserError(
-                f"{benchmark} needs an MLLM, but {self.folder} holds a tokenizer; give the folder of an MLLM."
+                f"{benchmark} needs an MLLM, but {self.folder} is a tokenizer; pass the folder of an MLLM."
             )
 
     def describe(self) -> dict[str, Any]:
-        """Path, kind and fingerprint, for run.json, without loading weights."""
+        """Path, kind and fingerprint for run.json; loads no weights."""
         return {"path": str(self.folder), "kind": self.kind, "fingerprint": model_fingerprint(self.folder)}
 
     @property
     def unitok(self) -> UniTok:
         """The visual tokenizer, in evaluation mode."""
         if self._unitok is None:
-            # an MLLM's pipeline has loaded the tokenizer already
+            # the pipeline of an MLLM has already loaded its tokenizer
             if self._pipeline is not None:
                 self._unitok = self._pipeline.unitok
             else:
@@ -93,7 +93,7 @@ class Model:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The pipeline that answers and generates."""
+        """The generation pipeline of the MLLM."""
         if self._pipeline is None:
             self._pipeline = Pipeline.from_pretrained(self.folder, device=self.device, dtype=self.dtype)
         return self._pipeline
@@ -110,24 +110,26 @@ class Model:
 
     @torch.inference_mode()
     def reconstruct(self, images: Sequence[Image.Image], reencode: bool = False) -> Reconstructions:
-        """Encode and decode; with `reencode` also encode the 8-bit reconstructions."""
+        """Encode and decode images; with `reencode`, also encode the reconstructions."""
         pixels = self.pixels(images)
         codes = self.unitok.encode(pixels.to(self.device))
         decoded = to_uint8(self.unitok.decode(codes).float())
         second = None
-        if reencode:  # from 8 bit, as a reader of the saved image would encode it
+        # from 8 bits: agreement is measured on the image as it is saved
+        if reencode:
             second = self.unitok.encode(decoded.float() / 127.5 - 1).cpu().numpy()
         originals, decoded = (p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), decoded))
         size = self.unitok.config.codebook_size
         return Reconstructions(originals, decoded, codes.cpu().numpy(), size, second)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
-        """Unit embeddings (B, E); images are cropped as in the published zero-shot evaluation."""
+        """Unit-length embeddings (B, E)."""
         return self.features(images, "embedding")
 
     @torch.inference_mode()
     def features(self, images: Sequence[Image.Image], pooling: str) -> np.ndarray:
-        """One vector per image (B, F): see `linear_probe.POOLINGS`."""
+        """One vector per image (B, F); `pooling` is a key of `linear_probe.POOLINGS`."""
+        # lanczos: the crop of the published zero-shot evaluation
         pixels = self.pixels(images, "lanczos").to(self.device)
         if pooling == "embedding":
             found = self.unitok.embed_image(pixels)
@@ -141,7 +143,7 @@ class Model:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Unit embeddings (B, E) of captions."""
+        """Unit-length embeddings (B, E) of captions."""
         if self._captions is None:
             length = self.unitok.config.text_context_length
             self._captions = CaptionTokenizer.from_model_folder(self.tokenizer_folder, length)
@@ -150,33 +152,34 @@ class Model:
     def answer(
         self, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[str]:
-        """One short text per image and question, decoded greedily."""
+        """One greedily decoded answer per image-question pair."""
         return self.pipeline.answer(list(images), list(questions), max_new_tokens=max_new_tokens)
 
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
-        """One image per prompt; it depends on its own seed, not on the batch."""
+        """One image per prompt, determined by its seed and independent of the batch."""
         return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))
 
 
 def model_kind(folder: Path) -> str:
-    """ "tokenizer" or "mllm"; a published single file is a tokenizer."""
+    """Returns "tokenizer" or "mllm"; a published .pth file is a tokenizer."""
     if folder.is_file():
         return "tokenizer"
     config = folder / "config.json"
     if not config.exists():
         raise UserError(
-            f"{folder} holds no config.json: it is not a model folder. Expected OUT/model of a run."
+            f"{folder} has no config.json: it is not a model folder. Expected OUT/model of a training run."
         )
     model_type = read_json(config).get("model_type")
     if model_type == "unitok":
         return "tokenizer"
+    # a folder that contains its tokenizer is an MLLM of any model_type
     if model_type == "unitok_mllm" or (folder / "unitok").is_dir():
         return "mllm"
     raise UserError(f"{config}: model_type is {model_type!r}; allowed: 'unitok', 'unitok_mllm'.")
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hex sha256 over the weight files and configs of a model folder, including its tokenizer's."""
+    """Hex sha256 of the weight files and configs of a model folder, including its tokenizer."""
     if folder.is_file():
         files = [folder]
     else:

@@ -10,7 +10,7 @@ OPTION_LETTERS = "ABCDE"
 
 
 class ChoiceQuestion(NamedTuple):
-    """A question with lettered options; `answer` is the right letter."""
+    """A question with lettered options; `answer` is the correct letter."""
 
     question_id: str
     question: str
@@ -21,19 +21,19 @@ class ChoiceQuestion(NamedTuple):
 
 
 def malformed_choice(name: str, medium: str = "", kind: str = "") -> ChoiceQuestion:
-    """In the place of a malformed question."""
+    """The placeholder of a malformed question; no answer is correct."""
     return ChoiceQuestion(name, "", (), "", kind, medium)
 
 
 def lettered_options(question: str, options: Sequence[str]) -> str:
-    """The question with its options below, one a line."""
-    # the layout of LLaVA's and the published runs' prompts
+    """The question followed by its options, one per line."""
+    # the prompt layout of LLaVA and of the published runs
     lines = (f"{letter}. {option}" for letter, option in zip(OPTION_LETTERS, options))
     return "\n".join([question, *lines])
 
 
 def choice_records(task: Task, records: dict[int, Record], values: Sequence[float]) -> list[Record]:
-    """A line of scores.jsonl per question, with its options; `task.truth` holds the questions."""
+    """Records of scores.jsonl; `task.truth` is the list of `ChoiceQuestion`."""
     return [
         sample_record(s, records, value, q.answer, q.kind, lettered_options(q.question, q.options))
         for s, q, value in zip(task.samples, task.truth, values)

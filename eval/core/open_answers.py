@@ -15,7 +15,7 @@ from .records import cluster_of, mean_metric, mean_metrics_by, sample_record
 
 
 class OpenQuestion(NamedTuple):
-    """A question and its ten answers; none where they are not public."""
+    """A question and its ten answers; empty if they are not public."""
 
     question_id: Any
     question: str
@@ -24,22 +24,23 @@ class OpenQuestion(NamedTuple):
 
 
 def leave_one_out_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """The mean over annotators of min(1, matches among the others / 3); both sides are normalised already."""
+    """Mean over annotators of min(1, matches among the other answers / 3); the arguments are normalised."""
     matches, total = sum(answer == prediction for answer in answers), len(answers)
-    # An annotator whose own answer matches sees one match less among the others.
+    # an annotator whose answer matches has one match fewer among the others
     return (matches * min(1.0, (matches - 1) / 3) + (total - matches) * min(1.0, matches / 3)) / total
 
 
 def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Leave-one-out accuracy, both sides normalised as the M4C/EvalAI processor does."""
+    """Leave-one-out accuracy, both sides normalised by the M4C/EvalAI processor."""
     return _cached_accuracy(normalise_m4c(prediction), tuple(map(normalise_m4c, answers)))
 
 
+# models repeat short answers such as "yes" thousands of times
 _cached_accuracy = functools.lru_cache(maxsize=100_000)(leave_one_out_accuracy)
 
 
 def annotator_answers(row: Record, where: str) -> tuple[str, ...]:
-    """The annotators' answers of an entry: texts, or {"answer": text, ...}.
+    """The answers of an entry: strings, or objects {"answer": text, ...}.
 
     Raises:
         UserError: there are none, or one of them has no text.
@@ -51,17 +52,15 @@ def annotator_answers(row: Record, where: str) -> tuple[str, ...]:
         require_key(a, "answer", f"{where}, answers[{j}]") if isinstance(a, dict) else a
         for j, a in enumerate(answers)
     ]
+    # numbers are valid: JSON releases hold answers such as 2
     if (bad := next((t for t in texts if not isinstance(t, str | int | float)), "")) != "":
         raise UserError(f"{where}: one of the answers is {bad!r}; it must be a text.")
     return tuple(map(str, texts))
 
 
 def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> list[Any]:
-    """The rows with their answers as texts; a row whose answers are malformed becomes a UserError.
-
-    A test set has no answers at all; where some rows have them, one without is malformed.
-    """
-    # test sets publish no answers at all
+    """The rows with their answers as strings; a row with malformed answers becomes a UserError."""
+    # a test set has no answers at all; if some rows have them, a row without is malformed
     public = any(isinstance(row, dict) and "answers" in row for row in rows)
     result = []
     for i, row in enumerate(rows):
@@ -69,7 +68,7 @@ def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> 
             result.append(row | {"answers": annotator_answers(row, where(i))} if public else row)
         except UserError as error:
             result.append(error)
-        except TypeError:  # not an object: the row is already a UserError
+        except TypeError:  # `|` of a row that is already a UserError
             result.append(row)
     return result
 
@@ -77,7 +76,7 @@ def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> 
 def score_open_answers(
     task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options
 ) -> Scored:
-    """Accuracy, and by kind of answer where the questions have kinds; a malformed question is wrong."""
+    """Accuracy, overall and by kind of answer if the questions have kinds; a malformed question scores 0."""
     questions: list[OpenQuestion] = task.truth
     texts = answer_texts(records)
     public = any(q.answers for q in questions)
@@ -89,6 +88,7 @@ def score_open_answers(
         sample_record(s, records, value, _most_common(q.answers), q.kind, q.question)
         for s, q, value in zip(task.samples, questions, values)
     ]
+    # without public answers only the submission file is useful
     if not public:
         return Scored({}, {}, per_sample)
     clusters = [cluster_of(s) for s in task.samples]
@@ -98,5 +98,5 @@ def score_open_answers(
 
 
 def _most_common(answers: Sequence[str]) -> str | None:
-    """The most frequent answer, the first of equally frequent ones."""
+    """The most frequent answer; ties go to the first."""
     return max(answers, key=answers.count) if answers else None

@@ -23,7 +23,7 @@ def sample_record(
     question: str = "",
     **more: Any,
 ) -> Record:
-    """A line of `scores.jsonl`; `score` is None for a sample that does not count."""
+    """A record of `scores.jsonl`; `score` is None for a sample that is not scored."""
     record = records.get(sample.index, {})
     return {
         "index": sample.index, "id": sample.id, "image": record.get("file") or str(sample.image or ""),
@@ -34,14 +34,14 @@ def sample_record(
 
 
 def cluster_of(sample: Sample) -> str:
-    """The bootstrap cluster of a sample: its image; without one it is alone."""
+    """The bootstrap cluster of a sample: its image, or the sample itself if it has none."""
     return sample.image.name if sample.image is not None else f"#{sample.index}"
 
 
 def mean_metric(
     values: Sequence[float] | np.ndarray, clusters: Sequence[Hashable], unit: str = "fraction"
 ) -> Metric:
-    """The mean of values with its interval; 0 for no values."""
+    """The mean of values with its bootstrap interval; 0 for no values."""
     values = np.asarray(values, np.float64)
     average = float(values.mean()) if len(values) else 0.0
     interval = bootstrap(mean_columns(values), clusters) if len(values) else None
@@ -55,7 +55,7 @@ def mean_metrics_by(
     clusters: Sequence[Hashable],
     unit: str = "fraction",
 ) -> dict[str, Metric]:
-    """`prefix/group` -> the mean of its values, groups in alphabetical order; "" means no group."""
+    """`prefix/group` -> mean of the group's values, sorted by group; "" means no group."""
     members: dict[str, list[int]] = {}
     for i, group in enumerate(groups):
         if group != "":
@@ -68,12 +68,13 @@ def mean_metrics_by(
 
 
 def submittable(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples that a submission can name: all but malformed ones whose id cannot be read."""
+    """The samples with a readable id, which a submission file must list."""
+    # see malformed_sample: an id "#7" is ours, not the benchmark's
     return [s for s in samples if not (s.malformed and str(s.id).startswith("#"))]
 
 
 def write_submission(folder: Path, name: str, content: Any) -> Path:
-    """Write `folder/submission/name`: a list as .jsonl, text as .txt or .tsv, anything else as JSON."""
+    """Write `folder/submission/name`: a list to .jsonl, text to .txt or .tsv, anything else as JSON."""
     path = folder / "submission" / name
     if path.suffix == ".jsonl":
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
@@ -89,7 +90,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def mean_by(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """Group -> mean of its values, groups in alphabetical order."""
+    """Group -> mean of its values, sorted by group."""
     groups: dict[str, list[float]] = defaultdict(list)
     for group, value in pairs:
         groups[group].append(value)

@@ -1,4 +1,4 @@
-"""A run's metadata (run.json), the completeness check, and the content of results.json."""
+"""The content of run.json and results.json, and the completeness check in between."""
 
 import importlib.metadata
 import platform
@@ -14,13 +14,13 @@ from .benchmark import Options, Record, Sample, Scored, Task, malformed_reasons
 
 
 class Answers(NamedTuple):
-    """The records of a run by sample index, and what is wrong with them."""
+    """The records of a run by sample index, and counts of irregular ones."""
 
     records: dict[int, Record]
     missing: list[int]
-    failed: list[int]  # samples whose record says why they have no answer, such as an unreadable image
+    failed: list[int]  # samples whose record is an error, e.g. an unreadable image
     duplicates: int
-    unknown: int  # records of samples that this benchmark does not have
+    unknown: int  # records that match no sample
 
 
 def run_metadata(benchmark: str, settings: Options, model: Record, data: str | Path) -> Record:
@@ -35,10 +35,10 @@ def run_metadata(benchmark: str, settings: Options, model: Record, data: str | P
 
 
 def open_run_dir(folder: str | Path, run: Record) -> None:
-    """Write `run.json`, or compare with an existing one: answers of two settings never mix.
+    """Write `run.json`, or compare with an existing one, so that answers of two settings never mix.
 
     Raises:
-        UserError: the folder holds a run of another model or with other settings; the difference is shown.
+        UserError: the folder has a run of another model or with other settings; the difference is shown.
     """
     path = Path(folder) / "run.json"
     if not path.exists():
@@ -54,7 +54,8 @@ def open_run_dir(folder: str | Path, run: Record) -> None:
 
 
 def _comparable(run: Record) -> Record:
-    """The parts of `run.json` that decide the answers, flat; moving the model folder changes nothing."""
+    """The entries of `run.json` that determine the answers, as a flat dict."""
+    # fingerprint, not path: a moved model folder can be resumed
     settings = {f"setting {name}": value for name, value in run.get("settings", {}).items()}
     model = {"model fingerprint": run.get("model", {}).get("fingerprint")}
     return {"benchmark": run.get("benchmark")} | settings | model
@@ -63,10 +64,10 @@ def _comparable(run: Record) -> Record:
 def check_answers_complete(
     answers: Answers, samples: Sequence[Sample], folder: Path, partial: bool
 ) -> list[str]:
-    """The problems of these answers, one line each.
+    """Warnings about the answers, one line each.
 
     Raises:
-        UserError: answers are missing, or belong to other questions, and `partial` is not set.
+        UserError: answers are missing or match no sample, and `partial` is False.
     """
     problems = []
     if answers.missing:
@@ -81,6 +82,7 @@ def check_answers_complete(
             f"{folder}: {'; '.join(problems)}. Run the same `unitok eval run` again to complete it, or score "
             "the incomplete run with --partial."
         )
+    # "x" by default: a record without "text" is a generated image, not an empty answer
     empty = sum(
         not record.get("text", "x") and not record.get("error") for record in answers.records.values()
     )
@@ -92,7 +94,7 @@ def check_answers_complete(
         problems.append(
             f"{len(reasons)} annotations are malformed, the first: {reasons[0]} (counted as wrong)"
         )
-    # malformed samples have their own line above
+    # malformed samples have a line of their own above
     failed = sorted(set(answers.failed) - {s.index for s in samples if s.malformed})
     if failed:
         problems.append(
@@ -105,8 +107,8 @@ def check_answers_complete(
 def build_result(
     run: Record, task: Task, answers: Answers, scored: Scored, problems: list[str], scoring: Options
 ) -> Record:
-    """The content of `results.json`: metrics with n and interval, and all that a comparison needs."""
-    # the first metric is the main one; a test split without public answers has none
+    """The content of `results.json`."""
+    # the first metric is the main one; a split without public answers has none
     main = next(iter(scored.metrics), None)
     malformed = len(malformed_reasons(task.samples))
     reason = _not_comparable_reason(run, answers, scored, malformed)
@@ -139,7 +141,7 @@ def build_result(
 
 
 def _not_comparable_reason(run: Record, answers: Answers, scored: Scored, malformed: int) -> str:
-    """The first reason why the numbers are not comparable with published ones, "" if there is none."""
+    """The first reason why the numbers are not comparable with published ones, else ""."""
     limit = run["settings"].get("limit")
     reasons: Iterable[tuple[Any, str]] = (
         (scored.not_comparable, scored.not_comparable),
@@ -151,7 +153,7 @@ def _not_comparable_reason(run: Record, answers: Answers, scored: Scored, malfor
 
 
 def run_versions() -> dict[str, str]:
-    """Versions of the packages that the numbers may depend on."""
+    """Versions of the packages that may affect the numbers."""
     found = {}
     for name in ("open-unitok", "torch", "transformers", "numpy", "pillow"):
         try:

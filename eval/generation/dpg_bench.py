@@ -16,20 +16,17 @@ from ..core.annotations import require_key, require_mostly_valid, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
-from ..core.judge_pass import (
-    run_judge_pass,
-    samples_with_images,
-)
+from ..core.judge_pass import run_judge_pass, samples_with_images
 from ..judges import vqa_model
 
 _IMAGES_PER_PROMPT = 4
-_PUBLISHED_JUDGE = "mPLUG-large"  # the "model" of vqa_answers.jsonl that makes a run comparable
+_PUBLISHED_JUDGE = "mPLUG-large"  # "model" in vqa_answers.jsonl of a comparable run
 IMAGE_BATCH, QUESTION_BATCH = 4, 8  # of the judge pass
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
 
 
 class DpgQuestion(NamedTuple):
-    """A question about a prompt, the numbers of the questions it depends on (0 = none), and its category."""
+    """A question about a prompt; `parents` are the numbers of questions it depends on (0 = none)."""
 
     number: int
     parents: tuple[int, ...]
@@ -43,14 +40,14 @@ class DpgItem(NamedTuple):
     id: str
     prompt: str
     questions: tuple[DpgQuestion, ...]
-    malformed: str = ""  # why there is no prompt
+    malformed: str = ""  # the error if the prompt is empty
 
 
 def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
-    """The prompts of `dpg_bench.csv`, and problems of the file; repeated headers are skipped.
+    """The prompts of `dpg_bench.csv`, and warnings about the file.
 
-    A malformed line becomes a question that is never asked and counts as no; without an item_id it belongs to
-    the prompt of the line before.
+    A malformed line becomes a question that is skipped by the judge and counts as no; without an item_id it
+    belongs to the prompt of the line before.
 
     Raises:
         UserError: a column is missing, or most lines are malformed.
@@ -78,10 +75,10 @@ def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
                     )
             except UserError as error:
                 bad.append(str(error))
-                # a negative number: never asked, counts as no, depends on nothing
+                # a negative number: skipped by the judge, counts as no, depends on no question
                 question = DpgQuestion(-len(bad), (), "", "")
             questions[name].append(question)
-    # a few bad lines cost their questions; a file of bad lines is another format
+    # a few bad lines only lower the score; a majority means another file format
     if not lines or len(bad) > lines / 2:
         raise UserError(f"{path} is {f'not a table of questions: {bad[0]}' if bad else 'empty.'}")
     problems = [f"{len(bad)} questions are malformed, the first: {bad[0]} (counted as no)"] if bad else []
@@ -97,11 +94,12 @@ def _parse_question(row: dict[str, str], where: str) -> DpgQuestion:
         number = int(row["proposition_id"])
         parents = tuple(int(p) for p in row["dependency"].split(",") if p.strip())
     except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{where}: proposition_id and dependency must be whole numbers: {error}") from error
+        raise UserError(f"{where}: proposition_id and dependency must be integers: {error}") from error
     if number < 1:
         raise UserError(f"{where}: proposition_id is {number}; it must be at least 1.")
     if not (row["item_id"] or "").strip() or not (row["question_natural_language"] or "").strip():
         raise UserError(f"{where}: item_id and question_natural_language must not be empty.")
+    # "entity - whole (car)" -> "entity - whole"
     category = (row["tuple"] or "").split("(")[0].strip()
     return DpgQuestion(number, parents, category, row["question_natural_language"])
 
@@ -132,18 +130,18 @@ def load(data: Path, settings: Options) -> Task:
 def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
-    """Judge pass: ask the VQA model every question about every image."""
+    """Judge pass: the VQA model answers every question about every image."""
     if not scoring.vqa_model:
         return
     model = vqa_model.VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+    def answer_images(batch: list[Sample], images: list[Any]) -> list[Record]:
         found: list[Record] = []
         for sample, image in zip(batch, images):
             item = task.truth["items"][task.truth["owners"][sample.index]]
             questions = [q for q in item.questions if q.number >= 0]
             texts: list[str] = []
-            # a dense prompt has many questions: batches bound the memory
+            # a dense prompt has dozens of questions: bound the memory
             for start in range(0, len(questions), QUESTION_BATCH):
                 piece = [q.text for q in questions[start : start + QUESTION_BATCH]]
                 texts += model.answers([image] * len(piece), piece)
@@ -153,11 +151,11 @@ def judge(
         return found
 
     samples = samples_with_images(task.samples, records)
-    run_judge_pass(out, "dpg", model.about, samples, records, work, IMAGE_BATCH, quiet)
+    run_judge_pass(out, "dpg", model.about, samples, records, answer_images, IMAGE_BATCH, quiet)
 
 
 def _answers_of(record: Record, where: str) -> dict[str, str]:
-    """The answers of a line of `vqa_answers.jsonl` by question number."""
+    """Question number -> answer of a line of `vqa_answers.jsonl`."""
     answers = require_type(dict, require_key(record, "answers", where), f"{where}, answers")
     return {str(number): str(text) for number, text in answers.items()}
 
@@ -168,13 +166,10 @@ def raw_scores(questions: Sequence[DpgQuestion], answers: dict[str, str]) -> dic
 
 
 def image_score(questions: Sequence[DpgQuestion], answers: dict[str, str]) -> float:
-    """The mean over questions in the order of the file, where a question with a parent at 0 becomes 0.
-
-    A parent that does not exist, because its line is malformed, is at 0.
-    """
+    """The mean over questions; a question scores 0 if one of its parents does, or is missing."""
     scores = raw_scores(questions, answers)
     for question in questions:
-        # scores of earlier questions are final, so the order of the file decides
+        # in file order, as published: a parent that follows its child still has its raw score here
         if any(scores.get(p, 0.0) == 0 for p in question.parents if p != 0):
             scores[question.number] = 0.0
     return float(np.mean([scores[q.number] for q in questions]))
@@ -183,8 +178,9 @@ def image_score(questions: Sequence[DpgQuestion], answers: dict[str, str]) -> fl
 def category_scores(
     items: Sequence[DpgItem], last: Sequence[dict[str, str]]
 ) -> dict[str, dict[str, list[float]]]:
-    """Scores by coarse (l1) and fine (l2) category, of the answers about the last image of each prompt."""
+    """Raw scores by coarse (l1) and fine (l2) category; `last`: answers about each prompt's last image."""
     levels: dict[str, dict[str, list[float]]] = {"l1": defaultdict(list), "l2": defaultdict(list)}
+    # raw: the published script does not propagate parents into the categories
     for item, answers in zip(items, last):
         raw = raw_scores(item.questions, answers)
         for question in item.questions:
@@ -212,17 +208,17 @@ def score(
         for s in task.samples
     ]
     per_prompt = task.metadata["images per prompt"]
-    # images of a prompt first, so that each prompt has the same weight
+    # average the images of each prompt first, so that all prompts have the same weight
     means = [float(np.mean(values[k * per_prompt : (k + 1) * per_prompt])) for k in range(len(items))]
-    # prompts are the independent units
+    # prompts are the independent units: their images are not
     interval = bootstrap(mean_columns(100 * np.array(means)))
     metrics = {"dpg": Metric(100 * float(np.mean(means)), len(items), interval, "points")}
-    # the published script overwrites the answers image by image, so that its categories hold the last one's
+    # the published script overwrites the answers image by image: its categories see the last image only
     last = [found.get((k + 1) * per_prompt - 1, {}) for k in range(len(items))]
     metrics |= _category_metrics(items, last)
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no answers (counted as 0)"] * (missing > 0)
-    # mPLUG-large is not in transformers: its answers come from a file
+    # mPLUG-large is not in transformers: its answers can only come from vqa_answers.jsonl
     reason = "" if by == _PUBLISHED_JUDGE else f"answers by {by}, not by {_PUBLISHED_JUDGE}"
     reason = reason or "questions are malformed" * task.truth["malformed"]
     return Scored(metrics, {"vqa model": by, "categories": "answers about the last image, as published"}, [
@@ -235,7 +231,8 @@ def score(
 
 
 def _category_metrics(items: Sequence[DpgItem], last: Sequence[dict[str, str]]) -> dict[str, Metric]:
-    """The mean score of each category; intervals resample prompts, whose questions are not independent."""
+    """The mean score of each category."""
+    # intervals resample prompts: questions about one image are not independent
     pooled: dict[str, tuple[list[float], list[str]]] = defaultdict(lambda: ([], []))
     for item, answers in zip(items, last):
         for level, groups in category_scores([item], [answers]).items():

@@ -1,7 +1,7 @@
 """GenAI-Bench: VQAScore of generated images by skill (arXiv 2406.13743).
 
-Published numbers are exp(-mean cross-entropy) of "Yes" and the end token under clip-flant5-xxl. The judge
-pass records the probability of "Yes" as the next token of any image-text model: never comparable.
+Published scores are exp(-mean cross-entropy) of "Yes" and the end token under clip-flant5-xxl. The judge pass
+instead records the probability of "Yes" as the next token of an image-text model, which is not comparable.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,11 @@ from ..core.annotations import read_json_as, require_key, require_mostly_valid, 
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
-from ..core.judge_pass import (
-    run_judge_pass,
-    samples_with_images,
-)
+from ..core.judge_pass import run_judge_pass, samples_with_images
 from ..judges import vqa_model
 from ..metrics.vqascore import ANSWER, QUESTION
 
-_PUBLISHED_JUDGE = "clip-flant5-xxl"  # the "model" of vqascore.jsonl that makes a run comparable
+_PUBLISHED_JUDGE = "clip-flant5-xxl"  # "model" in vqascore.jsonl of a comparable run
 _BATCH = 8  # images per batch of the judge pass
 
 answer = save_generated_images
@@ -33,7 +30,7 @@ answer = save_generated_images
 def load(data: Path, settings: Options) -> Task:
     """An image per prompt of `prompts.txt` (527) or `genai_image.json` (1600), with `genai_skills.json`.
 
-    A prompt that is malformed, or missing but named by a skill, counts as 0 in its skills.
+    A malformed prompt, and a missing one that a skill lists, counts as 0 in its skills.
 
     Raises:
         UserError: a file is missing or of another format.
@@ -46,12 +43,12 @@ def load(data: Path, settings: Options) -> Task:
         for k, i in enumerate(require_type(list, ids, f"{path}, {tag!r}")):
             number = _positive_integer(i)
             if number is None:
-                number = -1 - len(bad)  # a key of its own, which no prompt has
+                number = -1 - len(bad)  # a unique key that no prompt has
                 bad[number] = f"{path}: the skill {tag!r} has prompt {i!r} at index {k}; expected a number."
             elif number not in prompts and number not in bad:
-                bad[number] = f"{path}: the skill {tag!r} names prompt {number}, which does not exist."
+                bad[number] = f"{path}: the skill {tag!r} lists prompt {number}, which does not exist."
             skills[tag].append(number)
-    # errors come last, so that --limit keeps valid prompts
+    # malformed prompts last, so that --limit selects valid ones
     chosen = [*prompts.items(), *((number, "") for number in bad)][: settings.limit]
     samples = [
         malformed_sample(k, f"{number:05d}" if number > 0 else None, bad[number])
@@ -68,12 +65,12 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
-    """Prompts by number, and errors by number; an error without a number gets a negative one.
+    """Prompts by number, and errors by number; an invalid number is replaced by a unique negative one.
 
-    The number is the line of `prompts.txt`, from 1, or the key of `genai_image.json`.
+    Numbers are the lines of `prompts.txt`, from 1, or the keys of `genai_image.json`.
     """
     prompts, bad = {}, {}
-    # GenAI-Bench-527 is a text file, the 1600 prompts are JSON
+    # GenAI-Bench-527 is a text file, GenAI-Bench-1600 is JSON
     if (data / "prompts.txt").exists():
         lines = (data / "prompts.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         for number, line in enumerate(lines, 1):
@@ -95,7 +92,7 @@ def _read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _positive_integer(value: Any) -> int | None:
-    """A positive integer, given as a number or as digits; else None."""
+    """A positive integer from a number or its digits, else None."""
     number = int(value) if str(value).isdigit() else 0
     return number if number > 0 else None
 
@@ -108,12 +105,12 @@ def judge(
         return
     model = vqa_model.VqaModel(scoring.vqa_model, device)
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
+    def vqascores(batch: list[Sample], images: list[Any]) -> list[Record]:
         values = model.probabilities(images, [QUESTION.format(s.prompt) for s in batch], ANSWER)
         return [{"vqascore": value} for value in values]
 
     samples = samples_with_images(task.samples, records)
-    run_judge_pass(out, "vqascore", model.about, samples, records, work, _BATCH, quiet)
+    run_judge_pass(out, "vqascore", model.about, samples, records, vqascores, _BATCH, quiet)
 
 
 def _score_of(record: Record, where: str) -> float:
@@ -127,7 +124,7 @@ def _score_of(record: Record, where: str) -> float:
 def summarise_skills(
     scores: Sequence[float], numbers: Sequence[int], skills: dict[str, list[int]]
 ) -> dict[str, Record]:
-    """Mean, sample deviation and n of each skill and of all prompts with one, in float32 as published."""
+    """Mean, sample standard deviation and n of each skill, and of "all" prompts that have one."""
     by_number = dict(zip(numbers, scores))
     groups = {tag: [i for i in ids if i in by_number] for tag, ids in skills.items()}
     # a prompt with several skills counts once
@@ -145,7 +142,7 @@ def summarise_skills(
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """The mean score of advanced prompts (the published "overall"), of all prompts, and of each skill."""
+    """The mean score of advanced prompts (published as "overall"), of all prompts, and of each skill."""
     require_generated_images(task, records, folder)
     found, by, problems = vqa_model.read_vqa_findings(
         task, records, folder, "vqascore", "vqascore", "vqascore.jsonl", _score_of
@@ -155,7 +152,7 @@ def score(
     numbers, skills = task.truth["numbers"], task.truth["skills"]
     summary = summarise_skills(scores, numbers, skills)
     index_of = {n: k for k, n in enumerate(numbers)}
-    # the main metric is the first: the published table's overall is "advanced"
+    # the first is the main metric: papers quote "advanced"
     order = [t for t in ("advanced", "all") if t in summary] + [
         t for t in summary if t not in ("advanced", "all")
     ]
@@ -169,7 +166,7 @@ def score(
     problems = problems + [f"{missing} images have no score (counted as 0)"] * (missing > 0)
     same = by == _PUBLISHED_JUDGE
     reason = "" if same else f"VQAScore by {by}, not by {_PUBLISHED_JUDGE} with its own formula"
-    # basic and advanced cut across the skills, so they do not name a group
+    # basic and advanced overlap with all skills, so they are not groups
     tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
     return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [
         {

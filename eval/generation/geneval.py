@@ -1,4 +1,4 @@
-"""GenEval: does an image show the objects, number, colours and positions of its prompt (arXiv 2310.11513)."""
+"""GenEval (arXiv 2310.11513): objects, counts, colours and positions of generated images."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -42,10 +42,10 @@ judge = detections.run_detection_pass
 
 
 def load(data: Path, settings: Options) -> Task:
-    """Images to generate per prompt; for scenes also test images that satisfy a prompt, for the ceiling."""
+    """The prompts; for scenes also test images that satisfy a prompt, for the ceiling."""
     prompts = read_prompts(data)[: settings.limit]
     detector = detections.choose_detector(data, settings)
-    # four per prompt as published; scenes have enough prompts for one
+    # four per prompt as published; the scenes data set has enough prompts for one
     per_prompt = settings.images_per_prompt or (1 if detector == "scenes" else 4)
     samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     rules, problems = Rules(), []
@@ -64,8 +64,9 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _scene_rules(data: Path) -> Rules:
-    """GenEval's rules with the palette of the scenes; the scenes detector has its own thresholds."""
+    """GenEval's rules with the palette of the scenes."""
     palette = tuple(require_key(read_json(data / "scenes.json"), "palette", data / "scenes.json"))
+    # no thresholds: the scenes detector applies its own
     return Rules(threshold=0.0, counting_threshold=0.0, colours=palette)
 
 
@@ -76,7 +77,7 @@ def _matching_images(
     needed = {clause["class"] for clause in prompt["include"]}
     found = []
     for k in range(len(truths)):
-        # 17 is coprime to most counts, so that prompts start their search at different images
+        # prompts start at different images; 17 is coprime to most counts, so the starts spread evenly
         path, truth = truths[(start * 17 + k) % len(truths)]
         if needed <= truth["detections"].keys() and judge_image(prompt, truth, rules).correct:
             found.append(path)
@@ -88,7 +89,7 @@ def _matching_images(
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """The share of correct images per tag and the mean over tags; ceiling and held-out pairs separately."""
+    """Fraction of correct images per tag and its mean over tags; ceiling and held-out pairs separately."""
     prompts = task.truth["prompts"]
     found = detections.read_detections(task, records, folder)
     per_sample = _verdicts(task, records, found)
@@ -98,7 +99,7 @@ def score(
         [bool(r["score"]) for r in generated],
         [r["owner"] for r in generated],
     )
-    # the main metric is the mean of the tags' means, so the interval resamples that statistic
+    # the interval of the main metric needs its statistic: the mean over tags of means
     interval = bootstrap(
         group_mean_columns([r["score"] for r in generated], [r["group"] for r in generated]),
         [r["owner"] for r in generated],
@@ -109,7 +110,7 @@ def score(
     for tag in summary["per_tag"]:
         metrics[f"tag/{tag}"] = ceiling.prompt_mean([r for r in generated if r["group"] == tag])
     ceiling.add_held_out_and_ceiling(metrics, per_sample)
-    # GenEval itself does not penalise additional objects
+    # not in GenEval, which does not penalise additional objects
     exact = [r | {"score": r["exact"]} for r in per_sample if "exact" in r and not r["held_out"]]
     if exact:
         metrics["single objects: colour, shape and number"] = ceiling.prompt_mean(exact)
@@ -128,7 +129,7 @@ def score(
 
 
 def _verdicts(task: Task, records: dict[int, Record], found: ExternalFindings) -> list[Record]:
-    """A record per image; prompts for one coloured object also get "exact": nothing else is in the image."""
+    """A record per image; prompts for one coloured object also have "exact": no other object is detected."""
     prompts, owners, rules = task.truth["prompts"], task.truth["owners"], task.truth["rules"]
     per_sample = []
     for sample in task.samples:
@@ -137,12 +138,12 @@ def _verdicts(task: Task, records: dict[int, Record], found: ExternalFindings) -
         verdict = detections.verdict_on(judge_image, prompt, detected, rules)
         held_out = prompt.get("held_out", False)
         record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
-        # group and owner let `unitok eval compare` resample as here
+        # group and owner: `unitok eval compare` resamples prompts within tags
         record |= {"group": prompt["tag"], "owner": owners[sample.index]}
         if prompt["tag"] == "colors" and len(prompt["include"]) == 1 and sample.kind == "generate":
             boxes = found.by_index.get(sample.index, {}).get("detections", {})
-            alone = sum(map(len, boxes.values())) == prompt["include"][0]["count"]
-            record["exact"] = float(verdict.correct and alone)
+            nothing_else = sum(map(len, boxes.values())) == prompt["include"][0]["count"]
+            record["exact"] = float(verdict.correct and nothing_else)
         per_sample.append(record)
     return per_sample
 
@@ -157,8 +158,8 @@ class _Box(NamedTuple):
 def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     """Read `evaluation_metadata.jsonl` from `data`, `data/test/geneval` or `data/geneval`.
 
-    A malformed line becomes a prompt with the reason under "malformed"; if its tag is not readable, it takes
-    that of the line before, because the released file is ordered by tag.
+    A malformed line becomes a prompt with the error under "malformed". An unreadable tag is replaced by that
+    of the line before: the released file is ordered by tag.
 
     Raises:
         UserError: the file is missing or empty, or most of its lines are malformed.
@@ -172,7 +173,7 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     if path is None:
         raise UserError(f"{data}: found no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
     rows = read_jsonl_lenient(path)
-    # the first lines may be malformed: they take the first valid tag
+    # malformed lines at the start take the first valid tag
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
     tag = tags[0] if tags else TAGS[0]
     for i, row in enumerate(rows):
@@ -183,23 +184,24 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
             rows[i] = {"tag": tag, "prompt": "", "include": [], "malformed": str(error)}
     bad = [row["malformed"] for row in rows if "malformed" in row]
     if not rows or len(bad) > len(rows) / 2:
+        # one wrong line in two: another file format
         raise UserError(f"{path} is {f'not a list of GenEval prompts: {bad[0]}' if rows else 'empty.'}")
     return rows
 
 
 def _check_prompt(row: Any, where: str) -> None:
-    """Raise UserError, naming the field, if a line is not a GenEval prompt."""
+    """Raise UserError if a line is not a GenEval prompt."""
     require_text(row, "prompt", where)
     if require_key(row, "tag", where) not in TAGS:
         raise UserError(f"{where}: tag is {row['tag']!r}; allowed: {', '.join(TAGS)}.")
     if not require_type(list, require_key(row, "include", where), f"{where}, include"):
-        raise UserError(f"{where}: include is empty: every image would be correct.")
+        raise UserError(f"{where}: include is empty, so every image would be correct.")
     for key in ("include", "exclude"):
         for i, clause in enumerate(require_type(list, row.get(key, []), f"{where}, {key}")):
             where_clause = f"{where}, {key}[{i}]"
             require_text(clause, "class", where_clause)
             if not isinstance(require_key(clause, "count", where_clause), int):
-                raise UserError(f"{where_clause}: count is {clause['count']!r}; expected a whole number.")
+                raise UserError(f"{where_clause}: count is {clause['count']!r}; expected an integer.")
             if key == "include" and "position" in clause:
                 relation = clause["position"]
                 if not isinstance(relation, list) or len(relation) != 2 or not isinstance(relation[1], int):
@@ -208,24 +210,24 @@ def _check_prompt(row: Any, where: str) -> None:
                     )
                 if not 0 <= relation[1] < i:
                     raise UserError(
-                        f"{where_clause}: position names clause {relation[1]}; it must be an earlier one."
+                        f"{where_clause}: position refers to clause {relation[1]}; it must be an earlier one."
                     )
 
 
 def judge_image(metadata: dict[str, Any], detected: dict[str, Any], rules: Rules = Rules()) -> Verdict:
-    """Compare the detections of an image with its prompt; reasons are worded as in GenEval's script."""
+    """Compare the detections of an image with its prompt; reasons use the wording of GenEval's script."""
     kept = _filter_boxes(metadata["tag"], detected, rules)
     reasons: list[str] = []
     targets: list[list[_Box] | None] = []  # boxes that each clause matched, None if it failed
     for clause in metadata.get("include", ()):
-        # the best `count` boxes; more boxes of a class are not an error
+        # the best `count` boxes: additional boxes of a class are ignored
         found = kept.get(clause["class"], [])[: clause["count"]]
         failure = _clause_failure(clause, found, targets, rules)
         if failure:
             reasons.append(failure)
         # a position refers to an earlier clause by index
         targets.append(None if failure else found)
-    # counting prompts exclude one object more than they ask for
+    # counting prompts exclude count + 1 objects: this is what makes a surplus wrong
     for clause in metadata.get("exclude", ()):
         count = len(kept.get(clause["class"], []))
         if count >= clause["count"]:
@@ -236,7 +238,7 @@ def judge_image(metadata: dict[str, Any], detected: dict[str, Any], rules: Rules
 def _clause_failure(
     clause: dict[str, Any], found: Sequence[_Box], targets: Sequence[list[_Box] | None], rules: Rules
 ) -> str:
-    """Why `found` does not satisfy an include clause; empty if it does."""
+    """The reason why `found` does not satisfy an include clause, or ""."""
     name, count = clause["class"], clause["count"]
     if len(found) < count:
         return f"expected {name}>={count}, found {len(found)}"
@@ -253,17 +255,18 @@ def _clause_failure(
         target = targets[index]
         if target is None:
             return f"no target for {name} to be {relation}"
+        # published: the relation must hold for every pair of boxes
         for one in found:
             for other in target:
-                there = box_relations(one.corners, other.corners, rules.position_threshold)
-                if relation not in there:
-                    return f"expected {name} {relation} target, found {' and '.join(there)} target"
+                actual = box_relations(one.corners, other.corners, rules.position_threshold)
+                if relation not in actual:
+                    return f"expected {name} {relation} target, found {' and '.join(actual)} target"
     return ""
 
 
 def _filter_boxes(tag: str, detected: dict[str, Any], rules: Rules) -> dict[str, list[_Box]]:
     """The boxes of each class above the threshold, best first, at most `max_objects`, without overlaps."""
-    # counting needs confident boxes, as published; scores are float32 in mmdet
+    # counting uses a higher threshold; float32 as in mmdet, so that ties at the threshold agree
     threshold = np.float32(rules.counting_threshold if tag == "counting" else rules.threshold)
     kept = {}
     for name, rows in detected["detections"].items():
@@ -271,7 +274,7 @@ def _filter_boxes(tag: str, detected: dict[str, Any], rules: Rules) -> dict[str,
         colours = detected.get("colors", {}).get(name) or [""] * len(boxes)
         if len(colours) != len(boxes):
             raise UserError(f"detections of {name!r}: {len(boxes)} boxes, but {len(colours)} colours.")
-        # stable and reversed as in the published script: ties go to the later box
+        # stable sort, then reversed, as in the published script: ties go to the later box
         order = np.argsort(boxes[:, 4], kind="stable")[::-1]
         best = [_Box(boxes[i], colours[i]) for i in order if boxes[i, 4] > threshold][: rules.max_objects]
         if rules.max_overlap < 1:
@@ -306,12 +309,12 @@ def box_relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[
     corners_a, corners_b = np.reshape(a[:4], (2, 2)), np.reshape(b[:4], (2, 2))
     offset = corners_a.mean(axis=0) - corners_b.mean(axis=0)
     sizes = np.abs(np.diff(corners_a, axis=0))[0] + np.abs(np.diff(corners_b, axis=0))[0]
-    # The offset is reduced by the threshold first, but its direction is relative to the raw length.
+    # published quirk: the offset is shrunk by the threshold, then divided by the length of the raw offset
     moved = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
     if np.all(np.abs(moved) < 1e-3):
         return []
     x, y = moved / np.linalg.norm(offset)
-    # a direction holds within about 60 degrees of its axis; y grows downwards
+    # |component| > 0.5: within 60 degrees of the axis; y grows downwards
     words = (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5))
     return [word for word, holds in words if holds]
 
@@ -319,7 +322,7 @@ def box_relations(a: np.ndarray, b: np.ndarray, threshold: float = 0.1) -> list[
 def summarise_verdicts(
     metadata: Sequence[dict[str, Any]], correct: Sequence[bool], prompts: Sequence[int]
 ) -> dict[str, Any]:
-    """Shares of correct images: per tag, their mean, of all images, and of prompts with a correct image.
+    """Fractions: correct images per tag, mean over tags, all images, and prompts with a correct image.
 
     `prompts[i]` is the index of the prompt of image i.
     """

@@ -1,4 +1,4 @@
-"""Class-conditional ImageNet, measured as by ADM: gFID, sFID, Inception Score, precision and recall."""
+"""Class-conditional ImageNet with ADM's metrics: gFID, sFID, Inception Score, precision and recall."""
 
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ answer = save_generated_images
 
 
 def load(data: Path, settings: Options) -> Task:
-    """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt names the class."""
+    """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt contains the class name."""
     count = settings.limit or _IMAGES
-    # one generator for all labels: the classes do not depend on the number of ranks
+    # all labels from one generator, so that they do not depend on the number of ranks
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.class_names()
     samples = [
@@ -45,14 +45,14 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _reference_file(data: Path, scoring: Options) -> Path:
-    """The reference batch: --reference, or the one VIRTUAL_imagenet*.npz in the data folder."""
+    """ADM's reference batch: --reference, else the VIRTUAL_imagenet*.npz in the data folder."""
     if scoring.reference:
         return existing(scoring.reference)
     found = sorted(data.glob("VIRTUAL_imagenet*.npz"))
     if len(found) != 1:
         raise UserError(
             f"{data}: expected one VIRTUAL_imagenet*_labeled.npz (ADM's reference batch), found "
-            f"{len(found)}; name it with --reference."
+            f"{len(found)}; select it with --reference."
         )
     return found[0]
 
@@ -60,14 +60,14 @@ def _reference_file(data: Path, scoring: Options) -> Path:
 def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
-    """Write ADM's file of the generated images; compute their Inception features and the reference's."""
+    """Write samples.npz for ADM's evaluator; compute Inception features of samples and reference."""
     generated = images_of_run(task, records, out)
-    # ADM's evaluator runs in TensorFlow 1, elsewhere: it only needs this file
+    # ADM's evaluator needs TensorFlow 1, so users run it elsewhere on this file
     if distributed.is_main() and generated.names:
         write_adm_samples(generated, out / "submission" / "samples.npz")
     if not scoring.inception_weights or not generated.names:
         return
-    # ADM's reference batch holds statistics of all images and 10,000 images for precision and recall
+    # the reference batch has statistics of all images, and 10,000 images for precision and recall
     reference = inception_features.reference_images(str(_reference_file(task.truth["data"], scoring)))
     sets = [generated] if reference is None else [generated, reference]
     variant = inception_features.choose_variant(scoring, "adm")
@@ -90,12 +90,12 @@ def score(
     reference = inception_features.reference_moments(file, folder, variant)
     result = inception_features.feature_distances(folder, variant, features, reference, "g")
     metrics, problems = result.metrics, result.problems
-    # sFID has features of its own, so statistics of its own
+    # sFID uses spatial features, which have statistics of their own
     spatial = inception_features.reference_moments(file, folder, variant, "spatial")
     sfid = fid.frechet_distance(features.moments("spatial"), spatial[0])
     metrics["sfid"] = Metric(sfid, features.n, None, "fid")
     logits = features.column("logits")
-    # blocks of 5000 need a mixture of classes, hence the permutation
+    # the score uses blocks of 5000, each of which must contain all classes: permute
     score = fid.inception_score_adm(logits[adm_order(len(logits))])
     metrics["inception_score"] = Metric(score, features.n, None, "score")
     real = inception_features.read_inception_features(folder, variant, "reference")
@@ -114,6 +114,6 @@ def score(
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The input of ADM's evaluator, which the judge pass has written."""
+    """The input of ADM's evaluator, written by the judge pass."""
     path = folder / "submission" / "samples.npz"
     return [path] if path.exists() else []

@@ -27,7 +27,7 @@ answer = save_generated_images
 
 
 def load(data: Path, settings: Options) -> Task:
-    """`meta_data.json`: {id: {category, prompt}}; the image of each prompt is category/id."""
+    """One sample per entry of `meta_data.json`, {id: {category, prompt}}; the sample's id is category/id."""
     path = existing(data / "meta_data.json", "MJHQ-30K is this file and its images.")
     rows = list(read_json_as(dict, path).items())[: settings.limit]
     samples = []
@@ -44,7 +44,7 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _released_images(data: Path, reference: str, size: int) -> ImageSet:
-    """The released images, resized to the generated size (Lanczos; the published size is 256)."""
+    """The released images, resized to `size` (Lanczos) if they differ from it."""
     folder = Path(reference) if reference else data
     if not reference and (data / "mjhq30k_imgs").is_dir():
         folder = data / "mjhq30k_imgs"
@@ -52,23 +52,24 @@ def _released_images(data: Path, reference: str, size: int) -> ImageSet:
 
     def load(i: int) -> np.ndarray:
         image = found.load(i)
-        # no resampling where sizes agree: it would change the FID
+        # no resampling if sizes agree: it would change the FID
         if image.shape[:2] == (size, size):
             return image
         return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
 
+    # the size is part of the cache key
     return ImageSet("reference", [f"{name} {size}" for name in found.names], load)
 
 
 def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
-    """Compute Inception features of the generated and, unless statistics are given, the released images."""
+    """Inception features of the generated images and, unless statistics are given, of the released ones."""
     generated = images_of_run(task, records, out)
     if not scoring.inception_weights or not generated.names:
         return
     sets = [generated]
-    # an .npz holds statistics, so no released image has to be read
+    # an .npz contains their statistics
     if not scoring.reference.endswith(".npz"):
         sets.append(_released_images(task.truth["data"], scoring.reference, generated.load(0).shape[0]))
     variant = inception_features.choose_variant(scoring, "clean")
@@ -80,7 +81,7 @@ def judge(
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """FID against all released images, and by category unless the reference is a file of statistics."""
+    """FID against all released images, and per category unless the reference is a file of statistics."""
     require_generated_images(task, records, folder)
     variant = inception_features.choose_variant(scoring, "clean")
     features = inception_features.require_inception_features(folder, variant, "samples")
@@ -90,11 +91,11 @@ def score(
     else:
         real = inception_features.require_inception_features(folder, variant, "reference")
         reference = (real.moments(), "the released images, resized to the generated size")
-        # later runs can use these statistics as --reference and need no images
+        # later runs can pass this file as --reference
         inception_features.save_statistics(folder / "reference.npz", reference[0], variant)
     result = inception_features.feature_distances(folder, variant, features, reference, others=real)
     metrics, problems = result.metrics, result.problems
-    # a judge pass that was killed: scoring a part would be silently wrong
+    # a killed judge pass: FID of a part of the images would be silently wrong
     without = len(samples_with_images(task.samples, records)) - features.n - len(features.bad)
     if without > 0:
         raise UserError(
@@ -124,7 +125,7 @@ def _fid_by_category(
     counts, real_counts = Counter(categories), Counter(real_categories)
     metrics = {}
     for name in sorted(counts):
-        # a covariance needs two images
+        # a covariance needs at least two images
         if min(counts[name], real_counts[name]) < 2:
             continue
         moments = fid.compute_moments([a[np.array(categories) == name]])

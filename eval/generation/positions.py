@@ -1,4 +1,4 @@
-"""Positions: does an image show exactly the object of its prompt, in the named cell of the grid (scenes)."""
+"""Positions (scenes): a generated image must show exactly the prompt's object in the prompt's grid cell."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ..core.benchmark import Options, Record, Sample, Scored, Task
 from ..judges import detections
 from ..judges.detections import Verdict
 
-# the second name is that of folders written before version 0.1.1
+# the second name: folders written before version 0.1.1
 _FILES = ("positions.jsonl", "drawing_positions.jsonl")
 WRONG_POSITION = "right object, wrong position"
 
@@ -20,7 +20,7 @@ answer = detections.generate_and_detect
 
 
 def load(data: Path, settings: Options) -> Task:
-    """Prompts for one object, its colour and its cell; one matching test image each for the ceiling."""
+    """Prompts for one object of a colour in a cell; one matching test image per prompt for the ceiling."""
     paths = [data / "test" / name for name in _FILES]
     path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
     prompts = [
@@ -31,12 +31,12 @@ def load(data: Path, settings: Options) -> Task:
     samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     require_mostly_valid(samples, path)
     scenes, problems = ceiling.ceiling_scenes(data)
-    # one real image per prompt is enough for a ceiling
+    # each matched prompt is removed: one real image per prompt
     unmatched = {(row["class"], row["color"], tuple(row["cell"])): i for i, row in enumerate(prompts)}
     for file, objects in scenes:
         if len(objects) != 1:
             continue
-        # shape, colour and cell are what the prompt asks for
+        # a match has the shape, colour and cell of the prompt
         key = (objects[0]["shape"], objects[0]["color"], tuple(objects[0]["cell"]))
         if key in unmatched:
             owner = unmatched.pop(key)
@@ -51,7 +51,7 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _check_prompt(row: Any, where: str) -> Record:
-    """A line of the file; a malformed one becomes a prompt with the reason that no image satisfies."""
+    """A valid line of the file, or a prompt with the error under "malformed", which no image satisfies."""
     try:
         for key in ("prompt", "class", "color"):
             require_text(row, key, where)
@@ -67,12 +67,12 @@ def _cell_side(path: Path) -> float:
     """The side of a cell of the scenes' grid in pixels."""
     size, grid = (require_key(read_json(path), key, path) for key in ("size", "grid"))
     if not isinstance(size, int) or not isinstance(grid, int) or min(size, grid) < 1:
-        raise UserError(f"{path}: size is {size!r} and grid {grid!r}; they must be whole numbers above 0.")
+        raise UserError(f"{path}: size is {size!r} and grid {grid!r}; they must be positive integers.")
     return size / grid
 
 
 def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
-    """Exactly one object, of the prompt's shape and colour, with its centre in the prompt's cell."""
+    """Correct: exactly one object, with the prompt's shape and colour and its centre in the prompt's cell."""
     boxes = [(name, box) for name, rows in detected["detections"].items() for box in rows]
     if len(boxes) != 1:
         return Verdict(False, f"expected one object, found {len(boxes)}", {})
@@ -80,7 +80,7 @@ def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
     colour = (detected.get("colors", {}).get(name) or [""])[0]
     if (name, colour) != (prompt["class"], prompt["color"]):
         return Verdict(False, f"found a {colour} {name}", {name: 1})
-    # the centre decides: an object may be jittered across the edge of its cell
+    # the centre decides: jitter may move an object across the edge of its cell
     if [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)] != list(prompt["cell"]):
         return Verdict(False, WRONG_POSITION, {name: 1})
     return Verdict(True, "", {name: 1})
@@ -89,7 +89,7 @@ def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """The shares of images with exactly the object of the prompt: at its position, and anywhere."""
+    """The fraction of images with exactly the prompt's object: at its position, and at any position."""
     prompts, owners = task.truth["prompts"], task.truth["owners"]
     found = detections.read_detections(task, records, folder)
     per_sample = []

@@ -1,1 +1,1 @@
-"""Models that judge images or answers."""
+"""Models that judge images or answers: object detectors, VQA models, language models."""

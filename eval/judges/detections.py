@@ -1,9 +1,9 @@
-"""Detections of objects in a benchmark's images, and where they come from.
+"""Object detections for GenEval and positions.
 
-In order of precedence: `detections.jsonl` in the run folder (any detector), a judge pass with models of
-transformers, or the scenes detector, which runs while images are generated. A line of `detections.jsonl`:
+Sources, in order of precedence: `detections.jsonl` in the run folder (any detector), a judge pass with models
+of transformers, or the scenes detector, which runs during generation. A line of `detections.jsonl`:
 `{"index": i, "detections": {class: [[x0, y0, x1, y1, score], ...]}, "colors": {class: [colour, ...]}}`, and
-under "detector" its name.
+"detector", its name.
 """
 
 import hashlib
@@ -33,12 +33,12 @@ from .object_detector import ColourClassifier, detections_record, load_detector
 from .scenes_detector import ScenesDetector
 
 DETECTORS = ("scenes", "none")
-PUBLISHED_DETECTOR = "mmdet Mask2Former"  # the "detector" of detections.jsonl that makes a run comparable
+PUBLISHED_DETECTOR = "mmdet Mask2Former"  # "detector" in detections.jsonl of a comparable run
 _BATCH = 8  # images per batch of a judge pass
 
 
 class Verdict(NamedTuple):
-    """The result of one image; `reason` is empty if it is correct, `kept` counts the boxes used per class."""
+    """The result of one image; `reason` is "" if it is correct, `kept` counts the used boxes per class."""
 
     correct: bool
     reason: str
@@ -46,18 +46,18 @@ class Verdict(NamedTuple):
 
 
 def choose_detector(data: Path, settings: Options) -> str:
-    """The detector of the settings; by default "scenes" if the data has a `scenes.json`, else "none"."""
+    """The `detector` option; by default "scenes" if the data has a `scenes.json`, else "none"."""
     name = settings.detector or ("scenes" if (data / "scenes.json").exists() else "none")
     if name not in DETECTORS:
         raise UserError(f"detector is {name!r}; allowed: {', '.join(DETECTORS)}.")
-    # fails here, before the model is loaded
+    # fail before the model is loaded
     if name == "scenes":
         existing(data / "scenes.json", "The scenes detector reads the palette and the shapes from it.")
     return name
 
 
 def detection_metadata(settings: Options, detector: str, per_prompt: int) -> dict[str, Any]:
-    """Detector, images per prompt, decoding and file format, for the result."""
+    """The part of a result that describes generation and detection."""
     return {
         "detector": detector,
         "images per prompt": per_prompt,
@@ -67,18 +67,19 @@ def detection_metadata(settings: Options, detector: str, per_prompt: int) -> dic
 
 
 def true_detections(objects: Sequence[Record]) -> Record:
-    """The detections of a perfect detector on a scene."""
+    """The output of a perfect detector on a scene, in the format of a record."""
     truth: Record = {"detections": {}, "colors": {}}
     for item in objects:
-        truth["detections"].setdefault(item["shape"], []).append([*item["box"], 1.0])
+        truth["detections"].setdefault(item["shape"], []).append([*item["box"], 1.0])  # score 1
         truth["colors"].setdefault(item["shape"], []).append(item["color"])
     return truth
 
 
 def generate_and_detect(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Generate or reconstruct a batch, save the images and record what `task.truth["detect"]` finds."""
+    """Generate or reconstruct a batch, save the images, and record detections by `task.truth["detect"]`."""
     records, images = generate_and_reconstruct(model, batch, out, task)
     detect = task.truth["detect"]
+    # None: a judge pass or detections.jsonl supplies the detections later
     if detect and images:
         for i, found in zip(images, detect(list(images.values()))):
             records[i] |= found
@@ -86,12 +87,12 @@ def generate_and_detect(model: Any, batch: list[Sample], out: Path, task: Task) 
 
 
 def scenes_detection(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record]]:
-    """Images -> records of the scenes detector."""
+    """The scenes detector as a function: images -> records."""
     detector = ScenesDetector.from_file(data / "scenes.json")
     shape = (detector.size, detector.size, 3)
 
     def detect(images: Sequence[np.ndarray]) -> list[Record]:
-        # images of another size are errors of their own, not of the whole batch
+        # an image of another size, e.g. of another system, must not fail the whole batch
         found = iter(detector([image for image in images if image.shape == shape]))
         records = []
         for image in images:
@@ -120,8 +121,8 @@ def run_detection_pass(
     clauses = [c for row in task.truth["prompts"] for c in (*row["include"], *row.get("exclude", ()))]
     names = sorted({clause["class"] for clause in clauses})
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
-        # classes that no prompt names cannot change a verdict
+    def detect_batch(batch: list[Sample], images: list[Any]) -> list[Record]:
+        # classes that occur in no prompt cannot affect a verdict
         kept = [[d for d in found if d.name in names] for found in detect(images, names)]
         return [detections_record(found, classify_colours(i, found)) for i, found in zip(images, kept)]
 
@@ -131,14 +132,14 @@ def run_detection_pass(
         "fingerprint": hashlib.sha256("".join(both).encode()).hexdigest(),
     }
     generated = [s for s in samples_with_images(task.samples, records) if s.kind == "generate"]
-    run_judge_pass(out, "detections", about, generated, records, work, _BATCH, quiet)
+    run_judge_pass(out, "detections", about, generated, records, detect_batch, _BATCH, quiet)
 
 
 def read_detections(task: Task, records: dict[int, Record], folder: Path) -> ExternalFindings:
-    """The detections of a run: of `detections.jsonl`, else of a judge pass, else of the scenes detector.
+    """The detections of a run, from the first source that exists (see the module's docstring).
 
     Raises:
-        UserError: there are images, but no detections.
+        UserError: there are images but no detections.
     """
     path = folder / "detections.jsonl"
     if path.exists():
@@ -160,12 +161,12 @@ def read_detections(task: Task, records: dict[int, Record], folder: Path) -> Ext
 
 
 def verdict_on(judge: Callable[..., Verdict], prompt: Record, detected: Record | None, *more: Any) -> Verdict:
-    """The verdict of `judge`; a missing image, or one without detections, is wrong."""
+    """The verdict of `judge`; an image without detections is wrong."""
     return judge(prompt, detected, *more) if detected is not None else Verdict(False, "no image", {})
 
 
 def not_comparable_reason(task: Task, found: ExternalFindings) -> str:
-    """Why the numbers are not comparable with published ones, "" if they are."""
+    """The reason why the numbers are not comparable with published ones, else ""."""
     if task.metadata["detector"] == "scenes":
         return "the prompts and the detector are those of scenes"
     same = found.by == PUBLISHED_DETECTOR
@@ -173,12 +174,12 @@ def not_comparable_reason(task: Task, found: ExternalFindings) -> str:
 
 
 def check_detections(record: Any, where: str) -> Record:
-    """A line of `detections.jsonl`; raises UserError if its boxes or colours are malformed."""
+    """Validate a line of `detections.jsonl`; UserError if its boxes or colours are malformed."""
     colours = require_type(dict, record.get("colors", {}), f"{where}, colors")
     boxes_by_class = require_type(dict, require_key(record, "detections", where), f"{where}, detections")
     for name, boxes in boxes_by_class.items():
         try:
-            # a ragged or non-numeric list raises here, with the class named below
+            # numpy raises on ragged and non-numeric lists; a row is x0, y0, x1, y1, score
             count = len(np.asarray(boxes, dtype=np.float32).reshape(-1, 5))
         except (ValueError, TypeError) as error:
             raise UserError(f"{where}: boxes of {name!r} must be [x0, y0, x1, y1, score]: {error}") from error

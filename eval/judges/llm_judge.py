@@ -1,4 +1,4 @@
-"""Language models that grade answers: an OpenAI-compatible endpoint, or a file of replies."""
+"""Language models that grade answers: an OpenAI-compatible endpoint, or replies from a file."""
 
 import hashlib
 import http.client
@@ -18,17 +18,17 @@ from ..core.annotations import require_key, require_type
 from ..core.benchmark import Options
 from ..core.harness import truncate_partial_line
 
-MAX_TRIES = 3  # requests per reply before it counts as failed
-MAX_WAIT = 60.0  # seconds, for a server's Retry-After
+MAX_TRIES = 3  # requests per call before it counts as failed
+MAX_WAIT = 60.0  # seconds; upper limit of the server's Retry-After
 KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 class JudgeFailed(Exception):
-    """No reply to one request: its sample counts as failed, the others are not affected."""
+    """A call without reply: its sample counts as failed, the run continues."""
 
 
 class JudgeCall(NamedTuple):
-    """A request: the prompt for sample `id`, and the run and attempt that it belongs to."""
+    """A request to grade sample `id`; `run` numbers repeated gradings, `attempt` retries within one."""
 
     id: str
     prompt: str
@@ -39,12 +39,12 @@ class JudgeCall(NamedTuple):
 
 
 class Judge(Protocol):
-    """A grader: the name of its model, and its reply to a call."""
+    """The judge protocol: the name of the model, and its reply to a call."""
 
     model: str
 
     def reply(self, call: JudgeCall) -> str:
-        """The reply.
+        """The reply to one call.
 
         Raises:
             JudgeFailed: there is none.
@@ -53,7 +53,7 @@ class Judge(Protocol):
 
 
 def load_judge(scoring: Options, folder: Path) -> Judge | None:
-    """The judge of the options, with a cache in `folder/judgements.jsonl`; None if the options name none.
+    """The judge selected by the options, cached in `folder/judgements.jsonl`; None if there is no judge.
 
     Raises:
         UserError: an endpoint without a model name, or an unreadable replay file.
@@ -75,14 +75,14 @@ class EndpointJudge:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"judge_url is {url!r}; it must start with http:// or https://.")
         self.url, self.model, self.timeout, self.pause = url.rstrip("/"), model, timeout, pause
-        self.failures = 0  # consecutive ones before the first success; -1 after it
+        self.failures = 0  # failed calls before the first success; -1 after it
 
     def reply(self, call: JudgeCall) -> str:
-        """The reply; a failed request is sent again up to two times.
+        """The reply; a failed request is retried up to two times.
 
         Raises:
             JudgeFailed: no reply after all tries, or the endpoint rejects this prompt.
-            UserError: the endpoint rejects the key or the model, or has never answered.
+            UserError: the endpoint rejects the key or the model, or has failed on the first three calls.
         """
         reason = ""
         for attempt in range(MAX_TRIES):
@@ -92,25 +92,26 @@ class EndpointJudge:
                 return text
             except urllib.error.HTTPError as error:
                 reason = f"HTTP {error.code}"
-                # timeouts, rate limits and server errors may pass; other codes will not
+                # retry timeouts, rate limits and server errors; other errors are permanent
                 if error.code not in (408, 409, 425, 429) and error.code < 500:
                     reason += f": {_error_body(error)}"
-                    if error.code in (401, 403, 404):  # key or model: all other requests would fail too
+                    if error.code in (401, 403, 404):  # key or model: every request would fail
                         raise UserError(
                             f"The judge at {self.url} answered {reason}; check OPENAI_API_KEY and --judge"
                         ) from error
-                    break  # this prompt only: too long, or its content is rejected
-                # the server's own wait, else exponential back-off
+                    break  # only this prompt, e.g. too long or rejected by a content filter
+                # the server's Retry-After, else exponential back-off
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
                 time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**attempt, MAX_WAIT))
+            # LookupError, TypeError, ValueError: the body is not a chat completion
             except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 time.sleep(self.pause * 2**attempt)
-        # an endpoint that has never answered is a wrong URL, not a bad prompt
+        # an endpoint that has never replied is probably a wrong URL
         if self.failures >= 0:
             self.failures += 1
             if self.failures >= MAX_TRIES:
-                raise UserError(f"The judge at {self.url} has not answered once ({reason}); is it running?")
+                raise UserError(f"The judge at {self.url} has never replied ({reason}); is it running?")
         raise JudgeFailed(reason)
 
     def _post(self, call: JudgeCall) -> str:
@@ -133,7 +134,7 @@ class EndpointJudge:
 
 
 def _error_body(error: urllib.error.HTTPError) -> str:
-    """The beginning of an error response, "" if it cannot be read."""
+    """The first 300 bytes of an error response, "" if it cannot be read."""
     try:
         return error.read(300).decode(errors="replace")
     except (OSError, http.client.HTTPException):
@@ -141,7 +142,7 @@ def _error_body(error: urllib.error.HTTPError) -> str:
 
 
 class ReplayJudge:
-    """Replies from a file with lines {"id": sample id, "replies": [text, ...]}, in the order of the calls."""
+    """Replies from JSON lines {"id": sample id, "replies": [text, ...]}, in the order of the calls."""
 
     def __init__(self, path: Path, model: str):
         self.model, self.path, self.replies, self.malformed = model, path, {}, ""
@@ -150,11 +151,12 @@ class ReplayJudge:
             try:
                 replies = require_type(list, require_key(row, "replies", where), f"{where}, replies")
                 self.replies[str(require_key(row, "id", where))] = list(replies)
-            except UserError as error:  # the id may be unknown, so some sample will lack replies
+            # not fatal: the sample of this line fails later and quotes the error
+            except UserError as error:
                 self.malformed = self.malformed or f" ({error})"
 
     def reply(self, call: JudgeCall) -> str:
-        """The sample's next reply.
+        """The next reply of the sample.
 
         Raises:
             JudgeFailed: there is none left.
@@ -166,28 +168,28 @@ class ReplayJudge:
 
 
 class CachedJudge:
-    """A judge with a cache of replies in a file: no call is sent twice."""
+    """A judge with a cache of replies in a file, so that no call is sent twice."""
 
     def __init__(self, judge: Judge, path: Path):
         self.judge, self.model, self.path, self.lock = judge, judge.model, path, threading.Lock()
         self.cache: dict[str, str] = {}
         if path.exists():
             truncate_partial_line(path)
-            # a damaged line is judged again
+            # damaged lines are ignored: their calls are sent again
             rows = [row for row in read_jsonl_lenient(path) if isinstance(row, dict)]
             pairs = [(row.get("key"), row.get("reply")) for row in rows]
             self.cache = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
 
     def reply(self, call: JudgeCall) -> str:
         """The cached reply, or a new one."""
-        # all that decides a reply; `run` keeps repeated gradings apart
+        # everything that determines a reply; `run` distinguishes repeated gradings
         parts = (self.model, call.prompt, call.temperature, call.max_tokens, call.run, call.attempt)
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self.cache:
             text = self.judge.reply(call)
             row = {"key": key, "id": call.id, "model": self.model, "temperature": call.temperature}
             row |= {"run": call.run, "attempt": call.attempt, "reply": text}
-            # calls run in threads, and a line must be written in one piece
+            # calls run in threads: write whole lines
             with self.lock:
                 self.cache[key] = text
                 with open(self.path, "a", encoding="utf-8") as file:

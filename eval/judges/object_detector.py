@@ -1,7 +1,7 @@
-"""GenEval's detector with models of transformers: objects by Mask2Former or OWL, their colours by CLIP.
+"""GenEval's detector with models of transformers: Mask2Former or OWL for objects, CLIP for their colours.
 
-The published detector is mmdet's Mask2Former with a Swin-S backbone, the colours are CLIP ViT-L/14's. The
-same weights in transformers resize and filter a little differently: close, but not bit-compatible.
+Published: mmdet's Mask2Former with a Swin-S backbone, and CLIP ViT-L/14. The same weights in transformers are
+resized and filtered slightly differently, so results are close but not bit-compatible.
 B images, Q queries of the detector, C classes, E embedding width.
 """
 
@@ -17,17 +17,18 @@ from open_unitok.core.files import existing, read_json
 
 from ..core.benchmark import Record
 
-# COCO's class names that GenEval's prompts word differently
+# COCO class name -> the name in GenEval's prompts
 GENEVAL_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 MAX_DETECTIONS = 100  # per image, as in mmdet
-MIN_SCORE = 0.05  # detections below are not recorded; GenEval's own threshold is 0.3
+MIN_SCORE = 0.05  # lower scores are not recorded; GenEval's threshold is 0.3
+# the published prompts of the colour classifier
 COLOUR_TEMPLATES = ("a photo of a {c} {name}", "a photo of a {c}-colored {name}", "a photo of a {c} object")
 BACKGROUND = (0x99, 0x99, 0x99)
 
 
 class Detection(NamedTuple):
-    """One object: its class, box x0, y0, x1, y1 and score, and mask (H, W); None = the whole box."""
+    """One object: class, box [x0, y0, x1, y1, score], and mask (H, W), None = the whole box."""
 
     name: str
     box: list[float]
@@ -38,12 +39,12 @@ Detector = Callable[[Sequence[Image.Image], Sequence[str]], list[list[Detection]
 
 
 def load_detector(folder: str, device: str) -> Detector:
-    """The detector in a folder: (images, class names) -> detections of each image.
+    """Load a detector: (images, class names) -> detections per image.
 
     Raises:
         UserError: the folder is missing, or the model type of its config.json is not supported.
     """
-    path = existing(folder, "It is what --detector-model names.")
+    path = existing(folder, "--detector-model must be a folder.")
     kind = read_json(path / "config.json").get("model_type")
     loaders = {"mask2former": _load_mask2former, "owlvit": _load_owl, "owlv2": _load_owl}
     if kind not in loaders:
@@ -65,7 +66,7 @@ def _load_pretrained(path: Path, device: str, name: str) -> tuple[Any, Any]:
 
 
 def _load_mask2former(path: Path, device: str) -> Detector:
-    """COCO's instances with masks; a score is the class probability times the mean mask probability."""
+    """Instance segmentation of COCO classes; score = class probability x mean mask probability."""
     import torch
 
     processor, model = _load_pretrained(path, device, "Mask2FormerForUniversalSegmentation")
@@ -92,10 +93,10 @@ def _mask_detections(
     """Detections of one image from class probabilities (Q, C) and mask logits (Q, h, w)."""
     import torch.nn.functional as F
 
-    # top-k over queries and classes: a query may give two classes, as in mmdet
+    # top-k over (query, class) pairs as in mmdet: one query may yield two classes
     best = probabilities.flatten().topk(min(MAX_DETECTIONS, probabilities.numel()))
     query, label = best.indices // probabilities.shape[1], best.indices % probabilities.shape[1]
-    # to the network's input size first, then to the image: as mmdet does
+    # as mmdet: interpolate to the input size of the network, then to the image
     masks = F.interpolate(masks[None], side, mode="bilinear", align_corners=False)
     masks = F.interpolate(masks, (image.height, image.width), mode="bilinear", align_corners=False)[0]
     detections = []
@@ -109,7 +110,7 @@ def _mask_detections(
 
 
 def _bounding_box(mask: np.ndarray, score: float) -> list[float]:
-    """The box around a non-empty mask (H, W), followed by its score."""
+    """[x0, y0, x1, y1, score] of a non-empty mask (H, W)."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return [float(v) for v in (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)] + [score]
 
@@ -129,9 +130,9 @@ def _load_owl(path: Path, device: str) -> Detector:
             out = model(**inputs)
         results = []
         for logits, boxes, image in zip(out.logits.float(), out.pred_boxes.float(), images):
-            # padding queries are cut off
+            # drop padding queries
             best = logits[:, : len(names)].sigmoid().max(dim=1)
-            # OWLv2 pads the image to a square of its longer side, at the top left
+            # boxes are relative; OWLv2 pads images to a square at the bottom right first
             square = max(image.size)
             scale = (square, square) if kind == "owlv2" else image.size
             detections = []
@@ -149,16 +150,16 @@ def _load_owl(path: Path, device: str) -> Detector:
 
 
 class ColourClassifier:
-    """Zero-shot colour of an object by CLIP, with everything outside of its mask painted grey."""
+    """Zero-shot CLIP classifier of object colours; pixels outside the mask are grey, as published."""
 
     def __init__(self, folder: str, device: str):
-        path = existing(folder, "It is what --colour-model names: a CLIP folder in transformers' layout.")
+        path = existing(folder, "--colour-model must be a CLIP folder in transformers' layout.")
         self.processor, self.model = _load_pretrained(path, device, "CLIPModel")
         self.device = device
         self._classifiers: dict[str, Any] = {}  # class name -> (E, 10)
 
     def classifier(self, name: str):
-        """Unit columns (E, 10): per colour the mean text embedding of its templates for a class."""
+        """Classifier (E, 10) of a class: per colour the normalised mean text embedding of its templates."""
         import torch
         import torch.nn.functional as F
 
@@ -172,7 +173,7 @@ class ColourClassifier:
         return self._classifiers[name]
 
     def __call__(self, image: Image.Image, detections: Sequence[Detection]) -> list[str]:
-        """The colour of each object."""
+        """The colour of each detection."""
         import torch
         import torch.nn.functional as F
 
@@ -187,26 +188,26 @@ class ColourClassifier:
 
 
 def _projected(output: Any):
-    """CLIP's projected features: a tensor, or an output object in newer versions of transformers."""
+    """The projected features: newer versions of transformers return an output object, not a tensor."""
     return output.pooler_output if hasattr(output, "pooler_output") else output
 
 
 def crop_object(image: Image.Image, detection: Detection) -> Image.Image:
-    """The object's box, grey outside of the mask."""
+    """The image inside the box, grey outside the mask."""
     if detection.mask is not None:
         array = np.array(image)
         # GenEval's background colour, #999
         array[~detection.mask] = BACKGROUND
         image = Image.fromarray(array)
     x0, y0, x1, y1 = detection.box[:4]
-    # at least one pixel, inside of the image
+    # clamp to the image, at least one pixel
     left, top = min(max(int(x0), 0), image.width - 1), min(max(int(y0), 0), image.height - 1)
     right, bottom = max(min(round(x1), image.width), left + 1), max(min(round(y1), image.height), top + 1)
     return image.crop((left, top, right, bottom))
 
 
 def detections_record(detections: Sequence[Detection], colours: Sequence[str]) -> Record:
-    """Boxes and colours by class, as a line of `detections.jsonl` holds them."""
+    """Boxes and colours by class, in the format of `detections.jsonl`."""
     record: Record = {"detections": {}, "colors": {}}
     for detection, colour in zip(detections, colours, strict=True):
         record["detections"].setdefault(detection.name, []).append([round(v, 4) for v in detection.box])

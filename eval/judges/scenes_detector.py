@@ -1,10 +1,10 @@
-"""Detector for scenes of coloured shapes by template matching, in the role of GenEval's Mask2Former and CLIP.
+"""Template-matching detector for scenes of coloured shapes; replaces GenEval's Mask2Former and CLIP.
 
-The classes are the shapes of `scenes.json`, its only input. An image with pixels that neither the background
-nor a template explains yields no objects at all.
+`scenes.json` defines the classes (shapes), the palette and the grid. If any cell of an image is explained
+neither by the background nor by a template, no objects are returned.
 
-Shapes: B images, H side of an image, G cells, c side of a cell, P pixels of a cell, T templates, M cells
-that hold something.
+Shapes: B images, H side of an image, G cells, c side of a cell, P pixels of a cell, T templates, M non-empty
+cells.
 """
 
 import functools
@@ -21,26 +21,26 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
 
-SUPERSAMPLING = 4
-POSITION_STEP = 0.5  # pixels between the positions tried
+SUPERSAMPLING = 4  # samples per pixel and axis when templates are rendered
+POSITION_STEP = 0.5  # pixels between the tested positions
 SLACK = 0.5  # pixels by which an object may exceed the sizes and shifts of the scenes
-CHUNK = 256  # images, or cells, processed at a time
+CHUNK = 256  # images or cells per step: bounds the memory
 
 
 @dataclass(frozen=True)
 class Tolerances:
-    """Deviations from a perfect rendering that are accepted, in levels of 255.
+    """Accepted deviations from a perfect rendering, in levels of 0 to 255.
 
-    Chosen such that reconstructions of at least 28 dB pass and strong blur, blends and shuffled tiles fail.
+    Tuned so that reconstructions of at least 28 dB pass, and strong blur, blends and shuffled tiles fail.
     """
 
-    empty: float = 16.0  # root mean square difference from the background in an empty cell
+    empty: float = 16.0  # RMS difference from the background in an empty cell
     blob: float = 60.0  # largest 3 x 3 mean of the residual
-    dark: float = 25.0  # how far a background may lie below the scenes' darkest
-    local: float = 18.0  # how far the background of a cell may lie from that of the image
-    residual: float = 0.25  # share of an object's energy that its template does not explain
+    dark: float = 25.0  # distance of a background below the darkest of the scenes
+    local: float = 18.0  # distance of a cell's background from that of the image
+    residual: float = 0.25  # fraction of an object's energy that its template does not explain
     color: float = 60.0  # Euclidean distance of an object's colour from the palette's
-    margin: float = 1.1  # least ratio of the second-best shape's residual to the best one's
+    margin: float = 1.1  # lower limit of the ratio of second-best to best residual over shapes
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class SceneDetection:
-    """The objects of one image; none, and a `reason`, if something in it is unexplained (not `clean`)."""
+    """The objects of one image; if anything is unexplained, not `clean`: no objects, and a `reason`."""
 
     clean: bool
     objects: tuple[DetectedObject, ...]
@@ -66,11 +66,11 @@ class SceneDetection:
 
     @property
     def key(self) -> Counter:
-        """Shape, colour, texture and cell of each object: equal for equal scenes."""
+        """Counts of (shape, colour, texture, cell): equal for equal scenes."""
         return Counter((o.shape, o.color, o.texture, o.cell) for o in self.objects)
 
     def geneval(self) -> tuple[dict[str, list[list[float]]], dict[str, list[str]]]:
-        """Boxes with scores per class, best first, and their colours, as the GenEval scorer expects them."""
+        """Boxes with scores per class, best first, and their colours, in the format of the GenEval scorer."""
         boxes: dict[str, list[list[float]]] = {}
         colors: dict[str, list[str]] = {}
         for found in sorted(self.objects, key=lambda o: -o.score):
@@ -80,13 +80,13 @@ class SceneDetection:
 
 
 def same_scene(detection: SceneDetection, scene: dict[str, Any]) -> bool:
-    """Whether exactly the objects of a scene of `captions.json` are detected."""
+    """Whether the detected objects are exactly those of a scene of `captions.json`."""
     wanted = Counter((o["shape"], o["color"], o["texture"], tuple(o["cell"])) for o in scene["objects"])
     return detection.clean and detection.key == wanted
 
 
 def only_object(detection: SceneDetection, shape: str, color: str, cell: Sequence[int] | None = None) -> bool:
-    """Whether a single object is detected, of this shape and colour (and in this grid cell)."""
+    """Whether exactly one object is detected, with this shape and colour (and grid cell)."""
     if len(detection.objects) != 1:
         return False
     found = detection.objects[0]
@@ -102,12 +102,13 @@ class ScenesDetector:
         self.cell = self.size // self.grid
         self.palette = {name: np.array(color, np.float32) for name, color in description["palette"].items()}
         self.shapes = [shape for shape, _ in description["outlines"].items()]
+        # "light" is the range of background levels; older files have none: any background passes
         self._darkest = description.get("light", [0, 255])[0] - self.tolerances.dark
         self._description = description
 
     @classmethod
     def from_file(cls, path: str | Path, tolerances: Tolerances = Tolerances()) -> "ScenesDetector":
-        """The detector for a `scenes.json`, or for a folder with one.
+        """The detector for a `scenes.json`, or for a folder that contains one.
 
         Raises:
             UserError: the file is missing or does not describe scenes.
@@ -129,7 +130,7 @@ class ScenesDetector:
         """Detect objects in images, (B, H, H, 3) uint8 or a sequence of (H, H, 3) arrays or PIL images.
 
         Raises:
-            UserError: an image is not of the scenes' size.
+            UserError: an image does not have the size of the scenes.
         """
         batch = np.stack([np.asarray(image) for image in images]) if len(images) else None
         if batch is None:
@@ -147,11 +148,12 @@ class ScenesDetector:
         """Detect objects in (B, H, H, 3)."""
         cells = self._cells(batch.astype(np.float32))  # (B, G, c, c, 3)
         background = self._background(cells)  # (B, G, c, c, 3), a plane per image
+        # shapes do not reach the rim of their cell, so the rim shows the background
         rim = _rim(cells - background)  # (B, G, R, 3)
         local = np.median(rim, axis=2)  # (B, G, 3)
         off = (np.abs(local).max(axis=2) > self.tolerances.local).any(axis=1)
         off |= (background.mean(axis=(1, 2, 3)) < self._darkest).any(axis=1)
-        # A cell deviates from its own background, not the image's: a reconstruction may tint single cells.
+        # compare with the background of the cell, not of the image: reconstructions may tint single cells
         ground = background + local[:, :, None, None]
         difference = cells - ground
         full = np.sqrt((difference**2).mean(axis=(2, 3, 4))) > self.tolerances.empty
@@ -165,7 +167,7 @@ class ScenesDetector:
         detections = []
         for b in range(len(batch)):
             results = [found[b, g] for g in range(self.grid**2) if (b, g) in found]
-            bad = [r for r in results if isinstance(r, str)]  # one unexplained cell rejects the image
+            bad = [r for r in results if isinstance(r, str)]  # one unexplained cell rejects the whole image
             bad += ["background"] if off[b] else []
             objects = () if bad else tuple(r for r in results if isinstance(r, DetectedObject))
             detections.append(SceneDetection(not bad, objects, bad[0] if bad else ""))
@@ -178,19 +180,21 @@ class ScenesDetector:
         return np.ascontiguousarray(cut.reshape(-1, g * g, c, c, 3))
 
     def _background(self, cells: np.ndarray) -> np.ndarray:
-        """The background of each image: the median of the cells' rims, or a plane fitted to them."""
+        """The background of each image: the median over the rims of its cells, or a plane fitted to them."""
         rim = _rim(cells)
         flat = rim.reshape(len(cells), -1, 3)
         ground = np.median(flat, axis=1)[:, None, None, None]
         if not self._description.get("gradient"):
             return np.broadcast_to(ground, cells.shape)
+        # least squares per image: value = a x + b y + c on the rim pixels near the median
         at = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size - 0.5
         y, x = np.meshgrid(at, at, indexing="ij")
         plane = self._cells(np.stack([x, y, np.ones_like(x)], axis=2)[None])  # (1, G, c, c, 3): x, y, 1
         design = _rim(plane).reshape(-1, 3)
         keep = np.abs(flat - ground[:, 0, 0]).max(axis=2) < self._description["gradient"] + 16
         planes = []
-        for values, good in zip(flat, keep):  # the second fit leaves out what lies off the first plane
+        for values, good in zip(flat, keep):
+            # two fits: the second excludes outliers of the first
             for _ in range(2):
                 usable = good if good.sum() > 8 else np.ones_like(good)
                 solution = np.linalg.lstsq(design[usable], values[usable], rcond=None)[0]
@@ -209,7 +213,8 @@ class ScenesDetector:
             about["outlines"].items(), about.get("textures", ["plain"]), sizes
         ):
             fine, unit = _supersampled_shape(outline, texture, size, self.cell, steps, about.get("pale", 1.0))
-            pixels = _box_means(fine, SUPERSAMPLING)  # coverage of a pixel that starts at each sample
+            pixels = _box_means(fine, SUPERSAMPLING)  # coverage of the pixel that starts at each sample
+            # a shift by one step is a shift by `unit` samples: slice instead of rendering again
             for right, down in itertools.product(range(-steps, steps + 1), repeat=2):
                 rows, columns = (
                     slice(first, first + (self.cell - 1) * SUPERSAMPLING + 1, SUPERSAMPLING)
@@ -228,22 +233,24 @@ class ScenesDetector:
     def _fit(
         self, difference: np.ndarray, ground: np.ndarray, where: np.ndarray
     ) -> list["DetectedObject | str"]:
-        """For each cell (M, c, c, 3) the object that explains it, or one word on why none does."""
+        """Per cell (M, c, c, 3) the object that explains it, or one word with the reason why none does."""
         matrix, norms, kinds = self._templates
         flat = difference.reshape(len(difference), -1, 3)
         energy = (flat**2).sum(axis=(1, 2)) + 1e-6
-        # An object is a colour times a coverage, so its cell has rank one: project on the main colour axis
-        # and compare the energy that each template explains there.
+        # an object is coverage x colour, so its cell has rank one: project on the main colour axis and
+        # compare the energy that each template explains there, (flat . axis . template)^2 / |template|^2
         _, axes = np.linalg.eigh(np.einsum("mpi,mpj->mij", flat, flat))
         gain = (np.einsum("mpi,mi->mp", flat, axes[:, :, -1]) @ matrix.T) ** 2 / norms  # (M, T)
         best = gain.argmax(axis=1)
         by_shape = [gain[:, self._shape_of == index].max(axis=1) for index in range(len(self.shapes))]
         residuals = np.sort(1 - np.stack(by_shape, axis=1) / energy[:, None], axis=1)  # per shape, best first
+        # least-squares colour of the best template, and the residual without it
         mask = matrix[best]  # (M, P)
         amount = np.einsum("mp,mpi->mi", mask, flat) / norms[best][:, None]
         left = flat - mask[:, :, None] * amount[:, None]
         residual = (left**2).sum(axis=(1, 2)) / energy
         blobs = _blob(left.reshape(difference.shape)[:, None])[:, 0]
+        # mean background under the mask: colour = background + amount
         base = (mask[:, :, None] * ground.reshape(flat.shape)).sum(axis=1) / mask.sum(axis=1)[:, None]
         results: list[DetectedObject | str] = []
         for m, cell in enumerate(where):
@@ -284,7 +291,7 @@ def _rim(cells: np.ndarray) -> np.ndarray:
 
 
 def _blob(difference: np.ndarray) -> np.ndarray:
-    """Largest 3 x 3 mean of any channel, (B, G)."""
+    """Largest absolute 3 x 3 mean of any channel, (B, G)."""
     c = difference.shape[2] - 2
     rows = np.sum([difference[:, :, i : c + i] for i in range(3)], axis=0)
     means = np.sum([rows[:, :, :, i : c + i] for i in range(3)], axis=0) / 9
@@ -293,6 +300,7 @@ def _blob(difference: np.ndarray) -> np.ndarray:
 
 def _box_means(fine: np.ndarray, side: int) -> np.ndarray:
     """Means of all side x side boxes of (S, S), as (S - side + 1, S - side + 1) float32."""
+    # summed-area table
     sums = np.pad(fine.astype(np.float64), ((1, 0), (1, 0))).cumsum(axis=0).cumsum(axis=1)
     boxes = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     return (boxes / side**2).astype(np.float32)
@@ -301,7 +309,7 @@ def _box_means(fine: np.ndarray, side: int) -> np.ndarray:
 def _supersampled_shape(
     outline: Sequence, texture: str, size: float, cell: int, steps: int, pale: float
 ) -> tuple[np.ndarray, int]:
-    """Coverage of a shape in the middle of a cell, supersampled, with a border for shifts by `steps`.
+    """Supersampled coverage of a shape in the centre of a cell, with a border for shifts by `steps`.
 
     Returns (S, S) float32 in [0, 1], S = SUPERSAMPLING * cell + 2 * steps * unit, and the samples per step.
     """
@@ -313,7 +321,7 @@ def _supersampled_shape(
     for ring in outline:
         corners = np.asarray(ring, np.float32) * size
         for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0)):
-            if y0 != y1:  # a ray to the right crosses this edge: even-odd rule
+            if y0 != y1:  # even-odd rule: toggle where a ray to the right crosses this edge
                 inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     weight = np.ones((count, count), np.float32)
     if texture == "striped":

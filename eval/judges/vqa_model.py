@@ -1,4 +1,4 @@
-"""An image-text model of transformers from a local folder, as a judge of generated images."""
+"""An image-text model of transformers as a judge of generated images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,17 +21,17 @@ from ..core.model import model_fingerprint
 
 
 class VqaModel:
-    """A folder that AutoModelForImageTextToText can load, without network access.
+    """A local model that AutoModelForImageTextToText can load.
 
     Raises:
-        UserError: the folder is missing or holds no such model.
+        UserError: the folder is missing or not such a model.
     """
 
     def __init__(self, folder: str | Path, device: str = "cpu"):
         import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        path = existing(folder, "It is what --vqa-model names: a folder in transformers' layout.")
+        path = existing(folder, "--vqa-model must be a folder in transformers' layout.")
         # bfloat16 is slow on most CPUs
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         try:
@@ -44,15 +44,17 @@ class VqaModel:
             ) from error
         self.model = self.model.to(device).eval()
         self.tokens = self.processor.tokenizer
-        self.tokens.padding_side = "left"  # the next token of every row is then at the last position
-        # LLaMA's tokenizer has none, and batches need padding
+        self.tokens.padding_side = (
+            "left"  # so that the next token of every row is predicted at the last position
+        )
+        # LLaMA's tokenizer has no pad token
         if self.tokens.pad_token is None:
             self.tokens.pad_token = self.tokens.eos_token
         self.device = device
         self.about: dict[str, Any] = {"model": path.name, "fingerprint": model_fingerprint(path)}
 
     def _inputs(self, images: Sequence[Image.Image], questions: Sequence[str]):
-        """A batch for the model, in its chat template, or in LLaVA's format if it has none."""
+        """The inputs of a batch, in the model's chat template or, without one, LLaVA's format."""
         if getattr(self.processor, "chat_template", None):
             content = [[{"type": "image"}, {"type": "text", "text": q}] for q in questions]
             texts = [
@@ -69,7 +71,7 @@ class VqaModel:
     def probabilities(
         self, images: Sequence[Image.Image], questions: Sequence[str], answer: str
     ) -> list[float]:
-        """The probability of the answer's first token as the next token, for each image."""
+        """Per image the probability that the next token is the first token of `answer`."""
         import torch
 
         token = self.tokens(answer, add_special_tokens=False).input_ids[0]
@@ -86,7 +88,7 @@ class VqaModel:
         batch = self._inputs(images, questions)
         with torch.inference_mode():
             ids = self.model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
-        # generate() returns the prompt too
+        # generate() returns prompt and answer
         new = ids[:, batch["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokens.batch_decode(new, skip_special_tokens=True)]
 
@@ -103,11 +105,11 @@ def read_vqa_findings(
     """The findings of `file` in the run folder if it exists, else `key` of the judge pass `kind`.
 
     Args:
-        file: lines {"index", ..., "model"}.
-        check: (line of the file, where it stands) -> its finding; UserError if it is malformed.
+        file: name of a file of lines {"index", ..., "model"}.
+        check: (line, location for the error text) -> the finding; UserError if it is malformed.
 
     Raises:
-        UserError: there are neither.
+        UserError: there is neither.
     """
     path = folder / file
     if path.exists():

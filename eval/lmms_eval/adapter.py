@@ -1,7 +1,7 @@
 """An adapter for lmms-eval: `--model open_unitok --model_args pretrained=FOLDER`, simple and chat tasks.
 
-lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`. Only `models` imports lmms-eval
-itself. lmms-eval passes all requests at once, so batches are formed here.
+lmms-eval finds `manifest` through the entry-point group `lmms_eval.models`; only the module `models` imports
+lmms-eval. It passes all requests at once, so batches are formed here.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ NAME, ALIASES = "open_unitok", ("unitok",)
 
 
 class VisualRequest(NamedTuple):
-    """Images, a text that may mark their positions, and the generation options."""
+    """Images, a text that may contain image marks, and generation options."""
 
     images: list[Any]
     text: str
@@ -25,7 +25,7 @@ class VisualRequest(NamedTuple):
 
 
 def manifest() -> Any:
-    """What lmms-eval registers: name, aliases, and the classes for simple and chat tasks."""
+    """The entry point: name, aliases, and the classes for simple and chat tasks."""
     from lmms_eval.models.registry_v2 import ModelManifest  # pyright: ignore[reportMissingImports]
 
     module = "open_unitok.eval.lmms_eval.models"
@@ -40,7 +40,7 @@ def manifest() -> Any:
 def load_lmms_pipeline(
     pretrained: str, device: str | None, dtype: str | None, local_rank: int = 0
 ) -> Pipeline:
-    """The pipeline of a folder or hub id; with several processes, each on its own GPU."""
+    """The pipeline of a folder or hub id; every process uses its own GPU."""
     # lmms-eval passes None unless --device is given
     device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Pipeline.from_pretrained(pretrained, f"cuda:{local_rank}" if device == "cuda" else device, dtype)
@@ -84,13 +84,13 @@ def generation_options(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str
     longest = int(wanted.pop("max_new_tokens", 128))
     beams, top_p = int(wanted.pop("num_beams", 1)), wanted.pop("top_p", None)
     temperature = float(wanted.pop("temperature", 0.0))
-    # do_sample with temperature 0 means greedy decoding
+    # some tasks pass do_sample with temperature 0 and mean greedy decoding
     sampled = wanted.pop("do_sample", temperature > 0)
     options: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     if sampled and temperature > 0:
         options |= {"do_sample": True, "temperature": temperature}
         options |= {} if top_p is None else {"top_p": float(top_p)}
-    for ignored in ("image_aspect_ratio", "use_cache"):  # meant for other models, without effect here
+    for ignored in ("image_aspect_ratio", "use_cache"):  # options of other models, without effect here
         wanted.pop(ignored, None)
     if wanted:
         raise UserError(f"The task has unsupported generation options: {', '.join(sorted(wanted))}.")
@@ -98,7 +98,7 @@ def generation_options(wanted: dict[str, Any]) -> tuple[list[str], int, dict[str
 
 
 def truncate_at_stops(text: str, until: Sequence[str]) -> str:
-    """The text before the first stop string."""
+    """The text up to the first stop string."""
     for stop in until:
         text = text.split(stop)[0] if stop else text
     return text.strip()
@@ -108,7 +108,7 @@ def images_of(visuals: Any) -> list[Any]:
     """The result of a task's `doc_to_visual` as a list of RGB images.
 
     Raises:
-        UserError: something other than an image, such as the path of a video.
+        UserError: not an image, e.g. the path of a video.
     """
     visuals = [] if visuals is None else visuals if isinstance(visuals, (list, tuple)) else [visuals]
     for visual in visuals:
@@ -120,10 +120,10 @@ def images_of(visuals: Any) -> list[Any]:
 
 
 def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
-    """Chat messages -> (images, text with a mark at the position of each); turns are joined by newlines.
+    """Chat messages -> (images, text with an image mark per image); messages are joined by newlines.
 
     Raises:
-        UserError: a video or audio.
+        UserError: a message contains video or audio.
     """
     images, parts = [], []
     for message in messages:
@@ -143,13 +143,13 @@ def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:
 def continuation_loss(
     pipeline: Pipeline, images: Sequence[Any], text: str, continuation: str
 ) -> tuple[float, bool]:
-    """(sum of -log p over the tokens of the continuation, whether greedy decoding generates it)."""
+    """(sum of -log p over the tokens of the continuation, whether greedy decoding would generate it)."""
     processor, model = pipeline.processor, pipeline.model
     prompt = processor.question_ids(text, len(images))
     target = processor.text_tokenizer(continuation.strip(), add_special_tokens=False)["input_ids"]
     if not target:
         raise UserError(f"The option {continuation!r} has no tokens.")
-    # images are encoded once, for the prompt; the continuation is text
+    # all images are in the prompt
     codes = pipeline.encode_for_reading(list(images))
     ids = torch.tensor([[*prompt, *target]], device=model.device)
     logits = model(input_ids=ids, image_codes=codes.to(model.device), return_logits=True).logits

@@ -13,12 +13,12 @@ from . import adapter
 
 
 class OpenUniTok(Base):
-    """For simple tasks: a text, and images separately.
+    """Model class for simple tasks, whose images are separate from the text.
 
     Args:
         pretrained: a model folder or hub id.
         batch_size: requests per batch.
-        device: None = cuda if available; with several processes, each uses its own GPU.
+        device: None = cuda if available; every process uses its own GPU.
         dtype: None = bfloat16 on cuda, float32 elsewhere.
     """
 
@@ -37,12 +37,12 @@ class OpenUniTok(Base):
         if more:
             raise UserError(f"--model_args has unknown keys: {', '.join(sorted(more))}.")
         self.pipeline = adapter.load_lmms_pipeline(pretrained, device, dtype, distributed.local_rank())
-        # lmms-eval also accepts "auto"
+        # "auto" is valid in lmms-eval
         self.batch_size = int(batch_size) if str(batch_size).isdigit() else int(max_batch_size or 32)
 
     @property
     def device(self) -> Any:
-        """The model's device; lmms-eval gathers results there."""
+        """The model's device, on which lmms-eval gathers results."""
         return self.pipeline.device
 
     def document(self, task: str, split: str, number: int) -> Any:
@@ -56,10 +56,11 @@ class OpenUniTok(Base):
         return adapter.VisualRequest(images, _without_marks(text), dict(options))
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests; images are opened in pieces of 16 batches."""
+        """Answers in the order of the requests."""
         answers: list[str] = []
         with tqdm(total=len(requests), desc="answers", disable=self.rank != 0) as bar:
-            size = 16 * self.batch_size  # large enough to group equal options, small enough for memory
+            # 16 batches at a time: enough to group equal options, and images fit into memory
+            size = 16 * self.batch_size
             for start in range(0, len(requests), size):
                 part = [self.question(request.args) for request in requests[start : start + size]]
                 answers += adapter.answer_requests(self.pipeline, part, self.batch_size, bar.update)
@@ -68,7 +69,7 @@ class OpenUniTok(Base):
         return answers
 
     def loglikelihood(self, requests: list[Any]) -> list[Any]:
-        """Losses of options: lmms-eval picks the smallest, after unwrapping each result once."""
+        """(loss, is greedy) of each answer option; lmms-eval chooses the option with the smallest loss."""
         results = []
         for request in tqdm(requests, desc="options", disable=self.rank != 0):
             text, target, visuals, number, task, split = request.args
@@ -77,6 +78,7 @@ class OpenUniTok(Base):
             found = adapter.continuation_loss(
                 self.pipeline, adapter.images_of(visuals(document)), _without_marks(text), option
             )
+            # lmms-eval unwraps one GenerationResult per request
             results.append(GenerationResult(text=found))  # pyright: ignore[reportArgumentType]
         return results
 
@@ -86,7 +88,7 @@ class OpenUniTok(Base):
 
 
 class OpenUniTokChat(OpenUniTok):
-    """For chat tasks: messages, with images at their positions in the text."""
+    """Model class for chat tasks, whose images have positions in the text."""
 
     is_simple = False
 
@@ -98,5 +100,5 @@ class OpenUniTokChat(OpenUniTok):
 
 
 def _without_marks(text: str) -> str:
-    """The text of a simple task without image marks: its images are placed before the text."""
+    """The text without image marks: images of a simple task come before the text."""
     return text.replace(adapter.IMAGE_MARK, "").strip()

@@ -1,1 +1,1 @@
-"""Image and feature metrics: PSNR, SSIM, FID."""
+"""Metrics of images and features: PSNR, SSIM, FID, Inception Score, KID, VQAScore."""

@@ -1,6 +1,6 @@
-"""FID, Inception Score, KID, precision and recall, computed in float64 from features of images.
+"""FID, Inception Score, KID, precision and recall in float64, from the features of `inception`.
 
-The features come from `inception`. N and M images, D features, C classes.
+N and M images, D features, C classes.
 """
 
 import itertools
@@ -23,10 +23,10 @@ class Moments(NamedTuple):
 
 
 def compute_moments(batches: Iterable[np.ndarray]) -> Moments:
-    """Moments of batches (B, D) of features, in memory independent of their number.
+    """Moments of feature batches (B, D) in one pass, without keeping the batches.
 
     Raises:
-        UserError: fewer than two images, or features that are not finite.
+        UserError: fewer than two images, or non-finite features.
     """
     n, total, products, origin = 0, np.zeros(()), np.zeros(()), np.zeros(())
     for batch in batches:
@@ -34,31 +34,30 @@ def compute_moments(batches: Iterable[np.ndarray]) -> Moments:
         if not np.isfinite(batch).all():
             raise UserError("Features hold NaN or infinity; check the images and the Inception weights.")
         if n == 0:
-            origin = batch.mean(axis=0)  # sums about a typical value avoid cancellation
+            # sums about a typical value avoid cancellation in E[xy] - E[x]E[y]
+            origin = batch.mean(axis=0)
             total, products = np.zeros_like(origin), np.zeros((len(origin), len(origin)))
         centred = batch - origin
         n, total, products = n + len(batch), total + centred.sum(axis=0), products + centred.T @ centred
     if n < 2:
         raise UserError(f"FID needs at least two images on either side, got {n}.")
-    # E[xy] - E[x]E[y] about the origin, in the N - 1 convention of numpy and all FID packages
+    # (sum xy - n mean mean) / (n - 1) about the origin, as np.cov and all FID packages
     shift = total / n
     return Moments(origin + shift, (products - n * np.outer(shift, shift)) / (n - 1), n)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) (arXiv 1706.08500), never below 0.
-
-    The trace of the root is that of (R S2 R)^1/2 with R the root of S1. That matrix is symmetric, so singular
-    covariances need no epsilon on the diagonal.
-    """
+    """|m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^1/2) (arXiv 1706.08500), clipped at 0."""
     if a.mean.shape != b.mean.shape:
         raise UserError(
             f"FID statistics have {a.mean.size} and {b.mean.size} features; use those of one layer."
         )
-    values, vectors = scipy.linalg.eigh(a.covariance)  # clip: round-off gives slightly negative eigenvalues
-    # R = S1^1/2 from the eigendecomposition of the symmetric S1
+    # tr((S1 S2)^1/2) = tr((R S2 R)^1/2) with R = S1^1/2. R S2 R is symmetric, so singular covariances (fewer
+    # images than features) need no epsilon on the diagonal, unlike scipy.linalg.sqrtm of S1 S2.
+    values, vectors = scipy.linalg.eigh(a.covariance)
+    # clip: round-off makes zero eigenvalues slightly negative
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # symmetrised: eigvalsh reads one triangle only
+    # symmetrise: eigvalsh reads one triangle only
     inner = root @ b.covariance @ root
     overlap = np.sqrt(scipy.linalg.eigvalsh((inner + inner.T) / 2).clip(0)).sum()
     distance = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance)
@@ -66,11 +65,11 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) -> tuple[float, float]:
-    """torch-fidelity's score: (N, C) logits without bias -> mean and population deviation over splits."""
+    """torch-fidelity's score: (N, C) logits without bias -> mean and population std over splits."""
     n = len(logits)
     if n < splits:
         raise UserError(f"The Inception Score in {splits} splits needs at least {splits} images, got {n}.")
-    # torch-fidelity shuffles with this seed before it splits
+    # 2020: the seed of torch-fidelity
     order = np.random.RandomState(2020).permutation(n) if shuffle else np.arange(n)
     # splits differ by at most one image if n is not a multiple
     bounds = [i * n // splits for i in range(splits + 1)]
@@ -79,18 +78,18 @@ def inception_score(logits: np.ndarray, splits: int = 10, shuffle: bool = True) 
 
 
 def inception_score_adm(logits: np.ndarray, block: int = 5000) -> float:
-    """ADM's Inception Score: the mean over consecutive blocks, a shorter last one included; order matters."""
+    """ADM's Inception Score: the mean over consecutive blocks, including a shorter last one."""
     return float(np.mean([_block_score(logits[i : i + block]) for i in range(0, len(logits), block)]))
 
 
 def _block_score(logits: np.ndarray) -> float:
-    """exp of the mean KL divergence between the class distribution of an image and that of the block."""
-    # in float64: sums over 1008 classes lose digits in float32
+    """exp(E[KL(p(y|x) || p(y))]) over one block of logits."""
+    # float64: sums over 1008 classes lose digits in float32
     logs = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
-    shares = np.exp(logs)
-    # the marginal class distribution of the block
-    mean = shares.mean(axis=0)
-    return float(np.exp((shares * (logs - np.log(mean.clip(1e-300)))).sum(axis=1).mean()))
+    probabilities = np.exp(logs)
+    # the marginal p(y)
+    mean = probabilities.mean(axis=0)
+    return float(np.exp((probabilities * (logs - np.log(mean.clip(1e-300)))).sum(axis=1).mean()))
 
 
 def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
@@ -98,13 +97,13 @@ def squared_mmd(x: np.ndarray, y: np.ndarray) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     n, m, d = len(x), len(y), x.shape[1]
     xx, yy, xy = ((p @ q.T / d + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-    # unbiased: pairs of an image with itself are left out
+    # unbiased: exclude pairs of an image with itself
     within = (xx.sum() - np.trace(xx)) / (n * (n - 1)) + (yy.sum() - np.trace(yy)) / (m * (m - 1))
     return float(within - 2 * xy.mean())
 
 
 def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> tuple[float, float]:
-    """Mean and population deviation of `squared_mmd` over random subsets, sampled with torch-fidelity's seed.
+    """Mean and population std of `squared_mmd` over random subsets.
 
     Raises:
         UserError: a subset is larger than a set of images.
@@ -113,7 +112,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> t
         raise UserError(
             f"KID with subsets of {size} needs as many images on either side, got {len(x)} and {len(y)}."
         )
-    # torch-fidelity's seed and order of subsets, so that values agree exactly
+    # seed and order of subsets of torch-fidelity, so that values agree exactly
     random = np.random.RandomState(2020)
     values = []
     for _ in range(subsets):
@@ -123,7 +122,7 @@ def kid(x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000) -> t
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares of samples in the reference's manifold and of references in the samples' manifold."""
+    """Fraction of samples in the reference manifold, and of references in the sample manifold."""
 
     precision: float
     recall: float
@@ -140,9 +139,10 @@ def precision_recall(
 def manifold_membership(
     reference: np.ndarray, samples: np.ndarray, k: int = 3, rows: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Masks of samples (M,) in the reference's manifold and of references (N,) in the samples' manifold.
+    """Masks of samples (M,) in the reference manifold and of references (N,) in the sample manifold.
 
-    A manifold is the union of balls around its points that reach to the k-th neighbour (arXiv 1904.06991).
+    A manifold is the union of balls around the points of a set, with the distance to the k-th neighbour as
+    radius (arXiv 1904.06991).
     ADM's evaluator computes distances in float16, so single images may differ.
 
     Args:
@@ -155,10 +155,10 @@ def manifold_membership(
             f"got {len(reference)} and {len(samples)}."
         )
     reference, samples = np.asarray(reference, np.float64), np.asarray(samples, np.float64)
-    # the radius of a point is the distance to its k-th neighbour in its own set
+    # radius: the distance to the k-th neighbour in the same set
     radii_r, radii_s = _squared_radii(reference, k, rows), _squared_radii(samples, k, rows)
     inside_r, inside_s = np.zeros(len(samples), bool), np.zeros(len(reference), bool)
-    # in blocks of rows: the whole distance matrix of 50,000 images takes 20 GB
+    # blocks of rows: the distance matrix of 50,000 images would take 20 GB
     for start in range(0, len(samples), rows):
         squares = _squared_distances(samples[start : start + rows], reference)
         inside_r[start : start + rows] = (squares <= radii_r).any(axis=1)

@@ -15,12 +15,12 @@ K1, K2 = 0.01, 0.03
 
 
 class SSIMConvention(NamedTuple):
-    """1-D window, data range, scale of the pixel values, kind of covariance, border handling."""
+    """One of the SSIM variants in use; published numbers differ by variant."""
 
-    window: tuple[float, ...]
-    data_range: float
-    scale: float
-    sample_covariance: bool
+    window: tuple[float, ...]  # 1-D, applied along both axes
+    data_range: float  # L of the formula
+    scale: float  # factor on the 8-bit pixel values
+    sample_covariance: bool  # divide by N - 1 instead of N
     mirror_border: bool
 
 
@@ -43,11 +43,11 @@ SSIM_MODES = {
 def psnr(originals: np.ndarray, reconstructions: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio in dB with range 255, one value per image (B,); at most 100.
 
-    Published tables average these; the PSNR of the mean error over all images is another number.
+    Published tables average PSNR over images, which is not the PSNR of the average error.
     """
     a, b = _as_batch(originals, reconstructions)
     error = ((a - b) ** 2).reshape(len(a), -1).mean(axis=1)
-    # identical images have error 0, which the minimum turns into 100 dB
+    # identical images: error 0, infinite PSNR, clipped to 100 dB
     with np.errstate(divide="ignore"):
         return np.minimum(10 * np.log10(255.0**2 / error), 100.0)
 
@@ -67,27 +67,27 @@ def ssim(originals: np.ndarray, reconstructions: np.ndarray, mode: str = "skimag
         raise UserError(
             f"Images of {a.shape[2]}x{a.shape[1]} are smaller than SSIM's window of {size}x{size} pixels."
         )
-    # torchmetrics pads, the others average over positions where the window fits
+    # torchmetrics pads by reflection; the others average over valid positions only
     if kind.mirror_border:
         pad = ((0, 0), (size // 2, size // 2), (size // 2, size // 2), (0, 0))
         a, b = np.pad(a, pad, mode="reflect"), np.pad(b, pad, mode="reflect")
     blur = _separable_filter(kind.window)
     mean_a, mean_b = blur(a), blur(b)
-    # skimage's default estimates (co)variances with N - 1; Wang's original uses the window's weights
+    # skimage divides (co)variances by N - 1 by default; Wang's original uses the window weights
     correction = size**2 / (size**2 - 1) if kind.sample_covariance else 1.0
     var_a = correction * (blur(a * a) - mean_a**2)
     var_b = correction * (blur(b * b) - mean_b**2)
     covariance = correction * (blur(a * b) - mean_a * mean_b)
-    # stabilisers of the published formula
+    # C1 = (K1 L)^2 and C2 = (K2 L)^2 keep the ratios stable
     c1, c2 = (K1 * kind.data_range) ** 2, (K2 * kind.data_range) ** 2
-    # the two factors of SSIM; contrast and structure are merged, as in all implementations
+    # SSIM = luminance x (contrast x structure); the latter two merge since C3 = C2 / 2
     luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     structure = (2 * covariance + c2) / (var_a + var_b + c2)
     return (luminance * structure).reshape(len(a), -1).mean(axis=1)
 
 
 def _separable_filter(window: Sequence[float]) -> Callable[[np.ndarray], np.ndarray]:
-    """A function that correlates (B, H, W, C) with the window along H and W, valid positions only."""
+    """Returns a function that correlates (B, H, W, C) with the window along H and W, valid positions only."""
 
     def along(x: np.ndarray, axis: int) -> np.ndarray:
         length = x.shape[axis] - len(window) + 1
@@ -122,15 +122,16 @@ class CodebookUsage:
             raise UserError(
                 f"Codes range from {codes.min()} to {codes.max()}, but a sub-codebook has {v} entries."
             )
-        # bincount per sub-codebook: entry i of two sub-codebooks is not the same vector
+        # one histogram per sub-codebook: equal indices are different vectors
         self.counts += np.stack([np.bincount(codes[:, i], minlength=v) for i in range(k)])
 
     def usage(self) -> np.ndarray:
-        """Share of entries that occur at least once, per sub-codebook (K,)."""
+        """Fraction of entries that occur at least once, per sub-codebook (K,)."""
         return (self.counts > 0).mean(axis=1)
 
     def perplexity(self) -> np.ndarray:
-        """exp(entropy) of the entries' frequencies, per sub-codebook (K,); V if all are equal."""
+        """exp(entropy) of the entry frequencies, per sub-codebook (K,); V if all are equally frequent."""
+        # log 1 = 0 for unused entries: 0 log 0 = 0
         share = self.counts / np.maximum(self.counts.sum(axis=1, keepdims=True), 1)
         logs = np.log(np.where(share > 0, share, 1.0))
         return np.exp(-(share * logs).sum(axis=1))

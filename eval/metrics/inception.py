@@ -1,8 +1,8 @@
-"""The Inception networks of FID and the Inception Score, in the four variants in use.
+"""The Inception network of FID and the Inception Score, in the four variants in use.
 
-One port serves three variants: the network of the 2015 TensorFlow graph, with the parameter names of
-torch-fidelity's published weight file. The variants differ in how they resize an image to 299 x 299, which
-changes FID by more than most papers' gains, so a result names its variant.
+A port of the 2015 TensorFlow graph, with the parameter names of torch-fidelity's weight file, serves three of
+them. Variants differ in how they resize images to 299 x 299, which changes FID by more than the gains of most
+papers, so every result names its variant.
 B images of H x W pixels.
 """
 
@@ -22,11 +22,11 @@ from .inception_weights import Features, find_inception_weights
 
 SIDE = 299
 TAPS = ("64", "192", "768", "2048", "logits_unbiased", "logits")
-WIDTH, CLASSES, SPATIAL = 2048, 1008, 7 * 17 * 17  # of the pooled features, of the logits, of sFID's features
+WIDTH, CLASSES, SPATIAL = 2048, 1008, 7 * 17 * 17  # widths of pooled features, logits and sFID features
 
 
 class Conv(nn.Module):
-    """Convolution without bias, batch norm with the graph's epsilon, ReLU."""
+    """Convolution without bias, batch norm with the epsilon of the graph, ReLU."""
 
     def __init__(self, inputs: int, width: int, kernel: int | tuple[int, int], stride: int = 1, padding=0):
         super().__init__()
@@ -43,7 +43,7 @@ def mean_pool(x: Tensor) -> Tensor:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """3 x 3 max pooling at the same size: the graph's last block has it instead of the average."""
+    """3 x 3 max pooling at the same size; the last block of the graph uses it instead of the average."""
     return F.max_pool2d(x, 3, 1, 1)
 
 
@@ -142,12 +142,12 @@ class Inception(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
-    # batch norm must use its stored statistics, whatever a caller sets
+    # ignore mode: batch norm must always use its stored statistics
     def train(self, mode: bool = True) -> "Inception":
         return super().train(False)
 
     def taps(self, x: Tensor) -> dict[str, Tensor]:
-        """Features (B, width) by torch-fidelity's names, and "spatial", the 2023 values of sFID."""
+        """Features (B, width) by torch-fidelity's names, and "spatial" (B, 2023), the features of sFID."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, 2)
         found = {"64": x.mean(dim=(2, 3))}
@@ -155,7 +155,7 @@ class Inception(nn.Module):
         found["192"] = x.mean(dim=(2, 3))
         x = self.Mixed_6a(self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x))))
         x = self.Mixed_6c(self.Mixed_6b(x))
-        # the graph's mixed_6/conv: first branch of the fourth of these blocks, first seven channels
+        # mixed_6/conv of the graph: the first branch of this block, first seven channels
         found["spatial"] = self.Mixed_6d.branch1x1(x)[:, :7].flatten(1)
         x = self.Mixed_6e(self.Mixed_6d(x))
         found["768"] = x.mean(dim=(2, 3))
@@ -171,14 +171,14 @@ class Inception(nn.Module):
 
 
 def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, side, side), bilinear as in TensorFlow 1: no half pixels, no antialiasing."""
+    """(B, 3, H, W) -> (B, 3, side, side), bilinear as in TensorFlow 1, without antialiasing."""
 
     def along(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        # TensorFlow 1 maps output i to input i * length / side, without the half-pixel offset
         at = torch.arange(side, dtype=torch.float32, device=x.device) * (length / side)
         low = at.floor().long()
         return low, (low + 1).clamp(max=length - 1), at - low
 
-    # TensorFlow 1 maps output i to input i * length / side, without half-pixel offset
     top, bottom, down = along(x.shape[2])
     left, right, across = along(x.shape[3])
     down = down[:, None]
@@ -189,13 +189,13 @@ def resize_tf1(x: Tensor, side: int = SIDE) -> Tensor:
 
 
 def resize_torch(x: Tensor, side: int = SIDE) -> Tensor:
-    """(B, 3, H, W) -> (B, 3, side, side) by torch's bilinear interpolation, as pytorch-fid does it."""
+    """(B, 3, H, W) -> (B, 3, side, side) by torch's bilinear interpolation, as in pytorch-fid."""
     return F.interpolate(x, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def resize_clean(image: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """uint8 (H, W, 3) -> float32 (side, side, 3): Pillow's bicubic per channel in float, not rounded."""
-    # per channel in mode F: Pillow rounds to 8 bits in mode RGB, clean-fid must not
+    """uint8 (H, W, 3) -> float32 (side, side, 3): Pillow's bicubic, as in clean-fid."""
+    # per channel in mode F (float): in mode RGB Pillow rounds to 8 bits
     channels = [
         Image.fromarray(image[:, :, c].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC)
         for c in range(3)
@@ -218,10 +218,10 @@ class PortExtractor:
         self.net, self.resize, self.spatial, self.device = net.to(device), resize, spatial, device
 
     def __call__(self, images: Sequence[np.ndarray]) -> Features:
-        """uint8 (H, W, 3) images, of any sizes -> features in their order."""
+        """uint8 (H, W, 3) images of any sizes -> features in the same order."""
         found = {}
-        # equal sizes share a batch
-        for shape in dict.fromkeys(p.shape for p in images):  # equal sizes share a batch
+        # images of equal size share a batch
+        for shape in dict.fromkeys(p.shape for p in images):
             same = [i for i, p in enumerate(images) if p.shape == shape]
             with torch.inference_mode():
                 taps = self.net.taps(self.resize(stack([images[i] for i in same]).to(self.device)))
@@ -233,7 +233,7 @@ class PortExtractor:
 
 
 class CleanExtractor:
-    """clean-fid's features: NVIDIA's torchscript file, unchanged, after Pillow's bicubic."""
+    """Features of clean-fid: NVIDIA's torchscript file after Pillow's bicubic."""
 
     def __init__(self, path: Path, device: str):
         try:
@@ -246,7 +246,7 @@ class CleanExtractor:
         self.device = device
 
     def __call__(self, images: Sequence[np.ndarray]) -> Features:
-        """uint8 (H, W, 3) images, of any sizes -> pooled features."""
+        """uint8 (H, W, 3) images of any sizes -> pooled features."""
         x = torch.from_numpy(np.stack([resize_clean(p) for p in images])).permute(0, 3, 1, 2)
         with torch.inference_mode():
             pooled = self.layers((x.to(self.device) - 128) / 128)
@@ -256,7 +256,7 @@ class CleanExtractor:
 def load_extractor(
     variant: str, path: str | Path | None, device: str = "cpu"
 ) -> PortExtractor | CleanExtractor:
-    """The feature extractor of a variant, with weights from a local file or a folder that holds it.
+    """The feature extractor of a variant, with weights from a local file or the folder that contains it.
 
     Raises:
         UserError: an unknown variant, a missing file, or weights of another network.
@@ -266,14 +266,14 @@ def load_extractor(
         return CleanExtractor(file, device)
     net = Inception()
     load_exactly(net, _with_counters(read_weights(file)), file)
-    # pytorch-fid resizes values of [0, 1] and then scales; TF1's graph takes (x - 128) / 128
+    # pytorch-fid resizes in [0, 1] and scales to [-1, 1]; the TF1 graph computes (x - 128) / 128
     resizes = {"pytorch-fid": lambda x: 2 * resize_torch(x / 255) - 1}
     resize = resizes.get(variant, lambda x: (resize_tf1(x) - 128) / 128)
     return PortExtractor(net, resize, variant == "adm", device)
 
 
 def _with_counters(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Add the batch-norm counters, unused in evaluation, that some published files lack."""
+    """Add batch-norm counters, which some published files lack; evaluation does not use them."""
     counters = {
         name.replace("running_mean", "num_batches_tracked"): torch.zeros(())
         for name in weights

@@ -26,26 +26,26 @@ RERUN_HINT = "Run `unitok eval run` again with --inception-weights PATH: generat
 def extract_inception_features(
     out: Path, variant: str, weights: str, sets: list[ImageSet], device: str = "cpu", quiet: bool = False
 ) -> None:
-    """Compute the missing features of `sets`; the pieces of 512 images are divided among the ranks."""
+    """Compute the missing features of `sets`, in pieces of 512 images that are divided among the ranks."""
     file = find_inception_weights(variant, weights)
     about = {"variant": variant, "weights": file.name, "fingerprint": sha256(file)}
     folder = open_judge_pass(out, f"inception-{variant}", about)
     folder.mkdir(parents=True, exist_ok=True)
-    # a piece is done if it was computed from the same names, which hold path and size
+    # a stored piece is valid if it was computed from the same names, which contain path and size
     todo = [
         (images, start)
         for images in sets
         for start in range(0, len(images.names), PIECE_SIZE)
         if _stored_piece(folder, images, start) is None
     ]
-    # one rank removes stale pieces; the barriers keep the others from reading them
+    # one rank removes stale pieces; the barrier keeps the others from reading them
     if distributed.is_main():
-        for images in sets:  # pieces beyond the end of a set that has shrunk
+        for images in sets:  # pieces beyond the end, if a set has become smaller
             for path in folder.glob(f"{images.role}-*.npz"):
                 if int(path.stem.rsplit("-", 1)[1]) >= len(images.names):
                     path.unlink()
     distributed.barrier()
-    # interleaved, so that ranks finish together although sets differ in image size
+    # strided, so that ranks finish together although sets differ in image size
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
         net = load_extractor(variant, file, device)
@@ -55,7 +55,7 @@ def extract_inception_features(
 
 
 def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., Features]) -> None:
-    """Compute and save the features of one piece; unreadable images are recorded with the reason."""
+    """Compute and save the features of one piece; unreadable images are recorded with the error."""
     count = min(PIECE_SIZE, len(images.names) - start)
     parts: list[Features] = []
     good, bad = [], []
@@ -75,7 +75,7 @@ def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., F
         for name in Features._fields
         if parts and getattr(parts[0], name) is not None
     }
-    # a kill while writing leaves a hidden file, never half a piece
+    # write and rename: a kill leaves a hidden file, never a partial piece
     temporary = folder / f".{images.role}-{start:08d}.npz"
     np.savez(
         temporary,
@@ -89,17 +89,17 @@ def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., F
 
 
 def _piece_path(folder: Path, role: str, start: int) -> Path:
-    """The file of the piece that starts at an image."""
+    """The file of the piece whose first image has index `start`."""
     return folder / f"{role}-{start:08d}.npz"
 
 
 def _piece_stamp(images: ImageSet, start: int) -> str:
-    """A hash that changes with any image of a piece."""
+    """A hash of the names of the images in a piece."""
     return hashlib.sha256("\n".join(images.names[start : start + PIECE_SIZE]).encode()).hexdigest()
 
 
 def _stored_piece(folder: Path, images: ImageSet, start: int) -> Any:
-    """The piece on disk if it was computed from the same images, else None."""
+    """The piece on disk, or None if it is missing or of other images."""
     path = _piece_path(folder, images.role, start)
     if not path.exists():
         return None
@@ -108,11 +108,11 @@ def _stored_piece(folder: Path, images: ImageSet, start: int) -> Any:
 
 
 class StoredFeatures(NamedTuple):
-    """The features of one image set on disk."""
+    """Features of one image set on disk."""
 
     pieces: list[Path]
     n: int
-    bad: list[str]  # the reason for each image without features
+    bad: list[str]  # "index error" of each unreadable image
 
     def column(self, name: str) -> np.ndarray:
         """All features of a kind: "pooled", "logits" or "spatial"."""
@@ -126,27 +126,27 @@ class StoredFeatures(NamedTuple):
                     yield piece[name]
 
     def moments(self, name: str = "pooled") -> fid.Moments:
-        """Mean and covariance of a kind of features."""
+        """Mean and covariance of a kind of features, without loading all of them."""
         return fid.compute_moments(self.batches(name))
 
     def numbers(self) -> np.ndarray:
-        """The index in its set of each image that has features."""
+        """The indices of the images that have features."""
         return np.concatenate(list(self.batches("good")))
 
     def names(self) -> list[str]:
-        """The name of each image that has features."""
+        """The names of the images that have features."""
         return np.concatenate(list(self.batches("names"))).tolist()
 
 
 def read_inception_features(out: Path, variant: str, role: str) -> StoredFeatures | None:
-    """The features of one set, or None where none were computed."""
+    """The features of one set, or None if none were computed."""
     find_inception_variant(variant)
     found = current_judge_pass(out, f"inception-{variant}")
     pieces = sorted(found[0].glob(f"{role}-*.npz")) if found else []
     if not pieces:
         return None
     n, bad = 0, []
-    # only counts and errors are read here: features stay on disk until a metric needs them
+    # counts and errors only: features stay on disk until a metric needs them
     for path in pieces:
         with np.load(path) as piece:
             n += len(piece["good"])
@@ -155,7 +155,7 @@ def read_inception_features(out: Path, variant: str, role: str) -> StoredFeature
 
 
 def require_inception_features(out: Path, variant: str, role: str) -> StoredFeatures:
-    """`read_inception_features`, or a UserError that names the command to compute them."""
+    """As `read_inception_features`, but UserError if none were computed."""
     found = read_inception_features(out, variant, role)
     if found is None:
         raise UserError(f"{out} has no Inception features ({variant}) of its {role}. {RERUN_HINT}")
@@ -167,26 +167,26 @@ def require_inception_features(out: Path, variant: str, role: str) -> StoredFeat
 
 def reference_images(path: str) -> ImageSet | None:
     """The images of --reference, a folder or an .npz with `arr_0`; None if it holds only statistics."""
-    file = existing(path, "It is what --reference names: a folder of images or an .npz of statistics.")
+    file = existing(path, "--reference must be a folder of images or an .npz.")
     if file.is_dir():
         return images_of_folder("reference", file)
     return images_of_array("reference", file) if "arr_0" in open_npz(file).files else None
 
 
 def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") -> tuple[fid.Moments, str]:
-    """Mean and covariance of the reference, and their origin in words.
+    """Mean and covariance of the reference, and a description of their source.
 
     Raises:
         UserError: an .npz of another variant, or without the statistics needed.
     """
     file = existing(path)
     mean, covariance = ("mu_s", "sigma_s") if name == "spatial" else ("mu", "sigma")
-    # images, not statistics: the judge pass has computed their features
+    # images without statistics: the judge pass has computed their features
     if file.is_dir() or "mu" not in (arrays := open_npz(file)).files:
         return require_inception_features(out, variant, "reference").moments(name), f"images of {path}"
     if mean not in arrays.files:
-        raise UserError(f"{path} holds no {mean} and {covariance}.")
-    # ADM's released files name no variant, but only they hold the statistics of sFID
+        raise UserError(f"{path} has no {mean} and {covariance}.")
+    # ADM's released files have no variant, but only they have statistics of sFID
     own = str(arrays["variant"]) if "variant" in arrays.files else ("adm" if "mu_s" in arrays.files else "")
     if own and own != variant:
         raise UserError(
@@ -194,7 +194,7 @@ def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") 
             "Features of two variants are not comparable."
         )
     n = int(arrays["n"]) if "n" in arrays.files else 0
-    assumed = "" if own else f"; the file names no variant; {variant} is assumed"
+    assumed = "" if own else f"; the file has no variant; {variant} is assumed"
     return fid.Moments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64), n), (
         f"statistics of {file.name}{assumed}"
     )
@@ -229,7 +229,7 @@ def feature_distances(
     prefix: str = "",
     others: StoredFeatures | None = None,
 ) -> FeatureDistances:
-    """FID, KID against `others` if both hold 1000 images, Inception Score; without bootstrap intervals."""
+    """FID; KID against `others` if both have 1000 images; Inception Score. No bootstrap intervals."""
     metrics = {
         f"{prefix}fid": Metric(fid.frechet_distance(samples.moments(), reference[0]), samples.n, None, "fid")
     }
@@ -241,17 +241,17 @@ def feature_distances(
         "images": samples.n,
         "inception": (current_judge_pass(out, f"inception-{variant}") or (None, {}))[1],
     }
-    # KID's published protocol takes subsets of 1000
+    # the published protocol of KID uses subsets of 1000
     if others is not None and min(samples.n, others.n) >= 1000:
         mean, deviation = fid.kid(samples.column("pooled"), others.column("pooled"))
         metrics[f"{prefix}kid"] = Metric(mean, samples.n, None, "kid")
         details["kid deviation over 100 subsets of 1000"] = deviation
-    # ADM's score has its own blocks (imagenet_generation); clean-fid's network has no logits
+    # adm: imagenet_generation computes its score in blocks; clean: the network has no logits
     if variant in ("torch-fidelity", "pytorch-fid") and samples.n >= 10:
         mean, deviation = fid.inception_score(samples.column("logits"))
         metrics["inception_score"] = Metric(mean, samples.n, None, "score")
         details["inception_score deviation over 10 splits"] = deviation
-    # the bias falls with 1 / n: published tables use 5,000 to 50,000 images
+    # the bias of FID is proportional to 1 / n; published tables use 5,000 to 50,000 images
     problems = [f"{samples.n} images are few: FID is biased upwards below about 10,000"] * (
         samples.n < 10_000
     )
@@ -259,7 +259,7 @@ def feature_distances(
 
 
 def unreadable_note(found: StoredFeatures, role: str) -> list[str]:
-    """A line about the images that could not be read."""
+    """A warning about unreadable images."""
     if not found.bad:
         return []
     reason = found.bad[0].split(" ", 1)[1]
@@ -267,6 +267,6 @@ def unreadable_note(found: StoredFeatures, role: str) -> list[str]:
 
 
 def choose_variant(scoring: Options, default: str) -> str:
-    """The variant of the options, else the benchmark's own."""
+    """The variant of the options, else that of the benchmark."""
     find_inception_variant(scoring.inception_variant or default)
     return scoring.inception_variant or default

@@ -1,4 +1,4 @@
-"""The four Inception variants in use: their weight files and features; this module loads no network.
+"""The four Inception variants in use, their weight files and features; imports no network.
 
 B images.
 """
@@ -13,7 +13,7 @@ from open_unitok.tokenizer.loading import find_weights
 
 
 class Features(NamedTuple):
-    """Features of a batch; None where a variant has none.
+    """Features of a batch; None if the variant has no such features.
 
     Attributes:
         pooled: (B, 2048), for FID, KID, precision and recall.
@@ -27,7 +27,7 @@ class Features(NamedTuple):
 
 
 class InceptionVariant(NamedTuple):
-    """The weight file of a variant, where to download it, and what distinguishes its features."""
+    """Weight file of a variant, its download page, and a note for the report."""
 
     file: str
     source: str
@@ -59,8 +59,8 @@ INCEPTION_VARIANTS = {
 
 
 def find_inception_weights(variant: str, path: str | Path | None) -> Path:
-    """The weight file of a variant in a folder, or the file itself; both .pth names hold the same weights."""
-    # torch-fidelity's and pytorch-fid's files differ in name only
+    """The path of a variant's weight file: `path` itself, or the file in the folder `path`."""
+    # the .pth files of torch-fidelity and pytorch-fid contain the same weights: accept either name
     kind = find_inception_variant(variant)
     others = (TORCH_FIDELITY_FILE, INCEPTION_VARIANTS["pytorch-fid"].file)
     names = (kind.file, *others) if kind.file.endswith(".pth") else (kind.file,)
@@ -68,7 +68,7 @@ def find_inception_weights(variant: str, path: str | Path | None) -> Path:
 
 
 def find_inception_variant(variant: str) -> InceptionVariant:
-    """The variant of a name.
+    """The variant of that name.
 
     Raises:
         UserError: there is none.

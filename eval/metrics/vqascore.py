@@ -1,4 +1,4 @@
-"""VQAScore: how sure an image-text model is that an image shows a text (arXiv 2404.01291)."""
+"""VQAScore (arXiv 2404.01291): the probability of "Yes" that an image shows a text."""
 
 from collections.abc import Sequence
 
@@ -11,10 +11,10 @@ QUESTION, ANSWER = 'Does this figure show "{}"? Please answer yes or no.', "Yes"
 
 
 def vqascore(logits: np.ndarray, labels: Sequence[int]) -> float:
-    """(T, V) logits and T label tokens -> exp(-mean cross-entropy); labels of -100 do not count."""
+    """(T, V) logits and T label tokens -> exp(-mean cross-entropy); labels of -100 are ignored."""
     # -100 marks positions without a loss, as in transformers
     kept = [i for i, label in enumerate(labels) if label != -100]
     if not kept:
-        raise UserError("VQAScore needs at least one label that counts.")
+        raise UserError("VQAScore needs at least one label other than -100.")
     logs = log_softmax(np.asarray(logits, np.float64), axis=-1)
     return float(np.exp(np.mean([logs[i, labels[i]] for i in kept])))

@@ -1,4 +1,4 @@
-"""Line charts, bars and histograms as inline SVG in the colours of the page."""
+"""Line charts, bars and histograms as inline SVG; colours come from the style sheet of the page."""
 
 import html
 import math
@@ -10,11 +10,13 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 14, 26  # margins
 
 
 def line_chart(title: str, points: Points) -> str:
-    """One curve over steps, with its last value next to the title."""
+    """A curve over steps, with its last value next to the title."""
+    # NaN and infinity have no position in a chart
     points = _thin([(x, y) for x, y in points if math.isfinite(y)])
     x0, x1, y0, y1 = _bounds(points)
 
     def to_svg(x: float, y: float) -> str:
+        # SVG's y axis points down; values outside of the bounds are clipped
         across = _LEFT + (x - x0) / (x1 - x0) * (_WIDTH - _LEFT - _RIGHT)
         down = _HEIGHT - _BOTTOM - (min(max(y, y0), y1) - y0) / (y1 - y0) * (_HEIGHT - _TOP - _BOTTOM)
         return f"{across:.1f},{down:.1f}"
@@ -27,13 +29,13 @@ def line_chart(title: str, points: Points) -> str:
     for value in _ticks(x0, x1):
         at = to_svg(value, y0).split(",")[0]
         parts.append(f'<text x="{at}" y="{_HEIGHT - 8}" text-anchor="middle">{_short(value)}</text>')
-    # short curves stay as they are: smoothing would hide half of their points
+    # smoothing a short curve would hide half of its points
     curve = _smooth(points, 7) if len(points) > 30 else list(points)
     path = " ".join(to_svg(x, y) for x, y in curve)
     raw = " ".join(to_svg(x, y) for x, y in points)
     base = _HEIGHT - _BOTTOM
     area = f"{to_svg(*curve[0]).split(',')[0]},{base} {path} {to_svg(*curve[-1]).split(',')[0]},{base}"
-    # painted in this order: area, raw values, smoothed curve, last value
+    # painted in order: area, raw values, smoothed curve, last value
     parts.append(f'<polygon class="area" points="{area}"/>')
     if len(points) > 30:
         parts.append(f'<polyline class="raw" points="{raw}"/>')
@@ -56,7 +58,7 @@ def bar_row(
     mark: float | None = None,
     mark_name: str = "",
 ) -> str:
-    """A horizontal bar of a fraction, with its 95 % interval as a whisker and a marked baseline."""
+    """A horizontal bar of a fraction, with its interval as a whisker and `mark` as a baseline."""
     parts = [f'<i class="fill" style="width:{100 * min(max(value, 0), 1):.1f}%"></i>']
     if interval:
         low, high = (100 * min(max(v, 0), 1) for v in interval)
@@ -73,7 +75,7 @@ def bar_row(
 def histogram(title: str, values: Sequence[float], unit: str, bins: int = 24) -> str:
     """The distribution of values, as a bar per bin."""
     low, high = min(values), max(values)
-    width = (high - low) / bins or 1.0
+    width = (high - low) / bins or 1.0  # all values equal: one bar
     counts = [0] * bins
     for value in values:
         counts[min(int((value - low) / width), bins - 1)] += 1
@@ -111,7 +113,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _short(value: float) -> str:
-    """A number in few characters: 12k, 0.35, 12."""
+    """A number in few characters: 12k, 0.35, 1e-5."""
     if abs(value) >= 10_000 or (abs(value) >= 1000 and value % 1000 == 0):
         return f"{value / 1000:g}k"
     if value and abs(value) < 0.001:
@@ -120,13 +122,13 @@ def _short(value: float) -> str:
 
 
 def _bounds(points: Points) -> tuple[float, float, float, float]:
-    """x0, x1, y0, y1 of a curve, never empty; the largest 1 % of values, as in a first step, are cut off."""
+    """x0, x1, y0, y1 of the axes, never an empty range."""
     xs = [x for x, _ in points]
-    # the first steps of a loss would squash the rest of its curve
+    # ignore the largest 1 %: the first steps of a loss would flatten the rest of its curve
     ordered = sorted(y for _, y in points)
     low, high = ordered[0], ordered[max(math.ceil(0.99 * len(ordered)) - 1, 0)]
     margin = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
-    # start at zero where that wastes little space, so that heights can be compared
+    # start at zero if that wastes little space, so that heights are comparable
     floor = 0.0 if 0 <= low < 0.3 * high else low - margin
     return min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1, floor, high + margin
 
@@ -143,5 +145,6 @@ def _smooth(points: Points, window: int) -> list[tuple[float, float]]:
 
 def _thin(points: Points, most: int = 400) -> list[tuple[float, float]]:
     """About `most` evenly spaced points, including the last."""
+    # keeps a page of long runs small
     step = max(1, math.ceil(len(points) / most))
     return [*points[: len(points) - 1 : step], points[-1]]

@@ -11,7 +11,7 @@ from ..core.bootstrap import STATISTICS, Difference, MainStatistic, paired_boots
 
 
 class ComparedMetric(NamedTuple):
-    """One number of both runs."""
+    """One metric of both runs."""
 
     name: str
     a: float
@@ -22,10 +22,10 @@ class ComparedMetric(NamedTuple):
 
 
 def result_folders(path: str | Path) -> dict[str, Path]:
-    """Benchmark -> the folder with its results, of a folder of one benchmark or of several.
+    """Benchmark -> folder of its results, from the output folder of one benchmark or of several.
 
     Raises:
-        UserError: no run in the folder is scored.
+        UserError: the folder contains no scored run.
     """
     path = existing(path)
     folders = [path] if (path / "results.json").exists() else [p.parent for p in path.glob("*/results.json")]
@@ -35,12 +35,13 @@ def result_folders(path: str | Path) -> dict[str, Path]:
 
 
 def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
-    """The main metric of both runs and the means of its groups, with the difference of each.
+    """The main metric of both runs and the mean scores per group, with their differences.
 
     Raises:
         UserError: the runs differ in benchmark, split, scorer or samples, or have no score per sample.
     """
     results = [read_json(Path(folder) / "results.json") for folder in (a, b)]
+    # a difference of these would be compared instead of the models
     for key in ("benchmark", "split", "scorer", "statistic"):
         first, second = (result.get(key) for result in results)
         if first != second:
@@ -48,11 +49,11 @@ def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
     name = results[0]["statistic"]
     records = [_main_records(Path(folder) / "scores.jsonl", name) for folder in (a, b)]
     if [_sample_key(record) for record in records[0]] != [_sample_key(record) for record in records[1]]:
-        raise UserError(f"{a} and {b} cannot be compared: they are not about the same samples.")
+        raise UserError(f"{a} and {b} cannot be compared: their samples differ.")
     statistic, main = STATISTICS[name], results[0]["metric"]
     lines = [_compare_records(main, records, statistic, results[0]["metrics"][main]["unit"])]
     if any(abs(v - r["value"]) > 1e-6 for v, r in zip((lines[0].a, lines[0].b), results)):
-        # the main metric is not computed from the records' scores: FID, for instance
+        # the main metric is not a statistic of the records, e.g. FID: compare the scores per sample instead
         lines = [lines[0]._replace(name="score per sample", unit="points")]
     groups = list(dict.fromkeys(record.get("group") or "" for record in records[0]))
     for group in groups if len(groups) > 1 else ():
@@ -63,12 +64,12 @@ def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
 
 
 def _main_records(path: Path, statistic: str) -> list[Record]:
-    """The records that the main metric is computed from, in order."""
+    """The records that enter the main metric, in order."""
     records = [
         record
         for record in read_jsonl(path)
         if record.get("score") is not None
-        and not record.get("held_out")  # scenes: held-out pairs have a metric of their own
+        and not record.get("held_out")  # scenes: held-out pairs have their own metric
         and record.get("kind") != "reconstruct"  # the ceiling
         and record.get("in_main_metric", True)
     ]
@@ -86,8 +87,9 @@ def _sample_key(record: Record) -> tuple[Any, ...]:
 def _compare_records(
     name: str, records: list[list[Record]], statistic: MainStatistic, unit: str
 ) -> ComparedMetric:
-    """One number of both sides."""
+    """Compare the statistic of two lists of records."""
     first, second = (statistic.columns(side) for side in records)
+    # the unit of resampling: image, else prompt, else sample
     clusters = [record.get("cluster", record.get("owner", record["index"])) for record in records[0]]
     a, b = (float(statistic.value(side.sum(axis=0))) for side in (first, second))
     difference = paired_bootstrap(first, second, clusters, statistic.value)
@@ -95,7 +97,7 @@ def _compare_records(
 
 
 def comparison_table(name: str, lines: list[ComparedMetric]) -> str:
-    """Lines of text: A, B, B - A with its interval and p."""
+    """A text table: A, B, B - A with its interval and p."""
     width = max(len(line.name) for line in lines)
     title = f"{name}: {'A':>{width - len(name) + 9}}  {'B':>9}  {'B - A':>9}  95 % interval      p"
     rows = [title, "-" * len(title)]

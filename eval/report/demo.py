@@ -1,4 +1,4 @@
-"""The report of a whole run: `metrics.json`, `report.html` and, with a browser installed, `report.png`."""
+"""The report of `unitok demo`: `metrics.json`, `report.html` and, if a browser is installed, `report.png`."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -31,10 +31,10 @@ BAR_LEGEND = (
 def write_report(
     folder: str | Path, phases: list[Record] | None = None, title: str = "UniTok in a box"
 ) -> Record:
-    """Write the report into a run folder and return the content of `metrics.json`.
+    """Write the report into the demo folder and return the content of `metrics.json`.
 
     Args:
-        folder: holds `eval/<benchmark>/results.json` and, where they exist, `<stage>/metrics.jsonl`.
+        folder: contains `eval/<benchmark>/results.json` and, where they exist, `<stage>/metrics.jsonl`.
         phases: {"name", "seconds", "peak_memory"} per phase; None = `phases.json` if it exists.
 
     Raises:
@@ -44,7 +44,7 @@ def write_report(
     metrics = metrics_summary(run)
     write_json(run.folder / "metrics.json", metrics)
     write_atomic(run.folder / "report.html", demo_page(run, title))
-    # the page is complete without it, so a missing browser is no error
+    # optional: the page is complete without the screenshot
     if reason := save_screenshot(run.folder / "report.html", run.folder / "report.png"):
         print(f"report.png is not written: {reason}", file=sys.stderr)
     return metrics
@@ -60,7 +60,7 @@ def demo_page(run: DemoRun, title: str) -> str:
         "<p>A visual tokenizer and a decoder that reads and generates text and images through it"
         f"{took}. All images below are random samples of the test sets.</p>"
     )
-    # what a reader looks at first: images, answers, then numbers
+    # images and answers first, then numbers
     sections = [
         generated_images(run),
         question_answering(run),
@@ -79,7 +79,7 @@ def generated_images(run: DemoRun) -> str:
     """Prompts and the images generated from them."""
     cards = {}
     for benchmark, count in (("geneval", 35), ("positions", 14)):
-        # reconstructions of the ceiling are not shown here
+        # without the reconstructions, which are there for the ceiling
         rows = [r for r in run.samples.get(benchmark, []) if r["kind"] == "generate" and r["file"]]
         cards[benchmark] = [
             page.generated_card(
@@ -95,7 +95,7 @@ def generated_images(run: DemoRun) -> str:
         ]
     return section(
         "Generated images",
-        "The model is given the prompt below each image; ticks and crosses are the detector's verdicts.",
+        "Each image is generated from the prompt below it; ticks and crosses are the detector's verdicts.",
         grid(cards["geneval"], "gallery") + grid(cards["positions"], "gallery", "One object at a position"),
     )
 
@@ -104,7 +104,7 @@ def question_answering(run: DemoRun) -> str:
     """Questions and the model's answers."""
     cards = []
     for row in choose_samples(run.samples.get("vqav2", []), 24, "group"):
-        # VQAv2's score of an answer is between 0 and 1
+        # VQAv2 scores an answer between 0 and 1
         answer, correct = escape(row["answer"] or "no answer"), row["score"] > 0.5
         line = f"<b>{answer}</b>" if correct else f"<s>{answer}</s> <b>{escape(row['truth'])}</b>"
         image = inline_image(Path(row["image"]), "a test image")
@@ -129,7 +129,7 @@ def reconstructions(run: DemoRun) -> str:
         for row in choose_samples(run.samples.get("reconstruction", []), 16)
     ]
     note = (
-        f"Left the original, right its reconstruction from {len(details.get('usage', ()))} codes per visual "
+        f"Left: original; right: its reconstruction from {len(details.get('usage', ()))} codes per visual "
         f"token (sub-codebooks of {details.get('codebook_size')} entries), with its PSNR."
     )
     return section("Reconstructions", note, grid(cards, "pairs"))
@@ -145,7 +145,7 @@ def scores(run: DemoRun) -> str:
     def ceiling(details: Record, tag: str) -> tuple[float | None, str]:
         return details["ceiling"].get(tag), "ceiling"
 
-    # each benchmark has its own baseline
+    # the baseline of a bar differs by benchmark
     panels = [
         _metric_panel(run, "vqav2", "type/", "Question answering, accuracy per type", constant),
         _metric_panel(run, "geneval", "tag/", "Generated images, GenEval score per tag", ceiling),
@@ -161,7 +161,7 @@ def _metric_panel(
     title: str,
     baseline: Callable[[Record, str], tuple[float | None, str]],
 ) -> str:
-    """Bars of the metrics whose names start with `prefix`; `baseline`: (details, label) -> value and name."""
+    """Bars of the metrics whose names start with `prefix`; `baseline`: (details, label) -> (value, name)."""
     result = run.results.get(benchmark, {"metrics": {}, "details": {}})
     bars = []
     for name, metric in result["metrics"].items():
@@ -214,8 +214,9 @@ def phase_times(run: DemoRun) -> str:
     rows = []
     for phase in run.phases:
         memory = phase.get("peak_memory")
+        # the demo was interrupted in this phase
         resumed = " <small>stopped and resumed</small>" if phase.get("calls", 1) > 1 else ""
-        # relative to the total, so that the bars add up
+        # relative to the total: the bars add up to 100 %
         width = 100 * phase["seconds"] / total
         rows.append(
             (
@@ -241,7 +242,7 @@ def headline_table(rows: Sequence[Headline], note: str) -> str:
         name = escape(row.name.strip())
         cells.append(
             (
-                # two leading blanks mark a part of the row above
+                # see Headline.name: two leading blanks
                 f'<span class="sub">{name}</span>' if row.name.startswith("  ") else name,
                 page.format_value(row.value, row.unit),
                 page.format_interval(row.interval, row.unit),
@@ -254,7 +255,7 @@ def headline_table(rows: Sequence[Headline], note: str) -> str:
 
 
 def _short_reason(reason: str) -> str:
-    """The first of a verdict's reasons."""
+    """The first reason of a verdict."""
     return (reason or "no object recognised").split("\n")[0].split("; and")[0]
 
 
@@ -265,7 +266,7 @@ def _duration(seconds: float) -> str:
 
 def _footer(run: DemoRun) -> str:
     """Decoding, models and versions."""
-    # the tokenizer's and the MLLM's fingerprint, once each
+    # tokenizer and MLLM, once each
     models = {r["model"]["kind"]: r for r in run.results.values()}
     lines = [f"{escape(kind)}: {page.model_and_versions(r)}" for kind, r in models.items()]
     decoding = next((r["decoding"] for r in run.results.values() if "guidance" in r["settings"]), "")

@@ -1,4 +1,4 @@
-"""Results of a whole run (`unitok demo`): reads what its phases wrote, computes no metric."""
+"""Results of `unitok demo`, read from the files of its phases; no metric is computed here."""
 
 import random
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ HELD_OUT = "held-out pairs"
 
 @dataclass
 class DemoRun:
-    """The files of a run folder."""
+    """The files of a demo folder."""
 
     folder: Path
     results: dict[str, Record] = field(default_factory=dict)  # benchmark -> results.json
@@ -27,11 +27,11 @@ class DemoRun:
     phases: list[Record] = field(default_factory=list)  # {"name", "seconds", "peak_memory" in bytes}
 
     def metric(self, benchmark: str, name: str) -> Record | None:
-        """One metric of one benchmark, None where there is none."""
+        """One metric of one benchmark, or None."""
         return self.results.get(benchmark, {}).get("metrics", {}).get(name)
 
     def details(self, benchmark: str) -> Record:
-        """The details of a result, empty where there is none."""
+        """The details of a result, or {}."""
         return self.results.get(benchmark, {}).get("details", {})
 
 
@@ -39,17 +39,17 @@ class DemoRun:
 class Headline:
     """A row of the headline table."""
 
-    name: str  # indented by two blanks: a part of the row above
+    name: str  # two leading blanks: a part of the row above
     value: float
     unit: str  # "fraction", "dB", ...
     interval: list[float] | None = None
     n: int | None = None
-    baseline: str = ""  # what the value compares with, in words
-    tile: str = ""  # a short name; rows that have one are also shown in large type
+    baseline: str = ""  # in words, e.g. "chance 1.3 %"
+    tile: str = ""  # short name; rows that have one are also shown as tiles
 
 
 def read_demo_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
-    """Read `eval/*/results.json`, `<stage>/metrics.jsonl` and `phases.json` of a run folder.
+    """Read `eval/*/results.json`, `<stage>/metrics.jsonl` and `phases.json` of a demo folder.
 
     Raises:
         UserError: there are no results.
@@ -74,7 +74,7 @@ def read_demo_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
 
 
 def metrics_summary(run: DemoRun) -> Record:
-    """The content of `metrics.json`; only its phases (times, memory) differ between identical runs."""
+    """The content of `metrics.json`; identical runs differ only in "phases" (times, memory)."""
     return {
         "metrics": {
             name: {metric: row["value"] for metric, row in result["metrics"].items()}
@@ -85,7 +85,8 @@ def metrics_summary(run: DemoRun) -> Record:
             for name, result in run.results.items()
         },
         "details": {
-            name: {k: v for k, v in result["details"].items() if k not in ("classes",)}
+            # the class names of zeroshot are long and constant
+            name: {k: v for k, v in result["details"].items() if k != "classes"}
             for name, result in run.results.items()
         },
         "problems": {name: r["problems"] for name, r in run.results.items() if r["problems"]},
@@ -104,7 +105,7 @@ def headlines(run: DemoRun) -> list[Headline]:
 def _headline(
     run: DemoRun, benchmark: str, metric: str, name: str, baseline: str = "", tile: str = ""
 ) -> list[Headline]:
-    """One row, or none where the run lacks the metric."""
+    """A list of one row, or of none if the run lacks the metric."""
     row = run.metric(benchmark, metric)
     return (
         [Headline(name, row["value"], row["unit"], row["interval"], row["n"], baseline, tile)] if row else []
@@ -153,18 +154,18 @@ def _generation_headlines(run: DemoRun) -> list[Headline]:
 
 
 def _ceiling(value: float | None) -> str:
-    """The score of reconstructed real images, in words."""
+    """The ceiling (score of reconstructed real images) as a baseline text."""
     return "" if value is None else f"ceiling {percent(value)}"
 
 
 def held_out_note(run: DemoRun) -> str:
-    """Which numbers include colour-shape pairs that training never shows; "" if the run holds none out."""
+    """Which numbers include colour-shape pairs that are absent from training; "" without such pairs."""
     if not any(HELD_OUT in metric for r in run.results.values() for metric in r["metrics"]):
         return ""
     return (
         "Held-out pairs are combinations of colour and shape that never occur in training. Reconstruction, "
-        "codebooks, question answering and POPE are measured on all test images, those with held-out pairs "
-        "included; zero-shot and generation exclude the held-out pairs and report them in rows of their own."
+        "codebooks, question answering and POPE are measured on all test images, including those with "
+        "held-out pairs; zero-shot and generation exclude held-out pairs and report them in separate rows."
     )
 
 
@@ -183,7 +184,7 @@ def text_table(folder: str | Path) -> str:
 
 
 def choose_samples(rows: list[Record], count: int, group: str = "", seed: int = 0) -> list[Record]:
-    """`count` random rows, taken in turn from the groups of `row[group]`: nothing is hand-picked."""
+    """`count` random rows, round-robin over the groups of `row[group]`; nothing is hand-picked."""
     rng = random.Random(seed)
     groups: dict[Any, list[Record]] = {}
     for row in rows:
@@ -198,8 +199,8 @@ def choose_samples(rows: list[Record], count: int, group: str = "", seed: int = 
     return chosen
 
 
-# Curves of a stage's metrics.jsonl in the order in which they are shown: whole names, then those that are
-# logged per part ("text_loss/captioning", "perplexity/0", ...), then any other number.
+# Order of the curves of a metrics.jsonl: these names, then metrics that are logged per part
+# ("text_loss/captioning", "perplexity/0", ...), then all other numbers.
 FIRST_CURVES = ("loss", "l2", "l1", "lpips", "vq", "clip", "adversarial", "text_loss", "image_loss")
 PER_PART_CURVES = ("text_loss", "accuracy", "perplexity", "usage")
 NOT_CURVES = ("step", "seconds", "samples_per_second", "epoch")
@@ -212,7 +213,7 @@ def stage_curves(rows: list[Record], limit: int = 6) -> dict[str, list[tuple[flo
         for name, value in row.items():
             if name not in NOT_CURVES and isinstance(value, int | float) and not isinstance(value, bool):
                 curves.setdefault(name, []).append((row["step"], float(value)))
-    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    curves = {name: points for name, points in curves.items() if len(points) > 1}  # a point is no curve
 
     def rank(name: str) -> tuple[int, str]:
         if name in FIRST_CURVES:
@@ -222,5 +223,5 @@ def stage_curves(rows: list[Record], limit: int = 6) -> dict[str, list[tuple[flo
         return len(FIRST_CURVES) + (PER_PART_CURVES.index(whole) if per_part else len(PER_PART_CURVES)), name
 
     names = sorted(curves, key=rank)[:limit]
-    # the page shows three side by side: no row is left incomplete
+    # three curves per row: drop an incomplete last row
     return {name: curves[name] for name in (names if len(names) < 3 else names[: len(names) // 3 * 3])}

@@ -1,6 +1,6 @@
-"""Building blocks of a report page: inline images, SVG charts, light and dark, no external resources.
+"""Building blocks of a report page: self-contained HTML with inline images and SVG, light and dark.
 
-Arguments named `..._html` are markup and go into the page unchanged; all others are escaped here.
+Arguments named `..._html` are markup and are inserted unchanged; all others are escaped here.
 """
 
 import base64
@@ -15,8 +15,8 @@ from ..core.benchmark import Record
 from . import charts
 from .style import STYLE
 
-IMAGE_SIDE = 256  # larger images are scaled down to this, so that a page stays a few megabytes
-DECIMALS = {"ssim": 3, "lpips": 3, "entries": 1, "points": 1}  # of units that are not written out
+IMAGE_SIDE = 256  # larger images are scaled down, so that a page has a few megabytes
+DECIMALS = {"ssim": 3, "lpips": 3, "entries": 1, "points": 1}  # by unit; these units are not printed
 
 
 def render_page(title: str, header_html: str, sections_html: Iterable[str], footer_html: str) -> str:
@@ -32,7 +32,7 @@ def render_page(title: str, header_html: str, sections_html: Iterable[str], foot
 
 
 def escape(value: object) -> str:
-    """Text that is safe inside HTML and its attributes."""
+    """Escape a value for HTML text and attributes."""
     return html.escape(str(value))
 
 
@@ -46,7 +46,7 @@ def grid(cards_html: Sequence[str], style: str, title: str = "") -> str:
     """Cards side by side under an optional heading; "" without cards.
 
     Args:
-        style: a grid of the style sheet: tiles, gallery, pairs, samples, columns or charts.
+        style: a grid class of the style sheet: tiles, gallery, pairs, samples, columns or charts.
     """
     if not cards_html:
         return ""
@@ -60,7 +60,7 @@ def html_table(
     """A table in a card; `numeric` are the indices of the columns that are aligned right."""
     if not rows_html:
         return ""
-    # the style sheet aligns .n to the right
+    # class n is right-aligned
     kinds = [' class="n"' if i in numeric else "" for i in range(len(columns))]
     head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns))
     body = "".join(
@@ -70,14 +70,14 @@ def html_table(
 
 
 def panel(title: str, bars_html: Sequence[str]) -> str:
-    """A card of bars (`charts.bar_row`) under an optional heading; "" without bars."""
+    """A card of bars (`charts.bar_row`) with an optional heading; "" without bars."""
     heading = f"<h3>{escape(title)}</h3>" if title else ""
     return f'<div class="panel card">{heading}{"".join(bars_html)}</div>' if bars_html else ""
 
 
 def tile(value: float, unit: str, name: str, note: str) -> str:
     """A headline number in large type."""
-    # the unit in small type behind the number
+    # format_value separates the unit by a blank: it is printed smaller
     number, _, suffix = format_value(value, unit).partition(" ")
     small = f"<em>{escape(note)}</em>" if note else ""
     large = f"<b>{number}<small>{suffix}</small></b>"
@@ -85,13 +85,13 @@ def tile(value: float, unit: str, name: str, note: str) -> str:
 
 
 def inline_image(path: Path, alt: str) -> str:
-    """An image as a data URL, at most 256 pixels wide and high; its name if it cannot be read."""
+    """An <img> with a data URL, at most 256 x 256; an unreadable image shows its file name."""
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
     except OSError:
         return f'<img alt="{escape(path.name)} could not be read">'
-    # thumbnail() never enlarges: small images stay pixel for pixel
+    # thumbnail() never enlarges
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
@@ -116,7 +116,7 @@ def generated_card(path: Path, prompt: str, correct: bool, notes: Sequence[str])
 def sample_card(
     image_html: str, question: str, lines_html: Sequence[str], correct: bool | None = None
 ) -> str:
-    """An image next to its question or prompt and lines about the answer."""
+    """An image, its question or prompt, and lines about the answer."""
     mark = "" if correct is None else verdict(correct)
     return (
         f'<div class="sample card">{image_html}<div>{mark}<q>{escape(question)}</q>'
@@ -136,9 +136,9 @@ def metric_bar(
 
     Args:
         whole: the value of a full bar.
-        mark: a value to compare with, marked on the bar.
+        mark: a baseline, marked on the bar.
     """
-    # an interval scales with its value
+    # the interval is scaled like the value
     interval = metric["interval"] and [value / whole for value in metric["interval"]]
     notes = [note, f"n = {metric['n']}", "" if mark is None else f"{mark_name} {percent(mark)}"]
     text = ", ".join(filter(None, notes))
@@ -146,7 +146,7 @@ def metric_bar(
 
 
 def warnings(problems: Iterable[str]) -> str:
-    """Problems of a run, one box each."""
+    """A box per problem of a run."""
     return "".join(f'<div class="warn card">{escape(problem)}</div>' for problem in problems)
 
 
@@ -159,12 +159,12 @@ def model_and_versions(result: Record) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in per cent."""
+    """A fraction in per cent."""
     return f"{100 * value:.1f} %"
 
 
 def format_value(value: float, unit: str) -> str:
-    """A metric's value in its unit."""
+    """Format a value in its unit."""
     if unit == "fraction":
         return percent(value)
     if unit == "dB":
@@ -173,5 +173,5 @@ def format_value(value: float, unit: str) -> str:
 
 
 def format_interval(interval: Sequence[float] | None, unit: str) -> str:
-    """The ends of an interval without their unit, "" if there is none."""
+    """Format an interval without the unit; "" if there is none."""
     return " – ".join(format_value(v, unit).split()[0] for v in interval) if interval else ""

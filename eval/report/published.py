@@ -1,7 +1,7 @@
 """Published numbers for comparison: {benchmark: {metric: {model: value}}}; fractions, or MME points.
 
-UniTok's paper first (arXiv 2502.20321), then other unified models, as their papers report them. Splits and
-prompt templates are those of eval/README.md; VQAv2 is test-dev, which only the challenge server scores.
+UniTok's paper first (arXiv 2502.20321), then other unified models, as reported in their papers. Splits and
+prompt templates as in eval/README.md; VQAv2 is test-dev, which only the challenge server scores.
 """
 
 PAPER = "UniTok (paper)"

@@ -1,4 +1,4 @@
-"""Runs next to published numbers: main metrics, bars per category, worst and random samples on one page."""
+"""The page of `unitok eval report`: metrics next to published ones, bars per category, samples."""
 
 import random
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from .published import PAPER, PUBLISHED_SCORES
 
 MAX_BARS = 30  # categories of one benchmark
 GALLERY_SIZE = 12  # samples of each gallery
-MME_POINTS = 200.0  # what one task of MME is worth
+MME_POINTS = 200.0  # maximum score of one MME task
 
 
 class Run(NamedTuple):
-    """A run as it is shown: its name, and per benchmark its result and the folder that holds it."""
+    """A run: display name, and per benchmark its results.json and folder."""
 
     name: str
     results: dict[str, Record]
@@ -27,8 +27,8 @@ class Run(NamedTuple):
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Run]:
-    """The results of every run, named by its folder, or by its whole path where names would repeat."""
-    # two runs are often called `eval`: then their paths tell them apart
+    """The results of every run, named by its folder, or by its path if names repeat."""
+    # several runs are often called `eval`
     names = [Path(path).name or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
@@ -40,8 +40,8 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
 
 
 def runs_page(runs: Sequence[Run], title: str, seed: int = 0) -> str:
-    """The whole page; `seed` picks the random samples."""
-    # in the order of the first run that has each
+    """The whole page; `seed` selects the random samples."""
+    # in order of first occurrence
     benchmarks = list(dict.fromkeys(name for run in runs for name in run.results))
     sections = [main_metrics(runs, benchmarks)]
     for name in benchmarks:
@@ -58,11 +58,11 @@ def runs_page(runs: Sequence[Run], title: str, seed: int = 0) -> str:
 
 
 def main_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
-    """The table: main metrics of every run, of UniTok's paper and of other models."""
+    """The table of main metrics: every run, UniTok's paper and other models."""
     rows = []
     for benchmark in benchmarks:
         metrics = [next(run.results[benchmark]["metric"] for run in runs if benchmark in run.results)]
-        # main metric of the result, then every metric with a published value
+        # the main metric first, then all others with a published value
         metrics += [name for name in PUBLISHED_SCORES.get(benchmark, {}) if name not in metrics]
         rows += [_metric_row(runs, benchmark, metric) for metric in metrics if metric is not None]
     columns = ("benchmark", *(run.name for run in runs), PAPER, "other models")
@@ -74,7 +74,7 @@ def main_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
 
 
 def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
-    """The cells of one metric."""
+    """The table cells of one metric."""
     cells = [f"{escape(benchmark)} <small>{escape(metric)}</small>"]
     for run in runs:
         result = run.results.get(benchmark, {})
@@ -122,9 +122,9 @@ def benchmark_body(run: Run, benchmark: str, seed: int) -> str:
 
 
 def _category_bar(name: str, metric: Record) -> str:
-    """A metric of a category as a bar: of 100 %, or of the points that a task of MME is worth."""
+    """The bar of a category: relative to 100 %, or to the maximum of an MME task."""
     whole = {"fraction": 1.0, "points": MME_POINTS}.get(metric["unit"])
-    # distances and decibels have no natural full bar
+    # FID or dB have no maximum, so no bar
     if whole is None:
         return ""
     points = f": {metric['value']:.1f} of {MME_POINTS:.0f} points" if metric["unit"] == "points" else ""
@@ -132,9 +132,9 @@ def _category_bar(name: str, metric: Record) -> str:
 
 
 def worst_and_random(rows: list[Record], count: int, seed: int) -> tuple[list[Record], list[Record]]:
-    """The samples with the lowest scores (ties at random), and random ones."""
+    """The samples with the lowest scores, and random ones."""
     shuffled = rows[:]
-    # shuffled first: the stable sort then breaks ties at random
+    # shuffle first: the stable sort then breaks ties at random
     random.Random(seed).shuffle(shuffled)
     return sorted(shuffled, key=lambda row: row["score"])[:count], shuffled[-count:]
 
@@ -143,7 +143,7 @@ def _sample_card(row: Record, folder: Path) -> str:
     """One sample: image, question or prompt, answer, truth, score."""
     file = row.get("image") or row.get("file") or row.get("reconstruction") or ""
     path = Path(file)
-    if not path.is_absolute():  # below the run's folder, or the working directory
+    if not path.is_absolute():  # relative to the folder of the run, or to the working directory
         path = next((p for p in (folder / file, Path(file)) if p.is_file()), folder / file)
     lines = []
     if row.get("answer") is not None:

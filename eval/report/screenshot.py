@@ -10,11 +10,11 @@ TIMEOUT = 120  # seconds
 
 
 def save_screenshot(page: Path, image: Path, width: int = 1240, height: int = 4600) -> str:
-    """Write the top `width` x `height` pixels of a page as PNG; returns the reason of a failure, or ""."""
+    """Write the top `width` x `height` pixels of a page as PNG; returns the reason if it fails, else ""."""
     browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if browser is None:
         return f"none of {', '.join(BROWSERS)} is on PATH"
-    # A temporary profile leaves the user's own browser alone; no host name resolves, so nothing is fetched.
+    # temporary profile: does not touch the user's browser; no host resolves: nothing is fetched
     with tempfile.TemporaryDirectory() as profile:
         target = Path(profile) / "page.png"
         command = [

@@ -1,4 +1,4 @@
-"""The style sheet of the report page: one column of cards, light and dark."""
+"""The style sheet of report pages: one column of cards, light and dark."""
 
 STYLE = """
 :root{--bg:#f6f5f2;--card:#fff;--ink:#1d1d22;--soft:#6a6a74;--line:#e6e4de;--accent:#5446e0;

@@ -1,8 +1,8 @@
-"""Linear probe: classification by one linear layer on frozen features, trained by one of two protocols.
+"""Linear probe: a linear classifier on frozen features, trained by one of two published protocols.
 
-"lbfgs" is CLIP's (logistic regression, L2 strength swept), "sgd" that of MAE and DINO (batch norm without
-parameters, 90 epochs, learning rate swept). Both select on a tenth of the training images and then train on
-all of them. N images, F features, C classes.
+"lbfgs" is the protocol of CLIP (logistic regression, sweep over L2 strengths), "sgd" that of MAE and DINO
+(batch norm without parameters, 90 epochs, sweep over learning rates). Both select the setting on a tenth of
+the training images, then train on all of them. N images, F features, C classes.
 """
 
 import base64
@@ -23,7 +23,7 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import IMAGE_SUFFIXES, open_images
 
-# Features (F,) per image.
+# features (F,) of an image, by option value
 POOLINGS = {
     "embedding": "the CLIP branch's unit embedding, after quantisation",
     "quantised": "mean of the quantised latents over the visual tokens",
@@ -37,7 +37,7 @@ Probe = Callable[[Tensor], Tensor]
 
 
 def load(data: Path, settings: Options) -> Task:
-    """`train` and `val` of ImageNet (see `imagenet.find`), or with a folder per class in each."""
+    """`train` and `val` of ImageNet (`imagenet.find_labelled_images`), or with a folder per class in each."""
     pooling = settings.pooling or "embedding"
     if pooling not in POOLINGS:
         raise UserError(f"pooling is {pooling!r}." + did_you_mean(pooling, POOLINGS))
@@ -62,6 +62,7 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], li
             raise UserError(f"{data} has no folder {part}; a linear probe needs train/ and val/.")
     train, val = imagenet.find_labelled_images(data, "train"), imagenet.find_labelled_images(data, "val")
     names = imagenet.class_names()
+    # no ImageNet layout: the folders of train/ define the classes
     if train is None or val is None:
         names = sorted(p.name for p in (data / "train").iterdir() if p.is_dir())
         unknown = {p.name for p in (data / "val").iterdir() if p.is_dir()} - set(names)
@@ -78,16 +79,16 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], li
             for part in ("train", "val")
         )
     if not train or not val:
-        raise UserError(f"{data}: train/ holds {len(train)} images, val/ {len(val)}; both must hold some.")
+        raise UserError(f"{data}: train/ holds {len(train)} images, val/ {len(val)}; both must contain some.")
     return {"train": train, "val": val}, names
 
 
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Record the features of each image, in half precision."""
+    """Record the features of each image."""
     records, images = open_images(batch)
     if images:
         for i, vector in zip(images, model.features(list(images.values()), task.truth["pooling"])):
-            # half precision: 1.28 million training images of ImageNet take 2 kB each
+            # fp16: about 2 kB per image, for 1.28 million training images of ImageNet
             records[i] = {"vector": base64.b64encode(vector.astype("<f2").tobytes()).decode()}
     return records
 
@@ -106,7 +107,7 @@ def score(
     y = torch.tensor([labels[s.index] for s in train])
     probe, chosen = fit_probe(x, y, len(names), scoring.scorer)
     best: dict[int, list[int]] = {}
-    # unreadable images stay in val and count as wrong
+    # images without features stay in val and count as wrong
     with_features = [s for s in val if s.index in vectors]
     if with_features:
         scores = probe(torch.from_numpy(np.stack([_unpack(vectors[s.index]) for s in with_features])))
@@ -144,15 +145,15 @@ def _unpack(text: str) -> np.ndarray:
 
 
 class Trial(NamedTuple):
-    """A setting of the sweep and its accuracy on the held-out tenth."""
+    """One setting of the sweep and its accuracy on the held-out images."""
 
     setting: float
     accuracy: float
 
 
 def fit_probe(x: Tensor, y: Tensor, classes: int, protocol: str) -> tuple[Probe, dict[str, Any]]:
-    """(N, F) features and (N,) labels -> features -> (N, C) scores, and the sweep's choice."""
-    # the split is fixed: all settings of the sweep see the same images
+    """Sweep and train on features (N, F) and labels (N,); returns the probe, and details of the sweep."""
+    # fixed split: all settings are compared on the same images
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     held_out, rest = order[: max(1, len(x) // 10)], order[max(1, len(x) // 10) :]
     train, name, settings = (
@@ -164,19 +165,19 @@ def fit_probe(x: Tensor, y: Tensor, classes: int, protocol: str) -> tuple[Probe,
     for setting in settings:
         correct = train(x[rest], y[rest], classes, setting)(x[held_out]).argmax(dim=1) == y[held_out]
         trials.append(Trial(setting, correct.float().mean().item()))
-    # the first of equal settings, that is the smallest
+    # ties go to the first, which is the smallest setting
     best = max(trials, key=lambda trial: trial.accuracy)
     chosen = {name: best.setting, "held-out accuracy": best.accuracy, "swept": [tuple(t) for t in trials]}
     return train(x, y, classes, best.setting), chosen
 
 
 def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> Probe:
-    """The minimum of mean cross-entropy + strength / 2 |W|^2, with a bias that is not regularised."""
+    """Minimise mean cross-entropy + strength / 2 |W|^2; the bias is not regularised."""
     standardise = _standardiser(x)
-    # standardised features make one range of L2 strengths fit all poolings
+    # standardised, so that one range of L2 strengths fits all kinds of features
     z, weight = standardise(x), torch.zeros(classes, x.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
-    # the problem is convex, so the result does not depend on the initialisation
+    # convex: the result does not depend on the initialisation
     optimiser = torch.optim.LBFGS(
         [weight, bias], max_iter=LBFGS_STEPS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
@@ -193,11 +194,11 @@ def fit_lbfgs(x: Tensor, y: Tensor, classes: int, strength: float) -> Probe:
 
 
 def fit_sgd(x: Tensor, y: Tensor, classes: int, rate: float) -> Probe:
-    """A linear layer after batch norm without parameters: SGD with momentum, cosine schedule."""
+    """Batch norm without parameters and a linear layer, trained by SGD with momentum and cosine decay."""
     batch = min(SGD_BATCH, len(x))
     norm = torch.nn.BatchNorm1d(x.shape[1], affine=False)
     layer = torch.nn.Linear(x.shape[1], classes)
-    # zeros, so that the result does not depend on a seed
+    # zero initialisation: the result does not depend on a seed
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
     steps = SGD_EPOCHS * (len(x) // batch)
@@ -212,7 +213,7 @@ def fit_sgd(x: Tensor, y: Tensor, classes: int, rate: float) -> Probe:
             F.cross_entropy(layer(norm(x[rows])), y[rows]).backward()
             optimiser.step()
             schedule.step()
-    # running statistics of the training images from here on
+    # inference uses the running statistics of the training images
     norm.eval()
     return torch.no_grad()(lambda q: layer(norm(q)))
 

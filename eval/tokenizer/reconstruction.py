@@ -29,9 +29,9 @@ LPIPS_BATCH, SCORING_BATCH = 16, 64
 
 
 def load(data: Path, settings: Options) -> Task:
-    """All images of `data/test/images`, or of `data` and its subfolders, or of its tars, sorted by name."""
+    """All images of `data/test/images`, `data/images` or `data`, or of the tars there, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
-    # sorted: indices, seeds and the interval of a run must not depend on the file system
+    # sorted: sample indices must not depend on the file system
     files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES)
     if not files:
         files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_members(tar, IMAGE_SUFFIXES)]
@@ -40,12 +40,12 @@ def load(data: Path, settings: Options) -> Task:
         raise UserError(f"{folder} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
-    find_crop(crop)  # raises for an unknown name before the first batch
+    find_crop(crop)  # raises for an unknown name before the model loads
     return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
 
 
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
-    """Write the reconstructions below `out/images`; record codes and their agreement after re-encoding."""
+    """Save the reconstructions; record codes and their agreement with the re-encoded codes."""
     records, images = open_images(batch)
     if images:
         found = model.reconstruct(list(images.values()), reencode=True)
@@ -58,7 +58,7 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
                 "codes": _pack(codes, size),
                 "codebooks": [codes.shape[1], size],
             }
-            # (K,): the share of tokens whose code is unchanged, per sub-codebook
+            # (K,) per sub-codebook: fraction of tokens whose code is unchanged
             if found.reencoded is not None:
                 records[i]["agreement"] = (found.reencoded[k] == codes).mean(axis=0).tolist()
     return records
@@ -70,7 +70,7 @@ def _pack(codes: np.ndarray, codebook_size: int) -> str:
 
 
 def _unpack(text: str, sub_codebooks: int, codebook_size: int) -> np.ndarray:
-    """The inverse of `_pack`, (N, K)."""
+    """The inverse of `_pack`: base64 text -> (N, K) codes."""
     return np.frombuffer(base64.b64decode(text), _dtype(codebook_size)).reshape(-1, sub_codebooks)
 
 
@@ -101,7 +101,7 @@ def judge(
     """Inception features of originals and reconstructions, and LPIPS, if their weight files are given."""
     good, crop = _reconstructed(task, records), task.truth["crop"]
 
-    # read one at a time: Inception takes 512 images a piece, not all of them
+    # images are read one at a time: a set may not fit into memory
     def load_decoded(i: int) -> np.ndarray:
         return np.asarray(read_sample_image(out / records[good[i].index]["file"]))
 
@@ -110,9 +110,9 @@ def judge(
 
     if scoring.inception_weights and good:
         variant = inception_features.choose_variant(scoring, "torch-fidelity")
-        # cache keys: the crop changes the originals, so it is part of their names
+        # names are cache keys: the crop changes the originals
         names = [f"{s.id} {crop} {s.index}" for s in good]
-        codes = [records[s.index]["codes"] for s in good]  # another reconstruction has other codes
+        codes = [records[s.index]["codes"] for s in good]  # a reconstruction is determined by its codes
         sets = [ImageSet("originals", names, load_original)]
         sets.append(ImageSet("reconstructions", codes, load_decoded))
         inception_features.extract_inception_features(
@@ -129,8 +129,8 @@ def _run_lpips_pass(
     file = find_weights(weights, (LPIPS_FILE,), "LPIPS", f"https://huggingface.co/{HELPER_HUB_ID}")
     net = LPIPS.from_file(file).to(device)
 
-    def work(batch: list[Sample], images: list[Any]) -> list[Record]:
-        # the saved 8-bit images are measured, not float outputs, as published tables do
+    def measure(batch: list[Sample], images: list[Any]) -> list[Record]:
+        # measured on the saved 8-bit images, as in published tables
         decoded = np.stack([np.asarray(image) for image in images])
         both = (_originals(batch, decoded.shape[1:3], task.truth["crop"]), decoded)
         with torch.inference_mode():
@@ -138,7 +138,7 @@ def _run_lpips_pass(
             return [{"lpips": value} for value in net(a, b).tolist()]
 
     about = {"network": "VGG16, published linear heads", "fingerprint": sha256(file)}
-    run_judge_pass(out, "lpips", about, _reconstructed(task, records), records, work, LPIPS_BATCH, quiet)
+    run_judge_pass(out, "lpips", about, _reconstructed(task, records), records, measure, LPIPS_BATCH, quiet)
 
 
 # ---------------------------------------------------------------------------------------------------- scoring
@@ -147,12 +147,12 @@ def _run_lpips_pass(
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """PSNR, SSIM and codebook usage always; LPIPS, rFID and re-encode agreement where they were computed."""
+    """PSNR, SSIM and codebook usage; LPIPS, rFID and re-encode agreement if they were computed."""
     good = _reconstructed(task, records)
     if not good:
         raise UserError(f"{folder}: no image could be read, so there is nothing to score.")
     k, v = records[good[0].index]["codebooks"]
-    # all images of a run have the codebooks of one tokenizer
+    # the first record is enough: all images of a run have the same tokenizer
     counter = image_quality.CodebookUsage(k, v)
     psnr, ssim = [], []
     for start in range(0, len(good), SCORING_BATCH):
@@ -172,7 +172,7 @@ def score(
         "tokens": int(counter.counts.sum() // k),
     }
     problems = _add_lpips(metrics, folder, good)
-    # the lowest sub-codebook: a mean would hide one that has collapsed
+    # the minimum over sub-codebooks: a mean would hide a collapsed one
     metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))
     metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
     agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
@@ -196,7 +196,7 @@ def _image_mean(values: Any, unit: str) -> Metric:
 
 
 def _add_lpips(metrics: dict[str, Metric], folder: Path, good: list[Sample]) -> list[str]:
-    """Add LPIPS if it was computed; returns problems."""
+    """Add LPIPS if it was computed; returns warnings."""
     found = read_judge_pass(folder, "lpips", good)
     if found is None:
         return []
@@ -211,14 +211,14 @@ def _add_lpips(metrics: dict[str, Metric], folder: Path, good: list[Sample]) -> 
 def _add_rfid(
     metrics: dict[str, Metric], details: dict[str, Any], folder: Path, variant: str, n: int
 ) -> list[str]:
-    """Add rFID and the Inception Score of the reconstructions if features exist; returns problems."""
+    """Add rFID and the Inception Score of the reconstructions if features exist; returns warnings."""
     decoded, originals = (
         inception_features.read_inception_features(folder, variant, role)
         for role in ("reconstructions", "originals")
     )
     if decoded is None or originals is None:
         return []
-    # features of a killed pass: an rFID of a part would look like a result
+    # a killed judge pass: rFID of a part of the images would look like a result
     if min(decoded.n, originals.n) < n:
         return [f"only {min(decoded.n, originals.n)} of {n} images have features, so no rFID: run again"]
     if n < 2:

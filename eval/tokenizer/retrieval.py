@@ -1,4 +1,4 @@
-"""Image-text retrieval by the tokenizer's embeddings: recall among 100 candidates, in both directions.
+"""Image-text retrieval by the tokenizer's embeddings: recall among 100 candidates in both directions.
 
 B images, E embedding width.
 """
@@ -16,14 +16,14 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import open_images
 
-POOL_SIZE = 100  # candidates of a query; the next 100 images form another pool
+POOL_SIZE = 100  # candidates per query; consecutive images form a pool
 DIGITS = 6  # decimals of the recorded embeddings
 
 
 def load(data: Path, settings: Options) -> Task:
     """`captions.json` next to the images, or in `test/` of scenes: a list of {"file", "captions"}.
 
-    The first caption of each image is used; the last images, which do not fill a pool, are left out.
+    The first caption of each image is used. Images at the end that do not fill a pool are left out.
     """
     folder = data / "test" if (data / "scenes.json").exists() else data
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
@@ -38,7 +38,7 @@ def load(data: Path, settings: Options) -> Task:
         except UserError as error:
             samples.append(malformed_sample(i, None, error))
     require_mostly_valid(samples, path)
-    # fewer images than a pool form one smaller pool
+    # fewer than 100 images form one smaller pool
     pool = min(POOL_SIZE, len(samples))
     return Task(
         samples[: len(samples) // pool * pool], None, {"pool": pool, "prompt_template": "first caption"}
@@ -57,11 +57,11 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
 
 
 def retrieval_hits(queries: np.ndarray, candidates: np.ndarray, names: list[str], k: int) -> np.ndarray:
-    """(B,) whether one of the k best candidates has the query's name; ties go to the lower index.
+    """(B,) whether one of the k best candidates has the name of the query; ties go to the lower index.
 
     Args:
         queries, candidates: (B, E), pairs by index.
-        names: candidates of equal names are equally correct, such as two images of one caption.
+        names: candidates with equal names are equally correct, e.g. two images with the same caption.
     """
     best = np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, :k]
     return np.array([any(names[j] == name for j in row) for name, row in zip(names, best)], float)
@@ -72,10 +72,10 @@ def score(
 ) -> Scored:
     """Recall at 1 and 5 in pools of 100, in the order of the file.
 
-    An image that is unreadable, or whose entry is malformed, is neither found nor finds anything.
+    An unreadable image or malformed entry counts as a miss in both directions.
     """
     size, samples = task.metadata["pool"], task.samples
-    # zero vectors keep the shapes of a pool; `valid` removes their hits
+    # zero vectors stand in for missing embeddings; `valid` removes their hits
     width = next((len(record["image"]) for record in records.values() if "image" in record), 1)
     missing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
@@ -91,7 +91,7 @@ def score(
                 ("image_to_text", retrieval_hits(images, captions, names, k)),
                 ("text_to_image", retrieval_hits(captions, images, names, k)),
             ):
-                # both directions of a pair fail if its image is missing
+                # a pair without image misses in both directions
                 found.setdefault(f"{direction}/R@{k}", []).extend(hits * valid)
     metrics = {
         name: Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(np.array(values))))

@@ -27,11 +27,11 @@ SCENE_TEMPLATES = ("{}", "an image of {}", "there is {}", "an image with {}")
 
 
 def load(data: Path, settings: Options) -> Task:
-    """Images and the captions of their classes.
+    """Images and the prompts of their classes.
 
-    Scenes: single-object images against the captions of all colour-shape pairs. `classes.json` next to a
-    folder per class: {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}, by default CLIP's.
-    Otherwise ImageNet (see `imagenet.find`) with CLIP's 80 templates and open_clip's names.
+    Scenes: single-object images, with all colour-shape pairs as classes. `classes.json` next to a folder per
+    class: {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}; the default templates are
+    CLIP's. Otherwise ImageNet (`imagenet.find_labelled_images`), CLIP's 80 templates and open_clip's names.
     """
     if (data / "scenes.json").exists():
         return _load_scenes(data, settings)
@@ -51,14 +51,14 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _load_class_folders(data: Path, settings: Options) -> Task:
-    """A folder per class and `classes.json`."""
+    """The task of a folder per class and `classes.json`."""
     path = data / "classes.json"
     content = read_json_as(dict, path)
     names = require_type(dict, require_key(content, "classes", path), f"{path}, classes")
     templates = content.get("templates") or clip_templates()
     # a template without {} would give all classes the same prompt
     if bad := [t for t in templates if str(t).count("{}") != 1]:
-        raise UserError(f"{path}: template {bad[0]!r} must hold {{}} exactly once.")
+        raise UserError(f"{path}: template {bad[0]!r} must contain {{}} exactly once.")
     files: imagenet.LabelledImages = [
         (p, number)
         for number, folder in enumerate(names)
@@ -74,7 +74,7 @@ def _load_class_folders(data: Path, settings: Options) -> Task:
 
 
 def _load_scenes(data: Path, settings: Options) -> Task:
-    """The test images of scenes with a single object."""
+    """The task of the test images of scenes with a single object."""
     scenes = read_json(data / "scenes.json")
     words = [
         require_type(dict, require_key(scenes, key, "scenes.json"), f"scenes.json, {key}")
@@ -85,11 +85,11 @@ def _load_scenes(data: Path, settings: Options) -> Task:
     held_out_pairs = {tuple(pair) for pair in scenes.get("held_out", ())}
     files, held_out = [], []
     for i, scene in enumerate(read_scenes(data / "test" / "captions.json")):
-        if isinstance(scene, UserError):  # counted as wrong: it may have held one object
+        if isinstance(scene, UserError):  # counts as wrong: it might have one object
             files.append((data / "test" / f"entry {i}", scene))
             held_out.append(False)
         elif len(scene.objects) == 1:
-            # one object, so that a single caption describes the image
+            # one object: a single class describes the image
             pair = (scene.objects[0]["color"], scene.objects[0]["shape"])
             unknown = UserError(f"{scene.file} shows a {' '.join(pair)}, which is not in scenes.json.")
             files.append((data / "test" / scene.file, pairs.index(pair) if pair in pairs else unknown))
@@ -106,7 +106,7 @@ def _zeroshot_task(
     metadata: dict[str, Any],
     settings: Options,
 ) -> Task:
-    """The samples; their truth is the class of each, prompts, names, and whether its pair is held out."""
+    """The task: samples, and as truth classes, prompts, class names and held-out flags."""
     if not files:
         raise UserError("There are no images to classify.")
     samples = [
@@ -130,7 +130,7 @@ def _with_article(name: str) -> str:
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
     """Record the five best classes of each image."""
     weights = task.truth.get("weights")
-    if weights is None:  # one classifier per run: 80,000 prompts for ImageNet
+    if weights is None:  # built once per run: ImageNet has 80,000 prompts
         weights = task.truth["weights"] = build_classifier(task.truth["prompts"], model.embed_texts)
     records, images = open_images(batch)
     if images:
@@ -143,14 +143,14 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """Top-1 and top-5 accuracy; images of held-out pairs separately."""
+    """Top-1 and top-5 accuracy, separately for held-out pairs."""
     classes, names = task.truth["classes"], task.truth["names"]
     # --limit shortens the samples, not the list of flags
     held_out = np.array(task.truth["held_out"])[: len(task.samples)]
     choices = [records.get(s.index, {}).get("best", []) for s in task.samples]
     hits = {k: np.array(v, float) for k, v in topk_hits(choices, classes).items()}
     metrics = {}
-    # without held-out pairs the mask is empty and the second pair of metrics is left out
+    # without held-out pairs the second mask is empty: its metrics are left out
     for suffix, mask in (("", ~held_out), ("/held-out pairs", held_out)):
         for name, values in hits.items():
             if mask.any():
@@ -188,16 +188,16 @@ def build_classifier(
 
     Args:
         prompts: the prompts of each class, at least one.
-        embed: texts -> embeddings (len, E) of any length.
+        embed: texts -> embeddings (len(texts), E), not necessarily unit vectors.
     """
     if not prompts or not all(prompts):
         raise UserError("Every class needs at least one prompt.")
-    # all prompts in one list, so that batches are full however many a class has
+    # one flat list, so that batches are full for any number of prompts per class
     texts = list(itertools.chain.from_iterable(prompts))
     rows = np.concatenate(
         [np.asarray(embed(texts[i : i + batch]), np.float64) for i in range(0, len(texts), batch)]
     )
-    # mean of unit vectors, then normalised again: CLIP's prompt ensembling
+    # CLIP's prompt ensembling: the normalised mean of unit vectors
     per_class = np.split(unit_rows(rows), np.cumsum([len(p) for p in prompts])[:-1])
     return unit_rows(np.stack([embeds.mean(axis=0) for embeds in per_class])).T
 
@@ -213,7 +213,7 @@ def top_classes(logits: np.ndarray, k: int) -> np.ndarray:
 
 
 def topk_hits(choices: Sequence[Sequence[int]], targets: Sequence[int]) -> Mapping[str, list[bool]]:
-    """Per image whether its class is the first, and among the first five, of its `choices`."""
+    """Per image whether its class is the first, or one of the first five, of its choices."""
     return {
         "top1": [target in list(row)[:1] for row, target in zip(choices, targets)],
         "top5": [target in list(row)[:5] for row, target in zip(choices, targets)],

@@ -1,4 +1,4 @@
-"""GQA: the released questions or LLaVA's question file, accuracy and the other published measures.
+"""GQA (arXiv 1902.09506): accuracy and the other official measures, from released or LLaVA question files.
 
 Scorers: `official` (default) compares literally after LLaVA's conversion (a trailing period is removed,
 lower case), over balanced questions; `lenient` ignores case and punctuation, as lmms-eval does.
@@ -44,7 +44,7 @@ from ..core.records import (
 _ORIGINAL, _LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
 _NOT_A_STEP = ("exist", "query: name", "choose name")
 GqaQuestions = dict[str, Record]
-# In the place of a malformed question: it counts in the accuracy, never right, and is in no group.
+# placeholder of a malformed question: wrong in the accuracy, and member of no group
 _MALFORMED: Record = {
     "question": "", "answer": "", "isBalanced": True, "entailed": [], "semantic": [],
     "types": {"structural": "", "semantic": ""}, "groups": {"global": None},
@@ -55,9 +55,9 @@ answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per question of `{split}_questions.json` in its order, or per line of LLaVA's file.
+    """One sample per question of `{split}_questions.json`, or per line of LLaVA's file, in order.
 
-    A question that lacks a key, or that LLaVA's file has and the released file has not, is malformed.
+    Malformed: a question without a required key, and a line of LLaVA's file whose question is not released.
     """
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
     path = find_file(data, _ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
@@ -98,7 +98,7 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _check_question(row: Any, where: str) -> None:
-    """Raise UserError with what a released question lacks."""
+    """Raise UserError if a released question lacks a key."""
     require_text(row, "question", where)
     for key in ("answer", "imageId", "isBalanced"):
         require_key(row, key, where)
@@ -113,12 +113,12 @@ def _check_question(row: Any, where: str) -> None:
 
 
 def convert_answer(text: str) -> str:
-    """An answer as LLaVA hands it to the official scorer."""
+    """An answer in the form that LLaVA's conversion passes to the official scorer."""
     return text.rstrip(".").lower()
 
 
 def is_gqa_right(text: str, label: str, scorer: str = "official") -> bool:
-    """Whether the raw answer counts."""
+    """Whether the raw answer is correct."""
     if scorer == "official":
         return convert_answer(text) == label
     return _without_punctuation(text.strip()) == _without_punctuation(label)
@@ -135,12 +135,12 @@ def _without_punctuation(text: str) -> str:
 def gqa_measures(
     questions: GqaQuestions, predictions: dict[str, str], choices: dict[str, Record] | None = None
 ) -> dict[str, Any]:
-    """What the official scorer prints, in per cent, over balanced questions; a missing prediction is wrong.
+    """The measures of the official scorer in per cent over balanced questions; a missing prediction is wrong.
 
-    `validity` and `plausibility` need the choices file, `consistency` the answers to all entailed questions;
-    what cannot be had is None. Groups are {name: [per cent, n]}.
+    `validity` and `plausibility` are None without the choices file, `consistency` without predictions for all
+    entailed questions. Groups are {name: [per cent, n]}.
     """
-    # the official accuracy counts balanced questions; the others serve consistency
+    # accuracy counts balanced questions only; all others are used for consistency
     balanced = {name: q for name, q in questions.items() if q["isBalanced"]}
     right = {name: predictions.get(name) == q["answer"] for name, q in balanced.items()}
 
@@ -168,28 +168,29 @@ def gqa_measures(
 
 
 def reasoning_steps(question: Record) -> int:
-    """How many reasoning steps a question takes, as the official scorer counts."""
-    submittable = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
-    return sum(not any(word in text for word in _NOT_A_STEP) for text in submittable)
+    """The number of reasoning steps of a question by the official count."""
+    # existence checks and look-ups of a name do not count as steps
+    steps = (f"{step['operation']}: {step['argument']}" for step in question["semantic"])
+    return sum(not any(word in text for word in _NOT_A_STEP) for text in steps)
 
 
 def _fraction_within(
     questions: GqaQuestions, predictions: dict[str, str], choices: dict[str, Record] | None, kind: str
 ) -> float | None:
-    """Per cent of predictions that are among a question's valid or plausible answers."""
+    """Per cent of predictions among the valid or plausible answers; None without choices."""
     if choices is None:
         return None
     return 100 * _mean(predictions.get(name) in choices.get(name, {}).get(kind, ()) for name in questions)
 
 
 def gqa_consistency(questions: GqaQuestions, predictions: dict[str, str]) -> float | None:
-    """Per cent of right answers to what a rightly answered question entails; None where one is missing."""
+    """Per cent of correct answers to questions that correct ones entail; None if an answer is missing."""
     shares = []
     for name, question in questions.items():
         entailed = [e for e in question["entailed"] if e != name]
         if not question["isBalanced"] or not entailed or predictions.get(name) != question["answer"]:
             continue
-        # consistency needs an answer to every entailed question, so a partial run has none
+        # they may be unbalanced questions, which a balanced split does not contain
         if any(e not in questions or e not in predictions for e in entailed):
             return None
         shares.append(_mean(predictions[e] == questions[e]["answer"] for e in entailed))
@@ -197,7 +198,7 @@ def gqa_consistency(questions: GqaQuestions, predictions: dict[str, str]) -> flo
 
 
 def gqa_distribution(questions: GqaQuestions, predictions: dict[str, str]) -> float:
-    """How far a group's answers are from the true ones: chi-square / 100, weighted by the groups' sizes."""
+    """Distance between predicted and true answer distributions: chi-square / 100, weighted by group size."""
     gold: dict[str, Counter] = defaultdict(Counter)
     found: dict[str, Counter] = defaultdict(Counter)
     for name, question in questions.items():
@@ -208,13 +209,14 @@ def gqa_distribution(questions: GqaQuestions, predictions: dict[str, str]) -> fl
     total = weight = 0.0
     for group, counts in gold.items():
         size = counts.total()
+        # chi-square over true answers only, as published: predictions outside of them are not penalised
         total += size * sum((found[group][answer] - n) ** 2 / n for answer, n in counts.items())
         weight += size
     return total / weight / 100 if weight else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:
-    """Arithmetic mean, 0 of nothing."""
+    """Arithmetic mean, 0 for no values."""
     values = list(values)
     return sum(values) / len(values) if values else 0.0
 
@@ -223,7 +225,7 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy over balanced questions, per type; the official measures in the details."""
+    """Accuracy over balanced questions, overall and per type; the official measures go into the details."""
     questions: GqaQuestions = {s.id: task.truth["questions"][s.id] for s in task.samples}
     texts = answer_texts(records)
     predictions = {s.id: convert_answer(texts[s.index]) for s in task.samples if s.index in texts}
@@ -253,7 +255,8 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The official scorer's input; it wants an answer to every question, so that a missing one is empty."""
+    """The input file of the official scorer."""
+    # the scorer fails if a question has no prediction, so a missing one is ""
     texts = answer_texts(records)
     content = [
         {"questionId": s.id, "prediction": convert_answer(texts.get(s.index, ""))}

@@ -1,9 +1,9 @@
-"""MMBench: the released table, letters read from answers without a judge model, circular accuracy.
+"""MMBench (arXiv 2307.06281): circular accuracy, with letters parsed from answers without a judge model.
 
-A question occurs once per rotation of its options (index = base + r * 1,000,000) and counts only if all
-rotations are right. Scorer `static`: a letter that stands alone or in one of twelve notations, else the only
-option whose text occurs, else the first option letter in the answer. The official server asks a language
-model where the first two rules fail.
+A question occurs once per rotation of its options (index = base + r * 1,000,000) and is correct only if all
+rotations are. Scorer `static`: a letter on its own or in one of twelve notations, else the only option whose
+text occurs, else the first option letter in the answer. The official server queries a language model if the
+first two rules fail.
 """
 
 import csv
@@ -38,7 +38,7 @@ _ABSENT = ("", "nan", "none")
 
 
 class MmbenchQuestion(NamedTuple):
-    """A row of the table; options by letter, `answer` "" where it is not public."""
+    """A row of the table: options by letter; `answer` is "" if it is not public."""
 
     index: int
     question: str
@@ -47,28 +47,29 @@ class MmbenchQuestion(NamedTuple):
     answer: str
     category: str
     group: str
-    malformed: str = ""  # why its row cannot be used: it is not answered and counts as wrong
+    malformed: str = ""  # the error in its row: the question is not answered and counts as wrong
 
 
 answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per row. LLaVA reads the same table; `mmbench_dev_cn_...` gets the Chinese prompt template.
+    """One sample per row; LLaVA's archive contains the same table.
 
-    A row without number, question or option is malformed, and its question wrong in every rotation.
+    A row without index, question or option is malformed, and its question is wrong in all rotations.
 
     Raises:
-        UserError: no table or several, or one without the columns.
+        UserError: no table or several, or required columns are missing.
     """
     path = find_file(existing(data), _FILES, "MMBench table", settings.split, "_dev_2")
     questions, images = _read_table(path, settings.limit)
     first = {q.index: image for q, image in zip(questions, images)}
+    # mmbench_dev_cn_...: the Chinese prompt, as published
     template = choose_prompt_template(settings, "letter-cn" if "_cn" in path.name else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
-        # a base64 image is longer than any row number
-        if image.isdigit() and len(image) < 64:  # a rotation may name the row that holds the image
+        # a cell may hold the index of the row with the image; base64 is longer than any index
+        if image.isdigit() and len(image) < 64:
             image = first.get(int(image), "")
         encoded = Base64Image(f"{_base_index(q)}.jpg", image)
         sample = Sample(i, q.index, PROMPT_TEMPLATES[template].format(mmbench_prompt(q)), encoded)
@@ -83,16 +84,13 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], list[str]]:
-    """The rows and their images.
-
-    A row without an answer is malformed where others have one; where none has, it is a test set.
-    """
+    """The rows and their images."""
     csv.field_size_limit(2**31 - 1)  # cells hold images as base64
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t")
         if missing := {"index", "question", "A", "B", "image", "category"} - set(reader.fieldnames or ()):
             raise UserError(f"{path}: the columns {', '.join(sorted(missing))} are missing.")
-        shared: dict[str, str] = {}  # rotations share an image: one text in memory
+        shared: dict[str, str] = {}  # rotations repeat an image: keep one copy in memory
         questions, images = [], []
         for i, row in enumerate(itertools.islice(reader, limit)):
             try:
@@ -102,26 +100,28 @@ def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], l
                 index = int(number) if number.isdigit() else -1 - i
                 questions.append(MmbenchQuestion(index, "", "", {}, "", "", "", str(error)))
             images.append(shared.setdefault(row["image"] or "", row["image"] or ""))
+    # a test set has no answers at all; otherwise a row without one is malformed
     if any(q.answer for q in questions):
         for i, q in enumerate(questions):
             if not q.answer and not q.malformed:
-                reason = f"{path}, row {i + 1}: it has no answer, but others have."
+                reason = f"{path}, row {i + 1}: it has no answer, but other rows do."
                 questions[i] = q._replace(malformed=reason)
     return questions, images
 
 
 def _base_index(question: MmbenchQuestion) -> int:
-    """The index shared by a question's rotations; a row without an index has a negative one."""
+    """The index shared by all rotations of a question; negative for a row without a valid index."""
     return question.index % ROTATION_STEP if question.index >= 0 else question.index
 
 
 def _read_row(row: dict[str, Any], where: str) -> MmbenchQuestion:
-    """A row of the table; empty and "nan" cells are absent, and options end at the first absent one."""
+    """Parse a row; options end at the first empty cell."""
+    # tables written by pandas have "nan" in empty cells
     cells = {
         key: "" if str(value or "").strip().lower() in _ABSENT else str(value) for key, value in row.items()
     }
     if not cells["index"].isdigit():
-        raise UserError(f"{where}: index is {row['index']!r}; it must be a whole number.")
+        raise UserError(f"{where}: index is {row['index']!r}; it must be an integer.")
     options: dict[str, str] = {}
     for letter in _LETTERS:
         if not cells.get(letter):
@@ -145,7 +145,7 @@ def _read_row(row: dict[str, Any], where: str) -> MmbenchQuestion:
 
 
 def mmbench_prompt(question: MmbenchQuestion) -> str:
-    """Hint, question and options, as LLaVA asks."""
+    """Hint, question and options in LLaVA's layout."""
     lines = [question.hint] if question.hint else []
     return "\n".join([*lines, question.question, *(f"{k}. {v}" for k, v in question.options.items())])
 
@@ -154,12 +154,12 @@ def mmbench_prompt(question: MmbenchQuestion) -> str:
 
 
 def named_letter(answer: str) -> str:
-    """The letter that an answer names, "" if none or several; any of A-E, whatever options there are."""
+    """The letter that an answer names, any of A-E; "" if there is none or more than one."""
     if "Failed to obtain answer via API" in answer:
         return ""
     words = answer.split()
     alone = [letter for letter in _LETTERS if letter in words]
-    # "A cat sits there": a lone A in a longer text is taken for an article
+    # "A cat sits there": in a longer text, "A" is an article
     if len(alone) == 1 and not ("A" in words and len(words) > 3):
         return alone[0]
     for notation in _NOTATIONS:
@@ -181,7 +181,7 @@ def first_option_letter(answer: str, options: dict[str, str]) -> str:
 
 
 def chosen_letter(answer: str, options: dict[str, str]) -> str:
-    """The letter chosen, "" where nothing can be read."""
+    """The chosen letter, "" if the answer cannot be parsed."""
     return named_letter(answer) or letter_by_text(answer, options) or first_option_letter(answer, options)
 
 
@@ -189,7 +189,7 @@ def chosen_letter(answer: str, options: dict[str, str]) -> str:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Circular accuracy per question, category and group; `vanilla` is the accuracy of unrotated rows."""
+    """Circular accuracy overall, per category and per group; `vanilla` counts unrotated rows only."""
     questions: list[MmbenchQuestion] = task.truth
     texts = answer_texts(records)
     chosen = [chosen_letter(texts.get(s.index, ""), q.options) for s, q in zip(task.samples, questions)]
@@ -202,7 +202,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
                 for s, q in zip(task.samples, questions)
             ],
         )
-    # circular accuracy: all rotations of a question must be right
+    # circular accuracy: all rotations of a question must be correct
     right: dict[int, list[bool]] = {}
     for q, letter in zip(questions, chosen):
         right.setdefault(_base_index(q), []).append(letter == q.answer and not q.malformed)
@@ -212,7 +212,8 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
             kept.append((s, q, letter))
             values.append(float(all(right[q.index])))
             plain.append(float(letter == q.answer and not q.malformed))
-    first_question: dict[str, int] = {}  # image text -> the first question about it
+    first_question: dict[str, int] = {}  # base64 image -> index of the first question about it
+    # the table has no image ids, so equal image data forms a cluster
     clusters = [first_question.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
     metrics = {"circular": mean_metric(values, clusters), "vanilla": mean_metric(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
@@ -242,7 +243,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The spreadsheet that the official server takes."""
+    """The spreadsheet for the official server."""
     texts = answer_texts(records)
     letters = [letter for letter in _LETTERS if any(letter in q.options for q in task.truth)]
     table: list[list[Any]] = [["index", "question", *letters, "prediction"]]
@@ -256,12 +257,12 @@ def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> 
     return [path]
 
 
-# Characters that XML, and so a spreadsheet, cannot hold.
+# characters that XML, and therefore xlsx, does not allow
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def _write_xlsx(path: Path, rows: Sequence[Sequence[Any]]) -> None:
-    """Write rows of cells (int, float or text) as one sheet; equal tables give equal bytes."""
+    """Write rows of cells (int, float or text) as one sheet; the bytes depend on the cells only."""
     try:
         from openpyxl import Workbook
     except ImportError as error:
@@ -275,7 +276,7 @@ def _write_xlsx(path: Path, rows: Sequence[Sequence[Any]]) -> None:
                 cell.data_type = "s"  # an answer that starts with "=" is text, not a formula
     saved, fixed = io.BytesIO(), io.BytesIO()
     book.save(saved)
-    # openpyxl writes the time of saving into the zip entries and into docProps/core.xml
+    # remove the time of saving, which openpyxl writes into the zip entries and docProps/core.xml
     with zipfile.ZipFile(saved) as source, zipfile.ZipFile(fixed, "w", zipfile.ZIP_DEFLATED) as target:
         for name in source.namelist():
             content = source.read(name)

@@ -1,9 +1,9 @@
-"""MME: the fourteen released folders, and the two totals over their tasks.
+"""MME (arXiv 2306.13394): yes/no questions in fourteen tasks, two per image, and two totals over the tasks.
 
-A task's score is 100 * (accuracy + accuracy+), where accuracy+ is the fraction of images with both answers
-right. Published tables quote the sum over the ten perception tasks, at most 2000. Scorers: `official`
-(default) looks for yes and no in the first four characters as they are; `lmms` strips blanks and periods
-first and accepts a single y or n.
+The score of a task is 100 * (accuracy + accuracy+), where accuracy+ is the fraction of images with both
+answers correct. Published tables quote the sum over the ten perception tasks, at most 2000. Scorers:
+`official` (default) searches the first four characters for yes or no; `lmms` strips blanks and periods first
+and also accepts a single y or n.
 """
 
 from pathlib import Path
@@ -42,20 +42,20 @@ class MmeQuestion(NamedTuple):
     image: Path
     question: str
     label: str
-    malformed: str = ""  # why its line cannot be used: it is not answered and counts as wrong
+    malformed: str = ""  # the error in its line: the question is not answered and counts as wrong
 
 
 answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """Two samples per image, task by task; `split` picks a single task.
+    """Two samples per image, task by task; `split` selects a single task.
 
-    In LLaVA's layout its file gives the prompts, and the released folders give the truth. A line that is
-    no question with Yes or No gives a question that is `broken`, and so does an image's missing second one.
+    In LLaVA's layout the prompts come from LLaVA's file and the truth from the released folders. Malformed:
+    a line that is not a question with Yes or No, and the missing second question of an image.
 
     Raises:
-        UserError: a task's folder is missing or holds no questions.
+        UserError: the folder of a task is missing or has no questions.
     """
     root = data / _RELEASE if (data / _RELEASE).is_dir() else existing(data)
     tasks = (settings.split,) if settings.split else MME_TASKS
@@ -92,7 +92,7 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     for path in sorted(texts.glob("*.txt")):
         text = path.read_text(encoding="utf-8", errors="replace")
         lines = [line for line in text.splitlines() if line.strip()]
-        # releases differ in the images' suffix
+        # .jpg in some tasks, .png in others
         image = image_path_by_stem(images, path.stem)
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
@@ -102,6 +102,7 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
             elif i > 1:
                 broken = f"{path}: expected two questions, found {len(lines)}."
             result.append(MmeQuestion(name, image, question, label.strip().lower(), broken))
+        # a missing second question lowers accuracy+ instead of raising it
         for _ in range(len(lines), 2):
             result.append(
                 MmeQuestion(name, image, "", "", f"{path}: expected two questions, found {len(lines)}.")
@@ -112,17 +113,17 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
 
 
 def without_yes_no_request(question: str) -> str:
-    """A released question without its request for yes or no, which follows one blank or two."""
+    """The question without the released "Please answer yes or no.": the prompt template replaces it."""
     return question.replace(_YES_NO, "").strip()
 
 
 def _join_llava(
     questions: list[MmeQuestion], file: Path, tasks: tuple[str, ...]
 ) -> tuple[list[MmeQuestion], list[str]]:
-    """The released questions in the order of LLaVA's file, and its prompts.
+    """The released questions in the order of LLaVA's file, and LLaVA's prompts.
 
-    A line whose question is not released, or that cannot be read, counts as wrong in its task; without one in
-    the first.
+    A line that is unreadable or matches no released question counts as wrong in its task, or in the first
+    task if the line names none.
     """
     known = {(q.task, q.image.stem, without_yes_no_request(q.question)): q for q in questions}
     found, prompts = [], []
@@ -133,6 +134,7 @@ def _join_llava(
             name = next((part for part in (row.get("category"), image.parts[0]) if part in MME_TASKS), name)
             if require_text(row, "category", where) not in MME_TASKS:
                 raise UserError(f"{where}: category is {row['category']!r}; allowed: {', '.join(MME_TASKS)}.")
+            # LLaVA's file has no question ids: match by task, image and text
             key = (name, image.stem, row["text"].split("\n")[0].strip())
             if name in tasks and key not in known:
                 raise UserError(f"{where}: the folder {name} has no such question about {key[1]}.")
@@ -150,17 +152,18 @@ def _join_llava(
 
 
 def parse_mme(answer: str, scorer: str = "official") -> str:
-    """ "yes", "no" or "other", which is always wrong."""
+    """Returns "yes", "no", or "other", which is always wrong."""
     text = answer.lower()
     if scorer == "lmms":
         text = text.strip().replace(".", "")
         if text in ("y", "n"):
             return "yes" if text == "y" else "no"
+    # published: a substring match, so "know" in the first four characters is a "no"
     return next((word for word in ("yes", "no") if word in text[:4]), "other")
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """The perception total, the cognition total, and every task's score with its parts in the details."""
+    """The perception and cognition totals, and the score of each task; its parts go into the details."""
     questions: list[MmeQuestion] = task.truth
     texts = answer_texts(records)
     parsed = [
@@ -170,8 +173,9 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     pairs: dict[tuple[str, str], list[float]] = {}
     for s, q, hit in zip(task.samples, questions, right):
         pairs.setdefault((q.task, cluster_of(s)), []).append(hit)
-    # accuracy+ needs both of an image's questions; one that lost a question is not right twice
+    # accuracy+ needs both questions of an image: one correct answer out of one does not count
     both = {key: min(hits) if len(hits) > 1 else 0.0 for key, hits in pairs.items()}
+    # a split of a single cognition task has no perception total
     main = PERCEPTION_TASKS if any(q.task in PERCEPTION_TASKS for q in questions) else COGNITION_TASKS
     per_sample = [
         sample_record(
@@ -187,7 +191,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def _total(rows: list[Record], tasks: tuple[str, ...]) -> Metric | None:
-    """The sum of the tasks' scores, None without questions of these tasks."""
+    """The sum of the scores of these tasks, None without questions of them."""
     rows = [row for row in rows if row["group"] in tasks]
     if not rows:
         return None
@@ -197,7 +201,7 @@ def _total(rows: list[Record], tasks: tuple[str, ...]) -> Metric | None:
 
 
 def mme_tasks(rows: list[Record]) -> dict[str, Record]:
-    """Task -> score, accuracy, accuracy+, unreadable answers and images."""
+    """Task -> score, accuracy, accuracy+, number of unreadable answers and of images."""
     result = {}
     for name in dict.fromkeys(row["group"] for row in rows):
         chosen = [row for row in rows if row["group"] == name]
@@ -211,12 +215,13 @@ def mme_tasks(rows: list[Record]) -> dict[str, Record]:
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The official tool's input: per task a file of image, question, truth and answer."""
+    """The input of the official tool: a file per task with image, question, truth and answer."""
     texts = answer_texts(records)
     lines: dict[str, list[str]] = {}
     for sample, question in zip(task.samples, task.truth):
         if question.malformed:
             continue
+        # tabs and newlines separate fields and lines of the file
         answer = " ".join(texts.get(sample.index, "").split())
         fields = (question.image.name, question.question, question.label.capitalize(), answer)
         lines.setdefault(question.task, []).append("\t".join(fields) + "\n")

@@ -1,8 +1,8 @@
-"""MM-Vet: open answers graded by a judge, per capability and per set of capabilities.
+"""MM-Vet (arXiv 2308.02490): open answers graded by a judge model, per capability and set of capabilities.
 
-The published numbers are of `gpt-4-0613`; a result of any other judge is not comparable with them.
-Scorers name the judge's prompt: `official` (default), or `lmms`, which differs by a word, a blank line and
-how long a reply may be.
+Published numbers use the judge `gpt-4-0613`; results of other judges are not comparable. Scorers select the
+judge's prompt: `official` (default), or `lmms`, which differs in one word, a blank line and the length limit
+of a reply.
 """
 
 import functools
@@ -40,15 +40,15 @@ from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
 
 _ORIGINAL, _LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
 _PUBLISHED_JUDGE = "gpt-4-0613"
-# of the first request, and of those after replies without a grade
+# of the first request, and of the retries after replies without a grade
 _TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
 RETRY_PROMPT = "\nPredict the correctness of the answer (digit): "
-_REPLY_TOKENS = {"official": 3, "lmms": 128}  # tokens of a reply
+_REPLY_TOKENS = {"official": 3, "lmms": 128}  # max_tokens of a reply
 MMVET_CAPABILITIES = ("rec", "ocr", "know", "gen", "spat", "math")
 
 
 class MmvetQuestion(NamedTuple):
-    """A question, its model answer and the capabilities that it takes."""
+    """A question, its reference answer and the capabilities it requires."""
 
     name: str
     question: str
@@ -60,7 +60,7 @@ answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per entry of `mm-vet.json`; LLaVA's numbers are v1_{number}."""
+    """One sample per entry of `mm-vet.json`, or per line of LLaVA's file."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
     path = find_file(data, _ORIGINAL, "MM-Vet annotation file")
     known: dict[str, tuple[MmvetQuestion, str]] = {}
@@ -77,6 +77,7 @@ def load(data: Path, settings: Options) -> Task:
         template, entries = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
             good = isinstance(row, dict)
+            # LLaVA: 0; MM-Vet: v1_0
             name = f"v1_{str(row['question_id']).removeprefix('v1_')}" if good else f"#{i}"
             entries.append((name, row["text"] if good else ""))
             if name not in known:
@@ -97,7 +98,7 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _read_question(row: Any, name: str, where: str) -> tuple[MmvetQuestion, str]:
-    """A question and its image's name; UserError says what is wrong with the entry."""
+    """A question and its image name; UserError if the entry is malformed."""
     abilities = require_key(row, "capability", where)
     if (
         not isinstance(abilities, list)
@@ -126,14 +127,15 @@ def judge_examples(scorer: str = "official") -> str:
 
 
 def judge_prompt(question: MmvetQuestion, answer: str, scorer: str = "official") -> str:
-    """The judge's prompt: the examples, then a line without its grade."""
+    """The judge's prompt: the examples, then a line with the grade left blank."""
+    # blanks around the operators, as in the examples
     truth = question.answer.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     line = f"\n{question.question} | {truth} | {answer} |"
     return judge_examples(scorer) + line + (" " if scorer == "official" else "")
 
 
 def parse_grade(reply: str) -> float | None:
-    """The grade in [0, 1] at the start of a reply, None if there is none."""
+    """The grade in [0, 1] at the start of a reply, or None."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
@@ -142,16 +144,17 @@ def parse_grade(reply: str) -> float | None:
 
 
 def grade_answer(ask: Callable[[str, float, int], str], prompt: str) -> tuple[float, str, int]:
-    """(grade, last reply, requests): retried at rising temperature while replies have no grade; then 0.
+    """(grade, last reply, number of requests); retries at rising temperature while replies have no grade.
 
-    As in the published tool the sixth reply is kept but not read. `ask` takes prompt, temperature and try.
+    Args:
+        ask: (prompt, temperature, attempt) -> reply.
     """
     reply = ""
     for attempt, temperature in enumerate(_TEMPERATURES):
         reply = ask(prompt + (RETRY_PROMPT if attempt else ""), temperature, attempt)
         found = parse_grade(reply)
         content = reply.split(" ")[0].strip()
-        # the published tool keeps the sixth reply but does not parse it
+        # the published tool stores the sixth reply without parsing it: grade 0
         if attempt == len(_TEMPERATURES) - 1:
             return 0.0, content, attempt + 1
         if found is not None:
@@ -160,16 +163,16 @@ def grade_answer(ask: Callable[[str, float, int], str], prompt: str) -> tuple[fl
 
 
 class Grades(NamedTuple):
-    """Per sample index its grade in every run; what went wrong."""
+    """Grades and replies of every run by sample index, and counts of failures."""
 
     by_index: dict[int, list[float]]
     replies: dict[int, list[str]]
-    nonsense: int  # answers that no reply graded: 0
-    failed: dict[int, str]  # samples whose judge did not reply: 0
+    nonsense: int  # answers without a grade in six replies: 0
+    failed: dict[int, str]  # samples without a reply -> reason: 0
 
 
 def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options) -> Grades:
-    """Grade every answer `scoring.judge_runs` times, several at once."""
+    """Grade every answer `scoring.judge_runs` times, in parallel."""
 
     def one(sample: Sample) -> tuple[list[float], list[str], int, str]:
         question: MmvetQuestion = task.truth[sample.index]
@@ -193,7 +196,7 @@ def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options
         return grades, replies, nonsense, ""
 
     answered = [s for s in task.samples if s.index in texts]
-    # the time goes into waiting for the endpoint
+    # threads: the time is spent waiting for the endpoint
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = dict(zip([s.index for s in answered], pool.map(one, answered)))
     return Grades(
@@ -208,7 +211,7 @@ def _grade_all(judge: Judge, task: Task, texts: dict[int, str], scoring: Options
 
 
 def mmvet_summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> dict[str, Any]:
-    """The published report, in per cent, of grades (M samples, R runs)."""
+    """The published report in per cent, from grades (M samples, R runs)."""
     mean = grades.mean(axis=1)
     sets = ["_".join(sorted(row)) for row in capabilities]
 
@@ -229,21 +232,22 @@ def mmvet_summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> 
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Mean grade, per capability; without a judge the answers are only laid out for one."""
+    """Mean grade, overall and per capability; without a judge, no metrics but the submission file."""
     questions: list[MmvetQuestion] = task.truth
     texts = answer_texts(records)
     judge = load_judge(scoring, folder)
     if judge is None:
-        note = "no judge was given (--judge): the answers lie in submission/ for the official page"
+        note = "no --judge: the answers are in submission/ for upload to the official page"
         lines = [
             sample_record(s, records, None, q.answer, "_".join(sorted(q.capabilities)))
             for s, q in zip(task.samples, questions)
         ]
         return Scored({}, {}, lines, problems=[note])
     grades = _grade_all(judge, task, texts, scoring)
+    # not a single reply: an error of the endpoint, not a score of 0
     if texts and len(grades.failed) == len(texts):
         reason = next(iter(grades.failed.values()))
-        raise UserError(f"The judge {judge.model} graded not one answer: {reason}")
+        raise UserError(f"The judge {judge.model} graded no answer: {reason}")
     table = np.array([grades.by_index.get(s.index, [0.0] * scoring.judge_runs) for s in task.samples])
     values, names = table.mean(axis=1), [cluster_of(s) for s in task.samples]
     metrics = {"total": mean_metric(values, names)}
@@ -265,7 +269,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def _not_comparable(judge: Judge, scoring: Options) -> str:
-    """Why a result is not comparable with published ones, "" if it is."""
+    """The reason why a result is not comparable with published ones, else ""."""
     if judge.model != _PUBLISHED_JUDGE:
         return f"the judge is {judge.model}, the published one is {_PUBLISHED_JUDGE}"
     return (
@@ -276,7 +280,7 @@ def _not_comparable(judge: Judge, scoring: Options) -> str:
 
 
 def _judge_problems(grades: Grades, task: Task) -> list[str]:
-    """What went wrong with the judge."""
+    """Warnings about failed requests and replies without a grade."""
     problems = []
     if grades.nonsense:
         problems.append(f"{grades.nonsense} answers got no grade in six replies (counted as 0, as published)")
@@ -290,7 +294,7 @@ def _judge_problems(grades: Grades, task: Task) -> list[str]:
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The input of the official tool and of its page."""
+    """The input of the official tool and upload page."""
     texts = answer_texts(records)
     return [
         write_submission(

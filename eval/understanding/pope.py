@@ -1,7 +1,7 @@
-"""POPE (arXiv 2305.10355): is an object in the image; F1 of "yes" over three kinds of negative questions.
+"""POPE (arXiv 2305.10355): object hallucination; mean F1 of "yes" over three ways to sample absent objects.
 
-Scorers: `official` (default) reads any answer without a plain "no" or "not" as yes; `strict` accepts
-"yes" and "no" alone.
+Scorers: `official` (default) counts any answer without the words "no" or "not" as yes; `strict` accepts only
+"yes" and "no".
 """
 
 from collections.abc import Sequence
@@ -48,18 +48,14 @@ class PopeQuestion(NamedTuple):
     text: str
     label: str
     category: str
-    malformed: str = ""  # why its line cannot be used: it is not answered and counts as wrong
+    malformed: str = ""  # the error in its line: the question is not answered and counts as wrong
 
 
 # --------------------------------------------------------------------------------------------------- loading
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per question of the three categories, one after the other.
-
-    In LLaVA's layout the released files lie in `data/coco`; LLaVA's questions follow theirs in order,
-    category by category, as LLaVA's own scorer assumes.
-    """
+    """One sample per question, category by category; in LLaVA's layout in the order of LLaVA's file."""
     if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "original":
         questions = read_pope(data)[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
@@ -84,10 +80,10 @@ def load(data: Path, settings: Options) -> Task:
 def read_pope(data: str | Path) -> list[PopeQuestion]:
     """Read `*_pope_{random,popular,adversarial}.json` from `data`, `data/test` or its `coco` folder.
 
-    A line that lacks a key or has another label gives a `malformed` question.
+    A line without a key or with an invalid label becomes a `malformed` question.
 
     Raises:
-        UserError: a category's file is missing, or there are two.
+        UserError: the file of a category is missing, or there are two.
     """
     data = existing(data)
     result = []
@@ -101,13 +97,14 @@ def read_pope(data: str | Path) -> list[PopeQuestion]:
 
 
 def _read_category(path: Path) -> list[PopeQuestion]:
-    """The questions of one file, in its order."""
+    """The questions of one file, in order."""
     category = path.stem.rsplit("_", 1)[1]
     folders = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
     images = next((d for d in folders if d.is_dir()), path.parent)
     result = []
     for i, row in enumerate(read_jsonl_lenient(path)):
         where = f"{path}, question {i + 1}"
+        # the image is checked when it is read: here only the line itself
         try:
             label = require_key(row, "label", where)
             if label not in ("yes", "no"):
@@ -122,16 +119,15 @@ def _read_category(path: Path) -> list[PopeQuestion]:
 
 
 def _malformed_question(category: str, reason: str = "") -> PopeQuestion:
-    """In the place of a malformed line: a "yes" that no answer finds, so that it can only lower the score."""
+    """The placeholder of a malformed line."""
+    # label "yes": a missing answer is then a false negative, which lowers F1
     return PopeQuestion(-1, Path(), "", "yes", category, reason)
 
 
 def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path: Path) -> list[PopeQuestion]:
-    """The released questions in the order of LLaVA's rows, which name their category.
-
-    Where a row's image is not the released question's at that position, the question is `malformed`.
-    """
-    # LLaVA's file has no ids of the release: its rows follow the release's order
+    """The released questions in the order of LLaVA's rows; a row with another image is `malformed`."""
+    # rows have a category but no released id: within a category they follow the released order, which
+    # LLaVA's scorer assumes too
     left = {name: [q for q in questions if q.category == name] for name in POPE_SUBSETS}
     result: list[PopeQuestion] = []
     for i, row in enumerate(rows):
@@ -139,7 +135,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
         try:
             category = require_key(row, "category", where)
             if not left.get(category):
-                raise UserError(f"{where}: the released files have no (more) question of {category!r}.")
+                raise UserError(f"{where}: the released files have no further question of {category!r}.")
             question = left[category].pop(0)
             if not question.malformed and Path(require_text(row, "image", where)).name != question.image.name:
                 raise UserError(
@@ -147,7 +143,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
                     "at this position: the files are of different versions."
                 )
         except UserError as error:
-            # an unreadable line stands for the next question of the category that it lies in
+            # an unreadable line consumes the next question of the category of the line before
             before = result[-1].category if result else POPE_SUBSETS[0]
             if question is None and left[before]:
                 question = left[before].pop(0)
@@ -160,7 +156,7 @@ def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Mean F1 over the three categories, and each category's counts."""
+    """Mean F1 over the three categories; the counts of each go into the details."""
     questions: list[PopeQuestion] = task.truth
     result = pope_metrics(questions, answer_texts(records), scoring.scorer)
     names = list(result["per_category"])
@@ -182,13 +178,13 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def parse_yes_no(text: str, scorer: str = "official") -> str:
-    """ "yes" or "no"; the strict scorer also says "" where the answer is neither."""
+    """Returns "yes" or "no"; with the strict scorer also "" for any other answer."""
     if scorer == "strict":
         word = text.strip().lower()
         return word if word in ("yes", "no") else ""
     if scorer != "official":
         raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, POPE_SCORERS))
-    # the published rule: only the first sentence, commas removed
+    # published: the first sentence, without commas; "NO" in capitals is not a no
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if any(word in ("No", "not", "no") for word in words) else "yes"
 
@@ -196,13 +192,13 @@ def parse_yes_no(text: str, scorer: str = "official") -> str:
 def pope_metrics(
     questions: Sequence[PopeQuestion], answers: dict[int, str], scorer: str = "official"
 ) -> dict[str, Any]:
-    """Per category the counts and ratios, then their means over categories.
+    """Counts and ratios per category, and the mean F1 and accuracy over categories.
 
-    `answers` maps a question's position in `questions` to the text (ids repeat from file to file). A missing
-    answer counts as the wrong one, so that it can only lower the score.
+    Args:
+        answers: index in `questions` -> answer; a missing answer counts as the wrong one.
 
     Raises:
-        UserError: an answer for a position that does not exist.
+        UserError: an index is out of range.
     """
     if unknown := [i for i in answers if not 0 <= i < len(questions)]:
         raise UserError(
@@ -225,7 +221,7 @@ def pope_metrics(
 
 
 def yes_no_ratios(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Counts and ratios of (answer, label) pairs, yes being positive; a ratio with denominator 0 is 0."""
+    """Counts and ratios of (answer, label) pairs with positive class yes; a ratio with denominator 0 is 0."""
     tp, fp = pairs.count(("yes", "yes")), pairs.count(("yes", "no"))
     tn, fn = pairs.count(("no", "no")), pairs.count(("no", "yes"))
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)

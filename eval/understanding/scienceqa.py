@@ -1,4 +1,4 @@
-"""ScienceQA: school questions with two to five options, half of them with an image.
+"""ScienceQA (arXiv 2209.09513): school questions with two to five options, half of them with an image.
 
 Scorers: `official` (default) is LLaVA's parser; `lmms` takes "A" or "A. ...".
 """
@@ -81,12 +81,10 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _read_conversations(path: Path) -> dict[str, str]:
-    """Problem id -> the question of LLaVA's list of conversations, without its mark for the image.
-
-    An entry without id or question is left out; `load` reports its problem as malformed.
-    """
+    """Problem id -> question of LLaVA's conversations, without the "<image>" mark."""
     result = {}
     for row in read_json_as(list, path):
+        # an entry without id or question is skipped: `load` reports its problem as malformed
         with contextlib.suppress(UserError):
             turns = require_type(list, require_key(row, "conversations", path), path)
             text = require_text(turns[0] if turns else None, "value", str(path))
@@ -123,13 +121,14 @@ def read_scienceqa_problem(
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy over the split, and over problems with an image; a missing answer is wrong."""
+    """Accuracy overall, by medium ("image" is published as IMG) and by subject; missing answers are wrong."""
     questions: list[ChoiceQuestion] = task.truth
     texts = answer_texts(records)
     values = [
         float(s.index in texts and is_scienceqa_right(texts[s.index], q, scoring.scorer))
         for s, q in zip(task.samples, questions)
     ]
+    # one question per image; files are all called image.png, so the id is the cluster
     clusters = [f"{s.id}" for s in task.samples]
     metrics = {"accuracy": mean_metric(values, clusters)}
     metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
@@ -139,17 +138,17 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def parse_scienceqa(text: str) -> str:
-    """The letter that LLaVA's scorer reads, or "FAILED"."""
+    """The letter by the rules of LLaVA's scorer, or "FAILED"."""
     if text in tuple(OPTION_LETTERS):
         return text
     if len(text) >= 3 and text[0] in OPTION_LETTERS and text[1:3] == ". ":
         return text[0]
-    found = re.findall(r"The answer is ([A-Z]).", text)  # the last dot is a wildcard there
+    found = re.findall(r"The answer is ([A-Z]).", text)  # the last dot is a wildcard, as published
     return found[0] if len(found) == 1 else "FAILED"
 
 
 def is_scienceqa_right(text: str, question: ChoiceQuestion, scorer: str = "official") -> bool:
-    """Whether the raw answer counts; a letter beyond the options never does."""
+    """Whether the raw answer is correct."""
     if scorer == "official":
         return parse_scienceqa(text) == question.answer
     text = text.strip()
@@ -157,11 +156,11 @@ def is_scienceqa_right(text: str, question: ChoiceQuestion, scorer: str = "offic
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The leaderboard's file: the index of the chosen option, -1 where none could be read."""
+    """The leaderboard file: the index of the chosen option, or -1."""
     texts = answer_texts(records)
     results = {}
     for sample, question in zip(task.samples, task.truth):
-        # "FAILED" is not found: -1, as the leaderboard expects
+        # find() of "FAILED" is -1, which the leaderboard expects
         index = OPTION_LETTERS.find(parse_scienceqa(texts.get(sample.index, "")))
         results[sample.id] = index if index < len(question.options) else -1
     return [write_submission(folder, "scienceqa_results.json", {"results": results})]

@@ -1,7 +1,7 @@
-"""SEED-Bench: twelve dimensions with four options, over images and videos.
+"""SEED-Bench (arXiv 2307.16125): multiple choice in twelve dimensions over images and videos.
 
-Scorers: `official` (default) accepts the letter alone, as LLaVA's scorer; `lmms` takes the first character
-of the answer in either case.
+Scorers: `official` (default) accepts only the bare letter, as LLaVA's scorer does; `lmms` uses the first
+character of the answer, case-insensitively.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ answer = answer_questions
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per question; a video is one frame, as LLaVA shows it. `split`: "image" or "video".
+    """One sample per question; `split`: "image" or "video". A video is one frame, as in LLaVA.
 
     Images: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
     """
@@ -54,7 +54,7 @@ def load(data: Path, settings: Options) -> Task:
             (q, image, PROMPT_TEMPLATES[template].format(lettered_options(q.question, q.options)))
             for q, image in known.values()
         ]
-    # a malformed question whose medium cannot be read counts in either split
+    # a malformed question of unknown medium counts in both splits
     entries = [
         entry for entry in entries if settings.split is None or entry[0].medium in ("", settings.split)
     ]
@@ -78,6 +78,7 @@ def _llava_entries(
         name = str(row["question_id"]) if isinstance(row, dict) else f"#{i}"
         unknown = UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
         question, image = known.get(name, (malformed_choice(name), unknown))
+        # the error takes the place of the image: `load` then makes a malformed sample
         if isinstance(row, UserError):
             image, row = row, {"text": ""}
         if not isinstance(image, UserError) and isinstance(row.get("image"), str):
@@ -87,7 +88,7 @@ def _llava_entries(
 
 
 def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, Path | UserError]]:
-    """Question id -> the question and its image, or instead of the image the error of a malformed entry."""
+    """Question id -> the question and its image, or the error if the entry is malformed."""
     types = read_json_as(dict, path, "question_type").items()
     kinds = {number: name for name, number in types if isinstance(number, str | int)}
     known: dict[str, tuple[ChoiceQuestion, Path | UserError]] = {}
@@ -120,14 +121,14 @@ def read_seedbench_question(
     if kind is None:
         raise UserError(f"{where}: question_type_id is {number!r}, which question_type lacks.")
     folder = data / ("SEED-Bench-image" if medium == "image" else "SEED-Bench-video-image")
-    # a video's frame is named by question, an image by data_id
+    # frames are named by question_id, images by data_id
     stem = str(require_key(row, "data_id", where)) if medium == "image" else name
     question = ChoiceQuestion(name, require_text(row, "question", where), options, label, kind, medium)
     return question, image_path_by_stem([folder], stem)
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy over all, images, videos and each dimension; a missing answer is wrong."""
+    """Accuracy overall, by medium and by dimension; missing answers are wrong."""
     questions: list[ChoiceQuestion] = task.truth
     texts = answer_texts(records)
     values = [
@@ -142,12 +143,12 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 
 def is_seedbench_right(text: str, label: str, scorer: str = "official") -> bool:
-    """Whether the raw answer counts."""
+    """Whether the raw answer is correct."""
     return text == label if scorer == "official" else text.strip()[:1].upper() == label
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """The leaderboard's upload."""
+    """The upload file of the leaderboard."""
     texts = answer_texts(records)
     content = [{"question_id": s.id, "prediction": texts.get(s.index, "")} for s in submittable(task.samples)]
     return [write_submission(folder, "seedbench_predictions.jsonl", content)]

@@ -1,7 +1,7 @@
-"""TextVQA: ten answers per question, normalised as the M4C/EvalAI processor does.
+"""TextVQA (arXiv 1904.08920): questions about text in images, ten answers each, M4C/EvalAI normalisation.
 
-The published numbers are of prompts that hold the words that an OCR system read ("ocr", the default); without
-them (`--prompt-template short`) a score is about ten points lower.
+Published numbers use prompts with the words that an OCR system found ("ocr", the default). Without them
+(`--prompt-template short`) scores are about ten points lower.
 """
 
 from collections.abc import Sequence
@@ -76,25 +76,24 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _question_of(row: Record) -> OpenQuestion:
-    """An entry of the annotation file; test sets have no answers."""
+    """The question of an annotation entry; test sets have no answers."""
     return OpenQuestion(row["question_id"], row["question"], row.get("answers", ()))
 
 
 def _ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, list[str]], list[str]]:
-    """Image id -> the words that Rosetta read, from the release's file or from the rows; and problems.
-
-    A question about an image without an entry gets no words, which lowers the score.
-    """
+    """Image id -> OCR words (Rosetta), from the rows or from the released OCR file; and warnings."""
     valid = [row for row in rows if isinstance(row, dict)]
+    # some versions of the annotation file include the words
     if all("ocr_tokens" in row for row in valid):
         return _words_by_image(valid)
     path = data / _OCR_FILE.format(split)
     if not path.exists():
         raise UserError(
-            f"{path} does not exist: the published prompt holds OCR words. Put it there, or leave them "
-            "out with --prompt-template short, which scores some ten points lower."
+            f"{path} does not exist: the published prompt contains OCR words. Download it, or use "
+            "--prompt-template short, which scores about ten points lower."
         )
     tokens, problems = _words_by_image(read_json_as(list, path, "data"), path.name)
+    # these prompts have an empty list of words, which lowers the score
     missing = [row["image_id"] for row in valid if row["image_id"] not in tokens]
     if missing:
         problems.append(
@@ -104,7 +103,7 @@ def _ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, 
 
 
 def _words_by_image(rows: Sequence[Any], name: str = "") -> tuple[dict[str, list[str]], list[str]]:
-    """Image id -> words, and a line about malformed rows."""
+    """Image id -> words, and a warning about malformed rows."""
     tokens, malformed = {}, 0
     for row in rows:
         words = row.get("ocr_tokens") if isinstance(row, dict) else None
@@ -117,9 +116,10 @@ def _words_by_image(rows: Sequence[Any], name: str = "") -> tuple[dict[str, list
 
 
 def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], split: str) -> Task:
-    """LLaVA's file, whose question ids are image ids: joined by image and question, as its scorer does."""
+    """The task of LLaVA's question file."""
     file = find_file(data, _LLAVA, "LLaVA question file", settings.split)
     folders = [data / name for name in _IMAGE_FOLDERS]
+    # question_id is the image id in LLaVA's file: join by image and question, as its scorer does
     known = {(str(row["image_id"]), row["question"].lower()): row for row in rows if isinstance(row, dict)}
     samples, questions = [], []
     for i, line in enumerate(read_llava_questions(file, settings.limit)):
@@ -129,7 +129,7 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
             if key not in known:
                 raise UserError(f"{where}: {path.name} has no question {key[1]!r} about image {key[0]}.")
             row = known[key]
-            # LLaVA's file names the image; older versions have only its id
+            # older versions of LLaVA's file have the image id only
             if "image" in line:
                 image = image_path(folders, Path(require_text(line, "image", where)).name)
             else:
@@ -144,7 +144,7 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
 
 
 def question_in_prompt(prompt: str, where: str) -> str:
-    """The bare question, in lower case, of one of the four prompt layouts that circulate."""
+    """The question in lower case, extracted from one of the four known prompt layouts."""
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: ") and "Question: " in prompt and " Short answer:" in prompt:
         return prompt.split("Question: ")[1].split(" Short answer:")[0].lower()
@@ -156,7 +156,7 @@ def question_in_prompt(prompt: str, where: str) -> str:
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """TextVQA's challenge file."""
+    """The upload file of the TextVQA challenge."""
     texts = answer_texts(records)
     content = [
         {"question_id": s.id, "answer": normalise_m4c(texts.get(s.index, ""))}

@@ -1,4 +1,4 @@
-"""VizWiz: questions of blind people, some without an answer; ten answers each, scored as TextVQA's."""
+"""VizWiz (arXiv 1802.08218): questions of blind people, some unanswerable; ten answers, scored as TextVQA."""
 
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,10 @@ score = score_open_answers
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per entry of `{split}.json`, or of LLaVA's question file; ids are file names."""
+    """One sample per entry of `{split}.json`, or per line of LLaVA's file; ids are image file names."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
     split = settings.split or ("val" if layout == "original" else "test")
-    file, known = None, {}
+    file, known = None, {}  # LLaVA's archive comes without annotations
     if layout == "original" or any(next(data.glob(p), None) for p in _ORIGINAL):
         file = find_file(data, _ORIGINAL, "VizWiz annotation file", settings.split, f"{split}.json")
         known = _read_annotations(file)
@@ -79,24 +79,26 @@ def _llava_entries(file: Path, known: dict[str, Any]) -> list[tuple[Any, str, An
     """(image name, prompt, entry) of each line of LLaVA's file."""
     lines = read_llava_questions(file)
     names = {Path(str(row.get("image"))).name for row in lines if isinstance(row, dict)}
-    if not names & known.keys():  # the annotations are of another split: the answers are not public
+    # annotations of another split: this one has no public answers
+    if not names & known.keys():
         known = {}
     return [_llava_entry(row, known, f"{file}, line {i + 1}") for i, row in enumerate(lines)]
 
 
 def _llava_entry(row: Any, known: dict[str, Any], where: str) -> tuple[str | None, str, Any]:
-    """Image name, prompt and entry of a line; the entry is a UserError where there is none."""
+    """Image name, prompt and entry of a line; the entry is a UserError if either is invalid."""
     try:
         name = Path(require_text(row, "image", where)).name
     except UserError as error:
         return None, "", error
     if known and name not in known:
         return name, "", UserError(f"{where}: the released file has no question about {name}.")
+    # the first line of a LLaVA prompt is the question
     return name, row["text"], known.get(name, {"question": row["text"].split("\n")[0]})
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """VizWiz's challenge file."""
+    """The upload file of the VizWiz challenge."""
     texts = answer_texts(records)
     content = [
         {"image": s.id, "answer": normalise_m4c(texts.get(s.index, ""))} for s in submittable(task.samples)

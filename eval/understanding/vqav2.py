@@ -1,8 +1,8 @@
-"""VQAv2: the released JSON pair or LLaVA's question file, and the accuracy in its three public variants.
+"""VQAv2 (arXiv 1612.00837): open questions with ten answers each, and the three public accuracy variants.
 
-Scorers: `lmms` (default) normalises the prediction and all answers; `official` is the first public evaluation
-(answers lose only their punctuation, and only where the ten differ); `gated` normalises both sides where the
-ten answers differ and compares raw strings where they agree.
+Scorers: `lmms` (default) normalises the prediction and all answers; `official` is the original code (answers
+lose only punctuation, and only if the ten differ); `gated` normalises both sides if the ten answers
+differ and compares raw strings otherwise.
 """
 
 from collections import Counter, defaultdict
@@ -57,7 +57,7 @@ answer = answer_questions
 
 
 class VqaQuestion(NamedTuple):
-    """One question with its ten answers; `answers` is empty for splits whose answers are not public."""
+    """One question with its ten answers; `answers` is empty if they are not public."""
 
     question_id: int
     image_id: int | str
@@ -67,15 +67,15 @@ class VqaQuestion(NamedTuple):
     question_type: str = ""
     answer_type: str = ""
     common_answer: str = ""
-    held_out: bool = False  # scenes: the image shows a colour x shape pair that training never shows
-    malformed: str = ""  # why its annotation cannot be used: it is not answered and counts as wrong
+    held_out: bool = False  # scenes: the image has a colour x shape pair that is absent from training
+    malformed: str = ""  # the error in its annotation: the question is not answered and counts as wrong
 
 
 # --------------------------------------------------------------------------------------------------- loading
 
 
 def load(data: Path, settings: Options) -> Task:
-    """One sample per question, in the file's order."""
+    """One sample per question, in the order of the file."""
     if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "llava":
         return _load_llava(data, settings)
     path = _question_file(data, settings.split)
@@ -88,14 +88,14 @@ def load(data: Path, settings: Options) -> Task:
         for i, q in enumerate(questions)
     ]
     split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
-    # scenes have one-word answers; a short limit keeps the demo fast
+    # answers about scenes are one word; a short limit keeps the demo fast
     length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
     metadata = answering_metadata(split, template, settings, length)
     return Task(require_mostly_valid(samples, path), questions, metadata)
 
 
 def _load_llava(data: Path, settings: Options) -> Task:
-    """LLaVA's question file, joined by question id with the released files where those are there."""
+    """The task of LLaVA's question file, joined by question id with the released files if they exist."""
     path = find_file(data, _LLAVA, "LLaVA question file", settings.split, "test-dev")
     known = {}
     if any(next(data.glob(pattern), None) for pattern in _ORIGINAL):
@@ -125,14 +125,14 @@ def _load_llava(data: Path, settings: Options) -> Task:
 def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
     """Read `v2_OpenEnded_*_questions.json` and its annotations from `data` or `data/test`.
 
-    Malformed entries, questions without annotation and annotations without question are kept in the list as
-    `malformed` questions.
+    Malformed entries, questions without annotation and annotations without question become `malformed`
+    questions.
 
     Args:
-        split: the file's middle part (such as `mscoco_val2014`), needed only where several are there.
+        split: the middle part of the file name, e.g. `mscoco_val2014`; required if there are several files.
 
     Raises:
-        UserError: no file or several, or one of another kind.
+        UserError: no file or several, or a file of another kind.
     """
     path = _question_file(data, split)
     content = read_json_as(dict, path)
@@ -152,7 +152,7 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
             question = VqaQuestion(name, name, "", Path(), malformed=str(error))  # pyright: ignore[reportArgumentType]
         seen.add(question.question_id if isinstance(question.question_id, int) else None)
         result.append(question)
-    # an annotation without a question means mixed versions: it must lower the score
+    # an annotation without question means that the versions differ: it lowers the score
     for name in annotations or ():
         if name not in seen:
             reason = f"{annotation_file}: question_id {name!r} is not a question of {path.name}."
@@ -178,11 +178,11 @@ def _question_file(data: str | Path, split: str | None) -> Path:
 
 
 def _read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> VqaQuestion:
-    """A question of the released file, without its answers; UserError says what is wrong with it."""
+    """A question of the released file, without answers; UserError if it is malformed."""
     question_id, image_id = require_key(row, "question_id", where), require_key(row, "image_id", where)
     for name, value in (("question_id", question_id), ("image_id", image_id)):
         if not isinstance(value, int):
-            raise UserError(f"{where}: {name} is {value!r}; it must be a whole number.")
+            raise UserError(f"{where}: {name} is {value!r}; it must be an integer.")
     if question_id in seen:
         raise UserError(f"{where}: question_id {question_id} occurs twice; every question needs its own.")
     return VqaQuestion(question_id, image_id, require_text(row, "question", where), locate(image_id))
@@ -191,7 +191,7 @@ def _read_question(row: Any, where: str, locate: Callable[[int], Path], seen: se
 def _with_annotation(
     question: VqaQuestion, annotations: dict[int, dict[str, Any] | UserError], where: str
 ) -> VqaQuestion:
-    """The question with its annotation; UserError where it has none or a malformed one."""
+    """The question with its annotation; UserError if the annotation is missing or malformed."""
     annotation = annotations.get(question.question_id)
     if annotation is None:
         raise UserError(
@@ -204,16 +204,14 @@ def _with_annotation(
 
 
 def _read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | None:
-    """Question id -> the fields of its annotation, or what is wrong with it.
-
-    None without such a file (test-dev's answers are not public). An annotation without a readable id is
-    skipped, and its question has none.
-    """
+    """Question id -> the fields of its annotation, or the error in it; None without annotation file."""
+    # the answers of test-dev and test-std are not public
     if not path.exists():
         return None
     result: dict[int, dict[str, Any] | UserError] = {}
     for i, row in enumerate(read_json_as(list, path, "annotations")):
         where, name = f"{path}, annotations[{i}]", row.get("question_id") if isinstance(row, dict) else None
+        # skipped: its question is then reported as one without annotation
         if not isinstance(name, int):
             continue
         try:
@@ -228,7 +226,7 @@ def _read_annotations(path: Path) -> dict[int, dict[str, Any] | UserError] | Non
 
 
 def _annotation_fields(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The fields of `VqaQuestion` that an annotation gives."""
+    """The fields of `VqaQuestion` that come from an annotation."""
     texts = annotator_answers(row, where)
     return {
         "answers": texts,
@@ -240,8 +238,9 @@ def _annotation_fields(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _image_locator(folder: Path, subtype: str) -> Callable[[int], Path]:
-    """A function image_id -> path: COCO's names for COCO's splits, `{subtype}_{id}.png` for others."""
+    """Returns image_id -> path: COCO file names for COCO splits, else `{subtype}_{id}.png`."""
     first = next((d for d in (folder / "images", folder / subtype) if d.is_dir()), folder)
+    # test-dev2015 is a subset of the questions of test2015, with the same images
     coco = f"COCO_{subtype.replace('test-dev2015', 'test2015')}"
 
     def locate(image_id: int) -> Path:
@@ -256,7 +255,7 @@ def _image_locator(folder: Path, subtype: str) -> Callable[[int], Path]:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy overall, by question type and by answer type, each with that of the best constant answer."""
+    """Accuracy overall, by question type and by answer type; details compare with constant answers."""
     questions: list[VqaQuestion] = task.truth
     texts = answer_texts(records)
     if not any(q.answers for q in questions if not q.malformed):  # test splits: upload the submission
@@ -296,6 +295,7 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") 
         prediction, answers = normalise(prediction, "m4c"), [normalise(a, "m4c") for a in answers]
     else:
         differ = len(set(answers)) > 1
+        # the original code normalises the prediction always, the answers only if they differ
         if scorer == "official":
             prediction = normalise(prediction)
             answers = [strip_punctuation(a) if differ else a for a in answers]
@@ -309,12 +309,10 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") 
 def vqav2_accuracies(
     questions: Sequence[VqaQuestion], predictions: dict[int, str], scorer: str = "lmms"
 ) -> dict[str, Any]:
-    """Accuracies in [0, 1]: overall, per answer type, question type and question; a missing answer scores 0.
+    """Accuracies in [0, 1]: overall, per answer type, per question type and per question.
 
-    A malformed question scores 0 and has no type.
-
-    `constant` holds, per question type, the type's most frequent answer and its accuracy: what a model that
-    ignores the image reaches.
+    A missing answer scores 0, a malformed question scores 0 and has no type. `constant` is the baseline that
+    ignores the image: per question type, the most frequent answer and its accuracy.
 
     Raises:
         UserError: a prediction for an unknown question id, or questions without public answers.
@@ -337,7 +335,7 @@ def vqav2_accuracies(
     valid = [q for q in questions if not q.malformed]
     kept = [v for q, v in zip(questions, values) if not q.malformed]
     constant = _constant_answers(valid)
-    # the score of always giving the type's most frequent answer
+    # the baseline: always the most frequent answer of the question type
     blind = [vqa_accuracy(constant[q.question_type], q.answers, scorer) for q in valid]
     blind_by_type = mean_by(zip([q.question_type for q in valid], blind))
     return {
@@ -351,7 +349,7 @@ def vqav2_accuracies(
 
 
 def _constant_answers(questions: Iterable[VqaQuestion]) -> dict[str, str]:
-    """Question type -> its most frequent answer (the alphabet decides a tie)."""
+    """Question type -> its most frequent answer; ties are broken alphabetically."""
     counts: dict[str, Counter] = defaultdict(Counter)
     for question in questions:
         counts[question.question_type][question.common_answer] += 1
@@ -362,23 +360,20 @@ def _constant_answers(questions: Iterable[VqaQuestion]) -> dict[str, str]:
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:
-    """EvalAI's upload: test2015's ids in its order, an empty answer where test-dev does not ask.
-
-    The list of ids comes from test2015's question file, LLaVA's or the released one, if it lies in `data`.
-    """
+    """The upload file of EvalAI."""
     texts = answer_texts(records)
     known = submittable(task.samples)
     answers = {s.id: normalise_m4c(texts[s.index]) if s.index in texts else "" for s in known}
     ids = [s.id for s in known]
     if "test" in str(task.metadata["split"]):
-        # EvalAI's test-dev phase takes all ids of test2015
+        # the test-dev phase requires all ids of test2015; those outside of test-dev get an empty answer
         ids = all_test_ids(data) or ids
     content = [{"question_id": i, "answer": answers.get(i, "")} for i in ids]
     return [write_submission(folder, "vqav2_answers.json", content)]
 
 
 def all_test_ids(data: Path) -> list[int]:
-    """The question ids of test2015 in its order, [] without its file."""
+    """The question ids of test2015 from LLaVA's or the released file; [] if `data` has neither."""
     for path in data.glob("*vqav2*test2015.jsonl"):
         if "test-dev" not in path.name:
             return [row["question_id"] for row in read_llava_questions(path) if isinstance(row, dict)]

@@ -1,4 +1,4 @@
-"""The integer type of stored codes; without torch, so that data sets are checked without it."""
+"""The integer type of stored codes; needs no torch, so that data sets can be checked without it."""
 
 from collections.abc import Sequence
 

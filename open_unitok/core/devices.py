@@ -1,4 +1,4 @@
-"""Parse device and dtype names, and check them against this machine."""
+"""Parse device and dtype names and check that this machine supports them."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def check_device(device: str | torch.device) -> torch.device:
-    """
+    """Parse a device name.
+
     Raises:
         UserError: not a valid device name, or this machine has no such device.
     """
@@ -18,7 +19,7 @@ def check_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps.") from error
-    # a torch build without CUDA still parses "cuda"
+    # torch.device("cuda") is valid even in a build without CUDA
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not available.get(found.type) or (
         found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()
@@ -29,7 +30,7 @@ def check_device(device: str | torch.device) -> torch.device:
 
 
 def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype of that name; None means bfloat16 on CUDA and float32 elsewhere.
+    """Parse a dtype name; None = bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         UserError: not float32, bfloat16 or float16.
@@ -44,8 +45,9 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
 
 def bf16_in_hardware() -> bool:
     """True if this machine computes bf16 natively; emulated bf16 is slower than fp32."""
-    # training runs on the GPU wherever there is one
+    # training uses the GPU if there is one
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
+    # x86 flags; other CPUs and systems without /proc count as emulated
     path = Path("/proc/cpuinfo")
     return path.exists() and bool({"avx512_bf16", "amx_bf16"} & set(path.read_text().split()))

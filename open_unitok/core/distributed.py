@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 def rank() -> int:
     """Global rank of this process."""
-    # the environment variable covers launches whose process group is not initialised (yet)
+    # RANK: torchrun sets it before the process group is initialised
     dist = process_group()
     return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
 
@@ -22,7 +22,7 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    """Rank within this node: the index of the process's GPU."""
+    """Rank within this node, used as GPU index."""
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
@@ -38,18 +38,18 @@ def barrier() -> None:
 
 
 def sum_over_ranks(value: "Tensor") -> "Tensor":
-    """All-reduce (sum) of `value`, out of place and not differentiable."""
+    """All-reduce (sum) of `value`; out of place, not differentiable."""
     dist = process_group()
     # all-reduce is a no-op on one rank
     if dist is None or dist.get_world_size() == 1:
         return value
-    value = value.clone()
+    value = value.clone()  # all_reduce works in place
     dist.all_reduce(value)
     return value
 
 
 def process_group() -> Any:
     """torch.distributed if a process group is initialised, else None."""
-    # sys.modules instead of an import: asking for the rank must not load torch
+    # sys.modules instead of an import: rank() must not load torch
     dist = sys.modules.get("torch.distributed")
     return dist if dist is not None and dist.is_available() and dist.is_initialized() else None

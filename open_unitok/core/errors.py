@@ -1,11 +1,11 @@
-"""UserError: an error that the user can fix; the command line prints it as one line and exits with 2."""
+"""UserError, which the command line prints as one line (exit code 2), and hints for mistyped words."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """An error that the user can fix; the message names key, value, what is allowed and what to do."""
+    """An error that the user can fix; the message has the key, the value, what is allowed and a remedy."""
 
 
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:

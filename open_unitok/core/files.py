@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files and model paths; a killed process leaves the old file or the new one."""
+"""Atomic writes, JSON files and model paths; a killed process leaves either the old or the new file."""
 
 import contextlib
 import hashlib
@@ -31,11 +31,11 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            # without it a power cut after the rename can leave an empty file
+            # otherwise a power failure after the rename can leave an empty file
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        # leave nothing behind, e.g. on a full disk
+        # do not leave a partial file on a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"Cannot write {path}: {error.strerror}.") from error
@@ -60,48 +60,49 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` on a clean exit and is removed on an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # hidden and with the process id: globs skip it, and two processes do not share it
+    # hidden, so that globs skip it; with the process id, so that two processes do not collide
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
-    except BaseException:
+    except BaseException:  # also KeyboardInterrupt
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # flush before the rename, or a power cut could leave a complete name with empty files
+    # flush before the rename: a power failure could otherwise leave empty files under the final name
     for file in temporary.rglob("*"):
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    # a folder cannot be replaced atomically: a kill between the two lines leaves only the temporary one
+    # a folder cannot be replaced atomically: a kill between these lines leaves only the temporary folder
     shutil.rmtree(path, ignore_errors=True)
     os.replace(temporary, path)
 
 
 def model_path(name: str | Path) -> Path:
-    """The path of a model: a folder with that name here, else the shipped model of that name.
+    """Resolve a model name: an existing model folder, else the shipped model of that name, else unchanged.
 
     Raises:
-        UserError: the default model is requested, but this copy does not contain it.
+        UserError: the default model is requested, but this installation does not contain it.
     """
     path = Path(name)
     shipped = SHIPPED_MODELS / path
-    # a folder without config.json is not a model (e.g. data called "scenes"): the shipped one wins
+    # a folder without config.json (e.g. data in "scenes/") does not hide the shipped model
     if len(path.parts) != 1 or os.path.isfile(path) or os.path.exists(path / "config.json"):
         return path
     if os.path.exists(shipped / "config.json"):
         return shipped
     if path == Path(DEFAULT_MODEL):
         raise UserError(
-            f"This copy does not contain the model {DEFAULT_MODEL!r}: train it with `make model` (hours) and "
+            f"This installation does not contain the model {DEFAULT_MODEL!r}: "
+            f"train it with `make model` (hours) and "
             f"pass --model runs/{DEFAULT_MODEL}/model, or pass the folder or hub id of another model."
         )
     return path
 
 
 def tokenizer_path(name: str | Path) -> Path:
-    """As `model_path`, for a visual tokenizer; that of an MLLM folder is in its `unitok/`."""
+    """As `model_path`, for a visual tokenizer; an MLLM folder contains one in `unitok/`."""
     path = model_path(name)
     inside = path / "unitok"
     return inside if os.path.exists(inside / "config.json") else path
@@ -136,7 +137,7 @@ def read_jsonl_lenient(path: str | Path) -> list[Any]:
         UserError: the file is missing.
     """
     found: list[Any] = []
-    # bytes, so that one line with invalid UTF-8 does not make the whole file unreadable
+    # bytes: invalid UTF-8 makes one line invalid, not the whole file
     with open(existing(path), "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -154,6 +155,7 @@ def read_jsonl(path: str | Path) -> list[Any]:
     Raises:
         UserError: the file is missing, or a line is not valid JSON.
     """
+    # a file that we wrote: any invalid line is an error
     values = read_jsonl_lenient(path)
     for value in values:
         if isinstance(value, UserError):

@@ -153,7 +153,7 @@ def test_textvqa_without_ocr_words_is_another_prompt_template(capsys, tmp_path):
     Scripted.replies, _ = BUILDERS["textvqa"](tmp_path / "d", False)
     (tmp_path / "d" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
     code, _, err = run(capsys, "textvqa", tmp_path / "d", tmp_path / "o")
-    assert code == 2 and "--prompt-template short, which scores some ten points lower" in err
+    assert code == 2 and "--prompt-template short, which scores about ten points lower" in err
     assert run(capsys, "textvqa", tmp_path / "d", tmp_path / "o", "--prompt-template", "short")[0] == 0
     assert result_of(tmp_path / "o", "textvqa")["prompt_template"] == "short"
 

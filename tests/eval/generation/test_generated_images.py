@@ -141,7 +141,7 @@ def test_genai_bench_through_the_command_line(call, generator, judge, tmp_path):
 def test_genai_bench_names_bad_files(call, generator, tmp_path):
     write_genai(tmp_path / "data", ("a", "b"))
     code, _, err = run(call, "genai_bench", tmp_path / "data", tmp_path)
-    assert code == 2 and "'counting' names prompt 3" in err
+    assert code == 2 and "'counting' lists prompt 3" in err
     (tmp_path / "data" / "prompts.txt").unlink()
     code, _, err = run(call, "genai_bench", tmp_path / "data", tmp_path)
     assert code == 2 and "prompts.txt or genai_image.json" in err
@@ -372,7 +372,7 @@ def test_images_of_another_system_may_be_in_grids(call, judge, tmp_path):
             assert np.array_equal(np.asarray(image), random_image("1", j))
     result = result_of(tmp_path, "dpg_bench")
     assert result["value"] == pytest.approx(100 / 3 * (3 + 2 / 4) / 5) and result["failed"] == 6
-    assert "32 x 20 pixels hold no square number 3 of 16" in out
+    assert "32 x 20 pixels have no cell 3 of side 16" in out
     for name, more, message in (
         ("dpg_bench", ("--grid", 0), "grid is 0; it must be at least 1"),
         ("genai_bench", ("--grid", 16), "--grid is not an option of genai_bench; it is one of dpg_bench"),

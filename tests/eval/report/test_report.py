@@ -94,7 +94,7 @@ def test_report_is_whole_and_self_contained(data, tmp_path):
         "base64,",
     ):
         assert needed in page, needed
-    for needed in ("vq", "clip", "images with held-out pairs", "those with held-out pairs included"):
+    for needed in ("vq", "clip", "images with held-out pairs", "including those with held-out pairs"):
         assert needed in page, needed
     assert page.count("stopped and resumed") == 1
     for loaded in ("http://", "https://", "<script", "<link", "url("):
