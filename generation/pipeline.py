@@ -123,8 +123,7 @@ class Pipeline:
             negative_prompt: replaces the unconditional prompt of classifier-free guidance; one text for all
                 prompts or one per prompt.
             num_images: >= 1.
-            prefix: (1 or B, n, K) codes of the first visual tokens of all images, or of each; see
-                `first_rows`.
+            prefix: (1 or B, n, K) codes of the first n visual tokens; see `first_rows`.
 
         Raises:
             UserError: an empty or over-long prompt; a seed, number or prefix that is not valid.
@@ -271,14 +270,12 @@ class Pipeline:
             max_new_tokens: maximum length of an answer.
             batch_size: questions answered together.
             histories: per question the earlier (question, answer) pairs of its conversation. The images are
-                then those of the whole conversation, at the `<image>` marks in its questions or before the
-                first question.
+                then those of the conversation, at the `<image>` marks of its questions or before the first.
             seed: for options that sample; None = torch's global generator.
             options: of transformers' `generate`, such as do_sample=True, temperature=0.7; none = greedy.
 
         Raises:
-            UserError: not one image entry per question, a file that is not an image, an empty or over-long
-                question.
+            UserError: not one image entry per question, not an image, an empty or over-long question.
         """
         ids, codes = self._question_prompts(images, questions, histories)
         new = generate_text_ids(self.model, ids, codes, max_new_tokens, batch_size, seed, **options)
@@ -297,10 +294,9 @@ class Pipeline:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> Iterator[list[str]]:
-        """Yield one new piece of text per question and step; a piece may be empty.
+        """Yield one new piece of text per question and step, possibly empty; closing the iterator stops.
 
-        In float32 the concatenated greedy pieces equal the result of `answer`. Closing the iterator stops
-        generation.
+        In float32 the concatenated greedy pieces equal the result of `answer`.
 
         Args:
             do_sample: sample with temperature, top_k (0 = all) and top_p; else greedy.
