@@ -35,6 +35,7 @@ _PROMPTS = (
     "two green squares",
 )
 _QUESTION = "How many objects are there?"
+# low temperature and moderate guidance suit the small model of the demo
 _SAMPLING = ("--guidance", "3.0", "--temperature", "0.3")
 
 
@@ -47,6 +48,7 @@ def run_demo(out: Path, configs: str | None = None) -> None:
     Raises:
         UserError: a config is invalid or has changed since its phase started, or another demo runs in `out`.
     """
+    # validate all configs first: an error in the last phase must not appear after minutes of training
     texts = read_configs(out, configs)
     with exclusive(out):
         timings = Timings(out / "phases.json")
@@ -64,7 +66,7 @@ def run_demo(out: Path, configs: str | None = None) -> None:
         from open_unitok.eval.report.demo import write_report
         from open_unitok.eval.report.demo_run import text_table
 
-        # from the files of the phases, so that a finished demo can be reported again
+        # reads the files of the phases, so that a finished demo can be reported again
         write_report(out, timings.rows)
         print(f"\n{text_table(out)}\n\n{timings.summary()}; the report is {out / 'report.html'}")
 
@@ -74,6 +76,7 @@ def phase_commands(out: Path) -> list[tuple[str, list[list[str]]]]:
     data, configs, model = out / "data", out / "configs", out / "finetune" / "model"
     image = data / "test" / "images" / "scenes_test_000000000001.png"
     tokenizer, shards = out / "tokenizer" / "model", data / "train" / "*.tar"
+    # one `eval run` for all benchmarks: the model is loaded once
     benchmarks = ["--model", model, "--data", data, "--out", out / "eval", *_SAMPLING]
     phases: list[tuple[str, list[list[Any]]]] = [
         ("data", [["data", "scenes", "--config", configs / "scenes.yaml", "--out", data]]),
@@ -108,6 +111,7 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
         raise UserError(
             f"--out is {out}: only letters, digits and ./~+@_- are allowed, since configs contain it."
         )
+    # `out` need not exist yet: its nearest existing parent must be a folder
     nearest = next((path for path in (out, *out.parents) if path.exists()), out)
     if nearest.exists() and not nearest.is_dir():
         raise UserError(f"--out is {out}, but {nearest} is a file: choose a folder.")
@@ -126,7 +130,7 @@ def read_configs(out: Path, folder: str | None) -> dict[str, str]:
                 raise UserError(
                     f"{path}: out is {config.out}; it must be inside a folder, e.g. {DEMO_DIR}/tokenizer."
                 )
-        # parsed only to validate it; the file is copied with its comments
+        # parsed for validation only: the text is copied with its comments
         texts[name] = path.read_text(encoding="utf-8")
     return {name: text.replace(base, out.as_posix()) for name, text in texts.items()}
 
@@ -137,7 +141,7 @@ def write_configs(out: Path, texts: dict[str, str], timings: "Timings") -> None:
     Raises:
         UserError: a phase that has already started used another config.
     """
-    # check all of them first: either every config is written or none
+    # check all before writing any
     for name, text in texts.items():
         target = out / "configs" / name
         started = timings.started(DEMO_CONFIGS[name]) and target.exists()
@@ -159,7 +163,7 @@ def exclusive(out: Path) -> Iterator[None]:
     import fcntl  # not on Windows
 
     out.mkdir(parents=True, exist_ok=True)
-    # flock, not a pid file: the kernel releases it however the process ends
+    # flock, not a pid file: the kernel releases it even after kill -9
     with open(out / ".lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -199,6 +203,7 @@ class Timings:
             self.rows.append(row)
         row["calls"] += 1
         _reset_peak_memory()
+        # the seconds of earlier, interrupted calls are kept
         start, before, done = time.perf_counter(), row["seconds"], threading.Event()
 
         def save() -> None:
@@ -206,7 +211,7 @@ class Timings:
             row["peak_memory"] = max(row["peak_memory"], _peak_memory())
             write_json(self.path, self.rows)
 
-        # kill -9 runs no `finally`: it loses only the seconds since the last save
+        # kill -9 skips `finally`: it loses only the time since the last save
         def save_periodically() -> None:
             while not done.wait(self.interval):
                 save()

@@ -36,13 +36,13 @@ def machine() -> list[Check]:
     """Python, cores, memory, disk and accelerators."""
     import torch
 
-    # the cores that this process may use, which in a container are fewer than the machine's
+    # cores that this process may use: in a container, fewer than the machine has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     checks = [
         Check("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Check("cores", str(cores)),
     ]
-    free = available_memory()
+    free = available_memory()  # None on macOS and Windows: no line
     if free is not None:
         low = "the demo needs about 1.5 GB: close other programs, or lower batch_size"
         checks.append(Check("free memory", f"{free / GIB:.1f} GiB", low if free < DEMO_MEMORY else ""))
@@ -80,7 +80,7 @@ def speed() -> list[Check]:
             "attention uses torch SDPA; flash-attn is supported but was never tested",
         )
     )
-    # importing deepspeed takes seconds and prints: look for it only
+    # find_spec: importing deepspeed takes seconds and prints
     if importlib.util.find_spec("deepspeed") is None:
         checks.append(Check("deepspeed", "absent", "training needs it: pip install 'open-unitok[train]'"))
     else:
@@ -119,6 +119,7 @@ def package_versions() -> list[Check]:
 def tested_versions() -> dict[str, str]:
     """Package -> version of configs/constraints.txt, without the development tools."""
     text = importlib.resources.files("open_unitok.configs").joinpath("constraints.txt").read_text()
+    # users do not need the development tools
     text = text.partition("# for development")[0]
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
 
@@ -130,6 +131,7 @@ def available_memory() -> float | None:
     with open("/proc/meminfo") as file:
         found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
     free = int(found[1]) * 1024 if found else None
+    # in a container /proc/meminfo shows the memory of the host
     for limit, used, cached in _CGROUPS:
         if free is not None and pathlib.Path(limit).exists():
             free = min(free, container_memory_left(pathlib.Path(limit), pathlib.Path(used), cached))
@@ -142,6 +144,7 @@ def container_memory_left(limit: pathlib.Path, used: pathlib.Path, cached: str) 
     # cgroup v2 writes "max" for no limit, v1 a number near 2**63
     if text == "max":
         return float("inf")
+    # page cache is reclaimed under pressure, so it counts as free
     stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
     return int(text) - int(used.read_text()) + int(stat.get(cached, 0))
 

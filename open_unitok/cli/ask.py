@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print or write the answers. Under torchrun each process answers its share."""
+    """Print or write the answers; under torchrun, every process answers its share."""
     from open_unitok.generation.question_files import prepare_answer_file, read_questions, write_answers
     from open_unitok.generation.validation import check_texts
     from open_unitok.tokenizer.images import load_image
@@ -50,12 +50,14 @@ def run(args: argparse.Namespace) -> None:
     check_texts([record["question"] for record in records], "question")
     if args.out is not None:
         prepare_answer_file(Path(args.out), rank(), world_size())
+    # strided, so that ranks get equal shares
     share = records[rank() :: world_size()]
     # report missing or broken images before the model loads
     for image in {record["image"] for record in share}:
         existing(image)
     if args.image is not None:
         load_image(args.image)
+    # write_answers merges the shares of all ranks in the order of the questions
     images, questions = ([record[key] for record in share] for key in ("image", "question"))
     answers = load_pipeline(args).answer(images, questions, args.max_new_tokens, args.batch_size)
     if args.out is None:

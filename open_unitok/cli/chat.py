@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens",
         type=int,
-        help="longest answer in tokens (default: 256, or what the context has left)",
+        help="longest answer in tokens (default: 256, or the rest of the context)",
     )
     parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy (default: 0)")
     parser.add_argument("--seed", type=int, help="seed of sampling, if the temperature is not 0")
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
             line = input("> " if interactive else "").strip()
         except EOFError:
             return
+        # a blank line in a pipe is skipped instead
         if not line and interactive:
             return
         if line:
@@ -101,7 +102,7 @@ class ChatSession:
 
     def answer(self, question: str) -> None:
         """Print the answer while it is generated, then append it to the history."""
-        pieces = []
+        pieces = []  # joined for the history after the last piece
         for piece in self.pipe.chat_stream(question, self.images, self.history, **self.options):
             print(piece, end="", flush=True)
             pieces.append(piece)

@@ -15,5 +15,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the phases that are not finished and print the table of results."""
+    """Run the unfinished phases and print the table of results."""
     run_demo(Path(args.out), args.configs)

@@ -53,11 +53,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
+    # before the model is loaded: report a wrong path at once
     tars = matching_files(args.data)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = check_device(f"cuda:{local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
-    # the fingerprint is that of the fp32 weights: take it before the cast
+    # before the cast: the fingerprint is defined on fp32 weights
     options = ExtractOptions(
         fingerprint=unitok.fingerprint(),
         layout=unitok.config.layout.to_dict(),

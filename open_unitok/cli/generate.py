@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate the images that DIR does not have yet. Under torchrun each process generates its share."""
+    """Generate the images missing in DIR; under torchrun, every process generates its share."""
     from tqdm import tqdm
 
     from open_unitok.generation.image_jobs import (
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.words + (read_prompt_file(args.prompts) if args.prompts else [])
     if not prompts:
         raise UserError('No prompt: give "PROMPT" ..., or --prompts FILE with one prompt per line.')
-    # settings that change the image are part of its record only if they are set
+    # recorded only if set, so that records of earlier runs without these options still match
     optional = {"negative_prompt": args.negative_prompt, "adapter": args.adapter, "dtype": args.dtype}
     optional["quantization"] = args.quantization
     settings = {"model": str(args.model), **dataclasses.asdict(sampling)}
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     make_folder(out)
     # strided, so that all ranks work on the first prompts first
     share = jobs[rank() :: world_size()]
-    # a finished launch needs no model
+    # do not load the model if all images exist
     missing = [job for job in share if not is_generated(job)]
     if missing:
         pipe = load_pipeline(args)

@@ -73,6 +73,7 @@ def run(arguments: list[str]) -> None:
     if name is None:
         overview(arguments)
         return
+    # only the module of this command is imported: no command pays for the imports of another
     module = command_module(name)
     parser = argparse.ArgumentParser(prog=f"unitok {name}", description=module.__doc__)
     module.add_arguments(parser)
@@ -86,6 +87,7 @@ def command_module(name: str) -> ModuleType:
 
 def overview(arguments: list[str]) -> None:
     """Handle `unitok`, `unitok --help`, `unitok --version`, `unitok eval` and unknown commands."""
+    # `unitok eval --help` lists the subcommands of eval
     words = [a for a in arguments if not a.startswith("-")]
     if "--version" in arguments[:1]:
         print(f"unitok {__version__}")

@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they load."""
+"""Options shared by several commands, and the objects that they load."""
 
 import argparse
 import importlib.util
@@ -70,7 +70,8 @@ def add_address_options(parser: argparse.ArgumentParser, port: int, help: str | 
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """
+    """Check integer options.
+
     Raises:
         UserError: one of these options is less than 1.
     """
@@ -81,7 +82,8 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def new_path(name: str) -> Path:
-    """
+    """The path of an output that must not exist yet.
+
     Raises:
         UserError: the path already exists.
     """
@@ -98,17 +100,18 @@ def pick_device(name: str) -> str:
     if name != "auto":
         return name
     if torch.cuda.is_available():
-        # more processes than GPUs share them
+        # modulo: with more processes than GPUs, several share one
         return f"cuda:{local_rank() % torch.cuda.device_count()}"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def require_extra(extra: str, *modules: str) -> None:
-    """
+    """Check that optional packages are installed.
+
     Raises:
-        UserError: one of the modules is not installed; the message says how to install them.
+        UserError: one of the modules is missing; the message has the pip command.
     """
-    # find_spec does not import them, which takes seconds
+    # find_spec instead of an import, which takes seconds
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"unitok {extra} needs {' and '.join(missing)}: pip install 'open-unitok[{extra}]' "

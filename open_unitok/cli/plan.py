@@ -31,5 +31,6 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
     if args.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
+    # arithmetic only: no weights are allocated
     plan = plan_run(config, args.gpus, args.text_tokens)
     print("\n".join(describe_plan(plan, config, args)))

@@ -31,12 +31,13 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.tokenizer.images import image_psnr
 
     at_least_one(args, "batch_size")
+    # before the model is loaded: report a missing image at once
     for image in args.images:
         existing(image)
     quiet_loading()
     unitok = load_unitok(args.model, pick_device(args.device), args.dtype)
     make_folder(args.out)
-    # images of different folders may have the same name
+    # images from different folders may have the same name
     names = _output_names(args.images)
     pairs = iter_reconstructions(unitok, args.images, args.batch_size, args.size)
     for name, source, (original, reconstruction) in zip(

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.generation.serving.app import create_app
     from open_unitok.generation.serving.listen import listen, loopback_names
 
+    # all checks come before the model, which takes seconds to load
     limits, token = _limits(args), _read_token(args)
     files = None if args.files is None else existing(args.files)
     if files is not None and not files.is_dir():
@@ -70,8 +71,10 @@ def run(args: argparse.Namespace) -> None:
     sock = listen(args.host, args.port)
     pipe = load_pipeline(args)
     name = args.name or Path(args.model).resolve().name
+    # the Host header is checked on loopback only, against DNS rebinding; None = not checked
     hosts = loopback_names(args.host)
     app = create_app(pipe, name, limits, token, files, hosts)
+    # IPv6 addresses need brackets in a URL
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"Serving {name} at http://{host}:{sock.getsockname()[1]}/v1 (Ctrl-C stops it)", file=sys.stderr)
     if hosts is None and token is None:

@@ -23,11 +23,12 @@ def run(args: argparse.Namespace) -> None:
     if run_dir.finished:
         print(f"{config.out} is finished: {run_dir.model}")
         return
+    # only the stage of this config is imported
     stage = importlib.import_module(f"open_unitok.training.{TRAINING_STAGES[config.stage][2]}")
     try:
         stage.main(config, run_dir)
     except UserError:
-        # the config or the data is invalid: leave no run directory that blocks the next try
+        # invalid config or data: remove a new run directory, which would block the corrected run
         run_dir.discard()
         raise
     # loads torch and deepspeed

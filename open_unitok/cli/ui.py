@@ -22,10 +22,11 @@ def run(args: argparse.Namespace) -> None:
     require_extra("ui", "gradio")
     from open_unitok.generation.serving.listen import listen
 
-    # gradio takes 0 for its default range of ports
+    # gradio treats 0 as its default range of ports
     if args.port == 0:
         raise UserError("--port is 0; it must be a number from 1 to 65535.")
-    listen(args.host, args.port).close()  # before the model: report a port in use at once
+    # before the model is loaded: report a port in use at once
+    listen(args.host, args.port).close()
     # gradio reads it at import: no analytics are sent
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     from open_unitok.generation.ui.page import build_page, launch

@@ -34,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     # another pixel decoder is fine, other codes are not
     if args.unitok:
         check_parts_match(model, UniTok.from_pretrained(unitok), processor, unitok)
+    # a killed conversion leaves no half-written model
     with atomic_folder(target) as folder:
         processor.save_pretrained(folder)
         model.save_pretrained(folder)

@@ -25,6 +25,7 @@ def run(args: argparse.Namespace) -> None:
 
     target = new_path(args.target)
     quiet_loading()
+    # a hub id is downloaded here
     source = find_model(args.source)
     sampling = sampling_of(args, str(source))
     pipe = Pipeline.from_pretrained(source, dtype=torch.float32)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         model.save_pretrained(folder)
         pipe.processor.save_pretrained(folder)
         unitok.save_pretrained(folder / "unitok")
-        # not part of the tokenizer's weights, but of its folder
+        # save_pretrained does not write the caption tokenizer
         captions = source / "unitok" / "caption_tokenizer"
         if captions.exists():
             shutil.copytree(captions, folder / "unitok" / captions.name)

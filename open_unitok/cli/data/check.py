@@ -7,12 +7,12 @@ from open_unitok.core.files import tokenizer_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """PATH and what to check it against."""
+    """PATH and the tokenizer or codes to compare with."""
     parser.add_argument("path", help="code folder, folder or glob of tar shards, .json, .jsonl or .txt")
     parser.add_argument("--tokenizer", help="visual tokenizer or MLLM folder whose codes they must be")
     parser.add_argument("--codes", help="code folder with the images of conversations")
     parser.add_argument(
-        "--samples", type=int, default=0, help="check that many, evenly spaced (default: all)"
+        "--samples", type=int, default=0, help="number of evenly spaced samples to check (default: all)"
     )
 
 
@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.tokenizer import UniTok
     from open_unitok.training.data.check import check_dataset
 
+    # codes of another tokenizer would train without an error: compare fingerprints
     fingerprint = None
     if args.tokenizer:
         fingerprint = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).fingerprint()

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _extract_codes(folder: Path, tokenizer: str, mode: str) -> None:
     """Run `unitok extract-codes` on `folder`; `mode` crops for generation and pads for conversations."""
-    # through its parser, so that every other option has its default
+    # through its parser, so that all other options have their defaults
     parser = argparse.ArgumentParser()
     extract_codes.add_arguments(parser)
     arguments = ["--tokenizer", tokenizer, "--data", str(folder / "*.tar"), "--out", str(folder / "codes")]

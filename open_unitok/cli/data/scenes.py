@@ -13,6 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--config", help="YAML of settings; options override it")
     parser.add_argument("--overwrite", action="store_true", help="replace scenes of another config")
+    # no argparse defaults: options that are not given must not override --config
     for field in fields(SceneConfig):
         default, what = getattr(SceneConfig(), field.name), field.metadata["help"]
         if isinstance(default, dict):
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             what, shares = f"{what} (default: {shown})", "KIND=SHARE"
             parser.add_argument(_option(field.name), nargs="+", metavar=shares, help=what)
         elif isinstance(default, tuple):
-            # an empty default tuple does not tell its type
+            # the element type cannot be derived from an empty default
             kind: Any = str if field.name in ("size_names", "textures") else float
             shown = " ".join(f"{d:g}" if kind is float else d for d in default) or "none"
             parser.add_argument(_option(field.name), nargs="+", type=kind, help=f"{what} (default: {shown})")

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print one table per benchmark that both runs have."""
     a, b = result_folders(args.a), result_folders(args.b)
-    # two results of one benchmark each may lie in folders of any name
+    # one result on each side: compare() reports if the benchmarks differ
     if len(a) == len(b) == 1:
         b = dict(zip(a, b.values())) if set(a) != set(b) else b
     shared = [name for name in a if name in b]

@@ -26,17 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, and those of every benchmark."""
     names = "; ".join(f"{name}: {benchmark.description}" for name, benchmark in BENCHMARKS.items())
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help=f"benchmarks, or all that DATA holds ({names})"
+        "names", nargs="+", metavar="NAME", help=f"benchmarks, or `all` for those found in DATA ({names})"
     )
     parser.add_argument(
         "--model",
         required=True,
-        help="a tokenizer or MLLM folder; or images of another system (a folder or .npz) in its place",
+        help="a tokenizer or MLLM folder, or images of another system (a folder or .npz)",
     )
     parser.add_argument(
         "--data",
         required=True,
-        help="the benchmark's folder as it is released, or one that holds a folder NAME",
+        help="the benchmark's folder as released, or a folder that contains NAME",
     )
     parser.add_argument("--out", required=True, help="answers and results go to OUT/NAME")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
@@ -57,6 +57,7 @@ def add_benchmark_options(parser: argparse.ArgumentParser, scoring_only: bool = 
 
 def _help_of(option: Option) -> str:
     """The option's line, its default, and the benchmarks that have it unless all do."""
+    # one flag serves several benchmarks, so the help lists them
     owners = [b for b in BENCHMARKS.values() if option.name in {o.name for o in b.all_options}]
     if option.name == "scorer":
         variants = [f"{b.name}: {', '.join(b.scorers)}" for b in owners if len(b.scorers) > 1]
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the benchmarks and print one table for each."""
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
+    # all options are validated before the model is loaded, which takes minutes for a large one
     names = detect_benchmarks(args.data) if args.names == ["all"] else args.names
     benchmarks = [find_benchmark(name) for name in names]
     options = select_options(given_options(args), benchmarks)
@@ -96,11 +98,11 @@ def load_model(
     given: dict[str, Any],
     options: dict[str, dict[str, Any]],
 ) -> Any:
-    """The model, or the images in its place; the model's own sampling settings join `options`."""
+    """The model or external images; the model's sampling settings are added to `options`."""
     from open_unitok.eval.core.generated_images import SAMPLING_KEYS, ExternalImages, holds_external_images
     from open_unitok.eval.core.model import Model
 
-    is_model = (Path(path) / "config.json").exists()  # else a scan of the folder decides
+    is_model = (Path(path) / "config.json").exists()  # cheap test first: the other scans the folder
     if not is_model and holds_external_images(path):
         model = ExternalImages(Path(path), device, given.get("grid"))
     elif "grid" in given:
@@ -108,6 +110,7 @@ def load_model(
     else:
         sampling = {name: given[name] for name in SAMPLING_KEYS if name in given}
         model = Model(path, device, given.get("dtype", "float32"), given.get("crop"), sampling)
+        # run.json must record the settings in use, also those from sampling.json
         for benchmark in benchmarks:
             if benchmark.needs == "generator":
                 options[benchmark.name] |= {key: getattr(model.sampling, key) for key in SAMPLING_KEYS}
@@ -118,22 +121,20 @@ def load_model(
 
 @contextlib.contextmanager
 def _joined_ranks(device: str) -> Iterator[str]:
-    """Join the other ranks of a torchrun launch, if there are any; yields this rank's device.
-
-    Ranks may differ by hours in their share of answers, so the timeout is two weeks.
-    """
+    """Initialise the process group under torchrun; yields this rank's device."""
     if distributed.world_size() == 1:
         yield device
         return
     import torch.distributed as dist
 
+    # ranks may finish hours apart, so a barrier must not time out
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=14))
     yield f"cuda:{distributed.local_rank()}" if device == "cuda" else device
     distributed.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads sometimes abort while the interpreter shuts down
+    os._exit(0)  # gloo's threads sometimes abort at interpreter shutdown
 
 
 def result_table(result: Record) -> str:

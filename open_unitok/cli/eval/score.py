@@ -27,6 +27,7 @@ def run(args: argparse.Namespace) -> None:
     )
     if not folders:
         raise UserError(f"{folder} holds no answers of `unitok eval run` (no run.json).")
+    # run.json, not the name of the folder: a run may have been renamed
     benchmarks = {path: find_benchmark(read_run_metadata(path)["benchmark"]) for path in folders}
     options = select_options(given_options(args), benchmarks.values())
     for path, benchmark in benchmarks.items():
