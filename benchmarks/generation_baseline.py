@@ -60,7 +60,7 @@ def _sample_visual_token(model: Any, hidden: Tensor, guidance: float) -> Tensor:
             state = layer(state, position_embeddings=head.rotary(state, positions))
         conditional, unconditional = head.output(head.norm(state))[:, -1].float().chunk(2)
         guided = unconditional + guidance * (conditional - unconditional)
-        # all probability on the maximum: multinomial becomes greedy but costs what it costs when sampling
+        # all probability on the maximum: multinomial becomes greedy at the same cost as sampling
         probabilities = F.one_hot(guided.argmax(-1), guided.shape[-1]).float().softmax(-1)
         probabilities = torch.where(guided == guided.amax(-1, keepdim=True), probabilities, 0.0)
         token = torch.cat([token, torch.multinomial(probabilities, 1)], dim=1)

@@ -1,1 +1,1 @@
-"""The training engine and what every stage shares: DeepSpeed, checkpoints, config, logging."""
+"""Shared by all training stages: DeepSpeed engine, checkpoints, config, logging."""

@@ -1,6 +1,6 @@
 """Atomic checkpoints: written to a temporary folder, listed in a manifest, then renamed.
 
-checkpoints/step-00000500/ is a model folder (what `write_model` writes) plus training_state/: DeepSpeed's
+checkpoints/step-00000500/ is a model folder (written by `write_model`) plus training_state/: DeepSpeed's
 states, one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
 """
 
@@ -51,7 +51,7 @@ class Checkpoints:
         """The newest checkpoint, verified; None if there is none.
 
         Raises:
-            UserError: it is damaged; the message names the file and what to do.
+            UserError: it is damaged; the message names the file and a remedy.
         """
         steps = self.steps()
         if not steps:
@@ -81,7 +81,7 @@ class Checkpoints:
         Args:
             write_model: writes a loadable model folder into the given path.
             engines: name -> DeepSpeed engine.
-            state: what this rank needs to resume: plain types and tensors.
+            state: this rank's state for resuming: plain types and tensors.
             gather: call `write_model` on every rank, not only on rank 0: ZeRO 3 gathers weights in it.
         """
         path = self.folder / f"step-{step:08d}"

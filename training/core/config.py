@@ -43,7 +43,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-# Keys that a resumed run may change: they do not change what is computed.
+# Keys that a resumed run may change, because results do not depend on them.
 CHANGEABLE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
 CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
 

@@ -34,7 +34,7 @@ DEEPSPEED_INTERNALS = {
     "engine.torch_autocast_dtype": "precision of losses computed outside the module",
     "engine._zero3_consolidated_16bit_state_dict": "whole weights at ZeRO 3, without writing a file",
     "zero.optimizer": "the torch optimizer inside",
-    "zero.clear_backward_seen_flag": "a call of engine.module must do what a call of the engine does",
+    "zero.clear_backward_seen_flag": "a call of engine.module must have the effects of a call of the engine",
     "zero.set_gradient_accumulation_boundary": "a call of engine.module, as above",
     "zero._hp_optimizer_states_linked": "link moments of parameter groups that are linked too early",
     "zero._lazy_init_hp_params_optimizer_state": "link moments of parameter groups, as above",
@@ -145,7 +145,7 @@ def shard_to_device(
             deepspeed.zero.Init(
                 module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
             )
-    module.to(device)  # buffers, and what is left of parameters
+    module.to(device)  # buffers, and parameters that are not partitioned
 
 
 @contextlib.contextmanager

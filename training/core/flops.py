@@ -54,7 +54,7 @@ _PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
 
 
 class TokenCounts(NamedTuple):
-    """Counts of what one or many micro-batches process."""
+    """Token counts of one or several micro-batches."""
 
     tokens: float = 0.0  # through the decoder, visual tokens included
     attention_pairs: float = 0.0  # of a token and each token it attends to, itself included

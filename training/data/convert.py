@@ -111,7 +111,7 @@ def _open_state(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def _discard(out: Path) -> None:
-    """Remove a failed conversion, so that a corrected command starts over and reports what it skips again."""
+    """Remove a failed conversion, so that a corrected command starts over and logs skipped samples again."""
     for part in (*out.glob("part-*"), *out.glob(".*.tmp"), out / _STATE_FILE):  # a kill leaves .tmp files
         part.unlink()
     out.rmdir()

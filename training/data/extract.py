@@ -41,7 +41,7 @@ MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of ev
 
 
 class ExtractOptions(NamedTuple):
-    """What the codes of a tar depend on, and how they are computed."""
+    """Settings that the codes of a tar depend on, and how to compute them."""
 
     fingerprint: str  # of the visual tokenizer
     layout: dict[str, int]  # its TokenLayout
@@ -240,7 +240,7 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     """Read a written tar back and decode its first codes; returns the summed squared errors of these images.
 
     Raises:
-        UserError: the tar does not hold what was written.
+        UserError: the tar does not hold the written samples.
     """
     records, problem = scan_tar(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:

@@ -47,7 +47,7 @@ class SourceSample(NamedTuple):
 
 
 class SourceFormat(NamedTuple):
-    """A stream of samples, the same on every call, and a description of what it reads."""
+    """A stream of samples, the same on every call, and a description of the expected input."""
 
     samples: Callable[[Source], Iterator[SourceSample]]
     expected: str

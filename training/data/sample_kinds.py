@@ -24,7 +24,7 @@ from .tar_index import BadSample
 # label of positions without a loss: the `ignore_index` of torch's cross_entropy
 IGNORE_INDEX = -100
 
-# what a kind can read; `MixtureEntry.dataset` chooses among them by the path
+# types of data sets; `MixtureEntry.dataset` chooses among those that a kind reads, by the path
 CODE_FOLDER, CONVERSATION_FILE, TEXT_FILE = "code folder", "conversation file", "text file"
 
 

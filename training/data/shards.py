@@ -299,7 +299,7 @@ class _Collate:
 
 
 def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, Any]]) -> Any:
-    """A StatefulDataLoader of micro-batches: what `collate` makes of a list, and "skipped" (a count).
+    """A StatefulDataLoader of micro-batches: the dict that `collate` returns, with "skipped" (a count).
 
     Its state_dict is this rank's exact position in the data; iterate it with `read_batches`.
     """

@@ -22,7 +22,7 @@ from .config import MODEL_PARTS, MLLMRunConfig, ModelOptions
 
 
 class MLLMParts(NamedTuple):
-    """What an MLLM folder consists of."""
+    """The parts of an MLLM folder."""
 
     model: Any  # UniTokForConditionalGeneration
     processor: UniTokProcessor

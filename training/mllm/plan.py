@@ -55,7 +55,7 @@ class Plan(NamedTuple):
     memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
     counts: TokenCounts  # of a whole step
     flops: float  # of a whole step
-    assumed: list[str]  # published sizes that replace what is not on disk
+    assumed: list[str]  # notes on published sizes that replace missing files
 
 
 def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:

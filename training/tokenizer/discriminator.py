@@ -21,7 +21,7 @@ from ..core.collectives import all_reduce_with_grad
 from .diff_augment import Crop
 
 DEPTHS = (0, 2, 5, 8, 11)  # DINOv2 blocks whose outputs get a head
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, what DINOv2 expects
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as DINOv2 expects
 _NORM_EPS = 1e-6
 _VIRTUAL_BATCH = 8  # images per group of "bn"
 

@@ -292,7 +292,7 @@ def _engines(state: TrainState) -> dict[str, Any]:
 def save_checkpoint(
     state: TrainState, config: TokenizerRunConfig, checkpoints: Checkpoints, log: MetricLogger
 ) -> None:
-    """Write checkpoints/step-XXXXXXXX: a model folder, the engines, and what this rank needs to resume."""
+    """Write checkpoints/step-XXXXXXXX: a model folder, the engines, and this rank's state."""
     own = {
         "batches": state.loader.state_dict(),
         "log": log.state_dict(),
