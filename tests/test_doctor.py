@@ -1,4 +1,4 @@
-"""`unitok doctor`: what is checked, and the cost of each missing thing."""
+"""`unitok doctor`: the checks, and the cost of each missing part."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Only what belongs to the package can be imported: from a checkout, an editable install and a wheel."""
+"""Only modules of the package are importable: from a checkout, an editable install and a wheel."""
 
 import json
 import pathlib

@@ -43,6 +43,7 @@ def mean_metric(
 ) -> Metric:
     """The mean of values with its bootstrap interval; 0 for no values."""
     values = np.asarray(values, np.float64)
+    # numpy warns and returns NaN for the mean of nothing
     average = float(values.mean()) if len(values) else 0.0
     interval = bootstrap(mean_columns(values), clusters) if len(values) else None
     return Metric(average, len(values), interval, unit)

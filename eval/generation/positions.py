@@ -28,6 +28,7 @@ def load(data: Path, settings: Options) -> Task:
         for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)
     ]
     per_prompt = settings.images_per_prompt or 1
+    # scenes data sets have hundreds of prompts, so one image each is enough
     samples, owners = ceiling.generation_samples(prompts, per_prompt, settings.seed)
     require_mostly_valid(samples, path)
     scenes, problems = ceiling.ceiling_scenes(data)

@@ -38,6 +38,7 @@ def write_adm_samples(images: ImageSet, path: Path) -> int:
     if size is None:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    # write and rename: a kill leaves no truncated archive under the final name
     temporary = path.with_name(f".{path.name}.tmp")
     about = {"descr": "|u1", "fortran_order": False, "shape": (len(good), *size)}
     # not np.savez, which needs all images in memory: 9.8 GB for 50,000 of 256 x 256

@@ -203,6 +203,7 @@ def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") 
 def save_statistics(path: Path, moments: fid.Moments, variant: str) -> None:
     """Save statistics that a later run can use as --reference."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # write and rename: a kill leaves no truncated file
     temporary = path.with_name(f".{path.name}")
     np.savez(
         temporary, mu=moments.mean, sigma=moments.covariance, n=np.array(moments.n), variant=np.array(variant)

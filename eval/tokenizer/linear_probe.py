@@ -126,6 +126,7 @@ def score(
         "chosen": chosen,
         "chance": 1 / len(names),
     }
+    # a train image without features only shrinks the training set, so it is a warning
     left_out = parts.count("train") - len(train)
     return Scored(metrics, details, [
         {
@@ -204,6 +205,7 @@ def fit_sgd(x: Tensor, y: Tensor, classes: int, rate: float) -> Probe:
     steps = SGD_EPOCHS * (len(x) // batch)
     optimiser = torch.optim.SGD(layer.parameters(), lr=rate, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    # own generator: the order does not depend on the global random state
     shuffling = torch.Generator().manual_seed(0)
     for _ in range(SGD_EPOCHS):
         for rows in torch.randperm(len(x), generator=shuffling)[: len(x) // batch * batch].split(batch):

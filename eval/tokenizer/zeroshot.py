@@ -209,6 +209,7 @@ def class_logits(image_embeds: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def top_classes(logits: np.ndarray, k: int) -> np.ndarray:
     """Indices (B, k) of the k largest logits, best first; ties go to the lower index."""
+    # stable: ties do not depend on the platform
     return np.argsort(-logits, axis=1, kind="stable")[:, : min(k, logits.shape[1])]
 
 

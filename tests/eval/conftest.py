@@ -1,4 +1,4 @@
-"""What tests of this folder share: Inception's golden weights, and a command called in this process."""
+"""Shared by the tests of this folder: golden Inception weights, and commands run in this process."""
 
 import json
 from pathlib import Path

@@ -8,7 +8,7 @@ from open_unitok.eval.understanding.vqav2 import all_test_ids
 
 from .test_end_to_end import BUILDERS, Scripted, call, releases, result_of, run, scripted
 
-assert scripted  # the fixture that puts Scripted in a model's place
+assert scripted  # the fixture that replaces Model by Scripted
 
 GQA, SEED = "testdev_balanced_questions.json", "SEED-Bench.json"
 TEXT = "TextVQA_0.5.1_val.json"
@@ -40,7 +40,7 @@ CHANGES = [
 
 
 def check(tmp_path, out, name, message, expected, malformed=1):
-    """The result holds the score that counts the entry as wrong, and says so."""
+    """The entry counts as wrong in the score, and the result reports it."""
     result = result_of(tmp_path / "o", name)
     assert result["value"] == pytest.approx(expected, abs=1e-9) and result["malformed"] == malformed
     assert message in out and f"{malformed} annotations are malformed, the first: " in out
@@ -61,7 +61,7 @@ def test_a_malformed_entry_is_named_and_wrong(capsys, tmp_path, name, file, chan
     assert code == 0, err
     count = 2 if "has no annotation" in message and expected == 3 / 6 else 1 + (expected == 2 / 6)
     check(tmp_path, out, name, message, expected, count)
-    # from files alone, and once mended the question is asked
+    # scoring needs the files only; once the entry is repaired, its question is answered
     words = ["--judge-replay", tmp_path / "d" / "replies.jsonl"] if name == "mmvet" else []
     assert call(capsys, "eval", "score", tmp_path / "o" / name, *words)[1] == out
     _, expected = BUILDERS[name](tmp_path / "d", False)

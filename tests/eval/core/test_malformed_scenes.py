@@ -34,7 +34,7 @@ EMPTY = {"file": "a.png", "captions": ["nothing"], "scene": {"objects": []}}
 
 @pytest.fixture
 def own(data, tmp_path):
-    """A copy of the scenes, to be spoilt."""
+    """A copy of the scenes data set for tests that damage it."""
     shutil.copytree(data, tmp_path / "data")
     return tmp_path / "data"
 

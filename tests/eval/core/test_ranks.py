@@ -28,7 +28,7 @@ PROMPTS = 20  # more than two batches of each model that looks
 
 
 class CleanNet(torch.nn.Module):
-    """In the place of NVIDIA's torchscript file: a few random features."""
+    """Replaces NVIDIA's torchscript file: a few random features."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ def rows_of(found, name):
 
 
 def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
-    """A model may give other last digits in another batch; here what it says is the batch itself."""
+    """The last digits of a model may depend on the batch; this judge returns the batch itself."""
     samples = [Sample(i, f"{i}", "p", None, "generate") for i in range(30)]
     for sample in samples:
         save(tmp_path / f"{sample.id}.png", sample.index, 8)
@@ -157,7 +157,7 @@ def test_batches_of_a_look_depend_on_no_rank_and_no_kill(tmp_path, monkeypatch):
 
     expected = said(look("one"))
     assert expected[29] == list(range(24, 30))
-    for rank, world in ((2, 3), (1, 3), (0, 1)):  # one after the other: the last takes up what is left
+    for rank, world in ((2, 3), (1, 3), (0, 1)):  # one after the other: the last resumes the rest
         folder = look("three", rank, world)
     assert said(folder) == expected and len(list(folder.glob("answers-*"))) == 3
     path = folder / "answers-00000.jsonl"

@@ -28,7 +28,7 @@ def data(tmp_path_factory):
 
 
 class Scripted:
-    """Answers from a table, draws what a table says, copies with a little noise."""
+    """Answers and generates from a table; reconstructions have a little noise."""
 
     def __init__(self, data, right=lambda i: True):
         self.right, self.asked = right, 0
@@ -159,7 +159,7 @@ def test_a_killed_run_is_resumed(data, tmp_path):
         score_folder(tmp_path / "a")
     partial = score_folder(tmp_path / "a", partial=True)
     assert partial["missing"] == partial["n"] - 19 and not partial["complete"]
-    assert partial["value"] == pytest.approx(19 / partial["n"])  # what is missing is wrong
+    assert partial["value"] == pytest.approx(19 / partial["n"])  # missing answers are wrong
     model = Scripted(data)
     again = run_named("vqav2", model, data, tmp_path / "a", batch_size=7, **QUIET)
     assert model.asked == again["n"] - 19
@@ -251,7 +251,7 @@ def as_rank(monkeypatch, rank, world):
 def test_shares_of_ranks_that_died_are_taken_up_by_any_number_of_others(data, tmp_path, monkeypatch):
     whole = run_named("vqav2", Scripted(data), data, tmp_path / "one", **QUIET)
     asked = []
-    for rank, world in ((2, 3), (1, 3), (1, 2), (0, 1)):  # rank 0 of three died before it asked anything
+    for rank, world in ((2, 3), (1, 3), (1, 2), (0, 1)):  # rank 0 of three died before its first answer
         as_rank(monkeypatch, rank, world)
         model = Scripted(data)
         result = run_named("vqav2", model, data, tmp_path / "many", batch_size=7, **QUIET)

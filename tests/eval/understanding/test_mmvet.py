@@ -97,14 +97,14 @@ def data(tmp_path):
 
 @pytest.fixture
 def server():
-    """An endpoint that does what `behaviour` says: status and body from (number of the request, its body)."""
+    """A test endpoint; `behaviour`: (number of the request, its body) -> (status, body)."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.server.asked.append(body)
             status, content = self.server.behaviour(len(self.server.asked), body)
-            if not status:  # the content is all that it says
+            if not status:  # only a body
                 self.wfile.write(content.encode())
                 return
             self.send_response(status)
@@ -168,7 +168,7 @@ def test_failures_of_the_judge_are_counted_and_never_help(data, server, tmp_path
     assert "1 answers got no grade in six replies" in words
     assert "1 answers could not be judged, the first v1_1 because HTTP 503" in words
     server.behaviour = lambda number, body: (200, said("1.0"))
-    result = score_folder(tmp_path / "o", options=scoring)  # what failed is asked again, the rest is kept
+    result = score_folder(tmp_path / "o", options=scoring)  # failed calls are sent again, replies are kept
     assert result["value"] == pytest.approx(4 / 5)
 
 

@@ -1,4 +1,4 @@
-"""VQAv2 normalisation and accuracy against the golden vectors, and what malformed files say."""
+"""VQAv2 normalisation and accuracy against golden vectors, and errors of malformed files."""
 
 import hashlib
 import json
