@@ -84,7 +84,7 @@ def _resampled(
     groups = len(columns)
     if groups < 2:
         return None
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)  # fixed seed: results.json is reproducible
     values = []
     at_once = max(1, 4_000_000 // groups)  # bounds the memory of the index array for large sets
     for start in range(0, RESAMPLES, at_once):
@@ -113,7 +113,7 @@ def mean_statistic(sums: np.ndarray) -> np.ndarray:
 
 def group_mean_columns(values: Sequence[float], groups: Sequence[Hashable]) -> np.ndarray:
     """(M,) values and their groups -> (M, 2 * g) columns for `group_mean_statistic`."""
-    names = list(dict.fromkeys(groups))
+    names = list(dict.fromkeys(groups))  # a dict keeps the order of first occurrence
     columns = np.zeros((len(values), len(names), 2))
     for i, (value, group) in enumerate(zip(values, groups)):
         columns[i, names.index(group)] = value, 1

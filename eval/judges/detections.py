@@ -126,6 +126,7 @@ def run_detection_pass(
         kept = [[d for d in found if d.name in names] for found in detect(images, names)]
         return [detections_record(found, classify_colours(i, found)) for i, found in zip(images, kept)]
 
+    # another detector or another CLIP is another judge
     both = [model_fingerprint(Path(p)) for p in (scoring.detector_model, scoring.colour_model)]
     about = {
         "model": f"{Path(scoring.detector_model).name} and {Path(scoring.colour_model).name}",

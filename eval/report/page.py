@@ -94,6 +94,7 @@ def inline_image(path: Path, alt: str) -> str:
     # thumbnail() never enlarges
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
+    # PNG: JPEG artefacts could be mistaken for those of the model
     image.save(buffer, "PNG", optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'

@@ -86,6 +86,7 @@ def _metric_row(runs: Sequence[Run], benchmark: str, metric: str) -> list[str]:
         mark = "" if result.get("comparable", True) else " ✗"
         small = f"<br><small>{interval}</small>" if interval else ""
         cells.append(f"<b>{format_value(found['value'], found['unit'])}</b>{mark}{small}")
+    # a copy: the paper's value is popped below
     published = dict(PUBLISHED_SCORES.get(benchmark, {}).get(metric, {}))
     unit = "points" if benchmark == "mme" else "fraction"
     paper = published.pop(PAPER, None)

@@ -91,6 +91,7 @@ def load(data: Path, settings: Options) -> Task:
         for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     split = path.stem.removesuffix("_questions")
+    # one choices file serves the balanced and the full split
     tier = split.removesuffix("_balanced").removesuffix("_all")
     choices = data / f"{tier}_choices.json"
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
@@ -239,6 +240,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     scores, clusters = list(values.values()), [cluster_of(s) for s in kept]
     kinds = [questions[s.id]["types"] for s in kept]
     metrics = {"accuracy": mean_metric(scores, clusters)}
+    # the official scorer calls "query" questions open; a malformed one ("") is in neither half
     halves = [("open" if k["structural"] == "query" else "binary") * bool(k["structural"]) for k in kinds]
     metrics |= mean_metrics_by("half", halves, scores, clusters)
     metrics |= mean_metrics_by("structural", [k["structural"] for k in kinds], scores, clusters)

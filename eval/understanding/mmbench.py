@@ -215,6 +215,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     first_question: dict[str, int] = {}  # base64 image -> index of the first question about it
     # the table has no image ids, so equal image data forms a cluster
     clusters = [first_question.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
+    # both as in published tables, which quote circular accuracy
     metrics = {"circular": mean_metric(values, clusters), "vanilla": mean_metric(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
         metrics |= mean_metrics_by(name, [q.category for _, q, _ in kept], scores, clusters)

@@ -219,6 +219,7 @@ def mmvet_summary(capabilities: Sequence[Sequence[str]], grades: np.ndarray) -> 
         return 100 * float(mean[np.array(list(keep))].mean())
 
     present = [name for name in MMVET_CAPABILITIES if any(name in row for row in capabilities)]
+    # rounded to 0.1 as in the published report
     totals = [round(100 * float(total), 1) for total in grades.mean(axis=0)]
     return {
         "per_capability": {name: over(name in row for row in capabilities) for name in present},

@@ -161,6 +161,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     result = pope_metrics(questions, answer_texts(records), scoring.scorer)
     names = list(result["per_category"])
     judged = [(parsed, q.label, q.category) for parsed, q in zip(result["parsed"], questions)]
+    # TP, FP, FN per sample, so that the bootstrap recomputes F1 itself instead of averaging it
     columns = f1_columns(judged, names)
     right = [float(parsed == q.label) for parsed, q in zip(result["parsed"], questions)]
     clusters = [cluster_of(s) for s in task.samples]

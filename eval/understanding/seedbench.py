@@ -89,6 +89,7 @@ def _llava_entries(
 
 def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, Path | UserError]]:
     """Question id -> the question and its image, or the error if the entry is malformed."""
+    # "question_type" maps names to numbers; entries have the number
     types = read_json_as(dict, path, "question_type").items()
     kinds = {number: name for name, number in types if isinstance(number, str | int)}
     known: dict[str, tuple[ChoiceQuestion, Path | UserError]] = {}

@@ -266,6 +266,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     predictions = {questions[i].question_id: text for i, text in texts.items()}
     result = vqav2_accuracies(questions, predictions, scoring.scorer)
     values = np.array(result["per_question"])
+    # questions about one image are not independent: resample images
     clusters = [s.id if q.malformed else q.image_id for s, q in zip(task.samples, questions)]
     metrics = {"accuracy": mean_metric(values, clusters)}
     metrics |= mean_metrics_by("type", [q.question_type for q in questions], values, clusters)
@@ -274,6 +275,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     if held_out:
         metrics["images with held-out pairs"] = mean_metric(values[held_out], [clusters[i] for i in held_out])
     constant = result["constant"]
+    # accuracy above the constant answer: how much the image contributes
     margins = {t: result["per_question_type"][t] - c["accuracy"] for t, c in constant.items()}
     details = {
         "constant": constant,
