@@ -1,10 +1,14 @@
 """One concept, one word, the field's: a grep lands in the right file, and retired words stay out of names."""
 
+import argparse
 import ast
 import pathlib
 import re
 
 import pytest
+import yaml
+
+from open_unitok.cli.main import COMMANDS, command_module
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PACKAGES = ("open_unitok", "tokenizer", "mllm", "generation", "training", "eval")
@@ -51,3 +55,28 @@ def test_retired_words_are_in_no_name():
             parts = re.findall(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)
             wrong += [f"{file.relative_to(ROOT)}: {name}" for p in parts if p.lower() in RETIRED]
     assert not wrong, "\n".join(wrong)
+
+
+def retired_parts(name: str) -> list[str]:
+    """The retired words that a name, a flag or a key consists of."""
+    return [part for part in re.findall(r"[A-Za-z][a-z]*", name) if part.lower() in RETIRED]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_retired_words_are_in_no_flag(command):
+    parser = argparse.ArgumentParser(prog=command)
+    command_module(command).add_arguments(parser)
+    flags = [flag for action in parser._actions for flag in (action.dest, *action.option_strings)]
+    assert not [flag for flag in flags if retired_parts(flag)]
+
+
+def test_retired_words_are_in_no_yaml_key():
+    def keys(value):
+        if isinstance(value, dict):
+            return {*value}.union(*map(keys, value.values()))
+        return set().union(*map(keys, value)) if isinstance(value, list) else set()
+
+    files = sorted((ROOT / "configs").rglob("*.yaml"))
+    assert len(files) > 10
+    for file in files:
+        assert not [key for key in keys(yaml.safe_load(file.read_text())) if retired_parts(key)], file

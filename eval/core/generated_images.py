@@ -14,7 +14,6 @@ from .benchmark import Options, Record, Sample, Task
 from .image_files import IMAGE_SUFFIXES, read_sample_image
 from .image_sets import images_of_array
 
-IMAGE_FORMATS = ("jpg", "png")
 JPEG_QUALITY = 75  # Pillow's default, used for the published images
 SAMPLING_KEYS = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
 EXTERNAL = "external images"  # the model kind in run.json if --model is a folder or .npz of images

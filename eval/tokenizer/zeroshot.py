@@ -23,7 +23,7 @@ from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import IMAGE_SUFFIXES, open_images
 
 LOGIT_SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
-SCENE_TEMPLATES = ("{}", "an image of {}", "there is {}", "an image with {}")
+SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
 
 
 def load(data: Path, settings: Options) -> Task:

@@ -355,3 +355,8 @@ def test_linear_probe_counts_images_of_unknown_classes_as_wrong(scripted, call, 
     result = json.loads((tmp_path / "linear_probe" / "results.json").read_text())
     assert result["value"] == pytest.approx(3 / 4) and result["metrics"]["top1"]["n"] == 4
     assert "'n99999999' is not a WordNet id" in out and "4 training images have no features" in out
+
+
+def test_scene_prompts_are_those_of_the_training_captions():
+    """Zero-shot prompts are data: another wording gives another score."""
+    assert zeroshot.SCENE_TEMPLATES == ("{}", "a picture of {}", "there is {}", "an image with {}")
