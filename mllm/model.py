@@ -55,6 +55,12 @@ class UniTokMLLMOutput(ModelOutput):
     past_key_values: Any = None
     last_hidden_state: torch.Tensor | None = None  # (B, L, D), after the final norm
 
+    @property
+    def losses(self) -> dict[str, torch.Tensor]:
+        """The parts of the training loss by name, each of which needs a weight; empty without labels."""
+        named = {"text": self.text_loss, "image": self.image_loss}
+        return {name: value for name, value in named.items() if value is not None}
+
 
 class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Any transformers decoder that takes `inputs_embeds`, with a visual embedder at its input and two heads:

@@ -32,13 +32,19 @@ class LossOptions:
     """
 
     weighting: Literal["tokens", "means"] = "tokens"
-    # weights, looked up by the names of the losses that the model returns
+    # weights, by the names in `UniTokMLLMOutput.losses`
     text: float = 1.0
     image: float = 1.0
 
     def check(self) -> None:
         if self.text < 0 or self.image < 0 or self.text + self.image == 0:
             raise UserError("loss.text and loss.image must be 0 or more, and not both 0.")
+
+    def by_name(self) -> dict[str, float]:
+        """The weight of every loss."""
+        weights = dataclasses.asdict(self)
+        del weights["weighting"]
+        return weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -200,8 +200,7 @@ def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], s
         inputs = {name: None if v is None else v.to(device) for name, v in batch.inputs.items()}
         # 2. one forward pass for texts and images; losses come as sums, so that micro-batches add up
         output = state.engine(**inputs, reduction="sum", return_logits=False)
-        sums = {"text": output.text_loss, "image": output.image_loss}
-        micro_losses = combine_losses(sums, targets, config.loss)
+        micro_losses = combine_losses(output.losses, targets, config.loss)
         if (step + 1) % config.log.every == 0:
             state.metrics.add_text_losses(state.engine.module, output.last_hidden_state, batch, inputs)
         # 3. DeepSpeed averages over ranks and accumulation, but the denominators already cover both
@@ -220,13 +219,20 @@ def combine_losses(
     """This micro-batch's share of the weighted loss and of the mean of each part, see `LossOptions`.
 
     Args:
-        sums: name -> loss summed over this micro-batch; `options` has a weight of the same name.
+        sums: name -> loss summed over this micro-batch; `options` has a weight for each and no others.
         targets: name -> targets in the whole step, over all ranks.
 
     Returns:
         "loss", and "NAME_loss" for each name. Over micro-batches and ranks they add up.
+
+    Raises:
+        UserError: a loss has no weight, or a weight no loss.
     """
-    weights = {name: loss_weight(options, name) for name in sums}
+    weights = options.by_name()
+    for name in sums.keys() - weights.keys():
+        raise UserError(f"The model returns the loss {name!r}, but there is no weight loss.{name}.")
+    for name in weights.keys() - sums.keys():
+        raise UserError(f"There is a weight loss.{name}, but the model returns no loss {name!r}.")
     # max: a step may have no images, or no texts
     means = {name: value / max(targets[name], 1.0) for name, value in sums.items()}
     if options.weighting == "means":
@@ -237,18 +243,6 @@ def combine_losses(
         loss = sum(weights[name] * value for name, value in sums.items()) / total
     assert isinstance(loss, torch.Tensor)
     return {"loss": loss, **{f"{name}_loss": mean for name, mean in means.items()}}
-
-
-def loss_weight(options: LossOptions, name: str) -> float:
-    """The weight of a loss, by its name.
-
-    Raises:
-        UserError: there is none.
-    """
-    weight = getattr(options, name, None)
-    if not isinstance(weight, float):
-        raise UserError(f"The model returns the loss {name!r}, but there is no weight loss.{name}.")
-    return weight
 
 
 def gathered_weights(state: TrainState) -> dict[str, torch.Tensor] | None:

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm.model import UniTokMLLMOutput
 from open_unitok.tokenizer import UniTok
 from open_unitok.training.core.metric_logger import MetricLogger
 from open_unitok.training.mllm import train
@@ -154,9 +155,18 @@ def test_the_published_weighting_counts_every_code_as_one_token():
     assert combined(6.0, 0.0, (3, 0), text=0.5)[0] == pytest.approx(ce)
 
 
-def test_a_loss_without_a_weight_is_an_error_that_names_both():
-    with pytest.raises(UserError, match=r"loss 'depth', but there is no weight loss\.depth"):
-        combine_losses({"depth": torch.tensor(1.0)}, {"depth": 1}, LossOptions())
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda losses: {**losses, "depth": losses["text"]}, r"loss 'depth', but .* no weight loss\.depth"),
+        (lambda losses: {"text": losses["text"]}, r"weight loss\.image, but .* no loss 'image'"),
+    ],
+)
+def test_losses_and_weights_must_match_by_name(mllm, monkeypatch, change, message):
+    losses = UniTokMLLMOutput.losses.fget
+    monkeypatch.setattr(UniTokMLLMOutput, "losses", property(lambda output: change(losses(output))))
+    with pytest.raises(UserError, match=message):
+        mllm.train(f"unmatched-{message[:4]}")
 
 
 @pytest.mark.parametrize(
