@@ -263,6 +263,11 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     return (reconstructions.float() - pixels).square().mean((1, 2, 3)).sum().item() / 4
 
 
+def _num_images(fact: dict[str, Any]) -> int:
+    """The number of images of a tar; `pictures` is the key of older tars, the oldest have one per sample."""
+    return fact.get("images", fact.get("pictures", fact["samples"]))
+
+
 def _write_manifest(
     unitok: UniTok, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
 ) -> dict[str, Any]:
@@ -285,8 +290,8 @@ def _write_manifest(
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
-        # .get: descriptions of older tars lack these keys
-        "images": sum(fact.get("images", fact["samples"]) for fact in facts),
+        # older tars: `pictures` instead of `images`, or neither; no `oblong`
+        "images": sum(_num_images(fact) for fact in facts),
         "oblong": sum(fact.get("oblong", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
         "checked": checked,

@@ -138,6 +138,19 @@ def test_resumes_after_an_interruption(tokenizer, data, tmp_path, monkeypatch):
     assert len(calls) == 5 and (out / "codes.json").read_bytes() == whole
 
 
+@pytest.mark.parametrize("old_key, images", [("pictures", 37), (None, 30)])
+def test_image_counts_of_older_tar_descriptions_are_read(tokenizer, data, tmp_path, old_key, images):
+    out = tmp_path / "codes"
+    run(tokenizer, data, out)
+    # the key of the count was `pictures`; before samples could have several images there was none
+    for path, count in zip(sorted(out.glob("codes-*.json")), (10, 15, 12)):
+        facts = json.loads(path.read_text())
+        del facts["images"]
+        path.write_text(json.dumps({**facts, **({old_key: count} if old_key else {})}))
+    run(tokenizer, data, out)
+    assert CodeFolder(out).manifest["images"] == images
+
+
 def test_ranks_share_the_tars(tokenizer, data, tmp_path, monkeypatch, capsys):
     run(tokenizer, data, tmp_path / "alone")
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
