@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from open_unitok.core.distributed import is_main
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, read_json, write_atomic, write_json
 
@@ -76,7 +77,7 @@ class RunDir:
                 )
         facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
         run_dir = cls(path, facts)
-        if not run_dir.finished and _is_main():
+        if not run_dir.finished and is_main():
             if not begun:
                 # `discard` may remove these
                 folders = [p for p in (path, *path.parents) if not p.exists()]
@@ -107,7 +108,7 @@ class RunDir:
                     "restore it, or choose another `out` for a new run."
                 )
         recorded.update(facts)
-        if _is_main():
+        if is_main():
             write_json(self.path / "run.json", self._facts)
 
     def discard(self) -> None:
@@ -130,11 +131,6 @@ def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
     with contextlib.suppress(UserError):  # an older version's keys or values, invalid now
         return to_dict(build_config(type(config), old))
     return old
-
-
-def _is_main() -> bool:
-    # by the environment: the process group is not initialised yet, and torch not imported
-    return int(os.environ.get("RANK", 0)) == 0
 
 
 def _now() -> str:
