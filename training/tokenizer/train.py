@@ -57,13 +57,13 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)
     latest = checkpoints.latest()
-    other = Path(config.resume_from) if config.resume_from and latest is None else None
-    state = build_train_state(config, run_dir, device, new=latest is None and other is None)
+    other_run = Path(config.resume_from) if config.resume_from and latest is None else None
+    state = build_train_state(config, run_dir, device, new=latest is None and other_run is None)
     log = build_logger(config, run_dir, state)
     if latest is not None:
         resume(state, latest, checkpoints, log)
-    elif other is not None:
-        resume_from_other_ranks(state, other, log)
+    elif other_run is not None:
+        resume_from_other_ranks(state, other_run, log)
     log.info(f"steps {state.step} to {config.last_step}, {config.batch_size} images each")
     state.model.train()
     log.start(state.step)
@@ -74,7 +74,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
         profile_steps(config, run_dir.path, state.step) as profiler,
     ):
         while state.step < config.last_step:
-            multiplier = set_learning_rates(state, config)
+            multiplier = set_schedules(state, config)
             output = train_step(state, config, batches)
             if state.step % config.log.every == 0 or state.step == config.steps:
                 log_train_state(log, state, config.optimizer.lr * multiplier)
@@ -99,8 +99,8 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     log.info(f"finished: {run_dir.model}")
 
 
-def set_learning_rates(state: TrainState, config: TokenizerRunConfig) -> float:
-    """Learning rates, GAN weight and blur of the coming step; returns the factor on the model's rate."""
+def set_schedules(state: TrainState, config: TokenizerRunConfig) -> float:
+    """Set learning rates, GAN weight and blur of the coming step; returns the factor on the model's rate."""
     schedule = config.schedule
     multiplier = schedules.lr_multiplier(
         schedule.kind, state.step, config.steps, schedule.warmup, schedule.start, schedule.end
@@ -125,6 +125,7 @@ def train_step(
     """One optimiser step of tokenizer and discriminator over `engine.accumulation` micro-batches."""
     metrics: dict[str, Any] = {}
     accumulation = config.engine.accumulation
+    # the engines step in the last micro-step, at the end of the accumulation
     for part in range(accumulation):
         output = micro_step(state, config, next(batches), part)
         for name, value in output.losses.items():
@@ -144,6 +145,8 @@ def train_step(
 
 
 class MicroStepOutput(NamedTuple):
+    """Result of one micro-batch."""
+
     losses: dict[str, Tensor]  # detached
     grad_norm: Tensor | float | None  # at the end of an accumulation
     pixels: Tensor  # (B, 3, H, W)
@@ -158,20 +161,21 @@ def micro_step(
     pixels = pixels_from_uint8(batch["image"], state.device)
     token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(state.device)
     # random numbers are keyed by an image's number in the global batch, so they do not depend on the split
-    order, decoded = order_decoded_first(len(pixels), config.reconstruct_share)
+    order, num_decoded = order_decoded_first(len(pixels), config.reconstruct_share)
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
     samples = [first + position for position in order]
     sample_drop_path(model, config.seed, state.step, samples)
+    # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
     state.dead_codes.order = order
 
     # 1. encode all images (for the contrastive loss), decode the first ones (for the reconstruction losses)
     entropy = config.losses.entropy > 0
-    out = deepspeed_engine.forward(engine, pixels, token_ids, reconstruct_first=decoded, entropy=entropy)
+    out = deepspeed_engine.forward(engine, pixels, token_ids, reconstruct_first=num_decoded, entropy=entropy)
     reconstruction = out.reconstruction
     losses = reconstruction_losses(reconstruction, pixels)
     if state.lpips is not None:
         with deepspeed_engine.autocast(engine):
-            losses["lpips"] = state.lpips(reconstruction, pixels[:decoded]).mean()
+            losses["lpips"] = state.lpips(reconstruction, pixels[:num_decoded]).mean()
     losses |= out.losses
     if out.text_embeds is not None:
         losses["clip"] = contrastive_loss(out.image_embeds, out.text_embeds, out.logit_scale)
@@ -185,7 +189,7 @@ def micro_step(
             weighted_sum(balanced, {name: weights[name] for name in balanced}),
             reconstruction,
             model.decoder.last_weight,
-            samples[:decoded],
+            samples[:num_decoded],
         )
         loss = loss + gan_losses["adversarial_weight"] * gan_losses["adversarial"]
         losses |= gan_losses
