@@ -1,8 +1,10 @@
-"""The integer type of stored codes; needs no torch, so that data sets can be checked without it."""
+"""The integer type of stored codes."""
 
 from collections.abc import Sequence
 
 import numpy as np
+
+# In core, not in tokenizer: `data check` and config reading must stay free of torch.
 
 
 def code_dtype(code_sizes: Sequence[int]) -> np.dtype:

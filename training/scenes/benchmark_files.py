@@ -1,4 +1,4 @@
-"""Writes the test split of a scene data set in the layouts of VQAv2, POPE and GenEval."""
+"""Writes the benchmark files of a scene data set's test split, in the layouts of VQAv2, POPE and GenEval."""
 
 import itertools
 import json

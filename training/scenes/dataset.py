@@ -83,7 +83,7 @@ def _as_json(config: SceneConfig) -> dict[str, Any]:
 def _stored_settings(state: Path) -> dict[str, Any]:
     """The settings in a state file; settings that were added later have defaults that keep it valid."""
     stored = read_json(state)["config"]
-    if "asked" in stored:  # the key before version 0.1.0: shares in the order of QUESTION_KINDS
+    if "asked" in stored:  # the key in older folders: shares in the order of QUESTION_KINDS
         stored["question_shares"] = dict(zip(QUESTION_KINDS, map(float, stored.pop("asked"))))
     return {**_as_json(SceneConfig()), **stored}
 
