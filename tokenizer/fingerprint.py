@@ -1,6 +1,8 @@
 """The fingerprint of a tokenizer: code shards and MLLM folders carry it, and a mismatch is rejected.
 
-Without it a changed tokenizer would train an MLLM on stale codes and raise no error.
+Without it a changed tokenizer would train an MLLM on stale codes and raise no error. One option changes the
+codes and is not hashed: the flat `num_attention_heads`, which has no single default to compare with; hashing
+it would change the fingerprint of every stored tokenizer. `encoder_options.num_attention_heads` is hashed.
 """
 
 import hashlib
@@ -19,6 +21,8 @@ _DEFAULTS = {
     "encoder_options": None,
     "quantizer": "multi_codebook",
     "quantizer_options": None,
+    "projection_heads": None,
+    "projection_causal": False,
 }
 
 
@@ -37,7 +41,7 @@ def compute_fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
     for option, default in _DEFAULTS.items():
-        value = getattr(model.config, option) or None
+        value = getattr(model.config, option) or default  # {} is the same as None
         if value != default:
             digest.update(f"{option} = {json.dumps(value, sort_keys=True)}\n".encode())
     return digest.hexdigest()

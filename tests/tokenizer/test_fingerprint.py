@@ -27,6 +27,24 @@ def test_seeded_models_keep_their_fingerprint(tiny_config, name):
     assert model.fingerprint() == PINNED[name]
 
 
+def test_projection_options_change_the_fingerprint_but_no_tensor(tiny_config):
+    def seeded(**changes) -> UniTok:
+        torch.manual_seed(0)
+        return UniTok(tiny_config(**changes)).eval()
+
+    base = seeded()
+    assert seeded(projection_heads=None, projection_causal=False).fingerprint() == base.fingerprint()
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    found = {base.fingerprint()}
+    for changes in ({"projection_heads": 1}, {"projection_causal": True}):
+        other = seeded(**changes)
+        state = base.state_dict()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in other.state_dict().items())
+        assert not torch.equal(other.encode_latents(pixels), base.encode_latents(pixels)), changes
+        found.add(other.fingerprint())
+    assert len(found) == 3
+
+
 def test_only_tensors_that_determine_codes_are_hashed(tiny_config):
     model = UniTok(tiny_config())
     before = model.fingerprint()
