@@ -18,7 +18,6 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from open_unitok.core.errors import UserError
@@ -398,9 +397,6 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, VisualEmbedder):
-            init.normal_(module.codebooks)
-        elif isinstance(module, ProjectionAttention):
-            init.zeros_(module.query_bias)
-            init.zeros_(module.value_bias)
+        if isinstance(module, (VisualEmbedder, ProjectionAttention)):
+            module.init_weights()
         super()._init_weights(module)

@@ -7,6 +7,7 @@ decoder width.
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
@@ -45,6 +46,9 @@ class VisualEmbedder(nn.Module):
             nn.GELU(),
             nn.Linear(width, width),
         )
+
+    def init_weights(self) -> None:
+        init.normal_(self.codebooks)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """(I, N, K) codes of whole images -> (I, N, D)."""

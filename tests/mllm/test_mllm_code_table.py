@@ -5,8 +5,9 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation.backends import native
-from open_unitok.mllm import UniTokMLLMConfig
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, VisualEmbedder
 from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.projection import ProjectionAttention
 
 SIZES = {
     "stem_width": 8,
@@ -65,6 +66,23 @@ def test_quantisers_without_code_table_are_rejected(tiny, monkeypatch):
     monkeypatch.setattr(type(unitok.quantizer), "reads", False)
     with pytest.raises(UserError, match="cannot be read by an MLLM"):
         tiny().init_from_tokenizer(unitok)
+
+
+def test_init_weights_of_the_embedder(tiny_config):
+    embedder = VisualEmbedder(tiny_config(), 32)
+    torch.manual_seed(0)
+    embedder.init_weights()
+    torch.manual_seed(0)
+    assert torch.equal(embedder.codebooks, torch.randn(3, 8, 4))
+    assert not embedder.codebooks.requires_grad
+
+
+def test_the_model_initialises_parts_by_their_own_init_weights(tiny_config, monkeypatch):
+    calls = []
+    for part in (VisualEmbedder, ProjectionAttention):
+        monkeypatch.setattr(part, "init_weights", lambda self: calls.append(type(self)))
+    UniTokForConditionalGeneration(tiny_config())
+    assert calls == [ProjectionAttention, VisualEmbedder]
 
 
 def test_the_native_backend_needs_a_table(tiny):
