@@ -10,6 +10,7 @@ from open_unitok.core.devices import check_device, check_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import check_folder
 from open_unitok.tokenizer import UniTok
 
@@ -77,9 +78,10 @@ def check_parts_match(
 ) -> None:
     """
     Raises:
-        UserError: the visual tokenizer is not the one whose codes the model was trained on, or the text
-            tokenizer has more ids than the model.
+        UserError: the visual tokenizer is not the one whose codes the model was trained on, its codes cannot
+            be read or generated, or the text tokenizer has more ids than the model.
     """
+    check_mllm_quantizer(unitok.config.quantizer, unitok.quantizer)
     # more rows than ids are valid: embeddings may be padded to a multiple
     rows = model.config.text_config.vocab_size
     if processor.vocab_size > rows:

@@ -13,7 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 
-from .config import UniTokMLLMConfig
+from .config import UniTokMLLMConfig, check_mllm_quantizer
 
 PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e-5
 
@@ -139,11 +139,10 @@ def readable_code_table(unitok: UniTok) -> torch.Tensor:
     """(K, V, C) float32 rows of a tokenizer's codebooks, to be copied into an MLLM.
 
     Raises:
-        UserError: the quantiser's codes are not readable, or their embedding is not a table lookup.
+        UserError: an MLLM cannot read or generate the quantiser's codes, or their embedding is not a table lookup.
     """
     quantizer, name = unitok.quantizer, unitok.config.quantizer
-    if not quantizer.reads:
-        raise UserError(f"The codes of quantizer = {name!r} cannot be read by an MLLM (Quantizer.reads).")
+    check_mllm_quantizer(name, quantizer)
     table = quantizer.code_table()
     if table is None or len(set(quantizer.code_sizes)) != 1:
         raise UserError(

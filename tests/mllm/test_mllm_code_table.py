@@ -1,10 +1,14 @@
 """The frozen code table that the MLLM copies from the tokenizer's quantiser."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation.backends import native
+from open_unitok.generation.loading import check_parts_match
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, VisualEmbedder
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.projection import ProjectionAttention
@@ -66,6 +70,19 @@ def test_quantisers_without_code_table_are_rejected(tiny, monkeypatch):
     monkeypatch.setattr(type(unitok.quantizer), "reads", False)
     with pytest.raises(UserError, match="cannot be read by an MLLM"):
         tiny().init_from_tokenizer(unitok)
+
+
+@pytest.mark.parametrize(("flag", "verb"), [("reads", "read"), ("generates", "generated")])
+def test_an_mllm_needs_codes_that_it_reads_and_generates(tiny, monkeypatch, flag, verb):
+    unitok, model = make_unitok(), tiny()
+    monkeypatch.setattr(type(unitok.quantizer), flag, False)
+    words = rf"'multi_codebook' cannot be {verb} by an MLLM \(Quantizer\.{flag}\)"
+    with pytest.raises(UserError, match=words):
+        UniTokMLLMConfig.for_tokenizer(unitok.config)
+    with pytest.raises(UserError, match=words):
+        model.init_from_tokenizer(unitok)
+    with pytest.raises(UserError, match=words):
+        check_parts_match(model, unitok, SimpleNamespace(vocab_size=1), Path("folder"))
 
 
 def test_init_weights_of_the_embedder(tiny_config):

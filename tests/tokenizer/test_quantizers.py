@@ -6,7 +6,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import QUANTIZERS, UniTok, code_dtype
-from open_unitok.tokenizer.quantizers import NearestQuantizer
+from open_unitok.tokenizer.quantizers import NearestQuantizer, build_quantizer
 from open_unitok.tokenizer.quantizers.base import Quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
@@ -123,6 +123,28 @@ def test_unknown_quantizers_and_options(tiny_config):
         UniTok(tiny_config(quantizer="nearest", quantizer_options={"comitment": 1.0}))
     with pytest.raises(UserError, match=r"is not an option of quantizer 'multi_codebook'. It takes none."):
         UniTok(tiny_config(quantizer_options={"commitment": 1.0}))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sizes", "words"),
+    [
+        (21, [64] * 4, r"num_visual_tokens = 16 in .* but 21 in .*'other' \(Quantizer\.num_tokens\)"),
+        (16, [64] * 5, r"num_codebooks = 4 in .* but 5 in .*'other' \(Quantizer\.code_sizes, length\)"),
+        (16, [9] * 4, r"codebook_size = 64 in .* but 9 in .*'other' \(Quantizer\.code_sizes, maximum\)"),
+    ],
+)
+def test_a_quantizer_must_have_the_sizes_of_the_config(tiny_config, monkeypatch, tokens, sizes, words):
+    class Other(NearestQuantizer):
+        def __init__(self, num_codebooks: int, codebook_size: int, codebook_dim: int) -> None:
+            super().__init__(num_codebooks, codebook_size, codebook_dim)
+            self.code_sizes = sizes
+
+        def num_tokens(self, layout: TokenLayout) -> int:
+            return tokens
+
+    monkeypatch.setitem(QUANTIZERS, "other", Other)
+    with pytest.raises(UserError, match=words):
+        build_quantizer(tiny_config(quantizer="other"))
 
 
 def test_code_dtype():

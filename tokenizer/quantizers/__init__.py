@@ -4,6 +4,7 @@ import inspect
 from typing import Any
 
 from open_unitok.core.codes import code_dtype
+from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig, check_options, entry_of
 from .base import Quantizer, QuantizerOutput
@@ -20,14 +21,31 @@ def build_quantizer(config: UniTokConfig) -> Quantizer:
     """Build the quantiser `config.quantizer` with its `quantizer_options`.
 
     Raises:
-        UserError: there is no such quantiser, or it has no such option.
+        UserError: there is no such quantiser, it has no such option, or its sizes are not the config's.
     """
     kind = entry_of(QUANTIZERS, "QUANTIZERS", "quantizer", config.quantizer)
     options = config.quantizer_options or {}
     allowed = list(inspect.signature(kind).parameters)[3:]  # the first three are the sizes
     check_options("quantizer", config.quantizer, options, allowed)
     build: Any = kind  # subclasses have another constructor than the base class
-    return build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
+    quantizer = build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
+    _check_sizes(config, quantizer)
+    return quantizer
+
+
+def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
+    """Code shards, MLLM config and pipeline read N, K and V from the config: the quantiser must agree."""
+    sizes = quantizer.code_sizes
+    for name, ours, call, theirs in (
+        ("num_visual_tokens", config.num_visual_tokens, "num_tokens", quantizer.num_tokens(config.layout)),
+        ("num_codebooks", config.num_codebooks, "code_sizes, length", len(sizes)),
+        ("codebook_size", config.codebook_size, "code_sizes, maximum", max(sizes, default=0)),
+    ):
+        if ours != theirs:
+            raise UserError(
+                f"{name} = {ours} in the config, but {theirs} in quantizer = {config.quantizer!r} "
+                f"(Quantizer.{call}): they must be equal."
+            )
 
 
 __all__ = [

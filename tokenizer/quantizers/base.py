@@ -40,7 +40,8 @@ class Quantizer(nn.Module):
         code_sizes: V of each of the K codes of a token.
         row_norm: normalisation by `embed` of rows of `code_table()`: "unit" = each row to unit norm, "blocks"
             = each of `row_blocks` equal parts of a row, "none" = none.
-        reads, generates: whether an MLLM can read its codes as input, and can generate them.
+        reads, generates: whether an MLLM can read its codes as input, and can generate them; an MLLM needs
+            both.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
         usage, calls: running mean (K, V) of the entries' frequencies, and its number of training batches.
         average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
