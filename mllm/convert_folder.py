@@ -7,6 +7,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder
 from open_unitok.tokenizer import UniTok
 
+from .config import check_mllm_quantizer
 from .convert import check_same_codebooks, read_published, save_published
 from .model import UniTokForConditionalGeneration
 from .processor import UniTokProcessor
@@ -29,15 +30,24 @@ def from_published_folder(
     model = UniTokForConditionalGeneration.from_state(*read_published(source), source=source)
     image_size = _IMAGE_SIZE
     if unitok is not None:
+        check_mllm_quantizer(unitok.config.quantizer, unitok.quantizer)
+        if unitok.quantizer.row_norm != model.config.row_norm:  # the check of rows ignores their norms
+            raise UserError(
+                f"row_norm = {model.config.row_norm!r} in the published MLLM, but "
+                f"{unitok.quantizer.row_norm!r} in the visual tokenizer: give the tokenizer that the MLLM "
+                "was trained with."
+            )
         check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
         # loading compares this fingerprint with that of the tokenizer in the folder
         model.config.unitok_fingerprint = unitok.fingerprint()
         model.config.num_image_tokens = unitok.config.num_visual_tokens
+        model.config.token_layout = unitok.config.token_layout
         image_size = unitok.config.image_size
     processor = UniTokProcessor.from_text_tokenizer(
         text_tokenizer or source,
         image_size=image_size,
         num_image_tokens=model.config.num_image_tokens,
+        token_layout=model.config.token_layout,
         legacy=True,
     )
     # boi and eoi are byte tokens of LLaMA's vocabulary: another text tokenizer may have them at other ids.
