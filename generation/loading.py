@@ -14,7 +14,7 @@ from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import check_folder
 from open_unitok.tokenizer import UniTok
 
-from .backends import QUANTIZATIONS, native_library
+from .backends import check_known_quantization, native_library
 
 
 def find_model(folder: str | Path) -> Path:
@@ -109,8 +109,7 @@ def check_quantization(quantization: str | None, device: torch.device) -> None:
     Raises:
         UserError: `quantization` is unknown, or not available on this machine.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
+    check_known_quantization(quantization)
     if quantization is not None and (device.type != "cpu" or native_library.load_library() is None):
         raise UserError(
             f"quantization = {quantization!r} needs device = cpu and a C++ compiler (g++ or clang++): use "

@@ -8,7 +8,7 @@ from .loading import check_folder
 from .model import UniTokForConditionalGeneration, UniTokMLLMOutput
 from .positions import positions_from_mask
 from .processor import UniTokProcessor
-from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL, text_to_image_prompt
+from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL
 from .visual_embedder import VisualEmbedder
 
 # transformers' Auto classes, peft and push_to_hub look the model up by its type.
@@ -32,5 +32,4 @@ __all__ = [
     "VisualEmbedder",
     "check_folder",
     "positions_from_mask",
-    "text_to_image_prompt",
 ]

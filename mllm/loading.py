@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import read_json
+from open_unitok.tokenizer.loading import check_weights_fit
 
 from .config import UniTokMLLMConfig
 
@@ -67,22 +68,9 @@ def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> Non
     """Assign `state` to a model that was built on the meta device; all names and shapes must match.
 
     Raises:
-        UserError: names or shapes differ; the message shows the missing and the unexpected ones.
+        UserError: names or shapes differ; the message shows the first of each kind.
     """
-    target = model.state_dict()
-    missing, unexpected = sorted(target.keys() - state.keys()), sorted(state.keys() - target.keys())
-    shapes = [
-        f"{n} is {tuple(state[n].shape)}, expected {tuple(target[n].shape)}"
-        for n in sorted(target.keys() & state.keys())
-        if target[n].shape != state[n].shape
-    ]
-    problems = [
-        f"{len(names)} {kind}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{source} does not fit an MLLM: {'; '.join(problems)}.")
+    check_weights_fit(source, state, model.state_dict(), "an MLLM")
     model.load_state_dict(state, assign=True)
     # RoPE tables are non-persistent buffers and still on the meta device: build these modules anew
     for parent in list(model.modules()):

@@ -57,11 +57,6 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
-def text_to_image_prompt(text: str, template: str = "vicuna_v1") -> str:
-    """The prompt for an image of `text`: the text, then the template's instruction."""
-    return text + find_template(template).text_to_image
-
-
 def ids_with_images(encode: Encode, text: str, image_token_id: int) -> list[int]:
     """Ids of `text` with one bos; the pieces between marks are tokenised separately, as published."""
     # every piece gets a bos from `encode`: keep only the first

@@ -139,7 +139,8 @@ def readable_code_table(unitok: UniTok) -> torch.Tensor:
     """(K, V, C) float32 rows of a tokenizer's codebooks, to be copied into an MLLM.
 
     Raises:
-        UserError: an MLLM cannot read or generate the quantiser's codes, or their embedding is not a table lookup.
+        UserError: an MLLM cannot read or generate the quantiser's codes, or their embedding is not a table
+            lookup.
     """
     quantizer, name = unitok.quantizer, unitok.config.quantizer
     check_mllm_quantizer(name, quantizer)

@@ -95,15 +95,6 @@ def to_pixels(
     return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
 
-def pad_to_square(image: Image.Image, colour: tuple[int, int, int] = PAD_COLOUR) -> Image.Image:
-    """The image centred on a square of its longer side.
-
-    Raises:
-        UserError: the square would exceed `MAX_PIXELS`.
-    """
-    return _pad(image, (1, 1), colour)
-
-
 def from_pil(image: Image.Image) -> torch.Tensor:
     """An RGB image, unscaled -> (3, H, W) float32 in [-1, 1]."""
     # np.array copies: torch warns about the read-only memory of a PIL image

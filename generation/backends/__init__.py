@@ -15,7 +15,16 @@ from .eager import Eager
 QUANTIZATIONS = (None, "int8")
 BACKENDS: dict[str, Any] = {"eager": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
 
-__all__ = ["BACKENDS", "QUANTIZATIONS", "Backend", "choose_backend"]
+__all__ = ["BACKENDS", "Backend", "check_known_quantization", "choose_backend"]
+
+
+def check_known_quantization(quantization: str | None) -> None:
+    """
+    Raises:
+        UserError: `quantization` is unknown.
+    """
+    if quantization not in QUANTIZATIONS:
+        raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
 
 
 def choose_backend(
@@ -36,8 +45,7 @@ def choose_backend(
     Raises:
         UserError: `quantization` is unknown, or not available for this model on this machine.
     """
-    if quantization not in QUANTIZATIONS:
-        raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
+    check_known_quantization(quantization)
     # native runs on a CPU, cuda_graph on CUDA: a model supports at most one of them
     if native.supports_native(model) and (
         text_options is None or native_text.supports_options(model, text_options)

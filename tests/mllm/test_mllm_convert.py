@@ -11,6 +11,7 @@ from open_unitok.cli import main
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.convert import read_published, read_shards, to_ours
+from open_unitok.mllm.convert_folder import from_published_folder
 from open_unitok.tokenizer import UniTok, UniTokConfig
 
 
@@ -84,10 +85,10 @@ def test_errors(folder, tmp_path):
     weights = load_file(shards[0])
     name = next(n for n in weights if n.startswith("model.layers"))
     save_file({n: t for n, t in weights.items() if n != name}, shards[0])
-    with pytest.raises(UserError, match=f"1 missing: language_{name}"):
+    with pytest.raises(UserError, match=rf"does not fit an MLLM: 1 weights are missing \(language_{name}"):
         load(folder)
     save_file({**weights, name: weights[name][:1].clone()}, shards[0])
-    with pytest.raises(UserError, match=f"1 of another shape: language_{name}"):
+    with pytest.raises(UserError, match=f"does not fit an MLLM: language_{name} has shape"):
         load(folder)
     save_file({**weights, "vision_tower.weight": torch.zeros(1)}, shards[0])
     with pytest.raises(UserError, match=r"'vision_tower.weight' is not a weight"):
@@ -120,6 +121,29 @@ def test_another_visual_tokenizer_is_rejected(folder, reference, tmp_path):
     assert model.config.unitok_fingerprint == unitok.fingerprint()
     assert model.config.num_image_tokens == 16
     assert UniTok.from_pretrained(tmp_path / "ours" / "unitok").fingerprint() == unitok.fingerprint()
+
+
+def test_the_layout_and_norm_of_a_visual_tokenizer(folder, reference, tmp_path):
+    sizes = {"stem_width": 8, "stage_widths": (8, 16), "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"decoder_widths": (16, 8), "text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2}
+    sizes |= {"num_codebooks": 4, "codebook_size": 64, "codebook_dim": 4, "hidden_size": 64}
+    sizes |= {"image_size": 64, "token_layout": {"rows": 2, "columns": 4, "registers": 0}}
+
+    def make_unitok(quantizer: str) -> UniTok:
+        unitok = UniTok(UniTokConfig(**sizes, text_vocab_size=64, quantizer=quantizer))
+        with torch.no_grad():
+            unitok.quantizer.codebooks.copy_(reference("tiny").model.visual_embedder.codebooks)
+        return unitok
+
+    with pytest.raises(UserError, match="row_norm = 'unit' in the published MLLM, but 'none' in the visual"):
+        from_published_folder(folder, tmp_path / "ours", make_unitok("nearest"))
+    assert not (tmp_path / "ours").exists()
+    from_published_folder(folder, tmp_path / "ours", make_unitok("multi_codebook"))
+    config = UniTokForConditionalGeneration.from_pretrained(tmp_path / "ours").config
+    processor = UniTokProcessor.from_pretrained(tmp_path / "ours")
+    for part in (config, processor):
+        assert (part.num_image_tokens, part.token_layout) == (8, sizes["token_layout"])
+    assert processor.image_shape == (32, 64)
 
 
 def test_init_from_tokenizer(tiny, tiny_config):

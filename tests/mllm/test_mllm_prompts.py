@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokProcessor
 from open_unitok.mllm.config import IGNORED
-from open_unitok.mllm.prompts import expand_images, text_to_image_prompt
+from open_unitok.mllm.prompts import TEMPLATES, expand_images
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,10 @@ def test_a_long_text_to_image_prompt_is_truncated_before_boi(processor):
     ours = processor(True, max_prompt=6)
     ids = ours.text_to_image_ids("A photo of a cat in a blue sky")
     assert len(ids) == 7 and ids[-1] == ours.boi_token_id
-    assert text_to_image_prompt("a cat").startswith("a cat Generate")
+    # within the limit, the instruction follows the text
+    ids = processor(True).text_to_image_ids("A photo of a cat")
+    assert ids[-1] == ours.boi_token_id
+    assert ours.decode(ids[:-1]) == "A photo of a cat" + TEMPLATES["vicuna_v1"].text_to_image
 
 
 @pytest.mark.parametrize(
