@@ -29,7 +29,7 @@ BAR_LEGEND = (
 
 
 def write_report(
-    folder: str | Path, phases: list[Record] | None = None, title: str = "UniTok in a box"
+    folder: str | Path, phases: list[Record] | None = None, title: str = "OpenUniTok demo"
 ) -> Record:
     """Write the report into the demo folder and return the content of `metrics.json`.
 
