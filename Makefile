@@ -61,7 +61,7 @@ typecheck: .venv/.dev layout
 
 # The documentation site with the API reference; a warning is an error.
 docs: .venv/.dev layout
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .ruff_cache
