@@ -1,5 +1,4 @@
-"""`Pipeline`: one loaded model that generates images, answers questions and reconstructs images (arXiv
-2502.20321, section 3.4)."""
+"""`Pipeline`: one loaded model generates images, answers and reconstructs (arXiv 2502.20321, section 3.4)."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -286,6 +286,22 @@ def entry_of(table: Mapping[str, Entry], table_name: str, field: str, name: str)
     raise UserError(f"{field} {name!r} is not known: {table_name} has {', '.join(table)}.{hint}")
 
 
+def build_entry(table: Mapping[str, Any], table_name: str, field: str, config: "UniTokConfig") -> Any:
+    """Build the encoder or decoder that `config` names.
+
+    Raises:
+        UserError: there is no such entry, or its patch size differs from the config's.
+    """
+    name = getattr(config, field)
+    module = entry_of(table, table_name, field, name)(config)
+    if module.patch_size != config.patch_size:
+        raise UserError(
+            f"{field} {name!r} has patches of {module.patch_size} pixels, but patch_size = "
+            f"{config.patch_size}: they must be equal."
+        )
+    return module
+
+
 def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
     """
     Raises:

@@ -196,11 +196,14 @@ def answer_samples(
     if not fixed_batches:
         ordered = [s for s in ordered if s.key not in done]
     rank, world, size = distributed.rank(), distributed.world_size(), batch_size if fixed_batches else 1
-    pieces = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    pieces = [piece for piece in pieces if any(s.key not in done for s in piece)]
+    # indices instead of lists: a list per sample would be most of what a long run holds
+    starts = [
+        i for i in range(0, len(ordered), size) if any(s.key not in done for s in ordered[i : i + size])
+    ]
     # contiguous shares: questions about one image stay in one batch, which encodes the image once
-    count = len(pieces)
-    mine = [s for piece in pieces[count * rank // world : count * (rank + 1) // world] for s in piece]
+    count = len(starts)
+    share = starts[count * rank // world : count * (rank + 1) // world]
+    mine = [s for i in share for s in ordered[i : i + size]]
     bar = tqdm(
         total=len(mine),
         desc=store.benchmark,

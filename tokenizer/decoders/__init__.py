@@ -8,9 +8,7 @@ layer's weight, for the adaptive GAN weight), and maps (B, N, width) tokens, reg
 from collections.abc import Callable
 from typing import Any
 
-from open_unitok.core.errors import UserError
-
-from ..config import UniTokConfig, entry_of
+from ..config import UniTokConfig, build_entry
 from .vitamin import ViTaminDecoder
 
 DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
@@ -24,13 +22,7 @@ def build_decoder(config: UniTokConfig) -> Any:
     Raises:
         UserError: there is no such decoder, or its patch size differs from the config's.
     """
-    decoder = entry_of(DECODERS, "DECODERS", "decoder", config.decoder)(config)
-    if decoder.patch_size != config.patch_size:
-        raise UserError(
-            f"decoder {config.decoder!r} has patches of {decoder.patch_size} pixels, but patch_size = "
-            f"{config.patch_size}: they must be equal."
-        )
-    return decoder
+    return build_entry(DECODERS, "DECODERS", "decoder", config)
 
 
 __all__ = ["DECODERS", "ViTaminDecoder", "build_decoder"]

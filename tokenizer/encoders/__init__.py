@@ -8,9 +8,7 @@ order.
 from collections.abc import Callable
 from typing import Any
 
-from open_unitok.core.errors import UserError
-
-from ..config import UniTokConfig, entry_of
+from ..config import UniTokConfig, build_entry
 from .hf_vision import HFVisionEncoder
 from .vitamin import ViTaminEncoder
 
@@ -26,13 +24,7 @@ def build_encoder(config: UniTokConfig) -> Any:
     Raises:
         UserError: there is no such encoder, or its patch size differs from the config's.
     """
-    encoder = entry_of(ENCODERS, "ENCODERS", "encoder", config.encoder)(config)
-    if encoder.patch_size != config.patch_size:
-        raise UserError(
-            f"encoder {config.encoder!r} has patches of {encoder.patch_size} pixels, but patch_size = "
-            f"{config.patch_size}: they must be equal."
-        )
-    return encoder
+    return build_entry(ENCODERS, "ENCODERS", "encoder", config)
 
 
 __all__ = ["ENCODERS", "HFVisionEncoder", "ViTaminEncoder", "build_encoder"]

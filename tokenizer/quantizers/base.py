@@ -150,6 +150,13 @@ class Quantizer(nn.Module):
         return 100 * torch.stack(used)
 
 
+def search_codes(features: Tensor, num_entries: int, search: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """(B, N, K, C) -> (B, N, K) codes; `search(book, rows)` finds the (R,) codes of (R, C) rows of a book."""
+    found = [search(book, rows) for book, rows in blocks_of_rows(features, num_entries)]
+    batch, length, books, _ = features.shape
+    return torch.cat(found).view(books, batch, length).permute(1, 2, 0).contiguous()
+
+
 def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (book, (R, C) rows of that book) from (B, N, K, C) features, such that R * V is at most
     `SIMILARITY_BLOCK`."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows
+from .base import Quantizer, QuantizerOutput, blocks_of_rows, search_codes
 
 COMMITMENT = 0.25  # weight of the commitment loss (latents to codes) relative to the codebook loss
 TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
@@ -72,10 +72,9 @@ class MultiCodebookQuantizer(Quantizer):
     def _search(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
         table = F.normalize(self.codebooks.float(), dim=-1)
-        blocks = blocks_of_rows(features, table.shape[1])
-        found = [torch.argmax(block @ table[book].T, dim=-1) for book, block in blocks]
-        batch, length, books, _ = features.shape
-        return torch.cat(found).view(books, batch, length).permute(1, 2, 0).contiguous()
+        return search_codes(
+            features, table.shape[1], lambda book, rows: torch.argmax(rows @ table[book].T, dim=-1)
+        )
 
     def _entropy(self, features: torch.Tensor) -> torch.Tensor:
         """Mean entropy of the soft assignments minus entropy of their mean, averaged over the sub-codebooks.

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows
+from .base import Quantizer, QuantizerOutput, search_codes
 
 
 class NearestQuantizer(Quantizer):
@@ -69,7 +69,8 @@ class NearestQuantizer(Quantizer):
         """(B, N, K, C) -> (B, N, K)."""
         # argmin |x - e|^2 = argmin |e|^2 - 2 x e, because |x|^2 is the same for all entries
         norms = self.codebooks.square().sum(dim=-1)  # (K, V)
-        blocks = blocks_of_rows(chunks, norms.shape[1])
-        found = [(norms[k] - 2 * block @ self.codebooks[k].T).argmin(dim=-1) for k, block in blocks]
-        batch, length, books, _ = chunks.shape
-        return torch.cat(found).view(books, batch, length).permute(1, 2, 0).contiguous()
+        return search_codes(
+            chunks,
+            norms.shape[1],
+            lambda book, rows: (norms[book] - 2 * rows @ self.codebooks[book].T).argmin(dim=-1),
+        )

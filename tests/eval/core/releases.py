@@ -20,7 +20,7 @@ def lines(path, rows):
     write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def picture(path, number=0):
+def write_image(path, number=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (10 * number, 99, 5)).save(path, "JPEG")
 
@@ -42,7 +42,7 @@ def vqav2(folder, llava):
     write(folder / "v2_OpenEnded_mscoco_val2014_questions.json", head | {"questions": questions})
     write(folder / "v2_mscoco_val2014_annotations.json", head | {"annotations": annotations})
     for i in range(3):
-        picture(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg", i)
+        write_image(folder / "val2014" / f"COCO_val2014_{i:012d}.jpg", i)
     if llava:
         rows = [
             {"question_id": q["question_id"], "image": f"COCO_val2014_{q['image_id']:012d}.jpg",
@@ -64,7 +64,7 @@ def gqa(folder, llava):
             "types": {"structural": "query" if i % 2 else "verify", "semantic": "obj", "detailed": "x"},
             "semantic": [{"operation": "select", "argument": "dog", "dependencies": []}],
         }  # fmt: skip
-        picture(folder / "images" / f"n{i // 2}.jpg", i // 2)
+        write_image(folder / "images" / f"n{i // 2}.jpg", i // 2)
     write(folder / "testdev_balanced_questions.json", questions)
     if llava:
         rows = [
@@ -86,7 +86,7 @@ def textvqa(folder, llava):
             "answers": [word] * 8 + ["unclear"] * 2, "set_name": "val",
         })  # fmt: skip
         tokens.append({"image_id": image, "ocr_tokens": ["A1", words[i // 2 * 2]]})
-        picture(folder / "train_images" / f"{image}.jpg", i // 2)
+        write_image(folder / "train_images" / f"{image}.jpg", i // 2)
     write(folder / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": rows})
     write(folder / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": tokens})
     if llava:
@@ -113,7 +113,7 @@ def pope(folder, llava):
             rows.append({"question_id": 100 * k + i, "image": row["image"], "text": row["text"] + SHORT})
             rows[-1]["category"] = category
             replies[row["text"]] = "Yes, there is." if row["label"] == "yes" else "No"
-            picture(folder / "coco" / "val2014" / row["image"], i)
+            write_image(folder / "coco" / "val2014" / row["image"], i)
     replies["Is there random thing 0 in the image?"] = "no"  # yes three times: 2 TP, 1 FN
     if llava:
         lines(folder / "llava_pope_test.jsonl", rows)
@@ -133,7 +133,7 @@ def mme(folder, llava):
             body = [f"{q}{gap}{MME_ASK.strip()}\t{a}\n" for q, a in zip(asked, ("Yes", "No"))]
             write(texts / f"{i:04d}.txt", "".join(body))
             name = f"{i:04d}.jpg"
-            picture(folder / task / ("images" if deep else "") / name, i)
+            write_image(folder / task / ("images" if deep else "") / name, i)
             replies |= {asked[0]: "Yes", asked[1]: "no" if i else "yes"}  # the first image: one of two
             path = f"{task}/images/{name}" if deep else f"{task}/{name}"
             rows += [{"question_id": path, "image": path, "text": q + SHORT, "category": task} for q in asked]
@@ -152,7 +152,7 @@ def mmvet(folder, llava):
     replies = [{"id": f"v1_{i}", "replies": ["hm", str(i / 4)] if i == 2 else [str(i / 4)]} for i in range(5)]
     lines(folder / "replies.jsonl", replies)
     for row in rows.values():
-        picture(folder / "images" / row["imagename"])
+        write_image(folder / "images" / row["imagename"])
     if llava:
         asked = [
             {"question_id": i, "image": r["imagename"], "text": r["question"]}
@@ -170,7 +170,7 @@ def vizwiz(folder, llava):
     ]  # fmt: skip
     write(folder / "val.json", rows)
     for i, row in enumerate(rows):
-        picture(folder / "val" / row["image"], i)
+        write_image(folder / "val" / row["image"], i)
     if llava:
         asked = [
             {"question_id": i, "image": r["image"], "text": r["question"] + SHORT} for i, r in enumerate(rows)
@@ -189,8 +189,8 @@ def seedbench(folder, llava):
     kinds = {"Scene Understanding": 1, "Instance Identity": 2, "Action Recognition": 10}
     write(folder / "SEED-Bench.json", {"question_type": kinds, "questions": rows})
     for i in range(4):
-        picture(folder / "SEED-Bench-image" / f"d_{i}", i)  # released without a suffix
-    picture(folder / "SEED-Bench-video-image" / "504.png")
+        write_image(folder / "SEED-Bench-image" / f"d_{i}", i)  # released without a suffix
+    write_image(folder / "SEED-Bench-video-image" / "504.png")
     if llava:
         asked = [
             {"question_id": r["question_id"] if i else int(r["question_id"]), "text": r["question"] + LETTER,
@@ -211,7 +211,7 @@ def scienceqa(folder, llava):
     write(folder / "problems.json", problems)
     write(folder / "pid_splits.json", {"train": [], "val": [], "test": list(problems)})
     for i in range(3):
-        picture(folder / "test" / str(i) / "image.png", i)
+        write_image(folder / "test" / str(i) / "image.png", i)
     if llava:
         rows = [
             {"id": name, "conversations": [

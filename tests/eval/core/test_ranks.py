@@ -47,7 +47,7 @@ def save(path, seed, size=32):
 @pytest.fixture
 def command(clip, llava, mask2former, tmp_path):
     """Everything but --out: drawings from elsewhere, and models that look at them."""
-    data, drawn = tmp_path / "data", tmp_path / "drawn"
+    data, generated = tmp_path / "data", tmp_path / "generated"
     (data / "geneval").mkdir(parents=True)
     tags = ("single_object", "two_object", "counting", "colors", "position")
     rows = [
@@ -62,20 +62,20 @@ def command(clip, llava, mask2former, tmp_path):
     (data / "mjhq").mkdir()
     (data / "mjhq" / "meta_data.json").write_text(json.dumps(meta))
     for i in range(PROMPTS):
-        save(drawn / f"{i:05d}" / "samples" / "0000.png", i)
-        save(drawn / f"{i + 1:05d}.png", 100 + i)
-        save(drawn / "art" / f"id{i}.png", 200 + i)
+        save(generated / f"{i:05d}" / "samples" / "0000.png", i)
+        save(generated / f"{i + 1:05d}.png", 100 + i)
+        save(generated / "art" / f"id{i}.png", 200 + i)
         save(data / "mjhq" / "mjhq30k_imgs" / "art" / f"id{i}.png", 300 + i)
     for i in range(10):
         for j in range(2):
-            save(drawn / f"item{i}" / f"{j}.png", 400 + 2 * i + j)
-    (drawn / "00007.png").write_bytes(b"no image")
+            save(generated / f"item{i}" / f"{j}.png", 400 + 2 * i + j)
+    (generated / "00007.png").write_bytes(b"no image")
     torch.manual_seed(0)
     weights = tmp_path / INCEPTION_VARIANTS["clean"].file
     torch.jit.script(CleanNet()).save(str(weights))
     more = ["--detector-model", mask2former, "--colour-model", clip, "--vqa-model", llava]
     more += ["--inception-weights", weights, "--image-format", "png", "--images-per-prompt", "1"]
-    words = ["eval", "run", *NAMES, "--model", drawn, "--data", data, *more]
+    words = ["eval", "run", *NAMES, "--model", generated, "--data", data, *more]
     return [str(word) for word in words]
 
 

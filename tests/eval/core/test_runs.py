@@ -211,8 +211,8 @@ def test_unreadable_images_are_counted_and_never_help(data, tmp_path):
         "samples could not be answered" in result["problems"][0]
         and "000000000000.png" in result["problems"][0]
     )
-    copies = run_named("reconstruction", model, mine, tmp_path / "r", **QUIET)
-    assert copies["failed"] == 1 and copies["metrics"]["psnr"]["n"] == 38
+    result = run_named("reconstruction", model, mine, tmp_path / "r", **QUIET)
+    assert result["failed"] == 1 and result["metrics"]["psnr"]["n"] == 38
     positions = run_named("pope", model, mine, tmp_path / "p", **QUIET)
     assert positions["failed"] == 12 and positions["value"] < 2 / 3
 

@@ -96,10 +96,10 @@ def photos(tmp_path_factory):
     return folder
 
 
-def write_colours(folder, part, wnids=WNIDS, suffix="JPEG", copies=1):
+def write_colours(folder, part, wnids=WNIDS, suffix="JPEG", count=1):
     for wnid in wnids:
         colour = colour_of(imagenet.class_numbers()[wnid])
-        for k in range(copies):
+        for k in range(count):
             path = folder / part / wnid / f"{wnid}_{k}.{suffix}"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8, 3), colour, np.uint8)).save(path, "PNG")
@@ -259,7 +259,7 @@ def test_class_names_are_the_published_ones():
 @pytest.mark.parametrize("protocol", ["lbfgs", "sgd"])
 def test_linear_probe_through_the_command_line(call, scripted, tmp_path, protocol):
     wnids = WNIDS[:3]
-    write_colours(tmp_path / "data", "train", wnids, copies=12)
+    write_colours(tmp_path / "data", "train", wnids, count=12)
     write_colours(tmp_path / "data", "val", wnids)
     shutil.move(tmp_path / "data" / "train" / wnids[0], tmp_path / "data" / "train" / "x")
     shutil.move(tmp_path / "data" / "val" / wnids[0], tmp_path / "data" / "val" / "x")
@@ -346,8 +346,8 @@ def test_nan_features_are_rejected():
 
 
 def test_linear_probe_counts_images_of_unknown_classes_as_wrong(scripted, call, tmp_path):
-    for part, copies in (("train", 4), ("val", 1)):
-        write_colours(tmp_path / "data", part, WNIDS[:3], copies=copies)
+    for part, count in (("train", 4), ("val", 1)):
+        write_colours(tmp_path / "data", part, WNIDS[:3], count=count)
         shutil.copytree(tmp_path / "data" / part / WNIDS[0], tmp_path / "data" / part / "n99999999")
     words = ("eval", "run", "linear_probe", "--model", "m", "--data", tmp_path / "data", "--out", tmp_path)
     code, out, err = call(*words, "--pooling", "latents")
