@@ -14,7 +14,8 @@ import math
 from pathlib import Path
 
 from open_unitok.cli import main as cli
-from open_unitok.core.files import read_json, write_atomic
+from open_unitok.core.files import write_atomic
+from open_unitok.core.text_files import read_json
 
 CONFIG = "configs/tokenizer/codebooks.yaml"
 ENTRIES, WIDTH = 512, 32  # over all sub-codebooks: entries, and numbers per visual token

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_lines
 
 from .image_files import grid_of, read_record, save_png
 from .pipeline import Pipeline
@@ -28,16 +28,12 @@ def read_prompt_file(path: str | Path) -> list[str]:
     """The lines of a UTF-8 text file that are not blank.
 
     Raises:
-        UserError: the file is missing, a folder, or not UTF-8.
+        UserError: the file is missing, a folder, not UTF-8, or empty.
     """
-    path = existing(path)
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; expected a text file with one prompt per line.")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a UTF-8 text file: {error}") from error
-    return [line for line in lines if line.strip()]
+    prompts = read_lines(path)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt.")
+    return prompts
 
 
 def plan_images(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, make_folder, read_jsonl, write_jsonl
+from open_unitok.core.files import make_folder, write_jsonl
+from open_unitok.core.text_files import read_json_lines
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
@@ -15,10 +16,8 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing, a folder or empty, or a record lacks one of the two texts.
     """
-    path = existing(path)
-    if not path.is_file():
-        raise UserError(f"{path} is a folder; expected a file of JSON lines.")
-    records = read_jsonl(path)
+    path = Path(path)
+    records = read_json_lines(path)
     for i, record in enumerate(records):
         texts = [record.get(key) for key in ("image", "question")] if isinstance(record, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
@@ -51,7 +50,7 @@ def write_answers(out: Path, records: Sequence[dict[str, Any]], rank: int, world
     parts = _parts(out, world_size)
     write_jsonl(parts[rank], records)
     try:
-        answers = [read_jsonl(part) for part in parts]
+        answers = [read_json_lines(part) for part in parts]
     except UserError:  # a part is missing: its rank is not finished, or another rank has merged all parts
         return
     # question i is record i // world_size of rank i % world_size

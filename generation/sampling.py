@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import SAMPLING_FILE, read_json
+from open_unitok.core.files import SAMPLING_FILE
+from open_unitok.core.text_files import read_json
 
 # share of the visual tokens generated so far -> share s of the guidance: scale = 1 + (guidance - 1) * s
 SCHEDULES: dict[str, Callable[[float], float]] = {

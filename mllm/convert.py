@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, write_json
+from open_unitok.core.files import existing, write_json
+from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer.convert import PROJECTION, rename
 
 from .config import UniTokMLLMConfig

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer.loading import check_weights_fit
 
 from .config import UniTokMLLMConfig

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 
 from .model import UniTokForConditionalGeneration
 

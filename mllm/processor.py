@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, write_json
+from open_unitok.core.files import write_json
+from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 

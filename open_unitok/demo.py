@@ -17,7 +17,8 @@ from typing import Any
 
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, write_atomic, write_json
+from open_unitok.core.files import existing, write_atomic, write_json
+from open_unitok.core.text_files import read_json
 
 DEMO_DIR = "runs/demo"
 # config -> the phase that uses it

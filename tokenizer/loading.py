@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 
 HELPER_HUB_ID = "FoundationVision/unitok_external"  # the published LPIPS and DINOv2 weights
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, read_jsonl_lenient
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from .benchmark import Options, Record, Sample
 
@@ -67,7 +68,7 @@ def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
     # cut before the check: --limit counts lines of the file, malformed ones included
     return [
         validate_record(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
-        for i, row in enumerate(read_jsonl_lenient(path)[:limit])
+        for i, row in enumerate(read_json_lines(path, lenient=True)[:limit])
     ]
 
 

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, write_json, write_jsonl
+from open_unitok.core.files import existing, write_json, write_jsonl
+from open_unitok.core.text_files import read_json
 
 from .benchmark import Benchmark, Record, Sample, Task
 from .results import Answers, build_result, check_answers_complete, open_run_dir, run_metadata

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, read_jsonl_lenient, write_json
+from open_unitok.core.files import write_json
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from .annotations import require_key
 from .benchmark import Record, Sample
@@ -117,7 +118,7 @@ def read_external_findings(
     wanted = {sample.index for sample in samples}
     found: dict[int, Any] = {}
     names, bad = set(), []
-    for number, row in enumerate(read_jsonl_lenient(path), 1):
+    for number, row in enumerate(read_json_lines(path, lenient=True), 1):
         where = f"{path}, line {number}"
         try:
             index = require_key(row, "index", where)

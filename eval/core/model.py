@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, model_path, read_json
+from open_unitok.core.files import existing, model_path
+from open_unitok.core.text_files import read_json
 from open_unitok.generation import Pipeline, Sampling
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer

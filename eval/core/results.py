@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, write_json
+from open_unitok.core.files import write_json
+from open_unitok.core.text_files import read_json
 
 from .benchmark import Options, Record, Sample, Scored, Task, malformed_reasons
 

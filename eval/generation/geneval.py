@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, read_jsonl_lenient
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core import ceiling
 from ..core.annotations import require_key, require_text, require_type
@@ -172,7 +173,7 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     )
     if path is None:
         raise UserError(f"{data}: found no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
-    rows = read_jsonl_lenient(path)
+    rows = read_json_lines(path, lenient=True)
     # malformed lines at the start take the first valid tag
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]
     tag = tags[0] if tags else TAGS[0]

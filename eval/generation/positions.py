@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, read_jsonl_lenient
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core import ceiling
 from ..core.annotations import require_key, require_mostly_valid, require_text, require_type
@@ -25,7 +26,7 @@ def load(data: Path, settings: Options) -> Task:
     path = existing(next((p for p in paths if p.exists()), paths[0]), "`unitok data scenes` writes it.")
     prompts = [
         _check_prompt(row, f"{path}, prompt {i}")
-        for i, row in enumerate(read_jsonl_lenient(path)[: settings.limit], 1)
+        for i, row in enumerate(read_json_lines(path, lenient=True)[: settings.limit], 1)
     ]
     per_prompt = settings.images_per_prompt or 1
     # scenes data sets have hundreds of prompts, so one image each is enough

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_jsonl_lenient
+from open_unitok.core.text_files import read_json_lines
 
 from ..core.annotations import require_key, require_type
 from ..core.benchmark import Options
@@ -146,7 +146,7 @@ class ReplayJudge:
 
     def __init__(self, path: Path, model: str):
         self.model, self.path, self.replies, self.malformed = model, path, {}, ""
-        for i, row in enumerate(read_jsonl_lenient(path)):
+        for i, row in enumerate(read_json_lines(path, lenient=True)):
             where = f"{path}, line {i + 1}"
             try:
                 replies = require_type(list, require_key(row, "replies", where), f"{where}, replies")
@@ -176,7 +176,7 @@ class CachedJudge:
         if path.exists():
             truncate_partial_line(path)
             # damaged lines are ignored: their calls are sent again
-            rows = [row for row in read_jsonl_lenient(path) if isinstance(row, dict)]
+            rows = [row for row in read_json_lines(path, lenient=True) if isinstance(row, dict)]
             pairs = [(row.get("key"), row.get("reply")) for row in rows]
             self.cache = {key: text for key, text in pairs if isinstance(key, str) and isinstance(text, str)}
 

@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json
 
 from ..core.benchmark import Record
 

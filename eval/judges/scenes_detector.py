@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 
 SUPERSAMPLING = 4  # samples per pixel and axis when templates are rendered
 POSITION_STEP = 0.5  # pixels between the tested positions

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json, read_jsonl
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core.benchmark import Record
 from ..core.bootstrap import STATISTICS, Difference, MainStatistic, paired_bootstrap
@@ -67,7 +68,7 @@ def _main_records(path: Path, statistic: str) -> list[Record]:
     """The records that enter the main metric, in order."""
     records = [
         record
-        for record in read_jsonl(path)
+        for record in read_json_lines(path)
         if record.get("score") is not None
         and not record.get("held_out")  # scenes: held-out pairs have their own metric
         and record.get("kind") != "reconstruct"  # the ceiling

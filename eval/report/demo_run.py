@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, read_jsonl
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core.benchmark import Record
 from .page import format_interval, format_value, percent
@@ -58,7 +58,7 @@ def read_demo_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
     for path in sorted((folder / "eval").glob("*/results.json")):
         result = read_json(path)
         run.results[result["benchmark"]] = result
-        run.samples[result["benchmark"]] = read_jsonl(path.with_name("scores.jsonl"))
+        run.samples[result["benchmark"]] = read_json_lines(path.with_name("scores.jsonl"))
     if not run.results:
         raise UserError(
             f"{folder / 'eval'} holds no results; run `unitok eval run ... --out {folder / 'eval'}` first."
@@ -66,7 +66,7 @@ def read_demo_run(folder: Path, phases: list[Record] | None = None) -> DemoRun:
     for stage in STAGES:
         path = folder / stage / "metrics.jsonl"
         if path.exists():
-            run.curves[stage] = read_jsonl(path)
+            run.curves[stage] = read_json_lines(path)
     if phases is None and (folder / "phases.json").exists():
         phases = read_json(folder / "phases.json")
     run.phases = list(phases or ())

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from open_unitok.core.files import read_json, read_jsonl
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core.benchmark import Record
 from . import page
@@ -113,7 +113,7 @@ def benchmark_body(run: Run, benchmark: str, seed: int) -> str:
     result, folder = run.results[benchmark], run.folders[benchmark]
     bars = [_category_bar(name, metric) for name, metric in result["metrics"].items() if "/" in name]
     path = folder / "scores.jsonl"
-    rows = [row for row in read_jsonl(path) if row.get("score") is not None] if path.exists() else []
+    rows = [row for row in read_json_lines(path) if row.get("score") is not None] if path.exists() else []
     worst, chosen = worst_and_random(rows, GALLERY_SIZE, seed)
     return (
         page.panel("", bars[:MAX_BARS])

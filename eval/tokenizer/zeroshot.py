@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json
 
 from ..core import imagenet
 from ..core.annotations import read_json_as, read_scenes, require_key, require_mostly_valid, require_type

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 
 from ..core.annotations import (
     detect_layout,

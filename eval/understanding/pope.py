@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing, read_jsonl_lenient
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json_lines
 
 from ..core.annotations import (
     detect_layout,
@@ -102,7 +103,7 @@ def _read_category(path: Path) -> list[PopeQuestion]:
     folders = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
     images = next((d for d in folders if d.is_dir()), path.parent)
     result = []
-    for i, row in enumerate(read_jsonl_lenient(path)):
+    for i, row in enumerate(read_json_lines(path, lenient=True)):
         where = f"{path}, question {i + 1}"
         # the image is checked when it is read: here only the line itself
         try:

@@ -1,4 +1,4 @@
-"""Atomic writes, JSON files and model paths; a killed process leaves either the old or the new file."""
+"""Atomic writes of files and folders, and model paths; a killed process leaves the old or the new file."""
 
 import contextlib
 import hashlib
@@ -116,51 +116,6 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, records: Iterable[Any]) -> None:
     """Atomically write JSON lines."""
     write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: the file is missing or not valid JSON.
-    """
-    try:
-        return json.loads(existing(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-
-
-def read_jsonl_lenient(path: str | Path) -> list[Any]:
-    """The values of a JSON-lines file; an invalid line becomes a UserError in the list.
-
-    Raises:
-        UserError: the file is missing.
-    """
-    found: list[Any] = []
-    # bytes: invalid UTF-8 makes one line invalid, not the whole file
-    with open(existing(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                found.append(json.loads(line))
-            except ValueError as error:  # not JSON, or not UTF-8
-                found.append(UserError(f"{path}, line {number}, is not valid JSON: {error}"))
-    return found
-
-
-def read_jsonl(path: str | Path) -> list[Any]:
-    """Read JSON lines.
-
-    Raises:
-        UserError: the file is missing, or a line is not valid JSON.
-    """
-    # a file that we wrote: any invalid line is an error
-    values = read_jsonl_lenient(path)
-    for value in values:
-        if isinstance(value, UserError):
-            raise value
-    return values
 
 
 def existing(path: str | Path, hint: str = "") -> Path:

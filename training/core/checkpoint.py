@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, sha256, write_json
+from open_unitok.core.files import sha256, write_json
+from open_unitok.core.text_files import read_json
 
 CHECKPOINT_MANIFEST = "training_state/manifest.json"
 

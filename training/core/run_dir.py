@@ -16,7 +16,8 @@ import yaml
 
 from open_unitok.core.distributed import is_main
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import atomic_folder, read_json, write_atomic, write_json
+from open_unitok.core.files import atomic_folder, write_atomic, write_json
+from open_unitok.core.text_files import read_json
 
 from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, config_differences, to_dict, to_yaml
 from .options import RunConfig

@@ -20,7 +20,8 @@ import numpy as np
 
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json
 
 from .tar_index import BadSample, TarSample, scan_tar
 

@@ -21,7 +21,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing, read_json, write_json
+from open_unitok.core.files import existing, write_json
+from open_unitok.core.text_files import read_json
 
 from .formats import SOURCE_FORMATS, Source, SourceSample
 from .tar_index import LOGGED_BAD_SAMPLES, BadSample

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from open_unitok.core import distributed
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, sha256, write_atomic, write_json
+from open_unitok.core.files import sha256, write_atomic, write_json
+from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import load_image, to_pixels
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 
 from .records import conversation_turns, image_key, image_names, read_records
 from .tar_index import BadSample

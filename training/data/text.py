@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json
 
 from .code_shards import CodeFolder, CodeSample
 from .records import TEXT_KEYS, conversation_turns, image_key, image_names

@@ -18,7 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import read_json, write_atomic, write_json
+from open_unitok.core.files import write_atomic, write_json
+from open_unitok.core.text_files import read_json
 
 from ..core.config import read_yaml
 from .benchmark_files import write_test_split

@@ -2,7 +2,8 @@
 
 import argparse
 
-from open_unitok.core.files import existing, read_json
+from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_json
 
 from ..options import new_path
 

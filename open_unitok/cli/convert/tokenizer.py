@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import atomic_folder, read_json
+from open_unitok.core.files import atomic_folder
+from open_unitok.core.text_files import read_json
 
 from ..options import new_path
 
