@@ -19,6 +19,7 @@ from open_unitok.core.files import existing
 from open_unitok.tokenizer.images import load_image
 
 from .benchmark import Record, Sample
+from .parquet import ParquetImage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
 
@@ -30,7 +31,7 @@ class Base64Image(NamedTuple):
     text: str
 
 
-def read_sample_image(path: Path | Base64Image | None) -> Image.Image:
+def read_sample_image(path: Path | Base64Image | ParquetImage | None) -> Image.Image:
     """Read an image as RGB.
 
     Raises:
@@ -41,6 +42,11 @@ def read_sample_image(path: Path | Base64Image | None) -> Image.Image:
             return load_image(base64.b64decode(path.text, validate=True))
         except (UserError, binascii.Error) as error:
             raise UserError(f"{path.name} is not a readable image: {error}") from error
+    if isinstance(path, ParquetImage):
+        try:
+            return load_image(path.read())
+        except UserError as error:
+            raise UserError(f"{path} is not a readable image: {error}") from error
     assert path is not None  # callers skip samples without an image
     if inside := split_tar_path(path):
         try:
