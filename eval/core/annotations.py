@@ -4,13 +4,14 @@ A malformed entry is replaced by a UserError that describes the problem: its sam
 as wrong, and the run continues.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.text_files import read_json, read_json_lines
+from open_unitok.core.text_files import numbered_json_lines, read_json
 
 from .benchmark import Options, Record, Sample
 
@@ -67,8 +68,8 @@ def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
     """
     # cut before the check: --limit counts lines of the file, malformed ones included
     return [
-        validate_record(row, f"{path}, line {i + 1}", ("question_id",), ("text",))
-        for i, row in enumerate(read_json_lines(path, lenient=True)[:limit])
+        validate_record(row, f"{path}, line {number}", ("question_id",), ("text",))
+        for number, row in itertools.islice(numbered_json_lines(path, lenient=True), limit)
     ]
 
 

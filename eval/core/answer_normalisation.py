@@ -4,9 +4,10 @@ The odd rules below are deliberate: published scores depend on them.
 """
 
 import functools
-import importlib.resources
-import json
 import re
+from pathlib import Path
+
+from open_unitok.core.text_files import read_json
 
 # in the published order: the marks are removed one after the other
 PUNCTUATION = tuple(';/[]"{}()=+\\_-><@`,?!')
@@ -31,11 +32,7 @@ ARTICLES = frozenset({"a", "an", "the"})
 @functools.cache
 def contractions() -> dict[str, str]:
     """Word -> contraction, including the odd entries of the published table (`data/contractions.json`)."""
-    return json.loads(
-        importlib.resources.files("open_unitok.eval.core")
-        .joinpath("data/contractions.json")
-        .read_text(encoding="utf-8")
-    )
+    return read_json(Path(__file__).parent / "data" / "contractions.json")
 
 
 def one_line(text: str) -> str:

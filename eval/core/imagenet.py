@@ -1,13 +1,11 @@
 """The 1000 classes of ImageNet, and readers of its common folder layouts."""
 
-import csv
 import functools
-import importlib.resources
-import json
 import re
 from pathlib import Path
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.text_files import read_csv, read_json
 
 from .image_files import IMAGE_SUFFIXES, read_tar_sibling, tar_members
 
@@ -18,8 +16,8 @@ LabelledImages = list[tuple[Path, int | UserError]]
 @functools.cache
 def imagenet_classes() -> tuple[tuple[str, str], ...]:
     """(WordNet id, name) by class number (data file `data/imagenet_classes.json`)."""
-    file = importlib.resources.files("open_unitok.eval.core").joinpath("data/imagenet_classes.json")
-    return tuple((wnid, name) for wnid, name in json.loads(file.read_text(encoding="utf-8"))["classes"])
+    file = Path(__file__).parent / "data" / "imagenet_classes.json"
+    return tuple((wnid, name) for wnid, name in read_json(file)["classes"])
 
 
 @functools.cache
@@ -65,9 +63,8 @@ def _by_folder(folder: Path) -> LabelledImages:
 
 def _by_table(folder: Path, table: Path) -> LabelledImages:
     """A flat folder and a table with ImageId and "WordNet-id box ..." per image."""
-    with open(table, newline="", encoding="utf-8", errors="replace") as file:
-        # sorted as in the other layouts, so that --limit selects the same images
-        rows = sorted(csv.DictReader(file), key=lambda row: row.get("ImageId") or "")
+    # sorted as in the other layouts, so that --limit selects the same images
+    rows = sorted(read_csv(table), key=lambda row: row.get("ImageId") or "")
     result: LabelledImages = []
     for row in rows:
         image, prediction = (row.get("ImageId") or "").strip(), (row.get("PredictionString") or "").strip()

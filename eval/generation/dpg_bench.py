@@ -1,6 +1,5 @@
 """DPG-Bench: dense prompts decomposed into yes/no questions, answered by a VQA model (arXiv 2403.05135)."""
 
-import csv
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.text_files import numbered_csv
 
 from ..core.annotations import require_key, require_mostly_valid, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
@@ -56,28 +56,22 @@ def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
     prompts: dict[str, str] = {}
     questions: dict[str, list[DpgQuestion]] = defaultdict(list)
     name, bad, lines = "", [], 0
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
-        reader = csv.DictReader(file)
-        if missing := [c for c in COLUMNS if c not in (reader.fieldnames or ())]:
-            raise UserError(f"{path} has no column {missing[0]!r}.")
-        for row in reader:
-            # the released table repeats its header
-            if row["item_id"] == "item_id":
-                continue
-            lines, name = lines + 1, (row["item_id"] or "").strip() or name
-            # only the first line of a prompt has to hold its text
-            prompts[name] = prompts.get(name) or (row["text"] or "").strip()
-            try:
-                question = _parse_question(row, f"{path}, line {reader.line_num}")
-                if question.number in (q.number for q in questions[name]):
-                    raise UserError(
-                        f"{path}, line {reader.line_num}: question {question.number} occurs twice."
-                    )
-            except UserError as error:
-                bad.append(str(error))
-                # a negative number: skipped by the judge, counts as no, depends on no question
-                question = DpgQuestion(-len(bad), (), "", "")
-            questions[name].append(question)
+    for number, row in numbered_csv(path, columns=COLUMNS):
+        # the released table repeats its header
+        if row["item_id"] == "item_id":
+            continue
+        lines, name = lines + 1, (row["item_id"] or "").strip() or name
+        # only the first line of a prompt has to hold its text
+        prompts[name] = prompts.get(name) or (row["text"] or "").strip()
+        try:
+            question = _parse_question(row, f"{path}, line {number}")
+            if question.number in (q.number for q in questions[name]):
+                raise UserError(f"{path}, line {number}: question {question.number} occurs twice.")
+        except UserError as error:
+            bad.append(str(error))
+            # a negative number: skipped by the judge, counts as no, depends on no question
+            question = DpgQuestion(-len(bad), (), "", "")
+        questions[name].append(question)
     # a few bad lines only lower the score; a majority means another file format
     if not lines or len(bad) > lines / 2:
         raise UserError(f"{path} is {f'not a table of questions: {bad[0]}' if bad else 'empty.'}")

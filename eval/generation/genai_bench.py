@@ -12,6 +12,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.text_files import numbered_lines
 
 from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
@@ -72,8 +73,7 @@ def _read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
     prompts, bad = {}, {}
     # GenAI-Bench-527 is a text file, GenAI-Bench-1600 is JSON
     if (data / "prompts.txt").exists():
-        lines = (data / "prompts.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-        for number, line in enumerate(lines, 1):
+        for number, line in numbered_lines(data / "prompts.txt"):
             if line.strip():
                 prompts[number] = line.strip()
             else:

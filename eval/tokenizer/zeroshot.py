@@ -4,9 +4,7 @@ B images, C classes, E embedding width.
 """
 
 import functools
-import importlib.resources
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,8 +171,7 @@ def score(
 @functools.cache
 def clip_templates() -> list[str]:
     """The 80 templates that OpenAI published with CLIP for ImageNet (data file `clip_templates.json`)."""
-    file = importlib.resources.files("open_unitok.eval.tokenizer").joinpath("clip_templates.json")
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(Path(__file__).with_name("clip_templates.json"))
 
 
 def fill_templates(names: Sequence[str], templates: Sequence[str]) -> list[list[str]]:

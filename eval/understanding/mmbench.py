@@ -6,7 +6,6 @@ text occurs, else the first option letter in the answer. The official server que
 first two rules fail.
 """
 
-import csv
 import io
 import itertools
 import re
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, write_atomic
+from open_unitok.core.text_files import read_csv
 
 from ..core.annotations import find_file, require_mostly_valid
 from ..core.answering import (
@@ -85,21 +85,17 @@ def load(data: Path, settings: Options) -> Task:
 
 def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], list[str]]:
     """The rows and their images."""
-    csv.field_size_limit(2**31 - 1)  # cells hold images as base64
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        if missing := {"index", "question", "A", "B", "image", "category"} - set(reader.fieldnames or ()):
-            raise UserError(f"{path}: the columns {', '.join(sorted(missing))} are missing.")
-        shared: dict[str, str] = {}  # rotations repeat an image: keep one copy in memory
-        questions, images = [], []
-        for i, row in enumerate(itertools.islice(reader, limit)):
-            try:
-                questions.append(_read_row(row, f"{path}, row {i + 1}"))
-            except UserError as error:
-                number = str(row["index"] or "")
-                index = int(number) if number.isdigit() else -1 - i
-                questions.append(MmbenchQuestion(index, "", "", {}, "", "", "", str(error)))
-            images.append(shared.setdefault(row["image"] or "", row["image"] or ""))
+    table = read_csv(path, delimiter="\t", columns=("index", "question", "A", "B", "image", "category"))
+    shared: dict[str, str] = {}  # rotations repeat an image: keep one copy in memory
+    questions, images = [], []
+    for i, row in enumerate(itertools.islice(table, limit)):
+        try:
+            questions.append(_read_row(row, f"{path}, row {i + 1}"))
+        except UserError as error:
+            number = str(row["index"] or "")
+            index = int(number) if number.isdigit() else -1 - i
+            questions.append(MmbenchQuestion(index, "", "", {}, "", "", "", str(error)))
+        images.append(shared.setdefault(row["image"] or "", row["image"] or ""))
     # a test set has no answers at all; otherwise a row without one is malformed
     if any(q.answer for q in questions):
         for i, q in enumerate(questions):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_lines
 
 from ..core.annotations import find_file, read_llava_questions, require_mostly_valid, require_text
 from ..core.answering import (
@@ -90,10 +91,13 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     images = [folder / "images", folder]
     result = []
     for path in sorted(texts.glob("*.txt")):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        lines = [line for line in text.splitlines() if line.strip()]
         # .jpg in some tasks, .png in others
         image = image_path_by_stem(images, path.stem)
+        try:
+            lines = read_lines(path)
+        except UserError as error:
+            result += [MmeQuestion(name, image, "", "", str(error))] * 2
+            continue
         for i, line in enumerate(lines):
             question, tab, label = line.rpartition("\t")
             broken = ""

@@ -6,7 +6,6 @@ of a reply.
 """
 
 import functools
-import importlib.resources
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.text_files import read_text
 
 from ..core.annotations import (
     detect_layout,
@@ -116,11 +116,7 @@ def _read_question(row: Any, name: str, where: str) -> tuple[MmvetQuestion, str]
 @functools.cache
 def judge_examples(scorer: str = "official") -> str:
     """The instruction and the seven graded examples (data file `mmvet_judge.txt`, published with MM-Vet)."""
-    text = (
-        importlib.resources.files("open_unitok.eval.understanding")
-        .joinpath("mmvet_judge.txt")
-        .read_text(encoding="utf-8")
-    )
+    text = read_text(Path(__file__).with_name("mmvet_judge.txt"))
     if scorer == "lmms":
         text = text.replace("\n\nQuestion |", "\ngpt_query_prompt |")
     return text

@@ -9,7 +9,7 @@ feed, with or without a carriage return, and nowhere else: captions hold the oth
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,18 +96,22 @@ def read_json_lines(source: TextSource, name: str = "The text", lenient: bool = 
     return [value for _, value in numbered_json_lines(source, name, lenient)]
 
 
-def read_csv(source: TextSource, name: str = "The text", delimiter: str = ",") -> Iterator[dict[Any, Any]]:
-    """The records of a table whose first line holds the column names, read one by one.
+def numbered_csv(
+    source: TextSource, name: str = "The text", delimiter: str = ",", columns: Iterable[str] = ()
+) -> Iterator[tuple[int, dict[Any, Any]]]:
+    """(number of its last line, record) of a table whose first line holds the column names, read one by one.
 
     A record with more cells than columns holds the rest as a list under None; missing cells are None.
 
+    Args:
+        columns: those that the table must have.
+
     Raises:
-        UserError: as `read_text`, or a line is not valid CSV.
+        UserError: as `read_text`, a line is not valid CSV, or a column is missing.
     """
     # cells may hold images as base64; the default limit is 128 KiB
     csv.field_size_limit(2**31 - 1)
-    label = _label(source, name)
-    number = 0
+    label, number = _label(source, name), 0
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -115,10 +119,21 @@ def read_csv(source: TextSource, name: str = "The text", delimiter: str = ",") -
         for number, line in _raw_lines(source, name):
             yield _decode(line, label, number)
 
+    table = csv.DictReader(lines(), delimiter=delimiter)
     try:
-        yield from csv.DictReader(lines(), delimiter=delimiter)
+        if missing := [column for column in columns if column not in (table.fieldnames or ())]:
+            raise UserError(f"{label} has no column {missing[0]!r}.")
+        for record in table:
+            yield number, record
     except csv.Error as error:
         raise UserError(f"{label}, line {number}, is not valid CSV: {error}.") from error
+
+
+def read_csv(
+    source: TextSource, name: str = "The text", delimiter: str = ",", columns: Iterable[str] = ()
+) -> Iterator[dict[Any, Any]]:
+    """The records of `numbered_csv`."""
+    return (record for _, record in numbered_csv(source, name, delimiter, columns))
 
 
 def is_unicode(text: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import (
+    numbered_csv,
     numbered_lines,
     read_csv,
     read_json,
@@ -46,6 +47,9 @@ def test_json_lines_and_csv_with_marks_and_windows_line_ends():
         {"file": "a.png", "text": f"{INSIDE}\nx, y"}
     ]
     assert list(read_csv(b"a\tb\n1\t" + b"x" * 200_000, delimiter="\t")) == [{"a": "1", "b": "x" * 200_000}]
+    assert [number for number, _ in numbered_csv(b'a,b\n1,"2\n3"\n4,5\n')] == [3, 4]
+    with pytest.raises(UserError, match="has no column 'c'"):
+        list(read_csv(b"a,b\n1,2\n", columns=("a", "c")))
 
 
 def test_a_fifo_is_a_file(tmp_path):
