@@ -5,7 +5,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProces
 from .config import MLLM_SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
 from .loading import check_folder
-from .model import UniTokForConditionalGeneration, UniTokMLLMOutput
+from .model import UniTokForConditionalGeneration
+from .output import UniTokMLLMOutput
 from .positions import positions_from_mask
 from .processor import UniTokProcessor
 from .prompts import IMAGE_MARK, TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL

@@ -12,6 +12,8 @@ from open_unitok.tokenizer.config import UniTokConfig
 from open_unitok.tokenizer.quantizers import QUANTIZERS, Quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
+from .output import NOT_PREDICTIONS
+
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
 IMAGE_TOKEN_ID = -200
 IGNORED = -100  # label of a token that is no target; the default ignore_index of cross_entropy
@@ -82,6 +84,7 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     model_type = "unitok_mllm"
     sub_configs: ClassVar[dict[str, Any]] = {"text_config": AutoConfig, "depth_config": LlamaConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = NOT_PREDICTIONS
 
     text_config: Any = None  # dict, config or None as an argument; a PretrainedConfig after construction
     depth_config: Any = None  # the same; a LlamaConfig after construction

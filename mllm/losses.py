@@ -4,7 +4,7 @@ B batch, L sequence, I images in the batch, J target images, N visual tokens per
 V entries per sub-codebook, T target text tokens.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,3 +96,10 @@ def image_loss(
     z_loss = z_weight * largest.square().sum()
     entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
     return entropy + z_loss, z_loss.detach(), (predicted == codes).sum(dim=0)
+
+
+def divide_losses(found: dict[str, Any], count: torch.Tensor | int) -> None:
+    """Divide all losses of an output by `count`; under DataParallel it has one equal entry per GPU."""
+    divisor = torch.as_tensor(count).flatten()[0].clamp(min=1)
+    for name in ("loss", "text_loss", "image_loss", "image_z_loss"):
+        found[name] = found[name] / divisor.to(found[name].device)

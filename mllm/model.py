@@ -11,54 +11,28 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import can_return_tuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.precision import to_dtype_of
 from open_unitok.tokenizer.projection import ProjectionAttention
 
+from .attention import eager_attention, uses_flash_attention
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import DepthHead
 from .loading import PUBLISHED_TYPE, assign_state, check_complete_weights, check_folder, folder_type
-from .losses import find_targets, image_loss, text_loss
+from .losses import divide_losses, find_targets, image_loss, text_loss
+from .output import UniTokMLLMOutput
 from .positions import positions_from_mask, sequence_bounds
 from .visual_embedder import VisualEmbedder
-
-
-@dataclass
-class UniTokMLLMOutput(ModelOutput):
-    """Result of `UniTokForConditionalGeneration.forward`; None where a part was not requested.
-
-    With `reduction="sum"` the losses are sums over tokens and codes, for a training loop that divides by
-    global counts; with "mean", `loss` is their sum divided by `text_tokens + image_codes`.
-    """
-
-    loss: torch.Tensor | None = None
-    text_loss: torch.Tensor | None = None
-    image_loss: torch.Tensor | None = None  # z-loss included
-    image_z_loss: torch.Tensor | None = None  # the z-loss alone, weighted
-    text_tokens: torch.Tensor | None = None  # T, int64
-    image_codes: torch.Tensor | None = None  # J*N*K, int64: every code counts as one token
-    image_correct: torch.Tensor | None = None  # (K,) int64: target codes whose logit was the largest
-    logits: torch.Tensor | None = None  # (B, L or fewer, vocabulary), of text
-    image_logits: torch.Tensor | None = None  # (J, N, K, V)
-    past_key_values: Any = None
-    last_hidden_state: torch.Tensor | None = None  # (B, L, D), after the final norm
-
-    @property
-    def losses(self) -> dict[str, torch.Tensor]:
-        """The parts of the training loss by name, each of which needs a weight; empty without labels."""
-        named = {"text": self.text_loss, "image": self.image_loss}
-        return {name: value for name, value in named.items() if value is not None}
 
 
 class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -91,6 +65,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -104,6 +79,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         reduction: Literal["mean", "sum"] = "mean",
         return_logits: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> UniTokMLLMOutput:
         """One pass over sequences of text and images.
@@ -120,7 +96,12 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 each other.
             logits_to_keep: number of last positions with text logits; 0 = all.
             reduction: "mean" or "sum" of the losses; see `UniTokMLLMOutput`.
-            return_logits: compute text logits; None = only without labels.
+            return_logits: compute text logits; None = except in training with labels.
+            num_items_in_batch: of transformers' Trainer: the number of labels, visual tokens included, in all
+                micro-batches of an optimizer step. The losses are then sums divided by it, so that their sum
+                over micro-batches does not depend on how the step is split.
+            kwargs: of the decoder, such as output_hidden_states and output_attentions (which takes eager
+                attention); return_dict = False returns a tuple.
 
         Raises:
             UserError: images and placeholders do not match; a sequence is longer than the context; a target
@@ -139,30 +120,39 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 position_ids = positions_from_mask(attention_mask)[:, past:]
         flat = inputs_embeds
         flat_positions = position_ids
-        if position_ids is not None and attention_mask is None and past == 0 and self._uses_flash_attention():
+        packed = position_ids is not None and attention_mask is None and past == 0
+        if packed and uses_flash_attention(self.language_model):
             # FlashAttention ignores 4-D masks: pass cu_seqlens, or packed samples attend to each other
             flat, flat_positions = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
             kwargs |= sequence_bounds(position_ids)
-        output = self.language_model(
-            inputs_embeds=flat,
-            attention_mask=attention_mask,
-            position_ids=flat_positions,
-            past_key_values=past_key_values,
-            use_cache=bool(use_cache),
-            **kwargs,
-        )
+        for name in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(name) is None:
+                kwargs[name] = bool(getattr(self.config, name, False))
+        with eager_attention(self.language_model, only_if=kwargs["output_attentions"]):
+            output = self.language_model(
+                inputs_embeds=flat,
+                attention_mask=attention_mask,
+                position_ids=flat_positions,
+                past_key_values=past_key_values,
+                use_cache=bool(use_cache),
+                **kwargs,
+            )
         hidden = output.last_hidden_state.view_as(inputs_embeds)
-        result = UniTokMLLMOutput(past_key_values=output.past_key_values, last_hidden_state=hidden)
+        # collected first: an output keeps the order of its constructor, and tuples are read by position
+        found: dict[str, Any] = {"past_key_values": output.past_key_values, "last_hidden_state": hidden}
+        if output.hidden_states is not None:
+            found["hidden_states"] = tuple(states.view_as(inputs_embeds) for states in output.hidden_states)
+        found["attentions"] = output.attentions
         if labels is not None:
-            self._add_losses(result, labels, attention_mask, position_ids, image_codes, positions, reduction)
+            reduction = reduction if num_items_in_batch is None else "sum"
+            inputs = (labels, attention_mask, position_ids, image_codes, positions)
+            found |= self._losses(hidden, *inputs, reduction)
+            if num_items_in_batch is not None:
+                divide_losses(found, num_items_in_batch)
         # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
-        if return_logits or (return_logits is None and labels is None):
-            result.logits = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
-        return result
-
-    def _uses_flash_attention(self) -> bool:
-        """True for attention that separates packed samples by cu_seqlens instead of a mask."""
-        return "flash" in str(self.language_model.config._attn_implementation)
+        if return_logits or (return_logits is None and (labels is None or not self.training)):
+            found["logits"] = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        return UniTokMLLMOutput(**found)
 
     def embed_inputs(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None = None) -> torch.Tensor:
         """(B, L) ids and (I, N, K) codes -> (B, L, D) input vectors of the decoder.
@@ -344,25 +334,24 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.tie_weights()
         return model.eval()
 
-    def _add_losses(
+    def _losses(
         self,
-        result: UniTokMLLMOutput,
+        hidden: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         image_codes: torch.Tensor | None,
         positions: torch.Tensor | None,
         reduction: str,
-    ) -> None:
-        """Fill in the losses; text logits and the depth head are computed at targets only."""
+    ) -> dict[str, torch.Tensor]:
+        """Losses and counts of an output; text logits and the depth head are computed at targets only."""
         found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
-        hidden = result.last_hidden_state
-        assert hidden is not None
         flat = hidden.flatten(0, 1)
         keep_graph = self.training and torch.is_grad_enabled()
         zero = flat.new_zeros((), dtype=torch.float32)
         text_sum = image_sum = z_sum = zero
-        count = len(found.text_before)
+        count, num_codes = len(found.text_before), 0
+        result = {"image_correct": labels.new_zeros(self.config.num_codebooks)}
         if count:
             text_sum = text_loss(self.text_logits(flat[found.text_before]), found.text_ids)
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
@@ -372,28 +361,22 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             # the depth head runs on target visual tokens only, as one batch of J*N
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
             logits = self.depth_head(flat[found.image_before.flatten()], codes)
-            image_sum, z_sum, result.image_correct = image_loss(
-                logits, codes, self.config.image_z_loss_weight
-            )
-            result.image_logits = logits.view(*found.image_before.shape, *logits.shape[1:])
+            weight = self.config.image_z_loss_weight
+            image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight)
+            result["image_logits"] = logits.view(*found.image_before.shape, *logits.shape[1:])
             num_codes = codes.numel()
-        else:
-            num_codes = 0
-            result.image_correct = labels.new_zeros(self.config.num_codebooks)
-            if keep_graph:  # zero-weighted dummy, as in `_embed`
-                dummy = labels.new_zeros((1, self.config.num_codebooks))
-                image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
+        elif keep_graph:  # zero-weighted dummy, as in `_embed`
+            dummy = labels.new_zeros((1, self.config.num_codebooks))
+            image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
         # every code counts as one token, as published
-        result.text_tokens = labels.new_tensor(count)
-        result.image_codes = labels.new_tensor(num_codes)
+        result |= {"text_tokens": labels.new_tensor(count), "image_codes": labels.new_tensor(num_codes)}
         total = text_sum + image_sum
         if reduction == "mean":
             total = total / max(count + num_codes, 1)
             text_sum = text_sum / max(count, 1)
-            image_sum = image_sum / max(num_codes, 1)
-            z_sum = z_sum / max(num_codes, 1)
-        result.loss, result.text_loss, result.image_loss = total, text_sum, image_sum
-        result.image_z_loss = z_sum
+            image_sum, z_sum = image_sum / max(num_codes, 1), z_sum / max(num_codes, 1)
+        losses = {"loss": total, "text_loss": text_sum, "image_loss": image_sum, "image_z_loss": z_sum}
+        return losses | result
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -11,8 +11,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from open_unitok.core.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
-from open_unitok.mllm.model import UniTokMLLMOutput
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMOutput, UniTokProcessor
 from open_unitok.tokenizer import UniTok
 from open_unitok.training.core.metric_logger import MetricLogger
 from open_unitok.training.mllm import train
