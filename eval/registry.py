@@ -12,6 +12,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from .core.benchmark import Benchmark, Option
 from .core.harness import benchmark_data
+from .core.parquet import holds_parquet
 
 # ----------------------------------------------------------------------- options shared by several benchmarks
 
@@ -30,7 +31,11 @@ _QUESTIONS = (
         minimum=1,
     ),
 )
-_LAYOUT = Option("layout", "layout of the files, if the folder contains both", choices=("original", "llava"))
+_LAYOUT = Option(
+    "layout",
+    "layout of the files, if the folder contains several: the release, LLaVA's archive or the hub's data set",
+    choices=("original", "llava", "parquet"),
+)
 
 _SAMPLING = (  # precedence: command line, sampling.json of the model, these defaults
     Option("guidance", "scale of classifier-free guidance; the model's own before the default", float, 5.0),
@@ -322,6 +327,8 @@ def detect_benchmarks(data: str | Path) -> list[str]:
         name
         for name, benchmark in BENCHMARKS.items()
         if any(next(benchmark_data(data, name).glob(pattern), None) for pattern in benchmark.files)
+        # tables of the hub do not tell by their names what they hold: the folder has to
+        or (benchmark_data(data, name) != Path(data) and holds_parquet(benchmark_data(data, name)))
     ]
     if not names:
         raise UserError(f"{data} holds no benchmark's files; eval/README.md lists what each one needs.")

@@ -14,8 +14,9 @@ from open_unitok.core.files import existing
 from open_unitok.core.text_files import numbered_json_lines, read_json
 
 from .benchmark import Options, Record, Sample
+from .parquet import holds_parquet
 
-_LAYOUTS = ("original", "llava")
+LAYOUTS = ("original", "llava", "parquet")
 
 
 def find_file(
@@ -44,20 +45,23 @@ def find_file(
 
 
 def detect_layout(data: Path, settings: Options, original: Sequence[str], llava: Sequence[str]) -> str:
-    """ "original" or "llava": the `layout` option, else the layout found in `data`, the original first.
+    """One of `LAYOUTS`: the `layout` option, else the first that is found in `data`.
 
     Raises:
-        UserError: `data` has files of neither layout.
+        UserError: `data` has files of no layout.
     """
     patterns = {"original": tuple(original), "llava": tuple(llava)}
     if settings.layout is not None:
         return settings.layout
-    for layout in _LAYOUTS:
+    for layout in patterns:
         if any(next(existing(data).glob(pattern), None) for pattern in patterns[layout]):
             return layout
+    if holds_parquet(data):
+        return "parquet"
     raise UserError(
         f"{data}: found no files of this benchmark: neither {' nor '.join(patterns['original'])} "
-        f"(the release), nor {' nor '.join(patterns['llava'])} (LLaVA's evaluation archive)."
+        f"(the release), nor {' nor '.join(patterns['llava'])} (LLaVA's evaluation archive), nor parquet "
+        "files (the data set on the Hugging Face hub)."
     )
 
 

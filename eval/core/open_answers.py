@@ -58,6 +58,12 @@ def annotator_answers(row: Record, where: str) -> tuple[str, ...]:
     return tuple(map(str, texts))
 
 
+def without_empty_answers(row: Record) -> Record:
+    """The row, without "answers" if they are empty: how the hub's test sets say that they are not public."""
+    texts = [a.get("answer") if isinstance(a, dict) else a for a in row.get("answers") or ()]
+    return row if any(texts) else {key: value for key, value in row.items() if key != "answers"}
+
+
 def with_annotator_answers(rows: Sequence[Any], where: Callable[[int], str]) -> list[Any]:
     """The rows with their answers as strings; a row with malformed answers becomes a UserError."""
     # a test set has no answers at all; if some rows have them, a row without is malformed

@@ -200,6 +200,17 @@ def read_parquet(
                 row_number += 1
 
 
+def row_image(row: Record, name: str, column: str = "image") -> ParquetImage:
+    """The image of a row under the file name that it has in the release.
+
+    Raises:
+        UserError: the row has none.
+    """
+    if not isinstance(row[column], ParquetImage):
+        raise UserError(f"{row['#']}: {column} is empty.")
+    return row[column]._replace(name=name)
+
+
 def _references(cell: Any, path: Path, row: int, column: str) -> Any:
     """The image or images of a cell without its bytes; None for an empty one."""
     if isinstance(cell, list):

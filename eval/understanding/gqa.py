@@ -4,6 +4,7 @@ Scorers: `official` (default) compares literally after LLaVA's conversion (a tra
 lower case), over balanced questions; `lenient` ignores case and punctuation, as lmms-eval does.
 """
 
+import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
 from ..core.annotations import (
@@ -32,6 +34,7 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.image_files import image_path
+from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import (
     cluster_of,
     mean_metric,
@@ -60,15 +63,20 @@ def load(data: Path, settings: Options) -> Task:
     Malformed: a question without a required key, and a line of LLaVA's file whose question is not released.
     """
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    path = find_file(data, _ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
+    images: dict[str, ParquetImage] = {}
+    if layout == "parquet":
+        split, path, released, images = _read_parquet(data, settings.split or "testdev_balanced")
+    else:
+        path = find_file(data, _ORIGINAL, "GQA question file", settings.split, "testdev_balanced")
+        split, released = path.stem.removesuffix("_questions"), read_json_as(dict, path)
     questions, broken = {}, {}
-    for name, row in read_json_as(dict, path).items():
+    for name, row in released.items():
         try:
             _check_question(row, f"{path}, question {name}")
             questions[name] = row
         except UserError as error:
             questions[name], broken[name] = _MALFORMED, error
-    if layout == "original":
+    if layout != "llava":
         template, file = choose_prompt_template(settings, "short"), path
         entries = [
             (name, PROMPT_TEMPLATES[template].format(row["question"])) for name, row in questions.items()
@@ -87,15 +95,46 @@ def load(data: Path, settings: Options) -> Task:
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_path(folders, f"{questions[name]['imageId']}.jpg"))
+        else Sample(
+            i,
+            name,
+            prompt,
+            images.get(questions[name]["imageId"])
+            or image_path(folders, f"{questions[name]['imageId']}.jpg"),
+        )
         for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
-    split = path.stem.removesuffix("_questions")
     # one choices file serves the balanced and the full split
     tier = split.removesuffix("_balanced").removesuffix("_all")
     choices = data / f"{tier}_choices.json"
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
     return Task(require_mostly_valid(samples, file), truth, answering_metadata(split, template, settings))
+
+
+def _read_parquet(data: Path, split: str) -> tuple[str, Path, dict[str, Any], dict[str, ParquetImage]]:
+    """Split, file, question id -> question, and image id -> image, of the hub's tables (`lmms-lab/GQA`).
+
+    Questions and images are two configurations, `{split}_instructions` and `{split}_images`.
+    """
+    # a file or a folder of questions: the images are in the folder next to it
+    folder = data.parent if data.is_file() else data
+    root = folder.parent if folder.name.endswith("_instructions") else folder
+    files = [choose_split(existing(root / f"{split}_{part}")).files for part in ("instructions", "images")]
+    images = {
+        row["id"]: row_image(row, f"{row['id']}.jpg") for row in read_parquet(files[1], ("id", "image"))
+    }
+    questions = {}
+    for row in read_parquet(
+        files[0], ("id", "imageId", "question", "answer", "isBalanced", "types", "groups")
+    ):
+        # a list in the release, its text in the table
+        entailed = row.get("entailed") or []
+        row["entailed"] = re.findall(r"\w+", entailed) if isinstance(entailed, str) else entailed
+        row["semantic"] = row.get("semantic") or []
+        questions[str(row["id"])] = row
+        if row["imageId"] not in images:
+            questions[str(row["id"])] = UserError(f"{row['#']}: there is no image {row['imageId']}.")
+    return split, files[0][0], questions, images
 
 
 def _check_question(row: Any, where: str) -> None:

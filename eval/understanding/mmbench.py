@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +28,11 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.image_files import Base64Image
+from ..core.parquet import ParquetImage, choose_split, holds_parquet, read_parquet
 from ..core.records import mean_metric, mean_metrics_by, sample_record
 
 _FILES = ("mmbench*.tsv", "MMBench*.tsv")
+_COLUMNS = ("index", "question", "A", "B", "image", "category")  # the others may be missing
 _LETTERS = "ABCDE"
 ROTATION_STEP = 1_000_000  # between the index of a question and of its next rotation
 _NOTATIONS = ("{}.", "{},", "{}:", "{})", "{}).", "({})", "({}).", ":{}", ":{},", ":{}.", ":{})", ":{}).")
@@ -61,17 +63,27 @@ def load(data: Path, settings: Options) -> Task:
     Raises:
         UserError: no table or several, or required columns are missing.
     """
-    path = find_file(existing(data), _FILES, "MMBench table", settings.split, "_dev_2")
-    questions, images = _read_table(path, settings.limit)
+    if not any(next(data.glob(pattern), None) for pattern in _FILES) and holds_parquet(data):
+        # `lmms-lab/MMBench` has the configurations en, cn and cc, `lmms-lab/MMBench_EN` has the default one
+        found = choose_split(data, settings.split, ("dev",), ("en",))
+        path = found.files[0]
+        name = found.split if found.configuration == "data" else f"{found.split}_{found.configuration}"
+        table = (_text_cells(row) for row in read_parquet(found.files, (*_COLUMNS, "answer")))
+    else:
+        path = find_file(existing(data), _FILES, "MMBench table", settings.split, "_dev_2")
+        name, table = path.stem.removeprefix("mmbench_"), read_csv(path, delimiter="\t", columns=_COLUMNS)
+    questions, images = _read_table(table, path, settings.limit)
     first = {q.index: image for q, image in zip(questions, images)}
     # mmbench_dev_cn_...: the Chinese prompt, as published
-    template = choose_prompt_template(settings, "letter-cn" if "_cn" in path.name else "letter")
+    chinese = "_cn" in name or "_cn" in data.name.lower()
+    template = choose_prompt_template(settings, "letter-cn" if chinese else "letter")
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
         # a cell may hold the index of the row with the image; base64 is longer than any index
-        if image.isdigit() and len(image) < 64:
+        if isinstance(image, str) and image.isdigit() and len(image) < 64:
             image = first.get(int(image), "")
-        encoded = Base64Image(f"{_base_index(q)}.jpg", image)
+        file = f"{_base_index(q)}.jpg"
+        encoded = image._replace(name=file) if isinstance(image, ParquetImage) else Base64Image(file, image)
         sample = Sample(i, q.index, PROMPT_TEMPLATES[template].format(mmbench_prompt(q)), encoded)
         samples.append(
             malformed_sample(i, q.index if q.index >= 0 else None, q.malformed) if q.malformed else sample
@@ -79,14 +91,21 @@ def load(data: Path, settings: Options) -> Task:
     return Task(
         require_mostly_valid(samples, path),
         questions,
-        answering_metadata(path.stem.removeprefix("mmbench_"), template, settings),
+        answering_metadata(name, template, settings),
     )
 
 
-def _read_table(path: Path, limit: int | None) -> tuple[list[MmbenchQuestion], list[str]]:
-    """The rows and their images."""
-    table = read_csv(path, delimiter="\t", columns=("index", "question", "A", "B", "image", "category"))
-    shared: dict[str, str] = {}  # rotations repeat an image: keep one copy in memory
+def _text_cells(row: Record) -> Record:
+    """A row of the hub's table as text, but for its image."""
+    return {k: v if isinstance(v, ParquetImage) else "" if v is None else str(v) for k, v in row.items()}
+
+
+def _read_table(
+    table: Iterable[Record], path: Path, limit: int | None
+) -> tuple[list[MmbenchQuestion], list[str | ParquetImage]]:
+    """The questions of a table and their images."""
+    # rotations repeat an image: keep one copy in memory
+    shared: dict[str | ParquetImage, str | ParquetImage] = {}
     questions, images = [], []
     for i, row in enumerate(itertools.islice(table, limit)):
         try:
@@ -210,7 +229,10 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
             plain.append(float(letter == q.answer and not q.malformed))
     first_question: dict[str, int] = {}  # base64 image -> index of the first question about it
     # the table has no image ids, so equal image data forms a cluster
-    clusters = [first_question.setdefault(s.image.text, q.index) if s.image else q.index for s, q, _ in kept]
+    clusters = [
+        first_question.setdefault(_image_content(s.image), q.index) if s.image else q.index
+        for s, q, _ in kept
+    ]
     # both as in published tables, which quote circular accuracy
     metrics = {"circular": mean_metric(values, clusters), "vanilla": mean_metric(plain, clusters)}
     for name, scores in (("category", values), ("vanilla category", plain)):
@@ -237,6 +259,11 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         for (s, q, letter), v, cluster in zip(kept, values, clusters)
     ]
     return Scored(metrics, {}, per_sample, problems=problems)
+
+
+def _image_content(image: Base64Image | ParquetImage) -> str:
+    """Equal for equal images."""
+    return image.text if isinstance(image, Base64Image) else image.digest()
 
 
 def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> list[Path]:

@@ -6,7 +6,8 @@ answers correct. Published tables quote the sum over the ten perception tasks, a
 and also accepts a single y or n.
 """
 
-from pathlib import Path
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
@@ -24,6 +25,7 @@ from ..core.answering import (
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, question_pair_columns, question_pair_statistic
 from ..core.image_files import image_path_by_stem
+from ..core.parquet import ParquetImage, choose_split, holds_parquet, read_parquet, row_image
 from ..core.records import cluster_of, sample_record, write_submission
 
 PERCEPTION_TASKS = (
@@ -40,7 +42,7 @@ class MmeQuestion(NamedTuple):
     """A question with its truth, "yes" or "no"."""
 
     task: str
-    image: Path
+    image: Path | ParquetImage
     question: str
     label: str
     malformed: str = ""  # the error in its line: the question is not answered and counts as wrong
@@ -63,7 +65,10 @@ def load(data: Path, settings: Options) -> Task:
     for name in tasks:
         if name not in MME_TASKS:
             raise UserError(f"split is {name!r}; allowed: {', '.join(MME_TASKS)}.")
-    questions = [question for name in tasks for question in _read_task(root, name)]
+    if settings.layout == "parquet" or (not _has_task_folders(root) and holds_parquet(root)):
+        questions = _read_parquet(root, tasks)
+    else:
+        questions = [question for name in tasks for question in _read_task(root, name)]
     template = choose_prompt_template(settings, "short")
     prompts = [PROMPT_TEMPLATES[template].format(without_yes_no_request(q.question)) for q in questions]
     if settings.layout == "llava":
@@ -84,6 +89,37 @@ def load(data: Path, settings: Options) -> Task:
     )
 
 
+def _has_task_folders(root: Path) -> bool:
+    """Whether `root` is the release or a part of it."""
+    return any((root / name).is_dir() for name in MME_TASKS)
+
+
+def _read_parquet(data: Path, tasks: Sequence[str]) -> list[MmeQuestion]:
+    """The questions of the hub's table (`lmms-lab/MME`), in the order of the release."""
+    images: dict[str, dict[str, ParquetImage]] = {name: {} for name in MME_TASKS}
+    lines: dict[tuple[str, str], list[str]] = {}
+    columns = ("question_id", "image", "question", "answer", "category")
+    for row in read_parquet(choose_split(data, defaults=("test",)).files, columns):
+        name = str(row["category"])
+        if name not in images:
+            raise UserError(f"{row['#']}: category is {name!r}; allowed: {', '.join(MME_TASKS)}.")
+        # question_id is the path of the image in the release, the same for both questions about it
+        file = PurePosixPath(str(row["question_id"])).name
+        images[name].setdefault(file, row_image(row, file))
+        lines.setdefault((name, file), []).append(f"{row['question']}\t{row['answer']}")
+    if absent := [name for name in tasks if not images[name]]:
+        raise UserError(f"{data}: there are no questions of the tasks {', '.join(absent)}.")
+    return [
+        question
+        for name in tasks
+        # the release orders by the names of its text files
+        for file in sorted(images[name], key=lambda file: f"{PurePosixPath(file).stem}.txt")
+        for question in _image_questions(
+            name, images[name][file], lines[name, file], f"{data}, {name}/{file}"
+        )
+    ]
+
+
 def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     """The questions of one folder: flat, or with `images/` and `questions_answers_YN/`."""
     folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(MME_TASKS)}.")
@@ -98,21 +134,29 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
         except UserError as error:
             result += [MmeQuestion(name, image, "", "", str(error))] * 2
             continue
-        for i, line in enumerate(lines):
-            question, tab, label = line.rpartition("\t")
-            broken = ""
-            if not tab or label.strip().lower() not in ("yes", "no") or not question.strip():
-                broken = f"{path}, line {i + 1}: expected a question, a tab and Yes or No: {line!r}."
-            elif i > 1:
-                broken = f"{path}: expected two questions, found {len(lines)}."
-            result.append(MmeQuestion(name, image, question, label.strip().lower(), broken))
-        # a missing second question lowers accuracy+ instead of raising it
-        for _ in range(len(lines), 2):
-            result.append(
-                MmeQuestion(name, image, "", "", f"{path}: expected two questions, found {len(lines)}.")
-            )
+        result += _image_questions(name, image, lines, str(path))
     if not result:
         raise UserError(f"{texts}: found no questions (*.txt).")
+    return result
+
+
+def _image_questions(
+    name: str, image: Path | ParquetImage, lines: Sequence[str], where: str
+) -> list[MmeQuestion]:
+    """The two questions about an image, from lines of a question, a tab and its answer."""
+    result = []
+    for i, line in enumerate(lines):
+        question, tab, label = line.rpartition("\t")
+        broken = ""
+        if not tab or label.strip().lower() not in ("yes", "no") or not question.strip():
+            broken = f"{where}, line {i + 1}: expected a question, a tab and Yes or No: {line!r}."
+        elif i > 1:
+            broken = f"{where}: expected two questions, found {len(lines)}."
+        result.append(MmeQuestion(name, image, question, label.strip().lower(), broken))
+    # a missing second question lowers accuracy+ instead of raising it
+    for _ in range(len(lines), 2):
+        broken = f"{where}: expected two questions, found {len(lines)}."
+        result.append(MmeQuestion(name, image, "", "", broken))
     return result
 
 

@@ -35,6 +35,7 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.image_files import image_path
+from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
 from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
 
@@ -62,10 +63,15 @@ answer = answer_questions
 def load(data: Path, settings: Options) -> Task:
     """One sample per entry of `mm-vet.json`, or per line of LLaVA's file."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    path = find_file(data, _ORIGINAL, "MM-Vet annotation file")
+    images: dict[str, ParquetImage] = {}
+    if layout == "parquet":
+        path, entries, images = _read_parquet(data)
+    else:
+        path = find_file(data, _ORIGINAL, "MM-Vet annotation file")
+        entries = read_json_as(dict, path)
     known: dict[str, tuple[MmvetQuestion, str]] = {}
     broken: dict[str, object] = {}
-    for name, row in read_json_as(dict, path).items():
+    for name, row in entries.items():
         try:
             known[name] = _read_question(row, name, f"{path}, {name}")
         except UserError as error:
@@ -87,7 +93,7 @@ def load(data: Path, settings: Options) -> Task:
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, image_path(folders, known[name][1]))
+        else Sample(i, name, prompt, images.get(name) or image_path(folders, known[name][1]))
         for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     return Task(
@@ -95,6 +101,19 @@ def load(data: Path, settings: Options) -> Task:
         [known[s.id][0] for s in samples],
         answering_metadata("v1", template, settings, 512),
     )
+
+
+def _read_parquet(data: Path) -> tuple[Path, dict[str, Record], dict[str, ParquetImage]]:
+    """The file, and question -> entry and image, of the hub's table (`lmms-lab/MMVet`)."""
+    files = choose_split(data, defaults=("test",)).files
+    entries, images = {}, {}
+    for row in read_parquet(files, ("question_id", "image", "question", "answer", "capability")):
+        name = str(row["question_id"])
+        images[name] = row_image(row, f"{name}.png")
+        # "ocr,math" in the table, a list in the release
+        abilities = [ability.strip() for ability in str(row["capability"]).split(",")]
+        entries[name] = row | {"imagename": images[name].name, "capability": abilities}
+    return files[0], entries, images
 
 
 def _read_question(row: Any, name: str, where: str) -> tuple[MmvetQuestion, str]:

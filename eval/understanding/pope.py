@@ -31,6 +31,7 @@ from ..core.answering import (
 )
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, f1_columns, f1_statistic, mean_columns
+from ..core.parquet import ParquetImage, choose_split, find_splits, read_parquet, row_image
 from ..core.records import cluster_of, mean, sample_record
 
 POPE_SUBSETS = ("random", "popular", "adversarial")
@@ -45,7 +46,7 @@ class PopeQuestion(NamedTuple):
     """One yes/no question; `label` is "yes" or "no"."""
 
     question_id: int
-    image: Path
+    image: Path | ParquetImage
     text: str
     label: str
     category: str
@@ -57,8 +58,9 @@ class PopeQuestion(NamedTuple):
 
 def load(data: Path, settings: Options) -> Task:
     """One sample per question, category by category; in LLaVA's layout in the order of LLaVA's file."""
-    if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "original":
-        questions = read_pope(data)[: settings.limit]
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    if layout != "llava":
+        questions = (read_pope(data) if layout == "original" else read_pope_parquet(data))[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
         prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
         length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
@@ -107,16 +109,53 @@ def _read_category(path: Path) -> list[PopeQuestion]:
         where = f"{path}, question {i + 1}"
         # the image is checked when it is read: here only the line itself
         try:
-            label = require_key(row, "label", where)
-            if label not in ("yes", "no"):
-                raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
-            image = images / Path(require_text(row, "image", where)).name
-            text = require_text(row, "text", where)
-            number = require_key(row, "question_id", where)
-            result.append(PopeQuestion(number, image, text, label, category))
+            result.append(_read_question(row, where, category, images))
         except UserError as error:
             result.append(_malformed_question(category, str(error)))
     return result
+
+
+def _read_question(row: Record, where: str, category: str, image: Path | ParquetImage) -> PopeQuestion:
+    """A question of the released file; `image` is its image, or the folder of the images.
+
+    Raises:
+        UserError: a key is missing or the label is invalid.
+    """
+    label = require_key(row, "label", where)
+    if label not in ("yes", "no"):
+        raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
+    if isinstance(image, Path):
+        image = image / Path(require_text(row, "image", where)).name
+    number = require_key(row, "question_id", where)
+    return PopeQuestion(number, image, require_text(row, "text", where), label, category)
+
+
+def read_pope_parquet(data: Path) -> list[PopeQuestion]:
+    """The questions of the hub's table (`lmms-lab/POPE`), in the order of `read_pope`.
+
+    Raises:
+        UserError: the table lacks one of the three categories.
+    """
+    splits = find_splits(data)
+    # the table exists twice: as one split, and as one split per category
+    whole = [split for split in splits if split.split not in POPE_SUBSETS]
+    files = choose_split(data, defaults=("test",)).files if whole else [f for s in splits for f in s.files]
+    result: dict[str, list[PopeQuestion]] = {category: [] for category in POPE_SUBSETS}
+    for row in read_parquet(
+        files, ("question_id", "question", "answer", "image_source", "image", "category")
+    ):
+        category = str(row["category"])
+        if category not in result:
+            raise UserError(f"{row['#']}: category is {category!r}; allowed: {', '.join(POPE_SUBSETS)}.")
+        released = row | {"label": str(row["answer"]).lower(), "text": row["question"]}
+        try:
+            image = row_image(row, f"{Path(str(row['image_source'])).stem}.jpg")
+            result[category].append(_read_question(released, row["#"], category, image))
+        except UserError as error:
+            result[category].append(_malformed_question(category, str(error)))
+    if absent := [category for category, questions in result.items() if not questions]:
+        raise UserError(f"{data}: there are no questions of the categories {', '.join(absent)}.")
+    return [question for questions in result.values() for question in questions]
 
 
 def _malformed_question(category: str, reason: str = "") -> PopeQuestion:

@@ -35,6 +35,7 @@ from ..core.multiple_choice import (
     lettered_options,
     malformed_choice,
 )
+from ..core.parquet import ParquetImage, choose_split, read_parquet
 from ..core.records import mean_metric, mean_metrics_by, write_submission
 
 _ORIGINAL, _LLAVA = ("problems.json",), ("llava_*CQM-A.json",)
@@ -45,13 +46,17 @@ answer = answer_questions
 def load(data: Path, settings: Options) -> Task:
     """One sample per problem of a split of `pid_splits.json` (default: test), with or without an image."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    path = find_file(data, _ORIGINAL, "ScienceQA problem file")
-    split_file = data / "pid_splits.json"
-    problems, splits = read_json_as(dict, path), read_json_as(dict, split_file)
-    split = settings.split or "test"
-    if split not in splits:
-        raise UserError(f"split is {split!r}; {split_file} has: {', '.join(splits)}.")
-    require_type(list, splits[split], f"{split_file}, {split}")
+    if layout == "parquet":
+        path, split, problems = _read_parquet(data, settings.split)
+        splits = {split: list(problems)}
+    else:
+        path = find_file(data, _ORIGINAL, "ScienceQA problem file")
+        split_file = data / "pid_splits.json"
+        problems, splits = read_json_as(dict, path), read_json_as(dict, split_file)
+        split = settings.split or "test"
+        if split not in splits:
+            raise UserError(f"split is {split!r}; {split_file} has: {', '.join(splits)}.")
+        require_type(list, splits[split], f"{split_file}, {split}")
     file, prompts = path, {}
     template = choose_prompt_template(settings, "letter")
     if layout == "llava":
@@ -80,6 +85,20 @@ def load(data: Path, settings: Options) -> Task:
     return Task(require_mostly_valid(samples, file), questions, metadata)
 
 
+def _read_parquet(data: Path, split: str | None) -> tuple[Path, str, dict[str, Any]]:
+    """The first file, the split, and row number -> problem of the hub's table (`lmms-lab/ScienceQA`).
+
+    The table has no problem ids. `ScienceQA-FULL` is preferred; the name of the split says if it is
+    `ScienceQA-IMG`, the problems with an image.
+    """
+    name = "validation" if split == "val" else split
+    found = choose_split(data, name, ("test",), ("ScienceQA-FULL", "ScienceQA-IMG"))
+    columns = ("image", "question", "choices", "answer", "hint", "subject")
+    problems = {str(i): row for i, row in enumerate(read_parquet(found.files, columns))}
+    part = ", ScienceQA-IMG" if found.configuration == "ScienceQA-IMG" else ""
+    return found.files[0], ("val" if found.split == "validation" else found.split) + part, problems
+
+
 def _read_conversations(path: Path) -> dict[str, str]:
     """Problem id -> question of LLaVA's conversations, without the "<image>" mark."""
     result = {}
@@ -94,7 +113,7 @@ def _read_conversations(path: Path) -> dict[str, str]:
 
 def read_scienceqa_problem(
     problems: Any, name: str, path: Path, split: str
-) -> tuple[ChoiceQuestion, str, Path | None]:
+) -> tuple[ChoiceQuestion, str, Path | ParquetImage | None]:
     """A problem, its context, and its image if it has one."""
     where = f"{path}, problem {name}"
     row = require_key(problems, name, path)
@@ -105,8 +124,8 @@ def read_scienceqa_problem(
         raise UserError(
             f"{where}: answer is {label!r}; it must be the index of one of {len(options)} choices."
         )
-    image = None
-    if row.get("image"):
+    image = row.get("image")
+    if image and not isinstance(image, ParquetImage):
         folders = [path.parent / split / name, path.parent / "images" / split / name, path.parent / name]
         image = image_path(folders, require_text(row, "image", where))
     question = ChoiceQuestion(

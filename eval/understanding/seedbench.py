@@ -4,6 +4,7 @@ Scorers: `official` (default) accepts only the bare letter, as LLaVA's scorer do
 character of the answer, case-insensitively.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,18 @@ from ..core.answering import (
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.image_files import image_path_by_stem
 from ..core.multiple_choice import ChoiceQuestion, choice_records, lettered_options, malformed_choice
+from ..core.parquet import ParquetImage, choose_split, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, submittable, write_submission
 
 _ORIGINAL, _LLAVA = ("SEED-Bench.json",), ("*seed*.jsonl",)
+# the hub's table (`lmms-lab/SEED-Bench`) has the numbers alone: these are the names in SEED-Bench.json
+_HUB_NAMES = (
+    "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location",
+    "Instances Counting", "Spatial Relation", "Instance Interaction", "Visual Reasoning",
+    "Text Understanding", "Action Recognition", "Action Prediction", "Procedure Understanding",
+)  # fmt: skip
+_HUB_TYPES = {kind(i): name for i, name in enumerate(_HUB_NAMES, 1) for kind in (int, str)}
+_HUB_COLUMNS = ("question_id", "question", "answer", "data_id", "data_type", "question_type_id", "image")
 
 answer = answer_questions
 
@@ -41,10 +51,20 @@ def load(data: Path, settings: Options) -> Task:
     Images: `SEED-Bench-image/{data_id}`; frames: `SEED-Bench-video-image/{question_id}.png`.
     """
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    path = find_file(data, _ORIGINAL, "SEED-Bench annotation file")
     if settings.split not in (None, "image", "video"):
         raise UserError(f"split is {settings.split!r}; allowed: image, video.")
-    known = _read_questions(data, path)
+    if layout == "parquet":
+        files = choose_split(data, defaults=("test",)).files
+        path, known = (
+            files[0],
+            _read_questions(list(read_parquet(files, _HUB_COLUMNS)), _HUB_TYPES, files[0], data),
+        )
+    else:
+        path = find_file(data, _ORIGINAL, "SEED-Bench annotation file")
+        # "question_type" maps names to numbers; entries have the number
+        types = read_json_as(dict, path, "question_type").items()
+        kinds = {number: name for name, number in types if isinstance(number, str | int)}
+        known = _read_questions(read_json_as(list, path, "questions"), kinds, path, data)
     if layout == "llava":
         file = find_file(data, _LLAVA, "LLaVA question file")
         template, entries = f"as in {file.name}", _llava_entries(data, file, path, known)
@@ -70,8 +90,8 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _llava_entries(
-    data: Path, file: Path, path: Path, known: dict[str, tuple[ChoiceQuestion, Path | UserError]]
-) -> list[tuple[ChoiceQuestion, Path | UserError, str]]:
+    data: Path, file: Path, path: Path, known: Mapping[str, tuple[ChoiceQuestion, Any]]
+) -> list[tuple[ChoiceQuestion, Any, str]]:
     """(question, image or error, prompt) of each line of LLaVA's file."""
     entries = []
     for i, row in enumerate(read_llava_questions(file)):
@@ -87,13 +107,12 @@ def _llava_entries(
     return entries
 
 
-def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, Path | UserError]]:
+def _read_questions(
+    rows: Sequence[Any], kinds: Mapping[Any, str], path: Path, data: Path
+) -> dict[str, tuple[ChoiceQuestion, Path | ParquetImage | UserError]]:
     """Question id -> the question and its image, or the error if the entry is malformed."""
-    # "question_type" maps names to numbers; entries have the number
-    types = read_json_as(dict, path, "question_type").items()
-    kinds = {number: name for name, number in types if isinstance(number, str | int)}
-    known: dict[str, tuple[ChoiceQuestion, Path | UserError]] = {}
-    for i, row in enumerate(read_json_as(list, path, "questions")):
+    known: dict[str, tuple[ChoiceQuestion, Path | ParquetImage | UserError]] = {}
+    for i, row in enumerate(rows):
         try:
             question, image = read_seedbench_question(row, f"{path}, questions[{i}]", kinds, data)
             if question.question_id in known:
@@ -107,8 +126,8 @@ def _read_questions(data: Path, path: Path) -> dict[str, tuple[ChoiceQuestion, P
 
 
 def read_seedbench_question(
-    row: Record, where: str, kinds: dict[Any, str], data: Path
-) -> tuple[ChoiceQuestion, Path]:
+    row: Record, where: str, kinds: Mapping[Any, str], data: Path
+) -> tuple[ChoiceQuestion, Path | ParquetImage]:
     """A question of `SEED-Bench.json` and its image or frame."""
     options = tuple(str(require_key(row, f"choice_{letter}", where)) for letter in "abcd")
     label, name = require_key(row, "answer", where), str(require_key(row, "question_id", where))
@@ -125,6 +144,10 @@ def read_seedbench_question(
     # frames are named by question_id, images by data_id
     stem = str(require_key(row, "data_id", where)) if medium == "image" else name
     question = ChoiceQuestion(name, require_text(row, "question", where), options, label, kind, medium)
+    if isinstance(frames := row.get("image"), list):  # the hub's table: one image, or the frames of a video
+        if not frames:
+            raise UserError(f"{where}: image is empty.")
+        return question, frames[len(frames) // 2]._replace(name=stem)
     return question, image_path_by_stem([folder], stem)
 
 

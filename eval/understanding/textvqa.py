@@ -31,12 +31,20 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Task, malformed_sample
 from ..core.image_files import image_path, image_path_by_stem
-from ..core.open_answers import OpenQuestion, score_open_answers, with_annotator_answers
+from ..core.open_answers import (
+    OpenQuestion,
+    score_open_answers,
+    with_annotator_answers,
+    without_empty_answers,
+)
+from ..core.parquet import choose_split, read_parquet, row_image
 from ..core.records import submittable, write_submission
 
 _ORIGINAL, _LLAVA = ("TextVQA_0.5.1_*.json",), ("*textvqa*.jsonl",)
 _OCR_FILE = "TextVQA_Rosetta_OCR_v0.2_{}.json"
 _IMAGE_FOLDERS = ("train_images", "test_images", "images")
+_HUB_SPLITS = {"val": "validation"}  # names of splits in the release -> on the hub (`lmms-lab/textvqa`)
+_HUB_COLUMNS = ("image_id", "question_id", "question", "image", "answers", "ocr_tokens")
 
 answer = answer_questions
 score = score_open_answers
@@ -45,11 +53,20 @@ score = score_open_answers
 def load(data: Path, settings: Options) -> Task:
     """One sample per question of `TextVQA_0.5.1_{split}.json`, or of LLaVA's question file."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    path = find_file(data, _ORIGINAL, "TextVQA annotation file", settings.split, "_val.")
-    split = path.stem.removeprefix("TextVQA_0.5.1_")
+    if layout == "parquet":
+        found = choose_split(data, _HUB_SPLITS.get(settings.split, settings.split), ("validation",))
+        path, split = (
+            found.files[0],
+            {hub: name for name, hub in _HUB_SPLITS.items()}.get(found.split, found.split),
+        )
+        released = [without_empty_answers(row) for row in read_parquet(found.files, _HUB_COLUMNS)]
+    else:
+        path = find_file(data, _ORIGINAL, "TextVQA annotation file", settings.split, "_val.")
+        split = path.stem.removeprefix("TextVQA_0.5.1_")
+        released = read_json_as(list, path, "data")
     valid = [
         validate_record(row, f"{path}, data[{i}]", ("question_id", "image_id"), ("question",))
-        for i, row in enumerate(read_json_as(list, path, "data"))
+        for i, row in enumerate(released)
     ]
     rows = with_annotator_answers(valid, lambda i: f"{path}, data[{i}]")
     if layout == "llava":
@@ -68,7 +85,10 @@ def load(data: Path, settings: Options) -> Task:
             prompt = OCR_TEMPLATE.format(row["question"], words)
         else:
             prompt = PROMPT_TEMPLATES[template].format(row["question"])
-        image = image_path_by_stem(folders, str(row["image_id"]))
+        if layout == "parquet":
+            image = row_image(row, f"{row['image_id']}.jpg")
+        else:
+            image = image_path_by_stem(folders, str(row["image_id"]))
         samples.append(Sample(i, row["question_id"], prompt, image))
         questions.append(_question_of(row))
     metadata = answering_metadata(split, template, settings)

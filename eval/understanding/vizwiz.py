@@ -1,5 +1,6 @@
 """VizWiz (arXiv 1802.08218): questions of blind people, some unanswerable; ten answers, scored as TextVQA."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,13 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Task, malformed_sample
 from ..core.image_files import image_path
-from ..core.open_answers import OpenQuestion, score_open_answers, with_annotator_answers
+from ..core.open_answers import (
+    OpenQuestion,
+    score_open_answers,
+    with_annotator_answers,
+    without_empty_answers,
+)
+from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import submittable, write_submission
 
 _ORIGINAL = ("val.json", "test.json", "train.json", "Annotations/*.json")
@@ -37,9 +44,14 @@ score = score_open_answers
 def load(data: Path, settings: Options) -> Task:
     """One sample per entry of `{split}.json`, or per line of LLaVA's file; ids are image file names."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
-    split = settings.split or ("val" if layout == "original" else "test")
+    split = settings.split or ("test" if layout == "llava" else "val")
     file, known = None, {}  # LLaVA's archive comes without annotations
-    if layout == "original" or any(next(data.glob(p), None) for p in _ORIGINAL):
+    images: dict[str, ParquetImage] = {}
+    if layout == "parquet":
+        found = choose_split(data, settings.split, ("val",))
+        split, (file, *_) = found.split, found.files
+        known, images = _read_hub_rows(found.files)
+    elif layout == "original" or any(next(data.glob(p), None) for p in _ORIGINAL):
         file = find_file(data, _ORIGINAL, "VizWiz annotation file", settings.split, f"{split}.json")
         known = _read_annotations(file)
     folders = [data / name for name in (file.stem if file else split, split, "images")] + [data]
@@ -58,10 +70,10 @@ def load(data: Path, settings: Options) -> Task:
             samples.append(malformed_sample(i, name, row))
             questions.append(OpenQuestion(name, ""))
             continue
-        samples.append(Sample(i, name, prompt, image_path(folders, name)))
+        samples.append(Sample(i, name, prompt, images.get(name) or image_path(folders, name)))
         kind = str(row.get("answer_type", ""))
         questions.append(OpenQuestion(name, row["question"], row.get("answers", ()), kind))
-    metadata = answering_metadata(file.stem if file else split, template, settings)
+    metadata = answering_metadata(file.stem if file and not images else split, template, settings)
     return Task(require_mostly_valid(samples, file or data), questions, metadata)
 
 
@@ -71,6 +83,23 @@ def _read_annotations(file: Path) -> dict[str, Any]:
         validate_record(row, f"{file}, entry {i + 1}", (), ("question", "image"))
         for i, row in enumerate(read_json_as(list, file))
     ]
+    return _by_image(valid, file)
+
+
+def _read_hub_rows(files: Sequence[Path]) -> tuple[dict[str, Any], dict[str, ParquetImage]]:
+    """Image name -> the entry of the hub's table (`lmms-lab/VizWiz-VQA`), and image name -> its image."""
+    rows, images = [], {}
+    for row in read_parquet(files, ("question_id", "image", "question", "answers", "category")):
+        # question_id is the name of the image, with its suffix or without
+        name = f"{Path(str(row['question_id'])).stem}.jpg"
+        images[name] = row_image(row, name)
+        released = row | {"image": name, "answer_type": row["category"] or ""}
+        rows.append(validate_record(without_empty_answers(released), row["#"], (), ("question", "image")))
+    return _by_image(rows, files[0]), images
+
+
+def _by_image(valid: Sequence[Any], file: Path) -> dict[str, Any]:
+    """Image name -> the entry with its answers, or "#number" -> the UserError of a malformed one."""
     rows = with_annotator_answers(valid, lambda i: f"{file}, entry {i + 1}")
     return {row["image"] if isinstance(row, dict) else f"#{i}": row for i, row in enumerate(rows)}
 

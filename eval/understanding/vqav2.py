@@ -37,7 +37,8 @@ from ..core.answering import (
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.image_files import image_path
-from ..core.open_answers import annotator_answers, leave_one_out_accuracy
+from ..core.open_answers import annotator_answers, leave_one_out_accuracy, without_empty_answers
+from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import (
     mean,
     mean_by,
@@ -51,6 +52,10 @@ from ..core.records import (
 VQAV2_SCORERS = ("lmms", "official", "gated")
 _ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
 _LLAVA = ("*vqav2*.jsonl",)
+# names of splits in the release -> on the hub (`lmms-lab/VQAv2`)
+_HUB_SPLITS = {
+    "mscoco_val2014": "validation", "mscoco_test-dev2015": "testdev", "mscoco_test2015": "test",
+}  # fmt: skip
 _TEMPLATE_SUFFIX = PROMPT_TEMPLATES["short"].format("")
 
 answer = answer_questions
@@ -62,7 +67,7 @@ class VqaQuestion(NamedTuple):
     question_id: int
     image_id: int | str
     question: str
-    image: Path
+    image: Path | ParquetImage
     answers: tuple[str, ...] = ()
     question_type: str = ""
     answer_type: str = ""
@@ -76,10 +81,18 @@ class VqaQuestion(NamedTuple):
 
 def load(data: Path, settings: Options) -> Task:
     """One sample per question, in the order of the file."""
-    if detect_layout(data, settings, _ORIGINAL, _LLAVA) == "llava":
+    layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
+    if layout == "llava":
         return _load_llava(data, settings)
-    path = _question_file(data, settings.split)
-    questions = read_vqav2(data, settings.split)[: settings.limit]
+    if layout == "parquet":
+        hub = choose_split(data, _HUB_SPLITS.get(settings.split, settings.split))
+        names = {name: released for released, name in _HUB_SPLITS.items()}
+        path, split = hub.files[0], names.get(hub.split, hub.split)
+        questions = _read_parquet(hub.files, split)[: settings.limit]
+    else:
+        path = _question_file(data, settings.split)
+        split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
+        questions = read_vqav2(data, settings.split)[: settings.limit]
     template = choose_prompt_template(settings, "short", data)
     samples = [
         malformed_sample(i, q.question_id, q.malformed)
@@ -87,7 +100,6 @@ def load(data: Path, settings: Options) -> Task:
         else Sample(i, q.question_id, PROMPT_TEMPLATES[template].format(q.question), q.image)
         for i, q in enumerate(questions)
     ]
-    split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
     # answers about scenes are one word; a short limit keeps the demo fast
     length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
     metadata = answering_metadata(split, template, settings, length)
@@ -160,6 +172,24 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
     return result
 
 
+def _read_parquet(files: Sequence[Path], split: str) -> list[VqaQuestion]:
+    """The questions of the hub's table, in order."""
+    name_of, seen = _image_locator(Path(), split.removeprefix("mscoco_")), set()
+    result: list[VqaQuestion] = []
+    for row in read_parquet(files, ("question_id", "image_id", "question", "image", "answers")):
+        try:
+            where, row = row["#"], without_empty_answers(row)
+            question = _read_question(row, where, lambda i: row_image(row, name_of(i).name), seen)  # noqa: B023
+            result.append(
+                question._replace(**_annotation_fields(row, where)) if "answers" in row else question
+            )
+        except UserError as error:
+            name = row["question_id"]
+            result.append(VqaQuestion(name, name, "", Path(), malformed=str(error)))
+        seen.add(row["question_id"])
+    return result
+
+
 def _question_file(data: str | Path, split: str | None) -> Path:
     """The one question file in `data` or `data/test`."""
     data = existing(data)
@@ -177,7 +207,9 @@ def _question_file(data: str | Path, split: str | None) -> Path:
     return found[0]
 
 
-def _read_question(row: Any, where: str, locate: Callable[[int], Path], seen: set[Any]) -> VqaQuestion:
+def _read_question(
+    row: Any, where: str, locate: Callable[[int], Path | ParquetImage], seen: set[Any]
+) -> VqaQuestion:
     """A question of the released file, without answers; UserError if it is malformed."""
     question_id, image_id = require_key(row, "question_id", where), require_key(row, "image_id", where)
     for name, value in (("question_id", question_id), ("image_id", image_id)):
