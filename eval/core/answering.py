@@ -7,7 +7,7 @@ from typing import Any
 from open_unitok.core.errors import UserError, did_you_mean
 
 from .benchmark import Options, Record, Sample, Task
-from .image_files import Base64Image, read_sample_image, save_base64_image
+from .image_files import Base64Image, ImageList, read_sample_image, save_base64_image
 
 # name -> template of a question; all but "plain" are those of published runs
 PROMPT_TEMPLATES = {
@@ -58,7 +58,7 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
         try:
             # one object per image, so that the pipeline encodes it only once
             if sample.image not in loaded:
-                loaded[sample.image] = None if sample.image is None else read_sample_image(sample.image)
+                loaded[sample.image] = _read_images(sample.image)
             images[i] = loaded[sample.image]
             if isinstance(sample.image, Base64Image):
                 records[i] = {"file": save_base64_image(sample.image, out)}
@@ -82,6 +82,13 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
             except UserError as error:
                 records[i] = {"text": "", "error": str(error)}
     return records
+
+
+def _read_images(image: Any) -> Any:
+    """The image of a question, a list of several, or None."""
+    if isinstance(image, ImageList):
+        return [read_sample_image(one) for one in image.images]
+    return None if image is None else read_sample_image(image)
 
 
 def answer_texts(records: dict[int, Record]) -> dict[int, str]:

@@ -31,6 +31,20 @@ class Base64Image(NamedTuple):
     text: str
 
 
+class ImageList(NamedTuple):
+    """The images of a question that has several, in the order in which the model reads them."""
+
+    images: tuple[Path | Base64Image | ParquetImage, ...]
+
+    @property
+    def name(self) -> str:
+        """The names of all images, which identify the question's cluster."""
+        return "+".join(image.name for image in self.images)
+
+    def __str__(self) -> str:
+        return str(self.images[0])  # the one that a report shows
+
+
 def read_sample_image(path: Path | Base64Image | ParquetImage | None) -> Image.Image:
     """Read an image as RGB.
 
