@@ -20,7 +20,7 @@ from .image_sampling import generate_image_codes, iter_image_codes
 from .loading import check_parts_match, check_quantization, find_model
 from .reconstruction import iter_reconstructions, split_batches
 from .sampling import Sampling
-from .text_generation import generate_text_ids, iter_text_ids, stream_text
+from .text_generation import eos_ids, generate_text_ids, iter_text_ids, stream_text
 from .validation import (
     check_history,
     check_one_per_question,
@@ -53,6 +53,8 @@ class Pipeline:
     ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
         self.quantization, self.sampling = quantization, sampling or Sampling()
+        # every way to generate text reads the ids that end it from here
+        model.generation_config.eos_token_id = sorted(eos_ids(model) | processor.end_token_ids())
 
     @classmethod
     def from_pretrained(

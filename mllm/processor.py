@@ -139,6 +139,13 @@ class UniTokProcessor:
         """The special ids by the names of `UniTokMLLMConfig`'s fields."""
         return {name: getattr(self, name) for name in _TOKEN_IDS}
 
+    def end_token_ids(self) -> set[int]:
+        """The ids that end an answer: eos, and those that are no text.
+
+        As LLaMA's byte tokens, boi and eoi would put U+0000 and U+0001 into the answer.
+        """
+        return {self.eos_token_id, self.boi_token_id, self.eoi_token_id, self.pad_token_id}
+
     # ---- text -> ids; an image is one placeholder, except in `question_ids`, which has N ----
 
     def encode_text(self, text: str) -> list[int]:
@@ -216,7 +223,8 @@ class UniTokProcessor:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Ids to text; images and special ids are skipped."""
-        kept = [int(i) for i in ids if int(i) != self.image_token_id and int(i) >= 0]
+        skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id}
+        kept = [i for i in map(int, ids) if i >= 0 and i not in skipped]
         return self.text_tokenizer.decode(kept, skip_special_tokens=True)
 
     def decode_settled(self, ids: Iterable[int]) -> str:
@@ -225,7 +233,8 @@ class UniTokProcessor:
         Byte tokens at the end are held back until another token ends their run: one invalid byte turns the
         whole run into replacement characters. An incomplete character is held back as well.
         """
-        skipped = {*self.text_tokenizer.all_special_ids, self.image_token_id}
+        images = {self.image_token_id, self.boi_token_id, self.eoi_token_id}
+        skipped = {*self.text_tokenizer.all_special_ids, *images}
         kept = [int(i) for i in ids]
         while kept:  # skipped ids do not end a run of bytes
             piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
@@ -260,7 +269,13 @@ class UniTokProcessor:
         return layout.rows * patch_size, layout.columns * patch_size
 
     def _pieces(self, text: str) -> list[int]:
-        return self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
+        # as LLaMA's byte tokens, boi and eoi are the characters U+0000 and U+0001
+        for token in (self.boi_token_id, self.eoi_token_id):
+            if token in ids:
+                name = self.text_tokenizer.convert_ids_to_tokens(token)
+                raise UserError(f"A text holds {name}, which marks images in this model: remove it.")
+        return ids
 
     def _mark(self, text: str, bos: bool = False) -> list[int]:
         """Ids of text with image marks, with or without bos."""
