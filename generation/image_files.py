@@ -1,9 +1,10 @@
 """Image files: PNGs with generation settings in their metadata, contact sheets, untrusted uploads."""
 
+import contextlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from open_unitok.tokenizer.images import PILLOW_ERRORS
 
 GRID_GAP = 2  # pixels between the images of a contact sheet
 RECORD_KEY = "unitok"  # PNG text chunk of the whole record; each entry also has a chunk, for image viewers
-UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # other Pillow readers run external programs
+UPLOAD_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "AVIF")  # other Pillow readers run external programs
 
 
 def save_png(image: Image.Image, path: str | Path, record: dict[str, Any] | None = None) -> None:
@@ -64,22 +65,38 @@ def grid_of(images: Sequence[Image.Image], columns: int | None = None) -> Image.
     return sheet
 
 
+def image_size(data: bytes) -> tuple[int, int]:
+    """(width, height) in the header of an untrusted image; decodes no pixels.
+
+    Raises:
+        UserError: the data does not begin like an image.
+    """
+    with _untrusted(data) as image:
+        return image.size
+
+
 def open_image(data: bytes, max_side: int) -> Image.Image:
     """Open an untrusted image as RGB; the size in its header is checked before decoding.
 
     Raises:
         UserError: the data is not an image, is corrupt, or is too large.
     """
+    with _untrusted(data) as image:
+        if max(image.size) > max_side:
+            raise UserError(
+                f"The image has {image.width} x {image.height} pixels; the limit per side is {max_side}."
+            )
+        return image.convert("RGB")
+
+
+@contextlib.contextmanager
+def _untrusted(data: bytes) -> Iterator[Image.Image]:
+    """An opened image; Pillow's errors become UserErrors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=UPLOAD_FORMATS) as image:
-                if max(image.size) > max_side:
-                    raise UserError(
-                        f"The image has {image.width} x {image.height} pixels; the limit per side is "
-                        f"{max_side}."
-                    )
-                return image.convert("RGB")
+                yield image
     except UserError:
         raise
     except Image.UnidentifiedImageError as error:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from open_unitok import __version__
@@ -16,8 +16,11 @@ from open_unitok.core.errors import UserError
 
 from ..pipeline import Pipeline
 from .batcher import QueueFull, ShuttingDown
+from .errors import error_body
 from .handlers import chat_completions, image_generations
-from .middleware import AccessMiddleware, Limits, error_body
+from .limits import Limits
+from .middleware import AccessMiddleware
+from .request_body import InvalidBody
 from .schema import ChatRequest, ImageRequest
 from .server import ClientDisconnected, Server, UnknownModel
 
@@ -37,11 +40,11 @@ def create_app(
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         server.batcher.start()
         yield
-        server.batcher.stop()
-        server.executor.shutdown(wait=False, cancel_futures=True)
+        server.close()
 
     # no /docs and /redoc: these pages load their scripts from the internet
-    app = FastAPI(title="OpenUniTok", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    options: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="OpenUniTok", version=__version__, lifespan=lifespan, **options)
     app.state.server = server
     _add_routes(app, server)
     _add_error_handlers(app)
@@ -51,6 +54,7 @@ def create_app(
         AccessMiddleware,
         limits=server.limits,
         metrics=server.metrics,
+        bodies=server.bodies,
         routes=routes,
         token=token,
         hosts=hosts,
@@ -78,15 +82,18 @@ def _add_routes(app: FastAPI, server: Server) -> None:
         server.check_model(model)
         return _model_object(server)
 
-    @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request) -> Response:
-        server.check_model(body.model)
-        return await chat_completions(server, body, request)
+    @app.post("/v1/chat/completions", openapi_extra=_body_schema(ChatRequest))
+    async def chat(request: Request) -> Response:
+        return await chat_completions(server, request)
 
-    @app.post("/v1/images/generations")
-    async def images(body: ImageRequest, request: Request) -> Response:
-        server.check_model(body.model)
-        return await image_generations(server, body, request)
+    @app.post("/v1/images/generations", openapi_extra=_body_schema(ImageRequest))
+    async def images(request: Request) -> Response:
+        return await image_generations(server, request)
+
+
+def _body_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """The body's schema for /openapi.json; FastAPI would parse the body on the event loop."""
+    return {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
 
 
 def _model_object(server: Server) -> dict[str, Any]:
@@ -119,13 +126,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def disconnected(_: Request, __: Exception) -> Response:
         return Response(status_code=499)  # never received; the middleware records the status in the metrics
 
-    @app.exception_handler(RequestValidationError)
+    @app.exception_handler(InvalidBody)
     async def invalid(_: Request, error: Any) -> Response:
-        first = error.errors()[0]
-        # keys are text of the client: limit their length
-        where = ".".join(str(part)[:60] for part in first["loc"] if part != "body")[:200]
-        message = f"{where or 'The body'}: {first['msg']}"
-        return JSONResponse(error_body(message[:500], 400, first["type"], where or None), 400)
+        return JSONResponse(error_body(str(error), 400, error.code, error.param or None), 400)
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: Any) -> Response:

@@ -43,12 +43,16 @@ class Job:
         arrived: creation time on the monotonic clock.
         cancelled: the client no longer waits; a batch of cancelled jobs only is dropped.
         finished: the result or the error has been sent.
+        started: it is in a batch, or was.
+        siblings: the jobs of the same request, this one included.
     """
 
     def __init__(self, key: BatchKey, task: Any):
         self.key, self.task = key, task
         self.cancelled = False
         self.finished = False
+        self.started = False
+        self.siblings: Sequence[Job] = (self,)
         self.arrived = time.monotonic()
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
@@ -130,6 +134,7 @@ class Batcher:
         self._idle_since: dict[str, float] = {}  # kind -> when its last batch ended
         self._changed = threading.Condition()
         self._stopping = False
+        self._draining = False
         self._thread = threading.Thread(target=self._run, name="unitok-model", daemon=True)
 
     def start(self) -> None:
@@ -145,10 +150,18 @@ class Batcher:
         if self._thread.is_alive():
             self._thread.join(timeout)
 
+    def drain(self) -> None:
+        """Fail the jobs of requests that wait, and accept no new ones; requests that run are finished."""
+        with self._changed:
+            self._draining = True
+            kept = [job for job in self._queue if any(other.started for other in job.siblings)]
+            _fail_all([job for job in self._queue if job not in kept], _shutting_down())
+            self._queue = kept
+
     @property
     def alive(self) -> bool:
-        """True while the thread runs."""
-        return self._thread.is_alive()
+        """True while the thread runs and jobs are accepted."""
+        return self._thread.is_alive() and not self._draining
 
     @property
     def waiting(self) -> int:
@@ -163,17 +176,22 @@ class Batcher:
         return sum(job.pending for jobs, _ in list(self._active.values()) for job in jobs)
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all of the jobs or none.
+        """Queue all of the jobs of one request or none.
 
         Raises:
-            QueueFull: the queue has no capacity for all of them.
+            UserError: there are more of them than the queue ever holds.
+            QueueFull: the queue has no capacity for all of them now.
             ShuttingDown: the server is stopping.
         """
+        if len(jobs) > self.max_queue_size:
+            raise UserError(f"n is {len(jobs)}; the queue of this server holds {self.max_queue_size}.")
+        for job in jobs:
+            job.siblings = jobs
         with self._changed:
             # cancelled jobs must not count towards the limit
             self._queue = [job for job in self._queue if not job.cancelled]
-            if self._stopping:
-                raise ShuttingDown("The server is shutting down.")
+            if self._stopping or self._draining:
+                raise _shutting_down()
             if len(self._queue) + len(jobs) > self.max_queue_size:
                 raise QueueFull(
                     f"The queue holds {len(self._queue)} images or answers; {len(jobs)} more would exceed "
@@ -189,7 +207,7 @@ class Batcher:
             # round robin: one step of each kind
             for kind in list(self._active):
                 self._step(kind)
-        error = ShuttingDown("The server is shutting down.")
+        error = _shutting_down()
         for jobs, steps in self._active.values():
             _close(steps)
             _fail_all(jobs, error)
@@ -204,8 +222,9 @@ class Batcher:
                 self._queue = [job for job in self._queue if not job.cancelled]
                 batches, soonest = self._ready_batches()
                 if batches or self._active or self._stopping:
-                    taken = {id(job) for batch in batches for job in batch}
-                    self._queue = [job for job in self._queue if id(job) not in taken]
+                    for job in (job for batch in batches for job in batch):
+                        job.started = True
+                    self._queue = [job for job in self._queue if not job.started]
                     return batches
                 self._changed.wait(soonest)  # None: until a job is submitted or the server stops
 
@@ -255,6 +274,10 @@ class Batcher:
             _fail_all(jobs, error)
         del self._active[kind]
         self._idle_since[kind] = time.monotonic()
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("The server is shutting down: send the request to another one, or later.")
 
 
 def _fail_all(jobs: Sequence[Job], error: Exception) -> None:

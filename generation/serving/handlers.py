@@ -19,7 +19,7 @@ from open_unitok.core.errors import UserError
 from ..image_files import image_bytes
 from ..sampling import Sampling
 from .batcher import Job, ShuttingDown
-from .middleware import error_body
+from .errors import error_body
 from .schema import ChatRequest, ImageRequest
 from .server import Server, until_disconnect
 from .worker import Completion
@@ -27,31 +27,38 @@ from .worker import Completion
 _log = logging.getLogger(__name__)
 
 
-async def chat_completions(server: Server, body: ChatRequest, request: Request) -> Response:
+async def chat_completions(server: Server, request: Request) -> Response:
     """POST /v1/chat/completions."""
     # for a stream this covers only parsing; `_EventStream` has its own timeout
     async with asyncio.timeout(server.limits.timeout):
-        parsing = server.run_in_thread(server.parser.parse_chat, body)
-        key, task = await server.or_disconnect(request, parsing)
-        job = Job(key, task)
-        server.metrics.tokens.labels("prompt").inc(len(task.prompt_ids))
+        body = await server.read(request, ChatRequest)
+        parsing = server.parse_chat(body)
+        conversation, parsed = await server.or_disconnect(request, parsing, until_draining=True)
+        jobs = [Job(key, task) for key, task in parsed]
+        prompt_tokens = len(conversation.ids)
+        server.metrics.tokens.labels("prompt").inc(prompt_tokens)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": server.name}
         if body.stream:
-            return _submit_stream(server, [job], _chat_events(server, body, job, head))
-        with server.submitted([job]):
-            completion: Completion = await server.or_disconnect(request, job.result())
-    server.metrics.tokens.labels("completion").inc(completion.tokens)
-    message = {"role": "assistant", "content": completion.text, "refusal": None}
-    choice = {"index": 0, "message": message, "finish_reason": completion.finish_reason, "logprobs": None}
-    usage = _usage(len(task.prompt_ids), completion.tokens)
-    return JSONResponse({**head, "object": "chat.completion", "choices": [choice], "usage": usage})
+            return _submit_stream(server, jobs, _chat_events(server, body, jobs, prompt_tokens, head))
+        with server.submitted(jobs):
+            completions: list[Completion] = await server.or_disconnect(request, _results(jobs))
+    choices = []
+    for index, completion in enumerate(completions):
+        message = {"role": "assistant", "content": completion.text, "refusal": None}
+        choice = {"index": index, "message": message, "finish_reason": completion.finish_reason}
+        choices.append({**choice, "logprobs": None})
+    tokens = sum(completion.tokens for completion in completions)
+    server.metrics.tokens.labels("completion").inc(tokens)
+    usage = _usage(prompt_tokens, tokens)
+    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage})
 
 
-async def image_generations(server: Server, body: ImageRequest, request: Request) -> Response:
+async def image_generations(server: Server, request: Request) -> Response:
     """POST /v1/images/generations."""
     async with asyncio.timeout(server.limits.timeout):
+        body = await server.read(request, ImageRequest)
         parsing = server.run_in_thread(server.parser.parse_image, body)
-        key, tasks = await server.or_disconnect(request, parsing)
+        key, tasks = await server.or_disconnect(request, parsing, until_draining=True)
         jobs = [Job(key, task) for task in tasks]
         if body.stream:
             return _submit_stream(server, jobs, _image_events(server, body, jobs[0], key.sampling))
@@ -73,26 +80,50 @@ async def _results(jobs: Sequence[Job]) -> list[Any]:
 
 
 async def _chat_events(
-    server: Server, body: ChatRequest, job: Job, head: dict[str, Any]
+    server: Server, body: ChatRequest, jobs: Sequence[Job], prompt_tokens: int, head: dict[str, Any]
 ) -> AsyncIterator[str]:
     """The server-sent events of a chat completion."""
+    # as in OpenAI's API, the usage comes in a last chunk without choices, only on request; null before
+    with_usage = body.stream_options is not None and body.stream_options.include_usage
+    empty = {"usage": None} if with_usage else {}
 
-    def chunk(delta: dict[str, str], finish_reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        return _data({**head, "object": "chat.completion.chunk", "choices": [choice]})
+    def chunk(index: int, delta: dict[str, str], finish_reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        return _data({**head, "object": "chat.completion.chunk", "choices": [choice], **empty})
 
-    yield chunk({"role": "assistant", "content": ""})
-    async for kind, value in job.events():
+    for index in range(len(jobs)):
+        yield chunk(index, {"role": "assistant", "content": ""})
+    tokens = 0
+    async for index, (kind, value) in _merged_events(jobs):
         if kind == "partial":
-            yield chunk({"content": value})
+            yield chunk(index, {"content": value})
             continue
+        tokens += value.tokens
         server.metrics.tokens.labels("completion").inc(value.tokens)
-        yield chunk({}, value.finish_reason)
-        # as in OpenAI's API, the usage comes in a last chunk without choices, only on request
-        if body.stream_options and body.stream_options.include_usage:
-            usage = _usage(len(job.task.prompt_ids), value.tokens)
-            yield _data({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+        yield chunk(index, {}, value.finish_reason)
+    if with_usage:
+        usage = _usage(prompt_tokens, tokens)
+        yield _data({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
     yield "data: [DONE]\n\n"
+
+
+async def _merged_events(jobs: Sequence[Job]) -> AsyncIterator[tuple[int, tuple[str, Any]]]:
+    """(index, event) of all jobs as they come; raises if one fails."""
+    sources = [job.events() for job in jobs]
+    waiting = {asyncio.ensure_future(anext(source)): i for i, source in enumerate(sources)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            # in the order of the jobs: asyncio.wait returns a set
+            for future in sorted(done, key=waiting.__getitem__):
+                index = waiting.pop(future)
+                event = await future
+                yield index, event
+                if event[0] != "result":
+                    waiting[asyncio.ensure_future(anext(sources[index]))] = index
+    finally:
+        for future in waiting:
+            future.cancel()
 
 
 async def _image_events(

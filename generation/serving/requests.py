@@ -1,54 +1,75 @@
-"""Validated requests to tasks: messages to ids, URLs to images, checks of lengths.
+"""Validated requests to tasks: messages to ids, checks of lengths, seeds.
 
 Runs on a separate thread; an invalid request raises `UserError` before it is queued.
 """
 
-import base64
-import binascii
+import dataclasses
 import secrets
-from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from collections.abc import Sequence
 
 from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.prompts import IMAGE_MARK
-from open_unitok.tokenizer.images import to_pil
 
-from ..image_files import open_image
 from ..pipeline import Pipeline
 from ..sampling import check_seed
 from ..validation import check_prompts, check_texts
-from .schema import MAX_IMAGES, ChatRequest, ImagePart, ImageRequest, Message
+from .schema import MAX_IMAGES, ChatRequest, ImageRequest, Message
 from .worker import AnswerKey, AnswerTask, ImageKey, ImageTask
 
 _DEFAULT_NEW_TOKENS = 256
+
+
+@dataclasses.dataclass
+class Conversation:
+    """A parsed chat request before its images are decoded.
+
+    Attributes:
+        ids: of the whole conversation, with placeholders for the images.
+        urls: of the images, in their order.
+        limit: new tokens.
+    """
+
+    request: ChatRequest
+    ids: list[int]
+    urls: list[str]
+    limit: int
+
+    def jobs(self, images: Sequence[Image.Image]) -> list[tuple[AnswerKey, AnswerTask]]:
+        """Key and task of each of the n answers."""
+        request, temperature = self.request, self.request.temperature or 0.0
+        stops = [stop for stop in request.stops if stop]
+        task = AnswerTask(self.ids, list(images), self.limit, stops)
+        if temperature == 0:  # greedy: the n answers are equal
+            return [(AnswerKey(), task)] * (request.n or 1)
+        keys = []
+        for number in range(request.n or 1):
+            seed = None if request.seed is None else check_seed(request.seed + number)
+            # object() is equal only to itself: an answer with a seed shares no batch
+            own = None if seed is None else object()
+            settings = (max(temperature, 0.01), request.top_k or 0, request.top_p or 1.0)
+            keys.append(AnswerKey(True, *settings, seed, own))
+        return [(key, task) for key in keys]
 
 
 class RequestParser:
     """Turns validated requests into tasks for one pipeline.
 
     Args:
-        max_side: maximum longer side of an image in pixels; it determines the cost, because images are
-            padded.
-        files: the folder that file: URLs may read; None = file: URLs are rejected.
         max_new_tokens: of one answer.
     """
 
-    def __init__(
-        self, pipe: Pipeline, max_side: int = 8192, files: Path | None = None, max_new_tokens: int = 1024
-    ):
-        self.pipe, self.max_side, self.max_new_tokens = pipe, max_side, max_new_tokens
-        self.files = None if files is None else files.resolve()
+    def __init__(self, pipe: Pipeline, max_new_tokens: int = 1024):
+        self.pipe, self.max_new_tokens = pipe, max_new_tokens
         self.context = pipe.model.config.context_length
         layout, patch_size = pipe.layout, pipe.unitok.config.patch_size
         self.output_size = f"{layout.columns * patch_size}x{layout.rows * patch_size}"  # width x height
 
-    def parse_chat(self, request: ChatRequest) -> tuple[AnswerKey, AnswerTask]:
+    def parse_chat(self, request: ChatRequest) -> Conversation:
         """
         Raises:
-            UserError: the order of roles is not valid, an image is not readable, or there are too many
-                tokens.
+            UserError: the messages are not a conversation, or there are too many tokens.
         """
         questions, answers, urls = parse_chat_messages(request.messages)
         if len(urls) > MAX_IMAGES:
@@ -62,19 +83,10 @@ class RequestParser:
             raise UserError(f"max_tokens is {limit}; this server allows at most {self.max_new_tokens}.")
         if limit > available:
             raise UserError(
-                f"The conversation has {len(ids)} tokens with its images; {limit} new ones exceed the "
+                f"messages has {len(ids)} tokens with its images; {limit} new ones exceed the "
                 f"model's context of {self.context}: shorten the conversation or lower max_tokens."
             )
-        images = [self.load_image_url(url) for url in urls]
-        temperature = request.temperature or 0.0
-        key = AnswerKey()  # greedy
-        if temperature > 0:
-            # object() is equal only to itself: an answer with a seed shares no batch
-            key = AnswerKey(
-                True, max(temperature, 0.01), request.top_k or 0, request.top_p or 1.0, request.seed,
-                object() if request.seed is not None else None,
-            )  # fmt: skip
-        return key, AnswerTask(ids, images, limit, [stop for stop in request.stops if stop])
+        return Conversation(request, ids, urls, limit)
 
     def parse_image(self, request: ImageRequest) -> tuple[ImageKey, list[ImageTask]]:
         """
@@ -111,47 +123,21 @@ class RequestParser:
         previews = min(previews, rows - 1)
         return frozenset(round(rows * (i + 1) / (previews + 1)) for i in range(previews)) - {0, rows}
 
-    def load_image_url(self, url: str) -> Image.Image:
-        """The image of a data: or allowed file: URL, padded and scaled to the model's input size.
 
-        Raises:
-            UserError: the URL is not allowed, or is not an image within the limits.
-        """
-        is_file = self.files is not None and url.startswith("file:")
-        data = self._read_file_url(url) if is_file else read_data_url(url)
-        # Scale now: full-size images in the queue would need much memory. Preprocessing on the model's thread
-        # is then the identity.
-        return to_pil(self.pipe.processor.pixels(open_image(data, self.max_side)))
-
-    def _read_file_url(self, url: str) -> bytes:
-        assert self.files is not None
-        path = Path(unquote(urlsplit(url).path))
-        rejected = UserError("image_url is a file outside the folder that this server may read.")
-        if "\0" in str(path):  # resolve() would raise ValueError
-            raise rejected
-        # resolve before the check: absolute paths, `..` and links may point outside the folder
-        path = (self.files / path).resolve()
-        if not path.is_relative_to(self.files) or not path.is_file():
-            raise rejected
-        return path.read_bytes()
-
-
-def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], list[str]]:
+def parse_chat_messages(messages: Sequence[Message]) -> tuple[list[str], list[str], list[str]]:
     """Messages -> questions with image marks, the answers to all but the last one, and image URLs in order.
 
-    System messages are put before the first question: the models are trained without a system role.
+    The models know questions and answers only. Neighbouring messages of one side are one turn; system
+    messages belong to the question that follows, or to the last one.
 
     Raises:
-        UserError: user and assistant do not alternate, or a message has no text or images it may not have.
+        UserError: the last turn is not a question or is empty, or a message has images it may not have.
     """
-    system: list[str] = []
-    questions: list[str] = []
-    answers: list[str] = []
+    turns: list[tuple[bool, list[str]]] = []  # (is an answer, texts)
+    marks: list[int] = []  # images per turn
     urls: list[str] = []
     for i, message in enumerate(messages):
-        parts = message.parts()
-        images = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
-        text = "\n".join(part.text for part in parts if not isinstance(part, ImagePart)).strip()
+        text, images = message.text.strip(), message.image_urls
         if IMAGE_MARK in text:  # would be counted as an image
             raise UserError(
                 f"messages[{i}] has the text {IMAGE_MARK}, which is reserved for images: rephrase it."
@@ -160,42 +146,22 @@ def parse_chat_messages(messages: list[Message]) -> tuple[list[str], list[str], 
             raise UserError(
                 f"messages[{i}] has role {message.role} and images; only user messages may have images."
             )
-        if message.role in ("system", "developer"):
-            if questions:
-                raise UserError(f"messages[{i}] has role {message.role}; such messages must come first.")
-            system.append(text)
-            continue
-        if not text:
-            raise UserError(f"messages[{i}] has no text.")
-        # a user message is due whenever every question so far has an answer
-        if (message.role == "user") != (len(questions) == len(answers)):
-            raise UserError(
-                f"messages[{i}] has role {message.role}; user and assistant must alternate, user first."
-            )
-        if message.role == "assistant":
-            answers.append(text)
-            continue
-        prefix = "\n".join(filter(None, system)) + "\n" if any(system) and not questions else ""
-        questions.append(f"{IMAGE_MARK}\n" * len(images) + prefix + text)
+        is_answer = message.role == "assistant"
+        if not turns and is_answer:  # a greeting: an answer without a question
+            turns.append((False, []))
+            marks.append(0)
+        if not turns or turns[-1][0] != is_answer:
+            turns.append((is_answer, []))
+            marks.append(0)
+        turns[-1][1].append(text)
+        marks[-1] += len(images)
         urls += images
-    if len(questions) != len(answers) + 1:
-        raise UserError("The last message must have role user: there is nothing to answer.")
-    return questions, answers, urls
-
-
-def read_data_url(url: str) -> bytes:
-    """Decode data:image/...;base64,...
-
-    Raises:
-        UserError: not a data: URL of an image, or invalid base64.
-    """
-    # URLs are never fetched: a server that fetches can be used to reach hosts behind its firewall
-    head, comma, body = url.partition(",")
-    if not head.startswith("data:image/") or not head.endswith(";base64") or not comma:
-        raise UserError(
-            "image_url must be data:image/png;base64,... (or jpeg, webp, gif, bmp): URLs are not fetched."
-        )
-    try:
-        return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise UserError(f"image_url is not valid base64: {error}.") from error
+    last = len(messages) - 1
+    if turns[-1][0]:
+        raise UserError(f"messages[{last}] has role assistant; the last message must have role user.")
+    if not any(turns[-1][1]) and not marks[-1]:
+        raise UserError(f"messages[{last}] has no text and no image: there is nothing to answer.")
+    texts = [
+        f"{IMAGE_MARK}\n" * count + "\n".join(filter(None, parts)) for (_, parts), count in zip(turns, marks)
+    ]
+    return texts[::2], texts[1::2], urls

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 import torch
 from PIL import Image
+from starlette.middleware import Middleware
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.images import image_psnr, to_pil, to_pixels
@@ -18,6 +19,8 @@ from open_unitok.tokenizer.images import image_psnr, to_pil, to_pixels
 from ..image_files import open_image
 from ..pipeline import Pipeline
 from ..sampling import SCHEDULES, Sampling
+from ..serving.listen import allowed_hosts
+from ..serving.origin import OriginMiddleware
 from .views import CODE_MAPS_SCRIPT, code_colours, code_maps, comparison_view, hint_view, images_view
 
 _MAX_SIDE = 8192  # pixels of an uploaded image's longer side
@@ -57,8 +60,14 @@ def build_page(pipe: Pipeline, name: str, examples: Sequence[str] = ()) -> gr.Bl
     return page.queue(max_size=32)
 
 
-def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
-    """Serve the page on a separate thread; returns its URL."""
+def launch(
+    page: gr.Blocks, host: str, port: int, browser: bool = False, allow_hosts: Sequence[str] = ()
+) -> str:
+    """Serve the page on a separate thread; returns its URL.
+
+    Args:
+        allow_hosts: names of the server in Host and Origin headers, besides those of this machine.
+    """
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=["ui-sans-serif", "system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
@@ -69,6 +78,10 @@ def launch(page: gr.Blocks, host: str, port: int, browser: bool = False) -> str:
         theme=theme, css_paths=[Path(__file__).with_name("page.css")], max_file_size=_MAX_UPLOAD,
         allowed_paths=[], max_threads=8, share=False, ssr_mode=False, footer_links=[],
         enable_monitoring=False, pwa=False, mcp_server=False,
+        app_kwargs={
+            "docs_url": None, "redoc_url": None,
+            "middleware": [Middleware(OriginMiddleware, hosts=allowed_hosts(host, allow_hosts))],
+        },
     )  # fmt: skip
     return url
 

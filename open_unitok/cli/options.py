@@ -62,11 +62,19 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_address_options(parser: argparse.ArgumentParser, port: int, help: str | None = None) -> None:
-    """--host and --port."""
+    """--host, --port and --allow-host."""
     parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
     )
     parser.add_argument("--port", type=int, default=port, help=help or f"(default: {port})")
+    parser.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept this name in the Host and Origin headers, for a reverse proxy; may be repeated "
+        "(default: on this machine's own address its names only, elsewhere any)",
+    )
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:

@@ -13,7 +13,7 @@ from open_unitok.core.files import existing
 from .options import add_address_options, add_model_options, load_pipeline, require_extra
 
 if TYPE_CHECKING:
-    from open_unitok.generation.serving.middleware import Limits
+    from open_unitok.generation.serving.limits import Limits
 
 TOKEN_VARIABLE = "UNITOK_TOKEN"
 
@@ -57,10 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until interrupted."""
     require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
-    import uvicorn
-
     from open_unitok.generation.serving.app import create_app
-    from open_unitok.generation.serving.listen import listen, loopback_names
+    from open_unitok.generation.serving.http_server import HttpServer
+    from open_unitok.generation.serving.listen import allowed_hosts, listen
 
     # all checks come before the model, which takes seconds to load
     limits, token = _limits(args), _read_token(args)
@@ -71,8 +70,7 @@ def run(args: argparse.Namespace) -> None:
     sock = listen(args.host, args.port)
     pipe = load_pipeline(args)
     name = args.name or Path(args.model).resolve().name
-    # the Host header is checked on loopback only, against DNS rebinding; None = not checked
-    hosts = loopback_names(args.host)
+    hosts = allowed_hosts(args.host, args.allow_host)
     app = create_app(pipe, name, limits, token, files, hosts)
     # IPv6 addresses need brackets in a URL
     host = f"[{args.host}]" if ":" in args.host else args.host
@@ -82,10 +80,9 @@ def run(args: argparse.Namespace) -> None:
             "Warning: everyone who reaches this address can use it; set --token-file to require a token.",
             file=sys.stderr,
         )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, ws="none")
     # uvicorn shuts down gracefully, then raises the signal again
     with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run(sockets=[sock])
+        HttpServer(app).run(sockets=[sock])
     print("Stopped.", file=sys.stderr)
 
 
@@ -94,7 +91,7 @@ def _limits(args: argparse.Namespace) -> "Limits":
     Raises:
         UserError: a limit is not a number above 0.
     """
-    from open_unitok.generation.serving.middleware import Limits
+    from open_unitok.generation.serving.limits import Limits
 
     for name in ("max_batch_size", "max_queue_size", "max_body", "max_side", "max_new_tokens", "timeout"):
         value = getattr(args, name)
@@ -114,13 +111,18 @@ def _read_token(args: argparse.Namespace) -> str | None:
     """The bearer token; None = no authentication.
 
     Raises:
-        UserError: the file is missing, a folder, or does not hold exactly one token.
+        UserError: the file is missing or a folder, or it or the variable does not hold exactly one token.
     """
     # a file or variable, not an option: options are visible to every user in `ps`
-    if args.token_file is None:
-        return os.environ.get(TOKEN_VARIABLE) or None
-    path = existing(args.token_file)
-    token = "" if path.is_dir() else path.read_text(encoding="utf-8", errors="replace").strip()
+    if args.token_file is not None:
+        path = existing(args.token_file)
+        text = "" if path.is_dir() else path.read_text(encoding="utf-8", errors="replace")
+        name = f"--token-file {args.token_file}"
+    elif not (text := os.environ.get(TOKEN_VARIABLE, "")):
+        return None
+    else:  # a blank one must not mean "no authentication"
+        name = f"The variable {TOKEN_VARIABLE}"
+    token = text.strip()
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise UserError(f"--token-file {args.token_file} must hold one line of ASCII without spaces.")
+        raise UserError(f"{name} must hold one line of ASCII without spaces.")
     return token

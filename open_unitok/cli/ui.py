@@ -32,6 +32,6 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.generation.ui.page import build_page, launch
 
     page = build_page(load_pipeline(args), Path(args.model).resolve().name)
-    url = launch(page, args.host, args.port, args.open)
+    url = launch(page, args.host, args.port, args.open, args.allow_host)
     print(f"The page is at {url} (Ctrl-C stops it)", file=sys.stderr)
     page.block_thread()

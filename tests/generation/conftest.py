@@ -163,14 +163,13 @@ def ask():
 @contextlib.contextmanager
 def running(pipe, limits=None, **options):
     """A running server; yields (its address, its `Server`)."""
-    import uvicorn
-
     from open_unitok.generation.serving.app import create_app
+    from open_unitok.generation.serving.http_server import HttpServer
     from open_unitok.generation.serving.listen import listen
 
     app = create_app(pipe, "tiny", limits, **options)
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=2))
+    server = HttpServer(app, grace=2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
@@ -192,7 +191,7 @@ def serving():
 @pytest.fixture(scope="session")
 def server(pipe):
     """(address, `Server`) with small limits."""
-    from open_unitok.generation.serving.middleware import Limits
+    from open_unitok.generation.serving.limits import Limits
 
     limits = Limits(
         max_batch_size=4, max_queue_size=6, max_body=200_000, max_side=1000, timeout=60, body_timeout=2

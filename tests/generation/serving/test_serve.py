@@ -15,9 +15,9 @@ from PIL import Image
 
 from open_unitok.generation import Sampling
 from open_unitok.generation.image_files import RECORD_KEY
-from open_unitok.generation.serving.listen import listen
+from open_unitok.generation.serving.limits import Limits
+from open_unitok.generation.serving.listen import allowed_hosts, listen
 from open_unitok.generation.serving.metrics import ServerMetrics
-from open_unitok.generation.serving.middleware import Limits
 
 
 @pytest.fixture
@@ -271,12 +271,33 @@ def test_requests_need_the_token(pipe, serving, ask):
         assert ask(url, path="/health")[0] == 200
 
 
-def test_other_host_headers_are_rejected_on_loopback(pipe, serving, ask):
-    with serving(pipe, hosts=frozenset({"localhost", "127.0.0.1", "::1"})) as (url, _):
+def test_web_pages_of_other_sites_are_rejected_on_loopback(pipe, serving, ask):
+    with serving(pipe, hosts=allowed_hosts("127.0.0.1")) as (url, _):
         port = url.rpartition(":")[2]
-        assert ask(url, path="/v1/models", host="evil.example")[0] == 403
-        assert ask(url, path="/v1/models", host=f"localhost:{port}")[0] == 200
-        assert ask(url, path="/v1/models", host=f"[::1]:{port}")[0] == 200
+        for host in (
+            "evil.example",
+            "localhost.evil.example",
+            f"127.0.0.1:{port}@evil.example",
+            "localhost.",
+            "",
+        ):
+            status, answer = ask(url, path="/v1/models", host=host)
+            assert status == 403 and answer["error"]["code"] == "wrong_host", host
+        for host in (f"localhost:{port}", f"[::1]:{port}", "LOCALHOST", "127.0.0.1"):
+            assert ask(url, path="/v1/models", host=host)[0] == 200
+        # a cross-site POST needs no permission if it has no content-type
+        for origin in ("http://evil.example", "null", "http://localhost.evil.example", "file://", "http://["):
+            status, answer = ask(url, user("a"), origin=origin)
+            assert status == 403 and answer["error"]["code"] == "wrong_origin", origin
+        assert ask(url, {**user("a"), "max_tokens": 1}, origin="http://localhost:3000")[0] == 200
+
+
+def test_the_names_a_server_accepts():
+    assert allowed_hosts("0.0.0.0") is None and allowed_hosts("myhost") is None
+    assert allowed_hosts("::1") == allowed_hosts("localhost") == {"localhost", "127.0.0.1", "::1"}
+    assert allowed_hosts("127.0.0.5") == {"localhost", "127.0.0.1", "::1", "127.0.0.5"}
+    assert "me.example" in allowed_hosts("127.0.0.1", ["Me.Example"])
+    assert allowed_hosts("0.0.0.0", ["me.example"]) >= {"me.example"}
 
 
 def test_two_servers_have_separate_metrics():

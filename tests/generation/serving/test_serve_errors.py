@@ -63,9 +63,9 @@ CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
         (CHAT, user("\ud800"), "messages"),
         (CHAT, user(7), "messages"),
         (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "role"),
-        (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, "must alternate"),
-        (CHAT, {"messages": user("a")["messages"] * 2}, "must alternate"),
-        (CHAT, {"messages": [{"role": "system", "content": "a"}]}, "last message"),
+        (CHAT, {"messages": [{"role": "assistant", "content": "a"}]}, "last message must have role user"),
+        (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0] needs 'content'"),
+        (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
         (CHAT, {**user("a"), "max_tokens": 0}, "max_tokens"),
         (CHAT, {**user("a"), "max_tokens": 60}, "context of 64"),
         (CHAT, {**user("a"), "max_tokens": 5000}, "at most 1024"),
@@ -73,8 +73,9 @@ CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
         (CHAT, {**user("a"), "temperature": float("nan")}, "temperature"),
         (CHAT, {**user("a"), "temperature": True}, "temperature"),
         (CHAT, {**user("a"), "top_p": 0}, "top_p"),
-        (CHAT, {**user("a"), "n": 2}, "n"),
-        (CHAT, {**user("a"), "tools": []}, "tools"),
+        (CHAT, {**user("a"), "n": 17}, "n is 17; it must be less than or equal to 16"),
+        (CHAT, {**user("a"), "n": 7}, "n is 7; the queue of this server holds 6"),
+        (CHAT, {**user("a"), "n": 2, "seed": 2**63 - 1, "temperature": 1}, "seed"),
         (CHAT, {**user("a"), "seed": 2**70}, "seed"),
         (CHAT, question_about("http://127.0.0.1/a.png"), "not fetched"),
         (CHAT, question_about("file:///etc/passwd"), "not fetched"),
@@ -90,7 +91,7 @@ CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
         (
             CHAT,
             {**question_about(png()), "messages": question_about(png())["messages"] * 20},
-            "must alternate",
+            "20 images; at most 16",
         ),
         (GENERATE, {"prompt": ""}, "prompt"),
         (GENERATE, {"prompt": " "}, "not empty"),
@@ -121,7 +122,12 @@ def test_errors_of_unknown_routes_and_methods_have_the_same_format(server, ask):
     for path, status in (("/v1/nothing", 404), ("/v1/chat/completions", 405), ("/docs", 404)):
         found, answer = ask(url, path=path)
         assert found == status and answer["error"]["type"] == "invalid_request_error"
-    assert ask(url, user("a"), **{"content-type": "text/plain"})[0] == 400
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a"):
+        status, answer = ask(url, user("a"), **{"content-type": kind})
+        assert status == 400 and f"{kind.partition(';')[0]!r}; it must be" in answer["error"]["message"]
+        assert answer["error"]["code"] == "unsupported_content_type"
+    # not a redirect, which a client follows without its body
+    assert ask(url, user("a"), "/v1/chat/completions/")[0] == 404
 
 
 def test_bodies_are_limited_in_size_and_time(server, ask):

@@ -1,6 +1,7 @@
 """The page of `unitok ui` in headless Chromium: generate, ask, reconstruct, and invalid input."""
 
 import base64
+import http.client
 import io
 import json
 import re
@@ -265,3 +266,35 @@ def test_similar_codes_have_similar_colours(tiny_unitok):
     assert code_colours(None, [4, 3]).unique(dim=1).shape == (2, 4, 3)  # a quantiser without a table
     maps = code_maps(colours.new_zeros(9, 3), colours, 3)
     assert maps.count("<svg") == 3 and maps.count("<rect") == 27 and "1 used" in maps
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/info", "/gradio_api/queue/join"])
+def test_pages_of_other_sites_are_rejected(address, path):
+    def status(method="GET", **headers):
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        connection.request(method, path, b"{}" if method == "POST" else None, headers)
+        answer = connection.getresponse()
+        connection.close()
+        return answer.status, answer.read()
+
+    port = address.rpartition(":")[2]
+    for host in (
+        "evil.example",
+        f"evil.example:{port}",
+        "127.0.0.1.evil.example",
+        "127.0.0.1:1@evil.example",
+        "",
+    ):
+        found, body = status(host=host)
+        assert found == 403 and b"wrong_host" in body, host
+    for origin in (
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1.evil.example:{port}",
+        "http://[",
+        "file://",
+    ):
+        found, body = status("POST", origin=origin)
+        assert found == 403 and b"wrong_origin" in body, origin
+    for own in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST"):
+        assert status(host=own, origin=f"http://{own}")[0] != 403
