@@ -122,7 +122,7 @@ class CodeFolder:
 
     def _read_index(self, shard: int) -> list[TarSample]:
         path = self.folder / self.manifest["shards"][shard]["file"]
-        records, problem = scan_tar(str(existing(path, "Run `unitok extract-codes` again.")))
+        records, problem, _ = scan_tar(str(existing(path, "Run `unitok extract-codes` again.")))
         if problem or len(records) != self.sizes[shard]:
             raise UserError(
                 f"{path} is broken ({problem or f'{len(records)} samples'}; {CODES_MANIFEST} lists "

@@ -135,7 +135,7 @@ def _extract_tar(
     unitok: UniTok, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
 ) -> None:
     """One tar of images to one tar of codes, then its description."""
-    records, problem = scan_tar(tar)
+    records, problem, notes = scan_tar(tar)
     if problem:
         raise UserError(f"{tar} is broken: {problem}. Repair it, or leave it out of --data.")
     bad: list[str] = []
@@ -243,7 +243,7 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     Raises:
         UserError: the tar does not hold the written samples.
     """
-    records, problem = scan_tar(str(path))
+    records, problem, _ = scan_tar(str(path))
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "

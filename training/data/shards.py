@@ -2,6 +2,8 @@
 
 The order of samples is a function of (seed, epoch): tars are shuffled, their samples pass through a shuffle
 buffer, and sources are mixed by weight. The buffer holds positions in tars, not bytes, so the state is small.
+Streams (URLs, `pipe:` commands, compressed tars) cannot seek: their samples lie in the buffer, and a resumed
+run reads the tars again of which it held samples.
 """
 
 import hashlib
@@ -21,12 +23,14 @@ from open_unitok.core.errors import UserError
 
 from ..core.options import DataSource, ShardOptions
 from . import seeding
+from .tar_files import STDIN, StreamedTar, is_stream, matching_shards, shown, source_name
 from .tar_index import (
     LOGGED_BAD_SAMPLES,
     MIN_SEEN_FOR_BAD_SHARE,
     BadSample,
+    Notes,
     TarSample,
-    matching_files,
+    describe_notes,
     scan_tar,
 )
 
@@ -36,7 +40,11 @@ class _Source:
 
     def __init__(self, number: int, options: DataSource, seed: int, shuffle: int):
         self.name = options.name or f"source{number}"
-        self.tars = matching_files(options.path)
+        self.tars = matching_shards(options.path)
+        if any(tar in STDIN for tar in self.tars):
+            raise UserError("data.sources: stdin can be read only once; use a file or pipe:COMMAND.")
+        self.streamed = [is_stream(tar) for tar in self.tars]
+        self.reading: tuple[int, StreamedTar, Iterator[TarSample]] | None = None  # number and stream of a tar
         self.weight = options.weight
         self.seed = seed
         self.shuffle = shuffle
@@ -44,6 +52,7 @@ class _Source:
         # position: `cursor` in this epoch's tars, `record` in that tar; `popped` samples left the buffer
         self.epoch = self.cursor = self.record = self.popped = 0
         self.broken: set[int] = set()
+        self.noted: set[int] = set()  # tars whose notes were logged
         self.order: list[int] | None = None  # the tars of this epoch
         # tars that are left out of one epoch, see ShardStream.skip_started_tars
         self.skipped_tars: set[int] = set()
@@ -74,15 +83,45 @@ class _Source:
         order = self.order
         while len(self.buffer) < self.shuffle and self.cursor < len(order):
             tar = order[self.cursor]
-            samples, problem = scan_tar(self.tars[tar], self.name)
-            if problem and tar not in self.broken and self.record == 0:
-                self.broken.add(tar)
-                report(f"{self.tars[tar]} is broken: {problem}; the rest of it is skipped")
-            take = min(self.shuffle - len(self.buffer), len(samples) - self.record)
-            self.buffer += [(tar, n, samples[n]) for n in range(self.record, self.record + take)]
-            self.record += take
-            if self.record >= len(samples):
+            wanted = self.shuffle - len(self.buffer)
+            read = self._read_stream if self.streamed[tar] else self._read_file
+            samples, ended = read(tar, wanted, report)
+            self.buffer += [(tar, n, sample) for n, sample in enumerate(samples, self.record)]
+            self.record += len(samples)
+            if ended:
                 self.cursor, self.record = self.cursor + 1, 0
+
+    def _read_file(
+        self, tar: int, wanted: int, report: Callable[[str], None]
+    ) -> tuple[list[TarSample], bool]:
+        """The next samples of a tar, and whether they are its last."""
+        samples, problem, notes = scan_tar(self.tars[tar], self.name)
+        if self.record == 0:
+            self._report_tar(tar, problem, notes, report)
+        return samples[self.record : self.record + wanted], self.record + wanted >= len(samples)
+
+    def _read_stream(
+        self, tar: int, wanted: int, report: Callable[[str], None]
+    ) -> tuple[list[TarSample], bool]:
+        if self.reading is None or self.reading[0] != tar:
+            stream = StreamedTar(self.tars[tar], self.name)
+            # after a resume: what was read before
+            self.reading = tar, stream, itertools.islice(stream, self.record, None)
+        _, stream, samples = self.reading
+        found = list(itertools.islice(samples, wanted))
+        if len(found) < wanted:
+            self.reading = None
+            self._report_tar(tar, stream.problem, stream.notes, report)
+        return found, len(found) < wanted
+
+    def _report_tar(self, tar: int, problem: str | None, notes: Notes, report: Callable[[str], None]) -> None:
+        """Log what is wrong with a tar, once."""
+        if notes and tar not in self.noted and len(self.noted) < LOGGED_BAD_SAMPLES:
+            self.noted.add(tar)
+            tqdm.write(f"data: {shown(self.tars[tar])}: {describe_notes(notes)}", file=sys.stderr)
+        if problem and tar not in self.broken:
+            self.broken.add(tar)
+            report(f"{shown(self.tars[tar])} is broken: {problem}; the rest of it is skipped")
 
     def order_of(self, epoch: int, part: int, parts: int) -> list[int]:
         """The tars that a part reads in an epoch, in order."""
@@ -125,10 +164,25 @@ class _Source:
         self.skipped_tars = set(state.get("skipped_tars", ()))
         self.skipped_epoch = state.get("skipped_epoch", -1)
         pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
+        self.reading = None
+        self.buffer = []
         # tars in order, as each is indexed once while it is cached
-        tars = sorted({tar for tar, _ in pairs})
-        samples = {tar: scan_tar(self.tars[tar], self.name).samples for tar in tars}
-        self.buffer = [(tar, number, samples[tar][number]) for tar, number in pairs]
+        samples = {
+            tar: self._samples_at(tar, {n for t, n in pairs if t == tar}) for tar in sorted(dict(pairs))
+        }
+        for tar, number in pairs:
+            if number in samples[tar]:
+                self.buffer.append((tar, number, samples[tar][number]))
+            else:
+                text = f"{shown(self.tars[tar])}: sample {number} of the buffer cannot be read again"
+                tqdm.write(f"data: {text}", file=sys.stderr)
+
+    def _samples_at(self, tar: int, numbers: set[int]) -> dict[int, TarSample]:
+        """number -> sample of a tar."""
+        samples: Any = scan_tar(self.tars[tar], self.name).samples if not self.streamed[tar] else None
+        if samples is None:
+            samples = itertools.islice(StreamedTar(self.tars[tar], self.name), max(numbers) + 1)
+        return {number: sample for number, sample in enumerate(samples) if number in numbers}
 
 
 class ShardStream(IterableDataset):
@@ -168,12 +222,20 @@ class ShardStream(IterableDataset):
                     f"Source {source.name} has {len(source.tars)} tar(s) for {ranks} rank(s) x "
                     f"{options.workers} worker(s): lower data.workers, or use data.split=samples."
                 )
+            if options.split == "samples" and parts > 1 and any(source.streamed) and rank == 0:
+                text = (
+                    f"each of {parts} readers streams all of {source.name}; data.split=shards reads it once"
+                )
+                tqdm.write(f"data: {text}", file=sys.stderr)
 
     def fingerprint(self) -> str:
         """Hex digest of names, sizes and first bytes of all tars: another data set gives another one."""
         digest = hashlib.sha256()
         for source in self.sources:
-            for path in source.tars:
+            for path, streamed in zip(source.tars, source.streamed):
+                if streamed and not os.path.isfile(path):
+                    digest.update(source_name(path).encode())
+                    continue
                 digest.update(f"{os.path.basename(path)} {os.path.getsize(path)} ".encode())
                 # the first bytes: hashing whole data sets would take hours
                 with open(path, "rb") as file:

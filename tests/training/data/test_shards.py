@@ -234,10 +234,12 @@ def test_a_header_in_the_middle_is_damaged(tars):
 def test_tar_member_names(tmp_path):
     long = "folder/" + "x" * 120
     path = write_tar(
-        tmp_path / "a.tar", [], [(f"{long}.seg.PNG", b"1"), ("b/c.txt", b"22"), ("b/c.json", b"{}")]
+        tmp_path / "a.tar",
+        [],
+        [(f"{long}.seg.PNG", b"1"), (f"{long}.png", b"0"), ("b/c.txt", b"22"), ("b/c.json", b"{}")],
     )
     assert [(r.key, set(r.members)) for r in scan_tar(path).samples] == [
-        (long, {"seg.png"}),
+        (long, {"seg.png", "png"}),
         ("b/c", {"txt", "json"}),
     ]
     assert scan_tar(path).samples[0].read("seg.png") == b"1"
