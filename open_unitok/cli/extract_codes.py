@@ -6,7 +6,7 @@ from pathlib import Path
 from open_unitok.core.distributed import local_rank
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
-from open_unitok.training.data.tar_index import matching_files
+from open_unitok.training.data.tar_files import matching_shards
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
@@ -15,7 +15,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--tokenizer T --data TARS --out DIR."""
     parser.add_argument("--tokenizer", required=True, help="folder of the visual tokenizer or of an MLLM")
     parser.add_argument(
-        "--data", required=True, nargs="+", help="tar shards of images; globs and {000..127} allowed"
+        "--data",
+        required=True,
+        nargs="+",
+        help="tar shards: files, https: URLs, pipe:COMMAND, - (stdin); globs and {000..127} allowed",
     )
     parser.add_argument("--out", required=True, help="output folder")
     parser.add_argument("--batch-size", type=int, default=64, help="images per batch (default: 64)")
@@ -54,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
     # before the model is loaded: report a wrong path at once
-    tars = matching_files(args.data)
+    tars = matching_shards(args.data, "--data")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = check_device(f"cuda:{local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
@@ -77,5 +80,6 @@ def run(args: argparse.Namespace) -> None:
         f"{args.out}: {manifest['images']:,} images in {len(manifest['shards'])} tar(s), "
         f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
         f"{manifest['broken']} unreadable; "
+        f"{''.join(f'{count:,} {reason}; ' for reason, count in manifest['notes'].items())}"
         f"reconstruction PSNR of {manifest['checked']} of them: {manifest['psnr']:.2f} dB"
     )

@@ -9,10 +9,12 @@ dtype of the codes follows from the codebook size (`open_unitok.core.codes`).
 I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
 """
 
+import contextlib
 import hashlib
 import io
 import json
-from functools import lru_cache
+from collections.abc import Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +25,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
+from .records import hashed_image_key, image_key, image_name
 from .tar_index import BadSample, TarSample, scan_tar
 
 CODES_MANIFEST = "codes.json"
@@ -58,6 +61,7 @@ class CodeSample(NamedTuple):
 class MemberOffsets(NamedTuple):
     """Where a sample is stored: its tar, and (offset, size) of its two members."""
 
+    key: str
     shard: int
     codes: tuple[int, int]
     info: tuple[int, int]
@@ -89,6 +93,11 @@ class CodeFolder:
         return sum(self.sizes)
 
     @property
+    def roots(self) -> list[str]:
+        """Folders that the images came from."""
+        return self.manifest.get("image_roots", [])
+
+    @property
     def codes(self) -> "CodeFolder":
         """The code folder of its images: itself."""
         return self
@@ -100,21 +109,54 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in names if name in self.manifest}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def member_offsets(self) -> dict[str, MemberOffsets]:
-        """key -> where the sample is stored, for reading in any order; reads the headers of all tars."""
-        missing = (0, 0)
-        return {
-            record.key: MemberOffsets(
-                shard, record.members.get("codes.npy", missing), record.members.get("json", missing)
-            )
-            for shard in range(len(self.sizes))
-            for record in self._index(shard)
-        }
+    def image(self, name: str) -> np.ndarray:
+        """The codes (N, K) of the image that has this name in the folder that it came from.
 
-    def read_at(self, key: str, at: MemberOffsets) -> CodeSample:
-        """The sample at one of `member_offsets`; raises BadSample if it cannot be used."""
-        path = str(self.folder / self.manifest["shards"][at.shard]["file"])
-        return self._parse(TarSample(path, key, {"codes.npy": at.codes, "json": at.info}))
+        Raises:
+            BadSample: no image has the name, or several do and their codes differ.
+        """
+        name = image_name(name, self.roots)
+        keys = dict.fromkeys((image_key(name), hashed_image_key(name), name.rpartition(".")[0]))
+        near = [place for key in keys for place in self.places.get(key, ())]
+        # keys that a conversion shortened or changed: look for the stored names
+        found = self._named(name, near) or self._named(name, self._places_by_file.get(name, ()))
+        if not found:
+            raise BadSample(f"has the image {name}, which is not in {self.folder}")
+        if any(not np.array_equal(found[0], other) for other in found[1:]):
+            raise BadSample(f"has the image {name}, which {len(found)} images in {self.folder} are called")
+        return found[0]
+
+    @cached_property
+    def places(self) -> dict[str, list[MemberOffsets]]:
+        """key -> where its samples are stored; reads the headers of all tars."""
+        places: dict[str, list[MemberOffsets]] = {}
+        missing = (0, 0)
+        for shard in range(len(self.sizes)):
+            for record in self._index(shard):
+                codes, info = (record.members.get(name, missing) for name in ("codes.npy", "json"))
+                places.setdefault(record.key, []).append(MemberOffsets(record.key, shard, codes, info))
+        return places
+
+    @cached_property
+    def _places_by_file(self) -> dict[str, list[MemberOffsets]]:
+        """Name of an image -> where its samples are stored; reads the .json of every sample."""
+        places: dict[str, list[MemberOffsets]] = {}
+        for place in (place for places in self.places.values() for place in places):
+            with contextlib.suppress(BadSample):
+                places.setdefault(image_name(self._record(place).json()["file"]), []).append(place)
+        return places
+
+    def _named(self, name: str, places: Iterable[MemberOffsets]) -> list[np.ndarray]:
+        """The codes of the images in `places` that have this name."""
+        samples = [self._parse(self._record(place)) for place in places]
+        named = [s for s in samples if "file" in s.info and image_name(str(s.info["file"])) == name]
+        # older folders do not store names: there the key decides
+        found = named or [sample for sample in samples if "file" not in sample.info]
+        return [sample.codes for sample in found if sample.codes.ndim == 2]
+
+    def _record(self, place: MemberOffsets) -> TarSample:
+        path = str(self.folder / self.manifest["shards"][place.shard]["file"])
+        return TarSample(path, place.key, {"codes.npy": place.codes, "json": place.info})
 
     def check_shard(self, shard: int) -> None:
         """Raises UserError if tar `shard` is missing or cut off, or has more or fewer samples than listed."""

@@ -6,13 +6,13 @@ same name, written last, which marks the tar as complete: a rerun skips it. `con
 conversion and, once it is finished, holds the counts of all tars.
 """
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
 import os
 import sys
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from open_unitok.core.files import existing, write_json
 from open_unitok.core.text_files import read_json
 
 from .formats import SOURCE_FORMATS, Source, SourceSample
+from .tar_files import tar_writer, write_sample
 from .tar_index import LOGGED_BAD_SAMPLES, BadSample
 
 _STATE_FILE = "convert.json"
@@ -92,7 +93,9 @@ def convert_dataset(
     if not counts["samples"]:
         _discard(out)
         raise UserError(f"{source} has no usable sample; expected {SOURCE_FORMATS[kind].expected}")
-    write_json(out / _STATE_FILE, {**wanted, "counts": dict(counts)})
+    # absolute names in conversations lead to the same images, see `CodeFolder.image`
+    root = os.path.realpath(origin.folder)
+    write_json(out / _STATE_FILE, {**wanted, "counts": dict(counts), "root": root})
     return dict(counts)
 
 
@@ -109,6 +112,15 @@ def _open_state(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"{out} has other contents: choose a new or empty folder.")
     write_json(out / _STATE_FILE, wanted)
     return wanted
+
+
+def conversion_root(folder: Path) -> str | None:
+    """The folder whose images were converted to the tars in `folder`, if it is a conversion."""
+    with contextlib.suppress(UserError):
+        state = read_json(folder / _STATE_FILE)
+        if isinstance(state, dict) and isinstance(state.get("root"), str):
+            return state["root"]
+    return None
 
 
 def _discard(out: Path) -> None:
@@ -136,10 +148,9 @@ def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str,
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            # GNU headers without times or owners: the same source gives the same bytes
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+            with tar_writer(file) as writer:
                 for sample in group:
-                    _add_sample(tar, sample, counts)
+                    _add_sample(writer, sample, counts)
             file.flush()
             os.fsync(file.fileno())
         # a group without a usable sample leaves no tar, but its counts
@@ -151,7 +162,7 @@ def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str,
     return counts
 
 
-def _add_sample(tar: tarfile.TarFile, sample: SourceSample, counts: Counter[str]) -> None:
+def _add_sample(writer: Any, sample: SourceSample, counts: Counter[str]) -> None:
     """Add a sample's images and its .json, or log why it cannot be used."""
     try:
         if sample.problem:
@@ -163,12 +174,9 @@ def _add_sample(tar: tarfile.TarFile, sample: SourceSample, counts: Counter[str]
             tqdm.write(f"data: skipped {sample.key}: {error}", file=sys.stderr)
         return
     single = len(images) == 1
-    members = [(f".{e}" if single else f".{i}.{e}", data) for i, (e, data) in enumerate(images)]
+    members = {e if single else f"{i}.{e}": data for i, (e, data) in enumerate(images)}
     text = json.dumps({**sample.info, "images": len(images)}, ensure_ascii=False, separators=(",", ":"))
-    for suffix, data in [*members, (".json", text.encode())]:
-        member = tarfile.TarInfo(sample.key + suffix)
-        member.size = len(data)
-        tar.addfile(member, io.BytesIO(data))
+    write_sample(writer, sample.key, {**members, "json": text.encode()})
     counts["samples"] += 1
     counts["images"] += len(images)
     if "captions" in sample.info and not (sample.info["captions"] or sample.info.get("long_caption")):

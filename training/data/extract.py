@@ -15,8 +15,8 @@ import io
 import json
 import math
 import sys
-import tarfile
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,17 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
-from .tar_index import BadSample, TarSample, image_members, scan_tar
+from .convert import conversion_root
+from .records import unused_key
+from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
+from .tar_index import (
+    MIN_SEEN_FOR_BAD_SHARE,
+    BadSample,
+    TarSample,
+    describe_notes,
+    image_members,
+    scan_tar,
+)
 
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
@@ -71,6 +81,8 @@ def extract_codes(
         UserError: `out` is a file, or holds codes of other images or of another tokenizer; too many
             images are unreadable.
     """
+    if len(tars) > 1 and any(tar in STDIN for tar in tars):
+        raise UserError("--data: stdin cannot be mixed with other sources.")
     if out.exists() and not out.is_dir():
         raise UserError(f"--out is {out}, which is a file: give a folder.")
     for number, tar in enumerate(tars):
@@ -81,7 +93,8 @@ def extract_codes(
         for n in range(distributed.rank(), len(tars), distributed.world_size())
         if not _completed(out, n, tars[n], options)
     ]
-    total = sum(len(scan_tar(tars[n]).samples) for n in mine) if len(mine) <= MAX_COUNTED_TARS else None
+    counted = len(mine) <= MAX_COUNTED_TARS and not any(is_stream(tars[n]) for n in mine)
+    total = sum(len(scan_tar(tars[n]).samples) for n in mine) if counted else None
     shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
@@ -121,9 +134,10 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
 
 
 def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
+    local = Path(tar).is_file()
     return {
-        "source": Path(tar).name,
-        "source_bytes": Path(tar).stat().st_size,
+        "source": Path(tar).name if local else source_name(tar),
+        "source_bytes": Path(tar).stat().st_size if local else None,
         "tokenizer": options.fingerprint,
         "mode": options.mode,
         "dtype": options.dtype,
@@ -135,31 +149,44 @@ def _extract_tar(
     unitok: UniTok, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
 ) -> None:
     """One tar of images to one tar of codes, then its description."""
-    records, problem, notes = scan_tar(tar)
-    if problem:
-        raise UserError(f"{tar} is broken: {problem}. Repair it, or leave it out of --data.")
+    source = StreamedTar(tar) if is_stream(tar) else scan_tar(tar)
+    if source.problem:
+        raise _broken(tar, source.problem)
+    records = source if isinstance(source, StreamedTar) else source.samples
     bad: list[str] = []
     buffer, first = io.BytesIO(), []
-    samples = num_images = reshaped = 0
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as writer:
+    counts, keys = Counter(samples=0, images=0, oblong=0), set()
+    with tar_writer(buffer) as writer:
         for batch in _batches(records, unitok.config.image_shape, options, bad, progress):
             # the images of all samples as one list: a sample has any number of them
             pixels = [image for sample in batch for image in sample.images]
             codes = iter(_encode(unitok, pixels, options.batch_size))
             for sample in batch:
-                _add_sample(writer, sample, [next(codes) for _ in sample.images], unitok)
+                # without dots, which end a key
+                key = unused_key(sample.key.replace(".", "_"), sample.key, keys)
+                members = _code_members(sample, [next(codes) for _ in sample.images], unitok)
+                write_sample(writer, key, members)
             # kept to verify the written tar
             first += pixels[: VERIFIED_IMAGES - len(first)]
-            samples, num_images = samples + len(batch), num_images + len(pixels)
-            reshaped += sum(sample.reshaped for sample in batch)
-    if not samples:
-        raise UserError(f"{tar} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
+            reshaped = sum(sample.reshaped for sample in batch)
+            counts.update(samples=len(batch), images=len(pixels), oblong=reshaped)
+    if source.problem:  # of a stream, known once it has been read
+        raise _broken(tar, source.problem)
+    if source.notes:
+        tqdm.write(f"codes: {shown(tar)}: {describe_notes(source.notes)}", file=sys.stderr)
+    if not counts["samples"]:
+        raise UserError(f"{shown(tar)} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
     # the whole tar in memory: codes are small, and a killed process leaves no partial file
     write_atomic(target, buffer.getvalue())
-    error = _verify(target, samples, unitok, first)
-    counts = {"samples": samples, "images": num_images, "oblong": reshaped, "broken": len(bad)}
+    error = _verify(target, counts["samples"], unitok, first)
+    left_out = {"broken": len(bad), "notes": {reason: count for reason, (count, _) in source.notes.items()}}
+    left_out |= {"image_root": conversion_root(Path(tar).parent)} if Path(tar).is_file() else {}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
-    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **checked})
+    write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **left_out, **checked})
+
+
+def _broken(tar: str, problem: str) -> UserError:
+    return UserError(f"{shown(tar)} is broken: {problem}. Repair it, or leave it out of --data.")
 
 
 def _encode(unitok: UniTok, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
@@ -172,7 +199,7 @@ def _encode(unitok: UniTok, pixels: list[torch.Tensor], batch_size: int) -> list
 
 
 def _batches(
-    records: list[TarSample],
+    records: Iterable[TarSample],
     shape: tuple[int, int],
     options: ExtractOptions,
     bad: list[str],
@@ -189,25 +216,34 @@ def _batches(
     # threads suffice: Pillow releases the GIL while it decodes and resizes
     pool = ThreadPoolExecutor(options.workers) if options.workers else None
     remaining = iter(records)
+    # the samples of a stream are counted while they come
+    total, seen = len(records) if isinstance(records, list) else 0, 0
     try:
         while group := list(islice(remaining, options.batch_size)):
             loaded = list(pool.map(load, group) if pool else map(load, group))
+            seen += len(group)
             for text in (item for item in loaded if isinstance(item, str)):
                 bad.append(text)
                 tqdm.write(f"codes: skipped {text}", file=sys.stderr)
-            # a single one is allowed: one image of a small tar may exceed the share
-            if len(bad) > max(1, options.max_bad_share * len(records)):
-                raise UserError(
-                    f"{len(bad)} of {len(records)} images of {records[0].tar} are unreadable, more than "
-                    f"--max-bad-share {options.max_bad_share:g} allows; the last: {bad[-1]}"
-                )
+            if total or seen >= MIN_SEEN_FOR_BAD_SHARE:
+                _check_bad_share(bad, max(seen, total), options)
             readable = [item for item in loaded if isinstance(item, LoadedSample)]
             if readable:
                 yield readable
             progress(len(group))
+        _check_bad_share(bad, seen, options)
     finally:
         if pool:
             pool.shutdown(cancel_futures=True)
+
+
+def _check_bad_share(bad: list[str], seen: int, options: ExtractOptions) -> None:
+    # a single one is allowed: one image of a small tar may exceed the share
+    if len(bad) > max(1, options.max_bad_share * seen):
+        raise UserError(
+            f"{len(bad)} of {seen} images are unreadable, more than --max-bad-share "
+            f"{options.max_bad_share:g} allows; the last: {bad[-1]}"
+        )
 
 
 def _load(record: TarSample, shape: tuple[int, int], mode: str) -> LoadedSample:
@@ -215,15 +251,12 @@ def _load(record: TarSample, shape: tuple[int, int], mode: str) -> LoadedSample:
     images = [load_image(record.read(member)) for member in members]
     height, width = shape
     reshaped = sum(image.width * height != image.height * width for image in images)
+    if len(images) == 1:
+        info.setdefault("file", record.file)  # the name by which conversations look it up
     return LoadedSample(record.key, [to_pixels(image, shape, mode) for image in images], info, reshaped)
 
 
-def _add_sample(
-    writer: tarfile.TarFile,
-    sample: LoadedSample,
-    codes: list[np.ndarray],
-    unitok: UniTok,
-) -> None:
+def _code_members(sample: LoadedSample, codes: list[np.ndarray], unitok: UniTok) -> dict[str, bytes]:
     """A sample's codes, (N, K), or (I, N, K) for other than one image, and its .json."""
     no_images = (0, unitok.config.num_visual_tokens, unitok.config.num_codebooks)
     stacked = np.stack(codes) if codes else np.empty(no_images, dtype=stored_dtype(unitok))
@@ -231,10 +264,7 @@ def _add_sample(
     np.save(array, codes[0] if len(codes) == 1 else stacked, allow_pickle=False)
     info = {**sample.info, "grid": unitok.config.layout.grid} if codes else sample.info
     text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
-    for extension, content in (("codes.npy", array.getvalue()), ("json", text.encode())):
-        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-        member.size = len(content)
-        writer.addfile(member, io.BytesIO(content))
+    return {"codes.npy": array.getvalue(), "json": text.encode()}
 
 
 def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor]) -> float:
@@ -247,7 +277,7 @@ def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor])
     if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
         raise UserError(
             f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "
-            "disk full, or does the source tar hold two images of the same name?"
+            "disk full?"
         )
     found: list[np.ndarray] = []
     for record in records:
@@ -273,6 +303,9 @@ def _write_manifest(
     unitok: UniTok, out: Path, facts: list[dict[str, Any]], options: ExtractOptions
 ) -> dict[str, Any]:
     """codes.json, from the descriptions of all tars."""
+    notes: Counter[str] = Counter()
+    for fact in facts:
+        notes.update(fact.get("notes", {}))
     checked = sum(fact["checked"] for fact in facts)
     if not checked:
         raise UserError(f"{out}: no sample of --data has an image; plain text needs no codes.")
@@ -281,6 +314,7 @@ def _write_manifest(
         {"file": _tar_name(number), "samples": fact["samples"], "sha256": fact["sha256"]}
         for number, fact in enumerate(facts)
     ]
+    roots = sorted({root for fact in facts if (root := fact.get("image_root"))})
     manifest = {
         "format": CODES_FORMAT,
         "tokenizer": options.fingerprint,
@@ -295,9 +329,11 @@ def _write_manifest(
         "images": sum(_num_images(fact) for fact in facts),
         "oblong": sum(fact.get("oblong", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
+        "notes": dict(notes),
         "checked": checked,
         "psnr": round(-10 * math.log10(max(error, 1e-10)), 3),
         "shards": shards,
+        **({"image_roots": roots} if roots else {}),
     }
     write_json(out / CODES_MANIFEST, manifest)
     return manifest

@@ -6,7 +6,6 @@ numbers of the sample's images.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import read_json
 
-from .records import conversation_turns, image_key, image_names, read_records
+from .records import conversation_turns, file_of_image, image_key, image_names, read_records, unused_key
 from .tar_index import BadSample
 
 _IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # keys of a metadata record, in the order of preference
-_FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
+_FILE_KEYS = ("file_name", "file", "image", "file_of_image", "path", "filename")
 _CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 
@@ -58,13 +57,16 @@ class SourceFormat(NamedTuple):
 
 def folder_samples(source: Source) -> Iterator[SourceSample]:
     """A folder with `x.jpg` and `x.txt` (a caption per line), or with metadata; or a metadata file itself."""
-    seen: Counter[str] = Counter()
+    used: set[str] = set()  # a.b.jpg and a_b.jpg have the same key
     for name, info, problem in _named_images(source):
-        key = image_key(name)
-        seen[key] += 1
-        if seen[key] > 1:  # a.b.jpg and a_b.jpg have the same key
-            key = f"{key}-{seen[key]}"
-        yield SourceSample(key, [source.folder / name], {**info, "file": name}, problem)
+        try:
+            path = file_of_image(source.folder, name)
+            name = path.relative_to(source.folder).as_posix()
+            yield SourceSample(
+                unused_key(image_key(name), name, used), [path], {**info, "file": name}, problem
+            )
+        except BadSample as error:
+            yield SourceSample(name, [], {}, problem or str(error))
 
 
 def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
@@ -125,7 +127,10 @@ def llava_samples(source: Source) -> Iterator[SourceSample]:
             names = image_names(record)
             turns = conversation_turns(record, len(names))
             info = {"conversations": [turns], "id": str(record.get("id", number))}
-            yield SourceSample(f"{number:09d}", [source.folder / name for name in names], info)
+            paths = [file_of_image(source.folder, name) for name in names]
+            if len(paths) == 1:
+                info["file"] = paths[0].relative_to(source.folder).as_posix()
+            yield SourceSample(f"{number:09d}", paths, info)
         except BadSample as error:
             yield SourceSample(f"{number:09d}", [], {}, str(error))
 
@@ -204,7 +209,10 @@ class _ImageFinder:
             if self.urls is None:
                 self.urls = dict(_downloaded_images(self.folder))
             return self.urls.get(name)
-        path = self.folder / name
+        try:
+            path = file_of_image(self.folder, name)
+        except BadSample:
+            return None
         return path if path.is_file() else None
 
 

@@ -5,9 +5,13 @@ Conversion, `unitok data check` and training share these functions, so that all 
 
 import csv
 import hashlib
+import itertools
 import json
+import os
+import posixpath
 import re
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +65,75 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
 
 
+# ---- names of images ---------------------------------------------------------------------------------------
+
+
+def image_name(name: str, roots: Iterable[str] = ()) -> str:
+    """The name of an image relative to its folder: a.png, ./a.png, //a.png, x/../a.png and, below one of
+    `roots`, ROOT/a.png are one image. Letters are in the composed form (NFC), which macOS decomposes.
+
+    Raises:
+        BadSample: the name leads out of the folder.
+    """
+    path = posixpath.normpath(name) if name else "."
+    for root in roots:
+        if path.startswith(f"{root}/"):
+            path = path[len(root) + 1 :]
+            break
+    path = path.lstrip("/")
+    if path in (".", "..") or path.startswith("../"):
+        raise BadSample(f"names the image {name!r}, which is not a file below the folder of the images")
+    return unicodedata.normalize("NFC", path)
+
+
+def file_of_image(folder: Path, name: str) -> Path:
+    """The file of an image in a folder, whether it exists or not.
+
+    Raises:
+        BadSample: the name leads out of the folder.
+    """
+    # a root is where the folder seems to lie, or, behind links, does
+    relative = image_name(name, (os.path.abspath(folder), os.path.realpath(folder)))
+    if name.startswith("/") and not os.path.lexists(folder / relative):
+        raise BadSample(f"names the image {name}, which is not below {folder} (--images)")
+    forms = [folder / unicodedata.normalize(form, relative) for form in ("NFC", "NFD")]
+    exact = folder / posixpath.normpath(name.lstrip("/"))
+    return next((path for path in (exact, *forms) if os.path.lexists(path)), forms[0])
+
+
 def image_key(name: str) -> str:
-    """The key of an image's sample: its name without extension; other than [A-Za-z0-9_/-] becomes "_"."""
+    """The key of an image's sample: its name without extension; other than letters, digits, -, _ and /
+    becomes "_"."""
     # a dot would end the key in a tar, where member names are KEY.EXTENSION
+    name = unicodedata.normalize("NFC", name)
     stem = str(Path(name).with_suffix("")) if Path(name).suffix else name
-    key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"), flags=re.ASCII)
-    if len(key) <= _MAX_KEY:
+    key = re.sub(r"[^\w/-]", "_", stem.lstrip("./"))
+    if len(key.encode()) <= _MAX_KEY:
         return key
     # a hash keeps long names apart that share their beginning
-    return f"{key[: _MAX_KEY - 9]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{key.encode()[: _MAX_KEY - 9].decode(errors='ignore')}_{_hash(name)}"
+
+
+def hashed_image_key(name: str) -> str:
+    """The key of an image whose `image_key` another image has."""
+    return f"{image_key(name)}-{_hash(name)}"
+
+
+def unused_key(key: str, name: str, used: set[str]) -> str:
+    """`key`, or one with a hash of the name if another sample has it; it is added to `used`."""
+    if key in used:
+        key = f"{key}-{_hash(name)}"
+    numbers = (f"-{number}" for number in itertools.count(2))
+    key = next(candidate for end in itertools.chain([""], numbers) if (candidate := key + end) not in used)
+    used.add(key)
+    return key
+
+
+def _hash(name: str) -> str:
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+# ---- contents of records -----------------------------------------------------------------------------------
 
 
 def caption_texts(info: dict[str, Any]) -> list[str]:

@@ -39,7 +39,11 @@ STDIN = ("-", "/dev/stdin")
 URL_SCHEMES = ("http", "https")
 # read by programs that webdataset calls, which must be installed
 COMMAND_SCHEMES = ("pipe", "gs", "hf", "ais", "sftp", "scp")
-TRIES, TIMEOUT, PAUSE = 4, 60.0, 0.5  # per URL; seconds of silence; seconds before the first new try
+TRIES, SILENCE, PAUSE = (
+    4,
+    60.0,
+    0.5,
+)  # per URL; seconds that a source may be silent; seconds before the first new try
 _UNPACK = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
@@ -156,7 +160,7 @@ def _command(source: str) -> Iterator[IO[bytes]]:
         yield pipe.stream
         # webdataset's Pipe raises as soon as the program has failed, before its output is read
         rest = pipe.stream.read(1 << 20)
-        status = pipe.proc.wait(TIMEOUT) if len(rest) < 1 << 20 else None
+        status = pipe.proc.wait(SILENCE) if len(rest) < 1 << 20 else None
         if status:
             raise BrokenTar(f"its command ended with exit status {status}")
     except subprocess.TimeoutExpired:
@@ -205,7 +209,7 @@ class _Download(io.RawIOBase):
         request = urllib.request.Request(self.url, headers={"Accept-Encoding": "identity"})
         if self.position:
             request.add_header("Range", f"bytes={self.position}-")
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=SILENCE)
         validator = response.headers.get("ETag") or response.headers.get("Last-Modified")
         if self.position and validator != self._validator:
             raise BrokenTar(f"it changed while it was read (byte {self.position})")

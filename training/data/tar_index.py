@@ -23,6 +23,7 @@ MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
 MAX_TAIL = 1 << 26  # bytes that are read behind an end mark
 MAX_FILES = 1_000_000  # of one brace pattern
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
+_CODES = "codes.npy"  # an extension with a dot
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # magic numbers
 # bad samples: the first ones are logged one by one, and their share is judged once enough were seen
 LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE = 10, 200
@@ -338,11 +339,10 @@ def _split(stem: str, group: dict[str, Member]) -> Iterator[tuple[str, dict[str,
     # middle of the name ("", "0", "seg", "v1.0") -> extension -> member
     middles: dict[str, dict[str, Member]] = {}
     for rest, member in group.items():
-        whole = rest == "codes.npy" or rest.endswith(".codes.npy")
-        middle = rest[: -len("codes.npy")].rstrip(".") if whole else rest.rpartition(".")[0]
-        middles.setdefault(middle, {})["codes.npy" if whole else rest.rpartition(".")[2]] = member
+        middle = _middle(rest)
+        middles.setdefault(middle, {})[rest[len(middle) :].lstrip(".")] = member
     plain = middles.pop("", None)
-    with_images = {m for m, parts in middles.items() if any(e == "codes.npy" or _is_image(e) for e in parts)}
+    with_images = {m for m, parts in middles.items() if any(e == _CODES or _is_image(e) for e in parts)}
     numbered = [m for m in with_images if m.isdecimal()]
     several = plain is not None and not any(_is_image(extension) for extension in plain)
     # the images of one sample, or frames that are samples
@@ -350,13 +350,14 @@ def _split(stem: str, group: dict[str, Member]) -> Iterator[tuple[str, dict[str,
     own = {m for m in with_images if len(middles[m]) > 1 or (m in numbered and not joined)}
     if plain is None:
         own = set(middles)
-    rest = dict(plain or {})
-    for middle, parts in middles.items():
-        if middle in own:
-            continue
-        rest.update({f"{middle}.{extension}": member for extension, member in parts.items()})
-    samples = [(stem, rest)] if rest else []
+    shared = {rest: member for rest, member in group.items() if _middle(rest) not in own}
+    samples = [(stem, shared)] if shared else []
     yield from (*samples, *((f"{stem}.{middle}", middles[middle]) for middle in middles if middle in own))
+
+
+def _middle(rest: str) -> str:
+    """What stands between the first dot of a name and its extension: "" in a.png, "seg" in a.seg.png."""
+    return rest.removesuffix(_CODES).rstrip(".") if rest.endswith(_CODES) else rest.rpartition(".")[0]
 
 
 def _is_image(extension: str) -> bool:

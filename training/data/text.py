@@ -19,7 +19,7 @@ from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
 from .code_shards import CodeFolder, CodeSample
-from .records import TEXT_KEYS, conversation_turns, image_key, image_names
+from .records import TEXT_KEYS, conversation_turns, image_names
 from .tar_index import BadSample, matching_files
 
 NO_IMAGES = np.empty((0, 0, 0))  # codes of a sample without images: (I, N, K) with I = 0
@@ -140,7 +140,8 @@ class Conversations:
             self.records = [json.dumps(record, ensure_ascii=False).encode() for record in records]
             self._facts = [hashlib.sha256(self.path.read_bytes()).hexdigest()]
         self.sizes = [len(self.records)]
-        self._offsets = codes.member_offsets() if codes else {}
+        if codes:
+            codes.places  # noqa: B018 - an index, made before worker processes copy it
 
     def __len__(self) -> int:
         return len(self.records)
@@ -166,11 +167,4 @@ class Conversations:
     def _codes_of(self, name: str) -> np.ndarray:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but no code folder to look it up in (`codes`)")
-        key = image_key(name)
-        if key not in self._offsets:
-            raise BadSample(f"has the image {name}, which is not in {self.codes.folder}")
-        found = self.codes.read_at(key, self._offsets[key])
-        # keys replace unusual characters, so that two names may have one key
-        if found.codes.ndim != 2 or found.info.get("file", name) != name:
-            raise BadSample(f"has the image {name}, but {self.codes.folder} has {found.info.get('file')}")
-        return found.codes
+        return self.codes.image(name)

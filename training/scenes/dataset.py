@@ -8,7 +8,6 @@ is rejected unless `--overwrite` is given.
 import io
 import json
 import shutil
-import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +21,7 @@ from open_unitok.core.files import write_atomic, write_json
 from open_unitok.core.text_files import read_json
 
 from ..core.config import read_yaml
+from ..data.tar_files import tar_writer, write_sample
 from .benchmark_files import write_test_split
 from .captions import sample_captions, sample_pair_captions, sample_sentences
 from .config import QUESTION_KINDS, SceneConfig, with_values
@@ -154,19 +154,12 @@ def _as_turns(questions: list[SceneQuestion]) -> list[dict[str, str]]:
 def _tar(config: SceneConfig, indices: Iterable[int]) -> bytes:
     """A webdataset tar of some training scenes."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+    with tar_writer(buffer) as writer:
         for index in indices:
             scene, record = training_record(config, index)
             text = json.dumps(record, separators=(",", ":")).encode()
-            for ending, content in (
-                ("png", _png(scene)),
-                ("txt", record["captions"][0].encode()),
-                ("json", text),
-            ):
-                # no time stamp and no owner: the same configuration gives the same bytes
-                member = tarfile.TarInfo(f"{index:08d}.{ending}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            members = {"png": _png(scene), "txt": record["captions"][0].encode(), "json": text}
+            write_sample(writer, f"{index:08d}", members)
     return buffer.getvalue()
 
 

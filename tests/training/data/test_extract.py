@@ -107,6 +107,7 @@ def test_codes_equal_those_of_the_tokenizer(tokenizer, data, tmp_path, capsys):
             "note": number,
             "captions": [f"caption {number}"],
             "grid": [2, 2],
+            "file": f"{number:05d}.png",
         }
 
 
