@@ -11,8 +11,7 @@ from typing import Any
 from open_unitok.core.errors import UserError, did_you_mean
 
 from .core.benchmark import Benchmark, Option
-from .core.harness import benchmark_data
-from .core.parquet import holds_parquet
+from .core.release_files import benchmark_data, holds_benchmark, named_folders, release_patterns
 
 # ----------------------------------------------------------------------- options shared by several benchmarks
 
@@ -83,7 +82,7 @@ _TABLE = (
         module="tokenizer.reconstruction",
         description="rFID, PSNR, SSIM, LPIPS and codebook usage of encode-decode on images",
         needs="tokenizer",
-        files=("scenes.json", "val"),
+        files=("scenes.json", "val", "ILSVRC/Data/CLS-LOC/val"),
         options=(
             _CROP,
             *_INCEPTION,
@@ -98,7 +97,15 @@ _TABLE = (
         module="tokenizer.zeroshot",
         description="zero-shot classification by the tokenizer's image and text embeddings",
         needs="tokenizer",
-        files=("scenes.json", "classes.json", "val/n*", "LOC_val_solution.csv"),
+        files=(
+            "scenes.json",
+            "classes.json",
+            "classes.txt",
+            "val/n[0-9]*",
+            "ILSVRC/Data/CLS-LOC/val",
+            "n[0-9]*",
+            "LOC_val_solution.csv",
+        ),
         options=(_SPLIT, _CROP),
     ),
     Benchmark(
@@ -114,7 +121,7 @@ _TABLE = (
         module="tokenizer.linear_probe",
         description="classification by one linear layer on frozen features",
         needs="tokenizer",
-        files=("train/n*",),
+        files=("train/n[0-9]*", "ILSVRC/Data/CLS-LOC/train"),
         options=(_CROP, Option("pooling", "features: embedding (default), quantised or latents")),
         scorers=("lbfgs", "sgd"),
     ),
@@ -124,14 +131,9 @@ _TABLE = (
         module="understanding.vqav2",
         description="open questions with ten answers each",
         needs="mllm",
-        files=(
-            "scenes.json",
-            "v2_OpenEnded_*_questions.json",
-            "test/v2_OpenEnded_*_questions.json",
-            "*vqav2*.jsonl",
-        ),
+        files=("scenes.json", *release_patterns("vqav2")),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
-        scorers=("lmms", "official", "gated"),
+        scorers=("lmms", "official", "official-2018"),
         batch_size=1024,
     ),
     Benchmark(
@@ -139,7 +141,7 @@ _TABLE = (
         module="understanding.gqa",
         description="compositional questions about real images",
         needs="mllm",
-        files=("testdev_balanced_questions.json", "*gqa*.jsonl"),
+        files=release_patterns("gqa"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lenient"),
         batch_size=1024,
@@ -149,7 +151,7 @@ _TABLE = (
         module="understanding.textvqa",
         description="questions about text in images, with the OCR words in the prompt or without",
         needs="mllm",
-        files=("TextVQA_0.5.1_*.json",),
+        files=release_patterns("textvqa"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
@@ -159,13 +161,7 @@ _TABLE = (
         module="understanding.pope",
         description="object hallucination: is an object in the image",
         needs="mllm",
-        files=(
-            "scenes.json",
-            "*_pope_random.json",
-            "test/*_pope_random.json",
-            "coco/*_pope_random.json",
-            "*pope*.jsonl",
-        ),
+        files=("scenes.json", *release_patterns("pope")),
         options=(_LAYOUT, *_QUESTIONS),
         scorers=("official", "strict"),
         batch_size=1024,
@@ -175,7 +171,7 @@ _TABLE = (
         module="understanding.mme",
         description="fourteen tasks of yes or no, two questions per image",
         needs="mllm",
-        files=("existence/*.txt", "MME_Benchmark_release_version/existence/*.txt"),
+        files=release_patterns("mme"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -185,7 +181,7 @@ _TABLE = (
         module="understanding.mmvet",
         description="open answers graded by a judge model",
         needs="mllm",
-        files=("mm-vet.json",),
+        files=release_patterns("mmvet"),
         options=(
             _LAYOUT,
             *_QUESTIONS,
@@ -208,7 +204,7 @@ _TABLE = (
         module="understanding.vizwiz",
         description="questions of blind people, some without an answer",
         needs="mllm",
-        files=("val.json", "test.json", "Annotations/val.json"),
+        files=release_patterns("vizwiz"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
@@ -218,7 +214,7 @@ _TABLE = (
         module="understanding.seedbench",
         description="twelve dimensions with four options, images and videos",
         needs="mllm",
-        files=("SEED-Bench.json",),
+        files=release_patterns("seedbench"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -228,7 +224,7 @@ _TABLE = (
         module="understanding.scienceqa",
         description="school questions with options, half of them with an image",
         needs="mllm",
-        files=("problems.json",),
+        files=release_patterns("scienceqa"),
         options=(_SPLIT, _LAYOUT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -238,7 +234,7 @@ _TABLE = (
         module="understanding.mmbench",
         description="twenty abilities with options, each question once per rotation of its options",
         needs="mllm",
-        files=("mmbench*.tsv", "MMBench*.tsv"),
+        files=release_patterns("mmbench"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("static",),
         batch_size=1024,
@@ -309,7 +305,7 @@ _TABLE = (
         module="generation.geneval",
         description="objects, number, colours and positions of generated images against their prompts",
         needs="generator",
-        files=("scenes.json", "evaluation_metadata.jsonl"),
+        files=("scenes.json", *release_patterns("geneval")),
         options=(
             *_SAMPLING,
             _IMAGES_PER_PROMPT,
@@ -333,7 +329,7 @@ _TABLE = (
         module="generation.genai_bench",
         description="VQAScore of generated images, by skill (GenAI-Bench)",
         needs="generator",
-        files=("genai_skills.json",),
+        files=release_patterns("genai_bench"),
         options=(*_SAMPLING, _IMAGE_FORMAT, _VQA_MODEL),
     ),
     Benchmark(
@@ -341,7 +337,7 @@ _TABLE = (
         module="generation.dpg_bench",
         description="questions about images of dense prompts (DPG-Bench)",
         needs="generator",
-        files=("dpg_bench.csv",),
+        files=release_patterns("dpg_bench"),
         options=(
             *_SAMPLING,
             _IMAGES_PER_PROMPT,
@@ -355,7 +351,7 @@ _TABLE = (
         module="generation.mjhq",
         description="FID of generated images against MJHQ-30K",
         needs="generator",
-        files=("meta_data.json",),
+        files=release_patterns("mjhq"),
         options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
     ),
     Benchmark(
@@ -363,7 +359,7 @@ _TABLE = (
         module="generation.imagenet_generation",
         description="gFID, sFID, IS, precision and recall of class-conditional images (ADM)",
         needs="generator",
-        files=("VIRTUAL_imagenet*.npz",),
+        files=release_patterns("imagenet_generation"),
         options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
     ),
 )
@@ -386,13 +382,24 @@ def detect_benchmarks(data: str | Path) -> list[str]:
     names = [
         name
         for name, benchmark in BENCHMARKS.items()
-        if any(next(benchmark_data(data, name).glob(pattern), None) for pattern in benchmark.files)
-        # tables of the hub do not tell by their names what they hold: the folder has to
-        or (benchmark_data(data, name) != Path(data) and holds_parquet(benchmark_data(data, name)))
+        if holds_benchmark(benchmark_data(data, benchmark), benchmark)
     ]
     if not names:
-        raise UserError(f"{data} holds no benchmark's files; eval/README.md lists what each one needs.")
+        folders = "".join(f" {line}" for line in incomplete_benchmarks(data))
+        raise UserError(
+            f"{data} holds no benchmark's files; eval/README.md lists what each one needs.{folders}"
+        )
     return names
+
+
+def incomplete_benchmarks(data: str | Path) -> list[str]:
+    """A line for every benchmark that has a folder of its name in `data`, but none of its files."""
+    lines = []
+    for name, benchmark in BENCHMARKS.items():
+        folders = named_folders(Path(data), name) if Path(data).is_dir() else []
+        if folders and not holds_benchmark(benchmark_data(data, benchmark), benchmark):
+            lines.append(f"{name}: {folders[0]} has none of its files ({', '.join(benchmark.files[:3])}).")
+    return lines
 
 
 def options_of(benchmarks: Iterable[Benchmark], scoring_only: bool = False) -> dict[str, Option]:

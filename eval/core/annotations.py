@@ -1,4 +1,4 @@
-"""Annotation files: found by pattern, read, and checked entry by entry.
+"""Annotation files: read, and checked entry by entry.
 
 A malformed entry is replaced by a UserError that describes the problem: its sample is not answered and counts
 as wrong, and the run continues.
@@ -13,56 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import numbered_json_lines, read_json
 
-from .benchmark import Options, Record, Sample
-from .parquet import holds_parquet
-
-LAYOUTS = ("original", "llava", "parquet")
-
-
-def find_file(
-    data: Path, patterns: Sequence[str], what: str, split: str | None = None, default: str = ""
-) -> Path:
-    """The one file below `data` that matches a pattern and has `split` in its name.
-
-    Args:
-        what: the kind of file, for the error text.
-        default: part of the file name that selects one of several files if `split` is None.
-
-    Raises:
-        UserError: no file matches, or several.
-    """
-    found = sorted({path for pattern in patterns for path in data.glob(pattern)})
-    names = ", ".join(str(path.relative_to(data)) for path in found) or "nothing"
-    # the default decides only between several files: a lone file of another name is taken
-    if split or (default and len(found) > 1):
-        found = [path for path in found if (split or default) in path.name]
-    if len(found) != 1:
-        raise UserError(
-            f"{data}: expected one {what} ({' or '.join(patterns)}){f' of split {split}' if split else ''}, "
-            f"found {names}." + (" Choose one with --split." if names != "nothing" else "")
-        )
-    return found[0]
-
-
-def detect_layout(data: Path, settings: Options, original: Sequence[str], llava: Sequence[str]) -> str:
-    """One of `LAYOUTS`: the `layout` option, else the first that is found in `data`.
-
-    Raises:
-        UserError: `data` has files of no layout.
-    """
-    patterns = {"original": tuple(original), "llava": tuple(llava)}
-    if settings.layout is not None:
-        return settings.layout
-    for layout in patterns:
-        if any(next(existing(data).glob(pattern), None) for pattern in patterns[layout]):
-            return layout
-    if holds_parquet(data):
-        return "parquet"
-    raise UserError(
-        f"{data}: found no files of this benchmark: neither {' nor '.join(patterns['original'])} "
-        f"(the release), nor {' nor '.join(patterns['llava'])} (LLaVA's evaluation archive), nor parquet "
-        "files (the data set on the Hugging Face hub)."
-    )
+from .benchmark import Record, Sample
 
 
 def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:

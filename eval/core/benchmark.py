@@ -118,7 +118,8 @@ class Benchmark:
     Attributes:
         module: relative to `open_unitok.eval`, e.g. "understanding.pope".
         needs: "tokenizer"; "mllm"; or "generator", which is an MLLM or images of another system.
-        files: glob patterns below the data folder; `all` runs the benchmarks with a match.
+        files: glob patterns of its files in the data folder, or in folders below it unless it needs only a
+            tokenizer; `all` runs the benchmarks with a match.
         options: in addition to `COMMON_OPTIONS`.
         scorers: variants of the scorer, the default first.
     """

@@ -17,6 +17,8 @@ from open_unitok.core.files import existing, write_json, write_jsonl
 from open_unitok.core.text_files import read_json
 
 from .benchmark import Benchmark, Record, Sample, Task
+from .image_files import refuse_unreadable
+from .release_files import benchmark_data
 from .results import Answers, build_result, check_answers_complete, open_run_dir, run_metadata
 
 NO_OPTIONS: Mapping[str, Any] = {}
@@ -31,7 +33,9 @@ def run_benchmark(
     batch_size: int | None = None,
     quiet: bool = False,
 ) -> Record | None:
-    """Answer the samples that have no record yet, run the judge pass and score.
+    """Answer the samples that have no answer yet, run the judge pass and score.
+
+    A sample whose record is an error, such as an image that could not be read, is answered again.
 
     The samples are divided among the ranks; rank 0 scores and returns the result, the others return None.
 
@@ -42,11 +46,14 @@ def run_benchmark(
         options: option name -> value, for any of `benchmark.all_options`.
     """
     settings, scoring = benchmark.resolve(options)
-    data, out = benchmark_data(data, benchmark.name), Path(out)
+    data, out = benchmark_data(data, benchmark), Path(out)
     # before the output folder is created: an error in the data leaves nothing behind
     task = benchmark.code.load(data, settings)
-    open_run_dir(out, run_metadata(benchmark.name, settings, model.describe(), data))
     store = AnswerStore(out, benchmark.name)
+    refuse_unreadable(benchmark.name, task.samples, store.done(task.samples))
+    if hasattr(model, "refuse_missing"):  # images of another system
+        model.refuse_missing(benchmark.name, task.samples)
+    open_run_dir(out, run_metadata(benchmark.name, settings, model.describe(), data))
     answer_samples(
         store,
         task.samples,
@@ -103,12 +110,6 @@ def read_run_metadata(folder: str | Path) -> Record:
     return read_json(existing(Path(folder) / "run.json", hint))
 
 
-def benchmark_data(data: str | Path, name: str) -> Path:
-    """The data folder of one benchmark: DATA/NAME if it exists, else DATA."""
-    data = existing(data)
-    return data / name if (data / name).is_dir() else data
-
-
 class AnswerStore:
     """The answers of one run: an append-only file per rank in `folder`."""
 
@@ -133,9 +134,15 @@ class AnswerStore:
                             "Remove the line, and the next run answers its sample again."
                         ) from error
 
-    def done(self) -> set[tuple[int, str]]:
-        """The keys that have a record."""
-        return {record["key"] for record in self.records() if record["benchmark"] == self.benchmark}
+    def done(self, samples: Sequence[Sample]) -> set[tuple[int, str]]:
+        """The keys that have an answer; those of malformed samples have an error for good."""
+        malformed = {s.key for s in samples if s.malformed}
+        return {
+            record["key"]
+            for record in self.records()
+            if record["benchmark"] == self.benchmark
+            and (not record.get("error") or record["key"] in malformed)
+        }
 
     def append(self, samples: Sequence[Sample], fields: Sequence[Record]) -> None:
         """Append one record per sample."""
@@ -158,18 +165,18 @@ class AnswerStore:
             file.write("".join(lines))
 
     def gather(self, samples: Sequence[Sample]) -> Answers:
-        """Match records with samples; the first of several records with the same key counts."""
+        """Match records with samples; of several with one key the first answer counts, or the last error."""
         wanted = {sample.key for sample in samples}
         records: dict[int, Record] = {}
         duplicates = unknown = 0
         for record in self.records():
             # e.g. records of a larger --limit, or of another version of the data
             if record["benchmark"] != self.benchmark or record["key"] not in wanted:
-                unknown += 1
-            elif record["index"] in records:
-                duplicates += 1
-            else:
+                unknown += not record.get("error")  # an error of an entry since repaired is no answer
+            elif (known := records.get(record["index"])) is None or known.get("error"):
                 records[record["index"]] = record
+            elif not record.get("error"):
+                duplicates += 1
         missing = [sample.index for sample in samples if sample.index not in records]
         failed = sorted(i for i, record in records.items() if record.get("error"))
         return Answers(records, missing, failed, duplicates, unknown)
@@ -183,14 +190,14 @@ def answer_samples(
     quiet: bool = False,
     fixed_batches: bool = False,
 ) -> int:
-    """Answer this rank's share of the samples that have no record yet; returns the size of the share.
+    """Answer this rank's share of the samples that have no answer yet; returns the size of the share.
 
     Args:
         fixed_batches: compose batches independently of the number of ranks and of where a run was killed: a
             batch with a missing record is recomputed as a whole. For scores whose last digits depend on the
             composition of the batch.
     """
-    done = store.done()
+    done = store.done(samples)
     distributed.barrier()  # no rank writes before all ranks have read the records
     # group by kind: a model call either generates or reconstructs
     ordered = sorted(samples, key=lambda s: (s.kind, s.index))

@@ -7,9 +7,9 @@ import base64
 import binascii
 import functools
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,8 @@ from .benchmark import Record, Sample
 from .parquet import ParquetImage
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
+
+_PROBES = 16  # images that are read before the first question
 
 
 class Base64Image(NamedTuple):
@@ -82,6 +84,57 @@ def open_images(batch: list[Sample]) -> tuple[list[Record], dict[int, Image.Imag
         except UserError as error:
             records[i] = {"error": str(error)}
     return records, images
+
+
+def refuse_unreadable(benchmark: str, samples: Sequence[Sample], done: Collection[tuple[int, str]]) -> None:
+    """Check before the first question that most images are there.
+
+    Every path is looked up, and some of the images that exist are read: a folder of Git LFS pointers or of
+    error pages has all names.
+
+    Args:
+        done: keys of samples that have an answer; their images are not needed any more.
+
+    Raises:
+        UserError: more than half of the images are missing or cannot be read.
+    """
+    images = dict.fromkeys(image for s in samples for image in _images_of(s))
+    todo = dict.fromkeys(image for s in samples if s.key not in done for image in _images_of(s))
+    present, missing = [], []
+    for image in todo:
+        (missing if _is_missing(image) else present).append(image)
+    step = max(1, len(present) // _PROBES)
+    probed = present[::step]
+    reasons = [f"{image} does not exist" for image in missing[:1]]
+    unreadable = 0
+    for image in probed:
+        try:
+            read_sample_image(image)
+        except UserError as error:
+            unreadable += 1
+            reasons.append(str(error).removesuffix("."))
+    # those that were read stand for the others
+    count = len(missing) + (len(present) * unreadable // len(probed) if probed else 0)
+    if count and 2 * count > len(images):
+        amount = "none" if count == len(images) else f"only {len(images) - count}"
+        raise UserError(
+            f"{benchmark}: {amount} of {len(images)} images can be read, the first problem: {reasons[0]}. "
+            "Nothing was asked: put the images in place (eval/README.md lists the folders) and run again."
+        )
+
+
+def _images_of(sample: Sample) -> tuple[Any, ...]:
+    """The images of a sample, none of a malformed one."""
+    if sample.malformed or sample.image is None:
+        return ()
+    return sample.image.images if isinstance(sample.image, ImageList) else (sample.image,)
+
+
+def _is_missing(image: Any) -> bool:
+    """Whether there is certainly no such image; does not read it."""
+    if isinstance(image, Path):
+        return not image.exists() and split_tar_path(image) is None
+    return isinstance(image, Base64Image) and not image.text.strip()
 
 
 def save_image(pixels: np.ndarray, path: Path) -> None:

@@ -68,9 +68,10 @@ def check_answers_complete(
     """Warnings about the answers, one line each.
 
     Raises:
-        UserError: answers are missing or match no sample, and `partial` is False.
+        UserError: answers are missing or match no sample, and `partial` is False; or there is no answer.
     """
     problems = []
+    _require_an_answer(answers, samples, folder)
     if answers.missing:
         problems.append(
             f"{len(answers.missing)} of {len(samples)} samples have no answer, "
@@ -100,9 +101,22 @@ def check_answers_complete(
     if failed:
         problems.append(
             f"{len(failed)} samples could not be answered, the first because "
-            f"{answers.records[failed[0]]['error']} (counted as wrong)"
+            f"{answers.records[failed[0]]['error']} (counted as wrong; the next run asks them again)"
         )
     return problems
+
+
+def _require_an_answer(answers: Answers, samples: Sequence[Sample], folder: Path) -> None:
+    """UserError if not one sample was answered: 0.0 % would look like a result."""
+    # per kind: reconstructions of real images succeed where every generated image is missing
+    for kind in {s.kind for s in samples if not s.malformed}:
+        own = [s.index for s in samples if s.kind == kind and not s.malformed]
+        failed = [i for i in own if answers.records.get(i, {}).get("error")]
+        if len(failed) == len(own):
+            raise UserError(
+                f"{folder}: not one of {len(own)} samples could be answered, the first because "
+                f"{answers.records[failed[0]]['error']}"
+            )
 
 
 def build_result(
@@ -112,7 +126,7 @@ def build_result(
     # the first metric is the main one; a split without public answers has none
     main = next(iter(scored.metrics), None)
     malformed = len(malformed_reasons(task.samples))
-    reason = _not_comparable_reason(run, answers, scored, malformed)
+    reason = _not_comparable_reason(run, task, answers, scored, malformed)
     return {
         "benchmark": run["benchmark"],
         "metric": main,
@@ -141,16 +155,19 @@ def build_result(
     }
 
 
-def _not_comparable_reason(run: Record, answers: Answers, scored: Scored, malformed: int) -> str:
-    """The first reason why the numbers are not comparable with published ones, else ""."""
+def _not_comparable_reason(run: Record, task: Task, answers: Answers, scored: Scored, malformed: int) -> str:
+    """The reasons why the numbers are not comparable with published ones, else ""."""
     limit = run["settings"].get("limit")
+    # malformed samples have a reason of their own
+    failed = len(set(answers.failed) - {s.index for s in task.samples if s.malformed})
     reasons: Iterable[tuple[Any, str]] = (
         (scored.not_comparable, scored.not_comparable),
         (limit, f"only the first {limit} samples"),
         (answers.missing, f"{len(answers.missing)} answers are missing"),
+        (failed, f"{failed} samples could not be asked"),
         (malformed, f"{malformed} annotations are malformed"),
     )
-    return next((reason for found, reason in reasons if found), "")
+    return "; ".join(reason for found, reason in reasons if found)
 
 
 def run_versions() -> dict[str, str]:

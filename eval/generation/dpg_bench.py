@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
 from open_unitok.core.text_files import numbered_csv
 
 from ..core.annotations import require_key, require_mostly_valid, require_type
@@ -17,6 +16,7 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.judge_pass import run_judge_pass, samples_with_images
+from ..core.release_files import RELEASES, find_file
 from ..judges import vqa_model
 
 _IMAGES_PER_PROMPT = 4
@@ -52,7 +52,7 @@ def read_dpg_items(data: Path) -> tuple[list[DpgItem], list[str]]:
     Raises:
         UserError: a column is missing, or most lines are malformed.
     """
-    path = existing(data / "dpg_bench.csv", "DPG-Bench is this table.")
+    path = find_file(data, RELEASES["dpg_bench"].original, "DPG-Bench table")
     prompts: dict[str, str] = {}
     questions: dict[str, list[DpgQuestion]] = defaultdict(list)
     name, bad, lines = "", [], 0

@@ -19,6 +19,7 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.generated_images import generation_metadata, require_generated_images, save_generated_images
 from ..core.judge_pass import run_judge_pass, samples_with_images
+from ..core.release_files import RELEASES, find_beside, find_file
 from ..judges import vqa_model
 from ..metrics.vqascore import ANSWER, QUESTION
 
@@ -36,8 +37,8 @@ def load(data: Path, settings: Options) -> Task:
     Raises:
         UserError: a file is missing or of another format.
     """
-    prompts, bad = _read_prompts(data)
-    path = existing(data / "genai_skills.json", "It names the prompts of each skill.")
+    path = find_file(data, RELEASES["genai_bench"].original, "list of the prompts of each skill")
+    prompts, bad = _read_prompts(data, path)
     skills: dict[str, list[int]] = {}
     for tag, ids in read_json_as(dict, path).items():
         skills[tag] = []
@@ -65,21 +66,24 @@ def load(data: Path, settings: Options) -> Task:
     return Task(require_mostly_valid(samples, data), truth, metadata)
 
 
-def _read_prompts(data: Path) -> tuple[dict[int, str], dict[int, str]]:
+def _read_prompts(data: Path, skills: Path) -> tuple[dict[int, str], dict[int, str]]:
     """Prompts by number, and errors by number; an invalid number is replaced by a unique negative one.
 
     Numbers are the lines of `prompts.txt`, from 1, or the keys of `genai_image.json`.
     """
     prompts, bad = {}, {}
     # GenAI-Bench-527 is a text file, GenAI-Bench-1600 is JSON
-    if (data / "prompts.txt").exists():
-        for number, line in numbered_lines(data / "prompts.txt"):
+    path = find_beside(data, skills, "prompts.txt")
+    if path.exists():
+        for number, line in numbered_lines(path):
             if line.strip():
                 prompts[number] = line.strip()
             else:
-                bad[number] = f"{data / 'prompts.txt'}, line {number}, is empty."
+                bad[number] = f"{path}, line {number}, is empty."
         return prompts, bad
-    path = existing(data / "genai_image.json", "GenAI-Bench is prompts.txt or genai_image.json.")
+    path = existing(
+        find_beside(data, skills, "genai_image.json"), "GenAI-Bench is prompts.txt or genai_image.json."
+    )
     for key, row in read_json_as(dict, path).items():
         number = _positive_integer(key)
         try:

@@ -9,16 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json, read_json_lines
 
-from ..core import ceiling
 from ..core.annotations import require_key, require_text, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, group_mean_columns, group_mean_statistic
 from ..core.judge_pass import ExternalFindings
 from ..core.records import mean, mean_by
-from ..judges import detections
+from ..core.release_files import RELEASES, find_file
+from ..judges import ceiling, detections
 from ..judges.detections import Verdict
 from ..judges.object_detector import COLOURS
 
@@ -157,7 +156,7 @@ class _Box(NamedTuple):
 
 
 def read_prompts(data: str | Path) -> list[dict[str, Any]]:
-    """Read `evaluation_metadata.jsonl` from `data`, `data/test/geneval` or `data/geneval`.
+    """Read `evaluation_metadata.jsonl` from `data` or folders below it.
 
     A malformed line becomes a prompt with the error under "malformed". An unreadable tag is replaced by that
     of the line before: the released file is ordered by tag.
@@ -165,14 +164,7 @@ def read_prompts(data: str | Path) -> list[dict[str, Any]]:
     Raises:
         UserError: the file is missing or empty, or most of its lines are malformed.
     """
-    data = existing(data)
-    # the released repository, its prompts folder, or `unitok data scenes`
-    folders = (data, data / "test" / "geneval", data / "geneval", data / "prompts")
-    path = next(
-        (f / "evaluation_metadata.jsonl" for f in folders if (f / "evaluation_metadata.jsonl").exists()), None
-    )
-    if path is None:
-        raise UserError(f"{data}: found no evaluation_metadata.jsonl here, in geneval/ or in test/geneval/.")
+    path = find_file(Path(data), RELEASES["geneval"].original, "list of GenEval prompts")
     rows = read_json_lines(path, lenient=True)
     # malformed lines at the start take the first valid tag
     tags = [row["tag"] for row in rows if isinstance(row, dict) and row.get("tag") in TAGS]

@@ -19,6 +19,7 @@ from ..core.generated_images import (
     unscored_records,
 )
 from ..core.image_sets import images_of_run
+from ..core.release_files import RELEASES, find_file
 from ..metrics import fid, inception_features
 from ..metrics.adm_samples import adm_order, write_adm_samples
 
@@ -48,13 +49,9 @@ def _reference_file(data: Path, scoring: Options) -> Path:
     """ADM's reference batch: --reference, else the VIRTUAL_imagenet*.npz in the data folder."""
     if scoring.reference:
         return existing(scoring.reference)
-    found = sorted(data.glob("VIRTUAL_imagenet*.npz"))
-    if len(found) != 1:
-        raise UserError(
-            f"{data}: expected one VIRTUAL_imagenet*_labeled.npz (ADM's reference batch), found "
-            f"{len(found)}; select it with --reference."
-        )
-    return found[0]
+    return find_file(
+        data, RELEASES["imagenet_generation"].original, "ADM's reference batch (or pass it as --reference)"
+    )
 
 
 def judge(

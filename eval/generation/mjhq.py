@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
 
 from ..core.annotations import read_json_as, require_mostly_valid, require_text
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
@@ -20,6 +19,7 @@ from ..core.generated_images import (
 )
 from ..core.image_sets import ImageSet, images_of_folder, images_of_run
 from ..core.judge_pass import samples_with_images
+from ..core.release_files import RELEASES, find_file, walk_folders
 from ..metrics import fid, inception_features
 from ..metrics.inception_features import StoredFeatures
 
@@ -28,7 +28,7 @@ answer = save_generated_images
 
 def load(data: Path, settings: Options) -> Task:
     """One sample per entry of `meta_data.json`, {id: {category, prompt}}; the sample's id is category/id."""
-    path = existing(data / "meta_data.json", "MJHQ-30K is this file and its images.")
+    path = find_file(data, RELEASES["mjhq"].original, "list of MJHQ-30K's prompts")
     rows = list(read_json_as(dict, path).items())[: settings.limit]
     samples = []
     for k, (name, row) in enumerate(rows):
@@ -40,14 +40,16 @@ def load(data: Path, settings: Options) -> Task:
         except UserError as error:
             samples.append(malformed_sample(k, name, error))
     metadata = generation_metadata(settings, "jpg") | {"split": f"{len(rows)} prompts"}
-    return Task(require_mostly_valid(samples, path), {"data": data}, metadata)
+    return Task(require_mostly_valid(samples, path), {"data": path.parent}, metadata)
 
 
 def _released_images(data: Path, reference: str, size: int) -> ImageSet:
     """The released images, resized to `size` (Lanczos) if they differ from it."""
     folder = Path(reference) if reference else data
-    if not reference and (data / "mjhq30k_imgs").is_dir():
-        folder = data / "mjhq30k_imgs"
+    if not reference:
+        # the zip of images is unpacked beside the list, or into a folder of its own
+        below = (f for level in walk_folders(data) for f in level if f.name == "mjhq30k_imgs")
+        folder = next(below, folder)
     found = images_of_folder("reference", folder)
 
     def load(i: int) -> np.ndarray:

@@ -7,10 +7,9 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json, read_json_lines
 
-from ..core import ceiling
 from ..core.annotations import require_key, require_mostly_valid, require_text, require_type
 from ..core.benchmark import Options, Record, Sample, Scored, Task
-from ..judges import detections
+from ..judges import ceiling, detections
 from ..judges.detections import Verdict
 
 # the second name: folders written before version 0.1.1

@@ -18,7 +18,6 @@ from open_unitok.core.files import existing
 
 from ..core.annotations import require_key, require_type
 from ..core.benchmark import Options, Record, Sample, Task
-from ..core.ceiling import generate_and_reconstruct
 from ..core.generated_images import describe_sampling
 from ..core.judge_pass import (
     ExternalFindings,
@@ -29,6 +28,7 @@ from ..core.judge_pass import (
     samples_with_images,
 )
 from ..core.model import model_fingerprint
+from .ceiling import generate_and_reconstruct
 from .object_detector import ColourClassifier, detections_record, load_detector
 from .scenes_detector import ScenesDetector
 

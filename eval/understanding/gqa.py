@@ -16,8 +16,6 @@ from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -33,7 +31,6 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import (
     cluster_of,
@@ -43,8 +40,16 @@ from ..core.records import (
     submittable,
     write_submission,
 )
+from ..core.release_files import (
+    RELEASES,
+    detect_layout,
+    find_beside,
+    find_file,
+    image_finder,
+    image_folders,
+)
 
-_ORIGINAL, _LLAVA = ("*_questions.json", "questions/*_questions.json"), ("*gqa*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["gqa"].original, RELEASES["gqa"].llava
 _NOT_A_STEP = ("exist", "query: name", "choose name")
 GqaQuestions = dict[str, Record]
 # placeholder of a malformed question: wrong in the accuracy, and member of no group
@@ -91,7 +96,7 @@ def load(data: Path, settings: Options) -> Task:
             if name not in questions:
                 reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
                 questions[name], broken[name] = _MALFORMED, reason if good else row
-    folders = [data / "images", data / "data" / "images", data]
+    find_image = image_finder(image_folders(data, path, ("images",)))
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
@@ -99,14 +104,13 @@ def load(data: Path, settings: Options) -> Task:
             i,
             name,
             prompt,
-            images.get(questions[name]["imageId"])
-            or image_path(folders, f"{questions[name]['imageId']}.jpg"),
+            images.get(questions[name]["imageId"]) or find_image(f"{questions[name]['imageId']}.jpg"),
         )
         for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     # one choices file serves the balanced and the full split
     tier = split.removesuffix("_balanced").removesuffix("_all")
-    choices = data / f"{tier}_choices.json"
+    choices = find_beside(data, path, f"{tier}_choices.json")
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
     return Task(require_mostly_valid(samples, file), truth, answering_metadata(split, template, settings))
 

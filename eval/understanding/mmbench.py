@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, write_atomic
 from open_unitok.core.text_files import read_csv
 
-from ..core.annotations import find_file, require_mostly_valid
+from ..core.annotations import require_mostly_valid
 from ..core.answering import (
     PROMPT_TEMPLATES,
     answer_questions,
@@ -30,8 +30,9 @@ from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sa
 from ..core.image_files import Base64Image
 from ..core.parquet import ParquetImage, choose_split, holds_parquet, read_parquet
 from ..core.records import mean_metric, mean_metrics_by, sample_record
+from ..core.release_files import RELEASES, find_file, holds_files
 
-_FILES = ("mmbench*.tsv", "MMBench*.tsv")
+_FILES = RELEASES["mmbench"].original
 _COLUMNS = ("index", "question", "A", "B", "image", "category")  # the others may be missing
 _LETTERS = "ABCDE"
 ROTATION_STEP = 1_000_000  # between the index of a question and of its next rotation
@@ -63,7 +64,7 @@ def load(data: Path, settings: Options) -> Task:
     Raises:
         UserError: no table or several, or required columns are missing.
     """
-    if not any(next(data.glob(pattern), None) for pattern in _FILES) and holds_parquet(data):
+    if not holds_files(data, _FILES) and holds_parquet(data):
         # `lmms-lab/MMBench` has the configurations en, cn and cc, `lmms-lab/MMBench_EN` has the default one
         found = choose_split(data, settings.split, ("dev",), ("en",))
         path = found.files[0]

@@ -11,10 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_lines
 
-from ..core.annotations import find_file, read_llava_questions, require_mostly_valid, require_text
+from ..core.annotations import read_llava_questions, require_mostly_valid, require_text
 from ..core.answering import (
     PROMPT_TEMPLATES,
     answer_questions,
@@ -27,15 +26,11 @@ from ..core.bootstrap import bootstrap, question_pair_columns, question_pair_sta
 from ..core.image_files import image_path_by_stem
 from ..core.parquet import ParquetImage, choose_split, holds_parquet, read_parquet, row_image
 from ..core.records import cluster_of, sample_record, write_submission
+from ..core.release_files import MME_TASK_FOLDERS, RELEASES, find_file, walk_folders, wrong_place
 
-PERCEPTION_TASKS = (
-    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
-)  # fmt: skip
-COGNITION_TASKS = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-MME_TASKS = (*PERCEPTION_TASKS, *COGNITION_TASKS)
+MME_TASKS = MME_TASK_FOLDERS
+PERCEPTION_TASKS, COGNITION_TASKS = MME_TASKS[:10], MME_TASKS[10:]
 _YES_NO = "Please answer yes or no."
-_LLAVA = ("llava_mme*.jsonl", "*mme*.jsonl")
-_RELEASE = "MME_Benchmark_release_version"
 
 
 class MmeQuestion(NamedTuple):
@@ -60,19 +55,21 @@ def load(data: Path, settings: Options) -> Task:
     Raises:
         UserError: the folder of a task is missing or has no questions.
     """
-    root = data / _RELEASE if (data / _RELEASE).is_dir() else existing(data)
     tasks = (settings.split,) if settings.split else MME_TASKS
     for name in tasks:
         if name not in MME_TASKS:
             raise UserError(f"split is {name!r}; allowed: {', '.join(MME_TASKS)}.")
-    if settings.layout == "parquet" or (not _has_task_folders(root) and holds_parquet(root)):
-        questions = _read_parquet(root, tasks)
+    root = _release_root(data)
+    if settings.layout == "parquet" or (root is None and holds_parquet(data)):
+        questions, root = _read_parquet(data, tasks), data
+    elif root is None:
+        raise wrong_place(data, RELEASES["mme"].original, RELEASES["mme"].llava)
     else:
         questions = [question for name in tasks for question in _read_task(root, name)]
     template = choose_prompt_template(settings, "short")
     prompts = [PROMPT_TEMPLATES[template].format(without_yes_no_request(q.question)) for q in questions]
     if settings.layout == "llava":
-        file = find_file(data, _LLAVA[:1], "LLaVA question file")
+        file = find_file(data, RELEASES["mme"].llava, "LLaVA question file")
         template = f"as in {file.name}"
         questions, prompts = _join_llava(questions, file, tasks)
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
@@ -89,9 +86,15 @@ def load(data: Path, settings: Options) -> Task:
     )
 
 
-def _has_task_folders(root: Path) -> bool:
-    """Whether `root` is the release or a part of it."""
-    return any((root / name).is_dir() for name in MME_TASKS)
+def _release_root(data: Path) -> Path | None:
+    """The nearest folder with folders of tasks; its own name differs between archives."""
+    if not data.is_dir() and data.suffix not in (".txt", ".jsonl"):
+        return None
+    for level in walk_folders(data if data.is_dir() else data.parent):
+        for folder in level:
+            if any(any((folder / task).rglob("*.txt")) for task in MME_TASKS if (folder / task).is_dir()):
+                return folder
+    return None
 
 
 def _read_parquet(data: Path, tasks: Sequence[str]) -> list[MmeQuestion]:
@@ -122,7 +125,13 @@ def _read_parquet(data: Path, tasks: Sequence[str]) -> list[MmeQuestion]:
 
 def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     """The questions of one folder: flat, or with `images/` and `questions_answers_YN/`."""
-    folder = existing(root / name, f"MME has a folder for each of its tasks: {', '.join(MME_TASKS)}.")
+    folder = root / name
+    if not folder.is_dir():
+        present = ", ".join(task for task in MME_TASKS if (root / task).is_dir())
+        raise UserError(
+            f"{root}: MME has a folder for each of its 14 tasks; {name} is missing, there are {present}. "
+            "--split TASK runs one of them."
+        )
     texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
     images = [folder / "images", folder]
     result = []

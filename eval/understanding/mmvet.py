@@ -18,8 +18,6 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import read_text
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -34,12 +32,12 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
+from ..core.release_files import RELEASES, detect_layout, find_file, image_finder, image_folders
 from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
 
-_ORIGINAL, _LLAVA = ("mm-vet.json",), ("*mm-vet*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["mmvet"].original, RELEASES["mmvet"].llava
 _PUBLISHED_JUDGE = "gpt-4-0613"
 # of the first request, and of the retries after replies without a grade
 _TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5, 2.0)
@@ -89,11 +87,11 @@ def load(data: Path, settings: Options) -> Task:
             if name not in known:
                 reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
                 known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), reason if good else row
-    folders = [data / "images", data / "mm-vet" / "images", data]
+    find_image = image_finder(image_folders(data, path, ("images",)))
     samples = [
         malformed_sample(i, name, broken[name])
         if name in broken
-        else Sample(i, name, prompt, images.get(name) or image_path(folders, known[name][1]))
+        else Sample(i, name, prompt, images.get(name) or find_image(known[name][1]))
         for i, (name, prompt) in enumerate(entries[: settings.limit])
     ]
     return Task(

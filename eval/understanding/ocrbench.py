@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
 
-from ..core.annotations import find_file, read_json_as, require_key, require_mostly_valid, require_text
+from ..core.annotations import read_json_as, require_key, require_mostly_valid, require_text
 from ..core.answering import (
     PROMPT_TEMPLATES,
     answer_questions,
@@ -21,6 +21,7 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.image_files import image_path
 from ..core.parquet import choose_split, holds_parquet, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, sample_record
+from ..core.release_files import find_file
 
 _FILES = ("OCRBench.json", "OCRBench/OCRBench.json", "json_files/OCRBench.json")
 _FORMULAS = "HME100k"  # compared with case and without blanks

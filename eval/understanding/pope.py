@@ -4,17 +4,14 @@ Scorers: `official` (default) counts any answer without the words "no" or "not" 
 "yes" and "no".
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json_lines
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_llava_questions,
     require_key,
     require_mostly_valid,
@@ -33,11 +30,18 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, f1_columns, f1_statistic, mean_columns
 from ..core.parquet import ParquetImage, choose_split, find_splits, read_parquet, row_image
 from ..core.records import cluster_of, mean, sample_record
+from ..core.release_files import (
+    RELEASES,
+    detect_layout,
+    find_file,
+    find_files,
+    image_finder,
+    image_folders,
+)
 
 POPE_SUBSETS = ("random", "popular", "adversarial")
 POPE_SCORERS = ("official", "strict")
-_ORIGINAL = ("*_pope_random.json", "test/*_pope_random.json", "coco/*_pope_random.json")
-_LLAVA = ("*pope*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["pope"].original, RELEASES["pope"].llava
 
 answer = answer_questions
 
@@ -62,13 +66,14 @@ def load(data: Path, settings: Options) -> Task:
     if layout != "llava":
         questions = (read_pope(data) if layout == "original" else read_pope_parquet(data))[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
-        prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
+        prompts, path, problems = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data, []
         length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
         metadata = answering_metadata("all three", template, settings, length)
     else:
         path = find_file(data, _LLAVA, "LLaVA question file")
         rows = read_llava_questions(path)
-        questions = _in_llava_order(read_pope(data), rows, path)[: settings.limit]
+        questions, problems = _join_llava(read_pope(data), rows, path)
+        questions = questions[: settings.limit]
         prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
         metadata = answering_metadata("all three", f"as in {path.name}", settings)
     samples = [
@@ -77,46 +82,52 @@ def load(data: Path, settings: Options) -> Task:
         else Sample(i, f"{q.category}/{q.question_id}", prompt, q.image)
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(require_mostly_valid(samples, path), questions, metadata)
+    return Task(require_mostly_valid(samples, path), questions, metadata, problems)
 
 
 def read_pope(data: str | Path) -> list[PopeQuestion]:
-    """Read `*_pope_{random,popular,adversarial}.json` from `data`, `data/test` or its `coco` folder.
+    """Read `*_pope_{random,popular,adversarial}.json` from `data` or folders below it.
 
     A line without a key or with an invalid label becomes a `malformed` question.
 
     Raises:
         UserError: the file of a category is missing, or there are two.
     """
-    data = existing(data)
-    result = []
+    data, result = Path(data), []
     for category in POPE_SUBSETS:
-        found = [p for f in (data, data / "test", data / "coco") for p in f.glob(f"*_pope_{category}.json")]
+        found = find_files(data, (f"*_pope_{category}.json",))
+        # the repository has COCO, which the papers report, A-OKVQA and GQA side by side
+        found = [p for p in found if p.name.startswith("coco_")] or found
+        # a copy deeper down does not count
+        found = [p for p in found if len(p.parts) == len(found[0].parts)]
         if len(found) != 1:
             names = ", ".join(str(p) for p in found) or "nothing"
-            raise UserError(f"{data}: expected one *_pope_{category}.json here or in test/, found {names}.")
-        result += _read_category(found[0])
+            raise UserError(
+                f"{data}: expected one *_pope_{category}.json here or in a folder below, found {names}."
+            )
+        result += _read_category(data, found[0])
     return result
 
 
-def _read_category(path: Path) -> list[PopeQuestion]:
+def _read_category(data: Path, path: Path) -> list[PopeQuestion]:
     """The questions of one file, in order."""
     category = path.stem.rsplit("_", 1)[1]
-    folders = [path.parent / "images", path.parent / "val2014", path.parent.parent / "val2014"]
-    images = next((d for d in folders if d.is_dir()), path.parent)
+    find_image = image_finder(image_folders(data, path, ("images", "val2014")))
     result = []
     for i, row in enumerate(read_json_lines(path, lenient=True)):
         where = f"{path}, question {i + 1}"
         # the image is checked when it is read: here only the line itself
         try:
-            result.append(_read_question(row, where, category, images))
+            result.append(_read_question(row, where, category, find_image))
         except UserError as error:
             result.append(_malformed_question(category, str(error)))
     return result
 
 
-def _read_question(row: Record, where: str, category: str, image: Path | ParquetImage) -> PopeQuestion:
-    """A question of the released file; `image` is its image, or the folder of the images.
+def _read_question(
+    row: Record, where: str, category: str, image: ParquetImage | Callable[[str], Path]
+) -> PopeQuestion:
+    """A question of the released file; `image` is its image, or finds it by its name.
 
     Raises:
         UserError: a key is missing or the label is invalid.
@@ -124,8 +135,8 @@ def _read_question(row: Record, where: str, category: str, image: Path | Parquet
     label = require_key(row, "label", where)
     if label not in ("yes", "no"):
         raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
-    if isinstance(image, Path):
-        image = image / Path(require_text(row, "image", where)).name
+    if not isinstance(image, ParquetImage):
+        image = image(Path(require_text(row, "image", where)).name)
     number = require_key(row, "question_id", where)
     return PopeQuestion(number, image, require_text(row, "text", where), label, category)
 
@@ -164,32 +175,42 @@ def _malformed_question(category: str, reason: str = "") -> PopeQuestion:
     return PopeQuestion(-1, Path(), "", "yes", category, reason)
 
 
-def _in_llava_order(questions: Sequence[PopeQuestion], rows: Sequence[Any], path: Path) -> list[PopeQuestion]:
-    """The released questions in the order of LLaVA's rows; a row with another image is `malformed`."""
-    # rows have a category but no released id: within a category they follow the released order, which
-    # LLaVA's scorer assumes too
-    left = {name: [q for q in questions if q.category == name] for name in POPE_SUBSETS}
+def _join_llava(
+    questions: Sequence[PopeQuestion], rows: Sequence[Any], path: Path
+) -> tuple[list[PopeQuestion], list[str]]:
+    """The released question of each of LLaVA's rows, and a warning about those that no row asks.
+
+    Rows have no released id: they are joined by category, image and question, since the releases differ in
+    order and number. A row without a released question is `malformed`.
+    """
+    left: dict[tuple[str, str, str], list[PopeQuestion]] = {}
+    for q in questions:
+        left.setdefault((q.category, q.image.name, _join_text(q.text)), []).append(q)
     result: list[PopeQuestion] = []
     for i, row in enumerate(rows):
-        where, question = f"{path}, line {i + 1}", None
+        # an unreadable line counts in the category of the line before
+        where, category = f"{path}, line {i + 1}", result[-1].category if result else POPE_SUBSETS[0]
         try:
-            category = require_key(row, "category", where)
-            if not left.get(category):
-                raise UserError(f"{where}: the released files have no further question of {category!r}.")
-            question = left[category].pop(0)
-            if not question.malformed and Path(require_text(row, "image", where)).name != question.image.name:
+            named = require_key(row, "category", where)
+            category = named if named in POPE_SUBSETS else category
+            image = Path(require_text(row, "image", where)).name
+            text = row["text"].split("\n")[0]
+            found = left.get((named, image, _join_text(text)))
+            if not found:
                 raise UserError(
-                    f"{where}: image is {row['image']!r}, but the released file has {question.image.name!r} "
-                    "at this position: the files are of different versions."
+                    f"{where}: the released {named!r} file has no question {text!r} about {image}: the files "
+                    "are of different versions."
                 )
+            result.append(found.pop(0))
         except UserError as error:
-            # an unreadable line consumes the next question of the category of the line before
-            before = result[-1].category if result else POPE_SUBSETS[0]
-            if question is None and left[before]:
-                question = left[before].pop(0)
-            question = (question or _malformed_question(before))._replace(malformed=str(error))
-        result.append(question)
-    return result
+            result.append(_malformed_question(category, str(error)))
+    unasked = sum(map(len, left.values())) - sum(bool(q.malformed) for q in questions)
+    return result, [f"{unasked} released questions are not in {path.name} (not asked)"] * (unasked > 0)
+
+
+def _join_text(question: str) -> str:
+    """The question as it is compared: old releases write "imange"."""
+    return " ".join(question.lower().replace("imange", "image").split())
 
 
 # --------------------------------------------------------------------------------------------------- scoring

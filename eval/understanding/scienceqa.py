@@ -5,14 +5,13 @@ Scorers: `official` (default) is LLaVA's parser; `lmms` takes "A" or "A. ...".
 
 import contextlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     require_key,
     require_mostly_valid,
@@ -37,8 +36,9 @@ from ..core.multiple_choice import (
 )
 from ..core.parquet import ParquetImage, choose_split, read_parquet
 from ..core.records import mean_metric, mean_metrics_by, write_submission
+from ..core.release_files import RELEASES, detect_layout, find_beside, find_file, image_folders
 
-_ORIGINAL, _LLAVA = ("problems.json",), ("llava_*CQM-A.json",)
+_ORIGINAL, _LLAVA = RELEASES["scienceqa"].original, RELEASES["scienceqa"].llava
 
 answer = answer_questions
 
@@ -51,7 +51,7 @@ def load(data: Path, settings: Options) -> Task:
         splits = {split: list(problems)}
     else:
         path = find_file(data, _ORIGINAL, "ScienceQA problem file")
-        split_file = data / "pid_splits.json"
+        split_file = find_beside(data, path, "pid_splits.json")
         problems, splits = read_json_as(dict, path), read_json_as(dict, split_file)
         split = settings.split or "test"
         if split not in splits:
@@ -63,10 +63,11 @@ def load(data: Path, settings: Options) -> Task:
         file = find_file(data, _LLAVA, "LLaVA question file")
         texts = _read_conversations(file)
         prompts = {name: PROMPT_TEMPLATES[template].format(text) for name, text in texts.items()}
+    bases = image_folders(data, path, ("images", split))
     samples, questions = [], []
     for i, name in enumerate(map(str, splits[split][: settings.limit])):
         try:
-            question, context, image = read_scienceqa_problem(problems, name, path, split)
+            question, context, image = read_scienceqa_problem(problems, name, path, split, bases)
             if layout == "llava" and name not in prompts:
                 raise UserError(f"{file}: problem {name} of split {split} is missing or malformed.")
         except UserError as error:
@@ -75,7 +76,9 @@ def load(data: Path, settings: Options) -> Task:
             samples.append(malformed_sample(i, name, error))
             questions.append(malformed_choice(name, medium))
             continue
-        body = f"Context: {context or 'N/A'}\n{lettered_options(question.question, question.options)}"
+        # no line "Context: N/A": the published prompts have none where a problem has no hint
+        body = f"Context: {context}\n" if context else ""
+        body += lettered_options(question.question, question.options)
         # LLaVA's conversations hold the whole question; otherwise it is built in the same layout
         prompt = prompts.get(name) or PROMPT_TEMPLATES[template].format(body)
         samples.append(Sample(i, name, prompt, image))
@@ -112,9 +115,9 @@ def _read_conversations(path: Path) -> dict[str, str]:
 
 
 def read_scienceqa_problem(
-    problems: Any, name: str, path: Path, split: str
+    problems: Any, name: str, path: Path, split: str, bases: Sequence[Path]
 ) -> tuple[ChoiceQuestion, str, Path | ParquetImage | None]:
-    """A problem, its context, and its image if it has one."""
+    """A problem, its context, and its image if it has one; `bases` are folders of images or of splits."""
     where = f"{path}, problem {name}"
     row = require_key(problems, name, path)
     options, label = require_key(row, "choices", where), require_key(row, "answer", where)
@@ -126,7 +129,7 @@ def read_scienceqa_problem(
         )
     image = row.get("image")
     if image and not isinstance(image, ParquetImage):
-        folders = [path.parent / split / name, path.parent / "images" / split / name, path.parent / name]
+        folders = [base / inner for base in bases for inner in (name, f"{split}/{name}")]
         image = image_path(folders, require_text(row, "image", where))
     question = ChoiceQuestion(
         name,
@@ -136,7 +139,8 @@ def read_scienceqa_problem(
         kind=str(row.get("subject", "")),
         medium="image" if image else "text",
     )
-    return question, str(row.get("hint") or "").strip(), image
+    hint = str(row.get("hint") or "").strip()
+    return question, "" if hint.upper() == "N/A" else hint, image
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:

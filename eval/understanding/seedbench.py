@@ -4,15 +4,13 @@ Scorers: `official` (default) accepts only the bare letter, as LLaVA's scorer do
 character of the answer, case-insensitively.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -27,12 +25,16 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path_by_stem
 from ..core.multiple_choice import ChoiceQuestion, choice_records, lettered_options, malformed_choice
 from ..core.parquet import ParquetImage, choose_split, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, submittable, write_submission
+from ..core.release_files import RELEASES, detect_layout, find_file, image_finder, image_folders
 
-_ORIGINAL, _LLAVA = ("SEED-Bench.json",), ("*seed*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["seedbench"].original, RELEASES["seedbench"].llava
+_IMAGE_FOLDERS = {"image": "SEED-Bench-image", "video": "SEED-Bench-video-image"}
+_SUFFIXES = ("", ".jpg", ".png", ".jpeg")  # the released images have none
+# the error in place of the image if the annotation is malformed
+SeedbenchEntry = tuple[ChoiceQuestion, Path | ParquetImage | UserError]
 # the hub's table (`lmms-lab/SEED-Bench`) has the numbers alone: these are the names in SEED-Bench.json
 _HUB_NAMES = (
     "Scene Understanding", "Instance Identity", "Instance Attributes", "Instance Location",
@@ -72,7 +74,7 @@ def load(data: Path, settings: Options) -> Task:
         template, file = choose_prompt_template(settings, "letter"), path
         entries = [
             (q, image, PROMPT_TEMPLATES[template].format(lettered_options(q.question, q.options)))
-            for q, image in known.values()
+            for q, image in known
         ]
     # a malformed question of unknown medium counts in both splits
     entries = [
@@ -90,45 +92,52 @@ def load(data: Path, settings: Options) -> Task:
 
 
 def _llava_entries(
-    data: Path, file: Path, path: Path, known: Mapping[str, tuple[ChoiceQuestion, Any]]
+    data: Path, file: Path, path: Path, known: list[SeedbenchEntry]
 ) -> list[tuple[ChoiceQuestion, Any, str]]:
     """(question, image or error, prompt) of each line of LLaVA's file."""
+    # the released file has one id twice (49914): the lines about it follow the order of the file
+    left: dict[str, list[SeedbenchEntry]] = {}
+    for question, image in known:
+        left.setdefault(question.question_id, []).append((question, image))
+    find_image = image_finder([*image_folders(data, file, ()), *image_folders(data, path, ())])
     entries = []
     for i, row in enumerate(read_llava_questions(file)):
         name = str(row["question_id"]) if isinstance(row, dict) else f"#{i}"
         unknown = UserError(f"{file}, line {i + 1}: question_id {name} is not in {path.name}.")
-        question, image = known.get(name, (malformed_choice(name), unknown))
+        question, image = left[name].pop(0) if left.get(name) else (malformed_choice(name), unknown)
         # the error takes the place of the image: `load` then makes a malformed sample
         if isinstance(row, UserError):
             image, row = row, {"text": ""}
         if not isinstance(image, UserError) and isinstance(row.get("image"), str):
-            image = data / row["image"]
+            named = find_image(row["image"])
+            image = named if named.exists() else image
         entries.append((question, image, row["text"]))
     return entries
 
 
 def _read_questions(
     rows: Sequence[Any], kinds: Mapping[Any, str], path: Path, data: Path
-) -> dict[str, tuple[ChoiceQuestion, Path | ParquetImage | UserError]]:
-    """Question id -> the question and its image, or the error if the entry is malformed."""
-    known: dict[str, tuple[ChoiceQuestion, Path | ParquetImage | UserError]] = {}
+) -> list[SeedbenchEntry]:
+    """Every question with its image; ids are not unique."""
+    find_image = {
+        medium: image_finder(image_folders(data, path, (name,)), _SUFFIXES)
+        for medium, name in _IMAGE_FOLDERS.items()
+    }
+    known: list[SeedbenchEntry] = []
     for i, row in enumerate(rows):
         try:
-            question, image = read_seedbench_question(row, f"{path}, questions[{i}]", kinds, data)
-            if question.question_id in known:
-                raise UserError(f"{path}, questions[{i}]: question_id {question.question_id} occurs twice.")
-            known[question.question_id] = question, image
+            known.append(read_seedbench_question(row, f"{path}, questions[{i}]", kinds, find_image))
         except UserError as error:
             medium = row.get("data_type") if isinstance(row, dict) else ""
             medium = medium if medium in ("image", "video") else ""
-            known[f"#{i}"] = malformed_choice(f"#{i}", medium), error
+            known.append((malformed_choice(f"#{i}", medium), error))
     return known
 
 
 def read_seedbench_question(
-    row: Record, where: str, kinds: Mapping[Any, str], data: Path
+    row: Record, where: str, kinds: Mapping[Any, str], find_image: Mapping[str, Callable[[str], Path]]
 ) -> tuple[ChoiceQuestion, Path | ParquetImage]:
-    """A question of `SEED-Bench.json` and its image or frame."""
+    """A question of `SEED-Bench.json` and its image or frame; `find_image`: medium -> name -> path."""
     options = tuple(str(require_key(row, f"choice_{letter}", where)) for letter in "abcd")
     label, name = require_key(row, "answer", where), str(require_key(row, "question_id", where))
     medium = row.get("data_type")
@@ -140,7 +149,6 @@ def read_seedbench_question(
     kind = kinds.get(number) if isinstance(number, str | int) else None
     if kind is None:
         raise UserError(f"{where}: question_type_id is {number!r}, which question_type lacks.")
-    folder = data / ("SEED-Bench-image" if medium == "image" else "SEED-Bench-video-image")
     # frames are named by question_id, images by data_id
     stem = str(require_key(row, "data_id", where)) if medium == "image" else name
     question = ChoiceQuestion(name, require_text(row, "question", where), options, label, kind, medium)
@@ -148,7 +156,7 @@ def read_seedbench_question(
         if not frames:
             raise UserError(f"{where}: image is empty.")
         return question, frames[len(frames) // 2]._replace(name=stem)
-    return question, image_path_by_stem([folder], stem)
+    return question, find_image[medium](stem)
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:

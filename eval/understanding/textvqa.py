@@ -11,8 +11,6 @@ from typing import Any
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -30,7 +28,6 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Task, malformed_sample
-from ..core.image_files import image_path, image_path_by_stem
 from ..core.open_answers import (
     OpenQuestion,
     score_open_answers,
@@ -39,10 +36,19 @@ from ..core.open_answers import (
 )
 from ..core.parquet import choose_split, read_parquet, row_image
 from ..core.records import submittable, write_submission
+from ..core.release_files import (
+    RELEASES,
+    detect_layout,
+    find_beside,
+    find_file,
+    image_finder,
+    image_folders,
+)
 
-_ORIGINAL, _LLAVA = ("TextVQA_0.5.1_*.json",), ("*textvqa*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["textvqa"].original, RELEASES["textvqa"].llava
 _OCR_FILE = "TextVQA_Rosetta_OCR_v0.2_{}.json"
 _IMAGE_FOLDERS = ("train_images", "test_images", "images")
+_SUFFIXES = ("", ".jpg", ".png", ".jpeg")
 _HUB_SPLITS = {"val": "validation"}  # names of splits in the release -> on the hub (`lmms-lab/textvqa`)
 _HUB_COLUMNS = ("image_id", "question_id", "question", "image", "answers", "ocr_tokens")
 
@@ -72,8 +78,8 @@ def load(data: Path, settings: Options) -> Task:
     if layout == "llava":
         return _load_llava(data, settings, path, rows, split)
     template = choose_prompt_template(settings, "ocr", more=("ocr",))
-    tokens, problems = _ocr_tokens(data, split, rows) if template == "ocr" else ({}, [])
-    folders = [data / name for name in _IMAGE_FOLDERS]
+    tokens, problems = _ocr_tokens(data, path, split, rows) if template == "ocr" else ({}, [])
+    find_image = image_finder(image_folders(data, path, _IMAGE_FOLDERS), _SUFFIXES)
     samples, questions = [], []
     for i, row in enumerate(rows[: settings.limit]):
         if isinstance(row, UserError):
@@ -88,7 +94,7 @@ def load(data: Path, settings: Options) -> Task:
         if layout == "parquet":
             image = row_image(row, f"{row['image_id']}.jpg")
         else:
-            image = image_path_by_stem(folders, str(row["image_id"]))
+            image = find_image(str(row["image_id"]))
         samples.append(Sample(i, row["question_id"], prompt, image))
         questions.append(_question_of(row))
     metadata = answering_metadata(split, template, settings)
@@ -100,13 +106,15 @@ def _question_of(row: Record) -> OpenQuestion:
     return OpenQuestion(row["question_id"], row["question"], row.get("answers", ()))
 
 
-def _ocr_tokens(data: Path, split: str, rows: Sequence[Any]) -> tuple[dict[str, list[str]], list[str]]:
+def _ocr_tokens(
+    data: Path, file: Path, split: str, rows: Sequence[Any]
+) -> tuple[dict[str, list[str]], list[str]]:
     """Image id -> OCR words (Rosetta), from the rows or from the released OCR file; and warnings."""
     valid = [row for row in rows if isinstance(row, dict)]
     # some versions of the annotation file include the words
     if all("ocr_tokens" in row for row in valid):
         return _words_by_image(valid)
-    path = data / _OCR_FILE.format(split)
+    path = find_beside(data, file, _OCR_FILE.format(split))
     if not path.exists():
         raise UserError(
             f"{path} does not exist: the published prompt contains OCR words. Download it, or use "
@@ -138,7 +146,8 @@ def _words_by_image(rows: Sequence[Any], name: str = "") -> tuple[dict[str, list
 def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], split: str) -> Task:
     """The task of LLaVA's question file."""
     file = find_file(data, _LLAVA, "LLaVA question file", settings.split)
-    folders = [data / name for name in _IMAGE_FOLDERS]
+    folders = image_folders(data, path, _IMAGE_FOLDERS)
+    find_image, find_by_id = image_finder(folders), image_finder(folders, _SUFFIXES)
     # question_id is the image id in LLaVA's file: join by image and question, as its scorer does
     known = {(str(row["image_id"]), row["question"].lower()): row for row in rows if isinstance(row, dict)}
     samples, questions = [], []
@@ -151,9 +160,9 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
             row = known[key]
             # older versions of LLaVA's file have the image id only
             if "image" in line:
-                image = image_path(folders, Path(require_text(line, "image", where)).name)
+                image = find_image(Path(require_text(line, "image", where)).name)
             else:
-                image = image_path_by_stem(folders, str(row["image_id"]))
+                image = find_by_id(str(row["image_id"]))
             samples.append(Sample(i, row["question_id"], line["text"], image))
             questions.append(_question_of(row))
         except UserError as error:

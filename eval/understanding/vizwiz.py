@@ -7,8 +7,6 @@ from typing import Any
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_mostly_valid,
@@ -24,7 +22,6 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.open_answers import (
     OpenQuestion,
     score_open_answers,
@@ -33,9 +30,9 @@ from ..core.open_answers import (
 )
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import submittable, write_submission
+from ..core.release_files import RELEASES, detect_layout, find_file, holds_files, image_finder, image_folders
 
-_ORIGINAL = ("val.json", "test.json", "train.json", "Annotations/*.json")
-_LLAVA = ("llava_*.jsonl",)
+_ORIGINAL, _LLAVA = RELEASES["vizwiz"].original, RELEASES["vizwiz"].llava
 
 answer = answer_questions
 score = score_open_answers
@@ -51,26 +48,27 @@ def load(data: Path, settings: Options) -> Task:
         found = choose_split(data, settings.split, ("val",))
         split, (file, *_) = found.split, found.files
         known, images = _read_hub_rows(found.files)
-    elif layout == "original" or any(next(data.glob(p), None) for p in _ORIGINAL):
+    elif layout == "original" or holds_files(data if data.is_dir() else data.parent, _ORIGINAL):
         file = find_file(data, _ORIGINAL, "VizWiz annotation file", settings.split, f"{split}.json")
         known = _read_annotations(file)
-    folders = [data / name for name in (file.stem if file else split, split, "images")] + [data]
     if layout == "llava":
-        llava_file = find_file(data, _LLAVA, "LLaVA question file", settings.split, split)
-        template, entries = f"as in {llava_file.name}", _llava_entries(llava_file, known)
+        asked = find_file(data, _LLAVA, "LLaVA question file", settings.split, split)
+        template, entries = f"as in {asked.name}", _llava_entries(asked, known)
     else:
-        template = choose_prompt_template(settings, "unanswerable")
+        asked, template = file or data, choose_prompt_template(settings, "unanswerable")
         entries = [
             (name, PROMPT_TEMPLATES[template].format(row["question"]) if isinstance(row, dict) else "", row)
             for name, row in known.items()
         ]
+    folders = image_folders(data, asked, (file.stem if file else split, split, "images"))
+    find_image = image_finder(folders)
     samples, questions = [], []
     for i, (name, prompt, row) in enumerate(entries[: settings.limit]):
         if isinstance(row, UserError):
             samples.append(malformed_sample(i, name, row))
             questions.append(OpenQuestion(name, ""))
             continue
-        samples.append(Sample(i, name, prompt, images.get(name) or image_path(folders, name)))
+        samples.append(Sample(i, name, prompt, images.get(name) or find_image(name)))
         kind = str(row.get("answer_type", ""))
         questions.append(OpenQuestion(name, row["question"], row.get("answers", ()), kind))
     metadata = answering_metadata(file.stem if file and not images else split, template, settings)

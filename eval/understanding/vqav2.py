@@ -1,8 +1,8 @@
 """VQAv2 (arXiv 1612.00837): open questions with ten answers each, and the three public accuracy variants.
 
-Scorers: `lmms` (default) normalises the prediction and all answers; `official` is the original code (answers
-lose only punctuation, and only if the ten differ); `gated` normalises both sides if the ten answers
-differ and compares raw strings otherwise.
+Scorers: `lmms` (default) normalises the prediction and all answers; `official`, the public tool since March
+2021, normalises both sides if the ten answers differ and compares raw strings otherwise; `official-2018` is
+the tool before (answers lose only punctuation, and only if the ten differ).
 """
 
 from collections import Counter, defaultdict
@@ -13,11 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import existing
 
 from ..core.annotations import (
-    detect_layout,
-    find_file,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -36,7 +33,6 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.open_answers import annotator_answers, leave_one_out_accuracy, without_empty_answers
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import (
@@ -48,10 +44,19 @@ from ..core.records import (
     submittable,
     write_submission,
 )
+from ..core.release_files import (
+    RELEASES,
+    detect_layout,
+    find_beside,
+    find_file,
+    find_files,
+    holds_files,
+    image_finder,
+    image_folders,
+)
 
-VQAV2_SCORERS = ("lmms", "official", "gated")
-_ORIGINAL = ("v2_OpenEnded_*_questions.json", "test/v2_OpenEnded_*_questions.json")
-_LLAVA = ("*vqav2*.jsonl",)
+VQAV2_SCORERS = ("lmms", "official", "official-2018")
+_ORIGINAL, _LLAVA = RELEASES["vqav2"].original, RELEASES["vqav2"].llava
 # names of splits in the release -> on the hub (`lmms-lab/VQAv2`)
 _HUB_SPLITS = {
     "mscoco_val2014": "validation", "mscoco_test-dev2015": "testdev", "mscoco_test2015": "test",
@@ -90,7 +95,7 @@ def load(data: Path, settings: Options) -> Task:
         path, split = hub.files[0], names.get(hub.split, hub.split)
         questions = _read_parquet(hub.files, split)[: settings.limit]
     else:
-        path = _question_file(data, settings.split)
+        path = find_file(data, _ORIGINAL, "VQAv2 question file", settings.split)
         split = path.name.removeprefix("v2_OpenEnded_").removesuffix("_questions.json")
         questions = read_vqav2(data, settings.split)[: settings.limit]
     template = choose_prompt_template(settings, "short", data)
@@ -110,15 +115,15 @@ def _load_llava(data: Path, settings: Options) -> Task:
     """The task of LLaVA's question file, joined by question id with the released files if they exist."""
     path = find_file(data, _LLAVA, "LLaVA question file", settings.split, "test-dev")
     known = {}
-    if any(next(data.glob(pattern), None) for pattern in _ORIGINAL):
+    if holds_files(data if data.is_dir() else data.parent, _ORIGINAL):
         known = {q.question_id: q for q in read_vqav2(data)}
-    folders = [data / name for name in ("test2015", "val2014", "images")] + [data]
+    find_image = image_finder(image_folders(data, path, ("test2015", "val2014", "images")))
     samples, questions = [], []
     for i, row in enumerate(read_llava_questions(path, settings.limit)):
         try:
             where = f"{path}, line {i + 1}"
             number, text = require_key(row, "question_id", path), row["text"].removesuffix(_TEMPLATE_SUFFIX)
-            image = image_path(folders, Path(require_text(row, "image", where)).name)
+            image = find_image(Path(require_text(row, "image", where)).name)
             # LLaVA's file may be of another split than the annotations
             if known and number not in known:
                 raise UserError(f"{where}: question_id {number!r} is not in the released files.")
@@ -135,7 +140,7 @@ def _load_llava(data: Path, settings: Options) -> Task:
 
 
 def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
-    """Read `v2_OpenEnded_*_questions.json` and its annotations from `data` or `data/test`.
+    """Read `v2_OpenEnded_*_questions.json` and its annotations from `data` or folders below it.
 
     Malformed entries, questions without annotation and annotations without question become `malformed`
     questions.
@@ -146,12 +151,14 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
     Raises:
         UserError: no file or several, or a file of another kind.
     """
-    path = _question_file(data, split)
+    data = Path(data)
+    path = find_file(data, _ORIGINAL, "VQAv2 question file", split)
     content = read_json_as(dict, path)
     rows = require_type(list, require_key(content, "questions", path), f"{path}, questions")
-    annotation_file = path.with_name(path.name.replace("OpenEnded_", "").replace("questions", "annotations"))
+    name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
+    annotation_file = find_beside(data, path, name)
     annotations = _read_annotations(annotation_file)
-    locate = _image_locator(path.parent, str(content.get("data_subtype", "")))
+    locate = _image_locator(data, path, str(content.get("data_subtype", "")))
     result: list[VqaQuestion] = []
     seen: set[Any] = set()
     for i, row in enumerate(rows):
@@ -174,12 +181,12 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
 
 def _read_parquet(files: Sequence[Path], split: str) -> list[VqaQuestion]:
     """The questions of the hub's table, in order."""
-    name_of, seen = _image_locator(Path(), split.removeprefix("mscoco_")), set()
+    name_of, seen = _image_name(split.removeprefix("mscoco_")), set()
     result: list[VqaQuestion] = []
     for row in read_parquet(files, ("question_id", "image_id", "question", "image", "answers")):
         try:
             where, row = row["#"], without_empty_answers(row)
-            question = _read_question(row, where, lambda i: row_image(row, name_of(i).name), seen)  # noqa: B023
+            question = _read_question(row, where, lambda i: row_image(row, name_of(i)), seen)  # noqa: B023
             result.append(
                 question._replace(**_annotation_fields(row, where)) if "answers" in row else question
             )
@@ -188,23 +195,6 @@ def _read_parquet(files: Sequence[Path], split: str) -> list[VqaQuestion]:
             result.append(VqaQuestion(name, name, "", Path(), malformed=str(error)))
         seen.add(row["question_id"])
     return result
-
-
-def _question_file(data: str | Path, split: str | None) -> Path:
-    """The one question file in `data` or `data/test`."""
-    data = existing(data)
-    found = sorted(
-        p for folder in (data, data / "test") for p in folder.glob("v2_OpenEnded_*_questions.json")
-    )
-    if split is not None:
-        found = [p for p in found if p.name == f"v2_OpenEnded_{split}_questions.json"]
-    if len(found) != 1:
-        names = ", ".join(p.name for p in found) or "nothing"
-        raise UserError(
-            f"{data}: expected one v2_OpenEnded_{split or '*'}_questions.json here or in test/, "
-            f"found {names}." + (" Choose one with --split." if found else "")
-        )
-    return found[0]
 
 
 def _read_question(
@@ -269,18 +259,23 @@ def _annotation_fields(row: dict[str, Any], where: str) -> dict[str, Any]:
     }
 
 
-def _image_locator(folder: Path, subtype: str) -> Callable[[int], Path]:
-    """Returns image_id -> path: COCO file names for COCO splits, else `{subtype}_{id}.png`."""
-    first = next((d for d in (folder / "images", folder / subtype) if d.is_dir()), folder)
-    # test-dev2015 is a subset of the questions of test2015, with the same images
-    coco = f"COCO_{subtype.replace('test-dev2015', 'test2015')}"
+def _image_locator(data: Path, file: Path, subtype: str) -> Callable[[int], Path]:
+    """Returns image_id -> path, in the folder of the images of the split."""
+    name_of, split = _image_name(subtype), _image_split(subtype)
+    find_image = image_finder(image_folders(data, file, ("images", split, subtype)))
+    return lambda image_id: find_image(name_of(image_id))
 
-    def locate(image_id: int) -> Path:
-        if subtype.startswith(("train20", "val20", "test")):
-            return first / f"{coco}_{image_id:012d}.jpg"
-        return first / f"{subtype}_{image_id:012d}.png"
 
-    return locate
+def _image_name(subtype: str) -> Callable[[int], str]:
+    """Returns image_id -> file name: COCO's for COCO splits, else `{subtype}_{id}.png`."""
+    if subtype.startswith(("train20", "val20", "test")):
+        return lambda image_id: f"COCO_{_image_split(subtype)}_{image_id:012d}.jpg"
+    return lambda image_id: f"{subtype}_{image_id:012d}.png"
+
+
+def _image_split(subtype: str) -> str:
+    """test-dev2015 is a subset of the questions of test2015, with the same images."""
+    return subtype.replace("test-dev2015", "test2015")
 
 
 # --------------------------------------------------------------------------------------------------- scoring
@@ -329,8 +324,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") 
         prediction, answers = normalise(prediction, "m4c"), [normalise(a, "m4c") for a in answers]
     else:
         differ = len(set(answers)) > 1
-        # the original code normalises the prediction always, the answers only if they differ
-        if scorer == "official":
+        # the older tool normalises the prediction always, the answers only if they differ
+        if scorer == "official-2018":
             prediction = normalise(prediction)
             answers = [strip_punctuation(a) if differ else a for a in answers]
         elif differ:
@@ -408,9 +403,9 @@ def submit(task: Task, records: dict[int, Record], folder: Path, data: Path) -> 
 
 def all_test_ids(data: Path) -> list[int]:
     """The question ids of test2015 from LLaVA's or the released file; [] if `data` has neither."""
-    for path in data.glob("*vqav2*test2015.jsonl"):
+    for path in find_files(data, ("*vqav2*test2015.jsonl",)):
         if "test-dev" not in path.name:
             return [row["question_id"] for row in read_llava_questions(path) if isinstance(row, dict)]
-    path = data / "v2_OpenEnded_mscoco_test2015_questions.json"
-    rows = read_json_as(list, path, "questions") if path.exists() else []
+    paths = find_files(data, ("v2_OpenEnded_mscoco_test2015_questions.json",))
+    rows = read_json_as(list, paths[0], "questions") if paths else []
     return [row["question_id"] for row in rows if isinstance(row, dict) and "question_id" in row]

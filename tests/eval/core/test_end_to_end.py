@@ -196,26 +196,58 @@ def test_the_lmms_or_lenient_scorer_is_named_and_others_are_refused(capsys, tmp_
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_missing_images_and_files_never_help(capsys, tmp_path, name):
-    Scripted.replies, expected = BUILDERS[name](tmp_path / "d", False)
+    Scripted.replies, _ = BUILDERS[name](tmp_path / "d", False)
     code, _, err = run(capsys, name, tmp_path / "nowhere", tmp_path / "o")
     assert code == 2 and "does not exist" in err
     (tmp_path / "empty").mkdir()
     releases.lines(tmp_path / "empty" / "replies.jsonl", [])
     code, _, err = run(capsys, name, tmp_path / "empty", tmp_path / "o")
     assert code == 2 and err.count("\n") == 1, err
-    pictures = sorted(p for p in (tmp_path / "d").rglob("*") if p.suffix in (".jpg", ".png"))
-    if not pictures:  # mmbench keeps them in its table
-        table = tmp_path / "d" / "mmbench_dev_20230712.tsv"
-        head, *rows = table.read_text().splitlines()
-        rows = [row if i else row.replace(row.split("\t")[9], "aGVsbG8=") for i, row in enumerate(rows)]
-        table.write_text("\n".join([head, *rows]) + "\n")
-    for path in pictures:
-        path.write_bytes(b"no image")
+    files = [tmp_path / "d" / "mmbench_dev_20230712.tsv"]  # keeps its images in its table
+    if name != "mmbench":
+        files = sorted(p for p in (tmp_path / "d").rglob("*") if p.suffix in (".jpg", ".png", ""))
+        files = [path for path in files if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+
+    def spoil(paths, content):
+        for path in paths:
+            if path.suffix == ".tsv":
+                head, *rows = before[path].decode().splitlines()
+                rows = [row.replace(row.split("\t")[9], content or "nan") for row in rows]
+                path.write_text("\n".join([head, *rows]) + "\n")
+            elif content:
+                path.write_text(content)
+            else:
+                path.unlink()
+
+    for content in ("", "aGVsbG8="):  # missing, and there but no image
+        spoil(files, content)
+        asked = Scripted.asked
+        code, _, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
+        assert code == 2 and "images can be read, the first problem" in err and err.count("\n") == 1, err
+        assert Scripted.asked == asked and not (tmp_path / "o").exists()
+        for path, content in before.items():
+            path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", [name for name in BUILDERS if name != "mmbench"])
+def test_one_missing_image_is_counted_and_asked_again(capsys, tmp_path, name):
+    Scripted.replies, expected = BUILDERS[name](tmp_path / "d", False)
+    images = [p for p in (tmp_path / "d").rglob("*") if p.suffix in (".jpg", ".png", "") and p.is_file()]
+    away = sorted(images)[0].rename(tmp_path / "away")
     code, out, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
-    assert code == 0, err
     result = result_of(tmp_path / "o", name)
-    assert result["failed"] and result["value"] < expected
-    assert "samples could not be answered, the first because" in out
+    assert code == 0 and result["failed"] > 0 and not result["comparable"], err
+    assert f"{result['failed']} samples could not be asked" in result["not_comparable_reason"]
+    assert f"{result['failed']} samples could not be answered, the first because" in out
+    assert result["value"] <= expected
+    away.rename(sorted(images)[0])
+    asked = Scripted.asked
+    code, out, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
+    again = result_of(tmp_path / "o", name)
+    assert code == 0 and Scripted.asked == asked + result["failed"], err
+    assert again["value"] == pytest.approx(expected) and again["failed"] == 0
+    assert again["comparable"] == (name != "mmvet") and "twice" not in out
 
 
 def test_unknown_split_layout_and_image_are_one_line(capsys, tmp_path):

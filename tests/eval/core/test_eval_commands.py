@@ -108,7 +108,11 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
         ("vqav2", {"--model": tmp_path / "empty"}, "it is not a model folder"),
         ("vqav2", {"--model": other}, "model_type is 'bert'"),
         ("pope", {"--data": tmp_path / "empty"}, "found no files of this benchmark"),
-        ("geneval", {"--data": tmp_path / "empty"}, "no evaluation_metadata.jsonl"),
+        (
+            "geneval",
+            {"--data": tmp_path / "empty"},
+            "expected one list of GenEval prompts (evaluation_metadata.jsonl), found nothing",
+        ),
         ("reconstruction", {"--data": tmp_path / "empty"}, "holds neither images"),
         ("reconstruction", {"--dtype": "int8"}, "dtype is 'int8'"),
         ("geneval", {"--guidance": 0.5}, "guidance is 0.5"),

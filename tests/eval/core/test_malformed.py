@@ -31,7 +31,6 @@ CHANGES = [
     ("vizwiz", "val.json", lambda c: c[3].pop("image"), "entry 4: the key 'image' is missing", 3 / 5),
     ("vizwiz", "val.json", lambda c: c[3].pop("answers"), "entry 4: the key 'answers' is missing", 3 / 5),
     ("seedbench", SEED, lambda c: c["questions"][1].update(answer="E"), "answer is 'E'", 2 / 5),
-    ("seedbench", SEED, lambda c: c["questions"][1].update(question_id="500"), "occurs twice", 2 / 5),
     ("seedbench", SEED, lambda c: c["questions"][0].update(question_type_id=7), "type lacks", 2 / 5),
     ("scienceqa", "problems.json", lambda c: c["2"].update(answer=5), "answer is 5", 2 / 5),
     ("scienceqa", "problems.json", lambda c: c["2"].update(image=[5]), "image is [5]", 2 / 5),
@@ -66,8 +65,6 @@ def test_a_malformed_entry_is_named_and_wrong(capsys, tmp_path, name, file, chan
     assert call(capsys, "eval", "score", tmp_path / "o" / name, *words)[1] == out
     _, expected = BUILDERS[name](tmp_path / "d", False)
     code, out, err = run(capsys, name, tmp_path / "d", tmp_path / "o")
-    assert code == 2 and "belong to no sample" in err
-    code, out, err = call(capsys, "eval", "score", tmp_path / "o" / name, "--partial", *words)
     assert code == 0 and result_of(tmp_path / "o", name)["value"] == pytest.approx(expected), err
 
 

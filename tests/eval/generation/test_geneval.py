@@ -66,7 +66,7 @@ def test_equal_scores_keep_a_stable_choice():
 def test_malformed_metadata_names_the_line(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     good = {"tag": "position", "prompt": "x", "include": [{"class": "a", "count": 1}]}
-    with pytest.raises(UserError, match=r"no evaluation_metadata\.jsonl"):
+    with pytest.raises(UserError, match=r"evaluation_metadata\.jsonl\), found nothing .*The folder is empty"):
         geneval.read_prompts(tmp_path)
     for change, message in (
         ({"tag": "size"}, "prompt 2: tag is 'size'"),

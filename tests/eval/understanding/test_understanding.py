@@ -120,8 +120,9 @@ def test_mme_question_with_two_blanks_before_its_call():
 def test_seedbench_items_and_totals():
     vectors = golden("seedbench")
     kinds = {number: name for name, number in vectors["SEED-Bench.json"]["question_type"].items()}
+    find_image = {"image": Path, "video": Path}
     questions = {
-        row["question_id"]: seedbench.read_seedbench_question(row, "", kinds, Path("x"))[0]
+        row["question_id"]: seedbench.read_seedbench_question(row, "", kinds, find_image)[0]
         for row in vectors["SEED-Bench.json"]["questions"]
     }
     texts = {str(row["question_id"]): row["text"] for row in vectors["llava_answers"]}
@@ -144,7 +145,8 @@ def test_scienceqa_parser_items_and_totals():
     vectors = golden("scienceqa")
     problems = vectors["problems.json"]
     questions = {
-        n: scienceqa.read_scienceqa_problem(problems, n, Path("problems.json"), "test")[0] for n in problems
+        n: scienceqa.read_scienceqa_problem(problems, n, Path("problems.json"), "test", [Path()])[0]
+        for n in problems
     }
     texts = {row["question_id"]: row["text"] for row in vectors["llava_answers"]}
     for name, letter in vectors["expected_parsed"].items():

@@ -12,7 +12,11 @@ from open_unitok.eval.core import answer_normalisation
 from open_unitok.eval.understanding import vqav2
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
-NAMES = {"lmms": "lmms_eval_vqav2", "official": "vqa_official_c4e6a0e", "gated": "vqa_official_gated"}
+NAMES = {
+    "lmms": "lmms_eval_vqav2",
+    "official": "vqa_official_gated",  # the public tool since 2021-03-11
+    "official-2018": "vqa_official_c4e6a0e",
+}
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 
-from .annotations import SceneAnnotation, read_scenes
-from .benchmark import Metric, Record, Sample, Task, malformed_sample
-from .bootstrap import bootstrap, mean_columns
-from .generated_images import generate_images
-from .image_files import open_images, save_image
+from ..core.annotations import SceneAnnotation, read_scenes
+from ..core.benchmark import Metric, Record, Sample, Task, malformed_sample
+from ..core.bootstrap import bootstrap, mean_columns
+from ..core.generated_images import generate_images
+from ..core.image_files import open_images, save_image
 
 
 def generation_samples(
