@@ -8,6 +8,7 @@ these functions.
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -191,6 +192,8 @@ class TarReader:
         if target < self.position:
             raise BrokenTar(f"the header before byte {self.position} points backwards")
         if self.total is not None:
+            if target > self.total:
+                raise BrokenTar(f"it ends at byte {self.total} without an end mark")
             self.file.seek(target)
             self.position = target
         while self.position < target and self._read(min(target - self.position, 1 << 20)):
@@ -411,11 +414,19 @@ def expand_braces(pattern: str | list[str], where: str) -> list[str]:
     """All patterns with {a,b} and {000..127} written out."""
     found: list[str] = []
     for text in [pattern] if isinstance(pattern, str) else pattern:
+        if os.path.exists(text):  # a file with braces in its name
+            found.append(text)
+            continue
+        too_many = UserError(f"{where}: {text} stands for more than {MAX_FILES:,} files.")
+        # braceexpand writes a range out before it returns
+        for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", text):
+            if abs(int(first[:20]) - int(last[:20])) > MAX_FILES:
+                raise too_many
         try:
             for part in braceexpand(text):
                 found.append(part)
                 if len(found) > MAX_FILES:
-                    raise UserError(f"{where}: {text} stands for more than {MAX_FILES:,} files.")
+                    raise too_many
         except ValueError as error:
             raise UserError(f"{where}: the braces in {text} do not match: {error}.") from error
     return found

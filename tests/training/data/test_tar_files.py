@@ -1,0 +1,221 @@
+"""Tars from commands, servers and compressed files: streaming, resume, breaks, and who may run a command."""
+
+import contextlib
+import gzip
+import http.server
+import io
+import json
+import tarfile
+import threading
+
+import pytest
+
+from open_unitok.core.errors import UserError
+from open_unitok.training.core.options import DataSource, ShardOptions
+from open_unitok.training.data import tar_files
+from open_unitok.training.data.shards import ShardStream, build_loader, read_batches
+from open_unitok.training.data.tar_files import StreamedTar, matching_shards, shown, source_name, tar_writer
+from open_unitok.training.data.tar_index import BadSample, matching_files, scan_tar
+
+
+def write_tar(path, numbers):
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            data = f"text {number}".encode() + b" " * 3000
+            member = tarfile.TarInfo(f"{number:04d}.txt")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+@pytest.fixture
+def tars(tmp_path):
+    """Four tars of 10 samples, keys 0 to 39."""
+    for tar in range(4):
+        write_tar(tmp_path / f"s-{tar}.tar", range(10 * tar, 10 * tar + 10))
+    return tmp_path
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `folder`; the first `breaks` answers end in the middle."""
+
+    folder, breaks, ranges, status, requests = None, 0, True, None, []
+
+    def do_GET(self):
+        cls = type(self)
+        cls.requests.append((self.path, self.headers.get("Range")))
+        path = cls.folder / self.path.strip("/").partition("?")[0]
+        if cls.status or not path.is_file():
+            self.send_error(cls.status or 404)
+            return
+        data, start = path.read_bytes(), 0
+        if cls.ranges and (wanted := self.headers.get("Range")):
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.send_header("ETag", f'"{len(data)}"')
+        self.end_headers()
+        if cls.breaks > 0:
+            cls.breaks -= 1
+            data = data[: start + (len(data) - start) // 2]
+        with contextlib.suppress(OSError):
+            self.wfile.write(data[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tars, monkeypatch):
+    monkeypatch.setattr(tar_files, "PAUSE", 0.01)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    Server.folder, Server.breaks, Server.ranges, Server.status, Server.requests = tars, 0, True, None, []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+def read(source):
+    """The numbers of a stream's samples, and its problem."""
+    stream = StreamedTar(source)
+    return [int(sample.text("txt").split()[1]) for sample in stream], stream.problem
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_commands_and_compressed_files_are_streamed(tars, packed):
+    path = tars / "s-1.tar"
+    if packed:
+        path = tars / "s-1.tar.gz"
+        path.write_bytes(gzip.compress((tars / "s-1.tar").read_bytes()))
+        assert read(str(path)) == (list(range(10, 20)), None)
+    assert read(f"pipe:cat {path}") == (list(range(10, 20)), None)
+    sample = next(iter(StreamedTar(f"pipe:cat {path}")))
+    with pytest.raises(BadSample, match=r"has no \.jpg"):
+        sample.read("jpg")
+
+
+def test_a_command_that_fails_is_named(tars):
+    path = tars / "s-0.tar"
+    assert read(f"pipe:head -c 9000 {path}")[1].startswith("it ends at byte 9000 inside a member")
+    # all samples came, but a command that fails may have left some out
+    assert read(f"pipe:cat {path}; exit 3") == (list(range(10)), "its command ended with exit status 3")
+    numbers, problem = read(f"pipe:head -c 9000 {path}; exit 4")
+    assert numbers == [0, 1] and "exit status 4" in problem
+    assert "exit status 127" in read("pipe:no-such-command-here 2> /dev/null")[1]
+    (tars / "cut.tar.gz").write_bytes(gzip.compress(path.read_bytes())[:-20])
+    numbers, problem = read(str(tars / "cut.tar.gz"))
+    assert numbers and problem
+
+
+def test_a_connection_that_breaks_is_continued(tars, server):
+    assert read(f"{server}/s-2.tar") == (list(range(20, 30)), None)
+    for ranges in (True, False):
+        Server.breaks, Server.ranges, Server.requests = 2, ranges, []
+        assert read(f"{server}/s-2.tar") == (list(range(20, 30)), None)
+        assert len(Server.requests) == 3 and Server.requests[1][1].startswith("bytes=")
+    Server.breaks, Server.requests = 99, []
+    numbers, problem = read(f"{server}/s-2.tar")
+    assert numbers and "connection ended at byte" in problem and len(Server.requests) == tar_files.TRIES
+    assert read(f"{server}/none.tar") == ([], "it cannot be read: HTTP 404")
+    Server.status, Server.requests = 503, []
+    assert read(f"{server}/s-2.tar")[1] == "it cannot be read: HTTP 503"
+    assert len(Server.requests) == tar_files.TRIES
+
+
+def test_a_server_that_is_not_there(server):
+    host = server.rsplit(":", 1)[0]
+    assert "Connection refused" in read(f"{host}:1/a.tar")[1]
+
+
+def options(sources, **changes):
+    return ShardOptions(**{"sources": [DataSource(path=sources)], "shuffle": 12, **changes})
+
+
+def decode(record, rng):
+    return int(record.text("txt").split()[1]), rng.random()
+
+
+def collate(samples):
+    return {"numbers": [number for number, _ in samples], "random": [value for _, value in samples]}
+
+
+def loader(sources, **changes):
+    return build_loader(ShardStream(options(sources, **changes), decode, seed=0, micro_batch=4), collate)
+
+
+def first(batches, count):
+    rows = read_batches(batches)
+    return [next(rows) for _ in range(count)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("split", ["samples", "shards"])
+def test_training_from_streams_is_that_from_files_and_resumes_exactly(tars, split, workers):
+    files = first(loader(f"{tars}/s-*.tar", split=split, workers=workers), 20)
+    pipes = f"pipe:cat {tars}/s-{{0..3}}.tar"
+    assert first(loader(pipes, split=split, workers=workers), 20) == files
+    started = loader(pipes, split=split, workers=workers)
+    rows = read_batches(started)
+    parts = [next(rows) for _ in range(7)]
+    resumed = loader(pipes, split=split, workers=workers)
+    resumed.load_state_dict(
+        json.loads(json.dumps(started.state_dict(), default=str)) if not workers else started.state_dict()
+    )
+    assert parts + first(resumed, 13) == files
+
+
+def test_training_from_a_server_resumes_and_skips_what_breaks(tars, server, capfd):
+    urls = [f"{server}/s-{n}.tar?signed=secret" for n in range(4)]
+    files = first(loader(f"{tars}/s-*.tar"), 12)
+    assert first(loader(urls), 12) == files
+    (tars / "s-3.tar").write_bytes((tars / "s-3.tar").read_bytes()[:20000])
+    numbers = {n for batch in first(loader(urls), 9) for n in batch["numbers"]}
+    assert numbers >= set(range(30)) and 39 not in numbers
+    error = capfd.readouterr().err
+    assert error.count("s-3.tar is broken: it ends at byte") == 1 and "secret" not in error
+
+
+def test_resume_with_other_readers_leaves_out_started_shards(tars):
+    pipes = f"pipe:cat {tars}/s-{{0..3}}.tar"
+    started = loader(pipes, shuffle=1)
+    first(started, 3)
+    other = ShardStream(options(pipes, shuffle=1), decode, seed=0, micro_batch=1)
+    other.skip_started_tars([started.state_dict()])
+    rest = [n for batch in first(build_loader(other, collate), 20) for n in batch["numbers"]]
+    assert len({n // 10 for n in rest}) == 2 and len(set(rest)) == 20
+
+
+def test_sources_are_checked_before_they_are_read(tars):
+    assert matching_shards([f"{tars}/s-0.tar", "https://h/{a,b}.tar", "-"]) == [
+        "-", str(tars / "s-0.tar"), "https://h/a.tar", "https://h/b.tar",
+    ]  # fmt: skip
+    for source, words in (("ftp2://a/b.tar", "scheme 'ftp2'"), (f"{tars}/none.tar", "no file")):
+        with pytest.raises(UserError, match=words):
+            matching_shards(source)
+    with pytest.raises(UserError, match="only once"):
+        ShardStream(options("-"), decode, seed=0, micro_batch=1)
+    assert shown("https://me:pass@host/a.tar?key=1") == "https://host/a.tar"
+    assert source_name("pipe:curl -H secret").startswith("pipe:") and "secret" not in source_name(
+        "pipe:secret"
+    )
+    # everything but the command line and a run's YAML uses this one
+    with pytest.raises(UserError, match="no file matches pipe:"):
+        matching_files(f"pipe:touch {tars}/ran")
+    with pytest.raises(OSError):
+        scan_tar(f"pipe:touch {tars}/ran")
+    assert not (tars / "ran").exists()
+
+
+def test_written_tars_are_the_same_bytes_and_webdataset_reads_them(tmp_path):
+    import webdataset
+
+    for name in ("a.tar", "b.tar"):
+        with open(tmp_path / name, "wb") as file, tar_writer(file) as writer:
+            tar_files.write_sample(writer, "k" * 150, {"txt": b"1", "json": b"{}"})
+            tar_files.write_sample(writer, "猫", {"txt": b"2", "json": b"{}"})
+    assert (tmp_path / "a.tar").read_bytes() == (tmp_path / "b.tar").read_bytes()
+    found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False, empty_check=False))
+    assert [(s["__key__"], s["txt"]) for s in found] == [("k" * 150, b"1"), ("猫", b"2")]
+    assert [list(r.members) for r in scan_tar(str(tmp_path / "a.tar")).samples] == [["txt", "json"]] * 2
