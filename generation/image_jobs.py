@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
 from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import read_lines
+from open_unitok.tokenizer.images import load_image
 
 from .image_files import grid_of, read_record, save_png
 from .pipeline import Pipeline
@@ -100,5 +99,5 @@ def save_grid(jobs: Sequence[ImageJob], path: Path) -> None:
     jobs = jobs[:GRID_LIMIT]
     # with several processes only the last to finish finds all files
     if all(job.path.exists() for job in jobs):
-        images = [Image.open(job.path).convert("RGB") for job in jobs]
+        images = [load_image(job.path) for job in jobs]
         save_png(grid_of(images), path, {"prompts": [job.record["prompt"] for job in jobs]})

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 
 from .backends import BACKENDS, Backend, choose_backend
@@ -77,6 +78,7 @@ def iter_image_codes(
     num_given = 0
     if prefix is not None:  # one for all images is broadcast
         check_prefix(prefix, images, config)
+        prefix = as_int64(prefix)
         model.visual_embedder.check_codes(prefix)
         num_given = prefix.shape[1]
         codes[:, :num_given] = prefix

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from open_unitok.core.codes import as_int64
+
 
 def prefill(model: Any, rows: Sequence[Sequence[int]], max_steps: int) -> "CachedDecoder":
     """Prefill R prompts of text ids, equal ones once; up to `max_steps` decode steps may follow."""
@@ -141,7 +143,7 @@ def pad_id(model: Any) -> int:
 def concat_codes(image_codes: Sequence[Tensor], model: Any) -> Tensor:
     """The images of several prompts, (n, N, K) each, as one tensor (I, N, K); I may be 0."""
     config = model.config
-    images = [codes for codes in image_codes if len(codes)]
+    images = [as_int64(codes) for codes in image_codes if len(codes)]
     empty = torch.zeros(0, config.num_image_tokens, config.num_codebooks, dtype=torch.long)
     return (torch.cat(images) if images else empty).to(model.device)
 

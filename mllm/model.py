@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.utils import can_return_tuple
 
+from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.precision import to_dtype_of
@@ -108,6 +109,7 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 image has no token before it.
         """
         positions = None
+        image_codes = None if image_codes is None else as_int64(image_codes)
         if inputs_embeds is None:
             assert input_ids is not None
             positions = self._image_positions(input_ids, image_codes)

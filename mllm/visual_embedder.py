@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
@@ -73,7 +74,7 @@ class VisualEmbedder(nn.Module):
         """(..., K) codes -> (..., K*C): the K rows concatenated, as the tokenizer's `embed`."""
         # one lookup in all K tables: table k starts at row k * V
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
-        rows = F.embedding(codes + offsets, self.codebooks.flatten(0, 1))
+        rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
         return self._normalise(rows).flatten(-2)
 
     def code_table(self) -> torch.Tensor:
@@ -123,8 +124,9 @@ class VisualEmbedder(nn.Module):
         Raises:
             UserError: codes of another shape, dtype or range than this embedder's.
         """
+        codes = as_int64(codes)
         books, entries = self.num_codebooks, self.codebook_size
-        if codes.dim() != 3 or codes.shape[2] != books or codes.is_floating_point():
+        if codes.dim() != 3 or codes.shape[2] != books or codes.dtype != torch.int64:
             raise UserError(
                 f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of "
                 f"shape (images, visual tokens, {books} sub-codebooks)."

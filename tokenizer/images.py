@@ -1,62 +1,134 @@
 """Images to pixels in [-1, 1] and back (the preprocessing of published UniTok's scripts).
 
+`load_image` is the one reader of image files. It turns them upright by their EXIF orientation, takes the
+first frame, scales deep greys to 8 bits and composites transparent pixels on white (`image_modes.py`). ICC
+profiles are ignored.
+
 H height, W width in pixels.
 """
 
+import contextlib
+import functools
+import importlib.util
 import io
 import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.image_names import IMAGE_SUFFIXES as IMAGE_SUFFIXES
+
+from .image_modes import scale_png_transparency, to_rgb
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, the border of padded images
 MODES = ("crop", "pad", "squash")
+# Pillow's readers; others run external programs (EPS) or read what is no image
+FORMATS = (
+    "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO", "DIB",
+)  # fmt: skip
+DRAFT_GAP = 2  # a JPEG decoded at reduced size keeps this many times the pixels per side that are needed
 # raised by Pillow's readers on corrupt images
 PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+    )
+)  # fmt: skip
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 ImageSource = str | os.PathLike[str] | bytes | Image.Image
 
 
-def load_image(source: ImageSource) -> Image.Image:
-    """An image file, its bytes, or a PIL image -> an RGB PIL image.
+def load_image(
+    source: ImageSource,
+    *,
+    needed: tuple[int, int] | None = None,
+    formats: Sequence[str] = FORMATS,
+    max_side: int | None = None,
+) -> Image.Image:
+    """An image file, its bytes, or a PIL image -> a new upright RGB image without metadata.
+
+    `info` of the result has the key `image_modes.WAS_TRANSPARENT` if a pixel was composited.
+
+    Args:
+        needed: (width, height) that the caller scales the image to. A JPEG much larger than it is decoded at
+            1/2, 1/4 or 1/8 of its size (2 to 4 times as fast), but never below `DRAFT_GAP` times `needed`.
+        formats: names of Pillow's readers that may be tried.
+        max_side: limit of width and height, checked in the header.
 
     Raises:
         UserError: the source is not a readable image; the message names the file.
     """
-    if isinstance(source, Image.Image):
-        return source.convert("RGB")
+    with _errors_in_one_line(source, formats) as name:
+        if isinstance(source, Image.Image):
+            return _decode(source, name, None, max_side)
+        with open_image_file(source, formats) as image:
+            return _decode(image, name, needed, max_side)
+
+
+def header_size(source: str | os.PathLike[str] | bytes, formats: Sequence[str] = FORMATS) -> tuple[int, int]:
+    """(width, height) in the header of an image file, as stored; decodes no pixels.
+
+    Raises:
+        UserError: the source does not begin like an image.
+    """
+    with _errors_in_one_line(source, formats), open_image_file(source, formats) as image:
+        return image.size
+
+
+def open_image_file(source: str | os.PathLike[str] | bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """The header of an image file or its bytes; raises UserError for a missing file, else `PILLOW_ERRORS`."""
     if not isinstance(source, (bytes, str, os.PathLike)):
         kind = type(source).__name__
         raise UserError(f"Cannot read {kind} as an image: expected a path, bytes or a PIL image.")
-    name = "The given content" if isinstance(source, bytes) else str(source)
     if not isinstance(source, bytes) and not os.path.isfile(source):
-        raise UserError(f"{name} is not an existing file.")
+        raise UserError(f"{source} is not an existing file.")
+    has_heif = "HEIF" in formats and _register_heif()
+    # Pillow raises KeyError for a reader that is not registered
+    tried = [name for name in formats if name != "HEIF" or has_heif]
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=tried)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                # The size is in the header: check it before `convert` decompresses the pixels.
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(
-                        f"{name} has {image.width} x {image.height} pixels, more than {MAX_PIXELS:,}."
-                    )
-                return image.convert("RGB")
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has too many pixels to decode: {error}") from error
-    except UserError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise UserError(f"{name} is not a readable image: {error}") from error
+        value = image.getexif().get(_ORIENTATION, 1)
+    except PILLOW_ERRORS:
+        return 1
+    return value if value in _TURNS else 1
+
+
+def is_plain(image: Image.Image) -> bool:
+    """Decodes an opened file: whether it is one upright, opaque 8-bit image, so that any reader agrees on it.
+
+    Raises:
+        one of PILLOW_ERRORS: the file is corrupt.
+    """
+    _check_size(image, "The file", None)
+    image.draft(None, (1, 1))  # of a JPEG all is read, but little is decoded
+    image.load()
+    return (
+        image.mode in ("1", "L", "P", "RGB")
+        and not image.has_transparency_data
+        and (getattr(image, "n_frames", 1) == 1 or image.format == "MPO")  # its frames are JPEGs in a row
+        and orientation_of(image) == 1
+    )
 
 
 def to_pixels(
@@ -116,6 +188,87 @@ def image_psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB of two images of equal size; infinite where they are equal."""
     error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+@contextlib.contextmanager
+def _errors_in_one_line(source: ImageSource, formats: Sequence[str]) -> Iterator[str]:
+    """The name of the source in errors; Pillow's errors become UserErrors, its warnings are dropped."""
+    name = "The given content" if isinstance(source, bytes) else str(source)
+    name = "The given image" if isinstance(source, Image.Image) else name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield name
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} has too many pixels to decode: {error}") from error
+    except UserError:
+        raise
+    except PILLOW_ERRORS as error:
+        raise UserError(f"{name} is not a readable image: {_reason(source, error, formats)}") from error
+
+
+def _decode(
+    image: Image.Image, name: str, needed: tuple[int, int] | None, max_side: int | None
+) -> Image.Image:
+    _check_size(image, name, max_side)
+    scale_png_transparency(image)
+    if needed is not None and image.format in ("JPEG", "MPO"):
+        # the stored image lies on its side for orientations 5 to 8
+        columns, rows = needed[::-1] if orientation_of(image) > 4 else needed
+        image.draft(None, (DRAFT_GAP * columns, DRAFT_GAP * rows))
+    # before the orientation: Pillow turns a TIFF in `load`, and a PNG may have its EXIF after the pixels
+    image.load()
+    turn = _TURNS.get(orientation_of(image))
+    try:
+        rgb = to_rgb(image)
+    except UserError as error:
+        raise UserError(f"{name} cannot be read as 8 bits per colour: {error}") from error
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    turned.info = rgb.info
+    return turned
+
+
+def _check_size(image: Image.Image, name: str, max_side: int | None) -> None:
+    """Reject an image by its header, before anything decompresses its pixels."""
+    width, height = image.size
+    if max_side is not None and max(width, height) > max_side:
+        raise UserError(f"{name} has {width} x {height} pixels; the limit per side is {max_side}.")
+    if width * height > MAX_PIXELS:
+        raise UserError(f"{name} has {width} x {height} pixels, more than {MAX_PIXELS:,}.")
+
+
+@functools.cache
+def _register_heif() -> bool:
+    """Make Pillow read HEIC where pillow-heif is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    from pillow_heif import register_heif_opener  # optional
+
+    register_heif_opener()
+    return True
+
+
+def _reason(source: ImageSource, error: Exception, formats: Sequence[str]) -> str:
+    """Why an image cannot be read, in one line."""
+    if isinstance(source, Image.Image):
+        return str(error)
+    if isinstance(source, bytes):
+        head = source[:32]
+    else:
+        try:
+            with open(source, "rb") as file:
+                head = file.read(32)
+        except OSError:
+            return str(error)
+    if not head:
+        return "it is empty."
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and "HEIF" in formats and not _register_heif():
+        return "HEIC needs pillow-heif: pip install pillow-heif."
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"it is not one of {', '.join(formats)}."
+    return str(error)
 
 
 def _check_pixels(image: Image.Image, pixels: int) -> None:

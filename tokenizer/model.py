@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
+from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 
 from .config import UniTokConfig
@@ -31,6 +32,8 @@ from .quantizers import build_quantizer
 from .text_tower import TextEncoder
 from .token_layout import TokenLayout
 
+# floats beyond it are no pixels in [-1, 1]; normalised with mean and deviation, or noise, they stay below
+MAX_PIXEL = 10.0
 PUBLISHED_FILE = "unitok_tokenizer.pth"
 PUBLISHED_HUB_ID = "FoundationVision/unitok_tokenizer"
 
@@ -110,8 +113,10 @@ class UniTok(PreTrainedModel):
         """(B, 3, H, W) pixels in [-1, 1] -> (B, N, K) codes.
 
         Raises:
-            UserError: the height or width is not a multiple of `patch_size`.
+            UserError: the height or width is not a multiple of `patch_size`; pixels that are integers, NaN,
+                or far outside of [-1, 1].
         """
+        self._check_range(pixels)
         return self.quantizer.encode(self.encode_latents(pixels))
 
     @torch.no_grad()
@@ -125,6 +130,7 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: codes out of range or of another shape; a grid that does not fit them.
         """
+        codes = as_int64(codes)
         grid = self.check_codes(codes, grid)
         return self.decode_latents(self.quantizer.embed(codes), grid).clamp(-1, 1)
 
@@ -159,9 +165,9 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: see `decode`.
         """
-        sizes = self.quantizer.code_sizes
+        codes, sizes = as_int64(codes), self.quantizer.code_sizes
         registers = self.config.num_register_tokens
-        if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.is_floating_point():
+        if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.dtype != torch.int64:
             raise UserError(
                 f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of shape "
                 f"(images, visual tokens, {len(sizes)} sub-codebooks)."
@@ -252,6 +258,11 @@ class UniTok(PreTrainedModel):
 
     def _check_pixels(self, pixels: torch.Tensor) -> None:
         step = self.config.patch_size
+        if not pixels.is_floating_point():
+            raise UserError(
+                f"pixels have dtype {pixels.dtype}; expected floats in [-1, 1]: for 0 to 255 take "
+                "pixels.float() / 127.5 - 1."
+            )
         if pixels.dim() != 4 or pixels.shape[1] != 3:
             raise UserError(f"pixels have shape {tuple(pixels.shape)}; expected (images, 3, height, width).")
         if pixels.shape[2] % step or pixels.shape[3] % step or 0 in pixels.shape:
@@ -259,6 +270,17 @@ class UniTok(PreTrainedModel):
                 f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be "
                 f"multiples of {step}. Resize or crop them first."
             )
+
+    def _check_range(self, pixels: torch.Tensor) -> None:
+        # only where nothing is trained: reading the values waits for the device
+        if pixels.is_floating_point() and pixels.numel() and not torch.compiler.is_compiling():
+            low, high = (float(value) for value in pixels.aminmax())
+            # NaN fails every comparison
+            if not (low >= -MAX_PIXEL and high <= MAX_PIXEL):
+                raise UserError(
+                    f"pixels range from {low:g} to {high:g}; expected [-1, 1]: for 0 to 255 take "
+                    "pixels / 127.5 - 1."
+                )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "UniTok":
         """Make `.to(dtype)`, `.half()` and `.bfloat16()` keep `FLOAT32_PARTS` in float32."""

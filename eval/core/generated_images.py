@@ -9,9 +9,10 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import IMAGE_SUFFIXES, is_image_name
 
 from .benchmark import Options, Record, Sample, Task
-from .image_files import IMAGE_SUFFIXES, read_sample_image
+from .image_files import read_sample_image
 from .image_sets import images_of_array
 
 JPEG_QUALITY = 75  # Pillow's default, used for the published images
@@ -87,7 +88,7 @@ def holds_external_images(path: str | Path) -> bool:
         return True
     if not path.is_dir() or (path / "config.json").exists():
         return False
-    return any(p.suffix in IMAGE_SUFFIXES for p in path.rglob("*"))
+    return any(is_image_name(p) for p in path.rglob("*"))
 
 
 class ExternalImages:
@@ -141,7 +142,7 @@ class ExternalImages:
             return self.arrays.load(sample.index)
         # ids of DPG-Bench are ITEM/NUMBER; with a grid, the number is the cell
         name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
-        paths = [self.path / f"{name}{suffix}" for suffix in IMAGE_SUFFIXES]
+        paths = [self.path / f"{name}{s}" for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper())]
         path = next((p for p in paths if p.exists()), paths[0])
         image = np.asarray(read_sample_image(path))
         return _grid_cell(image, int(number), self.grid, path) if self.grid else image

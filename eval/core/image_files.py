@@ -16,12 +16,11 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.image_names import is_image_name
 from open_unitok.tokenizer.images import load_image
 
 from .benchmark import Record, Sample
 from .parquet import ParquetImage
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".JPEG", ".JPG", ".PNG")
 
 _PROBES = 16  # images that are read before the first question
 
@@ -211,9 +210,13 @@ def read_tar_member(tar: Path, member: str) -> bytes:
         return file.read(size)
 
 
-def tar_members(tar: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Paths (shard.tar/member) of the members with one of these suffixes, in the order of the tar."""
-    return [tar / name for name in tar_member_offsets(tar) if Path(name).suffix in suffixes]
+def tar_images(tar: Path) -> list[Path]:
+    """Paths (shard.tar/member) of the images, in the order of the tar, without macOS's ._x.jpg."""
+    return [
+        tar / name
+        for name in tar_member_offsets(tar)
+        if is_image_name(name) and not Path(name).name.startswith(".")
+    ]
 
 
 def read_tar_sibling(image: Path, suffix: str) -> bytes | None:

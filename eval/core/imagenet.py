@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_csv, read_json
 
-from .image_files import IMAGE_SUFFIXES, read_tar_sibling, tar_members
+from .image_files import read_tar_sibling, tar_images
 
 WNID = re.compile(r"n\d{8}")
 LabelledImages = list[tuple[Path, int | UserError]]
@@ -56,8 +57,7 @@ def _by_folder(folder: Path) -> LabelledImages:
         (path, _class_number(wnid.name, str(wnid)))
         for wnid in sorted(folder.iterdir())
         if wnid.is_dir()
-        for path in sorted(wnid.iterdir())
-        if path.suffix in IMAGE_SUFFIXES
+        for path in find_images(wnid, recursive=False).images
     ]
 
 
@@ -81,7 +81,7 @@ def _by_class_file(shard: Path) -> LabelledImages:
     """A tar with a .cls file for every image."""
     result: LabelledImages = []
     last = len(imagenet_classes()) - 1  # .cls files hold the class number, not the WordNet id
-    for image in tar_members(shard, IMAGE_SUFFIXES):
+    for image in tar_images(shard):
         text = read_tar_sibling(image, ".cls")
         # a missing or invalid .cls makes the image count as wrong
         known = text is not None and text.strip().isdigit() and int(text) <= last

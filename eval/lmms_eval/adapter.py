@@ -12,6 +12,7 @@ import torch
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline
 from open_unitok.mllm import IMAGE_MARK
+from open_unitok.tokenizer.images import load_image
 
 NAME, ALIASES = "open_unitok", ("unitok",)
 
@@ -116,7 +117,7 @@ def images_of(visuals: Any) -> list[Any]:
             raise UserError(
                 f"The task contains {type(visual).__name__} {str(visual)[:60]!r}; only images are supported."
             )
-    return [visual.convert("RGB") if visual.mode != "RGB" else visual for visual in visuals]
+    return [load_image(visual) for visual in visuals]
 
 
 def parse_messages(messages: Sequence[dict[str, Any]]) -> tuple[list[Any], str]:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
+from open_unitok.core.errors import UserError
 
 from ..core.benchmark import Record
 from . import charts
@@ -86,10 +86,11 @@ def tile(value: float, unit: str, name: str, note: str) -> str:
 
 def inline_image(path: Path, alt: str) -> str:
     """An <img> with a data URL, at most 256 x 256; an unreadable image shows its file name."""
+    from open_unitok.tokenizer.images import load_image  # loads torch
+
     try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
+        image = load_image(path)
+    except UserError:
         return f'<img alt="{escape(path.name)} could not be read">'
     # thumbnail() never enlarges
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))

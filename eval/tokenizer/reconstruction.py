@@ -4,6 +4,7 @@ B images, N visual tokens, K sub-codebooks, V entries.
 """
 
 import base64
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
+from open_unitok.core.image_names import find_images
 from open_unitok.tokenizer import code_dtype
 from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
 from open_unitok.tokenizer.images import to_uint8
@@ -20,7 +22,7 @@ from open_unitok.tokenizer.loading import HELPER_HUB_ID, find_weights
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.crops import find_crop
-from ..core.image_files import IMAGE_SUFFIXES, open_images, read_sample_image, save_image, tar_members
+from ..core.image_files import open_images, read_sample_image, save_image, tar_images
 from ..core.image_sets import ImageSet
 from ..core.judge_pass import judge_findings, read_judge_pass, run_judge_pass
 from ..metrics import image_quality, inception_features
@@ -32,12 +34,16 @@ def load(data: Path, settings: Options) -> Task:
     """All images of `data/test/images`, `data/images` or `data`, or of the tars there, sorted by name."""
     folder = next((f for f in (data / "test" / "images", data / "images") if f.is_dir()), existing(data))
     # sorted: sample indices must not depend on the file system
-    files = sorted(p for p in folder.rglob("*") if p.suffix in IMAGE_SUFFIXES)
+    found = find_images(folder)
+    files = found.images or [p for tar in sorted(folder.rglob("*.tar")) for p in tar_images(tar)]
+    note = found.note(folder)
     if not files:
-        files = [p for tar in sorted(folder.rglob("*.tar")) for p in tar_members(tar, IMAGE_SUFFIXES)]
+        raise UserError(
+            f"{folder} holds neither images (.png, .jpg, ...) nor tars with images.{note and f' {note}'}"
+        )
+    if note:
+        print(f"{folder}: {note}", file=sys.stderr)
     files = files[: settings.limit]
-    if not files:
-        raise UserError(f"{folder} holds neither images ({', '.join(IMAGE_SUFFIXES)}) nor tars with images.")
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
     find_crop(crop)  # raises for an unknown name before the model loads

@@ -13,13 +13,14 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json
 
 from ..core import imagenet
 from ..core.annotations import read_json_as, read_scenes, require_key, require_mostly_valid, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.image_files import IMAGE_SUFFIXES, open_images
+from ..core.image_files import open_images
 
 LOGIT_SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
 SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
@@ -61,8 +62,7 @@ def _load_class_folders(data: Path, settings: Options) -> Task:
     files: imagenet.LabelledImages = [
         (p, number)
         for number, folder in enumerate(names)
-        for p in sorted(existing(data / folder).iterdir())
-        if p.suffix in IMAGE_SUFFIXES
+        for p in find_images(existing(data / folder), recursive=False).images
     ]
     own = content.get("templates")
     metadata = {"prompt_template": "templates of classes.json" if own else "CLIP's 80 templates"}

@@ -1,6 +1,7 @@
 """`unitok extract-codes`: encode image shards as code shards, from which the MLLM trains."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from open_unitok.core.distributed import local_rank
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
 
     from open_unitok.core.devices import check_device
     from open_unitok.tokenizer import UniTok
-    from open_unitok.training.data.extract import ExtractOptions, extract_codes
+    from open_unitok.training.data.extract import LOW_PSNR, ExtractOptions, extract_codes
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
@@ -76,10 +77,17 @@ def run(args: argparse.Namespace) -> None:
     if manifest is None:
         print(f"{args.out}: this process has finished, others are still running")
         return
+    notes = {"with transparent parts, which are put on white": manifest["transparent"], **manifest["notes"]}
     print(
         f"{args.out}: {manifest['images']:,} images in {len(manifest['shards'])} tar(s), "
         f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
         f"{manifest['broken']} unreadable; "
-        f"{''.join(f'{count:,} {reason}; ' for reason, count in manifest['notes'].items())}"
+        f"{''.join(f'{count:,} {reason}; ' for reason, count in notes.items() if count)}"
         f"reconstruction PSNR of {manifest['checked']} of them: {manifest['psnr']:.2f} dB"
     )
+    if manifest["psnr"] < LOW_PSNR:
+        print(
+            f"warning: {manifest['psnr']:.2f} dB is less than {LOW_PSNR:g} dB: this tokenizer does not suit "
+            "the images; train it on them first (unitok train, with init_from).",
+            file=sys.stderr,
+        )

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, sha256
+from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image
 
 from .code_shards import CODES_MANIFEST, CodeFolder
@@ -40,6 +41,7 @@ class CheckedSample(NamedTuple):
 
     images: list[Any]
     info: dict[str, Any]
+    transparent: int = 0  # images that are composited on a background
 
 
 SampleReader = Callable[[], CheckedSample]  # raises BadSample
@@ -110,7 +112,7 @@ class _Counts:
     """Counts over samples."""
 
     def __init__(self, codebook_size: int):
-        self.images = 0
+        self.images = self.transparent = 0
         self.fields: Counter[str] = Counter()  # field of KEY.json -> samples that have it
         self.words: dict[str, list[int]] = {}  # field -> words of each text
         self.codebook_size = codebook_size
@@ -125,6 +127,7 @@ class _Counts:
                 by_field[kind.field] = kind.texts(sample.info, num_images)
         by_field = {field: texts for field, texts in by_field.items() if texts}
         self.images += num_images
+        self.transparent += sample.transparent
         for field, texts in by_field.items():
             self.fields[field] += 1
             self.words.setdefault(field, []).extend(len(text.split()) for text in texts)
@@ -138,6 +141,8 @@ class _Counts:
     def lines(self) -> list[str]:
         """The counts as lines of the report."""
         lines = [f"  {self.images:,} images"] if self.images else []
+        if self.transparent:
+            lines.append(f"  {self.transparent:,} images with transparent parts, which are put on white")
         for field, count in self.fields.items():
             words = self.words.get(field, [])
             lines.append(f"  {count:,} samples with {field}{_text_lengths(words) if words else ''}")
@@ -251,7 +256,10 @@ def _open_tars(tars: list[str]) -> _OpenDataset:
 def _load_images(record: TarSample) -> CheckedSample:
     members, info = image_members(record)
     try:
-        return CheckedSample([load_image(record.read(member)).size for member in members], info)
+        # (1, 1): of a JPEG all is read, but little is decoded
+        images = [load_image(record.read(member), needed=(1, 1)) for member in members]
+        transparent = sum(WAS_TRANSPARENT in image.info for image in images)
+        return CheckedSample([image.size for image in images], info, transparent)
     except UserError as error:
         raise BadSample(f"has a broken image: {error}") from error
 

@@ -1,9 +1,9 @@
 """Convert data sets in common formats to the tars that `unitok extract-codes` reads.
 
-Sample `KEY` of a tar is `KEY.jpg` (or png, webp, bmp; `KEY.0.jpg`, `KEY.1.jpg`, ... where there are several)
-with its `KEY.json`. Tar i holds samples i*SHARD to (i+1)*SHARD of the source. Its counts go to a .json of the
-same name, written last, which marks the tar as complete: a rerun skips it. `convert.json` describes the
-conversion and, once it is finished, holds the counts of all tars.
+Sample `KEY` of a tar is `KEY.jpg` (or png, webp, bmp, avif; `KEY.0.jpg`, `KEY.1.jpg`, ... where there are
+several) with its `KEY.json`. Tar i holds samples i*SHARD to (i+1)*SHARD of the source. Its counts go to a
+.json of the same name, written last, which marks the tar as complete: a rerun skips it. `convert.json`
+describes the conversion and, once it is finished, holds the counts of all tars.
 """
 
 import contextlib
@@ -17,20 +17,24 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, write_json
+from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json
+from open_unitok.tokenizer.images import PILLOW_ERRORS, is_plain, load_image, open_image_file
 
 from .formats import SOURCE_FORMATS, Source, SourceSample
 from .tar_files import tar_writer, write_sample
 from .tar_index import LOGGED_BAD_SAMPLES, BadSample
 
 _STATE_FILE = "convert.json"
-_KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}  # stored byte for byte
-_EXIF_ORIENTATION = 0x0112
+# stored byte for byte
+_KEPT_FORMATS = {
+    "JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "AVIF": "avif",
+}  # fmt: skip
 
 
 def convert_dataset(
@@ -42,6 +46,7 @@ def convert_dataset(
     column: str | None = None,
     shard: int = 1000,
     max_bad_share: float = 0.05,
+    size: int | None = None,
     quiet: bool = False,
 ) -> dict[str, int]:
     """Write the tars of `source` into the folder `target`, or those that are still missing.
@@ -50,6 +55,7 @@ def convert_dataset(
         kind: a name in `SOURCE_FORMATS`.
         images: folder that the image names in `source` are relative to.
         column: key of the caption.
+        size: larger images are scaled down so that their shorter side has this many pixels; None = none are.
 
     Returns:
         Counts by name: "samples", "images", "skipped", "without a caption", "lost images" (named by
@@ -63,13 +69,21 @@ def convert_dataset(
         raise UserError(f"{kind!r} is not a source format.{did_you_mean(kind, SOURCE_FORMATS)}")
     if shard < 1 or not 0 <= max_bad_share <= 1:
         raise UserError("--shard must be 1 or more, --max-bad-share between 0 and 1.")
+    if size is not None and size < 1:
+        raise UserError(f"--size is {size}; it must be 1 or more.")
     origin = Source(existing(source), existing(images) if images else None, column)
     out = Path(target)
     # tars inside the source would change its listing, and so its hash, while they are written
     if origin.path.is_dir() and out.resolve().is_relative_to(origin.path.resolve()):
         raise UserError(f"{target} is inside {source}: choose a folder outside of it.")
     # everything that the tars depend on: a rerun with another value is another conversion
-    wanted = {"kind": kind, "shard": shard, "column": column, "source": _listing_hash(origin.path)}
+    wanted = {
+        "kind": kind,
+        "shard": shard,
+        "column": column,
+        "size": size,
+        "source": _listing_hash(origin.path),
+    }
     wanted |= {"images": str(origin.images.resolve()) if origin.images else None}
     state = _open_state(out, wanted)
     if "counts" in state:
@@ -81,7 +95,7 @@ def convert_dataset(
             group = list(itertools.islice(samples, shard))
             if not group:
                 break
-            counts.update(_convert_tar(out, number, group))
+            counts.update(_convert_tar(out, number, group, size))
             bar.update(len(group))
             # a single one is allowed: one sample of a small data set may exceed the share
             if counts["skipped"] > max(1, max_bad_share * (counts["samples"] + counts["skipped"])):
@@ -92,7 +106,10 @@ def convert_dataset(
                 )
     if not counts["samples"]:
         _discard(out)
-        raise UserError(f"{source} has no usable sample; expected {SOURCE_FORMATS[kind].expected}")
+        note = find_images(origin.path).note(origin.path) if origin.path.is_dir() else ""
+        raise UserError(
+            f"{source} has no usable sample; expected {SOURCE_FORMATS[kind].expected}{note and f' ({note}.)'}"
+        )
     # absolute names in conversations lead to the same images, see `CodeFolder.image`
     root = os.path.realpath(origin.folder)
     write_json(out / _STATE_FILE, {**wanted, "counts": dict(counts), "root": root})
@@ -138,7 +155,7 @@ def _listing_hash(path: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
-def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str, int]:
+def _convert_tar(out: Path, number: int, group: list[SourceSample], size: int | None) -> dict[str, int]:
     """Write one tar, unless it is complete; returns its counts."""
     path = out / f"part-{number:06d}.tar"
     description = path.with_suffix(".json")
@@ -150,7 +167,7 @@ def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str,
         with open(temporary, "wb") as file:
             with tar_writer(file) as writer:
                 for sample in group:
-                    _add_sample(writer, sample, counts)
+                    _add_sample(writer, sample, counts, size)
             file.flush()
             os.fsync(file.fileno())
         # a group without a usable sample leaves no tar, but its counts
@@ -162,12 +179,12 @@ def _convert_tar(out: Path, number: int, group: list[SourceSample]) -> dict[str,
     return counts
 
 
-def _add_sample(writer: Any, sample: SourceSample, counts: Counter[str]) -> None:
+def _add_sample(writer: Any, sample: SourceSample, counts: Counter[str], size: int | None) -> None:
     """Add a sample's images and its .json, or log why it cannot be used."""
     try:
         if sample.problem:
             raise BadSample(sample.problem)
-        images = [read_upright(path) for path in sample.images]
+        images = [read_upright(path, size) for path in sample.images]
     except BadSample as error:
         counts["skipped"] += 1
         if counts["skipped"] <= LOGGED_BAD_SAMPLES:
@@ -185,25 +202,40 @@ def _add_sample(writer: Any, sample: SourceSample, counts: Counter[str]) -> None
         counts["lost images"] += sample.info["lost"]
 
 
-def read_upright(path: Path) -> tuple[str, bytes]:
-    """(extension, bytes) of an image file: unchanged where extraction can read it, else re-encoded and
-    rotated according to its EXIF orientation.
+def read_upright(path: Path, size: int | None = None) -> tuple[str, bytes]:
+    """(extension, bytes) of an image file as `load_image` reads it: upright, opaque, 8-bit RGB.
+
+    A file that already is so is returned byte for byte. Otherwise the image is re-encoded, without loss
+    unless it was an RGB or grey JPEG.
+
+    Args:
+        size: side in pixels to which the shorter side is scaled down.
 
     Raises:
         BadSample: there is no such file, or it is not an image.
     """
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            is_upright = image.getexif().get(_EXIF_ORIENTATION, 1) == 1
-            if is_upright and image.format in _KEPT_FORMATS:
-                return _KEPT_FORMATS[image.format], data
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with open_image_file(data) as image:
+            kind = image.format
+            lossy = kind in ("JPEG", "MPO") and image.mode != "CMYK"
+            larger = size is not None and min(image.size) > size
+            if not larger and is_plain(image) and kind in _KEPT_FORMATS:
+                return _KEPT_FORMATS[kind], data
+        upright = load_image(data, needed=(size, size) if larger and size else None)
+    except (*PILLOW_ERRORS, UserError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise BadSample(f"{path}: {reason}") from error
+    if larger and size:
+        width, height = upright.size
+        scale = size / min(width, height)
+        upright = upright.resize(
+            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
+        )
     buffer = io.BytesIO()
-    # lossless, except for a JPEG, whose artefacts a PNG would keep at several times the size
-    kind, extension = ("JPEG", "jpg") if image.format == "JPEG" else ("PNG", "png")
-    upright.save(buffer, kind, **({"quality": 95} if kind == "JPEG" else {}))
-    return extension, buffer.getvalue()
+    # a JPEG's artefacts would make a PNG several times as large
+    if lossy:
+        upright.save(buffer, "JPEG", quality=95, subsampling=0)
+        return "jpg", buffer.getvalue()
+    upright.save(buffer, "PNG")
+    return "png", buffer.getvalue()

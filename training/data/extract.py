@@ -32,6 +32,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256, write_atomic, write_json
 from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
@@ -48,6 +49,7 @@ from .tar_index import (
 )
 
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
+LOW_PSNR = 15.0  # dB: below, a reconstruction shows little of the image
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
 
 
@@ -69,6 +71,7 @@ class LoadedSample(NamedTuple):
     key: str
     images: list[torch.Tensor]  # each (3, H, W)
     info: dict[str, Any]
+    transparent: int  # images that were composited on a background
     reshaped: int  # images of another aspect ratio than the tokenizer's, which are cropped or padded
 
 
@@ -155,7 +158,7 @@ def _extract_tar(
     records = source if isinstance(source, StreamedTar) else source.samples
     bad: list[str] = []
     buffer, first = io.BytesIO(), []
-    counts, keys = Counter(samples=0, images=0, oblong=0), set()
+    counts, keys = Counter(samples=0, images=0, oblong=0, transparent=0), set()
     with tar_writer(buffer) as writer:
         for batch in _batches(records, unitok.config.image_shape, options, bad, progress):
             # the images of all samples as one list: a sample has any number of them
@@ -168,8 +171,9 @@ def _extract_tar(
                 write_sample(writer, key, members)
             # kept to verify the written tar
             first += pixels[: VERIFIED_IMAGES - len(first)]
-            reshaped = sum(sample.reshaped for sample in batch)
-            counts.update(samples=len(batch), images=len(pixels), oblong=reshaped)
+            counts.update(samples=len(batch), images=len(pixels))
+            counts.update(oblong=sum(sample.reshaped for sample in batch))
+            counts.update(transparent=sum(sample.transparent for sample in batch))
     if source.problem:  # of a stream, known once it has been read
         raise _broken(tar, source.problem)
     if source.notes:
@@ -248,12 +252,14 @@ def _check_bad_share(bad: list[str], seen: int, options: ExtractOptions) -> None
 
 def _load(record: TarSample, shape: tuple[int, int], mode: str) -> LoadedSample:
     members, info = image_members(record)
-    images = [load_image(record.read(member)) for member in members]
     height, width = shape
+    images = [load_image(record.read(member), needed=(width, height)) for member in members]
+    transparent = sum(WAS_TRANSPARENT in image.info for image in images)
     reshaped = sum(image.width * height != image.height * width for image in images)
     if len(images) == 1:
         info.setdefault("file", record.file)  # the name by which conversations look it up
-    return LoadedSample(record.key, [to_pixels(image, shape, mode) for image in images], info, reshaped)
+    pixels = [to_pixels(image, shape, mode) for image in images]
+    return LoadedSample(record.key, pixels, info, transparent, reshaped)
 
 
 def _code_members(sample: LoadedSample, codes: list[np.ndarray], unitok: UniTok) -> dict[str, bytes]:
@@ -325,9 +331,10 @@ def _write_manifest(
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),
-        # older tars: `pictures` instead of `images`, or neither; no `oblong`
+        # older tars: `pictures` instead of `images`, or neither; no `oblong` or `transparent`
         "images": sum(_num_images(fact) for fact in facts),
         "oblong": sum(fact.get("oblong", 0) for fact in facts),
+        "transparent": sum(fact.get("transparent", 0) for fact in facts),
         "broken": sum(fact["broken"] for fact in facts),
         "notes": dict(notes),
         "checked": checked,

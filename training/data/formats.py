@@ -6,20 +6,23 @@ numbers of the sample's images.
 """
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import IMAGE_SUFFIXES, find_images, find_sibling
 from open_unitok.core.text_files import read_json
 
 from .records import conversation_turns, file_of_image, image_key, image_names, read_records, unused_key
 from .tar_index import BadSample
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # keys of a metadata record, in the order of preference
-_FILE_KEYS = ("file_name", "file", "image", "file_of_image", "path", "filename")
+_FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
 _CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 
@@ -88,14 +91,13 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 
 def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    for path in sorted(folder.rglob("*")):
-        # skip hidden files and folders, such as macOS's ._x.jpg
+    found = find_images(folder)
+    if note := found.note(folder):
+        tqdm.write(f"data: {note}", file=sys.stderr)
+    for path in found.images:
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or path.suffix.lower() not in _IMAGE_SUFFIXES or not path.is_file():
-            continue
         captions, problem = [], ""
-        text = next((t for e in (".txt", ".caption") if (t := path.with_suffix(e)).is_file()), None)
+        text = find_sibling(path, (".txt", ".caption"))
         if text is not None:
             try:
                 # utf-8-sig: editors on Windows write a byte-order mark
@@ -219,7 +221,7 @@ class _ImageFinder:
 def _downloaded_images(folder: Path) -> Iterator[tuple[str, Path]]:
     """(URL, file) of the images that img2dataset downloaded."""
     for description in sorted(folder.rglob("*.json")):
-        image = next((p for e in _IMAGE_SUFFIXES if (p := description.with_suffix(e)).is_file()), None)
+        image = find_sibling(description, IMAGE_SUFFIXES)
         if image is not None:
             facts = read_json(description)
             if isinstance(facts, dict) and isinstance(facts.get("url"), str):

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from braceexpand import braceexpand
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import IMAGE_SUFFIXES
 
 BLOCK = 512  # bytes: the unit of the tar format
 MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
 MAX_TAIL = 1 << 26  # bytes that are read behind an end mark
 MAX_FILES = 1_000_000  # of one brace pattern
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp")
 _CODES = "codes.npy"  # an extension with a dot
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}  # magic numbers
 # bad samples: the first ones are logged one by one, and their share is judged once enough were seen
@@ -364,7 +364,7 @@ def _middle(rest: str) -> str:
 
 
 def _is_image(extension: str) -> bool:
-    return extension.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES
 
 
 def image_members(sample: TarSample) -> tuple[list[str], dict[str, Any]]:
@@ -374,12 +374,12 @@ def image_members(sample: TarSample) -> tuple[list[str], dict[str, Any]]:
         raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
     if "captions" not in info and "txt" in sample.members:
         info["captions"] = [sample.text("txt")]
-    single = [e for e in sample.members if e in IMAGE_EXTENSIONS]
+    single = [e for e in sample.members if f".{e}" in IMAGE_SUFFIXES]
     if len(single) > 1:
         raise BadSample(f"has {len(single)} images of one name (.{', .'.join(single)}), expected one")
     parts = [(member, *member.partition(".")[::2]) for member in sample.members]
     # KEY.0.jpg, KEY.1.jpg, ...
-    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and ending in IMAGE_EXTENSIONS]
+    numbered = [(int(n), m) for m, n, ending in parts if n.isdecimal() and f".{ending}" in IMAGE_SUFFIXES]
     members = single or [member for _, member in sorted(numbered)]
     if len(members) != info.get("images", max(1, len(members))):
         raise BadSample(f"has {', '.join(sample.members)}, expected {info.get('images', 1)} image(s)")

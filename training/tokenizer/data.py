@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import IMAGE_SUFFIXES
 from open_unitok.tokenizer.images import load_image
 
 from ..core.options import ShardOptions
@@ -21,7 +22,6 @@ from ..data.shards import ShardStream
 from ..data.tar_index import BadSample, TarSample
 from .config import ImageOptions
 
-EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 CACHE_BYTES = 2**26  # of decoded images that are cached in runs without random crops
 
 
@@ -55,25 +55,36 @@ class PairDecoder:
         self.height, self.width = image_shape
         self.captions = captions
         self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
+        self.needed = self._needed()
         self._cache: dict[tuple[str, int, int], np.ndarray] = {}
 
     def __call__(self, record: TarSample, rng: random.Random) -> Pair:
         """Raises BadSample if image or caption is missing or unreadable."""
-        extension = next((e for e in EXTENSIONS if e in record.members), None)
+        extension = next((s[1:] for s in IMAGE_SUFFIXES if s[1:] in record.members), None)
         if extension is None:
-            raise BadSample(f"has no image (.{', .'.join(EXTENSIONS)})")
+            raise BadSample(f"has no image (it has {', '.join(record.members)})")
         # without random crops an image decodes to the same pixels in every epoch
         key = (record.tar, *record.members[extension])
         pixels = self._cache.get(key)
         if pixels is None:
             try:
-                image = load_image(record.read(extension))
+                image = load_image(record.read(extension), needed=self.needed)
             except UserError as error:
                 raise BadSample(str(error)) from error
             pixels = np.asarray(self._crop(image, rng))
             if self.whole and len(self._cache) * pixels.nbytes < CACHE_BYTES:
                 self._cache[key] = pixels
         return Pair(pixels, self._caption(record, rng) if self.captions else "")
+
+    def _needed(self) -> tuple[int, int]:
+        """(width, height) from which on no random crop is smaller than a training image."""
+        area, (low, high) = self.options.crop_scale[0], self.options.crop_ratio
+        aspect = self.width / self.height
+        # in a square of side s, crops are s * sqrt(area * aspect) wide and s * sqrt(area / aspect) high
+        narrow = self.width / math.sqrt(area * low * aspect)
+        flat = self.height / math.sqrt(area / (high * aspect))
+        side = math.ceil(max(self.width, self.height, narrow, flat))
+        return side, side
 
     def _crop(self, image: Image.Image, rng: random.Random) -> Image.Image:
         size = width, height = self.width, self.height

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from open_unitok.cli import extract_codes
-from open_unitok.training.data.convert import convert_dataset
 from open_unitok.training.data.formats import SOURCE_FORMATS
 
 
@@ -22,11 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         help="stop if more than this share is unusable (default: 0.05)",
     )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="N",
+        help="scale larger images down so that the shorter side has N pixels (default: keep them)",
+    )
     parser.add_argument("--tokenizer", help="also extract codes with this visual tokenizer, to DST/codes")
 
 
 def run(args: argparse.Namespace) -> None:
     """Convert and print the counts."""
+    from open_unitok.training.data.convert import convert_dataset
+
     counts = convert_dataset(
         args.kind,
         args.src,
@@ -35,6 +42,7 @@ def run(args: argparse.Namespace) -> None:
         column=args.column,
         shard=args.shard,
         max_bad_share=args.max_bad_share,
+        size=args.size,
     )
     print(f"{args.dst}: {', '.join(f'{n:,} {name}' for name, n in counts.items())}")
     if args.tokenizer:

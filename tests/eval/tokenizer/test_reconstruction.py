@@ -204,7 +204,7 @@ def test_a_tar_is_a_folder_of_images(call, scripted, photos, tmp_path):
         tar.read_bytes()[: image_files.tar_member_offsets(tar)["000004.png"][0] + 9]
     )
     with pytest.raises(UserError, match=r"cut\.tar"):
-        image_files.tar_members(tmp_path / "cut.tar", (".png",))
+        image_files.tar_images(tmp_path / "cut.tar")
     with tarfile.open(tmp_path / "x.tar", "w") as file:
         file.addfile(tarfile.TarInfo("1.png"), io.BytesIO())
     assert "1.png has no .cls file" in str(imagenet._by_class_file(tmp_path / "x.tar")[0][1])

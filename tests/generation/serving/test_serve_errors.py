@@ -82,10 +82,10 @@ CHAT, GENERATE = "/v1/chat/completions", "/v1/images/generations"
         (CHAT, question_about("/etc/passwd"), "not fetched"),
         (CHAT, question_about("data:image/png;base64,@@"), "base64"),
         (CHAT, question_about("data:text/html;base64,aaaa"), "data:image"),
-        (CHAT, question_about(b""), "cannot be read"),
-        (CHAT, question_about(b"no image"), "cannot be read: it is not one of PNG"),
+        (CHAT, question_about(b""), "not a readable image"),
+        (CHAT, question_about(b"no image"), "not a readable image: it is not one of PNG"),
         (CHAT, question_about(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "not one of PNG"),
-        (CHAT, question_about(truncated()), "cannot be read"),
+        (CHAT, question_about(truncated()), "not a readable image"),
         (CHAT, question_about(bomb()), "900000000 pixels"),
         (CHAT, question_about(png(1, 1001)), "1 x 1001"),
         (

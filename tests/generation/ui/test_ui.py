@@ -129,7 +129,7 @@ def test_a_corrupt_upload_is_reported_and_the_page_still_works(page, photos, tmp
     page.get_by_role("tab", name="Reconstruct").click()
     upload = page.locator("#original input[type=file]")
     upload.set_input_files(tmp_path / "empty.png")
-    page.get_by_text("The image cannot be read").wait_for()
+    page.get_by_text("not a readable image").wait_for()
     page.reload()
     page.get_by_role("tab", name="Reconstruct").click()
     upload.set_input_files(photos[0])
@@ -179,7 +179,7 @@ def bomb():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "cannot be read"), (b"no image", "not one of PNG"), (bomb(), "exceeds limit"),
+    [(b"", "not a readable image"), (b"no image", "not one of PNG"), (bomb(), "exceeds limit"),
      (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not one of PNG")],
 )  # fmt: skip
 def test_broken_images_are_rejected(pipe, tmp_path, content, words):

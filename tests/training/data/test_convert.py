@@ -85,7 +85,7 @@ def test_exif_orientation_is_applied(tmp_path):
     path = write_image(tmp_path / "a" / "x.jpg", 1)
     with Image.open(path) as image:
         exif = image.getexif()
-        exif[data_convert._EXIF_ORIENTATION] = 6
+        exif[0x0112] = 6
         image.save(path, exif=exif)
     convert_dataset("folder", tmp_path / "a", tmp_path / "out")
     (record,) = scan_tar(str(tmp_path / "out" / "part-000000.tar")).samples
@@ -99,11 +99,11 @@ def test_resumes_after_an_interruption(image_folder, tmp_path, monkeypatch):
     counts = convert_dataset("folder", image_folder, whole, shard=6)
     real, calls = data_convert._add_sample, []
 
-    def stopped(tar, item, counted):
+    def stopped(tar, item, *counted):
         calls.append(item.key)
         if len(calls) == 9:
             raise KeyboardInterrupt
-        real(tar, item, counted)
+        real(tar, item, *counted)
 
     monkeypatch.setattr(data_convert, "_add_sample", stopped)
     with pytest.raises(KeyboardInterrupt):
