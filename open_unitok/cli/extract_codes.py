@@ -7,6 +7,7 @@ from pathlib import Path
 from open_unitok.core.distributed import local_rank
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
+from open_unitok.training.data.captions import CAPTION_CHOICES
 from open_unitok.training.data.tar_files import matching_shards
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -40,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how images become square (default: crop)",
     )
     parser.add_argument(
+        "--captions",
+        choices=CAPTION_CHOICES,
+        default="all",
+        help="all lines of a .txt, its first line, or the words of the image's name (default: all)",
+    )
+    parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.05,
@@ -71,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         workers=args.workers,
         max_bad_share=args.max_bad_share,
+        captions=args.captions,
     )
     unitok = unitok.to(device=device, dtype=getattr(torch, _DTYPES[args.dtype]))
     manifest = extract_codes(unitok, tars, Path(args.out), options)

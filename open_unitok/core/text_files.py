@@ -37,7 +37,7 @@ def read_text(source: TextSource, name: str = "The text") -> str:
         UserError: the file is missing, a folder or unreadable, or it is not UTF-8; the message names file,
             line and byte.
     """
-    return _decode(_read(source, name), _label(source, name))
+    return decode_text(_read(source, name), _label(source, name))
 
 
 def numbered_lines(source: TextSource, name: str = "The text") -> Iterator[tuple[int, str]]:
@@ -47,7 +47,7 @@ def numbered_lines(source: TextSource, name: str = "The text") -> Iterator[tuple
         UserError: as `read_text`.
     """
     for number, line in _raw_lines(source, name):
-        yield number, _decode(line, _label(source, name), number).removesuffix("\n").removesuffix("\r")
+        yield number, decode_text(line, _label(source, name), number).removesuffix("\n").removesuffix("\r")
 
 
 def read_lines(source: TextSource, name: str = "The text") -> list[str]:
@@ -65,7 +65,7 @@ def read_json(source: TextSource, name: str = "The text") -> Any:
     Raises:
         UserError: as `read_text`, or it is not valid JSON.
     """
-    return _parse_json(read_text(source, name), _label(source, name))
+    return parse_json(read_text(source, name), _label(source, name))
 
 
 def numbered_json_lines(
@@ -82,9 +82,9 @@ def numbered_json_lines(
     label = _label(source, name)
     for number, line in _raw_lines(source, name):
         try:
-            text = _decode(line, label, number)
+            text = decode_text(line, label, number)
             if text.strip():
-                yield number, _parse_json(text, f"{label}, line {number},")
+                yield number, parse_json(text, f"{label}, line {number},")
         except UserError as error:
             if not lenient:
                 raise
@@ -117,7 +117,7 @@ def numbered_csv(
         nonlocal number
         # lines keep their ends: one inside quotes belongs to the cell
         for number, line in _raw_lines(source, name):
-            yield _decode(line, label, number)
+            yield decode_text(line, label, number)
 
     table = csv.DictReader(lines(), delimiter=delimiter)
     try:
@@ -145,7 +145,12 @@ def _label(source: TextSource, name: str) -> str:
     return name if isinstance(source, bytes) else str(source)
 
 
-def _parse_json(text: str, name: str) -> Any:
+def parse_json(text: str, name: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        UserError: it is not valid JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -168,7 +173,7 @@ def _read(source: TextSource, name: str) -> bytes:
             data = _file(source).read_bytes()
         except OSError as error:
             raise UserError(f"{source} cannot be read: {error.strerror}.") from error
-    return _without_mark(data, _label(source, name))
+    return without_mark(data, _label(source, name))
 
 
 def _raw_lines(source: TextSource, name: str) -> Iterator[tuple[int, bytes]]:
@@ -180,20 +185,29 @@ def _raw_lines(source: TextSource, name: str) -> Iterator[tuple[int, bytes]]:
     try:
         with open(_file(source), "rb") as file:
             for number, line in enumerate(file, 1):
-                yield number, _without_mark(line, str(source)) if number == 1 else line
+                yield number, without_mark(line, str(source)) if number == 1 else line
     except OSError as error:
         raise UserError(f"{source} cannot be read: {error.strerror}.") from error
 
 
-def _without_mark(data: bytes, name: str) -> bytes:
-    """The beginning of a text without UTF-8's byte-order mark; raises UserError for other formats."""
+def without_mark(data: bytes, name: str) -> bytes:
+    """The beginning of a text without UTF-8's byte-order mark.
+
+    Raises:
+        UserError: it is the beginning of another format.
+    """
     for mark, kind in _OTHER_FORMATS.items():
         if data.startswith(mark):
             raise UserError(f"{name} is {kind}, expected UTF-8 text: convert it first.")
     return data.removeprefix(_BOM)
 
 
-def _decode(data: bytes, name: str, first_line: int = 1) -> str:
+def decode_text(data: bytes, name: str, first_line: int = 1) -> str:
+    """UTF-8 bytes as text; `first_line` is the number of their first line in the file `name`.
+
+    Raises:
+        UserError: as `read_text`.
+    """
     try:
         if b"\0" not in data:
             return data.decode()

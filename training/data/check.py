@@ -4,8 +4,10 @@ Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA
 text. Every sample is read as training reads it.
 """
 
+import random
 import statistics
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from open_unitok.core.files import existing, sha256
 from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image
 
+from .captions import with_captions
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
 from .sample_kinds import SAMPLE_KINDS, crop_mismatch
@@ -26,6 +29,7 @@ from .tar_index import BadSample, TarSample, image_members, matching_files, scan
 from .text import Conversations, TextLines
 
 _LISTED = 10  # broken samples that the report names one by one
+_SHOWN_CAPTIONS = 5
 
 
 class DatasetReport(NamedTuple):
@@ -117,6 +121,8 @@ class _Counts:
         self.words: dict[str, list[int]] = {}  # field -> words of each text
         self.codebook_size = codebook_size
         self.used: np.ndarray | None = None  # (K, V) bool
+        self.shown: list[str] = []  # a random sample of captions
+        self._random = random.Random(0)
 
     def add(self, sample: CheckedSample) -> None:
         """Count one sample; raises BadSample if a field of its info is malformed."""
@@ -128,6 +134,12 @@ class _Counts:
         by_field = {field: texts for field, texts in by_field.items() if texts}
         self.images += num_images
         self.transparent += sample.transparent
+        if captions := by_field.get("captions"):
+            # every sample with captions has the same chance to be shown (reservoir sampling)
+            count = self.fields["captions"]
+            place = count if count < _SHOWN_CAPTIONS else self._random.randrange(count + 1)
+            if place < _SHOWN_CAPTIONS:
+                self.shown[place : place + 1] = [self._random.choice(captions)]
         for field, texts in by_field.items():
             self.fields[field] += 1
             self.words.setdefault(field, []).extend(len(text.split()) for text in texts)
@@ -146,6 +158,8 @@ class _Counts:
         for field, count in self.fields.items():
             words = self.words.get(field, [])
             lines.append(f"  {count:,} samples with {field}{_text_lengths(words) if words else ''}")
+            if field == "captions":
+                lines += [f"    {textwrap.shorten(caption, 90)}" for caption in self.shown]
         if self.used is not None:
             shares = self.used.mean(axis=1)
             lines.append(f"  codes use {shares.min():.1%} to {shares.max():.1%} of a sub-codebook's entries")
@@ -255,6 +269,7 @@ def _open_tars(tars: list[str]) -> _OpenDataset:
 
 def _load_images(record: TarSample) -> CheckedSample:
     members, info = image_members(record)
+    info = with_captions(record, info)
     try:
         # (1, 1): of a JPEG all is read, but little is decoded
         images = [load_image(record.read(member), needed=(1, 1)) for member in members]

@@ -26,6 +26,7 @@ from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer.images import PILLOW_ERRORS, is_plain, load_image, open_image_file
 
+from .captions import CAPTION_CHOICES
 from .formats import SOURCE_FORMATS, Source, SourceSample
 from .tar_files import tar_writer, write_sample
 from .tar_index import LOGGED_BAD_SAMPLES, BadSample
@@ -44,6 +45,7 @@ def convert_dataset(
     *,
     images: str | Path | None = None,
     column: str | None = None,
+    captions: str = "all",
     shard: int = 1000,
     max_bad_share: float = 0.05,
     size: int | None = None,
@@ -55,6 +57,7 @@ def convert_dataset(
         kind: a name in `SOURCE_FORMATS`.
         images: folder that the image names in `source` are relative to.
         column: key of the caption.
+        captions: a value of `CAPTION_CHOICES`, for images with captions.
         size: larger images are scaled down so that their shorter side has this many pixels; None = none are.
 
     Returns:
@@ -71,7 +74,9 @@ def convert_dataset(
         raise UserError("--shard must be 1 or more, --max-bad-share between 0 and 1.")
     if size is not None and size < 1:
         raise UserError(f"--size is {size}; it must be 1 or more.")
-    origin = Source(existing(source), existing(images) if images else None, column)
+    if captions not in CAPTION_CHOICES or (captions != "all" and kind != "folder"):
+        raise UserError(f"--captions is {captions}: {', '.join(CAPTION_CHOICES)} are for images in a folder.")
+    origin = Source(existing(source), existing(images) if images else None, column, captions)
     out = Path(target)
     # tars inside the source would change its listing, and so its hash, while they are written
     if origin.path.is_dir() and out.resolve().is_relative_to(origin.path.resolve()):
@@ -81,6 +86,7 @@ def convert_dataset(
         "kind": kind,
         "shard": shard,
         "column": column,
+        "captions": captions,
         "size": size,
         "source": _listing_hash(origin.path),
     }
@@ -119,7 +125,8 @@ def convert_dataset(
 def _open_state(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The state of the same conversion in `out`; raises UserError if `out` has other contents."""
     if (out / _STATE_FILE).exists():
-        found = read_json(out / _STATE_FILE)
+        # conversions from before choices of captions do not store one
+        found = {"captions": "all", **read_json(out / _STATE_FILE)}
         differing = [name for name, value in wanted.items() if found.get(name) != value]
         if not differing:
             return found

@@ -35,6 +35,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image, to_pixels
 
+from .captions import with_captions
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
 from .convert import conversion_root
 from .records import unused_key
@@ -63,6 +64,7 @@ class ExtractOptions(NamedTuple):
     batch_size: int
     workers: int
     max_bad_share: float
+    captions: str = "all"  # a value of CAPTION_CHOICES
 
 
 class LoadedSample(NamedTuple):
@@ -123,8 +125,8 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
         return None
     facts = read_json(path)
     expected = _origin(tar, options)
-    # descriptions from before token layouts do not have one
-    facts = {"layout": options.layout, **facts}
+    # descriptions from before token layouts and choices of captions do not have one
+    facts = {"layout": options.layout, "captions": "all", **facts}
     differing = [name for name, value in expected.items() if facts.get(name) != value]
     if differing:
         shown = ", ".join(
@@ -145,6 +147,7 @@ def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
         "mode": options.mode,
         "dtype": options.dtype,
         "layout": options.layout,
+        "captions": options.captions,
     }
 
 
@@ -213,7 +216,7 @@ def _batches(
 
     def load(record: TarSample) -> LoadedSample | str:
         try:
-            return _load(record, shape, options.mode)
+            return _load(record, shape, options)
         except (BadSample, UserError) as error:
             return f"{record.tar}: {record.key}: {error}"
 
@@ -250,15 +253,16 @@ def _check_bad_share(bad: list[str], seen: int, options: ExtractOptions) -> None
         )
 
 
-def _load(record: TarSample, shape: tuple[int, int], mode: str) -> LoadedSample:
+def _load(record: TarSample, shape: tuple[int, int], options: ExtractOptions) -> LoadedSample:
     members, info = image_members(record)
+    info = with_captions(record, info, options.captions)
     height, width = shape
     images = [load_image(record.read(member), needed=(width, height)) for member in members]
     transparent = sum(WAS_TRANSPARENT in image.info for image in images)
     reshaped = sum(image.width * height != image.height * width for image in images)
     if len(images) == 1:
         info.setdefault("file", record.file)  # the name by which conversations look it up
-    pixels = [to_pixels(image, shape, mode) for image in images]
+    pixels = [to_pixels(image, shape, options.mode) for image in images]
     return LoadedSample(record.key, pixels, info, transparent, reshaped)
 
 

@@ -5,7 +5,6 @@ The info of a sample becomes its KEY.json: {"captions": [str]}, optionally with 
 numbers of the sample's images.
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,15 +14,15 @@ from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import IMAGE_SUFFIXES, find_images, find_sibling
-from open_unitok.core.text_files import read_json
+from open_unitok.core.text_files import parse_json, read_json, read_lines
 
+from .captions import CAPTION_KEYS, caption_list, chosen_captions, name_captions
 from .records import conversation_turns, file_of_image, image_key, image_names, read_records, unused_key
 from .tar_index import BadSample
 
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 # keys of a metadata record, in the order of preference
 _FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
-_CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 
 class Source(NamedTuple):
@@ -32,6 +31,7 @@ class Source(NamedTuple):
     path: Path
     images: Path | None = None  # folder that image names are relative to
     column: str | None = None  # key of the caption
+    captions: str = "all"  # a value of CAPTION_CHOICES
 
     @property
     def folder(self) -> Path:
@@ -77,7 +77,7 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
     if source.path.is_dir():
         metadata = next((source.path / m for m in _METADATA_FILES if (source.path / m).exists()), None)
         if metadata is None:
-            yield from _images_with_texts(source.path)
+            yield from _images_with_texts(source)
             return
     else:
         metadata = source.path
@@ -87,36 +87,41 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
             has = ", ".join(map(str, record)) or "no keys"
             yield f"{metadata.name}_{number}", {}, f"names no image (key {_FILE_KEYS[0]}); it has {has}"
         else:
-            yield name, _captions_of(record, source.column), ""
+            yield _with_captions(name, record, source)
 
 
-def _images_with_texts(folder: Path) -> Iterator[tuple[str, dict[str, Any], str]]:
-    found = find_images(folder)
-    if note := found.note(folder):
+def _images_with_texts(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
+    found = find_images(source.path)
+    if note := found.note(source.path):
         tqdm.write(f"data: {note}", file=sys.stderr)
     for path in found.images:
-        relative = path.relative_to(folder)
-        captions, problem = [], ""
+        name, captions, problem = path.relative_to(source.path).as_posix(), [], ""
         text = find_sibling(path, (".txt", ".caption"))
-        if text is not None:
+        if source.captions == "name":
+            captions = name_captions(name)
+        elif text is not None:
             try:
-                # utf-8-sig: editors on Windows write a byte-order mark
-                lines = text.read_text(encoding="utf-8-sig").splitlines()
-                captions = [line.strip() for line in lines if line.strip()]
-            except UnicodeDecodeError as error:
-                problem = f"{text} is not UTF-8: {error}"
-        yield relative.as_posix(), {"captions": captions}, problem
+                captions = chosen_captions(read_lines(text), source.captions)
+            except UserError as error:
+                problem = str(error)
+        yield name, {"captions": captions}, problem
 
 
-def _captions_of(record: dict[str, Any], column: str | None) -> dict[str, Any]:
-    """The captions in a metadata record."""
+def _with_captions(name: str, record: dict[str, Any], source: Source) -> tuple[str, dict[str, Any], str]:
+    """(name, info, problem) of the image of a metadata record."""
+    column = source.column
     if column is not None and column not in record:
         raise UserError(f"--column is {column}, must be one of: {', '.join(map(str, record))}.")
+    if source.captions == "name":
+        return name, {"captions": name_captions(name)}, ""
     # a list of captions, or one text
-    value = next((record[key] for key in ((column,) if column else _CAPTION_KEYS) if record.get(key)), [])
-    texts = value if isinstance(value, list) else [value]
+    value = next((record[key] for key in ((column,) if column else CAPTION_KEYS) if record.get(key)), [])
     extra = {key: str(record[key]) for key in ("long_caption", "short_caption") if record.get(key)}
-    return {"captions": [str(text).strip() for text in texts if str(text).strip()], **extra}
+    try:
+        texts = caption_list(value if isinstance(value, list) else str(value))
+        return name, {"captions": chosen_captions(texts, source.captions), **extra}, ""
+    except BadSample as error:
+        return name, {}, str(error)
 
 
 # ---- conversations as LLaVA writes them --------------------------------------------------------------------
@@ -176,8 +181,8 @@ def mmc4_samples(source: Source) -> Iterator[SourceSample]:
 def _parse_list(value: Any) -> Any:
     """A list, or the JSON of one, which is how tables store lists."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+        return parse_json(value, "a list") if isinstance(value, str) else value
+    except UserError:
         return None
 
 

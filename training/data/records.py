@@ -3,10 +3,8 @@
 Conversion, `unitok data check` and training share these functions, so that all three accept the same input.
 """
 
-import csv
 import hashlib
 import itertools
-import json
 import os
 import posixpath
 import re
@@ -16,53 +14,44 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing
+from open_unitok.core.text_files import is_unicode, numbered_csv, numbered_json_lines, read_json
 
+from .captions import caption_list
 from .tar_index import BadSample
 
 TEXT_KEYS = ("text", "content")
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"}
+_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_IMAGE_PARTS = ("image", "image_url")
 _IMAGE_MARK = "<image>"
 _MAX_KEY = 90  # a tar header has 100 bytes for a name, and an extension follows
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a .jsonl, .json (a list) or .csv file, one after the other.
+    """The records of a .jsonl, .json (a list), .csv or .tsv file, one after the other.
 
     Raises:
         UserError: another extension, or a record that is malformed; the message names file and line.
     """
-    if path.suffix == ".csv":
-        # utf-8-sig: spreadsheets write a byte-order mark
-        with open(existing(path), encoding="utf-8-sig", newline="") as file:
-            yield from csv.DictReader(file)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        for number, record in numbered_csv(path, delimiter="," if suffix == ".csv" else "\t"):
+            if None in record:  # a comma in a text without quotes would cut the text off
+                raise UserError(f"{path}, line {number}, has more cells than the table has columns.")
+            yield record
         return
-    if path.suffix == ".json":
-        try:
-            records = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
+    if suffix == ".json":
+        records = read_json(path)
         if not isinstance(records, list):
             raise UserError(f"{path} holds {type(records).__name__}, expected a list of samples.")
-        numbered = enumerate(records, 1)
-    elif path.suffix == ".jsonl":
-        numbered = _json_lines(path)
+        numbered: Iterable[tuple[int, Any]] = enumerate(records, 1)
+    elif suffix == ".jsonl":
+        numbered = numbered_json_lines(path)
     else:
-        raise UserError(f"{path}: expected a .jsonl, .json or .csv file.")
+        raise UserError(f"{path}: expected a .jsonl, .json, .csv or .tsv file.")
     for number, record in numbered:
         if not isinstance(record, dict):
             raise UserError(f"{path}, record {number}, is {type(record).__name__}, expected a mapping.")
         yield record
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with open(existing(path), "rb") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number}, is not valid JSON: {error}") from error
 
 
 # ---- names of images ---------------------------------------------------------------------------------------
@@ -142,10 +131,8 @@ def caption_texts(info: dict[str, Any]) -> list[str]:
     Raises:
         BadSample: "captions" is not a list of texts.
     """
-    captions = info.get("captions") or []
-    if not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
-        raise BadSample(f"has captions {str(captions)[:60]}, expected a list of texts")
-    return [*captions, *(info[n] for n in ("long_caption", "short_caption") if info.get(n))]
+    others = [info[name] for name in ("long_caption", "short_caption") if info.get(name)]
+    return caption_list([*caption_list(info.get("captions") or []), *others])
 
 
 def image_names(record: Any) -> list[str]:
@@ -153,42 +140,82 @@ def image_names(record: Any) -> list[str]:
     if not isinstance(record, dict):
         raise BadSample(f"is {type(record).__name__}, expected a mapping")
     named = record.get("image", record.get("images"))
-    names = [] if named is None else named if isinstance(named, list) else [named]
+    names = [] if named in (None, "") else named if isinstance(named, list) else [named]
     if not all(isinstance(name, str) and name for name in names):
         raise BadSample(f"names its images {named!r}, expected a name or a list of names")
     return names
 
 
 def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str, str]]:
-    """[{"from": "human" | "gpt", "value"}] of a conversation; images come first if no turn has a placeholder.
+    """[{"from": "human" | "gpt", "value"}] of a conversation, in pairs of a question and its answer.
+
+    Questions in a row become one, as in the server; a system text comes before the first question. An answer
+    before the first question and a question without an answer are left out. `<image>` in a question is an
+    image; in an answer it is text. Images come first if no question has one.
 
     Raises:
-        BadSample: the speakers do not alternate, or there are more or fewer placeholders than images.
+        BadSample: it has no question with an answer, two answers in a row, an unknown speaker, a turn without
+            text, or more or fewer images in its questions than `num_images`.
     """
     given = record.get("conversations", record.get("messages"))
     if not isinstance(given, list) or not given:
         raise BadSample("has no conversations")
     turns: list[dict[str, str]] = []
+    system = ""
     for number, turn in enumerate(given):
-        # LLaVA writes from/value, chat templates role/content
-        speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
-        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        # as LLaVA does: an answer before the first question is dropped
-        if _SPEAKERS.get(str(speaker)) == "gpt" and not turns:
-            continue
-        expected = ("human", "gpt")[len(turns) % 2]
-        if _SPEAKERS.get(str(speaker)) != expected or not isinstance(text, str):
-            raise BadSample(f"turn {number} is {str(turn)[:80]}: human and gpt must alternate")
-        turns.append({"from": expected, "value": text})
-    if not turns or len(turns) % 2:
-        raise BadSample(f"has {len(turns)} turns, expected pairs of a question and an answer")
+        speaker, text = _speaker(turn), _turn_text(turn)
+        if speaker is None or text is None:
+            raise BadSample(
+                f"turn {number} is {str(turn)[:80]}: expected a speaker ({', '.join(_SPEAKERS)}) and a text"
+            )
+        if not is_unicode(text):
+            raise BadSample(f"turn {number} holds half of a surrogate pair")
+        if speaker == "system":
+            system += f"{text}\n"
+        elif speaker == "human" and turns and turns[-1]["from"] == "human":
+            turns[-1]["value"] += f"\n{text}"
+        elif speaker == "gpt" and turns and turns[-1]["from"] == "gpt":
+            raise BadSample(f"turn {number} is an answer after an answer: human and gpt must alternate")
+        elif speaker == "human" or turns:  # as LLaVA does: an answer before the first question is dropped
+            turns.append({"from": speaker, "value": text})
+    if len(turns) % 2:  # there is nothing to learn after the last question
+        turns.pop()
+    if not turns:
+        raise BadSample("has no question with an answer")
+    # behind the images, as in the server
+    images = re.match(f"(?:{_IMAGE_MARK}\\n)*", turns[0]["value"])[0]
+    turns[0]["value"] = images + system + turns[0]["value"].removeprefix(images)
     # without placeholders the images come first; else there must be one per image
-    marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns)
+    marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns[::2])
     if num_images and not marks:
+        if any(_IMAGE_MARK in turn["value"] for turn in turns[1::2]):
+            raise BadSample(f"has its {_IMAGE_MARK} in an answer, and answers are texts")
         turns[0]["value"] = f"{_IMAGE_MARK}\n" * num_images + turns[0]["value"]
     elif marks != num_images:
-        raise BadSample(f"marks {marks} image(s) in its text, but has {num_images}")
+        raise BadSample(f"marks {marks} image(s) in its questions, but has {num_images}")
     return turns
+
+
+def _speaker(turn: Any) -> str | None:
+    """human, gpt or system; None for an unknown speaker."""
+    # LLaVA writes from/value, chat templates role/content
+    name = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    return _SPEAKERS.get(name.lower()) if isinstance(name, str) else None
+
+
+def _turn_text(turn: dict[str, Any]) -> str | None:
+    """The text of a turn; the parts of a list (OpenAI's content) are joined, an image as its placeholder."""
+    content = turn.get("value", turn.get("content"))
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    parts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if kind == "text" else f"{_IMAGE_MARK}\n" if kind in _IMAGE_PARTS else None
+        if not isinstance(text, str):
+            return None
+        parts.append(text)
+    return "".join(parts)
 
 
 def document_pieces(info: dict[str, Any], num_images: int) -> list[str | int]:
@@ -200,6 +227,8 @@ def document_pieces(info: dict[str, Any], num_images: int) -> list[str | int]:
     document = info.get("document") or []
     if not isinstance(document, list):
         raise BadSample("has a document that is not a list")
+    if not all(is_unicode(piece) for piece in document if isinstance(piece, str)):
+        raise BadSample("has a document that holds half of a surrogate pair")
     numbers = [piece for piece in document if not isinstance(piece, str)]
     if not all(isinstance(number, int) and 0 <= number < num_images for number in numbers):
         raise BadSample(f"names images {numbers} in its document, but has {num_images}")

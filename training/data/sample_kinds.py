@@ -17,6 +17,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
 
+from .captions import caption_list
 from .code_shards import CodeFolder, CodeSample
 from .records import caption_texts, conversation_turns, document_pieces
 from .tar_index import BadSample
@@ -283,12 +284,9 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
     # one number for both choices: `captions` is sampled only without a long and a short caption
     caption = (short or long) if random >= 1 - options.short_captions or not long else long
     if caption is None and captions:
-        if not isinstance(captions, list):
-            raise BadSample(f"has captions {str(captions)[:40]!r}, expected a list of texts")
+        captions = caption_list(captions)
         caption = captions[int(random * len(captions))]
-    if caption is not None and not isinstance(caption, str):
-        raise BadSample(f"has the caption {caption!r}, expected a text")
-    return caption
+    return None if caption is None else caption_list([caption])[0]
 
 
 def crop_mismatch(codes: CodeFolder, kind: str) -> str | None:

@@ -6,7 +6,6 @@ these functions.
 """
 
 import io
-import json
 import os
 import re
 import tarfile
@@ -19,6 +18,7 @@ from braceexpand import braceexpand
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import IMAGE_SUFFIXES
+from open_unitok.core.text_files import read_json, read_text
 
 BLOCK = 512  # bytes: the unit of the tar format
 MAX_HEADER = 1 << 20  # bytes of a long name or an extended header
@@ -75,16 +75,16 @@ class TarSample(NamedTuple):
     def text(self, extension: str) -> str:
         """The member as UTF-8 text; raises BadSample."""
         try:
-            return self.read(extension).decode()
-        except UnicodeDecodeError as error:
-            raise BadSample(f".{extension} is not UTF-8: {error}") from error
+            return read_text(self.read(extension), f".{extension}")
+        except UserError as error:
+            raise BadSample(str(error)) from error
 
     def json(self, extension: str = "json") -> Any:
         """The member as JSON; raises BadSample."""
         try:
-            return json.loads(self.read(extension))
-        except ValueError as error:
-            raise BadSample(f".{extension} is not JSON: {error}") from error
+            return read_json(self.read(extension), f".{extension}")
+        except UserError as error:
+            raise BadSample(str(error)) from error
 
 
 class TarIndex(NamedTuple):
@@ -372,8 +372,6 @@ def image_members(sample: TarSample) -> tuple[list[str], dict[str, Any]]:
     info = sample.json("json") if "json" in sample.members else {}
     if not isinstance(info, dict):
         raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
-    if "captions" not in info and "txt" in sample.members:
-        info["captions"] = [sample.text("txt")]
     single = [e for e in sample.members if f".{e}" in IMAGE_SUFFIXES]
     if len(single) > 1:
         raise BadSample(f"has {len(single)} images of one name (.{', .'.join(single)}), expected one")

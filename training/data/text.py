@@ -16,7 +16,7 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.text_files import read_json
+from open_unitok.core.text_files import decode_text, is_unicode, parse_json, read_json, without_mark
 
 from .code_shards import CodeFolder, CodeSample
 from .records import TEXT_KEYS, conversation_turns, image_names
@@ -25,7 +25,6 @@ from .tar_index import BadSample, matching_files
 NO_IMAGES = np.empty((0, 0, 0))  # codes of a sample without images: (I, N, K) with I = 0
 SCAN_BLOCK = 1 << 26  # bytes compared at a time while lines are located
 FINGERPRINTED = 1 << 20  # bytes of a file that are hashed
-GZIP_MAGIC = b"\x1f\x8b"
 
 
 class FileLines:
@@ -37,21 +36,24 @@ class FileLines:
 
     def __init__(self, path: str | Path):
         self.path = existing(path)
-        if self.path.is_dir():
-            raise UserError(f"{path} is a folder, expected a text file with one text per line.")
+        if not self.path.is_file():
+            kind = "a folder" if self.path.is_dir() else "not a regular file"
+            raise UserError(f"{path} is {kind}, expected a text file with one text per line.")
         size = self.path.stat().st_size
         self._file = open(self.path, "rb")  # noqa: SIM115 - it stays open as long as the data set
         self._bytes = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-        if self._bytes[:2] == GZIP_MAGIC:
-            raise UserError(f"{path} is compressed: unpack it (gunzip), as lines are read in place.")
+        head = self._bytes[:4]
+        mark = len(head) - len(without_mark(head, str(path)))
         ends = []
         # block by block: comparing a large file at once would allocate its size in memory
         for start in range(0, size, SCAN_BLOCK):
             block = np.frombuffer(self._bytes[start : start + SCAN_BLOCK], dtype=np.uint8)
             ends.append(start + np.flatnonzero(block == ord("\n")))
         bounds = np.concatenate([[-1], *ends, [size]])
-        self._spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
-        self._spans = self._spans[self._spans[:, 1] > self._spans[:, 0]]
+        spans = np.stack([bounds[:-1] + 1, bounds[1:]], axis=1)
+        spans[0, 0] = mark
+        self._numbers = self._not_blank(spans)
+        self._spans = spans[self._numbers]
         if not len(self._spans):
             raise UserError(f"{path} holds no line of text.")
 
@@ -60,7 +62,27 @@ class FileLines:
 
     def __getitem__(self, number: int) -> bytes:
         start, end = self._spans[number]
-        return self._bytes[start:end].rstrip(b"\r")  # line ends of Windows
+        return self._bytes[start:end].removesuffix(b"\r")  # line ends of Windows
+
+    def text(self, number: int) -> str:
+        """Line `number` as text; raises UserError with its number in the file if it is not UTF-8."""
+        return decode_text(self[number], self.path.name, int(self._numbers[number]) + 1)
+
+    def json(self, number: int) -> Any:
+        """Line `number` as JSON; raises UserError with its number in the file."""
+        return parse_json(self.text(number), f"{self.path.name}, line {self._numbers[number] + 1},")
+
+    def _not_blank(self, spans: np.ndarray) -> np.ndarray:
+        """The indices of the spans that hold more than blanks."""
+        full = spans[:, 1] > spans[:, 0]
+        if not full.any():
+            return np.flatnonzero(full)
+        first = np.frombuffer(self._bytes, dtype=np.uint8)[spans[full, 0]]
+        # only lines that begin with a blank can be blank
+        for index in np.flatnonzero(full)[first <= ord(" ")]:
+            start, end = spans[index]
+            full[index] = bool(self._bytes[start:end].strip())
+        return np.flatnonzero(full)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -98,22 +120,21 @@ class TextLines:
         return CodeSample(f"{file.path.name} {number}", NO_IMAGES, {"text": self._text(file, number)})
 
     def _text(self, file: FileLines, number: int) -> str:
+        is_json = file.path.suffix.lower() == ".jsonl"
         try:
-            text = file[number].decode()
-        except UnicodeDecodeError as error:
-            raise BadSample(f"line {number} of {file.path.name} is not UTF-8: {error}") from error
-        if file.path.suffix != ".jsonl":
-            return text
-        try:
-            record = json.loads(text)
-        except ValueError as error:
-            raise BadSample(f"line {number} of {file.path.name} is not JSON: {error}") from error
+            record = file.json(number) if is_json else file.text(number)
+        except UserError as error:
+            raise BadSample(str(error)) from error
+        if not is_json:
+            return record
         # a line may also be a bare JSON string
         found = (
             next((record[k] for k in TEXT_KEYS if k in record), None) if isinstance(record, dict) else record
         )
         if not isinstance(found, str):
             raise BadSample(f"line {number} of {file.path.name} has no {' or '.join(TEXT_KEYS)}")
+        if not is_unicode(found):
+            raise BadSample(f"line {number} of {file.path.name} holds half of a surrogate pair")
         return found
 
 
@@ -129,7 +150,8 @@ class Conversations:
     def __init__(self, path: str | Path, codes: CodeFolder | None):
         self.path = existing(path)
         self.codes = codes
-        if self.path.suffix == ".jsonl":
+        self.on_disk = self.path.suffix.lower() == ".jsonl"
+        if self.on_disk:
             self.records: Any = FileLines(self.path)
             self._facts = [self.records.fingerprint]
         else:
@@ -155,9 +177,9 @@ class Conversations:
     def read(self, _shard: int, number: int) -> CodeSample:
         """Conversation `number` with the codes of its images; raises BadSample if it cannot be used."""
         try:
-            record = json.loads(self.records[number])
-        except ValueError as error:
-            raise BadSample(f"line {number} of {self.path.name} is not JSON: {error}") from error
+            record = self.records.json(number) if self.on_disk else read_json(self.records[number])
+        except UserError as error:
+            raise BadSample(str(error)) from error
         names = image_names(record)
         info = {"conversations": [conversation_turns(record, len(names))]}
         images = [self._codes_of(name) for name in names]

@@ -15,12 +15,14 @@ class ImageOptions:
     Attributes:
         crop_scale, crop_ratio: area share and relative width/height of a random crop, which is resized to the
             model's image; [1, 1] twice takes the largest central crop.
-        captions: "txt" reads key.txt, "json" samples one of key.json's "captions".
+        captions: "all" samples one of key.json's "captions", else one of the lines of key.txt; "first" takes
+            the first of them, "name" the words of the image's name; "txt" takes the whole key.txt, "json"
+            reads key.json alone.
     """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
-    captions: Literal["txt", "json"] = "txt"
+    captions: Literal["all", "first", "name", "txt", "json"] = "all"
 
     def check(self) -> None:
         low, high = self.crop_scale

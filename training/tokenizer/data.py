@@ -18,6 +18,8 @@ from open_unitok.core.image_names import IMAGE_SUFFIXES
 from open_unitok.tokenizer.images import load_image
 
 from ..core.options import ShardOptions
+from ..data.captions import with_captions
+from ..data.records import caption_texts
 from ..data.shards import ShardStream
 from ..data.tar_index import BadSample, TarSample
 from .config import ImageOptions
@@ -104,12 +106,20 @@ class PairDecoder:
         return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
 
     def _caption(self, record: TarSample, rng: random.Random) -> str:
-        if self.options.captions == "txt":
-            return record.text("txt").strip()
+        choice = self.options.captions
+        if choice == "txt":
+            captions = [record.text("txt")]
+        else:
+            info = record.json("json") if "json" in record.members else {}
+            if not isinstance(info, dict):
+                raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
+            captions = caption_texts(info if choice == "json" else with_captions(record, info, choice))
+        captions = [caption.strip() for caption in captions if caption.strip()]
+        if not captions:
+            raise BadSample(
+                f"has no caption, images.captions is {choice!r} (it has .{', .'.join(record.members)})"
+            )
         # `rng` is keyed by the epoch: an image has another caption in each
-        captions = record.json("json").get("captions")
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise BadSample('.json has no "captions"')
         return rng.choice(captions)
 
 

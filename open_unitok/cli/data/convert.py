@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from open_unitok.cli import extract_codes
+from open_unitok.training.data.captions import CAPTION_CHOICES
 from open_unitok.training.data.formats import SOURCE_FORMATS
 
 
@@ -14,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", help="output folder")
     parser.add_argument("--images", help="folder that image paths are relative to (default: that of SRC)")
     parser.add_argument("--column", help="column or key with the caption (default: caption, text, prompt)")
+    parser.add_argument(
+        "--captions",
+        choices=CAPTION_CHOICES,
+        default="all",
+        help="of a folder: all lines of a .txt, its first line, or the words of the image's folders and name",
+    )
     parser.add_argument("--shard", type=int, default=1000, help="samples per tar (default: 1000)")
     parser.add_argument(
         "--max-bad-share",
@@ -40,6 +47,7 @@ def run(args: argparse.Namespace) -> None:
         args.dst,
         images=args.images,
         column=args.column,
+        captions=args.captions,
         shard=args.shard,
         max_bad_share=args.max_bad_share,
         size=args.size,

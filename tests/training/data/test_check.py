@@ -92,7 +92,7 @@ def test_codes_of_the_wrong_mode_give_a_warning(tmp_path):
 
 
 def test_broken_codes(tmp_path, capsys):
-    infos = [{"captions": "a cat"}, {"conversations": [talk("What")]}, {"document": ["a", 3]}, {}, {}]
+    infos = [{"captions": 3}, {"conversations": [talk("What")]}, {"document": ["a", 3]}, {}, {}]
     infos += [{"conversations": [talk("<image><image>")]}]
     large, wrong = np.full((4, 3), 9, dtype=np.uint16), np.zeros((5, 3), dtype=np.uint16)
     folder = write_codes(tmp_path / "codes", infos, {3: large, 4: wrong})
