@@ -69,6 +69,7 @@ _INCEPTION = (
 _REFERENCE = Option(
     "reference", "real images (folder or .npz), or an .npz of their statistics", default="", scoring=True
 )
+_CLIP_MODEL = Option("clip_model", "folder of the CLIP model of CLIP score", default="", scoring=True)
 _VQA_MODEL = Option(
     "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
 )
@@ -361,6 +362,24 @@ _TABLE = (
         needs="generator",
         files=release_patterns("imagenet_generation"),
         options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
+    ),
+    Benchmark(
+        name="image_set",
+        module="generation.image_set",
+        description="FD-DINOv2, CMMD and FID against a reference set, CLIP score with the prompts",
+        needs="generator",
+        files=(),
+        options=(
+            *_SAMPLING,
+            _IMAGE_FORMAT,
+            *_INCEPTION,
+            _REFERENCE,
+            Option(
+                "dinov2_weights", "weight file of DINOv2 ViT-L/14 for FD-DINOv2", default="", scoring=True
+            ),
+            Option("cmmd_model", "folder of CLIP ViT-L/14 at 336 pixels for CMMD", default="", scoring=True),
+            _CLIP_MODEL,
+        ),
     ),
 )
 BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _TABLE}

@@ -53,7 +53,7 @@ def load_detector(folder: str, device: str) -> Detector:
     return loaders[kind](path, device)
 
 
-def _load_pretrained(path: Path, device: str, name: str) -> tuple[Any, Any]:
+def load_pretrained(path: Path, device: str, name: str) -> tuple[Any, Any]:
     """(processor, model in evaluation mode) of a folder, without network access."""
     import transformers
 
@@ -70,7 +70,7 @@ def _load_mask2former(path: Path, device: str) -> Detector:
     """Instance segmentation of COCO classes; score = class probability x mean mask probability."""
     import torch
 
-    processor, model = _load_pretrained(path, device, "Mask2FormerForUniversalSegmentation")
+    processor, model = load_pretrained(path, device, "Mask2FormerForUniversalSegmentation")
     labels = {i: GENEVAL_NAMES.get(name, name) for i, name in model.config.id2label.items()}
 
     def detect(images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
@@ -122,7 +122,7 @@ def _load_owl(path: Path, device: str) -> Detector:
 
     kind = read_json(path / "config.json")["model_type"]
     name = {"owlvit": "OwlViTForObjectDetection", "owlv2": "Owlv2ForObjectDetection"}[kind]
-    processor, model = _load_pretrained(path, device, name)
+    processor, model = load_pretrained(path, device, name)
 
     def detect(images: Sequence[Image.Image], names: Sequence[str]) -> list[list[Detection]]:
         queries = [[f"a photo of a {n}" for n in names]] * len(images)
@@ -155,7 +155,7 @@ class ColourClassifier:
 
     def __init__(self, folder: str, device: str):
         path = existing(folder, "--colour-model must be a CLIP folder in transformers' layout.")
-        self.processor, self.model = _load_pretrained(path, device, "CLIPModel")
+        self.processor, self.model = load_pretrained(path, device, "CLIPModel")
         self.device = device
         self._classifiers: dict[str, Any] = {}  # class name -> (E, 10)
 
@@ -168,7 +168,7 @@ class ColourClassifier:
             texts = [t.format(c=c, name=name) for c in COLOURS for t in COLOUR_TEMPLATES]
             inputs = self.processor(text=texts, return_tensors="pt", padding=True).to(self.device)
             with torch.inference_mode():
-                rows = F.normalize(_projected(self.model.get_text_features(**inputs)), dim=-1)
+                rows = F.normalize(projected(self.model.get_text_features(**inputs)), dim=-1)
                 means = rows.reshape(len(COLOURS), len(COLOUR_TEMPLATES), -1).mean(dim=1)
                 self._classifiers[name] = F.normalize(means, dim=-1).T
         return self._classifiers[name]
@@ -183,12 +183,12 @@ class ColourClassifier:
         crops = [crop_object(image, detection) for detection in detections]
         inputs = self.processor(images=crops, return_tensors="pt").to(self.device)
         with torch.inference_mode():
-            embeds = F.normalize(_projected(self.model.get_image_features(**inputs)), dim=-1)
+            embeds = F.normalize(projected(self.model.get_image_features(**inputs)), dim=-1)
             best = [int((row @ self.classifier(d.name)).argmax()) for row, d in zip(embeds, detections)]
         return [COLOURS[i] for i in best]
 
 
-def _projected(output: Any):
+def projected(output: Any):
     """The projected features: newer versions of transformers return an output object, not a tensor."""
     return output.pooler_output if hasattr(output, "pooler_output") else output
 

@@ -1,4 +1,4 @@
-"""Inception features of image sets, resumable in pieces of 512 images, and distances between them."""
+"""Features of image sets, resumable in pieces of 512 images; distances between Inception features."""
 
 import hashlib
 from collections.abc import Callable, Iterator
@@ -20,16 +20,37 @@ from .inception import load_extractor
 from .inception_weights import Features, find_inception_variant, find_inception_weights
 
 PIECE_SIZE, _BATCH = 512, 32
+_KEPT = "images and features are kept."
 RERUN_HINT = "Run `unitok eval run` again with --inception-weights PATH: generated images are kept."
 
 
 def extract_inception_features(
     out: Path, variant: str, weights: str, sets: list[ImageSet], device: str = "cpu", quiet: bool = False
 ) -> None:
-    """Compute the missing features of `sets`, in pieces of 512 images that are divided among the ranks."""
+    """Compute the missing Inception features of `sets`."""
     file = find_inception_weights(variant, weights)
     about = {"variant": variant, "weights": file.name, "fingerprint": sha256(file)}
-    folder = open_judge_pass(out, f"inception-{variant}", about)
+    extract_features(
+        out, f"inception-{variant}", about, sets, lambda: load_extractor(variant, file, device), quiet
+    )
+
+
+def extract_features(
+    out: Path,
+    kind: str,
+    about: dict[str, Any],
+    sets: list[ImageSet],
+    load: Callable[[], Callable[[list[np.ndarray]], Features]],
+    quiet: bool = False,
+) -> None:
+    """Compute the missing features of `sets`, in pieces of 512 images that are divided among the ranks.
+
+    Args:
+        kind, about: see `open_judge_pass`.
+        load: -> the network, from images (H, W, 3) of uint8 to features; called only if features are missing.
+    """
+    # the sizes of the sets tell a complete pass from a killed one, also where only files are left
+    folder = open_judge_pass(out, kind, about | {"images": {s.role: len(s.names) for s in sets}})
     folder.mkdir(parents=True, exist_ok=True)
     # a stored piece is valid if it was computed from the same names, which contain path and size
     todo = [
@@ -48,8 +69,8 @@ def extract_inception_features(
     # strided, so that ranks finish together although sets differ in image size
     mine = todo[distributed.rank() :: distributed.world_size()]
     if mine:
-        net = load_extractor(variant, file, device)
-        for images, start in tqdm(mine, desc=f"inception ({variant})", unit=" pieces", disable=quiet):
+        net = load()
+        for images, start in tqdm(mine, desc=kind, unit=" pieces", disable=quiet):
             _save_piece(folder, images, start, net)
     distributed.barrier()
 
@@ -139,9 +160,14 @@ class StoredFeatures(NamedTuple):
 
 
 def read_inception_features(out: Path, variant: str, role: str) -> StoredFeatures | None:
-    """The features of one set, or None if none were computed."""
+    """The Inception features of one set, or None if none were computed."""
     find_inception_variant(variant)
-    found = current_judge_pass(out, f"inception-{variant}")
+    return read_features(out, f"inception-{variant}", role)
+
+
+def read_features(out: Path, kind: str, role: str) -> StoredFeatures | None:
+    """The features of one set by the current network of a kind, or None if none were computed."""
+    found = current_judge_pass(out, kind)
     pieces = sorted(found[0].glob(f"{role}-*.npz")) if found else []
     if not pieces:
         return None
@@ -152,6 +178,21 @@ def read_inception_features(out: Path, variant: str, role: str) -> StoredFeature
             n += len(piece["good"])
             bad += piece["bad"].tolist()
     return StoredFeatures(pieces, n, bad)
+
+
+def require_all_features(out: Path, kind: str, *sets: StoredFeatures | None) -> dict[str, Any]:
+    """The description of a feature pass.
+
+    Raises:
+        UserError: images have no features, because the pass was killed.
+    """
+    about = (current_judge_pass(out, kind) or (None, {}))[1]
+    for found in filter(None, sets):
+        role = found.pieces[0].name.rsplit("-", 1)[0]
+        without = about.get("images", {}).get(role, 0) - found.n - len(found.bad)
+        if without > 0:
+            raise UserError(f"{out}: {without} images ({role}) have no features ({kind}). Run again: {_KEPT}")
+    return about
 
 
 def require_inception_features(out: Path, variant: str, role: str) -> StoredFeatures:
