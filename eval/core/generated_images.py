@@ -3,17 +3,19 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import IMAGE_SUFFIXES, is_image_name
+from open_unitok.core.text_files import read_json_lines
 
 from .benchmark import Options, Record, Sample, Task
 from .image_files import read_sample_image
 from .image_sets import images_of_array
+from .release_files import walk_folders
 
 JPEG_QUALITY = 75  # Pillow's default, used for the published images
 SAMPLING_KEYS = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
@@ -107,6 +109,9 @@ class ExternalImages:
     def __init__(self, path: Path, device: str = "cpu", grid: int | None = None):
         self.path, self.device, self.grid = path, device, grid
         self.arrays = images_of_array("samples", path) if path.is_file() else None
+        self.root = path  # the folder of the images, `path` or one below it
+        self._listings: dict[Path, _Listing] = {}
+        self._prompts: dict[Path, str | None] = {}
 
     def check_needs(self, needs: str, benchmark: str) -> None:
         """Raise UserError unless the benchmark scores generated images."""
@@ -135,17 +140,131 @@ class ExternalImages:
                 results.append(str(error))
         return results
 
+    def refuse_missing(self, benchmark: str, samples: Sequence[Sample]) -> None:
+        """Check before the first image is read that most are there.
+
+        Raises:
+            UserError: more than half of the images are missing.
+        """
+        wanted = [s for s in samples if s.kind == "generate" and not s.malformed]
+        if self.arrays is None:
+            self._find_root(wanted)
+        missing = [reason for s in wanted if (reason := self._missing_reason(s))]
+        if 2 * len(missing) > len(wanted):
+            amount = "none" if len(missing) == len(wanted) else f"only {len(wanted) - len(missing)}"
+            hint = " --images-per-prompt N takes the first N images of each prompt." * (
+                "/" in str(wanted[0].id) and self._missing_reason(wanted[0]) == ""
+            )
+            raise UserError(
+                f"{benchmark}: {self.path} holds {amount} of its {len(wanted)} images, the first problem: "
+                f"{missing[0]} --limit N scores the first N samples alone.{hint}"
+            )
+
+    def _missing_reason(self, sample: Sample) -> str:
+        """Why the image of a sample cannot be found, or ""."""
+        try:
+            if self.arrays is None:
+                self._find(sample)
+            elif sample.index >= len(self.arrays.names):
+                return f"there are only {len(self.arrays.names)} images."
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def _find_root(self, samples: Sequence[Sample]) -> None:
+        """Let `root` be the nearest folder with some of the images: they may lie in one of their own."""
+        some = samples[:: max(1, len(samples) // 16)]
+        for level in walk_folders(self.path, depth=2):
+            for folder in level:
+                self.root = folder
+                if not all(map(self._missing_reason, some)):
+                    return
+        self.root = self.path
+
     def _load(self, sample: Sample) -> np.ndarray:
         if self.arrays is not None:
             if sample.index >= len(self.arrays.names):
                 raise UserError(f"{self.path} holds only {len(self.arrays.names)} images.")
             return self.arrays.load(sample.index)
-        # ids of DPG-Bench are ITEM/NUMBER; with a grid, the number is the cell
-        name, _, number = str(sample.id).rpartition("/") if self.grid else (str(sample.id), "", "0")
-        paths = [self.path / f"{name}{s}" for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper())]
-        path = next((p for p in paths if p.exists()), paths[0])
+        path = self._find(sample)
         image = np.asarray(read_sample_image(path))
-        return _grid_cell(image, int(number), self.grid, path) if self.grid else image
+        if self.grid is None:
+            return image
+        return _grid_cell(image, int(str(sample.id).rpartition("/")[2]), self.grid, path)
+
+    def _find(self, sample: Sample) -> Path:
+        """The file of a sample; numbers in its id may be written with any number of digits."""
+        # ids of DPG-Bench are ITEM/NUMBER; with a grid, the number is the cell
+        name = str(sample.id).rpartition("/")[0] if self.grid else str(sample.id)
+        *above, last = name.split("/")
+        folder = self.root
+        for part in above:
+            folders = self._listing(folder).folders
+            match = folders.get(part) or (folders.get(str(int(part))) if part.isdigit() else None)
+            if match is None:
+                raise UserError(f"{folder} has no folder {part}.")
+            folder = match
+            self._check_prompt(folder, sample)
+        files = self._listing(folder)
+        if exact := files.by_stem.get(last):
+            return exact[0]
+        if last.isdigit():
+            numbers = sorted(files.by_number)
+            # the published scorers take all images of a prompt: the order counts, not the number
+            if above and (above[-1] == "samples" or len(last) <= 2):
+                found = files.by_number[numbers[int(last)]] if int(last) < len(numbers) else []
+            else:
+                found = files.by_number.get(int(last), [])
+                if found and 0 in files.by_number and sample.index + 1 == int(last):
+                    raise UserError(
+                        f"{folder} has an image number 0, but the first prompt is number 1: rename them."
+                    )
+            if len(found) > 1:
+                raise UserError(f"{folder}: {' and '.join(p.name for p in found)} have the same number.")
+            if found:
+                return found[0]
+        raise UserError(f"{folder} has no image {last} ({', '.join(IMAGE_SUFFIXES[:4])}, ...).")
+
+    def _check_prompt(self, folder: Path, sample: Sample) -> None:
+        """Compare the prompt with the one that GenEval's scripts keep beside the images."""
+        if folder not in self._prompts:
+            file = folder / "metadata.jsonl"
+            rows = read_json_lines(file, lenient=True)[:1] if file.exists() else []
+            prompt = rows[0].get("prompt") if rows and isinstance(rows[0], dict) else None
+            self._prompts[folder] = prompt
+        prompt = self._prompts[folder]
+        if prompt is not None and prompt != sample.prompt:
+            raise UserError(
+                f"{folder}/metadata.jsonl has the prompt {prompt!r}, the benchmark {sample.prompt!r}: these "
+                "are images of another list of prompts."
+            )
+
+    def _listing(self, folder: Path) -> "_Listing":
+        """The images and folders of a folder, listed once."""
+        if folder not in self._listings:
+            by_stem: dict[str, list[Path]] = {}
+            by_number: dict[int, list[Path]] = {}
+            folders: dict[str, Path] = {}
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+            for path in entries:
+                if is_image_name(path):
+                    by_stem.setdefault(path.stem, []).append(path)
+                    if path.stem.isdigit():
+                        by_number.setdefault(int(path.stem), []).append(path)
+                elif path.is_dir():
+                    folders[path.name] = path
+                    if path.name.isdigit():
+                        folders.setdefault(str(int(path.name)), path)
+            self._listings[folder] = _Listing(by_stem, by_number, folders)
+        return self._listings[folder]
+
+
+class _Listing(NamedTuple):
+    """Images by name without suffix, images by number, and folders by name and by number."""
+
+    by_stem: dict[str, list[Path]]
+    by_number: dict[int, list[Path]]
+    folders: dict[str, Path]
 
 
 def _grid_cell(image: np.ndarray, number: int, side: int, path: Path) -> np.ndarray:

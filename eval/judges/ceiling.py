@@ -16,7 +16,7 @@ from open_unitok.core.errors import UserError
 from ..core.annotations import SceneAnnotation, read_scenes
 from ..core.benchmark import Metric, Record, Sample, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.generated_images import generate_images
+from ..core.generated_images import ExternalImages, generate_images
 from ..core.image_files import open_images, save_image
 
 
@@ -52,6 +52,10 @@ def generate_and_reconstruct(
     images: dict[int, np.ndarray] = {}
     generated = [i for i, s in enumerate(batch) if s.kind == "generate"]
     reconstructed = [i for i, s in enumerate(batch) if s.kind == "reconstruct"]
+    if isinstance(model, ExternalImages):
+        for i in reconstructed:
+            records[i] = {"error": "images of another system have no reconstructions, so no ceiling"}
+        reconstructed = []
     if generated:
         for i, result in zip(generated, generate_images(model, [batch[i] for i in generated])):
             if isinstance(result, str):

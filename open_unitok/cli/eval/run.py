@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import datetime
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from open_unitok.eval.registry import (
     BENCHMARKS,
     detect_benchmarks,
     find_benchmark,
+    incomplete_benchmarks,
     options_of,
     select_options,
 )
@@ -77,18 +76,51 @@ def run(args: argparse.Namespace) -> None:
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}; it must be at least 1.")
     # all options are validated before the model is loaded, which takes minutes for a large one
-    names = detect_benchmarks(args.data) if args.names == ["all"] else args.names
+    everything = args.names == ["all"]
+    names = detect_benchmarks(args.data) if everything else args.names
     benchmarks = [find_benchmark(name) for name in names]
     options = select_options(given_options(args), benchmarks)
     for benchmark in benchmarks:
         benchmark.resolve(options[benchmark.name])  # errors come before the model is loaded
-    with _joined_ranks(args.device) as device:
-        model = load_model(args.model, device, benchmarks, given_options(args), options)
+    with _joined_ranks(args.device) as (device, section):
+        with section():
+            model = load_model(args.model, device, benchmarks, given_options(args), options)
+            benchmarks = _supported(benchmarks, model, everything)
+        unfinished = incomplete_benchmarks(args.data) if everything else []
         for benchmark in benchmarks:
             out = Path(args.out) / benchmark.name
-            result = run_benchmark(benchmark, model, args.data, out, options[benchmark.name], args.batch_size)
+            try:
+                with section():
+                    result = run_benchmark(
+                        benchmark, model, args.data, out, options[benchmark.name], args.batch_size
+                    )
+            except UserError as error:
+                if len(benchmarks) == 1 and not unfinished:
+                    raise
+                # the others are run all the same
+                unfinished.append(f"{benchmark.name}: {error}")
+                continue
             if result:
                 print(result_table(result))
+        if unfinished:
+            raise UserError(f"{len(unfinished)} benchmarks have no result. {' '.join(unfinished)}")
+
+
+def _supported(benchmarks: list[Benchmark], model: Any, everything: bool) -> list[Benchmark]:
+    """The benchmarks that the model can run; with `all` the others are named and left out."""
+    kept, problems = [], []
+    for benchmark in benchmarks:
+        try:
+            model.check_needs(benchmark.needs, benchmark.name)
+            kept.append(benchmark)
+        except UserError as error:
+            problems.append(error)
+    if problems and not (everything and kept):
+        raise problems[0]
+    if problems and distributed.is_main():
+        names = ", ".join(b.name for b in benchmarks if b not in kept)
+        print(f"Not run, since --model is of another kind: {names}.", file=sys.stderr)
+    return kept
 
 
 def load_model(
@@ -114,27 +146,44 @@ def load_model(
         for benchmark in benchmarks:
             if benchmark.needs == "generator":
                 options[benchmark.name] |= {key: getattr(model.sampling, key) for key in SAMPLING_KEYS}
-    for benchmark in benchmarks:
-        model.check_needs(benchmark.needs, benchmark.name)
     return model
 
 
 @contextlib.contextmanager
-def _joined_ranks(device: str) -> Iterator[str]:
-    """Initialise the process group under torchrun; yields this rank's device."""
+def _joined_ranks(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Join the ranks of a launch; yields this rank's device, and the sections that fail on all ranks or none.
+
+    An error is printed by the main rank alone.
+    """
     if distributed.world_size() == 1:
-        yield device
+        yield device, contextlib.nullcontext
         return
     import torch.distributed as dist
 
-    # ranks may finish hours apart, so a barrier must not time out
-    dist.init_process_group("gloo", timeout=datetime.timedelta(days=14))
-    yield f"cuda:{distributed.local_rank()}" if device == "cuda" else device
-    distributed.barrier()
-    dist.destroy_process_group()
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://"))
+    except ValueError as error:
+        raise UserError(
+            f"WORLD_SIZE is {distributed.world_size()}, but the ranks cannot be joined: {error}. Launch with "
+            "torchrun, or unset RANK and WORLD_SIZE."
+        ) from error
+    guard = distributed.RankGuard.current = distributed.RankGuard(store, rank, world_size)
+    code = 0
+    try:
+        yield f"cuda:{distributed.local_rank()}" if device == "cuda" else device, guard.section
+    except UserError as error:
+        # every rank has the error, see RankGuard
+        code = 2
+        if distributed.is_main():
+            print(f"unitok: error: {error}", file=sys.stderr)
+    finally:
+        distributed.RankGuard.current = None
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # gloo's threads sometimes abort at interpreter shutdown
+    # a launcher ends all ranks when the first one fails: the main rank has printed by now
+    guard.close()
+    if code:
+        sys.exit(code)
 
 
 def result_table(result: Record) -> str:

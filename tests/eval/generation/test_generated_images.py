@@ -353,7 +353,7 @@ def test_images_of_another_system_replace_a_model(call, judge, tmp_path):
     code, out, err = call("eval", "run", "genai_bench", *words, "--vqa-model", tmp_path)
     assert code == 0, err
     result = result_of(tmp_path, "genai_bench")
-    assert result["value"] == pytest.approx(0.5) and "00003.png does not exist" in out
+    assert result["value"] == pytest.approx(0.5) and "has no image 00003" in out
     assert result["model"]["kind"] == "external images"
     code, _, err = call("eval", "run", "pope", *words)
     assert code == 2 and "holds images" in err
