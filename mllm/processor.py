@@ -31,6 +31,7 @@ from .prompts import (
     expand_images,
     find_template,
     ids_with_images,
+    located_conversation_ids,
 )
 
 if TYPE_CHECKING:
@@ -199,15 +200,37 @@ class UniTokProcessor:
         """
         # the published way, which counts ids, needs a tokenizer with bos
         if self.template != CHAT and self.bos_token_id is not None:
-            template, end = find_template(self.template), self.text_tokenizer.eos_token
-            return conversation_ids(turns, self.encode_text, template, self.image_token_id, end, self.legacy)
+            return self._bos_conversation_ids(turns)
         ids: list[int] = []
         labels: list[int] = []
         for text, is_target in conversation_pieces(turns, self._prompt, self._answer):
-            piece = self._mark(text, bos=not ids and self.template != CHAT)
+            # a mark in an answer is text
+            piece = self._pieces(text) if is_target else self._mark(text, not ids and self.template != CHAT)
             ids += piece
             labels += piece if is_target else [IGNORED] * len(piece)
         return ids, labels
+
+    def _bos_conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
+        """`conversation_ids` for a tokenizer with bos, as published where that finds all answers."""
+        template, end = find_template(self.template), self.text_tokenizer.eos_token
+        if not any(IMAGE_MARK in answer for _, answer in check_turns(turns)):
+            ids, labels = conversation_ids(
+                turns, self.encode_text, template, self.image_token_id, end, self.legacy
+            )
+            if any(label != IGNORED for label in labels):
+                return ids, labels
+
+        def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
+            backend = getattr(self.text_tokenizer, "backend_tokenizer", None)
+            if backend is None:
+                raise UserError(
+                    "An answer cannot be located in its conversation, which holds template words."
+                )
+            found = backend.encode(text, add_special_tokens=False)
+            return self._check_text(found.ids), found.offsets
+
+        ids, labels = located_conversation_ids(turns, encode, template, self.image_token_id, end)
+        return [self.bos_token_id, *ids], [IGNORED, *labels]
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
         """Ids and labels of the image followed by the first answer, for projector pretraining; it ends with a
@@ -269,7 +292,10 @@ class UniTokProcessor:
         return layout.rows * patch_size, layout.columns * patch_size
 
     def _pieces(self, text: str) -> list[int]:
-        ids = self.text_tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._check_text(self.text_tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _check_text(self, ids: list[int]) -> list[int]:
+        """`ids` of a text; raises UserError if they hold boi or eoi."""
         # as LLaMA's byte tokens, boi and eoi are the characters U+0000 and U+0001
         for token in (self.boi_token_id, self.eoi_token_id):
             if token in ids:

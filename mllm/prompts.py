@@ -136,6 +136,54 @@ def conversation_ids(
     return ids, [IGNORED if i == image_token_id else label for i, label in zip(ids, labels)]
 
 
+def located_conversation_ids(
+    turns: Turns,
+    encode: Callable[[str], tuple[list[int], list[tuple[int, int]]]],
+    template: Template,
+    image_token_id: int,
+    end: str,
+) -> tuple[list[int], list[int]]:
+    """The ids of `conversation_ids`, without bos, and labels located by the characters of each id.
+
+    An answer may hold `IMAGE_MARK`, the text of eos or the names of the speakers.
+
+    Args:
+        encode: text -> ids without bos, and the (start, end) of each in the text.
+
+    Raises:
+        UserError: see `check_turns`.
+    """
+    parts = [(template.opening, False)] if template.opening else []
+    for question, answer in check_turns(turns):
+        # the space before an answer is part of its first token, or a token that is generated
+        given = f"{template.user}: {question} {template.assistant}:"
+        parts += [(given, False), (f" {answer}{end}", True)]
+    ids: list[int] = []
+    labels: list[int] = []
+    piece, answers = "", []  # text since the last image, and the spans of the answers in it
+
+    def encode_piece() -> None:
+        found, spans = encode(piece) if piece else ([], [])
+        targets = [any(start < stop <= last for start, last in answers) for _, stop in spans]
+        ids.extend(found)
+        labels.extend(i if target else IGNORED for i, target in zip(found, targets))
+
+    for text, is_answer in parts:
+        if is_answer:
+            answers.append((len(piece), len(piece) + len(text)))
+            piece += text
+            continue
+        first, *others = text.split(IMAGE_MARK)
+        piece += first
+        for other in others:
+            encode_piece()
+            ids.append(image_token_id)
+            labels.append(IGNORED)
+            piece, answers = other, []
+    encode_piece()
+    return ids, labels
+
+
 def conversation_pieces(
     turns: Turns, prompt: Callable[[list[tuple[str, str]], str], str], end: Callable[[str], str]
 ) -> list[tuple[str, bool]]:
