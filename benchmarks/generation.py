@@ -41,6 +41,7 @@ from open_unitok import Pipeline, UniTokForConditionalGeneration, UniTokMLLMConf
 from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_image_codes
 from open_unitok.generation.backends import BACKENDS, choose_backend
 from open_unitok.generation.backends.cuda_graph import CudaGraph
+from open_unitok.generation.backends.int8 import quantize_model
 from open_unitok.generation.backends.native import Native
 from open_unitok.generation.sampling import apply_guidance
 
@@ -131,10 +132,9 @@ def measure_machine() -> dict[str, Any]:
 
 def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
     """Milliseconds per visual token of greedy decoding with guidance, the codes, and peak memory in MB."""
-    if precision.startswith(("eager", "compiled")):
-        os.environ["UNITOK_NATIVE"] = "0"
+    backend = "torch" if precision.startswith(("eager", "compiled")) else "auto"
     if precision.startswith("compiled"):
-        BACKENDS["eager"] = Compiled
+        BACKENDS["torch"] = Compiled
     model = benchmark_model()
     if precision.endswith("bf16"):
         model = model.to(torch.bfloat16)
@@ -143,10 +143,9 @@ def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
         steps = iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)
     else:
         sampling = Sampling(guidance=GUIDANCE, greedy=True)
-        quantization = "int8" if precision == "int8" else None
-        steps = iter_image_codes(
-            model, prompts, sampling, [0] * images, UNCONDITIONAL, quantization=quantization
-        )
+        if precision == "int8":
+            quantize_model(model)
+        steps = iter_image_codes(model, prompts, sampling, [0] * images, UNCONDITIONAL, backend=backend)
     times, codes, backend_times = [], torch.empty(0), time_native_backend()
     for _ in range(tokens):
         start = time.perf_counter()
@@ -216,11 +215,9 @@ def measure_agreement(folder: str) -> dict[str, float]:
     for precision in ("fp32", "bf16", "int8"):
         model = pipe.model.to(torch.bfloat16) if precision == "bf16" else pipe.model
         if precision == "int8":
-            # load fp32 weights again: the conversion to bf16 was in place
-            model = Pipeline.from_pretrained(folder).model
-        found[precision] = teacher_forced_agreement(
-            model, rows, codes, "int8" if precision == "int8" else None
-        )
+            # load the weights again: the conversion to bf16 was in place
+            model = Pipeline.from_pretrained(folder, quantization="int8").model
+        found[precision] = teacher_forced_agreement(model, rows, codes)
         if precision != "int8":
             batch = generate_image_codes(model, prompts, sampled, range(len(prompts)), unconditional)
             alone = [
@@ -232,11 +229,9 @@ def measure_agreement(folder: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def teacher_forced_agreement(
-    model: Any, rows: list[list[int]], codes: torch.Tensor, quantization: str | None
-) -> float:
+def teacher_forced_agreement(model: Any, rows: list[list[int]], codes: torch.Tensor) -> float:
     """Share of codes (B, N, K) that the model's guided logits rank first, given all earlier ones."""
-    backend = BACKENDS[choose_backend(model, quantization=quantization)](model, quantization)
+    backend = BACKENDS[choose_backend(model)](model)
     backend.prefill(rows, codes[:, :0])
     hits = 0
     for t in range(codes.shape[1]):

@@ -26,7 +26,7 @@ def generate_image_codes(
     seeds: Sequence[int],
     unconditional_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     prefix: Tensor | None = None,
-    quantization: str | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Codes (B, N, K) of one image per prompt, all in one batch.
 
@@ -37,15 +37,15 @@ def generate_image_codes(
         unconditional_ids: the unconditional or negative prompt, one for all or one per prompt; required if
             guidance is not 1.
         prefix: (B, n, K) or (1, n, K) codes of the first n visual tokens, 0 <= n < N.
-        quantization: of the weights: None, or "int8" on a CPU.
+        backend: see `choose_backend`.
 
     Raises:
         UserError: an empty or over-long prompt, a seed out of range, guidance without unconditional_ids, a
-            prefix of another shape or range, a quantization that is not available.
+            prefix of another shape or range, a backend that cannot run the model.
     """
     codes = torch.empty(0)
     for codes in iter_image_codes(  # noqa: B007
-        model, prompt_ids, sampling, seeds, unconditional_ids, prefix, quantization
+        model, prompt_ids, sampling, seeds, unconditional_ids, prefix, backend
     ):
         pass
     return codes
@@ -58,7 +58,7 @@ def iter_image_codes(
     seeds: Sequence[int],
     unconditional_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
     prefix: Tensor | None = None,
-    quantization: str | None = None,
+    backend: str = "auto",
 ) -> Iterator[Tensor]:
     """Yield the codes so far (B, t, K) after each visual token t = n+1..N; else as `generate_image_codes`.
 
@@ -83,12 +83,12 @@ def iter_image_codes(
         num_given = prefix.shape[1]
         codes[:, :num_given] = prefix
     noise = None if sampling.greedy else GumbelNoise(seeds, books, config.codebook_size, model.device)
-    backend = choose_backend(model, quantization=quantization, num_steps=num_tokens - num_given - 1)
+    chosen = choose_backend(model, backend, num_steps=num_tokens - num_given - 1)
     if not images:
         return iter([codes])
     # conditional rows first: `apply_guidance` splits the logits into halves
     rows = [*prompt_ids, *unconditional]
-    return _iter_codes(BACKENDS[backend](model, quantization), rows, sampling, noise, codes, num_given)
+    return _iter_codes(BACKENDS[chosen](model), rows, sampling, noise, codes, num_given)
 
 
 @torch.no_grad()

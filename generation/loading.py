@@ -14,7 +14,7 @@ from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import check_folder
 from open_unitok.tokenizer import UniTok
 
-from .backends import check_known_quantization, native_library
+from .backends import check_known_quantization
 
 
 def find_model(folder: str | Path) -> Path:
@@ -104,14 +104,14 @@ def check_parts_match(
         )
 
 
-def check_quantization(quantization: str | None, device: torch.device) -> None:
+def check_quantization(quantization: str | None, device: torch.device, dtype: torch.dtype) -> None:
     """
     Raises:
-        UserError: `quantization` is unknown, or not available on this machine.
+        UserError: `quantization` is unknown, or not available with this device and dtype.
     """
     check_known_quantization(quantization)
-    if quantization is not None and (device.type != "cpu" or native_library.load_library() is None):
+    if quantization is not None and (device.type != "cpu" or dtype != torch.float32):
         raise UserError(
-            f"quantization = {quantization!r} needs device = cpu and a C++ compiler (g++ or clang++): use "
-            "None, or dtype = bfloat16."
+            f"quantization = {quantization!r} needs device = cpu and dtype = float32 (of what is not "
+            f"quantised), not {device} and {str(dtype).removeprefix('torch.')}: use None."
         )

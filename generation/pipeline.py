@@ -16,6 +16,8 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
+from .backends import check_backend, choose_backend
+from .backends.int8 import load_quantized, quantize_model
 from .image_sampling import generate_image_codes, iter_image_codes
 from .loading import check_parts_match, check_quantization, find_model
 from .reconstruction import iter_reconstructions, split_batches
@@ -39,7 +41,8 @@ class Pipeline:
 
     Attributes:
         model: `UniTokForConditionalGeneration`; processor: `UniTokProcessor`; unitok: `UniTok`.
-        quantization: "int8" if images are generated with 8-bit weights, else None.
+        quantization: "int8" if the linear layers have 8-bit weights, else None.
+        backend: "auto", "torch", "native" or "cuda_graph"; see `backends.choose_backend`.
         sampling: the default settings of `generate`.
     """
 
@@ -50,9 +53,11 @@ class Pipeline:
         unitok: UniTok,
         quantization: str | None = None,
         sampling: Sampling | None = None,
+        backend: str = "auto",
     ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
-        self.quantization, self.sampling = quantization, sampling or Sampling()
+        self.quantization, self.sampling, self.backend = quantization, sampling or Sampling(), backend
+        choose_backend(self.model, backend)  # refuses here what the first image would refuse, and logs
         # every way to generate text reads the ids that end it from here
         model.generation_config.eos_token_id = sorted(eos_ids(model) | processor.end_token_ids())
 
@@ -64,6 +69,7 @@ class Pipeline:
         dtype: torch.dtype | str | None = None,
         adapter: str | Path | None = None,
         quantization: str | None = None,
+        backend: str = "auto",
     ) -> "Pipeline":
         """Load an MLLM folder (model, processor, `unitok/`), a shipped model ("scenes") or a hub id.
 
@@ -71,25 +77,37 @@ class Pipeline:
             device: "cpu", "cuda", "cuda:1", "mps".
             dtype: of the decoder and the visual tokenizer; None = bfloat16 on cuda, float32 elsewhere.
             adapter: folder or hub id of a LoRA adapter trained on this model; it is merged into the weights.
-            quantization: "int8" = generate images with 8-bit weights, on a CPU with a C++ compiler.
+            quantization: "int8" = 8-bit weights in the linear layers of the decoder, for images and answers,
+                on a CPU; they take the place of the float weights.
+            backend: "torch" = the modules themselves; "native" = C++ steps on a CPU; "cuda_graph" = captured
+                steps on CUDA; "auto" = the fastest of them with equal results. Models with hooks, adapters
+                that are not merged, or changed methods need "torch", which "auto" then takes.
 
         Raises:
             UserError: there is no such model, it is of another type, its parts do not match, or the device,
-                dtype or quantization is not available.
+                dtype, quantization or backend is not available.
         """
         device = check_device(device)
         dtype = check_dtype(dtype, device)
-        check_quantization(quantization, device)
+        check_quantization(quantization, device, dtype)
+        check_backend(backend)
         folder = find_model(folder)
         unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
-        model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        # an adapter is merged into float weights; else each weight is quantised as it is read
+        if quantization and adapter is None:
+            model = load_quantized(folder)
+        else:
+            model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = UniTokProcessor.from_pretrained(folder)
         # before casting the tokenizer: bfloat16 weights have another fingerprint
         check_parts_match(model, unitok, processor, folder)
         if adapter is not None:
             model = merge_adapter(model, adapter)
+            if quantization:
+                quantize_model(model)
         unitok = unitok.to(device=device, dtype=dtype)
-        return cls(model.to(device), processor, unitok, quantization, Sampling.from_folder(folder))
+        sampling = Sampling.from_folder(folder)
+        return cls(model.to(device), processor, unitok, quantization, sampling, backend)
 
     @property
     def device(self) -> torch.device:
@@ -155,7 +173,7 @@ class Pipeline:
             batch = slice(i, i + batch_size)
             own_prefix = prefix if prefix is None or len(prefix) == 1 else prefix[batch]
             arguments = (ids[batch], sampling, seeds[batch], unconditional[batch], own_prefix)
-            parts.append(generate_image_codes(self.model, *arguments, self.quantization))
+            parts.append(generate_image_codes(self.model, *arguments, self.backend))
         return torch.cat(parts) if parts else self._no_codes()
 
     def _image_prompts(
@@ -209,7 +227,7 @@ class Pipeline:
         """
         ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images)
         sampling, layout = sampling or self.sampling, self.layout
-        steps = iter_image_codes(self.model, ids, sampling, seeds, unconditional, prefix, self.quantization)
+        steps = iter_image_codes(self.model, ids, sampling, seeds, unconditional, prefix, self.backend)
 
         row_ends = {layout.tokens_of_rows(row) for row in range(1, layout.rows + 1)}
 
@@ -279,7 +297,9 @@ class Pipeline:
             UserError: not one image entry per question, not an image, an empty or over-long question.
         """
         ids, codes = self._question_prompts(images, questions, histories)
-        new = generate_text_ids(self.model, ids, codes, max_new_tokens, batch_size, seed, **options)
+        new = generate_text_ids(
+            self.model, ids, codes, max_new_tokens, batch_size, seed, backend=self.backend, **options
+        )
         return [self.processor.decode(row).strip() for row in new]
 
     def answer_stream(
@@ -307,7 +327,7 @@ class Pipeline:
         """
         ids, codes = self._question_prompts(images, questions, histories)
         steps = iter_text_ids(
-            self.model, ids, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p
+            self.model, ids, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p, self.backend
         )
         return stream_text(self.processor, steps, len(ids))
 

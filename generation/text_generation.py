@@ -35,6 +35,7 @@ def generate_text_ids(
     batch_size: int = 128,
     seed: int | None = None,
     share_prefix: bool = True,
+    backend: str = "auto",
     **options: Any,
 ) -> list[list[int]]:
     """Generate the new ids of each prompt, without the end-of-sequence id.
@@ -47,6 +48,7 @@ def generate_text_ids(
         batch_size: prompts per batch; prompts of similar length share a batch.
         seed: for options that sample; None = torch's global generator.
         share_prefix: prefill the common prefix of prompts about the same images once per batch.
+        backend: see `choose_backend`.
         options: of transformers' `generate` (do_sample, num_beams, temperature, ...); none = greedy.
 
     Raises:
@@ -61,7 +63,15 @@ def generate_text_ids(
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(check_seed(seed))
             return generate_text_ids(
-                model, prompt_ids, image_codes, max_new_tokens, batch_size, None, share_prefix, **options
+                model,
+                prompt_ids,
+                image_codes,
+                max_new_tokens,
+                batch_size,
+                None,
+                share_prefix,
+                backend,
+                **options,
             )
     answers: list[list[int]] = [[] for _ in prompt_ids]
     # longest first: little padding per batch, and running out of memory shows in the first batch
@@ -69,7 +79,7 @@ def generate_text_ids(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompts, codes = [prompt_ids[i] for i in batch], [image_codes[i] for i in batch]
-        if choose_backend(model, text_options=options) == "native":
+        if choose_backend(model, backend, text_options=options) == "native":
             steps = iter_native_text_ids(
                 model, prompts, codes, max_new_tokens, eos_ids(model), _argmax, share_prefix
             )
@@ -93,6 +103,7 @@ def iter_text_ids(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    backend: str = "auto",
 ) -> Iterator[list[int | None]]:
     """Yield the next id of each prompt, None for finished answers, until all are finished.
 
@@ -101,6 +112,7 @@ def iter_text_ids(
 
     Args:
         do_sample: sample with temperature, top_k and top_p; else greedy.
+        backend: see `choose_backend`.
     """
     check_questions(prompt_ids, max_new_tokens, 1, model.config)
     sampling = Sampling(1.0, temperature, top_k, top_p, greedy=not do_sample)
@@ -115,7 +127,8 @@ def iter_text_ids(
             gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
         return sample_code(logits, sampling, gumbel)
 
-    iter_ids = iter_native_text_ids if choose_backend(model, text_options={}) == "native" else _iter_eager
+    chosen = choose_backend(model, backend, text_options={})
+    iter_ids = iter_native_text_ids if chosen == "native" else _iter_eager
     return iter_ids(model, prompt_ids, image_codes, max_new_tokens, eos_ids(model), pick)
 
 

@@ -1,9 +1,11 @@
-"""Decoding backends: eager torch, CUDA graph, compiled C++; `choose_backend` picks one.
+"""Decoding backends: torch operators, CUDA graph, compiled C++; `choose_backend` picks one.
 
 `base.Backend` is the protocol. A new backend is one file, one entry of `BACKENDS` and one line of
 `choose_backend`.
 """
 
+import functools
+import logging
 from typing import Any
 
 from open_unitok.core.errors import UserError
@@ -11,11 +13,22 @@ from open_unitok.core.errors import UserError
 from . import cuda_graph, native, native_text
 from .base import Backend
 from .eager import Eager
+from .module_changes import find_module_change, unreached_hooks
 
 QUANTIZATIONS = (None, "int8")
-BACKENDS: dict[str, Any] = {"eager": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
+BACKENDS: dict[str, Any] = {"torch": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
+BACKEND_NAMES = ("auto", *BACKENDS)
 
-__all__ = ["BACKENDS", "Backend", "check_known_quantization", "choose_backend"]
+__all__ = [
+    "BACKENDS",
+    "BACKEND_NAMES",
+    "Backend",
+    "check_backend",
+    "check_known_quantization",
+    "choose_backend",
+]
+
+_log = logging.getLogger(__name__)
 
 
 def check_known_quantization(quantization: str | None) -> None:
@@ -27,34 +40,74 @@ def check_known_quantization(quantization: str | None) -> None:
         raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
 
 
+def check_backend(backend: str) -> None:
+    """
+    Raises:
+        UserError: `backend` is unknown.
+    """
+    if backend not in BACKEND_NAMES:
+        raise UserError(f"backend is {backend!r}; it must be one of {', '.join(BACKEND_NAMES)}.")
+
+
 def choose_backend(
     model: Any,
+    backend: str = "auto",
     *,
-    quantization: str | None = None,
-    num_steps: int = 0,
+    num_steps: int | None = None,
     text_options: dict[str, Any] | None = None,
 ) -> str:
-    """The fastest backend for this model on this machine: a key of `BACKENDS`.
+    """The backend that generates with this model on this machine: a key of `BACKENDS`.
+
+    "auto" is the fastest one that gives the results of "torch": the C++ steps on a CPU, a captured graph on
+    CUDA. Both bypass the modules' `forward`, so a model with hooks, adapters, parametrisations or changed
+    methods runs in torch. The choice is logged once; losing a faster backend to such a change is a warning.
 
     Args:
-        quantization: of the weights: None = the model's dtype; "int8" = 8 bits with one scale per row.
-        num_steps: number of decode steps; capturing a CUDA graph pays off only over several.
-        text_options: for text instead of images: the options of transformers' `generate`. "eager" then means
-            transformers' own loop.
+        backend: "auto", or a key of `BACKENDS`.
+        num_steps: number of decode steps if known; capturing a CUDA graph pays off only over several.
+        text_options: for text instead of images: the options of transformers' `generate`. "torch" then means
+            transformers' own loop; there is no captured graph for text.
 
     Raises:
-        UserError: `quantization` is unknown, or not available for this model on this machine.
+        UserError: `backend` is unknown, or cannot run this model, on this machine, with these options.
     """
-    check_known_quantization(quantization)
-    # native runs on a CPU, cuda_graph on CUDA: a model supports at most one of them
-    if native.supports_native(model) and (
-        text_options is None or native_text.supports_options(model, text_options)
-    ):
-        return "native"
-    if quantization is not None:
-        raise UserError(
-            f"quantization = {quantization!r} needs a LLaMA decoder on a CPU and a C++ compiler; use None."
-        )
-    if text_options is None and cuda_graph.supports_cuda_graph(model, num_steps):
-        return "cuda_graph"
-    return "eager"
+    check_backend(backend)
+    fast = "cuda_graph" if model.device.type == "cuda" else "native"
+    if backend == "torch":
+        chosen, obstacle = "torch", None
+    elif backend in ("auto", fast):
+        change = find_module_change(model)
+        obstacle = change or (cuda_graph if fast == "cuda_graph" else native).find_obstacle(model)
+        chosen = "torch" if obstacle else fast
+        if change and backend == "auto":
+            _warn_once(f"backend = auto: torch instead of {fast}, as {change}.")
+    else:
+        place = "CUDA" if backend == "cuda_graph" else "a CPU"
+        obstacle = f"it runs on {place}, and the model is on {model.device}"
+        chosen = "torch"
+    if obstacle and backend != "auto":
+        raise UserError(f"backend = {backend!r} cannot run this model: {obstacle}. Use 'auto' or 'torch'.")
+    if text_options is None:
+        for name in unreached_hooks(model):
+            _warn_once(f"The hooks of {name} are not called: decoding calls its parts. Attach them to those.")
+    # the same results either way, for requests that the fast path does not cover
+    elif chosen == "cuda_graph":
+        return "torch"
+    elif chosen == "native" and (option := native_text.find_option(model, text_options)):
+        if backend == "native":
+            raise UserError(f"backend = 'native' answers greedily, without {option}: use 'auto' or 'torch'.")
+        return "torch"
+    if chosen == "cuda_graph" and num_steps is not None and num_steps < cuda_graph.MIN_STEPS:
+        return "torch"
+    _log_once(f"Backend: {chosen}.")
+    return chosen
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    _log.info(text)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    _log.warning(text)

@@ -22,16 +22,20 @@ STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # RoPE tables that do not
 _log = logging.getLogger(__name__)
 
 
-def supports_cuda_graph(model: Any, num_steps: int) -> bool:
-    """True on CUDA if every layer attends to the whole cache and there are enough steps."""
-    if model.device.type != "cuda" or num_steps < MIN_STEPS:
-        return False
+def find_obstacle(model: Any) -> str | None:
+    """Why a model on CUDA cannot be captured; None if every layer attends to the whole cache."""
     config = model.language_model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     masked = config._attn_implementation in ("sdpa", "eager")  # others do not accept a 4D mask
     # sliding-window layers are of another type, which cannot be written at a fixed address
     layers = DynamicCache(config=config).layers
-    return masked and rope in STATIC_ROPE and all(type(layer) is DynamicLayer for layer in layers)
+    if not masked:
+        return f"attention {config._attn_implementation!r} does not accept a 4D mask"
+    if rope not in STATIC_ROPE:
+        return f"RoPE of type {rope!r} depends on the length"
+    if not all(type(layer) is DynamicLayer for layer in layers):
+        return "not every layer attends to the whole cache"
+    return None
 
 
 class CudaGraph(Eager):

@@ -1,4 +1,4 @@
-"""The eager backend: torch operators, for every device and decoder.
+"""The torch backend: eager operators, for every device and decoder.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
@@ -20,8 +20,7 @@ class Eager:
         num_read: number of visual tokens so far.
     """
 
-    def __init__(self, model: Any, quantization: str | None = None):
-        assert quantization is None
+    def __init__(self, model: Any):
         self.model = model
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:

@@ -8,7 +8,6 @@ visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
 """
 
 import ctypes
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,48 +15,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_unitok.tokenizer.layers import Linear
-
 from ..kv_cache import PreallocatedLayer
 from . import native_library
 from .cuda_graph import STATIC_ROPE
 from .eager import Eager
 
 
-def supports_native(model: Any) -> bool:
-    """True for a plain LLaMA on a CPU in float32 or bfloat16 if the C++ library can be built."""
+def find_obstacle(model: Any) -> str | None:
+    """Why C++ cannot run an unchanged model; None for a LLaMA on a CPU in float32 or bfloat16."""
     text, embedder = model.config.text_config, model.visual_embedder
-    if (
-        model.device.type != "cpu"
-        or text.model_type != "llama"
-        or model.dtype not in native_library.NATIVE_DTYPES
-    ):
-        return False
+    if model.device.type != "cpu":
+        return f"it runs on a CPU, and the model is on {model.device}"
+    if text.model_type != "llama":
+        return f"it runs LLaMA decoders, and this one is {text.model_type!r}"
+    if model.dtype not in native_library.NATIVE_DTYPES:
+        return f"it computes in float32 and bfloat16, and the model is in {model.dtype}"
+    if model.training and text.attention_dropout:
+        return "the model is in training mode with dropout"
     for config in (text, model.config.depth_config):
         rope = (config.rope_parameters or {}).get("rope_type", "default")
-        if config.hidden_act != "silu" or rope not in STATIC_ROPE:
-            return False
-    if embedder.codebooks is None:  # `embed` is not a table lookup
-        return False
-    parts = (model.language_model.layers, model.depth_head, embedder)
-    if not all(has_plain_linears(part, model.dtype) for part in parts):
-        return False
-    # run_embedder concatenates heads; averaging them is not implemented. The library comes last: it may
-    # compile.
-    return not embedder.projection.attention.average and native_library.load_library() is not None
-
-
-def has_plain_linears(part: nn.Module, dtype: torch.dtype) -> bool:
-    """True if every linear layer is only a weight and a bias, without adapters and quantisation."""
-    for module in part.modules():
-        if hasattr(module, "base_layer"):  # wrapped by peft
-            return False
-        # exact types: subclasses (bitsandbytes) store weights in their own formats
-        if isinstance(module, nn.Linear) and (
-            type(module) not in (nn.Linear, Linear) or module.weight.dtype != dtype
-        ):
-            return False
-    return True
+        if config.hidden_act != "silu":
+            return f"its MLP has silu, and this model {config.hidden_act!r}"
+        if rope not in STATIC_ROPE:
+            return f"RoPE of type {rope!r} depends on the length"
+    if embedder.codebooks is None:
+        return "the visual embedder has no code table"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != model.dtype:
+            return f"{name} is in {module.weight.dtype}, and the model in {model.dtype}"
+    # run_embedder concatenates heads
+    if embedder.projection.attention.average:
+        return "averaging the heads of the visual embedder is not implemented"
+    # last: it may compile
+    if native_library.load_library() is None:
+        return "the C++ library could not be built (is g++ or clang++ installed? is UNITOK_NATIVE=0 set?)"
+    return None
 
 
 class Native(Eager):
@@ -66,10 +58,6 @@ class Native(Eager):
     Attributes:
         hidden: (R, D) float32.
     """
-
-    def __init__(self, model: Any, quantization: str | None = None):
-        super().__init__(model)
-        self.int8 = quantization == "int8"
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
         """As `Eager`; then build C++ structs that point to weights and caches."""
@@ -81,7 +69,7 @@ class Native(Eager):
         self.starts = padding.to(torch.int64)  # cache index of each row's first real token
         self.library, self.num_threads = native_library.load_library(), torch.get_num_threads()
         # the structs hold raw pointers: `weights` and `builder` keep the tensors alive
-        self.weights = _weight_structs(model, self.int8)
+        self.weights = _WeightStructs(model)
         self.builder = native_library.StructBuilder()
         caches = [layer.buffers for layer in decoder.cache.layers if isinstance(layer, PreallocatedLayer)]
         self.decoder_stack = stack_struct(
@@ -112,8 +100,7 @@ class Native(Eager):
     def _embedder_struct(self) -> Any:
         """The visual embedder's struct with a cache; entries of torch's cache (of a prefix) are copied."""
         cache = self.embedder_cache
-        # a copy of the struct, not of the weights: `_int8_weights` shares it between batches
-        embedder = native_library.Embedder.from_buffer_copy(self.weights.embedder)
+        embedder = self.weights.embedder
         # no cache = the "last" context: one entry, overwritten by every token
         images, capacity = self.num_rows // self.rows_per_image, 1 if cache is None else cache.max_length
         shape = (images, embedder.heads, capacity, embedder.head_dim)
@@ -159,8 +146,8 @@ class Native(Eager):
 class _WeightStructs:
     """C++ structs that point to a model's weights, without caches."""
 
-    def __init__(self, model: Any, int8: bool):
-        build = self.builder = native_library.StructBuilder(int8)
+    def __init__(self, model: Any):
+        build = self.builder = native_library.StructBuilder()
         self.decoder_layers = [layer_struct(build, layer) for layer in model.language_model.layers]
         self.depth_layers = [layer_struct(build, layer) for layer in model.depth_head.layers]
         self.output = build.linear(model.depth_head.output)
@@ -180,21 +167,6 @@ class _WeightStructs:
             *map(build.linear, (projection.mlp.down, embedder.projector[1], embedder.projector[3])),
             None, None, books, entries, code_dim, attention.heads, width // attention.heads, 0, 0,
         )  # fmt: skip
-
-
-# model -> (addresses and versions of its parameters, int8 structs)
-_int8_weights: "weakref.WeakKeyDictionary[Any, tuple[Any, _WeightStructs]]" = weakref.WeakKeyDictionary()
-
-
-def _weight_structs(model: Any, int8: bool) -> _WeightStructs:
-    """The structs of a model; int8 weights are cached until a parameter changes."""
-    if not int8:
-        return _WeightStructs(model, False)
-    # an in-place update increments a parameter's version; a new tensor has another address
-    state = tuple((p.data_ptr(), p._version) for p in model.parameters())
-    if model not in _int8_weights or _int8_weights[model][0] != state:
-        _int8_weights[model] = (state, _WeightStructs(model, True))
-    return _int8_weights[model][1]
 
 
 def layer_struct(build: native_library.StructBuilder, layer: Any) -> Any:

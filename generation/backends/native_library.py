@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .int8 import Int8Linear
+
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SOURCES = (_SOURCE, _SOURCE.with_name("matmul.h"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
@@ -114,14 +116,10 @@ def _processor() -> str:
 
 
 class StructBuilder:
-    """Builds structs that point to tensors, and keeps these tensors alive.
+    """Builds structs that point to tensors, and keeps these tensors alive."""
 
-    Args:
-        int8: quantise the weight matrices to 8 bits with one scale per row.
-    """
-
-    def __init__(self, int8: bool = False):
-        self.int8, self.kept = int8, []
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
 
     def pointer(self, tensor: Tensor) -> int:
         """The address of a contiguous CPU tensor."""
@@ -133,21 +131,15 @@ class StructBuilder:
         """The address of a tensor as float32; copies if the dtype or layout differs."""
         return None if tensor is None else self.pointer(tensor.detach().float().contiguous())
 
-    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Any:
-        """A weight (outputs, inputs): the model's memory, or a copy quantised to int8."""
-        scale = None
+    def matrix(self, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None) -> Any:
+        """A weight (outputs, inputs) in the model's memory; `scale` (outputs,) of int8 rows."""
         weight = weight.detach()
-        if self.int8:
-            # clamp: a row of zeros would divide by zero
-            scale = weight.float().abs().amax(dim=1).clamp(min=1e-12) / 127
-            # symmetric: w = scale * q with q in [-127, 127]
-            weight = (weight.float() / scale[:, None]).round().to(torch.int8)
         sizes = (*weight.shape, NATIVE_DTYPES[weight.dtype])
         return Matrix(self.pointer(weight.contiguous()), self.floats(scale), self.floats(bias), *sizes)
 
-    def linear(self, layer: nn.Linear) -> Any:
+    def linear(self, layer: nn.Linear | Int8Linear) -> Any:
         """The matrix of a linear layer."""
-        return self.matrix(layer.weight, layer.bias)
+        return self.matrix(layer.weight, layer.bias, getattr(layer, "scale", None))
 
     def norm(self, layer: Any) -> Any:
         """The struct of an RMS norm or layer norm."""

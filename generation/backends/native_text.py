@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..kv_cache import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_left
 from . import native_library
-from .native import has_plain_linears, layer_struct, stack_struct
+from .native import layer_struct, stack_struct
 
 _CHUNK_TOKENS = 512  # maximum tokens of several prompts that are prefilled together
 # Keys of a generation config that do not change greedy decoding.
@@ -28,12 +28,20 @@ _GREEDY_KEYS = {
 }  # fmt: skip
 
 
-def supports_options(model: Any, options: dict[str, Any]) -> bool:
-    """True if `options` of transformers' `generate` mean greedy decoding and the output layer is plain."""
+_ONE_ANSWER = (("num_beams", 1), ("num_return_sequences", 1))
+
+
+def find_option(model: Any, options: dict[str, Any]) -> str | None:
+    """The first option of transformers' `generate` that asks for more than greedy decoding; None = none."""
     # any other key of the generation config, such as repetition_penalty, may change the logits
-    config = model.generation_config.to_diff_dict()
-    greedy = config.keys() <= _GREEDY_KEYS and not any(options.values())
-    return greedy and has_plain_linears(model.lm_head, model.dtype)
+    other = model.generation_config.to_diff_dict().keys() - _GREEDY_KEYS
+    wanted = [
+        name
+        for name, value in options.items()
+        # without do_sample these have no effect, and one beam or sequence is the default
+        if value and name not in ("temperature", "top_k", "top_p") and (name, value) not in _ONE_ANSWER
+    ]
+    return next(iter(wanted), min(other, default=None))
 
 
 def iter_native_text_ids(

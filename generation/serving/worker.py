@@ -88,7 +88,7 @@ class ModelWorker:
             key.sampling,
             [task.seed for task in tasks],
             [task.unconditional_ids for task in tasks],
-            quantization=pipe.quantization,
+            backend=pipe.backend,
         )
         codes = None
         for codes in steps:
@@ -130,6 +130,7 @@ class ModelWorker:
             codes.split([len(task.images) for task in tasks]),
             max(task.max_new_tokens for task in tasks),
             **{name: getattr(key, name) for name in ("seed", "do_sample", "temperature", "top_k", "top_p")},
+            backend=pipe.backend,
         )
         for new_ids in steps:
             # finished and cancelled rows stay in the batch until all are

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> None:
-    """--model, --device, --dtype; --adapter and --quantization unless only the tokenizer is used."""
+    """--model, --device, --dtype; --adapter, --quantization and --backend except for a tokenizer."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
@@ -35,7 +35,12 @@ def add_model_options(parser: argparse.ArgumentParser, adapter: bool = True) -> 
     )
     if adapter:
         parser.add_argument(
-            "--quantization", metavar="Q", help="int8: generate images with 8-bit weights, on a CPU"
+            "--quantization", metavar="Q", help="int8: linear layers with 8-bit weights, on a CPU"
+        )
+        parser.add_argument(
+            "--backend",
+            default="auto",
+            help="torch, native (C++, on a CPU) or cuda_graph (default: auto, the fastest of them)",
         )
 
 
@@ -136,12 +141,12 @@ def quiet_loading() -> None:
 
 
 def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """The pipeline of --model, --device, --dtype, --adapter and --quantization."""
+    """The pipeline of --model, --device, --dtype, --adapter, --quantization and --backend."""
     from open_unitok.generation.pipeline import Pipeline
 
     quiet_loading()
-    device = pick_device(args.device)
-    return Pipeline.from_pretrained(args.model, device, args.dtype, args.adapter, args.quantization)
+    options = (pick_device(args.device), args.dtype, args.adapter, args.quantization, args.backend)
+    return Pipeline.from_pretrained(args.model, *options)
 
 
 def sampling_of(args: argparse.Namespace, model: str) -> "Sampling":

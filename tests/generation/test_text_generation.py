@@ -94,7 +94,7 @@ def test_streamed_ids_are_the_greedy_answers(full_model, asked, monkeypatch, nat
         rows = [[] for _ in prompts]
         with monkeypatch.context() as patch:
             if not native:
-                patch.setattr(text_generation, "choose_backend", lambda model, **options: "eager")
+                patch.setattr(text_generation, "choose_backend", lambda model, *a, **options: "torch")
             for new in iter_text_ids(full_model, prompts, codes, max_new_tokens=8):
                 for row, token in zip(rows, new):
                     row += [] if token is None else [token]

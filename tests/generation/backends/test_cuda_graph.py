@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling, generate_image_codes, image_sampling
-from open_unitok.generation.backends import BACKENDS, cuda_graph
+from open_unitok.generation.backends import BACKENDS, choose_backend, cuda_graph
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 UNCONDITIONAL = [1, 90, 91, 3]
@@ -52,7 +53,7 @@ class WatchedBackend(cuda_graph.CudaGraph):
 def generate(backend, model, sampling, prefix=None):
     """Codes from a given backend, on every machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_sampling, "choose_backend", lambda model, **options: backend)
+        patch.setattr(image_sampling, "choose_backend", lambda model, *a, **options: backend)
         return generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL, prefix)
 
 
@@ -67,7 +68,7 @@ def watched(monkeypatch):
 )
 @pytest.mark.parametrize("given", [0, 4])
 def test_the_static_step_generates_the_same_codes_without_waiting(model, sampling, given, watched):
-    expected = generate("eager", model, sampling)
+    expected = generate("torch", model, sampling)
     prefix = expected[:, :given] if given else None
     assert torch.equal(generate("cuda_graph", model, sampling, prefix), expected)
     (backend,) = WatchedBackend.made
@@ -79,12 +80,12 @@ def test_the_static_step_generates_the_same_codes_without_waiting(model, samplin
 def test_the_static_step_supports_additive_masks(make_model, watched):
     model = make_model()
     model.language_model.set_attn_implementation("eager")
-    assert torch.equal(generate("cuda_graph", model, SAMPLED), generate("eager", model, SAMPLED))
+    assert torch.equal(generate("cuda_graph", model, SAMPLED), generate("torch", model, SAMPLED))
     assert len(WatchedBackend.made) == 1 and not WatchedBackend.made[0].watch.waits
 
 
 def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
-    expected = generate("eager", full_model, SAMPLED)
+    expected = generate("torch", full_model, SAMPLED)
 
     def fail():
         raise RuntimeError("no stream here\nand more")
@@ -95,16 +96,16 @@ def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch,
 
 
 def test_a_graph_needs_cuda(full_model):
-    assert not cuda_graph.supports_cuda_graph(full_model, num_steps=100)
+    with pytest.raises(UserError, match="it runs on CUDA, and the model is on cpu"):
+        choose_backend(full_model, "cuda_graph", num_steps=100)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", [SAMPLED, GREEDY], ids=["sampled", "greedy"])
 def test_a_captured_graph_equals_eager(make_model, sampling, caplog):
     model = make_model().cuda()
-    assert cuda_graph.supports_cuda_graph(model, num_steps=8) and not cuda_graph.supports_cuda_graph(
-        model, num_steps=7
-    )
+    assert choose_backend(model, num_steps=8) == "cuda_graph"
+    assert choose_backend(model, num_steps=7) == "torch"
     found = generate_image_codes(model, PROMPTS, sampling, [1, 2, 3], UNCONDITIONAL)
     assert "without a CUDA graph" not in caplog.text
-    assert torch.equal(found, generate("eager", model, sampling))
+    assert torch.equal(found, generate("torch", model, sampling))

@@ -1,15 +1,22 @@
-"""The native backend: equal to the eager one; int8 and bfloat16 close to float32; missing compilers."""
+"""The native backend: equal to torch; int8 and bfloat16 close to float32; missing compilers."""
 
+import base64
 import copy
 import ctypes
+import io
+import pathlib
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline, Sampling, generate_image_codes
-from open_unitok.generation.backends import BACKENDS, choose_backend, native, native_library
-from open_unitok.generation.serving import worker
+from open_unitok.generation.backends import BACKENDS, choose_backend, native_library
+from open_unitok.generation.backends.int8 import quantize_model
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 UNCONDITIONAL = [1, 90, 91, 3]
@@ -19,9 +26,9 @@ needs_compiler = pytest.mark.skipif(native_library.load_library() is None, reaso
 
 
 @torch.no_grad()
-def logits_along(model, codes, quantization=None, name="native"):
+def logits_along(model, codes, name="native"):
     """Logits (N, K, R, V) of both kinds of rows, teacher-forced on codes (B, N, K)."""
-    backend = BACKENDS[name](model, quantization)
+    backend = BACKENDS[name](model)
     backend.prefill([*PROMPTS, *[UNCONDITIONAL] * 3], codes[:, :0])
     found = []
     for t in range(codes.shape[1]):
@@ -38,11 +45,11 @@ def logits_along(model, codes, quantization=None, name="native"):
     "changes", [{}, {"depth_config": {"num_hidden_layers": 3, "hidden_size": 24, "num_attention_heads": 3}}]
 )
 @pytest.mark.parametrize("threads", [1, 2])
-def test_native_logits_equal_eager_logits(make_model, context, changes, threads):
+def test_native_logits_equal_torch_logits(make_model, context, changes, threads):
     model = make_model(visual_context=context, **changes)
     assert choose_backend(model) == "native"
     codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
-    expected = logits_along(model, codes, name="eager")
+    expected = logits_along(model, codes, name="torch")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -55,11 +62,14 @@ def test_native_logits_equal_eager_logits(make_model, context, changes, threads)
 
 def run_layers(x, weights, depth, threads):
     """Logits of rows x (R, n) after `depth` layers; `weights`: of a one-head layer, then the output's."""
-    build, (rows, width) = native_library.StructBuilder(weights[0].dtype == torch.int8), x.shape
-    matrices = [build.matrix(w.float() if build.int8 else w) for w in weights[:-1]]
-    output = build.matrix(
-        weights[-1].float() if build.int8 else weights[-1], torch.arange(len(weights[-1])) / 8
-    )
+    build, (rows, width) = native_library.StructBuilder(), x.shape
+
+    def matrix(weight, bias=None):
+        scale = torch.ones(len(weight)) if weight.dtype == torch.int8 else None
+        return build.matrix(weight, bias, scale)
+
+    matrices = [matrix(w) for w in weights[:-1]]
+    output = matrix(weights[-1], torch.arange(len(weights[-1])) / 8)
     norm = native_library.Norm(build.floats(torch.ones(width)), None, 0)
     cache = [build.pointer(torch.empty(rows, 1, 1, width)) for _ in range(2)]
     layers = (native_library.Layer * 1)(native_library.Layer(norm, norm, *matrices, *cache))
@@ -76,10 +86,8 @@ def run_layers(x, weights, depth, threads):
 def random_weights(width, inner, outputs, dtype):
     generator = torch.Generator().manual_seed(width)
     shapes = [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner), (outputs, width)]
-    if dtype == torch.int8:  # integers up to 127: the scale is 1 and rounding is exact
+    if dtype == torch.int8:  # with scales of 1
         found = [torch.randint(-127, 128, shape, generator=generator) for shape in shapes]
-        for weight in found:
-            weight[:, 0] = 127
     else:
         found = [torch.randn(shape, generator=generator) for shape in shapes]
     return [w.to(dtype) for w in found], torch.randn(17, width, generator=generator)
@@ -141,33 +149,103 @@ def test_int8_and_bf16_logits_are_close_to_fp32(full_model):
     codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
     exact = logits_along(full_model, codes)
     short = copy.deepcopy(full_model).to(torch.bfloat16)
-    for found in (logits_along(full_model, codes, "int8"), logits_along(short, codes)):
+    eight = copy.deepcopy(full_model)
+    quantize_model(eight)
+    for found in (logits_along(eight, codes), logits_along(short, codes)):
         error = (found - exact).pow(2).mean().sqrt() / exact.pow(2).mean().sqrt()
         assert 1e-4 < error < 0.1
 
 
 @needs_compiler
-def test_int8_weights_are_updated_when_parameters_change(make_model):
+def test_native_int8_logits_equal_torch_with_the_same_weights(make_model):
     model = make_model()
-
-    def generate():
-        seeds = [1, 2, 3]
-        return generate_image_codes(model, PROMPTS, SAMPLED, seeds, UNCONDITIONAL, quantization="int8")
-
-    first = generate()
-    assert torch.equal(first, generate())
-    with torch.no_grad():
-        model.depth_head.output.weight.neg_()
-    assert not torch.equal(first, generate())
+    quantize_model(model)
+    codes = torch.randint(16, (3, 9, 3), generator=torch.Generator().manual_seed(2))
+    found, expected = logits_along(model, codes), logits_along(model, codes, "torch")
+    # processors with integer products round the inputs to 16 bits
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_without_a_compiler_the_eager_backend_generates_the_same_codes(full_model, monkeypatch):
+@needs_compiler
+def test_changed_parameters_change_the_codes(make_model):
+    for int8 in (False, True):
+        model = make_model()
+        if int8:
+            quantize_model(model)
+        first = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
+        assert torch.equal(first, generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL))
+        with torch.no_grad():
+            model.depth_head.output.weight.neg_()
+        changed = generate_image_codes(model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
+        assert not torch.equal(first, changed)
+
+
+def test_without_a_compiler_torch_generates_the_same_codes(full_model, monkeypatch):
     codes = generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL)
     monkeypatch.setattr(native_library, "load_library", lambda: None)
-    assert not native.supports_native(full_model) and choose_backend(full_model) == "eager"
+    assert choose_backend(full_model) == "torch"
     assert torch.equal(codes, generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL))
-    with pytest.raises(UserError, match=r"a C.. compiler"):
-        generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL, quantization="int8")
+    with pytest.raises(UserError, match=r"backend = 'native' cannot run .* the C.. library could not be"):
+        generate_image_codes(full_model, PROMPTS, SAMPLED, [1, 2, 3], UNCONDITIONAL, backend="native")
+
+
+@needs_compiler
+def test_int8_reaches_pipeline_answers_and_server(folder, serving, ask):
+    pipe = Pipeline.from_pretrained(folder, quantization="int8")
+    assert pipe.quantization == "int8" and pipe.model.dtype == torch.float32
+    # the attention of the embedder reads its weight and stays in float32
+    names = [n for n, m in pipe.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    assert names == ["visual_embedder.projection.attention.qkv"]
+    loaded = Pipeline.from_pretrained(folder)
+    quantize_model(loaded.model)
+    codes = pipe.generate_codes(["a star"])
+    # quantised while it is read = quantised afterwards
+    assert torch.equal(codes, loaded.generate_codes(["a star"]))
+    image = Image.new("RGB", (48, 48), "red")
+    assert pipe.answer([image], ["What?"], 8) == loaded.answer([image], ["What?"], 8)
+    steps = list(pipe.stream(["a star"]))
+    assert steps[-1][0].tobytes() == pipe.decode(codes)[0].tobytes()
+    with serving(pipe) as (url, _):
+        status, found = ask(url, {"prompt": "a star", "seed": 0}, "/v1/images/generations")
+    assert status == 200
+    png = base64.b64decode(found["data"][0]["b64_json"])
+    assert Image.open(io.BytesIO(png)).tobytes() == steps[-1][0].tobytes()
+
+
+def test_int8_without_cpu_or_float32_is_rejected(folder):
+    with pytest.raises(UserError, match="quantization = 'int8' needs device = cpu and dtype = float32"):
+        Pipeline.from_pretrained(folder, quantization="int8", dtype="bfloat16")
+
+
+# In a process of its own, as the peak of a process never falls; ru_maxrss would include the parent's.
+PEAK = """
+import re, sys, torch
+from open_unitok.generation.pipeline import Pipeline
+from open_unitok.generation import Sampling
+torch.set_num_threads(1)
+pipe = Pipeline.from_pretrained(sys.argv[1], quantization=sys.argv[2] or None)
+pipe.generate_codes(["a star"], Sampling(guidance=2.0))
+print(int(re.search("VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024)
+"""
+
+
+@needs_compiler
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="no /proc")
+def test_peak_memory_with_int8_is_below_float32(make_model, folder, tmp_path):
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 6, "vocab_size": 512}
+    config = make_model().config.text_config.to_dict() | text
+    model = make_model(text_config=config)
+    weights = sum(p.numel() for p in model.parameters()) * 4 / 2**20  # MB in float32
+    big = tmp_path / "big"
+    shutil.copytree(folder, big)
+    model.config.unitok_fingerprint = Pipeline.from_pretrained(folder).model.config.unitok_fingerprint
+    model.save_pretrained(big)
+    peaks = {}
+    for quantization in ("", "int8"):
+        command = [sys.executable, "-c", PEAK, str(big), quantization]
+        peaks[quantization] = float(subprocess.check_output(command, text=True).split()[-1])
+    print(peaks, weights)
+    assert peaks["int8"] < peaks[""] - 0.4 * weights, (peaks, weights)
 
 
 def test_a_failing_compiler_is_not_an_error(monkeypatch, tmp_path, caplog):
@@ -178,26 +256,3 @@ def test_a_failing_compiler_is_not_an_error(monkeypatch, tmp_path, caplog):
     assert "could not be built" in caplog.text
     monkeypatch.setenv("UNITOK_NATIVE", "0")
     assert native_library.load_library.__wrapped__() is None
-
-
-@needs_compiler
-def test_int8_quantization_reaches_pipeline_and_server(folder, monkeypatch, serving, ask):
-    pipe = Pipeline.from_pretrained(folder, quantization="int8")
-    assert pipe.quantization == "int8" and pipe.model.dtype == torch.float32
-    codes = pipe.generate_codes(["a star"], Sampling(guidance=2.0))
-    ids, unconditional_ids = pipe.prompt_ids(["a star"]), pipe.processor.unconditional_ids()
-    expected = generate_image_codes(
-        pipe.model, ids, Sampling(guidance=2.0), [0], unconditional_ids, quantization="int8"
-    )
-    assert torch.equal(codes, expected)
-    steps = list(pipe.stream(["a star"], Sampling(guidance=2.0)))
-    assert steps[-1][0].tobytes() == pipe.decode(codes)[0].tobytes()
-    taken, whole = [], worker.iter_image_codes
-    monkeypatch.setattr(
-        worker,
-        "iter_image_codes",
-        lambda *a, quantization=None: taken.append(quantization) or whole(*a, quantization=quantization),
-    )
-    with serving(pipe) as (url, _):
-        assert ask(url, {"prompt": "a star"}, "/v1/images/generations")[0] == 200
-    assert taken == ["int8"]
