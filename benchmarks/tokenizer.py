@@ -190,8 +190,7 @@ def run_cpu(args: argparse.Namespace, config: UniTokConfig) -> list[dict[str, An
                 row |= {"floor_seconds": floor, "best_gflops": rates[dtype] / 1e9, "load": load_average()}
                 rows.append(row)
                 print_row(row)
-    for key, variant in cpu.chosen().items():
-        print("chosen:", *key, "->", variant)
+    print("operators:", cpu.float32_operator(), "(float32),", cpu.bfloat16_operator(), "(bfloat16)")
     return rows
 
 
@@ -205,7 +204,7 @@ def compare(
     if "encode" in parts:
         latents = baseline_latents(reference, pixels)
         codes, clear = reference.quantizer.encode(latents), code_margins(reference, latents) > MARGIN
-        model.encode(typed[:1])  # warm up: operators are autotuned at first use
+        model.encode(typed[:1])  # warm up: libraries prepare their kernels at first use
         row, found, _ = alternate(
             lambda: model.encode(typed), lambda: baseline_encode(reference, pixels), repeats
         )

@@ -59,7 +59,7 @@ def baseline_block(block: Block, x: Tensor) -> Tensor:
 
 
 def baseline_projection(projection: Any, x: Tensor) -> Tensor:
-    os.environ["UNITOK_FAST_CPU"] = "0"  # turns off the autotuned operators of its modules
+    os.environ["UNITOK_FAST_CPU"] = "0"  # torch's own operators
     try:
         return projection(x)
     finally:

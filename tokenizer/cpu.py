@@ -1,17 +1,16 @@
-"""Autotuned operators for inference on CPU: the variants of an operator are timed at its first use.
+"""Operators for inference on CPU, chosen by a fixed rule per processor.
 
-Which variant is fastest depends on the processor: float32 products run twice as fast in oneDNN as in MKL on
-some and slower on others; bfloat16 is the fastest format where the processor supports it and the slowest
-where it does not. Therefore the first large product of each kind times every variant for some milliseconds,
-and the choice holds until the process ends: the default, unless another takes less than `MAX_RELATIVE_TIME`
-of its time (best of `NUM_ROUNDS` each, against noise). Variants differ only by rounding: codes differ only
-where two entries are within 1e-4 of each other. Weights, state dicts and training do not change.
-`UNITOK_FAST_CPU=0` turns autotuning off.
+Which operator is fastest depends on the processor: float32 products run up to twice as fast in oneDNN as in
+MKL on AMD's, and slower on Intel's; bfloat16 is the fastest format where the processor multiplies it and the
+slowest where it does not. The rule reads the processor's name and features alone: operators differ by
+rounding, so a choice by timing would change codes between two runs on one machine. Weights, state dicts and
+training do not change. `UNITOK_FAST_CPU=0` restores torch's default operators.
 """
 
+import functools
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MIN_WORK = 2**22  # multiplications; for smaller products the dispatch costs more than it gains
-MAX_RELATIVE_TIME = 0.9  # of the default's time; smaller gains are within the noise
-NUM_ROUNDS = 5
-_SAMPLE_ROWS, _SAMPLE_SIDE = 256, 8  # part of the input that is timed: rows of a matrix, side of a map
-_chosen: dict[Any, str] = {}
+
+
+@functools.cache
+def float32_operator() -> str:
+    """The operator of float32 products, a key of `LINEAR_FLOAT32`."""
+    return "onednn" if _vendor() == "AuthenticAMD" and torch.backends.mkldnn.is_available() else "torch"
+
+
+@functools.cache
+def bfloat16_operator() -> str:
+    """The operator of bfloat16 products and convolutions: "torch", or "float32" where they are emulated."""
+    # outside x86 (no vendor) torch's own choice stays
+    multiplies = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "torch" if multiplies or _vendor() is None else "float32"
+
+
+def _vendor() -> str | None:
+    """The vendor of an x86 processor under Linux, else None."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), None)
 
 
 def active(x: Tensor) -> bool:
@@ -37,28 +53,23 @@ def active(x: Tensor) -> bool:
     )
 
 
-def chosen() -> dict[Any, str]:
-    """The choices so far: (operator, dtype, shape of the weight, threads) -> name of the variant."""
-    return dict(_chosen)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`: (..., inputs), (outputs, inputs) -> (..., outputs)."""
     if not active(x) or x.dtype != weight.dtype or x.numel() * weight.shape[0] < MIN_WORK:
         return F.linear(x, weight, bias)
-    variants = LINEAR_BFLOAT16 if x.dtype == torch.bfloat16 else LINEAR_FLOAT32
-    sample = x.flatten(0, -2)[:_SAMPLE_ROWS]
-    return _fastest("linear", variants, weight, (sample, weight, bias))(x, weight, bias)
+    if x.dtype == torch.bfloat16:
+        return LINEAR_BFLOAT16[bfloat16_operator()](x, weight, bias)
+    return LINEAR_FLOAT32[float32_operator()](x, weight, bias)
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
     """`F.conv2d`; bfloat16 maps may be computed in float32."""
-    return _convolve("conv2d", CONV2D, x, weight, bias, options)
+    return _convolve(F.conv2d, x, weight, bias, options)
 
 
 def conv_transpose2d(x: Tensor, weight: Tensor, bias: Tensor | None, **options: Any) -> Tensor:
     """`F.conv_transpose2d`; bfloat16 maps may be computed in float32."""
-    return _convolve("conv_transpose2d", CONV_TRANSPOSE2D, x, weight, bias, options)
+    return _convolve(F.conv_transpose2d, x, weight, bias, options)
 
 
 def gelu(map: Tensor) -> Tensor:
@@ -100,64 +111,15 @@ class DerivedWeight:
 
 
 def _convolve(
-    name: str,
-    variants: Mapping[str, Callable[..., Tensor]],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    options: dict[str, Any],
+    operator: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     # multiplications, up to a constant: strides, groups and padding are ignored
     work = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
-    # float32 convolutions have one variant only: there is nothing to choose
-    if x.dtype != torch.bfloat16 or weight.dtype != x.dtype or not active(x) or work < MIN_WORK:
-        return variants["torch"](x, weight, bias, **options)
-    sample = x[:1, :, :_SAMPLE_SIDE, :_SAMPLE_SIDE].contiguous(memory_format=torch.channels_last)
-    return _fastest(name, variants, weight, (sample, weight, bias), options)(x, weight, bias, **options)
-
-
-def _fastest(
-    name: str,
-    variants: Mapping[str, Callable[..., Tensor]],
-    weight: Tensor,
-    sample: tuple[Any, ...],
-    options: Mapping[str, Any] | None = None,
-) -> Callable[..., Tensor]:
-    """The fastest variant for weights of this shape; the first of `variants` is the default."""
-    # the number of threads is part of the key: variants scale differently with it
-    key = (name, str(weight.dtype), tuple(weight.shape), torch.get_num_threads())
-    if key not in _chosen:
-        seconds = _measure(variants, sample, options or {})
-        default, *others = seconds
-        best = min(others, key=lambda variant: seconds[variant], default=default)
-        _chosen[key] = best if seconds[best] < MAX_RELATIVE_TIME * seconds[default] else default
-    return variants[_chosen[key]]
-
-
-def _measure(
-    variants: Mapping[str, Callable[..., Tensor]], sample: tuple[Any, ...], options: Mapping[str, Any]
-) -> dict[str, float]:
-    """Seconds of each variant that runs here: the best of `NUM_ROUNDS` interleaved runs after a warm-up.
-
-    A variant that is 5 times slower than the best in the warm-up is not timed again.
-    """
-    # interleaved: a change of the machine's load affects all variants alike
-    seconds: dict[str, float] = {}
-    for round in range(1 + NUM_ROUNDS):
-        for name, variant in variants.items():
-            if round and (name not in seconds or seconds[name] > 5 * min(seconds.values())):
-                continue
-            start = time.perf_counter()
-            try:
-                variant(*sample, **options)
-            except (RuntimeError, NotImplementedError, AttributeError):
-                if name == next(iter(variants)):  # the default fails: the input is wrong
-                    raise
-                continue  # this build of torch or this processor does not have it
-            took = time.perf_counter() - start
-            # round 0 warms up and sorts out slow variants; round 1 replaces its time
-            seconds[name] = took if round < 2 else min(seconds[name], took)
-    return seconds
+    # float32 convolutions have one operator only: there is nothing to choose
+    if x.dtype == torch.bfloat16 == weight.dtype and active(x) and work >= MIN_WORK:
+        if bfloat16_operator() == "float32":
+            operator = _in_float32(operator)
+    return operator(x, weight, bias, **options)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -176,6 +138,4 @@ def _in_float32(operator: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 LINEAR_FLOAT32 = {"torch": F.linear, "onednn": _onednn}
-LINEAR_BFLOAT16 = {"torch": F.linear, "float32": _in_float32(F.linear), "onednn": _onednn}
-CONV2D = {"torch": F.conv2d, "float32": _in_float32(F.conv2d)}
-CONV_TRANSPOSE2D = {"torch": F.conv_transpose2d, "float32": _in_float32(F.conv_transpose2d)}
+LINEAR_BFLOAT16 = {"torch": F.linear, "float32": _in_float32(F.linear)}

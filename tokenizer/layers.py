@@ -69,7 +69,7 @@ def init_kaiming(module: nn.Module) -> None:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` with an autotuned operator for inference on CPU (see cpu.py)."""
+    """`nn.Linear` with the processor's operator for inference on CPU (see cpu.py)."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return cpu.linear(hidden, self.weight, self.bias)
