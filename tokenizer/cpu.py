@@ -116,9 +116,9 @@ def _convolve(
     # multiplications, up to a constant: strides, groups and padding are ignored
     work = x.shape[0] * x.shape[2] * x.shape[3] * weight.numel()
     # float32 convolutions have one operator only: there is nothing to choose
-    if x.dtype == torch.bfloat16 == weight.dtype and active(x) and work >= MIN_WORK:
-        if bfloat16_operator() == "float32":
-            operator = _in_float32(operator)
+    applies = x.dtype == torch.bfloat16 == weight.dtype and active(x) and work >= MIN_WORK
+    if applies and bfloat16_operator() == "float32":
+        operator = _in_float32(operator)
     return operator(x, weight, bias, **options)
 
 

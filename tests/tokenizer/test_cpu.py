@@ -127,17 +127,25 @@ RUN = """
 import hashlib, sys, threading, torch
 from open_unitok.tokenizer import UniTok, UniTokConfig
 torch.set_num_threads(1)
+ones, stop = torch.ones(300, 300), threading.Event()
+def work():
+    while not stop.is_set():
+        ones @ ones
+busy = threading.Thread(target=work)
 if sys.argv[1] == "busy":
-    threading.Thread(target=lambda: [torch.randn(300, 300) @ torch.randn(300, 300) for _ in range(2000)], daemon=True).start()
+    busy.start()
 torch.manual_seed(0)
-config = UniTokConfig(image_size=64, stem_width=32, stage_widths=(32, 64), stage_depths=(1, 1), hidden_size=256,
+config = UniTokConfig(
+    image_size=64, stem_width=32, stage_widths=(32, 64), stage_depths=(1, 1), hidden_size=256,
     num_hidden_layers=2, num_attention_heads=4, decoder_widths=(64, 32), decoder_depths=(1, 1),
-    codebook_size=4096, text_hidden_size=32, text_num_layers=1, text_num_heads=2, text_vocab_size=32)
+    codebook_size=4096, text_hidden_size=32, text_num_layers=1, text_num_heads=2, text_vocab_size=32,
+)
 model = UniTok(config).eval()
 torch.nn.init.normal_(model.quantizer.codebooks)
 image = torch.rand(8, 3, 64, 64) * 2 - 1
 latents = model.encode_latents(image)
 print(hashlib.sha256(model.encode(image).numpy().tobytes() + latents.detach().numpy().tobytes()).hexdigest())
+stop.set()
 """
 
 
