@@ -57,7 +57,7 @@ class Pipeline:
     ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
         self.quantization, self.sampling, self.backend = quantization, sampling or Sampling(), backend
-        choose_backend(self.model, backend)  # refuses here what the first image would refuse, and logs
+        _ = self.chosen_backend  # refuses here what the first image would refuse, and logs the choice
         # every way to generate text reads the ids that end it from here
         model.generation_config.eos_token_id = sorted(eos_ids(model) | processor.end_token_ids())
 
@@ -113,6 +113,15 @@ class Pipeline:
     def device(self) -> torch.device:
         """The device of the model."""
         return self.model.device
+
+    @property
+    def chosen_backend(self) -> str:
+        """What `backend` means for the model as it is now: "torch", "native" or "cuda_graph".
+
+        Raises:
+            UserError: `backend` cannot run the model.
+        """
+        return choose_backend(self.model, self.backend)
 
     @property
     def layout(self) -> TokenLayout:

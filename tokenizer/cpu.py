@@ -55,7 +55,8 @@ def active(x: Tensor) -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear`: (..., inputs), (outputs, inputs) -> (..., outputs)."""
-    if not active(x) or x.dtype != weight.dtype or x.numel() * weight.shape[0] < MIN_WORK:
+    fits = x.dtype == weight.dtype and x.shape[-1] == weight.shape[1]  # else torch has the clearer error
+    if not fits or not active(x) or x.numel() * weight.shape[0] < MIN_WORK:
         return F.linear(x, weight, bias)
     if x.dtype == torch.bfloat16:
         return LINEAR_BFLOAT16[bfloat16_operator()](x, weight, bias)

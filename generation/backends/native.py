@@ -67,7 +67,7 @@ class Native(Eager):
         self.num_rows, self.cache_index = len(self.hidden), decoder.length
         padding = torch.zeros(self.num_rows) if decoder.mask is None else (decoder.mask == 0).sum(dim=1)
         self.starts = padding.to(torch.int64)  # cache index of each row's first real token
-        self.library, self.num_threads = native_library.load_library(), torch.get_num_threads()
+        self.library, self.num_threads = native_library.load_library(), native_library.num_threads()
         # the structs hold raw pointers: `weights` and `builder` keep the tensors alive
         self.weights = _WeightStructs(model)
         self.builder = native_library.StructBuilder()

@@ -1,32 +1,22 @@
-"""Compile native.cpp once per machine, load it, and mirror its structs.
+"""Load the compiled native.cpp and mirror its structs.
 
-Nothing is compiled at install time: without a compiler the eager backend is used.
+Nothing is compiled at install time: without a compiler torch's operators are used.
 """
 
 import ctypes
 import functools
-import hashlib
-import logging
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .int8 import Int8Linear
+from .native_build import open_library
 
-_SOURCE = Path(__file__).with_name("native.cpp")
-_SOURCES = (_SOURCE, _SOURCE.with_name("matmul.h"))
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
 # Weight dtypes -> Matrix.dtype of the C++ code.
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
-_log = logging.getLogger(__name__)
 
 
 def _struct(name: str, *fields: tuple[str, Any]) -> type[ctypes.Structure]:
@@ -66,17 +56,8 @@ def load_library() -> Any:
     """The compiled library; None if it cannot be built, or with `UNITOK_NATIVE=0`."""
     if os.environ.get("UNITOK_NATIVE") == "0":
         return None
-    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
-    try:
-        path = _build(compiler)
-        library = ctypes.CDLL(str(path)) if path else None
-    except (OSError, subprocess.SubprocessError) as error:
-        # never fatal; the end of a compiler's output has the actual error
-        detail = getattr(error, "stderr", None) or str(error)
-        _log.warning("The C++ backend could not be built; torch's operators are used: %s", detail[-300:])
-        return None
+    library = open_library()
     if library is None:
-        _log.info("No C++ compiler found: torch's operators are used, which is several times slower.")
         return None
     for i, struct in enumerate((Matrix, Norm, Layer, Stack, Embedder)):
         # a struct whose layout differs from C++ would read wrong memory
@@ -88,31 +69,14 @@ def load_library() -> Any:
     return library
 
 
-def _build(compiler: str | None) -> Path | None:
-    """The library in the user's cache folder; its name has a hash of sources, flags and processor."""
-    key = hashlib.sha256(
-        b"".join(path.read_bytes() for path in _SOURCES) + " ".join(_FLAGS).encode() + _processor().encode()
-    ).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "open-unitok"
-    path = folder / f"native-{key[:16]}.so"
-    if path.exists() or compiler is None:
-        return path if path.exists() else None
-    folder.mkdir(parents=True, exist_ok=True)
-    # compile to a temporary folder, then rename: several processes may compile at the same time
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        built = Path(work) / path.name
-        command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
-        built.replace(path)
-    return path
+def num_threads() -> int:
+    """torch's number of threads, at most the processors of this process.
 
-
-def _processor() -> str:
-    """A string that changes with `-march=native`: different machines may share a home folder."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
+    The threads of a step wait for each other by spinning: more of them than processors would wait for the
+    scheduler instead.
+    """
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.get_num_threads(), available))
 
 
 class StructBuilder:

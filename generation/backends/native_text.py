@@ -167,7 +167,8 @@ class NativeTextDecoder:
         starts, logits = self.starts[rows], torch.empty(len(rows), self.output.outputs)
         native_library.load_library().logits_step(
             ctypes.addressof(self.stack), ctypes.addressof(self.output), len(rows), self.cache_index,
-            starts.data_ptr(), rows.data_ptr(), entry.data_ptr(), logits.data_ptr(), torch.get_num_threads(),
+            starts.data_ptr(), rows.data_ptr(), entry.data_ptr(), logits.data_ptr(),
+            native_library.num_threads(),
         )  # fmt: skip
         self.cache_index += 1
         return logits
