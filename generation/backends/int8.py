@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from open_unitok.core.files import read_json
+from open_unitok.core.text_files import read_json
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.mllm.loading import assign_state
 
