@@ -17,7 +17,6 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.image_names import is_image_name
-from open_unitok.tokenizer.images import load_image
 
 from .benchmark import Record, Sample
 from .parquet import ParquetImage
@@ -52,6 +51,8 @@ def read_sample_image(path: Path | Base64Image | ParquetImage | None) -> Image.I
     Raises:
         UserError: the file is missing or not a readable image.
     """
+    from open_unitok.tokenizer.images import load_image  # here: it loads torch, which scoring does not need
+
     if isinstance(path, Base64Image):
         try:
             return load_image(base64.b64decode(path.text, validate=True))

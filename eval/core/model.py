@@ -4,7 +4,6 @@ B images, N visual tokens, K sub-codebooks, V entries of each, E embedding width
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +22,9 @@ from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
 from open_unitok.tokenizer.images import to_uint8
 
 from .crops import find_crop
+from .results import model_fingerprint
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
 class Reconstructions(NamedTuple):
@@ -177,18 +176,3 @@ def model_kind(folder: Path) -> str:
     if model_type == "unitok_mllm" or (folder / "unitok").is_dir():
         return "mllm"
     raise UserError(f"{config}: model_type is {model_type!r}; allowed: 'unitok', 'unitok_mllm'.")
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hex sha256 of the weight files and configs of a model folder, including its tokenizer."""
-    if folder.is_file():
-        files = [folder]
-    else:
-        files = [p for p in folder.rglob("*") if p.suffix in _FINGERPRINTED_SUFFIXES]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        # names without folders: a moved model keeps its fingerprint
-        digest.update(path.name.encode())
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

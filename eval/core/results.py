@@ -1,5 +1,6 @@
 """The content of run.json and results.json, and the completeness check in between."""
 
+import hashlib
 import importlib.metadata
 import platform
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,8 @@ from open_unitok.core.files import write_json
 from open_unitok.core.text_files import read_json
 
 from .benchmark import Options, Record, Sample, Scored, Task, malformed_reasons
+
+_FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
 class Answers(NamedTuple):
@@ -181,3 +184,18 @@ def run_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "from a checkout"
     return found | {"python": platform.python_version()}
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hex sha256 of the weight files and configs of a model folder, including its tokenizer."""
+    if folder.is_file():
+        files = [folder]
+    else:
+        files = [p for p in folder.rglob("*") if p.suffix in _FINGERPRINTED_SUFFIXES]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        # names without folders: a moved model keeps its fingerprint
+        digest.update(path.name.encode())
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

@@ -27,7 +27,7 @@ from ..core.judge_pass import (
     run_judge_pass,
     samples_with_images,
 )
-from ..core.model import model_fingerprint
+from ..core.results import model_fingerprint
 from .ceiling import generate_and_reconstruct
 from .object_detector import ColourClassifier, detections_record, load_detector
 from .scenes_detector import ScenesDetector

@@ -17,7 +17,7 @@ from ..core.judge_pass import (
     read_judge_pass,
     samples_with_images,
 )
-from ..core.model import model_fingerprint
+from ..core.results import model_fingerprint
 
 
 class VqaModel:

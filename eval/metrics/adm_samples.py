@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import write_atomic
 
 from ..core.image_sets import ImageSet
 
@@ -37,19 +39,19 @@ def write_adm_samples(images: ImageSet, path: Path) -> int:
                 good.append(i)
     if size is None:
         return 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # write and rename: a kill leaves no truncated archive under the final name
-    temporary = path.with_name(f".{path.name}.tmp")
     about = {"descr": "|u1", "fortran_order": False, "shape": (len(good), *size)}
+
     # not np.savez, which needs all images in memory: 9.8 GB for 50,000 of 256 x 256
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("stamp.npy", "w") as file:
-            np.lib.format.write_array(file, np.array(stamp))  # pyright: ignore[reportArgumentType]
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-            np.lib.format.write_array_header_1_0(file, about)  # pyright: ignore[reportArgumentType]
-            for i in good:
-                file.write(np.ascontiguousarray(images.load(i)).tobytes())
-    temporary.replace(path)
+    def write(target: BinaryIO) -> None:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+            with archive.open("stamp.npy", "w") as file:
+                np.lib.format.write_array(file, np.array(stamp))  # pyright: ignore[reportArgumentType]
+            with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, about)  # pyright: ignore[reportArgumentType]
+                for i in good:
+                    file.write(np.ascontiguousarray(images.load(i)).tobytes())
+
+    write_atomic(path, write)
     return len(good)
 
 

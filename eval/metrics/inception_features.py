@@ -10,13 +10,12 @@ from tqdm import tqdm
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, sha256
+from open_unitok.core.files import existing, sha256, write_atomic
 
 from ..core.benchmark import Metric, Options
 from ..core.image_sets import ImageSet, images_of_array, images_of_folder, open_npz
 from ..core.judge_pass import current_judge_pass, open_judge_pass
 from . import fid
-from .inception import load_extractor
 from .inception_weights import Features, find_inception_variant, find_inception_weights
 
 PIECE_SIZE, _BATCH = 512, 32
@@ -30,9 +29,13 @@ def extract_inception_features(
     """Compute the missing Inception features of `sets`."""
     file = find_inception_weights(variant, weights)
     about = {"variant": variant, "weights": file.name, "fingerprint": sha256(file)}
-    extract_features(
-        out, f"inception-{variant}", about, sets, lambda: load_extractor(variant, file, device), quiet
-    )
+
+    def load() -> Callable[[list[np.ndarray]], Features]:
+        from .inception import load_extractor  # here: it loads torch, which scoring does not need
+
+        return load_extractor(variant, file, device)
+
+    extract_features(out, f"inception-{variant}", about, sets, load, quiet)
 
 
 def extract_features(
@@ -96,17 +99,13 @@ def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., F
         for name in Features._fields
         if parts and getattr(parts[0], name) is not None
     }
-    # write and rename: a kill leaves a hidden file, never a partial piece
-    temporary = folder / f".{images.role}-{start:08d}.npz"
-    np.savez(
-        temporary,
-        stamp=_piece_stamp(images, start),
-        good=np.array(good, int),
-        bad=np.array(bad, str),
-        names=np.array([images.names[i] for i in good], str),
-        **arrays,
-    )
-    temporary.replace(_piece_path(folder, images.role, start))
+    arrays |= {
+        "stamp": np.array(_piece_stamp(images, start)),
+        "good": np.array(good, int),
+        "bad": np.array(bad, str),
+        "names": np.array([images.names[i] for i in good], str),
+    }
+    write_atomic(_piece_path(folder, images.role, start), lambda file: np.savez(file, **arrays))
 
 
 def _piece_path(folder: Path, role: str, start: int) -> Path:
@@ -243,13 +242,8 @@ def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") 
 
 def save_statistics(path: Path, moments: fid.Moments, variant: str) -> None:
     """Save statistics that a later run can use as --reference."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # write and rename: a kill leaves no truncated file
-    temporary = path.with_name(f".{path.name}")
-    np.savez(
-        temporary, mu=moments.mean, sigma=moments.covariance, n=np.array(moments.n), variant=np.array(variant)
-    )
-    temporary.replace(path)
+    arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": moments.n, "variant": variant}
+    write_atomic(path, lambda file: np.savez(file, **{k: np.asarray(v) for k, v in arrays.items()}))
 
 
 # ---------------------------------------------------------------------------------------------------- scores

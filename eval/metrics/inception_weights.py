@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.tokenizer.loading import find_weights
 
 
 class Features(NamedTuple):
@@ -60,6 +59,8 @@ INCEPTION_VARIANTS = {
 
 def find_inception_weights(variant: str, path: str | Path | None) -> Path:
     """The path of a variant's weight file: `path` itself, or the file in the folder `path`."""
+    from open_unitok.tokenizer.loading import find_weights  # here: it loads torch
+
     # the .pth files of torch-fidelity and pytorch-fid contain the same weights: accept either name
     kind = find_inception_variant(variant)
     others = (TORCH_FIDELITY_FILE, INCEPTION_VARIANTS["pytorch-fid"].file)

@@ -5,9 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import UserError
 
@@ -16,8 +16,11 @@ DEFAULT_MODEL = "scenes"  # the shipped model that commands use if no --model is
 SAMPLING_FILE = "sampling.json"  # in a model folder: its recommended sampling settings
 
 
-def write_atomic(path: str | Path, content: str | bytes) -> None:
+def write_atomic(path: str | Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:
     """Write `content` to a temporary file next to `path`, flush it to disk, and rename it to `path`.
+
+    Args:
+        content: text, bytes, or a function that writes to the open file: for what does not fit into memory.
 
     Raises:
         UserError: the file cannot be written (`path` is a folder, the disk is full, ...).
@@ -26,19 +29,22 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
     # same folder: os.replace is atomic only inside one file system
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     data = content.encode() if isinstance(content, str) else content
+    write = data if callable(data) else lambda file: file.write(data)
     try:
         make_folder(path.parent)
         with open(temporary, "wb") as file:
-            file.write(data)
+            write(file)
             file.flush()
             # otherwise a power failure after the rename can leave an empty file
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        # do not leave a partial file on a full disk
+    except BaseException as error:
+        # do not leave a partial file on a full disk, or of a stopped process
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
+        if isinstance(error, OSError):
+            raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+        raise
 
 
 def make_folder(path: str | Path) -> Path:

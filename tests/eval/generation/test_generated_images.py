@@ -10,7 +10,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.generation import dpg_bench, genai_bench
-from open_unitok.eval.metrics import inception_features, inception_weights, vqascore
+from open_unitok.eval.metrics import inception, inception_features, inception_weights, vqascore
 from open_unitok.generation import Sampling
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
@@ -54,7 +54,7 @@ def quick_net(monkeypatch, tmp_path):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50, pooled[:, :7])
 
-    monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
+    monkeypatch.setattr(inception, "load_extractor", lambda variant, file, device: net)
     for name in (inception_weights.TORCH_FIDELITY_FILE, "inception-2015-12-05.pt"):
         (tmp_path / name).write_bytes(b"weights")
     return tmp_path

@@ -15,7 +15,7 @@ from PIL import Image
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core import crops, image_files, imagenet
 from open_unitok.eval.core.model import Model, Reconstructions
-from open_unitok.eval.metrics import fid, image_quality, inception_features, inception_weights
+from open_unitok.eval.metrics import fid, image_quality, inception, inception_features, inception_weights
 from open_unitok.eval.tokenizer import linear_probe, zeroshot
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.frozen.lpips import LPIPS, LPIPS_FILE
@@ -138,7 +138,7 @@ def quick_net(monkeypatch):
         pooled = np.stack([p[:2, :2].reshape(-1).astype(np.float32) for p in images])
         return inception_weights.Features(pooled, pooled[:, :5] / 50)
 
-    monkeypatch.setattr(inception_features, "load_extractor", lambda variant, file, device: net)
+    monkeypatch.setattr(inception, "load_extractor", lambda variant, file, device: net)
 
 
 def test_features_resume_after_a_kill(quick_net, photos, tmp_path, inception_file, monkeypatch):

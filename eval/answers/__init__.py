@@ -1,0 +1,1 @@
+"""Answers that other programs wrote: their file formats, and their scores."""
