@@ -29,7 +29,7 @@ ROOMS = {
         {"core"},
         {"metrics", "judges"},
         {"understanding", "generation", "tokenizer"},
-        {"report", "lmms_eval"},
+        {"report", "lmms_eval", "answers"},
     ],
 }
 # Public names with several homes, each with the reason.

@@ -1,14 +1,13 @@
 """Files of answers that other programs write, read as (id, text, prompt).
 
-| file | entry |
-|---|---|
-| LLaVA's answers, JSON lines | `{"question_id", "prompt", "text", ...}` |
-| results of VQA, TextVQA, VizWiz, GQA and SEED-Bench, a JSON list or lines | `{"question_id" or "image" or "questionId", "answer" or "prediction"}` |
-| MM-Vet's results, JSON | `{id: text}`; its grade file: `{id: {"model", "content", "score"}}` |
-| ScienceQA's results, JSON | `{"results": {id: index}}`, with `"outputs": {id: text}` from LLaVA |
-| MMBench's upload, xlsx, tsv or csv | columns `index`, `prediction` |
-| `Your_Results` of MME's tool, a folder | a file per task, lines of image, question, truth and answer |
-| GenEval's `results.jsonl` | `{"filename", "prompt", "correct", "reason", ...}` |
+- LLaVA's answers, JSON lines: question_id, prompt, text.
+- Results of VQAv2, TextVQA, VizWiz, GQA and SEED-Bench, a JSON list or lines: question_id, image or
+  questionId, and answer or prediction.
+- MM-Vet's results, JSON: {id: text}; its grade file: {id: {model, content, score}}.
+- ScienceQA's results, JSON: {results: {id: index}}, from LLaVA with {outputs: {id: text}}.
+- MMBench's upload, xlsx, tsv or csv: columns index and prediction.
+- `Your_Results` of MME's tool: a folder with a file per task, lines of image, question, truth and answer.
+- GenEval's `results.jsonl`: filename, prompt, correct, reason.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,8 +1,9 @@
 """Score answers of another program: match them with the questions, and write the files of a run."""
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
@@ -10,7 +11,8 @@ from open_unitok.core.files import existing, sha256
 
 from ..core.answering import OCR_TEMPLATE, PROMPT_TEMPLATES
 from ..core.benchmark import Benchmark, Options, Record, Sample, Task
-from ..core.harness import AnswerStore, benchmark_data, score_run
+from ..core.harness import AnswerStore, score_run
+from ..core.release_files import benchmark_data
 from ..core.results import open_run_dir, run_metadata
 from .formats import GRADED, GivenAnswer, read_answers
 
@@ -43,7 +45,7 @@ def score_answers(
     Raises:
         UserError: the answers do not match the questions.
     """
-    path, data, out = existing(answers), benchmark_data(data, benchmark.name), Path(out)
+    path, data, out = existing(answers), benchmark_data(data, benchmark), Path(out)
     given, malformed = read_answers(path)
     options, notes = _fitting_options(benchmark, path, given, options)
     task, settings, matched = _load_and_match(benchmark, given, data, options)
@@ -58,7 +60,7 @@ def score_answers(
     }
     open_run_dir(out, run)
     store = AnswerStore(out, benchmark.name)
-    done = store.done()
+    done = store.done(task.samples)
     fresh = [s for s in task.samples if s.index in matched.records and s.key not in done]
     store.append(fresh, [{"error": s.malformed} if s.malformed else matched.records[s.index] for s in fresh])
     return score_run(benchmark, out, options, partial=True, task=task)
@@ -66,8 +68,9 @@ def score_answers(
 
 def _describe(path: Path) -> Record:
     """The answers in place of the model in run.json; another file is another model."""
-    files = sorted(p for p in path.glob("*.txt")) if path.is_dir() else [path]
-    return {"path": str(path), "kind": "answers", "fingerprint": "".join(sha256(p) for p in files)[:64]}
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    digest = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+    return {"path": str(path), "kind": "answers", "fingerprint": digest}
 
 
 def _fitting_options(
@@ -84,6 +87,8 @@ def _fitting_options(
             if verdicts
             else f"{path}: expected GenEval's results.jsonl, lines with filename and correct."
         )
+    if benchmark.name == "textvqa":
+        options["prompt_template"] = "short"  # the other program had its own; the default needs the OCR file
     if verdicts:
         numbers = {a.id.rpartition("/")[2] for a in verdicts}
         if not all(number.isdigit() for number in numbers):
@@ -127,13 +132,13 @@ def _require_match(
     """UserError if the answers are of other questions: a wrong file must not become a score."""
     if 2 * len(matched.unknown) > count:
         raise UserError(
-            f"{path} does not fit {name} in {data}: {len(matched.unknown)} of {count} answers belong to no question. "
-            f"The first: {matched.unknown[0]}"
+            f"{path} does not fit {name} in {data}: {len(matched.unknown)} of {count} answers belong to no "
+            f"question. The first: {matched.unknown[0]}"
         )
     if 2 * len(matched.records) < len(task.samples) and not partial:
         raise UserError(
-            f"{path} answers {len(matched.records)} of the {len(task.samples)} questions of {name} in {data}. "
-            "If that is intended, add --partial; missing answers count as wrong."
+            f"{path} answers {len(matched.records)} of the {len(task.samples)} questions of {name} in "
+            f"{data}: if that is intended, add --partial; missing answers count as wrong."
         )
 
 
@@ -149,7 +154,7 @@ def match_answers(task: Task, given: Iterable[GivenAnswer], name: str) -> Matche
     records: dict[int, Record] = {}
     unknown, duplicates = [], 0
     for answer in given:
-        found = by_id.get(answer.id, [])
+        found = by_id.get(_answer_id(answer.id, name), [])
         asked = [i for i in found if _is_about(answer.prompt, samples[i])] if answer.prompt else found
         if not asked:
             why = (
@@ -171,7 +176,7 @@ def match_answers(task: Task, given: Iterable[GivenAnswer], name: str) -> Matche
         fresh = [samples[i].index for i in asked if samples[i].index not in records]
         duplicates += not fresh
         for i in fresh:
-            records[i] = {"text": answer.text} | answer.more if not answer.more else dict(answer.more)
+            records[i] = answer.more or {"text": answer.text}
     return Matched(records, unknown, duplicates)
 
 
@@ -184,13 +189,17 @@ def _sample_ids(sample: Sample, name: str, alias: Any) -> list[str]:
     if name == "mmvet":
         return [own, own.removeprefix("v1_")]
     if name == "mme":
-        task, _, file = own.partition("/")
-        return [own, f"{task}/images/{file}"]
+        return [_answer_id(own, name)]
     if name == "textvqa":
         return [own, image.split(".")[0]]
     if name in ("pope", "vizwiz"):
         return [own, own.rpartition("/")[2], image.split(".")[0] if name == "vizwiz" else own]
     return [own]
+
+
+def _answer_id(text: str, name: str) -> str:
+    """The id of an answer; MME's, TASK/images/FILE.png or TASK/FILE.jpg, becomes TASK/FILE."""
+    return f"{text.split('/')[0]}/{PurePosixPath(text).stem}" if name == "mme" else text
 
 
 # lines of prompts that are not the question
@@ -206,7 +215,7 @@ _BESIDE = re.compile(
 
 
 def _question_lines(prompt: str) -> list[str]:
-    """The lines of a prompt without instruction, options, context and OCR words; all lines if none is left."""
+    """The lines of a prompt without instruction, options, context and OCR words; all if none is left."""
     lines = [" ".join(line.split()).casefold() for line in prompt.split("\n")]
     lines = [line for line in lines if line and line not in _FIXED_LINES]
     return [line for line in lines if not _BESIDE.match(line)] or lines

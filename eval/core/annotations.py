@@ -28,6 +28,11 @@ def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
     ]
 
 
+def llava_ids(rows: Sequence[Any]) -> list[Any]:
+    """The question ids of the lines of a LLaVA question file; None for a malformed line."""
+    return [row["question_id"] if isinstance(row, dict) else None for row in rows]
+
+
 def read_json_as(kind: type, path: Path, key: str = "") -> Any:
     """Read a JSON file, or one key of it, and check that it is an object (`dict`) or a list.
 

@@ -76,6 +76,9 @@ class Task(NamedTuple):
     truth: Any
     metadata: dict[str, Any]  # split, prompt template, decoding, ...; copied into the result
     problems: Sequence[str] = ()  # warnings about the files other than malformed samples, one line each
+    aliases: Sequence[
+        Any
+    ] = ()  # per sample the id in LLaVA's question file, where it is not that of the release
 
 
 class Metric(NamedTuple):

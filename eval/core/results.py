@@ -17,6 +17,14 @@ from .benchmark import Options, Record, Sample, Scored, Task, malformed_reasons
 _FINGERPRINTED_SUFFIXES = (".safetensors", ".bin", ".pth", ".json", ".model")
 
 
+# what is not known of the answers of another program
+_OF_OTHERS = {
+    "prompt_template": "of another program",
+    "decoding": "of another program",
+    "max_new_tokens": None,
+}
+
+
 class Answers(NamedTuple):
     """The records of a run by sample index, and counts of irregular ones."""
 
@@ -130,6 +138,8 @@ def build_result(
     """The content of `results.json`."""
     # the first metric is the main one; a split without public answers has none
     main = next(iter(scored.metrics), None)
+    if "answers" in run:
+        task = task._replace(metadata=task.metadata | _OF_OTHERS)
     malformed = len(malformed_reasons(task.samples))
     reason = _not_comparable_reason(run, task, answers, scored, malformed)
     return {
@@ -149,7 +159,7 @@ def build_result(
         "decoding": task.metadata.get("decoding"),
         "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
         "statistic": scored.statistic,
-        "problems": [*problems, *task.problems, *scored.problems],
+        "problems": [*_answer_file_problems(run), *problems, *task.problems, *scored.problems],
         "metadata": task.metadata,
         "settings": run["settings"],
         "scoring": vars(scoring),
@@ -158,6 +168,21 @@ def build_result(
         "versions": run["versions"],
         "details": scored.details,
     }
+
+
+def _answer_file_problems(run: Record) -> list[str]:
+    """What is irregular in the answers of another program (`eval/answers`), one line each."""
+    found = run.get("answers", {})
+    problems = [*found.get("notes", ())]
+    for kind, words in (("unknown", "belong to no question"), ("malformed", "are malformed")):
+        if found.get(kind):
+            count, first = found[kind]
+            problems.append(
+                f"{count} of {Path(found['file']).name} {words} (not counted), the first: {first}"
+            )
+    if found.get("duplicates"):
+        problems.append(f"{found['duplicates']} questions are answered twice (the first answer counts)")
+    return problems
 
 
 def _not_comparable_reason(run: Record, task: Task, answers: Answers, scored: Scored, malformed: int) -> str:
@@ -171,6 +196,7 @@ def _not_comparable_reason(run: Record, task: Task, answers: Answers, scored: Sc
         (answers.missing, f"{len(answers.missing)} answers are missing"),
         (failed, f"{failed} samples could not be asked"),
         (malformed, f"{malformed} annotations are malformed"),
+        *((True, problem) for problem in _answer_file_problems(run)),
     )
     return "; ".join(reason for found, reason in reasons if found)
 

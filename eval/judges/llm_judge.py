@@ -1,5 +1,6 @@
 """Language models that grade answers: an OpenAI-compatible endpoint, or replies from a file."""
 
+import contextlib
 import hashlib
 import http.client
 import json
@@ -9,10 +10,10 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.text_files import read_json_lines
+from open_unitok.core.text_files import read_json, read_json_lines
 
 from ..core.annotations import require_key, require_type
 from ..core.benchmark import Options
@@ -59,7 +60,7 @@ def load_judge(scoring: Options, folder: Path) -> Judge | None:
         UserError: an endpoint without a model name, or an unreadable replay file.
     """
     if scoring.judge_replay:
-        return ReplayJudge(Path(scoring.judge_replay), scoring.judge or "replayed replies")
+        return ReplayJudge(Path(scoring.judge_replay), scoring.judge)
     if not scoring.judge and not scoring.judge_url:
         return None
     if not scoring.judge:
@@ -141,11 +142,38 @@ def _error_body(error: urllib.error.HTTPError) -> str:
         return ""
 
 
-class ReplayJudge:
-    """Replies from JSON lines {"id": sample id, "replies": [text, ...]}, in the order of the calls."""
+def is_grade_file(content: Any) -> bool:
+    """Whether a JSON value is a grade file of MM-Vet's evaluator: {id: {"model", "content", "score"}}."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(isinstance(row, dict) and isinstance(row.get("score"), list) for row in content.values())
+    )
 
-    def __init__(self, path: Path, model: str):
-        self.model, self.path, self.replies, self.malformed = model, path, {}, ""
+
+def _json_or_none(path: Path) -> Any:
+    """The value of a JSON file; None for JSON lines."""
+    with contextlib.suppress(UserError):
+        return read_json(path)
+    return None
+
+
+class ReplayJudge:
+    """Replies in the order of the calls, from a file.
+
+    The file holds JSON lines {"id": sample id, "replies": [text, ...]}, or is a grade file of MM-Vet's
+    evaluator, which also names the judge.
+
+    Raises:
+        UserError: the grades are of another judge than `model`.
+    """
+
+    def __init__(self, path: Path, model: str = ""):
+        self.model, self.path, self.replies, self.malformed = model or "replayed replies", path, {}, ""
+        self.runs = 0  # gradings per answer in a grade file
+        if is_grade_file(content := _json_or_none(path)):
+            self._read_grades(content, model)
+            return
         for i, row in enumerate(read_json_lines(path, lenient=True)):
             where = f"{path}, line {i + 1}"
             try:
@@ -154,6 +182,17 @@ class ReplayJudge:
             # not fatal: the sample of this line fails later and quotes the error
             except UserError as error:
                 self.malformed = self.malformed or f" ({error})"
+
+    def _read_grades(self, content: dict[str, Any], model: str) -> None:
+        """Take the grades as replies: the contents are what the evaluator could read of them."""
+        for name, row in content.items():
+            self.replies[name] = [str(grade) for grade in row["score"]]
+        self.runs = max(map(len, self.replies.values()))
+        names = sorted({str(name) for row in content.values() for name in row.get("model", ())})
+        # a name without its date, "gpt-4", may be any of its versions: the user knows which
+        if model and not all(model == name or model.startswith(f"{name}-") for name in names):
+            raise UserError(f"{self.path} holds grades of {', '.join(names)}, not of {model}.")
+        self.model = model or ", ".join(names) or self.model
 
     def reply(self, call: JudgeCall) -> str:
         """The next reply of the sample.

@@ -35,7 +35,7 @@ from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sa
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import cluster_of, mean_metric, sample_record, submittable, write_submission
 from ..core.release_files import RELEASES, detect_layout, find_file, image_finder, image_folders
-from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, load_judge
+from ..judges.llm_judge import Judge, JudgeCall, JudgeFailed, ReplayJudge, load_judge
 
 _ORIGINAL, _LLAVA = RELEASES["mmvet"].original, RELEASES["mmvet"].llava
 _PUBLISHED_JUDGE = "gpt-4-0613"
@@ -257,6 +257,9 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
             for s, q in zip(task.samples, questions)
         ]
         return Scored({}, {}, lines, problems=[note])
+    # a grade file holds all gradings of its evaluator
+    if isinstance(judge, ReplayJudge) and judge.runs and scoring.judge_runs == 1:
+        scoring = Options(**vars(scoring) | {"judge_runs": judge.runs})
     grades = _grade_all(judge, task, texts, scoring)
     # not a single reply: an error of the endpoint, not a score of 0
     if texts and len(grades.failed) == len(texts):

@@ -12,6 +12,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.text_files import read_json_lines
 
 from ..core.annotations import (
+    llava_ids,
     read_llava_questions,
     require_key,
     require_mostly_valid,
@@ -67,6 +68,7 @@ def load(data: Path, settings: Options) -> Task:
         questions = (read_pope(data) if layout == "original" else read_pope_parquet(data))[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
         prompts, path, problems = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data, []
+        aliases = []
         length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
         metadata = answering_metadata("all three", template, settings, length)
     else:
@@ -75,6 +77,7 @@ def load(data: Path, settings: Options) -> Task:
         questions, problems = _join_llava(read_pope(data), rows, path)
         questions = questions[: settings.limit]
         prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
+        aliases = llava_ids(rows)
         metadata = answering_metadata("all three", f"as in {path.name}", settings)
     samples = [
         malformed_sample(i, None, q.malformed)
@@ -82,7 +85,7 @@ def load(data: Path, settings: Options) -> Task:
         else Sample(i, f"{q.category}/{q.question_id}", prompt, q.image)
         for i, (q, prompt) in enumerate(zip(questions, prompts))
     ]
-    return Task(require_mostly_valid(samples, path), questions, metadata, problems)
+    return Task(require_mostly_valid(samples, path), questions, metadata, problems, aliases)
 
 
 def read_pope(data: str | Path) -> list[PopeQuestion]:

@@ -7,6 +7,7 @@ from typing import Any
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
+    llava_ids,
     read_json_as,
     read_llava_questions,
     require_mostly_valid,
@@ -44,6 +45,7 @@ def load(data: Path, settings: Options) -> Task:
     split = settings.split or ("test" if layout == "llava" else "val")
     file, known = None, {}  # LLaVA's archive comes without annotations
     images: dict[str, ParquetImage] = {}
+    aliases: list[Any] = []
     if layout == "parquet":
         found = choose_split(data, settings.split, ("val",))
         split, (file, *_) = found.split, found.files
@@ -54,6 +56,7 @@ def load(data: Path, settings: Options) -> Task:
     if layout == "llava":
         asked = find_file(data, _LLAVA, "LLaVA question file", settings.split, split)
         template, entries = f"as in {asked.name}", _llava_entries(asked, known)
+        aliases = llava_ids(read_llava_questions(asked))
     else:
         asked, template = file or data, choose_prompt_template(settings, "unanswerable")
         entries = [
@@ -72,7 +75,7 @@ def load(data: Path, settings: Options) -> Task:
         kind = str(row.get("answer_type", ""))
         questions.append(OpenQuestion(name, row["question"], row.get("answers", ()), kind))
     metadata = answering_metadata(file.stem if file and not images else split, template, settings)
-    return Task(require_mostly_valid(samples, file or data), questions, metadata)
+    return Task(require_mostly_valid(samples, file or data), questions, metadata, (), aliases)
 
 
 def _read_annotations(file: Path) -> dict[str, Any]:

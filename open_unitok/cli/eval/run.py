@@ -24,6 +24,7 @@ from open_unitok.eval.registry import (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, and those of every benchmark."""
     names = "; ".join(f"{name}: {benchmark.description}" for name, benchmark in BENCHMARKS.items())
+    names = names.replace("%", "%%")  # argparse formats help texts
     parser.add_argument(
         "names", nargs="+", metavar="NAME", help=f"benchmarks, or `all` for those found in DATA ({names})"
     )
