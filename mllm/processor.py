@@ -211,14 +211,14 @@ class UniTokProcessor:
         return ids, labels
 
     def _bos_conversation_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """`conversation_ids` for a tokenizer with bos, as published where that finds all answers."""
+        """`conversation_ids` for a tokenizer with bos."""
         template, end = find_template(self.template), self.text_tokenizer.eos_token
-        if not any(IMAGE_MARK in answer for _, answer in check_turns(turns)):
-            ids, labels = conversation_ids(
-                turns, self.encode_text, template, self.image_token_id, end, self.legacy
-            )
-            if any(label != IGNORED for label in labels):
-                return ids, labels
+        rounds = check_turns(turns)
+        # the published way finds the answers by these words, so that no turn may hold them
+        words = (f"{template.assistant}:", end)
+        by_words = not any(word in text for pair in rounds for text in pair for word in words)
+        if by_words and not any(IMAGE_MARK in answer for _, answer in rounds):
+            return conversation_ids(turns, self.encode_text, template, self.image_token_id, end, self.legacy)
 
         def encode(text: str) -> tuple[list[int], list[tuple[int, int]]]:
             backend = getattr(self.text_tokenizer, "backend_tokenizer", None)

@@ -57,6 +57,10 @@ USABLE = {
         {**ONE, **talk("<image>\nWhat does ASSISTANT: mean?", "red")},
         ["red"],
     ),
+    "assistant_at_end_of_question": (
+        talk("Say ASSISTANT:", "red", "And ASSISTANT:", "blue"),
+        ["red", "blue"],
+    ),
     "assistant_in_answer": ({**talk("Say it.", "USER: a ASSISTANT: b")}, ["USER: a ASSISTANT: b"]),
     "user_in_answer": ({**ONE, **talk(COLOR, "USER: red")}, ["USER: red"]),
     "eos_in_answer": ({**ONE, **talk(COLOR, "red</s>")}, ["red</s>"]),
