@@ -6,6 +6,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -31,11 +32,12 @@ class HttpServer(uvicorn.Server):
 
     Args:
         grace: seconds for the running requests; None = the server's timeout of a request.
+        on_start: called when the server answers and handles signals.
     """
 
-    def __init__(self, app: FastAPI, grace: float | None = None):
+    def __init__(self, app: FastAPI, grace: float | None = None, on_start: Callable[[], None] = lambda: None):
         self.limits: Limits = app.state.server.limits
-        self.app = app
+        self.app, self.on_start = app, on_start
         self.max_connections = self.limits.max_connections or _connections_for_descriptors()
         modules = [f"{__package__}.{name}" for name in ("batcher", "handlers", "listen")]
         limit_logs("uvicorn.error", "asyncio", *modules)
@@ -52,6 +54,12 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=grace or self.limits.timeout + 1,  # type: ignore[arg-type]
         )
         super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to accept connections."""
+        await super().startup(sockets)
+        if self.started:
+            self.on_start()
 
     async def on_tick(self, counter: int) -> bool:
         """Close connections that have been idle for too long; called every 0.1 s."""

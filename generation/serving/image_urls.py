@@ -138,6 +138,7 @@ def read_file_url(url: str, folder: Path, max_bytes: int) -> bytes:
         path = (folder / unquote(parts.path)).resolve()
         if not path.is_relative_to(folder):
             raise rejected
+        rejected = UserError("image_url is not a readable file of the folder that this server may read.")
         # a FIFO must not block; a link put there since must not be followed
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     # not an address, too long, a NUL, a loop of links, missing, not readable

@@ -12,6 +12,8 @@ from .schema import UNION_TAGS
 
 # Python needs about 100 bytes per value: 20 MB of brackets would become a gigabyte
 _MAX_VALUES = 200_000
+# "": clients without a content-type send JSON too; curl and urllib send a form's unless they are told
+_MEDIA_TYPES = ("application/json", "", "application/x-www-form-urlencoded")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -30,8 +32,7 @@ def parse_body(data: bytes, content_type: str, model: type[_Model]) -> _Model:
         InvalidBody: not JSON, too many values, or not what `model` allows.
     """
     media_type = content_type.partition(";")[0].strip().lower()
-    # clients without a content-type send JSON too, as OpenAI's API takes it
-    if media_type and media_type != "application/json" and not media_type.endswith("+json"):
+    if media_type not in _MEDIA_TYPES and not media_type.endswith("+json"):
         raise InvalidBody(
             f"The content-type is {media_type[:60]!r}; it must be 'application/json'.",
             code="unsupported_content_type",
@@ -56,7 +57,8 @@ def _parse_json(data: bytes) -> Any:
             f"The body is not valid JSON: {error.msg} ({where}).", code="json_invalid"
         ) from error
     except ValueError as error:  # Python's limit on the digits of an integer
-        raise InvalidBody(f"The body is not valid JSON: {error}.", code="json_invalid") from error
+        message = "The body is not valid JSON: a number has too many digits."
+        raise InvalidBody(message, code="json_invalid") from error
     except RecursionError as error:
         raise InvalidBody(
             "The body is not valid JSON: it is nested too deeply.", code="json_invalid"

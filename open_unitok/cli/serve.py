@@ -72,17 +72,21 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(args.model).resolve().name
     hosts = allowed_hosts(args.host, args.allow_host)
     app = create_app(pipe, name, limits, token, files, hosts)
-    # IPv6 addresses need brackets in a URL
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"Serving {name} at http://{host}:{sock.getsockname()[1]}/v1 (Ctrl-C stops it)", file=sys.stderr)
-    if hosts is None and token is None:
-        print(
-            "Warning: everyone who reaches this address can use it; set --token-file to require a token.",
-            file=sys.stderr,
-        )
+
+    def announce() -> None:
+        # IPv6 addresses need brackets in a URL
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        address = f"http://{host}:{sock.getsockname()[1]}/v1"
+        print(f"Serving {name} at {address} (Ctrl-C stops it)", file=sys.stderr, flush=True)
+        if hosts is None and token is None:
+            print(
+                "Warning: everyone who reaches this address can use it; set --token-file to require a token.",
+                file=sys.stderr,
+            )
+
     # uvicorn shuts down gracefully, then raises the signal again
     with contextlib.suppress(KeyboardInterrupt):
-        HttpServer(app).run(sockets=[sock])
+        HttpServer(app, on_start=announce).run(sockets=[sock])
     print("Stopped.", file=sys.stderr)
 
 

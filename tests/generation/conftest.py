@@ -162,14 +162,14 @@ def ask():
 
 @contextlib.contextmanager
 def running(pipe, limits=None, **options):
-    """A running server; yields (its address, its `Server`)."""
+    """A running server; yields (its address, its `Server` with an `http_server`)."""
     from open_unitok.generation.serving.app import create_app
     from open_unitok.generation.serving.http_server import HttpServer
     from open_unitok.generation.serving.listen import listen
 
     app = create_app(pipe, "tiny", limits, **options)
     listening = listen("127.0.0.1", 0)
-    server = HttpServer(app, grace=2)
+    server = app.state.server.http_server = HttpServer(app, grace=2)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     try:
