@@ -110,7 +110,8 @@ def read_data_url(url: str) -> bytes:
     kind = match["type"].strip().lower() if match else "-"
     if not comma or not (kind in ("", "image", "application/octet-stream") or kind.startswith("image/")):
         raise UserError(
-            "image_url must be data:image/png;base64,... (jpeg, webp, gif, bmp, avif): URLs are not fetched."
+            "image_url must be data:image/TYPE;base64,... of a png, jpeg, webp, gif, bmp, avif or heic: URLs "
+            "are not fetched."
         )
     if not body.isascii():
         raise UserError("image_url is not valid base64: it holds characters that are not ASCII.")

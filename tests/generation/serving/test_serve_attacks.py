@@ -248,13 +248,16 @@ def test_slow_heads_and_bodies_are_ended(pipe, serving):
 
 def test_clients_that_do_not_read_are_disconnected(pipe, serving):
     with serving(pipe, QUICK) as (url, server), socket.socket() as connection:
+        # small buffers, which few responses fill; connections inherit the listening socket's
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        [listener] = server.http_server.servers[0].sockets
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         host, port = url.removeprefix("http://").split(":")
         connection.connect((host, int(port)))
         connection.settimeout(1)
         with contextlib.suppress(OSError):  # closed, or full
-            for _ in range(200):
-                connection.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 50)
+            connection.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n" * 200)
+        assert server.http_server.server_state.connections
         until(lambda: not server.http_server.server_state.connections)
 
 
