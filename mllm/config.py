@@ -224,7 +224,7 @@ def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> Pretrai
         return AutoConfig.for_model(kind, **fields)
     except ValueError as error:
         raise UserError(
-            f"text_config.model_type = {kind!r} is not a decoder of transformers: {error}"
+            f"text_config.model_type = {kind!r} is not a decoder of transformers: {str(error)[:100]}"
         ) from error
 
 

@@ -8,7 +8,6 @@ K sub-codebooks, V entries per sub-codebook, C width of one code.
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +20,8 @@ from transformers import LlamaConfig
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, write_json
-from open_unitok.core.text_files import read_json
 from open_unitok.tokenizer.convert import PROJECTION, rename
+from open_unitok.tokenizer.folder_checks import loading, read_config, read_pickle, stored_weights
 
 from .config import UniTokMLLMConfig
 from .loading import PUBLISHED_TYPE
@@ -156,7 +155,7 @@ def read_published(
         UserError: the folder holds another type of model, or weights with other names.
     """
     folder = existing(Path(folder))
-    description = read_json(folder / "config.json")
+    description = read_config(folder)
     if description.get("model_type") != PUBLISHED_TYPE:
         raise UserError(
             f"{folder} holds a model of type {description.get('model_type')!r}, not a published MLLM "
@@ -182,36 +181,17 @@ def read_shards(folder: str | os.PathLike[str]) -> dict[str, Tensor]:
     Raises:
         UserError: there are no weights, or a shard of the index is missing or broken.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(folder)
-    # safetensors first: a folder may hold both
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            names = sorted(set(read_json(index)["weight_map"].values()))
-        elif (folder / f"{stem}.{suffix}").exists():
-            names = [f"{stem}.{suffix}"]
+    state: dict[str, Tensor] = {}
+    # the headers are checked first: every file of the index exists and is whole
+    for path in sorted({stored.file for stored in stored_weights(folder).values()}):
+        if path.suffix == ".safetensors":
+            with loading(path):
+                state |= load_file(path)
         else:
-            continue
-        state: dict[str, Tensor] = {}
-        for name in names:
-            path = existing(folder / name, f"{index.name} lists it: download it again.")
-            try:
-                if suffix == "safetensors":
-                    state |= load_file(path)
-                else:
-                    # mmap: a shard of many GB is not copied into memory
-                    state |= torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except pickle.UnpicklingError as error:
-                raise UserError(f"{path} cannot be read without executing code from it.") from error
-            except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-                raise UserError(f"{path} cannot be read: {str(error).strip().splitlines()[0]}") from error
-        return state
-    raise UserError(
-        f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin, nor their index."
-    )
+            state |= read_pickle(path)
+    return state
 
 
 def save_published(

@@ -1,31 +1,39 @@
 """Checks of model folders before loading, and of state dicts while loading."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.text_files import read_json
+from open_unitok.tokenizer.folder_checks import loading, read_config
 from open_unitok.tokenizer.loading import check_weights_fit
 
 from .config import UniTokMLLMConfig
 
 PUBLISHED_TYPE = "mini_gemini"  # model_type of the published MLLM
+GENERATION_CONFIG = "generation_config.json"
+_INF = float("inf")
+# field of generation_config.json -> (type, smallest, largest value)
+_GENERATION_RANGES: dict[str, tuple[Any, float, float]] = {
+    **dict.fromkeys(("max_new_tokens", "max_length", "num_beams", "num_return_sequences"), (int, 1, _INF)),
+    **dict.fromkeys(("min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size"), (int, 0, _INF)),
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), (int, 0, _INF)),
+    **dict.fromkeys(("top_p", "typical_p"), ((int, float), 0, 1)),
+    **dict.fromkeys(("temperature", "repetition_penalty"), ((int, float), 0, 1e9)),
+    **dict.fromkeys(("do_sample", "use_cache"), (bool, 0, 1)),
+}
 
 
 def folder_type(folder: str | os.PathLike[str]) -> Any:
     """The model_type of a folder.
 
     Raises:
-        UserError: it has no config.json.
+        UserError: it has no valid config.json.
     """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        raise UserError(f"{folder} is not a model folder: it has no config.json.")
-    return read_json(config).get("model_type")
+    return read_config(folder).get("model_type")
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
@@ -46,24 +54,6 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         )
 
 
-def check_complete_weights(folder: str | os.PathLike[str], info: Mapping[str, Any]) -> None:
-    """Reject incomplete weights; `info` is transformers' loading info.
-
-    transformers initialises missing weights randomly and only logs a warning.
-
-    Raises:
-        UserError: weights are missing; the message names them and the unexpected ones.
-    """
-    missing, unexpected = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing:
-        found = "; ".join(
-            f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
-            for kind, names in (("missing", missing), ("unexpected", unexpected))
-            if names
-        )
-        raise UserError(f"The weights in {folder} do not match its config.json ({found}).")
-
-
 def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
     """Assign `state` to a model that was built on the meta device; all names and shapes must match.
 
@@ -77,3 +67,26 @@ def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> Non
         for name, child in list(parent.named_children()):
             if "RotaryEmbedding" in type(child).__name__:
                 setattr(parent, name, type(child)(child.config))
+
+
+def check_generation_config(folder: str | os.PathLike[str]) -> None:
+    """Check generation_config.json, which transformers reads without checking types; a missing file is fine.
+
+    Raises:
+        UserError: a value has the wrong type or is out of range.
+    """
+    path = Path(folder) / GENERATION_CONFIG
+    if not path.exists():
+        return
+    found = read_config(folder, GENERATION_CONFIG)
+    for name, value in found.items():
+        if value is None or name not in _GENERATION_RANGES:
+            continue
+        kind, low, high = _GENERATION_RANGES[name]
+        numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        for number in numbers:
+            right_type = isinstance(number, kind) and isinstance(number, bool) == (kind is bool)
+            if not right_type or not low <= number <= high:
+                raise UserError(f"{path}: {name} = {value!r} is not valid.")
+    with loading(path):
+        GenerationConfig.from_dict(found).validate()

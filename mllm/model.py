@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.folder_checks import check_finite, load_checked, loading
 from open_unitok.tokenizer.precision import to_dtype_of
 from open_unitok.tokenizer.projection import ProjectionAttention
 
@@ -29,7 +30,13 @@ from .attention import eager_attention, uses_flash_attention
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import DepthHead
-from .loading import PUBLISHED_TYPE, assign_state, check_complete_weights, check_folder, folder_type
+from .loading import (
+    PUBLISHED_TYPE,
+    assign_state,
+    check_folder,
+    check_generation_config,
+    folder_type,
+)
 from .losses import divide_losses, find_targets, image_loss, text_loss
 from .output import UniTokMLLMOutput
 from .positions import positions_from_mask, sequence_bounds
@@ -300,23 +307,16 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return model
         if path.is_dir():
             check_folder(path)
+            check_generation_config(path)
         quantization = kwargs.get("quantization_config")
         if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
             # the embedder's attention reads `qkv.weight` directly, so it must not be quantised
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
             quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
-        wants_info = kwargs.pop("output_loading_info", False)  # always requested below, for the check
-        try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-            )
-        except ImportError as error:
-            raise UserError(
-                f"{path} cannot be loaded with these arguments: {' '.join(str(error).split())}"
-            ) from error
-        check_complete_weights(path, info)
+        loaded = load_checked(cls, super().from_pretrained, path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.visual_embedder.codebooks.requires_grad_(False)  # transformers sets it to True
-        return (model, info) if wants_info else model
+        return loaded
 
     @classmethod
     def from_state(cls, config: UniTokMLLMConfig, state: dict[str, torch.Tensor], source: Any) -> Any:
@@ -325,9 +325,10 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             UserError: names or shapes differ.
         """
-        with torch.device("meta"):
+        with loading(source), torch.device("meta"):
             model = cls(config)
         assign_state(model, state, source)
+        check_finite(model, source)
         model.visual_embedder.codebooks.requires_grad_(False)
         # save_pretrained writes config.dtype into config.json
         dtype = state["language_model.embed_tokens.weight"].dtype

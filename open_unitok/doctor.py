@@ -4,24 +4,15 @@ import importlib.metadata
 import importlib.resources
 import importlib.util
 import os
-import pathlib
 import platform
 import re
 import shutil
-import sys
 from typing import NamedTuple
+
+from open_unitok.core.memory import available_memory
 
 GIB = 2**30
 DEMO_MEMORY, DEMO_DISK = 1.5e9, 0.4e9  # bytes; measured: 1.25 GB and 343 MB
-# memory of a container, cgroup v2 and v1: (limit, usage, key of the reclaimable page cache in memory.stat)
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "inactive_file"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "total_inactive_file",
-    ),
-)
 
 
 class Check(NamedTuple):
@@ -122,31 +113,6 @@ def tested_versions() -> dict[str, str]:
     # users do not need the development tools
     text = text.partition("# for development")[0]
     return dict(re.findall(r"^([\w-]+)==(\S+)$", text, re.MULTILINE))
-
-
-def available_memory() -> float | None:
-    """Bytes of free memory, within the container's limit; None if the system does not report it."""
-    if sys.platform != "linux":
-        return None
-    with open("/proc/meminfo") as file:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", file.read())
-    free = int(found[1]) * 1024 if found else None
-    # in a container /proc/meminfo shows the memory of the host
-    for limit, used, cached in _CGROUPS:
-        if free is not None and pathlib.Path(limit).exists():
-            free = min(free, container_memory_left(pathlib.Path(limit), pathlib.Path(used), cached))
-    return free
-
-
-def container_memory_left(limit: pathlib.Path, used: pathlib.Path, cached: str) -> float:
-    """Bytes below a cgroup's limit; reclaimable page cache counts as free."""
-    text = limit.read_text().strip()
-    # cgroup v2 writes "max" for no limit, v1 a number near 2**63
-    if text == "max":
-        return float("inf")
-    # page cache is reclaimed under pressure, so it counts as free
-    stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
-    return int(text) - int(used.read_text()) + int(stat.get(cached, 0))
 
 
 def importable(name: str) -> bool:

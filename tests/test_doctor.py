@@ -54,12 +54,12 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
 
 
 def test_cached_files_are_free_memory_in_a_container(tmp_path):
-    from open_unitok import doctor
+    from open_unitok.core import memory
 
     limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
     limit.write_text("6000\n")
     used.write_text("5000\n")
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 3500\nactive_file 600\n")
-    assert doctor.container_memory_left(limit, used, "inactive_file") == 4500
+    assert memory.container_memory_left(limit, used, "inactive_file") == 4500
     limit.write_text("max\n")
-    assert doctor.container_memory_left(limit, used, "inactive_file") > 2**60
+    assert memory.container_memory_left(limit, used, "inactive_file") > 2**60

@@ -4,7 +4,6 @@ Nothing here runs code from a file: pickles are read with `weights_only=True`.
 """
 
 import os
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.text_files import read_json
+
+from .folder_checks import loading, read_config, read_pickle
 
 HELPER_HUB_ID = "FoundationVision/unitok_external"  # the published LPIPS and DINOv2 weights
 
@@ -24,10 +24,7 @@ def check_tokenizer_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: `folder` does not hold a visual tokenizer; the message names the model type found.
     """
-    config = Path(folder) / "config.json"
-    if not config.exists():
-        raise UserError(f"{folder} is not a model folder: it has no config.json.")
-    kind = read_json(config).get("model_type")
+    kind = read_config(folder).get("model_type")
     if kind != "unitok":
         inside = Path(folder) / "unitok"
         hint = f" Its visual tokenizer is in {inside}." if inside.is_dir() else ""
@@ -92,19 +89,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     if not path.is_file():
         raise UserError(f"{path} is not an existing file.")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        try:
+        with loading(path):
             return load_file(path)
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a valid safetensors file: {error}") from error
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
-        raise UserError(
-            f"{path} is not a checkpoint that can be read without running code from it: {_first_line(error)}"
-        ) from None
+    return read_pickle(path)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

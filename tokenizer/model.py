@@ -24,6 +24,7 @@ from .convert import read_published_tokenizer
 from .decoders import build_decoder
 from .encoders import build_encoder
 from .fingerprint import compute_fingerprint
+from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
@@ -57,6 +58,7 @@ class UniTok(PreTrainedModel):
     config: UniTokConfig
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
+    _keys_to_ignore_on_load_missing = [r"^quantizer\.(usage|calls)$"]  # statistics of training
     _keep_in_fp32_modules_strict = list(FLOAT32_PARTS)  # not cast by from_pretrained(dtype=...)
 
     def __init__(self, config: UniTokConfig) -> None:
@@ -216,7 +218,7 @@ class UniTok(PreTrainedModel):
             if (path / PUBLISHED_FILE).is_file() and not (path / "config.json").exists():
                 return cls.from_reference(path / PUBLISHED_FILE, **kwargs)
             check_tokenizer_folder(path)
-            return super().from_pretrained(path, *args, **kwargs)
+            return load_checked(cls, super().from_pretrained, path, *args, **kwargs)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         except OSError as error:  # transformers: the hub has no such model, or cannot be reached
@@ -243,12 +245,14 @@ class UniTok(PreTrainedModel):
         Raises:
             UserError: the file is not such a checkpoint, or its weights do not fit the config.
         """
-        config, state = read_published_tokenizer(path, config)
+        with loading(path):
+            config, state = read_published_tokenizer(path, config)
         # The meta device allocates and initialises nothing; `assign` makes the file's tensors the parameters.
         with torch.device("meta"):
             model = cls(config)
         check_weights_fit(path, state, model.state_dict(), "the config")
         model.load_state_dict(state, assign=True)
+        check_finite(model, path)
         return model.eval().to(dtype)  # pyright: ignore
 
     def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_torch_files_run_no_code(folder, reference):
     torch.save(weights, folder / "pytorch_model.bin")
     assert read_shards(folder).keys() == weights.keys()
     torch.save({"a": print}, folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model.bin cannot be read"):
+    with pytest.raises(UserError, match=r"pytorch_model.bin is not a checkpoint that can be read"):
         read_shards(folder)
 
 
