@@ -12,7 +12,8 @@ from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import check_folder
-from open_unitok.tokenizer import UniTok
+from open_unitok.mllm.processor import CONFIG
+from open_unitok.tokenizer import TokenLayout, UniTok
 
 from .backends import check_known_quantization
 
@@ -79,7 +80,7 @@ def check_parts_match(
     """
     Raises:
         UserError: the visual tokenizer is not the one whose codes the model was trained on, its codes cannot
-            be read or generated, or the text tokenizer has more ids than the model.
+            be read or generated, its images have another number of tokens, or the text tokenizer is another.
     """
     check_mllm_quantizer(unitok.config.quantizer, unitok.quantizer)
     # more rows than ids are valid: embeddings may be padded to a multiple
@@ -89,6 +90,14 @@ def check_parts_match(
             f"{folder}: the text tokenizer has {processor.vocab_size} ids, the model only {rows}: they do "
             "not match."
         )
+    expected = model.config.vocabulary_fingerprint
+    if expected is not None and expected != (found := processor.vocabulary_fingerprint()):
+        raise UserError(
+            f"{folder}: the model was saved with the vocabulary {expected[:12]}, but its text tokenizer has "
+            f"{found[:12]}: restore tokenizer.json, or remove vocabulary_fingerprint from config.json after "
+            "changing the vocabulary on purpose."
+        )
+    _check_image_tokens(model, unitok, processor, folder)
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):
             raise UserError(
@@ -101,6 +110,31 @@ def check_parts_match(
         raise UserError(
             f"{folder}: the model was trained on the codes of tokenizer {expected[:12]}, but unitok/ holds "
             f"{found[:12]}: replace it with the tokenizer of training."
+        )
+
+
+def _check_image_tokens(
+    model: UniTokForConditionalGeneration, unitok: UniTok, processor: UniTokProcessor, folder: Path
+) -> None:
+    """
+    Raises:
+        UserError: an image does not fit the context, or the processor's number of tokens is not that of the
+            images it makes.
+    """
+    limit = model.config.context_length
+    for name, count in (("config.json", model.config), (CONFIG, processor)):
+        if limit is not None and count.num_image_tokens >= limit:
+            raise UserError(
+                f"{folder / name}: num_image_tokens = {count.num_image_tokens} does not fit the model's "
+                f"context of {limit}."
+            )
+    height, width = processor.image_shape
+    patch, registers = unitok.config.patch_size, unitok.config.num_register_tokens
+    tokens = unitok.quantizer.num_tokens(TokenLayout(height // patch, width // patch, registers))
+    if tokens != processor.num_image_tokens:
+        raise UserError(
+            f"{folder / CONFIG}: num_image_tokens = {processor.num_image_tokens}, but images of {height} x "
+            f"{width} pixels have {tokens} tokens."
         )
 
 

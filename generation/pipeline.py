@@ -13,6 +13,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.folder_checks import loading
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
@@ -56,6 +57,7 @@ class Pipeline:
         backend: str = "auto",
     ):
         self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
+        processor.unitok = self.unitok  # calls of the processor share it
         self.quantization, self.sampling, self.backend = quantization, sampling or Sampling(), backend
         _ = self.chosen_backend  # refuses here what the first image would refuse, and logs the choice
         # every way to generate text reads the ids that end it from here
@@ -105,9 +107,9 @@ class Pipeline:
             model = merge_adapter(model, adapter)
             if quantization:
                 quantize_model(model)
-        unitok = unitok.to(device=device, dtype=dtype)
-        sampling = Sampling.from_folder(folder)
-        return cls(model.to(device), processor, unitok, quantization, sampling, backend)
+        with loading(folder):  # out of GPU memory
+            unitok, model = unitok.to(device=device, dtype=dtype), model.to(device)
+        return cls(model, processor, unitok, quantization, Sampling.from_folder(folder), backend)
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import SAMPLING_FILE
-from open_unitok.core.text_files import read_json
+from open_unitok.tokenizer.folder_checks import loading, read_config
 
 # share of the visual tokens generated so far -> share s of the guidance: scale = 1 + (guidance - 1) * s
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -76,11 +76,12 @@ class Sampling:
         path = Path(folder) / SAMPLING_FILE
         if not path.exists():
             return cls()
-        try:
-            return cls(**read_json(path))
-        except TypeError as error:
-            names = ", ".join(field.name for field in dataclasses.fields(cls))
-            raise UserError(f"{path} must be a mapping with some of {names}.") from error
+        with loading(path):
+            try:
+                return cls(**read_config(folder, SAMPLING_FILE))
+            except TypeError as error:
+                names = ", ".join(field.name for field in dataclasses.fields(cls))
+                raise UserError(f"{path} must be a mapping with some of {names}.") from error
 
     def override(self, settings: Mapping[str, Any]) -> "Sampling":
         """A copy with some settings replaced; None values and unknown keys are ignored."""

@@ -1,6 +1,12 @@
 """The decoder over text tokens and image codes with a visual embedder and a depth head (arXiv 2502.20321)."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+)
 
 from .config import MLLM_SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
@@ -16,6 +22,7 @@ from .visual_embedder import VisualEmbedder
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
 AutoModel.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = [

@@ -77,6 +77,8 @@ class UniTokMLLMConfig(PretrainedConfig):
         boi_token_id, eoi_token_id: begin and end of a generated image.
         pad_token_id: id of padding; only the attention mask determines which positions are padding.
         unitok_fingerprint: of the visual tokenizer whose codes the model was trained on, or None.
+        vocabulary_fingerprint: of the text tokenizer (see `UniTokProcessor`); None in folders of earlier
+            versions.
 
     Raises:
         UserError: a value is not valid or contradicts another one; the message names the field.
@@ -106,6 +108,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     unitok_fingerprint: str | None = None
+    vocabulary_fingerprint: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

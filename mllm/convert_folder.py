@@ -58,6 +58,7 @@ def from_published_folder(
             f"The text tokenizer has <0x00> and <0x01> at {found[0]} and {found[1]}; the model expects "
             f"{expected[0]} and {expected[1]}: use the text tokenizer it was trained with."
         )
+    model.config.vocabulary_fingerprint = processor.vocabulary_fingerprint()
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -7,8 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,12 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_json
-from open_unitok.core.text_files import read_json
+from open_unitok.tokenizer.folder_checks import loading, read_config
 from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import IGNORED, IMAGE_TOKEN_ID
+from .processor_calls import CHAT, ProcessorCalls
 from .prompts import (
     IMAGE_MARK,
     UNCONDITIONAL,
@@ -33,18 +33,18 @@ from .prompts import (
     ids_with_images,
     located_conversation_ids,
 )
+from .text_tokenizer import find_or_add, load_text_tokenizer, vocabulary_fingerprint
 
 if TYPE_CHECKING:
     from PIL import Image
 
 CONFIG = "processor_config.json"
-CHAT = "chat"  # the text tokenizer's own chat template
 # A byte token of LLaMA's vocabulary; tokenizers without it get a new token.
 BOI, EOI = ("<0x00>", "<|boi|>"), ("<0x01>", "<|eoi|>")
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
-class UniTokProcessor:
+class UniTokProcessor(ProcessorCalls):
     """A text tokenizer, a conversation template and image preprocessing; saved in the model's folder.
 
     Args:
@@ -85,7 +85,7 @@ class UniTokProcessor:
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.image_token_id, self.max_prompt = image_token_id, max_prompt
         self.token_layout = token_layout
-        self.boi_token_id, self.eoi_token_id = (_piece(text_tokenizer, names) for names in (BOI, EOI))
+        self.boi_token_id, self.eoi_token_id = (find_or_add(text_tokenizer, names) for names in (BOI, EOI))
         self.bos_token_id: int | None = text_tokenizer.bos_token_id
         if text_tokenizer.eos_token_id is None:
             raise UserError("The text tokenizer has no eos token, which ends an answer.")
@@ -101,7 +101,7 @@ class UniTokProcessor:
         Raises:
             UserError: the path holds no text tokenizer.
         """
-        return cls(_load_tokenizer(path, legacy=options.get("legacy", True)), **options)
+        return cls(load_text_tokenizer(path, legacy=options.get("legacy", True)), **options)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], **changes: Any) -> UniTokProcessor:
@@ -110,22 +110,34 @@ class UniTokProcessor:
         Raises:
             UserError: the folder holds no processor.
         """
-        path: Path | str = Path(folder)
-        if not Path(folder).is_dir():
-            from transformers.utils import cached_file
+        path = Path(folder)
+        if not path.is_dir():
+            from huggingface_hub import snapshot_download
 
-            path = str(cached_file(str(folder), CONFIG))
-        else:
-            path = Path(folder) / CONFIG
-            if not path.exists():
-                raise UserError(f"{folder} has no {CONFIG}: it is not an MLLM folder.")
-        changes = {name: value for name, value in changes.items() if name not in _FROM_AUTO}
-        options = {name: value for name, value in read_json(path).items() if name in _OPTIONS} | changes
-        return cls(_load_tokenizer(folder, legacy=options.get("legacy", True)), **options)
+            # everything but the weights of the decoder: tokenizer, configs, visual tokenizer
+            with loading(path):
+                path = Path(snapshot_download(str(folder), allow_patterns=["*.json", "*.model", "unitok/*"]))
+        if not (path / CONFIG).exists():
+            raise UserError(f"{folder} has no {CONFIG}: it is not an MLLM folder.")
+        changes = {name: value for name, value in changes.items() if name in _OPTIONS}
+        options = {name: value for name, value in read_config(path, CONFIG).items() if name in _OPTIONS}
+        options |= changes
+        _check_options(path / CONFIG, options)
+        text_tokenizer = load_text_tokenizer(path, legacy=options.get("legacy", True))
+        with loading(path / CONFIG):
+            processor = cls(text_tokenizer, **options)
+        if (path / "unitok" / "config.json").exists():
+            processor._unitok_source = path / "unitok"
+        return processor
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the text tokenizer's files and `processor_config.json` into `folder`."""
+    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
+        """Write the text tokenizer and `processor_config.json` into `folder`, and a missing `unitok/`.
+
+        That is the visual tokenizer of the folder that the processor was loaded from.
+        """
         self.text_tokenizer.save_pretrained(folder)
+        if self._unitok_source is not None and not (Path(folder) / "unitok").exists():
+            shutil.copytree(self._unitok_source, Path(folder) / "unitok")
         options = {name: getattr(self, name) for name in _OPTIONS}
         if self.token_layout is None:  # not stored for square images, as in files of earlier versions
             del options["token_layout"]
@@ -244,11 +256,15 @@ class UniTokProcessor:
         target = self._pieces(answer + " ")
         return given + target, [IGNORED] * len(given) + target
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Ids to text; images and special ids are skipped."""
+    def vocabulary_fingerprint(self) -> str:
+        """Hex sha256 of the vocabulary, which the config of an MLLM keeps."""
+        return vocabulary_fingerprint(self.text_tokenizer)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, **_: Any) -> str:
+        """Ids to text; images and, unless wanted, special ids are skipped."""
         skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id}
         kept = [i for i in map(int, ids) if i >= 0 and i not in skipped]
-        return self.text_tokenizer.decode(kept, skip_special_tokens=True)
+        return self.text_tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
 
     def decode_settled(self, ids: Iterable[int]) -> str:
         """The prefix of `decode(ids)` that later ids cannot change.
@@ -342,45 +358,21 @@ class UniTokProcessor:
 _OPTIONS = (
     "image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt", "token_layout",
 )  # fmt: skip
-_FROM_AUTO = ("trust_remote_code", "_from_auto", "revision")  # added by AutoProcessor
 _TOKEN_IDS = (
     "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 
 
-def _piece(text_tokenizer: Any, names: tuple[str, str]) -> int:
-    """The id of the first of `names` in the vocabulary; if there is none, add the last one as a token."""
-    vocabulary = text_tokenizer.get_vocab()
-    for name in names:
-        if name in vocabulary:
-            return vocabulary[name]
-    text_tokenizer.add_tokens([names[-1]], special_tokens=True)
-    return text_tokenizer.convert_tokens_to_ids(names[-1])
-
-
-def _load_tokenizer(path: str | os.PathLike[str], legacy: bool) -> Any:
-    """A tokenizer from a `tokenizer.model` file, a folder or a hub id.
-
-    `legacy` is passed to LLaMA's tokenizer, whose files do not store it.
+def _check_options(path: Path, options: Mapping[str, Any]) -> None:
     """
-    from transformers import AutoTokenizer, LlamaTokenizer
-
-    path = Path(path)
-    llama: dict[str, Any] = {"legacy": legacy, "add_bos_token": True, "pad_token": "<unk>"}
-    if path.is_file():
-        with tempfile.TemporaryDirectory() as folder:  # the loader expects a folder with this file name
-            shutil.copy(path, Path(folder) / "tokenizer.model")
-            return LlamaTokenizer.from_pretrained(folder, **llama)
-    if path.is_dir():
-        described = path / "tokenizer_config.json"
-        if not described.exists() and not (path / "tokenizer.json").exists():
-            if not (path / "tokenizer.model").exists():
-                raise UserError(f"{path} has no text tokenizer: neither tokenizer.json nor tokenizer.model.")
-            return LlamaTokenizer.from_pretrained(path, **llama)
-        # saved folders of LLaMA tokenizers: the options above are not all stored
-        kind = read_json(described).get("tokenizer_class") if described.exists() else None
-        if kind in ("LlamaTokenizer", "LlamaTokenizerFast"):
-            return LlamaTokenizer.from_pretrained(path, **llama)
-    elif path.suffix or path.is_absolute():
-        raise UserError(f"{path} is not a text tokenizer: expected a tokenizer.model, a folder or a hub id.")
-    return AutoTokenizer.from_pretrained(str(path))
+    Raises:
+        UserError: a value of processor_config.json has the wrong type or is out of range.
+    """
+    for name in ("image_size", "num_image_tokens", "max_prompt"):
+        value = options.get(name, 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{path}: {name} = {value!r} must be a whole number >= 1.")
+    if not isinstance(options.get("legacy", True), bool):
+        raise UserError(f"{path}: legacy = {options['legacy']!r} must be true or false.")
+    if not isinstance(options.get("image_token_id", 0), int):
+        raise UserError(f"{path}: image_token_id = {options['image_token_id']!r} must be a whole number.")

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 
+from .images import MAX_PIXELS
 from .token_layout import TokenLayout
 
 PROJECTIONS = ("attention", "linear")
@@ -164,6 +165,11 @@ class UniTokConfig(PretrainedConfig):
 
     def _check_layout(self) -> None:
         """Fill in `token_layout`; raise UserError where it contradicts other fields."""
+        if self.image_size**2 > MAX_PIXELS:
+            raise UserError(
+                f"image_size = {self.image_size}: such images have more than {MAX_PIXELS:,} pixels, the most "
+                "that are read."
+            )
         if self.token_layout is None:
             return
         # Registers may be given in either of the two fields; the stored config has them in both.

@@ -71,7 +71,9 @@ def _reason(error: BaseException, length: int = 300) -> str:
     return f"{name}{text[:length]}" if text else type(error).__name__
 
 
-def read_config(folder: str | os.PathLike[str], name: str = "config.json") -> dict[str, Any]:
+def read_config(
+    folder: str | os.PathLike[str], name: str = "config.json", max_bytes: int = MAX_CONFIG_BYTES
+) -> dict[str, Any]:
     """The JSON object in a file of a model folder.
 
     Raises:
@@ -83,8 +85,8 @@ def read_config(folder: str | os.PathLike[str], name: str = "config.json") -> di
     # a FIFO would block, a device file would not end
     if not path.is_file():
         raise UserError(f"{path} is not a regular file.")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size:,} bytes, too many for a config.")
+    if path.stat().st_size > max_bytes:
+        raise UserError(f"{path} has {path.stat().st_size:,} bytes; at most {max_bytes:,} are read.")
     with loading(path):  # nesting too deep for the JSON reader is a RecursionError
         found = read_json(path)
     if not isinstance(found, dict):

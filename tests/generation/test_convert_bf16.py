@@ -63,7 +63,7 @@ def test_its_settings_are_the_defaults_of_command_line_and_server(rounded, tmp_p
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[1, 2]", "must be a mapping"),
+        ("[1, 2]", "must hold a JSON object"),
         ('{"guidence": 2}', "must be a mapping with some of guidance"),
         ('{"guidance": 0}', "guidance is 0"),
         ("{", "sampling.json"),

@@ -128,6 +128,7 @@ def load_parts(name: str) -> MLLMParts:
 def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write an MLLM folder: weights (from `state` if ZeRO 3 sharded them), processor, and `unitok/`. With
     LoRA only the adapter."""
+    parts.model.config.vocabulary_fingerprint = parts.processor.vocabulary_fingerprint()
     parts.model.save_pretrained(path, state_dict=state)
     # save_pretrained has written only the adapter; the base folder has everything else
     if parts.model._hf_peft_config_loaded:

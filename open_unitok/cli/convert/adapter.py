@@ -31,15 +31,16 @@ def run(args: argparse.Namespace) -> None:
     unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
     model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
     processor = UniTokProcessor.from_pretrained(source)
+    model.config.vocabulary_fingerprint = processor.vocabulary_fingerprint()
     # another pixel decoder is fine, other codes are not
     if args.unitok:
         check_parts_match(model, UniTok.from_pretrained(unitok), processor, unitok)
     # a killed conversion leaves no half-written model
     with atomic_folder(target) as folder:
-        processor.save_pretrained(folder)
         model.save_pretrained(folder)
         if unitok.exists():
             shutil.copytree(unitok, folder / "unitok")
+        processor.save_pretrained(folder)  # after unitok/, which it would copy
         if (source / SAMPLING_FILE).exists():
             shutil.copy(source / SAMPLING_FILE, folder / SAMPLING_FILE)
     print(f"{source} + {args.adapter} -> {target}")

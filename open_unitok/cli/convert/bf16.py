@@ -32,10 +32,11 @@ def run(args: argparse.Namespace) -> None:
     model, unitok = pipe.model.to(torch.bfloat16), pipe.unitok.to(torch.bfloat16)
     # the rounded tokenizer gives slightly different codes, so it has another fingerprint
     model.config.unitok_fingerprint = unitok.fingerprint()
+    model.config.vocabulary_fingerprint = pipe.processor.vocabulary_fingerprint()
     with atomic_folder(target) as folder:
         model.save_pretrained(folder)
-        pipe.processor.save_pretrained(folder)
         unitok.save_pretrained(folder / "unitok")
+        pipe.processor.save_pretrained(folder)  # after unitok/, which it would copy
         # save_pretrained does not write the caption tokenizer
         captions = source / "unitok" / "caption_tokenizer"
         if captions.exists():
