@@ -146,6 +146,16 @@ def test_broken_folders(name, folder, capsys):
     assert not (folder.parent / "code-ran").exists()
 
 
+@pytest.mark.parametrize("name", ["truncated", "1e9 layers", "1e12 words", "NaN", "max_new_tokens", "pickle"])
+def test_broken_folders_with_quantization(name, folder, capsys):
+    """8-bit weights are read tensor by tensor, not by transformers."""
+    spoil, file, reason = BROKEN[name]
+    spoil(folder)
+    command = ["generate", "a", "--model", folder, "--out", folder.parent / "out", "--quantization", "int8"]
+    code, err = run(command, capsys)
+    check_one_line(code, err, file, reason)
+
+
 def test_code_in_a_folder_is_not_run(folder, capsys):
     """auto_map names modules that transformers would import from the folder."""
     (folder / "evil.py").write_text(f"import os; os.system('touch {folder.parent}/code-ran')")

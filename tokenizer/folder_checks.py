@@ -316,9 +316,14 @@ def check_finite(model: nn.Module, source: str | os.PathLike[str] = "") -> None:
         UserError: a weight holds NaN or infinity; the message names the tensor.
     """
     for name, tensor in model.state_dict().items():
-        if tensor.is_meta or not tensor.is_floating_point():
-            continue  # offloaded, or quantised
-        # one pass without a copy: NaN and infinity survive a sum, an overflow is looked at again
-        total = tensor.detach().sum(dtype=torch.float32)
-        if not torch.isfinite(total) and not torch.isfinite(tensor).all():
-            raise UserError(f"{source or 'The model'}: the weight {name} holds NaN or infinity.")
+        check_finite_tensor(name, tensor, source)
+
+
+def check_finite_tensor(name: str, tensor: Tensor, source: str | os.PathLike[str] = "") -> None:
+    """As `check_finite`, for one tensor."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return  # offloaded, or quantised
+    # one pass without a copy: NaN and infinity survive a sum, an overflow is looked at again
+    total = tensor.detach().sum(dtype=torch.float32)
+    if not torch.isfinite(total) and not torch.isfinite(tensor).all():
+        raise UserError(f"{source or 'The model'}: the weight {name} holds NaN or infinity.")

@@ -16,7 +16,8 @@ from transformers import GenerationConfig
 
 from open_unitok.core.text_files import read_json
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig
-from open_unitok.mllm.loading import assign_state
+from open_unitok.mllm.loading import assign_state, check_generation_config
+from open_unitok.tokenizer.folder_checks import check_finite_tensor, check_model_folder
 
 
 class Int8Linear(nn.Module):
@@ -60,6 +61,13 @@ def load_quantized(folder: Path) -> UniTokForConditionalGeneration:
         model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         quantize_model(model)
         return model
+    check_generation_config(folder)
+    check_model_folder(
+        folder,
+        lambda: UniTokForConditionalGeneration(UniTokMLLMConfig.from_pretrained(folder)),
+        check_free=True,
+        itemsize=1,
+    )
     config = UniTokMLLMConfig.from_pretrained(folder)
     config.dtype = torch.float32
     with torch.device("meta"):
@@ -76,6 +84,7 @@ def load_quantized(folder: Path) -> UniTokForConditionalGeneration:
         with safe_open(file, framework="pt", backend="pread") as opened:
             for name in opened.keys():  # noqa: SIM118
                 tensor = opened.get_tensor(name)
+                check_finite_tensor(name, tensor, file)
                 layer = quantized.get(name)
                 if layer is not None and tensor.shape == layer.weight.shape:
                     layer.quantize_(tensor)
