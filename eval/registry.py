@@ -74,6 +74,18 @@ _VQA_MODEL = Option(
     "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
 )
 
+_JUDGE = (
+    Option("judge", "name of the judge model", default="", scoring=True),
+    Option(
+        "judge_url",
+        "OpenAI-compatible endpoint, such as http://localhost:8000/v1",
+        default="",
+        scoring=True,
+    ),
+    Option("judge_replay", "file of replies instead of an endpoint", default="", scoring=True),
+    Option("judge_timeout", "seconds to wait for a reply", float, 60.0, scoring=True, minimum=1e-3),
+)
+
 # --------------------------------------------------------------------------------------------- the benchmarks
 
 _TABLE = (
@@ -186,16 +198,8 @@ _TABLE = (
         options=(
             _LAYOUT,
             *_QUESTIONS,
-            Option("judge", "name of the judge model", default="", scoring=True),
-            Option(
-                "judge_url",
-                "OpenAI-compatible endpoint, such as http://localhost:8000/v1",
-                default="",
-                scoring=True,
-            ),
-            Option("judge_replay", "file of replies instead of an endpoint", default="", scoring=True),
+            *_JUDGE,
             Option("judge_runs", "number of gradings of every answer", int, 1, scoring=True, minimum=1),
-            Option("judge_timeout", "seconds to wait for a reply", float, 60.0, scoring=True, minimum=1e-3),
         ),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -245,7 +249,7 @@ _TABLE = (
         module="understanding.ai2d",
         description="questions with options about diagrams",
         needs="mllm",
-        files=(),
+        files=release_patterns("ai2d"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("lmms",),
         batch_size=1024,
@@ -255,7 +259,7 @@ _TABLE = (
         module="understanding.mmstar",
         description="questions with options that cannot be answered without the image",
         needs="mllm",
-        files=("*MMStar*.tsv",),
+        files=release_patterns("mmstar"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -265,7 +269,7 @@ _TABLE = (
         module="understanding.realworldqa",
         description="questions about photos of daily life, with options or short answers",
         needs="mllm",
-        files=(),
+        files=release_patterns("realworldqa"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("lmms",),
         batch_size=1024,
@@ -275,7 +279,7 @@ _TABLE = (
         module="understanding.mmmu",
         description="college questions of thirty subjects about one or more images",
         needs="mllm",
-        files=("Accounting/validation-*.parquet",),
+        files=release_patterns("mmmu"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=256,
@@ -283,9 +287,9 @@ _TABLE = (
     Benchmark(
         name="chartqa",
         module="understanding.chartqa",
-        description="questions about charts, numbers within 5 %",
+        description="questions about charts; numbers may be off by a twentieth",
         needs="mllm",
-        files=("test/test_human.json", "ChartQA Dataset/test/test_human.json"),
+        files=release_patterns("chartqa"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("relaxed",),
         batch_size=1024,
@@ -295,7 +299,7 @@ _TABLE = (
         module="understanding.ocrbench",
         description="questions about text in images, from single words to forms and formulas",
         needs="mllm",
-        files=("OCRBench.json", "OCRBench/OCRBench.json", "json_files/OCRBench.json"),
+        files=release_patterns("ocrbench"),
         options=(_SPLIT, *_QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
@@ -362,6 +366,15 @@ _TABLE = (
         needs="generator",
         files=release_patterns("imagenet_generation"),
         options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
+    ),
+    Benchmark(
+        name="wise",
+        module="generation.wise",
+        description="WiScore of images whose prompts take world knowledge, by a judge model",
+        needs="generator",
+        files=release_patterns("wise"),
+        options=(*_SAMPLING, _IMAGE_FORMAT, *_JUDGE),
+        scorers=("official", "lmms"),
     ),
     Benchmark(
         name="image_set",

@@ -13,6 +13,7 @@ from .benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_
 from .image_files import Base64Image
 from .parquet import DEFAULT_CONFIGURATION, choose_split, find_splits, holds_parquet, read_parquet
 from .records import cluster_of, mean_metric, mean_metrics_by, sample_record
+from .release_files import describe_contents, find_file
 
 OPTION_LETTERS = "ABCDE"
 
@@ -162,15 +163,13 @@ def _choice_rows(data: Path, settings: Options, layout: ChoiceSet) -> tuple[str,
         else:
             _, name, files = choose_split(data, settings.split, layout.splits)
         return name, read_parquet(files, layout.columns)
-    tables = [data] if data.suffix == ".tsv" else sorted(data.glob(layout.table)) if layout.table else []
-    if len(tables) != 1:
-        also = f" or one {layout.table} of VLMEvalKit" if layout.table else ""
-        there = ", ".join(path.name for path in tables) or "neither"
+    if not layout.table:
         raise UserError(
             f"{data} is no {layout.name}: expected its parquet files as on the hub, such as "
-            f"data/{layout.splits[0]}-00000-of-00001.parquet,{also or ' which are missing'}; found {there}."
+            f"data/{layout.splits[0]}-00000-of-00001.parquet. {describe_contents(data, ())}"
         )
-    return tables[0].stem, _table_rows(tables[0])
+    table = find_file(data, (layout.table,), f"{layout.name} table, or parquet files as on the hub")
+    return table.stem, _table_rows(table)
 
 
 def _subject_files(data: Path, split: str) -> tuple[str, list[Path]]:

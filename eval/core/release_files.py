@@ -29,6 +29,7 @@ MME_TASK_FOLDERS = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
     "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
 )  # fmt: skip
+WISE_FILES = ("cultural_common_sense.json", "spatio-temporal_reasoning.json", "natural_science.json")
 
 
 class Release(NamedTuple):
@@ -57,9 +58,20 @@ RELEASES = {
     "seedbench": Release(("SEED-Bench.json",), ("*seed*.jsonl",), ("seed",)),
     "scienceqa": Release(("problems.json",), ("llava_*CQM-A.json",), ("sqa",)),
     "mmbench": Release(("mmbench*.tsv", "MMBench*.tsv"), (), ("mmbenchen", "mmbenchcn")),
+    "ai2d": Release(()),
+    "mmstar": Release(("*MMStar*.tsv",)),
+    "realworldqa": Release(()),
+    "mmmu": Release(("Accounting/validation-*.parquet",)),
+    "chartqa": Release(
+        tuple(f"{split}_{kind}.json" for split in ("test", "val") for kind in ("human", "augmented")),
+        (),
+        ("chartqadataset",),
+    ),
+    "ocrbench": Release(("OCRBench.json",)),
     "geneval": Release(("evaluation_metadata.jsonl",)),
     "genai_bench": Release(("genai_skills.json",), (), ("genaibench527", "genaibench1600")),
     "dpg_bench": Release(("dpg_bench.csv",), (), ("dpg",)),
+    "wise": Release(WISE_FILES),
     "mjhq": Release(("meta_data.json",), (), ("mjhq30k",)),
     "imagenet_generation": Release(("VIRTUAL_imagenet*.npz",)),
 }

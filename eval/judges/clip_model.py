@@ -11,7 +11,7 @@ from PIL import Image
 
 from open_unitok.core.files import existing
 
-from ..core.model import model_fingerprint
+from ..core.results import model_fingerprint
 from .object_detector import load_pretrained, projected
 
 

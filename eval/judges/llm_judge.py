@@ -1,5 +1,6 @@
 """Language models that grade answers: an OpenAI-compatible endpoint, or replies from a file."""
 
+import base64
 import contextlib
 import hashlib
 import http.client
@@ -29,7 +30,12 @@ class JudgeFailed(Exception):
 
 
 class JudgeCall(NamedTuple):
-    """A request to grade sample `id`; `run` numbers repeated gradings, `attempt` retries within one."""
+    """A request to grade sample `id`; `run` numbers repeated gradings, `attempt` retries within one.
+
+    Attributes:
+        system: the system message, if there is one.
+        image: a PNG or JPEG file shown after the prompt, if there is one.
+    """
 
     id: str
     prompt: str
@@ -37,6 +43,8 @@ class JudgeCall(NamedTuple):
     max_tokens: int
     run: int = 0
     attempt: int = 0
+    system: str = ""
+    image: Path | None = None
 
 
 class Judge(Protocol):
@@ -119,7 +127,7 @@ class EndpointJudge:
         """Send one request."""
         body = {
             "model": self.model, "temperature": call.temperature, "max_tokens": call.max_tokens,
-            "messages": [{"role": "user", "content": call.prompt}],
+            "messages": _messages(call),
         }  # fmt: skip
         headers = {"Content-Type": "application/json"}
         if os.environ.get(KEY_VARIABLE):
@@ -132,6 +140,17 @@ class EndpointJudge:
         if not isinstance(content, str):
             raise ValueError(f"the reply's content is {content!r}")
         return content
+
+
+def _messages(call: JudgeCall) -> list[dict[str, Any]]:
+    """The messages of a call; an image goes along as a data URL."""
+    content: Any = call.prompt
+    if call.image is not None:
+        kind = "png" if call.image.suffix.lower() == ".png" else "jpeg"
+        url = f"data:image/{kind};base64,{base64.b64encode(call.image.read_bytes()).decode()}"
+        content = [{"type": "text", "text": call.prompt}, {"type": "image_url", "image_url": {"url": url}}]
+    system = [{"role": "system", "content": call.system}] if call.system else []
+    return [*system, {"role": "user", "content": content}]
 
 
 def _error_body(error: urllib.error.HTTPError) -> str:
@@ -222,7 +241,9 @@ class CachedJudge:
     def reply(self, call: JudgeCall) -> str:
         """The cached reply, or a new one."""
         # everything that determines a reply; `run` distinguishes repeated gradings
-        parts = (self.model, call.prompt, call.temperature, call.max_tokens, call.run, call.attempt)
+        parts = [self.model, call.prompt, call.temperature, call.max_tokens, call.run, call.attempt]
+        if call.image is not None:
+            parts += [call.system, hashlib.sha256(call.image.read_bytes()).hexdigest()]
         key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         if key not in self.cache:
             text = self.judge.reply(call)

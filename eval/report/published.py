@@ -49,4 +49,13 @@ PUBLISHED_SCORES: dict[str, dict[str, dict[str, float]]] = {
     "mmbench": {
         "circular": {"TokenFlow-XL": 0.768, "UniToken": 0.711, "Janus": 0.694, "Janus-Pro 7B": 0.792}
     },
+    "mmmu": {
+        "accuracy": {
+            "TokenFlow-XL": 0.432, "UniToken": 0.328, "Show-o 512": 0.267, "Emu3": 0.316,
+            "Janus": 0.305, "Janus-Pro 7B": 0.410,
+        }
+    },
+    "mmstar": {"accuracy": {"UniToken": 0.461}},
+    "ai2d": {"accuracy": {"UniToken": 0.687}},
+    "ocrbench": {"score": {"UniToken": 757}},
 }  # fmt: skip

@@ -17,9 +17,9 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.parquet import choose_split, holds_parquet, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, sample_record
+from ..core.release_files import find_file, find_files, image_finder, image_folders, wrong_place
 
 _TOLERANCE = 0.05
 _PROMPTS = {"lmms": "{}\nAnswer the question with a single word."}
@@ -41,7 +41,8 @@ answer = answer_questions
 def load(data: Path, settings: Options) -> Task:
     """One sample per question.
 
-    Layouts: lmms-lab's or HuggingFaceM4's parquet files, or the release, `{split}/{split}_human.json`.
+    Layouts: lmms-lab's or HuggingFaceM4's parquet files, or the release, `{split}_human.json`,
+    `{split}_augmented.json` and `png/`.
     """
     template = choose_prompt_template(settings, "lmms", more=tuple(_PROMPTS))
     split, entries = _read_parquet(data, settings) if holds_parquet(data) else _read_release(data, settings)
@@ -73,20 +74,18 @@ def _read_release(data: Path, settings: Options) -> tuple[str, list[tuple[Any, s
     split = settings.split or "test"
     if split not in _SPLITS:
         raise UserError(f"split is {split!r}; allowed: {', '.join(_SPLITS)}.")
-    roots = (data, data / "ChartQA Dataset", data / "ChartQA")
-    folder = next((root / split for root in roots if (root / split).is_dir()), None)
-    files = [folder / f"{split}_{kind}.json" for kind in ("human", "augmented")] if folder else []
-    if folder is None or not any(file.exists() for file in files):
-        raise UserError(
-            f"{data} is no ChartQA: expected {split}/{split}_human.json and {split}/{split}_augmented.json "
-            f"with {split}/png/ here or in `ChartQA Dataset/`, or parquet files (lmms-lab/ChartQA)."
-        )
+    names = tuple(f"{split}_{kind}.json" for kind in ("human", "augmented"))
+    found = {name: find_files(data, (name,)) for name in names}
+    if not any(found.values()):
+        raise wrong_place(data, names)
     entries: list[tuple[Any, str, str, Any]] = []
-    for file in files:
+    for name in names:
+        file = find_file(data, (name,), "ChartQA question file")
+        image_of = image_finder(image_folders(data, file, ("png",)))
         for i, row in enumerate(read_json_as(list, file)):
-            name = row.get("imgname") if isinstance(row, dict) else None
-            image = image_path([folder / "png"], name) if isinstance(name, str) and name else None
-            entries.append((row, f"{file}, entry {i}", file.stem.removeprefix(f"{split}_"), image))
+            image = row.get("imgname") if isinstance(row, dict) else None
+            path = image_of(image) if isinstance(image, str) and image else None
+            entries.append((row, f"{file}, entry {i}", name.split("_")[1].removesuffix(".json"), path))
     return split, entries
 
 

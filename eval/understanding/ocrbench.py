@@ -3,7 +3,7 @@
 Scorers: `official` (default); `lmms` also takes full-width letters and digits for their ASCII forms.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +18,10 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.image_files import image_path
 from ..core.parquet import choose_split, holds_parquet, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, sample_record
-from ..core.release_files import find_file
+from ..core.release_files import RELEASES, find_file, image_finder, image_folders
 
-_FILES = ("OCRBench.json", "OCRBench/OCRBench.json", "json_files/OCRBench.json")
 _FORMULAS = "HME100k"  # compared with case and without blanks
 # six types form the group "Text Recognition"; the other four are groups of their own
 _RECOGNITION = (
@@ -57,10 +55,10 @@ def load(data: Path, settings: Options) -> Task:
             (row, row["#"]) for row in read_parquet(split.files, ("dataset", "question", "answer", "image"))
         ]
     else:
-        path = find_file(data, _FILES, "OCRBench annotation file")
-        folders = [path.parent / "OCRBench_Images", data / "OCRBench_Images", data / "images", data]
+        path = find_file(data, RELEASES["ocrbench"].original, "OCRBench annotation file")
+        image_of = image_finder(image_folders(data, path, ("OCRBench_Images", "images")))
         rows = [
-            (_with_image(row, folders), f"{path}, entry {i}")
+            (_with_image(row, image_of), f"{path}, entry {i}")
             for i, row in enumerate(read_json_as(list, path))
         ]
     samples, questions = [], []
@@ -80,10 +78,10 @@ def load(data: Path, settings: Options) -> Task:
     return Task(require_mostly_valid(samples, data), questions, metadata)
 
 
-def _with_image(row: Any, folders: Sequence[Path]) -> Any:
+def _with_image(row: Any, image_of: Callable[[str], Path]) -> Any:
     """A row of the release with the path of its image under "image", as in the parquet file."""
     name = row.get("image_path") if isinstance(row, dict) else None
-    return row | {"image": image_path(folders, name)} if isinstance(name, str) and name else row
+    return row | {"image": image_of(name)} if isinstance(name, str) and name else row
 
 
 def _read_question(row: Any, where: str) -> OcrQuestion:
