@@ -1,6 +1,7 @@
 """The stages of training, and the config of a run."""
 
 import importlib
+from pathlib import Path
 
 from open_unitok.core.errors import UserError, did_you_mean
 
@@ -27,4 +28,19 @@ def load_run_config(path: str, overrides: list[str]) -> RunConfig:
         raise UserError(f"{path}: stage is {stage!r}.{hint}")
     module, name, _ = TRAINING_STAGES[stage]
     cls = getattr(importlib.import_module(f"{__package__}.{module}"), name)
-    return configs.build_config(cls, raw)
+    config = configs.build_config(cls, raw)
+    if (Path(path).parent / "run.json").exists():
+        _refuse_commands(config, path, overrides)
+    return config
+
+
+def _refuse_commands(config: RunConfig, path: str, overrides: list[str]) -> None:
+    """Raises UserError if a run directory's config.yaml, which may be somebody else's, names a command."""
+    sources = getattr(getattr(config, "data", None), "sources", [])
+    paths = [p for s in sources for p in ([s.path] if isinstance(s.path, str) else s.path)]
+    for command in (p for p in paths if p.startswith("pipe:")):
+        if not any(command in override for override in overrides):
+            raise UserError(
+                f"{path} belongs to a run directory and names the command {command!r} as data: start from "
+                "your own YAML, or write data.sources on the command line."
+            )

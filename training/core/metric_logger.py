@@ -66,8 +66,8 @@ class MetricLogger:
         if distributed.is_main():
             path = self.run_dir.path / "metrics.jsonl"
             if path.exists():
-                lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-                write_atomic(path, "".join(line for line in lines if _step_of(line) <= step))
+                lines = path.read_bytes().split(b"\n")
+                write_atomic(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
         self._bar = tqdm(
             total=self._total,
             initial=step,
@@ -205,11 +205,11 @@ class MetricLogger:
                 self._writer().add_scalar(name, value, record["step"])
 
 
-def _step_of(line: str) -> float:
-    """The step of a record; infinity for a line that a kill cut off, so that it is dropped."""
+def _step_of(line: bytes) -> float:
+    """The step of a record; infinity for a line that is none, such as one that a kill cut off."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf
 
 

@@ -12,14 +12,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from open_unitok.core.distributed import is_main
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, write_atomic, write_json
 from open_unitok.core.text_files import read_json
 
-from .config import CHANGEABLE_IN_STAGE, CHANGEABLE_KEYS, build_config, config_differences, to_dict, to_yaml
+from .config import (
+    CHANGEABLE_IN_STAGE,
+    CHANGEABLE_KEYS,
+    build_config,
+    config_differences,
+    read_yaml,
+    to_dict,
+    to_yaml,
+)
 from .options import RunConfig
 
 # Packages whose version can change a result.
@@ -77,6 +83,8 @@ class RunDir:
                     f"resume it, or another `out` for a new run ({remedy})."
                 )
         facts = read_json(path / "run.json") if begun and (path / "run.json").exists() else {}
+        if not isinstance(facts, dict) or not isinstance(facts.get("facts", {}), dict):
+            raise UserError(f"{path / 'run.json'} is not the description of a run: restore or delete it.")
         run_dir = cls(path, facts)
         if not run_dir.finished and is_main():
             if not begun:
@@ -85,7 +93,7 @@ class RunDir:
                 run_dir._created = [old, path / "run.json", *folders]
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(old, to_yaml(config))
-            earlier = {"facts": facts.get("facts", {}), "calls": [*facts.get("calls", []), _now()]}
+            earlier = {"facts": facts.get("facts", {}), "calls": [*_list(facts.get("calls")), _now()]}
             run_dir._facts = _environment() | earlier
             write_json(path / "run.json", run_dir._facts)
         return run_dir
@@ -128,7 +136,7 @@ class RunDir:
 
 def _resolved(file: Path, config: RunConfig) -> dict[str, Any]:
     """The config of an earlier call; keys that it does not have yet get their defaults."""
-    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    old = read_yaml(file)
     with contextlib.suppress(UserError):  # an older version's keys or values, invalid now
         return to_dict(build_config(type(config), old))
     return old
@@ -172,3 +180,7 @@ def git_hash() -> str | None:
         )
         return commit + ("+" if changed else "")
     return None
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

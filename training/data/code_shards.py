@@ -25,7 +25,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
-from .records import hashed_image_key, image_key, image_name
+from .records import check_facts, hashed_image_key, image_key, image_name
 from .tar_index import BadSample, TarSample, scan_tar
 
 CODES_MANIFEST = "codes.json"
@@ -230,4 +230,25 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path} is not the manifest of a code folder (format {CODES_FORMAT!r}); missing keys: "
             f"{', '.join(missing) or 'none'}."
         )
+    _check_manifest(path, manifest)
     return manifest
+
+
+def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises UserError if a value has another type than extraction writes."""
+    remedy = "run `unitok extract-codes` again"
+    sizes = dict.fromkeys(("num_codebooks", "codebook_size", "num_tokens"), int)
+    others = {"mode": str, "oblong": int, "samples": int, "images": int, "notes": dict, "image_roots": list}
+    given = {name: kind for name, kind in others.items() if name in manifest}
+    check_facts(path, manifest, {"tokenizer": str, **sizes, "shards": list, **given}, remedy)
+    for name in sizes:
+        if manifest[name] < 1:
+            raise UserError(f"{path} is damaged: {name} is {manifest[name]}; {remedy}.")
+    for shard in manifest["shards"]:
+        kinds = {"file": str, "samples": int, "sha256": str}
+        check_facts(path, shard, kinds, remedy)
+        # tars lie in the folder: no path, command or URL
+        if Path(shard["file"]).name != shard["file"] or ":" in shard["file"] or shard["samples"] < 0:
+            raise UserError(f"{path} is damaged: {str(shard)[:80]} is not a tar of its folder; {remedy}.")
+    if not all(isinstance(root, str) for root in manifest.get("image_roots", [])):
+        raise UserError(f"{path} is damaged: image_roots are not texts; {remedy}.")

@@ -28,6 +28,7 @@ from open_unitok.tokenizer.images import PILLOW_ERRORS, is_plain, load_image, op
 
 from .captions import CAPTION_CHOICES
 from .formats import SOURCE_FORMATS, Source, SourceSample
+from .records import check_facts
 from .tar_files import tar_writer, write_sample
 from .tar_index import LOGGED_BAD_SAMPLES, BadSample
 
@@ -125,8 +126,11 @@ def convert_dataset(
 def _open_state(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """The state of the same conversion in `out`; raises UserError if `out` has other contents."""
     if (out / _STATE_FILE).exists():
+        found = check_facts(out / _STATE_FILE, read_json(out / _STATE_FILE), {"kind": str}, "delete it")
         # conversions from before choices of captions do not store one
-        found = {"captions": "all", **read_json(out / _STATE_FILE)}
+        found = {"captions": "all", **found}
+        if "counts" in found:
+            _checked_counts(out / _STATE_FILE, found["counts"])
         differing = [name for name, value in wanted.items() if found.get(name) != value]
         if not differing:
             return found
@@ -162,12 +166,18 @@ def _listing_hash(path: Path) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
 
 
+def _checked_counts(path: Path, counts: Any) -> dict[str, int]:
+    """The counts that a conversion wrote."""
+    known = dict.fromkeys(counts, int) if isinstance(counts, dict) else {}
+    return check_facts(path, counts, known, "delete the folder and convert again")
+
+
 def _convert_tar(out: Path, number: int, group: list[SourceSample], size: int | None) -> dict[str, int]:
     """Write one tar, unless it is complete; returns its counts."""
     path = out / f"part-{number:06d}.tar"
     description = path.with_suffix(".json")
     if description.exists():
-        return read_json(description)
+        return _checked_counts(description, read_json(description))
     counts: Counter[str] = Counter()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -38,7 +38,7 @@ from open_unitok.tokenizer.images import load_image, to_pixels
 from .captions import with_captions
 from .code_shards import CODES_FORMAT, CODES_MANIFEST
 from .convert import conversion_root
-from .records import unused_key
+from .records import check_facts, unused_key
 from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
 from .tar_index import (
     MIN_SEEN_FOR_BAD_SHARE,
@@ -71,6 +71,7 @@ class LoadedSample(NamedTuple):
     """A sample with its images: mostly one, several in conversations and documents, or none."""
 
     key: str
+    file: str  # name of the first image
     images: list[torch.Tensor]  # each (3, H, W)
     info: dict[str, Any]
     transparent: int  # images that were composited on a background
@@ -123,7 +124,8 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
     path = (out / _tar_name(number)).with_suffix(".json")
     if not (path.exists() and path.with_suffix(".tar").exists()):
         return None
-    facts = read_json(path)
+    kinds = {"samples": int, "broken": int, "checked": int, "error": int | float, "sha256": str}
+    facts = check_facts(path, read_json(path), kinds, "delete it and run the same command again")
     expected = _origin(tar, options)
     # descriptions from before token layouts and choices of captions do not have one
     facts = {"layout": options.layout, "captions": "all", **facts}
@@ -169,7 +171,7 @@ def _extract_tar(
             codes = iter(_encode(unitok, pixels, options.batch_size))
             for sample in batch:
                 # without dots, which end a key
-                key = unused_key(sample.key.replace(".", "_"), sample.key, keys)
+                key = unused_key(sample.key.replace(".", "_"), sample.file, keys)
                 members = _code_members(sample, [next(codes) for _ in sample.images], unitok)
                 write_sample(writer, key, members)
             # kept to verify the written tar
@@ -263,7 +265,7 @@ def _load(record: TarSample, shape: tuple[int, int], options: ExtractOptions) ->
     if len(images) == 1:
         info.setdefault("file", record.file)  # the name by which conversations look it up
     pixels = [to_pixels(image, shape, options.mode) for image in images]
-    return LoadedSample(record.key, pixels, info, transparent, reshaped)
+    return LoadedSample(record.key, record.file or record.key, pixels, info, transparent, reshaped)
 
 
 def _code_members(sample: LoadedSample, codes: list[np.ndarray], unitok: UniTok) -> dict[str, bytes]:
@@ -315,7 +317,7 @@ def _write_manifest(
     """codes.json, from the descriptions of all tars."""
     notes: Counter[str] = Counter()
     for fact in facts:
-        notes.update(fact.get("notes", {}))
+        notes.update(fact.get("notes") or {})
     checked = sum(fact["checked"] for fact in facts)
     if not checked:
         raise UserError(f"{out}: no sample of --data has an image; plain text needs no codes.")

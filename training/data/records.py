@@ -54,6 +54,24 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def check_facts(path: Path, facts: Any, kinds: dict[str, Any], remedy: str) -> dict[str, Any]:
+    """A mapping in a .json that one of our commands wrote, whose values must have the types of `kinds`.
+
+    Raises:
+        UserError: they do not; `remedy` ends the message.
+    """
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged: it holds {str(facts)[:60]!r}, expected a mapping; {remedy}.")
+    for key, kind in kinds.items():
+        value = facts.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            expected = getattr(kind, "__name__", "a number")
+            raise UserError(
+                f"{path} is damaged: {key} is {str(value)[:60]!r}, expected {expected}; {remedy}."
+            )
+    return facts
+
+
 # ---- names of images ---------------------------------------------------------------------------------------
 
 
@@ -79,7 +97,7 @@ def file_of_image(folder: Path, name: str) -> Path:
     """The file of an image in a folder, whether it exists or not.
 
     Raises:
-        BadSample: the name leads out of the folder.
+        BadSample: the name leads out of the folder, or to a device, a FIFO or a folder.
     """
     # a root is where the folder seems to lie, or, behind links, does
     relative = image_name(name, (os.path.abspath(folder), os.path.realpath(folder)))
@@ -87,7 +105,10 @@ def file_of_image(folder: Path, name: str) -> Path:
         raise BadSample(f"names the image {name}, which is not below {folder} (--images)")
     forms = [folder / unicodedata.normalize(form, relative) for form in ("NFC", "NFD")]
     exact = folder / posixpath.normpath(name.lstrip("/"))
-    return next((path for path in (exact, *forms) if os.path.lexists(path)), forms[0])
+    path = next((path for path in (exact, *forms) if os.path.lexists(path)), forms[0])
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise BadSample(f"names the image {name}, which is not a file: {path}")
+    return path
 
 
 def image_key(name: str) -> str:
@@ -111,7 +132,7 @@ def hashed_image_key(name: str) -> str:
 def unused_key(key: str, name: str, used: set[str]) -> str:
     """`key`, or one with a hash of the name if another sample has it; it is added to `used`."""
     if key in used:
-        key = f"{key}-{_hash(name)}"
+        key = hashed_image_key(name)
     numbers = (f"-{number}" for number in itertools.count(2))
     key = next(candidate for end in itertools.chain([""], numbers) if (candidate := key + end) not in used)
     used.add(key)
