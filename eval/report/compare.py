@@ -1,5 +1,6 @@
 """Comparison of two runs of a benchmark: a paired bootstrap over images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json, read_json_lines
 
+from ..core.annotations import require_key
 from ..core.benchmark import Record
 from ..core.bootstrap import STATISTICS, Difference, MainStatistic, paired_bootstrap
 
@@ -26,17 +28,25 @@ def result_folders(path: str | Path) -> dict[str, Path]:
     """Benchmark -> folder of its results, from the output folder of one benchmark or of several.
 
     Raises:
-        UserError: the folder contains no scored run.
+        UserError: the folder contains no scored run, or two of one benchmark.
     """
     path = existing(path)
     folders = [path] if (path / "results.json").exists() else [p.parent for p in path.glob("*/results.json")]
     if not folders:
         raise UserError(f"{path} holds no results.json: run `unitok eval run` or `unitok eval score` first.")
-    return {read_json(folder / "results.json")["benchmark"]: folder for folder in sorted(folders)}
+    found: dict[str, Path] = {}
+    for folder in sorted(folders):
+        name = str(require_key(read_json(folder / "results.json"), "benchmark", folder / "results.json"))
+        if name in found:
+            raise UserError(f"{found[name]} and {folder} are both runs of {name}: give one of them.")
+        found[name] = folder
+    return found
 
 
 def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
     """The main metric of both runs and the mean scores per group, with their differences.
+
+    Samples are matched by id and question: two layouts of a benchmark may have them in another order.
 
     Raises:
         UserError: the runs differ in benchmark, split, scorer or samples, or have no score per sample.
@@ -47,18 +57,21 @@ def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
         first, second = (result.get(key) for result in results)
         if first != second:
             raise UserError(f"{a} and {b} cannot be compared: {key} is {first!r} and {second!r}.")
-    name = results[0]["statistic"]
+    name = str(results[0].get("statistic"))
     records = [_main_records(Path(folder) / "scores.jsonl", name) for folder in (a, b)]
-    if [_sample_key(record) for record in records[0]] != [_sample_key(record) for record in records[1]]:
-        raise UserError(f"{a} and {b} cannot be compared: their samples differ.")
+    try:
+        records[1] = _in_order_of(records[0], records[1])
+    except UserError as error:
+        raise UserError(f"{a} and {b} cannot be compared: {error}") from error
     statistic, main = STATISTICS[name], results[0]["metric"]
     lines = [_compare_records(main, records, statistic, results[0]["metrics"][main]["unit"])]
     if any(abs(v - r["value"]) > 1e-6 for v, r in zip((lines[0].a, lines[0].b), results)):
         # the main metric is not a statistic of the records, e.g. FID: compare the scores per sample instead
         lines = [lines[0]._replace(name="score per sample", unit="points")]
-    groups = list(dict.fromkeys(record.get("group") or "" for record in records[0]))
+    named = [record.get("group") or "" for record in records[0]]
+    groups = list(dict.fromkeys(named))
     for group in groups if len(groups) > 1 else ():
-        chosen = [[r for r in side if (r.get("group") or "") == group] for side in records]
+        chosen = [[r for r, own in zip(side, named) if own == group] for side in records]
         unit = "fraction" if statistic.unit == "points" else statistic.unit
         lines.append(_compare_records(f"  {group}", chosen, STATISTICS["mean"], unit))
     return lines
@@ -79,10 +92,33 @@ def _main_records(path: Path, statistic: str) -> list[Record]:
     return records
 
 
-def _sample_key(record: Record) -> tuple[Any, ...]:
+def _in_order_of(first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
+    """The second records in the order of the first.
+
+    Raises:
+        UserError: the samples of the two differ.
+    """
+    # ids repeat (MME, SEED-Bench): with question and truth they tell samples apart
+    left: dict[Any, list[Record]] = {}
+    for record in second:
+        left.setdefault(_sample_key(record), []).append(record)
+    matched = [left[key].pop(0) if left.get(key := _sample_key(record)) else None for record in first]
+    common = sum(record is not None for record in matched)
+    if not common == len(first) == len(second):
+        raise UserError(
+            f"their samples differ: {len(first)} and {len(second)}, of which {common} have the same id, "
+            "question and truth."
+        )
+    return [record for record in matched if record is not None]
+
+
+def _sample_key(record: Record) -> tuple[str, str, str]:
     """Equal for two records of the same sample."""
-    truth = record.get("truth") if "question" in record else None
-    return record["index"], record.get("id"), record.get("question"), truth
+    name = str(record.get("id", record["index"]))
+    if "question" not in record:  # a generated image
+        return name, "", ""
+    question = " ".join(str(record["question"]).casefold().split())
+    return name, question, str(record.get("truth"))
 
 
 def _compare_records(

@@ -21,7 +21,15 @@ def run(args: argparse.Namespace) -> None:
     shared = [name for name in a if name in b]
     if not shared:
         raise UserError(f"{args.a} has {', '.join(a)}, {args.b} has {', '.join(b)}: no benchmark in common.")
+    failed = []
     for name in shared:
-        print(comparison_table(name, compare(a[name], b[name])))
+        # one benchmark that cannot be compared does not hide the others
+        try:
+            print(comparison_table(name, compare(a[name], b[name])))
+        except UserError as error:
+            failed.append(name)
+            print(f"{name}: {error}")
     for name in sorted(set(a) ^ set(b)):
-        print(f"{name}: only one of the runs has it")
+        print(f"{name}: only {args.a if name in a else args.b} has it")
+    if len(failed) == len(shared):
+        raise UserError(f"{args.a} and {args.b}: nothing could be compared; see above.")

@@ -12,7 +12,7 @@ import pytest
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.bootstrap import f1_statistic, mean_columns, paired_bootstrap
-from open_unitok.eval.report.compare import compare
+from open_unitok.eval.report.compare import compare, result_folders
 
 from ..conftest import run_named
 
@@ -118,6 +118,49 @@ def test_runs_that_differ_in_more_than_the_model_are_refused(runs, tmp_path):
         compare(runs / "a" / "vqav2", tmp_path / "p")
     with pytest.raises(SystemExit):
         main(["eval", "compare", str(tmp_path), str(tmp_path / "nowhere")])
+
+
+def test_samples_are_matched_by_id_where_the_orders_differ(tmp_path):
+    data = tmp_path / "pope"
+    replies, _ = releases.pope(data, True)
+    path = data / "llava_pope_test.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    worse = replies | {"Is there popular thing 0 in the image?": "no"}
+    for layout, script in (("original", replies), ("llava", worse)):
+        run_named("pope", Scripted(script), data, tmp_path / layout, {"layout": layout}, quiet=True)
+    lines = compare(tmp_path / "original", tmp_path / "llava")
+    results = [json.loads((tmp_path / x / "results.json").read_text()) for x in ("original", "llava")]
+    assert [lines[0].a, lines[0].b] == pytest.approx([r["value"] for r in results])
+    # of one category, although the orders differ
+    assert {line.name.strip(): round(line.difference.value, 6) for line in lines[1:]} == {
+        "random": 0.0, "popular": -0.2, "adversarial": 0.0,
+    }  # fmt: skip
+    same = compare(tmp_path / "original", tmp_path / "original")
+    assert all(line.difference.value == 0 for line in same)
+
+
+def test_one_that_cannot_be_compared_does_not_hide_the_others(tmp_path, capsys):
+    scripts = {
+        name: releases.BUILDERS[name](tmp_path / "data" / name, False)[0]
+        for name in ("pope", "vizwiz", "gqa")
+    }
+    for label, options in (("a", {}), ("b", {"pope": {"scorer": "strict"}, "gqa": {"limit": 3}})):
+        for name in scripts:
+            model, out = Scripted(scripts[name]), tmp_path / label / name
+            run_named(name, model, tmp_path / "data", out, options.get(name), quiet=True)
+    main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    out = capsys.readouterr().out
+    assert "cannot be compared: scorer is 'official' and 'strict'" in out
+    assert "their samples differ: 4 and 3, of which 3 have the same id" in out
+    assert "vizwiz: " in out and "+0.00" in out
+    shutil.rmtree(tmp_path / "b" / "vizwiz")
+    with pytest.raises(SystemExit):
+        main(["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b")])
+    found = capsys.readouterr()
+    assert "nothing could be compared" in found.err and f"vizwiz: only {tmp_path / 'a'} has it" in found.out
+    shutil.copytree(tmp_path / "a" / "pope", tmp_path / "a" / "pope again")
+    with pytest.raises(UserError, match="are both runs of pope: give one of them"):
+        result_folders(tmp_path / "a")
 
 
 def test_the_page_shows_numbers_bars_and_samples_and_loads_nothing(runs, tmp_path, capsys):
