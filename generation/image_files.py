@@ -72,10 +72,13 @@ def image_size(data: bytes) -> tuple[int, int]:
     return header_size(data, UPLOAD_FORMATS)
 
 
-def open_image(data: bytes, max_side: int) -> Image.Image:
+def open_image(data: bytes, max_side: int, needed: tuple[int, int] | None = None) -> Image.Image:
     """Open an untrusted image as RGB; the size in its header is checked before decoding.
+
+    Args:
+        needed: (H, W) as in `load_image`.
 
     Raises:
         UserError: the data is not an image, is corrupt, or is too large.
     """
-    return load_image(data, formats=UPLOAD_FORMATS, max_side=max_side)
+    return load_image(data, needed=needed, formats=UPLOAD_FORMATS, max_side=max_side)

@@ -276,7 +276,7 @@ class Pipeline:
         if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows < layout.rows:
             raise UserError(f"rows is {rows!r}; it must be a whole number from 1 to {layout.rows - 1}.")
         shape = (layout.rows * config.patch_size, layout.columns * config.patch_size)
-        pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in images])
+        pixels = torch.stack([to_pixels(load_image(image, needed=shape), shape) for image in images])
         return self.unitok.encode(pixels.to(self.unitok.device))[:, : layout.tokens_of_rows(rows)]
 
     # ---- images and questions -> text ----
@@ -407,7 +407,7 @@ class Pipeline:
         """Codes (I, N, K) of input images of questions: padded to the aspect ratio, then scaled."""
         parts = []
         for batch in split_batches(images, batch_size):
-            pixels = torch.stack([self.processor.pixels(load_image(image)) for image in batch])
+            pixels = torch.stack([self.processor.pixels(image) for image in batch])
             parts.append(self.unitok.encode(pixels.to(self.unitok.device)))
         return torch.cat(parts) if parts else self._no_codes()
 

@@ -29,7 +29,7 @@ def iter_reconstructions(
     check_whole("batch_size", batch_size)
     grid = (shape[0] // unitok.config.patch_size, shape[1] // unitok.config.patch_size)
     for batch in split_batches(images, batch_size):
-        pixels = torch.stack([to_pixels(load_image(image), shape, mode="crop") for image in batch])
+        pixels = torch.stack([to_pixels(load_image(image, needed=shape), shape) for image in batch])
         decoded = unitok.decode(unitok.encode(pixels.to(unitok.device)), grid).float().cpu()
         yield from ((to_pil(original), to_pil(image)) for original, image in zip(pixels, decoded))
 

@@ -297,7 +297,7 @@ class UniTokProcessor(ProcessorCalls):
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
         """An input image -> (3, H, W) in [-1, 1], padded to the aspect ratio with the published colour."""
-        return to_pixels(load_image(image), self.image_shape, mode="pad")
+        return to_pixels(load_image(image, needed=self.image_shape), self.image_shape, mode="pad")
 
     @property
     def image_shape(self) -> tuple[int, int]:

@@ -89,7 +89,8 @@ class ImageLoader:
                 raise Cancelled
             # Scale now: full-size images in the queue would need much memory. Preprocessing on the model's
             # thread is then the identity.
-            images.append(to_pil(self.processor.pixels(open_image(content, self.max_side))))
+            image = open_image(content, self.max_side, self.processor.image_shape)
+            images.append(to_pil(self.processor.pixels(image)))
         return images
 
     def _read_url(self, url: str) -> bytes:

@@ -259,7 +259,7 @@ def _load(record: TarSample, shape: tuple[int, int], options: ExtractOptions) ->
     members, info = image_members(record)
     info = with_captions(record, info, options.captions)
     height, width = shape
-    images = [load_image(record.read(member), needed=(width, height)) for member in members]
+    images = [load_image(record.read(member), needed=shape) for member in members]
     transparent = sum(WAS_TRANSPARENT in image.info for image in images)
     reshaped = sum(image.width * height != image.height * width for image in images)
     if len(images) == 1:

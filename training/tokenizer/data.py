@@ -79,7 +79,7 @@ class PairDecoder:
         return Pair(pixels, self._caption(record, rng) if self.captions else "")
 
     def _needed(self) -> tuple[int, int]:
-        """(width, height) from which on no random crop is smaller than a training image."""
+        """(H, W) from which on no random crop is smaller than a training image."""
         area, (low, high) = self.options.crop_scale[0], self.options.crop_ratio
         aspect = self.width / self.height
         # in a square of side s, crops are s * sqrt(area * aspect) wide and s * sqrt(area / aspect) high
