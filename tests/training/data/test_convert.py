@@ -1,6 +1,7 @@
 """Conversion to tars: every source format exactly, resume, errors on bad input."""
 
 import csv
+import io
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.images import load_image
 from open_unitok.training.data import convert as data_convert
 from open_unitok.training.data.convert import convert_dataset
 from open_unitok.training.data.tar_index import scan_tar
@@ -186,3 +188,49 @@ def test_error_messages(image_folder, tmp_path):
             convert_dataset(*arguments)
     with pytest.raises(UserError, match="--column is x"):
         convert_dataset("folder", tmp_path / "n.csv", tmp_path / "z", column="x")
+
+
+@pytest.mark.parametrize("kind, ending", [("JPEG", "jpg"), ("PNG", "png")])
+def test_size_scales_the_shorter_side_down(tmp_path, kind, ending):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    sizes = {"wide": (400, 100), "tall": (30, 90), "small": (20, 40), "thin": (3, 900), "exact": (32, 32)}
+    for name, size in sizes.items():
+        Image.effect_noise((8, 8), 60).resize(size).convert("RGB").save(folder / f"{name}.{ending}", kind)
+    convert_dataset("folder", folder, tmp_path / "out", size=32, quiet=True)
+    wanted = {**sizes, "wide": (128, 32)}
+    for record in scan_tar(str(tmp_path / "out" / "part-000000.tar")).samples:
+        data = record.read(ending)
+        assert load_image(data).size == wanted[record.key]
+        if record.key != "wide":  # not larger: byte for byte
+            assert data == (folder / f"{record.key}.{ending}").read_bytes()
+    with pytest.raises(UserError, match=r"converted before \(other size\)"):
+        convert_dataset("folder", folder, tmp_path / "out", size=16, quiet=True)
+    with pytest.raises(UserError, match="--size is 0"):
+        convert_dataset("folder", folder, tmp_path / "other", size=0, quiet=True)
+
+
+def test_size_turns_first(tmp_path):
+    """The shorter side of the upright image, which is stored lying."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (1000, 2000)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    convert_dataset("folder", tmp_path / "images", tmp_path / "out", size=64, quiet=True)
+    [record] = scan_tar(str(tmp_path / "out" / "part-000000.tar")).samples
+    with Image.open(io.BytesIO(record.read("jpg"))) as image:
+        assert image.size == (128, 64) and image.getexif().get(0x0112, 1) == 1
+
+
+def test_cut_images_are_skipped_and_named(tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for kind in ("JPEG", "PNG", "WEBP"):
+        buffer = io.BytesIO()
+        Image.effect_noise((64, 64), 60).convert("RGB").save(buffer, kind)
+        (folder / f"cut_{kind}.{kind.lower()}").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        (folder / f"whole_{kind}.{kind.lower()}").write_bytes(buffer.getvalue())
+    counts = convert_dataset("folder", folder, tmp_path / "out", max_bad_share=0.6, quiet=True)
+    assert counts["samples"] == 3 and counts["skipped"] == 3
+    errors = capsys.readouterr().err
+    assert all(f"skipped cut_{kind}" in errors for kind in ("JPEG", "PNG", "WEBP"))
