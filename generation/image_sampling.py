@@ -5,7 +5,8 @@ B images, R rows of the batch (B, or 2B under guidance: conditional rows, then u
 tokens per image, K sub-codebooks, V entries per sub-codebook, L prompt length, D decoder width.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
+from open_unitok.mllm.loading import check_logits
 
 from .backends import BACKENDS, Backend, choose_backend
 from .sampling import GumbelNoise, Sampling, apply_guidance, sample_code
@@ -88,7 +90,8 @@ def iter_image_codes(
         return iter([codes])
     # conditional rows first: `apply_guidance` splits the logits into halves
     rows = [*prompt_ids, *unconditional]
-    return _iter_codes(BACKENDS[chosen](model), rows, sampling, noise, codes, num_given)
+    check = functools.partial(check_logits, model=model)
+    return _iter_codes(BACKENDS[chosen](model), rows, sampling, noise, codes, num_given, check)
 
 
 @torch.no_grad()
@@ -99,8 +102,9 @@ def _iter_codes(
     noise: GumbelNoise | None,
     codes: Tensor,
     num_given: int,
+    check: Callable[[Tensor], None],
 ) -> Iterator[Tensor]:
-    """Fill `codes` (B, N, K) from visual token `num_given` on."""
+    """Fill `codes` (B, N, K) from visual token `num_given` on; `check` takes the logits of the first one."""
     # tensors on the device: a CUDA graph would capture Python numbers as constants
     guidances = torch.tensor(sampling.guidances(codes.shape[1]), device=codes.device)
     index = torch.tensor([num_given], device=codes.device)  # of the visual token that is sampled next
@@ -108,9 +112,9 @@ def _iter_codes(
     for _ in range(num_given):  # skip the noise of given tokens: the rest is sampled as without a prefix
         gumbel = noise.sample() if noise else None
 
-    def sample_token() -> None:
+    def sample_token(check: Callable[[Tensor], None] | None = None) -> None:
         new = torch.empty_like(codes[:, 0])
-        sample_visual_token(backend, sampling, guidances.index_select(0, index), gumbel, new)
+        sample_visual_token(backend, sampling, guidances.index_select(0, index), gumbel, new, check)
         codes.index_copy_(1, index, new.unsqueeze(1))
         index.add_(1)
 
@@ -120,7 +124,8 @@ def _iter_codes(
 
     gumbel = noise.sample() if noise else None
     backend.prefill(rows, codes[:, :num_given])
-    sample_token()
+    # only the first visual token: the check waits for the device, and a captured graph cannot
+    sample_token(check)
     yield codes[:, : num_given + 1]
     fast_step = backend.compile_step(step, [index]) if num_given + 1 < codes.shape[1] else step
     for t in range(num_given + 1, codes.shape[1]):
@@ -131,7 +136,12 @@ def _iter_codes(
 
 
 def sample_visual_token(
-    backend: Backend, sampling: Sampling, guidance: float | Tensor, noise: Tensor | None, codes: Tensor
+    backend: Backend,
+    sampling: Sampling,
+    guidance: float | Tensor,
+    noise: Tensor | None,
+    codes: Tensor,
+    check: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Sample the K codes of one visual token autoregressively into `codes` (B, K).
 
@@ -139,10 +149,13 @@ def sample_visual_token(
         backend: after `prefill` and the decode steps of all earlier visual tokens.
         guidance: scale at this visual token; a number or (1,).
         noise: (K, B, V), or None if greedy.
+        check: called with the logits (R, V) of each code.
     """
     code = None
     for k in range(codes.shape[1]):
         logits = backend.code_logits(k, code).float()
+        if check is not None:
+            check(logits)
         if backend.rows_per_image == 2:
             logits = apply_guidance(logits, guidance)
         code = sample_code(logits, sampling, None if noise is None else noise[k])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from open_unitok.core.errors import UserError
+from open_unitok.mllm.loading import check_logits
 
 from .backends import choose_backend
 from .backends.native_text import iter_native_text_ids
@@ -24,7 +25,12 @@ from .kv_cache import (
     pad_left,
 )
 from .sampling import Sampling, check_seed, sample_code
-from .validation import check_questions, check_whole
+from .validation import check_questions, check_text_options
+
+# of transformers' `generate`, which act on the logits of new ids alone
+_PREFIX_OPTIONS = {
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "num_beams", "length_penalty", "early_stopping",
+}  # fmt: skip
 
 
 def generate_text_ids(
@@ -55,9 +61,7 @@ def generate_text_ids(
         UserError: a prompt is empty or too long, or a number is out of range.
     """
     check_questions(prompt_ids, max_new_tokens, batch_size, model.config)
-    check_whole("num_beams", options.get("num_beams", 1))
-    if options.get("num_return_sequences", 1) != 1:
-        raise UserError("num_return_sequences must be 1: repeat the question instead.")
+    check_text_options(options)
     if seed is not None:
         # transformers samples from the global generator: seed it, then restore the caller's state
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -147,7 +151,10 @@ def _iter_eager(
     decoder = CachedDecoder(model.language_model, embeds, mask, every_row, max_steps=max_new_tokens - 1)
     active, hidden = [True] * len(ids), decoder.hidden
     for left in reversed(range(max_new_tokens)):
-        new = pick(model.text_logits(hidden).float())
+        logits = model.text_logits(hidden).float()
+        if left == max_new_tokens - 1:
+            check_logits(logits, model)
+        new = pick(logits)
         rows = new.tolist()
         # finished rows stay in the batch; their ids are dropped
         active = [on and row not in ends for on, row in zip(active, rows)]
@@ -167,6 +174,8 @@ def _generate_by_transformers(
     options: dict[str, Any],
 ) -> list[list[int]]:
     """The new ids of one batch by transformers' `generate`, with all its options."""
+    # penalties and guidance need the ids of the whole prompt, which a cached prefix does not have
+    share_prefix = share_prefix and options.keys() <= _PREFIX_OPTIONS
     prefixes = find_shared_prefixes(prompts, image_codes) if share_prefix else []
     # as many groups as prompts: nothing to share
     if 0 < len(prefixes) < len(prompts) and can_share(model, prompts, prefixes):
@@ -177,7 +186,13 @@ def _generate_by_transformers(
         codes = concat_codes(image_codes, model)
         inputs = {"input_ids": ids, "attention_mask": mask, "image_codes": codes}
     settings = {"do_sample": False, "pad_token_id": pad_id(model), **options}
-    new = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    try:
+        new = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
+    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, OSError) as error:
+        if isinstance(error, UserError) or not options:
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"Options {', '.join(options)} are not valid: {reason}") from error
     return [truncate_at_eos(row, eos_ids(model)) for row in new.tolist()]
 
 

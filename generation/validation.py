@@ -1,9 +1,11 @@
 """Checks of arguments, made before any computation."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationConfig
 
 from open_unitok.core.errors import UserError
 
@@ -108,6 +110,48 @@ def check_prefix(prefix: Any, images: int, config: Any) -> None:
             f"prefix has shape {shape}; expected a tensor of (1 or {images} images, at most {num_tokens - 1} "
             f"visual tokens, {config.num_codebooks} sub-codebooks)."
         )
+
+
+# options of transformers' `generate`: given otherwise, or without meaning for answers
+_NO_ANSWER_OPTIONS = {
+    "max_length", "max_new_tokens", "return_dict_in_generate", "output_scores", "output_logits",
+    "output_attentions", "output_hidden_states", "bos_token_id", "transformers_version",
+    "cache_implementation",
+}  # fmt: skip
+# those that transformers implements by code which it downloads
+_HUB_OPTIONS = {
+    "penalty_alpha", "dola_layers", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids",
+}  # fmt: skip
+_CALL_OPTIONS = {
+    "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "assistant_model",
+    "negative_prompt_ids", "negative_prompt_attention_mask", "streamer", "tokenizer", "generation_config",
+}  # fmt: skip
+
+
+def check_text_options(options: Mapping[str, Any]) -> None:
+    """Check the options of transformers' `generate` that an answer takes.
+
+    Raises:
+        UserError: there is no such option, or a number is out of range.
+    """
+    allowed = {name for name in vars(GenerationConfig()) if not name.startswith("_")} | _CALL_OPTIONS
+    allowed -= _NO_ANSWER_OPTIONS
+    for name in options:
+        if name in _HUB_OPTIONS and options[name] is not None:
+            raise UserError(f"The option {name} needs code from a hub, which is not run.")
+        if name not in allowed:
+            near = difflib.get_close_matches(name, allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else " Allowed: those of transformers' generate."
+            raise UserError(f"An answer has no option {name!r}.{hint}")
+    for name in ("num_beams", "num_return_sequences"):
+        check_whole(name, options.get(name, 1))
+    if options.get("num_return_sequences", 1) != 1:
+        raise UserError("num_return_sequences must be 1: repeat the question instead.")
+    for name, low, high in (("temperature", 0, 1e9), ("top_k", 0, 1e9), ("top_p", 0, 1), ("min_p", 0, 1)):
+        value = options.get(name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and low <= value <= high):
+            raise UserError(f"{name} is {value!r}; it must be a number from {low} to {high:g}.")
 
 
 def check_questions(

@@ -1,14 +1,14 @@
-"""Checks of model folders before loading, and of state dicts while loading."""
+"""Checks of model folders before loading, of state dicts while loading, and of the first logits."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.folder_checks import loading, read_config
+from open_unitok.tokenizer.folder_checks import check_finite, loading, read_config
 from open_unitok.tokenizer.loading import check_weights_fit
 
 from .config import UniTokMLLMConfig
@@ -90,3 +90,32 @@ def check_generation_config(folder: str | os.PathLike[str]) -> None:
                 raise UserError(f"{path}: {name} = {value!r} is not valid.")
     with loading(path):
         GenerationConfig.from_dict(found).validate()
+
+
+def check_logits(logits: Tensor, model: nn.Module) -> None:
+    """Check the first logits of a generation: NaN would otherwise sample noise without an error.
+
+    Raises:
+        UserError: they hold NaN or infinity; the message names the weight that does, if one does.
+    """
+    # processors of transformers put -inf in place of excluded entries
+    if not bool((logits.isnan() | logits.isposinf()).any()):
+        return
+    check_finite(model)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    raise UserError(
+        f"The model's logits are not finite in {dtype}, though its weights are: use dtype = float32."
+    )
+
+
+class FiniteLogits(LogitsProcessor):
+    """Runs `check_logits` on the first scores of transformers' `generate`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: nn.Module | None = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.model is not None:  # once: the check waits for the device
+            check_logits(scores, self.model)
+            self.model = None
+        return scores

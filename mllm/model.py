@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from open_unitok.core.codes import as_int64
@@ -32,6 +32,7 @@ from .convert import read_published
 from .depth_head import DepthHead
 from .loading import (
     PUBLISHED_TYPE,
+    FiniteLogits,
     assign_state,
     check_folder,
     check_generation_config,
@@ -247,9 +248,11 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             image_codes: (I, N, K), the images in the prompts. With it (I = 0 is allowed) only the new ids are
                 returned; without it, as in transformers, prompt and new ids.
             attention_mask: (B, L), 0 on padding.
+            kwargs: of transformers' `generate`: beams, penalties, guidance_scale, ...; assisted decoding
+                (assistant_model, prompt_lookup_num_tokens) only without images.
 
         Raises:
-            UserError: as `forward`; a prompt that fills the context.
+            UserError: as `forward`; a prompt that fills the context; the first logits are not finite.
         """
         if input_ids is not None:
             limit = self.config.context_length
@@ -258,12 +261,23 @@ class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if attention_mask is None:
                 attention_mask = torch.ones_like(input_ids)
         kwargs["attention_mask"] = attention_mask
+        given = kwargs.pop("logits_processor", None) or []
+        kwargs["logits_processor"] = LogitsProcessorList([*given, FiniteLogits(self)])
         if input_ids is None or image_codes is None:
             return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-        # transformers' loop has no image_codes argument: pass the embedded prompt
-        with torch.no_grad():
-            embeds = self.embed_inputs(input_ids, image_codes)
-        return super().generate(inputs_embeds=embeds, **kwargs)  # type: ignore[misc]
+        if len(image_codes):
+            if any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens")):
+                raise UserError("Assisted decoding is for text alone, and these prompts have images.")
+            # transformers' loop has no image_codes argument: pass the embedded prompt
+            with torch.no_grad():
+                kwargs["inputs_embeds"] = self.embed_inputs(input_ids, image_codes)
+            # the ids too, for penalties and guidance, which index by id: the placeholder is no valid index
+            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+        found = super().generate(input_ids, **kwargs)  # type: ignore[misc]
+        if isinstance(found, torch.Tensor):
+            return found[:, input_ids.shape[1] :]
+        found.sequences = found.sequences[:, input_ids.shape[1] :]
+        return found
 
     def init_from_tokenizer(self, unitok: UniTok) -> None:
         """Copy a visual tokenizer's code table, and initialise the causal projection from its up projection.

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from open_unitok.mllm.loading import check_logits
+
 from ..kv_cache import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_left
 from . import native_library
 from .native import layer_struct, stack_struct
@@ -90,6 +92,7 @@ def _iter_ids(
         decoder.prefill(chunk, (), [prompts[row] for row in chunk], codes)
     rows = torch.arange(len(prompts))
     logits = model.text_logits(decoder.hidden).float()
+    check_logits(logits, model)
     for left in reversed(range(max_new_tokens)):
         new = pick(logits)
         # finished rows leave the batch: a decode step costs less
