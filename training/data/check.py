@@ -4,12 +4,14 @@ Reads a code folder, tars of images (a folder or a glob), conversations in LLaVA
 text. Every sample is read as training reads it.
 """
 
+import itertools
 import random
 import statistics
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,11 +27,23 @@ from .captions import with_captions
 from .code_shards import CODES_MANIFEST, CodeFolder
 from .records import TEXT_KEYS, read_records
 from .sample_kinds import SAMPLE_KINDS, crop_mismatch
-from .tar_index import BadSample, TarSample, image_members, matching_files, scan_tar
+from .tar_files import STDIN, StreamedTar, is_stream, is_url, matching_shards, shown
+from .tar_index import (
+    BadSample,
+    Notes,
+    TarSample,
+    add_note,
+    describe_notes,
+    image_members,
+    matching_files,
+    scan_tar,
+)
 from .text import Conversations, TextLines
 
 _LISTED = 10  # broken samples that the report names one by one
 _SHOWN_CAPTIONS = 5
+_MANY = 5000  # larger data sets are sampled, if the user does not say how many samples to check
+_AHEAD = 256  # samples that are read at a time
 
 
 class DatasetReport(NamedTuple):
@@ -59,13 +73,16 @@ class _OpenDataset(NamedTuple):
     samples: Iterator[tuple[str, SampleReader]]
     codes: CodeFolder | None = None
     problems: tuple[str, ...] = ()  # of whole files
+    notes: tuple[Notes, ...] = ()  # on members of tars
+    streams: tuple[StreamedTar, ...] = ()  # their problems and notes are known once they are read
 
 
 def check_dataset(
     path: str,
     *,
     codes: str | None = None,
-    samples: int = 0,
+    samples: int | None = None,
+    workers: int = 0,
     fingerprint: str | None = None,
     quiet: bool = False,
 ) -> DatasetReport:
@@ -73,33 +90,39 @@ def check_dataset(
 
     Args:
         codes: code folder for conversations whose images are looked up by name.
-        samples: how many to check, evenly spread; 0 = all.
+        samples: how many to check, evenly spread; 0 = all, None = all if they are not very many.
+        workers: threads that read and decode samples; 0 = the main thread.
         fingerprint: of the visual tokenizer that the codes must belong to.
 
     Raises:
         UserError: `path` is not a data set.
     """
-    if samples < 0:
-        raise UserError("--samples must be 0 (all) or more.")
+    if workers < 0 or (samples is not None and samples < 0):
+        raise UserError("--samples and --workers must be 0 or more.")
     dataset = _open(path, codes)
     counts = _Counts(dataset.codes.manifest["codebook_size"] if dataset.codes else 0)
     broken = list(dataset.problems)
     # evenly spread: every step-th sample
-    step = max(1, dataset.total // samples) if samples else 1
-    checked = 0
-    bar = tqdm(dataset.samples, total=dataset.total, unit=" samples", disable=quiet, file=sys.stderr)
-    # readers are called only for the samples that are checked
-    for number, (name, read) in enumerate(bar):
-        if number % step:
-            continue
+    most = samples if samples is not None else _MANY
+    step = max(1, dataset.total // most) if most else 1
+    checked = total = 0
+    bar = tqdm(dataset.samples, total=dataset.total or None, unit=" samples", disable=quiet, file=sys.stderr)
+    chosen = (sample for number, sample in enumerate(bar) if number % step == 0)
+    for name, found in _read_all(chosen, workers):
         checked += 1
         try:
-            counts.add(read())
+            if isinstance(found, BadSample):
+                raise found
+            counts.add(found)
         except BadSample as error:
             broken.append(f"{name} {error}")
+    total = dataset.total or checked
+    broken += [f"{shown(s.source)} is broken: {s.problem}" for s in dataset.streams if s.problem]
+    every = f" (every {step}th; --samples 0 checks all)" if step > 1 else ""
     lines = [
-        f"{path}: {dataset.description}, {dataset.total:,} samples, {checked:,} checked",
+        f"{path}: {dataset.description}, {total:,} samples, {checked:,} checked{every}",
         *counts.lines(),
+        *_note_lines([*dataset.notes, *(stream.notes for stream in dataset.streams)]),
     ]
     if dataset.codes is not None:
         line, fits = _tokenizer_line(dataset.codes, fingerprint)
@@ -110,6 +133,34 @@ def check_dataset(
     lines += [f"  broken: {text}" for text in broken[:_LISTED]]
     lines += [f"  broken: {len(broken) - _LISTED:,} more"] if len(broken) > _LISTED else []
     return DatasetReport(checked, broken, [*lines, f"  {len(broken):,} broken"])
+
+
+def _read_all(
+    samples: Iterator[tuple[str, SampleReader]], workers: int
+) -> Iterator[tuple[str, CheckedSample | BadSample]]:
+    """The samples in order, or why they cannot be read."""
+
+    def attempt(sample: tuple[str, SampleReader]) -> tuple[str, CheckedSample | BadSample]:
+        name, read = sample
+        try:
+            return name, read()
+        except BadSample as error:
+            return name, error
+
+    if not workers:
+        yield from map(attempt, samples)
+        return
+    # threads suffice: Pillow releases the GIL while it decodes
+    with ThreadPoolExecutor(workers) as pool:
+        while group := list(itertools.islice(samples, _AHEAD)):
+            yield from pool.map(attempt, group)
+
+
+def _note_lines(notes: list[Notes]) -> list[str]:
+    total: Notes = {}
+    for reason, (count, name) in (item for note in notes for item in note.items()):
+        add_note(total, reason, name, count)
+    return [f"  note: {describe_notes({reason: found})}" for reason, found in total.items()]
 
 
 class _Counts:
@@ -203,7 +254,9 @@ def _open(path: str, codes: str | None) -> _OpenDataset:
                 "convert folder`."
             )
         return _open_tars(matching_files(f"{path}/*.tar", "PATH"))
-    if path.endswith(".tar"):
+    if path.endswith(".tar") or is_url(path) or path in STDIN:
+        return _open_tars(matching_shards(path, "PATH"))
+    if path.endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
         return _open_tars(matching_files(path, "PATH"))
     if path.endswith((".json", ".jsonl")) and not any(c in path for c in "*?[{"):
         # the first record tells texts, conversations and unconverted documents apart
@@ -256,15 +309,25 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
 
 
 def _open_tars(tars: list[str]) -> _OpenDataset:
-    indexes = [scan_tar(tar) for tar in tars]
-    problems = tuple(f"{tar} is broken: {i.problem}" for tar, i in zip(tars, indexes) if i.problem)
-    records = [record for i in indexes for record in i.samples]
+    streams = tuple(StreamedTar(tar) for tar in tars if is_stream(tar))
+    files = [tar for tar in tars if not is_stream(tar)]
+    total, problems, notes = 0, [], []
+    for tar in files:
+        index = scan_tar(tar)
+        total += len(index.samples)
+        problems += [f"{tar} is broken: {index.problem}"] if index.problem else []
+        notes.append(index.notes)
+    total = 0 if streams else total  # the samples of a stream are not known before it is read
 
     def samples() -> Iterator[tuple[str, SampleReader]]:
-        for record in records:
-            yield f"{record.tar} {record.key}", lambda record=record: _load_images(record)
+        # scanned again, as the samples of all tars may not fit into memory
+        for found in itertools.chain((scan_tar(tar).samples for tar in files), streams):
+            for record in found:
+                yield f"{shown(record.tar)} {record.key}", lambda record=record: _load_images(record)
 
-    return _OpenDataset(f"images in {len(tars)} tar(s)", len(records), samples(), None, problems)
+    return _OpenDataset(
+        f"images in {len(tars)} tar(s)", total, samples(), None, tuple(problems), tuple(notes), streams
+    )
 
 
 def _load_images(record: TarSample) -> CheckedSample:

@@ -220,7 +220,7 @@ def _batches(
         try:
             return _load(record, shape, options)
         except (BadSample, UserError) as error:
-            return f"{record.tar}: {record.key}: {error}"
+            return f"{shown(record.tar)}: {record.key}: {error}"
 
     # threads suffice: Pillow releases the GIL while it decodes and resizes
     pool = ThreadPoolExecutor(options.workers) if options.workers else None

@@ -267,7 +267,7 @@ class ShardStream(IterableDataset):
             except (BadSample, UserError) as error:
                 self.bad += 1
                 skipped += 1
-                self._report(f"{tar_sample.tar}: sample {tar_sample.key} is skipped: {error}", part)
+                self._report(f"{shown(tar_sample.tar)}: sample {tar_sample.key} is skipped: {error}", part)
                 continue
             yield sample, skipped
             skipped = 0

@@ -45,6 +45,7 @@ TRIES, SILENCE, PAUSE = (
     0.5,
 )  # per URL; seconds that a source may be silent; seconds before the first new try
 _UNPACK = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_SIGNATURES = ("x-amz-", "x-goog-", "sig", "expires", "key-pair-id", "policy", "token", "awsaccesskeyid")
 _RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 
 
@@ -76,6 +77,11 @@ def _scheme(source: str) -> str:
     return scheme.lower() if mark and scheme.isalnum() else ""
 
 
+def is_url(source: str) -> bool:
+    """Whether a source is a URL or a command, not a file."""
+    return bool(_scheme(source))
+
+
 def is_stream(source: str) -> bool:
     """Whether a source can only be read from its beginning: a URL, a command, stdin, or a compressed file."""
     if _scheme(source) or source in STDIN:
@@ -93,10 +99,13 @@ def shown(source: str) -> str:
 
 
 def source_name(source: str) -> str:
-    """What identifies a source where it is stored; a command may hold passwords, so only its hash is."""
+    """What identifies a source where it is stored; passwords and signatures are not."""
     if source.startswith("pipe:"):
         return f"pipe:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
-    return shown(source)
+    query = urllib.parse.parse_qsl(urllib.parse.urlsplit(source).query, keep_blank_values=True)
+    # signed again, a URL names the same file
+    kept = [part for part in query if not part[0].lower().startswith(_SIGNATURES)]
+    return f"{shown(source)}{f'?{hashlib.sha256(repr(kept).encode()).hexdigest()[:8]}' if kept else ''}"
 
 
 class StreamedTar:
@@ -115,7 +124,7 @@ class StreamedTar:
     def __iter__(self) -> Iterator[TarSample]:
         try:
             with _opened(self.source) as file:
-                yield from iter_samples(TarReader(file), shown(self.source), self.name, self.notes)
+                yield from iter_samples(TarReader(file), self.source, self.name, self.notes)
         except (BrokenTar, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             self.problem = str(error) or type(error).__name__
 

@@ -9,6 +9,7 @@ import io
 import os
 import re
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +68,8 @@ class TarSample(NamedTuple):
         if self.contents is not None:
             return self.contents[extension]
         offset, size = self.members[extension]
-        data = os.pread(_open(self.tar), size, offset)
+        file = _open(self.tar)  # kept by this name while it is read
+        data = os.pread(file.descriptor, size, offset)
         if len(data) != size:
             raise BadSample(f".{extension} is cut off")
         return data
@@ -110,17 +112,30 @@ def describe_notes(notes: Notes) -> str:
     return "; ".join(f"{count:,} {reason} (first: {name})" for reason, (count, name) in notes.items())
 
 
-_OPEN: dict[str, int] = {}  # path -> file descriptor
+class _OpenFile:
+    """A file descriptor that is closed when nobody, in any thread, reads from it any more."""
+
+    def __init__(self, path: str):
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self):
+        if "descriptor" in self.__dict__:
+            os.close(self.descriptor)
+
+
+_OPEN: dict[str, _OpenFile] = {}
+_OPEN_LOCK = threading.Lock()
 _MAX_OPEN = 64
 
 
-def _open(path: str) -> int:
-    """A file descriptor for reading; a limited number stays open."""
-    if path not in _OPEN:
-        if len(_OPEN) == _MAX_OPEN:  # close the one opened first
-            os.close(_OPEN.pop(next(iter(_OPEN))))
-        _OPEN[path] = os.open(path, os.O_RDONLY)
-    return _OPEN[path]
+def _open(path: str) -> _OpenFile:
+    """A file for reading; a limited number stays open."""
+    with _OPEN_LOCK:
+        if path not in _OPEN:
+            if len(_OPEN) == _MAX_OPEN:  # drop the one opened first
+                _OPEN.pop(next(iter(_OPEN)))
+            _OPEN[path] = _OpenFile(path)
+        return _OPEN[path]
 
 
 def scan_tar(path: str, source: str = "") -> TarIndex:
@@ -136,8 +151,8 @@ def scan_tar(path: str, source: str = "") -> TarIndex:
 # size and time are part of the cache key: a tar that was rewritten is scanned again
 @lru_cache(maxsize=16)
 def _index(path: str, source: str, size: int, _changed: int) -> TarIndex:
-    if path in _OPEN:  # may refer to an older file of this name
-        os.close(_OPEN.pop(path))
+    with _OPEN_LOCK:
+        _OPEN.pop(path, None)  # may refer to an older file of this name
     samples: list[TarSample] = []
     notes: Notes = {}
     problem = None

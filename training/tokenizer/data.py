@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.image_names import IMAGE_SUFFIXES
 from open_unitok.tokenizer.images import load_image
 
 from ..core.options import ShardOptions
 from ..data.captions import with_captions
 from ..data.records import caption_texts
 from ..data.shards import ShardStream
-from ..data.tar_index import BadSample, TarSample
+from ..data.tar_index import BadSample, TarSample, image_members
 from .config import ImageOptions
 
 CACHE_BYTES = 2**26  # of decoded images that are cached in runs without random crops
@@ -62,9 +61,10 @@ class PairDecoder:
 
     def __call__(self, record: TarSample, rng: random.Random) -> Pair:
         """Raises BadSample if image or caption is missing or unreadable."""
-        extension = next((s[1:] for s in IMAGE_SUFFIXES if s[1:] in record.members), None)
-        if extension is None:
-            raise BadSample(f"has no image (it has {', '.join(record.members)})")
+        members, info = image_members(record)
+        if len(members) != 1:
+            raise BadSample(f"has {len(members)} images, expected one")
+        extension = members[0]
         # without random crops an image decodes to the same pixels in every epoch
         key = (record.tar, *record.members[extension])
         pixels = self._cache.get(key)
@@ -76,7 +76,7 @@ class PairDecoder:
             pixels = np.asarray(self._crop(image, rng))
             if self.whole and len(self._cache) * pixels.nbytes < CACHE_BYTES:
                 self._cache[key] = pixels
-        return Pair(pixels, self._caption(record, rng) if self.captions else "")
+        return Pair(pixels, self._caption(record, info, rng) if self.captions else "")
 
     def _needed(self) -> tuple[int, int]:
         """(H, W) from which on no random crop is smaller than a training image."""
@@ -105,14 +105,11 @@ class PairDecoder:
         left, top, w, h = crop_box(*image.size, self.options.crop_scale, (low, high), rng)
         return image.crop((left, top, left + w, top + h)).resize(size, Image.Resampling.BICUBIC)
 
-    def _caption(self, record: TarSample, rng: random.Random) -> str:
+    def _caption(self, record: TarSample, info: dict[str, Any], rng: random.Random) -> str:
         choice = self.options.captions
         if choice == "txt":
             captions = [record.text("txt")]
         else:
-            info = record.json("json") if "json" in record.members else {}
-            if not isinstance(info, dict):
-                raise BadSample(f".json holds {type(info).__name__}, expected a mapping")
             captions = caption_texts(info if choice == "json" else with_captions(record, info, choice))
         captions = [caption.strip() for caption in captions if caption.strip()]
         if not captions:

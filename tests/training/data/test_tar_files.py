@@ -8,14 +8,22 @@ import json
 import tarfile
 import threading
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+from open_unitok.cli.main import run
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.training.core.config import to_yaml
 from open_unitok.training.core.options import DataSource, ShardOptions
-from open_unitok.training.data import tar_files
+from open_unitok.training.data import check, tar_files
+from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.data.shards import ShardStream, build_loader, read_batches
 from open_unitok.training.data.tar_files import StreamedTar, matching_shards, shown, source_name, tar_writer
 from open_unitok.training.data.tar_index import BadSample, matching_files, scan_tar
+from open_unitok.training.run import load_run_config
 
 
 def write_tar(path, numbers):
@@ -219,3 +227,113 @@ def test_written_tars_are_the_same_bytes_and_webdataset_reads_them(tmp_path):
     found = list(webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False, empty_check=False))
     assert [(s["__key__"], s["txt"]) for s in found] == [("k" * 150, b"1"), ("猫", b"2")]
     assert [list(r.members) for r in scan_tar(str(tmp_path / "a.tar")).samples] == [["txt", "json"]] * 2
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"stem_width": 8, "stage_widths": (8, 16), "stage_depths": (1, 1), "hidden_size": 32}
+    decoder = {"decoder_widths": (16, 8), "decoder_depths": (1, 1), "num_attention_heads": 2}
+    codes = {"num_codebooks": 3, "codebook_size": 16, "codebook_dim": 4, "num_hidden_layers": 1}
+    text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
+    folder = tmp_path_factory.mktemp("tokenizer") / "unitok"
+    UniTok(UniTokConfig(image_size=32, embed_dim=8, **sizes, **decoder, **codes, **text)).save_pretrained(
+        folder
+    )
+    return folder
+
+
+@pytest.fixture
+def images(tars):
+    """A tar of five images with captions, and one file that is none."""
+    with tarfile.open(tars / "images.tar", "w") as tar:
+        for number in range(5):
+            pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "PNG")
+            for name, content in ((f"i.{number}.png", data.getvalue()), (f"i.{number}.txt", b"a")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        tar.addfile(tarfile.TarInfo(".DS_Store"))
+    return tars / "images.tar"
+
+
+def extract(tokenizer, source, out, *more):
+    main_words = ["extract-codes", "--tokenizer", str(tokenizer), "--data", *source, "--out", str(out), *more]
+    run(main_words)
+    return CodeFolder(out)
+
+
+def test_codes_of_streams_are_those_of_files(images, tokenizer, server, capsys, monkeypatch):
+    root = images.parent
+    expected = extract(tokenizer, [str(images)], root / "a")
+    assert "1 hidden files left out" in capsys.readouterr().out
+    packed = root / "images.tgz"
+    packed.write_bytes(gzip.compress(images.read_bytes()))
+    sources = (f"pipe:cat {images}", f"{server}/images.tar?token=1", str(packed), "-")
+    for number, source in enumerate(sources):
+        if source == "-":
+            monkeypatch.setattr(
+                "sys.stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(images.read_bytes())))
+            )
+        codes = extract(tokenizer, [source], root / f"b{number}", "--batch-size", "2")
+        assert "1 hidden files left out" in capsys.readouterr().out
+        assert (root / f"b{number}" / "codes-000000.tar").read_bytes() == (
+            root / "a" / "codes-000000.tar"
+        ).read_bytes()
+        assert len(codes) == len(expected) == 5
+    # complete shards are not read again, and neither command nor signature is stored
+    images.unlink()
+    stored = extract(tokenizer, [sources[0]], root / "b0").manifest
+    extract(tokenizer, [f"{server}/images.tar?token=2"], root / "b1")
+    text = json.dumps(stored) + (root / "b0" / "codes-000000.json").read_text()
+    assert "cat " not in text and "token=" not in (root / "b1" / "codes-000000.json").read_text()
+    with pytest.raises(UserError, match="another extraction"):
+        extract(tokenizer, ["pipe:cat other.tar"], root / "b0")
+
+
+def test_extraction_refuses_a_stream_that_breaks(images, tokenizer, server):
+    root = images.parent
+    for source, words in (
+        (f"pipe:head -c 9000 {images}", "is broken: it ends at byte"),
+        (f"pipe:cat {images}; exit 5", "exit status 5"),
+        (f"{server}/none.tar", "HTTP 404"),
+        ("pipe:true", "is empty"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            extract(tokenizer, [source], root / "out")
+        assert "\n" not in str(error.value) and not (root / "out" / "codes.json").exists()
+    with pytest.raises(UserError, match="cannot be mixed"):
+        extract(tokenizer, ["-", str(images)], root / "out")
+
+
+def test_check_reads_streams_and_samples_many(images, capsys, monkeypatch):
+    for source in (str(images), f"pipe:cat {images}"):
+        run(["data", "check", source])
+        out = capsys.readouterr().out
+        assert "5 samples, 5 checked" in out and "1 hidden files left out (first: .DS_Store)" in out
+    monkeypatch.setattr(check, "_MANY", 2)
+    run(["data", "check", str(images)])
+    assert "5 samples, 3 checked (every 2th; --samples 0 checks all)" in capsys.readouterr().out
+    for workers in ("0", "3"):
+        run(["data", "check", str(images), "--samples", "0", "--workers", workers])
+        assert "5 samples, 5 checked\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1 problem"):
+        run(["data", "check", f"pipe:head -c 9000 {images}"])
+
+
+def test_a_run_directory_may_not_name_commands(tmp_path):
+    own, command = tmp_path / "mine.yaml", f"data.sources=[{{path: 'pipe:touch {tmp_path}/ran'}}]"
+    shipped = load_run_config("configs/tokenizer/scenes.yaml", [command])
+    own.write_text(to_yaml(shipped))
+    assert load_run_config(str(own), []).data.sources[0].path.startswith("pipe:")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "config.yaml").write_text(own.read_text())
+    with pytest.raises(UserError, match="belongs to a run directory") as error:
+        load_run_config(str(folder / "config.yaml"), [])
+    assert "\n" not in str(error.value)
+    assert load_run_config(str(folder / "config.yaml"), [command])
+    assert not (tmp_path / "ran").exists()
