@@ -124,10 +124,10 @@ _TABLE = (
     Benchmark(
         name="retrieval",
         module="tokenizer.retrieval",
-        description="image-text retrieval among 100 captions by the tokenizer's embeddings",
+        description="image-text retrieval among a pool of captions by the tokenizer's embeddings",
         needs="tokenizer",
         files=("scenes.json", "captions.json"),
-        options=(_CROP,),
+        options=(_CROP, Option("pool", "candidates per query, 0: all", int, 100, minimum=0)),
     ),
     Benchmark(
         name="linear_probe",

@@ -213,15 +213,16 @@ def score(
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no answers (counted as 0)"] * (missing > 0)
     # mPLUG-large is not in transformers: its answers can only come from vqa_answers.jsonl
-    reason = "" if by == _PUBLISHED_JUDGE else f"answers by {by}, not by {_PUBLISHED_JUDGE}"
-    reason = reason or "questions are malformed" * task.truth["malformed"]
+    reasons = [f"answers by {by}, not by {_PUBLISHED_JUDGE}"] * (by != _PUBLISHED_JUDGE)
+    reasons += ["questions are malformed"] * task.truth["malformed"]
+    reasons += [f"{missing} images have no answers"] * (missing > 0)
     return Scored(metrics, {"vqa model": by, "categories": "answers about the last image, as published"}, [
         {
             "index": s.index, "id": s.id, "prompt": s.prompt, "file": records.get(s.index, {}).get("file"),
             "score": 100 * value, "cluster": items[owners[s.index]].id,
         }
         for s, value in zip(task.samples, values)
-    ], not_comparable=reason, problems=problems)  # fmt: skip
+    ], not_comparable="; ".join(reasons), problems=problems)  # fmt: skip
 
 
 def _category_metrics(items: Sequence[DpgItem], last: Sequence[dict[str, str]]) -> dict[str, Metric]:

@@ -168,8 +168,8 @@ def score(
     formula = "the file's own" if (folder / "vqascore.jsonl").exists() else 'P("Yes")'
     missing = sum(s.index not in found for s in task.samples)
     problems = problems + [f"{missing} images have no score (counted as 0)"] * (missing > 0)
-    same = by == _PUBLISHED_JUDGE
-    reason = "" if same else f"VQAScore by {by}, not by {_PUBLISHED_JUDGE} with its own formula"
+    reasons = [f"VQAScore by {by}, not by {_PUBLISHED_JUDGE} with its own formula"] * (by != _PUBLISHED_JUDGE)
+    reasons += [f"{missing} images have no score"] * (missing > 0)
     # basic and advanced overlap with all skills, so they are not groups
     tags = {n: tag for tag, ids in skills.items() for n in ids if tag not in ("basic", "advanced")}
     return Scored(metrics, {"per_tag": summary, "vqa model": by, "formula": formula}, [
@@ -178,4 +178,4 @@ def score(
             "score": scores[k], "group": tags.get(numbers[k], "untagged"),
         }
         for k, s in enumerate(task.samples)
-    ], not_comparable=reason, problems=problems)  # fmt: skip
+    ], not_comparable="; ".join(reasons), problems=problems)  # fmt: skip

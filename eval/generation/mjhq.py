@@ -63,6 +63,19 @@ def _released_images(data: Path, reference: str, size: int) -> ImageSet:
     return ImageSet("reference", [f"{name} {size}" for name in found.names], load)
 
 
+def _first_size(images: ImageSet) -> int:
+    """The height of the first image that can be read."""
+    reason = ""
+    for i in range(len(images.names)):
+        try:
+            return images.load(i).shape[0]
+        except UserError as error:
+            reason = reason or str(error)
+    raise UserError(
+        f"Not one of {len(images.names)} generated images can be read, the first because {reason}"
+    )
+
+
 def judge(
     task: Task, records: dict[int, Record], out: Path, scoring: Options, device: str, quiet: bool
 ) -> None:
@@ -73,7 +86,7 @@ def judge(
     sets = [generated]
     # an .npz contains their statistics
     if not scoring.reference.endswith(".npz"):
-        sets.append(_released_images(task.truth["data"], scoring.reference, generated.load(0).shape[0]))
+        sets.append(_released_images(task.truth["data"], scoring.reference, _first_size(generated)))
     variant = inception_features.choose_variant(scoring, "clean")
     inception_features.extract_inception_features(
         out, variant, scoring.inception_weights, sets, device, quiet
@@ -108,11 +121,12 @@ def score(
         metrics |= _fid_by_category(task, records, features, real)
     absent = len(task.samples) - features.n
     problems += [f"{absent} images are missing from the FID"] * (absent > 0)
-    reason = (
-        "" if variant == "clean" else f"Inception variant {variant}; MJHQ-30K is published with clean-fid"
-    )
+    reasons = [f"Inception variant {variant}; MJHQ-30K is published with clean-fid"] * (variant != "clean")
+    reasons += [f"{absent} images are missing from the FID"] * (absent > 0)
+    if real is not None and real.bad:
+        reasons.append(f"{len(real.bad)} released images could not be read")
     per_sample, details = unscored_records(task, records), {"fid": result.details}
-    return Scored(metrics, details, per_sample, not_comparable=reason, problems=problems)
+    return Scored(metrics, details, per_sample, not_comparable="; ".join(reasons), problems=problems)
 
 
 def _fid_by_category(

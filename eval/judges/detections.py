@@ -152,7 +152,7 @@ def read_detections(task: Task, records: dict[int, Record], folder: Path) -> Ext
         return ExternalFindings(found, f"{judged[1]['model']} of transformers", problems)
     # recorded while the images were generated
     found = {i: record for i, record in records.items() if "detections" in record}
-    if not found and any(not record.get("error") for record in records.values()):
+    if not found and any(record.get("file") for record in records.values()):
         raise UserError(
             f"{folder}: the images are generated, but have no detections. Run again with --detector-model "
             "and --colour-model (the images are kept), or run a detector of your own on "
@@ -171,7 +171,10 @@ def not_comparable_reason(task: Task, found: ExternalFindings) -> str:
     if task.metadata["detector"] == "scenes":
         return "the prompts and the detector are those of scenes"
     same = found.by == PUBLISHED_DETECTOR
-    return "" if same else f"objects detected by {found.by}, not by {PUBLISHED_DETECTOR}"
+    reasons = [] if same else [f"objects detected by {found.by}, not by {PUBLISHED_DETECTOR}"]
+    missing = sum(s.kind == "generate" and s.index not in found.by_index for s in task.samples)
+    reasons += [f"{missing} images have no detections"] * (missing > 0)
+    return "; ".join(reasons)
 
 
 def check_detections(record: Any, where: str) -> Record:

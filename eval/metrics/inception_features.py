@@ -199,6 +199,11 @@ def require_inception_features(out: Path, variant: str, role: str) -> StoredFeat
     found = read_inception_features(out, variant, role)
     if found is None:
         raise UserError(f"{out} has no Inception features ({variant}) of its {role}. {RERUN_HINT}")
+    if found.n == 0:
+        reason = found.bad[0].split(" ", 1)[1]
+        raise UserError(
+            f"{out}: not one of its {len(found.bad)} {role} can be read, the first because {reason}"
+        )
     return found
 
 

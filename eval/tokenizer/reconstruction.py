@@ -4,7 +4,6 @@ B images, N visual tokens, K sub-codebooks, V entries.
 """
 
 import base64
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +40,16 @@ def load(data: Path, settings: Options) -> Task:
         raise UserError(
             f"{folder} holds neither images (.png, .jpg, ...) nor tars with images.{note and f' {note}'}"
         )
-    if note:
-        print(f"{folder}: {note}", file=sys.stderr)
     files = files[: settings.limit]
     samples = [Sample(i, str(p.relative_to(folder)), "", p, "reconstruct") for i, p in enumerate(files)]
     crop = settings.crop or "bicubic"
     find_crop(crop)  # raises for an unknown name before the model loads
-    return Task(samples, {"crop": crop}, {"split": str(folder), "preprocessing": f"{crop} crop"})
+    return Task(
+        samples,
+        {"crop": crop},
+        {"split": str(folder), "preprocessing": f"{crop} crop"},
+        [note] if note else [],
+    )
 
 
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Image-text retrieval by the tokenizer's embeddings: recall among 100 candidates in both directions.
+"""Image-text retrieval by the tokenizer's embeddings: recall among a pool of candidates, both directions.
 
 B images, E embedding width.
 """
@@ -16,16 +16,18 @@ from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malf
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import open_images
 
-POOL_SIZE = 100  # candidates per query; consecutive images form a pool
+_BLOCK = 1024  # queries that are compared at once
 DIGITS = 6  # decimals of the recorded embeddings
 
 
 def load(data: Path, settings: Options) -> Task:
     """`captions.json` next to the images, or in `test/` of scenes: a list of {"file", "captions"}.
 
-    The first caption of each image is used. Images at the end that do not fill a pool are left out.
+    The first caption of each image is used.
     """
     folder = data / "test" if (data / "scenes.json").exists() else data
+    if folder.is_file():
+        folder = folder.parent
     path = existing(folder / "captions.json", 'It is a list of {"file": ..., "captions": [...]}.')
     samples = []
     for i, row in enumerate(read_json_as(list, path)[: settings.limit]):
@@ -38,11 +40,9 @@ def load(data: Path, settings: Options) -> Task:
         except UserError as error:
             samples.append(malformed_sample(i, None, error))
     require_mostly_valid(samples, path)
-    # fewer than 100 images form one smaller pool
-    pool = min(POOL_SIZE, len(samples))
-    return Task(
-        samples[: len(samples) // pool * pool], None, {"pool": pool, "prompt_template": "first caption"}
-    )
+    # fewer images than candidates form one smaller pool; 0: all
+    pool = min(settings.pool or len(samples), len(samples))
+    return Task(samples, None, {"pool": pool, "prompt_template": "first caption"})
 
 
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:
@@ -63,16 +63,22 @@ def retrieval_hits(queries: np.ndarray, candidates: np.ndarray, names: list[str]
         queries, candidates: (B, E), pairs by index.
         names: candidates with equal names are equally correct, e.g. two images with the same caption.
     """
-    best = np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, :k]
-    return np.array([any(names[j] == name for j in row) for name, row in zip(names, best)], float)
+    hits = []
+    # in blocks: all similarities of 50,000 captions would need 20 GB
+    for start in range(0, len(queries), _BLOCK):
+        similarity = queries[start : start + _BLOCK] @ candidates.T
+        best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        hits += [any(names[j] == name for j in row) for name, row in zip(names[start:], best)]
+    return np.array(hits, float)
 
 
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
-    """Recall at 1 and 5 in pools of 100, in the order of the file.
+    """Recall at 1 and 5 among `pool` candidates; consecutive entries of the file form a pool.
 
-    An unreadable image or malformed entry counts as a miss in both directions.
+    The entries that are left after the last full pool have the last `pool` entries as candidates. An
+    unreadable image or malformed entry counts as a miss in both directions.
     """
     size, samples = task.metadata["pool"], task.samples
     # zero vectors stand in for missing embeddings; `valid` removes their hits
@@ -80,19 +86,22 @@ def score(
     missing = {"image": [0.0] * width, "caption": [0.0] * width}
     found: dict[str, list[float]] = {}
     for start in range(0, len(samples), size):
-        pool = samples[start : start + size]
+        # all pools have the same size: recall depends on it
+        first = min(start, len(samples) - size)
+        pool = samples[first : first + size]
         embeds = [records.get(s.index, {}) for s in pool]
         valid = np.array(["image" in record for record in embeds], float)
         embeds = [record if "image" in record else missing for record in embeds]
         images, captions = (np.array([record[key] for record in embeds]) for key in ("image", "caption"))
         names = [s.prompt for s in pool]
-        for k in (1, 5):
+        # recall at 5 of five candidates or fewer is always 1
+        for k in (1, 5) if size > 5 else (1,):
             for direction, hits in (
                 ("image_to_text", retrieval_hits(images, captions, names, k)),
                 ("text_to_image", retrieval_hits(captions, images, names, k)),
             ):
                 # a pair without image misses in both directions
-                found.setdefault(f"{direction}/R@{k}", []).extend(hits * valid)
+                found.setdefault(f"{direction}/R@{k}", []).extend((hits * valid)[start - first :])
     metrics = {
         name: Metric(float(np.mean(values)), len(values), bootstrap(mean_columns(np.array(values))))
         for name, values in found.items()

@@ -14,13 +14,14 @@ import numpy as np
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.image_names import find_images
-from open_unitok.core.text_files import read_json
+from open_unitok.core.text_files import read_json, read_lines
 
 from ..core import imagenet
-from ..core.annotations import read_json_as, read_scenes, require_key, require_mostly_valid, require_type
+from ..core.annotations import read_scenes, require_key, require_mostly_valid, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import open_images
+from ..core.release_files import image_finder
 
 LOGIT_SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
 SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
@@ -29,20 +30,25 @@ SCENE_TEMPLATES = ("{}", "a picture of {}", "there is {}", "an image with {}")
 def load(data: Path, settings: Options) -> Task:
     """Images and the prompts of their classes.
 
-    Scenes: single-object images, with all colour-shape pairs as classes. `classes.json` next to a folder per
-    class: {"classes": {folder: name}, "templates": ["a photo of a {}.", ...]}; the default templates are
-    CLIP's. Otherwise ImageNet (`imagenet.find_labelled_images`), CLIP's 80 templates and open_clip's names.
+    Scenes: single-object images, with all colour-shape pairs as classes. `classes.json`:
+    {"classes": {folder: name}, or a list of names; "templates": ["a photo of a {}.", ...]; "images":
+    {file: class}}, or the list alone; `classes.txt`: a name per line. The default templates are CLIP's.
+    Otherwise ImageNet (`imagenet.find_labelled_images`), CLIP's 80 templates and open_clip's names.
     """
     if (data / "scenes.json").exists():
         return _load_scenes(data, settings)
-    if (data / "classes.json").exists():
-        return _load_class_folders(data, settings)
+    if data.is_file() and data.suffix in (".json", ".txt"):
+        return _load_class_list(data, settings)
+    for path in (data / "classes.json", data / "classes.txt"):
+        if path.exists():
+            return _load_class_list(path, settings)
     split = settings.split or "val"
     files = imagenet.find_labelled_images(existing(data), split)
     if files is None:
         raise UserError(
             f"{data}: nothing to classify. Expected ImageNet ({split}/n01440764/*.JPEG, a flat {split}/ with "
-            f"LOC_{split}_solution.csv, or tars with .cls files) or classes.json next to a folder per class."
+            f"LOC_{split}_solution.csv, or tars with .cls files), or classes.json or classes.txt beside the "
+            "images."
         )
     names = imagenet.class_names()
     prompts = fill_templates(names, clip_templates())
@@ -50,26 +56,59 @@ def load(data: Path, settings: Options) -> Task:
     return _zeroshot_task(files[: settings.limit], prompts, names, [False] * len(files), metadata, settings)
 
 
-def _load_class_folders(data: Path, settings: Options) -> Task:
-    """The task of a folder per class and `classes.json`."""
-    path = data / "classes.json"
-    content = read_json_as(dict, path)
-    names = require_type(dict, require_key(content, "classes", path), f"{path}, classes")
-    templates = content.get("templates") or clip_templates()
+def _load_class_list(path: Path, settings: Options) -> Task:
+    """The task of `classes.json` or `classes.txt`.
+
+    A class has a folder of images, or images listed under "images", {file: class}, or none: it is then a
+    wrong choice for the images of the others.
+    """
+    content: Any = read_lines(path) if path.suffix == ".txt" else read_json(path)
+    content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
+    listed = content["classes"]
+    # a list of names, or folder -> name
+    if isinstance(listed, list):
+        listed = {name: name for name in listed}
+    names: dict[str, str] = require_type(dict, listed, f"{path}, classes")
+    if len(names) < 2 or not all(isinstance(name, str) and name.strip() for name in names.values()):
+        raise UserError(f"{path}: classes must be two names or more, got {list(names.values())[:3]}.")
+    own = content.get("templates")
+    templates = own or clip_templates()
     # a template without {} would give all classes the same prompt
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: template {bad[0]!r} must contain {{}} exactly once.")
-    files: imagenet.LabelledImages = [
-        (p, number)
-        for number, folder in enumerate(names)
-        for p in find_images(existing(data / folder), recursive=False).images
-    ]
-    own = content.get("templates")
-    metadata = {"prompt_template": "templates of classes.json" if own else "CLIP's 80 templates"}
+    files = _images_of_classes(path, names, content.get("images") or {})
+    if not files:
+        raise UserError(
+            f"{path}: there are no images of its {len(names)} classes: neither a folder of a class nor "
+            '"images", {file: class}.'
+        )
+    unused = sorted(set(range(len(names))) - {number for _, number in files if isinstance(number, int)})
     class_names = list(names.values())
+    problems = (
+        [f"{len(unused)} classes have no images, for instance {class_names[unused[0]]}"] if unused else []
+    )
+    metadata = {"prompt_template": f"templates of {path.name}" if own else "CLIP's 80 templates"}
     prompts = fill_templates(class_names, templates)
     kept = files[: settings.limit]
-    return _zeroshot_task(kept, prompts, class_names, [False] * len(files), metadata, settings)
+    task = _zeroshot_task(kept, prompts, class_names, [False] * len(files), metadata, settings)
+    return task._replace(problems=problems)
+
+
+def _images_of_classes(path: Path, names: dict[str, str], images: Any) -> imagenet.LabelledImages:
+    """(image, class number) of the folders that are named as a class, and of the listed images."""
+    bases = [path.parent, *(path.parent / split for split in ("val", "test", "images"))]
+    files: imagenet.LabelledImages = []
+    for number, (folder, name) in enumerate(names.items()):
+        places = dict.fromkeys(base / part for base in bases for part in (folder, name))
+        for place in places:
+            if place.is_dir():
+                files += [(p, number) for p in find_images(place, recursive=False).images]
+    numbers = {key: n for n, pair in enumerate(names.items()) for key in reversed(pair)}
+    find_image = image_finder(bases)
+    for file, label in require_type(dict, images, f"{path}, images").items():
+        unknown = UserError(f"{path}: {file} is of class {label!r}, which classes lacks.")
+        files.append((find_image(file), numbers.get(label, unknown) if isinstance(label, str) else unknown))
+    return files
 
 
 def _load_scenes(data: Path, settings: Options) -> Task:
@@ -148,6 +187,8 @@ def score(
     held_out = np.array(task.truth["held_out"])[: len(task.samples)]
     choices = [records.get(s.index, {}).get("best", []) for s in task.samples]
     hits = {k: np.array(v, float) for k, v in topk_hits(choices, classes).items()}
+    if len(names) <= 5:  # five of five classes are always right
+        del hits["top5"]
     metrics = {}
     # without held-out pairs the second mask is empty: its metrics are left out
     for suffix, mask in (("", ~held_out), ("/held-out pairs", held_out)):

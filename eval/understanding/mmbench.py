@@ -222,11 +222,12 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     right: dict[int, list[bool]] = {}
     for q, letter in zip(questions, chosen):
         right.setdefault(_base_index(q), []).append(letter == q.answer and not q.malformed)
+    lacking = _lacking_rotations(questions)
     values, plain, kept = [], [], []
     for s, q, letter in zip(task.samples, questions, chosen):
         if q.index < ROTATION_STEP:
             kept.append((s, q, letter))
-            values.append(float(all(right[q.index])))
+            values.append(float(all(right[q.index]) and q.index not in lacking))
             plain.append(float(letter == q.answer and not q.malformed))
     first_question: dict[str, int] = {}  # base64 image -> index of the first question about it
     # the table has no image ids, so equal image data forms a cluster
@@ -235,13 +236,19 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         for s, q, _ in kept
     ]
     # both as in published tables, which quote circular accuracy
-    metrics = {"circular": mean_metric(values, clusters), "vanilla": mean_metric(plain, clusters)}
-    for name, scores in (("category", values), ("vanilla category", plain)):
-        metrics |= mean_metrics_by(name, [q.category for _, q, _ in kept], scores, clusters)
-    for name, scores in (("group", values), ("vanilla group", plain)):
-        metrics |= mean_metrics_by(name, [q.group for _, q, _ in kept], scores, clusters)
+    rotated = any(q.index >= ROTATION_STEP for q in questions)
+    kinds = (("circular", "", values),) * rotated + (("vanilla", "vanilla ", plain),)
+    metrics = {name: mean_metric(scores, clusters) for name, _, scores in kinds}
+    for group in ("category", "group"):
+        names = [getattr(q, group) for _, q, _ in kept]
+        for _, prefix, scores in kinds:
+            metrics |= mean_metrics_by(prefix + group, names, scores, clusters)
     lost = len(right) - len(kept)
     problems = [f"{lost} questions have rotations but no unrotated row (not counted)"] if lost else []
+    reasons = [f"{len(lacking)} questions lack some of their rotations (wrong in circular accuracy)"]
+    reasons = reasons if lacking else problems[:]
+    if not rotated:
+        reasons = ["the table has no rotated questions, so there is no circular accuracy"]
     unreadable = sum(s.index in texts and not letter for s, letter in zip(task.samples, chosen))
     if unreadable:
         problems.append(f"{unreadable} answers name no option (wrong)")
@@ -257,9 +264,20 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
             rotations=len(right[q.index]),
         )
         | {"cluster": str(cluster)}
-        for (s, q, letter), v, cluster in zip(kept, values, clusters)
+        for (s, q, letter), v, cluster in zip(kept, values if rotated else plain, clusters)
     ]
-    return Scored(metrics, {}, per_sample, problems=problems)
+    return Scored(metrics, {}, per_sample, not_comparable="; ".join(reasons), problems=problems)
+
+
+def _lacking_rotations(questions: Sequence[MmbenchQuestion]) -> set[int]:
+    """The base indices of the questions with fewer rotations than options."""
+    rotations: dict[int, set[int]] = {}
+    options: dict[int, int] = {}
+    for q in questions:
+        base = _base_index(q)
+        rotations.setdefault(base, set()).add(q.index)
+        options[base] = max(options.get(base, 0), len(q.options))
+    return {base for base, found in rotations.items() if len(found) < options[base]}
 
 
 def _image_content(image: Base64Image | ParquetImage) -> str:

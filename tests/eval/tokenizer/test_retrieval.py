@@ -48,12 +48,31 @@ def test_recall_through_the_command_line(images, monkeypatch, capsys):
     out = images / "out"
     main(["eval", "run", "retrieval", "--model", "m", "--data", str(images), "--out", str(out)])
     result = json.loads((out / "retrieval" / "results.json").read_text())
-    assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(197 / 200)
-    assert result["metrics"]["text_to_image/R@1"]["value"] == pytest.approx(197 / 200)
-    assert result["n"] == 200 and result["failed"] == 1 and result["metadata"]["pool"] == 100
+    # the last 30 have the last hundred as candidates
+    assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(227 / 230)
+    assert result["metrics"]["text_to_image/R@1"]["value"] == pytest.approx(227 / 230)
+    assert result["n"] == 230 and result["failed"] == 1 and result["metadata"]["pool"] == 100
+    assert result["not_comparable_reason"] == "1 samples could not be asked"
     low, high = result["metrics"]["image_to_text/R@1"]["interval"]
-    assert 0.95 < low < 197 / 200 < high <= 1
+    assert 0.95 < low < 227 / 230 < high <= 1
     assert "9.png" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("pool", "size", "right"), [(0, 230, 227), (7, 7, 227), (1000, 230, 227), (4, 4, 228)]
+)
+def test_any_pool_size_keeps_every_image(images, monkeypatch, capsys, pool, size, right):
+    monkeypatch.setattr("open_unitok.eval.core.model.Model", Scripted)
+    out = images / "out"
+    words = ["eval", "run", "retrieval", "--model", "m", "--data", str(images), "--out", str(out)]
+    main([*words, "--pool", str(pool)])
+    result = json.loads((out / "retrieval" / "results.json").read_text())
+    assert result["n"] == result["metrics"]["text_to_image/R@1"]["n"] == 230
+    assert result["metadata"]["pool"] == size and result["details"]["chance"] == 1 / size
+    # images 3 and 4 have each other's caption; in a pool of four without it, image 4 wins a tie of zeros
+    assert result["metrics"]["image_to_text/R@1"]["value"] == pytest.approx(right / 230)
+    # recall at 5 of four candidates says nothing
+    assert ("text_to_image/R@5" in result["metrics"]) == (size > 5)
 
 
 def test_equal_captions_are_equally_correct_and_k_may_exceed_the_pool():
