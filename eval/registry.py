@@ -50,7 +50,7 @@ _SAMPLING = (  # precedence: command line, sampling.json of the model, these def
     _SEED,
 )
 _IMAGES_PER_PROMPT = Option(
-    "images_per_prompt", "images per prompt (default: 4 as published, 1 for scenes)", int, minimum=1
+    "images_per_prompt", "images per prompt (default: as published, 4 or 10; 1 for scenes)", int, minimum=1
 )
 _IMAGE_FORMAT = Option(
     "image_format", "format of saved images (default: as published)", choices=("jpg", "png")
@@ -69,7 +69,9 @@ _INCEPTION = (
 _REFERENCE = Option(
     "reference", "real images (folder or .npz), or an .npz of their statistics", default="", scoring=True
 )
-_CLIP_MODEL = Option("clip_model", "folder of the CLIP model of CLIP score", default="", scoring=True)
+_CLIP_MODEL = Option(
+    "clip_model", "folder of a CLIP model for CLIP score or similarity", default="", scoring=True
+)
 _VQA_MODEL = Option(
     "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
 )
@@ -375,6 +377,21 @@ _TABLE = (
         files=release_patterns("wise"),
         options=(*_SAMPLING, _IMAGE_FORMAT, *_JUDGE),
         scorers=("official", "lmms"),
+    ),
+    Benchmark(
+        name="t2i_compbench",
+        module="generation.t2i_compbench",
+        description="colours, shapes, textures and relations of generated images (T2I-CompBench)",
+        needs="generator",
+        files=release_patterns("t2i_compbench"),
+        options=(
+            *_SAMPLING,
+            _IMAGES_PER_PROMPT,
+            _IMAGE_FORMAT,
+            Option("blip_model", "folder of a BLIP VQA model for BLIP-VQA", default="", scoring=True),
+            Option("spacy_model", "spaCy pipeline of noun phrases", default="en_core_web_sm", scoring=True),
+            _CLIP_MODEL,
+        ),
     ),
     Benchmark(
         name="image_set",

@@ -29,6 +29,8 @@ MME_TASK_FOLDERS = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
     "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
 )  # fmt: skip
+# T2I-CompBench's other categories are judged by a detector that transformers lacks
+COMPBENCH_CATEGORIES = ("color", "shape", "texture", "non_spatial")
 WISE_FILES = ("cultural_common_sense.json", "spatio-temporal_reasoning.json", "natural_science.json")
 
 
@@ -72,6 +74,9 @@ RELEASES = {
     "genai_bench": Release(("genai_skills.json",), (), ("genaibench527", "genaibench1600")),
     "dpg_bench": Release(("dpg_bench.csv",), (), ("dpg",)),
     "wise": Release(WISE_FILES),
+    "t2i_compbench": Release(
+        tuple(f"{name}_val.txt" for name in COMPBENCH_CATEGORIES), (), ("t2icompbench",)
+    ),
     "mjhq": Release(("meta_data.json",), (), ("mjhq30k",)),
     "imagenet_generation": Release(("VIRTUAL_imagenet*.npz",)),
 }

@@ -21,22 +21,22 @@ WORDS = [
 ]
 
 
-def random_weights(state):
+def random_weights(state, scale=0.2):
     """A state dict of random numbers, a seed per tensor by order of names; norms and scales are about 1."""
     ones = ("norm.weight", "norm1.weight", "norm2.weight", "layrnorm.weight", "gamma")
     return {
         # RandomState: its stream never changes
-        name: torch.tensor(np.random.RandomState(k).standard_normal(tuple(tensor.shape)) * 0.2).float()
+        name: torch.tensor(np.random.RandomState(k).standard_normal(tuple(tensor.shape)) * scale).float()
         + (1.0 if name.endswith(ones) else 0.0)
         for k, (name, tensor) in enumerate(sorted(state.items()))
         if tensor.is_floating_point()
     }
 
 
-def write_clip(folder, side=16):
-    """A CLIP of 2 x 8 wide layers for images of `side` pixels, and a tokenizer of whole words."""
+def word_tokenizer():
+    """A tokenizer of whole words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -44,7 +44,13 @@ def write_clip(folder, side=16):
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
     special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    words = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def write_clip(folder, side=16):
+    """A CLIP of 2 x 8 wide layers for images of `side` pixels, and a tokenizer of whole words."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = small | {
         "vocab_size": len(WORDS), "max_position_embeddings": 12, "eos_token_id": 3, "bos_token_id": 2,
@@ -55,7 +61,25 @@ def write_clip(folder, side=16):
     model.load_state_dict(random_weights(model.state_dict()), strict=False)
     model.save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
-    CLIPProcessor(image_processor=images, tokenizer=words).save_pretrained(folder)
+    CLIPProcessor(image_processor=images, tokenizer=word_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write_blip(folder, side=32):
+    """A BLIP VQA of one layer with BLIP's vocabulary, for images of `side` pixels."""
+    from transformers import BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = small | {
+        "vocab_size": 30524, "encoder_hidden_size": 8, "max_position_embeddings": 40, "pad_token_id": 1,
+        "bos_token_id": 30522, "sep_token_id": 3, "eos_token_id": 3,
+    }  # fmt: skip
+    vision = small | {"image_size": side, "patch_size": 16}
+    model = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=8))
+    model.load_state_dict(random_weights(model.state_dict(), 1.0), strict=False)
+    model.eval().save_pretrained(folder)
+    images = BlipImageProcessor(size={"height": side, "width": side})
+    BlipProcessor(image_processor=images, tokenizer=word_tokenizer()).save_pretrained(folder)
     return folder
 
 
