@@ -134,8 +134,8 @@ class _Connection(H11Protocol):
     def handle_events(self) -> None:
         cycle = self.cycle
         super().handle_events()
-        # a request head is complete; a response to it may be too
-        if self.cycle is not cycle and not self.cycle.response_complete:
+        # a request head is complete; a response to it may be too, or earlier ones are still unread
+        if self.cycle is not cycle and not self.cycle.response_complete and not self.flow.write_paused:
             self.idle_since = float("inf")
 
     def on_response_complete(self) -> None:

@@ -20,6 +20,7 @@ from ..image_files import image_size, open_image
 
 # data:[<type>][;<parameter>...];base64,<data>, in any case; the type may be missing
 _DATA_HEAD = re.compile(r"data:(?P<type>[^;,]{0,100})(?P<parameters>(;[^;,]{0,100}){0,8});base64", re.I)
+_MAX_SCANS = 100  # of a JPEG; encoders write about 10
 _SPACE = bytes(range(0x21))  # what the URL standard ignores around and within base64
 
 
@@ -61,6 +62,9 @@ class ImageLoader:
             try:
                 contents.append(self._read_url(url.strip(_SPACE.decode())))
                 width, height = image_size(contents[-1])
+                # every scan of a progressive JPEG passes over all pixels, and may have few bytes
+                if contents[-1][:2] == b"\xff\xd8" and contents[-1].count(b"\xff\xda") > _MAX_SCANS:
+                    raise UserError(f"The image has more than {_MAX_SCANS} JPEG scans: save it anew.")
                 # images are padded to a square before they are scaled
                 if max(width, height) > self.max_side:
                     raise UserError(

@@ -1,10 +1,12 @@
 """Log lines limited in number: a client must not fill the disk."""
 
 import logging
+import re
 import threading
 import time
 
 _LINES, _SECONDS = 10, 10.0
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class RateLimit(logging.Filter):
@@ -14,12 +16,13 @@ class RateLimit(logging.Filter):
         super().__init__()
         self.lines, self.seconds = lines, seconds
         self._lock = threading.Lock()
-        # text before its arguments are filled in -> (begin of the period, records in it)
+        # first line without numbers -> (begin of the period, records in it)
         self._periods: dict[str, tuple[float, int]] = {}
 
     def filter(self, record: logging.LogRecord) -> bool:
         """True if the record is logged."""
-        now, text = time.monotonic(), str(record.msg)[:200]
+        # before its arguments are filled in; asyncio writes addresses of objects into the text
+        now, text = time.monotonic(), _NUMBER.sub("", str(record.msg).partition("\n")[0][:200])
         with self._lock:
             begin, count = self._periods.get(text, (now, 0))
             left_out = 0

@@ -78,13 +78,14 @@ class RequestParser:
         ids = processor.question_ids(questions[-1], len(urls), history=list(zip(questions, answers)))
         # without a context limit only the server's limit applies
         available = self.max_new_tokens if self.context is None else self.context - len(ids)
+        name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
         limit = request.limit or max(1, min(_DEFAULT_NEW_TOKENS, available, self.max_new_tokens))
         if limit > self.max_new_tokens:
-            raise UserError(f"max_tokens is {limit}; this server allows at most {self.max_new_tokens}.")
+            raise UserError(f"{name} is {limit}; this server allows at most {self.max_new_tokens}.")
         if limit > available:
             raise UserError(
                 f"messages has {len(ids)} tokens with its images; {limit} new ones exceed the "
-                f"model's context of {self.context}: shorten the conversation or lower max_tokens."
+                f"model's context of {self.context}: shorten the conversation or lower {name}."
             )
         return Conversation(request, ids, urls, limit)
 
