@@ -325,7 +325,7 @@ def test_check_reads_streams_and_samples_many(images, capsys, monkeypatch):
 
 def test_a_run_directory_may_not_name_commands(tmp_path):
     own, command = tmp_path / "mine.yaml", f"data.sources=[{{path: 'pipe:touch {tmp_path}/ran'}}]"
-    shipped = load_run_config("configs/tokenizer/scenes.yaml", [command])
+    shipped = load_run_config("configs/tokenizer/unitok_base.yaml", [command])
     own.write_text(to_yaml(shipped))
     assert load_run_config(str(own), []).data.sources[0].path.startswith("pipe:")
     folder = tmp_path / "run"
