@@ -30,6 +30,11 @@ class Base64Image(NamedTuple):
     name: str
     text: str
 
+    def __str__(self) -> str:
+        return self.name  # not the data, which would land in result files
+
+    __repr__ = __str__
+
 
 class ImageList(NamedTuple):
     """The images of a question that has several, in the order in which the model reads them."""

@@ -38,6 +38,7 @@ class ChoiceQuestion(NamedTuple):
     answer: str
     kind: str  # SEED-Bench: the dimension; ScienceQA: the subject
     medium: str  # "image", "video" or "text"
+    groups: tuple[str, ...] = ()  # published groups that it counts in: ScienceQA's NAT, IMG, G1-6, ...
 
 
 def malformed_choice(name: str, medium: str = "", kind: str = "") -> ChoiceQuestion:

@@ -220,7 +220,7 @@ def _join_text(question: str) -> str:
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Mean F1 over the three categories; the counts of each go into the details."""
+    """F1, accuracy, precision, recall and yes ratio: means over the categories, and of each category."""
     questions: list[PopeQuestion] = task.truth
     result = pope_metrics(questions, answer_texts(records), scoring.scorer)
     names = list(result["per_category"])
@@ -233,9 +233,16 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         "f1": Metric(result["f1"], len(questions), bootstrap(columns, clusters, f1_statistic)),
         "accuracy": Metric(result["accuracy"], len(questions), bootstrap(mean_columns(right), clusters)),
     }
-    for k, (name, ratios) in enumerate(result["per_category"].items()):
+    categories = result["per_category"]
+    for key in ("precision", "recall", "yes_ratio"):
+        value = mean([ratios[key] for ratios in categories.values()])
+        metrics[key.replace("_", " ")] = Metric(value, len(questions))
+    for k, (name, ratios) in enumerate(categories.items()):
         interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_statistic)
         metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
+    for key in ("accuracy", "precision", "recall", "yes_ratio"):
+        for name, ratios in categories.items():
+            metrics[f"{key.replace('_', ' ')}/{name}"] = Metric(ratios[key], int(ratios["n"]))
     return Scored(metrics, {"per_category": result["per_category"]}, [
         sample_record(s, records, value, q.label, q.category, q.text, parsed=parsed)
         for s, q, value, parsed in zip(task.samples, questions, right, result["parsed"])

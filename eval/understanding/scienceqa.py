@@ -40,6 +40,10 @@ from ..core.release_files import RELEASES, detect_layout, find_beside, find_file
 
 _ORIGINAL, _LLAVA = RELEASES["scienceqa"].original, RELEASES["scienceqa"].llava
 
+# columns of the published tables: subject, context (text, image, none), grade
+SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
+GROUPS = (*SUBJECTS.values(), "TXT", "IMG", "NO", "G1-6", "G7-12")
+
 answer = answer_questions
 
 
@@ -138,13 +142,26 @@ def read_scienceqa_problem(
         OPTION_LETTERS[label],
         kind=str(row.get("subject", "")),
         medium="image" if image else "text",
+        groups=_published_groups(row, bool(image)),
     )
     hint = str(row.get("hint") or "").strip()
     return question, "" if hint.upper() == "N/A" else hint, image
 
 
+def _published_groups(row: Record, has_image: bool) -> tuple[str, ...]:
+    """The groups of the published tables in which a problem counts: by subject, context and grade."""
+    hint, grade = str(row.get("hint") or "").strip(), str(row.get("grade") or "")
+    number = int(grade.removeprefix("grade")) if grade.removeprefix("grade").isdigit() else 0
+    member = {
+        "TXT": hint != "", "IMG": has_image, "NO": not hint and not has_image,
+        "G1-6": 1 <= number <= 6, "G7-12": 7 <= number <= 12,
+    }  # fmt: skip
+    subject = SUBJECTS.get(str(row.get("subject") or ""))
+    return (*([subject] if subject else []), *(name for name, counts in member.items() if counts))
+
+
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
-    """Accuracy overall, by medium ("image" is published as IMG) and by subject; missing answers are wrong."""
+    """Accuracy overall, in the groups of the published tables, and by medium; missing answers are wrong."""
     questions: list[ChoiceQuestion] = task.truth
     texts = answer_texts(records)
     values = [
@@ -154,8 +171,10 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     # one question per image; files are all called image.png, so the id is the cluster
     clusters = [f"{s.id}" for s in task.samples]
     metrics = {"accuracy": mean_metric(values, clusters)}
+    for group in GROUPS:
+        if kept := [i for i, q in enumerate(questions) if group in q.groups]:
+            metrics[group] = mean_metric([values[i] for i in kept], [clusters[i] for i in kept])
     metrics |= mean_metrics_by("medium", [q.medium for q in questions], values, clusters)
-    metrics |= mean_metrics_by("subject", [q.kind for q in questions], values, clusters)
     lines = [row | {"cluster": c} for row, c in zip(choice_records(task, records, values), clusters)]
     return Scored(metrics, {}, lines)
 

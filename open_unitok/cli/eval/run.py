@@ -9,7 +9,7 @@ from typing import Any
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core.benchmark import Benchmark, Option, Record
+from open_unitok.eval.core.benchmark import Benchmark, Option
 from open_unitok.eval.core.harness import run_benchmark
 from open_unitok.eval.registry import (
     BENCHMARKS,
@@ -19,6 +19,7 @@ from open_unitok.eval.registry import (
     options_of,
     select_options,
 )
+from open_unitok.eval.report.tables import result_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,33 +186,3 @@ def _joined_ranks(device: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     guard.close()
     if code:
         sys.exit(code)
-
-
-def result_table(result: Record) -> str:
-    """A result as lines of text: value, 95 % interval, n."""
-    title = f"{result['benchmark']}  ({result['n']} samples, {result['missing']} missing)"
-    lines = [title, "-" * len(title)]
-    if result["value"] is None:
-        lines.append("  no public answers: upload the submission file")
-    width = max(map(len, result["metrics"]), default=0)
-    for name, metric in result["metrics"].items():
-        interval = metric["interval"]
-        around = ""
-        if interval:
-            around = f"[{_with_unit(interval[0], metric)}, {_with_unit(interval[1], metric)}]"
-        value = _with_unit(metric["value"], metric)
-        lines.append(f"  {name:<{width}}  {value:>9}  {around:<20}  n={metric['n']}")
-    if not result["comparable"]:
-        lines.append(f"  ! not comparable with published numbers: {result['not_comparable_reason']}")
-    lines += [f"  ! {problem}" for problem in result["problems"]]
-    lines += [f"  > submission/{name}" for name in result.get("submission", ())]
-    return "\n".join(lines)
-
-
-def _with_unit(value: float, metric: Record) -> str:
-    """A value in the metric's unit."""
-    if metric["unit"] == "fraction":
-        return f"{100 * value:.1f} %"
-    if metric["unit"] == "points":
-        return f"{value:.1f}"
-    return f"{value:.2f} dB" if metric["unit"] == "dB" else f"{value:.3f}"

@@ -7,8 +7,9 @@ from pathlib import Path
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.eval.registry import BENCHMARKS, find_benchmark, select_options
+from open_unitok.eval.report.tables import result_table
 
-from .run import add_benchmark_options, given_options, result_table
+from .run import add_benchmark_options, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
