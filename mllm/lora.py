@@ -9,11 +9,13 @@ from typing import Any
 from torch import nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.text_files import read_json
+from open_unitok.tokenizer.folder_checks import check_finite, loading, read_config, read_header
 
 from .model import UniTokForConditionalGeneration
 
 ADAPTER_CONFIG = "adapter_config.json"
+# name of a LoRA weight -> its module
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_(?:A|embedding_A)(?:\.weight)?")
 
 
 def add_lora(
@@ -50,8 +52,7 @@ def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
         UserError: a part has none.
     """
     patterns = []
-    # ProjectionAttention reads `qkv.weight` without calling the layer: an adapter on it would have no effect
-    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("qkv")]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for part in parts:
         inside = (name for name in linear if f"{name}.".startswith(f"{part}."))
         leaves = {name.rpartition(".")[2] for name in inside}
@@ -77,21 +78,61 @@ def merge_adapter(
     if path.exists() and not (path / ADAPTER_CONFIG).exists():
         hint = f" Did you mean {path / 'model'}?" if (path / "model" / ADAPTER_CONFIG).exists() else ""
         raise UserError(f"{folder} is not an adapter: it has no {ADAPTER_CONFIG}.{hint}")
+    config = _checked_config(peft, path, model) if path.exists() else None
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+        merged = peft.PeftModel.from_pretrained(model, str(folder), config=config).merge_and_unload()
     except (RuntimeError, ValueError, OSError) as error:
         # peft lists every tensor that differs: two lines are enough
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise UserError(
-            f"The adapter {folder} does not fit this model{_base(path)}: {' '.join(lines[:2])}"
+            f"The adapter {folder} does not fit this model{_base(path)}: {' '.join(lines[:2])[:300]}"
         ) from error
+    check_finite(merged, f"{folder}, merged")
+    return merged
+
+
+def _checked_config(peft: Any, path: Path, model: nn.Module) -> Any:
+    """The config of an adapter folder, compared with the headers of its weights.
+
+    The modules come from the weights: a pattern in a file of somebody else may take for ever to match.
+
+    Raises:
+        UserError: a file is broken, or the ranks or modules of config and weights differ.
+    """
+    description = read_config(path, ADAPTER_CONFIG)
+    files = [path / f"adapter_model.{suffix}" for suffix in ("safetensors", "bin")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise UserError(f"{path} has no weights: neither {files[0].name} nor {files[1].name}.")
+    stored = read_header(file)
+    with loading(path / ADAPTER_CONFIG):
+        config = peft.PeftConfig.from_pretrained(str(path))
+    if description.get("peft_type") != "LORA":
+        return config
+    ranks = {m[1]: entry.shape[0] for name, entry in stored.items() if (m := _LORA.fullmatch(name))}
+    if not ranks:
+        raise UserError(f"{file} has no LoRA weights.")
+    if unknown := sorted(ranks.keys() - dict(model.named_modules()).keys()):
+        raise UserError(f"The adapter {path} does not fit this model{_base(path)}: it has no {unknown[0]}.")
+    patterns = {**(config.rank_pattern or {}), **(config.alpha_pattern or {})}
+    if any(re.search(r"[)\]][*+{]|[*+}][*+{]", str(pattern)) for pattern in patterns):
+        raise UserError(f"{path / ADAPTER_CONFIG}: rank_pattern and alpha_pattern must not repeat groups.")
+    with loading(path / ADAPTER_CONFIG):
+        largest = max([config.r, *(config.rank_pattern or {}).values()])
+        if largest > max(ranks.values()):
+            raise UserError(
+                f"{path / ADAPTER_CONFIG}: r = {largest}, but the weights have rank {max(ranks.values())}."
+            )
+    config.target_modules = set(ranks)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
 
 
 def _base(path: Path) -> str:
     """ " (it was trained on ...)" if its config has the base model."""
     if not (path / ADAPTER_CONFIG).exists():
         return ""
-    base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = read_config(path, ADAPTER_CONFIG).get("base_model_name_or_path")
     return f" (it was trained on {base})" if base else ""
 
 

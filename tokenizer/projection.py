@@ -70,7 +70,10 @@ class ProjectionAttention(nn.Module):
         # A key bias adds q.b to all scores of a query, which softmax cancels. A zero bias keeps q, k and v in
         # one matrix product.
         bias = torch.cat([self.query_bias, torch.zeros_like(self.query_bias), self.value_bias])
-        query, key, value = split_heads(cpu.linear(hidden, self.qkv.weight, bias), self.heads)
+        plain = type(self.qkv) is Linear
+        # an adapter or a quantised layer acts only when it is called
+        joint = cpu.linear(hidden, self.qkv.weight, bias) if plain else self.qkv(hidden) + bias
+        query, key, value = split_heads(joint, self.heads)
         if cache is not None:
             key, value = cache.append(key, value)
         mask = None if cache is None else cache.mask

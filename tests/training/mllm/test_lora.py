@@ -178,7 +178,7 @@ def test_adapters_are_on_all_linear_layers_of_their_parts(base):
     mine = ("visual_embedder", "lm_head")
     linear = {n for n, m in model.named_modules() if n.startswith(mine) and hasattr(m, "base_layer")}
     assert found == linear and "lm_head" in linear and "visual_embedder.projector.3" in linear
-    assert not any(n.endswith("qkv") for n in linear)
+    assert "visual_embedder.projection.attention.qkv" in linear
     with pytest.raises(UserError, match="'head' has no linear layer"):
         linear_layers(model, ["head"])
 
