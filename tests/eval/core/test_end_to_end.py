@@ -292,3 +292,72 @@ def test_questions_about_one_image_are_resampled_together(capsys, tmp_path):
         interval = metric["metrics"][metric["metric"]]["interval"]
         assert interval == bootstrap.bootstrap(bootstrap.mean_columns(scores), clusters), name
         assert interval != bootstrap.bootstrap(bootstrap.mean_columns(scores)), name
+
+
+def test_seedbenchs_repeated_id_is_two_questions(capsys, tmp_path):
+    """The released table holds the id 49914 twice; LLaVA's file and upload follow it."""
+    for layout in ("original", "llava"):
+        folder = tmp_path / layout
+        Scripted.replies, expected = BUILDERS["seedbench"](folder, layout == "llava")
+        content = json.loads((folder / "SEED-Bench.json").read_text())
+        content["questions"][1]["question_id"] = "500"
+        releases.write(folder / "SEED-Bench.json", content)
+        if layout == "llava":
+            path = folder / "llava-seed-bench.jsonl"
+            path.write_text(path.read_text().replace('"question_id": "501"', '"question_id": "500"'))
+        code, _, err = run(capsys, "seedbench", folder, tmp_path / "o" / layout, "--layout", layout)
+        result = result_of(tmp_path / "o" / layout, "seedbench")
+        assert code == 0 and result["value"] == pytest.approx(expected) and result["comparable"], err
+        assert result["malformed"] == 0
+        upload = tmp_path / "o" / layout / "seedbench" / "submission" / "seedbench_predictions.jsonl"
+        rows = [json.loads(line) for line in upload.read_text().splitlines()]
+        assert [(row["question_id"], row["prediction"]) for row in rows[:2]] == [("500", "A"), ("500", "B")]
+        assert len(rows) == 5
+
+
+@pytest.mark.parametrize("hint", ["", None, "N/A", " n/a "])
+def test_scienceqas_prompt_has_no_context_without_a_hint(capsys, tmp_path, hint):
+    Scripted.replies, _ = BUILDERS["scienceqa"](tmp_path / "d", False)
+    problems = json.loads((tmp_path / "d" / "problems.json").read_text())
+    problems["0"]["hint"] = hint
+    releases.write(tmp_path / "d" / "problems.json", problems)
+    assert run(capsys, "scienceqa", tmp_path / "d", tmp_path / "o")[0] == 0
+    lines = (tmp_path / "o" / "scienceqa" / "answers-00000.jsonl").read_text().splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines]
+    assert prompts[0] == f"Which science 0?\nA. ape\nB. bee{releases.LETTER}"
+    assert prompts[1].startswith("Context: A hint.\nWhich science 1?")
+
+
+def test_mmbench_without_its_rotations_has_no_circular_accuracy(capsys, tmp_path):
+    Scripted.replies, expected = BUILDERS["mmbench"](tmp_path / "d", False)
+    table = tmp_path / "d" / "mmbench_dev_20230712.tsv"
+    head, *rows = table.read_text().splitlines()
+    # one question lacks one of its three rotations: it counts as wrong
+    kept = [row for row in rows if not row.startswith("1000000\t")]
+    table.write_text("\n".join([head, *kept]) + "\n")
+    assert run(capsys, "mmbench", tmp_path / "d", tmp_path / "o")[0] == 0
+    result = result_of(tmp_path / "o", "mmbench")
+    assert result["metric"] == "circular" and result["value"] == pytest.approx(expected - 1 / 5)
+    reason = "1 questions lack some of their rotations (wrong in circular accuracy)"
+    assert not result["comparable"] and result["not_comparable_reason"] == reason
+    # an export of the plain questions
+    plain = [row for row in rows if int(row.split("\t")[0]) < 1_000_000]
+    table.write_text("\n".join([head, *plain]) + "\n")
+    assert run(capsys, "mmbench", tmp_path / "d", tmp_path / "p")[0] == 0
+    result = result_of(tmp_path / "p", "mmbench")
+    assert result["metric"] == "vanilla" and not any("circular" in name for name in result["metrics"])
+    assert not result["comparable"] and "has no rotated questions" in result["not_comparable_reason"]
+    assert result["value"] == 4 / 5
+
+
+def test_annotation_files_of_windows_are_read(capsys, tmp_path):
+    """A byte-order mark, CRLF and blank lines, in the released file and in LLaVA's."""
+    for layout in ("original", "llava"):
+        Scripted.replies, expected = BUILDERS["vqav2"](tmp_path / layout, layout == "llava")
+        for path in (tmp_path / layout).glob("*.json*"):
+            content = path.read_bytes().replace(b"\n", b"\r\n")
+            path.write_bytes(b"\xef\xbb\xbf" + content + b"\r\n" * 2)
+        code, _, err = run(capsys, "vqav2", tmp_path / layout, tmp_path / "o" / layout, "--layout", layout)
+        assert code == 0, err
+        result = result_of(tmp_path / "o" / layout, "vqav2")
+        assert result["value"] == pytest.approx(expected) and result["malformed"] == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from open_unitok.core.errors import UserError
+from open_unitok.eval.core.benchmark import Options
 from open_unitok.eval.understanding import pope
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval" / "pope.json"
@@ -89,3 +90,54 @@ def test_malformed_files_name_the_place(folder):
         pope.read_pope(folder)
     with pytest.raises(UserError, match="belong to no question"):
         pope.pope_metrics([], {3: "yes"})
+
+
+def write_versions(folder, released, asked):
+    """The three released files with (image, object, label) rows, and LLaVA's file of (image, object) rows."""
+    for category in pope.POPE_SUBSETS:
+        rows = [
+            {
+                "question_id": i,
+                "image": f"{image}.jpg",
+                "text": f"Is there a {thing} in the image?",
+                "label": x,
+            }
+            for i, (image, thing, x) in enumerate(released)
+        ]
+        path = folder / f"coco_pope_{category}.json"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    short = "\nAnswer the question using a single word or phrase."
+    lines = [
+        {"question_id": i, "image": f"{image}.jpg", "category": category,
+         "text": f"Is there a {thing} in the image?{short}"}
+        for i, (category, (image, thing)) in enumerate((c, row) for c in pope.POPE_SUBSETS for row in asked)
+    ]  # fmt: skip
+    path = folder / "llava_pope_test.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_llavas_questions_are_joined_by_category_image_and_question(tmp_path):
+    """The files are of two versions: another order, and questions that LLaVA's file does not ask."""
+    released = [("a", "cup", "yes"), ("a", "dog", "no"), ("b", "car", "yes"), ("b", "hat", "no")]
+    write_versions(tmp_path, released, [("b", "hat"), ("a", "dog"), ("a", "cup")])
+    task = pope.load(tmp_path, Options(layout="llava", limit=None, max_new_tokens=None, prompt_template=None))
+    assert [(q.text.split()[3], q.label) for q in task.truth[:3]] == [
+        ("hat", "no"),
+        ("dog", "no"),
+        ("cup", "yes"),
+    ]
+    assert len(task.samples) == 9 and not any(s.malformed for s in task.samples)
+    for sample, question in zip(task.samples, task.truth):
+        assert question.text in sample.prompt and sample.image.name == question.image.name
+    assert task.problems == ["3 released questions are not in llava_pope_test.jsonl (not asked)"]
+    # a question that no version has is named, and wrong
+    write_versions(tmp_path, released, [("a", "cup"), ("a", "dog"), ("b", "cow")])
+    task = pope.load(tmp_path, Options(layout="llava", limit=None, max_new_tokens=None, prompt_template=None))
+    assert [bool(s.malformed) for s in task.samples] == [False, False, True] * 3
+    assert "has no question 'Is there a cow in the image?' about b.jpg" in task.samples[2].malformed
+
+
+def test_an_empty_answer_is_yes_by_the_official_rule_and_neither_by_the_strict_one(folder):
+    assert pope.parse_yes_no("") == "yes" and pope.parse_yes_no("", "strict") == ""
+    text = (Path(__file__).parents[3] / "eval" / "README.md").read_text()
+    assert "POPE's official rule reads an empty answer as yes" in " ".join(text.split())

@@ -113,3 +113,12 @@ def test_missing_files_and_unknown_ids_are_refused(tmp_path, folder):
         vqav2.vqav2_accuracies(vqav2.read_vqav2(folder), {7: "yes"})
     with pytest.raises(UserError, match="Did you mean 'official'"):
         vqav2.vqa_accuracy("a", ["a"], "oficial")
+
+
+def test_the_official_scorer_is_the_public_tool_of_today():
+    """Since March 2021 both sides are normalised where the ten answers differ."""
+    answers = ["two"] * 9 + ["three"]
+    scores = {scorer: vqav2.vqa_accuracy("2", answers, scorer) for scorer in vqav2.VQAV2_SCORERS}
+    assert scores == {"lmms": 1.0, "official": 1.0, "official-2018": 0.0}
+    # ten equal answers are compared as they are
+    assert vqav2.vqa_accuracy("2", ["two"] * 10, "official") == 0.0
