@@ -139,7 +139,7 @@ def to_pixels(
     resize: int | None = None,
     resample: Image.Resampling | None = None,
 ) -> torch.Tensor:
-    """An RGB image -> (3, H, W) float32 in [-1, 1].
+    """An image -> (3, H, W) float32 in [-1, 1]; other than plain RGB goes through `load_image`.
 
     Args:
         size: (H, W), or the side of a square.
@@ -157,6 +157,7 @@ def to_pixels(
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
     height, width = (size, size) if isinstance(size, int) else size
+    image = _plain_rgb(image)
     if mode == "crop":
         scaled = _scaled_size(image, (height, width), resize)
         _check_pixels(image, max(scaled[0], width) * max(scaled[1], height))
@@ -169,9 +170,9 @@ def to_pixels(
 
 
 def from_pil(image: Image.Image) -> torch.Tensor:
-    """An RGB image, unscaled -> (3, H, W) float32 in [-1, 1]."""
+    """An image, unscaled, otherwise as `to_pixels` -> (3, H, W) float32 in [-1, 1]."""
     # np.array copies: torch warns about the read-only memory of a PIL image
-    array = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+    array = torch.from_numpy(np.array(_plain_rgb(image))).permute(2, 0, 1).contiguous()
     return (array.float() / 255 - 0.5) / 0.5
 
 
@@ -270,6 +271,11 @@ def _reason(source: ImageSource, error: Exception, formats: Sequence[str]) -> st
     if isinstance(error, Image.UnidentifiedImageError):
         return f"it is not one of {', '.join(formats)}."
     return str(error)
+
+
+def _plain_rgb(image: Image.Image) -> Image.Image:
+    """The image, through `load_image` if it may need to be turned, scaled to 8 bits or composited."""
+    return image if image.mode == "RGB" and not image.info else load_image(image)
 
 
 def _check_pixels(image: Image.Image, pixels: int) -> None:

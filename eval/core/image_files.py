@@ -6,6 +6,7 @@ The path of an image inside a tar (webdataset layout) treats the tar as a folder
 import base64
 import binascii
 import functools
+import sys
 import tarfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.image_names import is_image_name
+from open_unitok.core.image_names import IMAGE_SUFFIXES, find_images, find_sibling, is_image_name
 
 from .benchmark import Record, Sample
 from .parquet import ParquetImage
@@ -170,7 +171,24 @@ def image_path_by_stem(
     """As `image_path`, for a file name without its suffix."""
     # "" first: some releases ship images without a suffix
     paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in ("", *suffixes)]
-    return next((path for path in paths if path.is_file()), paths[1])
+    if exact := next((path for path in paths if path.is_file()), None):
+        return exact
+    # any other suffix, in any case
+    places = [folder / f"{stem}.any" for folder in folders]
+    siblings = (find_sibling(place, IMAGE_SUFFIXES) for place in places if place.parent.is_dir())
+    return next(filter(None, siblings), paths[1])
+
+
+def list_images(folder: Path, recursive: bool = True) -> list[Path]:
+    """The images below a folder, sorted; what is left out is printed.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    found = find_images(existing(folder), recursive)
+    if note := found.note(folder):
+        print(f"{folder}: {note}", file=sys.stderr)
+    return found.images
 
 
 # ------------------------------------------------------------------------------------------------- tar files

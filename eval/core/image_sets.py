@@ -1,6 +1,5 @@
 """Image sets that are read lazily: a folder, an array in an .npz file, or the images of a run."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +8,9 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.image_names import find_images
 
 from .benchmark import Record, Task
-from .image_files import read_sample_image
+from .image_files import list_images, read_sample_image
 from .judge_pass import samples_with_images
 
 
@@ -36,12 +34,9 @@ def images_of_folder(role: str, folder: Path, keep: Callable[[Path], bool] = lam
     Raises:
         UserError: there are none.
     """
-    found = find_images(existing(folder))
-    if note := found.note(folder):
-        print(f"{folder}: {note}", file=sys.stderr)
-    paths = [path for path in found.images if keep(path)]
+    paths = [path for path in list_images(folder) if keep(path)]
     if not paths:
-        raise UserError(f"{folder} contains no images (.png, .jpg, ...).{note and f' {note}'}")
+        raise UserError(f"{folder} contains no images (.png, .jpg, ...).")
     # path and size stand for the content: hashing 50,000 images takes minutes
     names = [f"{p.relative_to(folder)} {p.stat().st_size}" for p in paths]
     return ImageSet(role, names, lambda i: np.asarray(read_sample_image(paths[i])))

@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_csv, read_json
 
-from .image_files import read_tar_sibling, tar_images
+from .image_files import list_images, read_tar_sibling, tar_images
 
 WNID = re.compile(r"n\d{8}")
 LabelledImages = list[tuple[Path, int | UserError]]
@@ -57,7 +56,7 @@ def _by_folder(folder: Path) -> LabelledImages:
         (path, _class_number(wnid.name, str(wnid)))
         for wnid in sorted(folder.iterdir())
         if wnid.is_dir()
-        for path in find_images(wnid, recursive=False).images
+        for path in list_images(wnid, recursive=False)
     ]
 
 

@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.image_names import find_images
 
 from ..core import imagenet
 from ..core.annotations import require_mostly_valid
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.image_files import open_images
+from ..core.image_files import list_images, open_images
 
 # features (F,) of an image, by option value
 POOLINGS = {
@@ -74,7 +73,7 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], li
                 (p, n)
                 for n, name in enumerate(names)
                 if (data / part / name).is_dir()
-                for p in find_images(data / part / name, recursive=False).images
+                for p in list_images(data / part / name, recursive=False)
             ]
             for part in ("train", "val")
         )

@@ -13,14 +13,13 @@ import numpy as np
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json, read_lines
 
 from ..core import imagenet
 from ..core.annotations import read_scenes, require_key, require_mostly_valid, require_type
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
-from ..core.image_files import open_images
+from ..core.image_files import list_images, open_images
 from ..core.release_files import image_finder
 
 LOGIT_SCALE = 100.0  # the published evaluation's logits are 100 * image @ classifier
@@ -102,7 +101,7 @@ def _images_of_classes(path: Path, names: dict[str, str], images: Any) -> imagen
         places = dict.fromkeys(base / part for base in bases for part in (folder, name))
         for place in places:
             if place.is_dir():
-                files += [(p, number) for p in find_images(place, recursive=False).images]
+                files += [(p, number) for p in list_images(place, recursive=False)]
     numbers = {key: n for n, pair in enumerate(names.items()) for key in reversed(pair)}
     find_image = image_finder(bases)
     for file, label in require_type(dict, images, f"{path}, images").items():

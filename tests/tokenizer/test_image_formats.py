@@ -12,7 +12,14 @@ from PIL import Image, ImageDraw
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import image_modes, images
-from open_unitok.tokenizer.images import header_size, is_plain, load_image, open_image_file
+from open_unitok.tokenizer.images import (
+    from_pil,
+    header_size,
+    is_plain,
+    load_image,
+    open_image_file,
+    to_pixels,
+)
 
 ROOT = Path(__file__).parents[2]
 RED, BLUE, WHITE = (220, 30, 30), (30, 30, 220), (255, 255, 255)
@@ -382,3 +389,11 @@ def test_nobody_else_opens_images():
             ):
                 readers.append(path.relative_to(ROOT).as_posix())
     assert readers == ["tokenizer/images.py"]
+
+
+def test_pixels_of_images_that_were_opened_by_others():
+    """`to_pixels` and `from_pil` take them upright and opaque too."""
+    with Image.open(io.BytesIO(with_orientation(6, "PNG"))) as image:
+        assert to_pixels(image, 16).equal(to_pixels(upright(), 16))
+        assert from_pil(image).equal(from_pil(upright()))
+    assert to_pixels(disc(RED), 16, "pad").equal(to_pixels(ON_WHITE, 16, "pad"))

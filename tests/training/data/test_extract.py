@@ -90,7 +90,10 @@ def run(tokenizer, data, out, *more):
 
 def test_codes_equal_those_of_the_tokenizer(tokenizer, data, tmp_path, capsys):
     run(tokenizer, data, tmp_path / "codes", "--workers", 2)
-    assert "30 images in 3 tar(s), 4 x 3 codes each; 0 unreadable" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "30 images in 3 tar(s), 4 x 3 codes each; 0 unreadable; reconstruction" in printed.out
+    # noise, by a random tokenizer
+    assert "dB is less than 15 dB: this tokenizer does not suit the images" in printed.err
     unitok = UniTok.from_pretrained(tokenizer).eval()
     codes = CodeFolder(tmp_path / "codes", unitok.fingerprint())
     assert (
@@ -240,3 +243,27 @@ def test_codebooks_above_65536_entries_are_stored_as_uint32(data, tmp_path, gold
     found = batch.inputs["image_codes"]
     assert found.dtype == torch.int64
     assert sorted(found.tolist()) == sorted(sample.codes.tolist() for sample in samples)
+
+
+def test_images_that_the_tokenizer_suits_give_no_warning_and_transparent_ones_are_counted(tmp_path, capsys):
+    """The shipped tokenizer on a scene of its kind, once with a transparent border."""
+    scene = Image.new("RGB", (64, 64), "white")
+    scene.paste((220, 40, 40), (20, 20, 44, 44))
+    clear = scene.convert("RGBA")
+    clear.putalpha(Image.new("L", (64, 64)))
+    clear.paste((220, 40, 40, 255), (20, 20, 44, 44))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, shown in (("opaque", scene), ("clear", clear)):
+            png = io.BytesIO()
+            shown.save(png, "PNG")
+            member = tarfile.TarInfo(f"{name}.PNG")
+            member.size = len(png.getvalue())
+            tar.addfile(member, io.BytesIO(png.getvalue()))
+    run("scenes", tmp_path, tmp_path / "codes")
+    printed = capsys.readouterr()
+    assert "2 images in 1 tar(s)" in printed.out and "does not suit" not in printed.err
+    assert "0 unreadable; 1 with transparent parts, which are put on white; recon" in printed.out
+    codes = CodeFolder(tmp_path / "codes")
+    first, second = (codes.read(0, number).images[0] for number in range(2))
+    assert np.array_equal(first, second)
+    assert "  1 images with transparent parts" in "\n".join(check_dataset(str(tmp_path / "a.tar")).lines)
