@@ -156,15 +156,16 @@ class TokenizerRunConfig(RunConfig):
     """A run of the tokenizer stage.
 
     Attributes:
-        model: `size` (a named size) and any field of UniTokConfig; may be omitted with `init_from` and
-            without the contrastive loss.
+        model: `size` (a named size) and any field of UniTokConfig; may be omitted with `init_from`.
         init_from_clip: an open_clip ViTamin checkpoint (file, folder or hub id) that initialises image and
             text tower of a new model.
         resume_from: a checkpoint of a run with another number of ranks or workers. Weights, step and schedule
             are kept, Adam's moments start at zero, and tars that were already begun are skipped in its epoch.
         decoder_init: initialisation of the pixel decoder's convolutions, see `tokenizer.layers`: "published"
             nearly mutes depthwise convolutions at first, which matters in short runs; "kaiming" does not.
-        caption_tokenizer: path or hub id of a CLIP vocabulary, or a sentencepiece tokenizer.model.
+        caption_tokenizer: path or hub id of a CLIP vocabulary, a sentencepiece tokenizer.model, or a model
+            that holds one (a folder, "scenes"); null takes that of `init_from`. With other ids than those of
+            `init_from` the text tower starts anew.
         reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
             contrastive loss needs large batches, the reconstruction losses do not).
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
@@ -191,11 +192,10 @@ class TokenizerRunConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        if not self.model and (self.init_from is None or self.losses.clip):
-            raise UserError(
-                "Config key 'model' is missing: name the sizes, or give init_from and set losses.clip to 0."
-            )
-        if self.losses.clip > 0 and not self.caption_tokenizer:
+        if not self.model and self.init_from is None:
+            raise UserError("Config key 'model' is missing: name the sizes, or give init_from.")
+        # the model at init_from may hold its caption tokenizer
+        if self.losses.clip > 0 and not self.caption_tokenizer and self.init_from is None:
             raise UserError(
                 f"losses.clip is {self.losses.clip}, but caption_tokenizer is not set: name a CLIP "
                 "vocabulary or a sentencepiece model, or set losses.clip to 0."

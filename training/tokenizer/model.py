@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
+from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok, UniTokConfig
-from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
+from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, CaptionTokenizer
 from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.layers import init_kaiming
 from open_unitok.tokenizer.loading import find_weights
@@ -21,11 +22,30 @@ CLIP_FILES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "open_clip_mod
 
 
 def load_caption_tokenizer(config: TokenizerRunConfig) -> Any:
-    """The CLIP-style tokenizer of captions, or None without the contrastive loss."""
-    if not config.losses.clip or config.caption_tokenizer is None:
+    """The CLIP-style tokenizer of captions, or None without the contrastive loss.
+
+    Raises:
+        UserError: the config names none, and the model at `init_from` holds none.
+    """
+    if not config.losses.clip:
         return None
-    length = config.model.get("text_context_length", UniTokConfig().text_context_length)
-    return CaptionTokenizer.from_path(config.caption_tokenizer, length)
+    length = config.model.get("text_context_length", _initial_config(config).text_context_length)
+    if config.caption_tokenizer is not None:
+        return CaptionTokenizer.from_path(config.caption_tokenizer, length)
+    folder = tokenizer_path(config.init_from or "")
+    if not (folder / CAPTION_TOKENIZER_FOLDER).is_dir():
+        raise UserError(
+            f"losses.clip is {config.losses.clip}, but init_from ({config.init_from}) holds no caption "
+            "tokenizer: set caption_tokenizer, or set losses.clip to 0."
+        )
+    return CaptionTokenizer.from_model_folder(folder, length)
+
+
+def _initial_config(config: TokenizerRunConfig) -> UniTokConfig:
+    """The config of the folder at `init_from`, else the default one."""
+    folder = tokenizer_path(config.init_from) if config.init_from else None
+    known = folder is not None and (folder / "config.json").exists()
+    return UniTokConfig.from_pretrained(folder) if known else UniTokConfig()
 
 
 def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
@@ -40,9 +60,10 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     for key in fields:
         if key not in known:
             raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
+    own_sizes = dict(fields)
     if captions is not None:
-        fields.setdefault("text_vocab_size", captions.vocab_size)
-    wanted = UniTokConfig.named(size, **fields)
+        own_sizes.setdefault("text_vocab_size", captions.vocab_size)
+    wanted = UniTokConfig.named(size, **own_sizes)
     if captions is not None and wanted.text_vocab_size < captions.vocab_size:
         raise UserError(
             f"model.text_vocab_size is {wanted.text_vocab_size}, but {config.caption_tokenizer} has "
@@ -66,6 +87,8 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
                 )
         if config.model:
             model.config.drop_path_rate = wanted.drop_path_rate
+        if captions is not None and not _has_vocabulary(model, config, captions):
+            model = _with_new_text_tower(model, config, captions)
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
     if not config.losses.clip:  # without a gradient, weight decay would still shrink these
@@ -90,6 +113,36 @@ def _load_pretrained(path: str) -> UniTok:
         return UniTok.from_pretrained(path, dtype=torch.float32)
     except OSError as error:
         raise UserError(f"init_from: no model at {path} ({' '.join(str(error).split())[:200]}).") from error
+
+
+def _has_vocabulary(model: UniTok, config: TokenizerRunConfig, captions: CaptionTokenizer) -> bool:
+    """Whether the text tower of `model`, loaded from `init_from`, was trained with the ids of `captions`."""
+    folder = tokenizer_path(config.init_from or "")
+    if (folder / CAPTION_TOKENIZER_FOLDER).is_dir():
+        return CaptionTokenizer.from_model_folder(folder).fingerprint == captions.fingerprint
+    # published checkpoints hold no caption tokenizer
+    return model.config.text_vocab_size == captions.vocab_size
+
+
+def _with_new_text_tower(model: UniTok, config: TokenizerRunConfig, captions: CaptionTokenizer) -> UniTok:
+    """The model with a random text tower for the ids of `captions`; all other weights are kept.
+
+    Raises:
+        UserError: the text tower is to be frozen.
+    """
+    if "text_encoder" in config.freeze:
+        raise UserError(
+            f"freeze holds text_encoder, but caption_tokenizer ({config.caption_tokenizer}) has other ids "
+            "than the model at init_from, whose text tower cannot read them."
+        )
+    if distributed.is_main():
+        print("The text tower starts anew: caption_tokenizer has other ids than the model at init_from.")
+    fields = {**model.config.to_dict(), "text_vocab_size": captions.vocab_size}
+    torch.manual_seed(seeding.derive_seed(config.seed, "model"))
+    new = UniTok(UniTokConfig.from_dict(fields))
+    kept = {name: w for name, w in model.state_dict().items() if not name.startswith("text_encoder.")}
+    new.load_state_dict(kept, strict=False)
+    return new
 
 
 def _init_from_clip(model: UniTok, path: str) -> None:
