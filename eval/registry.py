@@ -12,80 +12,20 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from .core.benchmark import Benchmark, Option
 from .core.release_files import benchmark_data, holds_benchmark, named_folders, release_patterns
-
-# ----------------------------------------------------------------------- options shared by several benchmarks
-
-_SPLIT = Option("split", "split, if the folder contains several, e.g. mscoco_val2014")
-_CROP = Option(
-    "crop", "crop to the tokenizer's size: bicubic, lanczos or adm (default: lanczos for classification)"
-)
-_SEED = Option("seed", "seed of the first sample; sample i uses seed + i", int, 0, minimum=0)
-
-_QUESTIONS = (
-    Option("prompt_template", "short, letter, letter-cn, unanswerable, plain or ocr (default: as published)"),
-    Option(
-        "max_new_tokens",
-        "longest answer in tokens (default: 128 as published, 16 for scenes)",
-        int,
-        minimum=1,
-    ),
-)
-_LAYOUT = Option(
-    "layout",
-    "layout of the files, if the folder contains several: the release, LLaVA's archive or the hub's data set",
-    choices=("original", "llava", "parquet"),
-)
-
-_SAMPLING = (  # precedence: command line, sampling.json of the model, these defaults
-    Option("guidance", "scale of classifier-free guidance; the model's own before the default", float, 5.0),
-    Option(
-        "guidance_schedule",
-        "constant, linear or cosine; the model's own before the default",
-        default="constant",
-    ),
-    Option("temperature", "temperature of code sampling; the model's own before the default", float, 1.0),
-    Option("top_k", "number of codes to sample from, 0: all; the model's own before the default", int, 0),
-    Option("top_p", "probability mass to sample from; the model's own before the default", float, 1.0),
-    Option("greedy", "take the most likely codes; the model's own before the default", bool, False),
-    _SEED,
-)
-_IMAGES_PER_PROMPT = Option(
-    "images_per_prompt", "images per prompt (default: as published, 4 or 10; 1 for scenes)", int, minimum=1
-)
-_IMAGE_FORMAT = Option(
-    "image_format", "format of saved images (default: as published)", choices=("jpg", "png")
-)
-_DETECTOR = Option("detector", "scenes (default where DATA has a scenes.json), or none: see --detector-model")
-
-_INCEPTION = (
-    Option(
-        "inception_variant",
-        "Inception network of FID: torch-fidelity, pytorch-fid, clean or adm (default: by benchmark)",
-        default="",
-        scoring=True,
-    ),
-    Option("inception_weights", "its weight file; required for FID", default="", scoring=True),
-)
-_REFERENCE = Option(
-    "reference", "real images (folder or .npz), or an .npz of their statistics", default="", scoring=True
-)
-_CLIP_MODEL = Option(
-    "clip_model", "folder of a CLIP model for CLIP score or similarity", default="", scoring=True
-)
-_VQA_MODEL = Option(
-    "vqa_model", "folder of an image-text model that judges the images", default="", scoring=True
-)
-
-_JUDGE = (
-    Option("judge", "name of the judge model", default="", scoring=True),
-    Option(
-        "judge_url",
-        "OpenAI-compatible endpoint, such as http://localhost:8000/v1",
-        default="",
-        scoring=True,
-    ),
-    Option("judge_replay", "file of replies instead of an endpoint", default="", scoring=True),
-    Option("judge_timeout", "seconds to wait for a reply", float, 60.0, scoring=True, minimum=1e-3),
+from .options import (
+    CLIP_MODEL,
+    CROP,
+    DETECTOR,
+    IMAGE_FORMAT,
+    IMAGES_PER_PROMPT,
+    INCEPTION,
+    JUDGE,
+    LAYOUT,
+    QUESTIONS,
+    REFERENCE,
+    SAMPLING,
+    SPLIT,
+    VQA_MODEL,
 )
 
 # --------------------------------------------------------------------------------------------- the benchmarks
@@ -99,8 +39,8 @@ _TABLE = (
         needs="tokenizer",
         files=("scenes.json", "val", "ILSVRC/Data/CLS-LOC/val"),
         options=(
-            _CROP,
-            *_INCEPTION,
+            CROP,
+            *INCEPTION,
             Option(
                 "lpips_weights", "the file lpips_with_vgg.pth; required for LPIPS", default="", scoring=True
             ),
@@ -121,7 +61,7 @@ _TABLE = (
             "n[0-9]*",
             "LOC_val_solution.csv",
         ),
-        options=(_SPLIT, _CROP),
+        options=(SPLIT, CROP),
     ),
     Benchmark(
         name="retrieval",
@@ -129,7 +69,7 @@ _TABLE = (
         description="image-text retrieval among a pool of captions by the tokenizer's embeddings",
         needs="tokenizer",
         files=("scenes.json", "captions.json"),
-        options=(_CROP, Option("pool", "candidates per query, 0: all", int, 100, minimum=0)),
+        options=(CROP, Option("pool", "candidates per query, 0: all", int, 100, minimum=0)),
     ),
     Benchmark(
         name="linear_probe",
@@ -137,7 +77,7 @@ _TABLE = (
         description="classification by one linear layer on frozen features",
         needs="tokenizer",
         files=("train/n[0-9]*", "ILSVRC/Data/CLS-LOC/train"),
-        options=(_CROP, Option("pooling", "features: embedding (default), quantised or latents")),
+        options=(CROP, Option("pooling", "features: embedding (default), quantised or latents")),
         scorers=("lbfgs", "sgd"),
     ),
     # questions about images
@@ -147,7 +87,7 @@ _TABLE = (
         description="open questions with ten answers each",
         needs="mllm",
         files=("scenes.json", *release_patterns("vqav2")),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("lmms", "official", "official-2018"),
         batch_size=1024,
     ),
@@ -157,7 +97,7 @@ _TABLE = (
         description="compositional questions about real images",
         needs="mllm",
         files=release_patterns("gqa"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("official", "lenient"),
         batch_size=1024,
     ),
@@ -167,7 +107,7 @@ _TABLE = (
         description="questions about text in images, with the OCR words in the prompt or without",
         needs="mllm",
         files=release_patterns("textvqa"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
     ),
@@ -177,7 +117,7 @@ _TABLE = (
         description="object hallucination: is an object in the image",
         needs="mllm",
         files=("scenes.json", *release_patterns("pope")),
-        options=(_LAYOUT, *_QUESTIONS),
+        options=(LAYOUT, *QUESTIONS),
         scorers=("official", "strict"),
         batch_size=1024,
     ),
@@ -187,7 +127,7 @@ _TABLE = (
         description="fourteen tasks of yes or no, two questions per image",
         needs="mllm",
         files=release_patterns("mme"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -198,9 +138,9 @@ _TABLE = (
         needs="mllm",
         files=release_patterns("mmvet"),
         options=(
-            _LAYOUT,
-            *_QUESTIONS,
-            *_JUDGE,
+            LAYOUT,
+            *QUESTIONS,
+            *JUDGE,
             Option("judge_runs", "number of gradings of every answer", int, 1, scoring=True, minimum=1),
         ),
         scorers=("official", "lmms"),
@@ -212,7 +152,7 @@ _TABLE = (
         description="questions of blind people, some without an answer",
         needs="mllm",
         files=release_patterns("vizwiz"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("m4c",),
         batch_size=1024,
     ),
@@ -222,7 +162,7 @@ _TABLE = (
         description="twelve dimensions with four options, images and videos",
         needs="mllm",
         files=release_patterns("seedbench"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -232,7 +172,7 @@ _TABLE = (
         description="school questions with options, half of them with an image",
         needs="mllm",
         files=release_patterns("scienceqa"),
-        options=(_SPLIT, _LAYOUT, *_QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -242,7 +182,7 @@ _TABLE = (
         description="twenty abilities with options, each question once per rotation of its options",
         needs="mllm",
         files=release_patterns("mmbench"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("static",),
         batch_size=1024,
     ),
@@ -252,7 +192,7 @@ _TABLE = (
         description="questions with options about diagrams",
         needs="mllm",
         files=release_patterns("ai2d"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("lmms",),
         batch_size=1024,
     ),
@@ -262,7 +202,7 @@ _TABLE = (
         description="questions with options that cannot be answered without the image",
         needs="mllm",
         files=release_patterns("mmstar"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -272,7 +212,7 @@ _TABLE = (
         description="questions about photos of daily life, with options or short answers",
         needs="mllm",
         files=release_patterns("realworldqa"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("lmms",),
         batch_size=1024,
     ),
@@ -282,7 +222,7 @@ _TABLE = (
         description="college questions of thirty subjects about one or more images",
         needs="mllm",
         files=release_patterns("mmmu"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=256,
     ),
@@ -292,7 +232,7 @@ _TABLE = (
         description="questions about charts; numbers may be off by a twentieth",
         needs="mllm",
         files=release_patterns("chartqa"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("relaxed",),
         batch_size=1024,
     ),
@@ -302,7 +242,7 @@ _TABLE = (
         description="questions about text in images, from single words to forms and formulas",
         needs="mllm",
         files=release_patterns("ocrbench"),
-        options=(_SPLIT, *_QUESTIONS),
+        options=(SPLIT, *QUESTIONS),
         scorers=("official", "lmms"),
         batch_size=1024,
     ),
@@ -314,9 +254,9 @@ _TABLE = (
         needs="generator",
         files=("scenes.json", *release_patterns("geneval")),
         options=(
-            *_SAMPLING,
-            _IMAGES_PER_PROMPT,
-            _DETECTOR,
+            *SAMPLING,
+            IMAGES_PER_PROMPT,
+            DETECTOR,
             Option("detector_model", "folder of a Mask2Former or OWL model", default="", scoring=True),
             Option("colour_model", "folder of a CLIP model that names colours", default="", scoring=True),
         ),
@@ -328,7 +268,7 @@ _TABLE = (
         description="one object of a colour at a named position (scenes)",
         needs="generator",
         files=("scenes.json",),
-        options=(*_SAMPLING, _IMAGES_PER_PROMPT, _DETECTOR),
+        options=(*SAMPLING, IMAGES_PER_PROMPT, DETECTOR),
         batch_size=128,
     ),
     Benchmark(
@@ -337,7 +277,7 @@ _TABLE = (
         description="VQAScore of generated images, by skill (GenAI-Bench)",
         needs="generator",
         files=release_patterns("genai_bench"),
-        options=(*_SAMPLING, _IMAGE_FORMAT, _VQA_MODEL),
+        options=(*SAMPLING, IMAGE_FORMAT, VQA_MODEL),
     ),
     Benchmark(
         name="dpg_bench",
@@ -346,11 +286,11 @@ _TABLE = (
         needs="generator",
         files=release_patterns("dpg_bench"),
         options=(
-            *_SAMPLING,
-            _IMAGES_PER_PROMPT,
-            _IMAGE_FORMAT,
+            *SAMPLING,
+            IMAGES_PER_PROMPT,
+            IMAGE_FORMAT,
             Option("grid", "external images are 2 x 2 grids of squares of this side", int, minimum=1),
-            _VQA_MODEL,
+            VQA_MODEL,
         ),
     ),
     Benchmark(
@@ -359,7 +299,7 @@ _TABLE = (
         description="FID of generated images against MJHQ-30K",
         needs="generator",
         files=release_patterns("mjhq"),
-        options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
+        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
     ),
     Benchmark(
         name="imagenet_generation",
@@ -367,7 +307,7 @@ _TABLE = (
         description="gFID, sFID, IS, precision and recall of class-conditional images (ADM)",
         needs="generator",
         files=release_patterns("imagenet_generation"),
-        options=(*_SAMPLING, _IMAGE_FORMAT, *_INCEPTION, _REFERENCE),
+        options=(*SAMPLING, IMAGE_FORMAT, *INCEPTION, REFERENCE),
     ),
     Benchmark(
         name="wise",
@@ -375,7 +315,7 @@ _TABLE = (
         description="WiScore of images whose prompts take world knowledge, by a judge model",
         needs="generator",
         files=release_patterns("wise"),
-        options=(*_SAMPLING, _IMAGE_FORMAT, *_JUDGE),
+        options=(*SAMPLING, IMAGE_FORMAT, *JUDGE),
         scorers=("official", "lmms"),
     ),
     Benchmark(
@@ -385,12 +325,12 @@ _TABLE = (
         needs="generator",
         files=release_patterns("t2i_compbench"),
         options=(
-            *_SAMPLING,
-            _IMAGES_PER_PROMPT,
-            _IMAGE_FORMAT,
+            *SAMPLING,
+            IMAGES_PER_PROMPT,
+            IMAGE_FORMAT,
             Option("blip_model", "folder of a BLIP VQA model for BLIP-VQA", default="", scoring=True),
             Option("spacy_model", "spaCy pipeline of noun phrases", default="en_core_web_sm", scoring=True),
-            _CLIP_MODEL,
+            CLIP_MODEL,
         ),
     ),
     Benchmark(
@@ -400,15 +340,15 @@ _TABLE = (
         needs="generator",
         files=(),
         options=(
-            *_SAMPLING,
-            _IMAGE_FORMAT,
-            *_INCEPTION,
-            _REFERENCE,
+            *SAMPLING,
+            IMAGE_FORMAT,
+            *INCEPTION,
+            REFERENCE,
             Option(
                 "dinov2_weights", "weight file of DINOv2 ViT-L/14 for FD-DINOv2", default="", scoring=True
             ),
             Option("cmmd_model", "folder of CLIP ViT-L/14 at 336 pixels for CMMD", default="", scoring=True),
-            _CLIP_MODEL,
+            CLIP_MODEL,
         ),
     ),
 )

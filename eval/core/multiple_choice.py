@@ -98,7 +98,10 @@ def strip_marks(text: str, marks: str) -> str:
 
 
 class ChoiceRow(NamedTuple):
-    """A question as a prompt without its instruction, its image or images, and what a scorer needs of it."""
+    """A question as a prompt without its instruction, its image or images, and what a scorer needs of it.
+
+    Without a question_id it is named by its number.
+    """
 
     question: ChoiceQuestion
     prompt: str
@@ -147,8 +150,9 @@ def load_choices(data: Path, settings: Options, layout: ChoiceSet) -> Task:
             if found.image is None:
                 raise UserError(f"{row['#']}: there is no image.")
             prompt = (PROMPT_TEMPLATES | dict(layout.prompts))[template].format(found.prompt)
-            samples.append(Sample(i, found.question.question_id, prompt, found.image))
-            questions.append(found.question)
+            name = found.question.question_id or str(i)
+            samples.append(Sample(i, name, prompt, found.image))
+            questions.append(found.question._replace(question_id=name))
         except UserError as error:
             samples.append(malformed_sample(i, None, error))
             questions.append(malformed_choice(f"#{i}"))

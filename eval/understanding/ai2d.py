@@ -45,9 +45,7 @@ def read_ai2d_row(row: Record, where: str) -> ChoiceRow:
             f"{where}: answer is {label!r}; it must be the index of one of {len(options)} options."
         )
     text = require_text(row, "question", where)
-    question = ChoiceQuestion(
-        where.rsplit(" ", 1)[-1], text, tuple(map(str, options)), _LETTERS[int(label)], "", "image"
-    )
+    question = ChoiceQuestion("", text, tuple(map(str, options)), _LETTERS[int(label)], "", "image")
     return ChoiceRow(question, lettered_options(text, options), row["image"])
 
 

@@ -7,6 +7,7 @@ lmms-eval. An answer without a letter is a guess, with the official generator's 
 import ast
 import random
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def read_mmmu_row(row: Record, where: str) -> ChoiceRow:
 def _literal_list(value: Any) -> list[Any] | None:
     """A list, or the list that a text holds as Python writes it; None for anything else."""
     try:
-        value = ast.literal_eval(value) if isinstance(value, str) else value
+        with warnings.catch_warnings():
+            # LaTeX in an option: Python warns of an unknown escape such as \s, and keeps it
+            warnings.simplefilter("ignore")
+            value = ast.literal_eval(value) if isinstance(value, str) else value
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
     return value if isinstance(value, list) else None

@@ -34,7 +34,7 @@ def read_realworldqa_row(row: Record, where: str) -> ChoiceRow:
     """A question; its kind is "choice" or "open"."""
     text, truth = require_text(row, "question", where), require_text(row, "answer", where).strip()
     kind = "choice" if truth.upper() in _LETTERS else "open"
-    question = ChoiceQuestion(where.rsplit(" ", 1)[-1], text, (), truth, kind, "image")
+    question = ChoiceQuestion("", text, (), truth, kind, "image")
     return ChoiceRow(question, text.strip(), row["image"])
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from open_unitok.core.errors import UserError
+from open_unitok.eval.understanding import mmmu
 
 from ..conftest import run_named, score_folder
 from ..core import hub_releases
@@ -188,3 +189,13 @@ def test_a_malformed_row_is_counted_and_wrong(tmp_path):
     hub_releases.parquet(tmp_path / "bad" / "data" / "test-00000-of-00001.parquet", rows[1:3])
     with pytest.raises(UserError, match="another kind of file"):
         run("ai2d", tmp_path / "bad", tmp_path / "out2", [])
+
+
+def test_options_of_mmmu_may_hold_latex(recwarn):
+    row = hub_releases.mmmu_rows("Math")[0] | {"options": r"['$\sin x$', '$\frac{1}{2}$', \"it's\"]"}
+    row["options"] = row["options"].replace('\\"', '"')
+    found = mmmu.read_mmmu_row(row | {"image_1": "image"}, "row 1")
+    assert found.question.options == (r"$\sin x$", r"$" + "\frac{1}{2}$", "it's")  # \f is Python's form feed
+    assert not recwarn.list
+    with pytest.raises(UserError, match="options is 'A, B'"):
+        mmmu.read_mmmu_row(row | {"options": "A, B"}, "row 1")
