@@ -1,4 +1,4 @@
-"""`unitok plan`: estimate parameters, memory and time of an MLLM training run, without a GPU."""
+"""`unitok plan`: estimate parameters, memory and hours of an MLLM training run, without a GPU."""
 
 import argparse
 
@@ -12,6 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key.sub=value ...] and the hardware."""
     parser.add_argument("config", help="YAML config of stage mllm, e.g. configs/mllm/pretrain_7b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override single keys")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: one process on this machine, whose speed is measured (default: cuda)",
+    )
     parser.add_argument("--gpus", type=int, default=8, help="number of GPUs (default: 8)")
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAK_TFLOPS)} (default: H100)")
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization (default: 0.4)")
@@ -22,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    from open_unitok.training.mllm.plan import describe_plan, plan_run
+    from open_unitok.training.mllm.plan import cpu_tflops, describe_plan, plan_run
 
     config = load_run_config(args.config, args.overrides)
     if not isinstance(config, MLLMRunConfig):
@@ -31,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
     if args.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
+    if args.device == "cpu":
+        args.gpus = 1
     # arithmetic only: no weights are allocated
     plan = plan_run(config, args.gpus, args.text_tokens)
-    print("\n".join(describe_plan(plan, config, args)))
+    tflops = cpu_tflops(config.engine.dtype) if args.device == "cpu" else PEAK_TFLOPS[args.gpu]
+    print("\n".join(describe_plan(plan, config, args, tflops)))

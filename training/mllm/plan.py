@@ -9,6 +9,7 @@ well; ZeRO 3 shards the weights too, except for small ones, and keeps a bucket t
 """
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,6 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, U
 from open_unitok.tokenizer import UniTokConfig
 
 from ..core.flops import MLLMFlops, TokenCounts
-from ..core.gpus import PEAK_TFLOPS
 from ..data.sample_kinds import SAMPLE_KINDS
 from .config import MODEL_PARTS, MLLMRunConfig
 from .model import add_adapters, freeze_parts
@@ -29,6 +29,7 @@ from .model import add_adapters, freeze_parts
 PUBLISHED = "unitok_mllm_7b"
 # DeepSpeed's defaults, where `engine.deepspeed` does not set them
 REDUCE_BUCKET_SIZE, PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS = 500_000_000, 100_000, 1_000_000_000
+MEASURED_SIZE = 1024  # rows and columns of the matrices that measure a CPU
 # tokens around an image: bos, boi, eoi, eos; around a generated one boi, eoi and eos are learned
 IMAGE_FRAME, LEARNED_FRAME = 4, 3
 
@@ -237,8 +238,20 @@ def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
 # ---- report ------------------------------------------------------------------------------------------------
 
 
-def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace) -> list[str]:
-    """The plan as lines of text."""
+def cpu_tflops(dtype: str) -> float:
+    """TFLOP/s of matrix products on this machine's CPU, measured for half a second."""
+    kind = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32"))
+    left = right = torch.ones(MEASURED_SIZE, MEASURED_SIZE, dtype=kind)
+    left @ right  # the first one allocates
+    count, start = 0, time.monotonic()
+    while (seconds := time.monotonic() - start) < 0.5 or not count:
+        left @ right
+        count += 1
+    return 2 * MEASURED_SIZE**3 * count / seconds / 1e12
+
+
+def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace, tflops: float) -> list[str]:
+    """The plan as lines of text; `tflops` is the peak TFLOP/s of one device."""
     engine, micro_batch = config.engine, config.micro_batch(args.gpus)
     total, trained = (sum(sizes) for sizes in zip(*plan.parameters.values()))
     lines = [f"! {text}" for text in plan.assumed]
@@ -259,15 +272,22 @@ def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace) -
         mark = "*" if stage == engine.zero_stage else " "
         values = "".join(f"{value / unit:13,.2f}" for value in [*memory, sum(memory)])
         lines.append(f"{mark} {stage:>4} {values}")
-    seconds = plan.flops / (args.mfu * 1e12 * PEAK_TFLOPS[args.gpu] * args.gpus)
+    seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
     hours = seconds * config.steps / 3600
-    speed = f"{100 * args.mfu:.0f} % of the {PEAK_TFLOPS[args.gpu]:,.0f} TFLOP/s of {args.gpu}"
+    on_cpu = args.device == "cpu"
+    device = f"this CPU with {torch.get_num_threads()} thread(s), measured," if on_cpu else args.gpu
+    speed = f"{100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}"
     split = f"{micro_batch} per micro-batch, {args.gpus} ranks, accumulation {engine.accumulation}"
     lines += [
         "",
         f"a step: {config.batch_size} samples ({split}), about {plan.counts.tokens:,.0f} tokens with "
         f"{args.text_tokens} of text per sample, {plan.flops:.3g} FLOP",
         f"at {speed}: {seconds:.3g} s a step, {plan.counts.tokens / seconds:,.0f} tokens/s; "
-        f"{config.steps:,} steps take {hours:,.1f} h, {hours * args.gpus:,.1f} GPU-hours",
+        f"{config.steps:,} steps take {_hours(hours)}"
+        + ("" if on_cpu else f", {_hours(hours * args.gpus, 'GPU-hours')}"),
     ]
     return lines
+
+
+def _hours(hours: float, unit: str = "h") -> str:
+    return f"{hours:,.1f} {unit}" if hours >= 1 else f"{hours:.2g} {unit}"

@@ -32,6 +32,19 @@ def test_the_published_7b(config, capsys):
     assert "GPU-hours" in out
 
 
+def test_hours_on_a_cpu(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "cpu_tflops", lambda dtype: 0.5)
+    main.run(["plan", "configs/demo/pretrain.yaml", "--device", "cpu", "--mfu", "0.5"])
+    out = capsys.readouterr().out
+    config = run.load_run_config("configs/demo/pretrain.yaml", [])
+    hours = plan.plan_run(config, 1).flops / 0.25e12 * config.steps / 3600
+    assert "GiB per rank on 1" in out and "50 % of the 0.5 TFLOP/s of this CPU" in out
+    shown = float(out.split("steps take ")[1].split(" h")[0])
+    assert shown == pytest.approx(hours, rel=0.05) and "GPU-hours" not in out
+    monkeypatch.undo()
+    assert plan.cpu_tflops("fp32") > 0
+
+
 def test_lora_on_the_7b_needs_little_more_than_the_weights():
     config = run.load_run_config(CONFIGS[1], ["lora={rank: 64, base: bf16}", "engine.zero_stage=0"])
     found = plan.plan_run(config, 8)
