@@ -17,7 +17,8 @@ from typing import Any
 
 from open_unitok.cli.main import run as run_command
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import existing, write_atomic, write_json
+from open_unitok.core.files import existing, make_folder, write_atomic, write_json
+from open_unitok.core.processes import FolderLock
 from open_unitok.core.text_files import read_json
 
 DEMO_DIR = "runs/demo"
@@ -51,7 +52,7 @@ def run_demo(out: Path, configs: str | None = None) -> None:
     """
     # validate all configs first: an error in the last phase must not appear after minutes of training
     texts = read_configs(out, configs)
-    with exclusive(out):
+    with FolderLock(make_folder(out), "unitok demo"):
         timings = Timings(out / "phases.json")
         write_configs(out, texts, timings)
         for name, commands in phase_commands(out):
@@ -152,27 +153,6 @@ def write_configs(out: Path, texts: dict[str, str], timings: "Timings") -> None:
             )
     for name, text in texts.items():
         write_atomic(out / "configs" / name, text)
-
-
-@contextlib.contextmanager
-def exclusive(out: Path) -> Iterator[None]:
-    """Lock `out` for this process.
-
-    Raises:
-        UserError: another demo holds the lock.
-    """
-    import fcntl  # not on Windows
-
-    out.mkdir(parents=True, exist_ok=True)
-    # flock, not a pid file: the kernel releases it even after kill -9
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another unitok demo runs in {out}: wait for it, or choose another --out."
-            ) from None
-        yield
 
 
 class Timings:

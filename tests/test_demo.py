@@ -15,7 +15,8 @@ import torch
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
-from open_unitok.demo import Timings, exclusive, read_configs, write_configs
+from open_unitok.core.processes import FolderLock
+from open_unitok.demo import Timings, read_configs, run_demo, write_configs
 from open_unitok.eval.judges.scenes_detector import ScenesDetector, same_scene
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import to_pil
@@ -167,9 +168,10 @@ def test_seconds_before_a_kill_are_counted(tmp_path):
 
 
 def test_two_demos_in_one_folder_are_rejected(tmp_path):
-    with exclusive(tmp_path), pytest.raises(UserError, match="Another unitok demo"), exclusive(tmp_path):
-        pass
-    with exclusive(tmp_path):  # the lock is released
+    lock, message = FolderLock(tmp_path, "unitok demo"), "Another unitok demo runs in"
+    with lock, pytest.raises(UserError, match=message):
+        run_demo(tmp_path)
+    with FolderLock(tmp_path, "unitok demo"):  # the lock is released
         pass
 
 

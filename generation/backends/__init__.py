@@ -17,6 +17,7 @@ from .module_changes import find_module_change, unreached_hooks
 
 QUANTIZATIONS = (None, "int8")
 BACKENDS: dict[str, Any] = {"torch": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
+_OBSTACLES = {"cuda_graph": cuda_graph.cuda_graph_obstacle, "native": native.native_obstacle}
 BACKEND_NAMES = ("auto", *BACKENDS)
 
 __all__ = [
@@ -77,7 +78,7 @@ def choose_backend(
         chosen, obstacle = "torch", None
     elif backend in ("auto", fast):
         change = find_module_change(model)
-        obstacle = change or (cuda_graph if fast == "cuda_graph" else native).find_obstacle(model)
+        obstacle = change or _OBSTACLES[fast](model)
         chosen = "torch" if obstacle else fast
         if change and backend == "auto":
             _warn_once(f"backend = auto: torch instead of {fast}, as {change}.")

@@ -22,7 +22,7 @@ STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # RoPE tables that do not
 _log = logging.getLogger(__name__)
 
 
-def find_obstacle(model: Any) -> str | None:
+def cuda_graph_obstacle(model: Any) -> str | None:
     """Why a model on CUDA cannot be captured; None if every layer attends to the whole cache."""
     config = model.language_model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")

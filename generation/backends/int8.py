@@ -73,7 +73,7 @@ def load_quantized(folder: Path) -> UniTokForConditionalGeneration:
     with torch.device("meta"):
         model = UniTokForConditionalGeneration(config).eval()
     # allocated first: small int8 tensors between the float ones would fragment the heap
-    for parent, name, layer in linear_layers(model):
+    for parent, name, layer in _linear_layers(model):
         setattr(parent, name, Int8Linear(layer.in_features, layer.out_features, layer.bias is not None))
     quantized = {
         f"{n}.weight": module for n, module in model.named_modules() if isinstance(module, Int8Linear)
@@ -104,7 +104,7 @@ def load_quantized(folder: Path) -> UniTokForConditionalGeneration:
 
 def quantize_model(model: nn.Module) -> None:
     """Replace the linear layers of a loaded MLLM by `Int8Linear`, in place; each float weight is freed."""
-    for parent, name, layer in linear_layers(model):
+    for parent, name, layer in _linear_layers(model):
         new = Int8Linear(layer.in_features, layer.out_features, layer.bias is not None)
         new.quantize_(layer.weight)
         if new.bias is not None and layer.bias is not None:
@@ -112,7 +112,7 @@ def quantize_model(model: nn.Module) -> None:
         setattr(parent, name, new.eval())
 
 
-def linear_layers(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
+def _linear_layers(model: Any) -> list[tuple[nn.Module, str, nn.Linear]]:
     """(parent, name, layer) of the linear layers of an MLLM that may be quantised."""
     output = model.get_output_embeddings()
     return [

@@ -21,7 +21,7 @@ from .cuda_graph import STATIC_ROPE
 from .eager import Eager
 
 
-def find_obstacle(model: Any) -> str | None:
+def native_obstacle(model: Any) -> str | None:
     """Why C++ cannot run an unchanged model; None for a LLaMA on a CPU in float32 or bfloat16."""
     text, embedder = model.config.text_config, model.visual_embedder
     if model.device.type != "cpu":

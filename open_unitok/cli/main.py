@@ -40,7 +40,7 @@ _GROUPS = {name.split()[0] for name in COMMANDS if " " in name}  # data, eval, c
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. A UserError is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """Run one command. A UserError is one line on stderr and its exit code, 2; Ctrl-C is exit code 130."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments and arguments[0].startswith("--local_rank="):  # added by the deepspeed launcher
         arguments = arguments[1:]
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if os.environ.get("UNITOK_TRACEBACK"):
             raise
         print(f"unitok: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("unitok: interrupted; run the same command again to resume.", file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT

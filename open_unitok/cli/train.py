@@ -1,9 +1,11 @@
 """`unitok train CONFIG [key.sub=value ...]`: train a stage from a YAML config."""
 
 import argparse
+import contextlib
 import importlib
 
-from open_unitok.core.errors import UserError
+from open_unitok.core.errors import STORAGE_ERRORS, StorageError, UserError
+from open_unitok.training.core.options import RunConfig
 from open_unitok.training.core.run_dir import RunDir
 from open_unitok.training.run import TRAINING_STAGES, load_run_config
 
@@ -19,10 +21,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train from the start or from the last checkpoint, unless the run is finished."""
     config = load_run_config(args.config, args.overrides)
-    run_dir = RunDir.open(config)
-    if run_dir.finished:
-        print(f"{config.out} is finished: {run_dir.model}")
-        return
+    with contextlib.closing(RunDir.open(config)) as run_dir:
+        if run_dir.finished:
+            print(f"{config.out} is finished: {run_dir.model}")
+            return
+        train(config, run_dir)
+    # loads torch and deepspeed
+    from open_unitok.training.core.deepspeed_engine import exit_process
+
+    exit_process()
+
+
+def train(config: RunConfig, run_dir: RunDir) -> None:
+    """Run the loop of the config's stage."""
     # only the stage of this config is imported
     stage = importlib.import_module(f"open_unitok.training.{TRAINING_STAGES[config.stage][2]}")
     try:
@@ -31,7 +42,10 @@ def run(args: argparse.Namespace) -> None:
         # invalid config or data: remove a new run directory, which would block the corrected run
         run_dir.discard()
         raise
-    # loads torch and deepspeed
-    from open_unitok.training.core.deepspeed_engine import exit_process
-
-    exit_process()
+    except OSError as error:  # metrics and TensorBoard; checkpoints have a message of their own
+        if error.errno not in STORAGE_ERRORS:
+            raise
+        raise StorageError(
+            f"Cannot write into {config.out} ({error.strerror}): make room and run the same command again to "
+            "resume from the last checkpoint."
+        ) from error

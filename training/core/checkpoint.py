@@ -4,13 +4,16 @@ checkpoints/step-00000500/ is a model folder (written by `write_model`) plus tra
 states, one file per rank for the rest, and manifest.json, written last, with size and sha256 of every file.
 """
 
+import contextlib
 import os
+import pickle
 import re
 import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +21,46 @@ import torch
 import torch.distributed as dist
 
 from open_unitok.core import distributed
-from open_unitok.core.errors import UserError
+from open_unitok.core.errors import STORAGE_ERRORS, StorageError, UserError
 from open_unitok.core.files import sha256, write_json
 from open_unitok.core.text_files import read_json
 
+from .options import CheckpointOptions
+
 CHECKPOINT_MANIFEST = "training_state/manifest.json"
+
+
+# Types in the files that DeepSpeed writes; any other name in a pickle may run code when it is loaded.
+_DEEPSPEED_TYPES = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
 
 
 class Checkpoints:
     """The checkpoints of one run. Call every method on every rank.
 
     Args:
-        keep: number of checkpoints that are kept.
+        options: how often they are saved, and how many are kept.
         trained_only: omit frozen parameters from the engines' states, because the run has them from elsewhere
             (the base model of adapters).
     """
 
-    def __init__(self, folder: Path, keep: int = 2, trained_only: bool = False):
+    def __init__(self, folder: Path, options: CheckpointOptions | None = None, trained_only: bool = False):
         self.folder = folder
-        self.keep = keep
+        self.options = options or CheckpointOptions()
         self.trained_only = trained_only
+        self._saved = time.monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is to be saved after `step`; call it at every step."""
+        due = step % self.options.every == 0
+        if self.options.every_minutes is None:
+            return due
+        # the clocks of the ranks differ: rank 0's decides
+        return _from_main(due or time.monotonic() - self._saved >= 60 * self.options.every_minutes)
 
     def steps(self) -> dict[int, Path]:
         """step -> folder, oldest first, without temporary folders of interrupted saves."""
@@ -87,9 +110,48 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
-        if distributed.is_main():
-            # left over from a save that was killed
+        with self._storage_errors(temporary):
+            self._write(path, temporary, write_model, engines, state, step, gather)
+        self._saved = time.monotonic()
+        return path
+
+    @contextlib.contextmanager
+    def _storage_errors(self, temporary: Path) -> Iterator[None]:
+        """Remove an unfinished checkpoint; name what a full or read-only disk has left and needs."""
+        try:
+            yield
+        except BaseException as error:
+            needed = folder_bytes(temporary)
             shutil.rmtree(temporary, ignore_errors=True)
+            steps = self.steps()
+            if steps:
+                needed = max(needed, folder_bytes(steps[max(steps)]))
+            # torch and safetensors raise errors of their own, without the number
+            free = shutil.disk_usage(_existing_parent(self.folder)).free
+            full = free < max(needed, 2**20) and not isinstance(error, UserError | KeyboardInterrupt)
+            if full or (isinstance(error, OSError) and error.errno in STORAGE_ERRORS):
+                reason = error.strerror if isinstance(error, OSError) else "the disk is full"
+                last = f"step {max(steps)}" if steps else "none"
+                raise StorageError(
+                    f"Cannot write a checkpoint into {self.folder} ({reason}): it needs about "
+                    f"{needed / 1e6:,.0f} MB, {free / 1e6:,.0f} MB are free. Last good checkpoint: {last}; "
+                    "make room and run the same command again to resume."
+                ) from error
+            raise
+
+    def _write(
+        self,
+        path: Path,
+        temporary: Path,
+        write_model: Callable[[Path], None],
+        engines: Mapping[str, Any],
+        state: Mapping[str, Any],
+        step: int,
+        gather: bool,
+    ) -> None:
+        if distributed.is_main():
+            for left in self.folder.glob(".step-*.tmp"):  # of saves that were killed
+                shutil.rmtree(left, ignore_errors=True)
             (temporary / "training_state").mkdir(parents=True)
         # the other ranks write into this folder
         distributed.barrier()
@@ -107,10 +169,9 @@ class Checkpoints:
             # os.replace is atomic: after a kill the checkpoint is complete or absent
             shutil.rmtree(path, ignore_errors=True)
             os.replace(temporary, path)
-            for old in list(self.steps().values())[: -self.keep]:
+            for old in list(self.steps().values())[: -self.options.keep]:
                 shutil.rmtree(old)
         distributed.barrier()
-        return path
 
     def restore(self, path: Path, engines: Mapping[str, Any], key: str = "init_from") -> dict[str, Any]:
         """Load the engines and torch's random state.
@@ -124,14 +185,14 @@ class Checkpoints:
         Raises:
             UserError: the checkpoint was written by another number of ranks.
         """
-        first = path / "training_state" / "rank-00000.pt"
-        written_by = torch.load(first, map_location="cpu", weights_only=True)["ranks"]
+        check_pickles(path)
+        written_by = _load_rank_state(path / "training_state" / "rank-00000.pt")["ranks"]
         if written_by != distributed.world_size():
             raise UserError(
                 f"{path} was written by {written_by} rank(s), but this run has {distributed.world_size()}: "
                 f"use {written_by}, or start a new run from its weights ({key}={path} and another out)."
             )
-        state = torch.load(_rank_file(path), map_location="cpu", weights_only=True)
+        state = _load_rank_state(_rank_file(path))
         for name, engine in engines.items():
             # a strict load would reject the absence of the frozen parameters
             options = {"load_module_strict": False} if self.trained_only else {}
@@ -156,6 +217,7 @@ def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, 
         raise UserError(
             f"{path} is not a complete checkpoint ({problem}): name a folder OUT/checkpoints/step-*."
         )
+    check_pickles(path)
     for name, engine in engines.items():
         # the earlier run may have had no discriminator
         if (path / "training_state" / name).is_dir():
@@ -163,7 +225,39 @@ def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, 
                 str(path / "training_state"), tag=name, load_module_only=True, load_optimizer_states=False
             )
     files = sorted((path / "training_state").glob("rank-*.pt"))
-    return [torch.load(file, map_location="cpu", weights_only=True) for file in files]
+    return [_load_rank_state(file) for file in files]
+
+
+def check_pickles(path: Path) -> None:
+    """Reject a checkpoint whose files could run code: DeepSpeed loads them by unpickling.
+
+    Raises:
+        UserError: a file names a type that neither torch nor DeepSpeed writes, or is in another format.
+    """
+    for file in sorted((path / "training_state").rglob("*.pt")):
+        try:
+            # lists the names in the pickle without executing it; only the zip format can be listed
+            unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED_TYPES
+        except (RuntimeError, ValueError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{file} is not a file of a checkpoint: {reason}") from error
+        if unsafe:
+            raise UserError(
+                f"{file} would run code when it is loaded ({', '.join(sorted(unsafe)[:3])}): this program "
+                "did not write it. Delete the checkpoint."
+            )
+
+
+def _load_rank_state(file: Path) -> dict[str, Any]:
+    """The state of one rank; raises UserError."""
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, ValueError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not readable: {reason}") from error
+    if not isinstance(state, dict) or not {"step", "ranks", "torch_rng"} <= state.keys():
+        raise UserError(f"{file} is not the state of a rank: it has no step, ranks and torch_rng.")
+    return state
 
 
 def _rank_file(path: Path) -> Path:
@@ -188,18 +282,36 @@ def find_damage(path: Path) -> str | None:
         return f"{CHECKPOINT_MANIFEST} is missing"
     try:
         files = read_json(path / CHECKPOINT_MANIFEST)["files"]
-    except (UserError, KeyError, TypeError):
+        listed = {name: (int(known["bytes"]), str(known["sha256"])) for name, known in files.items()}
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
         return f"{CHECKPOINT_MANIFEST} is not readable"
-    for name, known in files.items():
+    present = {f.relative_to(path).as_posix() for f in (path / "training_state").rglob("*") if f.is_file()}
+    if extra := present - listed.keys() - {CHECKPOINT_MANIFEST}:
+        return f"{min(extra)} is not listed in {CHECKPOINT_MANIFEST}"
+    for name, (size, digest) in listed.items():
         file = path / name
+        # a name that leaves the folder could be a device that never ends
+        if not file.resolve().is_relative_to(path.resolve()):
+            return f"{name} is outside the folder"
         if not file.exists():
             return f"{name} is missing"
+        if not file.is_file():
+            return f"{name} is not a file"
         # the size first: a truncated file needs no hashing
-        if file.stat().st_size != known["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {known['bytes']}"
-        if sha256(file) != known["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if sha256(file) != digest:
             return f"{name} has changed since it was written"
     return None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Total size of the files in a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _existing_parent(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _from_main(value: bool) -> bool:

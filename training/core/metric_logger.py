@@ -63,11 +63,13 @@ class MetricLogger:
 
     def start(self, step: int) -> None:
         """Start or resume at `step`: drop later records, of a call that was killed after its checkpoint."""
-        if distributed.is_main():
-            path = self.run_dir.path / "metrics.jsonl"
-            if path.exists():
-                lines = path.read_bytes().split(b"\n")
-                write_atomic(path, b"".join(line + b"\n" for line in lines if _step_of(line) <= step))
+        # metrics of a checkpoint that are not in a record yet will be in the next one
+        recorded = self._pending[0][0] - 1 if self._pending else step
+        path = self.run_dir.path / "metrics.jsonl"
+        if distributed.is_main() and path.exists():
+            *lines, _cut = path.read_bytes().split(b"\n")
+            kept = [line + b"\n" for line in lines if _step_of(line) <= recorded]
+            write_atomic(path, b"".join(kept))
         self._bar = tqdm(
             total=self._total,
             initial=step,

@@ -82,14 +82,21 @@ class EngineOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointOptions:
-    """Save a checkpoint every `every` steps and keep the last `keep`."""
+    """Save a checkpoint every `every` steps, and every `every_minutes`; keep the last `keep`.
+
+    Attributes:
+        every_minutes: null = by steps alone. Results do not depend on when checkpoints are saved.
+    """
 
     every: int = 500
+    every_minutes: float | None = None
     keep: int = 2
 
     def check(self) -> None:
         if self.every < 1 or self.keep < 1:
             raise UserError("checkpoint.every and checkpoint.keep must be 1 or more.")
+        if self.every_minutes is not None and not self.every_minutes > 0:
+            raise UserError("checkpoint.every_minutes must be above 0, or null.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import datetime
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,8 @@ from typing import Any
 
 from open_unitok.core.distributed import is_main
 from open_unitok.core.errors import UserError
-from open_unitok.core.files import atomic_folder, write_atomic, write_json
+from open_unitok.core.files import atomic_folder, make_folder, write_atomic, write_json
+from open_unitok.core.processes import FolderLock
 from open_unitok.core.text_files import read_json
 
 from .config import (
@@ -53,6 +55,7 @@ class RunDir:
         self.model = path / "model"
         self.checkpoints = path / "checkpoints"
         self._facts = facts
+        self._lock: FolderLock | None = None
         self._created: list[Path] = []  # by this call: files, then folders, the innermost first
 
     @classmethod
@@ -62,11 +65,25 @@ class RunDir:
         Without a checkpoint there is nothing to resume: another config then overwrites the old one.
 
         Raises:
-            UserError: the directory has a run with another config, or is a file.
+            UserError: the directory has a run with another config, is a file, or is in use.
         """
         path = Path(config.out)
         if path.exists() and not path.is_dir():
             raise UserError(f"out is {path}, which is a file: name a folder.")
+        # `discard` may remove these
+        folders = [p for p in (path, *path.parents) if not p.exists()]
+        lock = FolderLock(make_folder(path), "training run") if is_main() else None
+        try:
+            return cls._open_locked(config, path, lock, folders)
+        except BaseException:
+            if lock:
+                lock.close()
+            raise
+
+    @classmethod
+    def _open_locked(
+        cls, config: RunConfig, path: Path, lock: FolderLock | None, folders: list[Path]
+    ) -> "RunDir":
         old = path / "config.yaml"
         # without a checkpoint or a model the run has produced nothing: its config may be overwritten
         begun = any(path.glob("checkpoints/step-*")) or (path / "model").exists()
@@ -86,12 +103,12 @@ class RunDir:
         if not isinstance(facts, dict) or not isinstance(facts.get("facts", {}), dict):
             raise UserError(f"{path / 'run.json'} is not the description of a run: restore or delete it.")
         run_dir = cls(path, facts)
+        run_dir._lock = lock
         if not run_dir.finished and is_main():
             if not begun:
-                # `discard` may remove these
-                folders = [p for p in (path, *path.parents) if not p.exists()]
-                run_dir._created = [old, path / "run.json", *folders]
-            path.mkdir(parents=True, exist_ok=True)
+                run_dir._created = [old, path / "run.json", path / ".lock", *folders]
+            for left in path.glob(".*.tmp"):  # of writes that were killed; nobody else writes here
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_atomic(old, to_yaml(config))
             earlier = {"facts": facts.get("facts", {}), "calls": [*_list(facts.get("calls")), _now()]}
             run_dir._facts = _environment() | earlier
@@ -127,6 +144,11 @@ class RunDir:
         for path in self._created:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 path.rmdir() if path.is_dir() else path.unlink()
+
+    def close(self) -> None:
+        """Let other processes train in this directory."""
+        if self._lock:
+            self._lock.close()
 
     def finish(self, write_model: Callable[[Path], None]) -> None:
         """Write OUT/model atomically with `write_model`; call it on rank 0 only."""

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from open_unitok.core.processes import die_with_parent
+
 from .shards import read_batches
 
 
@@ -65,6 +67,7 @@ def prefetch(steps: Steps, workers: int) -> Iterator[Prefetched]:
         batch_size=None,
         num_workers=workers,
         collate_fn=_identity,
+        worker_init_fn=die_with_parent,
         multiprocessing_context="fork",  # open and memory-mapped files are shared instead of copied
     )
     return read_batches(loader)

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.processes import die_with_parent
 
 from ..core.options import DataSource, ShardOptions
 from . import seeding
@@ -374,6 +375,7 @@ def build_loader(stream: ShardStream, collate: Callable[[list[Any]], dict[str, A
             batch_size=stream.micro_batch,
             num_workers=stream.options.workers,
             collate_fn=_Collate(collate),
+            worker_init_fn=die_with_parent,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -76,7 +76,7 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
             log.add(step, {**output.losses, "grad_norm": output.grad_norm})
             # collective, so in every step on every rank: a signal on one rank stops all at the same step
             stopping = stop()
-            if stopping or step % config.checkpoint.every == 0 or step == config.last_step:
+            if state.checkpoints.due(step) or stopping or step == config.last_step:
                 save_checkpoint(state, step)
                 stop.exit_if_signalled()
         if step == config.steps:
@@ -96,9 +96,7 @@ def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
     """Model, data and engine, at step 0 or as of the last checkpoint."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     # with LoRA the frozen base weights stay in `init_from`: checkpoints hold only the adapters
-    checkpoints = Checkpoints(
-        run_dir.checkpoints, config.checkpoint.keep, trained_only=config.lora is not None
-    )
+    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint, trained_only=config.lora is not None)
     latest = checkpoints.latest()
     micro_batch = config.micro_batch(distributed.world_size())
     parts = build_parts(config)

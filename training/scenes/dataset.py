@@ -95,9 +95,14 @@ def _remove_old(out: Path, state: Path, found: dict, wanted: dict, overwrite: bo
     if state.name == FINISHED and not overwrite:
         shown = ", ".join(f"{k} = {found.get(k)!r}, now {wanted.get(k)!r}" for k in differing[:4])
         raise UserError(f"{out} holds scenes of other settings ({shown}); use another --out, or --overwrite.")
+    # the marker of a finished folder goes first: a kill in between must not leave half a data set with it;
+    # the settings of an unfinished one go last, so that the rest is removed by the next call
+    if state.name == FINISHED:
+        state.replace(out / UNFINISHED)
     for name in ("train", "text", "test"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    state.unlink()
+        if (out / name).exists():
+            shutil.rmtree(out / name)
+    (out / UNFINISHED).unlink()
 
 
 def scenes_description(config: SceneConfig) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class TrainState:
 def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     """Train from the start, or from the last checkpoint, to the end; leaves OUT/model."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
-    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint.keep)
+    checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint)
     latest = checkpoints.latest()
     other_run = Path(config.resume_from) if config.resume_from and latest is None else None
     state = build_train_state(config, run_dir, device, new=latest is None and other_run is None)
@@ -85,7 +85,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
             profiler.step(state.step)
             # collective, so on every rank: the signal may have reached only one of them
             stopped = stop()
-            if stopped or state.step % config.checkpoint.every == 0 or state.step == config.last_step:
+            if checkpoints.due(state.step) or stopped or state.step == config.last_step:
                 save_checkpoint(state, config, checkpoints, log)
                 stop.exit_if_signalled()
         if state.step == config.steps:

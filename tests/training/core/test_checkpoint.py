@@ -11,6 +11,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.checkpoint import Checkpoints, StopOnSignal, find_damage
+from open_unitok.training.core.options import CheckpointOptions
 
 
 class Engine:
@@ -32,7 +33,7 @@ def write_model(path):
 
 
 def save(folder, step, keep=2, value=1.0, **state):
-    checkpoints = Checkpoints(folder, keep)
+    checkpoints = Checkpoints(folder, CheckpointOptions(keep=keep))
     return checkpoints.save(step, write_model, {"model": Engine(value)}, state)
 
 

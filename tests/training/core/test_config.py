@@ -168,6 +168,7 @@ def test_resume_with_another_config_shows_the_difference(tmp_path):
 def test_recorded_facts_must_not_change(tmp_path):
     run_dir = RunDir.open(run_config(tmp_path / "run"))
     run_dir.record_facts(data="abc")
+    run_dir.close()
     (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
     RunDir.open(run_config(tmp_path / "run")).record_facts(data="abc")
     with pytest.raises(UserError, match="data abc, but now it is xyz"):

@@ -45,7 +45,7 @@ def same_weights(one, two):
 
 def test_outputs_of_a_run(whole):
     assert {p.name for p in whole.iterdir()} == {
-        *("config.yaml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "model")
+        *(".lock", "config.yaml", "run.json", "metrics.jsonl", "tensorboard", "checkpoints", "model")
     }
     assert sorted(os.listdir(whole / "checkpoints")) == ["step-00000006", "step-00000008"]
     record = json.loads((whole / "run.json").read_text())
