@@ -133,7 +133,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: Any) -> Response:
         # the path is text of the client: ascii() and a limited length
-        route = f"{request.method[:10]} {ascii(request.url.path)[1:101]}"
+        route = f"{request.method[:10]} {ascii(request.url.path)[1:-1][:100]}"
         reasons = {404: "is not a route of this server", 405: "is not allowed: use another method"}
         message = f"{route} {reasons[error.status_code]}." if error.status_code in reasons else error.detail
         return JSONResponse(error_body(message, error.status_code), error.status_code, error.headers)

@@ -157,7 +157,7 @@ class Server:
             ShuttingDown: the server shuts down first; `work` is cancelled.
         """
         task = asyncio.ensure_future(work)
-        others = {asyncio.ensure_future(until_disconnect(request))}
+        others: set[asyncio.Future[Any]] = {asyncio.ensure_future(until_disconnect(request))}
         if until_draining:
             others.add(asyncio.ensure_future(self.draining.wait()))
         try:
