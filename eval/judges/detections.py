@@ -173,7 +173,8 @@ def not_comparable_reason(task: Task, found: ExternalFindings) -> str:
     same = found.by == PUBLISHED_DETECTOR
     reasons = [] if same else [f"objects detected by {found.by}, not by {PUBLISHED_DETECTOR}"]
     missing = sum(s.kind == "generate" and s.index not in found.by_index for s in task.samples)
-    reasons += [f"{missing} images have no detections"] * (missing > 0)
+    # no detections at all: the verdicts themselves come from another program
+    reasons += [f"{missing} images have no detections"] * (missing > 0 and bool(found.by_index))
     return "; ".join(reasons)
 
 
