@@ -387,7 +387,8 @@ def incomplete_benchmarks(data: str | Path) -> list[str]:
     for name, benchmark in BENCHMARKS.items():
         folders = named_folders(Path(data), name) if Path(data).is_dir() else []
         if folders and not holds_benchmark(benchmark_data(data, benchmark), benchmark):
-            lines.append(f"{name}: {folders[0]} has none of its files ({', '.join(benchmark.files[:3])}).")
+            wanted = ", ".join(benchmark.files[:3]) or "parquet files"
+            lines.append(f"{name}: {folders[0]} has none of its files ({wanted}).")
     return lines
 
 

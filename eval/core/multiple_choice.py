@@ -203,12 +203,14 @@ def score_choices(
     records: dict[int, Record],
     is_right: Callable[[str, ChoiceQuestion], bool],
     groups: Mapping[str, Callable[[ChoiceQuestion], str]],
+    size: int,
 ) -> Scored:
     """Accuracy overall and by group; missing answers and malformed questions are wrong.
 
     Args:
         is_right: (answer, question) -> whether it is correct.
         groups: prefix of the metrics -> the group of a question.
+        size: the number of questions of published results.
     """
     questions: list[ChoiceQuestion] = task.truth
     texts = answer_texts(records)
@@ -220,4 +222,10 @@ def score_choices(
     metrics: dict[str, Metric] = {"accuracy": mean_metric(values, clusters)}
     for prefix, group in groups.items():
         metrics |= mean_metrics_by(prefix, [group(q) for q in questions], values, clusters)
-    return Scored(metrics, {}, choice_records(task, records, values))
+    reason = "" if len(values) == size else other_size(len(values), size)
+    return Scored(metrics, {}, choice_records(task, records, values), not_comparable=reason)
+
+
+def other_size(count: int, size: int) -> str:
+    """The reason why a result over a part of a benchmark, or another split, is not comparable."""
+    return f"{count} questions; published scores are of {size:,}"

@@ -24,6 +24,7 @@ from ..core.multiple_choice import (
 _PROMPTS = {"letter": "{}\nAnswer with the option's letter from the given choices directly."}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _LETTERS = "ABCDEFGH"
+AI2D_SIZE = 3088
 
 answer = answer_questions
 
@@ -51,7 +52,7 @@ def read_ai2d_row(row: Record, where: str) -> ChoiceRow:
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
     """Accuracy; missing answers are wrong."""
-    return score_choices(task, records, lambda text, q: is_ai2d_right(text, q.answer), {})
+    return score_choices(task, records, lambda text, q: is_ai2d_right(text, q.answer), {}, AI2D_SIZE)
 
 
 def is_ai2d_right(text: str, letter: str) -> bool:

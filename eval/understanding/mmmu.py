@@ -52,6 +52,7 @@ MMMU_SUBJECTS = {
     ),
 }
 _DOMAINS = {subject: domain for domain, subjects in MMMU_SUBJECTS.items() for subject in subjects}
+MMMU_SIZE = 900  # the validation split
 _GUESS_SEED = 42  # of MMMU's evaluation script
 _MARKS = ",.!?;:'"
 _INSTRUCTIONS = {
@@ -139,12 +140,12 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         "subject": lambda q: q.kind,
         "kind": lambda q: q.medium,
     }
-    scored = score_choices(task, records, is_right, groups)
+    scored = score_choices(task, records, is_right, groups, MMMU_SIZE)
     # the test split has "?" in place of answers
     if all(q.answer in ("?", "") for q in questions):
         return Scored({}, {}, [row | {"score": None} for row in scored.per_sample])
     missing = len(_DOMAINS) - len({q.kind for q in questions} & _DOMAINS.keys())
-    reason = f"{missing} of {len(_DOMAINS)} subjects are missing" if missing else ""
+    reason = f"{missing} of {len(_DOMAINS)} subjects are missing" if missing else scored.not_comparable
     note = [f"{guesses} answers hold no letter (guessed with seed {_GUESS_SEED}, as published)"] * bool(
         guesses
     )

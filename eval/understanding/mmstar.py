@@ -23,6 +23,7 @@ from ..core.multiple_choice import (
 )
 
 _LETTERS = ("A", "B", "C", "D")
+MMSTAR_SIZE = 1500
 # without a period at the end, as in lmms-eval
 _PROMPTS = {"lmms": "{}\nAnswer with the option's letter from the given choices directly"}
 _STARTS = ("", "(", "option ", "the answer is ")
@@ -58,6 +59,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         records,
         lambda text, q: is_mmstar_right(text, q.answer, scoring.scorer),
         {"category": lambda q: q.kind, "l2": lambda q: q.medium},
+        MMSTAR_SIZE,
     )
     if scoring.scorer != "lmms":
         return scored
@@ -74,7 +76,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     for kind in sorted({q.kind for q in task.truth if q.kind}):
         metrics[f"category/{kind}"] = finer_mean([r for r, q in zip(rows, task.truth) if q.kind == kind])
     finer = {name: metric for name, metric in scored.metrics.items() if name.startswith("l2/")}
-    return Scored(metrics | finer, {}, rows, "group mean")
+    return scored._replace(metrics=metrics | finer, per_sample=rows, statistic="group mean")
 
 
 def is_mmstar_right(text: str, letter: str, scorer: str = "official") -> bool:

@@ -18,6 +18,7 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
+from ..core.multiple_choice import other_size
 from ..core.parquet import choose_split, holds_parquet, read_parquet
 from ..core.records import cluster_of, mean_metric, mean_metrics_by, sample_record
 from ..core.release_files import RELEASES, find_file, image_finder, image_folders
@@ -119,7 +120,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         sample_record(s, records, value, " | ".join(q.answers), q.kind, q.question)
         for s, q, value in zip(task.samples, questions, values)
     ]
-    reason = "" if len(values) == OCRBENCH_SIZE else f"{len(values)} questions; published scores are of 1,000"
+    reason = "" if len(values) == OCRBENCH_SIZE else other_size(len(values), OCRBENCH_SIZE)
     return Scored(metrics, {}, per_sample, not_comparable=reason)
 
 

@@ -18,6 +18,7 @@ from ..core.multiple_choice import (
 )
 
 _LETTERS = ("A", "B", "C", "D")
+REALWORLDQA_SIZE = 765
 _PROMPTS = {"plain": "{}"}  # the question itself says how to answer
 
 answer = answer_questions
@@ -41,7 +42,11 @@ def read_realworldqa_row(row: Record, where: str) -> ChoiceRow:
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
     """Accuracy overall and of questions with and without options; missing answers are wrong."""
     return score_choices(
-        task, records, lambda text, q: is_realworldqa_right(text, q.answer), {"kind": lambda q: q.kind}
+        task,
+        records,
+        lambda text, q: is_realworldqa_right(text, q.answer),
+        {"kind": lambda q: q.kind},
+        REALWORLDQA_SIZE,
     )
 
 

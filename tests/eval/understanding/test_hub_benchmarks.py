@@ -5,7 +5,7 @@ import json
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.understanding import mmmu
+from open_unitok.eval.understanding import ai2d, chartqa, mmmu, mmstar, realworldqa
 
 from ..conftest import run_named, score_folder
 from ..core import hub_releases
@@ -44,6 +44,8 @@ def test_a_few_samples_give_the_known_score(tmp_path, name):
     if expected is not None:
         assert result["value"] == pytest.approx(expected)
     assert result["n"] == len(replies) == len(model.asked) and not result["failed"]
+    # a part of a data set, or another split, is not what is published
+    assert not result["comparable"] and result["not_comparable_reason"]
     before = (tmp_path / "out" / "results.json").read_text()
     score_folder(tmp_path / "out")
     assert (tmp_path / "out" / "results.json").read_text() == before
@@ -139,6 +141,23 @@ def test_chartqa_as_parquet(tmp_path, layout):
     hub_releases.parquet(tmp_path / "data" / "data" / "test-00000-of-00001.parquet", rows)
     result, _ = run("chartqa", tmp_path / "data", tmp_path / "out", ["10.6", "2019"])
     assert values(result) == {"relaxed_accuracy": 0.5, "kind/human": 0.0, "kind/augmented": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("module", "size"),
+    [
+        (ai2d, "AI2D_SIZE"),
+        (mmstar, "MMSTAR_SIZE"),
+        (realworldqa, "REALWORLDQA_SIZE"),
+        (chartqa, "CHARTQA_SIZE"),
+    ],
+)
+def test_a_whole_data_set_is_comparable(tmp_path, monkeypatch, module, size):
+    monkeypatch.setattr(module, size, 4)
+    name = module.__name__.rsplit(".", 1)[1]
+    replies, _ = HUB_BUILDERS[name](tmp_path / "data")
+    result, _ = run(name, tmp_path / "data", tmp_path / "out", replies)
+    assert result["comparable"]
 
 
 def test_ocrbench_counts_points_and_is_comparable_only_when_whole(tmp_path):
