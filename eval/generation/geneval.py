@@ -93,7 +93,8 @@ def score(
     prompts = task.truth["prompts"]
     if any("correct" in record for record in records.values()):
         # results.jsonl of the published script: its verdicts in place of detections
-        found = ExternalFindings({}, detections.PUBLISHED_DETECTOR, [])
+        judged = {i: {"detections": {}} for i, record in records.items() if "correct" in record}
+        found = ExternalFindings(judged, detections.PUBLISHED_DETECTOR, [])
     else:
         found = detections.read_detections(task, records, folder)
     per_sample = _verdicts(task, records, found)

@@ -57,8 +57,13 @@ def bar_row(
     interval: Sequence[float] | None = None,
     mark: float | None = None,
     mark_name: str = "",
+    shown: str = "",
 ) -> str:
-    """A horizontal bar of a fraction, with its interval as a whisker and `mark` as a baseline."""
+    """A horizontal bar of a fraction, with its interval as a whisker and `mark` as a baseline.
+
+    Args:
+        shown: the value in words; the default is per cent.
+    """
     parts = [f'<i class="fill" style="width:{100 * min(max(value, 0), 1):.1f}%"></i>']
     if interval:
         low, high = (100 * min(max(v, 0), 1) for v in interval)
@@ -68,7 +73,7 @@ def bar_row(
         parts.append(f'<i class="mark" style="left:{100 * min(max(mark, 0), 1):.1f}%" title="{title}"></i>')
     return (
         f'<div class="bar"><span>{html.escape(name)}</span><div class="track">{"".join(parts)}</div>'
-        f"<b>{100 * value:.1f}</b><small>{html.escape(note)}</small></div>"
+        f"<b>{html.escape(shown or f'{100 * value:.1f}')}</b><small>{html.escape(note)}</small></div>"
     )
 
 

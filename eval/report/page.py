@@ -12,6 +12,8 @@ from pathlib import Path
 from open_unitok.core.errors import UserError
 
 from ..core.benchmark import Record
+from ..core.image_files import read_sample_image
+from ..core.parquet import ParquetImage
 from . import charts
 from .style import STYLE
 
@@ -60,13 +62,19 @@ def html_table(
     """A table in a card; `numeric` are the indices of the columns that are aligned right."""
     if not rows_html:
         return ""
-    # class n is right-aligned
+    # class n is right-aligned; the first column stays in sight when a wide table is scrolled
     kinds = [' class="n"' if i in numeric else "" for i in range(len(columns))]
-    head = "".join(f"<th{kind}>{escape(name)}</th>" for kind, name in zip(kinds, columns))
+    head = "".join(f"<th{kind}><span>{escape(name)}</span></th>" for kind, name in zip(kinds, columns))
     body = "".join(
         f"<tr>{''.join(f'<td{kind}>{cell}</td>' for kind, cell in zip(kinds, row))}</tr>" for row in rows_html
     )
     return f'<div class="card scroll"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def collapsible(title_html: str, body_html: str, is_open: bool) -> str:
+    """A block that opens and closes without a script."""
+    mark = " open" if is_open else ""
+    return f'<details class="card"{mark}><summary>{title_html}</summary><div>{body_html}</div></details>'
 
 
 def panel(title: str, bars_html: Sequence[str]) -> str:
@@ -84,14 +92,12 @@ def tile(value: float, unit: str, name: str, note: str) -> str:
     return f'<div class="tile card">{large}<span>{escape(name)}</span>{small}</div>'
 
 
-def inline_image(path: Path, alt: str) -> str:
+def inline_image(path: Path | ParquetImage, alt: str) -> str:
     """An <img> with a data URL, at most 256 x 256; an unreadable image shows its file name."""
-    from open_unitok.tokenizer.images import load_image  # loads torch
-
     try:
-        image = load_image(path)
+        image = read_sample_image(path)
     except UserError:
-        return f'<img alt="{escape(path.name)} could not be read">'
+        return f'<img alt="{escape(path.name)} cannot be read">'
     # thumbnail() never enlarges
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
@@ -133,18 +139,20 @@ def metric_bar(
     whole: float = 1.0,
     mark: float | None = None,
     mark_name: str = "",
+    shown: str = "",
 ) -> str:
     """A metric of a `results.json` as a bar with its interval.
 
     Args:
         whole: the value of a full bar.
         mark: a baseline, marked on the bar.
+        shown: see `charts.bar_row`.
     """
     # the interval is scaled like the value
     interval = metric["interval"] and [value / whole for value in metric["interval"]]
     notes = [note, f"n = {metric['n']}", "" if mark is None else f"{mark_name} {percent(mark)}"]
     text = ", ".join(filter(None, notes))
-    return charts.bar_row(label, metric["value"] / whole, text, interval, mark, mark_name)
+    return charts.bar_row(label, metric["value"] / whole, text, interval, mark, mark_name, shown)
 
 
 def warnings(problems: Iterable[str]) -> str:

@@ -49,11 +49,12 @@ margin:0 0 4px 6px}
 .sample q{quotes:none;display:block;margin-bottom:7px}
 .sample b{font-size:15px}
 .sample s{color:var(--bad);font-weight:600}
+.generated img,.sample img{font-size:10.5px;line-height:1.3;color:var(--soft);overflow-wrap:anywhere}
 .sample small{display:block;color:var(--soft);font-size:11px;margin-top:5px}
 .columns{display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:16px}
 .panel{padding:18px 20px}
 .panel h3{margin:0 0 12px}
-.bar{display:grid;grid-template-columns:minmax(96px,18%) 1fr 44px;gap:4px 12px;align-items:center;
+.bar{display:grid;grid-template-columns:minmax(96px,24%) 1fr 48px;gap:4px 12px;align-items:center;
   font-size:13px;
   padding:5px 0}
 .bar span{line-height:1.2;overflow-wrap:anywhere}
@@ -80,14 +81,23 @@ margin:0 0 4px 6px}
 .area{fill:var(--wash)}
 .bin{fill:var(--accent);opacity:.8}
 .scroll{overflow-x:auto}
+.scroll th:first-child,.scroll td:first-child{position:sticky;left:0;background:var(--card)}
+.scroll+.scroll,details+details{margin-top:12px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;padding:8px 14px;border-bottom:1px solid var(--line);white-space:nowrap}
-th{color:var(--soft);font-weight:500;font-size:12px}
+th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom}
+th span{display:inline-block;max-width:132px;white-space:normal;overflow-wrap:break-word;line-height:1.25}
+td{vertical-align:top}
 td small{color:var(--soft)}
 .n{text-align:right}
 tr:last-child td{border:0}
 .sub{padding-left:18px;color:var(--soft)}
-.wrap{white-space:normal}
+details{margin-top:12px}
+summary{cursor:pointer;padding:13px 18px;color:var(--soft);font-size:13px}
+summary b{color:var(--ink);font-size:15px;margin-right:8px;overflow-wrap:anywhere}
+details>div{padding:0 18px 18px}
+details .card{box-shadow:none}
+.best{color:var(--accent)}
 .warn{border-left:3px solid var(--bad);padding:10px 16px;margin:12px 0}
 footer.end{margin-top:56px;color:var(--soft);font-size:12.5px;word-break:break-all}
 code{font:12.5px ui-monospace,Menlo,Consolas,monospace}
