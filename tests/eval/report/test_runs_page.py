@@ -22,7 +22,8 @@ def write_run(folder, benchmark, values, rows=(), unit="fraction"):
     main = next(iter(values))
     result = {
         "benchmark": benchmark, "metric": main, "value": values[main], "n": 4, "missing": 0,
-        "metrics": metrics, "problems": [], "comparable": True, "model": {"path": "m"}, "versions": {}, "scorer": "official",
+        "metrics": metrics, "problems": [], "comparable": True, "model": {"path": "m"},
+        "versions": {}, "scorer": "official",
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(result))
