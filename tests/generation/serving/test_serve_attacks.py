@@ -133,7 +133,7 @@ def test_the_pixels_of_a_request_are_limited_before_decoding(pipe, monkeypatch):
 def test_decoding_ends_when_it_is_cancelled(pipe, monkeypatch):
     cancelled, opened = threading.Event(), []
 
-    def open_image(content, max_side):
+    def open_image(content, *_):
         opened.append(content)
         cancelled.set()
         return Image.new("RGB", (8, 8))
@@ -149,11 +149,11 @@ def test_large_images_stop_neither_others_nor_their_decoding_outlives_the_client
 ):
     real, resume, opened = image_urls.open_image, threading.Event(), []
 
-    def slow(content, max_side):
+    def slow(content, *others):
         if content == large:
             opened.append(1)
             assert resume.wait(30)
-        return real(content, max_side)
+        return real(content, *others)
 
     large = png(2100, 2100)  # more than the small ones that share a thread
     monkeypatch.setattr(image_urls, "open_image", slow)
