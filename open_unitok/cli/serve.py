@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.text_files import read_text
 
 from .options import add_address_options, add_model_options, load_pipeline, require_extra
 
@@ -119,8 +120,7 @@ def _read_token(args: argparse.Namespace) -> str | None:
     """
     # a file or variable, not an option: options are visible to every user in `ps`
     if args.token_file is not None:
-        path = existing(args.token_file)
-        text = "" if path.is_dir() else path.read_text(encoding="utf-8", errors="replace")
+        text = read_text(args.token_file)
         name = f"--token-file {args.token_file}"
     elif not (text := os.environ.get(TOKEN_VARIABLE, "")):
         return None

@@ -1,7 +1,9 @@
 """The one reader of text: byte-order marks, line ends, FIFOs, and errors that name file, line and byte."""
 
+import ast
 import json
 import os
+import pathlib
 import threading
 
 import pytest
@@ -107,3 +109,60 @@ def test_errors_name_file_and_line(tmp_path):
             read(tmp_path / "absent")
         with pytest.raises(UserError, match="is a folder, expected a text file"):
             read(tmp_path)
+
+
+# file -> why it decodes bytes itself
+OWN_DECODERS = {
+    "open_unitok/core/text_files.py": "the reader",
+    "open_unitok/core/devices.py": "/proc",
+    "open_unitok/core/memory.py": "/proc",
+    "open_unitok/demo.py": "/proc",
+    "open_unitok/doctor.py": "a file of the package",
+    "tokenizer/cpu.py": "/proc",
+    "generation/backends/native_build.py": "/proc",
+    "generation/image_files.py": "the record that a PNG of ours holds",
+    "generation/serving/request_body.py": "a request's body",
+    "training/core/config.py": "a shipped config of the package",
+    "training/core/metric_logger.py": "our own records",
+    "training/core/run_dir.py": "our own records",
+    "training/data/shards.py": "the traceback of a worker",
+    "training/data/sample_kinds.py": "JSON between two functions",
+    "training/scenes/dataset.py": "JSON between two functions",
+    "eval/core/harness.py": "our own records, whose last line a kill may cut",
+    "eval/judges/llm_judge.py": "a server's reply",
+}
+DECODERS = ("read_text", "splitlines", "load", "loads", "DictReader", "reader")
+
+
+def decoding_calls(path: pathlib.Path) -> list[str]:
+    """Calls that turn bytes into text, lines, JSON or CSV records."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        owner, _, method = name.rpartition(".")
+        if method in ("load", "loads", "DictReader", "reader") and owner not in ("json", "csv"):
+            continue
+        # lines of an error's message, not of a file
+        if method == "splitlines" and "error" in owner:
+            continue
+        reads = name == "open" and not any(
+            isinstance(a, ast.Constant) and isinstance(a.value, str) and set(a.value) & set("bwax")
+            for a in (*node.args[1:], *(k.value for k in node.keywords if k.arg == "mode"))
+        )
+        if (owner and method in DECODERS) or reads:
+            found.append(f"{name} (line {node.lineno})")
+    return found
+
+
+def test_no_other_module_decodes_text():
+    """Text that a user wrote is read by core/text_files.py, so that one rule holds everywhere."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+    folders = ("open_unitok", "tokenizer", "mllm", "generation", "training", "eval")
+    decoding = {}
+    for file in sorted(path for folder in folders for path in (root / folder).rglob("*.py")):
+        if calls := decoding_calls(file):
+            decoding[file.relative_to(root).as_posix()] = calls
+    assert not {name: calls for name, calls in decoding.items() if name not in OWN_DECODERS}
+    assert not OWN_DECODERS.keys() - decoding.keys(), "leave these out of OWN_DECODERS"

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union
 import yaml
 
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.text_files import read_text
 
 T = TypeVar("T")
 
@@ -82,10 +83,7 @@ def _text(path: str | Path) -> str:
         if not (str(path).endswith(".yaml") and shipped.is_file()):
             raise UserError(f"{path} does not exist, neither here nor among the shipped configs (configs/).")
         return shipped.read_text(encoding="utf-8")
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file: {error}") from error
+    return read_text(file)
 
 
 def _parse(value: str, override: str) -> Any:

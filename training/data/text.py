@@ -5,9 +5,11 @@ Lines are located once and stay on disk. A conversation is {"image": name | [nam
 a code folder that `unitok data convert folder` and `unitok extract-codes` made of the images.
 """
 
+import contextlib
 import hashlib
 import json
 import mmap
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,9 +20,11 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
 from open_unitok.core.text_files import decode_text, is_unicode, parse_json, read_json, without_mark
 
+from .captions import with_captions
 from .code_shards import CodeFolder, CodeSample
-from .records import TEXT_KEYS, conversation_turns, image_names
-from .tar_index import BadSample, matching_files
+from .records import TEXT_KEYS, caption_texts, conversation_turns, image_names, read_records
+from .tar_files import StreamedTar, is_stream, matching_shards
+from .tar_index import BadSample, matching_files, scan_tar
 
 NO_IMAGES = np.empty((0, 0, 0))  # codes of a sample without images: (I, N, K) with I = 0
 SCAN_BLOCK = 1 << 26  # bytes compared at a time while lines are located
@@ -190,3 +194,53 @@ class Conversations:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but no code folder to look it up in (`codes`)")
         return self.codes.image(name)
+
+
+def dataset_texts(path: str, captions: str = "all") -> Iterator[str]:
+    """The captions, questions, answers and texts of a data set, for a text tokenizer; unusable samples are
+    left out.
+
+    Args:
+        path: tars or a glob of them, a folder of tars or of codes, conversations (.json, .jsonl), or texts.
+        captions: a value of CAPTION_CHOICES, for tars.
+
+    Raises:
+        UserError: there is no such data set.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not any(folder.glob("*.tar")):
+        raise UserError(f"{path} holds no tars: make tars of images with `unitok data convert folder`.")
+    is_text = path.lower().endswith((".json", ".jsonl", ".txt"))
+    for info in _text_infos(path) if is_text else _tar_infos(path, captions):
+        try:
+            turns = [turn for talk in info.get("conversations", []) for turn in talk]
+            # the mark of an image is no word
+            yield from (turn["value"].replace("<image>", "").strip() for turn in turns)
+            yield from (piece for piece in info.get("document", []) if isinstance(piece, str))
+            yield from (info["text"],) if isinstance(info.get("text"), str) and is_text else ()
+            yield from caption_texts(info)
+        except (BadSample, KeyError, TypeError, AttributeError):
+            continue
+
+
+def _text_infos(path: str) -> Iterator[dict[str, Any]]:
+    first = {} if path.lower().endswith(".txt") else next(read_records(existing(path)), {})
+    if not {"conversations", "messages"} & first.keys():
+        texts = TextLines(path)
+        for shard, size in enumerate(texts.sizes):
+            for number in range(size):
+                with contextlib.suppress(BadSample):
+                    yield texts.read(shard, number).info
+        return
+    for record in read_records(Path(path)):
+        with contextlib.suppress(BadSample):
+            yield {"conversations": [conversation_turns(record, len(image_names(record)))]}
+
+
+def _tar_infos(path: str, captions: str) -> Iterator[dict[str, Any]]:
+    for source in matching_shards(f"{path}/*.tar" if Path(path).is_dir() else path, "PATH"):
+        for sample in StreamedTar(source) if is_stream(source) else scan_tar(source).samples:
+            with contextlib.suppress(BadSample):
+                info = sample.json("json") if "json" in sample.members else {}
+                if isinstance(info, dict):
+                    yield with_captions(sample, info, captions)

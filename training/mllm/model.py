@@ -66,7 +66,9 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         "num_image_tokens": unitok.config.num_visual_tokens,
         "token_layout": unitok.config.token_layout,
     }
-    processor = UniTokProcessor.from_text_tokenizer(options.text_tokenizer, **{**sizes, **options.processor})
+    processor = UniTokProcessor.from_text_tokenizer(
+        model_path(options.text_tokenizer), **{**sizes, **options.processor}
+    )
     decoder = _load_decoder(options.language_model) if options.language_model else None
     mllm_config = _mllm_config(options, unitok, processor, decoder)
     torch.manual_seed(seeding.derive_seed(config.seed, "model"))

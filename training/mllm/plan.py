@@ -119,7 +119,7 @@ def _new_model_config(config: MLLMRunConfig, assumed: list[str]) -> Any:
         name = options.language_model
         text = _on_disk_or(name, assumed, lambda: AutoConfig.from_pretrained(name), lambda: published)
     else:
-        path = options.text_tokenizer
+        path = str(model_path(options.text_tokenizer))
 
         def vocab_size() -> int:
             return UniTokProcessor.from_text_tokenizer(path, **options.processor).vocab_size

@@ -21,6 +21,7 @@ from open_unitok.core.files import write_atomic, write_json
 from open_unitok.core.text_files import read_json
 
 from ..core.config import read_yaml
+from ..core.text_tokenizer import train_text_tokenizer
 from ..data.tar_files import tar_writer, write_sample
 from .benchmark_files import write_test_split
 from .captions import sample_captions, sample_pair_captions, sample_sentences
@@ -195,33 +196,6 @@ def _write_text(config: SceneConfig, folder: Path) -> None:
     write_atomic(folder / "captions.txt", "".join(line + "\n" for line in captions))
     # repeated, so that every colour and shape becomes a single token even if the texts rarely name it
     corpus += [*config.color_names, *config.shape_names] * 40
-    write_atomic(folder / "tokenizer.model", _train_text_tokenizer(corpus, config.vocabulary))
-
-
-def _train_text_tokenizer(lines: list[str], vocabulary: int) -> bytes:
-    """A byte-fallback sentencepiece BPE model with LLaMA's ids 0 to 4: <unk>, <s>, </s>, <0x00>, <0x01>."""
-    import sentencepiece
-
     # repeated, so that BPE merges each template into few tokens
-    lines = lines + [piece.strip() for piece in _PROMPT_PIECES] * 200
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocabulary,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=True,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-        num_threads=1,  # more would make the model depend on the machine
-        minloglevel=2,
-    )
-    return model.getvalue()
+    corpus += [piece.strip() for piece in _PROMPT_PIECES] * 200
+    write_atomic(folder / "tokenizer.model", train_text_tokenizer(corpus, config.vocabulary))
