@@ -7,6 +7,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import IMAGE_SUFFIXES, find_images, find_sibling, is_image_name
+from open_unitok.eval.core.image_files import image_path_by_stem
 from open_unitok.tokenizer import images
 from open_unitok.training.data.convert import convert_dataset
 
@@ -98,3 +99,11 @@ def test_conversion_takes_every_suffix_and_names_the_rest(tmp_path, capsys):
     counts = convert_dataset("folder", folder, tmp_path / "out", quiet=True)
     assert counts["samples"] == 4 and counts["without a caption"] == 3
     assert "left out: 1 hidden (.hidden.png)" in capsys.readouterr().err
+
+
+def test_benchmark_images_are_found_with_other_suffixes(tmp_path):
+    for name in ("1.JPEG", "2", "3.webp", "4.b.PNG"):
+        (tmp_path / name).write_text("")
+    stems = ("1", "2", "3", "4.b", "5")
+    found = [image_path_by_stem([tmp_path / "none", tmp_path], stem).name for stem in stems]
+    assert found == ["1.JPEG", "2", "3.webp", "4.b.PNG", "5.jpg"]
