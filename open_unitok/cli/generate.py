@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from open_unitok.core.distributed import rank, world_size
+from open_unitok.core.distributed import rank, share_of, world_size
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import make_folder
 
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
             for count in generate_files(pipe, missing, sampling, args.batch_size, args.negative_prompt):
                 bar.update(count)
     print(
-        f"{len(missing)} images generated into {out}, {len(share) - len(missing)} existed.", file=sys.stderr
+        f"{len(missing)} images generated into {out}, {len(share) - len(missing)} existed"
+        f"{share_of(len(jobs), 'images')}.",
+        file=sys.stderr,
     )
     save_grid(jobs, out / "grid.png")

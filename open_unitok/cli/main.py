@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # torch reads the variable on import.
         os.environ["GOMP_SPINCOUNT"] = "20000"
     try:
+        _check_working_folder()
         run(arguments)
     except UserError as error:
         # UNITOK_TRACEBACK=1 shows where it was raised
@@ -63,6 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT
     except BrokenPipeError:
         sys.exit(141)  # 128 + SIGPIPE, e.g. `unitok ... | head`
+
+
+def _check_working_folder() -> None:
+    """
+    Raises:
+        UserError: the working folder was deleted; MKL ends the process there without a reason.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError("The working folder does not exist any more: change to another one.") from error
 
 
 def run(arguments: list[str]) -> None:

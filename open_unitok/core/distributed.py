@@ -13,22 +13,75 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_LAUNCH = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher sets
+
+
 def rank() -> int:
-    """Global rank of this process."""
+    """Global rank of this process.
+
+    Raises:
+        UserError: as `world_size`.
+    """
     # RANK: torchrun sets it before the process group is initialised
     dist = process_group()
-    return dist.get_rank() if dist else int(os.environ.get("RANK", 0))
+    if dist:
+        return dist.get_rank()
+    return _number("RANK", 0, world_size()) if world_size() > 1 else 0
 
 
 def world_size() -> int:
-    """Number of processes of this launch."""
+    """Number of processes of this launch.
+
+    Raises:
+        UserError: WORLD_SIZE is set outside a launch, as schedulers do: this process would silently do one
+            rank's share of the work.
+    """
     dist = process_group()
-    return dist.get_world_size() if dist else int(os.environ.get("WORLD_SIZE", 1))
+    if dist:
+        return dist.get_world_size()
+    count = _number("WORLD_SIZE", 1)
+    missing = [name for name in _LAUNCH if name not in os.environ]
+    if count > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE = {count}, but {' and '.join(missing)} not set: this is not a launch of torchrun. "
+            "Unset RANK and WORLD_SIZE to run one process, or launch with torchrun."
+        )
+    return max(count, 1)
 
 
 def local_rank() -> int:
-    """Rank within this node, used as GPU index."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+    """Rank within this node, used as GPU index.
+
+    Raises:
+        UserError: LOCAL_RANK is not a whole number.
+    """
+    return _number("LOCAL_RANK", 0)
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or deepspeed started this process.
+
+    Raises:
+        UserError: as `world_size`.
+    """
+    return world_size() >= 1 and all(name in os.environ for name in _LAUNCH)
+
+
+def share_of(count: int, what: str) -> str:
+    """ " (rank 1 of 8 has 3 of 20 images)" in a launch of several ranks, else ""."""
+    if world_size() == 1:
+        return ""
+    mine = len(range(rank(), count, world_size()))
+    return f" (rank {rank()} of {world_size()} has {mine} of {count} {what})"
+
+
+def _number(name: str, default: int, limit: int | None = None) -> int:
+    """An environment variable as a whole number from 0 to `limit` - 1."""
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal() or (limit is not None and int(text) >= limit):
+        allowed = "a whole number" if limit is None else f"a whole number from 0 to {limit - 1}"
+        raise UserError(f"The environment variable {name} is {text!r}; it must be {allowed}: unset it.")
+    return int(text)
 
 
 def is_main() -> bool:

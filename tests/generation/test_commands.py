@@ -103,6 +103,12 @@ def test_ask_prints_one_line_per_question(unitok, folder, photos):
     assert code == 0 and out.count("\n") == 2
 
 
+def launch(monkeypatch):
+    """The variables of a launcher of two ranks, without RANK."""
+    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def test_several_processes_share_prompts_and_questions(unitok, folder, photos, tmp_path, monkeypatch):
     rows = [{"image": path.name, "question": q} for q in ("What?", "How many?") for path in photos]
     questions = photos[0].parent / "questions.jsonl"
@@ -113,12 +119,13 @@ def test_several_processes_share_prompts_and_questions(unitok, folder, photos, t
     assert unitok(*ask, tmp_path / "alone.jsonl")[0] == 0
     # another test of this process may not have destroyed its process group
     monkeypatch.setattr(distributed, "process_group", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch(monkeypatch)
     for rank in ("1", "0"):
         assert not (tmp_path / "shared.jsonl").exists() and not (tmp_path / "shared" / "grid.png").exists()
         monkeypatch.setenv("RANK", rank)
         code, _, err = unitok(*generate, tmp_path / "shared")
         assert code == 0 and f"{2 - int(rank)} images generated" in err and "0 existed" in err
+        assert f"(rank {rank} of 2 has {2 - int(rank)} of 3 images)" in err
         assert unitok(*ask, tmp_path / "shared.jsonl")[0] == 0
     assert (tmp_path / "shared.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
     names = sorted(path.name for path in (tmp_path / "alone").iterdir())
@@ -155,7 +162,7 @@ def test_answers_of_a_killed_launch_are_discarded(unitok, folder, photos, tmp_pa
         return load(args)
 
     monkeypatch.setattr(distributed, "process_group", lambda: None)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch(monkeypatch)
     as_rank("1", command("Old?", "Older?"))
     words, load = command("New?", "And?"), ask.load_pipeline
     monkeypatch.setattr(ask, "load_pipeline", load_later)

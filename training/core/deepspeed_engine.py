@@ -68,7 +68,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     if not dist.is_initialized():
         # gloo for CPU tensors: ranks reduce small values (the stop flag) without waiting for the GPU
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        if under_launcher():
+        if distributed.under_launcher():
             dist.init_process_group(backend)
         else:  # a HashStore needs no RANK, WORLD_SIZE, ..., which child processes would inherit
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -82,11 +82,6 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     torch.manual_seed(seed)
     return device
-
-
-def under_launcher() -> bool:
-    """Whether torchrun or deepspeed started this process."""
-    return "RANK" in os.environ
 
 
 def _import_deepspeed() -> Any:
@@ -375,7 +370,7 @@ def exit_process() -> None:
 
     A process without a launcher keeps its process group for the next stage: DeepSpeed caches it.
     """
-    if not (dist.is_initialized() and under_launcher()):
+    if not (dist.is_initialized() and distributed.under_launcher()):
         return
     dist.barrier()
     _leave_group()

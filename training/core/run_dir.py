@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from open_unitok.core.distributed import is_main
+from open_unitok.core.distributed import is_main, world_size
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import atomic_folder, make_folder, write_atomic, write_json
 from open_unitok.core.processes import FolderLock
@@ -175,7 +175,7 @@ def _environment() -> dict[str, Any]:
         "git": git_hash(),
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+        "ranks": world_size(),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
     }
 
