@@ -111,6 +111,10 @@ class UniTokMLLMConfig(PretrainedConfig):
     vocabulary_fingerprint: str | None = None
     tie_word_embeddings: bool = False
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing, as `InstalledCode`."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _decoder_config(self.text_config)
         self.depth_config = _depth_config(self.depth_config, self.text_config)

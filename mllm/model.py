@@ -25,6 +25,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.folder_checks import check_finite, load_checked, loading
 from open_unitok.tokenizer.precision import to_dtype_of
 from open_unitok.tokenizer.projection import ProjectionAttention
+from open_unitok.tokenizer.standalone import InstalledCode
 
 from .attention import eager_attention, uses_flash_attention
 from .config import UniTokMLLMConfig
@@ -44,7 +45,7 @@ from .positions import positions_from_mask, sequence_bounds
 from .visual_embedder import VisualEmbedder
 
 
-class UniTokForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationMixin):
     """Any transformers decoder that takes `inputs_embeds`, with a visual embedder at its input and two heads:
     `lm_head` for text, `depth_head` for the K codes of a visual token.
 

@@ -17,6 +17,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import write_json
 from open_unitok.tokenizer.folder_checks import loading, read_config
 from open_unitok.tokenizer.images import load_image, to_pixels
+from open_unitok.tokenizer.standalone import make_standalone
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .config import IGNORED, IMAGE_TOKEN_ID
@@ -130,10 +131,13 @@ class UniTokProcessor(ProcessorCalls):
             processor._unitok_source = path / "unitok"
         return processor
 
-    def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, folder: str | os.PathLike[str], standalone: bool = False, **_: Any
+    ) -> None:
         """Write the text tokenizer and `processor_config.json` into `folder`, and a missing `unitok/`.
 
-        That is the visual tokenizer of the folder that the processor was loaded from.
+        That is the visual tokenizer of the folder that the processor was loaded from. With `standalone`,
+        transformers loads the folder without an import of open_unitok (see `make_standalone`).
         """
         self.text_tokenizer.save_pretrained(folder)
         if self._unitok_source is not None and not (Path(folder) / "unitok").exists():
@@ -142,6 +146,12 @@ class UniTokProcessor(ProcessorCalls):
         if self.token_layout is None:  # not stored for square images, as in files of earlier versions
             del options["token_layout"]
         write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
+        if standalone:
+            make_standalone(folder)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing, as `InstalledCode`."""
 
     @property
     def vocab_size(self) -> int:

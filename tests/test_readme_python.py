@@ -61,7 +61,8 @@ def test_the_shapes_in_its_comments_are_the_published_ones():
 
 def test_the_pipeline_generates_answers_and_reconstructs():
     names: dict = {}
-    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    exec(compile(BLOCKS[1] + BLOCKS[2], "README.md", "exec"), names)
+    assert names["reply"] == names["answer"]
     assert names["image"].size == names["reconstruction"].size == (64, 64)
     assert names["answer"].strip()
     assert names["codes"].shape == (1, 16, 8) and "# (1, 16, 8)" in BLOCKS[1]

@@ -114,6 +114,10 @@ class UniTokConfig(PretrainedConfig):
     text_vocab_size: int = 49408
     text_context_length: int = 77
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """Do nothing, as `InstalledCode`."""
+
     def __post_init__(self, **kwargs: Any) -> None:
         # transformers keeps unknown keywords as attributes: a mistyped field would have no effect.
         for key in kwargs.keys() - {"model_type", "transformers_version"}:

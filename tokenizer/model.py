@@ -30,6 +30,7 @@ from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
 from .projection import build_projection
 from .quantizers import build_quantizer
+from .standalone import InstalledCode
 from .text_tower import TextEncoder
 from .token_layout import TokenLayout
 
@@ -51,7 +52,7 @@ class UniTokOutput(NamedTuple):
     logit_scale: torch.Tensor  # scalar, after exp
 
 
-class UniTok(PreTrainedModel):
+class UniTok(InstalledCode, PreTrainedModel):
     """Image <-> codes, and CLIP-style embeddings of images and texts, in one transformers model."""
 
     config_class = UniTokConfig
