@@ -31,6 +31,7 @@ from ..metrics.inception_weights import Features
 _PROMPTS = "prompts.txt"
 _DINOV2, _CMMD, _CLIP = "dinov2", "cmmd", "clipscore"  # kinds of judge passes
 _CLIP_BATCH = 32
+_DINOV2_WIDTH = 1024  # of ViT-L/14
 _CMMD_VISION = [1024, 24, 14, 336]  # ViT-L/14 at 336 pixels: width, layers, patch and side
 _FEW = 10_000
 
@@ -169,7 +170,7 @@ def _add_distance(
     about = inception_features.require_all_features(folder, kind, *found)
     if kind == _DINOV2:
         value = fid.frechet_distance(samples.moments(), reference.moments())
-        published = samples.column("pooled").shape[1] == 1024
+        published = samples.column("pooled").shape[1] == _DINOV2_WIDTH
         network = "DINOv2 ViT-L/14"
     else:
         value = set_distances.cmmd(samples.column("pooled"), reference.column("pooled"))

@@ -49,11 +49,6 @@ class Dinov2Extractor:
             raise UserError(f"{file} has no last norm (norm.weight), which FD-DINOv2 needs.")
         self.norm = [weights[f"{name}.{part}"].to(device) for part in ("weight", "bias")]
 
-    @property
-    def is_large(self) -> bool:
-        """Whether this is ViT-L/14, the published network."""
-        return (self.net.width, self.net.depth, self.net.patch) == (1024, 24, 14)
-
     @torch.inference_mode()
     def __call__(self, images: Sequence[np.ndarray]) -> Features:
         """uint8 (H, W, 3) images -> pooled (B, D)."""

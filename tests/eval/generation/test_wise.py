@@ -194,9 +194,9 @@ def test_the_endpoint_gets_the_image_and_the_cache_knows_it(tmp_path, monkeypatc
     assert len(sent) == 2  # another image is another call
     system, user = sent[0]["messages"]
     assert system == {"role": "system", "content": "be strict"}
-    text, picture = user["content"]
+    text, shown = user["content"]
     assert text == {"type": "text", "text": "grade"}
-    head, _, data = picture["image_url"]["url"].partition(",")
+    head, _, data = shown["image_url"]["url"].partition(",")
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as found:
         assert found.getpixel((0, 0)) == (1, 1, 1)
