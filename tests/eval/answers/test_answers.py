@@ -11,6 +11,7 @@ import pytest
 from open_unitok.eval.generation.geneval import summarise_verdicts
 
 from ..core import releases
+from ..understanding import test_hub_tables as hub_tables
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
 
@@ -384,3 +385,39 @@ def test_scoring_loads_no_torch(vqa, tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_an_id_that_occurs_twice_is_told_apart_by_the_question_or_the_order(call, tmp_path):
+    releases.seedbench(tmp_path / "data", False)
+    path = tmp_path / "data" / "SEED-Bench.json"
+    content = json.loads(path.read_text())
+    content["questions"][1]["question_id"] = content["questions"][0]["question_id"]  # as 49914 in the release
+    path.write_text(json.dumps(content))
+    rows = [
+        {"question_id": q["question_id"], "text": q["answer"], "prompt": f"{q['question']}\nA. w"}
+        for q in content["questions"]
+    ]
+    releases.lines(tmp_path / "prompts.jsonl", rows[::-1])
+    releases.lines(
+        tmp_path / "order.jsonl", [{k: v for k, v in row.items() if k != "prompt"} for row in rows]
+    )
+    for name in ("prompts", "order"):
+        result = score(call, "seedbench", tmp_path / f"{name}.jsonl", tmp_path / "data", out=tmp_path / name)
+        assert result["value"] == 1.0 and result["missing"] == 0 and result["comparable"], name
+
+
+def test_answers_are_scored_on_a_data_set_of_the_hub(call, tmp_path):
+    releases.pope(tmp_path / "release", False)
+    hub_tables.pope(tmp_path / "release", tmp_path / "hub")
+    rows = [
+        {
+            "question_id": i + 1,
+            "prompt": f"Is there {category} thing {i} in the image?",
+            "text": ("yes", "no")[i % 2],
+        }
+        for category in ("random", "popular", "adversarial")
+        for i in range(5)
+    ]
+    releases.lines(tmp_path / "a.jsonl", rows)
+    result = score(call, "pope", tmp_path / "a.jsonl", tmp_path / "hub")
+    assert result["value"] == 1.0 and result["comparable"] and result["missing"] == 0
