@@ -6,7 +6,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import QUANTIZERS, UniTok, code_dtype
-from open_unitok.tokenizer.quantizers import NearestQuantizer, build_quantizer
+from open_unitok.tokenizer.quantizers import IBQQuantizer, NearestQuantizer, build_quantizer
 from open_unitok.tokenizer.quantizers.base import Quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
@@ -42,6 +42,8 @@ def test_embed_is_a_lookup_in_the_code_table(quantizer):
     torch.testing.assert_close(quantizer.embed(codes), rows.flatten(-2), rtol=0, atol=1e-6)
 
 
+# not IBQ: the largest inner product with a row need not be that row's own
+@pytest.mark.parametrize("quantizer", sorted(set(QUANTIZERS) - {"ibq"}), indirect=True)
 def test_encode_inverts_embed(quantizer):
     codes = torch.randint(32, (2, 5, 3))
     assert torch.equal(quantizer.encode(quantizer.embed(codes)), codes)
@@ -65,7 +67,8 @@ def test_reset_codes(quantizer):
     assert torch.equal(quantizer.codebooks[unused], rows)
     assert torch.equal(quantizer.codebooks[~unused], before[~unused])
     codes = quantizer.encode(latents)
-    assert (codes[0, 0, 0], codes[0, 1, 2]) == (3, 7)
+    if not isinstance(quantizer, IBQQuantizer):
+        assert (codes[0, 0, 0], codes[0, 1, 2]) == (3, 7)
     written = []
     quantizer.reset_codes(unused, rows, write=lambda *given: written.append(given))
     assert written[0][0] is quantizer.codebooks and torch.equal(written[0][1], unused)

@@ -8,12 +8,14 @@ from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig, check_options, entry_of
 from .base import Quantizer, QuantizerOutput
+from .ibq import IBQQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "multi_codebook": MultiCodebookQuantizer,
     "nearest": NearestQuantizer,
+    "ibq": IBQQuantizer,
 }
 
 
@@ -50,6 +52,7 @@ def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
 
 __all__ = [
     "QUANTIZERS",
+    "IBQQuantizer",
     "MultiCodebookQuantizer",
     "NearestQuantizer",
     "Quantizer",
