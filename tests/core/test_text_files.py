@@ -124,7 +124,6 @@ OWN_DECODERS = {
     "generation/serving/request_body.py": "a request's body",
     "training/core/config.py": "a shipped config of the package",
     "training/core/metric_logger.py": "our own records",
-    "training/core/run_dir.py": "our own records",
     "training/data/shards.py": "the traceback of a worker",
     "training/data/sample_kinds.py": "JSON between two functions",
     "training/scenes/dataset.py": "JSON between two functions",

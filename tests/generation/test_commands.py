@@ -234,7 +234,10 @@ def test_reconstruct_writes_originals_and_reconstructions_side_by_side(unitok, f
         (["serve", "--model", "MODEL", "--port", "0", "--max-queue-size", "0"], "--max-queue-size is 0"),
         (["serve", "--model", "MODEL", "--port", "0", "--token-file", "gone.txt"], "gone.txt does not exist"),
         (["serve", "--model", "MODEL", "--port", "0", "--files", "IMAGE"], "is not a folder"),
-        (["serve", "--model", "MODEL", "--port", "0", "--token-file", "OTHER"], "must hold one line"),
+        (
+            ["serve", "--model", "MODEL", "--port", "0", "--token-file", "OTHER"],
+            "is a folder, expected a text file",
+        ),
         (["serve", "--model", "MODEL", "--port", "0", "--host", ""], "--host is empty"),
         (["serve", "--model", "MODEL", "--port", "0", "--host", "a..b"], "--host a..b"),
         (["ui", "--model", "MODEL", "--port", "7860", "--host", ""], "--host is empty"),

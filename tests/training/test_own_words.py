@@ -67,7 +67,7 @@ def test_the_ids_are_those_of_llama(own):
     assert [pieces.id_to_piece(i) for i in range(5)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>"]
     assert pieces.pad_id() == -1 and pieces.get_piece_size() <= 400
     # the words of the captions and of the prompts are few ids; other letters are bytes
-    for word in ("ein crimson Fenster", "USER:", "ASSISTANT:"):
+    for word in ("in crimson Fenster", "USER:", "ASSISTANT:"):
         assert len(pieces.encode(word)) <= 3 * len(word.split())
     assert pieces.decode(pieces.encode("猫 ñ")) == "猫 ñ"
     processor = UniTokProcessor.from_text_tokenizer(own / "words.model")
@@ -109,7 +109,7 @@ def test_both_stages_by_commands_alone(own, capsys):
     unitok("train", second)
     model = own / "second" / "model"
     capsys.readouterr()
-    unitok("generate", "ein crimson Fenster", "--model", model, "--out", own / "out", "--device", "cpu")
+    unitok("generate", "in crimson Fenster", "--model", model, "--out", own / "out", "--device", "cpu")
     unitok("ask", own / "images" / "0.png", "Was ist das?", "--model", model, "--max-new-tokens", "4")
     assert len(list((own / "out").glob("*.png"))) >= 1
     assert "\x00" not in capsys.readouterr().out

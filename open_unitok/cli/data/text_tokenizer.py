@@ -51,9 +51,10 @@ def run(args: argparse.Namespace) -> None:
     ]
     if not lines:
         raise UserError(f"{' '.join(args.data)}: there is no caption and no text.")
-    # repeated, so that BPE merges the words of the prompts into few tokens
-    words = {word for t in TEMPLATES.values() for word in (f"{t.user}:", f"{t.assistant}:", t.system) if word}
-    prompts = [*sorted(words), TEXT_TO_IMAGE_INSTRUCTION.strip(), UNCONDITIONAL] * (1 + len(lines) // 100)
+    # repeated, so that BPE merges the words of the prompts into few tokens, without crowding out own words
+    speakers = sorted({f"{name}:" for t in TEMPLATES.values() for name in (t.user, t.assistant)})
+    prompts = speakers * (2 + len(lines) // 100)
+    prompts += [TEXT_TO_IMAGE_INSTRUCTION.strip(), UNCONDITIONAL] * (len(lines) // 100)
     # rare characters become bytes: with all of them CJK texts would fill a small vocabulary
     model = train_text_tokenizer(lines + prompts, args.vocab_size, 0.9995, args.max_lines)
     write_atomic(out, model)
