@@ -3,6 +3,7 @@
 B images.
 """
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,7 +93,7 @@ def load_noun_phrases(name: str) -> Callable[[str], list[str]]:
         UserError: spaCy or the pipeline is not installed.
     """
     try:
-        import spacy  # optional
+        spacy = importlib.import_module("spacy")  # of the extra compbench
     except ImportError as error:
         raise UserError(
             "BLIP-VQA needs the noun phrases of spaCy: pip install 'open-unitok[compbench]', then "

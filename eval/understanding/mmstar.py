@@ -47,9 +47,9 @@ def read_mmstar_row(row: Record, where: str) -> ChoiceRow:
     # the options are part of the question on the hub, and columns of their own in the table
     options = tuple(str(row[letter]) for letter in _LETTERS if row.get(letter))
     name = str(row.get("index", ""))
-    kinds = (str(require_key(row, key, where)) for key in ("category", "l2_category"))
+    category, finer = (str(require_key(row, key, where)) for key in ("category", "l2_category"))
     prompt = text if "Options:" in text or not options else lettered_options(text, options)
-    return ChoiceRow(ChoiceQuestion(name, text, options, label, *kinds), prompt, row["image"])
+    return ChoiceRow(ChoiceQuestion(name, text, options, label, category, finer), prompt, row["image"])
 
 
 def score(task: Task, records: dict[int, Record], folder: Path, run: Record, scoring: Options) -> Scored:
