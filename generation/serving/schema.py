@@ -48,7 +48,8 @@ def _string_or_list(value: Any) -> str:
 
 def _kind_of_part(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return {"text": "(text)", "image_url": "(image)", "refusal": "(refusal)"}.get(kind or "")
+    tags = {"text": "(text)", "image_url": "(image)", "refusal": "(refusal)"}
+    return tags.get(kind) if isinstance(kind, str) else None
 
 
 _Text = Annotated[str, Field(max_length=MAX_CHARACTERS)]

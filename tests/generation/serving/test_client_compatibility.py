@@ -209,6 +209,8 @@ def chat(content="What?", **fields):
             "is missing",
         ),
         (chat([{"type": "input_audio"}]), "messages[0].content[0]", "'type' is 'text' or 'image_url'"),
+        (chat([{"type": {}}]), "messages[0].content[0]", "'type' is 'text' or 'image_url'"),
+        (chat(tool_choice={"type": "function"}), "", "tool_choice must be 'none' or 'auto'"),
         (chat(["What?"]), "messages[0].content[0]", "must be an object whose 'type' is"),
         (chat([]), "messages[0].content", "is empty"),
         (chat(7), "messages[0].content", "is a number; it must be a string"),
