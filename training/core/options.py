@@ -132,7 +132,7 @@ class ProfileOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSource:
-    """webdataset tars (globs and {000..127} braces); sources are mixed by `weight`."""
+    """webdataset tars: files (globs and {000..127} braces), https: URLs, pipe:COMMAND; mixed by `weight`."""
 
     path: str | list[str]
     weight: float = 1.0

@@ -160,6 +160,8 @@ def _extract_tar(
     source = StreamedTar(tar) if is_stream(tar) else scan_tar(tar)
     if source.problem:
         raise _broken(tar, source.problem)
+    if source.notes:  # they may explain why samples are unreadable
+        tqdm.write(f"codes: {shown(tar)}: {describe_notes(source.notes)}", file=sys.stderr)
     records = source if isinstance(source, StreamedTar) else source.samples
     bad: list[str] = []
     buffer, first = io.BytesIO(), []
@@ -181,7 +183,7 @@ def _extract_tar(
             counts.update(transparent=sum(sample.transparent for sample in batch))
     if source.problem:  # of a stream, known once it has been read
         raise _broken(tar, source.problem)
-    if source.notes:
+    if source.notes and isinstance(source, StreamedTar):
         tqdm.write(f"codes: {shown(tar)}: {describe_notes(source.notes)}", file=sys.stderr)
     if not counts["samples"]:
         raise UserError(f"{shown(tar)} holds no readable image ({bad[-1] if bad else 'it is empty'}).")

@@ -337,3 +337,15 @@ def test_a_run_directory_may_not_name_commands(tmp_path):
     assert "\n" not in str(error.value)
     assert load_run_config(str(folder / "config.yaml"), [command])
     assert not (tmp_path / "ran").exists()
+
+
+def test_notes_explain_why_extraction_stops(images, tokenizer, capsys):
+    with tarfile.open(images, "a") as tar:
+        for number in range(3):
+            link = tarfile.TarInfo(f"link{number}.png")
+            link.type, link.linkname = tarfile.LNKTYPE, "i.0.png"
+            tar.addfile(link)
+            tar.addfile(tarfile.TarInfo(f"link{number}.txt"))
+    with pytest.raises(UserError, match="3 of 8 images are unreadable"):
+        extract(tokenizer, [str(images)], images.parent / "out")
+    assert "3 links left out (first: link0.png)" in capsys.readouterr().err
