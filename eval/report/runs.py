@@ -148,15 +148,16 @@ def _problems(result: Record) -> str:
 
 def benchmark_body(runs: Sequence[Run], benchmark: str, seed: int) -> str:
     """A table of all runs and measures, then each run: problems, measures by group, bars and samples."""
-    blocks = [_measures_of_runs(runs, benchmark)]
+    table = _measures_of_runs(runs, benchmark)
+    if len(runs) == 1:
+        note = result_note(runs[0].results[benchmark])
+        return f"<p>{note}</p>{table}{_run_body(runs[0], benchmark, seed)}"
+    blocks = [table]
     for run in runs:
         result = run.results[benchmark]
-        if len(runs) == 1:
-            blocks.append(f"<p>{result_note(result)}</p>{_run_body(run, benchmark, seed)}")
-        else:
-            # many runs are closed at first: the page stays readable
-            title = f"<b>{escape(run.name)}</b> {result_note(result)}"
-            blocks.append(page.collapsible(title, _run_body(run, benchmark, seed), len(runs) <= OPEN_RUNS))
+        # many runs are closed at first: the page stays readable
+        title = f"<b>{escape(run.name)}</b> {result_note(result)}"
+        blocks.append(page.collapsible(title, _run_body(run, benchmark, seed), len(runs) <= OPEN_RUNS))
     return "".join(blocks)
 
 
@@ -189,8 +190,9 @@ def _run_body(run: Run, benchmark: str, seed: int) -> str:
         )
         for table in arranged.tables
     ]  # fmt: skip
+    most = MME_POINTS if benchmark == "mme" else 100.0
     panels = [
-        page.panel(_label(measure), [_group_bar(g, m) for g, m in list(groups.items())[:MAX_BARS]])
+        page.panel(_label(measure), [_group_bar(g, m, most) for g, m in list(groups.items())[:MAX_BARS]])
         for measure, groups in arranged.lists.items()
     ]
     path = folder / "scores.jsonl"
@@ -216,14 +218,14 @@ def _group_value(metric: Record) -> str:
     return f"{format_value(metric['value'], metric['unit'])}{small}"
 
 
-def _group_bar(group: str, metric: Record) -> str:
-    """The bar of a group: relative to 100 %, or to the maximum of an MME task."""
-    whole = {"fraction": 1.0, "points": MME_POINTS}.get(metric["unit"])
+def _group_bar(group: str, metric: Record, most_points: float) -> str:
+    """The bar of a group, relative to 100 % or to the most points."""
+    whole = {"fraction": 1.0, "points": most_points}.get(metric["unit"])
     # FID or dB have no maximum, so no bar
     if whole is None:
         return ""
     points = metric["unit"] == "points"
-    note = f"{metric['value']:.1f} of {MME_POINTS:.0f} points" if points else ""
+    note = f"of {most_points:.0f} points" if points else ""
     return page.metric_bar(
         _label(group), metric, note, whole, shown=f"{metric['value']:.1f}" if points else ""
     )

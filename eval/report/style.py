@@ -82,7 +82,7 @@ margin:0 0 4px 6px}
 .bin{fill:var(--accent);opacity:.8}
 .scroll{overflow-x:auto}
 .scroll th:first-child,.scroll td:first-child{position:sticky;left:0;background:var(--card)}
-.scroll+.scroll,details+details{margin-top:12px}
+.scroll,.columns{margin-top:12px}
 table{border-collapse:collapse;width:100%;font-size:13.5px}
 th,td{text-align:left;padding:8px 14px;border-bottom:1px solid var(--line);white-space:nowrap}
 th{color:var(--soft);font-weight:500;font-size:12px;vertical-align:bottom}

@@ -172,7 +172,7 @@ def test_the_page_shows_numbers_bars_and_samples_and_loads_nothing(runs, tmp_pat
     assert "76.8" in content and "Janus-Pro 7B" in content and "data:image/png;base64," in content
     assert "What is thing 4?" in content and "truth: left" in content and "(empty)" in content
     assert "not comparable with published numbers: the judge is" in content
-    assert "<b>125.0</b><small>125.0 of 200 points, n = 4" in content
+    assert "<b>125.0</b><small>of 200 points, n = 4" in content
     for loaded in ("http://", "https://", "<script", "<link", "url("):
         assert loaded not in content, loaded
     assert len(re.findall(r"<section>", content)) == 2 + 4 and content.count("<details") == 2 * 4

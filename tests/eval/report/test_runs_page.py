@@ -92,3 +92,11 @@ def test_images_inside_parquet_files_are_shown(tmp_path):
     page = runs_page(read_runs([tmp_path / "run"]), "Evaluation")
     assert "data:image/png;base64," in page and "cannot be read" in page
     assert "<details" not in page  # a single run lies open
+
+
+def test_a_bar_of_points_is_full_at_its_own_maximum(tmp_path):
+    write_run(tmp_path / "r" / "dpg_bench", "dpg_bench", {"dpg": 75.0, "L1/entity": 50.0}, unit="points")
+    write_run(tmp_path / "r" / "mme", "mme", {"perception": 1000, "task/OCR": 50.0}, unit="points")
+    page = runs_page(read_runs([tmp_path / "r"]), "Evaluation")
+    assert "of 100 points" in page and "of 200 points" in page
+    assert page.count("width:50.0%") == 1 and page.count('class="fill" style="width:25.0%"') == 1
