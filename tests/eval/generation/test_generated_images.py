@@ -295,6 +295,29 @@ def test_mjhq_counts_what_is_missing_and_scales_real_images(call, generator, qui
     assert code == 2 and "the key 'category' is missing" in err
 
 
+def test_mjhq_goes_on_after_an_unreadable_first_image(call, generator, quick_net, tmp_path):
+    write_mjhq(tmp_path / "data")
+    words = (call, "mjhq", tmp_path / "data", tmp_path, "--image-format", "png")
+    assert run(*words)[0] == 2  # the images are generated, there is no network yet
+    images = sorted((tmp_path / "mjhq" / "images").rglob("*.png"))
+    records = (tmp_path / "mjhq" / "answers-00000.jsonl").read_text().splitlines()
+    first = tmp_path / "mjhq" / json.loads(records[0])["file"]
+    before = first.read_bytes()
+    first.write_bytes(b"broken")
+    code, out, err = run(*words, "--inception-weights", quick_net)
+    assert code == 0 and "1 images could not be read" in out, err
+    result = result_of(tmp_path, "mjhq")
+    assert result["metrics"]["fid"]["n"] == 4 and not result["comparable"]
+    assert result["not_comparable_reason"] == "1 images are missing from the FID"
+    first.write_bytes(before)
+    assert run(*words, "--inception-weights", quick_net)[0] == 0
+    assert result_of(tmp_path, "mjhq")["comparable"]
+    for path in images:
+        path.write_bytes(b"broken")
+    code, _, err = run(*words, "--inception-weights", quick_net)
+    assert code == 2 and "Not one of 5 generated images can be read" in err and err.count("\n") == 1
+
+
 def test_class_conditional_through_the_command_line(call, generator, quick_net, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
