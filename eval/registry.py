@@ -11,7 +11,13 @@ from typing import Any
 from open_unitok.core.errors import UserError, did_you_mean
 
 from .core.benchmark import Benchmark, Option
-from .core.release_files import benchmark_data, holds_benchmark, named_folders, release_patterns
+from .core.release_files import (
+    benchmark_data,
+    describe_contents,
+    holds_benchmark,
+    named_folders,
+    release_patterns,
+)
 from .options import (
     CLIP_MODEL,
     CROP,
@@ -387,8 +393,12 @@ def incomplete_benchmarks(data: str | Path) -> list[str]:
     for name, benchmark in BENCHMARKS.items():
         folders = named_folders(Path(data), name) if Path(data).is_dir() else []
         if folders and not holds_benchmark(benchmark_data(data, benchmark), benchmark):
-            wanted = ", ".join(benchmark.files[:3]) or "parquet files"
-            lines.append(f"{name}: {folders[0]} has none of its files ({wanted}).")
+            patterns = [pattern for pattern in benchmark.files if pattern != "scenes.json"]
+            wanted = ", ".join(patterns[:3]) or "parquet files"
+            lines.append(
+                f"{name}: {folders[0]} has none of its files ({wanted}). "
+                f"{describe_contents(folders[0], patterns)}"
+            )
     return lines
 
 

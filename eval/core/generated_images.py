@@ -112,6 +112,7 @@ class ExternalImages:
         self.root = path  # the folder of the images, `path` or one below it
         self._listings: dict[Path, _Listing] = {}
         self._prompts: dict[Path, str | None] = {}
+        self.notes: list[str] = []  # problems of the images of the benchmark that is run, for its result
 
     def check_needs(self, needs: str, benchmark: str) -> None:
         """Raise UserError unless the benchmark scores generated images."""
@@ -128,7 +129,8 @@ class ExternalImages:
             f"{p.name if p == self.path else p.relative_to(self.path)} {p.stat().st_size}" for p in files
         )
         digest = hashlib.sha256(text.encode()).hexdigest()
-        return {"path": str(self.path), "kind": self.kind, "fingerprint": digest}
+        notes = {"notes": self.notes} if self.notes else {}
+        return {"path": str(self.path), "kind": self.kind, "fingerprint": digest, **notes}
 
     def load_batch(self, batch: Sequence[Sample]) -> list[np.ndarray | str]:
         """Per sample its image, by index in an array or by id in a folder, or an error message."""
@@ -150,6 +152,7 @@ class ExternalImages:
         if self.arrays is None:
             self._find_root(wanted)
         missing = [reason for s in wanted if (reason := self._missing_reason(s))]
+        self._note_unused(wanted)
         if 2 * len(missing) > len(wanted):
             amount = "none" if len(missing) == len(wanted) else f"only {len(wanted) - len(missing)}"
             hint = " --images-per-prompt N takes the first N images of each prompt." * (
@@ -158,6 +161,20 @@ class ExternalImages:
             raise UserError(
                 f"{benchmark}: {self.path} holds {amount} of its {len(wanted)} images, the first problem: "
                 f"{missing[0]} --limit N scores the first N samples alone.{hint}"
+            )
+
+    def _note_unused(self, samples: Sequence[Sample]) -> None:
+        """Count the numbered images of the prompts that no sample takes."""
+        self.notes = []
+        if self.arrays is not None or self.grid:
+            return
+        # images in a folder per prompt; others may be left out by --limit
+        used = {self._find(s) for s in samples if "/" in str(s.id) and not self._missing_reason(s)}
+        listings = [self._listing(folder).by_number.values() for folder in {path.parent for path in used}]
+        unused = sum(path not in used for numbers in listings for paths in numbers for path in paths)
+        if unused:
+            self.notes.append(
+                f"{unused} images of these prompts are not scored: --images-per-prompt is smaller"
             )
 
     def _missing_reason(self, sample: Sample) -> str:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
+from open_unitok.core.image_names import find_sibling
 
 from .benchmark import Benchmark, Options
 from .parquet import holds_parquet
@@ -241,9 +242,11 @@ def benchmark_data(data: str | Path, benchmark: Benchmark) -> Path:
 
 
 def named_folders(data: Path, name: str) -> list[Path]:
-    """The folders up to two below `data` that have a benchmark's name, the nearest first."""
-    levels = list(walk_folders(data, depth=2))[1:]
-    return [f for level in levels for f in level if _simplify(f.name) in _folder_names(name)]
+    """The folders below `data` that have a benchmark's name, the nearest first."""
+    levels = list(walk_folders(data))[1:]
+    named = [f for level in levels for f in level if _simplify(f.name) in _folder_names(name)]
+    # --out may lie in the data folder: a run's own folder is no data
+    return [folder for folder in named if not (folder / "run.json").exists()]
 
 
 def holds_benchmark(data: Path, benchmark: Benchmark, depth: int = DEPTH) -> bool:
@@ -283,6 +286,11 @@ def image_finder(folders: Sequence[Path], suffixes: Sequence[str] = ("",)) -> Ca
                 # images of a benchmark lie in one folder: ask it first for the next one
                 places.insert(0, places.pop(i))
                 return path
+        # a suffix in capitals
+        for folder, suffix in places:
+            path = folder / f"{name}{suffix}"
+            if path.suffix and path.parent.is_dir() and (other := find_sibling(path, (path.suffix.lower(),))):
+                return other
         return folders[0] / f"{name}{suffixes[0] or (suffixes[1] if len(suffixes) > 1 else '')}"
 
     return find
@@ -320,7 +328,7 @@ def describe_contents(data: Path, patterns: Sequence[str]) -> str:
     if parquet := sorted({name for name in inside if name.endswith(".parquet")}):
         parts.append(f"It holds parquet files, such as {parquet[0]}.")
     others = [name for name in RELEASES if not set(patterns) & set(release_patterns(name))]
-    if known := [name for name in others if holds_files(data, release_patterns(name), 1)]:
+    if known := [name for name in others if holds_files(data, release_patterns(name), 2)]:
         parts.append(f"These are files of {', '.join(known)}.")
     for folder in data.resolve().parents[:2]:
         if holds_files(folder, patterns, 0):

@@ -138,6 +138,8 @@ def build_result(
     """The content of `results.json`."""
     # the first metric is the main one; a split without public answers has none
     main = next(iter(scored.metrics), None)
+    # of answers of other programs, and of images of other systems
+    found = [*_answer_file_problems(run), *run["model"].get("notes", ())]
     if "answers" in run:
         task = task._replace(metadata=task.metadata | _OF_OTHERS)
     malformed = len(malformed_reasons(task.samples))
@@ -159,7 +161,7 @@ def build_result(
         "decoding": task.metadata.get("decoding"),
         "metrics": {name: metric._asdict() for name, metric in scored.metrics.items()},
         "statistic": scored.statistic,
-        "problems": [*_answer_file_problems(run), *problems, *task.problems, *scored.problems],
+        "problems": [*found, *problems, *task.problems, *scored.problems],
         "metadata": task.metadata,
         "settings": run["settings"],
         "scoring": vars(scoring),

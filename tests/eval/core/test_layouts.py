@@ -132,9 +132,24 @@ def test_all_goes_on_after_an_incomplete_benchmark(capsys, tmp_path):
     code, out, err = run(capsys, "all", tmp_path, tmp_path / "o")
     assert code == 2 and "vizwiz  (5 samples" in out and "scienceqa  (5 samples" in out
     assert "1 benchmarks have no result. gqa:" in err and "expected one GQA question file" in err
+    # the folder of an earlier run inside the data folder is no incomplete release
+    shutil.copytree(tmp_path / "o" / "scienceqa", tmp_path / "o" / "textvqa")
+    code, out, err = run(capsys, "all", tmp_path, tmp_path / "o")
+    assert code == 2 and "1 benchmarks have no result. gqa:" in err
     # the same without `all`
     code, out, err = run(capsys, "gqa", tmp_path, tmp_path / "o2")
     assert code == 2 and "benchmarks have no result" not in err
+
+
+@pytest.mark.parametrize("name", ["vqav2", "textvqa", "mme", "pope", "vizwiz", "seedbench"])
+def test_suffixes_of_images_have_no_case(capsys, tmp_path, name):
+    Scripted.replies, expected = BUILDERS[name](tmp_path / "x", False)
+    for path in list((tmp_path / "x").rglob("*")):
+        if path.is_file() and path.suffix in (".jpg", ".png"):
+            path.rename(path.with_suffix({".jpg": ".JPG", ".png": ".Png"}[path.suffix]))
+    code, _, err = run(capsys, name, tmp_path / "x", tmp_path / "o")
+    result = result_of(tmp_path / "o", name)
+    assert code == 0 and result["value"] == pytest.approx(expected) and result["failed"] == 0, err
 
 
 def test_loaders_and_all_use_the_same_patterns():

@@ -109,3 +109,14 @@ def test_not_one_image_is_an_error_in_every_benchmark(call, tmp_path, name):
     code, out, err = call(*words, "--out", tmp_path / "o")
     assert code == 2 and out == "" and "holds none of its" in err and err.count("\n") == 1, err
     assert not (tmp_path / "o").exists()
+
+
+def test_more_images_than_are_scored_are_counted(tmp_path):
+    for k in range(6):
+        save(tmp_path / "00000" / "samples" / f"{k:05d}.png", k)
+    model = ExternalImages(tmp_path)
+    samples = [Sample(i, f"00000/samples/{i:04d}", "p", None, "generate") for i in range(4)]
+    model.refuse_missing("geneval", samples)
+    assert model.describe()["notes"] == [
+        "2 images of these prompts are not scored: --images-per-prompt is smaller"
+    ]
