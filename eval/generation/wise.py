@@ -44,8 +44,8 @@ WISE_CATEGORIES = {
     "physics": (900, 0.1),
     "chemistry": (1000, 0.1),
 }
-_GRADE = re.compile(r"\*{0,2}(Consistency|Realism|Aesthetic Quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
-_BARE_GRADE = re.compile(r"(?m)^\s*([0-2])\s*$")
+# such as "**Consistency**: 2"
+_GRADE = re.compile(r"(consistency|realism|aesthetic quality)\*{0,2}\s*:?\s*(\d)", re.IGNORECASE)
 
 
 class WisePrompt(NamedTuple):
@@ -157,7 +157,7 @@ def _message_part(part: ast.expr, path: Path) -> tuple[str, bool]:
 def parse_grades(reply: str, scorer: str = "official") -> dict[str, float]:
     """The grades in a reply by name; `lmms` also takes three lines with a digit each."""
     found = {name.lower().replace(" ", "_"): float(digit) for name, digit in _GRADE.findall(reply)}
-    bare = _BARE_GRADE.findall(reply)
+    bare = [line.strip() for line in reply.split("\n") if line.strip() in ("0", "1", "2")]
     if found or scorer == "official" or len(bare) < len(WISE_GRADES):
         return found
     return dict(zip(WISE_GRADES, map(float, bare)))

@@ -3,7 +3,6 @@
 Scorer `lmms`: the answer without case and punctuation is the letter, or starts with the letter and a period.
 """
 
-import re
 import string
 from pathlib import Path
 
@@ -57,6 +56,7 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
 
 def is_ai2d_right(text: str, letter: str) -> bool:
     """Whether the raw answer is correct."""
-    match = re.match(r"\s*([A-Z])\.", text)
-    chosen = match[1] if match else text.strip()
+    text = text.strip()
+    # "B. the sun" is B
+    chosen = text[0] if text[1:2] == "." and text[0] in string.ascii_uppercase else text
     return chosen.lower().translate(_PUNCTUATION) == letter.lower()

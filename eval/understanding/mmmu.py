@@ -61,13 +61,11 @@ _INSTRUCTIONS = {
 }
 # words before the answer in a sentence of an open answer
 _KEYS = ("could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result ")
-_NUMBERS = tuple(
-    re.compile(pattern)
-    for pattern in (
-        r"-?\b\d{1,3}(?:,\d{3})+\b",  # with commas
-        r"-?\d+(?:\.\d+)?[eE][+-]?\d+",  # scientific
-        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])",
-    )
+# numbers in lower-case text: with commas; with an exponent; others, which no comma or exponent may follow
+_NUMBERS = (
+    re.compile(r"-?\b\d{1,3}(,\d{3})+\b"),
+    re.compile(r"-?\d+(\.\d+)?e[+-]?\d+"),
+    re.compile(r"-?(\d*\.\d+|\d+\b)(?!e[+-]?\d|[,\d])"),
 )
 
 answer = answer_questions
@@ -203,7 +201,7 @@ def parse_open_answer(text: str) -> set[str | float]:
         if end and end not in (":", ",", ".", "!", "?", ";", "'"):
             ends.append(end)
     ends = ends or [text]
-    numbers = [number for end in ends for pattern in _NUMBERS for number in pattern.findall(end)]
+    numbers = [match[0] for end in ends for pattern in _NUMBERS for match in pattern.finditer(end)]
     return {value for candidate in (*ends, *numbers) for value in normalise_open(candidate)}
 
 
