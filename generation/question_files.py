@@ -1,5 +1,6 @@
 """Question and answer files in JSON lines, shared by the processes of a torchrun launch."""
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import make_folder, write_jsonl
-from open_unitok.core.text_files import read_json_lines
+from open_unitok.core.text_files import is_unicode, read_json_lines
 
 
 def read_questions(path: str | Path) -> list[dict[str, Any]]:
-    """Read the records {"image": PATH, "question": TEXT, ...}; a relative PATH is relative to the file.
+    """Read the records {"image": PATH, "question": TEXT, ...}; a relative PATH is relative to the file, or to
+    the working folder if the file is /dev/stdin.
 
     Raises:
         UserError: the file is missing, a folder or empty, or a record lacks one of the two texts.
@@ -22,9 +24,12 @@ def read_questions(path: str | Path) -> list[dict[str, Any]]:
         texts = [record.get(key) for key in ("image", "question")] if isinstance(record, dict) else [None]
         if not all(isinstance(text, str) for text in texts):
             raise UserError(f"{path}, record {i}, is {record!r}; it must have the texts image and question.")
+        if not is_unicode(json.dumps(record, ensure_ascii=False)):
+            raise UserError(f"{path}, record {i}, holds half of a surrogate pair.")
     if not records:
         raise UserError(f"{path} has no questions.")
-    return [{**record, "image": str(path.parent / record["image"])} for record in records]
+    folder = Path() if path.is_relative_to("/dev") or path.is_relative_to("/proc") else path.parent
+    return [{**record, "image": str(folder / record["image"])} for record in records]
 
 
 def prepare_answer_file(out: Path, rank: int, world_size: int) -> None:
