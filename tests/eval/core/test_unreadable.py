@@ -15,6 +15,7 @@ from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
 from ..conftest import run_named
 from ..generation.test_external_images import write_geneval
 from ..generation.test_generated_images import write_dpg, write_genai
+from ..generation.test_t2i_compbench import write_release
 from ..generation.test_wise import write_wise
 from . import hub_releases
 from .test_end_to_end import BUILDERS, releases
@@ -69,6 +70,7 @@ MAKERS = {
     "reconstruction": classes, "zeroshot": classes, "linear_probe": classes, "retrieval": captions,
     "geneval": write_geneval, "positions": positions, "genai_bench": write_genai, "dpg_bench": write_dpg,
     "mjhq": mjhq, "imagenet_generation": imagenet_generation, "wise": write_wise, "image_set": image_set,
+    "t2i_compbench": write_release,
     **{name: lambda folder, build=build: build(folder, False) for name, build in BUILDERS.items()},
     **hub_releases.HUB_BUILDERS,
 }  # fmt: skip
