@@ -192,6 +192,15 @@ def test_too_little_memory(folder, capsys, monkeypatch):
     check_one_line(code, err, "needs", "MB of memory; 1 MB are available")
 
 
+def test_an_allocation_that_fails_is_one_line(folder, capsys, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr("open_unitok.generation.pipeline.Pipeline.decode", fail)
+    code, err = run(["generate", "a", "--model", folder, "--out", folder.parent / "out"], capsys)
+    check_one_line(code, err, "not enough memory", "are available", "8 bytes")
+
+
 def test_every_torch_load_is_weights_only():
     """torch.load runs code of the file otherwise; other pickles pass only between our own processes."""
     files = [f for top in ("open_unitok", "tokenizer", "mllm", "generation", "training", "eval", "benchmarks")

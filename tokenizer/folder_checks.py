@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.core.memory import available_memory, check_memory, format_bytes
+from open_unitok.core.memory import check_memory, is_memory_error, memory_reason
 from open_unitok.core.text_files import read_json
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -61,11 +61,9 @@ def loading(source: str | os.PathLike[str]) -> Iterator[None]:
 
 def _reason(error: BaseException, length: int = 300) -> str:
     """An error's first lines as one line; memory errors also have the available bytes."""
+    if is_memory_error(error):
+        return memory_reason(error)
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "can't allocate memory" in text or "out of memory" in text:
-        free = available_memory()
-        left = "" if free is None else f" ({format_bytes(free)} are available)"
-        return f"not enough memory{left}: {text[:length]}"
     # the text of a KeyError is only the key
     name = "" if type(error) in (ValueError, OSError, RuntimeError) else f"{type(error).__name__}: "
     return f"{name}{text[:length]}" if text else type(error).__name__

@@ -9,6 +9,7 @@ from types import ModuleType
 
 from open_unitok import __version__
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.memory import is_memory_error, memory_reason
 
 # command -> its line in --help. `unitok eval run` is the module cli/eval/run.py, with add_arguments(parser)
 # and run(args).
@@ -64,6 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)  # 128 + SIGINT
     except BrokenPipeError:
         sys.exit(141)  # 128 + SIGPIPE, e.g. `unitok ... | head`
+    except (MemoryError, RuntimeError, OSError) as error:
+        if os.environ.get("UNITOK_TRACEBACK") or not is_memory_error(error):
+            raise
+        print(f"unitok: error: {memory_reason(error)}; lower the batch size.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _check_working_folder() -> None:

@@ -70,6 +70,19 @@ def check_memory(needed: float, what: str, free: float | None = None) -> None:
         raise UserError(f"{what} needs {format_bytes(needed)} of memory; {format_bytes(free)} are available.")
 
 
+def is_memory_error(error: BaseException) -> bool:
+    """Whether an allocation has failed; torch and safetensors raise a RuntimeError, systems an OSError."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "allocate memory" in text or "out of memory" in text
+
+
+def memory_reason(error: BaseException) -> str:
+    """One line about an allocation that has failed: what is available, and what the library says."""
+    free, text = available_memory(), " ".join(str(error).split())[:200]
+    left = "" if free is None else f" ({format_bytes(free)} are available)"
+    return f"not enough memory{left}{': ' if text else ''}{text}"
+
+
 def format_bytes(count: float) -> str:
     """ "512 MB", "14.2 GB", "1.3 TB"."""
     for unit in ("bytes", "kB", "MB"):
