@@ -219,9 +219,9 @@ class UniTok(InstalledCode, PreTrainedModel):
             if (path / PUBLISHED_FILE).is_file() and not (path / "config.json").exists():
                 return cls.from_reference(path / PUBLISHED_FILE, **kwargs)
             check_tokenizer_folder(path)
-            return load_checked(cls, super().from_pretrained, path, *args, **kwargs)
+            return _keep_rows(load_checked(cls, super().from_pretrained, path, *args, **kwargs))
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return _keep_rows(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
         except OSError as error:  # transformers: the hub has no such model, or cannot be reached
             reason = str(error).strip().splitlines()[0]
             message = f"{path} is neither a local path nor available from the hub: {reason}"
@@ -300,3 +300,11 @@ class UniTok(InstalledCode, PreTrainedModel):
             module.init_weights()  # pyright: ignore[reportCallIssue]
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
             module.reset_parameters()
+
+
+def _keep_rows(loaded: Any) -> Any:
+    """The loaded model, or (model, info); transformers makes every parameter it loads require a gradient."""
+    quantizer = (loaded[0] if isinstance(loaded, tuple) else loaded).quantizer
+    if quantizer.codebooks is not None and not quantizer.trains_rows:
+        quantizer.codebooks.requires_grad_(False)
+    return loaded

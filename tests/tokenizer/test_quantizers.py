@@ -26,7 +26,8 @@ def test_shapes_and_dtypes(quantizer):
     assert out.quantised.shape == (2, 5, 12) and out.quantised.dtype == torch.float32
     assert out.usage.shape == (3,) and quantizer.calls == 1
     assert all(loss.ndim == 0 for loss in out.losses.values())
-    assert torch.equal(quantizer.encode(latents), out.codes)
+    if not quantizer.moves_rows:  # otherwise the rows have moved since
+        assert torch.equal(quantizer.encode(latents), out.codes)
     torch.testing.assert_close(quantizer.embed(out.codes), out.quantised, rtol=0, atol=1e-6)
     assert quantizer.split(latents).shape == (2, 5, 3, 4)
 
@@ -53,8 +54,12 @@ def test_gradients(quantizer):
     latents = torch.randn(2, 5, 12, requires_grad=True)
     out = quantizer(latents)
     (sum(out.losses.values()) + out.quantised.square().sum()).backward()
-    assert latents.grad.isfinite().all() and latents.grad.any()
-    assert quantizer.codebooks.grad.isfinite().all() and quantizer.codebooks.grad.any()
+    # a cluster quantiser has a frozen encoder, and the rows of a moving average have no gradient
+    for tensor, name in ((latents, "cluster"), (quantizer.codebooks, "ema")):
+        if type(quantizer) is QUANTIZERS[name]:
+            assert tensor.grad is None
+        else:
+            assert tensor.grad.isfinite().all() and tensor.grad.any()
 
 
 def test_reset_codes(quantizer):
@@ -84,7 +89,8 @@ def test_a_tokenizer_trains_saves_and_loads(name, tiny_config, tmp_path):
     (out.reconstruction - pixels).square().mean().add(out.losses["vq"]).backward()
     for part in (model.encoder, model.down_projection, model.quantizer, model.up_projection, model.decoder):
         for parameter_name, parameter in part.named_parameters():
-            assert parameter.grad is not None, parameter_name
+            blocked = name == "cluster" and part in (model.encoder, model.down_projection)
+            assert blocked or not parameter.requires_grad or parameter.grad is not None, parameter_name
     optimizer.step()
     model.eval().save_pretrained(tmp_path)
     loaded = UniTok.from_pretrained(tmp_path)
@@ -124,7 +130,9 @@ def test_unknown_quantizers_and_options(tiny_config):
         UniTok(tiny_config(quantizer="neerest"))
     with pytest.raises(UserError, match=r"quantizer_options\.comitment is not an option.*'commitment'"):
         UniTok(tiny_config(quantizer="nearest", quantizer_options={"comitment": 1.0}))
-    with pytest.raises(UserError, match=r"is not an option of quantizer 'multi_codebook'. It takes none."):
+    with pytest.raises(
+        UserError, match=r"is not an option of quantizer 'multi_codebook'. Allowed: gradient."
+    ):
         UniTok(tiny_config(quantizer_options={"commitment": 1.0}))
 
 

@@ -8,6 +8,8 @@ from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig, check_options, entry_of
 from .base import Quantizer, QuantizerOutput
+from .cluster import ClusterQuantizer
+from .ema import EMAQuantizer
 from .ibq import IBQQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
@@ -16,6 +18,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "multi_codebook": MultiCodebookQuantizer,
     "nearest": NearestQuantizer,
     "ibq": IBQQuantizer,
+    "ema": EMAQuantizer,
+    "cluster": ClusterQuantizer,
 }
 
 
@@ -52,6 +56,8 @@ def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
 
 __all__ = [
     "QUANTIZERS",
+    "ClusterQuantizer",
+    "EMAQuantizer",
     "IBQQuantizer",
     "MultiCodebookQuantizer",
     "NearestQuantizer",

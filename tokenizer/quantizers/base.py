@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -16,6 +17,7 @@ from open_unitok.core.errors import UserError
 from ..token_layout import TokenLayout
 
 SIMILARITY_BLOCK = 2**24  # maximum number of similarities in memory: 64 MiB of float32
+GRADIENTS = ("straight_through", "rotation")
 WriteRows = Callable[[nn.Parameter, Tensor, Tensor], object]
 
 
@@ -46,10 +48,16 @@ class Quantizer(nn.Module):
         usage, calls: running mean (K, V) of the entries' frequencies, and its number of training batches.
         average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
             sets it, so that losses and usage refer to the global batch.
+        gather_over_ranks: None, or a function (1, ...) -> (processes, ...); set as `average_over_ranks`.
+        frozen: training sets it if the quantiser must not change, also where no optimiser moves it.
+        moves_rows: whether the rows move in the forward pass of training; dead-code reset is then refused.
+        trains_rows: whether an optimiser moves the rows; otherwise `codebooks` requires no gradient.
     """
 
     row_norm: ClassVar[Literal["unit", "blocks", "none"]]
     row_blocks: ClassVar[int] = 1
+    moves_rows: ClassVar[bool] = False
+    trains_rows: ClassVar[bool] = True
     reads: ClassVar[bool] = True
     generates: ClassVar[bool] = True
 
@@ -66,6 +74,8 @@ class Quantizer(nn.Module):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_parameter("codebooks", None)
         self.average_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.gather_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.frozen = False
 
     def init_weights(self) -> None:
         init.zeros_(self.usage)
@@ -148,6 +158,38 @@ class Quantizer(nn.Module):
         # An entry counts as used above 1 % of its frequency under uniform use, 1 / V.
         used = [(row > 0.01 / size).sum() / size for row, size in zip(frequency, self.code_sizes)]
         return 100 * torch.stack(used)
+
+
+def check_gradient(gradient: str) -> str:
+    """
+    Raises:
+        UserError: not one of `GRADIENTS`.
+    """
+    if gradient not in GRADIENTS:
+        raise UserError(f"quantizer_options.gradient is {gradient!r}: it must be {' or '.join(GRADIENTS)}.")
+    return gradient
+
+
+def pass_through(latents: Tensor, rows: Tensor, gradient: str = "straight_through") -> Tensor:
+    """The value of the rows (..., C), with a gradient to the latents (..., C).
+
+    "straight_through" passes the gradient unchanged. "rotation" (the rotation trick, arXiv 2410.06424) turns
+    and scales it as the latent is turned and scaled onto its row.
+    """
+    if gradient == "straight_through":
+        return (rows - latents).detach() + latents
+    z, row = latents.detach(), rows.detach()
+    u, q = F.normalize(z, dim=-1), F.normalize(row, dim=-1)
+    w = F.normalize(u + q, dim=-1)
+    scale = row.norm(dim=-1, keepdim=True) / z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum(dim=-1, keepdim=True)
+
+    # two reflections; all factors but the latents are constants
+    turned = latents - 2 * dot(latents, w) * w + 2 * dot(latents, u) * q
+    found = scale * turned
+    return found + (rows - found).detach()  # the exact value of the rows
 
 
 def search_codes(features: Tensor, num_entries: int, search: Callable[[int, Tensor], Tensor]) -> Tensor:

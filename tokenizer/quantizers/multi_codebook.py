@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows, search_codes
+from .base import Quantizer, QuantizerOutput, blocks_of_rows, check_gradient, pass_through, search_codes
 
 COMMITMENT = 0.25  # weight of the commitment loss (latents to codes) relative to the codebook loss
 TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
@@ -21,13 +21,23 @@ class MultiCodebookQuantizer(Quantizer):
     """The entry of largest cosine similarity in each of K sub-codebooks, in float32 even under autocast.
 
     Losses: "vq" (commitment included) and "entropy" (0 unless computed).
+
+    Args:
+        gradient: see `pass_through`; "straight_through" as published.
     """
 
     row_norm = "unit"
     codebooks: nn.Parameter
 
-    def __init__(self, num_codebooks: int, codebook_size: int, codebook_dim: int) -> None:
+    def __init__(
+        self,
+        num_codebooks: int,
+        codebook_size: int,
+        codebook_dim: int,
+        gradient: str = "straight_through",
+    ) -> None:
         super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
+        self.gradient = check_gradient(gradient)
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
         self.init_weights()
 
@@ -45,8 +55,7 @@ class MultiCodebookQuantizer(Quantizer):
                 "vq": COMMITMENT * F.mse_loss(features, rows.detach()) + F.mse_loss(rows, features.detach()),
                 "entropy": self._entropy(features) if entropy else features.new_zeros(()),
             }
-            # Straight-through estimator: the value is that of the rows, the gradient goes to the features.
-            quantised = ((rows - features).detach() + features).flatten(-2)
+            quantised = pass_through(features, rows, self.gradient).flatten(-2)
             return QuantizerOutput(quantised, codes, losses, self.track_usage(codes))
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, search_codes
+from .base import Quantizer, QuantizerOutput, check_gradient, pass_through, search_codes
 
 
 class NearestQuantizer(Quantizer):
@@ -19,16 +19,22 @@ class NearestQuantizer(Quantizer):
 
     Args:
         commitment: weight of the commitment loss (latents to codes) relative to the codebook loss.
+        gradient: see `pass_through`.
     """
 
     row_norm = "none"
     codebooks: nn.Parameter
 
     def __init__(
-        self, num_codebooks: int, codebook_size: int, codebook_dim: int, commitment: float = 0.25
+        self,
+        num_codebooks: int,
+        codebook_size: int,
+        codebook_dim: int,
+        commitment: float = 0.25,
+        gradient: str = "straight_through",
     ) -> None:
         super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
-        self.commitment = commitment
+        self.commitment, self.gradient = commitment, check_gradient(gradient)
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
         self.init_weights()
 
@@ -44,7 +50,7 @@ class NearestQuantizer(Quantizer):
             codes = self._search(chunks)
             rows = self._rows(codes)
             commitment, codebook = F.mse_loss(chunks, rows.detach()), F.mse_loss(rows, chunks.detach())
-            quantised = ((rows - chunks).detach() + chunks).flatten(-2)  # straight-through estimator
+            quantised = pass_through(chunks, rows, self.gradient).flatten(-2)
             losses = {"vq": self.commitment * commitment + codebook}
             return QuantizerOutput(quantised, codes, losses, self.track_usage(codes))
 
