@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
+from open_unitok.core.errors import UserError
+
 from ..precision import exact_float32
 from .base import Quantizer, QuantizerOutput, blocks_of_rows, check_gradient, pass_through, search_codes
 
@@ -20,10 +22,17 @@ TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
 class MultiCodebookQuantizer(Quantizer):
     """The entry of largest cosine similarity in each of K sub-codebooks, in float32 even under autocast.
 
-    Losses: "vq" (commitment included) and "entropy" (0 unless computed).
+    Losses: "vq" (commitment included), "entropy" (0 unless computed), both means over the sub-codebooks, and
+    "disentangle" if requested. FQGAN (arXiv 2411.16681) is this quantiser with K = 2 or 3, `unit_rows`,
+    `disentangle`, an `entropy_eps` of 1e-5 and losses that are sums over the sub-codebooks: K times the
+    weights.
 
     Args:
         gradient: see `pass_through`; "straight_through" as published.
+        entropy_eps: inside the logarithm of the mean assignment.
+        disentangle: compute FQGAN's disentanglement loss, see `disentangle_loss`; training sets the attribute
+            where losses.disentangle > 0.
+        unit_rows: rows start at unit norm, which slows them down against UniTok's short ones.
     """
 
     row_norm = "unit"
@@ -35,16 +44,26 @@ class MultiCodebookQuantizer(Quantizer):
         codebook_size: int,
         codebook_dim: int,
         gradient: str = "straight_through",
+        entropy_eps: float = 1e-7,
+        disentangle: bool = False,
+        unit_rows: bool = False,
     ) -> None:
         super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
-        self.gradient = check_gradient(gradient)
+        self.gradient, self.entropy_eps = check_gradient(gradient), entropy_eps
+        self.disentangle, self.unit_rows = disentangle, unit_rows
+        if disentangle:
+            check_disentangle(num_codebooks)
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
         self.init_weights()
 
     def init_weights(self) -> None:
         super().init_weights()
         bound = 1 / (36 * self.codebooks.shape[2] ** 0.5)  # as the published code, for rows of any width
-        init.uniform_(self.codebooks, -bound, bound)
+        if self.unit_rows:
+            rows = torch.empty_like(self.codebooks).uniform_(-bound, bound)
+            init.copy_(self.codebooks, F.normalize(rows, dim=-1))
+        else:
+            init.uniform_(self.codebooks, -bound, bound)
 
     def forward(self, latents: torch.Tensor, entropy: bool = False) -> QuantizerOutput:
         with exact_float32(latents.device):
@@ -55,7 +74,10 @@ class MultiCodebookQuantizer(Quantizer):
                 "vq": COMMITMENT * F.mse_loss(features, rows.detach()) + F.mse_loss(rows, features.detach()),
                 "entropy": self._entropy(features) if entropy else features.new_zeros(()),
             }
-            quantised = pass_through(features, rows, self.gradient).flatten(-2)
+            passed = pass_through(features, rows, self.gradient)
+            if self.disentangle:
+                losses["disentangle"] = disentangle_loss(passed)
+            quantised = passed.flatten(-2)
             return QuantizerOutput(quantised, codes, losses, self.track_usage(codes))
 
     @torch.no_grad()
@@ -103,8 +125,30 @@ class MultiCodebookQuantizer(Quantizer):
         mean = torch.stack(means)
         if self.average_over_ranks is not None:  # entropy is not linear: average before the logarithm
             mean = self.average_over_ranks(mean)
-        of_mean = -(mean * torch.log(mean + 1e-7)).sum(dim=-1).mean()
+        of_mean = -(mean * torch.log(mean + self.entropy_eps)).sum(dim=-1).mean()
         return per_latent - of_mean
+
+
+def disentangle_loss(vectors: torch.Tensor) -> torch.Tensor:
+    """Mean squared cosine of all K(K-1)/2 pairs of (..., K, C) vectors (arXiv 2411.16681, section 3.2).
+
+    On quantised vectors its gradient reaches the latents, through the straight-through output, and no row.
+    """
+    books = vectors.shape[-2]
+    check_disentangle(books)
+    unit = F.normalize(vectors.float(), dim=-1)
+    cosine = unit @ unit.mT  # (..., K, K): all pairs in one product
+    first, second = torch.triu_indices(books, books, 1, device=vectors.device)
+    return cosine[..., first, second].square().mean()
+
+
+def check_disentangle(books: int) -> None:
+    """Raise UserError where there is no pair of sub-codebooks."""
+    if books < 2:
+        raise UserError(
+            "The disentanglement loss compares sub-codebooks, but num_codebooks is 1: set losses.disentangle "
+            "to 0, or num_codebooks to 2 or more."
+        )
 
 
 def _soft_assignment(features: torch.Tensor, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

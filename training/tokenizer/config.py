@@ -39,6 +39,7 @@ class LossWeights:
     Attributes:
         vq: the quantiser's codebook and commitment loss.
         entropy: the quantiser's entropy loss: varied codes over the batch, a certain choice for each latent.
+        disentangle: the quantiser's disentanglement loss: sub-codebooks should differ in content (FQGAN: 0.1).
         clip: contrast between images and captions.
         lpips: perceptual loss; needs `lpips_weights` (a file, a folder that holds it, or a hub id).
         adversarial: generator loss of a GAN (published: 0.4), see `DiscriminatorOptions`.
@@ -49,6 +50,7 @@ class LossWeights:
     l2: float = 1.0
     vq: float = 1.0
     entropy: float = 0.0
+    disentangle: float = 0.0
     clip: float = 1.0
     lpips: float = 1.0
     lpips_weights: str | None = None
@@ -71,7 +73,9 @@ class LossWeights:
 
     def by_name(self) -> dict[str, float]:
         """Loss name -> weight, without `adversarial`, whose weight changes from step to step."""
-        return {name: getattr(self, name) for name in (*RECONSTRUCTION, "vq", "entropy", "clip")} | self.extra
+        return {
+            name: getattr(self, name) for name in (*RECONSTRUCTION, "vq", "entropy", "disentangle", "clip")
+        } | self.extra
 
 
 RECONSTRUCTION = ("l1", "l2", "lpips")  # the losses that the adaptive GAN weight balances

@@ -8,11 +8,12 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import tokenizer_path
-from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer import Quantizer, UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, CaptionTokenizer
 from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.layers import init_kaiming
 from open_unitok.tokenizer.loading import find_weights
+from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
 
 from ..core import deepspeed_engine
 from ..data import seeding
@@ -91,6 +92,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             model = _with_new_text_tower(model, config, captions)
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
+    _set_up_quantizer(model.quantizer, config)
     if not config.losses.clip:  # without a gradient, weight decay would still shrink these
         for part in (model.text_encoder, model.image_norm, model.image_projection):
             part.requires_grad_(False)
@@ -98,6 +100,24 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     if config.engine.gradient_checkpointing:
         deepspeed_engine.enable_activation_checkpointing(model)
     return model
+
+
+def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
+    """Raise UserError where the quantiser cannot do what the run asks of it; set what it does only in some."""
+    kind = type(quantizer).__name__
+    quantizer.frozen = "quantizer" in config.freeze
+    if quantizer.moves_rows and config.codebooks.reset_after:
+        raise UserError(
+            f"codebooks.reset_after is {config.codebooks.reset_after}, but the rows of {kind} move in the "
+            "forward pass: set it to 0."
+        )
+    if config.losses.disentangle:
+        if not hasattr(quantizer, "disentangle"):
+            raise UserError(
+                f"losses.disentangle is {config.losses.disentangle}, but {kind} has no such loss: set it to 0."
+            )
+        check_disentangle(len(quantizer.code_sizes))
+        quantizer.disentangle = True  # pyright: ignore
 
 
 def _load_pretrained(path: str) -> UniTok:

@@ -21,7 +21,7 @@ from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
 from ..core.checkpoint import Checkpoints, StopOnSignal, load_weights_only
-from ..core.collectives import mean_over_ranks
+from ..core.collectives import all_gather_with_grad, mean_over_ranks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
@@ -247,6 +247,7 @@ def build_train_state(
     engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
     if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
         model.quantizer.average_over_ranks = mean_over_ranks
+        model.quantizer.gather_over_ranks = all_gather_with_grad
     ema = EMA(model, config.ema) if config.ema else None
     return TrainState(0, device, model, engine, lpips, gan, dead_codes, ema, loader, captions)
 

@@ -1,5 +1,7 @@
 """`unitok train` with another quantiser, codebook initialisation and dead-code resets included."""
 
+import json
+
 import pytest
 import torch
 
@@ -34,3 +36,23 @@ def test_an_oblong_layout_trains_end_to_end(data, tmp_path):
     assert model.config.layout.grid == (1, 2)
     pixels = torch.rand(2, 3, 16, 32) * 2 - 1
     assert model.decode(model.encode(pixels)).shape == pixels.shape
+
+
+def test_disentangle_trains_where_the_config_asks_for_it(data, tmp_path, capsys):
+    def train(*changes: str) -> None:
+        main(["train", str(data / "config.yaml"), f"out={tmp_path / 'run'}", "steps=1", *changes])
+
+    train("losses.disentangle=0.1", "model.quantizer_options={entropy_eps: 1e-5, unit_rows: true}")
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    parts = 0.2 * row["l1"] + row["l2"] + row["vq"] + 0.1 * row["entropy"] + row["clip"]
+    assert row["loss"] == pytest.approx(parts + 0.1 * row["disentangle"], rel=1e-5)
+    assert 0 < row["disentangle"] < 1
+    for changes, words in (
+        (["losses.disentangle=0.1", "model.num_codebooks=1"], "num_codebooks is 1"),
+        (["losses.disentangle=0.1", "losses.entropy=0", "model.quantizer=nearest"], "has no such loss"),
+        (["losses.entropy=0", "model.quantizer=ema"], "codebooks.reset_after is 2"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train(*changes, f"out={tmp_path / 'wrong'}")
+        assert left.value.code == 2 and words in capsys.readouterr().err
+        assert not (tmp_path / "wrong" / "metrics.jsonl").exists()
