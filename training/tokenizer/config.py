@@ -39,7 +39,7 @@ class LossWeights:
     Attributes:
         vq: the quantiser's codebook and commitment loss.
         entropy: the quantiser's entropy loss: varied codes over the batch, a certain choice for each latent.
-        disentangle: the quantiser's disentanglement loss: sub-codebooks should differ in content (FQGAN: 0.1).
+        disentangle: the quantiser's disentanglement loss: sub-codebooks should differ (FQGAN: 0.1).
         clip: contrast between images and captions.
         lpips: perceptual loss; needs `lpips_weights` (a file, a folder that holds it, or a hub id).
         adversarial: generator loss of a GAN (published: 0.4), see `DiscriminatorOptions`.

@@ -103,7 +103,11 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
 
 
 def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
-    """Raise UserError where the quantiser cannot do what the run asks of it; set what it does only in some."""
+    """Set what the quantiser does in this run.
+
+    Raises:
+        UserError: it cannot do what the run asks of it.
+    """
     kind = type(quantizer).__name__
     quantizer.frozen = "quantizer" in config.freeze
     if quantizer.moves_rows and config.codebooks.reset_after:
@@ -114,7 +118,8 @@ def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
     if config.losses.disentangle:
         if not hasattr(quantizer, "disentangle"):
             raise UserError(
-                f"losses.disentangle is {config.losses.disentangle}, but {kind} has no such loss: set it to 0."
+                f"losses.disentangle is {config.losses.disentangle}, but {kind} has no such loss: set it "
+                "to 0."
             )
         check_disentangle(len(quantizer.code_sizes))
         quantizer.disentangle = True  # pyright: ignore
