@@ -190,7 +190,9 @@ def homes() -> dict[str, list[str]]:
                 names = [node.name]
             elif isinstance(node, ast.Assign | ast.AnnAssign):
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                names = [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+                # the name of `name.attribute = ...` is only read
+                nodes = [n for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+                names = [n.id for n in nodes if isinstance(n.ctx, ast.Store)]
             else:
                 continue
             for name in set(names):

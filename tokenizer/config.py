@@ -175,6 +175,7 @@ class UniTokConfig(PretrainedConfig):
                 "that are read."
             )
         if self.token_layout is None:
+            self._check_scales()
             return
         # Registers may be given in either of the two fields; the stored config has them in both.
         layout = TokenLayout.from_config(self.token_layout, None, self.num_register_tokens)
@@ -192,6 +193,28 @@ class UniTokConfig(PretrainedConfig):
                 f"tokens of {self.patch_size} pixels: set it to {longer}."
             )
         self.token_layout = layout.to_dict()
+        self._check_scales()
+
+    def _check_scales(self) -> None:
+        """Raise UserError where the scales of a residual quantiser contradict other fields."""
+        if self.quantizer != "residual":
+            return
+        scales, (height, width) = self.scales or [], self.image_shape
+        if height != width:
+            side = self.patch_size * scales[-1] if scales else self.image_size
+            raise UserError(f"scales need square images of {side} pixels; this one has {height} x {width}.")
+        side = self.image_size // self.patch_size
+        rising = all(isinstance(s, int) and s > last for last, s in zip([0, *scales], scales))
+        if not rising or not scales or scales[-1] != side:
+            raise UserError(
+                f"scales = {scales}: rising sides are needed, the last of them image_size // patch_size = "
+                f"{side}."
+            )
+        if self.num_register_tokens:
+            raise UserError(
+                f"num_register_tokens = {self.num_register_tokens} together with scales: set one of them to "
+                "0 / null."
+            )
 
     def part_sizes(self, part: str, fields: Sequence[str]) -> dict[str, Any]:
         """`fields` of `part`, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.
@@ -244,8 +267,13 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def num_visual_tokens(self) -> int:
-        """N of a training image, register tokens included."""
-        return self.layout.num_tokens
+        """N of a training image, register tokens included; with scales, the sum over them."""
+        return sum(side * side for side in self.scales) if self.scales else self.layout.num_tokens
+
+    @property
+    def scales(self) -> list[int] | None:
+        """Sides of the grids of a residual quantiser, from coarse to fine; None = one grid."""
+        return list((self.quantizer_options or {}).get("scales") or []) or None
 
     @property
     def bits_per_token(self) -> float:

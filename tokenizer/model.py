@@ -127,7 +127,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         """(B, N, K) codes -> (B, 3, patch_size*rows, patch_size*columns) pixels, clamped to [-1, 1].
 
         Args:
-            codes: those of register tokens, if any, come first.
+            codes: those of register tokens, if any, come first; with scales, those of the first scales
+                alone are accepted as well and give a coarse image.
             grid: (rows, columns) of the image tokens; None = the config's `token_layout`, else square.
 
         Raises:
@@ -181,6 +182,8 @@ class UniTok(InstalledCode, PreTrainedModel):
             )
             raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
         count = codes.shape[1]
+        if self.config.scales:
+            return self._check_scales(count, grid)
         # With a non-square layout its number of tokens means this layout; other numbers must be squares.
         if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
             return self.config.layout.grid
@@ -195,6 +198,20 @@ class UniTok(InstalledCode, PreTrainedModel):
                 f"grid = {layout.grid} does not fit {count - registers} image tokens, {registers} registers."
             )
         return layout.grid
+
+    def _check_scales(self, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The grid of codes with scales, `count` of them.
+
+        Raises:
+            UserError: they end within a scale, or `grid` is not that of the last scale.
+        """
+        self.quantizer.check_length(count)  # pyright: ignore[reportCallIssue]
+        own = self.config.layout.grid
+        if grid is not None and (int(grid[0]), int(grid[1])) != own:
+            raise UserError(
+                f"grid = {tuple(grid)} does not fit the scales {self.config.scales}: expected {own}."
+            )
+        return own
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that determines the codes: encoder, down projection and quantiser, as float32."""
@@ -274,6 +291,11 @@ class UniTok(InstalledCode, PreTrainedModel):
             raise UserError(
                 f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be "
                 f"multiples of {step}. Resize or crop them first."
+            )
+        if self.config.scales and pixels.shape[2:] != self.config.image_shape:
+            raise UserError(
+                f"scales need square images of {self.config.image_size} pixels; this one has "
+                f"{pixels.shape[2]} x {pixels.shape[3]}."
             )
 
     def _check_range(self, pixels: torch.Tensor) -> None:

@@ -1,18 +1,20 @@
 """Quantisers: latents to codes and back. A new one is one file and one entry of `QUANTIZERS`."""
 
-import inspect
 from typing import Any
 
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig, check_options, entry_of
-from .base import Quantizer, QuantizerOutput
+from .attention import AttentionQuantizer
+from .base import Quantizer, QuantizerOutput, option_names
 from .cluster import ClusterQuantizer
 from .ema import EMAQuantizer
 from .ibq import IBQQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
+from .residual import ResidualQuantizer
+from .shared_index import SharedIndexQuantizer
 
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "multi_codebook": MultiCodebookQuantizer,
@@ -20,7 +22,11 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ibq": IBQQuantizer,
     "ema": EMAQuantizer,
     "cluster": ClusterQuantizer,
+    "shared_index": SharedIndexQuantizer,
+    "attention": AttentionQuantizer,
+    "residual": ResidualQuantizer,
 }
+ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
 
 
 def build_quantizer(config: UniTokConfig) -> Quantizer:
@@ -31,8 +37,7 @@ def build_quantizer(config: UniTokConfig) -> Quantizer:
     """
     kind = entry_of(QUANTIZERS, "QUANTIZERS", "quantizer", config.quantizer)
     options = config.quantizer_options or {}
-    allowed = list(inspect.signature(kind).parameters)[3:]  # the first three are the sizes
-    check_options("quantizer", config.quantizer, options, allowed)
+    check_options("quantizer", config.quantizer, options, option_names(kind))
     build: Any = kind  # subclasses have another constructor than the base class
     quantizer = build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
     _check_sizes(config, quantizer)
@@ -56,6 +61,7 @@ def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
 
 __all__ = [
     "QUANTIZERS",
+    "AttentionQuantizer",
     "ClusterQuantizer",
     "EMAQuantizer",
     "IBQQuantizer",
@@ -63,6 +69,8 @@ __all__ = [
     "NearestQuantizer",
     "Quantizer",
     "QuantizerOutput",
+    "ResidualQuantizer",
+    "SharedIndexQuantizer",
     "build_quantizer",
     "code_dtype",
 ]

@@ -3,9 +3,10 @@
 B batch, N visual tokens, K codes per token, V entries of a code, C width of one row of the code table.
 """
 
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,13 @@ class Quantizer(nn.Module):
         latent_dim: width of the latents it quantises.
         code_sizes: V of each of the K codes of a token.
         row_norm: normalisation by `embed` of rows of `code_table()`: "unit" = each row to unit norm, "blocks"
-            = each of `row_blocks` equal parts of a row, "none" = none.
+            = each part of a row, "none" = none.
+        row_blocks: the parts for "blocks": a number of equal ones, or a list of their widths.
         reads, generates: whether an MLLM can read its codes as input, and can generate them; an MLLM needs
             both.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
         usage, calls: running mean (K, V) of the entries' frequencies, and its number of training batches.
+        counts_usage: whether `track_usage` counts; False inside a residual quantiser, which counts once.
         average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
             sets it, so that losses and usage refer to the global batch.
         gather_over_ranks: None, or a function (1, ...) -> (processes, ...); set as `average_over_ranks`.
@@ -54,12 +57,12 @@ class Quantizer(nn.Module):
         trains_rows: whether an optimiser moves the rows; otherwise `codebooks` requires no gradient.
     """
 
-    row_norm: ClassVar[Literal["unit", "blocks", "none"]]
-    row_blocks: ClassVar[int] = 1
-    moves_rows: ClassVar[bool] = False
-    trains_rows: ClassVar[bool] = True
-    reads: ClassVar[bool] = True
-    generates: ClassVar[bool] = True
+    row_norm: Literal["unit", "blocks", "none"]
+    row_blocks: int | list[int] = 1
+    moves_rows: bool = False
+    trains_rows: bool = True
+    reads: bool = True
+    generates: bool = True
 
     latent_dim: int
     code_sizes: list[int]
@@ -73,6 +76,7 @@ class Quantizer(nn.Module):
         self.register_buffer("usage", torch.zeros(len(code_sizes), max(code_sizes, default=0)))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
         self.register_parameter("codebooks", None)
+        self.counts_usage = True
         self.average_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.gather_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.frozen = False
@@ -97,6 +101,9 @@ class Quantizer(nn.Module):
     def split(self, latents: Tensor) -> Tensor:
         """(..., latent_dim) latents -> (..., K, C): the vectors that rows are compared with and reset to."""
 
+    def start_step(self, generator: torch.Generator) -> None:
+        """Sample what holds for a whole training step; `generator` is the same on every rank."""
+
     def num_tokens(self, layout: TokenLayout) -> int:
         """N of an image with this layout; a multi-scale quantiser has more than the grid."""
         return layout.num_tokens
@@ -112,6 +119,10 @@ class Quantizer(nn.Module):
     def fingerprint_tensors(self) -> dict[str, Tensor]:
         """The tensors that determine the codes, by their names in the tokenizer's fingerprint."""
         return dict(self.named_parameters())
+
+    def reset_latents(self, latents: Tensor) -> Tensor:
+        """(B, N', latent_dim) vectors that entries are reset to, after `forward` of (B, N, latent_dim)."""
+        return latents
 
     def reset_codes(self, unused: Tensor, rows: Tensor, write: WriteRows | None = None) -> None:
         """Replace entries of the table.
@@ -139,6 +150,8 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def track_usage(self, codes: Tensor) -> Tensor:
         """(K,) per cent of entries that (B, N, K) codes use; in training, update running frequencies."""
+        if not self.counts_usage:
+            return self.usage.new_zeros(len(self.code_sizes))
         # One flat histogram over all books; book k starts at k * size.
         size = self.usage.shape[1]
         offsets = torch.arange(len(self.code_sizes), device=codes.device) * size
@@ -190,6 +203,17 @@ def pass_through(latents: Tensor, rows: Tensor, gradient: str = "straight_throug
     turned = latents - 2 * dot(latents, w) * w + 2 * dot(latents, u) * q
     found = scale * turned
     return found + (rows - found).detach()  # the exact value of the rows
+
+
+def option_names(kind: type[Quantizer]) -> list[str]:
+    """The keyword arguments of a quantiser's constructor."""
+    return list(inspect.signature(kind).parameters)[3:]  # the first three are the sizes
+
+
+def normalise_blocks(rows: Tensor, blocks: int | Sequence[int]) -> Tensor:
+    """(..., C) -> the same, each part at unit norm; `blocks` is `Quantizer.row_blocks`."""
+    sizes = rows.shape[-1] // blocks if isinstance(blocks, int) else list(blocks)
+    return torch.cat([F.normalize(part, dim=-1) for part in rows.split(sizes, dim=-1)], dim=-1)
 
 
 def search_codes(features: Tensor, num_entries: int, search: Callable[[int, Tensor], Tensor]) -> Tensor:
