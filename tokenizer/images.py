@@ -11,6 +11,7 @@ import contextlib
 import functools
 import importlib.util
 import io
+import math
 import os
 import struct
 import warnings
@@ -39,6 +40,8 @@ PILLOW_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError, AttributeError,
     RuntimeError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
+# enlarged beyond this many pixels, a thin image is cropped first: 1 x 5,000,000 would need gigabytes
+_LARGE_CANVAS = 2**24
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = dict(
     zip(
@@ -151,8 +154,7 @@ def to_pixels(
         resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
 
     Raises:
-        UserError: the mode is not known; the aspect ratio is so extreme that the canvas would exceed
-            `MAX_PIXELS`.
+        UserError: the mode is not known; mode "pad" needs a canvas of more than `MAX_PIXELS`.
     """
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
@@ -160,9 +162,11 @@ def to_pixels(
     image = _plain_rgb(image)
     if mode == "crop":
         scaled = _scaled_size(image, (height, width), resize)
-        _check_pixels(image, max(scaled[0], width) * max(scaled[1], height))
-        if scaled != image.size:
-            image = image.resize(scaled, resample or Image.Resampling.BICUBIC)
+        resample = resample or Image.Resampling.BICUBIC
+        if scaled[0] * scaled[1] > max(_LARGE_CANVAS, image.width * image.height):
+            image = _scale_centre(image, scaled, (height, width), resample)
+        elif scaled != image.size:
+            image = image.resize(scaled, resample)
         return from_pil(_centre_crop(image, height, width))
     if mode == "pad":  # before scaling, so that the border covers the same share of the image at every size
         image = _pad(image, (height, width), PAD_COLOUR)
@@ -278,15 +282,6 @@ def _plain_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" and not image.info else load_image(image)
 
 
-def _check_pixels(image: Image.Image, pixels: int) -> None:
-    """Reject canvases above `MAX_PIXELS`: a 1 x 100,000,000 image of some kilobytes would need petabytes."""
-    if pixels > MAX_PIXELS:
-        raise UserError(
-            f"The image has {image.width} x {image.height} pixels: with the model's aspect ratio it would "
-            f"have more than {MAX_PIXELS:,}. Crop it."
-        )
-
-
 def _pad(image: Image.Image, shape: tuple[int, int], colour: tuple[int, int, int]) -> Image.Image:
     """The image centred on the smallest canvas with the aspect ratio of `shape` (H, W)."""
     (width, height), (rows, columns) = image.size, shape
@@ -294,7 +289,11 @@ def _pad(image: Image.Image, shape: tuple[int, int], colour: tuple[int, int, int
     canvas_height = max(height, -(-width * rows // columns))
     if (canvas_width, canvas_height) == image.size:
         return image
-    _check_pixels(image, canvas_width * canvas_height)
+    if canvas_width * canvas_height > MAX_PIXELS:
+        raise UserError(
+            f"The image has {width} x {height} pixels: padded to the model's aspect ratio it would have more "
+            f"than {MAX_PIXELS:,}. Crop it."
+        )
     canvas = Image.new("RGB", (canvas_width, canvas_height), colour)
     canvas.paste(image, ((canvas_width - width) // 2, (canvas_height - height) // 2))
     return canvas
@@ -313,14 +312,29 @@ def _scaled_size(image: Image.Image, shape: tuple[int, int], resize: int | None)
     return int(rows * width / height), rows
 
 
+def _scale_centre(
+    image: Image.Image, scaled: tuple[int, int], shape: tuple[int, int], resample: Image.Resampling
+) -> Image.Image:
+    """What `shape` (H, W) shows of the image enlarged to `scaled` (width, height), without the rest."""
+    crop, box, target = [0, 0, 0, 0], [0.0, 0.0, 0.0, 0.0], [0, 0]
+    for axis, needed in enumerate(shape[::-1]):
+        ratio = image.size[axis] / scaled[axis]
+        target[axis] = min(needed, scaled[axis])
+        start = round((scaled[axis] - target[axis]) / 2) * ratio
+        end = start + target[axis] * ratio
+        # filters reach 3 pixels beyond the box
+        crop[axis] = max(0, math.floor(start) - 3)
+        crop[axis + 2] = min(image.size[axis], math.ceil(end) + 3)
+        box[axis], box[axis + 2] = start - crop[axis], min(end, crop[axis + 2]) - crop[axis]
+    left, top, right, bottom = crop
+    part = image.crop((left, top, right, bottom))
+    return part.resize((target[0], target[1]), resample, box=(box[0], box[1], box[2], box[3]))
+
+
 def _centre_crop(image: Image.Image, rows: int, columns: int) -> Image.Image:
     """The centre (rows, columns), black where the image is smaller; rounded as in torchvision."""
-    width, height = image.size
-    # pad first, as torchvision: floor for the padding, round half to even for the crop
-    if width < columns or height < rows:
-        left, top = max(columns - width, 0) // 2, max(rows - height, 0) // 2
-        larger = Image.new("RGB", (max(width, columns), max(height, rows)))
-        larger.paste(image, (left, top))
-        image, (width, height) = larger, larger.size
-    left, top = round((width - columns) / 2), round((height - rows) / 2)
+    # torchvision's rounding: floor for the border of a smaller image, half to even for the crop of a larger
+    left, top = (
+        -(-gap // 2) if gap <= 0 else round(gap / 2) for gap in (image.width - columns, image.height - rows)
+    )
     return image.crop((left, top, left + columns, top + rows))

@@ -102,15 +102,24 @@ def test_broken_images_of_every_format_are_rejected(kind):
             load_image(bytes(content[: random.randint(0, len(content))]))
 
 
-def test_long_and_thin_images_are_rejected():
-    thin = Image.new("RGB", (1, 50_000))
-    for mode in ("crop", "pad"):
-        with pytest.raises(UserError, match="1 x 50000 pixels"):
-            to_pixels(thin, 256, mode=mode)
-    assert to_pixels(Image.new("RGB", (4, 900)), 16, mode="pad").shape == (3, 16, 16)
-    assert to_pixels(Image.new("RGB", (4, 900)), 16, mode="crop").shape == (3, 16, 16)
-    assert to_pixels(thin, 16, mode="squash").shape == (3, 16, 16)
-    assert to_pixels(thin, 16, resize=0).shape == (3, 16, 16)
+def test_long_and_thin_images():
+    """Cropped: what the whole image shows at that scale, without the memory for it."""
+    thin = Image.new("RGB", (1, 10_000_000), (220, 30, 30))
+    thin.paste((30, 30, 220), (0, 5_000_000, 1, 10_000_000))
+    pixels = (to_pixels(thin, 256) * 127.5 + 127.5).round()  # whole: 2 TB
+    assert pixels[:, 0, 0].tolist() == [220, 30, 30] and pixels[:, -1, -1].tolist() == [30, 30, 220]
+    assert to_pixels(thin, 256, resize=0).shape == to_pixels(thin, 256, "squash").shape == (3, 256, 256)
+    with pytest.raises(UserError, match="1 x 10000000 pixels"):
+        to_pixels(thin, 256, "pad")
+
+
+@pytest.mark.parametrize("shape", [(9, 300), (300, 9), (31, 77)])
+@pytest.mark.parametrize(("size", "resize"), [((64, 48), None), ((64, 48), 200), ((40, 300), 90)])
+def test_enlarged_crops_show_the_same_as_the_whole(monkeypatch, shape, size, resize):
+    image = Image.effect_noise(shape, 90).convert("RGB")
+    whole = to_pixels(image, size, resize=resize)
+    monkeypatch.setattr("open_unitok.tokenizer.images._LARGE_CANVAS", 0)
+    assert (whole - to_pixels(image, size, resize=resize)).abs().max() <= 2.01 / 127.5
 
 
 def test_oblong_sizes():
