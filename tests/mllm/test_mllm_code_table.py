@@ -105,7 +105,7 @@ def test_the_model_initialises_parts_by_their_own_init_weights(tiny_config, monk
 def test_the_native_backend_needs_a_table(tiny):
     model = tiny()
     model.visual_embedder.codebooks = None
-    assert native.find_obstacle(model)
+    assert native.native_obstacle(model)
 
 
 def test_unknown_norms_are_named(tiny_config):
