@@ -12,7 +12,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from .images import MAX_PIXELS
 from .token_layout import TokenLayout
 
-PROJECTIONS = ("attention", "linear")
+PROJECTIONS = ("attention", "linear", "tanh")
 Entry = TypeVar("Entry")
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
@@ -69,9 +69,12 @@ class UniTokConfig(PretrainedConfig):
         num_codebooks: K sub-codebooks.
         codebook_size, codebook_dim: V entries of width C, per sub-codebook.
         quantizer: an entry of `QUANTIZERS`; quantizer_options: its keyword arguments.
-        projection: "attention" (published) or "linear", between hidden size and code width, both ways.
+        projection: "attention" (published), "linear" or "tanh" (linear, tanh, linear), between hidden size
+            and code width, both ways.
         projection_heads: heads of the attention projections; None = hidden_size // (K*C), as published.
         projection_causal: a visual token attends only to itself and earlier ones in the projections.
+        adapter_layers, adapter_heads: of a transformer for each sub-codebook between encoder and projection,
+            which is then the sub-codebook's own (FQGAN: 6, 8); 0 layers = none.
         embed_dim: E, width of the joint image-text space.
         text_*: the CLIP text tower; text_context_length counts start and end of text.
 
@@ -107,6 +110,8 @@ class UniTokConfig(PretrainedConfig):
     projection: str = "attention"
     projection_heads: int | None = None
     projection_causal: bool = False
+    adapter_layers: int = 0
+    adapter_heads: int = 8
     embed_dim: int = 768
     text_hidden_size: int = 768
     text_num_layers: int = 12
@@ -146,8 +151,14 @@ class UniTokConfig(PretrainedConfig):
             raise UserError(
                 f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}."
             )
-        if self.num_register_tokens < 0:
-            raise UserError(f"num_register_tokens = {self.num_register_tokens}: must be at least 0.")
+        for name in ("num_register_tokens", "adapter_layers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} = {getattr(self, name)}: must be at least 0.")
+        if self.adapter_layers and self.projection_causal:
+            raise UserError(
+                f"adapter_layers = {self.adapter_layers} with projection_causal: adapters attend to all "
+                "tokens, set one of them to 0 or false."
+            )
         if not 0 <= self.drop_path_rate < 1:
             raise UserError(f"drop_path_rate = {self.drop_path_rate}: must be in [0, 1).")
         if self.projection not in PROJECTIONS:
@@ -302,6 +313,7 @@ _POSITIVE = (
     "num_codebooks",
     "codebook_size",
     "codebook_dim",
+    "adapter_heads",
     "embed_dim",
     "text_hidden_size",
     "text_num_layers",

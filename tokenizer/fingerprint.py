@@ -23,6 +23,8 @@ _DEFAULTS = {
     "quantizer_options": None,
     "projection_heads": None,
     "projection_causal": False,
+    "adapter_layers": 0,
+    "adapter_heads": 8,
 }
 
 

@@ -28,7 +28,7 @@ from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
-from .projection import build_projection
+from .projection import BookProjections, build_projection
 from .quantizers import build_quantizer
 from .standalone import InstalledCode
 from .text_tower import TextEncoder
@@ -69,8 +69,7 @@ class UniTok(InstalledCode, PreTrainedModel):
         quantizer, decoder = build_quantizer(config), build_decoder(config)
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
-        heads = config.projection_heads_for(self.encoder.width)
-        self.down_projection = build_projection(kind, self.encoder.width, latent, heads, causal)
+        self.down_projection = self._build_down_projection(config, latent, len(quantizer.code_sizes))
         self.quantizer = quantizer
         heads = config.projection_heads_for(decoder.width)
         self.up_projection = build_projection(kind, latent, decoder.width, heads, causal)
@@ -152,7 +151,11 @@ class UniTok(InstalledCode, PreTrainedModel):
         tokens = self.encoder(to_dtype_of(self.encoder, pixels))
         # float32 from here to the codes: rounding would change them (see precision.py)
         with exact_float32(tokens.device):
-            return self.down_projection(tokens.float())
+            if not self.config.adapter_layers:
+                return self.down_projection(tokens.float())
+            step = self.config.patch_size
+            grid = (pixels.shape[2] // step, pixels.shape[3] // step)
+            return self.down_projection(tokens.float(), grid)
 
     def up_project(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
@@ -272,6 +275,22 @@ class UniTok(InstalledCode, PreTrainedModel):
         model.load_state_dict(state, assign=True)
         check_finite(model, path)
         return model.eval().to(dtype)  # pyright: ignore
+
+    def _build_down_projection(self, config: UniTokConfig, latent: int, books: int) -> nn.Module:
+        width, kind = self.encoder.width, config.projection
+        if not config.adapter_layers:
+            heads = config.projection_heads_for(width)
+            return build_projection(kind, width, latent, heads, config.projection_causal)
+        return BookProjections(
+            kind,
+            width,
+            latent,
+            config.projection_heads,
+            books,
+            config.adapter_layers,
+            config.adapter_heads,
+            config.layout,
+        )
 
     def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; mean pooling over all tokens, registers included."""

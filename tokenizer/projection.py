@@ -13,6 +13,8 @@ from open_unitok.core.errors import UserError
 
 from . import cpu
 from .layers import GeGLU, Linear, split_heads
+from .token_layout import TokenLayout
+from .token_transformer import TokenTransformer
 
 
 class KVCache:
@@ -141,8 +143,67 @@ class LinearProjection(Linear):
         return super().forward(hidden)
 
 
+class TanhProjection(nn.Module):
+    """Linear, tanh, linear on each token, as in VQ-KD and TokenFlow; (B, N, inputs) -> (B, N, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        middle = max(inputs, outputs)
+        self.first, self.second = Linear(inputs, middle), Linear(middle, outputs)
+
+    def forward(self, hidden: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        return self.second(torch.tanh(self.first(hidden)))
+
+
+class BookProjections(nn.Module):
+    """A head for each book, as in FQGAN (arXiv 2411.16681, section 3.1): a transformer adapter, then a
+    projection to the book's share of the latents; (B, N, inputs) -> (B, N, outputs).
+
+    Args:
+        outputs: width of the latents of all books.
+        heads: see `build_projection`; adapter_layers, adapter_heads: sizes of each adapter.
+        layout: of the tokens of a training image.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        inputs: int,
+        outputs: int,
+        heads: int | None,
+        books: int,
+        adapter_layers: int,
+        adapter_heads: int,
+        layout: TokenLayout,
+    ) -> None:
+        super().__init__()
+        if outputs % books:
+            raise UserError(
+                f"adapter_layers = {adapter_layers}: latents of width {outputs} do not divide into "
+                f"{books} books, set it to 0."
+            )
+        if inputs % adapter_heads:
+            raise UserError(
+                f"adapter_heads = {adapter_heads} does not divide the encoder's width {inputs}: choose a "
+                "divisor."
+            )
+        share = outputs // books
+        heads = heads or max(inputs // share, 1)
+        self.adapters = nn.ModuleList(
+            TokenTransformer(inputs, adapter_layers, adapter_heads, layout) for _ in range(books)
+        )
+        self.projections = nn.ModuleList(build_projection(kind, inputs, share, heads) for _ in range(books))
+
+    def forward(self, hidden: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """`grid` (rows, columns) of the image tokens; None = the layout's."""
+        heads = zip(self.adapters, self.projections)
+        return torch.cat([projection(adapter(hidden, grid)) for adapter, projection in heads], dim=-1)
+
+
 def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: bool = False) -> nn.Module:
-    """Build a projection; `kind` is "attention" or "linear"."""
+    """Build a projection; `kind` is "attention", "linear" or "tanh"."""
     if kind == "linear":
         return LinearProjection(inputs, outputs)
+    if kind == "tanh":
+        return TanhProjection(inputs, outputs)
     return AttentionProjection(inputs, outputs, heads, causal)

@@ -13,6 +13,8 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.quantizers import QUANTIZERS
 from open_unitok.tokenizer.quantizers import base as quantizer_base
 from open_unitok.tokenizer.quantizers.multi_codebook import disentangle_loss
+from open_unitok.tokenizer.token_layout import TokenLayout
+from open_unitok.tokenizer.token_transformer import TokenTransformer
 
 TINY = {"image_size": 32, "stem_width": 8, "stage_widths": (8, 8), "stage_depths": (1, 1), "hidden_size": 16}
 TINY |= {"decoder_widths": (8, 8), "decoder_depths": (1, 1), "num_hidden_layers": 1, "embed_dim": 8}
@@ -133,3 +135,75 @@ def test_rows_start_at_unit_norm(tmp_path):
     rows = QUANTIZERS["multi_codebook"](2, 16, 8, unit_rows=True).codebooks
     torch.testing.assert_close(rows.norm(dim=-1), torch.ones(2, 16))
     assert QUANTIZERS["multi_codebook"](2, 16, 8).codebooks.norm(dim=-1).max() < 0.1
+
+
+# ---- the transformer of a book ---------------------------------------------------------------------------
+
+
+def block_names(weights):
+    """Golden names -> ours."""
+    return {
+        name.replace(".qkv.", ".attention.qkv.").replace(".out.", ".attention.out."): tensor
+        for name, tensor in weights.items()
+    }
+
+
+def golden_weights(tensors, case):
+    start = f"{case}.weights."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def test_golden_adapter(vectors):
+    tensors, settings = vectors[0], vectors[1]["adapter"]["settings"]
+    adapter = TokenTransformer(settings["D"], settings["layers"], settings["heads"], TokenLayout(3, 3))
+    adapter.load_state_dict(block_names(golden_weights(tensors, "adapter")))
+    inputs = tensors["adapter.inputs"].clone().requires_grad_()
+    outputs = adapter(inputs)
+    near(outputs.detach(), tensors["adapter.outputs"], 1e-5)
+    (tensors["adapter.cotangent"] * outputs).sum().backward()
+    near(inputs.grad, tensors["adapter.grad_inputs"], 2e-5)
+
+
+def test_each_book_has_its_own_adapter():
+    torch.manual_seed(0)
+    model = UniTok(UniTokConfig.named("vitamin_small", **TINY, adapter_layers=1, adapter_heads=2)).eval()
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode_latents(pixels)
+    with torch.no_grad():
+        model.down_projection.adapters[1].positions += 1
+    changed = model.encode_latents(pixels)
+    assert torch.equal(latents[..., :8], changed[..., :8]) and not torch.equal(latents, changed)
+    # other grids than the training image's, oblong ones too
+    wide = torch.rand(1, 3, 48, 80) * 2 - 1
+    assert model.decode(model.encode(wide), (3, 5)).shape == wide.shape
+    grown = TokenTransformer(8, 0, 1, TokenLayout(2, 2, registers=1), class_token=True)
+    assert grown(torch.zeros(1, 1 + 12, 8), (3, 4)).shape == (1, 14, 8)
+    assert torch.equal(grown._positions((3, 4))[:2], grown.positions[:2])
+
+
+def test_adapters_change_nothing_where_there_are_none(tmp_path):
+    plain = UniTok(UniTokConfig.named("vitamin_small", **TINY))
+    assert not any("adapter" in name for name in plain.state_dict())
+    adapted = UniTok(UniTokConfig.named("vitamin_small", **TINY, adapter_layers=1, adapter_heads=2))
+    adapted.save_pretrained(tmp_path)
+    loaded = UniTok.from_pretrained(tmp_path)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(loaded.encode(pixels), adapted.eval().encode(pixels))
+    assert loaded.fingerprint() == adapted.fingerprint()
+    # the number of heads changes codes, but no tensor
+    loaded.config.adapter_heads = 4
+    assert loaded.fingerprint() != adapted.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"adapter_layers": 1, "adapter_heads": 3}, "adapter_heads = 3 does not divide"),
+        ({"adapter_layers": 1, "adapter_heads": 0}, "adapter_heads = 0: must be at least 1"),
+        ({"adapter_layers": -1}, "adapter_layers = -1: must be at least 0"),
+        ({"adapter_layers": 1, "projection_causal": True}, "adapters attend to all tokens"),
+    ],
+)
+def test_adapters_that_do_not_fit(options, words):
+    with pytest.raises(UserError, match=words):
+        UniTok(UniTokConfig.named("vitamin_small", **TINY, **options))
