@@ -41,6 +41,7 @@ MANIFEST_FIELDS = (
 LAYOUT_FIELDS = (
     "layout",  # {"rows", "columns", "registers"}, see TokenLayout
     "grid",  # [rows, columns], in folders from before `layout`; without either the layout is square
+    "scales",  # sides of the grids of a pyramid, whose tokens follow each other; the last is the layout's
 )
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
@@ -238,7 +239,15 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Raises UserError if a value has another type than extraction writes."""
     remedy = "run `unitok extract-codes` again"
     sizes = dict.fromkeys(("num_codebooks", "codebook_size", "num_tokens"), int)
-    others = {"mode": str, "oblong": int, "samples": int, "images": int, "notes": dict, "image_roots": list}
+    others = {
+        "scales": list,
+        "mode": str,
+        "oblong": int,
+        "samples": int,
+        "images": int,
+        "notes": dict,
+        "image_roots": list,
+    }
     given = {name: kind for name, kind in others.items() if name in manifest}
     check_facts(path, manifest, {"tokenizer": str, **sizes, "shards": list, **given}, remedy)
     for name in sizes:

@@ -336,6 +336,7 @@ def _write_manifest(
         "codebook_size": max(unitok.quantizer.code_sizes),
         "num_tokens": unitok.config.num_visual_tokens,
         "layout": options.layout,
+        **({"scales": unitok.config.scales} if unitok.config.scales else {}),
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),

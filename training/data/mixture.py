@@ -186,6 +186,8 @@ def codes_layout(codes: CodeFolder) -> TokenLayout:
     if layout is None and "grid" in manifest:
         rows, columns = manifest["grid"]
         layout = TokenLayout(rows, columns, num_tokens - rows * columns)
+    if manifest.get("scales"):  # more tokens than the grid
+        return TokenLayout.from_config(layout, None)
     return TokenLayout.from_config(layout, num_tokens)
 
 

@@ -81,7 +81,7 @@ class DeadCodes:
         # gradient checkpointing runs the forward pass twice, first without gradients
         if self.step >= self.last_reset or not torch.is_grad_enabled():
             return
-        self._latents = inputs[0].detach()
+        self._latents = self.quantizer.reset_latents(inputs[0].detach())
         if self.order is not None:
             # undo the reordering: `_latent_rows` indexes the global batch in its own order
             self._latents = self._latents[torch.tensor(self.order).argsort().to(self._latents.device)]

@@ -165,6 +165,7 @@ def micro_step(
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
     samples = [first + position for position in order]
     sample_drop_path(model, config.seed, state.step, samples)
+    model.quantizer.start_step(seeding.torch_generator(config.seed, "quantizer", state.step))
     # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
     state.dead_codes.order = order
 
