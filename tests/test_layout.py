@@ -24,7 +24,7 @@ MAY_IMPORT = {
 ROOMS = {
     "tokenizer": [{"encoders", "quantizers", "decoders", "frozen"}],
     "generation": [{"backends"}, {"serving"}, {"ui"}],
-    "training": [{"core"}, {"data"}, {"tokenizer", "mllm", "scenes"}],
+    "training": [{"core"}, {"data"}, {"tokenizer", "mllm", "scenes", "emoji"}],
     "eval": [
         {"core"},
         {"metrics", "judges"},

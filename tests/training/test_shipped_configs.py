@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.convert import state_to_published
 from open_unitok.tokenizer.frozen.lpips import LPIPS
+from open_unitok.training.core.config import read_yaml
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.model import build_model, load_caption_tokenizer
 
 CONFIGS = pathlib.Path(__file__).resolve().parents[2] / "configs"
-RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if "\nstage:" in p.read_text())
-STAGE_1 = [path for path in RUNS if "\nstage: tokenizer" in path.read_text()]
+STARTS = re.compile(r"\n(?:stage|inherits):")  # of what follows the card
+RUNS = sorted(p for p in CONFIGS.rglob("*.yaml") if STARTS.search(p.read_text()))
+STAGE_1 = [path for path in RUNS if read_yaml(path)["stage"] == "tokenizer"]
 SMALL = {
     "image_size": 48,
     "stem_width": 8,
@@ -45,7 +48,7 @@ def test_the_published_configs_are_found():
 def test_is_valid_and_begins_with_a_card(path):
     config = load_run_config(str(path), [])
     assert config.out.startswith("runs/") and path.read_text().startswith("#")
-    card = path.read_text().partition("\nstage:")[0]
+    card = STARTS.split(path.read_text())[0]
     assert f"train configs/{path.relative_to(CONFIGS).as_posix()}" in card
     assert "# Hardware: " in card and "# Expected" in card
 
@@ -69,7 +72,7 @@ def helpers(dino_file, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_scaled_down_it_trains(data, helpers, tmp_path, path):
     config = load_run_config(str(path), [])
     out = tmp_path / "run"

@@ -7,10 +7,12 @@ reported at once.
 import dataclasses
 import importlib.resources
 import math
+import os
 import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -44,6 +46,7 @@ _Loader.add_implicit_resolver(
 )
 
 
+_INHERITS = "inherits"
 # Keys that a resumed run may change, because results do not depend on them.
 CHANGEABLE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
 CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
@@ -55,16 +58,14 @@ CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
 def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The plain dict of a YAML file (or a shipped one), with `a.b=value` overrides applied.
 
+    The key `inherits` names a YAML file, relative to its own (or a shipped one), whose keys are the defaults:
+    a section is merged key by key, any other value (a list too) is replaced. The result has no such key.
+
     Raises:
-        UserError: no such file, not a YAML mapping, or an override that is not `key=value`.
+        UserError: no such file, not a YAML mapping, files that inherit from each other in a circle, or an
+            override that is not `key=value`.
     """
-    text = _text(path)
-    try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds {type(raw).__name__}, not a mapping of keys to values.")
+    raw = _read_inherited(str(path), ())
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
@@ -73,17 +74,64 @@ def read_yaml(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]
     return raw
 
 
-def _text(path: str | Path) -> str:
+def _read_inherited(path: str, children: tuple[str, ...]) -> dict[str, Any]:
+    """The mapping of a file and of those it inherits from; `children` are the files that led to it."""
+    # somebody else's run directory may name commands, see `load_run_config`
+    if children and (Path(path).parent / "run.json").exists():
+        raise UserError(
+            f"{children[-1]} inherits from {path} of a run directory: copy that to your own YAML."
+        )
+    try:
+        raw = yaml.load(_text(path, children), _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds {type(raw).__name__}, not a mapping of keys to values.")
+    if _INHERITS not in raw:
+        return raw
+    parent = raw.pop(_INHERITS)
+    if not isinstance(parent, str) or not parent:
+        raise UserError(f"{path}: {_INHERITS} is {parent!r}; it must be the name of one YAML file.")
+    # a link is not resolved: it stands for its own folder
+    beside = os.path.normpath(os.path.join(os.path.dirname(path), parent))
+    # as on the command line, a shipped config is found from anywhere
+    if os.path.exists(beside) or not _shipped(parent).is_file():
+        parent = beside
+    chain = (*children, path)
+    if os.path.realpath(parent) in map(os.path.realpath, chain):
+        raise UserError(f"{_INHERITS} runs in a circle: {' -> '.join((*chain, parent))}.")
+    return _merged(_read_inherited(parent, chain), raw)
+
+
+def _merged(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """The child's values over the parent's; sections are merged."""
+    both = {
+        key: _merged(parent[key], value)
+        for key, value in child.items()
+        if isinstance(value, dict) and isinstance(parent.get(key), dict)
+    }
+    return {**parent, **child, **both}
+
+
+def _text(path: str, children: tuple[str, ...]) -> str:
     file = Path(path)
     if file.is_dir():
         raise UserError(f"{path} is a folder: name the YAML file.")
-    shipped = importlib.resources.files("open_unitok.configs").joinpath(str(path).removeprefix("configs/"))
+    shipped = _shipped(path)
     # a file in the working directory has precedence over the shipped config of the same name
     if not file.exists():
-        if not (str(path).endswith(".yaml") and shipped.is_file()):
-            raise UserError(f"{path} does not exist, neither here nor among the shipped configs (configs/).")
+        if not (path.endswith(".yaml") and shipped.is_file()):
+            where = f", from which {children[-1]} inherits," if children else ""
+            raise UserError(
+                f"{path}{where} does not exist, neither here nor among the shipped configs (configs/)."
+            )
         return shipped.read_text(encoding="utf-8")
     return read_text(file)
+
+
+def _shipped(path: str) -> Traversable:
+    """The place of the shipped config of this name, which may not exist."""
+    return importlib.resources.files("open_unitok.configs").joinpath(path.removeprefix("configs/"))
 
 
 def _parse(value: str, override: str) -> Any:

@@ -184,3 +184,87 @@ def test_a_file_is_not_a_run_directory(tmp_path):
 def test_shard_options_check():
     with pytest.raises(UserError, match="above 0"):
         configs.build_config(ShardOptions, {"sources": [{"path": "x", "weight": 0}]})
+
+
+# ---- inheritance -----------------------------------------------------------------------------------------
+
+
+def write_files(folder, **texts):
+    """NAME.yaml below `folder` for every text; "__" in a name stands for a folder."""
+    for name, text in texts.items():
+        path = folder / f"{name.replace('__', '/')}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_a_child_overrides_key_by_key_and_overrides_come_last(tmp_path):
+    write_files(
+        tmp_path,
+        base="name: b\nsteps: 3\nmodel: {width: 8, options: {a: 1, b: 2}, widths: [1, 2]}\nlosses: {l1: 1}\n",
+        rows__middle="inherits: ../base.yaml\nname: middle\nmodel: {width: 16, options: {b: 3}}\n",
+        rows__leaf="inherits: middle.yaml\nmodel: {widths: [5], options: {c: 4}}\nlosses: null\nz: {x: 1}\n",
+    )
+    raw = configs.read_yaml(tmp_path / "rows/leaf.yaml", ["model.options.a=9", "steps=1"])
+    assert raw == {
+        "name": "middle",
+        "steps": 1,
+        "model": {"width": 16, "options": {"a": 9, "b": 3, "c": 4}, "widths": [5]},
+        "losses": None,  # a value replaces a section
+        "z": {"x": 1},
+    }
+    # the parents are as before
+    assert configs.read_yaml(tmp_path / "base.yaml")["model"]["options"] == {"a": 1, "b": 2}
+
+
+def test_inheritance_is_relative_to_the_file_not_to_the_working_directory(tmp_path, monkeypatch):
+    write_files(tmp_path, base="a: 1\n", study__base="a: 2\n", study__row="inherits: base.yaml\nb: 3\n")
+    for folder, name in ((tmp_path, "study/row.yaml"), (tmp_path / "study", "row.yaml")):
+        monkeypatch.chdir(folder)
+        assert configs.read_yaml(name) == {"a": 2, "b": 3}
+    # of an absolute path too
+    (tmp_path / "own.yaml").write_text(f"inherits: {tmp_path}/study/row.yaml\nb: 4\n")
+    assert configs.read_yaml(tmp_path / "own.yaml") == {"a": 2, "b": 4}
+
+
+def test_shipped_configs_inherit_from_shipped_ones_and_own_ones_may(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    child, base = (configs.read_yaml(f"configs/study/{name}.yaml") for name in ("nearest", "base"))
+    assert child["out"] != base["out"] and child["model"].pop("quantizer") == "nearest"
+    assert {**child, "out": base["out"]} == base
+    (tmp_path / "mine.yaml").write_text("inherits: configs/study/base.yaml\nsteps: 7\n")
+    assert configs.read_yaml("mine.yaml") == base | {"steps": 7}
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (
+            {"a": "inherits: b.yaml\n", "b": "inherits: a.yaml\n"},
+            "a circle: .*a.yaml -> .*b.yaml -> .*a.yaml",
+        ),
+        ({"a": "inherits: ./a.yaml\n"}, "a circle"),
+        ({"a": "inherits: no.yaml\n"}, r"no.yaml, from which .*a.yaml inherits, does not exist"),
+        ({"a": "inherits: [b.yaml]\n", "b": "x: 1\n"}, "must be the name of one YAML file"),
+        ({"a": "inherits: null\n"}, "must be the name of one YAML file"),
+        ({"a": "inherits: b.yaml\n", "b": "- 1\n"}, "b.yaml holds list"),
+        ({"a": "inherits: b.yaml\n", "b": "x: [\n"}, "b.yaml is not valid YAML"),
+        ({"a": "inherits: run/config.yaml\n", "run__config": "x: 1\n", "run__run": ""}, "a run directory"),
+    ],
+)
+def test_wrong_inheritance_is_one_line(tmp_path, files, words):
+    write_files(tmp_path, **files)
+    if "run__run" in files:
+        (tmp_path / "run/run.yaml").rename(tmp_path / "run/run.json")
+    with pytest.raises(UserError, match=words) as caught:
+        configs.read_yaml(tmp_path / "a.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_stores_the_resolved_config(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "inherits: configs/study/base.yaml\nsteps: 7\nmodel: {num_codebooks: 4}\n"
+    )
+    config = load_run_config(str(tmp_path / "mine.yaml"), ["seed=3"])
+    stored = yaml.safe_load(configs.to_yaml(config))
+    assert "inherits" not in stored and stored["steps"] == 7 and stored["seed"] == 3
+    assert stored["model"]["num_codebooks"] == 4 and stored["model"]["image_size"] == 64

@@ -1,0 +1,1 @@
+"""Emoji in three styles: real images with captions, fetched from npm packages."""
