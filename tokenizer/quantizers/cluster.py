@@ -88,8 +88,10 @@ class ClusterQuantizer(Quantizer):
         """
         books, entries, _ = self.codebooks.shape
         index = (codes + torch.arange(books, device=codes.device) * entries).flatten()
-        count = torch.bincount(index, minlength=books * entries).view(books, entries)
-        frequency = count / (codes.shape[0] * codes.shape[1])
+        # not bincount: it has no meta kernel, on which the operations of a step are counted
+        count = torch.zeros_like(self.probability).view(-1)
+        count.index_add_(0, index, torch.ones_like(index, dtype=count.dtype))
+        frequency = count.view(books, entries) / (codes.shape[0] * codes.shape[1])
         if self.average_over_ranks is not None:
             frequency = self.average_over_ranks(frequency)
         self.probability.mul_(self.decay).add_((1 - self.decay) * frequency)

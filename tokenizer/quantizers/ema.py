@@ -110,7 +110,8 @@ class EMAQuantizer(Quantizer):
         books, entries, width = table.shape
         index = (codes + torch.arange(books, device=codes.device) * entries).flatten()
         sums = torch.zeros_like(table).view(-1, width).index_add_(0, index, features.reshape(-1, width))
-        counts = torch.bincount(index, minlength=books * entries).to(sums.dtype)
+        # not bincount: it has no meta kernel, on which the operations of a step are counted
+        counts = torch.zeros_like(sums[:, 0]).index_add_(0, index, torch.ones_like(index, dtype=sums.dtype))
         if self.average_over_ranks is not None:  # means over ranks: the factor cancels in the quotient
             sums, counts = self.average_over_ranks(sums), self.average_over_ranks(counts)
         found = (counts > 0).view(books, entries, 1)

@@ -1,0 +1,30 @@
+"""How the tests of all quantisers build each entry of QUANTIZERS: options, and what its training leaves alone.
+
+The tokenizers have 2 x 2 visual tokens, so a pyramid has the scales 1 and 2.
+"""
+
+from typing import Any, NamedTuple
+
+from open_unitok.tokenizer import QUANTIZERS
+
+
+class Kind(NamedTuple):
+    """An entry of QUANTIZERS in the tests; entries that are not listed have the defaults."""
+
+    options: dict[str, Any] = {}  # quantizer_options
+    model: dict[str, Any] = {}  # further fields of UniTokConfig
+    entropy: bool = False  # whether there is an entropy loss
+    # beginning of a trainable parameter's name -> why the losses of a step give it no gradient
+    no_gradient: dict[str, str] = {}
+    # quantizer_options with which codes or rows differ
+    other_codes: tuple[dict[str, Any], ...] = ()
+
+
+FROZEN_ENCODER = {part: "the encoder is a frozen teacher" for part in ("encoder.", "down_projection.")}
+
+KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
+    "multi_codebook": Kind(entropy=True),
+    "ibq": Kind(entropy=True, other_codes=({"normalize": True},)),
+    "ema": Kind(other_codes=({"decay": 0.5},)),
+    "cluster": Kind(no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
+}
