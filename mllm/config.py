@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
+import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.config import UniTokConfig
-from open_unitok.tokenizer.quantizers import QUANTIZERS, Quantizer
+from open_unitok.tokenizer.quantizers import Quantizer, build_quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .output import NOT_PREDICTIONS
@@ -62,8 +63,8 @@ class UniTokMLLMConfig(PretrainedConfig):
             differ from the decoder's; 3 layers by default.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
         row_norm, row_blocks: normalisation of codebook rows before the projection, the same as in the
-            tokenizer's quantiser: "unit" norm, unit norm of each of `row_blocks` equal "blocks" of a row,
-            "none".
+            tokenizer's quantiser: "unit" norm, unit norm of each of the "blocks" of a row (`row_blocks`: the
+            number of equal ones, or a list of their widths), "none".
         visual_hidden_size: width of the causal projection; must equal the tokenizer's decoder width to
             initialise the projection from the tokenizer.
         projection_heads: its heads; None = visual_hidden_size // (K*C), as in the tokenizer.
@@ -94,7 +95,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     codebook_size: int = 4096
     codebook_dim: int = 8
     row_norm: Literal["unit", "blocks", "none"] | str = "unit"
-    row_blocks: int = 1
+    row_blocks: int | list[int] = 1
     visual_hidden_size: int = 1024
     projection_heads: int | None = None
     num_image_tokens: int = 256
@@ -132,7 +133,6 @@ class UniTokMLLMConfig(PretrainedConfig):
             "num_codebooks",
             "codebook_size",
             "codebook_dim",
-            "row_blocks",
             "visual_hidden_size",
             "num_image_tokens",
         ):
@@ -142,10 +142,7 @@ class UniTokMLLMConfig(PretrainedConfig):
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} = {value!r}." + did_you_mean(value, allowed))
-        if self.codebook_dim % self.row_blocks:
-            raise UserError(
-                f"row_blocks = {self.row_blocks} does not divide codebook_dim = {self.codebook_dim}."
-            )
+        self._check_row_blocks()
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         # The attention of the projection runs at the larger of its two widths.
@@ -162,6 +159,19 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"image_token_id = {self.image_token_id} is also boi, eoi or the ignored label: choose "
                 "another number."
             )
+
+    def _check_row_blocks(self) -> None:
+        blocks, width = self.row_blocks, self.codebook_dim
+        if not isinstance(blocks, int):
+            if min(blocks, default=0) < 1 or sum(blocks) != width:
+                raise UserError(
+                    f"row_blocks = {list(blocks)}: expected widths of 1 or more whose sum is codebook_dim = "
+                    f"{width}."
+                )
+        elif blocks < 1:
+            raise UserError(f"row_blocks = {blocks}: must be at least 1.")
+        elif width % blocks:
+            raise UserError(f"row_blocks = {blocks} does not divide codebook_dim = {width}.")
 
     @property
     def latent_dim(self) -> int:
@@ -196,7 +206,8 @@ class UniTokMLLMConfig(PretrainedConfig):
         Raises:
             UserError: an MLLM cannot read or generate the tokenizer's codes.
         """
-        quantizer = QUANTIZERS[unitok.quantizer]
+        with torch.device("meta"):  # its options may change how rows are normalised
+            quantizer = build_quantizer(unitok)
         check_mllm_quantizer(unitok.quantizer, quantizer)
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
         visual |= {"visual_hidden_size": unitok.decoder_width, "token_layout": unitok.token_layout}

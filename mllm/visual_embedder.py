@@ -13,6 +13,7 @@ from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
+from open_unitok.tokenizer.quantizers.base import normalise_blocks
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
@@ -86,7 +87,7 @@ class VisualEmbedder(nn.Module):
         if self.row_norm == "none":
             return rows
         if self.row_norm == "blocks":
-            return F.normalize(rows.unflatten(-1, (self.row_blocks, -1)), dim=-1).flatten(-2)
+            return normalise_blocks(rows, self.row_blocks)
         return F.normalize(rows, dim=-1)
 
     @torch.no_grad()
@@ -101,11 +102,13 @@ class VisualEmbedder(nn.Module):
             ours, theirs = getattr(config, name), getattr(unitok.config, name)
             if ours != theirs:
                 raise UserError(f"{name} = {ours} in the model, but {theirs} in the visual tokenizer.")
-        if config.row_norm != unitok.quantizer.row_norm:
-            raise UserError(
-                f"row_norm = {config.row_norm!r} in the model, but {unitok.quantizer.row_norm!r} in the "
-                "visual tokenizer: build the config with UniTokMLLMConfig.for_tokenizer."
-            )
+        for name in ("row_norm", "row_blocks"):
+            ours, theirs = getattr(config, name), getattr(unitok.quantizer, name)
+            if ours != theirs and (name == "row_norm" or config.row_norm == "blocks"):
+                raise UserError(
+                    f"{name} = {ours!r} in the model, but {theirs!r} in the visual tokenizer: build the config "
+                    "with UniTokMLLMConfig.for_tokenizer."
+                )
         own, other = self.projection, unitok.up_projection
         if isinstance(other, AttentionProjection):  # a linear projection has no matching weights
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]

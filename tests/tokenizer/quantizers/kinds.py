@@ -20,11 +20,18 @@ class Kind(NamedTuple):
     other_codes: tuple[dict[str, Any], ...] = ()
 
 
-FROZEN_ENCODER = {part: "the encoder is a frozen teacher" for part in ("encoder.", "down_projection.")}
+FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is a frozen teacher")
 
 KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
     "multi_codebook": Kind(entropy=True),
     "ibq": Kind(entropy=True, other_codes=({"normalize": True},)),
     "ema": Kind(other_codes=({"decay": 0.5},)),
+    "shared_index": Kind(entropy=True, other_codes=({"block_widths": [3, 1]}, {"block_weights": [1.0, 9.0]})),
+    "attention": Kind(entropy=True, other_codes=({"norm": None},)),
+    "residual": Kind(
+        {"scales": [1, 2]},
+        entropy=True,
+        other_codes=({"inner": "nearest"}, {"detach": False}),
+    ),
     "cluster": Kind(no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
