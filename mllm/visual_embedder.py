@@ -106,8 +106,8 @@ class VisualEmbedder(nn.Module):
             ours, theirs = getattr(config, name), getattr(unitok.quantizer, name)
             if ours != theirs and (name == "row_norm" or config.row_norm == "blocks"):
                 raise UserError(
-                    f"{name} = {ours!r} in the model, but {theirs!r} in the visual tokenizer: build the config "
-                    "with UniTokMLLMConfig.for_tokenizer."
+                    f"{name} = {ours!r} in the model, but {theirs!r} in the visual tokenizer: build the "
+                    "config with UniTokMLLMConfig.for_tokenizer."
                 )
         own, other = self.projection, unitok.up_projection
         if isinstance(other, AttentionProjection):  # a linear projection has no matching weights

@@ -1,4 +1,4 @@
-"""How the tests of all quantisers build each entry of QUANTIZERS: options, and what its training leaves alone.
+"""How the tests of all quantisers build each entry: options, and what training leaves alone.
 
 The tokenizers have 2 x 2 visual tokens, so a pyramid has the scales 1 and 2.
 """

@@ -1,4 +1,4 @@
-"""Every entry of QUANTIZERS through all that comes after it: one training step, files, evaluation, an MLLM."""
+"""Every entry of QUANTIZERS through what comes after it: a training step, files, evaluation, an MLLM."""
 
 import functools
 import json
@@ -201,8 +201,13 @@ def mllm_run(trained, data, golden):
         }
         out = trained.out.parent / "mllm"
         config = {
-            "stage": "mllm", "out": str(out), "steps": 1, "batch_size": 2, "model": model,
-            "data": {"mixture": mixture, "max_length": 64}, "engine": {"threads": 1},
+            "stage": "mllm",
+            "out": str(out),
+            "steps": 1,
+            "batch_size": 2,
+            "model": model,
+            "data": {"mixture": mixture, "max_length": 64},
+            "engine": {"threads": 1},
             "log": {"every": 1},
         }
         file = trained.out.parent / "mllm.yaml"
