@@ -13,6 +13,7 @@ from .images import MAX_PIXELS
 from .token_layout import TokenLayout
 
 PROJECTIONS = ("attention", "linear", "tanh")
+SUMMED_QUANTIZERS = ("language",)  # entries of QUANTIZERS with `sums_rows`
 Entry = TypeVar("Entry")
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
@@ -258,8 +259,13 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def latent_dim(self) -> int:
-        """K*C, the width of all sub-codes of a visual token concatenated."""
-        return self.num_codebooks * self.codebook_dim
+        """Width of a visual token's latent: K*C, its K rows concatenated, or C where they are added."""
+        return self.codebook_dim if self.sums_rows else self.num_codebooks * self.codebook_dim
+
+    @property
+    def sums_rows(self) -> bool:
+        """As `Quantizer.sums_rows`, before the quantiser is built."""
+        return self.quantizer in SUMMED_QUANTIZERS
 
     @property
     def decoder_width(self) -> int:

@@ -18,8 +18,13 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 ONE_GRID = sorted(set(QUANTIZERS) - {"residual"})  # a pyramid has other numbers of tokens: test_residual.py
 OPTIONS = {"residual": {"scales": [1, 2, 4]}}  # of the tokenizer in `tiny_config`
 
+# SweetTok's codes are added, not concatenated: tests/tokenizer/quantizers/test_language.py
+CONCATENATED = sorted(set(ONE_GRID) - {"language"})
+WITH_ROWS = sorted(set(CONCATENATED) - {"language_map"})  # rows of an own parameter
+SIZES = {"language": {"num_codebooks": 3, "codebook_dim": 8}}
 
-@pytest.fixture(params=ONE_GRID)
+
+@pytest.fixture(params=CONCATENATED)
 def quantizer(request) -> Quantizer:
     torch.manual_seed(0)
     return QUANTIZERS[request.param](3, 32, 4)
@@ -54,7 +59,7 @@ def test_embed_is_a_lookup_in_the_code_table(quantizer):
 
 
 # not by inner product or by attention: the largest logit of a row need not be that row's own
-SEARCHED_BY_DISTANCE = sorted(set(ONE_GRID) - {"ibq", "attention"})
+SEARCHED_BY_DISTANCE = sorted(set(CONCATENATED) - {"ibq", "attention"})
 
 
 @pytest.mark.parametrize("quantizer", SEARCHED_BY_DISTANCE, indirect=True)
@@ -63,6 +68,7 @@ def test_encode_inverts_embed(quantizer):
     assert torch.equal(quantizer.encode(quantizer.embed(codes)), codes)
 
 
+@pytest.mark.parametrize("quantizer", WITH_ROWS, indirect=True)
 def test_gradients(quantizer):
     latents = torch.randn(2, 5, 12, requires_grad=True)
     out = quantizer(latents)
@@ -75,6 +81,7 @@ def test_gradients(quantizer):
             assert tensor.grad.isfinite().all() and tensor.grad.any()
 
 
+@pytest.mark.parametrize("quantizer", WITH_ROWS, indirect=True)
 def test_reset_codes(quantizer):
     unused = torch.zeros(3, 32, dtype=torch.bool)
     unused[0, 3] = unused[2, 7] = True
@@ -95,7 +102,8 @@ def test_reset_codes(quantizer):
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_a_tokenizer_trains_saves_and_loads(name, tiny_config, tmp_path):
     torch.manual_seed(0)
-    model = UniTok(tiny_config(quantizer=name, quantizer_options=OPTIONS.get(name))).train()
+    changes = {"quantizer_options": OPTIONS.get(name), **SIZES.get(name, {})}
+    model = UniTok(tiny_config(quantizer=name, **changes)).train()
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     out = model(pixels)

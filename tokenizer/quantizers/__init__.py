@@ -11,6 +11,7 @@ from .base import Quantizer, QuantizerOutput, option_names
 from .cluster import ClusterQuantizer
 from .ema import EMAQuantizer
 from .ibq import IBQQuantizer
+from .language import LanguageMapQuantizer, LanguageQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
 from .residual import ResidualQuantizer
@@ -25,6 +26,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "shared_index": SharedIndexQuantizer,
     "attention": AttentionQuantizer,
     "residual": ResidualQuantizer,
+    "language": LanguageQuantizer,
+    "language_map": LanguageMapQuantizer,
 }
 ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
 
@@ -65,6 +68,8 @@ __all__ = [
     "ClusterQuantizer",
     "EMAQuantizer",
     "IBQQuantizer",
+    "LanguageMapQuantizer",
+    "LanguageQuantizer",
     "MultiCodebookQuantizer",
     "NearestQuantizer",
     "Quantizer",

@@ -44,6 +44,7 @@ class Quantizer(nn.Module):
         row_norm: normalisation by `embed` of rows of `code_table()`: "unit" = each row to unit norm, "blocks"
             = each part of a row, "none" = none.
         row_blocks: the parts for "blocks": a number of equal ones, or a list of their widths.
+        sums_rows: whether `embed` adds the K rows instead of concatenating them; then C is `latent_dim`.
         reads, generates: whether an MLLM can read its codes as input, and can generate them; an MLLM needs
             both.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
@@ -59,6 +60,7 @@ class Quantizer(nn.Module):
 
     row_norm: Literal["unit", "blocks", "none"]
     row_blocks: int | list[int] = 1
+    sums_rows: bool = False
     moves_rows: bool = False
     trains_rows: bool = True
     reads: bool = True
@@ -111,8 +113,8 @@ class Quantizer(nn.Module):
     def code_table(self) -> Tensor | None:
         """(K, max V, C) float32 rows as stored, padded with zeros.
 
-        `embed` equals a lookup in it, normalised by `row_norm` and concatenated over K. None if the quantiser
-        has no such table.
+        `embed` equals a lookup in it, normalised by `row_norm` and concatenated over K, or added
+        (`sums_rows`). None if the quantiser has no such table.
         """
         return None if self.codebooks is None else self.codebooks.detach().float()
 
@@ -169,7 +171,7 @@ class Quantizer(nn.Module):
             self.usage.copy_(decay * self.usage + (1 - decay) * frequency)
             self.calls += 1
         # An entry counts as used above 1 % of its frequency under uniform use, 1 / V.
-        used = [(row > 0.01 / size).sum() / size for row, size in zip(frequency, self.code_sizes)]
+        used = [(row > 0.01 / own).sum() / own for row, own in zip(frequency, self.code_sizes)]
         return 100 * torch.stack(used)
 
 

@@ -92,17 +92,22 @@ class MultiCodebookQuantizer(Quantizer):
         """(..., K*C) -> (..., K, C), unit norm."""
         return F.normalize(latents.float().unflatten(-1, (len(self.code_sizes), -1)), dim=-1)
 
+    def stored_rows(self) -> torch.Tensor:
+        """(K, V, C) rows before normalisation; a subclass may compute them."""
+        return self.codebooks
+
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., K, C), unit norm."""
-        books, entries, _ = self.codebooks.shape
+        stored = self.stored_rows()
+        books, entries, _ = stored.shape
         # One lookup in a flat table of all books; book k starts at row k * entries.
-        offsets = torch.arange(books, device=self.codebooks.device) * entries
-        return F.normalize(F.embedding(codes + offsets, self.codebooks.flatten(0, 1).float()), dim=-1)
+        offsets = torch.arange(books, device=stored.device) * entries
+        return F.normalize(F.embedding(codes + offsets, stored.flatten(0, 1).float()), dim=-1)
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
-        table = F.normalize(self.codebooks.float(), dim=-1)
+        table = F.normalize(self.stored_rows().float(), dim=-1)
         return search_codes(
             features, table.shape[1], lambda book, rows: torch.argmax(rows @ table[book].T, dim=-1)
         )
@@ -113,7 +118,7 @@ class MultiCodebookQuantizer(Quantizer):
         Low if each latent has one clear code and the batch uses all codes. The backward pass recomputes the
         similarities of each block: keeping them would take B*N*K*V floats.
         """
-        table = F.normalize(self.codebooks.float(), dim=-1)
+        table = F.normalize(self.stored_rows().float(), dim=-1)
         books, entries, _ = table.shape
         count = features.shape[0] * features.shape[1]
         per_latent = features.new_zeros(())

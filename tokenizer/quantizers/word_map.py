@@ -1,0 +1,150 @@
+"""Codebook rows as a function of frozen word vectors (SweetTok, arXiv 2412.10443, language codebook).
+
+V words, T width of a word vector, E width of a row.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from open_unitok.core.errors import UserError
+
+from ..precision import exact_float32
+
+MAPS = ("gcn", "mlp")
+GCN_DROPOUT = 0.5  # as published; the plain map has none
+LEAK = 0.1  # slope of the plain map's LeakyReLU
+
+
+class WordMap(nn.Module):
+    """(V, E) rows from the frozen vectors of V words; the map alone is trained.
+
+    "gcn" is two graph convolutions, Z = A relu(A X W1' + b1) W2' + b2, with A = D^-1/2 (edges + I) D^-1/2;
+    without edges it is a plain two-layer network. "mlp" is Linear, LeakyReLU, Linear.
+
+    Args:
+        words, word_dim: V and T.
+        edges: number of undirected pairs of words; "gcn" only.
+        dropout: between the layers, in training; None = as published.
+
+    Attributes:
+        vectors: (V, T) buffer, random until `set_words`, saved with the model.
+        edges: (edges, 2) buffer of word numbers.
+        is_set: whether the vectors are those of words.
+    """
+
+    vectors: Tensor
+    edges: Tensor
+    is_set: Tensor
+
+    def __init__(
+        self,
+        words: int,
+        word_dim: int,
+        outputs: int,
+        kind: str = "gcn",
+        hidden: int = 256,
+        edges: int = 0,
+        dropout: float | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in MAPS:
+            raise UserError(f"quantizer_options.map is {kind!r}: it must be {' or '.join(MAPS)}.")
+        for name, value, least in (("word_dim", word_dim, 1), ("hidden", hidden, 1), ("edges", edges, 0)):
+            if not isinstance(value, int) or value < least:
+                raise UserError(f"quantizer_options.{name} is {value!r}: it must be {least} or more.")
+        if kind == "mlp" and edges:
+            raise UserError("quantizer_options.edges is for map: gcn; with map: mlp it must be 0.")
+        self.kind = kind
+        self.dropout = (GCN_DROPOUT if kind == "gcn" else 0.0) if dropout is None else dropout
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"quantizer_options.dropout is {dropout}: it must be from 0 to below 1.")
+        self.first = nn.Linear(word_dim, hidden)
+        self.second = nn.Linear(hidden, outputs)
+        self.register_buffer("vectors", torch.zeros(words, word_dim))
+        self.register_buffer("edges", torch.zeros(edges, 2, dtype=torch.int64))
+        self.register_buffer("is_set", torch.zeros((), dtype=torch.bool))
+        self._cached: tuple[Any, Tensor] | None = None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init.normal_(self.vectors, std=self.vectors.shape[1] ** -0.5)
+        init.zeros_(self.edges)
+        init.zeros_(self.is_set)
+
+    @torch.no_grad()
+    def set_words(self, vectors: Tensor, edges: Tensor | None = None) -> None:
+        """Take the (V, T) vectors and (edges, 2) pairs of a word list.
+
+        Raises:
+            UserError: they have other sizes than the map, or are not finite.
+        """
+        edges = torch.zeros(0, 2) if edges is None else edges
+        for name, own, given in (("vectors", self.vectors, vectors), ("edges", self.edges, edges)):
+            if own.shape != given.shape:
+                raise UserError(
+                    f"The words' {name} have shape {tuple(given.shape)}, but the quantiser was built for "
+                    f"{tuple(own.shape)} (quantizer_options)."
+                )
+        if not torch.isfinite(vectors).all():
+            raise UserError("The words' vectors hold NaN or infinity.")
+        self.vectors.copy_(vectors)
+        self.edges.copy_(edges)
+        self.is_set.fill_(True)
+
+    def forward(self, step: Tensor | None = None) -> Tensor:
+        """(V, E) float32 rows; with `step`, a number as a tensor, those of this training step, with dropout.
+
+        The dropped units follow from the step alone: every rank and a resumed run see the same rows. Without
+        gradients, in evaluation mode, the rows are computed once for the weights that they follow from.
+        """
+        if step is not None and self.training:
+            return self._rows(step)
+        tensors = [*self.parameters(), *self.buffers()]
+        needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if self.training or needs_gradient or any(tensor.is_inference() for tensor in tensors):
+            return self._rows(None)
+        # an optimiser's step, loading and moving change a version, an address or a device
+        key = [(tensor.data_ptr(), tensor._version, tensor.device, tensor.dtype) for tensor in tensors]
+        if self._cached is None or self._cached[0] != key:
+            # no inference tensors: later calls may need gradients of other inputs
+            with torch.inference_mode(False), torch.no_grad():
+                self._cached = (key, self._rows(None))
+        return self._cached[1]
+
+    def _rows(self, step: Tensor | None) -> Tensor:
+        with exact_float32(self.vectors.device):
+            graph = self._graph() if self.kind == "gcn" else None
+            vectors = self.vectors.float()
+            hidden = _apply(self.first, vectors if graph is None else torch.sparse.mm(graph, vectors))
+            hidden = F.relu(hidden) if self.kind == "gcn" else F.leaky_relu(hidden, LEAK)
+            if step is not None and self.dropout:
+                hidden = hidden * self._kept(hidden, step) / (1 - self.dropout)
+            return _apply(self.second, hidden if graph is None else torch.sparse.mm(graph, hidden))
+
+    def _kept(self, hidden: Tensor, step: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(step))
+        kept = torch.rand(hidden.shape, generator=generator) >= self.dropout
+        return kept.to(hidden.device)
+
+    def _graph(self) -> Tensor:
+        """The sparse (V, V) matrix D^-1/2 (edges + I) D^-1/2."""
+        words, device = len(self.vectors), self.vectors.device
+        own = torch.arange(words, device=device)
+        first, second = self.edges.unbind(dim=1)
+        index = torch.stack([torch.cat([own, first, second]), torch.cat([own, second, first])])
+        degree = torch.bincount(index[0], minlength=words).float()
+        values = (degree[index[0]] * degree[index[1]]).rsqrt()
+        return torch.sparse_coo_tensor(index, values, (words, words), check_invariants=False).coalesce()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "WordMap":
+        self._cached = None
+        return super()._apply(fn, recurse)
+
+
+def _apply(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    """The layer in float32, whatever the dtype of its weights."""
+    return F.linear(inputs, layer.weight.float(), None if layer.bias is None else layer.bias.float())
