@@ -40,6 +40,15 @@ SMALL = {
 }
 
 
+def small_options(options: dict) -> dict:
+    """Options of a quantiser for codes of 4 numbers and 3 x 3 visual tokens."""
+    small = {"block_widths": [3, 1], "scales": [1, 2, 3]}
+    changed = {name: small.get(name, value) for name, value in options.items()}
+    if "inner_options" in options:
+        changed["inner_options"] = small_options(options["inner_options"])
+    return changed
+
+
 def test_the_published_configs_are_found():
     assert {"unitok_large.yaml", "unitok_base.yaml"} <= {path.name for path in STAGE_1}
 
@@ -90,6 +99,8 @@ def test_scaled_down_it_trains(data, helpers, tmp_path, path):
     ]
     if not config.init_from:  # else it trains the shipped model at full size
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
+        options = config.model.get("quantizer_options") or {}
+        changes.append(f"model.quantizer_options={json.dumps(small_options(options))}")
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
     if config.losses.adversarial:

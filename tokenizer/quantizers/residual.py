@@ -71,6 +71,7 @@ class ResidualQuantizer(Quantizer):
         self.row_norm, self.row_blocks = built.row_norm, built.row_blocks
         self.reads = built.reads
         self.moves_rows, self.trains_rows = built.moves_rows, built.trains_rows
+        self.semantic_dim: int | None = getattr(built, "semantic_dim", None)
         self.skip: int | None = None
         # a separately normalised block has convolutions of its own
         self.phi = SharedConvolutions(_block_widths(built), shared_convolutions)
