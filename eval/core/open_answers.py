@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from open_unitok.core.errors import UserError
+from open_unitok.core.errors import UserError, did_you_mean
 
 from .annotations import require_key
-from .answer_normalisation import normalise_m4c
+from .answer_normalisation import normalise, normalise_m4c, one_line, strip_punctuation
 from .answering import answer_texts
 from .benchmark import Options, Record, Scored, Task
 from .records import cluster_of, mean_metric, mean_metrics_by, sample_record
+
+VQAV2_SCORERS = ("lmms", "official", "official-2018")
 
 
 class OpenQuestion(NamedTuple):
@@ -37,6 +39,25 @@ def m4c_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 # models repeat short answers such as "yes" thousands of times
 _cached_accuracy = functools.lru_cache(maxsize=100_000)(leave_one_out_accuracy)
+
+
+def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> float:
+    """Leave-one-out accuracy of one answer by a variant of the scorer."""
+    if scorer not in VQAV2_SCORERS:
+        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, VQAV2_SCORERS))
+    if scorer == "lmms":
+        prediction, answers = normalise(prediction, "m4c"), [normalise(a, "m4c") for a in answers]
+    else:
+        differ = len(set(answers)) > 1
+        # the older tool normalises the prediction always, the answers only if they differ
+        if scorer == "official-2018":
+            prediction = normalise(prediction)
+            answers = [strip_punctuation(a) if differ else a for a in answers]
+        elif differ:
+            prediction, answers = normalise(prediction), [normalise(a) for a in answers]
+        else:
+            prediction = one_line(prediction)
+    return leave_one_out_accuracy(prediction, answers)
 
 
 def annotator_answers(row: Record, where: str) -> tuple[str, ...]:

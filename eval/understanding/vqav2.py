@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
     read_json_as,
@@ -22,7 +22,7 @@ from ..core.annotations import (
     require_text,
     require_type,
 )
-from ..core.answer_normalisation import normalise, normalise_m4c, one_line, strip_punctuation
+from ..core.answer_normalisation import normalise_m4c
 from ..core.answering import (
     PROMPT_TEMPLATES,
     PUBLISHED_LENGTH,
@@ -33,7 +33,7 @@ from ..core.answering import (
     choose_prompt_template,
 )
 from ..core.benchmark import Options, Record, Sample, Scored, Task, malformed_sample
-from ..core.open_answers import annotator_answers, leave_one_out_accuracy, without_empty_answers
+from ..core.open_answers import annotator_answers, vqa_accuracy, without_empty_answers
 from ..core.parquet import ParquetImage, choose_split, read_parquet, row_image
 from ..core.records import (
     mean,
@@ -55,7 +55,6 @@ from ..core.release_files import (
     image_folders,
 )
 
-VQAV2_SCORERS = ("lmms", "official", "official-2018")
 _ORIGINAL, _LLAVA = RELEASES["vqav2"].original, RELEASES["vqav2"].llava
 # names of splits in the release -> on the hub (`lmms-lab/VQAv2`)
 _HUB_SPLITS = {
@@ -314,25 +313,6 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         sample_record(s, records, float(v), q.common_answer, q.question_type, q.question)
         for s, q, v in zip(task.samples, questions, values)
     ])  # fmt: skip
-
-
-def vqa_accuracy(prediction: str, answers: Sequence[str], scorer: str = "lmms") -> float:
-    """Leave-one-out accuracy of one answer by a variant of the scorer."""
-    if scorer not in VQAV2_SCORERS:
-        raise UserError(f"scorer is {scorer!r}." + did_you_mean(scorer, VQAV2_SCORERS))
-    if scorer == "lmms":
-        prediction, answers = normalise(prediction, "m4c"), [normalise(a, "m4c") for a in answers]
-    else:
-        differ = len(set(answers)) > 1
-        # the older tool normalises the prediction always, the answers only if they differ
-        if scorer == "official-2018":
-            prediction = normalise(prediction)
-            answers = [strip_punctuation(a) if differ else a for a in answers]
-        elif differ:
-            prediction, answers = normalise(prediction), [normalise(a) for a in answers]
-        else:
-            prediction = one_line(prediction)
-    return leave_one_out_accuracy(prediction, answers)
 
 
 def vqav2_accuracies(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.core import answer_normalisation
+from open_unitok.eval.core import answer_normalisation, open_answers
 from open_unitok.eval.understanding import vqav2
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "eval"
@@ -50,7 +50,7 @@ def test_contractions_are_the_public_table():
     )
 
 
-@pytest.mark.parametrize("scorer", vqav2.VQAV2_SCORERS)
+@pytest.mark.parametrize("scorer", open_answers.VQAV2_SCORERS)
 def test_scores_equal_the_golden_vectors(folder, golden, scorer):
     questions = vqav2.read_vqav2(folder)
     result = vqav2.vqav2_accuracies(
@@ -112,13 +112,15 @@ def test_missing_files_and_unknown_ids_are_refused(tmp_path, folder):
     with pytest.raises(UserError, match="belong to no question"):
         vqav2.vqav2_accuracies(vqav2.read_vqav2(folder), {7: "yes"})
     with pytest.raises(UserError, match="Did you mean 'official'"):
-        vqav2.vqa_accuracy("a", ["a"], "oficial")
+        open_answers.vqa_accuracy("a", ["a"], "oficial")
 
 
 def test_the_official_scorer_is_the_public_tool_of_today():
     """Since March 2021 both sides are normalised where the ten answers differ."""
     answers = ["two"] * 9 + ["three"]
-    scores = {scorer: vqav2.vqa_accuracy("2", answers, scorer) for scorer in vqav2.VQAV2_SCORERS}
+    scores = {
+        scorer: open_answers.vqa_accuracy("2", answers, scorer) for scorer in open_answers.VQAV2_SCORERS
+    }
     assert scores == {"lmms": 1.0, "official": 1.0, "official-2018": 0.0}
     # ten equal answers are compared as they are
-    assert vqav2.vqa_accuracy("2", ["two"] * 10, "official") == 0.0
+    assert open_answers.vqa_accuracy("2", ["two"] * 10, "official") == 0.0
