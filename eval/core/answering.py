@@ -77,11 +77,18 @@ def answer_questions(model: Any, batch: list[Sample], out: Path, task: Task) -> 
         # one invalid sample fails the whole batch: answer one by one to isolate it
         for i in readable:
             try:
-                text = model.answer([images[i]], [batch[i].prompt], length)[0]
-                records[i] = {"text": text} | records[i]
+                records[i] = _answer_alone(model, images[i], batch[i].prompt, length) | records[i]
             except UserError as error:
                 records[i] = {"text": "", "error": str(error)}
     return records
+
+
+def _answer_alone(model: Any, image: Any, prompt: str, length: int) -> Record:
+    """The record of one question, with "max_new_tokens" if the context leaves less than `length`."""
+    left = model.tokens_left(image, prompt) if hasattr(model, "tokens_left") else None
+    if left is None or not 0 < left < length:
+        return {"text": model.answer([image], [prompt], length)[0]}
+    return {"text": model.answer([image], [prompt], left)[0], "max_new_tokens": left}
 
 
 def _read_images(image: Any) -> Any:

@@ -155,6 +155,12 @@ class Model:
         """One greedily decoded answer per image-question pair."""
         return self.pipeline.answer(list(images), list(questions), max_new_tokens=max_new_tokens)
 
+    def tokens_left(self, images: Any, question: str) -> int | None:
+        """Tokens that the context leaves for an answer; None = the context has no limit."""
+        limit = self.pipeline.model.config.context_length
+        count = len(images) if isinstance(images, list) else int(images is not None)
+        return limit and limit - len(self.pipeline.processor.question_ids(question, count))
+
     def generate(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
         """One image per prompt, determined by its seed and independent of the batch."""
         return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))

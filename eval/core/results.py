@@ -101,6 +101,11 @@ def check_answers_complete(
     )
     if empty:
         problems.append(f"{empty} answers are empty (scored by the benchmark's own rule)")
+    lengths = [r["max_new_tokens"] for r in answers.records.values() if r.get("max_new_tokens")]
+    if lengths:
+        problems.append(
+            f"{len(lengths)} answers could only have the rest of the context, at least {min(lengths)} tokens"
+        )
     if answers.duplicates:
         problems.append(f"{answers.duplicates} samples were answered twice (the first answer counts)")
     if reasons := malformed_reasons(samples):

@@ -17,6 +17,8 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
 from open_unitok.training.scenes.dataset import SceneConfig, write_scenes
 
+from . import releases
+
 NAMES = ("reconstruction", "zeroshot", "retrieval", "vqav2", "pope", "geneval", "positions")
 SIZES = {
     "image_size": 32, "stem_width": 8, "stage_widths": [8, 8], "stage_depths": [1, 1], "hidden_size": 16,
@@ -176,3 +178,22 @@ def test_ranks_that_are_killed_and_resumed_leave_the_files_of_one(model, scenes,
             expected = (tmp_path / "one" / name / file).read_bytes()
             assert (tmp_path / "two" / name / file).read_bytes() == expected
             assert (tmp_path / "killed" / name / file).read_bytes() == expected
+
+
+def test_an_answer_longer_than_the_context_gets_the_rest_of_it(capsys, model, tmp_path):
+    """MM-Vet's 512 new tokens, on a model whose context is 128."""
+    releases.mmvet(tmp_path / "data", False)
+    words = ("eval", "run", "mmvet", "--model", model, "--data", tmp_path / "data", "--out", tmp_path / "o")
+    code, _, err = call(capsys, *words, "--judge-replay", tmp_path / "data" / "replies.jsonl")
+    result = json.loads((tmp_path / "o" / "mmvet" / "results.json").read_text())
+    assert code == 0 and result["failed"] == 0 and result["value"] == pytest.approx(0.5), err
+    (problem,) = [p for p in result["problems"] if "context" in p]
+    assert problem.startswith("5 answers could only have the rest of the context, at least ")
+    # a question that fills the context has no answer
+    rows = json.loads((tmp_path / "data" / "mm-vet.json").read_text())
+    rows["v1_0"]["question"] = "red " * 200
+    (tmp_path / "data" / "mm-vet.json").write_text(json.dumps(rows))
+    words = (*words[:-1], tmp_path / "o2", "--judge-replay", tmp_path / "data" / "replies.jsonl")
+    assert call(capsys, *words)[0] == 0
+    result = json.loads((tmp_path / "o2" / "mmvet" / "results.json").read_text())
+    assert result["failed"] == 1 and result["not_comparable_reason"].endswith("1 samples could not be asked")
