@@ -91,7 +91,7 @@ def _fitting_options(
         options["prompt_template"] = "short"  # the other program had its own; the default needs the OCR file
     if verdicts:
         numbers = {a.id.rpartition("/")[2] for a in verdicts}
-        if not all(number.isdigit() for number in numbers):
+        if not all(number.isdecimal() for number in numbers):
             raise UserError(
                 f"{path}: expected file names .../00000/samples/0000.png, got {verdicts[0].id!r}."
             )

@@ -217,30 +217,37 @@ class ExternalImages:
         folder = self.root
         for part in above:
             folders = self._listing(folder).folders
-            match = folders.get(part) or (folders.get(str(int(part))) if part.isdigit() else None)
+            match = folders.get(part) or (folders.get(str(int(part))) if part.isdecimal() else None)
             if match is None:
                 raise UserError(f"{folder} has no folder {part}.")
             folder = match
             self._check_prompt(folder, sample)
+        found = self._find_in(
+            folder, last, sample, bool(above) and (above[-1] == "samples" or len(last) <= 2)
+        )
+        if len(found) > 1:
+            raise UserError(
+                f"{folder}: {' and '.join(path.name for path in found)} are the same image: remove one."
+            )
+        if not found:
+            raise UserError(f"{folder} has no image {last} ({', '.join(IMAGE_SUFFIXES[:4])}, ...).")
+        return found[0]
+
+    def _find_in(self, folder: Path, name: str, sample: Sample, ordered: bool) -> list[Path]:
+        """The files of a folder that may be the image `name`."""
         files = self._listing(folder)
-        if exact := files.by_stem.get(last):
-            return exact[0]
-        if last.isdigit():
-            numbers = sorted(files.by_number)
+        if name.isdecimal() and ordered:
             # the published scorers take all images of a prompt: the order counts, not the number
-            if above and (above[-1] == "samples" or len(last) <= 2):
-                found = files.by_number[numbers[int(last)]] if int(last) < len(numbers) else []
-            else:
-                found = files.by_number.get(int(last), [])
-                if found and 0 in files.by_number and sample.index + 1 == int(last):
-                    raise UserError(
-                        f"{folder} has an image number 0, but the first prompt is number 1: rename them."
-                    )
-            if len(found) > 1:
-                raise UserError(f"{folder}: {' and '.join(p.name for p in found)} have the same number.")
-            if found:
-                return found[0]
-        raise UserError(f"{folder} has no image {last} ({', '.join(IMAGE_SUFFIXES[:4])}, ...).")
+            numbers = sorted(files.by_number)
+            return files.by_number[numbers[int(name)]] if int(name) < len(numbers) else []
+        if name.isdecimal() and 0 in files.by_number and sample.index + 1 == int(name):
+            raise UserError(f"{folder} has an image number 0, but the first prompt is number 1: rename them.")
+        if exact := files.by_stem.get(name):
+            return exact
+        if name.isdecimal():
+            return files.by_number.get(int(name), [])
+        prompt, _, number = name.rpartition("_")  # T2I-CompBench
+        return files.by_prompt.get((prompt, int(number)), []) if number.isdecimal() else []
 
     def _check_prompt(self, folder: Path, sample: Sample) -> None:
         """Compare the prompt with the one that GenEval's scripts keep beside the images."""
@@ -261,26 +268,32 @@ class ExternalImages:
         if folder not in self._listings:
             by_stem: dict[str, list[Path]] = {}
             by_number: dict[int, list[Path]] = {}
+            by_prompt: dict[tuple[str, int], list[Path]] = {}
             folders: dict[str, Path] = {}
             entries = sorted(folder.iterdir()) if folder.is_dir() else []
             for path in entries:
                 if is_image_name(path):
                     by_stem.setdefault(path.stem, []).append(path)
-                    if path.stem.isdigit():
+                    # isdecimal: int() rejects other digits, such as superscripts
+                    if path.stem.isdecimal():
                         by_number.setdefault(int(path.stem), []).append(path)
+                    prompt, mark, number = path.stem.rpartition("_")
+                    if mark and number.isdecimal():
+                        by_prompt.setdefault((prompt, int(number)), []).append(path)
                 elif path.is_dir():
                     folders[path.name] = path
-                    if path.name.isdigit():
+                    if path.name.isdecimal():
                         folders.setdefault(str(int(path.name)), path)
-            self._listings[folder] = _Listing(by_stem, by_number, folders)
+            self._listings[folder] = _Listing(by_stem, by_number, by_prompt, folders)
         return self._listings[folder]
 
 
 class _Listing(NamedTuple):
-    """Images by name without suffix, images by number, and folders by name and by number."""
+    """Images by name without suffix, by number, by prompt and number; folders by name and by number."""
 
     by_stem: dict[str, list[Path]]
     by_number: dict[int, list[Path]]
+    by_prompt: dict[tuple[str, int], list[Path]]
     folders: dict[str, Path]
 
 

@@ -92,7 +92,7 @@ def find_splits(data: str | Path) -> list[ParquetSplit]:
     for path in _parquet_files(existing(data)):
         match, above = _PART.fullmatch(path.stem), path.parent.name
         # the hub's own conversion: default/test/0000.parquet
-        if not match and path.stem.isdigit() and path.parent != Path(data):
+        if not match and path.stem.isdecimal() and path.parent != Path(data):
             key = (path.parent.parent.name, above)
         else:
             key = (above, match["split"] if match else path.stem)

@@ -97,7 +97,7 @@ def _read_prompts(data: Path, skills: Path) -> tuple[dict[int, str], dict[int, s
 
 def _positive_integer(value: Any) -> int | None:
     """A positive integer from a number or its digits, else None."""
-    number = int(value) if str(value).isdigit() else 0
+    number = int(value) if str(value).isdecimal() else 0
     return number if number > 0 else None
 
 

@@ -111,7 +111,7 @@ class EndpointJudge:
                     break  # only this prompt, e.g. too long or rejected by a content filter
                 # the server's Retry-After, else exponential back-off
                 wait = error.headers.get("Retry-After", "") if error.headers else ""
-                time.sleep(min(float(wait) if wait.isdigit() else self.pause * 2**attempt, MAX_WAIT))
+                time.sleep(min(float(wait) if wait.isdecimal() else self.pause * 2**attempt, MAX_WAIT))
             # LookupError, TypeError, ValueError: the body is not a chat completion
             except (OSError, http.client.HTTPException, LookupError, TypeError, ValueError) as error:
                 reason = f"{type(error).__name__}: {error}"

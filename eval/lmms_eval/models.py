@@ -38,7 +38,7 @@ class OpenUniTok(Base):
             raise UserError(f"--model_args has unknown keys: {', '.join(sorted(more))}.")
         self.pipeline = adapter.load_lmms_pipeline(pretrained, device, dtype, distributed.local_rank())
         # "auto" is valid in lmms-eval
-        self.batch_size = int(batch_size) if str(batch_size).isdigit() else int(max_batch_size or 32)
+        self.batch_size = int(batch_size) if str(batch_size).isdecimal() else int(max_batch_size or 32)
 
     @property
     def device(self) -> Any:

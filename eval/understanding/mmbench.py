@@ -81,7 +81,7 @@ def load(data: Path, settings: Options) -> Task:
     samples = []
     for i, (q, image) in enumerate(zip(questions, images)):
         # a cell may hold the index of the row with the image; base64 is longer than any index
-        if isinstance(image, str) and image.isdigit() and len(image) < 64:
+        if isinstance(image, str) and image.isdecimal() and len(image) < 64:
             image = first.get(int(image), "")
         file = f"{_base_index(q)}.jpg"
         encoded = image._replace(name=file) if isinstance(image, ParquetImage) else Base64Image(file, image)
@@ -113,7 +113,7 @@ def _read_table(
             questions.append(_read_row(row, f"{path}, row {i + 1}"))
         except UserError as error:
             number = str(row["index"] or "")
-            index = int(number) if number.isdigit() else -1 - i
+            index = int(number) if number.isdecimal() else -1 - i
             questions.append(MmbenchQuestion(index, "", "", {}, "", "", "", str(error)))
         images.append(shared.setdefault(row["image"] or "", row["image"] or ""))
     # a test set has no answers at all; otherwise a row without one is malformed
@@ -136,7 +136,7 @@ def _read_row(row: dict[str, Any], where: str) -> MmbenchQuestion:
     cells = {
         key: "" if str(value or "").strip().lower() in _ABSENT else str(value) for key, value in row.items()
     }
-    if not cells["index"].isdigit():
+    if not cells["index"].isdecimal():
         raise UserError(f"{where}: index is {row['index']!r}; it must be an integer.")
     options: dict[str, str] = {}
     for letter in _LETTERS:

@@ -151,7 +151,7 @@ def read_scienceqa_problem(
 def _published_groups(row: Record, has_image: bool) -> tuple[str, ...]:
     """The groups of the published tables in which a problem counts: by subject, context and grade."""
     hint, grade = str(row.get("hint") or "").strip(), str(row.get("grade") or "")
-    number = int(grade.removeprefix("grade")) if grade.removeprefix("grade").isdigit() else 0
+    number = int(grade.removeprefix("grade")) if grade.removeprefix("grade").isdecimal() else 0
     member = {
         "TXT": hint != "", "IMG": has_image, "NO": not hint and not has_image,
         "G1-6": 1 <= number <= 6, "G7-12": 7 <= number <= 12,

@@ -35,7 +35,7 @@ def write_geneval(folder, prompts=2):
 
 
 @pytest.mark.parametrize(
-    "names", [("00000", "00001"), ("0", "1"), ("1", "2"), ("09", "10"), ("0000", "0003")]
+    "names", [("00000", "00001"), ("0", "1"), ("1", "2"), ("09", "10"), ("0000", "0003"), ("0001", "0002")]
 )
 @pytest.mark.parametrize("prompt", ["00000", "0", "000"])
 def test_genevals_images_are_taken_in_numeric_order(tmp_path, names, prompt):
@@ -54,8 +54,25 @@ def test_numbers_of_any_width_and_suffixes_in_any_case(tmp_path):
     # the images may lie in a folder of their own, as in our runs
     assert reds(tmp_path, ["00001", "00002", "00003"]) == found
     assert reds(tmp_path, ["000001", "000002", "000003"]) == found
+    save(tmp_path / "a" / "²³.png")  # digits, but no number
+    assert reds(tmp_path, ["00001", "00002", "00003"]) == found
     save(tmp_path / "a" / "01.png")
-    assert "01.png and 1.PNG have the same number" in reds(tmp_path, ["00001", "00002", "00003"])[0]
+    assert "01.png and 1.PNG are the same image" in reds(tmp_path, ["00001", "00002", "00003"])[0]
+    (tmp_path / "a" / "01.png").rename(tmp_path / "a" / "0002.png")
+    assert "0002.Jpg and 0002.png are the same image" in reds(tmp_path, ["0001", "0002", "0003"])[1]
+
+
+@pytest.mark.parametrize("width", [1, 4, 6, 9])
+def test_prompts_with_numbers_of_any_width(tmp_path, width):
+    """T2I-CompBench's names: PROMPT_NUMBER."""
+    prompts = ["a red cup and a 2_3", "a red cup.", "._x"]
+    for k, prompt in enumerate(prompts):
+        save(tmp_path / "color" / "samples" / f"{prompt}_{k:0{width}d}.png", 40 + k)
+    ids = [f"color/samples/{prompt}_{k:06d}" for k, prompt in enumerate(prompts)]
+    assert reds(tmp_path, ids) == [40, 41, 42]
+    # of another prompt, or another number
+    assert "has no image a red cup_000001" in reds(tmp_path, [*ids, "color/samples/a red cup_000001"])[3]
+    assert "has no image a red cup._000002" in reds(tmp_path, [*ids, "color/samples/a red cup._000002"])[3]
 
 
 def test_dpg_and_mjhq_names(tmp_path):
@@ -71,12 +88,14 @@ def test_dpg_and_mjhq_names(tmp_path):
 def test_images_numbered_from_zero_or_of_other_prompts_are_refused(tmp_path):
     for k in range(3):
         save(tmp_path / "zero" / f"{k}.png")
+        save(tmp_path / "zeros" / f"{k:05d}.png")
         save(tmp_path / "other" / f"{k:05d}" / "samples" / "0000.png")
         (tmp_path / "other" / f"{k:05d}" / "metadata.jsonl").write_text(
             json.dumps({"prompt": f"another {k}"})
         )
-    with pytest.raises(UserError, match="has an image number 0, but the first prompt is number 1"):
-        reds(tmp_path / "zero", ["00001", "00002", "00003"])
+    for folder in ("zero", "zeros"):
+        with pytest.raises(UserError, match="has an image number 0, but the first prompt is number 1"):
+            reds(tmp_path / folder, ["00001", "00002", "00003"])
     with pytest.raises(UserError, match="images of another list of prompts"):
         reds(tmp_path / "other", [f"{k:05d}/samples/0000" for k in range(3)])
 
