@@ -71,10 +71,10 @@ def require_text(row: Any, key: str, where: str) -> str:
 
 
 def require_type(kind: type, value: Any, where: str | Path) -> Any:
-    """`value`, which must be an object (`dict`) or a list, else UserError."""
+    """`value`, which must be an object (`dict`), a list or a text (`str`), else UserError."""
     if not isinstance(value, kind):
         # the words of JSON, not of Python: the reader edits a JSON file
-        words = {dict: "an object", list: "a list"}
+        words = {dict: "an object", list: "a list", str: "a text"}
         raise UserError(f"{where}: expected {words[kind]}, got {type(value).__name__}.")
     return value
 

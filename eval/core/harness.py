@@ -14,8 +14,8 @@ from tqdm import tqdm
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, write_json, write_jsonl
-from open_unitok.core.text_files import read_json
 
+from .annotations import read_json_as, require_key, require_type
 from .benchmark import Benchmark, Record, Sample, Task
 from .image_files import refuse_unreadable
 from .release_files import benchmark_data
@@ -105,9 +105,13 @@ def score_run(
 
 
 def read_run_metadata(folder: str | Path) -> Record:
-    """Read the `run.json` of a benchmark's output folder."""
+    """Read the `run.json` of a benchmark's output folder; UserError if it is not one."""
     hint = "`unitok eval run` writes it; give the folder of one benchmark."
-    return read_json(existing(Path(folder) / "run.json", hint))
+    path = existing(Path(folder) / "run.json", hint)
+    run = read_json_as(dict, path)
+    for key, kind in (("benchmark", str), ("settings", dict), ("model", dict), ("data", str)):
+        require_type(kind, require_key(run, key, path), f"{path}, {key}")
+    return run
 
 
 class AnswerStore:

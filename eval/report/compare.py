@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing
-from open_unitok.core.text_files import read_json, read_json_lines
+from open_unitok.core.text_files import read_json_lines
 
-from ..core.annotations import require_key
+from ..core.annotations import read_json_as, require_key, require_type
 from ..core.benchmark import Record
 from ..core.bootstrap import STATISTICS, Difference, MainStatistic, paired_bootstrap
 
@@ -36,11 +36,23 @@ def result_folders(path: str | Path) -> dict[str, Path]:
         raise UserError(f"{path} holds no results.json: run `unitok eval run` or `unitok eval score` first.")
     found: dict[str, Path] = {}
     for folder in sorted(folders):
-        name = str(require_key(read_json(folder / "results.json"), "benchmark", folder / "results.json"))
+        name = str(read_result(folder)["benchmark"])
         if name in found:
             raise UserError(f"{found[name]} and {folder} are both runs of {name}: give one of them.")
         found[name] = folder
     return found
+
+
+def read_result(folder: str | Path) -> Record:
+    """The `results.json` of one benchmark; UserError if it is not one."""
+    path = Path(folder) / "results.json"
+    result = read_json_as(dict, path)
+    require_key(result, "benchmark", path)
+    for name, metric in require_type(dict, require_key(result, "metrics", path), f"{path}, metrics").items():
+        for key in ("value", "n", "interval", "unit"):
+            require_key(metric, key, f"{path}, metrics, {name}")
+    require_type(list, require_key(result, "problems", path), f"{path}, problems")
+    return result
 
 
 def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
@@ -51,7 +63,7 @@ def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
     Raises:
         UserError: the runs differ in benchmark, split, scorer or samples, or have no score per sample.
     """
-    results = [read_json(Path(folder) / "results.json") for folder in (a, b)]
+    results = [read_result(folder) for folder in (a, b)]
     # a difference of these would be compared instead of the models
     for key in ("benchmark", "split", "scorer", "statistic"):
         first, second = (result.get(key) for result in results)
@@ -131,6 +143,24 @@ def _compare_records(
     a, b = (float(statistic.value(side.sum(axis=0))) for side in (first, second))
     difference = paired_bootstrap(first, second, clusters, statistic.value)
     return ComparedMetric(name, a, b, difference, len(records[0]), unit)
+
+
+def difference_notes(a: str | Path, b: str | Path) -> list[str]:
+    """What else differs between two runs than the model, and why one is not comparable; one line each."""
+    results = [read_result(folder) for folder in (a, b)]
+    lines = [
+        f"{side}: {result['not_comparable_reason']}"
+        for side, result in zip("AB", results)
+        if result.get("not_comparable_reason")
+    ]
+    for key in ("prompt_template", "decoding", "scoring"):
+        first, second = (r[key] if isinstance(r.get(key), dict) else {key: r.get(key)} for r in results)
+        lines += [
+            f"{name.replace('_', ' ')} of A is {first.get(name)!r}, of B {second.get(name)!r}"
+            for name in {**first, **second}
+            if first.get(name) != second.get(name)
+        ]
+    return lines
 
 
 def comparison_table(name: str, lines: list[ComparedMetric]) -> str:

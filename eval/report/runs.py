@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from open_unitok.core.text_files import read_json, read_json_lines
+from open_unitok.core.text_files import read_json_lines
 
 from ..core.benchmark import Record
 from ..core.parquet import parquet_image
 from . import page
-from .compare import result_folders
+from .compare import read_result, result_folders
 from .page import escape, format_interval, format_value, grid, inline_image, section
 from .published import PAPER, PUBLISHED_SCORES, PUBLISHED_UNITS
 from .tables import arrange_metrics
@@ -39,7 +39,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
     runs = []
     for name, path in zip(names, paths):
         folders = result_folders(path)
-        runs.append(Run(name, {b: read_json(f / "results.json") for b, f in folders.items()}, folders))
+        runs.append(Run(name, {b: read_result(f) for b, f in folders.items()}, folders))
     return runs
 
 
@@ -92,11 +92,13 @@ def published_numbers(runs: Sequence[Run], benchmarks: Sequence[str]) -> str:
 
 
 def _best_value(runs: Sequence[Run], benchmark: str, metric: str) -> str:
-    """The best value of the runs."""
-    found = [run.results.get(benchmark, {}).get("metrics", {}).get(metric) for run in runs]
-    values, unit = [m["value"] for m in found if m], _unit(benchmark, metric)
+    """The best value of the comparable runs; without any, the best of the others, marked."""
+    results = [run.results[benchmark] for run in runs if benchmark in run.results]
+    results = [result for result in results if metric in result["metrics"]]
+    comparable = [result for result in results if result.get("comparable", True)]
+    values, unit = [r["metrics"][metric]["value"] for r in comparable or results], _unit(benchmark, metric)
     best = (min if unit in _LOWER_IS_BETTER else max)(values, default=None)
-    return "–" if best is None else format_value(best, unit)
+    return "–" if best is None else format_value(best, unit) + " ✗" * (not comparable)
 
 
 def _compared_metrics(runs: Sequence[Run], benchmarks: Sequence[str]) -> list[tuple[str, str]]:

@@ -48,7 +48,7 @@ def result_table(result: Record) -> str:
     title = f"{result['benchmark']}  ({result['n']} samples, {result['missing']} missing)"
     lines = [title, "-" * len(title)]
     if result["value"] is None:
-        lines.append("  no public answers: upload the submission file")
+        lines.append("  no score: upload the submission file")
     arranged = arrange_metrics(result["metrics"])
     rows = arranged.single | {
         f"{measure}/{group}": metric

@@ -3,7 +3,7 @@
 import argparse
 
 from open_unitok.core.errors import UserError
-from open_unitok.eval.report.compare import compare, comparison_table, result_folders
+from open_unitok.eval.report.compare import compare, comparison_table, difference_notes, result_folders
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> None:
         # one benchmark that cannot be compared does not hide the others
         try:
             print(comparison_table(name, compare(a[name], b[name])))
+            for note in difference_notes(a[name], b[name]):
+                print(f"  ! {note}")
         except UserError as error:
             failed.append(name)
             print(f"{name}: {error}")

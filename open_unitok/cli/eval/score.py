@@ -54,11 +54,24 @@ def run(args: argparse.Namespace) -> None:
     )
     if not folders:
         raise UserError(f"{folder} holds no answers of `unitok eval run` (no run.json).")
-    # run.json, not the name of the folder: a run may have been renamed
-    benchmarks = {path: find_benchmark(read_run_metadata(path)["benchmark"]) for path in folders}
-    options = select_options(given_options(args), benchmarks.values())
-    for path, benchmark in benchmarks.items():
-        print(result_table(score_run(benchmark, path, options[benchmark.name], args.partial)))
+    runs, failed = {}, []
+    # one damaged or incomplete run does not hide the others
+    for path in folders:
+        try:
+            # run.json, not the name of the folder: a run may have been renamed
+            runs[path] = find_benchmark(read_run_metadata(path)["benchmark"])
+        except UserError as error:
+            failed.append(f"{path.name}: {error}")
+    options = select_options(given_options(args), runs.values()) if runs else {}
+    for path, benchmark in runs.items():
+        try:
+            print(result_table(score_run(benchmark, path, options[benchmark.name], args.partial)))
+        except UserError as error:
+            failed.append(f"{path.name}: {error}")
+    if failed and len(folders) == 1:
+        raise UserError(failed[0].partition(": ")[2])
+    if failed:
+        raise UserError(f"{len(failed)} of {len(folders)} runs have no result. {' '.join(failed)}")
 
 
 def _hint(target: str | Path) -> str:
