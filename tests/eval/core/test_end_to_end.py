@@ -172,7 +172,7 @@ def test_a_split_without_answers_gives_the_submission_alone(capsys, tmp_path):
         asked.with_name("llava_vqav2_mscoco_test2015.jsonl"), [{"question_id": 3, "text": "?"}, *rows]
     )
     code, out, err = run(capsys, "vqav2", tmp_path / "d", tmp_path / "o")
-    assert code == 0 and "no public answers" in out, err
+    assert code == 0 and "no score: upload the submission file" in out, err
     content = submission(tmp_path, "vqav2", "vqav2_answers.json")
     assert (
         content[0] == {"question_id": 3, "answer": ""} and content[1]["answer"] == "red" and len(content) == 6
