@@ -11,10 +11,10 @@ import pytest
 from open_unitok.cli.eval.run import add_arguments, given_options, load_model
 from open_unitok.core.errors import UserError
 from open_unitok.eval.core.generated_images import SAMPLING_KEYS, describe_sampling
+from open_unitok.eval.core.open_answers import VQAV2_SCORERS
 from open_unitok.eval.metrics.image_quality import SSIM_MODES
 from open_unitok.eval.registry import BENCHMARKS, find_benchmark, select_options
 from open_unitok.eval.understanding.pope import POPE_SCORERS
-from open_unitok.eval.understanding.vqav2 import VQAV2_SCORERS
 from open_unitok.generation import Sampling
 
 
