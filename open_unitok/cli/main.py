@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "eval report": "an HTML report of runs with published numbers",
     "convert tokenizer": "convert a published UniTok checkpoint to a model folder, or back",
     "convert mllm": "convert a published MLLM to a model folder, or back",
+    "convert quantizer": "take the quantiser of another system's published tokenizer",
     "convert bf16": "round a model's weights to bfloat16",
     "convert adapter": "merge a LoRA adapter into its MLLM",
 }

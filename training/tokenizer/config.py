@@ -163,6 +163,7 @@ class TokenizerRunConfig(RunConfig):
         model: `size` (a named size) and any field of UniTokConfig; may be omitted with `init_from`.
         init_from_clip: an open_clip ViTamin checkpoint (file, folder or hub id) that initialises image and
             text tower of a new model.
+        init_quantizer: a folder of `unitok convert quantizer`, whose rows start the quantiser of a new model.
         resume_from: a checkpoint of a run with another number of ranks or workers. Weights, step and schedule
             are kept, Adam's moments start at zero, and tars that were already begun are skipped in its epoch.
         decoder_init: initialisation of the pixel decoder's convolutions, see `tokenizer.layers`: "published"
@@ -180,6 +181,7 @@ class TokenizerRunConfig(RunConfig):
     data: ShardOptions
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     init_from_clip: str | None = None
+    init_quantizer: str | None = None
     resume_from: str | None = None
     decoder_init: Literal["published", "kaiming"] = "published"
     caption_tokenizer: str | None = None
@@ -210,10 +212,14 @@ class TokenizerRunConfig(RunConfig):
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}: it must be between 0 and 1, or null for none.")
-        if self.freeze and not self.init_from:
+        known = {"quantizer"} if self.init_quantizer else set()
+        if not self.init_from and set(self.freeze) - known:
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
+        if self.init_quantizer and (self.init_from or self.codebooks.init_images):
+            other = "init_from" if self.init_from else "codebooks.init_images"
+            raise UserError(f"init_quantizer and {other} both initialise the quantiser: keep one of them.")
         # both write codebook rows directly, regardless of requires_grad
         if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.reset_after):
             raise UserError(

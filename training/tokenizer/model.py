@@ -14,6 +14,7 @@ from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.layers import init_kaiming
 from open_unitok.tokenizer.loading import find_weights
 from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
+from open_unitok.tokenizer.quantizers.published import load_quantizer
 
 from ..core import deepspeed_engine
 from ..data import seeding
@@ -77,6 +78,8 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             init_kaiming(model.decoder)
         if config.init_from_clip:
             _init_from_clip(model, config.init_from_clip)
+        if config.init_quantizer:
+            load_quantizer(model.quantizer, model.config, config.init_quantizer)
     else:
         model = _load_pretrained(config.init_from)
         # sizes may be repeated in the config, but not changed

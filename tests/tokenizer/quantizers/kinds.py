@@ -3,6 +3,7 @@
 The tokenizers have 2 x 2 visual tokens, so a pyramid has the scales 1 and 2.
 """
 
+import json
 from typing import Any, NamedTuple
 
 from open_unitok.tokenizer import QUANTIZERS
@@ -14,6 +15,10 @@ class Kind(NamedTuple):
     options: dict[str, Any] = {}  # quantizer_options
     model: dict[str, Any] = {}  # further fields of UniTokConfig
     entropy: bool = False  # whether there is an entropy loss
+    codebooks: dict[
+        str, Any
+    ] = {}  # the section `codebooks` of runs on several ranks; {} = all that it allows
+    state: tuple[str, ...] = ()  # what its training keeps beside parameters, usage and calls
     # beginning of a trainable parameter's name -> why the losses of a step give it no gradient
     no_gradient: dict[str, str] = {}
     # quantizer_options with which codes or rows differ
@@ -25,7 +30,7 @@ FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is
 KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
     "multi_codebook": Kind(entropy=True),
     "ibq": Kind(entropy=True, other_codes=({"normalize": True},)),
-    "ema": Kind(other_codes=({"decay": 0.5},)),
+    "ema": Kind(state=("started",), other_codes=({"decay": 0.5},)),
     "shared_index": Kind(entropy=True, other_codes=({"block_widths": [3, 1]}, {"block_weights": [1.0, 9.0]})),
     "attention": Kind(entropy=True, other_codes=({"norm": None},)),
     "residual": Kind(
@@ -33,5 +38,13 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         entropy=True,
         other_codes=({"inner": "nearest"}, {"detach": False}),
     ),
-    "cluster": Kind(no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
+    "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
+
+
+def overrides(name: str) -> list[str]:
+    """Overrides of a run's config that choose this kind."""
+    kind = KINDS[name]
+    fields = {"quantizer": name, "quantizer_options": kind.options, **kind.model}
+    changes = [f"model.{key}={json.dumps(value)}" for key, value in fields.items()]
+    return [*changes, f"losses.entropy={0.1 * kind.entropy}"]

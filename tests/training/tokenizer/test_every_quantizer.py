@@ -21,18 +21,14 @@ from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.dead_codes import DeadCodes, usage_and_perplexity
 
-from ...tokenizer.quantizers.kinds import KINDS
+from ...tokenizer.quantizers.kinds import KINDS, overrides
 
 STATISTICS = ("usage", "calls", "started", "probability")  # change in training, and no code with them
 
 
 def settings(name: str) -> list[str]:
     """Overrides of the config of `data` for this kind."""
-    kind = KINDS[name]
-    fields = {"quantizer": name, "quantizer_options": kind.options, **kind.model}
-    changes = [f"model.{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}"
-               for key, value in fields.items()]  # fmt: skip
-    return [*changes, f"losses.entropy={0.1 * kind.entropy}", "codebooks={}"]
+    return [*overrides(name), "codebooks={}"]
 
 
 def tokenizer_config(name: str, data: Any, **options: Any) -> UniTokConfig:

@@ -56,3 +56,28 @@ def test_disentangle_trains_where_the_config_asks_for_it(data, tmp_path, capsys)
             train(*changes, f"out={tmp_path / 'wrong'}")
         assert left.value.code == 2 and words in capsys.readouterr().err
         assert not (tmp_path / "wrong" / "metrics.jsonl").exists()
+
+
+def test_a_published_quantizer_starts_a_run_and_stays_frozen(data, tmp_path, capsys):
+    rows = torch.nn.functional.normalize(torch.randn(16, 8), dim=-1)
+    torch.save({"_quantizer._embedding.weight": rows}, tmp_path / "vqkd.pth")
+    main(["convert", "quantizer", "vqkd", str(tmp_path / "vqkd.pth"), str(tmp_path / "rows")])
+
+    def train(name: str, *changes: str) -> None:
+        sizes = ["model.num_codebooks=1", "model.codebook_dim=8", "model.quantizer=ema", "losses.entropy=0"]
+        given = [*sizes, "codebooks={}", "steps=2", f"init_quantizer={tmp_path / 'rows'}", *changes]
+        main(["train", str(data / "config.yaml"), f"out={tmp_path / name}", *given])
+
+    train("frozen", "freeze=[quantizer]")
+    quantizer = UniTok.from_pretrained(tmp_path / "frozen" / "model").quantizer
+    assert torch.equal(quantizer.codebooks[0], rows) and quantizer.started
+    train("moving")
+    assert not torch.equal(UniTok.from_pretrained(tmp_path / "moving" / "model").quantizer.codebooks[0], rows)
+    for changes, words in (
+        (["codebooks={init_images: 16}"], "init_quantizer and codebooks.init_images both initialise"),
+        (["model.codebook_size=8"], "codebook_size = 16, but model.codebook_size is 8"),
+        (["freeze=[encoder]"], "without init_from: frozen random weights are never trained"),
+    ):
+        with pytest.raises(SystemExit):
+            train("other", *changes)
+        assert words in capsys.readouterr().err and not (tmp_path / "other").exists()
