@@ -45,6 +45,7 @@ class UniTokOutput(NamedTuple):
 
     reconstruction: torch.Tensor | None  # (B or fewer, 3, H, W), not clamped
     codes: torch.Tensor  # (B, N, K) int64
+    quantised: torch.Tensor  # (B, N, latent_dim) float32, as the up projection reads it
     losses: dict[str, torch.Tensor]  # scalars by name, from the quantiser: "vq" (commitment included), ...
     usage: torch.Tensor  # (K,) per cent of each sub-codebook's entries used in this batch
     image_embeds: torch.Tensor  # (B, E) unit norm
@@ -103,6 +104,7 @@ class UniTok(InstalledCode, PreTrainedModel):
         return UniTokOutput(
             reconstruction=self.decoder(to_dtype_of(self.decoder, hidden[:first]), grid) if first else None,
             codes=quantised.codes,
+            quantised=quantised.quantised,
             losses=quantised.losses,
             usage=quantised.usage,
             image_embeds=self._image_embedding(hidden),

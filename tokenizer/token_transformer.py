@@ -85,3 +85,47 @@ class TokenTransformer(nn.Module):
         square = places.T.unflatten(1, self.layout.grid)[None]
         resized = F.interpolate(square.float(), size=grid, mode="bicubic", align_corners=False)
         return torch.cat([first, resized[0].flatten(1).T.to(first.dtype)])
+
+
+class SemanticDecoder(nn.Module):
+    """Quantised latents to a teacher's patch features (VQ-KD: 1 layer; TokenFlow, arXiv 2412.03069: 3);
+    (B, N, inputs) -> (B, N, outputs).
+
+    A linear map, a transformer with a class token that is dropped, then linear, tanh, linear.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        layout: TokenLayout,
+        width: int = 768,
+        layers: int = 3,
+        heads: int = 12,
+    ) -> None:
+        super().__init__()
+        self.widen = Linear(inputs, width)
+        self.transformer = TokenTransformer(
+            width, layers, heads, layout, class_token=True, norm_first=False, eps=1e-6
+        )
+        self.first, self.second = Linear(width, width), Linear(width, outputs)
+
+    def forward(self, quantised: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        hidden = self.transformer(self.widen(quantised), grid)[:, 1:]
+        return self.second(torch.tanh(self.first(hidden)))
+
+
+class ClassTokenHead(nn.Module):
+    """Quantised latents of some books to a teacher's class token (FQGAN, arXiv 2411.16681, section 3.2);
+    (B, N, inputs) -> (B, 1 + N, width), the prediction first.
+
+    Linear, ReLU, linear, then a transformer of the teacher's width with a class token.
+    """
+
+    def __init__(self, inputs: int, width: int, layout: TokenLayout, layers: int = 3, heads: int = 8) -> None:
+        super().__init__()
+        self.first, self.second = Linear(inputs, width), Linear(width, width)
+        self.transformer = TokenTransformer(width, layers, heads, layout, class_token=True)
+
+    def forward(self, quantised: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        return self.transformer(self.second(F.relu(self.first(quantised))), grid)

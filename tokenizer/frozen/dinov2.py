@@ -24,7 +24,8 @@ from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
 DINOV2_FILES = ("dinov2_vits14_pretrain.pth", "model.safetensors")  # the second: the layout of transformers
 _NORM_EPS = 1e-6
 _HEAD_WIDTH = 64  # of every published DINOv2; the file does not hold the number of heads
-_UNUSED = ("mask_token", "norm.weight", "norm.bias")  # in the file, but not used by intermediate features
+_UNUSED = ("mask_token",)  # in the file, but not used without masking
+_NORM = ("norm.weight", "norm.bias")  # in the file, but not used by intermediate features
 
 
 class DINOv2(nn.Module):
@@ -35,10 +36,17 @@ class DINOv2(nn.Module):
         patch: side of a patch in pixels.
         grid: native grid side, the square of patches for which position embeddings were trained (37 patches =
             518 pixels).
+        norm: hold the final norm, which `forward` does not apply.
     """
 
     def __init__(
-        self, width: int = 384, depth: int = 12, heads: int = 6, patch: int = 14, grid: int = 37
+        self,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        patch: int = 14,
+        grid: int = 37,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         self.width, self.depth, self.patch, self.grid = width, depth, patch, grid
@@ -46,6 +54,7 @@ class DINOv2(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=_NORM_EPS) if norm else None
         self.requires_grad_(False)
         self.eval()
 
@@ -81,7 +90,7 @@ class DINOv2(nn.Module):
         return torch.cat((first, resized.flatten(2).transpose(1, 2).to(rest.dtype)), dim=1)
 
     @classmethod
-    def from_file(cls, path: str | Path | None, heads: int | None = None) -> "DINOv2":
+    def from_file(cls, path: str | Path | None, heads: int | None = None, norm: bool = False) -> "DINOv2":
         """Load published weights from a file, a folder or a hub id; sizes are inferred from the tensors.
 
         Reads the original file and the layout of transformers (facebook/dinov2-small).
@@ -95,7 +104,8 @@ class DINOv2(nn.Module):
         weights = read_weights(file)
         if any(name.endswith("embeddings.cls_token") for name in weights):
             weights = _from_transformers(weights)
-        weights = {name: tensor for name, tensor in weights.items() if name not in _UNUSED}
+        unused = _UNUSED if norm else (*_UNUSED, *_NORM)
+        weights = {name: tensor for name, tensor in weights.items() if name not in unused}
         if not {"cls_token", "pos_embed", "patch_embed.proj.weight"} <= weights.keys():
             raise UserError(f"{file} is not a DINOv2 vision transformer: it has no cls_token or pos_embed.")
         width = weights["cls_token"].shape[-1]
@@ -106,6 +116,7 @@ class DINOv2(nn.Module):
             heads=heads or max(width // _HEAD_WIDTH, 1),
             patch=weights["patch_embed.proj.weight"].shape[-1],
             grid=native_grid_side(weights["pos_embed"].shape[1]),
+            norm=norm,
         )
         load_exactly(model, weights, file)
         return model

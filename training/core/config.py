@@ -250,6 +250,11 @@ def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
     options = tuple(option for option in options if option is not type(None))
     if len(options) == 1:  # X | None: the error of X names more than "X or None" would
         return _convert(options[0], value, where)
+    # the only section, or list of sections, has errors that name its keys
+    for kind, fits in ((Mapping, dataclasses.is_dataclass), (list, _is_list_of_sections)):
+        fitting = [option for option in options if fits(option)]
+        if isinstance(value, kind) and len(fitting) == 1:
+            return _convert(fitting[0], value, where)
     # the first type that accepts the value
     for option in options:
         try:
@@ -257,6 +262,11 @@ def _convert_union(options: tuple, value: Any, where: str, hint: Any) -> Any:
         except UserError:
             continue
     raise UserError(f"{where} is {value!r}: expected {_describe(hint)}.")
+
+
+def _is_list_of_sections(hint: Any) -> bool:
+    inner = typing.get_args(hint)
+    return typing.get_origin(hint) is list and dataclasses.is_dataclass(inner[0])
 
 
 _NAMES = {

@@ -40,6 +40,7 @@ class LossWeights:
         vq: the quantiser's codebook and commitment loss.
         entropy: the quantiser's entropy loss: varied codes over the batch, a certain choice for each latent.
         disentangle: the quantiser's disentanglement loss: sub-codebooks should differ (FQGAN: 0.1).
+        teacher: prediction of a frozen network's features, see `TeacherOptions`; the sum over teachers.
         clip: contrast between images and captions.
         lpips: perceptual loss; needs `lpips_weights` (a file, a folder that holds it, or a hub id).
         adversarial: generator loss of a GAN (published: 0.4), see `DiscriminatorOptions`.
@@ -51,6 +52,7 @@ class LossWeights:
     vq: float = 1.0
     entropy: float = 0.0
     disentangle: float = 0.0
+    teacher: float = 0.0
     clip: float = 1.0
     lpips: float = 1.0
     lpips_weights: str | None = None
@@ -74,7 +76,8 @@ class LossWeights:
     def by_name(self) -> dict[str, float]:
         """Loss name -> weight, without `adversarial`, whose weight changes from step to step."""
         return {
-            name: getattr(self, name) for name in (*RECONSTRUCTION, "vq", "entropy", "disentangle", "clip")
+            name: getattr(self, name)
+            for name in (*RECONSTRUCTION, "vq", "entropy", "disentangle", "teacher", "clip")
         } | self.extra
 
 
@@ -135,6 +138,74 @@ class DiscriminatorOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherOptions:
+    """A frozen network whose features a head predicts from the codes, in runs with losses.teacher > 0.
+
+    The head is trained, saved and resumed with the run; it is not part of the model.
+
+    Attributes:
+        kind: "cosine": 1 - cosine of each token's prediction and the patch feature there (VQ-KD, TokenFlow);
+            "contrast": the predicted class token against those of the images of a group (FQGAN).
+        network: "transformers": a vision model by path or hub id; "dinov2": the discriminator's network.
+        model: path or hub id.
+        layer: output of a block, -1 the last; null = the network's final output.
+        projected: a CLIP's features behind its final norm and projection.
+        image_size: side in pixels to which images are resized; null = the network's own.
+        resize: "nearest" as FQGAN, or "bicubic".
+        mean, std: of the network's input, for pixels in [0, 1]; null = those of its preprocessor_config.json.
+        books: sub-codebooks that the head sees, from 0; null = all (TokenFlow: its semantic half).
+        head_layers, head_heads: transformer of the head; null = 1 and 12 (cosine), 3 and 8 (contrast).
+        head_width: null = 768 (cosine); of "contrast" it is the teacher's.
+        contrast_group: consecutive images of the global batch that are compared.
+    """
+
+    kind: Literal["cosine", "contrast"]
+    network: Literal["transformers", "dinov2"] = "transformers"
+    model: str | None = None
+    layer: int | None = None
+    projected: bool = False
+    image_size: int | None = None
+    resize: Literal["bicubic", "nearest"] = "bicubic"
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    books: list[int] | None = None
+    head_layers: int | None = None
+    head_heads: int | None = None
+    head_width: int | None = None
+    contrast_group: int = 32
+
+    def check(self) -> None:
+        if self.model is None:
+            raise UserError("teacher.model is missing: name the folder or hub id of a vision model.")
+        if self.layer is not None and self.layer >= 0:
+            raise UserError(f"teacher.layer is {self.layer}: blocks count from the last, -1, -2, ...")
+        for name in ("image_size", "head_layers", "head_heads", "head_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"teacher.{name} is {value}: it must be 1 or more.")
+        if self.kind == "contrast" and self.head_width is not None:
+            raise UserError("teacher.head_width: the head of kind contrast has the teacher's width.")
+        if self.std is not None and min(self.std) <= 0:
+            raise UserError(f"teacher.std is {list(self.std)}: it must be above 0.")
+
+    def check_group(self, batch_size: int, accumulation: int) -> None:
+        """Raise UserError where a group has one image, or spans several micro-batches."""
+        group, images = self.contrast_group, batch_size // accumulation
+        if self.kind != "contrast":
+            return
+        if group < 2 or images < 2 or images % group == 1:
+            raise UserError(
+                f"teacher.contrast_group is {group}, with {images} images per forward pass: a group of one "
+                "image has nothing to compare."
+            )
+        if accumulation > 1 and images % group:
+            raise UserError(
+                f"teacher.contrast_group is {group}, but engine.accumulation splits the batch into "
+                f"{images} images: their number must be a multiple of the group."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CodebookOptions:
     """Codebook initialisation and dead-code reset.
 
@@ -171,6 +242,7 @@ class TokenizerRunConfig(RunConfig):
         caption_tokenizer: path or hub id of a CLIP vocabulary, a sentencepiece tokenizer.model, or a model
             that holds one (a folder, "scenes"); null takes that of `init_from`. With other ids than those of
             `init_from` the text tower starts anew.
+        teacher: one frozen network, or several.
         reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
             contrastive loss needs large batches, the reconstruction losses do not).
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
@@ -188,6 +260,7 @@ class TokenizerRunConfig(RunConfig):
     images: ImageOptions = ImageOptions()
     losses: LossWeights
     discriminator: DiscriminatorOptions = dataclasses.field(default_factory=DiscriminatorOptions)
+    teacher: TeacherOptions | list[TeacherOptions] | None = None
     codebooks: CodebookOptions = CodebookOptions()
     reconstruct_share: float = 1.0
     ema: float | None = None
@@ -232,8 +305,22 @@ class TokenizerRunConfig(RunConfig):
             raise UserError(
                 "engine.zero_stage is 3: the tokenizer stage cannot partition its codebooks, use 0 to 2."
             )
+        if bool(self.losses.teacher) != bool(self.teachers):
+            raise UserError(
+                f"losses.teacher is {self.losses.teacher}, but the section teacher names "
+                f"{len(self.teachers)} networks: set both, or neither."
+            )
+        for teacher in self.teachers:
+            teacher.check_group(self.batch_size, self.engine.accumulation)
         if self.losses.adversarial > 0:
             self._check_gan()
+
+    @property
+    def teachers(self) -> list[TeacherOptions]:
+        """The section `teacher` as a list."""
+        if isinstance(self.teacher, TeacherOptions):
+            return [self.teacher]
+        return self.teacher or []
 
     def _check_gan(self) -> None:
         if self.discriminator.kind == "dino" and not self.discriminator.weights:

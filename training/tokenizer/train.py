@@ -34,6 +34,7 @@ from .dead_codes import DeadCodes, init_codebooks, usage_and_perplexity
 from .gan import GAN
 from .losses import build_lpips, contrastive_loss, reconstruction_losses, weighted_sum
 from .model import build_model, load_caption_tokenizer
+from .teacher import TaughtTokenizer, build_taught
 
 
 @dataclasses.dataclass
@@ -43,7 +44,8 @@ class TrainState:
     step: int
     device: torch.device
     model: UniTok
-    engine: Any  # DeepSpeed around the model
+    taught: TaughtTokenizer | None  # the model with its teachers' heads
+    engine: Any  # DeepSpeed around the model, or around `taught`
     lpips: Any
     gan: GAN | None
     dead_codes: DeadCodes
@@ -168,6 +170,8 @@ def micro_step(
     model.quantizer.start_step(seeding.torch_generator(config.seed, "quantizer", state.step))
     # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
     state.dead_codes.order = order
+    if state.taught is not None:
+        state.taught.order = order
 
     # 1. encode all images (for the contrastive loss), decode the first ones (for the reconstruction losses)
     entropy = config.losses.entropy > 0
@@ -228,6 +232,7 @@ def build_train_state(
     image_shape = model.config.image_shape
     lpips = build_lpips(config.losses.lpips_weights, image_shape, device) if config.losses.lpips else None
     gan = GAN(config, image_shape, device, micro_batch) if config.losses.adversarial else None
+    taught = build_taught(model, config, device) if config.teachers else None
 
     # 2. data
     pairs = (config.data, config.images, image_shape, captions is not None, config.seed)
@@ -244,13 +249,14 @@ def build_train_state(
     dead_codes = DeadCodes(model.quantizer, config.codebooks.reset_after, last_reset, config.seed)
 
     # 4. engine and averaged weights
-    groups = deepspeed_engine.parameter_groups(model, config.optimizer.weight_decay, config.lr_factors)
-    engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
+    trained = model if taught is None else taught
+    groups = deepspeed_engine.parameter_groups(trained, config.optimizer.weight_decay, config.lr_factors)
+    engine = deepspeed_engine.build_engine(trained, groups, config.optimizer, config.engine, micro_batch)
     if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
         model.quantizer.average_over_ranks = mean_over_ranks
         model.quantizer.gather_over_ranks = all_gather_with_grad
     ema = EMA(model, config.ema) if config.ema else None
-    return TrainState(0, device, model, engine, lpips, gan, dead_codes, ema, loader, captions)
+    return TrainState(0, device, model, taught, engine, lpips, gan, dead_codes, ema, loader, captions)
 
 
 def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState) -> MetricLogger:

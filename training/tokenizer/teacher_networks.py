@@ -1,0 +1,211 @@
+"""Frozen networks whose features a tokenizer learns to predict: any vision model, DINOv2, any callable.
+
+B images, n patches of the teacher's own grid, D width of its features.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.folder_checks import loading
+from open_unitok.tokenizer.frozen.dinov2 import DINOv2
+
+from .config import TeacherOptions
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class TeacherFeatures(NamedTuple):
+    """Features of a batch of images, float32, without gradient."""
+
+    whole: Tensor  # (B, D): the class token, or the mean of the patches of a network without one
+    patches: Tensor  # (B, D, rows, columns)
+
+
+class Teacher:
+    """A frozen network behind its own resizing and normalisation.
+
+    Args:
+        network: normalised (B, 3, S, S) images -> (B, prefix + n, D) tokens, class token first, or
+            (B, D, rows, columns); n is the largest square number, or `patch` says it.
+        width: D.
+        image_size: S, the side in pixels to which images are resized.
+        mean, std: of the network's input, for pixels in [0, 1].
+        resize: "bicubic", "nearest" (as FQGAN) or another mode of torch's interpolate.
+        patch: side of a patch in pixels, or None.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor], Tensor],
+        width: int,
+        image_size: int,
+        mean: tuple[float, ...] = _IMAGENET[0],
+        std: tuple[float, ...] = _IMAGENET[1],
+        resize: str = "bicubic",
+        patch: int | None = None,
+    ) -> None:
+        self.network, self.width, self.image_size = network, width, image_size
+        self.mean, self.std = (torch.tensor(value).view(1, 3, 1, 1) for value in (mean, std))
+        self.resize, self.patch = resize, patch
+        if isinstance(network, nn.Module):
+            network.requires_grad_(False).eval()
+
+    def to(self, device: torch.device) -> "Teacher":
+        if isinstance(self.network, nn.Module):
+            self.network.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> TeacherFeatures:
+        """(B, 3, H, W) pixels in [-1, 1] -> features.
+
+        Raises:
+            UserError: the network's output has another shape than it must have.
+        """
+        image = (pixels.float() + 1) / 2
+        size = (self.image_size, self.image_size)
+        if image.shape[-2:] != size:
+            smooth = {"align_corners": False} if self.resize in ("bicubic", "bilinear") else {}
+            image = F.interpolate(image, size=size, mode=self.resize, **smooth)
+        features = self.network((image - self.mean) / self.std).float()
+        if features.dim() == 4 and features.shape[1] == self.width:
+            return TeacherFeatures(features.mean(dim=(2, 3)), features)
+        if features.dim() != 3 or features.shape[2] != self.width:
+            raise UserError(
+                f"The teacher returns features of shape {tuple(features.shape)}: expected (images, tokens, "
+                f"{self.width}) or (images, {self.width}, rows, columns)."
+            )
+        count = features.shape[1]
+        side = self.image_size // self.patch if self.patch else math.isqrt(count)
+        if side * side > count:
+            raise UserError(f"The teacher returns {count} tokens: a grid of {side} x {side} needs more.")
+        prefix = count - side * side  # class token and registers
+        patches = features[:, prefix:].transpose(1, 2).unflatten(2, (side, side))
+        whole = features[:, 0] if prefix else patches.mean(dim=(2, 3))
+        return TeacherFeatures(whole, patches)
+
+
+def build_teacher(options: TeacherOptions) -> Teacher:
+    """The frozen network that the config names.
+
+    Raises:
+        UserError: there is no such model, or an option does not fit it.
+    """
+    return TEACHERS[options.network](options)
+
+
+def _from_transformers(options: TeacherOptions) -> Teacher:
+    """A vision model, or the vision half of a CLIP, by path or hub id."""
+    from transformers import AutoModel
+
+    path = options.model or ""
+    _check_path(path)
+    with loading(path):
+        model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+    # the pooler is not used; any other missing weight would be random
+    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
+    if missing:
+        raise UserError(f"teacher.model ({path}) lacks weights, {missing[0]} among them: it is not complete.")
+    projection = getattr(model, "visual_projection", None)
+    tower = getattr(model, "vision_model", model)
+    config = tower.config
+    size = options.image_size or config.image_size
+    norm = getattr(tower, "post_layernorm", None)
+    if options.projected and (projection is None or norm is None):
+        raise UserError(f"teacher.projected is true, but {path} is no CLIP with a visual projection.")
+    mean, std = _normalisation(options, path)
+    network = _Tower(tower, options.layer, norm, projection if options.projected else None)
+    sizes = getattr(config, "hidden_sizes", None)  # of a convolutional network
+    width = projection.out_features if options.projected else (sizes[-1] if sizes else config.hidden_size)
+    patch = None if sizes else getattr(config, "patch_size", None)
+    return Teacher(network, width, size, mean, std, options.resize, patch)
+
+
+class _Tower(nn.Module):
+    """A transformers vision model as image -> features of one layer."""
+
+    def __init__(
+        self, tower: Any, layer: int | None, norm: nn.Module | None, projection: nn.Module | None
+    ) -> None:
+        super().__init__()
+        self.tower, self.layer, self.norm, self.projection = tower, layer, norm, projection
+        # some towers resize their position embeddings only on request
+        resizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if resizes else {}
+        depth = getattr(tower.config, "num_hidden_layers", None) or len(tower.config.depths)
+        _check_layer(layer, depth)
+
+    def forward(self, image: Tensor) -> Tensor:
+        more = {"output_hidden_states": True} if self.layer is not None else {}
+        out = self.tower(pixel_values=image, **self.options, **more)
+        hidden = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
+        if self.projection is not None and self.norm is not None:
+            hidden = self.projection(self.norm(hidden))
+        return hidden
+
+
+def _normalisation(options: TeacherOptions, path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of the config, else of the model's preprocessor_config.json."""
+    if options.mean is not None and options.std is not None:
+        return options.mean, options.std
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    try:
+        stored, _ = BaseImageProcessor.get_image_processor_dict(path)
+        return tuple(stored["image_mean"]), tuple(stored["image_std"])
+    except (OSError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"teacher.model ({path}) has no preprocessor_config.json with image_mean and image_std: set "
+            "teacher.mean and teacher.std."
+        ) from None
+
+
+def _check_layer(layer: int | None, depth: int) -> None:
+    if layer is not None and layer < -depth:
+        raise UserError(f"teacher.layer is {layer}: this network has {depth} blocks, -1 to -{depth}.")
+
+
+def _check_path(path: str) -> None:
+    if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
+        raise UserError(f"teacher.model is {path!r}, but there is no such folder.")
+
+
+def _from_dinov2(options: TeacherOptions) -> Teacher:
+    """The DINOv2 of the discriminator, with its final norm."""
+    dino = DINOv2.from_file(options.model, norm=True)
+    size = options.image_size or 224 // dino.patch * dino.patch
+    if size % dino.patch:
+        raise UserError(
+            f"teacher.image_size is {size}: it must be a multiple of DINOv2's patch, {dino.patch}."
+        )
+    _check_layer(options.layer, dino.depth)
+    block = (options.layer or -1) % dino.depth
+    network = _DINOv2Tokens(dino, block, final=options.layer is None)
+    mean, std = options.mean or _IMAGENET[0], options.std or _IMAGENET[1]
+    return Teacher(network, dino.width, size, mean, std, options.resize, dino.patch)
+
+
+class _DINOv2Tokens(nn.Module):
+    def __init__(self, dino: DINOv2, block: int, final: bool) -> None:
+        super().__init__()
+        self.dino, self.block, self.final = dino, block, final
+
+    def forward(self, image: Tensor) -> Tensor:
+        (hidden,) = self.dino(image, (self.block,))
+        return self.dino.norm(hidden) if self.final and self.dino.norm is not None else hidden
+
+
+# `teacher.network`; an own network is one entry, with the features of `Teacher`.
+TEACHERS: dict[str, Callable[[TeacherOptions], Teacher]] = {
+    "transformers": _from_transformers,
+    "dinov2": _from_dinov2,
+}
