@@ -85,6 +85,24 @@ def test_images_are_turned_upright(kind, orientation):
     assert loaded.info == {} and loaded.getexif().get(0x0112) is None
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "I;16"])
+def test_tiff_files_are_turned_upright(tmp_path, mode, orientation):
+    """By their path: Pillow maps the pixels of these modes into memory."""
+    grey = Image.fromarray(np.asarray(upright().convert("L")).astype(np.uint16) * 257)
+    image = grey if mode == "I;16" else upright().convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = image.transpose(STORED[orientation]) if orientation > 1 else image
+    stored.save(tmp_path / "a.tif", exif=exif)
+    wanted = load_image(image)
+    assert load_image(tmp_path / "a.tif").tobytes() == wanted.tobytes() and wanted.size == (48, 32)
+    with Image.open(tmp_path / "a.tif") as opened:
+        assert load_image(opened).tobytes() == wanted.tobytes()
+
+
 @pytest.mark.parametrize("value", [0, 9, 99])
 def test_impossible_orientations_are_ignored(value):
     exif = Image.Exif()
