@@ -79,7 +79,7 @@ def load_image(
     Raises:
         UserError: the source is not a readable image; the message names the file.
     """
-    with _errors_in_one_line(source, formats) as name:
+    with image_errors(source, formats) as name:
         if isinstance(source, Image.Image):
             return _decode(source, name, None, max_side)
         with open_image_file(source, formats) as image:
@@ -92,8 +92,25 @@ def header_size(source: str | os.PathLike[str] | bytes, formats: Sequence[str] =
     Raises:
         UserError: the source does not begin like an image.
     """
-    with _errors_in_one_line(source, formats), open_image_file(source, formats) as image:
+    with image_errors(source, formats), open_image_file(source, formats) as image:
         return image.size
+
+
+@contextlib.contextmanager
+def image_errors(source: ImageSource, formats: Sequence[str] = FORMATS) -> Iterator[str]:
+    """The name of the source in errors; Pillow's errors become UserErrors, its warnings are dropped."""
+    name = "The given content" if isinstance(source, bytes) else str(source)
+    name = "The given image" if isinstance(source, Image.Image) else name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield name
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{name} has too many pixels to decode: {error}") from error
+    except UserError:
+        raise
+    except PILLOW_ERRORS as error:
+        raise UserError(f"{name} is not a readable image: {_reason(source, error, formats)}") from error
 
 
 def open_image_file(source: str | os.PathLike[str] | bytes, formats: Sequence[str] = FORMATS) -> Image.Image:
@@ -194,23 +211,6 @@ def image_psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio in dB of two images of equal size; infinite where they are equal."""
     error = float(np.mean((np.asarray(a, dtype=np.float64) - np.asarray(b, dtype=np.float64)) ** 2))
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
-
-
-@contextlib.contextmanager
-def _errors_in_one_line(source: ImageSource, formats: Sequence[str]) -> Iterator[str]:
-    """The name of the source in errors; Pillow's errors become UserErrors, its warnings are dropped."""
-    name = "The given content" if isinstance(source, bytes) else str(source)
-    name = "The given image" if isinstance(source, Image.Image) else name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield name
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has too many pixels to decode: {error}") from error
-    except UserError:
-        raise
-    except PILLOW_ERRORS as error:
-        raise UserError(f"{name} is not a readable image: {_reason(source, error, formats)}") from error
 
 
 def _decode(

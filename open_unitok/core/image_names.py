@@ -10,7 +10,7 @@ from typing import NamedTuple
 # of image files, in lower case; compare without case
 IMAGE_SUFFIXES = (
     ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jpe",
-    ".jfif", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
+    ".jfif", ".jp2", ".dib", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico",
 )  # fmt: skip
 _SHOWN = 3  # names per reason in a note
 _VECTOR_SUFFIXES = (".svg", ".svgz", ".eps", ".pdf", ".ai")

@@ -24,7 +24,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, write_json
 from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json
-from open_unitok.tokenizer.images import PILLOW_ERRORS, is_plain, load_image, open_image_file
+from open_unitok.tokenizer.images import image_errors, is_plain, load_image, open_image_file
 
 from .captions import CAPTION_CHOICES
 from .formats import SOURCE_FORMATS, Source, SourceSample
@@ -233,14 +233,14 @@ def read_upright(path: Path, size: int | None = None) -> tuple[str, bytes]:
     """
     try:
         data = path.read_bytes()
-        with open_image_file(data) as image:
+        with image_errors(data), open_image_file(data) as image:
             kind = image.format
             lossy = kind in ("JPEG", "MPO") and image.mode != "CMYK"
             larger = size is not None and min(image.size) > size
             if not larger and is_plain(image) and kind in _KEPT_FORMATS:
                 return _KEPT_FORMATS[kind], data
         upright = load_image(data, needed=(size, size) if larger and size else None)
-    except (*PILLOW_ERRORS, UserError) as error:
+    except (OSError, UserError) as error:
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise BadSample(f"{path}: {reason}") from error
     if larger and size:
