@@ -22,13 +22,12 @@ _COMPANIONS = (
 
 
 class ImageFiles(NamedTuple):
-    """Sorted paths of images below a folder, and the paths left out by reason.
-
-    Captions, annotations and other companions are neither.
-    """
+    """Sorted paths of images below a folder, the paths left out by reason, and the files that lie beside
+    images: captions, annotations, shards."""
 
     images: list[Path]
     left_out: dict[str, list[Path]]
+    companions: list[Path]
 
     def note(self, folder: str | os.PathLike[str]) -> str:
         """One line that counts and names what is left out; "" if nothing is."""
@@ -47,6 +46,7 @@ def find_images(folder: str | os.PathLike[str], recursive: bool = True) -> Image
     """
     images: list[Path] = []
     left_out: dict[str, list[Path]] = {}
+    companions: list[Path] = []
     for path, reason in _walk(Path(folder), recursive):
         if reason:
             left_out.setdefault(reason, []).append(path)
@@ -55,9 +55,12 @@ def find_images(folder: str | os.PathLike[str], recursive: bool = True) -> Image
         elif path.suffix.lower() in _VECTOR_SUFFIXES:
             kind = path.suffix.lower()[1:]
             left_out.setdefault(f"{kind} files, which are not read", []).append(path)
-        elif path.suffix.lower() not in _COMPANIONS:
+        elif path.suffix.lower() in _COMPANIONS:
+            companions.append(path)
+        else:
             left_out.setdefault("files with another suffix", []).append(path)
-    return ImageFiles(sorted(images), {reason: sorted(paths) for reason, paths in left_out.items()})
+    sorted_out = {reason: sorted(paths) for reason, paths in left_out.items()}
+    return ImageFiles(sorted(images), sorted_out, sorted(companions))
 
 
 def is_image_name(name: str | os.PathLike[str]) -> bool:

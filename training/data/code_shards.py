@@ -116,13 +116,15 @@ class CodeFolder:
         Raises:
             BadSample: no image has the name, or several do and their codes differ.
         """
-        name = image_name(name, self.roots)
+        given, name = name.removeprefix("./"), image_name(name, self.roots)
         keys = dict.fromkeys((image_key(name), hashed_image_key(name), name.rpartition(".")[0]))
         near = [place for key in keys for place in self.places.get(key, ())]
         # keys that a conversion shortened or changed: look for the stored names
-        found = self._named(name, near) or self._named(name, self._places_by_file.get(name, ()))
-        if not found:
+        samples = self._named(name, near) or self._named(name, self._places_by_file.get(name, ()))
+        if not samples:
             raise BadSample(f"has the image {name}, which is not in {self.folder}")
+        # two names may differ in the form of a letter alone
+        found = [s.codes for s in samples if s.info.get("file") == given] or [s.codes for s in samples]
         if any(not np.array_equal(found[0], other) for other in found[1:]):
             raise BadSample(f"has the image {name}, which {len(found)} images in {self.folder} are called")
         return found[0]
@@ -147,13 +149,13 @@ class CodeFolder:
                 places.setdefault(image_name(self._record(place).json()["file"]), []).append(place)
         return places
 
-    def _named(self, name: str, places: Iterable[MemberOffsets]) -> list[np.ndarray]:
-        """The codes of the images in `places` that have this name."""
+    def _named(self, name: str, places: Iterable[MemberOffsets]) -> list[CodeSample]:
+        """The samples in `places` whose one image has this name."""
         samples = [self._parse(self._record(place)) for place in places]
         named = [s for s in samples if "file" in s.info and image_name(str(s.info["file"])) == name]
         # older folders do not store names: there the key decides
         found = named or [sample for sample in samples if "file" not in sample.info]
-        return [sample.codes for sample in found if sample.codes.ndim == 2]
+        return [sample for sample in found if sample.codes.ndim == 2]
 
     def _record(self, place: MemberOffsets) -> TarSample:
         path = str(self.folder / self.manifest["shards"][place.shard]["file"])

@@ -21,6 +21,7 @@ from .records import conversation_turns, file_of_image, image_key, image_names, 
 from .tar_index import BadSample
 
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+_TEXT_SUFFIXES = (".txt", ".caption")  # of the captions beside an image
 # keys of a metadata record, in the order of preference
 _FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
 
@@ -92,11 +93,15 @@ def _named_images(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
 
 def _images_with_texts(source: Source) -> Iterator[tuple[str, dict[str, Any], str]]:
     found = find_images(source.path)
+    texts = [find_sibling(path, _TEXT_SUFFIXES) for path in found.images]
+    used = set(texts)
+    lone = [p for p in found.companions if p.suffix.lower() in _TEXT_SUFFIXES and p not in used]
+    if lone:
+        found.left_out["texts without an image"] = lone
     if note := found.note(source.path):
         tqdm.write(f"data: {note}", file=sys.stderr)
-    for path in found.images:
+    for path, text in zip(found.images, texts):
         name, captions, problem = path.relative_to(source.path).as_posix(), [], ""
-        text = find_sibling(path, (".txt", ".caption"))
         if source.captions == "name":
             captions = name_captions(name)
         elif text is not None:

@@ -47,13 +47,16 @@ def image_folder(tmp_path):
             )
     (tmp_path / "images" / ".hidden.png").write_bytes(b"")
     (tmp_path / "images" / "notes.md").write_text("mine")
+    (tmp_path / "images" / "more" / "lonely.TXT").write_text("of no image")
     return tmp_path / "images"
 
 
 def test_a_folder_of_images_with_texts(image_folder, tmp_path, capsys):
     out = tmp_path / "tars"
     run(["data", "convert", "folder", str(image_folder), str(out), "--shard", "8"])
-    assert "20 samples, 20 images, 1 without a caption" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "20 samples, 20 images, 1 without a caption" in printed.out
+    assert "1 hidden (.hidden.png); 1 texts without an image (more/lonely.TXT)" in printed.err
     assert sorted(p.name for p in out.glob("*.tar")) == [f"part-00000{i}.tar" for i in range(3)]
     found = samples(out)
     assert len(found) == 20

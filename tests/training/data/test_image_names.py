@@ -25,7 +25,7 @@ NAMES = (
     "x.png", "x.jpg", "UP.JPG", "v1.0.png", "v1.1.png", "2024.01.png", "2024.02.png", "sub/cat.png",
     "a b.c.png", "sub.cat.png", "😀.png", "😎.png", "-dash.png", "__.png", "__x__.png", "two.PNG",
     "k" * 150 + ".png", "k" * 150 + "2.png", "日" * 70 + ".png", "(1).png", "a+b&c=d.png",
-    "sub dir/ü/é.png", "a_b-2.png", "%41.png",
+    "sub dir/ü/é.png", "sub dir/ü/e\u0301.png", "a_b-2.png", "%41.png", "new\nline.png", "a..png",
 )  # fmt: skip
 
 
