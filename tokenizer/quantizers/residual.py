@@ -68,9 +68,8 @@ class ResidualQuantizer(Quantizer):
         self.inner.counts_usage = False  # counted here, once for all scales
         self.scales, self.detach, self.scale_drop = list(scales), detach, scale_drop
         self.grid = (self.scales[-1], self.scales[-1])
-        self.row_norm, self.row_blocks = built.row_norm, built.row_blocks
-        self.reads = built.reads
-        self.moves_rows, self.trains_rows = built.moves_rows, built.trains_rows
+        for name in ("row_norm", "row_blocks", "sums_rows", "reads", "moves_rows", "trains_rows"):
+            setattr(self, name, getattr(built, name))
         self.semantic_dim: int | None = getattr(built, "semantic_dim", None)
         self.skip: int | None = None
         # a separately normalised block has convolutions of its own

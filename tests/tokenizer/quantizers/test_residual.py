@@ -179,8 +179,9 @@ def test_resizing():
     assert torch.equal(quantizer._upsample(tokens(grid), 1, [1, 8]), grid)
 
 
-@pytest.mark.parametrize("inner", sorted(set(QUANTIZERS) - {"residual"}))
+@pytest.mark.parametrize("inner", sorted(set(QUANTIZERS) - {"residual", "language"}))
 def test_decode_equals_the_evaluation_forward(inner):
+    """Over any other quantiser; "language" has three codes per token and word lists."""
     quantizer = make([1, 2, 4], 8, 32, inner=inner).eval()
     latents = torch.randn(3, 16, 8)
     out = quantizer(latents)
@@ -316,3 +317,53 @@ def test_scales_and_shared_convolutions_are_in_the_fingerprint(tiny_config):
 
     kinds = [{"scales": [1, 2, 4]}, {"scales": [1, 4]}, {"scales": [1, 4], "shared_convolutions": 1}]
     assert len({fingerprint(**kind) for kind in kinds}) == 3
+
+
+# ---- learning --------------------------------------------------------------------------------------------
+
+
+def smooth_latents(width):
+    """(8, 64, width) tokens of 8 x 8 grids that a pyramid can describe, standard deviation 1."""
+    grid = F.interpolate(torch.randn(8, width, 3, 3), (8, 8), mode="bicubic")
+    return tokens(grid / grid.std())
+
+
+def test_coda_learns_latents_and_then_every_scale_helps():
+    quantizer = make([1, 2, 4, 8], 4, 64, inner="attention", detach=False)
+    for parameter in quantizer.inner.value.parameters():
+        parameter.data.mul_(0.1)  # near zero rows at first: scales do not overshoot
+    latents = smooth_latents(4)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), 1e-2)
+    for _ in range(70):
+        out = quantizer(latents, entropy=True)
+        reconstruction = F.mse_loss(out.quantised, latents)
+        optimizer.zero_grad()
+        (reconstruction + out.losses["vq"] + 0.05 * out.losses["entropy"]).backward()
+        optimizer.step()
+    codes = quantizer.encode(latents)
+    energies = [F.mse_loss(quantizer.embed(codes[:, :n]), latents).item() for n in (1, 5, 21, 85)]
+    assert energies == sorted(energies, reverse=True) and energies[0] < 1 and energies[-1] < 0.15
+    assert len(codes.unique()) > 50
+
+
+def test_tokenflow_learns_pixels_and_features():
+    inner = {"inner": "shared_index", "inner_options": {"block_widths": [8, 4]}}
+    quantizer = make([1, 2, 4, 8], 12, 64, **inner)
+    inputs = smooth_latents(6)
+    features = torch.tanh(inputs @ torch.randn(6, 10))
+    encoder, pixel, semantic = torch.nn.Linear(6, 12), torch.nn.Linear(4, 6), torch.nn.Linear(8, 10)
+    optimizer = torch.optim.AdamW(
+        [*quantizer.parameters(), *(p for m in (encoder, pixel, semantic) for p in m.parameters())], 1e-2
+    )
+    found = []
+    for _ in range(70):
+        out = quantizer(encoder(inputs))
+        first, second = out.quantised.split([8, 4], dim=-1)
+        reconstruction = F.mse_loss(pixel(second), inputs)
+        teacher = (1 - F.cosine_similarity(semantic(first), features, dim=-1)).mean()
+        found.append((reconstruction.item(), teacher.item(), out.losses["vq"].item()))
+        optimizer.zero_grad()
+        (reconstruction + teacher + out.losses["vq"]).backward()
+        optimizer.step()
+    for before, after, share in zip(found[0], found[-1], (0.5, 0.25, 0.6)):
+        assert after < share * before
