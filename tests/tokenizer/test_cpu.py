@@ -137,12 +137,12 @@ if sys.argv[1] == "busy":
 torch.manual_seed(0)
 config = UniTokConfig(
     image_size=64, stem_width=32, stage_widths=(32, 64), stage_depths=(1, 1), hidden_size=256,
-    num_hidden_layers=2, num_attention_heads=4, decoder_widths=(64, 32), decoder_depths=(1, 1),
+    num_hidden_layers=1, num_attention_heads=4, decoder_widths=(64, 32), decoder_depths=(1, 1),
     codebook_size=4096, text_hidden_size=32, text_num_layers=1, text_num_heads=2, text_vocab_size=32,
 )
 model = UniTok(config).eval()
 torch.nn.init.normal_(model.quantizer.codebooks)
-image = torch.rand(8, 3, 64, 64) * 2 - 1
+image = torch.rand(2, 3, 64, 64) * 2 - 1
 latents = model.encode_latents(image)
 print(hashlib.sha256(model.encode(image).numpy().tobytes() + latents.detach().numpy().tobytes()).hexdigest())
 stop.set()
