@@ -22,6 +22,7 @@ from ..core.annotations import require_mostly_valid
 from ..core.benchmark import Metric, Options, Record, Sample, Scored, Task, malformed_sample
 from ..core.bootstrap import bootstrap, mean_columns
 from ..core.image_files import list_images, open_images
+from .zeroshot import read_class_list
 
 # features (F,) of an image, by option value
 POOLINGS = {
@@ -37,7 +38,11 @@ Probe = Callable[[Tensor], Tensor]
 
 
 def load(data: Path, settings: Options) -> Task:
-    """`train` and `val` of ImageNet (`imagenet.find_labelled_images`), or with a folder per class in each."""
+    """`train` and `val` of ImageNet (`imagenet.find_labelled_images`), or with a folder per class in each.
+
+    Or a class list of `zeroshot`, whose key "train" names another one, relative to it, with the training
+    images.
+    """
     pooling = settings.pooling or "embedding"
     if pooling not in POOLINGS:
         raise UserError(f"pooling is {pooling!r}." + did_you_mean(pooling, POOLINGS))
@@ -57,6 +62,8 @@ def load(data: Path, settings: Options) -> Task:
 
 def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], list[str]]:
     """(image, class) pairs of train and val, and the names of the classes."""
+    if data.is_file():
+        return _listed_images(data)
     for part in ("train", "val"):
         if not (data / part).is_dir():
             raise UserError(f"{data} has no folder {part}; a linear probe needs train/ and val/.")
@@ -80,6 +87,26 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], li
     if not train or not val:
         raise UserError(f"{data}: train/ holds {len(train)} images, val/ {len(val)}; both must contain some.")
     return {"train": train, "val": val}, names
+
+
+def _listed_images(path: Path) -> tuple[dict[str, imagenet.LabelledImages], list[str]]:
+    """As `_labelled_images`, of a class list and the one that its key "train" names."""
+    names, val, content = read_class_list(path)
+    if not isinstance(content.get("train"), str):
+        raise UserError(f'{path} has no "train", the class list with the training images of a linear probe.')
+    classes, train, _ = read_class_list(path.parent / content["train"])
+    known = list(classes.values())
+    unknown = next((name for name in names.values() if name not in known), None)
+    if unknown is not None:
+        raise UserError(f"{path} has the class {unknown!r}, which {content['train']} does not have.")
+    # the training list numbers the classes
+    numbers = [known.index(name) for name in names.values()]
+    val = [(image, n if isinstance(n, UserError) else numbers[n]) for image, n in val]
+    if not train or not val:
+        raise UserError(
+            f"{path} lists {len(val)} images, {content['train']} {len(train)}; both must list some."
+        )
+    return {"train": train, "val": val}, known
 
 
 def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Record]:

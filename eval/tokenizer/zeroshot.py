@@ -61,21 +61,12 @@ def _load_class_list(path: Path, settings: Options) -> Task:
     A class has a folder of images, or images listed under "images", {file: class}, or none: it is then a
     wrong choice for the images of the others.
     """
-    content: Any = read_lines(path) if path.suffix == ".txt" else read_json(path)
-    content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
-    listed = content["classes"]
-    # a list of names, or folder -> name
-    if isinstance(listed, list):
-        listed = {name: name for name in listed}
-    names: dict[str, str] = require_type(dict, listed, f"{path}, classes")
-    if len(names) < 2 or not all(isinstance(name, str) and name.strip() for name in names.values()):
-        raise UserError(f"{path}: classes must be two names or more, got {list(names.values())[:3]}.")
+    names, files, content = read_class_list(path)
     own = content.get("templates")
     templates = own or clip_templates()
     # a template without {} would give all classes the same prompt
     if bad := [t for t in templates if str(t).count("{}") != 1]:
         raise UserError(f"{path}: template {bad[0]!r} must contain {{}} exactly once.")
-    files = _images_of_classes(path, names, content.get("images") or {})
     if not files:
         raise UserError(
             f"{path}: there are no images of its {len(names)} classes: neither a folder of a class nor "
@@ -91,6 +82,24 @@ def _load_class_list(path: Path, settings: Options) -> Task:
     kept = files[: settings.limit]
     task = _zeroshot_task(kept, prompts, class_names, [False] * len(files), metadata, settings)
     return task._replace(problems=problems)
+
+
+def read_class_list(path: Path) -> tuple[dict[str, str], imagenet.LabelledImages, dict[str, Any]]:
+    """Of `classes.json` or `classes.txt`: the classes (folder -> name), (image, class number), the content.
+
+    Raises:
+        UserError: fewer than two classes, or one without a name.
+    """
+    content: Any = read_lines(path) if path.suffix == ".txt" else read_json(existing(path))
+    content = content if isinstance(content, dict) and "classes" in content else {"classes": content}
+    listed = content["classes"]
+    # a list of names, or folder -> name
+    if isinstance(listed, list):
+        listed = {name: name for name in listed}
+    names: dict[str, str] = require_type(dict, listed, f"{path}, classes")
+    if len(names) < 2 or not all(isinstance(name, str) and name.strip() for name in names.values()):
+        raise UserError(f"{path}: classes must be two names or more, got {list(names.values())[:3]}.")
+    return names, _images_of_classes(path, names, content.get("images") or {}), content
 
 
 def _images_of_classes(path: Path, names: dict[str, str], images: Any) -> imagenet.LabelledImages:

@@ -53,3 +53,11 @@ def train_text_tokenizer(
             "Raise the size of the vocabulary."
         ) from error
     return model.getvalue()
+
+
+def prompt_lines(count: int) -> list[str]:
+    """The words of the prompts around `count` texts, repeated so that BPE merges each into few tokens."""
+    from open_unitok.mllm.prompts import TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL  # loads torch
+
+    words = {word for t in TEMPLATES.values() for word in (f"{t.user}:", f"{t.assistant}:", t.system) if word}
+    return [*sorted(words), TEXT_TO_IMAGE_INSTRUCTION.strip(), UNCONDITIONAL] * (1 + count // 100)

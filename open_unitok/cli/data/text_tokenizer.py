@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Train and write the model, which stage 1 names in `caption_tokenizer` and stage 2 in
     `model.text_tokenizer`."""
-    from open_unitok.mllm.prompts import TEMPLATES, TEXT_TO_IMAGE_INSTRUCTION, UNCONDITIONAL
-    from open_unitok.training.core.text_tokenizer import train_text_tokenizer
+    from open_unitok.training.core.text_tokenizer import prompt_lines, train_text_tokenizer
     from open_unitok.training.data.text import dataset_texts
 
     if args.vocab_size < 1 or args.max_lines < 1:
@@ -51,12 +50,8 @@ def run(args: argparse.Namespace) -> None:
     ]
     if not lines:
         raise UserError(f"{' '.join(args.data)}: there is no caption and no text.")
-    # repeated, so that BPE merges the words of the prompts into few tokens, without crowding out own words
-    speakers = sorted({f"{name}:" for t in TEMPLATES.values() for name in (t.user, t.assistant)})
-    prompts = speakers * (2 + len(lines) // 100)
-    prompts += [TEXT_TO_IMAGE_INSTRUCTION.strip(), UNCONDITIONAL] * (len(lines) // 100)
     # rare characters become bytes: with all of them CJK texts would fill a small vocabulary
-    model = train_text_tokenizer(lines + prompts, args.vocab_size, 0.9995, args.max_lines)
+    model = train_text_tokenizer(lines + prompt_lines(len(lines)), args.vocab_size, 0.9995, args.max_lines)
     write_atomic(out, model)
     print(f"{out}: {_size(model):,} ids from {len(lines):,} lines")
 

@@ -1,6 +1,8 @@
 """Zero-shot classification with a class list, with a folder for every class, for some, or for none."""
 
 import json
+import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -100,3 +102,64 @@ def test_a_wrong_list_is_one_line(tmp_path, content, message):
     (tmp_path / "classes.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message.replace("{}", r"\{\}")):
         run(tmp_path, tmp_path / "out")
+
+
+# ---- linear probe ----------------------------------------------------------------------------------------
+
+
+class Colours:
+    """Features are the colour of the first pixel."""
+
+    device = "cpu"
+
+    def describe(self):
+        return {"path": "colours", "kind": "tokenizer", "fingerprint": "0"}
+
+    def features(self, images, pooling):
+        return np.array([np.asarray(image)[0, 0] for image in images], np.float32) / 255
+
+
+def write_lists(folder, **changes):
+    """train/list.json with images in a tar, test/list.json with files and its classes in another order."""
+    (folder / "train").mkdir()
+    with tarfile.open(folder / "train" / "images.tar", "w") as tar:
+        for n in range(12):
+            save(folder / "one.png", list(COLOURS)[n % 3])
+            tar.add(folder / "one.png", f"{n:02d}.png")
+    listed = {f"images.tar/{n:02d}.png": list(COLOURS)[n % 3] for n in range(12)}
+    train = {"classes": list(COLOURS), "images": listed}
+    images = {f"images/{colour}.png": colour for colour in COLOURS}
+    for name, colour in images.items():
+        save(folder / "test" / name, colour)
+    test = {"classes": sorted(COLOURS), "images": images, "train": "../train/list.json"} | changes
+    for name, content in (("train", train), ("test", test)):
+        (folder / name / "list.json").write_text(json.dumps(content))
+    return folder / "test" / "list.json"
+
+
+def test_a_linear_probe_takes_two_class_lists(tmp_path):
+    """The training list numbers the classes; an image of no class is malformed, not a right answer."""
+    data = write_lists(tmp_path)
+    result = run_named("linear_probe", Colours(), data, tmp_path / "out", {}, quiet=True)
+    assert result["value"] == result["metrics"]["top1"]["value"] == 1.0
+    assert result["metrics"]["top1"]["n"] == 3 and result["details"]["training images"] == 12
+    wrong = {"images/red.png": "blue", "images/blue.png": "blue", "images/green.png": "pink"}
+    (tmp_path / "other").mkdir()
+    data = write_lists(tmp_path / "other", images=wrong)
+    result = run_named("linear_probe", Colours(), data, tmp_path / "out2", {}, quiet=True)
+    assert result["value"] == pytest.approx(1 / 3) and result["malformed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": None}, 'has no "train", the class list with the training images'),
+        ({"train": "nowhere.json"}, "nowhere.json does not exist"),
+        ({"classes": ["red", "pink"]}, "has the class 'pink', which ../train/list.json does not have"),
+        ({"images": {}}, "lists 0 images, ../train/list.json 12"),
+    ],
+)
+def test_wrong_lists_of_a_linear_probe(tmp_path, changes, message):
+    data = write_lists(tmp_path, **changes)
+    with pytest.raises(UserError, match=re.escape(message)):
+        run_named("linear_probe", Colours(), data, tmp_path / "out", {}, quiet=True)

@@ -1,0 +1,198 @@
+"""Writes the emoji as webdataset shards and held-out splits, in the layouts that training and `eval` read.
+
+The same packages give the same bytes. Every file is renamed into place and `emoji.json` is written last: a
+folder that has it is finished, an interrupted run resumes. The images are checked against `splits.json`.
+"""
+
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL
+from tqdm import tqdm
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import write_atomic, write_json
+from open_unitok.core.text_files import read_json, read_text
+
+from ..core.text_tokenizer import prompt_lines, train_text_tokenizer
+from ..data.tar_files import tar_writer, write_sample
+from .packages import EMOJI_PACKAGES, STYLES, EmojiImage, package_folders, read_emoji
+from .splits import SIZES, SPLITS, check_sources, load_frozen, pixel_hash, render_emoji, split_of
+
+_FINISHED = "emoji.json"
+_UNFINISHED = "unfinished.json"
+SHARD = 1000  # images per tar
+VOCABULARY = 2000  # of the text tokenizer: the captions have 1,700 words
+_TEMPLATES = {"category": ["{}"], "style": ["{} style"]}  # prompts of zero-shot classes
+
+
+def write_emoji(
+    out: str | Path, size: int = 64, packages: Sequence[str | Path] = (), progress: bool = True
+) -> dict[str, Any]:
+    """Write the data set below `out`, unless it is finished; returns the content of `emoji.json`.
+
+    Args:
+        size: side of the images in pixels, one of `SIZES`.
+        packages: folders or files of the npm packages; none: npm fetches them.
+
+    Raises:
+        UserError: the size is not one of them, `out` has other contents, or the packages are not available or
+            not the ones that the splits were made of.
+    """
+    if size not in SIZES:
+        raise UserError(f"--size is {size}; it must be {' or '.join(map(str, SIZES))}.")
+    out, frozen = Path(out), load_frozen()
+    wanted = {"size": size, "packages": frozen["packages"]}
+    finished = _open_folder(out, wanted)
+    if finished is not None:
+        return finished
+    write_json(out / _UNFINISHED, wanted)
+    with package_folders(packages) as folders:
+        images = read_emoji(folders)
+        check_sources(images, frozen)
+        splits: dict[str, list[EmojiImage]] = {split: [] for split in SPLITS}
+        # an order of hashes: styles and categories are mixed in every tar
+        for image in sorted(images, key=lambda image: hashlib.sha256(image.key.encode()).digest()):
+            splits[split_of(image, frozen)].append(image)
+        counts = {split: len(group) for split, group in splits.items()}
+        if counts != frozen["splits"]:
+            raise UserError(f"The splits are {counts}, expected {frozen['splits']}: splits.json is damaged.")
+        # a held-out split may lack a class, which is then a wrong choice
+        classes = {label: sorted({_label(label, image) for image in images}) for label in _TEMPLATES}
+        for split, group in splits.items():
+            for label, names in classes.items():
+                write_json(out / split / f"{label}.json", _class_list(label, names, group, split))
+        with tqdm(total=len(images), desc="emoji", unit=" images", disable=not progress) as bar:
+            pixels = {split: _write_split(out / split, group, size, bar) for split, group in splits.items()}
+        _write_text(out / "text" / "tokenizer.model", splits["train"])
+        write_atomic(out / "README.md", _readme(counts, size, folders))
+    differing = [split for split in SPLITS if pixels[split] != frozen["pixels"][str(size)][split]]
+    facts = {**wanted, "images": counts, "pixels": pixels, "differing": differing, "pillow": PIL.__version__}
+    write_json(out / _FINISHED, facts)
+    (out / _UNFINISHED).unlink(missing_ok=True)
+    return facts
+
+
+def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """The facts of a finished folder of the same settings, else None; removes an unfinished one of others."""
+    if (out / _FINISHED).exists():
+        found = read_json(out / _FINISHED)
+        if isinstance(found, dict) and {key: found.get(key) for key in wanted} == wanted:
+            return found
+        size = found.get("size") if isinstance(found, dict) else None
+        raise UserError(f"{out} holds emoji of other settings (size {size}); choose another --out.")
+    if (out / _UNFINISHED).exists():
+        if read_json(out / _UNFINISHED) != wanted:
+            for name in (*SPLITS, "text"):
+                shutil.rmtree(out / name, ignore_errors=True)
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} holds files that are not the emoji data set; choose an empty or new folder.")
+    return None
+
+
+# ---- splits ------------------------------------------------------------------------------------------------
+
+
+def _write_split(folder: Path, images: Sequence[EmojiImage], size: int, bar: tqdm) -> str:
+    """Write the tars of a split and, if it is held out, its image files; returns its pixel hash."""
+    digests = {}
+    for number, start in enumerate(range(0, len(images), SHARD)):
+        buffer = io.BytesIO()
+        with tar_writer(buffer) as writer:
+            for image in images[start : start + SHARD]:
+                rendered, png = render_emoji(image.file, size), io.BytesIO()
+                digests[image.key] = hashlib.sha256(rendered.tobytes()).digest()
+                rendered.save(png, "PNG")
+                write_sample(writer, image.key, _members(image, png.getvalue()))
+                if folder.name != "train":
+                    _write_missing(folder / "images" / f"{image.key}.png", png.getvalue())
+                bar.update()
+        _write_missing(folder / _tar_name(number), buffer.getvalue())
+    if folder.name != "train":
+        # retrieval takes the first caption: the name alone stands for three images of `unseen`
+        rows = [{"file": f"images/{i.key}.png", "captions": captions_of(i)[::-1]} for i in images]
+        write_json(folder / "captions.json", rows)
+    return pixel_hash(digests)
+
+
+def _tar_name(number: int) -> str:
+    return f"emoji-{number:06d}.tar"
+
+
+def _write_missing(path: Path, content: bytes) -> None:
+    """Write a file that an interrupted run has not; one that exists is complete."""
+    if not path.exists():
+        write_atomic(path, content)
+
+
+def captions_of(image: EmojiImage) -> list[str]:
+    """The captions of an image: its name, and with its style."""
+    return [image.emoji.name, f"{image.emoji.name}, {STYLES[image.style].title} style"]
+
+
+def _members(image: EmojiImage, png: bytes) -> dict[str, bytes]:
+    """The files of a sample: image, captions, and captions with labels."""
+    captions, emoji = captions_of(image), image.emoji
+    record = {"captions": captions, "name": emoji.name, "style": STYLES[image.style].title}
+    record |= {"category": emoji.category, "subcategory": emoji.subcategory, "code_points": emoji.code}
+    return {
+        "png": png,
+        "txt": "".join(caption + "\n" for caption in captions).encode(),
+        "json": json.dumps(record, ensure_ascii=False).encode(),
+    }
+
+
+def _class_list(label: str, names: list[str], images: Sequence[EmojiImage], split: str) -> dict[str, Any]:
+    """What `eval`'s zero-shot classification and linear probe read: classes, prompts, {file: class}."""
+    found: dict[str, Any] = {"classes": names, "templates": _TEMPLATES[label]}
+    # held-out images are files, trained ones lie in the tars
+    places = [f"{_tar_name(n // SHARD)}/" if split == "train" else "images/" for n in range(len(images))]
+    found["images"] = {f"{place}{i.key}.png": _label(label, i) for place, i in zip(places, images)}
+    return found if split == "train" else {**found, "train": f"../train/{label}.json"}
+
+
+def _label(label: str, image: EmojiImage) -> str:
+    return image.emoji.category if label == "category" else STYLES[image.style].title
+
+
+def _write_text(path: Path, images: Sequence[EmojiImage]) -> None:
+    """A text tokenizer of the trained captions, for both stages; held-out names are spelt with its pieces."""
+    if not path.exists():
+        captions = [caption for image in images for caption in captions_of(image)]
+        write_atomic(path, train_text_tokenizer(captions + prompt_lines(len(captions)), VOCABULARY))
+
+
+# ---- licences ----------------------------------------------------------------------------------------------
+
+_README = """# Emoji in three styles
+
+{total:,} image-caption pairs of {size} x {size} pixels: {counts}. Written by `unitok data emoji`.
+
+The images were composited on white and scaled; nothing else was changed.
+
+{styles}
+
+Captions, categories and code points: emoji-datasource, Copyright Cal Henderson, MIT License. Apple's and
+Facebook's images are not used: they have no licence that allows it. Whoever passes the images on, or a model
+that reproduces them, names these authors and licences.
+
+## emoji-datasource (its text of the MIT License also holds for Fluent Emoji, under Microsoft's copyright)
+
+{licence}"""
+
+
+def _readme(counts: Mapping[str, int], size: int, folders: Mapping[str, Path]) -> str:
+    """Licences and attribution of the images."""
+    styles = "\n".join(
+        f"- **{p.title}** (npm {p.spec}): {p.attribution}. Licence: {p.licence}." for p in EMOJI_PACKAGES
+    )
+    listed = ", ".join(f"{split} {count:,}" for split, count in counts.items())
+    licence = read_text(folders[EMOJI_PACKAGES[0].style] / "LICENSE").strip() + "\n"
+    return _README.format(
+        total=sum(counts.values()), size=size, counts=listed, styles=styles, licence=licence
+    )
