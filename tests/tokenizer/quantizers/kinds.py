@@ -15,9 +15,7 @@ class Kind(NamedTuple):
     options: dict[str, Any] = {}  # quantizer_options
     model: dict[str, Any] = {}  # further fields of UniTokConfig
     entropy: bool = False  # whether there is an entropy loss
-    codebooks: dict[
-        str, Any
-    ] = {}  # the section `codebooks` of runs on several ranks; {} = all that it allows
+    codebooks: dict[str, Any] = {}  # that section of runs on several ranks; {} = all that is allowed
     state: tuple[str, ...] = ()  # what its training keeps beside parameters, usage and calls
     # beginning of a trainable parameter's name -> why the losses of a step give it no gradient
     no_gradient: dict[str, str] = {}
@@ -37,6 +35,14 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         {"scales": [1, 2]},
         entropy=True,
         other_codes=({"inner": "nearest"}, {"detach": False}),
+    ),
+    "language": Kind(
+        {"adjectives": 16, "nouns": 12, "word_dim": 8, "hidden": 8},
+        {"num_codebooks": 3, "codebook_dim": 8},
+        state=("vectors", "edges", "is_set"),
+    ),
+    "language_map": Kind(
+        {"word_dim": 8, "hidden": 8}, entropy=True, state=("vectors", "edges", "is_set")
     ),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
