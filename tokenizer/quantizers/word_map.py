@@ -117,11 +117,13 @@ class WordMap(nn.Module):
 
     def _rows(self, step: Tensor | None) -> Tensor:
         with exact_float32(self.vectors.device):
-            graph = self._graph() if self.kind == "gcn" else None
+            # on the meta device operations are counted alone: it has neither sparse products nor a step
+            meta = self.vectors.is_meta
+            graph = self._graph() if self.kind == "gcn" and not meta else None
             vectors = self.vectors.float()
             hidden = _apply(self.first, vectors if graph is None else torch.sparse.mm(graph, vectors))
             hidden = F.relu(hidden) if self.kind == "gcn" else F.leaky_relu(hidden, LEAK)
-            if step is not None and self.dropout:
+            if step is not None and self.dropout and not meta:
                 hidden = hidden * self._kept(hidden, step) / (1 - self.dropout)
             return _apply(self.second, hidden if graph is None else torch.sparse.mm(graph, hidden))
 

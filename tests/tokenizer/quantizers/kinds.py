@@ -41,9 +41,7 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         {"num_codebooks": 3, "codebook_dim": 8},
         state=("vectors", "edges", "is_set"),
     ),
-    "language_map": Kind(
-        {"word_dim": 8, "hidden": 8}, entropy=True, state=("vectors", "edges", "is_set")
-    ),
+    "language_map": Kind({"word_dim": 8, "hidden": 8}, entropy=True, state=("vectors", "edges", "is_set")),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
 
