@@ -210,11 +210,15 @@ class CodebookOptions:
     """Codebook initialisation and dead-code reset.
 
     Attributes:
-        init_images: initialise the entries with encoder outputs of this many images; 0: at random.
+        init: "random", "latents": encoder outputs of the first images, "kmeans": k-means of them (10 rounds
+            by cosine; VQ-KD's start); null = "latents" where init_images is set. A model that k-means has set
+            up once is not set up again.
+        init_images: number of these images; 0 = batch_size.
         reset_after: reset an entry that was not used for this many steps to an encoder output; 0: never.
         reset_share: share of the run, from its start, in which entries are reset.
     """
 
+    init: Literal["random", "latents", "kmeans"] | None = None
     init_images: int = 0
     reset_after: int = 0
     reset_share: float = 0.6
@@ -224,6 +228,15 @@ class CodebookOptions:
             raise UserError("codebooks.init_images and codebooks.reset_after must be 0 (never) or more.")
         if not 0 <= self.reset_share <= 1:
             raise UserError(f"codebooks.reset_share is {self.reset_share}: it must be from 0 to 1.")
+        if self.init == "random" and self.init_images:
+            raise UserError(
+                f"codebooks.init is random, but codebooks.init_images is {self.init_images}: set it to 0."
+            )
+
+    @property
+    def start(self) -> str:
+        """`init`, resolved."""
+        return self.init or ("latents" if self.init_images else "random")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,14 +303,14 @@ class TokenizerRunConfig(RunConfig):
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
-        if self.init_quantizer and (self.init_from or self.codebooks.init_images):
+        if self.init_quantizer and (self.init_from or self.codebooks.start != "random"):
             other = "init_from" if self.init_from else "codebooks.init_images"
             raise UserError(f"init_quantizer and {other} both initialise the quantiser: keep one of them.")
         # both write codebook rows directly, regardless of requires_grad
-        if "quantizer" in self.freeze and (self.codebooks.init_images or self.codebooks.reset_after):
+        if "quantizer" in self.freeze and (self.codebooks.start != "random" or self.codebooks.reset_after):
             raise UserError(
-                "freeze holds quantizer, but codebooks.init_images or codebooks.reset_after would change "
-                "its entries: set both to 0."
+                "freeze holds quantizer, but codebooks.init, init_images or reset_after would change its "
+                "entries: set init to random, the others to 0."
             )
         if self.init_from and self.init_from_clip:
             raise UserError("init_from and init_from_clip both initialise the model: keep one of them.")

@@ -13,17 +13,57 @@ from torch import Tensor, nn
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import Quantizer, UniTok
+from open_unitok.tokenizer.quantizers.kmeans import kmeans
 
 from ..core import deepspeed_engine
 from ..data import seeding
 
 
 @torch.no_grad()
-def init_codebooks(model: UniTok, pixels: Tensor, seed: int) -> None:
-    """Set all codebook entries to encoder outputs of (B, 3, H, W) pixels, the same on every rank."""
+def init_codebooks(model: UniTok, pixels: Tensor, seed: int, kind: str = "latents") -> None:
+    """Set all codebook entries by encoder outputs of (B, 3, H, W) pixels, the same on every rank.
+
+    Args:
+        kind: "latents" takes some of them, "kmeans" their k-means.
+    """
     model.eval()
-    latents = torch.cat([model.encode_latents(piece) for piece in pixels.split(64)])
-    init_codebooks_from_latents(model.quantizer, latents.flatten(0, 1), seed)
+    latents = torch.cat([model.encode_latents(piece) for piece in pixels.split(64)]).flatten(0, 1)
+    start = start_kmeans if kind == "kmeans" else init_codebooks_from_latents
+    start(model.quantizer, latents, seed)
+
+
+@torch.no_grad()
+def start_kmeans(quantizer: Quantizer, latents: Tensor, seed: int, iterations: int = 10) -> None:
+    """Set all entries by k-means on (R, latent_dim) latents, from R random ones by (seed, code).
+
+    Raises:
+        UserError: fewer latents than entries, or the quantiser's rows have no unit norm.
+    """
+    books, entries, _ = _codebooks(quantizer).shape
+    if len(latents) < entries:
+        raise UserError(
+            f"codebooks.init is kmeans with {len(latents)} latents, fewer than {entries} entries: raise "
+            "codebooks.init_images."
+        )
+    if quantizer.row_norm != "unit":
+        raise UserError(
+            f"codebooks.init is kmeans, which is by cosine, but the rows of {type(quantizer).__name__} have "
+            "no unit norm: set it to latents."
+        )
+    indices = torch.stack(
+        [
+            torch.randperm(len(latents), generator=seeding.torch_generator(seed, "kmeans", book))[:entries]
+            for book in range(books)
+        ]
+    ).to(latents.device)
+    own = getattr(quantizer, "start_kmeans", None)
+    if own is not None:
+        own(latents, indices, iterations)
+        return
+    features, table = quantizer.split(latents), _codebooks(quantizer)
+    rows = [kmeans(features[:, book], table[book], indices[book], iterations) for book in range(books)]
+    every = torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
+    quantizer.reset_codes(every, torch.cat(rows))
 
 
 @torch.no_grad()

@@ -118,6 +118,14 @@ def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
             f"codebooks.reset_after is {config.codebooks.reset_after}, but the rows of {kind} move in the "
             "forward pass: set it to 0."
         )
+    if not quantizer.trains_rows and quantizer.codebooks is not None and quantizer.codebooks.requires_grad:
+        raise UserError(f"The rows of {kind} follow the latents: an optimiser must not move them as well.")
+    if quantizer.moves_rows and quantizer.trains_rows and config.engine.zero_stage:
+        # its fp32 copies of the rows would undo what the forward pass does
+        raise UserError(
+            f"engine.zero_stage is {config.engine.zero_stage}, but the rows of {kind} move in the forward "
+            "pass and by the optimiser: set it to 0."
+        )
     if config.losses.disentangle:
         if not hasattr(quantizer, "disentangle"):
             raise UserError(

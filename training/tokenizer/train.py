@@ -242,9 +242,13 @@ def build_train_state(
     run_dir.record_facts(data=stream.fingerprint())
 
     # 3. codebooks: initialised before the engine copies the weights; dead codes are reset in training
-    if new and config.codebooks.init_images:
-        sample = collate([pair for pair, _ in build_pair_stream(*pairs, config.codebooks.init_images).take()])
-        init_codebooks(model, pixels_from_uint8(sample["image"], device), config.seed)
+    start = config.codebooks.start
+    # of a model at init_from, too, k-means is not repeated
+    started = start == "kmeans" and bool(getattr(model.quantizer, "started", False))
+    if new and start != "random" and not started:
+        count = config.codebooks.init_images or config.batch_size
+        sample = collate([pair for pair, _ in build_pair_stream(*pairs, count).take()])
+        init_codebooks(model, pixels_from_uint8(sample["image"], device), config.seed, start)
     last_reset = round(config.codebooks.reset_share * config.steps)
     dead_codes = DeadCodes(model.quantizer, config.codebooks.reset_after, last_reset, config.seed)
 
