@@ -104,6 +104,11 @@ def check_parts_match(
                 f"{folder}: the model has {name} = {getattr(model.config, name)}, its tokenizer in unitok/ "
                 f"{getattr(unitok.config, name)}: they do not match."
             )
+    if model.config.book_sizes != unitok.quantizer.code_sizes:
+        raise UserError(
+            f"{folder}: the model has code_sizes = {model.config.book_sizes}, its tokenizer in unitok/ "
+            f"{unitok.quantizer.code_sizes}: they do not match."
+        )
     # with another tokenizer everything loads, but the images are noise
     expected = model.config.unitok_fingerprint
     if expected is not None and expected != (found := unitok.fingerprint()):

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.config import UniTokConfig
-from open_unitok.tokenizer.quantizers import Quantizer, build_quantizer
+from open_unitok.tokenizer.quantizers import Quantizer, describe_quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .output import NOT_PREDICTIONS
@@ -62,6 +61,9 @@ class UniTokMLLMConfig(PretrainedConfig):
         depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that
             differ from the decoder's; 3 layers by default.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
+        code_sizes: entries of each sub-codebook, V or fewer; None = V each.
+        sums_rows: whether a visual vector is made from the sum of the K rows, as in the tokenizer's
+            quantiser, instead of their concatenation.
         row_norm, row_blocks: normalisation of codebook rows before the projection, the same as in the
             tokenizer's quantiser: "unit" norm, unit norm of each of the "blocks" of a row (`row_blocks`: the
             number of equal ones, or a list of their widths), "none".
@@ -94,6 +96,8 @@ class UniTokMLLMConfig(PretrainedConfig):
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8
+    code_sizes: list[int] | None = None
+    sums_rows: bool = False
     row_norm: Literal["unit", "blocks", "none"] | str = "unit"
     row_blocks: int | list[int] = 1
     visual_hidden_size: int = 1024
@@ -143,6 +147,7 @@ class UniTokMLLMConfig(PretrainedConfig):
             if value not in allowed:
                 raise UserError(f"{name} = {value!r}." + did_you_mean(value, allowed))
         self._check_row_blocks()
+        self._check_code_sizes()
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         # The attention of the projection runs at the larger of its two widths.
@@ -173,10 +178,27 @@ class UniTokMLLMConfig(PretrainedConfig):
         elif width % blocks:
             raise UserError(f"row_blocks = {blocks} does not divide codebook_dim = {width}.")
 
+    def _check_code_sizes(self) -> None:
+        if self.code_sizes is None:
+            return
+        sizes = self.code_sizes = list(self.code_sizes)
+        if len(sizes) != self.num_codebooks or min(sizes) < 1 or max(sizes) != self.codebook_size:
+            raise UserError(
+                f"code_sizes = {sizes}: expected num_codebooks = {self.num_codebooks} sizes, the largest of "
+                f"them codebook_size = {self.codebook_size}."
+            )
+        if len(set(sizes)) == 1:
+            self.code_sizes = None
+
+    @property
+    def book_sizes(self) -> list[int]:
+        """Entries of each of the K sub-codebooks."""
+        return self.code_sizes or [self.codebook_size] * self.num_codebooks
+
     @property
     def latent_dim(self) -> int:
-        """K*C, the width of a visual token's K code rows concatenated."""
-        return self.num_codebooks * self.codebook_dim
+        """Width of a visual token's latent: K*C, its K rows concatenated, or C where they are added."""
+        return self.codebook_dim if self.sums_rows else self.num_codebooks * self.codebook_dim
 
     @property
     def num_projection_heads(self) -> int:
@@ -206,8 +228,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         Raises:
             UserError: an MLLM cannot read or generate the tokenizer's codes.
         """
-        with torch.device("meta"):  # its options may change how rows are normalised
-            quantizer = build_quantizer(unitok)
+        quantizer = describe_quantizer(unitok)  # its options may change how rows are normalised
         check_mllm_quantizer(unitok.quantizer, quantizer)
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
         visual |= {"visual_hidden_size": unitok.decoder_width, "token_layout": unitok.token_layout}
@@ -215,7 +236,8 @@ class UniTokMLLMConfig(PretrainedConfig):
             "projection_heads": unitok.num_projection_heads,
             "num_image_tokens": unitok.num_visual_tokens,
         }
-        visual |= {"row_norm": quantizer.row_norm, "row_blocks": quantizer.row_blocks}
+        for name in ("row_norm", "row_blocks", "code_sizes", "sums_rows"):
+            visual[name] = getattr(quantizer, name)
         return cls(**{**visual, **fields})
 
 

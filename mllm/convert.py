@@ -214,6 +214,11 @@ def save_published(
         "tokenizer_model_max_length": text["max_position_embeddings"],
         "tokenizer_padding_side": "right",
     }
+    if config.code_sizes is not None or config.sums_rows:
+        raise UserError(
+            "The published format has sub-codebooks of equal size, whose rows are concatenated: this model "
+            f"has code_sizes = {config.book_sizes}, sums_rows = {config.sums_rows}."
+        )
     published = to_published(state, config.codebook_size)
     # clones: tied weights share memory, which safetensors rejects
     published = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in published.items()}

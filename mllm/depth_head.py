@@ -7,6 +7,7 @@ M visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width, W
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -26,6 +27,8 @@ class DepthHead(nn.Module):
     """A few LLaMA layers over [hidden, E_0(c_0), ..., E_{K-2}(c_{K-2})]; output k gives the logits of code k.
 
     All sub-codebooks share one output layer. If W differs from D, a linear layer maps the hidden state first.
+    Logits from a sub-codebook's size on are the lowest number of their dtype: they have no share in the loss
+    and are never sampled.
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
@@ -35,6 +38,7 @@ class DepthHead(nn.Module):
         depth = copy.deepcopy(config.depth_config)
         depth._attn_implementation = "sdpa"
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
+        self.code_sizes = config.code_sizes  # None = all sub-codebooks have `codebook_size` entries
         own = depth.hidden_size
         self.reduce = nn.Linear(width, own, bias=False) if own != width else None
         # K-1 tables in one: the last code is never an input
@@ -53,7 +57,19 @@ class DepthHead(nn.Module):
         rotary = self._rotary_tables(state)
         for layer in self.layers:
             state = layer(state, position_embeddings=rotary)
-        return self.output(self.norm(state))
+        logits = self.output(self.norm(state))
+        if self.code_sizes is None:
+            return logits
+        return torch.stack([self.mask_logits(logits[:, k], k) for k in range(self.num_codebooks)], dim=1)
+
+    def mask_logits(self, logits: torch.Tensor, k: int) -> torch.Tensor:
+        """(..., V) logits of code k, the lowest number from the sub-codebook's size on."""
+        size = self.codebook_size if self.code_sizes is None else self.code_sizes[k]
+        if size == self.codebook_size:
+            return logits
+        # not -inf, of which guidance would make NaN; and no index tensor, which a CUDA graph cannot capture
+        lowest = torch.finfo(logits.dtype).min
+        return F.pad(logits[..., :size], (0, self.codebook_size - size), value=lowest)
 
     def step(self, k: int, entry: torch.Tensor, cache: DepthCache) -> torch.Tensor:
         """One decode step: logits (M, V) of code k.
@@ -72,7 +88,7 @@ class DepthHead(nn.Module):
             state = layer(
                 state, position_embeddings=position_embeddings, past_key_values=cache.layers, use_cache=True
             )
-        return self.output(self.norm(state))[:, 0]
+        return self.mask_logits(self.output(self.norm(state))[:, 0], k)
 
     def new_cache(self) -> DepthCache:
         """An empty KV cache for the K steps of one visual token per row."""

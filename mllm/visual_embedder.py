@@ -34,6 +34,7 @@ class VisualEmbedder(nn.Module):
         middle = config.visual_hidden_size
         self.context = config.visual_context
         self.row_norm, self.row_blocks = config.row_norm, config.row_blocks
+        self.code_sizes, self.sums_rows = config.book_sizes, config.sums_rows
         # not read from `codebooks`: under ZeRO-3 a parameter's shape is that of its partition
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
@@ -72,11 +73,12 @@ class VisualEmbedder(nn.Module):
         return KVCache(length) if self.context == "full" else None
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) codes -> (..., K*C): the K rows concatenated, as the tokenizer's `embed`."""
+        """(..., K) codes -> (..., latent_dim): K rows, concatenated or added, as the tokenizer's `embed`."""
         # one lookup in all K tables: table k starts at row k * V
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
-        return self._normalise(rows).flatten(-2)
+        rows = self._normalise(rows)
+        return rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
 
     def code_table(self) -> torch.Tensor:
         """(K, V, C) float32 rows, normalised as in `embed`."""
@@ -109,6 +111,13 @@ class VisualEmbedder(nn.Module):
                     f"{name} = {ours!r} in the model, but {theirs!r} in the visual tokenizer: build the "
                     "config with UniTokMLLMConfig.for_tokenizer."
                 )
+        for name, ours in (("code_sizes", config.book_sizes), ("sums_rows", config.sums_rows)):
+            theirs = getattr(unitok.quantizer, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{name} = {ours} in the model, but {theirs} in the visual tokenizer: build the config "
+                    "with UniTokMLLMConfig.for_tokenizer."
+                )
         own, other = self.projection, unitok.up_projection
         if isinstance(other, AttentionProjection):  # a linear projection has no matching weights
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
@@ -138,6 +147,11 @@ class VisualEmbedder(nn.Module):
             low, high = torch.aminmax(codes)
             if low < 0 or high >= entries:
                 raise UserError(f"image_codes range from {low} to {high}; allowed: 0 to {entries - 1}.")
+            highest = codes.flatten(0, 1).amax(dim=0).tolist()
+            if any(code >= size for code, size in zip(highest, self.code_sizes)):
+                raise UserError(
+                    f"image_codes go up to {highest} per sub-codebook; allowed: less than {self.code_sizes}."
+                )
 
 
 def readable_code_table(unitok: UniTok) -> torch.Tensor:
@@ -150,7 +164,7 @@ def readable_code_table(unitok: UniTok) -> torch.Tensor:
     quantizer, name = unitok.quantizer, unitok.config.quantizer
     check_mllm_quantizer(name, quantizer)
     table = quantizer.code_table()
-    if table is None or len(set(quantizer.code_sizes)) != 1:
+    if table is None:
         raise UserError(
             f"The MLLM reads codes from a table of K x V rows, which quantizer = {name!r} does not have "
             "(Quantizer.code_table)."

@@ -294,8 +294,11 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def bits_per_token(self) -> float:
-        """Bits per visual token: K * log2(V)."""
-        return self.num_codebooks * math.log2(self.codebook_size)
+        """Bits per visual token: the sum of log2(V) over its codes."""
+        # deferred: quantisers are built from configs
+        from .quantizers import describe_quantizer
+
+        return sum(map(math.log2, describe_quantizer(self).code_sizes))
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "UniTokConfig":

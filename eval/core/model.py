@@ -35,6 +35,7 @@ class Reconstructions(NamedTuple):
     codes: np.ndarray
     codebook_size: int  # V
     reencoded: np.ndarray | None = None  # (B, N, K), codes of the reconstructions, if requested
+    code_sizes: list[int] | None = None  # of the K codes; None = V each
 
 
 class Model:
@@ -119,8 +120,8 @@ class Model:
         if reencode:
             second = self.unitok.encode(decoded.float() / 127.5 - 1).cpu().numpy()
         originals, decoded = (p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), decoded))
-        size = self.unitok.config.codebook_size
-        return Reconstructions(originals, decoded, codes.cpu().numpy(), size, second)
+        sizes = self.unitok.quantizer.code_sizes
+        return Reconstructions(originals, decoded, codes.cpu().numpy(), max(sizes), second, sizes)
 
     def embed_images(self, images: Sequence[Image.Image]) -> np.ndarray:
         """Unit-length embeddings (B, E)."""

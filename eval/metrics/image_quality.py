@@ -109,10 +109,16 @@ def _as_batch(originals: np.ndarray, reconstructions: np.ndarray) -> tuple[np.nd
 
 
 class CodebookUsage:
-    """Counts the occurrences of each entry of each sub-codebook, batch by batch."""
+    """Counts the occurrences of each entry of each sub-codebook, batch by batch.
 
-    def __init__(self, sub_codebooks: int, entries: int):
-        self.counts = np.zeros((sub_codebooks, entries), dtype=np.int64)
+    Args:
+        entries: of each sub-codebook, or a list of their numbers.
+    """
+
+    def __init__(self, sub_codebooks: int, entries: int | Sequence[int]):
+        sizes = [entries] * sub_codebooks if isinstance(entries, int) else entries
+        self.sizes = np.array(sizes)
+        self.counts = np.zeros((sub_codebooks, max(sizes)), dtype=np.int64)
 
     def add(self, codes: np.ndarray) -> None:
         """Count codes (..., K)."""
@@ -122,12 +128,17 @@ class CodebookUsage:
             raise UserError(
                 f"Codes range from {codes.min()} to {codes.max()}, but a sub-codebook has {v} entries."
             )
+        if codes.size and (codes.max(axis=0) >= self.sizes).any():
+            raise UserError(
+                f"Codes go up to {codes.max(axis=0).tolist()}, but the sub-codebooks have "
+                f"{self.sizes.tolist()} entries."
+            )
         # one histogram per sub-codebook: equal indices are different vectors
         self.counts += np.stack([np.bincount(codes[:, i], minlength=v) for i in range(k)])
 
     def usage(self) -> np.ndarray:
         """Fraction of entries that occur at least once, per sub-codebook (K,)."""
-        return (self.counts > 0).mean(axis=1)
+        return (self.counts > 0).sum(axis=1) / self.sizes
 
     def perplexity(self) -> np.ndarray:
         """exp(entropy) of the entry frequencies, per sub-codebook (K,); V if all are equally frequent."""

@@ -12,6 +12,7 @@ from .demo_run import (
     DemoRun,
     Headline,
     choose_samples,
+    entries_text,
     headlines,
     held_out_note,
     metrics_summary,
@@ -130,7 +131,7 @@ def reconstructions(run: DemoRun) -> str:
     ]
     note = (
         f"Left: original; right: its reconstruction from {len(details.get('usage', ()))} codes per visual "
-        f"token (sub-codebooks of {details.get('codebook_size')} entries), with its PSNR."
+        f"token (sub-codebooks of {entries_text(details)} entries), with its PSNR."
     )
     return section("Reconstructions", note, grid(cards, "pairs"))
 
@@ -177,10 +178,11 @@ def codebooks(run: DemoRun) -> str:
     details = run.details("reconstruction")
     if not details:
         return ""
-    size = details["codebook_size"]
+    usage = details["usage"]
+    sizes = details.get("code_sizes", [details["codebook_size"]] * len(usage))
     bars = [
         charts.bar_row(f"codebook {i + 1}", u, f"{round(u * size)} of {size} entries, perplexity {p:.1f}")
-        for i, (u, p) in enumerate(zip(details["usage"], details["perplexity"]))
+        for i, (u, p, size) in enumerate(zip(usage, details["perplexity"], sizes))
     ]
     values = [row["psnr"] for row in run.samples["reconstruction"]]
     body = grid(

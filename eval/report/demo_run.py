@@ -112,9 +112,14 @@ def _headline(
     )
 
 
+def entries_text(details: Record) -> str:
+    """The entries of the sub-codebooks, from the details of a reconstruction: "64", or "5, 5, 9"."""
+    return ", ".join(map(str, details.get("code_sizes", [details.get("codebook_size")])))
+
+
 def _tokenizer_headlines(run: DemoRun) -> list[Headline]:
     chance = f"chance {percent(run.details('zeroshot').get('chance', 0))}"
-    entries = f"of {run.details('reconstruction').get('codebook_size')} entries"
+    entries = f"of {entries_text(run.details('reconstruction'))} entries"
     return [
         *_headline(run, "reconstruction", "psnr", "Reconstruction, PSNR", tile="reconstruction PSNR"),
         *_headline(run, "reconstruction", "ssim", "Reconstruction, SSIM"),

@@ -66,6 +66,8 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
                 "codes": _pack(codes, size),
                 "codebooks": [codes.shape[1], size],
             }
+            if found.code_sizes is not None and len(set(found.code_sizes)) > 1:
+                records[i]["code_sizes"] = found.code_sizes
             # (K,) per sub-codebook: fraction of tokens whose code is unchanged
             if found.reencoded is not None:
                 records[i]["agreement"] = (found.reencoded[k] == codes).mean(axis=0).tolist()
@@ -161,7 +163,8 @@ def score(
         raise UserError(f"{folder}: no image could be read, so there is nothing to score.")
     k, v = records[good[0].index]["codebooks"]
     # the first record is enough: all images of a run have the same tokenizer
-    counter = image_quality.CodebookUsage(k, v)
+    sizes = records[good[0].index].get("code_sizes", v)
+    counter = image_quality.CodebookUsage(k, sizes)
     psnr, ssim = [], []
     for start in range(0, len(good), SCORING_BATCH):
         batch = good[start : start + SCORING_BATCH]
@@ -179,6 +182,8 @@ def score(
         "perplexity": perplexity.tolist(),
         "tokens": int(counter.counts.sum() // k),
     }
+    if isinstance(sizes, list):
+        details["code_sizes"] = sizes
     problems = _add_lpips(metrics, folder, good)
     # the minimum over sub-codebooks: a mean would hide a collapsed one
     metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))

@@ -37,6 +37,7 @@ struct Embedder {
     float *keys, *values;  // KV cache: (images, heads, capacity, head_dim)
     int64_t books, entries, code_dim, heads, head_dim, capacity;
     int64_t attends_to_earlier;  // 0: a visual token attends only to itself (visual_context "last")
+    int64_t sums_rows;  // 0: the K rows of a token are concatenated, 1: they are added
 };
 }
 
@@ -222,19 +223,23 @@ void run_layers(
 
 // codes (images, K) of visual token `token_index` -> x: one vector per image, written `copies` times.
 //
-// Concatenated code rows, causal attention projection with its KV cache, GeGLU, two-layer MLP.
+// Concatenated or added code rows, causal attention projection with its KV cache, GeGLU, two-layer MLP.
 void run_embedder(
     const Embedder& e, const int64_t* codes, int64_t images, int64_t copies, int64_t token_index, float* x,
     std::vector<float>& state, SharedScratch& shared, ThreadTeam& team, int thread, ThreadScratch& own
 ) {
-    int64_t latent = e.books * e.code_dim, wide = e.heads * e.head_dim, out = e.second.outputs;
+    int64_t latent = e.sums_rows ? e.code_dim : e.books * e.code_dim, wide = e.heads * e.head_dim, out = e.second.outputs;
     int threads = team.size;
     // every thread computes all latents and norms: cheaper than a barrier
     std::vector<float> latents(images * latent);
     for (int64_t b = 0; b < images; b++)
         for (int64_t k = 0; k < e.books; k++) {
             const float* row = e.codebooks + (k * e.entries + codes[b * e.books + k]) * e.code_dim;
-            std::memcpy(&latents[b * latent + k * e.code_dim], row, e.code_dim * 4);
+            float* to = &latents[b * latent + (e.sums_rows ? 0 : k * e.code_dim)];
+            if (e.sums_rows)
+                for (int64_t c = 0; c < e.code_dim; c++) to[c] += row[c];
+            else
+                std::memcpy(to, row, e.code_dim * 4);
         }
     own.x.resize(images * std::max(latent, wide));
     float* normed = own.x.data();

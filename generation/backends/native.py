@@ -140,7 +140,7 @@ class Native(Eager):
             ctypes.addressof(self.depth_stack), ctypes.addressof(self.weights.output), self.num_rows, k,
             None, None, entry.data_ptr(), self.logits.data_ptr(), self.num_threads,
         )  # fmt: skip
-        return self.logits
+        return head.mask_logits(self.logits, k)
 
 
 class _WeightStructs:
@@ -166,6 +166,7 @@ class _WeightStructs:
             *map(build.linear, (attention.out, projection.linear, projection.mlp.gate, projection.mlp.up)),
             *map(build.linear, (projection.mlp.down, embedder.projector[1], embedder.projector[3])),
             None, None, books, entries, code_dim, attention.heads, width // attention.heads, 0, 0,
+            int(model.config.sums_rows),
         )  # fmt: skip
 
 

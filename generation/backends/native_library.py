@@ -47,7 +47,7 @@ Embedder = _struct(
     ("attention_norm linear_norm mlp_norm gate_norm projector_norm", Norm),
     ("query key value out linear gate up down first second", Matrix),
     ("keys values", _POINTER),
-    ("books entries code_dim heads head_dim capacity attends_to_earlier", _INT),
+    ("books entries code_dim heads head_dim capacity attends_to_earlier sums_rows", _INT),
 )
 
 

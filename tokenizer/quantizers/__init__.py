@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 
@@ -47,6 +49,12 @@ def build_quantizer(config: UniTokConfig) -> Quantizer:
     return quantizer
 
 
+def describe_quantizer(config: UniTokConfig) -> Quantizer:
+    """As `build_quantizer`, without memory for its tensors: to read its attributes."""
+    with torch.device("meta"):
+        return build_quantizer(config)
+
+
 def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
     """Code shards, MLLM config and pipeline read N, K and V from the config: the quantiser must agree."""
     sizes = quantizer.code_sizes
@@ -78,4 +86,5 @@ __all__ = [
     "SharedIndexQuantizer",
     "build_quantizer",
     "code_dtype",
+    "describe_quantizer",
 ]

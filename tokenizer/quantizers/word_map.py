@@ -117,34 +117,58 @@ class WordMap(nn.Module):
 
     def _rows(self, step: Tensor | None) -> Tensor:
         with exact_float32(self.vectors.device):
-            # on the meta device operations are counted alone: it has neither sparse products nor a step
+            # on meta tensors, which only count FLOPs, neither graph nor dropout can be computed
             meta = self.vectors.is_meta
             graph = self._graph() if self.kind == "gcn" and not meta else None
-            vectors = self.vectors.float()
-            hidden = _apply(self.first, vectors if graph is None else torch.sparse.mm(graph, vectors))
+            hidden = _apply(self.first, _propagate(graph, self.vectors.float()))
             hidden = F.relu(hidden) if self.kind == "gcn" else F.leaky_relu(hidden, LEAK)
             if step is not None and self.dropout and not meta:
                 hidden = hidden * self._kept(hidden, step) / (1 - self.dropout)
-            return _apply(self.second, hidden if graph is None else torch.sparse.mm(graph, hidden))
+            return _apply(self.second, _propagate(graph, hidden))
 
     def _kept(self, hidden: Tensor, step: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(step))
         kept = torch.rand(hidden.shape, generator=generator) >= self.dropout
         return kept.to(hidden.device)
 
-    def _graph(self) -> Tensor:
-        """The sparse (V, V) matrix D^-1/2 (edges + I) D^-1/2."""
+    def _graph(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The symmetric (V, V) matrix D^-1/2 (edges + I) D^-1/2: starts of rows, columns, values."""
         words, device = len(self.vectors), self.vectors.device
         own = torch.arange(words, device=device)
         first, second = self.edges.unbind(dim=1)
-        index = torch.stack([torch.cat([own, first, second]), torch.cat([own, second, first])])
-        degree = torch.bincount(index[0], minlength=words).float()
-        values = (degree[index[0]] * degree[index[1]]).rsqrt()
-        return torch.sparse_coo_tensor(index, values, (words, words), check_invariants=False).coalesce()
+        rows, columns = torch.cat([own, first, second]), torch.cat([own, second, first])
+        order = (rows * words + columns).argsort()  # rows in order: sums have one order on every device
+        rows, columns = rows[order], columns[order]
+        counts = torch.bincount(rows, minlength=words)
+        values = (counts[rows] * counts[columns]).float().rsqrt()
+        return counts.cumsum(0) - counts, columns, values
 
     def _apply(self, fn: Any, recurse: bool = True) -> "WordMap":
         self._cached = None
         return super()._apply(fn, recurse)
+
+
+class _Product(torch.autograd.Function):
+    """A symmetric sparse matrix (starts, columns, values) times (V, T) inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, starts: Tensor, columns: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(starts, columns, values)
+        return _weighted_sums(starts, columns, values, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, Tensor]:
+        # the matrix is its own transpose
+        return None, None, None, _weighted_sums(*ctx.saved_tensors, gradients[0].contiguous())
+
+
+def _weighted_sums(starts: Tensor, columns: Tensor, values: Tensor, inputs: Tensor) -> Tensor:
+    # without atomic additions, whose order would change the last bits of rows, and codes with them
+    return F.embedding_bag(columns, inputs, starts, mode="sum", per_sample_weights=values)
+
+
+def _propagate(graph: tuple[Tensor, Tensor, Tensor] | None, inputs: Tensor) -> Tensor:
+    return inputs if graph is None else _Product.apply(*graph, inputs)  # pyright: ignore
 
 
 def _apply(layer: nn.Linear, inputs: Tensor) -> Tensor:

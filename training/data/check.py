@@ -100,7 +100,7 @@ def check_dataset(
     if workers < 0 or (samples is not None and samples < 0):
         raise UserError("--samples and --workers must be 0 or more.")
     dataset = _open(path, codes)
-    counts = _Counts(dataset.codes.manifest["codebook_size"] if dataset.codes else 0)
+    counts = _Counts(dataset.codes.code_sizes if dataset.codes else [])
     broken = list(dataset.problems)
     # evenly spread: every step-th sample
     most = samples if samples is not None else _MANY
@@ -166,11 +166,11 @@ def _note_lines(notes: list[Notes]) -> list[str]:
 class _Counts:
     """Counts over samples."""
 
-    def __init__(self, codebook_size: int):
+    def __init__(self, code_sizes: list[int]):
         self.images = self.transparent = 0
         self.fields: Counter[str] = Counter()  # field of KEY.json -> samples that have it
         self.words: dict[str, list[int]] = {}  # field -> words of each text
-        self.codebook_size = codebook_size
+        self.code_sizes = code_sizes  # of the K codes; none without codes
         self.used: np.ndarray | None = None  # (K, V) bool
         self.shown: list[str] = []  # a random sample of captions
         self._random = random.Random(0)
@@ -196,9 +196,9 @@ class _Counts:
             self.words.setdefault(field, []).extend(len(text.split()) for text in texts)
         if not by_field and num_images:
             self.fields["images only"] += 1
-        for codes in sample.images if self.codebook_size else ():
-            if self.used is None:  # K is known from the first codes
-                self.used = np.zeros((codes.shape[1], self.codebook_size), dtype=bool)
+        for codes in sample.images if self.code_sizes else ():
+            if self.used is None:
+                self.used = np.zeros((codes.shape[1], max(self.code_sizes)), dtype=bool)
             self.used[np.arange(codes.shape[1]), codes] = True
 
     def lines(self) -> list[str]:
@@ -212,7 +212,7 @@ class _Counts:
             if field == "captions":
                 lines += [f"    {textwrap.shorten(caption, 90)}" for caption in self.shown]
         if self.used is not None:
-            shares = self.used.mean(axis=1)
+            shares = self.used.sum(axis=1) / np.array(self.code_sizes)
             lines.append(f"  codes use {shares.min():.1%} to {shares.max():.1%} of a sub-codebook's entries")
         return lines
 

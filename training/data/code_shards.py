@@ -43,6 +43,8 @@ LAYOUT_FIELDS = (
     "grid",  # [rows, columns], in folders from before `layout`; without either the layout is square
     "scales",  # sides of the grids of a pyramid, whose tokens follow each other; the last is the layout's
 )
+# V of each of the K codes, where they differ; `codebook_size` is the largest
+CODE_SIZES = "code_sizes"
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
 
@@ -87,6 +89,7 @@ class CodeFolder:
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
         self.shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])  # (N, K)
         self.dtype = code_dtype([self.manifest["codebook_size"]])
+        self.code_sizes = code_sizes(self.manifest)
         # twice, as two orders may read the same folder
         self._index = lru_cache(maxsize=2 * SHUFFLED_TARS)(self._read_index)
 
@@ -106,7 +109,7 @@ class CodeFolder:
     @property
     def fingerprint(self) -> str:
         """Hex digest of the manifest: tokenizer, shapes, and the hash of every tar."""
-        names = (*MANIFEST_FIELDS, *LAYOUT_FIELDS)
+        names = (*MANIFEST_FIELDS, *LAYOUT_FIELDS, CODE_SIZES)
         facts = {name: self.manifest[name] for name in names if name in self.manifest}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -189,6 +192,10 @@ class CodeFolder:
             raise BadSample(f".codes.npy is {codes.dtype} {codes.shape}, expected {self.dtype} {self.shape}")
         if codes.size and codes.max() >= self.manifest["codebook_size"]:
             raise BadSample(f"code {codes.max()} is not below {self.manifest['codebook_size']}")
+        if codes.size and CODE_SIZES in self.manifest:
+            highest = codes.reshape(-1, self.shape[1]).max(axis=0).tolist()
+            if any(code >= size for code, size in zip(highest, self.code_sizes)):
+                raise BadSample(f"codes go up to {highest}, which are not below {self.code_sizes}")
         return CodeSample(record.key, codes, info)
 
 
@@ -210,6 +217,11 @@ def _npy_header(shape: tuple[int, int], dtype: np.dtype) -> bytes:
     zeros = np.zeros(shape, dtype=dtype)
     np.save(file, zeros)
     return file.getvalue()[: -zeros.nbytes]
+
+
+def code_sizes(manifest: dict[str, Any]) -> list[int]:
+    """V of each of the K codes."""
+    return manifest.get(CODE_SIZES) or [manifest["codebook_size"]] * manifest["num_codebooks"]
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -255,6 +267,13 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     for name in sizes:
         if manifest[name] < 1:
             raise UserError(f"{path} is damaged: {name} is {manifest[name]}; {remedy}.")
+    own = manifest.get(CODE_SIZES, [manifest["codebook_size"]] * manifest["num_codebooks"])
+    whole = isinstance(own, list) and all(type(size) is int and size > 0 for size in own)
+    if not whole or len(own) != manifest["num_codebooks"] or max(own) != manifest["codebook_size"]:
+        raise UserError(
+            f"{path} is damaged: {CODE_SIZES} is {str(own)[:80]}, with num_codebooks = "
+            f"{manifest['num_codebooks']} and codebook_size = {manifest['codebook_size']}; {remedy}."
+        )
     for shard in manifest["shards"]:
         kinds = {"file": str, "samples": int, "sha256": str}
         check_facts(path, shard, kinds, remedy)

@@ -36,7 +36,7 @@ from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .captions import with_captions
-from .code_shards import CODES_FORMAT, CODES_MANIFEST
+from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST
 from .convert import conversion_root
 from .records import check_facts, unused_key
 from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
@@ -329,11 +329,13 @@ def _write_manifest(
         for number, fact in enumerate(facts)
     ]
     roots = sorted({root for fact in facts if (root := fact.get("image_root"))})
+    sizes = unitok.quantizer.code_sizes
     manifest = {
         "format": CODES_FORMAT,
         "tokenizer": options.fingerprint,
         "num_codebooks": unitok.config.num_codebooks,
         "codebook_size": max(unitok.quantizer.code_sizes),
+        **({CODE_SIZES: sizes} if len(set(sizes)) > 1 else {}),
         "num_tokens": unitok.config.num_visual_tokens,
         "layout": options.layout,
         **({"scales": unitok.config.scales} if unitok.config.scales else {}),

@@ -84,8 +84,9 @@ def init_codebooks_from_latents(quantizer: Quantizer, latents: Tensor, seed: int
         noise = torch.randn(entries, width, generator=generator).to(rows.device) * 0.01
         noise[: min(entries, len(rows))] = 0  # only repeated rows need noise, to differ from the originals
         values.append(rows[chosen, book] + noise)
-    every = torch.ones(codebooks.shape[:2], dtype=torch.bool, device=codebooks.device)
-    quantizer.reset_codes(every, torch.cat(values))
+    every = _entries(quantizer).to(codebooks.device)
+    # rows behind a smaller codebook's last entry are never used
+    quantizer.reset_codes(every, torch.cat(values)[every.flatten()])
 
 
 class DeadCodes:
@@ -141,7 +142,7 @@ class DeadCodes:
         if distributed.world_size() > 1:
             # an entry is dead only if no rank used it
             torch.distributed.all_reduce(self.last_hit, op=torch.distributed.ReduceOp.MAX)
-        dead = step - self.last_hit >= self.reset_after
+        dead = (step - self.last_hit >= self.reset_after) & _entries(self.quantizer).to(self.last_hit.device)
         count = int(dead.sum())
         if count:
             books = dead.nonzero()[:, 0]
@@ -182,10 +183,22 @@ def _codebooks(quantizer: Quantizer) -> nn.Parameter:
     return quantizer.codebooks
 
 
-def usage_and_perplexity(usage: Tensor) -> tuple[list[float], list[float]]:
-    """(K, V) running frequencies -> per code, per cent of entries in use and perplexity."""
+def _entries(quantizer: Quantizer) -> Tensor:
+    """(K, V) bool, True for the entries of each code; a code with fewer than V has False at the end."""
+    return torch.arange(quantizer.usage.shape[1]) < torch.tensor(quantizer.code_sizes)[:, None]
+
+
+def usage_and_perplexity(
+    usage: Tensor, code_sizes: Sequence[int] | None = None
+) -> tuple[list[float], list[float]]:
+    """(K, V) running frequencies -> per code, per cent of entries in use and perplexity.
+
+    Args:
+        code_sizes: entries of each code; None = V.
+    """
     frequency = usage.double() / usage.sum(-1, keepdim=True).clamp_min(1e-12)
+    sizes = torch.tensor(code_sizes or [usage.shape[1]] * len(usage), device=usage.device).double()
     # in use: more than 1 % of the uniform frequency 1 / V
-    used = 100 * (frequency > 0.01 / usage.shape[1]).double().mean(-1)
+    used = 100 * (frequency > 0.01 / sizes[:, None]).double().sum(-1) / sizes
     entropy = -(frequency * frequency.clamp_min(1e-12).log()).sum(-1)
     return used.tolist(), entropy.exp().tolist()

@@ -335,6 +335,8 @@ def log_train_state(log: MetricLogger, state: TrainState, lr: float) -> None:
     if state.gan:
         log.note("discriminator_lr", state.gan.lr)
     log.note("logit_scale", state.model.logit_scale.exp().item())
-    for code, (used, perplexity) in enumerate(zip(*usage_and_perplexity(state.model.quantizer.usage))):
+    quantizer = state.model.quantizer
+    shares = usage_and_perplexity(quantizer.usage, quantizer.code_sizes)
+    for code, (used, perplexity) in enumerate(zip(*shares)):
         log.note(f"usage/{code}", used)
         log.note(f"perplexity/{code}", perplexity)

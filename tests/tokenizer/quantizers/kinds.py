@@ -43,6 +43,13 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
     ),
     "language_map": Kind({"word_dim": 8, "hidden": 8}, entropy=True, state=("vectors", "edges", "is_set")),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
+    # books of unequal size: 5 adjectives twice, 9 nouns
+    "language": Kind(
+        {"adjectives": 5, "nouns": 9, "word_dim": 6, "hidden": 8, "edges": 2},
+        {"num_codebooks": 3, "codebook_size": 9, "codebook_dim": 8},
+        other_codes=({"dropout": 0.1},),
+    ),
+    "language_map": Kind({"word_dim": 6, "hidden": 8}, other_codes=({"gradient": "rotation"},), entropy=True),
 }
 
 

@@ -79,7 +79,7 @@ def test_every_trainable_parameter_learns(name, data):
 def test_a_step_is_recorded_with_usage_and_perplexity(trained):
     record = json.loads((trained.out / "metrics.jsonl").read_text().splitlines()[-1])
     quantizer = trained.model.quantizer
-    used, perplexity = usage_and_perplexity(quantizer.usage)
+    used, perplexity = usage_and_perplexity(quantizer.usage, quantizer.code_sizes)
     assert record["vq"] >= 0 and record["grad_norm"] > 0 and quantizer.calls == 1
     for book, size in enumerate(quantizer.code_sizes):
         assert record[f"usage/{book}"] == pytest.approx(used[book]) and 0 < used[book] <= 100
