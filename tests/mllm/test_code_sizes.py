@@ -20,9 +20,7 @@ def test_equal_sizes_change_no_config(tiny_config):
 
 @pytest.mark.parametrize("sizes", [[5, 8], [5, 8, 9], [5, 7, 3], [0, 8, 3]])
 def test_wrong_sizes_are_named(tiny_config, sizes):
-    with pytest.raises(
-        UserError, match="code_sizes = .*expected num_codebooks = 3 sizes"
-    ):
+    with pytest.raises(UserError, match=r"code_sizes = .*expected num_codebooks = 3 sizes"):
         tiny_config(code_sizes=sizes)
 
 
