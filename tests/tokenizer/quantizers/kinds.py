@@ -36,20 +36,20 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         entropy=True,
         other_codes=({"inner": "nearest"}, {"detach": False}),
     ),
-    "language": Kind(
-        {"adjectives": 16, "nouns": 12, "word_dim": 8, "hidden": 8},
-        {"num_codebooks": 3, "codebook_dim": 8},
-        state=("vectors", "edges", "is_set"),
-    ),
-    "language_map": Kind({"word_dim": 8, "hidden": 8}, entropy=True, state=("vectors", "edges", "is_set")),
-    "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
     # books of unequal size: 5 adjectives twice, 9 nouns
     "language": Kind(
         {"adjectives": 5, "nouns": 9, "word_dim": 6, "hidden": 8, "edges": 2},
         {"num_codebooks": 3, "codebook_size": 9, "codebook_dim": 8},
+        state=("vectors", "edges", "is_set"),
         other_codes=({"dropout": 0.1},),
     ),
-    "language_map": Kind({"word_dim": 6, "hidden": 8}, other_codes=({"gradient": "rotation"},), entropy=True),
+    "language_map": Kind(
+        {"word_dim": 8, "hidden": 8},
+        entropy=True,
+        state=("vectors", "edges", "is_set"),
+        other_codes=({"gradient": "rotation"},),
+    ),
+    "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
 
 
