@@ -95,7 +95,10 @@ class DiscriminatorOptions:
             depend on the micro-batch size), "sbn" batch norm over all ranks.
         spectral_norm: of the heads' convolutions.
         width, layers: channels of the first and number of strided convolutions of a PatchGAN.
-        loss: discriminator loss.
+        loss: discriminator loss; "hinge_half" is half of "hinge" (IBQ, FQGAN).
+        generator: generator loss, the negative mean logit or "nonsaturating" (IBQ): the mean over images of
+            softplus(-mean logit of the image).
+        lecam: weight of the LeCam regularisation of the discriminator (IBQ: 0.05).
         adaptive: scales the generator loss until its gradient at the decoder's last layer is as long as that
             of the reconstruction losses (VQGAN), the factor clamped to [0, 1e4] ("vqgan"), [0.015, 1e4]
             ("floor", published), [0.1, 10] ("narrow") or [0.015, 1.5] ("capped"); "sqrt" is the square root
@@ -114,7 +117,9 @@ class DiscriminatorOptions:
     spectral_norm: bool = False
     width: int = 32
     layers: int = 3
-    loss: Literal["hinge", "softplus", "linear"] = "hinge"
+    loss: Literal["hinge", "hinge_half", "softplus", "linear"] = "hinge"
+    generator: Literal["mean", "nonsaturating"] = "mean"
+    lecam: float = 0.0
     adaptive: Literal["vqgan", "floor", "narrow", "sqrt", "capped"] | None = "floor"
     consistency: float = 4.0
     augment: float = 1.0
@@ -127,7 +132,7 @@ class DiscriminatorOptions:
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
 
     def check(self) -> None:
-        for name in ("consistency", "start", "warmup"):
+        for name in ("consistency", "lecam", "start", "warmup"):
             if getattr(self, name) < 0:
                 raise UserError(f"discriminator.{name} is {getattr(self, name)}: it must be 0 or more.")
         for name in ("augment", "cutout"):

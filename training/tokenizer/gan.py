@@ -4,7 +4,7 @@
 B decoded images of this rank, H and W their rows and columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -18,7 +18,7 @@ from ..data import seeding
 from .config import TokenizerRunConfig
 from .diff_augment import View, sample_noise
 from .discriminator import Discriminator, build_discriminator
-from .losses import discriminator_loss, generator_loss
+from .losses import LeCam, discriminator_loss, generator_loss
 
 # Bounds of the adaptive weight, see `DiscriminatorOptions.adaptive`.
 ADAPTIVE_LIMITS = {
@@ -64,6 +64,7 @@ class GAN:
         self.step, self.weight, self.blur, self.lr = 0, 0.0, 1.0, 0.0
         self.grad_norm: Tensor | float = 0.0
         self._views: dict[str, View] = {}
+        self.lecam = LeCam() if options.lecam else None
 
     def start_step(self, step: int) -> None:
         """Set weight, blur and learning rate of step `step`; its own schedule counts from `start`."""
@@ -115,6 +116,7 @@ class GAN:
                 self.blur,
                 options.augment,
                 options.cutout,
+                options.generator,
             )
         weight = torch.full_like(loss, self.weight)
         if options.adaptive is not None:
@@ -127,7 +129,8 @@ class GAN:
         Args:
             pixels: (B or more, 3, H, W) originals; reconstruction: (B, 3, H, W) of the first B.
         """
-        names = ("discriminator", "consistency", "accuracy_real", "accuracy_fake")
+        names = ["discriminator", "consistency", "accuracy_real", "accuracy_fake"]
+        names += ["lecam"] if self.lecam else []
         if not self.weight:
             return {name: reconstruction.new_zeros(()) for name in names}
         options = self.options
@@ -141,11 +144,22 @@ class GAN:
             self.blur,
             options.augment,
             options.cutout,
+            self.lecam,
+            options.lecam,
         )
         self.engine.backward(loss.total)
         norm = deepspeed_engine.optimizer_step(self.engine)
         self.grad_norm = 0.0 if norm is None else norm
         return dict(zip(names, loss[1:]))
+
+    def state_dict(self) -> dict[str, float]:
+        """What the engine does not hold: the running means of LeCam."""
+        return self.lecam.state_dict() if self.lecam else {}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        # a checkpoint of a run without LeCam has none
+        if self.lecam and state:
+            self.lecam.load_state_dict(state)
 
 
 def adaptive_weight(

@@ -85,9 +85,41 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Ten
 # Loss of logits of real images; logits of reconstructions enter negated. All are means over (B, M).
 GAN_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda logits: F.relu(1 - logits).mean(),
+    "hinge_half": lambda logits: 0.5 * F.relu(1 - logits).mean(),  # IBQ, FQGAN
     "softplus": lambda logits: F.softplus(-logits).mean(),
     "linear": lambda logits: -logits.mean(),
 }
+
+# Loss of (B, M) logits of reconstructions, for the generator.
+GENERATOR_LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda logits: -logits.mean(),
+    "nonsaturating": lambda logits: F.softplus(-logits.flatten(1).mean(dim=1)).mean(),  # IBQ
+}
+
+
+class LeCam:
+    """LeCam regularisation (arXiv 2104.03310): logits stay near the running mean of the other class.
+
+    Attributes:
+        real, fake: running means of the logits over the global batch, 0 at first.
+    """
+
+    def __init__(self, decay: float = 0.999) -> None:
+        self.decay, self.real, self.fake = decay, 0.0, 0.0
+
+    def __call__(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Move the running means by logits of real images and of reconstructions, then compare with them."""
+        means = torch.stack([real.detach().float().mean(), fake.detach().float().mean()])
+        found = (distributed.sum_over_ranks(means) / distributed.world_size()).tolist()
+        self.real = self.decay * self.real + (1 - self.decay) * found[0]
+        self.fake = self.decay * self.fake + (1 - self.decay) * found[1]
+        return F.relu(real - self.fake).square().mean() + F.relu(self.real - fake).square().mean()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"real": self.real, "fake": self.fake}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.real, self.fake = state["real"], state["fake"]
 
 
 def generator_loss(
@@ -97,15 +129,17 @@ def generator_loss(
     blur: float = 0.0,
     probability: float = 1.0,
     cutout: float = CUTOUT,
+    kind: str = "mean",
 ) -> Tensor:
-    """Negative mean logit of (B, 3, H, W) reconstructions; the discriminator receives no gradient.
+    """Loss of the logits of (B, 3, H, W) reconstructions; the discriminator receives no gradient.
 
     Args:
         blur, probability, cutout: see `augment`.
+        kind: one of `GENERATOR_LOSSES`; "mean" is the negative mean logit.
     """
     with frozen(discriminator):
         augmented = augment(reconstruction, view.noise, probability, cutout, blur)
-        return -discriminator(augmented, view.crop).mean()
+        return GENERATOR_LOSSES[kind](discriminator(augmented, view.crop))
 
 
 class DiscriminatorLoss(NamedTuple):
@@ -116,6 +150,7 @@ class DiscriminatorLoss(NamedTuple):
     consistency: Tensor  # weighted
     accuracy_real: Tensor  # per cent of logits on the right side of 0
     accuracy_fake: Tensor
+    lecam: Tensor  # weighted
 
 
 def discriminator_loss(
@@ -128,6 +163,8 @@ def discriminator_loss(
     blur: float = 0.0,
     probability: float = 1.0,
     cutout: float = CUTOUT,
+    lecam: LeCam | None = None,
+    lecam_weight: float = 0.0,
 ) -> DiscriminatorLoss:
     """Loss of classifying (B, 3, H, W) real images and reconstructions, with consistency regularisation.
 
@@ -136,6 +173,7 @@ def discriminator_loss(
         kind: one of `GAN_LOSSES`.
         consistency: weight of the balanced consistency regularisation (bCR, arXiv 2002.04724): the logits of
             an image and of its strong augmentation should be equal. Both receive a gradient; 0 omits it.
+        lecam, lecam_weight: regularisation of the logits, None omits it.
 
     Raises:
         UserError: unknown `kind`.
@@ -156,12 +194,17 @@ def discriminator_loss(
             strong = discriminator(augment(image, view.noise), view.crop)
             agreement = agreement + consistency * F.mse_loss(strong, logits[name])
         total = adversarial + agreement
+    closeness = torch.zeros_like(adversarial)
+    if lecam is not None:
+        closeness = lecam_weight * lecam(logits["real"], logits["fake"])
+        total = total + closeness
     return DiscriminatorLoss(
         total,
         adversarial.detach(),
         agreement.detach(),
         100 * (logits["real"].detach() > 0).float().mean(),
         100 * (logits["fake"].detach() < 0).float().mean(),
+        closeness.detach(),
     )
 
 

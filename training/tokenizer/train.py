@@ -294,6 +294,8 @@ def resume_from_other_ranks(state: TrainState, checkpoint: Path, log: MetricLogg
 def _load_saved(state: TrainState, saved: dict[str, Any], checkpoint: Path, log: MetricLogger) -> None:
     state.step = saved["step"]
     state.dead_codes.load_state_dict(saved["dead_codes"])
+    if state.gan:
+        state.gan.load_state_dict(saved.get("gan", {}))
     if state.ema:
         state.ema.load(checkpoint)
     log.info(f"resuming after step {state.step} ({checkpoint})")
@@ -313,6 +315,7 @@ def save_checkpoint(
         "batches": state.loader.state_dict(),
         "log": log.state_dict(),
         "dead_codes": state.dead_codes.state_dict(),
+        "gan": state.gan.state_dict() if state.gan else {},
     }
     checkpoints.save(state.step, lambda path: save_model(path, state, config), _engines(state), own)
 
