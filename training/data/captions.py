@@ -12,13 +12,14 @@ from .tar_index import BadSample, TarSample
 
 # all: every line of a .txt; first: its first line; name: the words of the image's path
 CAPTION_CHOICES = ("all", "first", "name")
+TEXT_EXTENSIONS = ("txt", "caption")  # of the file beside an image that holds its captions
 # keys of a record that hold captions, in the order of preference
 CAPTION_KEYS = ("captions", "caption", "text", "prompt")
 
 
 def with_captions(sample: TarSample, info: dict[str, Any], choice: str = "all") -> dict[str, Any]:
     """`info` of a tar's sample with the list "captions", if there are any: those of its .json, else the lines
-    of its .txt, else another key of `CAPTION_KEYS`.
+    of its .txt or .caption, else another key of `CAPTION_KEYS`.
 
     img2dataset writes a caption to the .txt and to the key "caption" of the .json.
 
@@ -30,9 +31,9 @@ def with_captions(sample: TarSample, info: dict[str, Any], choice: str = "all") 
         path = info.get("file") or sample.file
         captions = name_captions(path) if isinstance(path, str) else []
         info = {key: value for key, value in info.items() if key not in ("long_caption", "short_caption")}
-    elif "captions" not in info and "txt" in sample.members:
+    elif "captions" not in info and (text := next((e for e in TEXT_EXTENSIONS if e in sample.members), "")):
         try:
-            captions = read_lines(sample.read("txt"), ".txt")
+            captions = read_lines(sample.read(text), f".{text}")
         except UserError as error:
             raise BadSample(f"has a caption that cannot be read: {error}") from error
     else:

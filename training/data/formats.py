@@ -16,12 +16,12 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import IMAGE_SUFFIXES, find_images, find_sibling
 from open_unitok.core.text_files import parse_json, read_json, read_lines
 
-from .captions import CAPTION_KEYS, caption_list, chosen_captions, name_captions
+from .captions import CAPTION_KEYS, TEXT_EXTENSIONS, caption_list, chosen_captions, name_captions
 from .records import conversation_turns, file_of_image, image_key, image_names, read_records, unused_key
 from .tar_index import BadSample
 
 _METADATA_FILES = ("metadata.jsonl", "metadata.csv")
-_TEXT_SUFFIXES = (".txt", ".caption")  # of the captions beside an image
+_TEXT_SUFFIXES = tuple(f".{extension}" for extension in TEXT_EXTENSIONS)
 # keys of a metadata record, in the order of preference
 _FILE_KEYS = ("file_name", "file", "image", "image_path", "path", "filename")
 

@@ -48,6 +48,7 @@ CAPTIONS = {
     "img2dataset": ({"json": b'{"caption": "from json"}', "txt": b"from txt"}, ["from txt"]),
     "bom_json": ({"json": BOM + b'{"text": "t"}'}, ["t"]),
     "class": ({"cls": b"3"}, []),
+    "caption_file": ({"caption": BOM + b"red\n"}, ["red"]),
 }
 BROKEN = {
     "latin1": ({"txt": "café".encode("latin-1")}, ".txt, line 1, byte 4, is not UTF-8"),
