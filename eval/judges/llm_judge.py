@@ -4,6 +4,7 @@ import base64
 import contextlib
 import hashlib
 import http.client
+import io
 import json
 import os
 import threading
@@ -34,7 +35,7 @@ class JudgeCall(NamedTuple):
 
     Attributes:
         system: the system message, if there is one.
-        image: a PNG or JPEG file shown after the prompt, if there is one.
+        image: an image file shown after the prompt, if there is one.
     """
 
     id: str
@@ -146,11 +147,24 @@ def _messages(call: JudgeCall) -> list[dict[str, Any]]:
     """The messages of a call; an image goes along as a data URL."""
     content: Any = call.prompt
     if call.image is not None:
-        kind = "png" if call.image.suffix.lower() == ".png" else "jpeg"
-        url = f"data:image/{kind};base64,{base64.b64encode(call.image.read_bytes()).decode()}"
+        url = _data_url(call.image)
         content = [{"type": "text", "text": call.prompt}, {"type": "image_url", "image_url": {"url": url}}]
     system = [{"role": "system", "content": call.system}] if call.system else []
     return [*system, {"role": "user", "content": content}]
+
+
+def _data_url(path: Path) -> str:
+    """An image file as it is where every endpoint reads it alike, else what `load_image` reads as PNG."""
+    # loads torch, which scoring answers of other programs does without
+    from open_unitok.tokenizer.images import image_errors, is_plain, load_image, open_image_file
+
+    with image_errors(path), open_image_file(path) as image:
+        kind, data = (image.format or "").lower(), path.read_bytes()
+        if kind not in ("png", "jpeg") or not is_plain(image):
+            buffer = io.BytesIO()
+            load_image(path).save(buffer, "PNG")
+            kind, data = "png", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def _error_body(error: urllib.error.HTTPError) -> str:

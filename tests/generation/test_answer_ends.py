@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from open_unitok.core.errors import UserError
-from open_unitok.generation import Pipeline, text_generation
+from open_unitok.generation import Pipeline
 
 # the shipped model begins its answers to these with the id of U+0000 (or goes on with it)
 QUESTIONS = ["\ufeffWhat color?", "été", "🙂", "x" * 50, "draw a red circle"]
@@ -19,10 +19,9 @@ def holds_control_characters(text: str) -> bool:
     return any(ord(letter) < 9 for letter in text)
 
 
-@pytest.mark.parametrize("backend", ["native", "torch"])
-def test_no_answer_holds_a_control_character(pipe, backend, monkeypatch):
-    if backend == "torch":
-        monkeypatch.setattr(text_generation, "choose_backend", lambda *args, **options: "eager")
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_no_answer_holds_a_control_character(backend):
+    pipe = Pipeline.from_pretrained("scenes", device="cpu", backend=backend)
     images = [None, Image.new("RGB", (64, 64), "white")] * len(QUESTIONS)
     questions = [question for question in QUESTIONS for _ in range(2)]
     plain = pipe.answer(images, questions, max_new_tokens=8)

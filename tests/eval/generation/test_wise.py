@@ -11,6 +11,7 @@ from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.eval.generation import wise
+from open_unitok.eval.judges import llm_judge
 from open_unitok.eval.judges.llm_judge import CachedJudge, EndpointJudge, JudgeCall
 
 from ..conftest import GOLDEN
@@ -200,6 +201,19 @@ def test_the_endpoint_gets_the_image_and_the_cache_knows_it(tmp_path, monkeypatc
     assert head == "data:image/png;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as found:
         assert found.getpixel((0, 0)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(("name", "options"), [("a.webp", {"lossless": True}), ("a.PNG", {}), ("b.jpg", {})])
+def test_the_endpoint_gets_the_kind_that_the_bytes_are(tmp_path, name, options):
+    """Whatever the suffix says; other kinds and transparent images as the loader reads them."""
+    kind = "WEBP" if name == "a.webp" else "JPEG" if name == "a.PNG" else "PNG"
+    mode, colour = ("RGBA", (0, 0, 0, 0)) if name == "b.jpg" else ("RGB", "white")
+    Image.new(mode, (8, 8), colour).save(tmp_path / name, kind, **options)
+    (message,) = llm_judge._messages(JudgeCall("1", "grade", 0.0, 9, image=tmp_path / name))
+    head, _, data = message["content"][1]["image_url"]["url"].partition(",")
+    with Image.open(io.BytesIO(base64.b64decode(data))) as found:
+        assert head == f"data:image/{found.format.lower()};base64" and found.format in ("PNG", "JPEG")
+        assert found.mode == "RGB" and found.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_wrong_prompt_id_is_malformed(tmp_path, call):
