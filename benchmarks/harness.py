@@ -1,5 +1,6 @@
 """Shared by the benchmarks: device names, timing, isolated processes, result files."""
 
+import contextlib
 import json
 import os
 import platform
@@ -62,6 +63,21 @@ def run_isolated(script: str, *arguments: str) -> Any:
     if done.returncode:
         sys.exit(f"{' '.join(arguments)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def reset_peak_memory() -> None:
+    """Reset the process's peak resident memory (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float | None:
+    """Peak resident memory since `reset_peak_memory`; None where /proc is missing."""
+    try:
+        line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) / 2**20
 
 
 def load_average() -> float:

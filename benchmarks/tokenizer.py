@@ -28,7 +28,9 @@ from harness import (
     device_name,
     load_average,
     measure_seconds,
+    peak_memory_gib,
     read_results,
+    reset_peak_memory,
     result_file,
 )
 from tokenizer_baseline import baseline_decode, baseline_encode, baseline_latents
@@ -99,21 +101,6 @@ def count_operations(config: UniTokConfig, side: int) -> dict[str, float]:
             model.decode_latents(model.quantizer.embed(codes), (count, count))
         found["decode"] = float(counter.get_total_flops())
     return found
-
-
-def reset_peak_memory() -> None:
-    """Reset the process's peak resident memory (Linux)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_gib() -> float | None:
-    """Peak resident memory since `reset_peak_memory`; None where /proc is missing."""
-    try:
-        line = next(x for x in Path("/proc/self/status").read_text().split("\n") if x.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        return None
-    return int(line.split()[1]) / 2**20
 
 
 def alternate(
