@@ -309,7 +309,7 @@ class TokenizerRunConfig(RunConfig):
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
         if self.init_quantizer and (self.init_from or self.codebooks.start != "random"):
-            other = "init_from" if self.init_from else "codebooks.init_images"
+            other = "init_from" if self.init_from else "codebooks.init"
             raise UserError(f"init_quantizer and {other} both initialise the quantiser: keep one of them.")
         # both write codebook rows directly, regardless of requires_grad
         if "quantizer" in self.freeze and (self.codebooks.start != "random" or self.codebooks.reset_after):

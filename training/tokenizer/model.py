@@ -96,6 +96,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
     _set_up_quantizer(model.quantizer, config)
+    _check_losses(model, config)
     if not config.losses.clip:  # without a gradient, weight decay would still shrink these
         for part in (model.text_encoder, model.image_norm, model.image_projection):
             part.requires_grad_(False)
@@ -120,6 +121,9 @@ def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
         )
     if not quantizer.trains_rows and quantizer.codebooks is not None and quantizer.codebooks.requires_grad:
         raise UserError(f"The rows of {kind} follow the latents: an optimiser must not move them as well.")
+    for part in () if quantizer.trains_rows else config.lr_factors:
+        if part in "quantizer.codebooks":
+            raise UserError(f"lr_factors.{part} names the rows of {kind}, which no optimiser moves: omit it.")
     if quantizer.moves_rows and quantizer.trains_rows and config.engine.zero_stage:
         # its fp32 copies of the rows would undo what the forward pass does
         raise UserError(
@@ -134,6 +138,26 @@ def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
             )
         check_disentangle(len(quantizer.code_sizes))
         quantizer.disentangle = True  # pyright: ignore
+
+
+def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:
+    """Quantise one image of zeros: a loss that the quantiser lacks must not stop the first step.
+
+    Raises:
+        UserError: the run weighs a loss that the quantiser does not have.
+    """
+    quantizer, training = model.quantizer, model.quantizer.training
+    quantizer.eval()
+    latents = torch.zeros(1, model.config.layout.num_tokens, quantizer.latent_dim)
+    with torch.no_grad():
+        found = quantizer(latents, entropy=config.losses.entropy > 0).losses
+    quantizer.train(training)
+    for name in config.losses.extra:
+        if name not in found:
+            raise UserError(
+                f"losses.extra has {name!r}, but {type(quantizer).__name__} has no such loss, only "
+                f"{', '.join(found)}."
+            )
 
 
 def _load_pretrained(path: str) -> UniTok:

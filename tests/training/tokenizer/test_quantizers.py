@@ -74,7 +74,7 @@ def test_a_published_quantizer_starts_a_run_and_stays_frozen(data, tmp_path, cap
     train("moving")
     assert not torch.equal(UniTok.from_pretrained(tmp_path / "moving" / "model").quantizer.codebooks[0], rows)
     for changes, words in (
-        (["codebooks={init_images: 16}"], "init_quantizer and codebooks.init_images both initialise"),
+        (["codebooks={init_images: 16}"], "init_quantizer and codebooks.init both initialise"),
         (["model.codebook_size=8"], "codebook_size = 16, but model.codebook_size is 8"),
         (["freeze=[encoder]"], "without init_from: frozen random weights are never trained"),
     ):
