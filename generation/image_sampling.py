@@ -68,6 +68,7 @@ def iter_image_codes(
     tensor: clone it to keep it.
     """
     config = model.config
+    config.check_generates()
     check_prompts(prompt_ids, seeds, config)
     images, num_tokens, books = len(prompt_ids), config.num_image_tokens, config.num_codebooks
     # guidance 1 is the conditional distribution: half the rows

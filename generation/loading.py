@@ -135,7 +135,7 @@ def _check_image_tokens(
             )
     height, width = processor.image_shape
     patch, registers = unitok.config.patch_size, unitok.config.num_register_tokens
-    tokens = unitok.quantizer.num_tokens(TokenLayout(height // patch, width // patch, registers))
+    tokens = unitok.quantizer.num_embedded(TokenLayout(height // patch, width // patch, registers))
     if tokens != processor.num_image_tokens:
         raise UserError(
             f"{folder / CONFIG}: num_image_tokens = {processor.num_image_tokens}, but images of {height} x "

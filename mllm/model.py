@@ -185,7 +185,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
                 )
             return None
         self.visual_embedder.check_codes(image_codes)
-        images, length, _ = image_codes.shape
+        images, length = image_codes.shape[0], self.config.num_read(image_codes.shape[1])
         if len(positions) != images * length:
             raise UserError(
                 f"input_ids hold {len(positions)} image placeholders, but image_codes hold {images} images "
@@ -201,7 +201,8 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             vectors = embed(input_ids)
             if self.training and torch.is_grad_enabled():
                 # zero-weighted dummy: every rank must run every module, or ZeRO-3's all-gathers deadlock
-                dummy = input_ids.new_zeros((1, 1, self.config.num_codebooks))
+                length = self.config.num_codes if self.config.scales else 1
+                dummy = input_ids.new_zeros((1, length, self.config.num_codebooks))
                 vectors = vectors + 0.0 * self.visual_embedder(dummy).sum().to(vectors.dtype)
             return vectors
         assert image_codes is not None
@@ -376,6 +377,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:
             assert image_codes is not None
+            self.config.check_generates()
             # the depth head runs on target visual tokens only, as one batch of J*N
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
             logits = self.depth_head(flat[found.image_before.flatten()], codes)

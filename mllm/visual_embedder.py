@@ -14,6 +14,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 from open_unitok.tokenizer.quantizers.base import normalise_blocks
+from open_unitok.tokenizer.quantizers.residual import sum_scales
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
@@ -54,7 +55,7 @@ class VisualEmbedder(nn.Module):
         init.normal_(self.codebooks)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """(I, N, K) codes of whole images -> (I, N, D)."""
+        """(I, N, K) codes of whole images -> (I, N, D); with scales, one vector per place of the last."""
         return self.projector(self.projection(self.embed(codes)))
 
     def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
@@ -78,7 +79,10 @@ class VisualEmbedder(nn.Module):
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
         rows = self._normalise(rows)
-        return rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
+        rows = rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
+        if not self.config.scales:
+            return rows
+        return sum_scales(rows.float(), self.config.scales).to(rows.dtype)
 
     def code_table(self) -> torch.Tensor:
         """(K, V, C) float32 rows, normalised as in `embed`."""
@@ -111,6 +115,11 @@ class VisualEmbedder(nn.Module):
                     f"{name} = {ours!r} in the model, but {theirs!r} in the visual tokenizer: build the "
                     "config with UniTokMLLMConfig.for_tokenizer."
                 )
+        if config.scales != unitok.config.scales:
+            raise UserError(
+                f"scales = {config.scales} in the model, but {unitok.config.scales} in the visual tokenizer: "
+                "build the config with UniTokMLLMConfig.for_tokenizer."
+            )
         for name, ours in (("code_sizes", config.book_sizes), ("sums_rows", config.sums_rows)):
             theirs = getattr(unitok.quantizer, name)
             if ours != theirs:
@@ -142,6 +151,11 @@ class VisualEmbedder(nn.Module):
             raise UserError(
                 f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of "
                 f"shape (images, visual tokens, {books} sub-codebooks)."
+            )
+        if self.config.scales and codes.shape[1] != self.config.num_codes:
+            raise UserError(
+                f"image_codes have {codes.shape[1]} visual tokens; the scales {self.config.scales} take "
+                f"{self.config.num_codes}."
             )
         if codes.device.type == "cpu" and codes.numel():  # elsewhere the check would wait for the device
             low, high = torch.aminmax(codes)

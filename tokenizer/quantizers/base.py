@@ -110,6 +110,10 @@ class Quantizer(nn.Module):
         """N of an image with this layout; a multi-scale quantiser has more than the grid."""
         return layout.num_tokens
 
+    def num_embedded(self, layout: TokenLayout) -> int:
+        """Number of vectors that `embed` makes of the N codes of an image; an MLLM reads as many."""
+        return self.num_tokens(layout)
+
     def code_table(self) -> Tensor | None:
         """(K, max V, C) float32 rows as stored, padded with zeros.
 

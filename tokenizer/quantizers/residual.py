@@ -68,8 +68,9 @@ class ResidualQuantizer(Quantizer):
         self.inner.counts_usage = False  # counted here, once for all scales
         self.scales, self.detach, self.scale_drop = list(scales), detach, scale_drop
         self.grid = (self.scales[-1], self.scales[-1])
-        for name in ("row_norm", "row_blocks", "sums_rows", "reads", "moves_rows", "trains_rows"):
+        for name in ("row_norm", "row_blocks", "sums_rows", "moves_rows", "trains_rows"):
             setattr(self, name, getattr(built, name))
+        self.reads = built.reads and not shared_convolutions  # an MLLM has the rows, not the convolutions
         self.semantic_dim: int | None = getattr(built, "semantic_dim", None)
         self.skip: int | None = None
         # a separately normalised block has convolutions of its own
@@ -158,6 +159,9 @@ class ResidualQuantizer(Quantizer):
     def num_tokens(self, layout: TokenLayout) -> int:
         return sum(side * side for side in self.scales)
 
+    def num_embedded(self, layout: TokenLayout) -> int:
+        return layout.num_tokens
+
     def check_length(self, num_tokens: int) -> int:
         """The number of scales that the first `num_tokens` tokens are.
 
@@ -201,9 +205,7 @@ class ResidualQuantizer(Quantizer):
 
     def _upsample(self, rows: Tensor, place: int, used: Sequence[int]) -> Tensor:
         """(B, s*s, D) rows of the scale at `place` of `used` -> (B, D, H, W)."""
-        side = used[place]
-        up = rows.transpose(1, 2).unflatten(-1, (side, side))
-        up = F.interpolate(up, self.grid, mode="bicubic", align_corners=False)
+        up = upsample_scale(rows, used[place], self.grid)
         return self.phi(up, place / max(len(used) - 1, 1))
 
 
@@ -240,6 +242,19 @@ class SharedConvolutions(nn.Module):
     def choose(self, place: float) -> int:
         """The number of the convolution for a place from 0 to 1."""
         return int(np.abs(self.ticks - place).argmin())
+
+
+def upsample_scale(rows: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """(B, s*s, D) rows of a scale -> (B, D, H, W)."""
+    up = rows.transpose(1, 2).unflatten(-1, (side, side))
+    return F.interpolate(up, grid, mode="bicubic", align_corners=False)
+
+
+def sum_scales(rows: Tensor, scales: Sequence[int]) -> Tensor:
+    """(B, N, D) rows of all scales -> (B, s*s, D), their sum on the grid of the last one."""
+    parts = rows.split([side * side for side in scales], dim=1)
+    grid = (scales[-1], scales[-1])
+    return _to_tokens(sum(upsample_scale(part, side, grid) for part, side in zip(parts, scales)))
 
 
 def _to_tokens(grid: Tensor) -> Tensor:

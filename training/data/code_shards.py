@@ -102,6 +102,12 @@ class CodeFolder:
         return self.manifest.get("image_roots", [])
 
     @property
+    def image_places(self) -> int:
+        """Positions of an image in a sequence: N, or the places of the last scale of a pyramid."""
+        scales = self.manifest.get("scales")
+        return scales[-1] ** 2 if scales else self.shape[0]
+
+    @property
     def codes(self) -> "CodeFolder":
         """The code folder of its images: itself."""
         return self

@@ -151,11 +151,12 @@ class Mixture:
         name = SAMPLE_KINDS[entry.kind].alternative(self.options, random) or entry.kind
         kind = SAMPLE_KINDS[name]
         text, images = kind.select(data.read(shard, item), self.options, random)
-        sequence = self.sequences.build(name, text, tuple(map(len, images)))
+        places = data.codes.image_places if data.codes is not None else 0
+        sequence = self.sequences.build(name, text, (places,) * len(images))
         if kind.may_drop_images and images:
             # the sequence may end before the last images: drop their codes too
             placeholders = int((sequence.ids == self.sequences.image_token_id).sum())
-            images = images[: placeholders // len(images[0])]
+            images = images[: placeholders // places]
         return TrainingSample(name, sequence, images)
 
     def _report(self, text: str) -> None:

@@ -28,7 +28,7 @@ class RunningMetrics:
     """
 
     def __init__(self, model: Any, device: torch.device, peak: float | None = None):
-        num_codebooks = model.config.num_codebooks
+        num_codebooks, self.num_read = model.config.num_codebooks, model.config.num_read
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.model_flops, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
@@ -50,7 +50,7 @@ class RunningMetrics:
                 tokens=batch.tokens,
                 attention_pairs=batch.attention_pairs,
                 text_targets=batch.text_targets,
-                image_tokens=0 if codes is None else codes.shape[0] * codes.shape[1],
+                image_tokens=0 if codes is None else codes.shape[0] * self.num_read(codes.shape[1]),
                 image_targets=batch.code_targets / len(self.correct),
             ),
             dtype=torch.float64,

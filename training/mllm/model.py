@@ -63,7 +63,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     _check_keys(options.processor, allowed, "model.processor")
     sizes = {
         "image_size": unitok.config.image_size,
-        "num_image_tokens": unitok.config.num_visual_tokens,
+        "num_image_tokens": unitok.quantizer.num_embedded(unitok.config.layout),
         "token_layout": unitok.config.token_layout,
     }
     processor = UniTokProcessor.from_text_tokenizer(

@@ -171,6 +171,7 @@ def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: s
     Raises:
         UserError: the codes at `path` have another number of tokens or another layout.
     """
+    sizes.check_generates()
     if layout.num_tokens != sizes.num_image_tokens:
         raise UserError(
             f"{path} holds {layout.num_tokens} visual tokens per image, but the model generates "
