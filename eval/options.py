@@ -2,7 +2,7 @@
 
 from .core.benchmark import Option
 
-SPLIT = Option("split", "split, if the folder contains several, e.g. mscoco_val2014")
+SPLIT = Option("split", "split, if the folder contains several: mscoco_val2014, aokvqa of POPE, ...")
 CROP = Option(
     "crop", "crop to the tokenizer's size: bicubic, lanczos or adm (default: lanczos for classification)"
 )

@@ -123,7 +123,7 @@ _TABLE = (
         description="object hallucination: is an object in the image",
         needs="mllm",
         files=("scenes.json", *release_patterns("pope")),
-        options=(LAYOUT, *QUESTIONS),
+        options=(SPLIT, LAYOUT, *QUESTIONS),
         scorers=("official", "strict"),
         batch_size=1024,
     ),

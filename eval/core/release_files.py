@@ -48,7 +48,7 @@ RELEASES = {
     "vqav2": Release(("v2_OpenEnded_*_questions.json",), ("*vqav2*.jsonl",), ("vqa", "vqa2")),
     "gqa": Release(("*_balanced_questions.json", "*_all_questions.json"), ("*gqa*.jsonl",)),
     "textvqa": Release(("TextVQA_0.5.1_*.json",), ("*textvqa*.jsonl",)),
-    "pope": Release(("*_pope_random.json",), ("*pope*.jsonl",)),
+    "pope": Release(("*_pope_*.json",), ("*pope*.jsonl",)),
     "mme": Release(
         tuple(f"{task}/{inner}*.txt" for task in MME_TASK_FOLDERS for inner in ("", "questions_answers_YN/")),
         ("llava_mme*.jsonl",),
@@ -139,19 +139,25 @@ def _other_folders(patterns: Collection[str]) -> set[str]:
     }
 
 
-def _search(root: Path, patterns: Sequence[str], depth: int = DEPTH) -> Iterator[list[Path]]:
+def _search(
+    root: Path, patterns: Sequence[str], depth: int = DEPTH, in_others: bool = False
+) -> Iterator[list[Path]]:
     """Yield the matches of the patterns at each depth that has some, the nearest first."""
-    for folders in walk_folders(root, _other_folders(patterns), depth):
+    for folders in walk_folders(root, () if in_others else _other_folders(patterns), depth):
         found = [path for folder in folders for pattern in patterns for path in folder.glob(pattern)]
         # hidden: macOS writes ._name beside name
         if found := sorted({path for path in found if not path.name.startswith(".")}):
             yield found
 
 
-def find_files(data: Path, patterns: Sequence[str]) -> list[Path]:
-    """All files in or below `data`, or beside it if it is a file, that match a pattern, the nearest first."""
+def find_files(data: Path, patterns: Sequence[str], in_others: bool = False) -> list[Path]:
+    """All files in or below `data`, or beside it if it is a file, that match a pattern, the nearest first.
+
+    Args:
+        in_others: also in folders that have the name of another benchmark.
+    """
     root = data if data.is_dir() else data.parent
-    return [path for level in _search(root, patterns) for path in level]
+    return [path for level in _search(root, patterns, in_others=in_others) for path in level]
 
 
 def holds_files(data: Path, patterns: Sequence[str], depth: int = DEPTH) -> bool:

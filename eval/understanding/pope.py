@@ -42,6 +42,7 @@ from ..core.release_files import (
 
 POPE_SUBSETS = ("random", "popular", "adversarial")
 POPE_SCORERS = ("official", "strict")
+_ALL = "all three"  # the split of results
 _ORIGINAL, _LLAVA = RELEASES["pope"].original, RELEASES["pope"].llava
 
 answer = answer_questions
@@ -65,20 +66,22 @@ def load(data: Path, settings: Options) -> Task:
     """One sample per question, category by category; in LLaVA's layout in the order of LLaVA's file."""
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
     if layout != "llava":
-        questions = (read_pope(data) if layout == "original" else read_pope_parquet(data))[: settings.limit]
+        read = read_pope if layout == "original" else read_pope_parquet
+        questions = read(data, settings.split)[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
-        prompts, path, problems = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data, []
+        prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
+        split, problems = _describe_set(data, settings.split) if layout == "original" else (_ALL, [])
         aliases = []
         length = SCENES_LENGTH if template == "plain" else PUBLISHED_LENGTH
-        metadata = answering_metadata("all three", template, settings, length)
+        metadata = answering_metadata(split, template, settings, length)
     else:
         path = find_file(data, _LLAVA, "LLaVA question file")
         rows = read_llava_questions(path)
-        questions, problems = _join_llava(read_pope(data), rows, path)
+        questions, problems = _join_llava(read_pope(data, settings.split), rows, path)
         questions = questions[: settings.limit]
         prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
         aliases = llava_ids(rows)
-        metadata = answering_metadata("all three", f"as in {path.name}", settings)
+        metadata = answering_metadata(_ALL, f"as in {path.name}", settings)
     samples = [
         malformed_sample(i, None, q.malformed)
         if q.malformed
@@ -88,28 +91,58 @@ def load(data: Path, settings: Options) -> Task:
     return Task(require_mostly_valid(samples, path), questions, metadata, problems, aliases)
 
 
-def read_pope(data: str | Path) -> list[PopeQuestion]:
+def read_pope(data: str | Path, split: str | None = None) -> list[PopeQuestion]:
     """Read `*_pope_{random,popular,adversarial}.json` from `data` or folders below it.
 
     A line without a key or with an invalid label becomes a `malformed` question.
 
+    Args:
+        split: as for `find_set`.
+
     Raises:
         UserError: the file of a category is missing, or there are two.
     """
-    data, result = Path(data), []
+    return [question for file in find_set(Path(data), split) for question in _read_category(Path(data), file)]
+
+
+def find_set(data: Path, split: str | None) -> list[Path]:
+    """The files of the three categories of one set of questions; the release has three sets side by side.
+
+    Args:
+        split: coco, aokvqa or gqa; None = that of `data` if it is a file, else coco, else the only one.
+
+    Raises:
+        UserError: a file is missing, or there are two.
+    """
+    if split is None and data.is_file() and "_pope_" in data.name:
+        split = _set_of(data)
+    files = []
     for category in POPE_SUBSETS:
-        found = find_files(data, (f"*_pope_{category}.json",))
-        # the repository has COCO, which the papers report, A-OKVQA and GQA side by side
-        found = [p for p in found if p.name.startswith("coco_")] or found
+        every = find_files(data, (f"*_pope_{category}.json",), in_others=True)  # a set is called gqa
+        # the papers report COCO
+        found = [p for p in every if _set_of(p) == (split or "coco")] or ([] if split else every)
         # a copy deeper down does not count
         found = [p for p in found if len(p.parts) == len(found[0].parts)]
-        if len(found) != 1:
-            names = ", ".join(str(p) for p in found) or "nothing"
-            raise UserError(
-                f"{data}: expected one *_pope_{category}.json here or in a folder below, found {names}."
-            )
-        result += _read_category(data, found[0])
-    return result
+        if len(found) != 1 or _set_of(found[0]) != _set_of((files or found)[0]):
+            names = ", ".join(str(p) for p in found or every) or "nothing"
+            wanted = f"{split or (_set_of(files[0]) if files else '*')}_pope_{category}.json"
+            raise UserError(f"{data}: expected one {wanted} here or in a folder below, found {names}.")
+        files += found
+    return files
+
+
+def _set_of(file: Path) -> str:
+    """The name of a file's set of questions."""
+    return file.name.rpartition("_pope_")[0]
+
+
+def _describe_set(data: Path, split: str | None) -> tuple[str, list[str]]:
+    """The split of the result, and a line about sets of questions that are not asked."""
+    own = _set_of(find_set(data, split)[0])
+    others = sorted({_set_of(path) for path in find_files(data, _ORIGINAL, in_others=True)} - {own})
+    note = f"only the questions of {own} are asked; for those of {' or '.join(others)} see --split"
+    # scenes have a set of their own
+    return _ALL + f" of {own}" * (own in ("aokvqa", "gqa")), [note] * bool(others)
 
 
 def _read_category(data: Path, path: Path) -> list[PopeQuestion]:
@@ -144,16 +177,16 @@ def _read_question(
     return PopeQuestion(number, image, require_text(row, "text", where), label, category)
 
 
-def read_pope_parquet(data: Path) -> list[PopeQuestion]:
+def read_pope_parquet(data: Path, split: str | None = None) -> list[PopeQuestion]:
     """The questions of the hub's table (`lmms-lab/POPE`), in the order of `read_pope`.
 
     Raises:
         UserError: the table lacks one of the three categories.
     """
-    splits = find_splits(data)
+    splits = [choose_split(data, split)] if split else find_splits(data)
     # the table exists twice: as one split, and as one split per category
     whole = [split for split in splits if split.split not in POPE_SUBSETS]
-    files = choose_split(data, defaults=("test",)).files if whole else [f for s in splits for f in s.files]
+    files = choose_split(data, split, ("test",)).files if whole else [f for s in splits for f in s.files]
     result: dict[str, list[PopeQuestion]] = {category: [] for category in POPE_SUBSETS}
     for row in read_parquet(
         files, ("question_id", "question", "answer", "image_source", "image", "category")
@@ -240,13 +273,16 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
     for k, (name, ratios) in enumerate(categories.items()):
         interval = bootstrap(columns[:, 3 * k : 3 * k + 3], clusters, f1_statistic)
         metrics[f"f1/{name}"] = Metric(ratios["f1"], int(ratios["n"]), interval)
+    # the papers report COCO
+    other = str(task.metadata["split"]).partition(" of ")[2]
+    reason = f"the questions are those of {other}, the published ones of coco" if other else ""
     for key in ("accuracy", "precision", "recall", "yes_ratio"):
         for name, ratios in categories.items():
             metrics[f"{key.replace('_', ' ')}/{name}"] = Metric(ratios[key], int(ratios["n"]))
     return Scored(metrics, {"per_category": result["per_category"]}, [
         sample_record(s, records, value, q.label, q.category, q.text, parsed=parsed)
         for s, q, value, parsed in zip(task.samples, questions, right, result["parsed"])
-    ], "f1")  # fmt: skip
+    ], "f1", reason)  # fmt: skip
 
 
 def parse_yes_no(text: str, scorer: str = "official") -> str:

@@ -111,7 +111,7 @@ def test_a_wrong_place_says_what_was_looked_for_and_what_is_there(capsys, tmp_pa
     for place, message in places.items():
         code, _, err = run(capsys, "pope", tmp_path / place, tmp_path / "o")
         assert code == 2 and err.count("\n") == 1 and message in err, err
-        assert "neither *_pope_random.json (the release), nor *pope*.jsonl (LLaVA's" in err
+        assert "neither *_pope_*.json (the release), nor *pope*.jsonl (LLaVA's" in err
     assert not (tmp_path / "o").exists()
 
 

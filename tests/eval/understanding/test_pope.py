@@ -120,7 +120,9 @@ def test_llavas_questions_are_joined_by_category_image_and_question(tmp_path):
     """The files are of two versions: another order, and questions that LLaVA's file does not ask."""
     released = [("a", "cup", "yes"), ("a", "dog", "no"), ("b", "car", "yes"), ("b", "hat", "no")]
     write_versions(tmp_path, released, [("b", "hat"), ("a", "dog"), ("a", "cup")])
-    task = pope.load(tmp_path, Options(layout="llava", limit=None, max_new_tokens=None, prompt_template=None))
+    task = pope.load(
+        tmp_path, Options(layout="llava", split=None, limit=None, max_new_tokens=None, prompt_template=None)
+    )
     assert [(q.text.split()[3], q.label) for q in task.truth[:3]] == [
         ("hat", "no"),
         ("dog", "no"),
@@ -132,7 +134,9 @@ def test_llavas_questions_are_joined_by_category_image_and_question(tmp_path):
     assert task.problems == ["3 released questions are not in llava_pope_test.jsonl (not asked)"]
     # a question that no version has is named, and wrong
     write_versions(tmp_path, released, [("a", "cup"), ("a", "dog"), ("b", "cow")])
-    task = pope.load(tmp_path, Options(layout="llava", limit=None, max_new_tokens=None, prompt_template=None))
+    task = pope.load(
+        tmp_path, Options(layout="llava", split=None, limit=None, max_new_tokens=None, prompt_template=None)
+    )
     assert [bool(s.malformed) for s in task.samples] == [False, False, True] * 3
     assert "has no question 'Is there a cow in the image?' about b.jpg" in task.samples[2].malformed
 
@@ -141,3 +145,45 @@ def test_an_empty_answer_is_yes_by_the_official_rule_and_neither_by_the_strict_o
     assert pope.parse_yes_no("") == "yes" and pope.parse_yes_no("", "strict") == ""
     text = (Path(__file__).parents[3] / "eval" / "README.md").read_text()
     assert "POPE's official rule reads an empty answer as yes" in " ".join(text.split())
+
+
+def write_sets(folder):
+    """The output folder of POPE's repository: three sets of two questions per category."""
+    for name, thing in (("coco", "cup"), ("aokvqa", "dog"), ("gqa", "car")):
+        for category in pope.POPE_SUBSETS:
+            path = folder / name / f"{name}_pope_{category}.json"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rows = [
+                {"question_id": i, "image": f"{i}.jpg", "text": f"Is there a {thing} here?", "label": label}
+                for i, label in enumerate(("yes", "no"), 1)
+            ]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def load(data, split=None):
+    options = {"layout": None, "limit": None, "max_new_tokens": None, "prompt_template": None}
+    task = pope.load(data, Options(**options, split=split))
+    scored = pope.score(task, {i: {"text": "yes"} for i in range(6)}, data, {}, Options(scorer="official"))
+    return {q.text.split()[3] for q in task.truth}, scored.not_comparable, task.problems
+
+
+def test_one_of_the_three_sets_of_the_repository_is_asked_and_named(tmp_path):
+    write_sets(tmp_path)
+    line = "only the questions of coco are asked; for those of aokvqa or gqa see --split"
+    assert load(tmp_path) == ({"cup"}, "", [line])
+    things, reason, problems = load(tmp_path, "gqa")
+    assert things == {"car"} and "only the questions of gqa" in problems[0]
+    assert reason == "the questions are those of gqa, the published ones of coco"
+    # the folder or a file of one set
+    assert load(tmp_path / "aokvqa") == ({"dog"}, reason.replace("gqa", "aokvqa"), [])
+    for path in (tmp_path / "gqa").iterdir():
+        path.rename(tmp_path / "aokvqa" / path.name)
+    assert load(tmp_path / "aokvqa" / "gqa_pope_popular.json")[:2] == ({"car"}, reason)
+    with pytest.raises(UserError, match=r"expected one \*_pope_random.json .*, found .*aokvqa.*, .*gqa"):
+        load(tmp_path / "aokvqa")
+    with pytest.raises(UserError, match=r"expected one vqa_pope_random.json .*, found .*coco_pope_random"):
+        load(tmp_path, "vqa")
+    # a category of another set does not fill a gap
+    (tmp_path / "coco" / "coco_pope_popular.json").unlink()
+    with pytest.raises(UserError, match=r"expected one coco_pope_popular.json"):
+        load(tmp_path)
