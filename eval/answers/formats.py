@@ -87,6 +87,8 @@ def _answer(row: Any, where: str) -> GivenAnswer:
 def _file_rows(path: Path) -> Iterable[tuple[str, Any]]:
     """(place, entry) of every entry of a file."""
     kind = path.suffix.lower()
+    if kind == ".txt" and path.stem in MME_TASKS:
+        raise UserError(f"{path} is one task of MME's tool: pass the folder, {path.parent}.")
     if kind == ".xlsx":
         return _sheet_rows(path)
     if kind in (".tsv", ".csv"):

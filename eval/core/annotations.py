@@ -5,7 +5,8 @@ as wrong, and the run continues.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,16 @@ def read_llava_questions(path: Path, limit: int | None = None) -> list[Any]:
 def llava_ids(rows: Sequence[Any]) -> list[Any]:
     """The question ids of the lines of a LLaVA question file; None for a malformed line."""
     return [row["question_id"] if isinstance(row, dict) else None for row in rows]
+
+
+def part_asked(asked: Iterable[Any], released: Iterable[Any], file: Path) -> str:
+    """Why the questions of LLaVA's file are not those of the release, by their ids; "" if they are."""
+    asked, released = Counter(asked), Counter(released)
+    left_out, repeated = (released - asked).total(), (asked - released).total()
+    counts = ((left_out, f"not in {file.name}"), (repeated, f"asked twice in {file.name}"))
+    return "; ".join(
+        f"{count} of {released.total()} released questions are {what}" for count, what in counts if count
+    )
 
 
 def read_json_as(kind: type, path: Path, key: str = "") -> Any:

@@ -76,9 +76,9 @@ class Task(NamedTuple):
     truth: Any
     metadata: dict[str, Any]  # split, prompt template, decoding, ...; copied into the result
     problems: Sequence[str] = ()  # warnings about the files other than malformed samples, one line each
-    aliases: Sequence[
-        Any
-    ] = ()  # per sample the id in LLaVA's question file, where it is not that of the release
+    # per sample the id in LLaVA's question file, where it is not that of the release
+    aliases: Sequence[Any] = ()
+    not_comparable: str = ""  # why numbers over these samples are not comparable with published ones
 
 
 class Metric(NamedTuple):

@@ -192,12 +192,27 @@ def read_parquet(
             if leaf.split(".")[0] not in image_columns or leaf.split(".")[-1] == "path"
         ]
         row_number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=wanted):
+        for batch in _batches(file, path, wanted):
             for row in batch.to_pylist():
                 for name in image_columns:
                     row[name] = _references(row.get(name, {}), path, row_number, name)
                 yield row | {"#": f"{path}, row {row_number}"}
                 row_number += 1
+
+
+def _batches(file: Any, path: Path, columns: Sequence[str]) -> Iterator[Any]:
+    """The rows of a file in batches; UserError if a part of it is damaged."""
+    import pyarrow
+
+    batches = file.iter_batches(batch_size=1024, columns=columns)
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error
+        if batch is None:
+            return
+        yield batch
 
 
 def row_image(row: Record, name: str, column: str = "image") -> ParquetImage:
@@ -234,16 +249,22 @@ def _image_columns(file: Any) -> list[str]:
     return columns
 
 
-# opened once: reading the metadata of a file costs more than reading a row
-@functools.lru_cache(maxsize=64)
 def _open(path: Path) -> Any:
     """The open parquet file."""
+    status = existing(path).stat()
+    return _open_once(path, status.st_size, status.st_mtime_ns)
+
+
+# reading the metadata of a file costs more than reading a row
+@functools.lru_cache(maxsize=64)
+def _open_once(path: Path, size: int, changed: int) -> Any:
+    """The open parquet file; size and time tell a file that was replaced from the one before."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise UserError(f"Reading {path} needs pyarrow: pip install 'open-unitok[eval]'.") from error
-    with open(existing(path), "rb") as file:
+    with open(path, "rb") as file:
         if file.read(len(_POINTER)) == _POINTER:
             raise UserError(
                 f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in its folder."
@@ -260,18 +281,18 @@ def _image_cell(path: Path, row: int, column: str) -> Any:
     for group in range(metadata.num_row_groups):
         size = metadata.row_group(group).num_rows
         if row < size:
-            return _image_group(path, group, column)[row].as_py()
+            return _image_group(_open(path), path, group, column)[row].as_py()
         row -= size
     raise UserError(f"{path} has no row {row}.")
 
 
 # neighbouring questions are about neighbouring rows; two groups, since questions may alternate between files
 @functools.lru_cache(maxsize=2)
-def _image_group(path: Path, group: int, column: str) -> Any:
+def _image_group(file: Any, path: Path, group: int, column: str) -> Any:
     """The column of images of one row group, still encoded as image files."""
     import pyarrow
 
     try:
-        return _open(path).read_row_group(group, columns=[column]).column(column)
+        return file.read_row_group(group, columns=[column]).column(column)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is damaged: {str(error).splitlines()[0]}") from error

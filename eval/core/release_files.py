@@ -324,7 +324,12 @@ def _shortened(patterns: Sequence[str]) -> list[str]:
 def describe_contents(data: Path, patterns: Sequence[str]) -> str:
     """What lies in `data` instead of the files wanted, and what to do about it."""
     if data.is_file():
-        return "Unpack it first, and pass the folder." if _is_archive(data.name) else "It is another file."
+        if _is_archive(data.name):
+            return "Unpack it first, and pass the folder."
+        for folder in data.resolve().parents[:3]:
+            if holds_files(folder, patterns, 0):
+                return f"Pass {folder} instead."
+        return "It is another file."
     names = sorted(p.name + "/" * p.is_dir() for p in data.iterdir() if not p.name.startswith("."))
     inside = [p.name for level in walk_folders(data, depth=2) for f in level for p in f.iterdir()]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""

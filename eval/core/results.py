@@ -198,6 +198,7 @@ def _not_comparable_reason(run: Record, task: Task, answers: Answers, scored: Sc
     # malformed samples have a reason of their own
     failed = len(set(answers.failed) - {s.index for s in task.samples if s.malformed})
     reasons: Iterable[tuple[Any, str]] = (
+        (task.not_comparable, task.not_comparable),
         (scored.not_comparable, scored.not_comparable),
         (limit, f"only the first {limit} samples"),
         (answers.missing, f"{len(answers.missing)} answers are missing"),

@@ -16,6 +16,7 @@ from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
 from ..core.annotations import (
+    part_asked,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -81,6 +82,8 @@ def load(data: Path, settings: Options) -> Task:
             questions[name] = row
         except UserError as error:
             questions[name], broken[name] = _MALFORMED, error
+    # the full split has the balanced questions too, which alone count
+    balanced, part = [n for n, row in questions.items() if row["isBalanced"]], ""
     if layout != "llava":
         template, file = choose_prompt_template(settings, "short"), path
         entries = [
@@ -96,6 +99,8 @@ def load(data: Path, settings: Options) -> Task:
             if name not in questions:
                 reason = f"{file}, line {i + 1}: question_id {name} is not in {path.name}."
                 questions[name], broken[name] = _MALFORMED, reason if good else row
+        counted = [name for name, _ in entries if name not in broken and questions[name]["isBalanced"]]
+        part = part_asked(counted, (n for n in balanced if n not in broken), file)
     find_image = image_finder(image_folders(data, path, ("images",)))
     samples = [
         malformed_sample(i, name, broken[name])
@@ -112,7 +117,8 @@ def load(data: Path, settings: Options) -> Task:
     tier = split.removesuffix("_balanced").removesuffix("_all")
     choices = find_beside(data, path, f"{tier}_choices.json")
     truth = {"questions": questions, "choices": read_json(choices) if choices.exists() else None}
-    return Task(require_mostly_valid(samples, file), truth, answering_metadata(split, template, settings))
+    metadata = answering_metadata(split, template, settings)
+    return Task(require_mostly_valid(samples, file), truth, metadata, not_comparable=part)
 
 
 def _read_parquet(data: Path, split: str) -> tuple[str, Path, dict[str, Any], dict[str, ParquetImage]]:

@@ -11,9 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.image_names import is_image_name
 from open_unitok.core.text_files import read_lines
 
-from ..core.annotations import read_llava_questions, require_mostly_valid, require_text
+from ..core.annotations import part_asked, read_llava_questions, require_mostly_valid, require_text
 from ..core.answering import (
     PROMPT_TEMPLATES,
     answer_questions,
@@ -59,19 +60,26 @@ def load(data: Path, settings: Options) -> Task:
     for name in tasks:
         if name not in MME_TASKS:
             raise UserError(f"split is {name!r}; allowed: {', '.join(MME_TASKS)}.")
-    root = _release_root(data)
+    root, part = _release_root(data), ""
     if settings.layout == "parquet" or (root is None and holds_parquet(data)):
         questions, root = _read_parquet(data, tasks), data
     elif root is None:
         raise wrong_place(data, RELEASES["mme"].original, RELEASES["mme"].llava)
     else:
         questions = [question for name in tasks for question in _read_task(root, name)]
+        part = _without_questions(questions)
     template = choose_prompt_template(settings, "short")
     prompts = [PROMPT_TEMPLATES[template].format(without_yes_no_request(q.question)) for q in questions]
     if settings.layout == "llava":
         file = find_file(data, RELEASES["mme"].llava, "LLaVA question file")
         template = f"as in {file.name}"
-        questions, prompts = _join_llava(questions, file, tasks)
+        released = questions
+        questions, prompts = _join_llava(released, file, tasks)
+        keys = (
+            [(q.task, q.image.stem, q.question) for q in side if not q.malformed]
+            for side in (questions, released)
+        )
+        part = part_asked(*keys, file) or part
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
         malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)
@@ -83,6 +91,7 @@ def load(data: Path, settings: Options) -> Task:
         require_mostly_valid(samples, root),
         questions,
         answering_metadata(settings.split or "all tasks", template, settings),
+        not_comparable=part,
     )
 
 
@@ -147,6 +156,15 @@ def _read_task(root: Path, name: str) -> list[MmeQuestion]:
     if not result:
         raise UserError(f"{texts}: found no questions (*.txt).")
     return result
+
+
+def _without_questions(questions: Sequence[MmeQuestion]) -> str:
+    """Why the folders are a part of the release: images whose questions are missing; "" if there are none."""
+    asked = {(q.image.parent, q.image.stem) for q in questions}
+    folders = dict.fromkeys(folder for folder, _ in asked if isinstance(folder, Path) and folder.is_dir())
+    left = [p for f in folders for p in sorted(f.iterdir()) if is_image_name(p) and (f, p.stem) not in asked]
+    names = ", ".join(f"{path.parent.parent.name}/{path.parent.name}/{path.name}" for path in left[:3])
+    return f"{len(left)} images have no questions ({names})" if left else ""
 
 
 def _image_questions(

@@ -18,6 +18,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import read_text
 
 from ..core.annotations import (
+    part_asked,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -76,7 +77,9 @@ def load(data: Path, settings: Options) -> Task:
             known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), error
     template = choose_prompt_template(settings, "plain")
     entries = [(name, PROMPT_TEMPLATES[template].format(q.question)) for name, (q, _) in known.items()]
+    part = ""
     if layout == "llava":
+        released = [name for name in known if name not in broken]
         file = find_file(data, _LLAVA, "LLaVA question file")
         template, entries = f"as in {file.name}", []
         for i, row in enumerate(read_llava_questions(file)):
@@ -87,6 +90,7 @@ def load(data: Path, settings: Options) -> Task:
             if name not in known:
                 reason = f"{file}, line {i + 1}: {path.name} has no question {name}."
                 known[name], broken[name] = (MmvetQuestion(name, "", "", ()), ""), reason if good else row
+        part = part_asked((name for name, _ in entries if name not in broken), released, file)
     find_image = image_finder(image_folders(data, path, ("images",)))
     samples = [
         malformed_sample(i, name, broken[name])
@@ -98,6 +102,7 @@ def load(data: Path, settings: Options) -> Task:
         require_mostly_valid(samples, path),
         [known[s.id][0] for s in samples],
         answering_metadata("v1", template, settings, 512),
+        not_comparable=part,
     )
 
 
@@ -281,7 +286,8 @@ def score(task: Task, records: dict[int, Record], folder: Path, run: Record, sco
         )
         for s, q, value in zip(task.samples, questions, values)
     ]  # fmt: skip
-    reason = _not_comparable(judge, scoring) or ("some answers could not be judged" if grades.failed else "")
+    unjudged = "some answers could not be judged" if grades.failed else ""
+    reason = "; ".join(filter(None, (_not_comparable(judge, scoring), unjudged)))
     return Scored(metrics, details, per_sample, "mean", reason, _judge_problems(grades, task))
 
 

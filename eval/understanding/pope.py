@@ -67,7 +67,7 @@ def load(data: Path, settings: Options) -> Task:
     layout = detect_layout(data, settings, _ORIGINAL, _LLAVA)
     if layout != "llava":
         read = read_pope if layout == "original" else read_pope_parquet
-        questions = read(data, settings.split)[: settings.limit]
+        questions = _require_categories(read(data, settings.split), data)[: settings.limit]
         template = choose_prompt_template(settings, "short", data)
         prompts, path = [PROMPT_TEMPLATES[template].format(q.text) for q in questions], data
         split, problems = _describe_set(data, settings.split) if layout == "original" else (_ALL, [])
@@ -77,7 +77,8 @@ def load(data: Path, settings: Options) -> Task:
     else:
         path = find_file(data, _LLAVA, "LLaVA question file")
         rows = read_llava_questions(path)
-        questions, problems = _join_llava(read_pope(data, settings.split), rows, path)
+        released = _require_categories(read_pope(data, settings.split), data)
+        questions, problems = _join_llava(released, rows, path)
         questions = questions[: settings.limit]
         prompts = [row["text"] if isinstance(row, dict) else "" for row in rows]
         aliases = llava_ids(rows)
@@ -114,7 +115,7 @@ def find_set(data: Path, split: str | None) -> list[Path]:
     Raises:
         UserError: a file is missing, or there are two.
     """
-    if split is None and data.is_file() and "_pope_" in data.name:
+    if split is None and data.is_file() and data.suffix == ".json":
         split = _set_of(data)
     files = []
     for category in POPE_SUBSETS:
@@ -143,6 +144,21 @@ def _describe_set(data: Path, split: str | None) -> tuple[str, list[str]]:
     note = f"only the questions of {own} are asked; for those of {' or '.join(others)} see --split"
     # scenes have a set of their own
     return _ALL + f" of {own}" * (own in ("aokvqa", "gqa")), [note] * bool(others)
+
+
+def _require_categories(questions: list[PopeQuestion], data: Path) -> list[PopeQuestion]:
+    """The questions; UserError if a category has none or is mostly malformed: F1 is a mean over three."""
+    for category in POPE_SUBSETS:
+        own = [q for q in questions if q.category == category]
+        malformed = [q.malformed for q in own if q.malformed]
+        if not own:
+            raise UserError(f"{data}: there are no questions of the category {category}.")
+        if 2 * len(malformed) > len(own):
+            raise UserError(
+                f"{data}: {len(malformed)} of {len(own)} questions of the category {category} are malformed, "
+                f"so it seems to be another kind of file. The first: {malformed[0]}"
+            )
+    return questions
 
 
 def _read_category(data: Path, path: Path) -> list[PopeQuestion]:

@@ -11,6 +11,7 @@ from typing import Any
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
+    part_asked,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -67,9 +68,16 @@ def load(data: Path, settings: Options) -> Task:
         types = read_json_as(dict, path, "question_type").items()
         kinds = {number: name for name, number in types if isinstance(number, str | int)}
         known = _read_questions(read_json_as(list, path, "questions"), kinds, path, data)
+    part = ""
     if layout == "llava":
         file = find_file(data, _LLAVA, "LLaVA question file")
         template, entries = f"as in {file.name}", _llava_entries(data, file, path, known)
+        sides = (known, entries)
+        asked, released = (
+            [entry[0].question_id for entry in side if not isinstance(entry[1], UserError)]
+            for side in reversed(sides)
+        )
+        part = part_asked(asked, released, file)
     else:
         template, file = choose_prompt_template(settings, "letter"), path
         entries = [
@@ -88,7 +96,9 @@ def load(data: Path, settings: Options) -> Task:
         for i, (q, image, prompt) in enumerate(entries)
     ]
     metadata = answering_metadata(settings.split or "images and videos", template, settings)
-    return Task(require_mostly_valid(samples, file), [q for q, _, _ in entries], metadata)
+    return Task(
+        require_mostly_valid(samples, file), [q for q, _, _ in entries], metadata, not_comparable=part
+    )
 
 
 def _llava_entries(

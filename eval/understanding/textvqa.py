@@ -11,6 +11,7 @@ from typing import Any
 from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
+    part_asked,
     read_json_as,
     read_llava_questions,
     require_key,
@@ -150,7 +151,7 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
     find_image, find_by_id = image_finder(folders), image_finder(folders, _SUFFIXES)
     # question_id is the image id in LLaVA's file: join by image and question, as its scorer does
     known = {(str(row["image_id"]), row["question"].lower()): row for row in rows if isinstance(row, dict)}
-    samples, questions = [], []
+    samples, questions, asked = [], [], set()
     for i, line in enumerate(read_llava_questions(file, settings.limit)):
         where = f"{file}, line {i + 1}"
         try:
@@ -158,6 +159,7 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
             if key not in known:
                 raise UserError(f"{where}: {path.name} has no question {key[1]!r} about image {key[0]}.")
             row = known[key]
+            asked.add(key)
             # older versions of LLaVA's file have the image id only
             if "image" in line:
                 image = find_image(Path(require_text(line, "image", where)).name)
@@ -169,7 +171,8 @@ def _load_llava(data: Path, settings: Options, path: Path, rows: list[Record], s
             samples.append(malformed_sample(i, None, error))
             questions.append(OpenQuestion(None, ""))
     metadata = answering_metadata(split, f"as in {file.name}", settings)
-    return Task(require_mostly_valid(samples, file), questions, metadata)
+    part = part_asked(asked, set(known), file) if settings.limit is None else ""
+    return Task(require_mostly_valid(samples, file), questions, metadata, not_comparable=part)
 
 
 def question_in_prompt(prompt: str, where: str) -> str:

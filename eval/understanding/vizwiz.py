@@ -8,6 +8,7 @@ from open_unitok.core.errors import UserError
 
 from ..core.annotations import (
     llava_ids,
+    part_asked,
     read_json_as,
     read_llava_questions,
     require_mostly_valid,
@@ -74,8 +75,12 @@ def load(data: Path, settings: Options) -> Task:
         samples.append(Sample(i, name, prompt, images.get(name) or find_image(name)))
         kind = str(row.get("answer_type", ""))
         questions.append(OpenQuestion(name, row["question"], row.get("answers", ()), kind))
+    part = ""
+    if layout == "llava" and settings.limit is None and any(s.id in known for s in samples):
+        valid = [name for name, row in known.items() if isinstance(row, dict)]
+        part = part_asked((s.id for s in samples if not s.malformed), valid, asked)
     metadata = answering_metadata(file.stem if file and not images else split, template, settings)
-    return Task(require_mostly_valid(samples, file or data), questions, metadata, (), aliases)
+    return Task(require_mostly_valid(samples, file or data), questions, metadata, (), aliases, part)
 
 
 def _read_annotations(file: Path) -> dict[str, Any]:

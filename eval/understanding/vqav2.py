@@ -157,6 +157,8 @@ def read_vqav2(data: str | Path, split: str | None = None) -> list[VqaQuestion]:
     name = path.name.replace("OpenEnded_", "").replace("questions", "annotations")
     annotation_file = find_beside(data, path, name)
     annotations = _read_annotations(annotation_file)
+    if annotations is None and "test" not in path.name:
+        raise UserError(f"{annotation_file} does not exist: these questions have public answers.")
     locate = _image_locator(data, path, str(content.get("data_subtype", "")))
     result: list[VqaQuestion] = []
     seen: set[Any] = set()

@@ -29,6 +29,8 @@ def run(args: argparse.Namespace) -> None:
             for note in difference_notes(a[name], b[name]):
                 print(f"  ! {note}")
         except UserError as error:
+            if len(shared) == 1 and len(a) == len(b) == 1:
+                raise
             failed.append(name)
             print(f"{name}: {error}")
     for name in sorted(set(a) ^ set(b)):

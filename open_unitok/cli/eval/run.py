@@ -100,12 +100,14 @@ def run(args: argparse.Namespace) -> None:
                 if len(benchmarks) == 1 and not unfinished:
                     raise
                 # the others are run all the same
-                unfinished.append(f"{benchmark.name}: {error}")
+                unfinished.append(f"{benchmark.name}: {str(error).removeprefix(f'{benchmark.name}: ')}")
                 continue
             if result:
                 print(result_table(result))
         if unfinished:
-            raise UserError(f"{len(unfinished)} benchmarks have no result. {' '.join(unfinished)}")
+            # a line each: some name what to download
+            gap = "\n  " if len(unfinished) > 1 else " "
+            raise UserError(gap.join([f"{len(unfinished)} benchmarks have no result.", *unfinished]))
 
 
 def _supported(benchmarks: list[Benchmark], model: Any, everything: bool) -> list[Benchmark]:

@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> None:
     if failed and len(folders) == 1:
         raise UserError(failed[0].partition(": ")[2])
     if failed:
-        raise UserError(f"{len(failed)} of {len(folders)} runs have no result. {' '.join(failed)}")
+        gap = "\n  " if len(failed) > 1 else " "
+        raise UserError(gap.join([f"{len(failed)} of {len(folders)} runs have no result.", *failed]))
 
 
 def _hint(target: str | Path) -> str:

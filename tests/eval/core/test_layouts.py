@@ -85,6 +85,12 @@ def test_a_file_stands_for_its_folder(capsys, tmp_path, name):
     assert code == 0 and result_of(tmp_path / "o", name)["value"] == pytest.approx(expected), err
 
 
+def test_llavas_question_file_stands_for_its_folder(capsys, tmp_path):
+    Scripted.replies, expected = BUILDERS["pope"](tmp_path / "x", True)
+    code, _, err = run(capsys, "pope", tmp_path / "x" / "llava_pope_test.jsonl", tmp_path / "o")
+    assert code == 0 and result_of(tmp_path / "o", "pope")["value"] == pytest.approx(expected), err
+
+
 def test_the_file_that_is_passed_is_taken_among_several(capsys, tmp_path):
     Scripted.replies, expected = BUILDERS["mmbench"](tmp_path, False)
     table = tmp_path / "mmbench_dev_20230712.tsv"
@@ -107,6 +113,8 @@ def test_a_wrong_place_says_what_was_looked_for_and_what_is_there(capsys, tmp_pa
         "zips/coco.zip": "Unpack it first, and pass the folder.",
         "parent/coco/val2014": f"Pass {tmp_path / 'parent' / 'coco'} instead.",
         "other": "These are files of seedbench.",
+        "other/SEED-Bench.json": "It is another file.",
+        "parent/coco/val2014/COCO_val2014_000000000000.jpg": f"Pass {tmp_path / 'parent' / 'coco'} instead.",
     }
     for place, message in places.items():
         code, _, err = run(capsys, "pope", tmp_path / place, tmp_path / "o")

@@ -135,6 +135,15 @@ def test_one_line_for_what_cannot_be_read(data, tmp_path, monkeypatch):
         list(read_parquet([broken]))
     with pytest.raises(UserError, match="row 1: image holds no image"):
         parquet.ParquetImage("x", files[0], 1).read()
+    # the footer is whole, the pages are not; the same file was readable before
+    whole = files[0].read_bytes()
+    assert len(list(read_parquet(files[:1]))) == 5
+    files[0].write_bytes(b"PAR1" + b"\xff" * 60 + whole[64:])
+    with pytest.raises(UserError, match=r"00000-of-00002\.parquet is damaged: ") as error:
+        list(read_parquet(files[:1]))
+    assert "\n" not in str(error.value)
+    files[0].write_bytes(whole)
+    assert len(list(read_parquet(files[:1]))) == 5
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     other = tmp_path / "other.parquet"
     other.write_bytes((data / "kept").read_bytes())

@@ -187,3 +187,19 @@ def test_one_of_the_three_sets_of_the_repository_is_asked_and_named(tmp_path):
     (tmp_path / "coco" / "coco_pope_popular.json").unlink()
     with pytest.raises(UserError, match=r"expected one coco_pope_popular.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("layout", [None, "llava"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no questions of the category popular"),
+        ("{}", "1 of 1 questions of the category popular are mal"),
+    ],
+)
+def test_a_category_without_questions_is_no_mean_over_two(tmp_path, text, message, layout):
+    write_versions(tmp_path, [("a", "cup", "yes"), ("a", "dog", "no")], [("a", "cup")])
+    (tmp_path / "coco_pope_popular.json").write_text(text)
+    options = {"split": None, "limit": None, "max_new_tokens": None, "prompt_template": None}
+    with pytest.raises(UserError, match=message):
+        pope.load(tmp_path, Options(layout=layout, **options))
