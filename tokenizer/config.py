@@ -294,11 +294,15 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def bits_per_token(self) -> float:
-        """Bits per visual token: the sum of log2(V) over its codes."""
-        # deferred: quantisers are built from configs
-        from .quantizers import describe_quantizer
+        """Bits per visual token: the sum of log2(V) over its codes.
 
-        return sum(map(math.log2, describe_quantizer(self).code_sizes))
+        Of an own quantiser with codes of unequal size only `Quantizer.bits_per_token` knows it.
+        """
+        options, sizes = self.quantizer_options or {}, [self.codebook_size] * self.num_codebooks
+        if self.quantizer == "language":
+            adjectives, nouns = (options.get(name) or self.codebook_size for name in ("adjectives", "nouns"))
+            sizes = [adjectives, adjectives, nouns]
+        return sum(map(math.log2, sizes))
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> "UniTokConfig":

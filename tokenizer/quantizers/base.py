@@ -4,6 +4,7 @@ B batch, N visual tokens, K codes per token, V entries of a code, C width of one
 """
 
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -105,6 +106,11 @@ class Quantizer(nn.Module):
 
     def start_step(self, generator: torch.Generator) -> None:
         """Sample what holds for a whole training step; `generator` is the same on every rank."""
+
+    @property
+    def bits_per_token(self) -> float:
+        """Bits per visual token: the sum of log2(V) over its codes."""
+        return sum(map(math.log2, self.code_sizes))
 
     def num_tokens(self, layout: TokenLayout) -> int:
         """N of an image with this layout; a multi-scale quantiser has more than the grid."""

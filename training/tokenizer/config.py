@@ -245,6 +245,27 @@ class CodebookOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WordOptions:
+    """The words of a language codebook (model.quantizer "language" or "language_map").
+
+    Attributes:
+        lists: text files of one word a line; [adjectives, nouns] for "language", any number for
+            "language_map".
+        vectors: their vectors: .npy or .safetensors, or the folder of a tokenizer, whose text tower embeds
+            the words, or of a sentence encoder of transformers.
+        edges: pairs of words for map: gcn: a text file of two words a line with a tab between them, or .npy.
+    """
+
+    lists: list[str] = dataclasses.field(default_factory=list)
+    vectors: str | None = None
+    edges: str | None = None
+
+    def check(self) -> None:
+        if bool(self.lists) != bool(self.vectors) or (self.edges and not self.lists):
+            raise UserError("words needs both lists (of words) and vectors (of these words).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRunConfig(RunConfig):
     """A run of the tokenizer stage.
 
@@ -273,6 +294,7 @@ class TokenizerRunConfig(RunConfig):
     init_from_clip: str | None = None
     init_quantizer: str | None = None
     resume_from: str | None = None
+    words: WordOptions = WordOptions()
     decoder_init: Literal["published", "kaiming"] = "published"
     caption_tokenizer: str | None = None
     images: ImageOptions = ImageOptions()

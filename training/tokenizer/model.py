@@ -19,6 +19,7 @@ from open_unitok.tokenizer.quantizers.published import load_quantizer
 from ..core import deepspeed_engine
 from ..data import seeding
 from .config import TokenizerRunConfig
+from .words import read_run_words, set_words, word_sizes
 
 CLIP_FILES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "open_clip_model.safetensors")
 
@@ -62,6 +63,9 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     for key in fields:
         if key not in known:
             raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
+    words = read_run_words(config)
+    if words is not None:
+        fields |= word_sizes(words, fields)
     own_sizes = dict(fields)
     if captions is not None:
         own_sizes.setdefault("text_vocab_size", captions.vocab_size)
@@ -74,6 +78,8 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     if config.init_from is None:
         torch.manual_seed(seeding.derive_seed(config.seed, "model"))
         model = UniTok(wanted)
+        if words is not None:
+            set_words(model, words)
         if config.decoder_init == "kaiming":
             init_kaiming(model.decoder)
         if config.init_from_clip:

@@ -212,6 +212,7 @@ def test_words_are_saved_with_the_model_and_in_its_fingerprint(kind, tiny_config
     codes = model.encode(pixels)
     assert torch.equal(loaded.encode(pixels), codes)
     assert torch.equal(loaded.decode(codes), model.decode(codes))
+    assert model.config.bits_per_token == pytest.approx(model.quantizer.bits_per_token)
     before = model.fingerprint()
     assert loaded.fingerprint() == before
     prints = {before}
