@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPModel
 
 from open_unitok.cli import extract_codes
 from open_unitok.cli import train as train_command
@@ -155,6 +156,21 @@ def dino_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("dino") / "dinov2_vits14_pretrain.pth"
     torch.save(dino.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory):
+    """A tiny random CLIP of 32 pixels with its preprocessor's mean and deviation, as a teacher."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    vision = sizes | {"num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    text = sizes | {"num_hidden_layers": 1, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=12)).save_pretrained(folder)
+    normal = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.25, 0.25, 0.25)}
+    normal["image_processor_type"] = "CLIPImageProcessor"
+    (folder / "preprocessor_config.json").write_text(json.dumps(normal))
+    return folder
 
 
 # ---- the MLLM stage: a tiny visual tokenizer, codes of sixteen images, and `train` -----------------------

@@ -1,5 +1,6 @@
 """Every shipped YAML is valid and documented; those of stage 1 run two steps, scaled down."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -32,12 +33,14 @@ SMALL = {
     "num_codebooks": 2,
     "codebook_size": 16,
     "codebook_dim": 4,
+    "adapter_heads": 2,
     "embed_dim": 16,
     "text_hidden_size": 16,
     "text_num_layers": 1,
     "text_num_heads": 2,
     "text_context_length": 12,
 }
+SMALL_VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def small_options(options: dict) -> dict:
@@ -82,7 +85,7 @@ def helpers(dino_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.relative_to(CONFIGS).as_posix())
-def test_scaled_down_it_trains(data, helpers, tmp_path, path):
+def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
     config = load_run_config(str(path), [])
     out = tmp_path / "run"
     changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
@@ -97,6 +100,12 @@ def test_scaled_down_it_trains(data, helpers, tmp_path, path):
         "codebooks.init_images=0",
         "engine.dtype=fp32",
     ]
+    if config.teachers:
+        small = {"model": str(clip_folder), "books": [1] if config.model["num_codebooks"] > 1 else None}
+        teachers = [dataclasses.asdict(teacher) | small for teacher in config.teachers]
+        changes.append(f"teacher={json.dumps(teachers)}")
+    if config.model.get("encoder_options"):
+        changes.append(f"model.encoder_options={json.dumps(SMALL_VIT)}")
     if not config.init_from:  # else it trains the shipped model at full size
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
         options = config.model.get("quantizer_options") or {}

@@ -12,7 +12,14 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import SIMILARITY_BLOCK, Quantizer, QuantizerOutput, search_codes
+from .base import (
+    SIMILARITY_BLOCK,
+    Quantizer,
+    QuantizerOutput,
+    check_gradient,
+    pass_through,
+    search_codes,
+)
 
 
 class ClusterQuantizer(Quantizer):
@@ -22,8 +29,12 @@ class ClusterQuantizer(Quantizer):
     keep = 1 - exp(-10 p V / (1 - decay) - eps), p the running frequency of the row, and the anchor the
     feature of the batch that is most similar to it. The rows also learn from the loss, by the optimiser.
 
-    Losses: "vq" = mse(rows, latents), rows to latents alone: the encoder is frozen, and the output has no
-    path to it.
+    Losses: "vq" = mse(rows, latents), rows to latents, + commitment * mse(latents, rows), latents to rows.
+
+    Args:
+        gradient: None: the encoder is a frozen teacher, and the output has no path to it (VQ-KD); else it
+            learns, see `pass_through` (CVQ-VAE, which averages the anchors of the processes).
+        commitment: of an encoder that learns; .25 in CVQ-VAE.
 
     Attributes:
         probability: (K, V) running frequencies of the rows, saved.
@@ -41,11 +52,18 @@ class ClusterQuantizer(Quantizer):
         codebook_dim: int,
         decay: float = 0.99,
         eps: float = 1e-3,
+        gradient: str | None = None,
+        commitment: float = 0.0,
     ) -> None:
         super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
         if not 0 <= decay < 1:
             raise UserError(f"quantizer_options.decay is {decay}: it must be from 0 to below 1.")
-        self.decay, self.eps = decay, eps
+        self.decay, self.eps, self.commitment = decay, eps, commitment
+        self.gradient = None if gradient is None else check_gradient(gradient)
+        if commitment and gradient is None:
+            raise UserError(
+                "quantizer_options.commitment needs an encoder that learns: set gradient as well."
+            )
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
         self.register_buffer("probability", torch.zeros(num_codebooks, codebook_size))
         self.init_weights()
@@ -60,13 +78,17 @@ class ClusterQuantizer(Quantizer):
         if entropy:
             raise UserError("quantizer 'cluster' has no entropy loss: set losses.entropy to 0.")
         with exact_float32(latents.device):
-            features = self.split(latents).detach()
+            chunks = self.split(latents)
+            features = chunks.detach()
             codes = self._search(features)
             if self.training and not self.frozen:
                 self.move_rows(features, codes)
             rows = self._rows(codes)
-            losses = {"vq": F.mse_loss(rows, features)}
-            return QuantizerOutput(rows.flatten(-2), codes, losses, self.track_usage(codes))
+            vq, quantised = F.mse_loss(rows, features), rows
+            if self.gradient is not None:
+                vq = vq + self.commitment * F.mse_loss(chunks, rows.detach())
+                quantised = pass_through(chunks, rows, self.gradient)
+            return QuantizerOutput(quantised.flatten(-2), codes, {"vq": vq}, self.track_usage(codes))
 
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:

@@ -228,3 +228,21 @@ def test_bad_options(name):
         QUANTIZERS[name](1, 8, 4, decay=1.0)
     with pytest.raises(UserError, match=f"quantizer '{name}' has no entropy loss"):
         QUANTIZERS[name](1, 8, 4)(torch.randn(1, 4, 4), entropy=True)
+
+
+def test_clustering_with_an_encoder_that_learns():
+    """CVQ-VAE's case: the codes and rows of the frozen case, and a gradient to the latents."""
+    latents = torch.randn(2, 6, 8, requires_grad=True)
+    outputs = []
+    for options in ({}, {"gradient": "straight_through", "commitment": 0.25}):
+        torch.manual_seed(0)
+        quantizer = QUANTIZERS["cluster"](2, 12, 4, **options)
+        outputs.append(quantizer(latents))
+    plain, learning = outputs
+    assert torch.equal(plain.codes, learning.codes)
+    torch.testing.assert_close(plain.quantised, learning.quantised)
+    assert learning.losses["vq"].item() == pytest.approx(1.25 * plain.losses["vq"].item(), rel=1e-5)
+    (learning.quantised.sum() + 0 * learning.losses["vq"]).backward()
+    torch.testing.assert_close(latents.grad, torch.ones_like(latents))
+    with pytest.raises(UserError, match="needs an encoder that learns"):
+        QUANTIZERS["cluster"](2, 12, 4, commitment=0.25)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, ConvNextConfig, ConvNextModel, Dinov2Config, Dinov2Model
+from transformers import CLIPModel, ConvNextConfig, ConvNextModel, Dinov2Config, Dinov2Model
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
@@ -152,23 +152,6 @@ def semantic_weights(tensors):
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"image_size": 32, "patch_size": 8}
 NORMAL = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    """A tiny random CLIP with its preprocessor's mean and deviation."""
-    torch.manual_seed(0)
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(CLIPConfig(vision_config=SIZES, text_config=text, projection_dim=12)).save_pretrained(folder)
-    normal = {
-        "image_mean": NORMAL["mean"],
-        "image_std": NORMAL["std"],
-        "image_processor_type": "CLIPImageProcessor",
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(normal))
-    return folder
 
 
 def test_layers_of_a_clip(clip_folder):
