@@ -26,6 +26,7 @@ from .splits import SIZES, SPLITS, check_sources, load_frozen, pixel_hash, rende
 
 _FINISHED = "emoji.json"
 _UNFINISHED = "unfinished.json"
+_PACKAGES = ".packages"  # where packages are unpacked, removed at the end
 SHARD = 1000  # images per tar
 VOCABULARY = 2000  # of the text tokenizer: the captions have 1,700 words
 _TEMPLATES = {"category": ["{}"], "style": ["{} style"]}  # prompts of zero-shot classes
@@ -52,7 +53,7 @@ def write_emoji(
     if finished is not None:
         return finished
     write_json(out / _UNFINISHED, wanted)
-    with package_folders(packages) as folders:
+    with package_folders(packages, out / _PACKAGES) as folders:
         images = read_emoji(folders)
         check_sources(images, frozen)
         splits: dict[str, list[EmojiImage]] = {split: [] for split in SPLITS}

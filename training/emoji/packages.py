@@ -90,20 +90,25 @@ class EmojiImage(NamedTuple):
 
 
 @contextlib.contextmanager
-def package_folders(given: Sequence[str | Path] = ()) -> Iterator[dict[str, Path]]:
+def package_folders(given: Sequence[str | Path] = (), work: Path | None = None) -> Iterator[dict[str, Path]]:
     """The unpacked package of each style: those in the given folders or .tgz files, else fetched by npm.
 
-    What is fetched or unpacked here is removed at the end.
+    Args:
+        work: folder for what is fetched or unpacked; removed at the end, and at the start if a killed process
+            has left it. None: a temporary one.
 
     Raises:
         UserError: npm is missing or fails; a package is missing, or has another version.
     """
-    with tempfile.TemporaryDirectory(prefix="unitok-emoji-") as temporary:
-        places = [existing(path) for path in given] or _fetch(Path(temporary))
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    folder = work or Path(tempfile.mkdtemp(prefix="unitok-emoji-"))
+    try:
         found: dict[str, Path] = {}
-        for number, place in enumerate(places):
+        for number, place in enumerate([existing(path) for path in given] or _fetch(folder)):
             if place.is_file():
-                place = _unpacked(place, Path(temporary) / f"unpacked-{number}")
+                place = _unpacked(place, folder / f"unpacked-{number}")
             found |= _packages_below(place)
         missing = [package for package in EMOJI_PACKAGES if package.style not in found]
         if missing:
@@ -112,6 +117,8 @@ def package_folders(given: Sequence[str | Path] = ()) -> Iterator[dict[str, Path
                 f"unpacked folders, a folder that holds them, or the files of `npm pack {_names(missing)}`."
             )
         yield found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _names(packages: Sequence[EmojiPackage]) -> str:
@@ -124,7 +131,7 @@ def _fetch(folder: Path) -> list[Path]:
     elsewhere = f"run `npm pack {_names(EMOJI_PACKAGES)}` elsewhere and pass the three files by --packages"
     if npm is None:
         raise UserError(f"npm is not installed: install it (nodejs.org), or {elsewhere}.")
-    command = [npm, "pack", "--silent", "--ignore-scripts", "--no-update-notifier"]
+    command = [npm, "pack", "--loglevel=error", "--ignore-scripts", "--no-update-notifier"]
     command += [package.spec for package in EMOJI_PACKAGES]
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=_NPM_TIMEOUT)

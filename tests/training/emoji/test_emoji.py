@@ -243,6 +243,8 @@ def test_the_same_bytes_again_and_after_an_interruption(emoji, packages, frozen,
     (copy / "unfinished.json").write_text(json.dumps({key: facts[key] for key in ("size", "packages")}))
     for name in ("emoji.json", "unseen/emoji-000000.tar", "train/style.json", "text/tokenizer.model"):
         (copy / name).unlink()
+    (copy / ".packages").mkdir()
+    (copy / ".packages/old.tgz").touch()
     kept = (copy / "train/emoji-000000.tar").stat().st_mtime_ns
     write_emoji(copy, packages=[packages], progress=False)
     assert contents(copy) == wanted and (copy / "train/emoji-000000.tar").stat().st_mtime_ns == kept
