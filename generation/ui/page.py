@@ -338,7 +338,8 @@ class ReconstructionHandler:
         pixels = to_pixels(image, config.image_shape, mode="crop")
         codes = self.unitok.encode(pixels[None].to(self.unitok.device))
         original, reconstruction = to_pil(pixels), to_pil(self.unitok.decode(codes, config.layout.grid)[0])
-        grid = codes[0, config.layout.registers :].cpu()  # register tokens come first and are not on the grid
+        # the grid is last: register tokens, or the coarser scales of a pyramid, come first
+        grid = codes[0, -config.layout.rows * config.layout.columns :].cpu()
         # N * sum of log2(V) over the sub-codebooks, against 24 bits per pixel
         bits = codes.shape[1] * sum(math.log2(size) for size in code_sizes)
         facts = [

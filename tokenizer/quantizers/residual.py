@@ -68,10 +68,9 @@ class ResidualQuantizer(Quantizer):
         self.inner.counts_usage = False  # counted here, once for all scales
         self.scales, self.detach, self.scale_drop = list(scales), detach, scale_drop
         self.grid = (self.scales[-1], self.scales[-1])
-        for name in ("row_norm", "row_blocks", "sums_rows", "moves_rows", "trains_rows"):
+        for name in ("row_norm", "row_blocks", "sums_rows", "semantic_channels", "moves_rows", "trains_rows"):
             setattr(self, name, getattr(built, name))
         self.reads = built.reads and not shared_convolutions  # an MLLM has the rows, not the convolutions
-        self.semantic_dim: int | None = getattr(built, "semantic_dim", None)
         self.skip: int | None = None
         # a separately normalised block has convolutions of its own
         self.phi = SharedConvolutions(_block_widths(built), shared_convolutions)

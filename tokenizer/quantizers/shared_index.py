@@ -39,8 +39,7 @@ class SharedIndexQuantizer(Quantizer):
         commitment: weight of the commitment loss (latents to codes) relative to the codebook loss.
         entropy_eps: added to the mean assignment before the logarithm.
 
-    Attributes:
-        semantic_dim: width of the first block: the first channels of a code, which a semantic decoder reads.
+    The first block is the semantic one, which a teacher's head reads.
     """
 
     row_norm = "blocks"
@@ -65,7 +64,8 @@ class SharedIndexQuantizer(Quantizer):
         weights = [1.0] * len(widths) if block_weights is None else block_weights
         _check_blocks(widths, weights, codebook_dim)
         self.row_blocks, self.block_weights = list(widths), list(weights)
-        self.semantic_dim = widths[0]
+        starts = range(0, self.latent_dim, codebook_dim)
+        self.semantic_channels = [start + i for start in starts for i in range(widths[0])]
         self.commitment, self.temperature, self.entropy_eps = commitment, temperature, entropy_eps
         self.gradient = check_gradient(gradient)
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))

@@ -106,7 +106,7 @@ def teacher_channels(quantizer: Quantizer, books: Sequence[int] | None) -> list[
     """
     if books is None:
         # a quantiser whose latents have a semantic half shows that
-        return list(range(getattr(quantizer, "semantic_dim", quantizer.latent_dim)))
+        return quantizer.semantic_channels or list(range(quantizer.latent_dim))
     count = len(quantizer.code_sizes)
     wrong = [book for book in books if not 0 <= book < count]
     if wrong or not books or len(set(books)) != len(books) or quantizer.latent_dim % count:

@@ -103,6 +103,13 @@ def test_each_book_searches_alone():
         assert torch.equal(codes[..., book].flatten(), expected)
 
 
+def test_the_semantic_half_of_each_book():
+    assert make(16, (3, 1), books=2).semantic_channels == [0, 1, 2, 4, 5, 6]
+    options = {"inner": "shared_index", "inner_options": {"block_widths": [3, 1]}, "scales": [1, 2]}
+    assert QUANTIZERS["residual"](1, 16, 4, **options).semantic_channels == [0, 1, 2]
+    assert QUANTIZERS["residual"](1, 16, 4, scales=[1, 2]).semantic_channels is None
+
+
 def test_length_of_rows_and_latents_changes_nothing():
     quantizer = make(64, (6, 2))
     latents = torch.randn(1, 50, 8)
