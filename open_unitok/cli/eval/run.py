@@ -21,13 +21,20 @@ from open_unitok.eval.registry import (
 )
 from open_unitok.eval.report.tables import result_table
 
+_KINDS = {
+    "tokenizer": "a tokenizer alone",
+    "mllm": "questions about images",
+    "generator": "images from prompts",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, and those of every benchmark."""
-    names = "; ".join(f"{name}: {benchmark.description}" for name, benchmark in BENCHMARKS.items())
-    names = names.replace("%", "%%")  # argparse formats help texts
+    parser.usage = f"{parser.prog} NAME [NAME ...] --model MODEL --data DATA --out OUT [options]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _list_of_benchmarks()
     parser.add_argument(
-        "names", nargs="+", metavar="NAME", help=f"benchmarks, or `all` for those found in DATA ({names})"
+        "names", nargs="+", metavar="NAME", help="benchmarks, listed below; `all`: those found in DATA"
     )
     parser.add_argument(
         "--model",
@@ -37,34 +44,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="the benchmark's folder as released, or a folder that contains NAME",
+        help="the benchmark's folder as released, a file of it, or a folder that contains NAME",
     )
     parser.add_argument("--out", required=True, help="answers and results go to OUT/NAME")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default: cpu)")
-    parser.add_argument("--batch-size", type=int, help="samples per call of the model")
+    parser.add_argument("--batch-size", metavar="N", type=int, help="samples per call of the model")
     add_benchmark_options(parser)
+
+
+def _list_of_benchmarks() -> str:
+    """A line per benchmark, by what it needs."""
+    width = max(map(len, BENCHMARKS))
+    lines = []
+    for needs, title in _KINDS.items():
+        lines += ["", f"benchmarks, {title}:"]
+        lines += [f"  {b.name:<{width}}  {b.description}" for b in BENCHMARKS.values() if b.needs == needs]
+    lines += ["", "eval/README.md: the files that each one reads, its scorers, and what is comparable."]
+    return "\n".join(lines[1:])
 
 
 def add_benchmark_options(parser: argparse.ArgumentParser, scoring_only: bool = False) -> None:
     """One flag per option of a benchmark; an option that is not given is absent from the namespace."""
-    group = parser.add_argument_group("options of benchmarks")
+    groups: dict[str, Any] = {}
     for name, option in options_of(BENCHMARKS.values(), scoring_only).items():
-        kind: dict[str, Any] = {"type": option.type}
+        kind: dict[str, Any] = {"type": option.type, "metavar": _metavar(option)}
         if option.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
+        # one flag serves several benchmarks: the help lists them
+        owners = [b for b in BENCHMARKS.values() if option.name in {o.name for o in b.all_options}]
+        kinds = {b.needs for b in owners}
+        title = (
+            f"options, {_KINDS[kinds.pop()]}" if len(kinds) == 1 else "options of several kinds of benchmarks"
+        )
+        group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, default=argparse.SUPPRESS, help=_help_of(option), **kind)
+        group.add_argument(flag, default=argparse.SUPPRESS, help=_help_of(option, owners), **kind)
 
 
-def _help_of(option: Option) -> str:
-    """The option's line, its default, and the benchmarks that have it unless all do."""
-    # one flag serves several benchmarks, so the help lists them
-    owners = [b for b in BENCHMARKS.values() if option.name in {o.name for o in b.all_options}]
+def _metavar(option: Option) -> str:
+    """The word for an option's value."""
+    if option.choices:
+        return "|".join(option.choices)
+    if option.type in (int, float):
+        return "N"
+    last = option.name.rpartition("_")[2]
+    return {"weights": "FILE", "model": "FOLDER", "replay": "FILE", "url": "URL"}.get(last, "NAME")
+
+
+def _help_of(option: Option, owners: list[Benchmark]) -> str:
+    """The option's line, its default, and the benchmarks that have it unless all of a kind do."""
     if option.name == "scorer":
-        variants = [f"{b.name}: {', '.join(b.scorers)}" for b in owners if len(b.scorers) > 1]
-        return f"{option.help}, the first is the default ({'; '.join(variants)})"
+        variants: dict[tuple[str, ...], list[str]] = {}
+        for b in owners:
+            variants.setdefault(b.scorers, []).append(b.name)
+        lists = [f"{', '.join(names)}: {', '.join(s)}" for s, names in variants.items() if len(s) > 1]
+        return f"{option.help}, the first is the default ({'; '.join(lists)})"
     default = f" (default: {option.default})" if option.default not in (None, "") else ""
-    names = "" if len(owners) == len(BENCHMARKS) else f" [{', '.join(b.name for b in owners)}]"
+    named = []
+    for needs, title in _KINDS.items():
+        own, every = ([b.name for b in side if b.needs == needs] for side in (owners, BENCHMARKS.values()))
+        if own == every:
+            # the group's title says so already
+            named += [title] * (len(own) < len(owners))
+        elif own:
+            named += own
+    names = f" [{', '.join(named)}]" if named and len(owners) < len(BENCHMARKS) else ""
     return (option.help + default + names).replace("%", "%%")
 
 
