@@ -22,9 +22,9 @@ from open_unitok.eval.registry import (
 from open_unitok.eval.report.tables import result_table
 
 _KINDS = {
-    "tokenizer": "a tokenizer alone",
+    "tokenizer": "a tokenizer",
     "mllm": "questions about images",
-    "generator": "images from prompts",
+    "generator": "generated images",
 }
 
 
@@ -57,7 +57,7 @@ def _list_of_benchmarks() -> str:
     width = max(map(len, BENCHMARKS))
     lines = []
     for needs, title in _KINDS.items():
-        lines += ["", f"benchmarks, {title}:"]
+        lines += ["", f"benchmarks of {title}:"]
         lines += [f"  {b.name:<{width}}  {b.description}" for b in BENCHMARKS.values() if b.needs == needs]
     lines += ["", "eval/README.md: the files that each one reads, its scorers, and what is comparable."]
     return "\n".join(lines[1:])
@@ -73,9 +73,8 @@ def add_benchmark_options(parser: argparse.ArgumentParser, scoring_only: bool = 
         # one flag serves several benchmarks: the help lists them
         owners = [b for b in BENCHMARKS.values() if option.name in {o.name for o in b.all_options}]
         kinds = {b.needs for b in owners}
-        title = (
-            f"options, {_KINDS[kinds.pop()]}" if len(kinds) == 1 else "options of several kinds of benchmarks"
-        )
+        several = "options of several kinds of benchmarks"
+        title = f"options of {_KINDS[kinds.pop()]}" if len(kinds) == 1 else several
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
         flag = f"--{name.replace('_', '-')}"
         group.add_argument(flag, default=argparse.SUPPRESS, help=_help_of(option, owners), **kind)

@@ -14,8 +14,13 @@ from .run import add_benchmark_options, given_options
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options, and the scoring options of every benchmark."""
+    parser.usage = (
+        f"{parser.prog} RUN [options]\n       {parser.prog} NAME --answers FILE --data DIR [options]"
+    )
     parser.add_argument(
-        "target", help="a run: the folder of one benchmark, or one of several; with --answers a benchmark"
+        "target",
+        metavar="RUN or NAME",
+        help="a run: the folder of one benchmark, or one of several; with --answers a benchmark",
     )
     parser.add_argument(
         "--partial", action="store_true", help="score an incomplete run; missing answers are wrong"
