@@ -1,13 +1,13 @@
 """Search and losses of each quantiser against UniTok's in one run, with the peak memory of each.
 
-    python benchmarks/quantizers.py                      # all kinds at three sizes, CPU, 2 threads
+    python benchmarks/quantizers.py                      # all kinds at three sizes, one thread
     python benchmarks/quantizers.py --only pyramid --kinds attention
 
 Sizes: 8 x 4096 x 8 and 1 x 16,384 x 256 with 4 images of 256 tokens, and a pyramid of 2,240 tokens (CODA's
 for FLUX: 1 x 65,536 x 16, ten scales to 32 x 32) with one image, where the kind is the inner quantiser.
 "encode" is the search alone, "step" a training forward with all losses of the kind and its backward pass.
-Calls of the kind and of `multi_codebook`, with the same losses, alternate in one process, so that other load
-slows both; the ratio is the result.
+Calls of the kind and of `multi_codebook`, with the same losses, alternate in one process and are measured in
+seconds of the processor, which other load changes little; the ratio of the fastest calls is the result.
 
 Memory: peak resident memory of an own process beyond what it held before the step (VmHWM). "one-hot": what a
 single float32 matrix of (tokens x entries) would take. Floor: the matrix products of the step, counted by
@@ -18,7 +18,8 @@ once: latents, outputs, tables and their gradients.
 import argparse
 import json
 import math
-import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,7 @@ import torch
 import torch.nn.functional as F
 from harness import (
     RESULTS,
-    best_seconds,
     load_average,
-    measure_seconds,
     peak_memory_gib,
     processor_name,
     reset_peak_memory,
@@ -62,19 +61,18 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", default=list(SIZES), choices=SIZES, help="sizes")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--child", help=argparse.SUPPRESS)  # "size|kind", in a process of its own
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     if args.child:
         print(json.dumps(measure(*args.child.split("|"), args.repeats)))
         return
     results = {}
     for size in args.only:
         for kind in args.kinds:
-            given = ["--child", f"{size}|{kind}", "--threads", str(args.threads)]
+            given = ["--child", f"{size}|{kind}"]
             found = run_isolated(__file__, *given, "--repeats", str(args.repeats))
             results[f"{size}, {kind}"] = {**found, "load": load_average()}
             write_results(result_file("quantizers", processor_name(), args.out), results)
@@ -109,6 +107,13 @@ def step(quantizer: Quantizer, latents: torch.Tensor, entropy: bool) -> None:
     loss.backward()
 
 
+def processor_seconds(work: Callable[[], Any]) -> float:
+    """Seconds that this process spent on the processor for one call; one thread."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
 def measure(size: str, kind: str, repeats: int) -> dict[str, float]:
     """Seconds, ratios to UniTok's, floor and peak memory of one kind at one size."""
     latents, entropy = some_latents(size), kind not in NO_ENTROPY
@@ -124,15 +129,17 @@ def measure(size: str, kind: str, repeats: int) -> dict[str, float]:
     # 2. the rate of a large product
     side = 1024
     a, b = torch.randn(side, side), torch.randn(side, side)
-    rate = 2 * side**3 / best_seconds(lambda: a @ b, 5)
+    rate = 2 * side**3 / min(processor_seconds(lambda: a @ b) for _ in range(5))
     # 3. times, in turns with UniTok's, which has the same losses where the kind has an entropy loss
     base = build(size, UNITOK)
     times: dict[str, list[float]] = {name: [] for name in ("encode", "step", "base encode", "base step")}
     for _ in range(repeats):
         for prefix, other in (("", quantizer), ("base ", base)):
-            times[f"{prefix}encode"].append(measure_seconds(lambda other=other: other.encode(latents)))
-            times[f"{prefix}step"].append(measure_seconds(lambda other=other: step(other, latents, entropy)))
-    seconds = {name: statistics.median(values) for name, values in times.items()}
+            times[f"{prefix}encode"].append(processor_seconds(lambda other=other: other.encode(latents)))
+            times[f"{prefix}step"].append(
+                processor_seconds(lambda other=other: step(other, latents, entropy))
+            )
+    seconds = {name: min(values) for name, values in times.items()}
     books, entries, width, images, tokens = SIZES[size]
     rows = images * (sum(s * s for s in SCALES) if size == "pyramid" else tokens)
     held = 2 * latents.numel() * 2 + 2 * books * entries * width  # latents, outputs, tables; and gradients
