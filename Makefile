@@ -50,11 +50,12 @@ format: .venv/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Type checkers and mkdocstrings do not follow the package-dir mapping: a folder of links has the import layout.
+# Type checkers and mkdocstrings do not follow the package-dir mapping: a copy has the import layout. Not links:
+# pyright skips linked folders without a word.
 layout:
-	rm -rf build/layout && mkdir -p build/layout/open_unitok
-	for f in open_unitok/*; do ln -s ../../../$$f build/layout/open_unitok/; done
-	for p in tokenizer mllm generation training eval configs; do ln -s ../../../$$p build/layout/open_unitok/$$p; done
+	rm -rf build/layout && mkdir -p build/layout
+	cp -r open_unitok build/layout/
+	for p in tokenizer mllm generation training eval configs; do cp -r $$p build/layout/open_unitok/; done
 
 typecheck: .venv/.dev layout
 	$(BIN)/pyright

@@ -83,6 +83,7 @@ def iter_image_codes(
         check_prefix(prefix, images, config)
         prefix = as_int64(prefix)
         model.visual_embedder.check_codes(prefix)
+        assert prefix is not None
         num_given = prefix.shape[1]
         codes[:, :num_given] = prefix
     noise = None if sampling.greedy else GumbelNoise(seeds, books, config.codebook_size, model.device)

@@ -108,7 +108,7 @@ class Pipeline:
             if quantization:
                 quantize_model(model)
         with loading(folder):  # out of GPU memory
-            unitok, model = unitok.to(device=device, dtype=dtype), model.to(device)
+            unitok, model = unitok.to(device=device, dtype=dtype), model.to(device)  # pyright: ignore
         return cls(model, processor, unitok, quantization, Sampling.from_folder(folder), backend)
 
     @property

@@ -103,9 +103,9 @@ def check_prefix(prefix: Any, images: int, config: Any) -> None:
     Raises:
         UserError: not a tensor of shape (1 or `images`, n < N, K).
     """
-    shape, num_tokens = tuple(getattr(prefix, "shape", ())), config.num_image_tokens
-    is_3d = isinstance(prefix, Tensor) and len(shape) == 3
-    if not is_3d or shape[0] not in (1, images) or shape[1] >= num_tokens:
+    shape = tuple(prefix.shape) if isinstance(prefix, Tensor) else ()
+    num_tokens = config.num_image_tokens
+    if len(shape) != 3 or shape[0] not in (1, images) or shape[1] >= num_tokens:
         raise UserError(
             f"prefix has shape {shape}; expected a tensor of (1 or {images} images, at most {num_tokens - 1} "
             f"visual tokens, {config.num_codebooks} sub-codebooks)."

@@ -37,7 +37,7 @@ def from_published_folder(
                 f"{unitok.quantizer.row_norm!r} in the visual tokenizer: give the tokenizer that the MLLM "
                 "was trained with."
             )
-        check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)
+        check_same_codebooks(model.visual_embedder.codebooks, unitok.quantizer.codebooks)  # pyright: ignore
         # loading compares this fingerprint with that of the tokenizer in the folder
         model.config.unitok_fingerprint = unitok.fingerprint()
         model.config.num_image_tokens = unitok.config.num_visual_tokens

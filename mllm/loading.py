@@ -86,7 +86,7 @@ def check_generation_config(folder: str | os.PathLike[str]) -> None:
         numbers = value if isinstance(value, list) and name == "eos_token_id" else [value]
         for number in numbers:
             right_type = isinstance(number, kind) and isinstance(number, bool) == (kind is bool)
-            if not right_type or not low <= number <= high:
+            if not right_type or not low <= number <= high:  # pyright: ignore
                 raise UserError(f"{path}: {name} = {value!r} is not valid.")
     with loading(path):
         GenerationConfig.from_dict(found).validate()

@@ -132,7 +132,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         flat = inputs_embeds
         flat_positions = position_ids
         packed = position_ids is not None and attention_mask is None and past == 0
-        if packed and uses_flash_attention(self.language_model):
+        if packed and position_ids is not None and uses_flash_attention(self.language_model):
             # FlashAttention ignores 4-D masks: pass cu_seqlens, or packed samples attend to each other
             flat, flat_positions = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
             kwargs |= sequence_bounds(position_ids)

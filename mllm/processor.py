@@ -252,7 +252,7 @@ class UniTokProcessor(ProcessorCalls):
             return self._check_text(found.ids), found.offsets
 
         ids, labels = located_conversation_ids(turns, encode, template, self.image_token_id, end)
-        return [self.bos_token_id, *ids], [IGNORED, *labels]
+        return [self.bos_token_id, *ids], [IGNORED, *labels]  # pyright: ignore
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
         """Ids and labels of the image followed by the first answer, for projector pretraining; it ends with a

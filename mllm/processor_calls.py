@@ -39,7 +39,7 @@ class ProcessorCalls(ProcessorMixin):
     num_image_tokens: int
     _unitok: UniTok | None = None
     _unitok_source: Any = None
-    model_input_names = ("input_ids", "attention_mask", "image_codes")
+    model_input_names = ("input_ids", "attention_mask", "image_codes")  # pyright: ignore
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(template={self.template!r}, num_image_tokens={self.num_image_tokens})"

@@ -202,7 +202,7 @@ def _read_bpe(path: Path) -> Any:
     # a blank line still takes a rank, and with it an id
     vocab |= {"".join(merge): 512 + rank for rank, merge in enumerate(merges) if merge}
     vocab |= {"<|startoftext|>": 512 + len(merges), "<|endoftext|>": 513 + len(merges)}
-    return CLIPTokenizer(vocab=vocab, merges=[merge for merge in merges if merge])
+    return CLIPTokenizer(vocab=vocab, merges=[merge for merge in merges if merge])  # pyright: ignore
 
 
 def _byte_letters() -> list[str]:

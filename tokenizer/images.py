@@ -223,7 +223,7 @@ def _decode(
         rows, columns = needed[::-1] if orientation_of(image) > 4 else needed
         image.draft(None, (DRAFT_GAP * columns, DRAFT_GAP * rows))
     if image.format == "TIFF" and orientation_of(image) > 4 and getattr(image, "tile", None):
-        image.filename = ""  # pyright: ignore; else Pillow maps the file's pixels with the sides swapped
+        image.filename = ""  # pyright: ignore[reportAttributeAccessIssue] # else Pillow maps the file's pixels with the sides swapped
     # before the orientation: Pillow turns a TIFF in `load`, and a PNG may have its EXIF after the pixels
     image.load()
     turn = _TURNS.get(orientation_of(image))

@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -30,7 +30,7 @@ class Option:
 
     name: str
     help: str
-    type: type = str
+    type: Callable[[str], Any] = str
     default: Any = None
     scoring: bool = False
     choices: tuple[str, ...] = ()

@@ -64,7 +64,7 @@ def save_generated_images(model: Any, batch: list[Sample], out: Path, task: Task
         path.parent.mkdir(parents=True, exist_ok=True)
         # JPEG only where it is published: compression changes FID and VQAScore
         options = {"quality": JPEG_QUALITY} if image_format == "jpg" else {}
-        Image.fromarray(result).save(path, **options)
+        Image.fromarray(result).save(path, **options)  # pyright: ignore
         records.append({"file": path.relative_to(out).as_posix(), "seed": sample.seed})
     return records
 

@@ -91,6 +91,7 @@ def score_run(
     settings, scoring = benchmark.resolve({**run["settings"], **options})
     if task is None:
         task = benchmark.code.load(existing(run["data"]), settings)
+    assert task is not None  # only the main process has left it out
     answers = AnswerStore(folder, benchmark.name).gather(task.samples)
     problems = check_answers_complete(answers, task.samples, folder, partial)
     scored = benchmark.code.score(task, answers.records, folder, run, scoring)

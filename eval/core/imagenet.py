@@ -83,7 +83,7 @@ def _by_class_file(shard: Path) -> LabelledImages:
     for image in tar_images(shard):
         text = read_tar_sibling(image, ".cls")
         # a missing or invalid .cls makes the image count as wrong
-        known = text is not None and text.strip().isdecimal() and int(text) <= last
+        known = text is not None and text.strip().isdigit() and int(text) <= last
         error = UserError(f"{image} has no .cls file with a class number from 0 to {last}.")
         result.append((image, int(text) if known and text else error))
     return result

@@ -119,8 +119,8 @@ def score_open_answers(
     if not public:
         return Scored({}, {}, per_sample)
     clusters = [cluster_of(s) for s in task.samples]
-    metrics = {"accuracy": mean_metric(values, clusters)}
-    metrics |= mean_metrics_by("answer", [q.kind for q in questions], values, clusters)
+    metrics = {"accuracy": mean_metric(values, clusters)}  # pyright: ignore
+    metrics |= mean_metrics_by("answer", [q.kind for q in questions], values, clusters)  # pyright: ignore
     return Scored(metrics, {}, per_sample)
 
 

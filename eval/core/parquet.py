@@ -51,8 +51,9 @@ class ParquetImage(NamedTuple):
         # an image may also stay outside of the table, with its path relative to the table or its data set
         inside = path and not Path(path).is_absolute() and ".." not in Path(path).parts
         for folder in (self.file.parent, self.file.parent.parent) if inside else ():
-            if (folder / path).is_file():
-                return (folder / path).read_bytes()
+            file = folder / str(path)
+            if file.is_file():
+                return file.read_bytes()
         raise UserError(f"{self.file}, row {self.row}: {self.column} holds no image.")
 
     def digest(self) -> str:

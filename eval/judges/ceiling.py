@@ -67,7 +67,7 @@ def generate_and_reconstruct(
         for k, i in enumerate(reconstructed):
             records[i] = errors[k]
         # `originals` is keyed by position within `reconstructed`
-        decoded = model.reconstruct(list(originals.values())).decoded if originals else []
+        decoded = model.reconstruct(list(originals.values())).decoded if originals else []  # pyright: ignore
         images |= {reconstructed[k]: image for k, image in zip(originals, decoded)}
     for i, image in images.items():
         records[i] = {"file": _save(batch[i], image, out, task), "seed": batch[i].seed}

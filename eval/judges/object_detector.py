@@ -81,7 +81,7 @@ def _load_mask2former(path: Path, device: str) -> Detector:
             probabilities = out.class_queries_logits.float().softmax(dim=-1)[..., :-1]
             side = inputs["pixel_values"].shape[-2:]
             return [
-                _mask_detections(p, masks, side, image, labels)
+                _mask_detections(p, masks, side, image, labels)  # pyright: ignore
                 for p, masks, image in zip(probabilities, out.masks_queries_logits.float(), images)
             ]
 
@@ -143,7 +143,7 @@ def _load_owl(path: Path, device: str) -> Detector:
                 if value > MIN_SCORE:
                     corners = [(x - w / 2) * scale[0], (y - h / 2) * scale[1]]
                     corners += [(x + w / 2) * scale[0], (y + h / 2) * scale[1]]
-                    detections.append(Detection(names[label], [*corners, value], None))
+                    detections.append(Detection(str(names[label]), [*corners, value], None))
             results.append(detections)
         return results
 

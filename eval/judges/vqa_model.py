@@ -42,7 +42,7 @@ class VqaModel:
             raise UserError(
                 f"{path} holds no image-text model that transformers can load: {reason}"
             ) from error
-        self.model = self.model.to(device).eval()
+        self.model: Any = self.model.to(device).eval()  # pyright: ignore
         self.tokens = self.processor.tokenizer
         self.tokens.padding_side = (
             "left"  # so that the next token of every row is predicted at the last position

@@ -74,7 +74,7 @@ class OpenUniTok(Base):
         for request in tqdm(requests, desc="options", disable=self.rank != 0):
             text, target, visuals, number, task, split = request.args
             document = self.document(task, split, number)
-            option = target(document) if callable(target) else target
+            option: Any = target(document) if callable(target) else target
             found = adapter.continuation_loss(
                 self.pipeline, adapter.images_of(visuals(document)), _without_marks(text), option
             )

@@ -28,7 +28,14 @@ WIDTH, CLASSES, SPATIAL = 2048, 1008, 7 * 17 * 17  # widths of pooled features, 
 class Conv(nn.Module):
     """Convolution without bias, batch norm with the epsilon of the graph, ReLU."""
 
-    def __init__(self, inputs: int, width: int, kernel: int | tuple[int, int], stride: int = 1, padding=0):
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        kernel: int | tuple[int, int],
+        stride: int = 1,
+        padding: int | tuple[int, int] = 0,
+    ):
         super().__init__()
         self.conv = nn.Conv2d(inputs, width, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(width, eps=0.001)

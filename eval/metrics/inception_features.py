@@ -105,7 +105,7 @@ def _save_piece(folder: Path, images: ImageSet, start: int, net: Callable[..., F
         "bad": np.array(bad, str),
         "names": np.array([images.names[i] for i in good], str),
     }
-    write_atomic(_piece_path(folder, images.role, start), lambda file: np.savez(file, **arrays))
+    write_atomic(_piece_path(folder, images.role, start), lambda file: np.savez(file, **arrays))  # pyright: ignore
 
 
 def _piece_path(folder: Path, role: str, start: int) -> Path:
@@ -248,7 +248,7 @@ def reference_moments(path: str, out: Path, variant: str, name: str = "pooled") 
 def save_statistics(path: Path, moments: fid.Moments, variant: str) -> None:
     """Save statistics that a later run can use as --reference."""
     arrays = {"mu": moments.mean, "sigma": moments.covariance, "n": moments.n, "variant": variant}
-    write_atomic(path, lambda file: np.savez(file, **{k: np.asarray(v) for k, v in arrays.items()}))
+    write_atomic(path, lambda file: np.savez(file, **{k: np.asarray(v) for k, v in arrays.items()}))  # pyright: ignore
 
 
 # ---------------------------------------------------------------------------------------------------- scores

@@ -86,7 +86,7 @@ def _labelled_images(data: Path) -> tuple[dict[str, imagenet.LabelledImages], li
         )
     if not train or not val:
         raise UserError(f"{data}: train/ holds {len(train)} images, val/ {len(val)}; both must contain some.")
-    return {"train": train, "val": val}, names
+    return {"train": train, "val": val}, names  # pyright: ignore
 
 
 def _listed_images(path: Path) -> tuple[dict[str, imagenet.LabelledImages], list[str]]:

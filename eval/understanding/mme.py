@@ -82,7 +82,7 @@ def load(data: Path, settings: Options) -> Task:
         part = part_asked(*keys, file) or part
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
-        malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)
+        malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)  # pyright: ignore
         if q.malformed
         else Sample(i, f"{q.task}/{q.image.name}", prompt, q.image)
         for i, (q, prompt) in enumerate(zip(questions, prompts))
@@ -200,7 +200,7 @@ def _join_llava(
     A line that is unreadable or matches no released question counts as wrong in its task, or in the first
     task if the line names none.
     """
-    known = {(q.task, q.image.stem, without_yes_no_request(q.question)): q for q in questions}
+    known = {(q.task, Path(q.image.name).stem, without_yes_no_request(q.question)): q for q in questions}
     found, prompts = [], []
     for i, row in enumerate(read_llava_questions(file)):
         where, name, image = f"{file}, line {i + 1}", tasks[0], Path()

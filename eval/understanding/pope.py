@@ -188,9 +188,9 @@ def _read_question(
     if label not in ("yes", "no"):
         raise UserError(f"{where}: label is {label!r}; allowed: 'yes', 'no'.")
     if not isinstance(image, ParquetImage):
-        image = image(Path(require_text(row, "image", where)).name)
+        image = image(Path(require_text(row, "image", where)).name)  # pyright: ignore
     number = require_key(row, "question_id", where)
-    return PopeQuestion(number, image, require_text(row, "text", where), label, category)
+    return PopeQuestion(number, image, require_text(row, "text", where), label, category)  # pyright: ignore
 
 
 def read_pope_parquet(data: Path, split: str | None = None) -> list[PopeQuestion]:

@@ -160,7 +160,8 @@ class NativeTextDecoder:
         for i, (row, rest) in enumerate(zip(rows, rests)):
             middle = self.cache_index - len(rest)
             for layer, states in zip(cache.layers, self.caches):
-                for read, buffer in zip((layer.keys, layer.values), states):
+                found: Any = layer  # filled by the prefill
+                for read, buffer in zip((found.keys, found.values), states):
                     buffer[row, :, middle : self.cache_index] = read[i, :, read.shape[2] - len(rest) :]
                     buffer[row, :, middle - len(prefix) : middle] = read[i, :, : len(prefix)]
 

@@ -34,7 +34,7 @@ async def chat_completions(server: Server, request: Request) -> Response:
         body = await server.read(request, ChatRequest)
         parsing = server.parse_chat(body)
         conversation, parsed = await server.or_disconnect(request, parsing, until_draining=True)
-        jobs = [Job(key, task) for key, task in parsed]
+        jobs = [Job(key, task) for key, task in parsed]  # pyright: ignore
         prompt_tokens = len(conversation.ids)
         server.metrics.tokens.labels("prompt").inc(prompt_tokens)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": server.name}
@@ -59,7 +59,7 @@ async def image_generations(server: Server, request: Request) -> Response:
         body = await server.read(request, ImageRequest)
         parsing = server.run_in_thread(server.parser.parse_image, body)
         key, tasks = await server.or_disconnect(request, parsing, until_draining=True)
-        jobs = [Job(key, task) for task in tasks]
+        jobs = [Job(key, task) for task in tasks]  # pyright: ignore
         if body.stream:
             return _submit_stream(server, jobs, _image_events(server, body, jobs[0], key.sampling))
         with server.submitted(jobs):

@@ -224,7 +224,7 @@ def _generate_tab(handler: ImageHandler, examples: Sequence[str]) -> None:
         return [*first, False, *(record[name] for name in _SETTINGS)]
 
     fields = [state, prompt, negative, count, seed, random_seed, *settings]
-    events = [
+    events: Any = [
         trigger(run, fields, [view, seed, state, history, title], **_MODEL_EVENT)
         for trigger in (start.click, prompt.submit)
     ]
@@ -302,7 +302,7 @@ def _ask_tab(handler: AnswerHandler) -> None:
 
     inputs = [image, question, history, length, temperature]
     outputs = [chatbot, question, history]
-    events = [trigger(run, inputs, outputs, **_MODEL_EVENT) for trigger in (send.click, question.submit)]
+    events: Any = [trigger(run, inputs, outputs, **_MODEL_EVENT) for trigger in (send.click, question.submit)]
     for chip in chips:
         events.append(chip.click(run, [image, chip, history, length, temperature], outputs, **_MODEL_EVENT))
     stop.click(None, cancels=events, api_visibility="private")

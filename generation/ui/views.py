@@ -55,7 +55,7 @@ def comparison_view(
     original: Image.Image, reconstruction: Image.Image, facts: Sequence[tuple[str, str]]
 ) -> str:
     """Original, reconstruction and their difference times 3, above the facts (name, value)."""
-    difference = ImageChops.difference(original, reconstruction).point(lambda value: min(255, 3 * value))
+    difference = ImageChops.difference(original, reconstruction).point(lambda value: min(255, 3 * value))  # pyright: ignore
     shown = [("original", original), ("reconstruction", reconstruction), ("difference × 3", difference)]
     figures = "".join(
         f"<figure>{_image(_data_url(image), image, name)}"

@@ -178,7 +178,7 @@ def _training_step(quantizer: Quantizer) -> Tensor | None:
 
 
 def _with_words(quantizer: LanguageQuantizer | LanguageMapQuantizer) -> dict[str, Tensor]:
-    tensors = dict(quantizer.named_parameters())
+    tensors: dict[str, Tensor] = dict(quantizer.named_parameters())
     return tensors | {f"map.{name}": getattr(quantizer.map, name) for name in ("vectors", "edges")}
 
 

@@ -226,7 +226,7 @@ class SharedConvolutions(nn.Module):
 
     def init_weights(self) -> None:
         for convolutions in self.convolutions:
-            for convolution in convolutions:
+            for convolution in convolutions:  # pyright: ignore
                 convolution.reset_parameters()
 
     def forward(self, grid: Tensor, place: float) -> Tensor:
@@ -234,7 +234,7 @@ class SharedConvolutions(nn.Module):
         if not len(self.convolutions):
             return grid
         parts = grid.split(self.widths, dim=1)
-        convolutions = self.convolutions[self.choose(place)]
+        convolutions: Any = self.convolutions[self.choose(place)]
         mixed = [part * (1 - PHI_SHARE) + PHI_SHARE * conv(part) for conv, part in zip(convolutions, parts)]
         return torch.cat(mixed, dim=1)
 

@@ -159,7 +159,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None, Tensor]:
         # the matrix is its own transpose
-        return None, None, None, _weighted_sums(*ctx.saved_tensors, gradients[0].contiguous())
+        return None, None, None, _weighted_sums(*ctx.saved_tensors, gradients[0].contiguous())  # pyright: ignore
 
 
 def _weighted_sums(starts: Tensor, columns: Tensor, values: Tensor, inputs: Tensor) -> Tensor:

@@ -238,7 +238,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         and isinstance(value, hint)
         and not (isinstance(value, bool) and hint is not bool)
     ):
-        if hint is float and not math.isfinite(value):
+        if hint is float and not math.isfinite(value):  # pyright: ignore
             raise UserError(f"{where} is {value!r}: expected a finite number.")
         return value
     raise UserError(f"{where} is {value!r}: expected {_describe(hint)}.")

@@ -150,7 +150,7 @@ def _config_errors() -> Iterator[None]:
 
     try:
         yield
-    except (deepspeed.runtime.config.DeepSpeedConfigError, AssertionError) as error:
+    except (deepspeed.DeepSpeedConfigError, AssertionError) as error:
         raise UserError(f"DeepSpeed rejects the engine section: {' '.join(str(error).split())}") from error
 
 
@@ -186,7 +186,7 @@ def build_engine(
     with _config_errors(), _broadcast_scalars(module):
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
     # read by `optimizer_step`, which clips at ZeRO 0
-    engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0
+    engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0  # pyright: ignore
     if distributed.world_size() == 1 and options.zero_stage == 0:
         engine.enable_backward_allreduce = False  # all-reduce is a no-op on one rank
     return engine
@@ -329,7 +329,7 @@ def overwrite_rows(
         zero._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
         # the master weights are sharded: gather them, change the rows, write each rank's part back
-        full = safe_get_full_fp32_param(parameter).clone()
+        full = safe_get_full_fp32_param(parameter).clone()  # pyright: ignore
         full[rows] = values.to(full)
         safe_set_full_fp32_param(parameter, full)
         if not hasattr(parameter, "ds_id"):  # ZeRO 1 and 2 have the whole parameter on every rank

@@ -70,4 +70,4 @@ def prefetch(steps: Steps, workers: int) -> Iterator[Prefetched]:
         worker_init_fn=die_with_parent,
         multiprocessing_context="fork",  # open and memory-mapped files are shared instead of copied
     )
-    return read_batches(loader)
+    return read_batches(loader)  # pyright: ignore

@@ -204,7 +204,7 @@ def conversation_turns(record: dict[str, Any], num_images: int) -> list[dict[str
     if not turns:
         raise BadSample("has no question with an answer")
     # behind the images, as in the server
-    images = re.match(f"(?:{_IMAGE_MARK}\\n)*", turns[0]["value"])[0]
+    images = re.match(f"(?:{_IMAGE_MARK}\\n)*", turns[0]["value"])[0]  # pyright: ignore[reportOptionalSubscript] # may match nothing
     turns[0]["value"] = images + system + turns[0]["value"].removeprefix(images)
     # without placeholders the images come first; else there must be one per image
     marks = sum(turn["value"].count(_IMAGE_MARK) for turn in turns[::2])

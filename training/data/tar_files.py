@@ -162,7 +162,7 @@ def _command(source: str) -> Iterator[IO[bytes]]:
     from webdataset.gopen import gopen  # it imports torch
 
     try:
-        pipe = gopen(source, "rb")
+        pipe: Any = gopen(source, "rb")
     except (ImportError, ValueError, OSError) as error:
         raise BrokenTar(f"it cannot be opened: {error}") from error
     try:
@@ -258,7 +258,8 @@ def tar_writer(file: IO[bytes]) -> Iterator[Any]:
     """webdataset's writer without times and owners: the same samples give the same bytes."""
     from webdataset.writer import TarWriter  # it imports torch
 
-    writer = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False)
+    stream: Any = file
+    writer = TarWriter(stream, user="", group="", mode=0o644, mtime=0, encoder=False)
     try:
         yield writer
     finally:

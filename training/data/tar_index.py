@@ -256,7 +256,7 @@ def _members(reader: TarReader, notes: Notes) -> Iterator[Member]:
     try:
         tar = tarfile.TarFile(fileobj=reader, encoding="utf-8", errors="surrogateescape")  # type: ignore[arg-type]
         while info := tar.next():
-            tar.members.clear()  # it would keep all of them
+            tar.members.clear()  # pyright: ignore # it would keep all of them
             if info.size < 0 or tar.offset <= end:
                 raise BrokenTar(f"the member at byte {end} has a size of {info.size} bytes")
             end = tar.offset

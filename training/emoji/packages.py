@@ -170,6 +170,7 @@ def _packages_below(folder: Path) -> dict[str, Path]:
             package = by_name.get(content.get("name", "")) if isinstance(content, dict) else None
             if package is None:
                 continue
+            assert content is not None
             if content.get("version") != package.version:
                 raise UserError(
                     f"{place} is version {content.get('version')} of {package.name}; the splits are those of "
@@ -200,7 +201,7 @@ def read_emoji(folders: dict[str, Path]) -> list[EmojiImage]:
     found = []
     for number, row in enumerate(rows if isinstance(rows, list) else [None]):
         try:
-            emoji = Emoji(row["unified"].lower(), row["name"], row["category"], row["subcategory"])
+            emoji = Emoji(row["unified"].lower(), row["name"], row["category"], row["subcategory"])  # pyright: ignore
         except (TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"{path}, entry {number} is not an emoji of emoji-datasource: {error!r}."

@@ -242,10 +242,10 @@ def cpu_tflops(dtype: str) -> float:
     """TFLOP/s of matrix products on this machine's CPU, measured for half a second."""
     kind = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32"))
     left = right = torch.ones(MEASURED_SIZE, MEASURED_SIZE, dtype=kind)
-    left @ right  # the first one allocates
+    torch.matmul(left, right)  # the first one allocates
     count, start = 0, time.monotonic()
     while (seconds := time.monotonic() - start) < 0.5 or not count:
-        left @ right
+        torch.matmul(left, right)
         count += 1
     return 2 * MEASURED_SIZE**3 * count / seconds / 1e12
 

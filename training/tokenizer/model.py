@@ -48,7 +48,7 @@ def _initial_config(config: TokenizerRunConfig) -> UniTokConfig:
     """The config of the folder at `init_from`, else the default one."""
     folder = tokenizer_path(config.init_from) if config.init_from else None
     known = folder is not None and (folder / "config.json").exists()
-    return UniTokConfig.from_pretrained(folder) if known else UniTokConfig()
+    return UniTokConfig.from_pretrained(str(folder)) if known else UniTokConfig()
 
 
 def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:

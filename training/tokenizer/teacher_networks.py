@@ -125,7 +125,9 @@ def _from_transformers(options: TeacherOptions) -> Teacher:
     mean, std = _normalisation(options, path)
     network = _Tower(tower, options.layer, norm, projection if options.projected else None)
     sizes = getattr(config, "hidden_sizes", None)  # of a convolutional network
-    width = projection.out_features if options.projected else (sizes[-1] if sizes else config.hidden_size)
+    width = sizes[-1] if sizes else config.hidden_size
+    if options.projected and projection is not None:
+        width = projection.out_features
     patch = None if sizes else getattr(config, "patch_size", None)
     return Teacher(network, width, size, mean, std, options.resize, patch)
 

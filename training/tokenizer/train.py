@@ -137,7 +137,7 @@ def train_step(
     deepspeed_engine.clamp_parameter(state.engine, state.model.logit_scale, 0.0, math.log(100.0))
     reset = state.dead_codes.reset_codes(state.step, state.engine)
     if state.ema:
-        if reset is not None:
+        if reset is not None and state.model.quantizer.codebooks is not None:
             state.ema.reset_rows(state.model.quantizer.codebooks, reset)
         state.ema.update(state.step)
     metrics["grad_norm"] = output.grad_norm if output.grad_norm is not None else 0.0
@@ -228,7 +228,7 @@ def build_train_state(
 
     # 1. models
     captions = load_caption_tokenizer(config)
-    model = build_model(config, captions).to(device)
+    model: UniTok = build_model(config, captions).to(device)  # pyright: ignore
     image_shape = model.config.image_shape
     lpips = build_lpips(config.losses.lpips_weights, image_shape, device) if config.losses.lpips else None
     gan = GAN(config, image_shape, device, micro_batch) if config.losses.adversarial else None

@@ -29,7 +29,8 @@ def run(args: argparse.Namespace) -> None:
     source = find_model(args.source)
     sampling = sampling_of(args, str(source))
     pipe = Pipeline.from_pretrained(source, dtype=torch.float32)
-    model, unitok = pipe.model.to(torch.bfloat16), pipe.unitok.to(torch.bfloat16)
+    model = pipe.model.to(torch.bfloat16)  # pyright: ignore
+    unitok = pipe.unitok.to(torch.bfloat16)  # pyright: ignore
     # the rounded tokenizer gives slightly different codes, so it has another fingerprint
     model.config.unitok_fingerprint = unitok.fingerprint()
     model.config.vocabulary_fingerprint = pipe.processor.vocabulary_fingerprint()
