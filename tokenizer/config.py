@@ -265,7 +265,8 @@ class UniTokConfig(PretrainedConfig):
     @property
     def sums_rows(self) -> bool:
         """As `Quantizer.sums_rows`, before the quantiser is built."""
-        return self.quantizer in SUMMED_QUANTIZERS
+        residual = (self.quantizer_options or {}).get("kind") == "ResidualVQ"
+        return self.quantizer in SUMMED_QUANTIZERS or (self.quantizer == "library" and residual)
 
     @property
     def decoder_width(self) -> int:

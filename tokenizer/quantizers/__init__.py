@@ -14,6 +14,7 @@ from .cluster import ClusterQuantizer
 from .ema import EMAQuantizer
 from .ibq import IBQQuantizer
 from .language import LanguageMapQuantizer, LanguageQuantizer
+from .library import LibraryQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
 from .residual import ResidualQuantizer
@@ -30,6 +31,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "residual": ResidualQuantizer,
     "language": LanguageQuantizer,
     "language_map": LanguageMapQuantizer,
+    "library": LibraryQuantizer,
 }
 ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
 
@@ -78,6 +80,7 @@ __all__ = [
     "IBQQuantizer",
     "LanguageMapQuantizer",
     "LanguageQuantizer",
+    "LibraryQuantizer",
     "MultiCodebookQuantizer",
     "NearestQuantizer",
     "Quantizer",

@@ -62,6 +62,7 @@ class Quantizer(nn.Module):
 
     row_norm: Literal["unit", "blocks", "none"]
     row_blocks: int | list[int] = 1
+    own_options: tuple[str, ...] = ()
     sums_rows: bool = False
     moves_rows: bool = False
     trains_rows: bool = True
@@ -220,8 +221,10 @@ def pass_through(latents: Tensor, rows: Tensor, gradient: str = "straight_throug
 
 
 def option_names(kind: type[Quantizer]) -> list[str]:
-    """The keyword arguments of a quantiser's constructor."""
-    return list(inspect.signature(kind).parameters)[3:]  # the first three are the sizes
+    """The keyword arguments of a quantiser's constructor, and of what it builds (`own_options`)."""
+    parameters = list(inspect.signature(kind).parameters.values())[3:]  # the first three are the sizes
+    named = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    return [*named, *kind.own_options]
 
 
 def normalise_blocks(rows: Tensor, blocks: int | Sequence[int]) -> Tensor:

@@ -4,7 +4,10 @@ The tokenizers have 2 x 2 visual tokens, so a pyramid has the scales 1 and 2.
 """
 
 import json
+from importlib.util import find_spec
 from typing import Any, NamedTuple
+
+import pytest
 
 from open_unitok.tokenizer import QUANTIZERS
 
@@ -22,6 +25,12 @@ class Kind(NamedTuple):
     # quantizer_options with which codes or rows differ
     other_codes: tuple[dict[str, Any], ...] = ()
 
+
+HAS_LIBRARY = find_spec("vector_quantize_pytorch") is not None
+INSTALLED = [name for name in QUANTIZERS if HAS_LIBRARY or name != "library"]
+_NO_LIBRARY = pytest.mark.skipif(not HAS_LIBRARY, reason="the extra `library` is not installed")
+# all entries, for parametrised tests
+ENTRIES = [pytest.param(name, marks=_NO_LIBRARY if name == "library" else ()) for name in QUANTIZERS]
 
 FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is a frozen teacher")
 
@@ -48,6 +57,11 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         entropy=True,
         state=("vectors", "edges", "is_set"),
         other_codes=({"gradient": "rotation"},),
+    ),
+    "library": Kind(
+        {"kind": "FSQ", "levels": [4, 4, 4, 4], "preserve_symmetry": True},
+        {"codebook_size": 256, "codebook_dim": 4},
+        other_codes=({"preserve_symmetry": False},),
     ),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }

@@ -21,7 +21,7 @@ from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.dead_codes import DeadCodes, usage_and_perplexity
 
-from ...tokenizer.quantizers.kinds import KINDS, overrides
+from ...tokenizer.quantizers.kinds import ENTRIES, KINDS, overrides
 
 STATISTICS = ("usage", "calls", "started", "probability")  # change in training, and no code with them
 
@@ -37,7 +37,7 @@ def tokenizer_config(name: str, data: Any, **options: Any) -> UniTokConfig:
     return UniTokConfig(**fields, text_vocab_size=290)
 
 
-@pytest.fixture(scope="module", params=QUANTIZERS)
+@pytest.fixture(scope="module", params=ENTRIES)
 def trained(request, data, tmp_path_factory):
     """kind, out: the run directory of one step; model: the tokenizer that it left."""
     name, out = request.param, tmp_path_factory.mktemp(request.param) / "run"
@@ -58,7 +58,7 @@ def some_pixels(seed: int = 0) -> torch.Tensor:
     return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_every_trainable_parameter_learns(name, data):
     torch.manual_seed(0)
     model, kind = UniTok(tokenizer_config(name, data)).train(), KINDS[name]

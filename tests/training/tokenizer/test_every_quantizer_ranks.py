@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.tokenizer import QUANTIZERS
 
-from ...tokenizer.quantizers.kinds import KINDS, overrides
+from ...tokenizer.quantizers.kinds import ENTRIES, INSTALLED, KINDS, overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -44,7 +44,7 @@ def runs(data, tmp_path_factory):
     """A folder with the runs NAME and NAME-resumed of one process, and NAME-ranks and NAME-ranks-resumed."""
     folder, config = tmp_path_factory.mktemp("every"), str(data / "config.yaml")
     launched = []
-    for name in QUANTIZERS:
+    for name in INSTALLED:
         options = run_options(name)
         for out, stops in ((name, [[]]), (f"{name}-resumed", [["stop_at=2"], []])):
             for stop in stops:
@@ -65,7 +65,7 @@ def runs(data, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_two_ranks_equal_one_process(runs, name):
     single, both = runs / name, runs / f"{name}-ranks"
     for one, two in zip(rows(single), rows(both), strict=True):
@@ -79,7 +79,7 @@ def test_two_ranks_equal_one_process(runs, name):
 
 
 @pytest.mark.parametrize("ranks", ["", "-ranks"])
-@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("name", ENTRIES)
 def test_a_stopped_run_resumes_exactly(runs, name, ranks):
     """Losses, weights, and the quantiser's own state: moving averages, frequencies, the started flag."""
     whole, resumed = runs / f"{name}{ranks}", runs / f"{name}{ranks}-resumed"
