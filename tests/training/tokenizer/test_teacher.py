@@ -280,6 +280,20 @@ def test_the_contrast_pairs_images_with_their_own_features():
     assert mixed.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", ["shared_index", "residual"])
+def test_a_shared_index_shows_its_semantic_half(quantizer):
+    options = {"block_widths": [6, 2]}
+    if quantizer == "residual":
+        options = {"inner": "shared_index", "inner_options": options, "scales": [1, 2]}
+    model = tiny(num_codebooks=1, quantizer=quantizer, quantizer_options=options)
+    teacher = Teacher(torch.nn.Conv2d(3, 12, 8, stride=8), 12, 24)
+    head = TeacherHead(TeacherOptions(kind="cosine", model="own", head_heads=2, head_width=8), model, teacher)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    latents = model.encode_latents(pixels).detach().requires_grad_()
+    head(model.quantizer(latents).quantised, pixels, (2, 2), range(2)).backward()
+    assert latents.grad[..., :6].any() and not latents.grad[..., 6:].any()
+
+
 def test_books_that_do_not_exist():
     quantizer = tiny().quantizer
     assert teacher_channels(quantizer, [1, 0]) == [*range(8, 16), *range(8)]
