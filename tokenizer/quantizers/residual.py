@@ -71,6 +71,8 @@ class ResidualQuantizer(Quantizer):
         for name in ("row_norm", "row_blocks", "sums_rows", "semantic_channels", "moves_rows", "trains_rows"):
             setattr(self, name, getattr(built, name))
         self.reads = built.reads and not shared_convolutions  # an MLLM has the rows, not the convolutions
+        if hasattr(built, "start_kmeans"):
+            self.start_kmeans = built.start_kmeans
         self.skip: int | None = None
         # a separately normalised block has convolutions of its own
         self.phi = SharedConvolutions(_block_widths(built), shared_convolutions)

@@ -12,15 +12,18 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling
 from open_unitok.generation.image_files import RECORD_KEY
 from open_unitok.generation.ui.views import code_colours, code_maps
+from open_unitok.tokenizer import UniTok, UniTokConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
@@ -298,3 +301,17 @@ def test_pages_of_other_sites_are_rejected(address, path):
         assert found == 403 and b"wrong_origin" in body, origin
     for own in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}", "LOCALHOST"):
         assert status(host=own, origin=f"http://{own}")[0] != 403
+
+
+def test_the_page_maps_the_last_scale_of_a_pyramid(tmp_path):
+    from open_unitok.generation.ui.page import ReconstructionHandler
+
+    sizes = {"image_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "stage_widths": (8, 8), "decoder_widths": (8, 8), "num_codebooks": 2, "codebook_size": 8,
+             "codebook_dim": 4, "quantizer": "residual", "quantizer_options": {"scales": [1, 2]}}  # fmt: skip
+    text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 8}
+    torch.manual_seed(0)
+    unitok = UniTok(UniTokConfig(**sizes, **text)).eval()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    comparison, maps = ReconstructionHandler(SimpleNamespace(unitok=unitok))(str(tmp_path / "red.png"))
+    assert maps.count("viewBox='0 0 2 2'") == 2 and ">5<" in comparison.replace("\n", "")

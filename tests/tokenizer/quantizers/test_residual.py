@@ -210,6 +210,12 @@ def test_usage_counts_once_for_all_scales():
     assert out.usage.item() == pytest.approx(100 * len(out.codes.unique()) / 32)
 
 
+def test_kmeans_starts_the_inner_quantiser():
+    quantizer = make([1, 2], 4, 8, inner="ema")
+    quantizer.start_kmeans(torch.randn(40, 4), torch.arange(8)[None])
+    assert quantizer.inner.started and quantizer.moves_rows and not quantizer.trains_rows
+
+
 def test_losses_are_means_over_scales():
     quantizer = make([1, 4], 8, 32).train()
     latents = torch.randn(3, 16, 8)

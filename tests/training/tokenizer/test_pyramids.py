@@ -1,6 +1,9 @@
 """A pyramid from training to codes: scale drop, resets, resume, extraction, reconstruction."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +22,15 @@ OPTIONS = (
 )
 
 
+MODEL = ("model.image_size=64", "model.quantizer=residual", f"model.quantizer_options={OPTIONS}")
+
+
 def train(data, out, *changes):
-    model = ("model.image_size=64", "model.quantizer=residual", f"model.quantizer_options={OPTIONS}")
-    main(["train", str(data / "config.yaml"), f"out={out}", "steps=6", *model, *changes])
+    main(["train", str(data / "config.yaml"), f"out={out}", "steps=6", *MODEL, *changes])
+    return read(out)
+
+
+def read(out):
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
 
@@ -36,6 +45,21 @@ def test_resume_is_exact(data, whole, tmp_path):
     """Dropped scales, dead-code resets and usage equal those of an uninterrupted run."""
     train(data, tmp_path / "run", "stop_at=3")
     assert train(data, tmp_path / "run") == whole[1]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process(data, whole, tmp_path):
+    """Both leave out the same scales; the keys do not depend on the rank."""
+    config = str(data / "config.yaml")
+    overrides = [f"out={tmp_path / 'run'}", "steps=6", *MODEL, "losses.clip=0", "optimizer.eps=1e-4"]
+    (tmp_path / "jobs.json").write_text(json.dumps([{"config": config, "overrides": overrides}]))
+    worker = str(Path(__file__).parent / "ranks_worker.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
+    subprocess.run([*launch, str(tmp_path / "jobs.json")], check=True, timeout=300)
+    single = train(data, tmp_path / "single", "losses.clip=0", "optimizer.eps=1e-4")
+    for one, two in zip(single, read(tmp_path / "run")):
+        for name in ("loss", "l2", "vq", "entropy", "usage/0", "perplexity/1"):
+            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (one["step"], name)
 
 
 def test_codes_and_images_of_a_trained_pyramid(data, whole, tmp_path, capsys):
