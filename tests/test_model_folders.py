@@ -72,12 +72,17 @@ def absurd_shape():
     return struct.pack("<Q", len(header)) + header + b"\0" * 4
 
 
-def nan_weight(folder):
-    from safetensors.torch import load_file, save_file
+def weight(make):
+    """Replace one weight by `make(weight)`."""
 
-    weights = load_file(folder / "model.safetensors")
-    weights["language_model.layers.2.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    def replace(folder):
+        from safetensors.torch import load_file, save_file
+
+        weights, name = load_file(folder / "model.safetensors"), "language_model.layers.2.mlp.up_proj.weight"
+        weights[name] = make(weights[name])
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return replace
 
 
 def shards_elsewhere(folder):
@@ -111,7 +116,8 @@ BROKEN = {
     "unitok truncated": (cut("unitok/model.safetensors", 3000), "unitok/model.safetensors", "header"),
     "pickle": (replace_by_pickle, "pytorch_model.bin", "without running code"),
     "shards elsewhere": (shards_elsewhere, "index.json", "same folder"),
-    "NaN": (nan_weight, "model", "language_model.layers.2.mlp.up_proj.weight holds NaN"),
+    "integers": (weight(lambda w: w.to(torch.int64)), "model.safetensors", "up_proj.weight holds integers"),
+    "NaN": (weight(lambda w: w * float("nan")), "model", "layers.2.mlp.up_proj.weight holds NaN"),
     "tokenizer garbage": (write("tokenizer.json", bytes(range(256)) * 20), "tokenizer.json", ""),
     "tokenizer wrong": (write("tokenizer.json", b'{"model": {"type": "BPE"}}'), "tokenizer.json", ""),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "model", "neither tokenizer.json"),

@@ -35,6 +35,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     itemsize: int  # bytes per number
     file: Path
+    is_float: bool
 
 
 @contextlib.contextmanager
@@ -138,13 +139,17 @@ def read_header(path: Path) -> dict[str, Stored]:
         with loading(path), safe_open(path, "pt") as file:
             found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             return {
-                name: Stored(tuple(part.get_shape()), _itemsize(part.get_dtype()), path)
+                name: Stored(tuple(part.get_shape()), _itemsize(dtype), path, dtype.startswith(("F", "BF")))
                 for name, part in found.items()
+                if (dtype := part.get_dtype())
             }
     state = read_pickle(path, map_location="meta")
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{path} does not hold a plain mapping from names to tensors.")
-    return {name: Stored(tuple(t.shape), t.element_size(), path) for name, t in state.items()}
+    return {
+        name: Stored(tuple(t.shape), t.element_size(), path, t.is_floating_point())
+        for name, t in state.items()
+    }
 
 
 def read_pickle(path: Path, map_location: str = "cpu") -> Any:
@@ -238,6 +243,9 @@ def check_model_folder(
                 f"{stored[name].file} does not fit config.json: {name} has shape {stored[name].shape}, "
                 f"expected {shape}."
             )
+        # transformers would round the model's weights to them
+        if expected[name].is_floating_point() and not stored[name].is_float:
+            raise UserError(f"{stored[name].file}: {name} holds integers, expected floats.")
     if check_free:
         widest = itemsize or max((entry.itemsize for entry in stored.values()), default=4)
         check_memory(sum(t.numel() for t in expected.values()) * widest, f"Loading {folder}")
