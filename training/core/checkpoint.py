@@ -234,7 +234,11 @@ def check_pickles(path: Path) -> None:
     Raises:
         UserError: a file names a type that neither torch nor DeepSpeed writes, or is in another format.
     """
-    for file in sorted((path / "training_state").rglob("*.pt")):
+    state = path / "training_state"
+    # the files behind a linked folder are listed nowhere, and DeepSpeed would read them
+    if link := next((file for file in (state, *sorted(state.rglob("*"))) if file.is_symlink()), None):
+        raise UserError(f"{link} is a link, and checkpoints hold none: delete the checkpoint.")
+    for file in sorted(state.rglob("*.pt")):
         try:
             # lists the names in the pickle without executing it; only the zip format can be listed
             unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED_TYPES

@@ -122,6 +122,7 @@ def load_parts(name: str) -> MLLMParts:
     )
     model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
+    UniTok.from_pretrained(unitok)  # a broken one would only be found after training, in the copy
     sampling = folder / SAMPLING_FILE
     processor = UniTokProcessor.from_pretrained(folder)
     return MLLMParts(model, processor, unitok, sampling if sampling.exists() else None)

@@ -104,6 +104,22 @@ def test_a_planted_pickle_is_refused_and_does_not_run(checkpoint, tmp_path, way,
         assert not touched.exists()
 
 
+@pytest.mark.parametrize("linked", ["training_state/model", "training_state"])
+def test_a_linked_folder_is_refused(checkpoint, tmp_path, linked):
+    """Its files are neither listed in the manifest nor found by a search that does not follow links."""
+    touched = tmp_path / "PWNED"
+    WAYS["zip"](checkpoint / "training_state" / "model" / "mp_rank_00_model_states.pt", Evil(touched))
+    (checkpoint / linked).rename(checkpoint / "elsewhere")
+    (checkpoint / linked).symlink_to(checkpoint / "elsewhere")
+    (checkpoint / CHECKPOINT_MANIFEST).unlink()
+    write_manifest(checkpoint)
+    with pytest.raises(UserError, match="is a link"):
+        Checkpoints(checkpoint.parent).restore(checkpoint, {"model": Engine()})
+    with pytest.raises(UserError, match="is a link|is not listed"):
+        load_weights_only(checkpoint, {"model": Engine()})
+    assert not touched.exists()
+
+
 def test_the_fake_engine_would_have_run_it(checkpoint, tmp_path):
     touched = tmp_path / "PWNED"
     WAYS["zip"](checkpoint / "training_state" / "model" / "x.pt", Evil(touched))
