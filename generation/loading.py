@@ -11,7 +11,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.config import check_mllm_quantizer
-from open_unitok.mllm.loading import check_folder
+from open_unitok.mllm.loading import check_folder, check_vocabulary
 from open_unitok.mllm.processor import CONFIG
 from open_unitok.tokenizer import TokenLayout, UniTok
 
@@ -90,13 +90,7 @@ def check_parts_match(
             f"{folder}: the text tokenizer has {processor.vocab_size} ids, the model only {rows}: they do "
             "not match."
         )
-    expected = model.config.vocabulary_fingerprint
-    if expected is not None and expected != (found := processor.vocabulary_fingerprint()):
-        raise UserError(
-            f"{folder}: the model was saved with the vocabulary {expected[:12]}, but its text tokenizer has "
-            f"{found[:12]}: restore tokenizer.json, or remove vocabulary_fingerprint from config.json after "
-            "changing the vocabulary on purpose."
-        )
+    check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)
     _check_image_tokens(model, unitok, processor, folder)
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):

@@ -54,6 +54,21 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         )
 
 
+def check_vocabulary(config: UniTokMLLMConfig, found: str, folder: str | os.PathLike[str]) -> None:
+    """Compare the fingerprint of a folder's text tokenizer with the model's.
+
+    Raises:
+        UserError: they differ: the ids would be other words.
+    """
+    expected = config.vocabulary_fingerprint
+    if expected is not None and expected != found:
+        raise UserError(
+            f"{folder}: the model was saved with the vocabulary {expected[:12]}, but its text tokenizer has "
+            f"{found[:12]}: restore tokenizer.json, or remove vocabulary_fingerprint from config.json after "
+            "changing the vocabulary on purpose."
+        )
+
+
 def assign_state(model: nn.Module, state: dict[str, Tensor], source: Any) -> None:
     """Assign `state` to a model that was built on the meta device; all names and shapes must match.
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from open_unitok.cli.main import main
+from open_unitok.core.errors import UserError
 from open_unitok.core.files import SHIPPED_MODELS
+from open_unitok.training.mllm.model import load_parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -190,6 +192,15 @@ def test_vocabulary_of_training(folder, capsys):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     code, err = run(["generate", "a", "--model", folder, "--out", folder.parent / "out"], capsys)
     check_one_line(code, err, "vocabulary", str(folder))
+    with pytest.raises(UserError, match="vocabulary"):  # training would save the new one
+        load_parts(str(folder))
+
+
+def test_training_reads_the_visual_tokenizer_first(folder):
+    """It only copies unitok/, and would find a broken one after all steps."""
+    os.truncate(folder / "unitok" / "model.safetensors", 3000)
+    with pytest.raises(UserError, match=r"unitok/model\.safetensors"):
+        load_parts(str(folder))
 
 
 def test_too_little_memory(folder, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from transformers.utils import is_flash_attn_2_available
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import SAMPLING_FILE, existing, model_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.mllm.loading import check_vocabulary
 from open_unitok.mllm.lora import add_lora
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.loading import check_tokenizer_folder
@@ -125,6 +126,7 @@ def load_parts(name: str) -> MLLMParts:
     UniTok.from_pretrained(unitok)  # a broken one would only be found after training, in the copy
     sampling = folder / SAMPLING_FILE
     processor = UniTokProcessor.from_pretrained(folder)
+    check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)
     return MLLMParts(model, processor, unitok, sampling if sampling.exists() else None)
 
 

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     """Merge and save."""
     from open_unitok.generation.loading import check_parts_match
     from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+    from open_unitok.mllm.loading import check_vocabulary
     from open_unitok.mllm.lora import merge_adapter
     from open_unitok.tokenizer import UniTok
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     unitok = existing(tokenizer_path(args.unitok)) if args.unitok else source / "unitok"
     model = merge_adapter(UniTokForConditionalGeneration.from_pretrained(source), args.adapter)
     processor = UniTokProcessor.from_pretrained(source)
+    check_vocabulary(model.config, processor.vocabulary_fingerprint(), source)
     model.config.vocabulary_fingerprint = processor.vocabulary_fingerprint()
     # another pixel decoder is fine, other codes are not
     if args.unitok:

@@ -115,7 +115,7 @@ def test_a_linked_folder_is_refused(checkpoint, tmp_path, linked):
     write_manifest(checkpoint)
     with pytest.raises(UserError, match="is a link"):
         Checkpoints(checkpoint.parent).restore(checkpoint, {"model": Engine()})
-    with pytest.raises(UserError, match="is a link|is not listed"):
+    with pytest.raises(UserError, match=r"is a link|is not listed"):
         load_weights_only(checkpoint, {"model": Engine()})
     assert not touched.exists()
 
