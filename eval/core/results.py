@@ -115,9 +115,12 @@ def check_answers_complete(
     # malformed samples have a line of their own above
     failed = sorted(set(answers.failed) - {s.index for s in samples if s.malformed})
     if failed:
+        # an image without a reconstruction has no PSNR that could count
+        left_out = all(s.kind == "reconstruct" for s in samples if s.index in answers.failed)
+        how = "left out of the means" if left_out else "counted as wrong"
         problems.append(
             f"{len(failed)} samples could not be answered, the first because "
-            f"{answers.records[failed[0]]['error']} (counted as wrong; the next run asks them again)"
+            f"{answers.records[failed[0]]['error']} ({how}; the next run asks them again)"
         )
     return problems
 

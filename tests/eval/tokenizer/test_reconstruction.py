@@ -182,6 +182,7 @@ def test_bad_images_are_counted_and_left_out(quick_net, photos, tmp_path, incept
         "reconstruction", Scripted(), tmp_path / "data", tmp_path / "o", options=scoring, quiet=True
     )
     assert result["failed"] == 1 and "broken.png" in result["problems"][0]
+    assert "(left out of the means; the next run" in result["problems"][0]
     assert result["metrics"]["psnr"]["n"] == result["metrics"]["rfid"]["n"] == 5
 
 
