@@ -9,15 +9,15 @@ for FLUX: 1 x 65,536 x 16, ten scales to 32 x 32) with one image, where the kind
 Calls of the kind and of `multi_codebook`, with the same losses, alternate in one process and are measured in
 seconds of the processor, which other load changes little; the ratio of the fastest calls is the result.
 
-Memory: peak resident memory of an own process beyond what it held before the step (VmHWM). "one-hot": what a
-single float32 matrix of (tokens x entries) would take. Floor: the matrix products of the step, counted by
-torch, at the rate of the fastest float32 product of the same process, and the bytes that must be held at
-once: latents, outputs, tables and their gradients.
+Memory: peak resident memory of an own process beyond what it held before the step (VmHWM), freed blocks given
+back to the system. "one-hot": what a single float32 matrix of (tokens x entries) would take. Floor: the matrix
+products of the step, counted by torch, at the rate of a large float32 product of the same process, and the
+bytes that must be held at once: latents, outputs, tables and their gradients.
 """
 
 import argparse
 import json
-import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +30,7 @@ from harness import (
     load_average,
     peak_memory_gib,
     processor_name,
+    read_results,
     reset_peak_memory,
     result_file,
     run_isolated,
@@ -61,21 +62,32 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", default=list(SIZES), choices=SIZES, help="sizes")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--part", nargs="+", default=["time", "memory"], choices=["time", "memory"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # "size|kind", in a process of its own
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # "size|kind|part", in a process of its own
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
-        print(json.dumps(measure(*args.child.split("|"), args.repeats)))
+        size, kind, part = args.child.split("|")
+        memory = part == "memory"
+        print(json.dumps(measure_memory(size, kind) if memory else measure_time(size, kind, args.repeats)))
         return
-    results = {}
+    file = result_file("quantizers", processor_name(), args.out)
+    results = read_results(file)
     for size in args.only:
         for kind in args.kinds:
-            given = ["--child", f"{size}|{kind}"]
-            found = run_isolated(__file__, *given, "--repeats", str(args.repeats))
-            results[f"{size}, {kind}"] = {**found, "load": load_average()}
-            write_results(result_file("quantizers", processor_name(), args.out), results)
+            entry = results.setdefault(f"{size}, {kind}", {})
+            for part in args.part:
+                # glibc keeps freed blocks below 32 MiB, which is not memory that the step needs
+                os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+                if part == "memory":
+                    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+                entry |= run_isolated(
+                    __file__, "--child", f"{size}|{kind}|{part}", "--repeats", str(args.repeats)
+                )
+            write_results(file, results)
+    print(f"load average {load_average()}")
     rows = [table_row(name, entry) for name, entry in results.items()]
     print("\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ("---",) * len(HEAD), *rows)))
 
@@ -114,24 +126,31 @@ def processor_seconds(work: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def measure(size: str, kind: str, repeats: int) -> dict[str, float]:
-    """Seconds, ratios to UniTok's, floor and peak memory of one kind at one size."""
-    latents, entropy = some_latents(size), kind not in NO_ENTROPY
-    quantizer = build(size, kind)
+def measure_memory(size: str, kind: str) -> dict[str, float]:
+    """Peak memory and matrix products of one step, before anything else has used memory."""
+    latents, quantizer = some_latents(size), build(size, kind)
     quantizer.encode(latents)  # kernels are loaded
-    # 1. memory, before UniTok's quantiser is built, and operations
     reset_peak_memory()
     before = peak_memory_gib() or 0.0
     with FlopCounterMode(display=False) as counter:
-        step(quantizer, latents, entropy)
+        step(quantizer, latents, kind not in NO_ENTROPY)
     peak = (peak_memory_gib() or 0.0) - before
-    operations = float(counter.get_total_flops())
-    # 2. the rate of a large product
-    side = 1024
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    rate = 2 * side**3 / min(processor_seconds(lambda: a @ b) for _ in range(5))
-    # 3. times, in turns with UniTok's, which has the same losses where the kind has an entropy loss
-    base = build(size, UNITOK)
+    books, entries, width, images, tokens = SIZES[size]
+    rows = images * (sum(s * s for s in SCALES) if size == "pyramid" else tokens)
+    held = 2 * (2 * latents.numel() + books * entries * width)  # latents, outputs, tables; and gradients
+    return {
+        "step_gflop": round(counter.get_total_flops() / 1e9, 2),
+        "floor_mib": round(4 * held / 2**20, 1),
+        "peak_mib": round(peak * 2**10, 1),
+        "one_hot_mib": round(4 * rows * books * entries / 2**20, 1),
+    }
+
+
+def measure_time(size: str, kind: str, repeats: int) -> dict[str, float]:
+    """Seconds of one kind at one size, in turns with UniTok's, and of 1 GFLOP of a large product."""
+    latents, entropy = some_latents(size), kind not in NO_ENTROPY
+    quantizer, base = build(size, kind), build(size, UNITOK)
+    quantizer.encode(latents)  # kernels are loaded
     times: dict[str, list[float]] = {name: [] for name in ("encode", "step", "base encode", "base step")}
     for _ in range(repeats):
         for prefix, other in (("", quantizer), ("base ", base)):
@@ -140,32 +159,27 @@ def measure(size: str, kind: str, repeats: int) -> dict[str, float]:
                 processor_seconds(lambda other=other: step(other, latents, entropy))
             )
     seconds = {name: min(values) for name, values in times.items()}
-    books, entries, width, images, tokens = SIZES[size]
-    rows = images * (sum(s * s for s in SCALES) if size == "pyramid" else tokens)
-    held = 2 * latents.numel() * 2 + 2 * books * entries * width  # latents, outputs, tables; and gradients
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    product = min(processor_seconds(lambda: a @ b) for _ in range(5))
     return {
         "encode_seconds": round(seconds["encode"], 4),
         "step_seconds": round(seconds["step"], 4),
         "encode_ratio": round(seconds["encode"] / seconds["base encode"], 2),
         "step_ratio": round(seconds["step"] / seconds["base step"], 2),
-        "step_gflop": round(operations / 1e9, 2),
-        "floor_seconds": round(operations / rate, 4),
-        "floor_mib": round(4 * held / 2**20, 1),
-        "peak_mib": round(peak * 2**10, 1),
-        "one_hot_mib": round(4 * rows * books * entries / 2**20, 1),
+        "gflop_seconds": round(product / (2 * 1.024**3), 5),
     }
 
 
 def table_row(name: str, entry: dict[str, float]) -> tuple[str, ...]:
     """The cells of one row, in the order of HEAD."""
     size, kind = name.split(", ")
-    floor = entry["step_seconds"] / max(entry["floor_seconds"], 1e-9)
+    floor = entry["step_seconds"] / (entry["step_gflop"] * entry["gflop_seconds"])
     return (
         size,
         kind,
         f"{entry['encode_ratio']:.2f}",
         f"{entry['step_ratio']:.2f}",
-        f"{floor:.1f}" if math.isfinite(floor) else "-",
+        f"{floor:.1f}",
         f"{entry['peak_mib']:.0f} (floor {entry['floor_mib']:.0f})",
         f"{entry['one_hot_mib']:.0f}",
     )
