@@ -10,7 +10,7 @@ Calls of the kind and of `multi_codebook`, with the same losses, alternate in on
 seconds of the processor, which other load changes little; the ratio of the fastest calls is the result.
 
 Memory: peak resident memory of an own process beyond what it held before the step (VmHWM), freed blocks given
-back to the system. "one-hot": what a single float32 matrix of (tokens x entries) would take. Floor: the matrix
+back to the system. "one-hot": what one float32 matrix of (tokens x entries) would take. Floor: the matrix
 products of the step, counted by torch, at the rate of a large float32 product of the same process, and the
 bytes that must be held at once: latents, outputs, tables and their gradients.
 """
