@@ -221,9 +221,12 @@ def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, 
     for name, engine in engines.items():
         # the earlier run may have had no discriminator
         if (path / "training_state" / name).is_dir():
-            engine.load_checkpoint(
-                str(path / "training_state"), tag=name, load_module_only=True, load_optimizer_states=False
-            )
+            options = {"load_module_only": True, "load_optimizer_states": False}
+            try:
+                engine.load_checkpoint(str(path / "training_state"), tag=name, **options)
+            except RuntimeError as error:  # of a strict load; a teacher's head, a discriminator of other size
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"{path} holds other weights than this run ({name}): {reason}") from error
     files = sorted((path / "training_state").glob("rank-*.pt"))
     return [_load_rank_state(file) for file in files]
 

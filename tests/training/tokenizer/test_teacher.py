@@ -425,3 +425,19 @@ def test_two_ranks_equal_one_process(data, settings, tmp_path, stage):
     for one, two in zip(rows(tmp_path / "single"), rows(tmp_path / "both"), strict=True):
         for name in ("loss", "teacher", "disentangle", "vq", "entropy", "l2", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (one["step"], name)
+
+
+def test_other_ranks_cannot_add_a_teacher(data, settings, whole, tmp_path, capsys):
+    plain = tmp_path / "plain"
+    train(data, plain, "steps=2", "checkpoint.every=2")
+    for start, more in (
+        (plain / "checkpoints" / "step-00000002", settings),
+        (whole / "checkpoints" / "step-00000005", []),
+    ):
+        with pytest.raises(SystemExit) as left:
+            train(data, tmp_path / "run", *more, f"resume_from={start}", "steps=6")
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert left.value.code == 2 and "holds other weights than this run (tokenizer)" in last
+    again = tmp_path / "again"
+    train(data, again, *settings, f"resume_from={whole / 'checkpoints' / 'step-00000005'}", "steps=6")
+    assert [row["step"] for row in rows(again)] == [6]
