@@ -212,6 +212,7 @@ class UniTokConfig(PretrainedConfig):
         if self.quantizer != "residual":
             return
         scales, (height, width) = self.scales or [], self.image_shape
+        given = scales or (self.quantizer_options or {}).get("scales") or []
         if height != width:
             side = self.patch_size * scales[-1] if scales else self.image_size
             raise UserError(f"scales need square images of {side} pixels; this one has {height} x {width}.")
@@ -219,7 +220,7 @@ class UniTokConfig(PretrainedConfig):
         rising = all(isinstance(s, int) and s > last for last, s in zip([0, *scales], scales))
         if not rising or not scales or scales[-1] != side:
             raise UserError(
-                f"scales = {scales}: rising sides are needed, the last of them image_size // patch_size = "
+                f"scales = {given}: rising sides are needed, the last of them image_size // patch_size = "
                 f"{side}."
             )
         if self.num_register_tokens:
@@ -291,7 +292,8 @@ class UniTokConfig(PretrainedConfig):
     @property
     def scales(self) -> list[int] | None:
         """Sides of the grids of a residual quantiser, from coarse to fine; None = one grid."""
-        return list((self.quantizer_options or {}).get("scales") or []) or None
+        scales = (self.quantizer_options or {}).get("scales")
+        return list(scales) if isinstance(scales, list | tuple) and scales else None
 
     @property
     def bits_per_token(self) -> float:

@@ -255,7 +255,8 @@ def sum_scales(rows: Tensor, scales: Sequence[int]) -> Tensor:
     """(B, N, D) rows of all scales -> (B, s*s, D), their sum on the grid of the last one."""
     parts = rows.split([side * side for side in scales], dim=1)
     grid = (scales[-1], scales[-1])
-    return _to_tokens(sum(upsample_scale(part, side, grid) for part, side in zip(parts, scales)))
+    ups = [upsample_scale(part, side, grid) for part, side in zip(parts, scales)]
+    return _to_tokens(torch.stack(ups).sum(dim=0))
 
 
 def _to_tokens(grid: Tensor) -> Tensor:

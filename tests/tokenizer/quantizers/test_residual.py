@@ -306,6 +306,8 @@ def test_images_of_other_sizes_are_refused(pyramid):
          r"patch_size = 4\."),
         ({}, [1, 2, 3], r"the last of them image_size // patch_size = 4\."),
         ({}, None, r"scales = \[\]: rising sides are needed"),
+        ({}, 4, r"scales = 4: rising sides are needed"),
+        ({}, ["1", 4], r"scales = \['1', 4\]: rising sides are needed"),
         ({"num_register_tokens": 4}, [1, 2, 4], r"num_register_tokens = 4 together with scales: set one of"),
         ({"image_size": 80, "token_layout": {"rows": 4, "columns": 5}}, [1, 2, 4],
          r"scales need square images of 64 pixels; this one has 64 x 80\."),
