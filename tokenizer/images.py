@@ -135,6 +135,13 @@ def orientation_of(image: Image.Image) -> int:
     return value if value in _TURNS else 1
 
 
+def unreadable_reason(source: ImageSource, error: Exception, formats: Sequence[str] = FORMATS) -> str:
+    """Why `source` cannot be read as an image, in one line; `error` is what reading it raised."""
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file"
+    return str(error) if isinstance(error, UserError) else _reason(source, error, formats)
+
+
 def is_plain(image: Image.Image) -> bool:
     """Decodes an opened file: whether it is one upright, opaque 8-bit image, so that any reader agrees on it.
 

@@ -18,6 +18,7 @@ from transformers import initialization as init
 
 from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import tokenizer_path
 
 from .config import UniTokConfig
 from .convert import read_published_tokenizer
@@ -226,7 +227,9 @@ class UniTok(InstalledCode, PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> Any:
-        """Load a model folder, a hub id, or the published .pth file; keyword arguments as in transformers.
+        """Load a model folder, a hub id, the published .pth file, or a shipped model's tokenizer ("scenes").
+
+        Keyword arguments are those of transformers.
 
         A folder or hub id that holds the published file and no config.json loads that file.
 
@@ -237,6 +240,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         path = Path(pretrained_model_name_or_path)
         if path.is_file():
             return cls.from_reference(path, **kwargs)
+        if not path.is_dir():
+            path = tokenizer_path(path)  # of a shipped model, else unchanged
         if path.is_dir():
             if (path / PUBLISHED_FILE).is_file() and not (path / "config.json").exists():
                 return cls.from_reference(path / PUBLISHED_FILE, **kwargs)

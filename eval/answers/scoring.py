@@ -168,7 +168,8 @@ def match_answers(task: Task, given: Iterable[GivenAnswer], name: str) -> Matche
         if len({(str(samples[i].image), samples[i].prompt) for i in asked}) > 1:
             if len({samples[i].id for i in asked}) > 1:
                 unknown.append(
-                    f"{answer.where}: id {answer.id}: {len(asked)} questions have it; which is not said."
+                    f"{answer.where}: id {answer.id}: {len(asked)} questions have it. The file "
+                    "that numbers them (LLaVA's question file) must be in --data."
                 )
                 continue
             # SEED-Bench has one id twice: in the order of the file

@@ -174,7 +174,8 @@ def model_kind(folder: Path) -> str:
     config = folder / "config.json"
     if not config.exists():
         raise UserError(
-            f"{folder} has no config.json: it is not a model folder. Expected OUT/model of a training run."
+            f"{folder} has neither a config.json nor images: expected a model folder, such as OUT/model of a "
+            "training run, or images to score."
         )
     model_type = read_json(config).get("model_type")
     if model_type == "unitok":

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder
 
 from .options import add_model_options, at_least_one, pick_device, quiet_loading
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args, "batch_size")
     # before the model is loaded: report a missing image at once
     for image in args.images:
-        existing(image)
+        if existing(image).is_dir():
+            raise UserError(f"{image} is a folder: give its image files, e.g. {image}/*.png.")
     quiet_loading()
     unitok = load_unitok(args.model, pick_device(args.device), args.dtype)
     make_folder(args.out)

@@ -243,6 +243,7 @@ def test_reconstruct_writes_originals_and_reconstructions_side_by_side(unitok, f
         (["ui", "--model", "MODEL", "--port", "7860", "--host", ""], "--host is empty"),
         (["serve", "--model", "gone/away/x", "--port", "0"], "gone/away/x does not exist"),
         (["reconstruct", "gone.png", "--model", "MODEL", "--out", "OUT"], "gone.png"),
+        (["reconstruct", "OTHER", "--model", "MODEL", "--out", "OUT"], "give its image files"),
         (["reconstruct", "TEXT", "--model", "MODEL", "--out", "OUT"], "not a readable image"),
         (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "OUT", "--size", "50"], "16"),
         (["reconstruct", "IMAGE", "--model", "MODEL", "--out", "OUT", "--size", "-16"], "size is -16"),

@@ -50,7 +50,7 @@ def train_text_tokenizer(
         reason = (str(error).partition("] ")[2] or str(error)).partition(" Increase")[0]
         raise UserError(
             f"No text tokenizer of {vocabulary} ids can be trained on these texts: {reason} "
-            "Raise the size of the vocabulary."
+            "Raise the vocabulary size (--vocab-size)."
         ) from error
     return model.getvalue()
 

@@ -24,7 +24,13 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import existing, write_json
 from open_unitok.core.image_names import find_images
 from open_unitok.core.text_files import read_json
-from open_unitok.tokenizer.images import image_errors, is_plain, load_image, open_image_file
+from open_unitok.tokenizer.images import (
+    image_errors,
+    is_plain,
+    load_image,
+    open_image_file,
+    unreadable_reason,
+)
 
 from .captions import CAPTION_CHOICES
 from .formats import SOURCE_FORMATS, Source, SourceSample
@@ -241,8 +247,7 @@ def read_upright(path: Path, size: int | None = None) -> tuple[str, bytes]:
                 return _KEPT_FORMATS[kind], data
         upright = load_image(data, needed=(size, size) if larger and size else None)
     except (OSError, UserError) as error:
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise BadSample(f"{path}: {reason}") from error
+        raise BadSample(f"{path}: {unreadable_reason(path, error)}") from error
     if larger and size:
         width, height = upright.size
         scale = size / min(width, height)

@@ -214,6 +214,7 @@ class ShardStream(IterableDataset):
         self.micro_batch = micro_batch
         self.rank, self.ranks = rank, ranks
         self.position = self.seen = self.bad = 0
+        self.logged: set[str] = set()
         self.part, self.parts = 0, 1
         self.sources = [_Source(n, s, seed, options.shuffle) for n, s in enumerate(options.sources)]
         parts = ranks * max(1, options.workers)
@@ -286,14 +287,17 @@ class ShardStream(IterableDataset):
 
     def _report(self, text: str, part: int) -> None:
         """Log a bad sample or a broken tar; raises UserError if there are too many."""
-        if self.bad <= LOGGED_BAD_SAMPLES and (part or self.rank == 0):
+        # once, not in every epoch
+        shown_enough = text in self.logged or min(self.bad, len(self.logged)) > LOGGED_BAD_SAMPLES
+        if not shown_enough and (part or self.rank == 0):
+            self.logged.add(text)
             tqdm.write(f"data: {text}", file=sys.stderr)
         limit = self.options.max_bad_share
         advice = (
             f"more than data.max_bad_share = {limit:.2%}: fix the data or raise it. The last one: {text}."
         )
         if self.seen >= MIN_SEEN_FOR_BAD_SHARE and self.bad > limit * self.seen:
-            raise UserError(f"{self.bad} of {self.seen} samples are unreadable, {advice}")
+            raise UserError(f"{self.bad} of {self.seen} samples cannot be used, {advice}")
         for source in self.sources:
             # a single one is allowed: one tar of a small data set may exceed the share
             if len(source.broken) > max(1, limit * len(source.tars)):

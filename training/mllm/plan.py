@@ -275,7 +275,7 @@ def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace, t
     seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
     hours = seconds * config.steps / 3600
     on_cpu = args.device == "cpu"
-    device = f"this CPU with {torch.get_num_threads()} thread(s), measured," if on_cpu else args.gpu
+    device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
     speed = f"{100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}"
     split = f"{micro_batch} per micro-batch, {args.gpus} ranks, accumulation {engine.accumulation}"
     lines += [

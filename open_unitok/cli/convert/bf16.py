@@ -1,4 +1,7 @@
-"""`unitok convert bf16`: round the weights of an MLLM and its visual tokenizer to bfloat16."""
+"""`unitok convert bf16`: round the weights of an MLLM and its visual tokenizer to bfloat16.
+
+Sampling options become defaults of the new model, in its sampling.json.
+"""
 
 import argparse
 import dataclasses

@@ -331,7 +331,7 @@ def test_answers_to_other_questions_never_become_a_number(call, vqa, tmp_path):
     code, _, err = call(
         "eval", "score", "pope", "--answers", tmp_path / "p.jsonl", "--data", tmp_path / "pope"
     )
-    assert code == 2 and "3 questions have it; which is not said" in err
+    assert code == 2 and "3 questions have it. The file that numbers them (LLaVA's question file)" in err
 
 
 def test_a_question_of_all_three_categories_of_pope_has_one_answer(call, tmp_path):

@@ -124,7 +124,8 @@ def test_resumes_after_an_interruption(image_folder, tmp_path, monkeypatch):
 def test_bad_images_are_skipped_up_to_a_share(image_folder, tmp_path, capsys):
     (image_folder / "broken.png").write_bytes(b"no image")
     assert convert_dataset("folder", image_folder, tmp_path / "one")["skipped"] == 1
-    assert "broken.png" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "is not one of PNG" in err and "BytesIO" not in err
     (image_folder / "broken2.jpg").write_bytes(b"")
     with pytest.raises(UserError, match="2 of 22 samples"):
         convert_dataset("folder", image_folder, tmp_path / "two")

@@ -190,11 +190,19 @@ def test_bad_samples_are_counted_logged_and_skipped(tars, capfd):
     assert sum(batch["skipped"] for batch in batches) == 4
     assert Counter(numbers).keys() == set(range(40)) - {7, 23}
     assert "sample 0007 is skipped: is bad" in capfd.readouterr().err
+    in_process = ShardStream(
+        ShardOptions(sources=[DataSource(path=f"{tars}/*.tar")]), Keys({7}), seed=0, micro_batch=1
+    )
+    samples = iter(in_process)
+    for _ in range(100):
+        next(samples)
+    # in each of the epochs it is skipped, and named once
+    assert in_process.bad >= 2 and capfd.readouterr().err.count("0007 is skipped") == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_too_many_bad_samples_stop_the_run(tars, workers):
-    with pytest.raises(UserError, match="samples are unreadable") as error:
+    with pytest.raises(UserError, match="samples cannot be used") as error:
         first(build_loader(stream(tars, bad=range(0, 40, 3), workers=workers), collate), 200)
     assert "\n" not in str(error.value) and "max_bad_share" in str(error.value)
 
