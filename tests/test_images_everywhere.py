@@ -177,6 +177,18 @@ def test_uploads(files, pipe):
         agree(found, right, loses, path.name)
 
 
+def test_page(files, pipe):
+    """Both tabs that take an image show the same for its twin."""
+    page = pytest.importorskip("open_unitok.generation.ui.page", reason="needs gradio")
+    reconstruct, answer = page.ReconstructionHandler(pipe), page.AnswerHandler(pipe)
+    for name, twin in (("png-6", "png"), ("webp-5", "webp"), ("rgba-1", "rgba"), ("la-1", "la")):
+        path = next(str(file) for file in files.iterdir() if file.stem == name)
+        upright = str(files / f"{twin}.png")
+        assert reconstruct(path) == reconstruct(upright), name
+        talks = [list(answer(image, "What color?", [], 4, 0))[-1] for image in (path, upright)]
+        assert talks[0] == talks[1], name
+
+
 def test_stage_one(files, pipe, tmp_path):
     options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     decoder = PairDecoder(options, (64, 64), captions=False)
