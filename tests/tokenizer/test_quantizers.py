@@ -153,7 +153,7 @@ def test_unknown_quantizers_and_options(tiny_config):
     with pytest.raises(UserError, match=r"quantizer_options\.comitment is not an option.*'commitment'"):
         UniTok(tiny_config(quantizer="nearest", quantizer_options={"comitment": 1.0}))
     with pytest.raises(
-        UserError, match=r"is not an option of quantizer 'multi_codebook'. Allowed: gradient."
+        UserError, match=r"is not an option of quantizer 'multi_codebook'\. Allowed: .*gradient"
     ):
         UniTok(tiny_config(quantizer_options={"commitment": 1.0}))
 
