@@ -85,7 +85,9 @@ def compare(a: str | Path, b: str | Path) -> list[ComparedMetric]:
     for group in groups if len(groups) > 1 else ():
         chosen = [[r for r, own in zip(side, named) if own == group] for side in records]
         unit = "fraction" if statistic.unit == "points" else statistic.unit
-        lines.append(_compare_records(f"  {group}", chosen, STATISTICS["mean"], unit))
+        # of F1 and of points the parts are mean scores, which their name says
+        label = f"  {group}" if name in ("mean", "group mean") else f"  {group}, mean score"
+        lines.append(_compare_records(label, chosen, STATISTICS["mean"], unit))
     return lines
 
 

@@ -133,7 +133,8 @@ def test_samples_are_matched_by_id_where_the_orders_differ(tmp_path):
     assert [lines[0].a, lines[0].b] == pytest.approx([r["value"] for r in results])
     # of one category, although the orders differ
     assert {line.name.strip(): round(line.difference.value, 6) for line in lines[1:]} == {
-        "random": 0.0, "popular": -0.2, "adversarial": 0.0,
+        f"{name}, mean score": change
+        for name, change in (("random", 0.0), ("popular", -0.2), ("adversarial", 0.0))
     }  # fmt: skip
     same = compare(tmp_path / "original", tmp_path / "original")
     assert all(line.difference.value == 0 for line in same)
