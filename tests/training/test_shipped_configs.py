@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,11 +46,21 @@ SMALL_VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "nu
 
 def small_options(options: dict) -> dict:
     """Options of a quantiser for codes of 4 numbers and 3 x 3 visual tokens."""
-    small = {"block_widths": [3, 1], "scales": [1, 2, 3]}
+    small = {"block_widths": [3, 1], "scales": [1, 2, 3], "levels": [2, 2, 2, 2]}
     changed = {name: small.get(name, value) for name, value in options.items()}
     if "inner_options" in options:
         changed["inner_options"] = small_options(options["inner_options"])
     return changed
+
+
+def small_words(folder: pathlib.Path, quantizer: str) -> str:
+    """The section `words` with 16 nouns, and for SweetTok 5 adjectives before them."""
+    counts = {"adjectives": 5, "nouns": 16} if quantizer == "language" else {"nouns": 16}
+    for name, count in counts.items():
+        (folder / f"{name}.txt").write_text("".join(f"{name}{i}\n" for i in range(count)))
+    np.save(folder / "words.npy", np.random.default_rng(0).normal(size=(sum(counts.values()), 6)))
+    lists = [str(folder / f"{name}.txt") for name in counts]
+    return "words=" + json.dumps({"lists": lists, "vectors": str(folder / "words.npy"), "edges": None})
 
 
 def test_the_published_configs_are_found():
@@ -87,6 +98,9 @@ def helpers(dino_file, tmp_path_factory):
 @pytest.mark.parametrize("path", STAGE_1, ids=lambda path: path.relative_to(CONFIGS).as_posix())
 def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
     config = load_run_config(str(path), [])
+    quantizer = config.model.get("quantizer", "multi_codebook")
+    if quantizer == "library":
+        pytest.importorskip("vector_quantize_pytorch", reason="the extra `library` is not installed")
     out = tmp_path / "run"
     changes = [f"out={out}", "steps=2", "batch_size=4", "data.workers=0", "data.split=samples"]
     changes += [
@@ -110,6 +124,10 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
         options = config.model.get("quantizer_options") or {}
         changes.append(f"model.quantizer_options={json.dumps(small_options(options))}")
+        changes.append("model.projection_heads=null")
+    if config.words.lists:
+        changes += [small_words(tmp_path, quantizer), "model.codebook_size=null"]
+        changes += ["model.num_codebooks=3"] if quantizer == "language" else []
     if config.losses.lpips:
         changes.append(f"losses.lpips_weights={helpers}")
     if config.losses.adversarial:

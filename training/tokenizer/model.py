@@ -63,6 +63,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     for key in fields:
         if key not in known:
             raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
+    fields = {name: value for name, value in fields.items() if name != "codebook_size" or value is not None}
     words = read_run_words(config)
     if words is not None:
         fields |= word_sizes(words, fields)

@@ -62,7 +62,7 @@ def word_sizes(words: Words, model: Mapping[str, Any]) -> dict[str, Any]:
     given = dict(model.get("quantizer_options") or {})
     for where, own, found in (("model", model, fields), ("model.quantizer_options", given, options)):
         for name, value in found.items():
-            if own.get(name, value) != value:
+            if own.get(name) not in (None, value):
                 raise UserError(
                     f"{where}.{name} is {own[name]}, but the words have {value}: leave the key out."
                 )
