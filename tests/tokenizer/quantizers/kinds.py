@@ -37,7 +37,9 @@ FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is
 KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
     "multi_codebook": Kind(entropy=True),
     "ibq": Kind(entropy=True, other_codes=({"normalize": True},)),
-    "ema": Kind(state=("started",), other_codes=({"decay": 0.5},)),
+    "ema": Kind(
+        codebooks={"init": "kmeans", "init_images": 16}, state=("started",), other_codes=({"decay": 0.5},)
+    ),
     "shared_index": Kind(entropy=True, other_codes=({"block_widths": [3, 1]}, {"block_weights": [1.0, 9.0]})),
     "attention": Kind(entropy=True, other_codes=({"norm": None},)),
     "residual": Kind(
@@ -51,17 +53,20 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         {"num_codebooks": 3, "codebook_size": 9, "codebook_dim": 8},
         state=("vectors", "edges", "is_set"),
         other_codes=({"dropout": 0.1},),
+        codebooks={"init_images": 0},
     ),
     "language_map": Kind(
         {"word_dim": 8, "hidden": 8},
         entropy=True,
         state=("vectors", "edges", "is_set"),
         other_codes=({"gradient": "rotation"},),
+        codebooks={"init_images": 0},
     ),
     "library": Kind(
         {"kind": "FSQ", "levels": [4, 4, 4, 4], "preserve_symmetry": True},
         {"codebook_size": 256, "codebook_dim": 4},
         other_codes=({"preserve_symmetry": False},),
+        codebooks={"init_images": 0},
     ),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
