@@ -107,7 +107,8 @@ class RunDir:
         if not run_dir.finished and is_main():
             if not begun:
                 run_dir._created = [old, path / "run.json", path / ".lock", *folders]
-            for left in path.glob(".*.tmp"):  # of writes that were killed; nobody else writes here
+            # of writes that were killed; nobody else writes here
+            for left in (*path.glob(".*.tmp"), *path.glob("checkpoints/.step-*.tmp")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_atomic(old, to_yaml(config))
             earlier = {"facts": facts.get("facts", {}), "calls": [*_list(facts.get("calls")), _now()]}

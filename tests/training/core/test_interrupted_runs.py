@@ -55,8 +55,10 @@ def test_leftovers_of_killed_writes_are_removed_at_start(tmp_path):
     (out / ".model.123.tmp").mkdir(parents=True)
     (out / ".model.123.tmp" / "model.safetensors").write_bytes(b"x")
     (out / ".metrics.jsonl.123.tmp").write_bytes(b"x")
+    (out / "checkpoints" / ".step-00000003.tmp").mkdir(parents=True)
     RunDir.open(run_config(out)).close()
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "config.yaml", "run.json"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "checkpoints", "config.yaml", "run.json"]
+    assert not list((out / "checkpoints").iterdir())
     (out / "checkpoints" / ".step-00000003.tmp").mkdir(parents=True)
     Checkpoints(out / "checkpoints").save(5, lambda path: None, {}, {})
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000005"]
