@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from open_unitok.cli.main import main
@@ -75,7 +76,7 @@ def test_two_ranks_equal_one_process(runs, name):
     ours, theirs = state(single), state(both)
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
-        assert (tensor.float() - theirs[key].float()).abs().max() < 1e-4, key
+        torch.testing.assert_close(tensor.float(), theirs[key].float(), rtol=0, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("ranks", ["", "-ranks"])
