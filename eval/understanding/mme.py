@@ -8,7 +8,7 @@ and also accepts a single y or n.
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.image_names import is_image_name
@@ -38,7 +38,7 @@ class MmeQuestion(NamedTuple):
     """A question with its truth, "yes" or "no"."""
 
     task: str
-    image: Path | ParquetImage
+    image: Any  # a Path or a ParquetImage
     question: str
     label: str
     malformed: str = ""  # the error in its line: the question is not answered and counts as wrong
@@ -75,11 +75,11 @@ def load(data: Path, settings: Options) -> Task:
         template = f"as in {file.name}"
         released = questions
         questions, prompts = _join_llava(released, file, tasks)
-        keys = (
+        asked, known = (
             [(q.task, q.image.stem, q.question) for q in side if not q.malformed]
             for side in (questions, released)
         )
-        part = part_asked(*keys, file) or part
+        part = part_asked(asked, known, file) or part
     questions, prompts = questions[: settings.limit], prompts[: settings.limit]
     samples = [
         malformed_sample(i, f"{q.task}/{q.image.name}", q.malformed, q.image if q.image.name else None)  # pyright: ignore

@@ -124,7 +124,7 @@ class LibraryQuantizer(Quantizer):
     def _module(self, device: torch.device) -> Any:
         """The package's FSQ or LFQ on a device."""
         if device not in self._constants:
-            self._constants[device] = copy.deepcopy(self._constant).to(device)
+            self._constants[device] = copy.deepcopy(self._constant).to(device)  # pyright: ignore
         return self._constants[device].train(self.training)
 
     def _table(self, device: torch.device) -> Tensor:
@@ -185,7 +185,7 @@ def _builder(kind: str, books: int, entries: int, width: int, options: dict[str,
 
 def _build(builder: tuple[str, dict], kind: str, count: int) -> list[Any]:
     try:
-        import vector_quantize_pytorch as package
+        import vector_quantize_pytorch as package  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise UserError(
             f"quantizer 'library' with kind {kind!r} needs the package vector-quantize-pytorch: pip install "
