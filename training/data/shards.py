@@ -394,3 +394,11 @@ def read_batches(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if "Original Traceback" not in text:
             raise
         raise UserError(text.splitlines()[-1].partition("UserError: ")[2]) from None
+    except RuntimeError as error:
+        # torch's watchdog: a worker was killed, usually for memory
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            "A data worker was killed (out of memory? use fewer data.workers): run the same command again to "
+            "resume from the last checkpoint."
+        ) from error

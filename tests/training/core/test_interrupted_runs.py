@@ -20,6 +20,7 @@ from open_unitok.training.core.checkpoint import Checkpoints
 from open_unitok.training.core.metric_logger import MetricLogger
 from open_unitok.training.core.options import CheckpointOptions, RunConfig
 from open_unitok.training.core.run_dir import RunDir
+from open_unitok.training.data.prefetch import prefetch
 from open_unitok.training.scenes import dataset
 from open_unitok.training.scenes.config import SceneConfig
 
@@ -230,6 +231,27 @@ def test_workers_end_with_their_parent(number):
         while any(map(alive, workers)) and time.monotonic() < until:
             time.sleep(0.05)
     assert not any(map(alive, workers))
+
+
+class Steps:
+    """Steps whose worker ends at the third, as if the kernel had killed it."""
+
+    seen = bad = number = 0
+
+    def build(self):
+        self.number += 1
+        if self.number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return []
+
+    def skip(self):
+        pass
+
+
+def test_a_killed_worker_is_one_line():
+    with pytest.raises(UserError, match=r"A data worker was killed .*: run the same command again"):
+        for _ in zip(range(9), prefetch(Steps(), 1)):
+            pass
 
 
 # ---- scenes ------------------------------------------------------------------------------------------------
