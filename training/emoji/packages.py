@@ -139,7 +139,7 @@ def _fetch(folder: Path) -> list[Path]:
         raise UserError(f"npm cannot fetch the packages ({error}): {elsewhere}.") from error
     files = sorted(folder.glob("*.tgz"))
     if done.returncode or len(files) != len(EMOJI_PACKAGES):
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        lines = [line for line in (done.stderr + done.stdout).split("\n") if line.strip()]
         reason = lines[0].strip() if lines else f"exit status {done.returncode}"
         raise UserError(f"npm cannot fetch the packages ({reason}): {elsewhere}.")
     return files

@@ -107,7 +107,7 @@ def test_one_line_says_what_is_wrong(capsys, model, scenes, tmp_path):
         ("vqa", {}, "no benchmark 'vqa'. Did you mean 'vqav2'?"),
         ("vqav2", {"--model": model / "unitok"}, "vqav2 needs an MLLM"),
         ("vqav2", {"--model": tmp_path / "nowhere"}, "does not exist"),
-        ("vqav2", {"--model": tmp_path / "empty"}, "it is not a model folder"),
+        ("vqav2", {"--model": tmp_path / "empty"}, "neither a config.json nor images"),
         ("vqav2", {"--model": other}, "model_type is 'bert'"),
         ("pope", {"--data": tmp_path / "empty"}, "found no files of this benchmark"),
         (

@@ -208,7 +208,7 @@ def test_too_many_bad_samples_stop_the_run(tars, workers):
 
 
 def test_no_readable_sample(tars):
-    with pytest.raises(UserError, match="unreadable"):
+    with pytest.raises(UserError, match="200 of 200 samples cannot be used"):
         first(build_loader(stream(tars, bad=range(40)), collate), 1)
 
 
