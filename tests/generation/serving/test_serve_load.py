@@ -218,6 +218,7 @@ def test_malformed_bodies_cause_neither_5xx_nor_leaks(process):
     connection.close()
     more, threads = server.memory_info().rss - before[0], server.num_threads()
     assert sum(tally.values()) >= 10_000 and tally[400] > 5000, tally
-    assert threads <= before[1], "leaked threads"
+    # the threads that decode large images, at most 4, start with the first such image
+    assert threads <= before[1] + 4, "leaked threads"
     assert more < 48 * 2**20, f"{more / 2**20:.0f} MB more"
     assert metric(address, "unitok_running") == 0 and metric(address, "unitok_waiting") == 0
