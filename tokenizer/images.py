@@ -71,8 +71,8 @@ def load_image(
 
     Args:
         needed: (H, W) that the caller scales the image to. A JPEG much larger than it is decoded at 1/2, 1/4
-            or 1/8 of its size, but never below `DRAFT_GAP` times `needed`: 2 to 6 times as fast for
-            photographs, and equal to the whole image to 44 to 57 dB and 97 to 100 % of the codes.
+            or 1/8 of its size, but never below `DRAFT_GAP` times `needed`: several times as fast for
+            large photographs, and within 44 to 57 dB and 97 to 100 % of the codes of the whole image.
         formats: names of Pillow's readers that may be tried.
         max_side: limit of width and height, checked in the header.
 

@@ -4,18 +4,16 @@ B batch, N visual tokens, K codebooks, V entries per codebook, C width of one co
 keys, R = B*N rows.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from open_unitok.core.errors import UserError, did_you_mean
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows, search_codes
+from .base import Quantizer, QuantizerOutput, look_up, search_by_product
+from .softmax_assignment import assign_by_softmax
 
 _NORMS = ("rms", "layer")
 _EPS = 1e-5  # of the norms; the tokenizer's own have 1e-6
@@ -73,8 +71,11 @@ class AttentionQuantizer(Quantizer):
     def forward(self, latents: Tensor, entropy: bool = False) -> QuantizerOutput:
         with exact_float32(latents.device):
             chunks, keys, values = self.split(latents), self._keys(), self._values()
-            codes, soft, entropy_loss = self._assign(chunks, keys, values.detach(), entropy)
-            rows = _rows(codes, values)
+            temperature = self.temperature if entropy else None
+            codes, soft, entropy_loss = assign_by_softmax(
+                self._queries(chunks), keys, values, temperature, self.entropy_eps, self.average_over_ranks
+            )
+            rows = look_up(codes, values)
             # value: the rows; gradient: to the chosen rows, and through the softmax to queries and keys
             quantised = rows + (soft - soft.detach())
             vq = (
@@ -88,14 +89,11 @@ class AttentionQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         with exact_float32(latents.device):
-            keys = self._keys()
-            return search_codes(
-                self.queries(latents), keys.shape[1], lambda book, rows: (rows @ keys[book].T).argmax(dim=-1)
-            )
+            return search_by_product(self.queries(latents), self._keys())
 
     def embed(self, codes: Tensor) -> Tensor:
         with exact_float32(codes.device):
-            return _rows(codes, self._values()).flatten(-2)
+            return look_up(codes, self._values()).flatten(-2)
 
     def split(self, latents: Tensor) -> Tensor:
         return latents.float().unflatten(-1, (len(self.code_sizes), -1))
@@ -120,63 +118,6 @@ class AttentionQuantizer(Quantizer):
     def _values(self) -> Tensor:
         """(K, V, C)."""
         return self.value(self.codebooks.float())
-
-    def _assign(
-        self, chunks: Tensor, keys: Tensor, values: Tensor, entropy: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, K, C) -> codes (B, N, K), mean values under the softmax (B, N, K, C), and the entropy loss.
-
-        Logits are computed block by block, and again in the backward pass: as a whole they would take B*N*K*V
-        floats several times over.
-        """
-        batch, length, books, width = chunks.shape
-        count, entries = batch * length, keys.shape[1]
-        codes, soft, per_latent = [], [], chunks.new_zeros(())
-        means = [chunks.new_zeros(entries) for _ in range(books)]  # mean assignment of each book
-        temperature = self.temperature if entropy else None
-        for book, queries in blocks_of_rows(self._queries(chunks), entries):
-            found = _Block(
-                *checkpoint(_attend, queries, keys[book], values[book], temperature, use_reentrant=False)
-            )
-            codes.append(found.codes)
-            soft.append(found.mean_values)
-            per_latent = per_latent + found.entropy / (count * books)
-            means[book] = means[book] + found.assignment / count
-        shape = (books, batch, length)
-        ordered = torch.cat(codes).view(shape).permute(1, 2, 0).contiguous()
-        mean_values = torch.cat(soft).view(*shape, width).permute(1, 2, 0, 3)
-        if not entropy:
-            return ordered, mean_values, chunks.new_zeros(())
-        mean = torch.stack(means)
-        if self.average_over_ranks is not None:  # entropy is not linear: average before the logarithm
-            mean = self.average_over_ranks(mean)
-        of_mean = -(mean * torch.log(mean + self.entropy_eps)).sum(dim=-1).mean()
-        return ordered, mean_values, per_latent - of_mean
-
-
-class _Block(NamedTuple):
-    codes: Tensor  # (R,)
-    mean_values: Tensor  # (R, C)
-    entropy: Tensor  # scalar, summed over R
-    assignment: Tensor  # (V,), summed over R
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, temperature: float | None) -> _Block:
-    """(R, A), (V, A), (V, C) -> one block; the values are constant."""
-    logits = queries @ keys.T
-    codes = logits.argmax(dim=-1)
-    soft = logits.softmax(dim=-1) @ values
-    if temperature is None:
-        return _Block(codes, soft, queries.new_zeros(()), queries.new_zeros(len(keys)))
-    logs = torch.log_softmax(logits / temperature, dim=-1)
-    probabilities = logs.exp()
-    return _Block(codes, soft, -(probabilities * logs).sum(), probabilities.sum(dim=0))
-
-
-def _rows(codes: Tensor, table: Tensor) -> Tensor:
-    """(..., K) codes -> (..., K, C) rows of the (K, V, C) table."""
-    offsets = torch.arange(len(table), device=table.device) * table.shape[1]
-    return F.embedding(codes + offsets, table.flatten(0, 1))
 
 
 def _build_norm(kind: str | None, width: int) -> nn.Module:

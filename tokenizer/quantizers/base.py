@@ -240,6 +240,18 @@ def search_codes(features: Tensor, num_entries: int, search: Callable[[int, Tens
     return torch.cat(found).view(books, batch, length).permute(1, 2, 0).contiguous()
 
 
+def search_by_product(features: Tensor, table: Tensor) -> Tensor:
+    """(B, N, K, C), (K, V, C) -> (B, N, K): the entry of largest inner product, the first among equals."""
+    return search_codes(features, table.shape[1], lambda book, rows: (rows @ table[book].T).argmax(dim=-1))
+
+
+def look_up(codes: Tensor, table: Tensor) -> Tensor:
+    """(..., K) codes -> (..., K, C) rows of the (K, V, C) table."""
+    # one lookup in a flat table of all books; book k starts at row k * V
+    offsets = torch.arange(len(table), device=table.device) * table.shape[1]
+    return F.embedding(codes + offsets, table.flatten(0, 1))
+
+
 def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Tensor]]:
     """Yield (book, (R, C) rows of that book) from (B, N, K, C) features, such that R * V is at most
     `SIMILARITY_BLOCK`."""

@@ -17,8 +17,9 @@ from .base import (
     Quantizer,
     QuantizerOutput,
     check_gradient,
+    look_up,
     pass_through,
-    search_codes,
+    search_by_product,
 )
 
 
@@ -140,20 +141,13 @@ class ClusterQuantizer(Quantizer):
 
     def _rows(self, codes: Tensor) -> Tensor:
         """(..., K) -> (..., K, C)."""
-        books, entries, _ = self.codebooks.shape
-        offsets = torch.arange(books, device=codes.device) * entries
-        return F.embedding(codes + offsets, self.codebooks.flatten(0, 1).float())
+        return look_up(codes, self.codebooks.float())
 
     @torch.no_grad()
     def _search(self, features: Tensor) -> Tensor:
         """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
-        table = F.normalize(self.codebooks.float(), dim=-1)
         # the norm of a feature does not change which row is most similar
-        return search_codes(
-            F.normalize(features, dim=-1),
-            table.shape[1],
-            lambda book, rows: (rows @ table[book].T).argmax(-1),
-        )
+        return search_by_product(F.normalize(features, dim=-1), F.normalize(self.codebooks.float(), dim=-1))
 
 
 def keep_share(probability: Tensor, entries: int, decay: float, eps: float) -> Tensor:

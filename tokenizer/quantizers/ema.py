@@ -11,7 +11,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, check_gradient, pass_through, search_codes
+from .base import Quantizer, QuantizerOutput, check_gradient, look_up, pass_through, search_by_product
 from .kmeans import kmeans
 
 
@@ -91,17 +91,12 @@ class EMAQuantizer(Quantizer):
 
     def _rows(self, codes: Tensor) -> Tensor:
         """(..., K) -> (..., K, C), unit norm."""
-        books, entries, _ = self.codebooks.shape
-        offsets = torch.arange(books, device=codes.device) * entries
-        return F.normalize(F.embedding(codes + offsets, self.codebooks.flatten(0, 1).float()), dim=-1)
+        return F.normalize(look_up(codes, self.codebooks.float()), dim=-1)
 
     @torch.no_grad()
     def _search(self, features: Tensor) -> Tensor:
         """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
-        table = F.normalize(self.codebooks.float(), dim=-1)
-        return search_codes(
-            features, table.shape[1], lambda book, rows: torch.argmax(rows @ table[book].T, dim=-1)
-        )
+        return search_by_product(features, F.normalize(self.codebooks.float(), dim=-1))
 
     @torch.no_grad()
     def _move_rows(self, features: Tensor, codes: Tensor) -> None:

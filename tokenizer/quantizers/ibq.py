@@ -9,11 +9,11 @@ import warnings
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows, search_codes
+from .base import Quantizer, QuantizerOutput, look_up, search_by_product
+from .softmax_assignment import assign_by_softmax
 
 
 class IBQQuantizer(Quantizer):
@@ -68,8 +68,11 @@ class IBQQuantizer(Quantizer):
     def forward(self, latents: Tensor, entropy: bool = False) -> QuantizerOutput:
         with exact_float32(latents.device):
             chunks, table = self.split(latents), self._table()
-            codes, soft, entropy_loss = self._assign(chunks, table, entropy)
-            rows = self._rows(codes, table)
+            temperature = self.temperature if entropy else None
+            codes, soft, entropy_loss = assign_by_softmax(
+                chunks, table, table, temperature, self.entropy_eps, self.average_over_ranks
+            )
+            rows = look_up(codes, table)
             # value: the rows; gradient: to the chosen rows, and through `soft` to latents and all rows
             quantised = rows + (soft - soft.detach())
             vq = (
@@ -83,13 +86,10 @@ class IBQQuantizer(Quantizer):
     @torch.no_grad()
     def encode(self, latents: Tensor) -> Tensor:
         with exact_float32(latents.device):
-            chunks, table = self.split(latents), self._table()
-            return search_codes(
-                chunks, table.shape[1], lambda book, rows: (rows @ table[book].T).argmax(dim=-1)
-            )
+            return search_by_product(self.split(latents), self._table())
 
     def embed(self, codes: Tensor) -> Tensor:
-        return self._rows(codes, self._table()).flatten(-2)
+        return look_up(codes, self._table()).flatten(-2)
 
     def split(self, latents: Tensor) -> Tensor:
         chunks = latents.float().unflatten(-1, (len(self.code_sizes), -1))
@@ -98,51 +98,3 @@ class IBQQuantizer(Quantizer):
     def _table(self) -> Tensor:
         table = self.codebooks.float()
         return F.normalize(table, dim=-1) if self.normalize else table
-
-    def _rows(self, codes: Tensor, table: Tensor) -> Tensor:
-        """(..., K) -> (..., K, C)."""
-        offsets = torch.arange(len(table), device=table.device) * table.shape[1]
-        return F.embedding(codes + offsets, table.flatten(0, 1))
-
-    def _assign(self, chunks: Tensor, table: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, N, K, C) -> codes (B, N, K), the mean rows under p (B, N, K, C), and the entropy loss.
-
-        Similarities are computed block by block, and again in the backward pass: as a whole they would take
-        B*N*K*V floats several times over.
-        """
-        batch, length, books, width = chunks.shape
-        count, entries = batch * length, table.shape[1]
-        codes, soft, per_latent = [], [], chunks.new_zeros(())
-        means = [chunks.new_zeros(entries) for _ in range(books)]  # mean assignment of each book
-        temperature = self.temperature if entropy else None
-        for book, rows in blocks_of_rows(chunks, entries):
-            found = checkpoint(_assign_block, rows, table[book], temperature, use_reentrant=False)
-            codes.append(found[0])
-            soft.append(found[1])
-            per_latent = per_latent + found[2] / (count * books)
-            means[book] = means[book] + found[3] / count
-        shape = (books, batch, length)
-        ordered = torch.cat(codes).view(shape).permute(1, 2, 0).contiguous()
-        mean_rows = torch.cat(soft).view(*shape, width).permute(1, 2, 0, 3)
-        if not entropy:
-            return ordered, mean_rows, chunks.new_zeros(())
-        mean = torch.stack(means)
-        if self.average_over_ranks is not None:  # entropy is not linear: average before the logarithm
-            mean = self.average_over_ranks(mean)
-        of_mean = -(mean * torch.log(mean + self.entropy_eps)).sum(dim=-1).mean()
-        return ordered, mean_rows, per_latent - of_mean
-
-
-def _assign_block(
-    rows: Tensor, table: Tensor, temperature: float | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(R, C), (V, C) -> codes (R,), mean rows (R, C), the summed entropy, summed assignments (V,)."""
-    similarity = rows @ table.T
-    codes = similarity.argmax(dim=-1)
-    # the rows of the product are constant: their gradient goes through the similarities alone
-    soft = similarity.softmax(dim=-1) @ table.detach()
-    if temperature is None:
-        return codes, soft, rows.new_zeros(()), rows.new_zeros(len(table))
-    logs = torch.log_softmax(similarity / temperature, dim=-1)
-    probabilities = logs.exp()
-    return codes, soft, -(probabilities * logs).sum(), probabilities.sum(dim=0)

@@ -13,7 +13,15 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, blocks_of_rows, check_gradient, pass_through, search_codes
+from .base import (
+    Quantizer,
+    QuantizerOutput,
+    blocks_of_rows,
+    check_gradient,
+    look_up,
+    pass_through,
+    search_by_product,
+)
 
 COMMITMENT = 0.25  # weight of the commitment loss (latents to codes) relative to the codebook loss
 TEMPERATURE = 0.01  # of the soft assignment in the entropy loss
@@ -98,19 +106,13 @@ class MultiCodebookQuantizer(Quantizer):
 
     def _rows(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., K) -> (..., K, C), unit norm."""
-        stored = self.stored_rows()
-        books, entries, _ = stored.shape
-        # One lookup in a flat table of all books; book k starts at row k * entries.
-        offsets = torch.arange(books, device=stored.device) * entries
-        return F.normalize(F.embedding(codes + offsets, stored.flatten(0, 1).float()), dim=-1)
+        # normalise after the lookup: a batch has fewer rows than the table
+        return F.normalize(look_up(codes, self.stored_rows()).float(), dim=-1)
 
     @torch.no_grad()
     def _search(self, features: torch.Tensor) -> torch.Tensor:
         """(B, N, K, C) -> (B, N, K): the entry of largest cosine similarity, the first among equals."""
-        table = F.normalize(self.stored_rows().float(), dim=-1)
-        return search_codes(
-            features, table.shape[1], lambda book, rows: torch.argmax(rows @ table[book].T, dim=-1)
-        )
+        return search_by_product(features, F.normalize(self.stored_rows().float(), dim=-1))
 
     def _entropy(self, features: torch.Tensor) -> torch.Tensor:
         """Mean entropy of the soft assignments minus entropy of their mean, averaged over the sub-codebooks.

@@ -18,9 +18,10 @@ from .base import (
     QuantizerOutput,
     blocks_of_rows,
     check_gradient,
+    look_up,
     normalise_blocks,
     pass_through,
-    search_codes,
+    search_by_product,
 )
 
 
@@ -81,7 +82,7 @@ class SharedIndexQuantizer(Quantizer):
         with exact_float32(latents.device):
             features, table = self.split(latents), self._table()
             codes = self._search(features.detach(), table.detach())
-            rows = self._rows(codes, table)
+            rows = look_up(codes, table)
             losses = {
                 "vq": self.commitment * F.mse_loss(features, rows.detach())
                 + F.mse_loss(rows, features.detach()),
@@ -97,7 +98,7 @@ class SharedIndexQuantizer(Quantizer):
             return self._search(self.split(latents), self._table())
 
     def embed(self, codes: Tensor) -> Tensor:
-        return self._rows(codes, self._table()).flatten(-2)
+        return look_up(codes, self._table()).flatten(-2)
 
     def split(self, latents: Tensor) -> Tensor:
         """(..., K*C) -> (..., K, C), each block at unit norm."""
@@ -105,11 +106,6 @@ class SharedIndexQuantizer(Quantizer):
 
     def _table(self) -> Tensor:
         return normalise_blocks(self.codebooks.float(), self.row_blocks)
-
-    def _rows(self, codes: Tensor, table: Tensor) -> Tensor:
-        """(..., K) -> (..., K, C)."""
-        offsets = torch.arange(len(table), device=table.device) * table.shape[1]
-        return F.embedding(codes + offsets, table.flatten(0, 1))
 
     def _weigh(self, vectors: Tensor) -> Tensor:
         """(..., C) -> the same, times sqrt(w): squared distances of the result are d."""
@@ -122,10 +118,7 @@ class SharedIndexQuantizer(Quantizer):
 
         Smallest d = largest inner product, because all blocks have unit norm.
         """
-        table = self._weigh(table)
-        return search_codes(
-            self._weigh(features), table.shape[1], lambda book, rows: (rows @ table[book].T).argmax(dim=-1)
-        )
+        return search_by_product(self._weigh(features), self._weigh(table))
 
     def _entropy(self, features: Tensor, table: Tensor) -> Tensor:
         """Scalar; similarities are computed block by block, and again in the backward pass."""
