@@ -8,7 +8,8 @@ layer's weight, for the adaptive GAN weight), and maps (B, N, width) tokens, reg
 from collections.abc import Callable
 from typing import Any
 
-from ..config import UniTokConfig, build_entry
+from ..config import UniTokConfig
+from ..entries import build_entry
 from .vitamin import ViTaminDecoder
 
 DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {

@@ -8,7 +8,8 @@ order.
 from collections.abc import Callable
 from typing import Any
 
-from ..config import UniTokConfig, build_entry
+from ..config import UniTokConfig
+from ..entries import build_entry
 from .hf_vision import HFVisionEncoder
 from .vitamin import ViTaminEncoder
 

@@ -7,7 +7,8 @@ import torch
 from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 
-from ..config import UniTokConfig, check_options, entry_of
+from ..config import UniTokConfig
+from ..entries import check_options, entry_of
 from .attention import AttentionQuantizer
 from .base import Quantizer, QuantizerOutput, option_names
 from .cluster import ClusterQuantizer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError, did_you_mean
 
-from ..config import check_options
+from ..entries import check_options
 from ..precision import exact_float32
 from ..token_layout import TokenLayout
 from .base import Quantizer, QuantizerOutput, WriteRows, option_names

@@ -1,0 +1,49 @@
+"""Entries of the registries `ENCODERS`, `DECODERS` and `QUANTIZERS`, and the check of their options."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from open_unitok.core.errors import UserError, did_you_mean
+
+Entry = TypeVar("Entry")
+
+
+def entry_of(table: Mapping[str, Entry], table_name: str, field: str, name: str) -> Entry:
+    """The entry `name` of a registry such as `ENCODERS`; `field` is the config field it comes from.
+
+    Raises:
+        UserError: the registry has no such entry; the message lists its entries.
+    """
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(name, table, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UserError(f"{field} {name!r} is not known: {table_name} has {', '.join(table)}.{hint}")
+
+
+def build_entry(table: Mapping[str, Any], table_name: str, field: str, config: Any) -> Any:
+    """Build the encoder or decoder that `config` names.
+
+    Raises:
+        UserError: there is no such entry, or its patch size differs from the config's.
+    """
+    name = getattr(config, field)
+    module = entry_of(table, table_name, field, name)(config)
+    if module.patch_size != config.patch_size:
+        raise UserError(
+            f"{field} {name!r} has patches of {module.patch_size} pixels, but patch_size = "
+            f"{config.patch_size}: they must be equal."
+        )
+    return module
+
+
+def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: `options` holds a key that the registry entry `name` does not accept.
+    """
+    for key in options:
+        if key not in allowed:
+            hint = did_you_mean(key, allowed) if allowed else " It takes none."
+            raise UserError(f"{field}_options.{key} is not an option of {field} {name!r}.{hint}")
