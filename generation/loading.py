@@ -128,8 +128,9 @@ def _check_image_tokens(
                 f"context of {limit}."
             )
     height, width = processor.image_shape
-    patch, registers = unitok.config.patch_size, unitok.config.num_register_tokens
-    tokens = unitok.quantizer.num_embedded(TokenLayout(height // patch, width // patch, registers))
+    patch, own = unitok.config.patch_size, unitok.config.layout
+    layout = TokenLayout(height // patch, width // patch, own.registers, own.tokens)
+    tokens = unitok.quantizer.num_embedded(layout)
     if tokens != processor.num_image_tokens:
         raise UserError(
             f"{folder / CONFIG}: num_image_tokens = {processor.num_image_tokens}, but images of {height} x "

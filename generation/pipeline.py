@@ -240,12 +240,10 @@ class Pipeline:
         sampling, layout = sampling or self.sampling, self.layout
         steps = iter_image_codes(self.model, ids, sampling, seeds, unconditional, prefix, self.backend)
 
-        row_ends = {layout.tokens_of_rows(row) for row in range(1, layout.rows + 1)}
-
         # an inner generator: arguments are checked by the call of `stream`, not by the first step
         def previews() -> Iterator[list[Image.Image]]:
             for codes in steps if ids else ():
-                if codes.shape[1] in row_ends:
+                if codes.shape[1] in layout.row_ends:
                     yield self.preview(codes)
 
         return previews()
@@ -273,6 +271,10 @@ class Pipeline:
             UserError: a file is missing or not an image; `rows` is not in 1 .. (rows of an image) - 1.
         """
         layout, config = self.layout, self.unitok.config
+        if layout.tokens:
+            raise UserError(
+                f"The {layout.tokens} visual tokens of an image have no rows: give their codes as prefix."
+            )
         if not isinstance(rows, int) or isinstance(rows, bool) or not 1 <= rows < layout.rows:
             raise UserError(f"rows is {rows!r}; it must be a whole number from 1 to {layout.rows - 1}.")
         shape = (layout.rows * config.patch_size, layout.columns * config.patch_size)

@@ -73,7 +73,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         num_image_tokens: N of a generated image. Images in prompts may have another N.
         scales: sides of the grids of a pyramid's codes; None = one grid. The sum of all scales is read, as
             `num_image_tokens` vectors; such images cannot be generated.
-        token_layout: {rows, columns, registers} of a generated image's tokens; None = square.
+        token_layout: see `TokenLayout`, of a generated image's tokens; None = square.
         visual_context: the codes that a visual vector depends on during generation: "full" = all earlier ones
             of its image, as in training; "last" = only its own, as in the published sampler.
         image_z_loss_weight: weight of the mean squared largest logit, added to the image's cross entropy.

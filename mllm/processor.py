@@ -59,7 +59,7 @@ class UniTokProcessor(ProcessorCalls):
         image_token_id: the placeholder of visual tokens.
         max_prompt: maximum text ids of a text-to-image prompt, bos included; longer ones are truncated
             (published: 1750).
-        token_layout: {rows, columns, registers} of such an image's tokens; None = square.
+        token_layout: see `TokenLayout`, of such an image's tokens; None = square.
 
     Attributes:
         boi_token_id, eoi_token_id, pad_token_id, bos_token_id (None in some families), eos_token_id.

@@ -56,7 +56,8 @@ class UniTokConfig(PretrainedConfig):
         image_size: side of the square training images in pixels, a multiple of patch_size; with a
             `token_layout`, the longer side. The model accepts images of other sizes as well.
         patch_size: side of the image patch of one visual token in pixels; 16 for ViTamin.
-        token_layout: {rows, columns, registers} of the training images' tokens; None = square.
+        token_layout: {rows, columns, registers, tokens} of the training images' tokens, the last two
+            optional; None = square. With `tokens` other image sizes are rejected.
         encoder, decoder: entries of `ENCODERS` and `DECODERS`; encoder_options, decoder_options: their
             keyword arguments.
         stem_width: channels of the convolutional stem.
@@ -223,11 +224,10 @@ class UniTokConfig(PretrainedConfig):
                 f"scales = {given}: rising sides are needed, the last of them image_size // patch_size = "
                 f"{side}."
             )
-        if self.num_register_tokens:
-            raise UserError(
-                f"num_register_tokens = {self.num_register_tokens} together with scales: set one of them to "
-                "0 / null."
-            )
+        own = {"num_register_tokens": self.num_register_tokens, "token_layout.tokens": self.layout.tokens}
+        for name, value in own.items():
+            if value:
+                raise UserError(f"{name} = {value} together with scales: set one of them to 0 / null.")
 
     def part_sizes(self, part: str, fields: Sequence[str]) -> dict[str, Any]:
         """`fields` of `part`, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.

@@ -35,6 +35,11 @@ def build_entry(table: Mapping[str, Any], table_name: str, field: str, config: A
             f"{field} {name!r} has patches of {module.patch_size} pixels, but patch_size = "
             f"{config.patch_size}: they must be equal."
         )
+    # an entry that computes a set of tokens from the grid has their number as `tokens`
+    made, tokens = getattr(module, "tokens", 0), config.layout.tokens
+    if made != tokens:
+        what = f"{made} tokens of an image" if made else "one token per cell of the grid"
+        raise UserError(f"token_layout has tokens = {tokens}, but {field} {name!r} has {what}.")
     return module
 
 

@@ -131,7 +131,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         Args:
             codes: those of register tokens, if any, come first; with scales, those of the first scales
                 alone are accepted as well and give a coarse image.
-            grid: (rows, columns) of the image tokens; None = the config's `token_layout`, else square.
+            grid: (rows, columns) of the image tokens; None = the config's `token_layout`, else square. A set
+                of tokens has the grid of the layout alone.
 
         Raises:
             UserError: codes out of range or of another shape; a grid that does not fit them.
@@ -190,6 +191,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         count = codes.shape[1]
         if self.config.scales:
             return self._check_scales(count, grid)
+        if self.config.layout.tokens:
+            return self._check_set(count, grid)
         # With a non-square layout its number of tokens means this layout; other numbers must be squares.
         if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
             return self.config.layout.grid
@@ -202,6 +205,23 @@ class UniTok(InstalledCode, PreTrainedModel):
         if min(layout.grid) < 1 or self.quantizer.num_tokens(layout) != count:
             raise UserError(
                 f"grid = {layout.grid} does not fit {count - registers} image tokens, {registers} registers."
+            )
+        return layout.grid
+
+    def _check_set(self, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
+        """The grid of `count` codes that are a set or sequence.
+
+        Raises:
+            UserError: there are more or fewer than the layout has; `grid` is not the layout's.
+        """
+        layout = self.config.layout
+        if count != self.config.num_visual_tokens:
+            raise UserError(
+                f"codes have {count} visual tokens; expected {self.config.num_visual_tokens} (token_layout)."
+            )
+        if grid is not None and (int(grid[0]), int(grid[1])) != layout.grid:
+            raise UserError(
+                f"grid = {tuple(grid)} does not fit {layout} (token_layout): expected {layout.grid}."
             )
         return layout.grid
 
@@ -317,6 +337,12 @@ class UniTok(InstalledCode, PreTrainedModel):
             raise UserError(
                 f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): both must be "
                 f"multiples of {step}. Resize or crop them first."
+            )
+        if self.config.layout.tokens and pixels.shape[2:] != self.config.image_shape:
+            height, width = self.config.image_shape
+            raise UserError(
+                f"Images of {pixels.shape[2]} x {pixels.shape[3]} pixels (height x width): "
+                f"{self.config.layout.tokens} tokens (token_layout) are of images of {height} x {width}."
             )
         if self.config.scales and pixels.shape[2:] != self.config.image_shape:
             raise UserError(

@@ -119,7 +119,7 @@ class ImageHandler:
         record = {"prompt": prompt, "negative_prompt": negative, **dict(zip(_SETTINGS, settings))}
         # each image has its own seed, so that it can be reproduced alone
         records = [{**record, "seed": first + i} for i in range(number)]
-        rows = self.pipe.layout.rows
+        rows = len(self.pipe.layout.row_ends)
         started = time.perf_counter()
         yield hint_view("Prefilling the prompt …"), first, []
         steps = self.pipe.stream(
@@ -333,13 +333,14 @@ class ReconstructionHandler:
         if path is None:
             return _RECONSTRUCT_HINT, ""
         config, code_sizes = self.unitok.config, self.unitok.quantizer.code_sizes
+        layout = config.layout
         image = open_image(Path(path).read_bytes(), _MAX_SIDE)
         # cropped as in tokenizer training, not padded as for questions
         pixels = to_pixels(image, config.image_shape, mode="crop")
         codes = self.unitok.encode(pixels[None].to(self.unitok.device))
-        original, reconstruction = to_pil(pixels), to_pil(self.unitok.decode(codes, config.layout.grid)[0])
+        original, reconstruction = to_pil(pixels), to_pil(self.unitok.decode(codes, layout.grid)[0])
         # the grid is last: register tokens, or the coarser scales of a pyramid, come first
-        grid = codes[0, -config.layout.rows * config.layout.columns :].cpu()
+        grid = codes[0, -(layout.tokens or layout.rows * layout.columns) :].cpu()
         # N * sum of log2(V) over the sub-codebooks, against 24 bits per pixel
         bits = codes.shape[1] * sum(math.log2(size) for size in code_sizes)
         facts = [
@@ -350,9 +351,7 @@ class ReconstructionHandler:
             ("bits per image", f"{bits:,.0f}"),
             ("compression", f"{original.width * original.height * 24 / bits:.0f} : 1"),
         ]
-        return comparison_view(original, reconstruction, facts), code_maps(
-            grid, self.colours, config.layout.columns
-        )
+        return comparison_view(original, reconstruction, facts), code_maps(grid, self.colours, layout.columns)
 
 
 def _reconstruct_tab(handler: ReconstructionHandler) -> None:

@@ -34,6 +34,20 @@ def test_complete_rows():
         assert layout.tokens_of_rows(layout.complete_rows(n)) <= max(n, layout.registers)
 
 
+def test_a_set_of_tokens_has_their_number_and_completes_no_row_before_the_last():
+    layout = TokenLayout(2, 8, registers=1, tokens=5)
+    assert (layout.num_tokens, layout.grid, layout.row_ends) == (6, (2, 8), [6])
+    assert [layout.complete_rows(n) for n in (0, 1, 5, 6, 7)] == [0, 0, 0, 2, 2]
+    assert [layout.tokens_of_rows(rows) for rows in range(3)] == [1, 6, 6]
+    assert layout.to_dict() == {"rows": 2, "columns": 8, "registers": 1, "tokens": 5}
+    assert TokenLayout.from_config(layout.to_dict(), 6) == layout
+    assert str(layout) == "5 visual tokens of 2 x 8 patches"
+    assert TokenLayout(2, 8).row_ends == [8, 16] and str(TokenLayout(2, 8)) == "2 x 8 visual tokens"
+    assert TokenLayout.from_config({"rows": 2, "columns": 8, "tokens": 0}, 16).to_dict().keys() == {
+        "rows", "columns", "registers"
+    }  # fmt: skip
+
+
 def test_from_config():
     oblong = TokenLayout(2, 8)
     assert TokenLayout.from_config(None, 16) == TokenLayout(4, 4)
@@ -46,12 +60,15 @@ def test_from_config():
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"rows": 2}, "expected the integers rows, columns and, optionally, registers"),
+        ({"rows": 2}, "expected the integers rows, columns and, optionally, registers and tokens"),
         ({"rows": 2, "columns": 8, "depth": 1}, "expected the integers"),
         ({"rows": 2.0, "columns": 8}, "expected the integers"),
         ({"rows": True, "columns": 16}, "expected the integers"),
         ({"rows": 0, "columns": 8}, "rows and columns must be at least 1"),
-        ({"rows": 2, "columns": 8, "registers": -1}, "registers at least 0"),
+        ({"rows": 2, "columns": 8, "registers": -1}, "registers and tokens at least 0"),
+        ({"rows": 2, "columns": 8, "tokens": -1}, "registers and tokens at least 0"),
+        ({"rows": 2, "columns": 8, "tokens": 1.5}, "expected the integers"),
+        ({"rows": 2, "columns": 8, "tokens": 9}, "has 9 tokens, expected 16"),
         ({"rows": 3, "columns": 8}, "has 24 tokens, expected 16"),
     ],
 )
@@ -87,6 +104,11 @@ def test_a_tokenizer_of_2_x_8_tokens_encodes_decodes_and_embeds(oblong, tmp_path
     loaded = UniTok.from_pretrained(tmp_path)
     assert loaded.config.layout == TokenLayout(2, 8)
     assert torch.equal(loaded.decode(codes), decoded)
+
+
+def test_an_encoder_with_one_token_per_cell_rejects_a_set_of_tokens(tiny_config):
+    with pytest.raises(UserError, match=r"tokens = 5, but (en|de)coder 'vitamin' has one token per cell"):
+        UniTok(tiny_config(**OBLONG | {"token_layout": {"rows": 2, "columns": 8, "tokens": 5}}))
 
 
 def test_a_tokenizer_of_2_x_8_tokens_trains(tiny_config):

@@ -39,7 +39,7 @@ MANIFEST_FIELDS = (
     "shards",  # [{"file", "samples", "sha256"}]
 )
 LAYOUT_FIELDS = (
-    "layout",  # {"rows", "columns", "registers"}, see TokenLayout
+    "layout",  # {"rows", "columns", "registers"}, with "tokens" where it has any, see TokenLayout
     "grid",  # [rows, columns], in folders from before `layout`; without either the layout is square
     "scales",  # sides of the grids of a pyramid, whose tokens follow each other; the last is the layout's
 )

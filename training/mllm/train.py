@@ -180,8 +180,8 @@ def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: s
     own = TokenLayout.from_config(sizes.token_layout, sizes.num_image_tokens, layout.registers)
     if own != layout:
         raise UserError(
-            f"{path} holds images of {layout.rows} x {layout.columns} visual tokens, but the model generates "
-            f"{own.rows} x {own.columns} (token_layout): extract codes with a tokenizer of its layout."
+            f"{path} holds images of {layout}, but the model generates {own} (token_layout): extract codes "
+            "with a tokenizer of its layout."
         )
 
 
