@@ -27,10 +27,9 @@ def iter_reconstructions(
     shape = unitok.config.image_shape if size is None else (size, size)
     check_whole("size", shape[0])
     check_whole("batch_size", batch_size)
-    grid = (shape[0] // unitok.config.patch_size, shape[1] // unitok.config.patch_size)
     for batch in split_batches(images, batch_size):
         pixels = torch.stack([to_pixels(load_image(image, needed=shape), shape) for image in batch])
-        decoded = unitok.decode(unitok.encode(pixels.to(unitok.device)), grid).float().cpu()
+        decoded = unitok.reconstruct(pixels.to(unitok.device)).float().cpu()
         yield from ((to_pil(original), to_pil(image)) for original, image in zip(pixels, decoded))
 
 

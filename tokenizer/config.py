@@ -13,7 +13,8 @@ from .entries import check_options
 from .images import MAX_PIXELS
 from .token_layout import TokenLayout
 
-PROJECTIONS = ("attention", "linear", "tanh")
+PROJECTIONS = ("attention", "linear", "tanh", "none")
+CONTINUOUS = "none"  # the entry of QUANTIZERS without codes
 SUMMED_QUANTIZERS = ("language",)  # entries of QUANTIZERS with `sums_rows`
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
@@ -69,10 +70,11 @@ class UniTokConfig(PretrainedConfig):
         num_register_tokens: learned tokens before the image tokens; they are quantised as well.
         decoder_widths, decoder_depths: channels and blocks of the two upsampling stages (strides 4 and 2).
         num_codebooks: K sub-codebooks.
-        codebook_size, codebook_dim: V entries of width C, per sub-codebook.
+        codebook_size, codebook_dim: V entries of width C, per sub-codebook. Without a quantiser ("none") C is
+            the width of the latents; the other two are not read.
         quantizer: an entry of `QUANTIZERS`; quantizer_options: its keyword arguments.
         projection: "attention" (published), "linear" or "tanh" (linear, tanh, linear), between hidden size
-            and code width, both ways.
+            and code width, both ways; "none" where the two are equal.
         projection_heads: heads of the attention projections; None = hidden_size // (K*C), as published.
         projection_causal: a visual token attends only to itself and earlier ones in the projections.
         adapter_layers, adapter_heads: of a transformer for each sub-codebook between encoder and projection,
@@ -261,7 +263,8 @@ class UniTokConfig(PretrainedConfig):
     @property
     def latent_dim(self) -> int:
         """Width of a visual token's latent: K*C, its K rows concatenated, or C where they are added."""
-        return self.codebook_dim if self.sums_rows else self.num_codebooks * self.codebook_dim
+        one = self.sums_rows or self.quantizer == CONTINUOUS
+        return self.codebook_dim if one else self.num_codebooks * self.codebook_dim
 
     @property
     def sums_rows(self) -> bool:
@@ -297,11 +300,13 @@ class UniTokConfig(PretrainedConfig):
 
     @property
     def bits_per_token(self) -> float:
-        """Bits per visual token: the sum of log2(V) over its codes.
+        """Bits per visual token: the sum of log2(V) over its codes; 0 without codes.
 
         Of an own quantiser with codes of unequal size only `Quantizer.bits_per_token` knows it.
         """
         options, sizes = self.quantizer_options or {}, [self.codebook_size] * self.num_codebooks
+        if self.quantizer == CONTINUOUS:
+            return 0.0
         if self.quantizer == "language":
             adjectives, nouns = (options.get(name) or self.codebook_size for name in ("adjectives", "nouns"))
             sizes = [adjectives, adjectives, nouns]

@@ -29,8 +29,9 @@ from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
-from .projection import BookProjections, build_projection
+from .projection import BookProjections, LinearProjection, build_projection
 from .quantizers import build_quantizer
+from .quantizers.none import NO_CODES
 from .standalone import InstalledCode
 from .text_tower import TextEncoder
 from .token_layout import TokenLayout
@@ -45,7 +46,7 @@ class UniTokOutput(NamedTuple):
     """Result of `UniTok.forward`; None where a part was not requested."""
 
     reconstruction: torch.Tensor | None  # (B or fewer, 3, H, W), not clamped
-    codes: torch.Tensor  # (B, N, K) int64
+    codes: Any  # (B, N, K) int64; None without a quantiser
     quantised: torch.Tensor  # (B, N, latent_dim) float32, as the up projection reads it
     losses: dict[str, torch.Tensor]  # scalars by name, from the quantiser: "vq" (commitment included), ...
     usage: torch.Tensor  # (K,) per cent of each sub-codebook's entries used in this batch
@@ -72,6 +73,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
         self.down_projection = self._build_down_projection(config, latent, len(quantizer.code_sizes))
+        # of a continuous autoencoder with a KL posterior
+        self.variance_projection = LinearProjection(self.encoder.width, latent) if quantizer.moments else None
         self.quantizer = quantizer
         heads = config.projection_heads_for(decoder.width)
         self.up_projection = build_projection(kind, latent, decoder.width, heads, causal)
@@ -98,10 +101,10 @@ class UniTok(InstalledCode, PreTrainedModel):
             entropy: compute the entropy loss as well.
         """
         # The contrastive loss needs every image of the batch; decoding, the expensive half, can skip some.
-        quantised = self.quantizer(self.encode_latents(pixels), entropy=entropy)
+        quantised = self.quantizer(self._encode_moments(pixels), entropy=entropy)
         hidden = self.up_project(quantised.quantised)
         first = hidden.shape[0] if reconstruct_first is None else reconstruct_first
-        grid = (pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size)
+        grid = self._grid(pixels)
         return UniTokOutput(
             reconstruction=self.decoder(to_dtype_of(self.decoder, hidden[:first]), grid) if first else None,
             codes=quantised.codes,
@@ -125,6 +128,17 @@ class UniTok(InstalledCode, PreTrainedModel):
         return self.quantizer.encode(self.encode_latents(pixels))
 
     @torch.no_grad()
+    def reconstruct(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) pixels -> their reconstruction, clamped to [-1, 1]; works without codes as well.
+
+        Raises:
+            UserError: see `encode`.
+        """
+        self._check_range(pixels)
+        latents = self.quantizer.quantise(self.encode_latents(pixels))
+        return self.decode_latents(latents, self._grid(pixels)).clamp(-1, 1)
+
+    @torch.no_grad()
     def decode(self, codes: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """(B, N, K) codes -> (B, 3, patch_size*rows, patch_size*columns) pixels, clamped to [-1, 1].
 
@@ -142,24 +156,44 @@ class UniTok(InstalledCode, PreTrainedModel):
         return self.decode_latents(self.quantizer.embed(codes), grid).clamp(-1, 1)
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, computed from the codes."""
-        return self._image_embedding(self.up_project(self.quantizer.embed(self.encode(pixels))))
+        """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, computed from the codes, or without a quantiser
+        from the latents."""
+        self._check_range(pixels)
+        return self._image_embedding(self.up_project(self.quantizer.quantise(self.encode_latents(pixels))))
 
     def embed_text(self, token_ids: torch.Tensor) -> torch.Tensor:
         """(B, T) caption token ids, T <= text_context_length -> (B, E) unit-norm embeddings."""
         return F.normalize(self.text_encoder(token_ids).float(), dim=-1)
 
     def encode_latents(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pixels -> (B, N, K*C) float32 latents, before quantisation."""
+        """(B, 3, H, W) pixels -> (B, N, K*C) float32 latents before quantisation, the mean of a posterior."""
+        return self._latents(self._tokens(pixels), self._grid(pixels))
+
+    def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(B, N, encoder width)."""
         self._check_pixels(pixels)
-        tokens = self.encoder(to_dtype_of(self.encoder, pixels))
+        return self.encoder(to_dtype_of(self.encoder, pixels))
+
+    def _latents(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # float32 from here to the codes: rounding would change them (see precision.py)
         with exact_float32(tokens.device):
             if not self.config.adapter_layers:
                 return self.down_projection(tokens.float())
-            step = self.config.patch_size
-            grid = (pixels.shape[2] // step, pixels.shape[3] // step)
             return self.down_projection(tokens.float(), grid)
+
+    def _encode_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The latents; with a KL posterior mean and log variance, (B, N, 2C)."""
+        tokens = self._tokens(pixels)
+        latents = self._latents(tokens, self._grid(pixels))
+        if self.variance_projection is None:
+            return latents
+        with exact_float32(tokens.device):
+            log_variance = self.variance_projection(to_dtype_of(self.variance_projection, tokens))
+        return torch.cat([latents, log_variance.float()], dim=-1)
+
+    def _grid(self, pixels: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of the image tokens."""
+        return pixels.shape[2] // self.config.patch_size, pixels.shape[3] // self.config.patch_size
 
     def up_project(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
@@ -176,6 +210,8 @@ class UniTok(InstalledCode, PreTrainedModel):
         Raises:
             UserError: see `decode`.
         """
+        if not self.quantizer.discrete:
+            raise UserError(NO_CODES)
         codes, sizes = as_int64(codes), self.quantizer.code_sizes
         registers = self.config.num_register_tokens
         if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.dtype != torch.int64:
@@ -240,7 +276,13 @@ class UniTok(InstalledCode, PreTrainedModel):
         return own
 
     def fingerprint(self) -> str:
-        """Hex sha256 of all that determines the codes: encoder, down projection and quantiser, as float32."""
+        """Hex sha256 of all that determines the codes: encoder, down projection and quantiser, as float32.
+
+        Raises:
+            UserError: there are no codes.
+        """
+        if not self.quantizer.discrete:
+            raise UserError(NO_CODES)
         return compute_fingerprint(self)
 
     @classmethod

@@ -201,7 +201,18 @@ class BookProjections(nn.Module):
 
 
 def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: bool = False) -> nn.Module:
-    """Build a projection; `kind` is "attention", "linear" or "tanh"."""
+    """Build a projection; `kind` is "attention", "linear", "tanh" or "none".
+
+    Raises:
+        UserError: "none" between different widths.
+    """
+    if kind == "none":
+        if inputs != outputs:
+            raise UserError(
+                f"projection = 'none' needs equal widths, but tokens have {inputs} and latents {outputs}: "
+                "set codebook_dim (times num_codebooks) to the width of the tokens, or another projection."
+            )
+        return nn.Identity()
     if kind == "linear":
         return LinearProjection(inputs, outputs)
     if kind == "tanh":

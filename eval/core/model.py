@@ -28,11 +28,11 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Reconstructions(NamedTuple):
-    """Cropped originals and their reconstructions, uint8 (B, H, W, 3), and codes (B, N, K)."""
+    """Cropped originals and their reconstructions, uint8 (B, H, W, 3), and codes (B, N, K) if any."""
 
     originals: np.ndarray
     decoded: np.ndarray
-    codes: np.ndarray
+    codes: np.ndarray | None
     codebook_size: int  # V
     reencoded: np.ndarray | None = None  # (B, N, K), codes of the reconstructions, if requested
     code_sizes: list[int] | None = None  # of the K codes; None = V each
@@ -113,6 +113,10 @@ class Model:
     def reconstruct(self, images: Sequence[Image.Image], reencode: bool = False) -> Reconstructions:
         """Encode and decode images; with `reencode`, also encode the reconstructions."""
         pixels = self.pixels(images)
+        if not self.unitok.quantizer.discrete:
+            decoded = to_uint8(self.unitok.reconstruct(pixels.to(self.device)).float())
+            both = (p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), decoded))
+            return Reconstructions(*both, None, 0)
         codes = self.unitok.encode(pixels.to(self.device))
         decoded = to_uint8(self.unitok.decode(codes).float())
         second = None
@@ -137,7 +141,7 @@ class Model:
         else:
             found = self.unitok.encode_latents(pixels)
             if pooling == "quantised":
-                found = self.unitok.quantizer.embed(self.unitok.quantizer.encode(found))
+                found = self.unitok.quantizer.quantise(found)
             # (B, N, F) -> (B, F)
             found = found.mean(dim=1)
         return found.float().cpu().numpy()

@@ -57,15 +57,14 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
     records, images = open_images(batch)
     if images:
         found = model.reconstruct(list(images.values()), reencode=True)
-        for k, (i, image, codes) in enumerate(zip(images, found.decoded, found.codes)):
+        for k, (i, image) in enumerate(zip(images, found.decoded)):
             file = f"images/{batch[i].index:06d}.png"
             save_image(image, out / file)
-            size = found.codebook_size
-            records[i] = {
-                "file": file,
-                "codes": _pack(codes, size),
-                "codebooks": [codes.shape[1], size],
-            }
+            records[i] = {"file": file}
+            if found.codes is None:  # a continuous autoencoder
+                continue
+            codes, size = found.codes[k], found.codebook_size
+            records[i] |= {"codes": _pack(codes, size), "codebooks": [codes.shape[1], size]}
             if found.code_sizes is not None and len(set(found.code_sizes)) > 1:
                 records[i]["code_sizes"] = found.code_sizes
             # (K,) per sub-codebook: fraction of tokens whose code is unchanged
@@ -122,7 +121,8 @@ def judge(
         variant = inception_features.choose_variant(scoring, "torch-fidelity")
         # names are cache keys: the crop changes the originals
         names = [f"{s.id} {crop} {s.index}" for s in good]
-        codes = [records[s.index]["codes"] for s in good]  # a reconstruction is determined by its codes
+        # a reconstruction is determined by its codes
+        codes = [records[s.index].get("codes") or sha256(out / records[s.index]["file"]) for s in good]
         sets = [ImageSet("originals", names, load_original)]
         sets.append(ImageSet("reconstructions", codes, load_decoded))
         inception_features.extract_inception_features(
@@ -161,10 +161,8 @@ def score(
     good = _reconstructed(task, records)
     if not good:
         raise UserError(f"{folder}: no image could be read, so there is nothing to score.")
-    k, v = records[good[0].index]["codebooks"]
     # the first record is enough: all images of a run have the same tokenizer
-    sizes = records[good[0].index].get("code_sizes", v)
-    counter = image_quality.CodebookUsage(k, sizes)
+    discrete = "codes" in records[good[0].index]
     psnr, ssim = [], []
     for start in range(0, len(good), SCORING_BATCH):
         batch = good[start : start + SCORING_BATCH]
@@ -172,22 +170,11 @@ def score(
         originals = _originals(batch, decoded.shape[1:3], task.truth["crop"])
         psnr += image_quality.psnr(originals, decoded).tolist()
         ssim += image_quality.ssim(originals, decoded, scoring.scorer).tolist()
-        counter.add(np.concatenate([_unpack(records[s.index]["codes"], k, v) for s in batch]))
-    usage, perplexity = counter.usage(), counter.perplexity()
     metrics = {"psnr": _image_mean(psnr, "dB"), "ssim": _image_mean(ssim, "ssim")}
-    details = {
-        "ssim_mode": scoring.scorer,
-        "codebook_size": v,
-        "usage": usage.tolist(),
-        "perplexity": perplexity.tolist(),
-        "tokens": int(counter.counts.sum() // k),
-    }
-    if isinstance(sizes, list):
-        details["code_sizes"] = sizes
+    details: dict[str, Any] = {"ssim_mode": scoring.scorer}
     problems = _add_lpips(metrics, folder, good)
-    # the minimum over sub-codebooks: a mean would hide a collapsed one
-    metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))
-    metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
+    if discrete:
+        _add_usage(metrics, details, records, good)
     agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
     if agreement:
         metrics["reencode_agreement"] = _image_mean(np.mean(agreement, axis=1), "fraction")
@@ -201,6 +188,30 @@ def score(
         }
         for s, p, q in zip(good, psnr, ssim)
     ], problems=problems)  # fmt: skip
+
+
+def _add_usage(
+    metrics: dict[str, Metric], details: dict[str, Any], records: dict[int, Record], good: list[Sample]
+) -> None:
+    """Add usage and perplexity of the sub-codebooks."""
+    k, v = records[good[0].index]["codebooks"]
+    sizes = records[good[0].index].get("code_sizes", v)
+    counter = image_quality.CodebookUsage(k, sizes)
+    for start in range(0, len(good), SCORING_BATCH):
+        batch = good[start : start + SCORING_BATCH]
+        counter.add(np.concatenate([_unpack(records[s.index]["codes"], k, v) for s in batch]))
+    usage, perplexity = counter.usage(), counter.perplexity()
+    details |= {
+        "codebook_size": v,
+        "usage": usage.tolist(),
+        "perplexity": perplexity.tolist(),
+        "tokens": int(counter.counts.sum() // k),
+    }
+    if isinstance(sizes, list):
+        details["code_sizes"] = sizes
+    # the minimum over sub-codebooks: a mean would hide a collapsed one
+    metrics["codebook_usage_min"] = Metric(float(usage.min()), len(good))
+    metrics["codebook_perplexity_mean"] = Metric(float(perplexity.mean()), len(good), None, "entries")
 
 
 def _image_mean(values: Any, unit: str) -> Metric:

@@ -18,6 +18,7 @@ from .language import LanguageMapQuantizer, LanguageQuantizer
 from .library import LibraryQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
+from .none import NoQuantizer
 from .residual import ResidualQuantizer
 from .shared_index import SharedIndexQuantizer
 
@@ -33,6 +34,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "language": LanguageQuantizer,
     "language_map": LanguageMapQuantizer,
     "library": LibraryQuantizer,
+    "none": NoQuantizer,
 }
 ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
 
@@ -60,6 +62,8 @@ def describe_quantizer(config: UniTokConfig) -> Quantizer:
 
 def _check_sizes(config: UniTokConfig, quantizer: Quantizer) -> None:
     """Code shards, MLLM config and pipeline read N, K and V from the config: the quantiser must agree."""
+    if not quantizer.discrete:
+        return
     sizes = quantizer.code_sizes
     for name, ours, call, theirs in (
         ("num_visual_tokens", config.num_visual_tokens, "num_tokens", quantizer.num_tokens(config.layout)),
@@ -84,6 +88,7 @@ __all__ = [
     "LibraryQuantizer",
     "MultiCodebookQuantizer",
     "NearestQuantizer",
+    "NoQuantizer",
     "Quantizer",
     "QuantizerOutput",
     "ResidualQuantizer",

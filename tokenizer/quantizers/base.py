@@ -7,7 +7,7 @@ import inspect
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class QuantizerOutput(NamedTuple):
     """Result of `Quantizer.forward`."""
 
     quantised: Tensor  # (B, N, latent_dim) float32; gradients pass straight through to the latents
-    codes: Tensor  # (B, N, K) int64
+    codes: Any  # (B, N, K) int64; None without codes
     losses: dict[str, Tensor]  # scalars by name; the training config has a weight of the same name for each
     usage: Tensor  # (K,) float32: per cent of the entries used in this batch
 
@@ -47,6 +47,8 @@ class Quantizer(nn.Module):
             = each part of a row, "none" = none.
         row_blocks: the parts for "blocks": a number of equal ones, or a list of their widths.
         sums_rows: whether `embed` adds the K rows instead of concatenating them; then C is `latent_dim`.
+        discrete: whether there are codes; without them `encode` and `embed` raise, and `quantise` works.
+        moments: whether `forward` takes (B, N, 2 * latent_dim) moments of a posterior in place of latents.
         reads, generates: whether an MLLM can read its codes as input, and can generate them; an MLLM needs
             both.
         codebooks: (K, V, C) parameter of rows that training may initialise and reset; None = no such table.
@@ -66,6 +68,8 @@ class Quantizer(nn.Module):
     sums_rows: bool = False
     moves_rows: bool = False
     trains_rows: bool = True
+    discrete: bool = True
+    moments: bool = False
     reads: bool = True
     generates: bool = True
 
@@ -102,6 +106,11 @@ class Quantizer(nn.Module):
     @abstractmethod
     def embed(self, codes: Tensor) -> Tensor:
         """(..., K) codes -> (..., latent_dim) float32, unchecked; read by pixel decoder and image head."""
+
+    @torch.no_grad()
+    def quantise(self, latents: Tensor) -> Tensor:
+        """(B, N, latent_dim) latents -> the same, as the decoder reads them; no gradients, no statistics."""
+        return self.embed(self.encode(latents))
 
     @abstractmethod
     def split(self, latents: Tensor) -> Tensor:

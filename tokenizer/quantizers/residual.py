@@ -88,7 +88,11 @@ class ResidualQuantizer(Quantizer):
         Raises:
             UserError: an option is not valid.
         """
-        kinds = [name for name, kind in self.inner_kinds.items() if not issubclass(kind, ResidualQuantizer)]
+        kinds = [
+            name
+            for name, kind in self.inner_kinds.items()
+            if kind.discrete and not issubclass(kind, ResidualQuantizer)
+        ]
         if inner not in kinds:
             raise UserError(f"quantizer_options.inner = {inner!r}." + did_you_mean(inner, kinds))
         rising = all(isinstance(side, int) and side > last for last, side in zip([0, *scales], scales))

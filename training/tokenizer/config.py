@@ -40,6 +40,7 @@ class LossWeights:
         vq: the quantiser's codebook and commitment loss.
         entropy: the quantiser's entropy loss: varied codes over the batch, a certain choice for each latent.
         disentangle: the quantiser's disentanglement loss: sub-codebooks should differ (FQGAN: 0.1).
+        kl: divergence of the posterior of a model without a quantiser, summed over an image (LDM: 1e-6).
         teacher: prediction of a frozen network's features, see `TeacherOptions`; the sum over teachers.
         clip: contrast between images and captions.
         lpips: perceptual loss; needs `lpips_weights` (a file, a folder that holds it, or a hub id).
@@ -52,6 +53,7 @@ class LossWeights:
     vq: float = 1.0
     entropy: float = 0.0
     disentangle: float = 0.0
+    kl: float = 0.0
     teacher: float = 0.0
     clip: float = 1.0
     lpips: float = 1.0
@@ -77,7 +79,7 @@ class LossWeights:
         """Loss name -> weight, without `adversarial`, whose weight changes from step to step."""
         return {
             name: getattr(self, name)
-            for name in (*RECONSTRUCTION, "vq", "entropy", "disentangle", "teacher", "clip")
+            for name in (*RECONSTRUCTION, "vq", "entropy", "disentangle", "kl", "teacher", "clip")
         } | self.extra
 
 

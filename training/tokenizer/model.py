@@ -155,16 +155,25 @@ def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:
     """
     quantizer, training = model.quantizer, model.quantizer.training
     quantizer.eval()
-    latents = torch.zeros(1, model.config.layout.num_tokens, quantizer.latent_dim)
+    width = quantizer.latent_dim * (1 + quantizer.moments)
+    latents = torch.zeros(1, model.config.layout.num_tokens, width)
     with torch.no_grad():
         found = quantizer(latents, entropy=config.losses.entropy > 0).losses
     quantizer.train(training)
+    kind, only = type(quantizer).__name__, f"only {', '.join(found)}" if found else "none at all"
     for name in config.losses.extra:
         if name not in found:
-            raise UserError(
-                f"losses.extra has {name!r}, but {type(quantizer).__name__} has no such loss, only "
-                f"{', '.join(found)}."
-            )
+            raise UserError(f"losses.extra has {name!r}, but {kind} has no such loss, {only}.")
+    # of a continuous autoencoder nothing but its own loss; others may have a loss in training alone
+    for name in ("kl",) if quantizer.discrete else ("vq", "entropy", "kl"):
+        weight = config.losses.by_name()[name]
+        if weight and name not in found:
+            raise UserError(f"losses.{name} is {weight}, but {kind} has no such loss, {only}: set it to 0.")
+    if quantizer.moments and not config.losses.kl:
+        raise UserError(
+            "quantizer_options.posterior is kl, but losses.kl is 0: weigh it (LDM: 1e-6), or take posterior: "
+            "none."
+        )
 
 
 def _load_pretrained(path: str) -> UniTok:

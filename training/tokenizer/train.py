@@ -167,6 +167,7 @@ def micro_step(
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
     samples = [first + position for position in order]
     sample_drop_path(model, config.seed, state.step, samples)
+    sample_posterior_noise(model, config.seed, state.step, samples)
     model.quantizer.start_step(seeding.torch_generator(config.seed, "quantizer", state.step))
     # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
     state.dead_codes.order = order
@@ -215,6 +216,16 @@ def sample_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]
     for name, blocks in drop_path_stacks(model).items():
         shape = (len(blocks), 2)
         blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
+
+
+def sample_posterior_noise(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
+    """Set the noise of posteriors that the coming forward pass over these images samples from."""
+    parts = ((model.encoder, model.encoder.width), (model.quantizer, model.quantizer.latent_dim))
+    for part, width in parts:
+        if getattr(part, "samples_posterior", False):
+            shape = (model.config.layout.num_tokens, width)
+            generators = (seeding.torch_generator(seed, "posterior", step, n) for n in samples)
+            part.noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 # ---- building, resuming, saving --------------------------------------------------------------------------

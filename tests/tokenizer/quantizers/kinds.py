@@ -27,10 +27,11 @@ class Kind(NamedTuple):
 
 
 HAS_LIBRARY = find_spec("vector_quantize_pytorch") is not None
-INSTALLED = [name for name in QUANTIZERS if HAS_LIBRARY or name != "library"]
+DISCRETE = [name for name, kind in QUANTIZERS.items() if kind.discrete]  # "none" has tests of its own
+INSTALLED = [name for name in DISCRETE if HAS_LIBRARY or name != "library"]
 _NO_LIBRARY = pytest.mark.skipif(not HAS_LIBRARY, reason="the extra `library` is not installed")
 # all entries, for parametrised tests
-ENTRIES = [pytest.param(name, marks=_NO_LIBRARY if name == "library" else ()) for name in QUANTIZERS]
+ENTRIES = [pytest.param(name, marks=_NO_LIBRARY if name == "library" else ()) for name in DISCRETE]
 
 FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is a frozen teacher")
 
