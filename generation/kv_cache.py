@@ -15,12 +15,13 @@ from open_unitok.core.codes import as_int64
 
 
 def prefill(model: Any, rows: Sequence[Sequence[int]], max_steps: int) -> "CachedDecoder":
-    """Prefill R prompts of text ids, equal ones once; up to `max_steps` decode steps may follow."""
+    """Prefill R prompts of text ids, equal ones once; up to `max_steps` decode steps of an image may
+    follow."""
     # dict.fromkeys removes duplicates and keeps the order
     index = {row: i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
     ids, mask = pad_left(list(index), model)
     select = torch.tensor([index[tuple(row)] for row in rows], device=model.device)
-    return CachedDecoder(model.language_model, model.get_input_embeddings()(ids), mask, select, max_steps)
+    return CachedDecoder(model.context_decoder, model.get_input_embeddings()(ids), mask, select, max_steps)
 
 
 class CachedDecoder:

@@ -13,6 +13,7 @@ from open_unitok.tokenizer.quantizers import Quantizer, describe_quantizer
 from open_unitok.tokenizer.quantizers.none import NO_CODES
 from open_unitok.tokenizer.token_layout import TokenLayout
 
+from .depth_config import DepthOptions, depth_config
 from .output import NOT_PREDICTIONS
 
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
@@ -20,19 +21,10 @@ IMAGE_TOKEN_ID = -200
 IGNORED = -100  # label of a token that is no target; the default ignore_index of cross_entropy
 VISUAL_CONTEXTS = ("full", "last")
 ROW_NORMS = ("unit", "blocks", "none")
+INPUT_EMBEDDERS = ("projection", "mlp", "tables")
 
-# fields that the depth head inherits from the decoder unless `depth_config` sets them
-_SHARED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "initializer_range",
-    "rope_parameters",
-)
+# fields that config.json leaves out at these values
+_OMITTED: dict[str, Any] = {"depth_options": None, "input_embedder": "projection"}
 
 # Named sizes. The published 7B is a LLaMA-2-7B over the published UniTok's codes.
 MLLM_SIZES: dict[str, dict[str, Any]] = {
@@ -61,6 +53,10 @@ class UniTokMLLMConfig(PretrainedConfig):
         text_config: the decoder: a transformers config, or a dict with its `model_type` (default "llama").
         depth_config: the LLaMA layers of the depth head: a `LlamaConfig`, or a dict of the fields that
             differ from the decoder's; 3 layers by default.
+        depth_options: variants of the depth head, see `DepthOptions`; None = UniTok's.
+        input_embedder: how codes become input vectors: "projection" = UniTok's causal attention projection of
+            frozen rows and an MLP; "mlp" = the rows through Linear-GELU-Linear alone, as TokenFlow reads
+            them; "tables" = K trained tables, concatenated, through one linear layer, as FQGAN's decoder.
         num_codebooks, codebook_size, codebook_dim: K sub-codebooks of V entries of width C.
         code_sizes: entries of each sub-codebook, V or fewer; None = V each.
         sums_rows: whether a visual vector is made from the sum of the K rows, as in the tokenizer's
@@ -96,6 +92,8 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     text_config: Any = None  # dict, config or None as an argument; a PretrainedConfig after construction
     depth_config: Any = None  # the same; a LlamaConfig after construction
+    depth_options: dict[str, Any] | None = None
+    input_embedder: Literal["projection", "mlp", "tables"] | str = "projection"
     num_codebooks: int = 8
     codebook_size: int = 4096
     codebook_dim: int = 8
@@ -126,7 +124,7 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _decoder_config(self.text_config)
-        self.depth_config = _depth_config(self.depth_config, self.text_config)
+        self.depth_config = depth_config(self.depth_config, self.text_config)
         # transformers' `generate` reads these from the outer config
         for name in ("bos_token_id", "eos_token_id"):
             if getattr(self, name) is None:
@@ -134,6 +132,11 @@ class UniTokMLLMConfig(PretrainedConfig):
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         self._check()
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but those of `_OMITTED` at their defaults, which older folders do not have either."""
+        fields = super().to_dict()
+        return {key: v for key, v in fields.items() if key not in _OMITTED or v != _OMITTED[key]}
 
     def _check(self) -> None:
         """Raise UserError for values that would fail, or be misread, when the model is built."""
@@ -146,10 +149,18 @@ class UniTokMLLMConfig(PretrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 1.")
-        for name, allowed in (("visual_context", VISUAL_CONTEXTS), ("row_norm", ROW_NORMS)):
+        choices = {
+            "visual_context": VISUAL_CONTEXTS,
+            "row_norm": ROW_NORMS,
+            "input_embedder": INPUT_EMBEDDERS,
+        }
+        for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
                 raise UserError(f"{name} = {value!r}." + did_you_mean(value, allowed))
+        options = DepthOptions.from_config(self.depth_options)
+        options.check(self.depth_config, self.text_config.hidden_size, self.input_embedder)
+        self.depth_options = options.changes()  # published heads keep their config.json
         self._check_row_blocks()
         self._check_code_sizes()
         if self.scales is not None and self.scales[-1] ** 2 != self.num_image_tokens:
@@ -157,11 +168,16 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"scales = {self.scales}: num_image_tokens must be the square of the last one, not "
                 f"{self.num_image_tokens}."
             )
+        if self.scales is not None and self.input_embedder == "tables":
+            raise UserError(
+                f"input_embedder = 'tables' has one vector per code, and the scales {self.scales} are read "
+                "as a sum of rows: use 'mlp' or 'projection'."
+            )
         if self.token_layout is not None:
             self.token_layout = TokenLayout.from_config(self.token_layout, self.num_image_tokens).to_dict()
         # The attention of the projection runs at the larger of its two widths.
         widest = max(self.visual_hidden_size, self.latent_dim)
-        if widest % self.num_projection_heads:
+        if self.input_embedder == "projection" and widest % self.num_projection_heads:
             raise UserError(
                 f"The projection between num_codebooks x codebook_dim = {self.latent_dim} and "
                 f"visual_hidden_size = {self.visual_hidden_size} would have {self.num_projection_heads} "
@@ -198,6 +214,11 @@ class UniTokMLLMConfig(PretrainedConfig):
             )
         if len(set(sizes)) == 1:
             self.code_sizes = None
+
+    @property
+    def depth(self) -> DepthOptions:
+        """The variant of the depth head."""
+        return DepthOptions.from_config(self.depth_options)
 
     @property
     def num_codes(self) -> int:
@@ -298,28 +319,3 @@ def _decoder_config(config: dict[str, Any] | PretrainedConfig | None) -> Pretrai
         raise UserError(
             f"text_config.model_type = {kind!r} is not a decoder of transformers: {str(error)[:100]}"
         ) from error
-
-
-def _depth_config(config: dict[str, Any] | PretrainedConfig | None, text: PretrainedConfig) -> LlamaConfig:
-    """The depth head's config: fields of `config`, else those of the decoder, else the defaults."""
-    if isinstance(config, LlamaConfig):
-        return config
-    fields = config.to_dict() if isinstance(config, PretrainedConfig) else dict(config or {})
-    fields.pop("model_type", None)
-    shared = {name: getattr(text, name, None) for name in _SHARED}
-    if not isinstance(shared["rope_parameters"], dict) or "rope_theta" not in shared["rope_parameters"]:
-        shared["rope_parameters"] = None  # Gemma 3 has one set per layer type, which LLaMA layers cannot use
-    shared["hidden_act"] = shared["hidden_act"] or getattr(text, "hidden_activation", None) or "silu"
-    if fields.keys() & {"hidden_size", "num_attention_heads"}:  # LlamaConfig derives both from the new widths
-        shared["head_dim"] = shared["num_key_value_heads"] = None
-        if "num_attention_heads" not in fields and fields["hidden_size"] % (
-            shared["num_attention_heads"] or 1
-        ):
-            raise UserError(
-                f"depth_config.hidden_size = {fields['hidden_size']} is not a multiple of the decoder's "
-                f"{shared['num_attention_heads']} heads: set depth_config.num_attention_heads too."
-            )
-    # The head embeds codes itself: LlamaConfig's vocabulary and special ids are unused.
-    own = {"num_hidden_layers": 3, "vocab_size": 1, "bos_token_id": None, "eos_token_id": None}
-    filled = {**own, **{name: value for name, value in shared.items() if value is not None}, **fields}
-    return LlamaConfig(**filled)

@@ -219,6 +219,11 @@ def save_published(
             "The published format has sub-codebooks of equal size, whose rows are concatenated: this model "
             f"has code_sizes = {config.book_sizes}, sums_rows = {config.sums_rows}."
         )
+    if config.depth_options is not None or config.input_embedder != "projection":
+        raise UserError(
+            "The published format has UniTok's depth head and input embedder: this model has depth_options = "
+            f"{config.depth_options}, input_embedder = {config.input_embedder!r}."
+        )
     published = to_published(state, config.codebook_size)
     # clones: tied weights share memory, which safetensors rejects
     published = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in published.items()}

@@ -9,6 +9,7 @@ sub-codebook, D decoder width, J target images, T target text tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -30,7 +31,7 @@ from open_unitok.tokenizer.standalone import InstalledCode
 from .attention import eager_attention, uses_flash_attention
 from .config import UniTokMLLMConfig
 from .convert import read_published
-from .depth_head import DepthHead
+from .depth_head import ContextDecoder, DepthHead, ZeroLinear, check_final_norm, norm_inputs
 from .loading import (
     PUBLISHED_TYPE,
     FiniteLogits,
@@ -71,7 +72,10 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         text = config.text_config
         self.language_model = AutoModel.from_config(text)
         self.visual_embedder = VisualEmbedder(config, text.hidden_size)
-        self.depth_head = DepthHead(config, text.hidden_size)
+        self.depth_head = DepthHead(config, text.hidden_size, self.visual_embedder.shared_tables)
+        self._reads_raw_states = config.depth.context == "raw"
+        if self._reads_raw_states:
+            check_final_norm(self.language_model)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
         self.post_init()
 
@@ -139,7 +143,8 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = bool(getattr(self.config, name, False))
-        with eager_attention(self.language_model, only_if=kwargs["output_attentions"]):
+        raw = norm_inputs(self.language_model) if self._reads_raw_states else contextlib.nullcontext([])
+        with eager_attention(self.language_model, only_if=kwargs["output_attentions"]), raw as states:
             output = self.language_model(
                 inputs_embeds=flat,
                 attention_mask=attention_mask,
@@ -149,6 +154,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
                 **kwargs,
             )
         hidden = output.last_hidden_state.view_as(inputs_embeds)
+        context = states[-1].view_as(inputs_embeds) if states else hidden
         # collected first: an output keeps the order of its constructor, and tuples are read by position
         found: dict[str, Any] = {"past_key_values": output.past_key_values, "last_hidden_state": hidden}
         if output.hidden_states is not None:
@@ -157,7 +163,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         if labels is not None:
             reduction = reduction if num_items_in_batch is None else "sum"
             inputs = (labels, attention_mask, position_ids, image_codes, positions)
-            found |= self._losses(hidden, *inputs, reduction)
+            found |= self._losses(hidden, context, *inputs, reduction)
             if num_items_in_batch is not None:
                 divide_losses(found, num_items_in_batch)
         # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
@@ -217,6 +223,11 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         """(I, N, K) codes of whole images -> (I, N, D) input vectors of the decoder."""
         self.visual_embedder.check_codes(codes)
         return to_dtype_of(self.get_input_embeddings(), self.visual_embedder(codes))
+
+    @property
+    def context_decoder(self) -> Any:
+        """The decoder as the depth head reads it: `last_hidden_state` is its context."""
+        return ContextDecoder(self.language_model) if self._reads_raw_states else self.language_model
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(..., D) hidden states -> (..., vocabulary) logits of text."""
@@ -331,7 +342,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
         loaded = load_checked(cls, super().from_pretrained, path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.visual_embedder.codebooks.requires_grad_(False)  # transformers sets it to True
+        model.visual_embedder.freeze_codebooks()  # transformers sets requires_grad to True
         return loaded
 
     @classmethod
@@ -345,7 +356,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             model = cls(config)
         assign_state(model, state, source)
         check_finite(model, source)
-        model.visual_embedder.codebooks.requires_grad_(False)
+        model.visual_embedder.freeze_codebooks()
         # save_pretrained writes config.dtype into config.json
         dtype = state["language_model.embed_tokens.weight"].dtype
         for part in (config, config.text_config, config.depth_config):
@@ -356,6 +367,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
     def _losses(
         self,
         hidden: torch.Tensor,
+        context: torch.Tensor,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
@@ -363,7 +375,11 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         positions: torch.Tensor | None,
         reduction: str,
     ) -> dict[str, torch.Tensor]:
-        """Losses and counts of an output; text logits and the depth head are computed at targets only."""
+        """Losses and counts of an output; text logits and the depth head are computed at targets only.
+
+        Args:
+            hidden, context: (B, L, D) states that the text head and the depth head read.
+        """
         found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
         flat = hidden.flatten(0, 1)
         keep_graph = self.training and torch.is_grad_enabled()
@@ -380,14 +396,14 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             self.config.check_generates()
             # the depth head runs on target visual tokens only, as one batch of J*N
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
-            logits = self.depth_head(flat[found.image_before.flatten()], codes)
+            logits = self.depth_head(context.flatten(0, 1)[found.image_before.flatten()], codes)
             weight = self.config.image_z_loss_weight
             image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight)
             result["image_logits"] = logits.view(*found.image_before.shape, *logits.shape[1:])
             num_codes = codes.numel()
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
             dummy = labels.new_zeros((1, self.config.num_codebooks))
-            image_sum = 0.0 * self.depth_head(flat[:1], dummy).sum().float()
+            image_sum = 0.0 * self.depth_head(context.flatten(0, 1)[:1], dummy).sum().float()
         # every code counts as one token, as published
         result |= {"text_tokens": labels.new_tensor(count), "image_codes": labels.new_tensor(num_codes)}
         total = text_sum + image_sum
@@ -400,6 +416,9 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ZeroLinear):
+            module.init_weights()
+            return  # transformers would sample a linear layer's weights
         if isinstance(module, (VisualEmbedder, ProjectionAttention)):
             module.init_weights()
         super()._init_weights(module)

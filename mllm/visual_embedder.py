@@ -24,9 +24,14 @@ PROJECTOR_EPS = 1e-6  # as published; the norms of the projection use torch's 1e
 class VisualEmbedder(nn.Module):
     """Frozen code rows -> causal attention projection within each image -> MLP.
 
+    `input_embedder` "mlp" leaves out the projection and the MLP's norm; "tables" has trained tables of width
+    D instead of rows, and one linear layer.
+
     Attributes:
-        codebooks: (K, V, C) frozen copy of the tokenizer's `Quantizer.code_table()`. Rows are stored as in
-            the tokenizer and normalised by `row_norm` on use, so that saving and converting preserve them.
+        codebooks: (K, V, C) frozen copy of the tokenizer's `Quantizer.code_table()`; None for "tables". Rows
+            are stored as in the tokenizer and normalised by `row_norm` on use, so that saving and converting
+            preserve them.
+        shared_tables: the K trained tables in one, (K*V, D); None but for "tables".
     """
 
     def __init__(self, config: UniTokMLLMConfig, width: int) -> None:
@@ -38,25 +43,32 @@ class VisualEmbedder(nn.Module):
         self.code_sizes, self.sums_rows = config.book_sizes, config.sums_rows
         # not read from `codebooks`: under ZeRO-3 a parameter's shape is that of its partition
         self.num_codebooks, self.codebook_size = config.num_codebooks, config.codebook_size
+        self.codebooks = self.projection = self.shared_tables = None
+        if config.input_embedder == "tables":
+            self.shared_tables = nn.Embedding(config.num_codebooks * config.codebook_size, width)
+            self.projector = nn.Linear(config.num_codebooks * width, width)
+            return
         shape = (config.num_codebooks, config.codebook_size, config.codebook_dim)
         self.codebooks = nn.Parameter(torch.randn(shape), requires_grad=False)
-        # causal, so that generation can run it token by token
-        self.projection = AttentionProjection(
-            config.latent_dim, middle, config.num_projection_heads, causal=True
-        )
-        self.projector = nn.Sequential(
-            nn.LayerNorm(middle, eps=PROJECTOR_EPS),
-            nn.Linear(middle, width),
-            nn.GELU(),
-            nn.Linear(width, width),
-        )
+        inputs, norm = config.latent_dim, []
+        if config.input_embedder == "projection":
+            # causal, so that generation can run it token by token
+            self.projection = AttentionProjection(inputs, middle, config.num_projection_heads, causal=True)
+            inputs, norm = middle, [nn.LayerNorm(middle, eps=PROJECTOR_EPS)]
+        self.projector = nn.Sequential(*norm, nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
 
     def init_weights(self) -> None:
-        init.normal_(self.codebooks)
+        if self.codebooks is not None:
+            init.normal_(self.codebooks)
+
+    def freeze_codebooks(self) -> None:
+        """Exclude the code rows from training: stored codes refer to them."""
+        if self.codebooks is not None:
+            self.codebooks.requires_grad_(False)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
         """(I, N, K) codes of whole images -> (I, N, D); with scales, one vector per place of the last."""
-        return self.projector(self.projection(self.embed(codes)))
+        return self.projector(self._project(self.embed(codes)))
 
     def step(self, codes: torch.Tensor, cache: KVCache | None) -> torch.Tensor:
         """One decode step: the next codes (I, n, K) of each image -> (I, n, D); `cache` is from `new_cache`.
@@ -66,17 +78,22 @@ class VisualEmbedder(nn.Module):
         """
         if cache is None:
             alone = self.embed(codes).flatten(0, 1).unsqueeze(1)  # sequences of one token
-            return self.projector(self.projection(alone)).view(*codes.shape[:2], -1)
-        return self.projector(self.projection(self.embed(codes), cache))
+            return self.projector(self._project(alone)).view(*codes.shape[:2], -1)
+        return self.projector(self._project(self.embed(codes), cache))
 
     def new_cache(self, length: int) -> KVCache | None:
-        """The KV cache of `step` for up to `length` visual tokens; None with the "last" context."""
-        return KVCache(length) if self.context == "full" else None
+        """The KV cache of `step` for up to `length` visual tokens; None with the "last" context, and without
+        a projection."""
+        return KVCache(length) if self.context == "full" and self.projection is not None else None
 
     def embed(self, codes: torch.Tensor) -> torch.Tensor:
-        """(..., K) codes -> (..., latent_dim): K rows, concatenated or added, as the tokenizer's `embed`."""
+        """(..., K) codes -> (..., latent_dim): K rows, concatenated or added, as the tokenizer's `embed`;
+        with trained tables (..., K*D)."""
         # one lookup in all K tables: table k starts at row k * V
         offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
+        if self.shared_tables is not None:
+            return self.shared_tables(codes.long() + offsets).flatten(-2)
+        assert self.codebooks is not None
         rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
         rows = self._normalise(rows)
         rows = rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
@@ -86,7 +103,11 @@ class VisualEmbedder(nn.Module):
 
     def code_table(self) -> torch.Tensor:
         """(K, V, C) float32 rows, normalised as in `embed`."""
+        assert self.codebooks is not None
         return self._normalise(self.codebooks.detach().float())
+
+    def _project(self, rows: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        return rows if self.projection is None else self.projection(rows, cache)
 
     def _normalise(self, rows: torch.Tensor) -> torch.Tensor:
         """(..., C) rows, normalised as the tokenizer's quantiser does."""
@@ -128,7 +149,9 @@ class VisualEmbedder(nn.Module):
                     "with UniTokMLLMConfig.for_tokenizer."
                 )
         own, other = self.projection, unitok.up_projection
-        if isinstance(other, AttentionProjection):  # a linear projection has no matching weights
+        if own is not None and isinstance(
+            other, AttentionProjection
+        ):  # a linear projection has no matching weights
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
             if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
                 raise UserError(
@@ -138,7 +161,8 @@ class VisualEmbedder(nn.Module):
                     "with UniTokMLLMConfig.for_tokenizer."
                 )
             own.load_state_dict(other.state_dict())
-        self.codebooks.copy_(table)
+        if self.codebooks is not None:
+            self.codebooks.copy_(table)
 
     def check_codes(self, codes: torch.Tensor) -> None:
         """

@@ -61,7 +61,7 @@ class CudaGraph(Eager):
 
     def decode_step(self, codes: Tensor) -> None:
         """Feed the codes (B, K); all shapes are fixed, and the host never waits for the device."""
-        model = self.model
+        model, decoder = self.model, self.decoder
         vectors = model.visual_embedder.step(codes.unsqueeze(1), self.embedder_cache).to(self.hidden.dtype)
         visible = (self.cache_range <= self.cache_index)[None]  # (1, T): filled, or written in this step
         visible = visible if self.padding_mask is None else visible & self.padding_mask
@@ -69,11 +69,11 @@ class CudaGraph(Eager):
             visible = self.hidden.new_zeros(visible.shape).masked_fill(~visible, -torch.inf)
         self.positions += 1
         # (R, 1, 1, T): one query per row, the same for all heads
-        self.hidden = model.language_model(
+        self.hidden = decoder.language_model(
             inputs_embeds=vectors.repeat(self.rows_per_image, 1, 1),
             attention_mask=visible[:, None, None].expand(len(self.positions), -1, -1, -1),
             position_ids=self.positions,
-            past_key_values=self.decoder.cache,
+            past_key_values=decoder.cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
         self.visual_index += 1

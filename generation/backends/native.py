@@ -38,8 +38,10 @@ def native_obstacle(model: Any) -> str | None:
             return f"its MLP has silu, and this model {config.hidden_act!r}"
         if rope not in STATIC_ROPE:
             return f"RoPE of type {rope!r} depends on the length"
-    if embedder.codebooks is None:
-        return "the visual embedder has no code table"
+    if embedder.projection is None:
+        return f"it runs input_embedder = 'projection', and this model has {model.config.input_embedder!r}"
+    if model.config.depth.context != "normed":
+        return "its depth head reads normed states, and this model has depth_options.context = 'raw'"
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module.weight.dtype != model.dtype:
             return f"{name} is in {module.weight.dtype}, and the model in {model.dtype}"
@@ -95,7 +97,8 @@ class Native(Eager):
             num_positions=books,
         )
         self.embedder = self._embedder_struct()
-        self.logits = torch.empty(self.num_rows, config.codebook_size)
+        layers = model.depth_head.output_layers()
+        self.logits = [torch.empty(self.num_rows, layer.out_features) for layer in layers]
 
     def _embedder_struct(self) -> Any:
         """The visual embedder's struct with a cache; entries of torch's cache (of a prefix) are copied."""
@@ -134,13 +137,13 @@ class Native(Eager):
                 else F.linear(self.hidden, head.reduce.weight.float())
             )
         else:
-            entry = F.embedding(previous + (k - 1) * head.codebook_size, head.embeddings.weight).float()
+            entry = head.embed_rows(previous + (k - 1) * head.codebook_size).float()
             entry = entry.repeat(self.rows_per_image, 1)
         self.library.logits_step(
-            ctypes.addressof(self.depth_stack), ctypes.addressof(self.weights.output), self.num_rows, k,
-            None, None, entry.data_ptr(), self.logits.data_ptr(), self.num_threads,
+            ctypes.addressof(self.depth_stack), ctypes.addressof(self.weights.outputs[k]), self.num_rows, k,
+            None, None, entry.data_ptr(), self.logits[k].data_ptr(), self.num_threads,
         )  # fmt: skip
-        return head.mask_logits(self.logits, k)
+        return head.mask_logits(self.logits[k], k)
 
 
 class _WeightStructs:
@@ -150,7 +153,7 @@ class _WeightStructs:
         build = self.builder = native_library.StructBuilder()
         self.decoder_layers = [layer_struct(build, layer) for layer in model.language_model.layers]
         self.depth_layers = [layer_struct(build, layer) for layer in model.depth_head.layers]
-        self.output = build.linear(model.depth_head.output)
+        self.outputs = [build.linear(layer) for layer in model.depth_head.output_layers()]
         embedder = model.visual_embedder
         projection, attention = embedder.projection, embedder.projection.attention
         width = attention.outputs

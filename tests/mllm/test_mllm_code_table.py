@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.generation.backends import native
 from open_unitok.generation.loading import check_parts_match
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, VisualEmbedder
 from open_unitok.tokenizer import UniTok, UniTokConfig
@@ -100,12 +99,6 @@ def test_the_model_initialises_parts_by_their_own_init_weights(tiny_config, monk
         monkeypatch.setattr(part, "init_weights", lambda self: calls.append(type(self)))
     UniTokForConditionalGeneration(tiny_config())
     assert calls == [ProjectionAttention, VisualEmbedder]
-
-
-def test_the_native_backend_needs_a_table(tiny):
-    model = tiny()
-    model.visual_embedder.codebooks = None
-    assert native.native_obstacle(model)
 
 
 def test_unknown_norms_are_named(tiny_config):

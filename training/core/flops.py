@@ -67,19 +67,23 @@ class MLLMFlops:
     """FLOPs of MLLM training steps; build it before ZeRO 3 removes the parameters' shapes.
 
     Attributes:
-        weights, trained: part -> number of weights of its matrices, and how many are trained.
+        weights, trained: part -> number of weights of its matrices, and how many are trained; those of an
+            output layer of one code are divided by K.
     """
 
     def __init__(self, model: Any):
         self.weights, self.trained = dict.fromkeys(_PARTS, 0), dict.fromkeys(_PARTS, 0)
+        books = model.config.num_codebooks
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
                 part = name.partition(".")[0]
-                self.weights[part] += module.weight.numel()
-                self.trained[part] += module.weight.numel() * module.weight.requires_grad
+                # an output layer of one code runs once per visual token, the rest of the head K times
+                share = books if name.startswith("depth_head.outputs.") else 1
+                self.weights[part] += module.weight.numel() / share
+                self.trained[part] += module.weight.numel() / share * module.weight.requires_grad
         self.trained_embeddings = model.get_input_embeddings().weight.requires_grad
         config = model.config
-        self.books = config.num_codebooks
+        self.books = books
         self.pair_cost = _pair_cost(config.text_config)
         self.depth_pair_cost = _pair_cost(config.depth_config)
 

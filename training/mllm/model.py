@@ -1,5 +1,6 @@
 """The model of an MLLM run: new or loaded, with LoRA and frozen parts."""
 
+import dataclasses
 import inspect
 import shutil
 from pathlib import Path
@@ -90,7 +91,8 @@ def _mllm_config(
 ) -> UniTokMLLMConfig:
     """The config of a new model; `decoder` is a trained one or None."""
     fields: dict[str, Any] = {name: i for name, i in processor.token_ids().items() if i is not None}
-    _check_keys(options.fields, set(UniTokMLLMConfig().to_dict()), "model.fields")
+    known = {field.name for field in dataclasses.fields(UniTokMLLMConfig)}
+    _check_keys(options.fields, known, "model.fields")
     _check_keys(options.text, _decoder_fields(options.text.get("model_type", "llama")), "model.text")
     _check_keys(options.depth, _decoder_fields("llama"), "model.depth")
     if decoder is not None and options.text:
@@ -163,7 +165,7 @@ def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
     for name, parameter in model.named_parameters():
         if config.lr_factor(name) == 0:
             parameter.requires_grad_(False)
-    model.visual_embedder.codebooks.requires_grad_(False)
+    model.visual_embedder.freeze_codebooks()
 
 
 def choose_attention(name: str) -> str:
