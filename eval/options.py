@@ -30,6 +30,13 @@ SAMPLING = (  # precedence: command line, sampling.json of the model, these defa
         "constant, linear or cosine; the model's own before the default",
         default="constant",
     ),
+    Option(
+        "guidance_interval",
+        "guidance on visual tokens 0 to n + 1 alone, -1: on all; the model's own before the default",
+        int,
+        -1,
+        minimum=-1,
+    ),
     Option("temperature", "temperature of code sampling; the model's own before the default", float, 1.0),
     Option("top_k", "number of codes to sample from, 0: all; the model's own before the default", int, 0),
     Option("top_p", "probability mass to sample from; the model's own before the default", float, 1.0),

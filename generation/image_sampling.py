@@ -15,8 +15,9 @@ from torch import Tensor
 from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.loading import check_logits
+from open_unitok.mllm.visual_embedder import check_image_codes
 
-from .backends import BACKENDS, Backend, choose_backend
+from .backends import Backend, backends_of, choose_backend
 from .sampling import GumbelNoise, Sampling, apply_guidance, sample_code
 from .validation import check_prefix, check_prompts
 
@@ -33,7 +34,8 @@ def generate_image_codes(
     """Codes (B, N, K) of one image per prompt, all in one batch.
 
     Args:
-        model: a `UniTokForConditionalGeneration`.
+        model: a `UniTokForConditionalGeneration`, or a `ClassConditionalModel` with prompts of one class
+            each.
         prompt_ids: B lists of ids of any lengths, each ending in boi; equal ones are prefilled once.
         seeds: B seeds; the codes of an image depend only on its own seed, not on the rest of the batch.
         unconditional_ids: the unconditional or negative prompt, one for all or one per prompt; required if
@@ -82,8 +84,8 @@ def iter_image_codes(
     if prefix is not None:  # one for all images is broadcast
         check_prefix(prefix, images, config)
         prefix = as_int64(prefix)
-        model.visual_embedder.check_codes(prefix)
         assert prefix is not None
+        check_image_codes(prefix, config.book_sizes)
         num_given = prefix.shape[1]
         codes[:, :num_given] = prefix
     noise = None if sampling.greedy else GumbelNoise(seeds, books, config.codebook_size, model.device)
@@ -93,7 +95,7 @@ def iter_image_codes(
     # conditional rows first: `apply_guidance` splits the logits into halves
     rows = [*prompt_ids, *unconditional]
     check = functools.partial(check_logits, model=model)
-    return _iter_codes(BACKENDS[chosen](model), rows, sampling, noise, codes, num_given, check)
+    return _iter_codes(backends_of(model)[chosen](model), rows, sampling, noise, codes, num_given, check)
 
 
 @torch.no_grad()

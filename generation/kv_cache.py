@@ -53,7 +53,7 @@ class CachedDecoder:
         ).last_hidden_state
         # left padding: the last column holds the last token of every prompt
         self.hidden = states[select, -1]
-        self.cache = _expand_cache(cache, select, max_steps)
+        self.cache = expand_cache(cache, select, max_steps)
         self.positions = positions[select, -1:]
         self.mask = (
             torch.cat([mask[select], mask.new_ones(len(select), max_steps)], dim=1) if padded else None
@@ -115,7 +115,7 @@ def _preallocate(states: Tensor, select: Tensor, max_steps: int) -> Tensor:
     return buffer
 
 
-def _expand_cache(cache: Cache, select: Tensor, max_steps: int) -> Cache:
+def expand_cache(cache: Cache, select: Tensor, max_steps: int) -> Cache:
     """The cache with the rows `select` (repeats allowed) and capacity for `max_steps` more entries."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:

@@ -33,6 +33,8 @@ class Sampling:
         guidance: classifier-free guidance scale, >= 1; 1 skips the unconditional rows.
         guidance_schedule: "constant"; or "linear" or "cosine", which rise from 1 at the first visual token to
             `guidance` at the last, so that the layout varies more than the details.
+        guidance_interval: -1 = guidance at every visual token; n = at tokens 0 to n + 1 alone, LlamaGen's
+            `cfg_interval`.
         temperature: > 0, divides the logits after guidance.
         top_k: keep the k most likely entries (and ties with the k-th); 0 keeps all.
         top_p: keep the smallest set of most likely entries whose probability reaches this; 1 keeps all.
@@ -48,6 +50,7 @@ class Sampling:
     top_p: float = 1.0
     greedy: bool = False
     guidance_schedule: str = "constant"
+    guidance_interval: int = -1
 
     def __post_init__(self):
         _check("guidance", self.guidance, "a number >= 1 (1 = no guidance)", lambda x: x >= 1)
@@ -59,6 +62,8 @@ class Sampling:
         )
         _check("top_k", self.top_k, "a whole number >= 0 (0 = all entries)", lambda x: x >= 0, whole=True)
         _check("top_p", self.top_p, "a number in (0, 1] (1 = all entries)", lambda x: 0 < x <= 1)
+        _check("guidance_interval", self.guidance_interval, "-1 or more (-1 = every visual token)",
+               lambda x: x >= -1, whole=True)  # fmt: skip
         if not isinstance(self.greedy, bool):
             raise UserError(f"greedy is {self.greedy!r}; it must be True or False.")
         if self.guidance_schedule not in SCHEDULES:
@@ -92,7 +97,12 @@ class Sampling:
     def guidances(self, count: int) -> list[float]:
         """The guidance at each of `count` visual tokens."""
         rise = SCHEDULES[self.guidance_schedule]
-        return [1 + (self.guidance - 1) * rise(t / max(count - 1, 1)) for t in range(count)]
+        scales = [1 + (self.guidance - 1) * rise(t / max(count - 1, 1)) for t in range(count)]
+        if self.guidance_interval < 0:
+            return scales
+        # the first token is guided in any case, and token t is sampled by decode step t - 1
+        guided = min(self.guidance_interval + 2, count)
+        return scales[:guided] + [1.0] * (count - guided)
 
 
 def _check(name: str, value: Any, allowed: str, ok: Any, whole: bool = False) -> None:

@@ -8,6 +8,7 @@ from transformers import (
     AutoProcessor,
 )
 
+from .class_conditional import ClassConditionalConfig, ClassConditionalModel
 from .config import MLLM_SIZES, UniTokMLLMConfig
 from .depth_head import DepthCache, DepthHead
 from .loading import check_folder
@@ -23,6 +24,8 @@ AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True
 AutoModel.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
 AutoModelForImageTextToText.register(UniTokMLLMConfig, UniTokForConditionalGeneration, exist_ok=True)
+AutoConfig.register(ClassConditionalConfig.model_type, ClassConditionalConfig, exist_ok=True)
+AutoModel.register(ClassConditionalConfig, ClassConditionalModel, exist_ok=True)
 AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "TEMPLATES",
     "TEXT_TO_IMAGE_INSTRUCTION",
     "UNCONDITIONAL",
+    "ClassConditionalConfig",
+    "ClassConditionalModel",
     "DepthCache",
     "DepthHead",
     "UniTokForConditionalGeneration",

@@ -169,27 +169,36 @@ class VisualEmbedder(nn.Module):
         Raises:
             UserError: codes of another shape, dtype or range than this embedder's.
         """
-        codes = as_int64(codes)
-        books, entries = self.num_codebooks, self.codebook_size
-        if codes.dim() != 3 or codes.shape[2] != books or codes.dtype != torch.int64:
-            raise UserError(
-                f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of "
-                f"shape (images, visual tokens, {books} sub-codebooks)."
-            )
+        check_image_codes(codes, self.code_sizes)
         if self.config.scales and codes.shape[1] != self.config.num_codes:
             raise UserError(
                 f"image_codes have {codes.shape[1]} visual tokens; the scales {self.config.scales} take "
                 f"{self.config.num_codes}."
             )
-        if codes.device.type == "cpu" and codes.numel():  # elsewhere the check would wait for the device
-            low, high = torch.aminmax(codes)
-            if low < 0 or high >= entries:
-                raise UserError(f"image_codes range from {low} to {high}; allowed: 0 to {entries - 1}.")
-            highest = codes.flatten(0, 1).amax(dim=0).tolist()
-            if any(code >= size for code, size in zip(highest, self.code_sizes)):
-                raise UserError(
-                    f"image_codes go up to {highest} per sub-codebook; allowed: less than {self.code_sizes}."
-                )
+
+
+def check_image_codes(codes: torch.Tensor, code_sizes: list[int]) -> None:
+    """Check (I, N, K) codes against the K sizes of the sub-codebooks.
+
+    Raises:
+        UserError: codes of another shape, dtype or range.
+    """
+    codes = as_int64(codes)
+    books, entries = len(code_sizes), max(code_sizes)
+    if codes.dim() != 3 or codes.shape[2] != books or codes.dtype != torch.int64:
+        raise UserError(
+            f"image_codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of "
+            f"shape (images, visual tokens, {books} sub-codebooks)."
+        )
+    if codes.device.type == "cpu" and codes.numel():  # elsewhere the check would wait for the device
+        low, high = torch.aminmax(codes)
+        if low < 0 or high >= entries:
+            raise UserError(f"image_codes range from {low} to {high}; allowed: 0 to {entries - 1}.")
+        highest = codes.flatten(0, 1).amax(dim=0).tolist()
+        if any(code >= size for code, size in zip(highest, code_sizes)):
+            raise UserError(
+                f"image_codes go up to {highest} per sub-codebook; allowed: less than {code_sizes}."
+            )
 
 
 def readable_code_table(unitok: UniTok) -> torch.Tensor:

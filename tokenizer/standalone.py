@@ -15,6 +15,7 @@ from .folder_checks import read_config
 MODULE = "open_unitok_classes"
 _CODE = '''"""The classes of this folder, from the installed package: pip install open-unitok."""
 
+from open_unitok.mllm import ClassConditionalConfig, ClassConditionalModel
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.tokenizer import UniTok, UniTokConfig
 '''
@@ -27,6 +28,9 @@ _MLLM = {
         "AutoModelForImageTextToText": "UniTokForConditionalGeneration",
     },
     "processor_config.json": {"AutoProcessor": "UniTokProcessor"},
+}
+_CLASS_CONDITIONAL = {
+    "config.json": {"AutoConfig": "ClassConditionalConfig", "AutoModel": "ClassConditionalModel"}
 }
 _TOKENIZER = {"config.json": {"AutoConfig": "UniTokConfig", "AutoModel": "UniTok"}}
 
@@ -60,8 +64,9 @@ def make_standalone(folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     has_config = (folder / "config.json").exists()  # a processor may be saved before the model
-    is_tokenizer = has_config and read_config(folder).get("model_type") == "unitok"
-    for name, classes in (_TOKENIZER if is_tokenizer else _MLLM).items():
+    kind = read_config(folder).get("model_type") if has_config else None
+    maps = {"unitok": _TOKENIZER, "unitok_c2i": _CLASS_CONDITIONAL}
+    for name, classes in maps.get(str(kind), _MLLM).items():
         if (folder / name).exists():
             auto_map = {auto: f"{MODULE}.{own}" for auto, own in classes.items()}
             write_json(folder / name, {**read_config(folder, name), "auto_map": auto_map})

@@ -18,7 +18,15 @@ from .image_sets import images_of_array
 from .release_files import walk_folders
 
 JPEG_QUALITY = 75  # Pillow's default, used for the published images
-SAMPLING_KEYS = ("guidance", "temperature", "top_k", "top_p", "greedy", "guidance_schedule")
+SAMPLING_KEYS = (
+    "guidance",
+    "temperature",
+    "top_k",
+    "top_p",
+    "greedy",
+    "guidance_schedule",
+    "guidance_interval",
+)
 EXTERNAL = "external images"  # the model kind in run.json if --model is a folder or .npz of images
 
 
@@ -35,6 +43,8 @@ def generation_metadata(settings: Options, default_format: str) -> dict[str, Any
 def describe_sampling(settings: Options) -> str:
     """The sampling settings in words: guidance scale and schedule, then temperature, top-k and top-p."""
     schedule = "" if settings.guidance_schedule == "constant" else f" ({settings.guidance_schedule})"
+    if settings.guidance_interval >= 0:
+        schedule += f" on visual tokens 0 to {settings.guidance_interval + 1}"
     sampled = f"temperature {settings.temperature}, top-k {settings.top_k}, top-p {settings.top_p}"
     return f"guidance {settings.guidance}{schedule}, {'greedy' if settings.greedy else sampled}"
 

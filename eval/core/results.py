@@ -69,6 +69,8 @@ def _comparable(run: Record) -> Record:
     """The entries of `run.json` that determine the answers, as a flat dict."""
     # fingerprint, not path: a moved model folder can be resumed
     settings = {f"setting {name}": value for name, value in run.get("settings", {}).items()}
+    if "setting guidance" in settings:  # runs from before this option
+        settings.setdefault("setting guidance_interval", -1)
     model = {"model fingerprint": run.get("model", {}).get("fingerprint")}
     return {"benchmark": run.get("benchmark")} | settings | model
 

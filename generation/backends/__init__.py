@@ -9,21 +9,26 @@ import logging
 from typing import Any
 
 from open_unitok.core.errors import UserError
+from open_unitok.mllm.class_conditional import ClassConditionalConfig
 
 from . import cuda_graph, native, native_text
 from .base import Backend
+from .class_conditional import ClassCudaGraph, ClassEager
 from .eager import Eager
 from .module_changes import find_module_change, unreached_hooks
 
 QUANTIZATIONS = (None, "int8")
 BACKENDS: dict[str, Any] = {"torch": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
+CLASS_BACKENDS: dict[str, Any] = {"torch": ClassEager, "cuda_graph": ClassCudaGraph}
 _OBSTACLES = {"cuda_graph": cuda_graph.cuda_graph_obstacle, "native": native.native_obstacle}
 BACKEND_NAMES = ("auto", *BACKENDS)
 
 __all__ = [
     "BACKENDS",
     "BACKEND_NAMES",
+    "CLASS_BACKENDS",
     "Backend",
+    "backends_of",
     "check_backend",
     "check_known_quantization",
     "choose_backend",
@@ -39,6 +44,12 @@ def check_known_quantization(quantization: str | None) -> None:
     """
     if quantization not in QUANTIZATIONS:
         raise UserError(f"quantization is {quantization!r}; it must be None or 'int8'.")
+
+
+def backends_of(model: Any) -> dict[str, Any]:
+    """The backends of this kind of model, by name."""
+    is_class_conditional = model.config.model_type == ClassConditionalConfig.model_type
+    return CLASS_BACKENDS if is_class_conditional else BACKENDS
 
 
 def check_backend(backend: str) -> None:
@@ -77,8 +88,10 @@ def choose_backend(
     if backend == "torch":
         chosen, obstacle = "torch", None
     elif backend in ("auto", fast):
-        change = find_module_change(model)
-        obstacle = change or _OBSTACLES[fast](model)
+        change, obstacle = find_module_change(model), "it does not run class-conditional models"
+        if fast in (table := backends_of(model)):
+            obstacle = None if table is CLASS_BACKENDS else _OBSTACLES[fast](model)
+        obstacle = change or obstacle
         chosen = "torch" if obstacle else fast
         if change and backend == "auto":
             _warn_once(f"backend = auto: torch instead of {fast}, as {change}.")

@@ -39,7 +39,13 @@ def cuda_graph_obstacle(model: Any) -> str | None:
 
 
 class CudaGraph(Eager):
-    """See `base.Backend`; `compile_step` captures the graph."""
+    """See `base.Backend`; `compile_step` captures the graph.
+
+    Attributes:
+        counters: the tensors that a step increments, beside the caller's.
+    """
+
+    counters: tuple[Tensor, ...]
 
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
         """As `Eager`; then the caches are replaced by static ones."""
@@ -51,6 +57,7 @@ class CudaGraph(Eager):
         self.visual_index = torch.tensor([self.num_read], device=device)  # of the next token in the image
         self.cache_index = torch.tensor([decoder.length], device=device)  # of the next token in the KV cache
         self.positions = decoder.positions.clone()  # (R, 1), RoPE positions of the last token
+        self.counters = (self.visual_index, self.cache_index, self.positions)
         self.cache_range = torch.arange(capacity, device=device)
         self.padding_mask = None if decoder.mask is None else decoder.mask.bool()[:, :capacity]
         for i, layer in enumerate(layers):
@@ -81,7 +88,7 @@ class CudaGraph(Eager):
 
     def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
         """Capture `step` as one graph; if that fails, log the reason and return `step`."""
-        counters = (*counters, self.visual_index, self.cache_index, self.positions)
+        counters = (*counters, *self.counters)
         start = [counter.clone() for counter in counters]
 
         # trial runs advance the counters; what they write to caches and codes is overwritten by the replay

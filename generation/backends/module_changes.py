@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.mllm.class_conditional import ClassConditionalModel
 
 from .int8 import Int8Linear
 
@@ -24,7 +25,7 @@ _HOOKS = {
     "_backward_hooks": "backward hook",
     "_backward_pre_hooks": "backward pre-hook",
 }
-_METHODS = ("forward", "__call__", "step", "embed", "text_logits")
+_METHODS = ("forward", "__call__", "step", "embed", "text_logits", "decode", "embed_codes")
 # Installed for good by the first call with output_hidden_states=True; without effect outside such calls.
 _CAPTURING = "transformers.utils.output_capturing"
 # Decoding calls `step` or reads the weight of these modules, never their `forward`.
@@ -39,7 +40,7 @@ def find_module_change(model: Any) -> str | None:
     None if every module is of the type that the config builds, without hooks, adapters, parametrisations,
     tensor subclasses, and methods other than its class's own.
     """
-    if type(model) is not UniTokForConditionalGeneration:
+    if type(model) not in (UniTokForConditionalGeneration, ClassConditionalModel):
         return f"the model is {type(model).__name__}, not UniTokForConditionalGeneration"
     for attribute, kind in _HOOKS.items():
         if getattr(torch_module, f"_global{attribute}", None):

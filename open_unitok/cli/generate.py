@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     optional = {"negative_prompt": args.negative_prompt, "adapter": args.adapter, "dtype": args.dtype}
     optional["quantization"] = args.quantization
     settings = {"model": str(args.model), **dataclasses.asdict(sampling)}
+    if sampling.guidance_interval < 0:
+        del settings["guidance_interval"]
     settings |= {key: value for key, value in optional.items() if value is not None}
     jobs = plan_images(prompts, out, args.num_images, args.seed, settings)
     make_folder(out)

@@ -63,6 +63,12 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help=f"constant, or linear or cosine: rising from 1 over the image {default % 'constant'}",
     )
+    parser.add_argument(
+        "--guidance-interval",
+        type=int,
+        metavar="N",
+        help=f"guidance on visual tokens 0 to N + 1 alone; -1 = on all {default % -1}",
+    )
     parser.add_argument("--greedy", action="store_true", default=None, help="take the likeliest code")
 
 

@@ -1,0 +1,67 @@
+"""The backends of class-conditional models: eager operators, and the same steps on static caches for a CUDA
+graph.
+
+A prompt is one class; the sampling loop, guidance and the depth head's steps are those of the MLLM.
+
+B images, R rows of the batch (B, or 2B under guidance), n given visual tokens, K sub-codebooks, N visual
+tokens per image.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from ..kv_cache import PreallocatedLayer, expand_cache
+from .cuda_graph import CudaGraph, StaticLayer
+from .eager import Eager
+
+
+class ClassEager(Eager):
+    """See `base.Backend`."""
+
+    def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
+        """Prefill R classes, each a row of one integer, and the given codes (B, n, K)."""
+        model, given = self.model, prefix.shape[1]
+        self.rows_per_image, self.num_read = len(rows) // len(prefix), given
+        classes = torch.tensor([row[0] for row in rows], device=prefix.device)
+        self.rotary = model.rotary()
+        vectors = torch.cat([model.embed_classes(classes), self._embed(prefix)], dim=1)
+        self.cache = DynamicCache()
+        self.hidden = model.decode(vectors, self.rotary[: given + 1], self.cache)[:, -1]
+        # the last visual token is never an input
+        steps = model.config.num_image_tokens - 1 - given
+        self.cache = expand_cache(self.cache, torch.arange(len(rows), device=prefix.device), steps)
+
+    def _feed(self, codes: Tensor) -> None:
+        """Embed the codes (B, 1, K) of the next visual token and run the decoder on them."""
+        # the class is at position 0
+        rotary = self.rotary[self.num_read : self.num_read + 1]
+        self.hidden = self.model.decode(self._embed(codes), rotary, self.cache)[:, -1]
+
+    def _embed(self, codes: Tensor) -> Tensor:
+        """(B, n, K) -> (R, n, D): conditional and unconditional rows get the same image."""
+        return self.model.embed_codes(codes).repeat(self.rows_per_image, 1, 1)
+
+
+class ClassCudaGraph(ClassEager, CudaGraph):
+    """See `base.Backend`; `compile_step` captures the graph."""
+
+    def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
+        """As `ClassEager`; then the caches are replaced by static ones."""
+        super().prefill(rows, prefix)
+        layers = [layer for layer in self.cache.layers if isinstance(layer, PreallocatedLayer)]
+        self.cache_index = torch.tensor([self.num_read + 1], device=prefix.device)
+        self.cache_range = torch.arange(layers[0].buffers[0].shape[2], device=prefix.device)
+        self.counters = (self.cache_index,)
+        for i, layer in enumerate(layers):
+            self.cache.layers[i] = StaticLayer(layer.buffers, self.num_read + 1, self.cache_index)
+
+    def decode_step(self, codes: Tensor) -> None:
+        """Feed the codes (B, K); all shapes are fixed, and the host never waits for the device."""
+        visible = (self.cache_range <= self.cache_index)[None, None, None]  # filled, or written in this step
+        rotary = self.rotary.index_select(0, self.cache_index)
+        vectors = self._embed(codes.unsqueeze(1))
+        self.hidden = self.model.decode(vectors, rotary, self.cache, visible)[:, -1]
+        self.cache_index += 1
