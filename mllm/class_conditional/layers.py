@@ -22,7 +22,7 @@ from .config import ClassConditionalConfig
 
 @functools.lru_cache(maxsize=16)
 def rotary_table(rows: int, columns: int, head_dim: int, base: float, device: torch.device) -> torch.Tensor:
-    """(1 + rows * columns, d/2, 2) cosines and sines, float32, of the class and of every cell in raster order.
+    """(1 + rows * columns, d/2, 2) cosines and sines, float32: the class, then the cells in raster order.
 
     The first d/4 pairs of channels turn by the row, the others by the column. The entry of the class is zero,
     as published: it zeroes the class's query and key, so that every token attends to it with logit 0.
