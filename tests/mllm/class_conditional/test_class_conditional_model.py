@@ -208,7 +208,7 @@ def test_converts_both_checkpoints_and_rejects_others(published):
     assert model.config.null_class is None
     with pytest.raises(UserError, match="has width 32, which is not a published size: give --heads"):
         from_llamagen(back, "x")
-    with pytest.raises(UserError, match="has 11 classes .* not 9"):
+    with pytest.raises(UserError, match=r"has 11 classes .* not 9"):
         from_llamagen(back, "x", num_heads=2, num_classes=9)
     with pytest.raises(UserError, match="conditioned on captions"):
         from_llamagen({"cls_embedding.cap_proj.fc1.weight": torch.zeros(1)}, "x")
