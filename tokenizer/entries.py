@@ -1,5 +1,6 @@
 """Entries of the registries `ENCODERS`, `DECODERS` and `QUANTIZERS`, and the check of their options."""
 
+import copy
 import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -41,6 +42,20 @@ def build_entry(table: Mapping[str, Any], table_name: str, field: str, config: A
         what = f"{made} tokens of an image" if made else "one token per cell of the grid"
         raise UserError(f"token_layout has tokens = {tokens}, but {field} {name!r} has {what}.")
     return module
+
+
+def inner_config(config: Any, field: str, own: Sequence[str]) -> Any:
+    """The config of the encoder or decoder that a wrapping one names: one token per cell of the grid.
+
+    Args:
+        field: "encoder" or "decoder"; `<field>_options.<field>` names the inner entry, by default "vitamin".
+        own: the wrapping entry's own options; all others are the inner entry's.
+    """
+    inner, options = copy.copy(config), dict(getattr(config, f"{field}_options") or {})
+    setattr(inner, field, options.pop(field, "vitamin"))
+    setattr(inner, f"{field}_options", {name: options[name] for name in options if name not in own})
+    inner.token_layout = config.layout._replace(tokens=0).to_dict()
+    return inner
 
 
 def check_options(field: str, name: str, options: Mapping[str, Any], allowed: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ weights as the published training does; `UniTok` calls it for each module, child
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -184,6 +184,12 @@ class Transformer(nn.ModuleList):
         self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        for hidden in self.layer_outputs(hidden):  # noqa: B007,B020
+            pass
+        return hidden
+
+    def layer_outputs(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the output of every block, from the first to the last."""
         noise: Any = [None] * len(self)
         if self.training and self.drop_path_rate:
             if self.drop_path_noise is None:
@@ -196,7 +202,7 @@ class Transformer(nn.ModuleList):
                 hidden = self._gradient_checkpointing_func(block.__call__, hidden, block_noise)
             else:
                 hidden = block(hidden, block_noise)
-        return hidden
+            yield hidden
 
 
 def drop_path_stacks(model: nn.Module) -> dict[str, Transformer]:

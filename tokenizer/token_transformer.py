@@ -1,16 +1,24 @@
-"""A plain transformer over a grid of tokens: the adapter of a book (FQGAN, arXiv 2411.16681, section 3.1) and
-the heads that predict a teacher's features.
+"""Plain transformers over tokens: the adapter of a book (FQGAN, arXiv 2411.16681, section 3.1), the heads
+that predict a teacher's features, and query tokens that read other tokens (SweetTok, arXiv 2412.10443, query
+autoencoder).
 
-B batch, N tokens, D width.
+B batch, N tokens, n query tokens, D width.
 """
+
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from open_unitok.core.errors import UserError
+
 from .layers import Attention, Linear
 from .token_layout import TokenLayout
+
+QUERY_EPS = 1e-6
 
 
 class PreNormBlock(nn.Module):
@@ -129,3 +137,70 @@ class ClassTokenHead(nn.Module):
 
     def forward(self, quantised: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
         return self.transformer(self.second(F.relu(self.first(quantised))), grid)
+
+
+class QueryLayer(nn.Module):
+    """Cross-attention and MLP of query tokens, both with a residual: (B, n, D), (B, N, D) -> (B, n, D)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 2.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_kv = nn.LayerNorm(width, eps=QUERY_EPS), nn.LayerNorm(width, eps=QUERY_EPS)
+        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
+        self.norm_mlp = nn.LayerNorm(width, eps=QUERY_EPS)
+        hidden = int(mlp_ratio * width)
+        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+
+    def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        key, value = self.kv(self.norm_kv(tokens)).chunk(2, dim=-1)
+        query, key, value = (self._split(x) for x in (self.q(self.norm_q(queries)), key, value))
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, heads, n, D / heads)
+        queries = queries + self.proj(mixed.transpose(1, 2).flatten(2))
+        return queries + self.fc2(F.gelu(self.fc1(self.norm_mlp(queries))))
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class QueryResampler(nn.Module):
+    """(B, N, D) -> (B, n, D): learned queries read the tokens layer by layer.
+
+    One with a query for each cell leads back from n tokens to the grid. The tokens bring their own positions;
+    the queries' are learned with them. Queries start as N(0, 1 / D).
+    """
+
+    def __init__(
+        self, num_queries: int, width: int, depth: int = 1, heads: int = 8, mlp_ratio: float = 2.0
+    ) -> None:
+        super().__init__()
+        for name, value in (("num_queries", num_queries), ("depth", depth)):
+            if value < 1:
+                raise UserError(f"{name} of a query resampler is {value}: it must be 1 or more.")
+        if width % heads:
+            raise UserError(f"{heads} heads of a query resampler do not divide its width {width}.")
+        self.queries = nn.Parameter(torch.empty(num_queries, width))
+        self.layers = nn.ModuleList(QueryLayer(width, heads, mlp_ratio) for _ in range(depth))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        init.normal_(self.queries, std=self.queries.shape[1] ** -0.5)
+
+    def forward(self, tokens: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """Every layer reads the same tokens, or layer i those at i of a sequence of `depth` tensors."""
+        read = [tokens] * len(self.layers) if isinstance(tokens, torch.Tensor) else tokens
+        queries = self.queries.to(read[0].dtype).expand(len(read[0]), -1, -1)
+        for layer, layer_tokens in zip(self.layers, read, strict=True):
+            queries = layer(queries, layer_tokens)
+        return queries
+
+
+def query_heads(options: Mapping[str, Any], width: int, field: str) -> int:
+    """The option `query_heads` of an encoder or decoder with queries; by default heads of width 64.
+
+    Raises:
+        UserError: it does not divide the width.
+    """
+    heads = options.get("query_heads", max(width // 64, 1))
+    if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1 or width % heads:
+        raise UserError(f"{field}_options.query_heads is {heads!r}: it must divide the width {width}.")
+    return heads

@@ -20,7 +20,9 @@ def pixels(height: int = 64, width: int = 64) -> torch.Tensor:
 
 
 def test_every_entry_is_tested():
-    assert OPTIONS.keys() == ENCODERS.keys() and set(DECODERS) == {"vitamin"}
+    # "resampled" has tests of its own (test_resampled.py)
+    assert OPTIONS.keys() | {"resampled"} == ENCODERS.keys()
+    assert set(DECODERS) == {"vitamin", "vit", "resampled"}
 
 
 @pytest.mark.parametrize(("name", "options"), [(name, o) for name in OPTIONS for o in OPTIONS[name]])
@@ -83,8 +85,8 @@ def test_encoder_and_decoder_may_have_different_sizes(tiny_config, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"encoder": "hf_visoin"}, r"encoder 'hf_visoin' is not known: ENCODERS has vitamin, hf_vision\."),
-        ({"decoder": "pixels"}, r"decoder 'pixels' is not known: DECODERS has vitamin\."),
+        ({"encoder": "hf_visoin"}, r"encoder 'hf_visoin' is not known: ENCODERS has vitamin, hf_vision, "),
+        ({"decoder": "pixels"}, r"decoder 'pixels' is not known: DECODERS has vitamin, vit, "),
         ({"encoder_options": {"hiden_size": 8}}, r"encoder_options\.hiden_size is not.*'hidden_size'"),
         ({"decoder_options": {"stem_width": 8}}, r"decoder_options\.stem_width is not an option of decoder"),
         (

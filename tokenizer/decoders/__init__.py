@@ -2,7 +2,8 @@
 
 An entry builds a module from the config. The module has `patch_size`, `width` and `last_weight` (the last
 layer's weight, for the adaptive GAN weight), and maps (B, N, width) tokens, registers first, and their grid
-(rows, columns) to (B, 3, rows*patch_size, columns*patch_size) pixels, not clamped.
+(rows, columns) to (B, 3, rows*patch_size, columns*patch_size) pixels, not clamped. Where it has `tokens`, N
+is that number (`token_layout.tokens`).
 """
 
 from collections.abc import Callable
@@ -10,10 +11,14 @@ from typing import Any
 
 from ..config import UniTokConfig
 from ..entries import build_entry
+from .resampled import ResampledDecoder
+from .vit import ViTDecoder
 from .vitamin import ViTaminDecoder
 
 DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminDecoder,
+    "vit": ViTDecoder,
+    "resampled": lambda config: ResampledDecoder(config, build_decoder),
 }
 
 
@@ -26,4 +31,4 @@ def build_decoder(config: UniTokConfig) -> Any:
     return build_entry(DECODERS, "DECODERS", "decoder", config)
 
 
-__all__ = ["DECODERS", "ViTaminDecoder", "build_decoder"]
+__all__ = ["DECODERS", "ResampledDecoder", "ViTDecoder", "ViTaminDecoder", "build_decoder"]

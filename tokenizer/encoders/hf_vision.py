@@ -55,6 +55,21 @@ class HFVisionEncoder(nn.Module):
         )
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden = self.tower(pixel_values=pixels, **self._forward_options).last_hidden_state
+        return self._patches(
+            self.tower(pixel_values=pixels, **self._forward_options).last_hidden_state, pixels
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of `layer_outputs`."""
+        return self.tower.config.num_hidden_layers
+
+    def layer_outputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """The output of every layer of the tower; the last one is that of `forward`."""
+        found = self.tower(pixel_values=pixels, output_hidden_states=True, **self._forward_options)
+        # the first is the embedding, the last lacks the tower's own norm
+        return [self._patches(x, pixels) for x in (*found.hidden_states[1:-1], found.last_hidden_state)]
+
+    def _patches(self, hidden: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         count = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
         return hidden[:, -count:]  # the CLS token and the tower's own registers come first

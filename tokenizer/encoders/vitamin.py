@@ -78,12 +78,25 @@ class ViTaminEncoder(nn.Module):
         return self.pool(self.pool_norm(map)).flatten(2).transpose(1, 2)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.blocks(self._block_inputs(pixels)))
+
+    @property
+    def num_layers(self) -> int:
+        """Number of `layer_outputs`."""
+        return len(self.blocks)
+
+    def layer_outputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """The output of every block of the transformer; the last one is that of `forward`."""
+        *outputs, last = self.blocks.layer_outputs(self._block_inputs(pixels))
+        return [*outputs, self.norm(last)]
+
+    def _block_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
         tokens = self.patches(pixels)
         if self.register_tokens is not None:
             # (B, registers, D), before the image tokens
             registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
-        return self.norm(self.blocks(tokens + self.position_offset.to(tokens.dtype)))
+        return tokens + self.position_offset.to(tokens.dtype)
 
     def init_weights(self) -> None:
         init.zeros_(self.position_offset)

@@ -135,7 +135,8 @@ class WordMap(nn.Module):
         """The symmetric (V, V) matrix D^-1/2 (edges + I) D^-1/2: starts of rows, columns, values."""
         words, device = len(self.vectors), self.vectors.device
         own = torch.arange(words, device=device)
-        first, second = self.edges.unbind(dim=1)
+        # transformers loads a half-precision model's buffers here as float32, integers too
+        first, second = self.edges.long().unbind(dim=1)
         rows, columns = torch.cat([own, first, second]), torch.cat([own, second, first])
         order = (rows * words + columns).argsort()  # rows in order: sums have one order on every device
         rows, columns = rows[order], columns[order]

@@ -58,6 +58,11 @@ class TeacherHead(nn.Module):
         self.options = options
         self._frozen = [teacher or build_teacher(options)]  # a list hides it from nn.Module
         layout, width = model.config.layout, self.teacher.width
+        if layout.tokens and options.kind == "cosine":
+            raise UserError(
+                "teacher.kind is cosine, which compares each token with the teacher's patch there, but "
+                f"{layout} (token_layout) have no place: set it to contrast."
+            )
         self.channels = teacher_channels(model.quantizer, options.books)
         seen, contrast = len(self.channels), options.kind == "contrast"
         layers = options.head_layers or (3 if contrast else 1)
