@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from open_unitok.core.codes import as_int64
+from open_unitok.mllm.features import ReadImages
 
 
 def prefill(model: Any, rows: Sequence[Sequence[int]], max_steps: int) -> "CachedDecoder":
@@ -141,33 +142,42 @@ def pad_id(model: Any) -> int:
     return model.config.pad_token_id or 0
 
 
-def concat_codes(image_codes: Sequence[Tensor], model: Any) -> Tensor:
-    """The images of several prompts, (n, N, K) each, as one tensor (I, N, K); I may be 0."""
-    config = model.config
-    images = [as_int64(codes) for codes in image_codes if len(codes)]
+def join_images(images: Sequence[Tensor | ReadImages], model: Any) -> dict[str, Tensor | None]:
+    """The images of several prompts as arguments of the model: all codes (I, N, K), where I may be 0, and all
+    features."""
+    config, read = model.config, [_as_read(entry) for entry in images]
+    codes = [as_int64(entry.codes) for entry in read if len(entry.codes)]
     empty = torch.zeros(0, config.num_image_tokens, config.num_codebooks, dtype=torch.long)
-    return (torch.cat(images) if images else empty).to(model.device)
+    features = [entry.features for entry in read if entry.features is not None and len(entry.features)]
+    joined = ReadImages(torch.cat(codes) if codes else empty, torch.cat(features) if features else None)
+    return joined.inputs(model.device)
+
+
+def _as_read(images: Tensor | ReadImages) -> ReadImages:
+    return images if isinstance(images, ReadImages) else ReadImages(images)
 
 
 class SharedPrefix(NamedTuple):
     """A common prefix of some prompts of a batch."""
 
     ids: list[int]
-    codes: Tensor  # (n, N, K), the images of these prompts
+    images: Tensor | ReadImages  # of these prompts
     rows: list[int]  # indices of the prompts
 
 
 def find_shared_prefixes(
-    prompts: Sequence[Sequence[int]], image_codes: Sequence[Tensor]
+    prompts: Sequence[Sequence[int]], images: Sequence[Tensor | ReadImages]
 ) -> list[SharedPrefix]:
     """Group prompts by their images and find the common prefix of each group.
 
     A prefix is shorter than every prompt of its group: the last id must be an input, to predict the next one.
     """
-    # compare codes, not objects: callers may encode the same image several times
+    # compare contents, not objects: callers may encode the same image several times
     groups: dict[Any, list[int]] = {}
-    for i, codes in enumerate(image_codes):
-        groups.setdefault((tuple(codes.shape), codes.cpu().numpy().tobytes()), []).append(i)
+    for i, entry in enumerate(map(_as_read, images)):
+        tensors = (entry.codes, entry.features)
+        key = [(tuple(t.shape), t.cpu().numpy().tobytes()) for t in tensors if t is not None]
+        groups.setdefault(tuple(key), []).append(i)
     prefixes = []
     for rows in groups.values():
         first = list(prompts[rows[0]])
@@ -175,7 +185,7 @@ def find_shared_prefixes(
         for i in rows[1:]:
             differing = (j for j in range(length) if prompts[i][j] != first[j])
             length = next(differing, length)
-        prefixes.append(SharedPrefix(first[:length], image_codes[rows[0]], rows))
+        prefixes.append(SharedPrefix(first[:length], images[rows[0]], rows))
     return prefixes
 
 
@@ -184,8 +194,9 @@ def can_share(model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence[S
 
     The padding between prefix and rest would shift a sliding window.
     """
-    image_id = model.config.image_token_id
-    if any(image_id in prompts[row][len(prefix.ids) :] for prefix in prefixes for row in prefix.rows):
+    image_ids = {model.config.image_token_id, model.config.feature_token_id}
+    rests = (prompts[row][len(prefix.ids) :] for prefix in prefixes for row in prefix.rows)
+    if any(not image_ids.isdisjoint(rest) for rest in rests):
         return False
     layer_types = getattr(model.config.text_config, "layer_types", None) or []
     return all(prefix.ids for prefix in prefixes) and all(kind == "full_attention" for kind in layer_types)

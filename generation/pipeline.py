@@ -11,6 +11,7 @@ from torch import Tensor
 from open_unitok.core.devices import check_device, check_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm.features import ReadImages
 from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.folder_checks import loading
@@ -309,9 +310,9 @@ class Pipeline:
         Raises:
             UserError: not one image entry per question, not an image, an empty or over-long question.
         """
-        ids, codes = self._question_prompts(images, questions, histories)
+        ids, read = self._question_prompts(images, questions, histories)
         new = generate_text_ids(
-            self.model, ids, codes, max_new_tokens, batch_size, seed, backend=self.backend, **options
+            self.model, ids, read, max_new_tokens, batch_size, seed, backend=self.backend, **options
         )
         return [self.processor.decode(row).strip() for row in new]
 
@@ -338,9 +339,9 @@ class Pipeline:
         Raises:
             UserError: as `answer`; a number out of range.
         """
-        ids, codes = self._question_prompts(images, questions, histories)
+        ids, read = self._question_prompts(images, questions, histories)
         steps = iter_text_ids(
-            self.model, ids, codes, max_new_tokens, seed, do_sample, temperature, top_k, top_p, self.backend
+            self.model, ids, read, max_new_tokens, seed, do_sample, temperature, top_k, top_p, self.backend
         )
         return stream_text(self.processor, steps, len(ids))
 
@@ -386,8 +387,8 @@ class Pipeline:
 
     def _question_prompts(
         self, images: Sequence[Any], questions: Sequence[str], histories: Sequence[History] | None
-    ) -> tuple[list[list[int]], list[Tensor]]:
-        """The ids of each question and the codes (n, N, K) of its images."""
+    ) -> tuple[list[list[int]], list[ReadImages]]:
+        """The ids of each question, and its images."""
         check_texts(questions, "question")
         histories = [()] * len(questions) if histories is None else histories
         check_one_per_question("images", images, len(questions))
@@ -397,21 +398,22 @@ class Pipeline:
         # encode each image once
         unique = {_identity(image): image for group in groups for image in group}
         index = {key: i for i, key in enumerate(unique)}
-        codes = self.encode_for_reading(list(unique.values()), batch_size=64)
-        image_codes = [codes[[index[_identity(image)] for image in group]] for group in groups]
+        read = self.encode_for_reading(list(unique.values()), batch_size=64)
+        own_images = [read.select([index[_identity(image)] for image in group]) for group in groups]
         # benchmarks repeat questions: tokenize each once
         asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
         ids = {key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)}
-        return [ids[key] for key in asked], image_codes
+        return [ids[key] for key in asked], own_images
 
-    @torch.no_grad()
-    def encode_for_reading(self, images: Sequence[ImageSource], batch_size: int = 64) -> Tensor:
-        """Codes (I, N, K) of input images of questions: padded to the aspect ratio, then scaled."""
-        parts = []
-        for batch in split_batches(images, batch_size):
-            pixels = torch.stack([self.processor.pixels(image) for image in batch])
-            parts.append(self.unitok.encode(pixels.to(self.unitok.device)))
-        return torch.cat(parts) if parts else self._no_codes()
+    def encode_for_reading(self, images: Sequence[ImageSource], batch_size: int = 64) -> ReadImages:
+        """Input images of questions: padded to the aspect ratio, then scaled; their features as well."""
+        parts = [self.processor.read_images(batch) for batch in split_batches(images, batch_size)]
+        if not parts:
+            return ReadImages(self._no_codes())
+        features = [part.features for part in parts if part.features is not None]
+        return ReadImages(
+            torch.cat([part.codes for part in parts]), torch.cat(features) if features else None
+        )
 
     # ---- images -> images ----
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
 from open_unitok.core.errors import UserError
+from open_unitok.mllm.features import ReadImages
 from open_unitok.mllm.loading import check_logits
 
 from .backends import choose_backend
@@ -19,8 +20,8 @@ from .kv_cache import (
     CachedDecoder,
     SharedPrefix,
     can_share,
-    concat_codes,
     find_shared_prefixes,
+    join_images,
     pad_id,
     pad_left,
 )
@@ -36,7 +37,7 @@ _PREFIX_OPTIONS = {
 def generate_text_ids(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     max_new_tokens: int = 32,
     batch_size: int = 128,
     seed: int | None = None,
@@ -48,8 +49,8 @@ def generate_text_ids(
 
     Args:
         model: a `UniTokForConditionalGeneration`.
-        prompt_ids: lists of ids with N placeholder ids for each image.
-        image_codes: one tensor (n, N, K) per prompt: the codes of its n images in order; n may be 0.
+        prompt_ids: lists of ids with all placeholder ids of each image.
+        images: per prompt the codes (n, N, K) of its n images in order, or `ReadImages`; n may be 0.
         max_new_tokens: >= 1; an answer ends earlier at the end-of-sequence id.
         batch_size: prompts per batch; prompts of similar length share a batch.
         seed: for options that sample; None = torch's global generator.
@@ -69,7 +70,7 @@ def generate_text_ids(
             return generate_text_ids(
                 model,
                 prompt_ids,
-                image_codes,
+                images,
                 max_new_tokens,
                 batch_size,
                 None,
@@ -82,16 +83,16 @@ def generate_text_ids(
     order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        prompts, codes = [prompt_ids[i] for i in batch], [image_codes[i] for i in batch]
+        prompts, own = [prompt_ids[i] for i in batch], [images[i] for i in batch]
         if choose_backend(model, backend, text_options=options) == "native":
             steps = iter_native_text_ids(
-                model, prompts, codes, max_new_tokens, eos_ids(model), _argmax, share_prefix
+                model, prompts, own, max_new_tokens, eos_ids(model), _argmax, share_prefix
             )
             for new in steps:
                 for i, id in zip(batch, new):
                     answers[i] += [] if id is None else [id]
         else:
-            rows = _generate_by_transformers(model, prompts, codes, max_new_tokens, share_prefix, options)
+            rows = _generate_by_transformers(model, prompts, own, max_new_tokens, share_prefix, options)
             for i, row in zip(batch, rows):
                 answers[i] = row
     return answers
@@ -100,7 +101,7 @@ def generate_text_ids(
 def iter_text_ids(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     max_new_tokens: int = 32,
     seed: int | None = None,
     do_sample: bool = False,
@@ -133,20 +134,20 @@ def iter_text_ids(
 
     chosen = choose_backend(model, backend, text_options={})
     iter_ids = iter_native_text_ids if chosen == "native" else _iter_eager
-    return iter_ids(model, prompt_ids, image_codes, max_new_tokens, eos_ids(model), pick)
+    return iter_ids(model, prompt_ids, images, max_new_tokens, eos_ids(model), pick)
 
 
 @torch.no_grad()
 def _iter_eager(
     model: Any,
     prompt_ids: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     max_new_tokens: int,
     ends: set[int],
     pick: Callable[[Tensor], Tensor],
 ) -> Iterator[list[int | None]]:
     ids, mask = pad_left(prompt_ids, model)
-    embeds = model.embed_inputs(ids, concat_codes(image_codes, model))
+    embeds = model.embed_inputs(ids, **join_images(images, model))
     every_row = torch.arange(len(ids))
     decoder = CachedDecoder(model.language_model, embeds, mask, every_row, max_steps=max_new_tokens - 1)
     active, hidden = [True] * len(ids), decoder.hidden
@@ -168,7 +169,7 @@ def _iter_eager(
 def _generate_by_transformers(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     max_new_tokens: int,
     share_prefix: bool,
     options: dict[str, Any],
@@ -176,15 +177,14 @@ def _generate_by_transformers(
     """The new ids of one batch by transformers' `generate`, with all its options."""
     # penalties and guidance need the ids of the whole prompt, which a cached prefix does not have
     share_prefix = share_prefix and options.keys() <= _PREFIX_OPTIONS
-    prefixes = find_shared_prefixes(prompts, image_codes) if share_prefix else []
+    prefixes = find_shared_prefixes(prompts, images) if share_prefix else []
     # as many groups as prompts: nothing to share
     if 0 < len(prefixes) < len(prompts) and can_share(model, prompts, prefixes):
         inputs = _prefill_prefixes(model, prompts, prefixes, options.get("num_beams", 1))
     else:
         ids, mask = pad_left(prompts, model)
         # with image_codes, even without images, the model's `generate` returns only the new ids
-        codes = concat_codes(image_codes, model)
-        inputs = {"input_ids": ids, "attention_mask": mask, "image_codes": codes}
+        inputs = {"input_ids": ids, "attention_mask": mask, **join_images(images, model)}
     settings = {"do_sample": False, "pad_token_id": pad_id(model), **options}
     try:
         new = model.generate(**inputs, max_new_tokens=max_new_tokens, **settings)
@@ -204,7 +204,7 @@ def _prefill_prefixes(
     ids, mask = pad_left([prefix.ids for prefix in prefixes], model)
     cache = DynamicCache(config=model.config.text_config)
     model.language_model(
-        inputs_embeds=model.embed_inputs(ids, concat_codes([prefix.codes for prefix in prefixes], model)),
+        inputs_embeds=model.embed_inputs(ids, **join_images([prefix.images for prefix in prefixes], model)),
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
@@ -14,10 +15,12 @@ from open_unitok.tokenizer.quantizers.none import NO_CODES
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .depth_config import DepthOptions, depth_config
+from .features import VISUAL_INPUTS, FeatureOptions, feature_sizes
 from .output import NOT_PREDICTIONS
 
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
 IMAGE_TOKEN_ID = -200
+FEATURE_TOKEN_ID = -201  # the same for continuous features
 IGNORED = -100  # label of a token that is no target; the default ignore_index of cross_entropy
 VISUAL_CONTEXTS = ("full", "last")
 ROW_NORMS = ("unit", "blocks", "none")
@@ -74,6 +77,15 @@ class UniTokMLLMConfig(PretrainedConfig):
         visual_context: the codes that a visual vector depends on during generation: "full" = all earlier ones
             of its image, as in training; "last" = only its own, as in the published sampler.
         image_z_loss_weight: weight of the mean squared largest logit, added to the image's cross entropy.
+        text_z_loss_weight: weight of the mean squared log-sum-exp, added to the text's cross entropy (as
+            UniToken, 1e-5).
+        visual_input: how an image that is read enters: by its codes, by continuous features, or by both,
+            codes first. Images that are generated are codes in all three.
+        features: the features' source and adapter, see `FeatureOptions`; only with continuous or dual input.
+        num_continuous_tokens, continuous_dim: M features of width F per image that is read.
+        sep_token_id: text id between codes and features (`features.separator`); it is never a target.
+        feature_token_id: placeholder of features in `input_ids`, outside the vocabulary.
+        features_fingerprint: of all that determines the features, or None.
         image_token_id: placeholder of visual tokens in `input_ids`, and in `labels` of target images; it is
             outside the vocabulary, so text logits equal those of the plain decoder.
         boi_token_id, eoi_token_id: begin and end of a generated image.
@@ -108,6 +120,14 @@ class UniTokMLLMConfig(PretrainedConfig):
     scales: list[int] | None = None
     visual_context: Literal["full", "last"] | str = "full"
     image_z_loss_weight: float | int = 5e-5
+    text_z_loss_weight: float | int = 0.0
+    visual_input: Literal["discrete", "continuous", "dual"] | str = "discrete"
+    features: dict[str, Any] | None = None
+    num_continuous_tokens: int | None = None
+    continuous_dim: int | None = None
+    sep_token_id: int | None = None
+    feature_token_id: int = FEATURE_TOKEN_ID
+    features_fingerprint: str | None = None
     image_token_id: int = IMAGE_TOKEN_ID
     boi_token_id: int = 3
     eoi_token_id: int = 4
@@ -153,6 +173,7 @@ class UniTokMLLMConfig(PretrainedConfig):
             "visual_context": VISUAL_CONTEXTS,
             "row_norm": ROW_NORMS,
             "input_embedder": INPUT_EMBEDDERS,
+            "visual_input": VISUAL_INPUTS,
         }
         for name, allowed in choices.items():
             value = getattr(self, name)
@@ -163,6 +184,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         self.depth_options = options.changes()  # published heads keep their config.json
         self._check_row_blocks()
         self._check_code_sizes()
+        self._check_features()
         if self.scales is not None and self.scales[-1] ** 2 != self.num_image_tokens:
             raise UserError(
                 f"scales = {self.scales}: num_image_tokens must be the square of the last one, not "
@@ -215,6 +237,41 @@ class UniTokMLLMConfig(PretrainedConfig):
         if len(set(sizes)) == 1:
             self.code_sizes = None
 
+    def _check_features(self) -> None:
+        sizes = ("num_continuous_tokens", "continuous_dim")
+        if self.visual_input == "discrete":
+            for name in ("features", *sizes, "sep_token_id", "features_fingerprint"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name} is set, but visual_input = 'discrete' reads no features: set it to "
+                        "'continuous' or 'dual'."
+                    )
+            return
+        options = FeatureOptions.from_config(self.features, self.visual_input)
+        self.features = options.to_dict()
+        if self.visual_input == "dual" and self.scales:
+            raise UserError(
+                f"visual_input = 'dual' with codes of a pyramid (scales {self.scales}): take a tokenizer "
+                "without scales, or visual_input = 'continuous'."
+            )
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(
+                    f"{name} = {value} with visual_input = {self.visual_input!r}: must be a whole number >= "
+                    "1 (UniTokMLLMConfig.for_tokenizer sets it)."
+                )
+        if options.separator != (self.sep_token_id is not None):
+            raise UserError(
+                f"features.separator = {options.separator}, but sep_token_id = {self.sep_token_id}: give the "
+                "processor's sep_token_id exactly if there is a separator."
+            )
+        others = (self.image_token_id, self.boi_token_id, self.eoi_token_id, self.sep_token_id, IGNORED)
+        if self.feature_token_id in others:
+            raise UserError(
+                f"feature_token_id = {self.feature_token_id} has another meaning: choose another."
+            )
+
     @property
     def depth(self) -> DepthOptions:
         """The variant of the depth head."""
@@ -226,8 +283,14 @@ class UniTokMLLMConfig(PretrainedConfig):
         return sum(side * side for side in self.scales) if self.scales else self.num_image_tokens
 
     def num_read(self, num_codes: int) -> int:
-        """The number of vectors, and of placeholders, of an image with this many visual tokens."""
+        """The number of code vectors, and of their placeholders, of an image with this many visual tokens."""
         return self.num_image_tokens if self.scales else num_codes
+
+    @property
+    def read_length(self) -> int:
+        """Tokens of an image that is read: its codes, a separator, its features."""
+        codes = 0 if self.visual_input == "continuous" else self.num_image_tokens
+        return codes + (self.sep_token_id is not None) + (self.num_continuous_tokens or 0)
 
     def check_generates(self) -> None:
         """
@@ -289,7 +352,22 @@ class UniTokMLLMConfig(PretrainedConfig):
         }
         for name in ("row_norm", "row_blocks", "code_sizes", "sums_rows"):
             visual[name] = getattr(quantizer, name)
-        return cls(**{**visual, **fields})
+        return cls(**{**visual, **feature_fields(unitok, fields), **fields})
+
+
+def feature_fields(unitok: UniTokConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the features that `fields` of a config ask for; {} with discrete input.
+
+    Raises:
+        UserError: the features' options are not valid.
+    """
+    visual_input, names = fields.get("visual_input", "discrete"), ("num_continuous_tokens", "continuous_dim")
+    if visual_input not in VISUAL_INPUTS or visual_input == "discrete":
+        return {}
+    options = FeatureOptions.from_config(fields.get("features"), visual_input)
+    if all(fields.get(name) for name in names):  # a tower need not be on this machine to plan a run
+        return {name: fields[name] for name in names}
+    return dict(zip(names, feature_sizes(options, unitok)))
 
 
 def check_mllm_quantizer(name: str, quantizer: Quantizer | type[Quantizer]) -> None:

@@ -78,9 +78,11 @@ def first_tokens(
     return first
 
 
-def text_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(T, vocabulary) logits and (T,) ids -> summed cross entropy."""
-    return F.cross_entropy(logits.float(), ids, reduction="sum")
+def text_loss(logits: torch.Tensor, ids: torch.Tensor, z_weight: float = 0.0) -> torch.Tensor:
+    """(T, vocabulary) logits and (T,) ids -> summed cross entropy, plus z-loss (squared log-sum-exp)."""
+    logits = logits.float()
+    entropy = F.cross_entropy(logits, ids, reduction="sum")
+    return entropy + z_weight * logits.logsumexp(dim=-1).square().sum() if z_weight else entropy
 
 
 def image_loss(

@@ -32,6 +32,7 @@ from .attention import eager_attention, uses_flash_attention
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import ContextDecoder, DepthHead, ZeroLinear, check_final_norm, norm_inputs
+from .features import FeatureAdapter, FeatureOptions, FeatureSource
 from .loading import (
     PUBLISHED_TYPE,
     FiniteLogits,
@@ -72,6 +73,10 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         text = config.text_config
         self.language_model = AutoModel.from_config(text)
         self.visual_embedder = VisualEmbedder(config, text.hidden_size)
+        self.feature_adapter: FeatureAdapter | None = None
+        if config.visual_input != "discrete":
+            norm = FeatureOptions(**(config.features or {})).norm
+            self.feature_adapter = FeatureAdapter(config.continuous_dim or 0, text.hidden_size, bool(norm))
         self.depth_head = DepthHead(config, text.hidden_size, self.visual_embedder.shared_tables)
         self._reads_raw_states = config.depth.context == "raw"
         if self._reads_raw_states:
@@ -86,6 +91,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         attention_mask: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -104,6 +110,8 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             image_codes: (I, N, K), the images in row-major order of their placeholders.
             labels: (B, L): the id of a target text token, `config.image_token_id` at the placeholders of a
                 target image, -100 elsewhere. The first token of a row or packed sample is never a target.
+            image_features: (J, M, F) of the images that are read, in row-major order of their M placeholders
+                `config.feature_token_id`; only with continuous or dual visual input.
             inputs_embeds: (B, L, D) instead of `input_ids`, images included.
             position_ids: (B, L); None = counted along the mask. For rows that pack several samples pass
                 positions that restart from 0 with each sample, and no mask: samples then do not attend to
@@ -126,7 +134,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         if inputs_embeds is None:
             assert input_ids is not None
             positions = self._image_positions(input_ids, image_codes)
-            inputs_embeds = self._embed(input_ids, image_codes, positions)
+            inputs_embeds = self._embed(input_ids, image_codes, positions, image_features)
         # entries already in the KV cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:  # a packed row may exceed the context, its samples do not
@@ -171,13 +179,19 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             found["logits"] = self.text_logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         return UniTokMLLMOutput(**found)
 
-    def embed_inputs(self, input_ids: torch.Tensor, image_codes: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, L) ids and (I, N, K) codes -> (B, L, D) input vectors of the decoder.
+    def embed_inputs(
+        self,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(B, L) ids, (I, N, K) codes and (J, M, F) features -> (B, L, D) input vectors of the decoder.
 
         Raises:
             UserError: images and placeholders do not match.
         """
-        return self._embed(input_ids, image_codes, self._image_positions(input_ids, image_codes))
+        positions = self._image_positions(input_ids, image_codes)
+        return self._embed(input_ids, image_codes, positions, image_features)
 
     def _image_positions(
         self, input_ids: torch.Tensor, image_codes: torch.Tensor | None
@@ -200,11 +214,38 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         return positions.view(images, length)
 
     def _embed(
-        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None, positions: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None,
+        positions: torch.Tensor | None,
+        image_features: torch.Tensor | None,
     ) -> torch.Tensor:
-        embed = self.get_input_embeddings()
+        # placeholders are outside the vocabulary: embed id 0, then overwrite
+        vectors = self.get_input_embeddings()(self._without_placeholders(input_ids))
+        vectors = self._insert_codes(vectors, input_ids, image_codes, positions)
+        if self.feature_adapter is not None:
+            is_place = input_ids == self.config.feature_token_id
+            count = self.config.num_continuous_tokens or 0
+            return self.feature_adapter.insert(vectors, is_place, image_features, count)
+        if image_features is not None:
+            raise UserError("image_features were given, but visual_input = 'discrete' reads codes alone.")
+        return vectors
+
+    def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The ids with 0 in the place of images, which is a valid index."""
+        is_image = input_ids == self.config.image_token_id
+        if self.feature_adapter is not None:
+            is_image |= input_ids == self.config.feature_token_id
+        return input_ids.masked_fill(is_image, 0)
+
+    def _insert_codes(
+        self,
+        vectors: torch.Tensor,
+        input_ids: torch.Tensor,
+        image_codes: torch.Tensor | None,
+        positions: torch.Tensor | None,
+    ) -> torch.Tensor:
         if positions is None:
-            vectors = embed(input_ids)
             if self.training and torch.is_grad_enabled():
                 # zero-weighted dummy: every rank must run every module, or ZeRO-3's all-gathers deadlock
                 length = self.config.num_codes if self.config.scales else 1
@@ -212,8 +253,6 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
                 vectors = vectors + 0.0 * self.visual_embedder(dummy).sum().to(vectors.dtype)
             return vectors
         assert image_codes is not None
-        # the placeholder is outside the vocabulary: embed id 0, then overwrite
-        vectors = embed(input_ids.masked_fill(input_ids == self.config.image_token_id, 0))
         visual = self.visual_embedder(image_codes).to(vectors.dtype)
         # index_copy instead of an in-place write: gradients flow to both
         flat = vectors.flatten(0, 1).index_copy(0, positions.flatten(), visual.flatten(0, 1))
@@ -252,6 +291,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         input_ids: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Generate text as transformers' `generate` does, with images in the prompts.
@@ -261,6 +301,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             image_codes: (I, N, K), the images in the prompts. With it (I = 0 is allowed) only the new ids are
                 returned; without it, as in transformers, prompt and new ids.
             attention_mask: (B, L), 0 on padding.
+            image_features: (J, M, F), as in `forward`; only the new ids are returned.
             kwargs: of transformers' `generate`: beams, penalties, guidance_scale, ...; assisted decoding
                 (assistant_model, prompt_lookup_num_tokens) only without images.
 
@@ -276,30 +317,35 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         kwargs["attention_mask"] = attention_mask
         given = kwargs.pop("logits_processor", None) or []
         kwargs["logits_processor"] = LogitsProcessorList([*given, FiniteLogits(self)])
-        if input_ids is None or image_codes is None:
+        if input_ids is None or (image_codes is None and image_features is None):
             return super().generate(input_ids, **kwargs)  # type: ignore[misc]
-        if len(image_codes):
+        if any(images is not None and len(images) for images in (image_codes, image_features)):
             if any(kwargs.get(name) is not None for name in ("assistant_model", "prompt_lookup_num_tokens")):
                 raise UserError("Assisted decoding is for text alone, and these prompts have images.")
             # transformers' loop has no image_codes argument: pass the embedded prompt
             with torch.no_grad():
-                kwargs["inputs_embeds"] = self.embed_inputs(input_ids, image_codes)
-            # the ids too, for penalties and guidance, which index by id: the placeholder is no valid index
-            input_ids = input_ids.masked_fill(input_ids == self.config.image_token_id, 0)
+                kwargs["inputs_embeds"] = self.embed_inputs(input_ids, image_codes, image_features)
+            # the ids too, for penalties and guidance, which index by id: a placeholder is no valid index
+            input_ids = self._without_placeholders(input_ids)
         found = super().generate(input_ids, **kwargs)  # type: ignore[misc]
         if isinstance(found, torch.Tensor):
             return found[:, input_ids.shape[1] :]
         found.sequences = found.sequences[:, input_ids.shape[1] :]
         return found
 
-    def init_from_tokenizer(self, unitok: UniTok) -> None:
+    def init_from_tokenizer(self, unitok: UniTok, features: FeatureSource | None = None) -> None:
         """Copy a visual tokenizer's code table, and initialise the causal projection from its up projection.
+
+        With continuous or dual input the source of features is loaded, or the given one taken.
 
         Raises:
             UserError: the tokenizer's sizes differ from the model's; its quantiser has no code table.
         """
         self.visual_embedder.init_from_tokenizer(unitok)
         self.config.unitok_fingerprint = unitok.fingerprint()
+        if self.feature_adapter is not None:
+            source = features or FeatureSource(FeatureOptions(**(self.config.features or {})), unitok)
+            self.config.features_fingerprint = source.fingerprint()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -339,7 +385,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
             # the embedder's attention reads `qkv.weight` directly, so it must not be quantised
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
+            quantization.llm_int8_skip_modules = ["visual_embedder", "feature_adapter", "lm_head"]
         loaded = load_checked(cls, super().from_pretrained, path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.visual_embedder.freeze_codebooks()  # transformers sets requires_grad to True
@@ -388,7 +434,9 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         count, num_codes = len(found.text_before), 0
         result = {"image_correct": labels.new_zeros(self.config.num_codebooks)}
         if count:
-            text_sum = text_loss(self.text_logits(flat[found.text_before]), found.text_ids)
+            text_sum = text_loss(
+                self.text_logits(flat[found.text_before]), found.text_ids, self.config.text_z_loss_weight
+            )
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:

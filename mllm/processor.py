@@ -20,7 +20,8 @@ from open_unitok.tokenizer.images import load_image, to_pixels
 from open_unitok.tokenizer.standalone import make_standalone
 from open_unitok.tokenizer.token_layout import TokenLayout
 
-from .config import IGNORED, IMAGE_TOKEN_ID
+from .config import FEATURE_TOKEN_ID, IGNORED, IMAGE_TOKEN_ID
+from .features import FeatureOptions
 from .processor_calls import CHAT, ProcessorCalls
 from .prompts import (
     IMAGE_MARK,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 CONFIG = "processor_config.json"
 # A byte token of LLaMA's vocabulary; tokenizers without it get a new token.
 BOI, EOI = ("<0x00>", "<|boi|>"), ("<0x01>", "<|eoi|>")
+SEPARATOR = ("<0x02>", "<|sep|>")  # between codes and features
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
@@ -60,8 +62,10 @@ class UniTokProcessor(ProcessorCalls):
         max_prompt: maximum text ids of a text-to-image prompt, bos included; longer ones are truncated
             (published: 1750).
         token_layout: see `TokenLayout`, of such an image's tokens; None = square.
+        visual_input, features, num_continuous_tokens, feature_token_id: as in `UniTokMLLMConfig`.
 
     Attributes:
+        sep_token_id: None without a separator.
         boi_token_id, eoi_token_id, pad_token_id, bos_token_id (None in some families), eos_token_id.
     """
 
@@ -75,6 +79,10 @@ class UniTokProcessor(ProcessorCalls):
         image_token_id: int = IMAGE_TOKEN_ID,
         max_prompt: int = 1750,
         token_layout: dict[str, int] | None = None,
+        visual_input: str = "discrete",
+        features: dict[str, Any] | None = None,
+        num_continuous_tokens: int | None = None,
+        feature_token_id: int = FEATURE_TOKEN_ID,
     ) -> None:
         if template != CHAT:
             find_template(template)
@@ -87,6 +95,12 @@ class UniTokProcessor(ProcessorCalls):
         self.image_token_id, self.max_prompt = image_token_id, max_prompt
         self.token_layout = token_layout
         self.boi_token_id, self.eoi_token_id = (find_or_add(text_tokenizer, names) for names in (BOI, EOI))
+        self.visual_input, self.num_continuous_tokens = visual_input, num_continuous_tokens
+        self.feature_token_id, self.sep_token_id, self.features = feature_token_id, None, None
+        if visual_input != "discrete":
+            self.features = FeatureOptions.from_config(features, visual_input).to_dict()
+            if self.features["separator"]:
+                self.sep_token_id = find_or_add(text_tokenizer, SEPARATOR)
         self.bos_token_id: int | None = text_tokenizer.bos_token_id
         if text_tokenizer.eos_token_id is None:
             raise UserError("The text tokenizer has no eos token, which ends an answer.")
@@ -145,6 +159,8 @@ class UniTokProcessor(ProcessorCalls):
         options = {name: getattr(self, name) for name in _OPTIONS}
         if self.token_layout is None:  # not stored for square images, as in files of earlier versions
             del options["token_layout"]
+        if self.visual_input == "discrete":
+            options = {name: value for name, value in options.items() if name not in _FEATURE_OPTIONS}
         write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
         if standalone:
             make_standalone(folder)
@@ -160,16 +176,31 @@ class UniTokProcessor(ProcessorCalls):
 
     def token_ids(self) -> dict[str, int | None]:
         """The special ids by the names of `UniTokMLLMConfig`'s fields."""
-        return {name: getattr(self, name) for name in _TOKEN_IDS}
+        names = _TOKEN_IDS if self.visual_input == "discrete" else (*_TOKEN_IDS, *_FEATURE_IDS)
+        return {name: getattr(self, name) for name in names}
 
     def end_token_ids(self) -> set[int]:
         """The ids that end an answer: eos, and those that are no text.
 
         As LLaMA's byte tokens, boi and eoi would put U+0000 and U+0001 into the answer.
         """
-        return {self.eos_token_id, self.boi_token_id, self.eoi_token_id, self.pad_token_id}
+        ends = {self.eos_token_id, self.boi_token_id, self.eoi_token_id, self.pad_token_id}
+        return ends if self.sep_token_id is None else {*ends, self.sep_token_id}
 
-    # ---- text -> ids; an image is one placeholder, except in `question_ids`, which has N ----
+    def image_ids(self, num_codes: int, read: bool = True) -> list[int]:
+        """Placeholders of an image: of its codes, and, where it is read, of its features.
+
+        An image that is generated has no features: which form it takes is the only switch between reading and
+        generating.
+        """
+        codes = [self.image_token_id] * num_codes
+        if self.visual_input == "discrete" or not read:
+            return codes
+        separator = [] if self.sep_token_id is None else [self.sep_token_id]
+        features = [self.feature_token_id] * (self.num_continuous_tokens or 0)
+        return ([] if self.visual_input == "continuous" else codes) + separator + features
+
+    # ---- text -> ids; an image is one placeholder, except in `question_ids`, which has all of it ----
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, bos first if the tokenizer has one."""
@@ -183,7 +214,7 @@ class UniTokProcessor(ProcessorCalls):
         tokens: int | None = None,
         history: Sequence[tuple[str, str]] = (),
     ) -> list[int]:
-        """Ids of a question with its images, up to the start of the answer; N placeholders per image.
+        """Ids of a question with its images, up to the start of the answer; `image_ids` per image.
 
         Args:
             question: may contain `<image>` marks, one per image; else the images come first.
@@ -201,7 +232,8 @@ class UniTokProcessor(ProcessorCalls):
         earlier = [(q, a.replace(IMAGE_MARK, "")) for q, (_, a) in zip(questions, history)]
         # a chat template writes bos itself
         ids = self._mark(self._prompt(earlier, questions[-1]), bos=self.template != CHAT)
-        return expand_images(ids, self.image_token_id, [tokens or self.num_image_tokens] * num_images)
+        image = self.image_ids(tokens or self.num_image_tokens)
+        return expand_images(ids, self.image_token_id, [image] * num_images)
 
     def text_to_image_ids(self, prompt: str) -> list[int]:
         """Ids of a text-to-image prompt with its instruction, truncated to `max_prompt`, then boi."""
@@ -272,7 +304,7 @@ class UniTokProcessor(ProcessorCalls):
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, **_: Any) -> str:
         """Ids to text; images and, unless wanted, special ids are skipped."""
-        skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id}
+        skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.sep_token_id}
         kept = [i for i in map(int, ids) if i >= 0 and i not in skipped]
         return self.text_tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
 
@@ -323,8 +355,8 @@ class UniTokProcessor(ProcessorCalls):
     def _check_text(self, ids: list[int]) -> list[int]:
         """`ids` of a text; raises UserError if they hold boi or eoi."""
         # as LLaMA's byte tokens, boi and eoi are the characters U+0000 and U+0001
-        for token in (self.boi_token_id, self.eoi_token_id):
-            if token in ids:
+        for token in (self.boi_token_id, self.eoi_token_id, self.sep_token_id):
+            if token is not None and token in ids:
                 name = self.text_tokenizer.convert_ids_to_tokens(token)
                 raise UserError(f"A text holds {name}, which marks images in this model: remove it.")
         return ids
@@ -365,12 +397,15 @@ class UniTokProcessor(ProcessorCalls):
         return self.text_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+_FEATURE_OPTIONS = ("visual_input", "features", "num_continuous_tokens", "feature_token_id")
 _OPTIONS = (
     "image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt", "token_layout",
+    *_FEATURE_OPTIONS,
 )  # fmt: skip
 _TOKEN_IDS = (
     "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
+_FEATURE_IDS = ("sep_token_id", "feature_token_id")
 
 
 def _check_options(path: Path, options: Mapping[str, Any]) -> None:

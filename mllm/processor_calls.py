@@ -17,6 +17,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import load_image
 
+from .features import FeatureOptions, FeatureSource, ReadImages
 from .prompts import IMAGE_MARK, expand_images, find_template
 
 CHAT = "chat"  # the text tokenizer's own chat template
@@ -37,15 +38,20 @@ class ProcessorCalls(ProcessorMixin):
     image_token_id: int
     pad_token_id: int
     num_image_tokens: int
+    visual_input: str
+    features: dict[str, Any] | None
+    _feature_source: FeatureSource | None = None
     _unitok: UniTok | None = None
     _unitok_source: Any = None
-    model_input_names = ("input_ids", "attention_mask", "image_codes")  # pyright: ignore
+    model_input_names = ("input_ids", "attention_mask", "image_codes", "image_features")  # pyright: ignore
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(template={self.template!r}, num_image_tokens={self.num_image_tokens})"
 
     def __call__(self, images: Any = None, text: Any = None, **options: Any) -> BatchFeature:
         """Text and images to `input_ids`, `attention_mask` and, with images, `image_codes` (I, N, K).
+
+        With continuous or dual visual input also `image_features` (I, M, F); I = 0 codes with continuous.
 
         Args:
             images: an image (path, bytes, PIL) or a list; for several texts one list per text, or one flat
@@ -84,12 +90,15 @@ class ProcessorCalls(ProcessorMixin):
             bos = getattr(self.text_tokenizer, "bos_token", None)
             wants_bos = options.get("add_special_tokens", True) and not (bos and prompt.startswith(bos))
             ids = self._mark(prompt, bos=bool(wants_bos))  # type: ignore[attr-defined]
-            counts = [self.num_image_tokens] * len(images)
-            rows.append(self._truncate(expand_images(ids, self.image_token_id, counts), options))
+            image_ids = [self.image_ids(self.num_image_tokens)] * len(images)  # type: ignore[attr-defined]
+            rows.append(self._truncate(expand_images(ids, self.image_token_id, image_ids), options))
         found = self._pad(rows, options)
         images = [image for group in groups for image in group]
         if images:
-            found["image_codes"] = self.encode_images(images)
+            read = self.read_images([_open(image) for image in images])
+            found["image_codes"] = read.codes
+            if read.features is not None:
+                found["image_features"] = read.features
         if options.get("return_attention_mask", True) is False:
             del found["attention_mask"]
         return BatchFeature(found, tensor_type=options.get("return_tensors") or "pt")
@@ -98,7 +107,7 @@ class ProcessorCalls(ProcessorMixin):
         limit = options.get("max_length")
         if not options.get("truncation") or limit is None or len(ids) <= limit:
             return ids
-        if self.image_token_id in ids[limit:]:
+        if {self.image_token_id, self.feature_token_id} & set(ids[limit:]):  # type: ignore[attr-defined]
             raise UserError(f"max_length = {limit} would cut an image: the prompt has {len(ids)} tokens.")
         return ids[:limit]
 
@@ -213,23 +222,47 @@ class ProcessorCalls(ProcessorMixin):
 
     @unitok.setter
     def unitok(self, value: UniTok | None) -> None:
-        self._unitok = value
+        self._unitok, self._feature_source = value, None
 
-    @torch.no_grad()
+    @property
+    def feature_source(self) -> FeatureSource | None:
+        """What computes the features of images that are read; None with discrete input, or without a visual
+        tokenizer. Loaded on first use."""
+        if self._feature_source is None and self.features is not None and self.unitok is not None:
+            self._feature_source = FeatureSource(FeatureOptions(**self.features), self.unitok)
+        return self._feature_source
+
     def encode_images(self, images: Sequence[Any]) -> torch.Tensor:
-        """Input images -> codes (I, N, K) on the CPU.
+        """Input images, URLs and base64 included, -> codes (I, N, K) on the CPU.
 
         Raises:
             UserError: the processor has no visual tokenizer, or an image cannot be read.
         """
+        return self._encode([_open(image) for image in images])[0].cpu()
+
+    def read_images(self, images: Sequence[Any]) -> ReadImages:
+        """Input images (path, bytes, PIL) -> codes and features on the CPU; errors as `encode_images`."""
+        codes, features = self._encode(images)
+        if self.visual_input == "continuous":
+            codes = codes[:0]
+        return ReadImages(codes.cpu(), None if features is None else features.cpu())
+
+    @torch.no_grad()
+    def _encode(self, images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Codes (I, N, K) and features (I, M, F) on the visual tokenizer's device."""
         unitok = self.unitok
         if unitok is None:
             raise UserError(
                 "The processor has no visual tokenizer for images: load it from an MLLM folder with unitok/, "
                 "or assign processor.unitok."
             )
-        pixels = torch.stack([self.pixels(_open(image)) for image in images])  # type: ignore[attr-defined]
-        return unitok.encode(pixels.to(unitok.device)).cpu()
+        source = self.feature_source
+        if source is not None and source.tower is not None:  # read once, at a size that suits both
+            images = [load_image(image, needed=source.image_shape(self.image_shape)) for image in images]  # type: ignore[attr-defined]
+        pixels = torch.stack([self.pixels(image) for image in images]).to(unitok.device)  # type: ignore[attr-defined]
+        if source is None:
+            return unitok.encode(pixels), None
+        return source.encode(pixels, source.tower_batch(images))
 
 
 def _is_text(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """Prompt templates of conversations and text-to-image prompts, and their ids and labels (as in the published
 code; conversations in the vicuna format).
 
-An image is one `IMAGE_MARK` in text and one placeholder id; `expand_images` repeats the id N times.
+An image is one `IMAGE_MARK` in text and one placeholder id, which `expand_images` replaces by all
+of its tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -207,14 +208,14 @@ def conversation_pieces(
     return pieces
 
 
-def expand_images(ids: Sequence[int], image_token_id: int, counts: Sequence[int]) -> list[int]:
-    """Repeat the placeholder of image i counts[i] times, once per visual token.
+def expand_images(ids: Sequence[int], image_token_id: int, images: Sequence[Sequence[int]]) -> list[int]:
+    """Replace the placeholder of image i by images[i], the ids of all its tokens.
 
     Raises:
-        UserError: the number of placeholders differs from the number of counts.
+        UserError: the number of placeholders differs from the number of images.
     """
     found = sum(i == image_token_id for i in ids)
-    if found != len(counts):
-        raise UserError(f"The text marks {found} images ({IMAGE_MARK}), but {len(counts)} were given.")
-    rest = iter(counts)
-    return [i for token in ids for i in ([token] * next(rest) if token == image_token_id else [token])]
+    if found != len(images):
+        raise UserError(f"The text marks {found} images ({IMAGE_MARK}), but {len(images)} were given.")
+    rest = iter(images)
+    return [i for token in ids for i in (next(rest) if token == image_token_id else [token])]

@@ -151,9 +151,9 @@ def continuation_loss(
     if not target:
         raise UserError(f"The option {continuation!r} has no tokens.")
     # all images are in the prompt
-    codes = pipeline.encode_for_reading(list(images))
+    read = pipeline.encode_for_reading(list(images))
     ids = torch.tensor([[*prompt, *target]], device=model.device)
-    logits = model(input_ids=ids, image_codes=codes.to(model.device), return_logits=True).logits
+    logits = model(input_ids=ids, **read.inputs(model.device), return_logits=True).logits
     # the logits at position t predict token t + 1
     logits = logits[0, len(prompt) - 1 : -1].float()
     wanted = ids[0, len(prompt) :]

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from open_unitok.mllm.features import ReadImages
 from open_unitok.mllm.loading import check_logits
 
-from ..kv_cache import SharedPrefix, can_share, concat_codes, find_shared_prefixes, pad_left
+from ..kv_cache import SharedPrefix, can_share, find_shared_prefixes, join_images, pad_left
 from . import native_library
 from .native import layer_struct, stack_struct
 
@@ -49,7 +50,7 @@ def find_option(model: Any, options: dict[str, Any]) -> str | None:
 def iter_native_text_ids(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     max_new_tokens: int,
     eos_ids: set[int],
     pick: Callable[[Tensor], Tensor],
@@ -61,17 +62,17 @@ def iter_native_text_ids(
         pick: logits (R, vocabulary) -> the next ids (R,).
         share_prefix: prefill the common prefix of prompts about the same images once.
     """
-    found = find_shared_prefixes(prompts, image_codes) if share_prefix else []
+    found = find_shared_prefixes(prompts, images) if share_prefix else []
     shared = [p for p in found if len(p.rows) > 1 and p.ids and can_share(model, prompts, [p])]
     alone = set(range(len(prompts))).difference(*(p.rows for p in shared))
-    return _iter_ids(model, prompts, image_codes, shared, sorted(alone), max_new_tokens, eos_ids, pick)
+    return _iter_ids(model, prompts, images, shared, sorted(alone), max_new_tokens, eos_ids, pick)
 
 
 @torch.no_grad()
 def _iter_ids(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    image_codes: Sequence[Tensor],
+    images: Sequence[Tensor | ReadImages],
     shared: Sequence[SharedPrefix],
     alone: list[int],
     max_new_tokens: int,
@@ -81,15 +82,15 @@ def _iter_ids(
     decoder = NativeTextDecoder(model, [len(prompt) for prompt in prompts], max_steps=max_new_tokens - 1)
     for prefix in shared:
         rests = [list(prompts[row][len(prefix.ids) :]) for row in prefix.rows]
-        decoder.prefill(prefix.rows, prefix.ids, rests, concat_codes([prefix.codes], model))
+        decoder.prefill(prefix.rows, prefix.ids, rests, join_images([prefix.images], model))
     alone.sort(key=lambda row: len(prompts[row]))
     while alone:  # sorted by length: as many as fit a chunk when padded to the longest, at least one
         size = next(
             (i for i in range(len(alone), 1, -1) if i * len(prompts[alone[i - 1]]) <= _CHUNK_TOKENS), 1
         )
         chunk, alone = alone[:size], alone[size:]
-        codes = concat_codes([image_codes[row] for row in chunk], model)
-        decoder.prefill(chunk, (), [prompts[row] for row in chunk], codes)
+        own = join_images([images[row] for row in chunk], model)
+        decoder.prefill(chunk, (), [prompts[row] for row in chunk], own)
     rows = torch.arange(len(prompts))
     logits = model.text_logits(decoder.hidden).float()
     check_logits(logits, model)
@@ -133,24 +134,28 @@ class NativeTextDecoder:
         self.output = self.builder.linear(model.lm_head)
 
     def prefill(
-        self, rows: Sequence[int], prefix: Sequence[int], rests: Sequence[Sequence[int]], codes: Any
+        self,
+        rows: Sequence[int],
+        prefix: Sequence[int],
+        rests: Sequence[Sequence[int]],
+        images: dict[str, Any],
     ) -> None:
         """Prefill the prompts of some rows: a common prefix, which may be empty, and the rest of each.
 
         Args:
-            codes: (I, N, K) of the images, which are in the prefix or, without a prefix, in the rests.
+            images: of `join_images`; they are in the prefix or, without a prefix, in the rests.
         """
         model, cache = self.model, DynamicCache(config=self.model.config.text_config)
         if prefix:
-            embeds = model.embed_inputs(torch.tensor([list(prefix)]), codes)
+            embeds = model.embed_inputs(torch.tensor([list(prefix)]), **images)
             model.language_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
             cache.batch_repeat_interleave(len(rows))
-            codes = None  # `can_share` guarantees that the rests have no images
+            images = {}  # `can_share` guarantees that the rests have no images
         ids, mask = pad_left(rests, model)
         mask = torch.cat([mask.new_ones(len(rows), len(prefix)), mask], dim=1)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, len(prefix) :]
         self.hidden[list(rows)] = model.language_model(
-            inputs_embeds=model.embed_inputs(ids, codes),
+            inputs_embeds=model.embed_inputs(ids, **images),
             attention_mask=None if bool(mask.all()) else mask,
             position_ids=positions,
             past_key_values=cache,

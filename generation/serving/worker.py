@@ -122,12 +122,12 @@ class ModelWorker:
         assert isinstance(key, AnswerKey)
         tasks: list[AnswerTask] = [job.task for job in jobs]
         # encode the images of all answers together
-        codes = pipe.encode_for_reading([image for task in tasks for image in task.images])
+        images = pipe.encode_for_reading([image for task in tasks for image in task.images])
         detokenizers = [IncrementalDetokenizer(pipe.processor, task) for task in tasks]
         steps = iter_text_ids(
             pipe.model,
             [task.prompt_ids for task in tasks],
-            codes.split([len(task.images) for task in tasks]),
+            images.split([len(task.images) for task in tasks]),
             max(task.max_new_tokens for task in tasks),
             **{name: getattr(key, name) for name in ("seed", "do_sample", "temperature", "top_k", "top_p")},
             backend=pipe.backend,

@@ -169,7 +169,7 @@ def test_generation_step_by_step_equals_one_pass(reference):
 @pytest.mark.parametrize("case", ["vqa_gen0", "vqa_gen1"])
 def test_greedy_answers(published, case):
     model, out = published.model, published.out
-    ids = expand_images(out[f"{case}.input_ids"][0].tolist(), -200, [16])
+    ids = expand_images(out[f"{case}.input_ids"][0].tolist(), -200, [[-200] * 16])
     inputs = {"input_ids": torch.tensor([ids]), "image_codes": out[f"{case}.image"][0].transpose(1, 2)}
     inputs |= {"max_new_tokens": 16, "do_sample": False}
     result = model.generate(

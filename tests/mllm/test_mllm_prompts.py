@@ -103,7 +103,7 @@ def test_images_are_before_the_question_or_at_its_marks(processor):
     assert -200 not in ours.question_ids("What is in this photo", num_images=0)
     with pytest.raises(UserError, match=r"marks 1 images .* but 2 were given"):
         ours.question_ids("a <image> photo", num_images=2)
-    assert expand_images([1, -200, 5, -200], -200, [2, 1]) == [1, -200, -200, 5, -200]
+    assert expand_images([1, -200, 5, -200], -200, [[-200] * 2, [7]]) == [1, -200, -200, 5, 7]
 
 
 def test_decode_skips_images_and_special_ids(processor):
