@@ -385,7 +385,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         if getattr(quantization, "llm_int8_skip_modules", quantization) is None and quantization is not None:
             # the embedder's attention reads `qkv.weight` directly, so it must not be quantised
             kwargs["quantization_config"] = quantization = copy.copy(quantization)
-            quantization.llm_int8_skip_modules = ["visual_embedder", "feature_adapter", "lm_head"]
+            quantization.llm_int8_skip_modules = ["visual_embedder", "lm_head"]
         loaded = load_checked(cls, super().from_pretrained, path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.visual_embedder.freeze_codebooks()  # transformers sets requires_grad to True
