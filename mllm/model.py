@@ -91,7 +91,6 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         attention_mask: torch.Tensor | None = None,
         image_codes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Any = None,
@@ -100,6 +99,7 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
         reduction: Literal["mean", "sum"] = "mean",
         return_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> UniTokMLLMOutput:
         """One pass over sequences of text and images.
@@ -110,8 +110,6 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             image_codes: (I, N, K), the images in row-major order of their placeholders.
             labels: (B, L): the id of a target text token, `config.image_token_id` at the placeholders of a
                 target image, -100 elsewhere. The first token of a row or packed sample is never a target.
-            image_features: (J, M, F) of the images that are read, in row-major order of their M placeholders
-                `config.feature_token_id`; only with continuous or dual visual input.
             inputs_embeds: (B, L, D) instead of `input_ids`, images included.
             position_ids: (B, L); None = counted along the mask. For rows that pack several samples pass
                 positions that restart from 0 with each sample, and no mask: samples then do not attend to
@@ -122,6 +120,8 @@ class UniTokForConditionalGeneration(InstalledCode, PreTrainedModel, GenerationM
             num_items_in_batch: of transformers' Trainer: the number of labels, visual tokens included, in all
                 micro-batches of an optimizer step. The losses are then sums divided by it, so that their sum
                 over micro-batches does not depend on how the step is split.
+            image_features: (J, M, F) of the images that are read, in row-major order of their M placeholders
+                `config.feature_token_id`; only with continuous or dual visual input.
             kwargs: of the decoder, such as output_hidden_states and output_attentions (which takes eager
                 attention); return_dict = False returns a tuple.
 

@@ -72,7 +72,9 @@ def test_questions_about_one_image_share_its_prefill(full_model, asked, monkeypa
     codes = [asked[1][0], image, asked[1][1], image, asked[1][0], image]
     read = []
     embed = full_model.embed_inputs
-    monkeypatch.setattr(full_model, "embed_inputs", lambda ids, c: read.append(ids.numel()) or embed(ids, c))
+    monkeypatch.setattr(
+        full_model, "embed_inputs", lambda ids, **c: read.append(ids.numel()) or embed(ids, **c)
+    )
     for options in ({}, {"num_beams": 2}):
         read.clear()
         shared = generate_text_ids(full_model, prompts, codes, max_new_tokens=8, **options)
