@@ -14,7 +14,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.projection import AttentionProjection, KVCache
 from open_unitok.tokenizer.quantizers.base import normalise_blocks
-from open_unitok.tokenizer.quantizers.residual import sum_scales
+from open_unitok.tokenizer.quantizers.residual import next_scale_inputs, sum_scales
 
 from .config import UniTokMLLMConfig, check_mllm_quantizer
 
@@ -90,16 +90,37 @@ class VisualEmbedder(nn.Module):
         """(..., K) codes -> (..., latent_dim): K rows, concatenated or added, as the tokenizer's `embed`;
         with trained tables (..., K*D)."""
         # one lookup in all K tables: table k starts at row k * V
-        offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
         if self.shared_tables is not None:
+            offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
             return self.shared_tables(codes.long() + offsets).flatten(-2)
-        assert self.codebooks is not None
-        rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
-        rows = self._normalise(rows)
-        rows = rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
+        rows = self._rows(codes)
         if not self.config.scales:
             return rows
         return sum_scales(rows.float(), self.config.scales).to(rows.dtype)
+
+    def next_scales(self, codes: torch.Tensor, again: int | None = None) -> torch.Tensor:
+        """(I, N, K) codes of a pyramid -> (I, N - s1*s1, D): what TokenFlow's next-scale decoder reads for
+        the scales 2 to S, before its level and position embeddings; see `next_scale_inputs`.
+
+        Raises:
+            UserError: the model does not read a pyramid through "mlp".
+        """
+        scales = self.config.scales
+        if not scales or self.config.input_embedder != "mlp":
+            raise UserError(
+                f"next_scales needs scales and input_embedder = 'mlp', not {scales} and "
+                f"{self.config.input_embedder!r}."
+            )
+        rows = self._rows(codes)
+        return self.projector(next_scale_inputs(rows.float(), scales, again).to(rows.dtype))
+
+    def _rows(self, codes: torch.Tensor) -> torch.Tensor:
+        """(..., K) codes -> (..., latent_dim), without a sum over scales."""
+        assert self.codebooks is not None
+        offsets = torch.arange(self.num_codebooks, device=codes.device) * self.codebook_size
+        rows = F.embedding(codes.long() + offsets, self.codebooks.flatten(0, 1))
+        rows = self._normalise(rows)
+        return rows.sum(dim=-2) if self.sums_rows else rows.flatten(-2)
 
     def code_table(self) -> torch.Tensor:
         """(K, V, C) float32 rows, normalised as in `embed`."""

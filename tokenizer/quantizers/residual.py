@@ -263,6 +263,26 @@ def sum_scales(rows: Tensor, scales: Sequence[int]) -> Tensor:
     return _to_tokens(torch.stack(ups).sum(dim=0))
 
 
+def next_scale_inputs(rows: Tensor, scales: Sequence[int], again: int | None = None) -> Tensor:
+    """(B, N, D) rows of all scales -> (B, N - s1*s1, D): what a decoder of the next scale reads (TokenFlow).
+
+    For each scale but the first, the sum of all coarser ones, upsampled from one scale to the next: not
+    `sum_scales`, which upsamples each scale once.
+
+    Args:
+        again: a scale from 1 to S - 1, counted from 0, of which the rows are a first guess and part of its
+            input.
+    """
+    parts = rows.split([side * side for side in scales], dim=1)
+    total, found = parts[0], []
+    for place in range(1, len(scales)):
+        side = scales[place]
+        coarser = _to_tokens(upsample_scale(total, scales[place - 1], (side, side)))
+        total = coarser + parts[place]
+        found.append(total if place == again else coarser)
+    return torch.cat(found, dim=1)
+
+
 def _to_tokens(grid: Tensor) -> Tensor:
     """(B, D, h, w) -> (B, h*w, D) in raster order."""
     return grid.flatten(2).transpose(1, 2)

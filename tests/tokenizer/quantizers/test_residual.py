@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.quantizers import QUANTIZERS
+from open_unitok.tokenizer.quantizers.residual import next_scale_inputs
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 TOKENFLOW = ["pyramid", "pyramid_eval", "pyramid_drop2", "pyramid_drop3", "pyramid_phi"]
@@ -107,6 +108,15 @@ def test_tokenflow_decodes_prefixes_of_whole_scales(tokenflow):
     words = r"codes have 20 tokens; the scales \[1, 2, 3, 4\] take 30 \(or 1, 5, 14 of the first scales\)\."
     with pytest.raises(UserError, match=words):
         quantizer.embed(codes[:, :20])
+
+
+def test_tokenflows_next_scale_inputs(tokenflow):
+    tensors, _ = tokenflow
+    quantizer = tokenflow_pyramid(tensors, [1, 2, 3, 4])
+    rows = quantizer.inner.embed(tensors["pyramid.out.codes"].unsqueeze(-1))
+    for name, again in (("", None), ("_again1", 1), ("_again3", 3)):
+        found = next_scale_inputs(rows, [1, 2, 3, 4], again)
+        near(found, tensors[f"drawing.out.inputs{name}"], 5e-6, name)
 
 
 @pytest.mark.parametrize("case", ["rms", "layer", "none"])

@@ -1,0 +1,74 @@
+"""Depth heads and input embedders of other systems on two ranks: every ZeRO stage gives the losses and
+weights of one process. All runs share one launch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+STAGES = (0, 1, 2, 3)
+# with the usual eps, gradients that are only rounding errors would change weights by the whole learning rate
+STEPS = ("steps=4", "optimizer.eps=1e-4", "log.every=2")
+FQGAN = "{rotary: grid, tables: shared, outputs: own, output_bias: false, context: raw}"
+VARIANTS = {
+    "fqgan": f"model.fields={{input_embedder: tables, depth_options: {FQGAN}}}",
+    "mlp": "model.fields={input_embedder: mlp, depth_options: {rotary: none}}",
+}
+
+
+@pytest.fixture(scope="module")
+def launched(mllm):
+    """All runs on two ranks."""
+    root = mllm.folder / "variants"
+    root.mkdir()
+    jobs = [
+        {
+            "config": str(mllm.folder / "config.yaml"),
+            "overrides": [*STEPS, fields, f"engine.zero_stage={stage}", f"out={root / f'{name}{stage}'}"],
+        }
+        for name, fields in VARIANTS.items()
+        for stage in STAGES
+    ]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    worker = Path(__file__).parent / "ranks_worker.py"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = [str(worker), str(root / "jobs.json")]
+    subprocess.run([*command, *arguments], check=True, timeout=1200, env=environment)
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(mllm):
+    """name -> the same run in one process."""
+    return {
+        name: mllm.train(f"single-{name}", *STEPS, "checkpoint.every=2", fields)
+        for name, fields in VARIANTS.items()
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_stage_equals_one_process(mllm, launched, single, name, stage):
+    folder = launched / f"{name}{stage}"
+    mllm.same_rows(mllm.rows(folder), mllm.rows(single[name]), 1e-4)
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (folder, single[name]))
+    assert one.keys() == other.keys()
+    worst = max((one[key] - other[key]).abs().max().item() for key in one)
+    assert worst < 2e-5, worst
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_resume_is_exact(mllm, single, name):
+    out = f"resumed-{name}"
+    for stop in (["stop_at=2"], []):
+        folder = mllm.train(out, *STEPS, "checkpoint.every=2", VARIANTS[name], *stop)
+    assert mllm.rows(folder) == mllm.rows(single[name])
+    a, b = mllm.weights(folder), mllm.weights(single[name])
+    assert all(a[key].equal(b[key]) for key in a)
