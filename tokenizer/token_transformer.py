@@ -188,7 +188,8 @@ class QueryResampler(nn.Module):
     def forward(self, tokens: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
         """Every layer reads the same tokens, or layer i those at i of a sequence of `depth` tensors."""
         read = [tokens] * len(self.layers) if isinstance(tokens, torch.Tensor) else tokens
-        queries = self.queries.to(read[0].dtype).expand(len(read[0]), -1, -1)
+        # a copy: counting FLOPs without gradients fails on views of parameters
+        queries = self.queries.to(read[0].dtype).repeat(len(read[0]), 1, 1)
         for layer, layer_tokens in zip(self.layers, read, strict=True):
             queries = layer(queries, layer_tokens)
         return queries
