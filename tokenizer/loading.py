@@ -24,7 +24,10 @@ def check_tokenizer_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         UserError: `folder` does not hold a visual tokenizer; the message names the model type found.
     """
-    kind = read_config(folder).get("model_type")
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if kind == "unitok" and "path" in (config.get("encoder_options") or {}):
+        raise UserError(f"{folder}: encoder_options has a path, but a saved tokenizer holds its own tower.")
     if kind != "unitok":
         inside = Path(folder) / "unitok"
         hint = f" Its visual tokenizer is in {inside}." if inside.is_dir() else ""

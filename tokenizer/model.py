@@ -23,7 +23,7 @@ from open_unitok.core.files import tokenizer_path
 from .config import UniTokConfig
 from .convert import read_published_tokenizer
 from .decoders import build_decoder
-from .encoders import build_encoder
+from .encoders import build_encoder, load_towers, resolve_paths
 from .fingerprint import compute_fingerprint
 from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
@@ -66,6 +66,7 @@ class UniTok(InstalledCode, PreTrainedModel):
     _keep_in_fp32_modules_strict = list(FLOAT32_PARTS)  # not cast by from_pretrained(dtype=...)
 
     def __init__(self, config: UniTokConfig) -> None:
+        config, towers = resolve_paths(config)
         super().__init__(config)
         # Quantiser and decoder are built first: the projections need their widths. Modules are assigned in
         # the order of the data flow, which is the order of the state dict and of weight initialisation.
@@ -84,6 +85,7 @@ class UniTok(InstalledCode, PreTrainedModel):
         self.text_encoder = TextEncoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale, as in CLIP
         self.post_init()
+        load_towers(self.encoder, towers)
 
     def forward(
         self,

@@ -5,8 +5,11 @@ pixels in [-1, 1] to (B, N, width) tokens: `config.num_register_tokens` register
 order; or, where it has `tokens`, that many of an image (`token_layout.tokens`).
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import torch
 
 from ..config import UniTokConfig
 from ..entries import build_entry
@@ -30,4 +33,39 @@ def build_encoder(config: UniTokConfig) -> Any:
     return build_entry(ENCODERS, "ENCODERS", "encoder", config)
 
 
-__all__ = ["ENCODERS", "HFVisionEncoder", "ResampledEncoder", "ViTaminEncoder", "build_encoder"]
+def resolve_paths(config: UniTokConfig) -> tuple[UniTokConfig, dict[str, str]]:
+    """The config with the fields of each tower that `encoder_options` names by path in place of the path; the
+    paths, by submodule of the encoder.
+
+    Raises:
+        UserError: a path holds no vision tower.
+    """
+    resolve = getattr(ENCODERS.get(config.encoder), "resolve", None)
+    options, paths = resolve(config) if resolve else ({}, {})
+    if not paths:
+        return config, {}
+    config = copy.deepcopy(config)
+    config.encoder_options = options
+    return config, paths
+
+
+def load_towers(encoder: Any, paths: Mapping[str, str]) -> None:
+    """Load the weights of the towers at `paths`, of `resolve_paths`; on the meta device there are none.
+
+    Raises:
+        UserError: they are missing or broken.
+    """
+    if not torch.empty(0).is_meta:
+        for part, path in paths.items():
+            encoder.get_submodule(part).load_weights(path)
+
+
+__all__ = [
+    "ENCODERS",
+    "HFVisionEncoder",
+    "ResampledEncoder",
+    "ViTaminEncoder",
+    "build_encoder",
+    "load_towers",
+    "resolve_paths",
+]

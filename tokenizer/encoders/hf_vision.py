@@ -1,75 +1,82 @@
-"""Any transformers vision tower as an encoder, randomly initialised: a plain ViT, DINOv2, SigLIP, ...
+"""A transformers vision tower as the encoder: SigLIP, CLIP, DINOv2 from a folder or hub id, or a new ViT.
 
-B batch, N visual tokens, D width of the tower, (H, W) image size in pixels.
+B images, N visual tokens, D width of the tower, (H, W) image size in pixels.
 """
 
-import inspect
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
-from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig
+from ..entries import check_options
+from .vision_tower import TOWER_OPTIONS, VisionTower, check_tower, read_tower
 
-# Omit weights that the tokens do not depend on: they get no gradient, but weight decay would shrink them.
-_NO_EXTRAS = {"use_mask_token": False, "vision_use_head": False}  # DINOv2; SigLIP
 
+class HFVisionEncoder(VisionTower):
+    """(B, 3, H, W) pixels in [-1, 1] -> (B, N, D) tokens of the tower's patches.
 
-class HFVisionEncoder(nn.Module):
-    """(B, 3, H, W) pixels in [-1, 1] -> (B, N, D) tokens of the tower's last layer, without its CLS token.
+    `encoder_options` are
 
-    `encoder_options` are the fields of the tower's transformers config, "model_type" among them, e.g.
-    {"model_type": "vit", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}. Image and
-    patch size default to the tokenizer's.
+    - {"path": folder or hub id, "layer", "norm", "mean", "std"}, see `read_tower`: a new `UniTok` takes over
+      the weights and stores the tower's own fields in place of the path: a saved folder needs nothing else;
+    - or the fields of a new tower's transformers config, "model_type" among them, e.g. {"model_type": "vit",
+      "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6}. Image and patch size default to
+      the tokenizer's.
+
+    With "resize": true a tower of another patch size sees the image resized to as many of its patches as the
+    tokenizer has tokens, e.g. 224 of 256 pixels for patches of 14.
 
     Raises:
-        UserError: there is no such model type, or the tokenizer has register tokens.
+        UserError: there is no such tower, its patch size differs, or the tokenizer has register tokens.
     """
 
     def __init__(self, config: UniTokConfig) -> None:
-        super().__init__()
-        options = {"image_size": config.image_size, "patch_size": config.patch_size, **_NO_EXTRAS}
-        options |= config.encoder_options or {}
-        kind = options.pop("model_type", None)
-        if kind not in CONFIG_MAPPING:
-            hint = did_you_mean(str(kind), ("vit", "dinov2", "siglip_vision_model"))
-            raise UserError(f"encoder_options.model_type = {kind!r} is not a transformers model type.{hint}")
+        fields = {"image_size": config.image_size, "patch_size": config.patch_size}
+        fields |= {"use_mask_token": False, "vision_use_head": False} | (config.encoder_options or {})
+        resizes = fields.pop("resize", False)
         if config.num_register_tokens:
             raise UserError(
                 f"num_register_tokens = {config.num_register_tokens}: encoder 'hf_vision' has no register "
                 "tokens, set it to 0."
             )
-        tower_config = AutoConfig.for_model(kind, **options)
-        self.patch_size: int = tower_config.patch_size
-        self.width: int = tower_config.hidden_size
-        self.tower: Any = AutoModel.from_config(tower_config)
-        if getattr(self.tower, "pooler", None) is not None:  # of ViT; pools the CLS token, which is not used
-            self.tower.pooler = None
-        # Some towers resize their position embeddings to the image only on request.
-        forward = inspect.signature(self.tower.forward).parameters
-        self._forward_options = (
-            {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in forward else {}
-        )
+        super().__init__(fields)
+        if not self.tower_patch:
+            raise UserError(
+                f"encoder 'hf_vision': {fields['model_type']!r} is not a vision transformer with one "
+                "patch size."
+            )
+        if self.tower_patch != config.patch_size and not resizes:
+            raise UserError(
+                f"encoder 'hf_vision' has patches of {self.tower_patch} pixels, but patch_size = "
+                f"{config.patch_size}: set patch_size to it, or encoder_options.resize to true, which "
+                "resizes images for the tower."
+            )
+        check_tower(fields, self._tower_size(*config.image_shape, config.patch_size))
+        self.patch_size = config.patch_size
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self._patches(
-            self.tower(pixel_values=pixels, **self._forward_options).last_hidden_state, pixels
-        )
-
-    @property
-    def num_layers(self) -> int:
-        """Number of `layer_outputs`."""
-        return self.tower.config.num_hidden_layers
+        return super().forward(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))
 
     def layer_outputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The output of every layer of the tower; the last one is that of `forward`."""
-        found = self.tower(pixel_values=pixels, output_hidden_states=True, **self._forward_options)
-        # the first is the embedding, the last lacks the tower's own norm
-        return [self._patches(x, pixels) for x in (*found.hidden_states[1:-1], found.last_hidden_state)]
+        return super().layer_outputs(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))
 
-    def _patches(self, hidden: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        count = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
-        return hidden[:, -count:]  # the CLS token and the tower's own registers come first
+    @staticmethod
+    def resolve(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, str]]:
+        """`encoder_options` with the tower's own fields in place of a path; the path by submodule.
+
+        Raises:
+            UserError: the path holds no vision tower, or an option does not fit it.
+        """
+        options = dict(config.encoder_options or {})
+        if "path" not in options:
+            return options, {}
+        check_options("encoder", config.encoder, options, ("path", *TOWER_OPTIONS, "resize"))
+        path, resizes = str(options.pop("path")), options.pop("resize", None)
+        fields = read_tower(path, **options)
+        return fields | ({"resize": True} if resizes else {}), {"": path}
+
+    def _tower_size(self, height: int, width: int, patch: int) -> tuple[int, int]:
+        return height // patch * self.tower_patch, width // patch * self.tower_patch

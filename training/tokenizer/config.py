@@ -267,6 +267,11 @@ class WordOptions:
             raise UserError("words needs both lists (of words) and vectors (of these words).")
 
 
+def has_trained_tower(options: Any) -> bool:
+    """Whether `encoder_options` name the trained weights of a whole encoder."""
+    return isinstance(options, dict) and "path" in options
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerRunConfig(RunConfig):
     """A run of the tokenizer stage.
@@ -328,6 +333,7 @@ class TokenizerRunConfig(RunConfig):
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}: it must be between 0 and 1, or null for none.")
         known = {"quantizer"} if self.init_quantizer else set()
+        known |= {"encoder"} if has_trained_tower(self.model.get("encoder_options")) else set()
         if not self.init_from and set(self.freeze) - known:
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."

@@ -11,6 +11,7 @@ from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import Quantizer, UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, CaptionTokenizer
 from open_unitok.tokenizer.convert import read_clip_weights
+from open_unitok.tokenizer.encoders import resolve_paths
 from open_unitok.tokenizer.layers import init_kaiming
 from open_unitok.tokenizer.loading import find_weights
 from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
@@ -89,7 +90,8 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             load_quantizer(model.quantizer, model.config, config.init_quantizer)
     else:
         model = _load_pretrained(config.init_from)
-        # sizes may be repeated in the config, but not changed
+        # sizes may be repeated in the config, but not changed; a tower is compared by its fields
+        wanted, _ = resolve_paths(wanted)
         for key in fields:
             if getattr(model.config, key) != getattr(wanted, key):
                 other = getattr(model.config, key)

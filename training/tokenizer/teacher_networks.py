@@ -3,18 +3,16 @@
 B images, n patches of the teacher's own grid, D width of its features.
 """
 
-import inspect
 import math
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer.folder_checks import loading
+from open_unitok.tokenizer.encoders.vision_tower import VisionTower, load_projected_tower, load_tower
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 
 from .config import TeacherOptions
@@ -105,80 +103,29 @@ def build_teacher(options: TeacherOptions) -> Teacher:
 
 def _from_transformers(options: TeacherOptions) -> Teacher:
     """A vision model, or the vision half of a CLIP, by path or hub id."""
-    from transformers import AutoModel
-
-    path = options.model or ""
-    _check_path(path)
-    with loading(path):
-        model, info = AutoModel.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    # the pooler is not used; any other missing weight would be random
-    missing = sorted(name for name in info["missing_keys"] if "pooler" not in name)
-    if missing:
-        raise UserError(f"teacher.model ({path}) lacks weights, {missing[0]} among them: it is not complete.")
-    projection = getattr(model, "visual_projection", None)
-    tower = getattr(model, "vision_model", model)
-    config = tower.config
-    size = options.image_size or config.image_size
-    norm = getattr(tower, "post_layernorm", None)
-    if options.projected and (projection is None or norm is None):
-        raise UserError(f"teacher.projected is true, but {path} is no CLIP with a visual projection.")
-    mean, std = _normalisation(options, path)
-    network = _Tower(tower, options.layer, norm, projection if options.projected else None)
-    sizes = getattr(config, "hidden_sizes", None)  # of a convolutional network
-    width = sizes[-1] if sizes else config.hidden_size
-    if options.projected and projection is not None:
-        width = projection.out_features
-    patch = None if sizes else getattr(config, "patch_size", None)
-    return Teacher(network, width, size, mean, std, options.resize, patch)
+    load = load_projected_tower if options.projected else load_tower
+    tower = load(
+        options.model or "", "teacher.model", layer=options.layer, mean=options.mean, std=options.std
+    )
+    network = _Tokens(tower)
+    size = options.image_size or tower.image_size
+    return Teacher(network, tower.width, size, tower.mean, tower.std, options.resize, tower.tower_patch)
 
 
-class _Tower(nn.Module):
-    """A transformers vision model as image -> features of one layer."""
+class _Tokens(nn.Module):
+    """A tower as normalised images -> tokens, class token first."""
 
-    def __init__(
-        self, tower: Any, layer: int | None, norm: nn.Module | None, projection: nn.Module | None
-    ) -> None:
+    def __init__(self, tower: VisionTower) -> None:
         super().__init__()
-        self.tower, self.layer, self.norm, self.projection = tower, layer, norm, projection
-        # some towers resize their position embeddings only on request
-        resizes = "interpolate_pos_encoding" in inspect.signature(tower.forward).parameters
-        self.options = {"interpolate_pos_encoding": True} if resizes else {}
-        depth = getattr(tower.config, "num_hidden_layers", None) or len(tower.config.depths)
-        _check_layer(layer, depth)
+        self.tower = tower
 
     def forward(self, image: Tensor) -> Tensor:
-        more = {"output_hidden_states": True} if self.layer is not None else {}
-        out = self.tower(pixel_values=image, **self.options, **more)
-        hidden = out.last_hidden_state if self.layer is None else out.hidden_states[self.layer]
-        if self.projection is not None and self.norm is not None:
-            hidden = self.projection(self.norm(hidden))
-        return hidden
-
-
-def _normalisation(options: TeacherOptions, path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of the config, else of the model's preprocessor_config.json."""
-    if options.mean is not None and options.std is not None:
-        return options.mean, options.std
-    from transformers.image_processing_utils import BaseImageProcessor
-
-    try:
-        stored, _ = BaseImageProcessor.get_image_processor_dict(path)
-        return tuple(stored["image_mean"]), tuple(stored["image_std"])
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"teacher.model ({path}) has no preprocessor_config.json with image_mean and image_std: set "
-            "teacher.mean and teacher.std."
-        ) from None
+        return self.tower.all_tokens(image)
 
 
 def _check_layer(layer: int | None, depth: int) -> None:
     if layer is not None and layer < -depth:
         raise UserError(f"teacher.layer is {layer}: this network has {depth} blocks, -1 to -{depth}.")
-
-
-def _check_path(path: str) -> None:
-    if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
-        raise UserError(f"teacher.model is {path!r}, but there is no such folder.")
 
 
 def _from_dinov2(options: TeacherOptions) -> Teacher:
