@@ -15,7 +15,7 @@ from .token_layout import TokenLayout
 
 PROJECTIONS = ("attention", "linear", "tanh", "none")
 CONTINUOUS = "none"  # the entry of QUANTIZERS without codes
-SUMMED_QUANTIZERS = ("language",)  # entries of QUANTIZERS with `sums_rows`
+SUMMED_QUANTIZERS = ("language", "gaussian")  # entries of QUANTIZERS with `sums_rows`
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
 # The published vitamin_small has no decoder; ours mirrors the encoder's widths, as the other two do.
@@ -310,6 +310,9 @@ class UniTokConfig(PretrainedConfig):
         if self.quantizer == "language":
             adjectives, nouns = (options.get(name) or self.codebook_size for name in ("adjectives", "nouns"))
             sizes = [adjectives, adjectives, nouns]
+        if self.quantizer == "gaussian":  # geometry has codes of its own, or five float32
+            levels = options.get("levels")
+            sizes = [*sizes[:-5], *levels] if levels else [*sizes, 2**32, 2**32, 2**32, 2**32, 2**32]
         return sum(map(math.log2, sizes))
 
     @classmethod

@@ -13,11 +13,13 @@ from .attention import AttentionQuantizer
 from .base import Quantizer, QuantizerOutput, option_names
 from .cluster import ClusterQuantizer
 from .ema import EMAQuantizer
+from .gaussian import GaussianQuantizer
 from .ibq import IBQQuantizer
 from .language import LanguageMapQuantizer, LanguageQuantizer
 from .library import LibraryQuantizer
 from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
+from .nearest_ema import NearestEMAQuantizer
 from .none import NoQuantizer
 from .residual import ResidualQuantizer
 from .shared_index import SharedIndexQuantizer
@@ -25,6 +27,7 @@ from .shared_index import SharedIndexQuantizer
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "multi_codebook": MultiCodebookQuantizer,
     "nearest": NearestQuantizer,
+    "nearest_ema": NearestEMAQuantizer,
     "ibq": IBQQuantizer,
     "ema": EMAQuantizer,
     "cluster": ClusterQuantizer,
@@ -35,8 +38,15 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "language_map": LanguageMapQuantizer,
     "library": LibraryQuantizer,
     "none": NoQuantizer,
+    "gaussian": GaussianQuantizer,
 }
 ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
+# neither wrappers nor kinds whose rows come from a list of words
+GaussianQuantizer.inner_kinds = {
+    name: kind
+    for name, kind in QUANTIZERS.items()
+    if name not in ("residual", "gaussian", "language", "language_map", "none")
+}
 
 
 def build_quantizer(config: UniTokConfig) -> Quantizer:
@@ -82,11 +92,13 @@ __all__ = [
     "AttentionQuantizer",
     "ClusterQuantizer",
     "EMAQuantizer",
+    "GaussianQuantizer",
     "IBQQuantizer",
     "LanguageMapQuantizer",
     "LanguageQuantizer",
     "LibraryQuantizer",
     "MultiCodebookQuantizer",
+    "NearestEMAQuantizer",
     "NearestQuantizer",
     "NoQuantizer",
     "Quantizer",

@@ -57,6 +57,7 @@ class Quantizer(nn.Module):
         average_over_ranks: None, or a differentiable mean of a tensor over processes; multi-process training
             sets it, so that losses and usage refer to the global batch.
         gather_over_ranks: None, or a function (1, ...) -> (processes, ...); set as `average_over_ranks`.
+        order: positions of the coming batch's images before they were reordered, or None; training sets it.
         frozen: training sets it if the quantiser must not change, also where no optimiser moves it.
         moves_rows: whether the rows move in the forward pass of training; dead-code reset is then refused.
         trains_rows: whether an optimiser moves the rows; otherwise `codebooks` requires no gradient.
@@ -89,6 +90,7 @@ class Quantizer(nn.Module):
         self.counts_usage = True
         self.average_over_ranks: Callable[[Tensor], Tensor] | None = None
         self.gather_over_ranks: Callable[[Tensor], Tensor] | None = None
+        self.order: Sequence[int] | None = None
         self.frozen = False
 
     def init_weights(self) -> None:

@@ -1,4 +1,5 @@
-"""K-means by cosine, the start of moving-average codebooks (VQ-KD, arXiv 2411.04406).
+"""K-means, the start of moving-average codebooks: by cosine (VQ-KD, arXiv 2411.04406) and by distance
+(GaussianToken, 2501.15619).
 
 R latents, V entries, C width of one code.
 """
@@ -29,6 +30,25 @@ def kmeans(features: Tensor, rows: Tensor, indices: Tensor, iterations: int = 10
         codes = nearest_by_cosine(features, rows)
         rows = F.normalize(torch.where(*members_mean(features, codes, rows)), dim=-1)
     return rows
+
+
+def kmeans_by_distance(features: Tensor, indices: Tensor, iterations: int = 10) -> tuple[Tensor, Tensor]:
+    """(V, C) means after `iterations` rounds of Euclidean k-means on (R, C) features, and (V,) members in the
+    last round; rows without members stay.
+
+    Args:
+        indices: (V,) the distinct features to begin with.
+    """
+    features = features.float()
+    rows, counts = features[indices], torch.ones_like(features[indices, 0])
+    step = max(SIMILARITY_BLOCK // len(rows), 1)
+    for _ in range(iterations):
+        half_norms = rows.square().sum(dim=-1) / 2
+        blocks = [(block @ rows.T - half_norms).argmax(dim=-1) for block in features.split(step)]
+        codes = torch.cat(blocks)
+        rows = torch.where(*members_mean(features, codes, rows))
+        counts = torch.bincount(codes, minlength=len(rows)).to(rows)
+    return rows, counts
 
 
 def nearest_by_cosine(features: Tensor, rows: Tensor) -> Tensor:

@@ -72,11 +72,15 @@ class NearestQuantizer(Quantizer):
 
     @torch.no_grad()
     def _search(self, chunks: torch.Tensor) -> torch.Tensor:
-        """(B, N, K, C) -> (B, N, K)."""
-        # argmin |x - e|^2 = argmin |e|^2 - 2 x e, because |x|^2 is the same for all entries
-        norms = self.codebooks.square().sum(dim=-1)  # (K, V)
-        return search_codes(
-            chunks,
-            norms.shape[1],
-            lambda book, rows: (norms[book] - 2 * rows @ self.codebooks[book].T).argmin(dim=-1),
-        )
+        return search_by_distance(chunks, self.codebooks)
+
+
+def search_by_distance(chunks: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(B, N, K, C), (K, V, C) -> (B, N, K): the nearest entry, the first among equals."""
+    # argmin |x - e|^2 = argmin |e|^2 - 2 x e, because |x|^2 is the same for all entries
+    norms = table.square().sum(dim=-1)  # (K, V)
+    return search_codes(
+        chunks,
+        norms.shape[1],
+        lambda book, rows: (norms[book] - 2 * rows @ table[book].T).argmin(dim=-1),
+    )

@@ -45,7 +45,8 @@ def start_kmeans(quantizer: Quantizer, latents: Tensor, seed: int, iterations: i
             f"codebooks.init is kmeans with {len(latents)} latents, fewer than {entries} entries: raise "
             "codebooks.init_images."
         )
-    if quantizer.row_norm != "unit":
+    own = getattr(quantizer, "start_kmeans", None)
+    if own is None and quantizer.row_norm != "unit":
         raise UserError(
             f"codebooks.init is kmeans, which is by cosine, but the rows of {type(quantizer).__name__} have "
             "no unit norm: set it to latents."
@@ -56,7 +57,6 @@ def start_kmeans(quantizer: Quantizer, latents: Tensor, seed: int, iterations: i
             for book in range(books)
         ]
     ).to(latents.device)
-    own = getattr(quantizer, "start_kmeans", None)
     if own is not None:
         own(latents, indices, iterations)
         return
@@ -86,7 +86,7 @@ def init_codebooks_from_latents(quantizer: Quantizer, latents: Tensor, seed: int
         values.append(rows[chosen, book] + noise)
     every = _entries(quantizer).to(codebooks.device)
     # rows behind a smaller codebook's last entry are never used
-    quantizer.reset_codes(every, torch.cat(values)[every.flatten()])
+    quantizer.reset_codes(every, torch.cat(values)[every[:books].flatten()])
 
 
 class DeadCodes:
@@ -184,8 +184,11 @@ def _codebooks(quantizer: Quantizer) -> nn.Parameter:
 
 
 def _entries(quantizer: Quantizer) -> Tensor:
-    """(K, V) bool, True for the entries of each code; a code with fewer than V has False at the end."""
-    return torch.arange(quantizer.usage.shape[1]) < torch.tensor(quantizer.code_sizes)[:, None]
+    """(K, V) bool, True for the entries of each code; a code with fewer than V has False at the end, and one
+    without rows, which come after those with rows, False alone."""
+    sizes = torch.tensor(quantizer.code_sizes)
+    sizes[len(_codebooks(quantizer)) :] = 0
+    return torch.arange(quantizer.usage.shape[1]) < sizes[:, None]
 
 
 def usage_and_perplexity(

@@ -137,8 +137,9 @@ def train_step(
     deepspeed_engine.clamp_parameter(state.engine, state.model.logit_scale, 0.0, math.log(100.0))
     reset = state.dead_codes.reset_codes(state.step, state.engine)
     if state.ema:
-        if reset is not None and state.model.quantizer.codebooks is not None:
-            state.ema.reset_rows(state.model.quantizer.codebooks, reset)
+        rows = state.model.quantizer.codebooks
+        if reset is not None and rows is not None:
+            state.ema.reset_rows(rows, reset[: len(rows)])
         state.ema.update(state.step)
     metrics["grad_norm"] = output.grad_norm if output.grad_norm is not None else 0.0
     if state.gan:
@@ -170,7 +171,7 @@ def micro_step(
     sample_posterior_noise(model, config.seed, state.step, samples)
     model.quantizer.start_step(seeding.torch_generator(config.seed, "quantizer", state.step))
     # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
-    state.dead_codes.order = order
+    state.dead_codes.order = model.quantizer.order = order
     if state.taught is not None:
         state.taught.order = order
 

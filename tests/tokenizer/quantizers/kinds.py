@@ -69,6 +69,19 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
         other_codes=({"preserve_symmetry": False},),
         codebooks={"init_images": 0},
     ),
+    "nearest_ema": Kind(
+        codebooks={"init": "kmeans", "init_images": 16},
+        state=("size", "total", "started"),
+        other_codes=({"decay": 0.5},),
+    ),
+    # books of unequal size: one of features, five of geometry
+    "gaussian": Kind(
+        {"levels": [8, 8, 4, 3, 2]},
+        {"num_codebooks": 6, "codebook_size": 16, "codebook_dim": 9},
+        codebooks={"init": "kmeans", "init_images": 16},
+        state=("size", "total", "started", "largest", "mean_scale"),
+        other_codes=({"levels": [8, 8, 4, 2, 2]}, {"inner": "nearest"}),
+    ),
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
 
