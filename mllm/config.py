@@ -11,7 +11,6 @@ from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.config import UniTokConfig
 from open_unitok.tokenizer.quantizers import Quantizer, describe_quantizer
-from open_unitok.tokenizer.quantizers.none import NO_CODES
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .depth_config import DepthOptions, depth_config
@@ -376,7 +375,7 @@ def check_mllm_quantizer(name: str, quantizer: Quantizer | type[Quantizer]) -> N
         UserError: an MLLM cannot read the quantiser's codes, or cannot generate them.
     """
     if not quantizer.discrete:
-        raise UserError(NO_CODES)
+        raise UserError(quantizer.no_codes)
     if not quantizer.reads:
         raise UserError(f"The codes of quantizer = {name!r} cannot be read by an MLLM (Quantizer.reads).")
     # an MLLM may be asked for images; that of a pyramid refuses then (check_generates)

@@ -31,7 +31,6 @@ from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
 from .projection import BookProjections, LinearProjection, build_projection
 from .quantizers import build_quantizer
-from .quantizers.none import NO_CODES
 from .standalone import InstalledCode
 from .text_tower import TextEncoder
 from .token_layout import TokenLayout
@@ -213,7 +212,7 @@ class UniTok(InstalledCode, PreTrainedModel):
             UserError: see `decode`.
         """
         if not self.quantizer.discrete:
-            raise UserError(NO_CODES)
+            raise UserError(self.quantizer.no_codes)
         codes, sizes = as_int64(codes), self.quantizer.code_sizes
         registers = self.config.num_register_tokens
         if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.dtype != torch.int64:
@@ -284,7 +283,7 @@ class UniTok(InstalledCode, PreTrainedModel):
             UserError: there are no codes.
         """
         if not self.quantizer.discrete:
-            raise UserError(NO_CODES)
+            raise UserError(self.quantizer.no_codes)
         return compute_fingerprint(self)
 
     @classmethod

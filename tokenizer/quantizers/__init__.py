@@ -40,7 +40,8 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "none": NoQuantizer,
     "gaussian": GaussianQuantizer,
 }
-ResidualQuantizer.inner_kinds = QUANTIZERS  # a pyramid takes any of the others
+# a pyramid takes any of the others on a grid
+ResidualQuantizer.inner_kinds = {name: kind for name, kind in QUANTIZERS.items() if name != "gaussian"}
 # neither wrappers nor kinds whose rows come from a list of words
 GaussianQuantizer.inner_kinds = {
     name: kind

@@ -48,6 +48,7 @@ class Quantizer(nn.Module):
         row_blocks: the parts for "blocks": a number of equal ones, or a list of their widths.
         sums_rows: whether `embed` adds the K rows instead of concatenating them; then C is `latent_dim`.
         discrete: whether there are codes; without them `encode` and `embed` raise, and `quantise` works.
+        no_codes: the error of what needs codes, where there are none.
         moments: whether `forward` takes (B, N, 2 * latent_dim) moments of a posterior in place of latents.
         reads, generates: whether an MLLM can read its codes as input, and can generate them; an MLLM needs
             both.
@@ -70,6 +71,7 @@ class Quantizer(nn.Module):
     moves_rows: bool = False
     trains_rows: bool = True
     discrete: bool = True
+    no_codes: str = ""
     moments: bool = False
     reads: bool = True
     generates: bool = True

@@ -23,6 +23,10 @@ SCALE_END = 3.0  # to which the upper bound falls
 SCALE_RATE, SCALE_DECAY, SCALE_EXCESS = 1e-3, 0.99, 0.01  # its fall in a training step
 RAW_LIMIT = 9.21024  # logit of .9999
 BITS = 32  # of a continuous number
+NO_CODES = (
+    "This tokenizer's codes are incomplete: quantizer 'gaussian' without quantizer_options.levels has continuous "
+    "geometry, 5 floats a token. Only reconstruct works; train with levels for codes."
+)
 
 
 class GaussianQuantizer(Quantizer):
@@ -51,6 +55,7 @@ class GaussianQuantizer(Quantizer):
 
     inner_kinds: ClassVar[dict[str, type[Quantizer]]]  # entries of QUANTIZERS
     row_norm = "none"
+    no_codes = NO_CODES
     sums_rows = True  # each code has its own columns of the latent, the others are 0
     largest: Tensor
     mean_scale: Tensor
@@ -207,11 +212,8 @@ class GaussianQuantizer(Quantizer):
         return features, raw
 
     def _check_discrete(self) -> None:
-        if self.levels is None:
-            raise UserError(
-                "quantizer 'gaussian' without quantizer_options.levels has continuous geometry (5 floats a "
-                "token), which no code carries: use reconstruct, or train with levels."
-            )
+        if not self.discrete:
+            raise UserError(self.no_codes)
 
     @torch.no_grad()
     def _lower_scale(self, mean: Tensor) -> None:

@@ -32,6 +32,7 @@ class NoQuantizer(Quantizer):
 
     row_norm = "none"
     discrete = False
+    no_codes = NO_CODES
     reads = False
     generates = False
 
