@@ -15,7 +15,7 @@ from open_unitok.tokenizer.quantizers import (
 from open_unitok.tokenizer.quantizers.base import Quantizer, normalise_blocks
 from open_unitok.tokenizer.token_layout import TokenLayout
 
-ONE_GRID = sorted(set(QUANTIZERS) - {"residual"})  # a pyramid has other numbers of tokens: test_residual.py
+ONE_GRID = sorted(set(QUANTIZERS) - {"residual", "none"})  # a pyramid, no codes: tests of their own
 OPTIONS = {"residual": {"scales": [1, 2, 4]}, "gaussian": {"levels": [8, 8, 4, 2, 2]}}  # in `tiny_config`
 
 # SweetTok's codes are added, Gaussians' too, and a package's need options: quantizers/test_language.py, ...
@@ -103,7 +103,7 @@ def test_reset_codes(quantizer):
     assert written[0][0] is quantizer.codebooks and torch.equal(written[0][1], unused)
 
 
-@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - {"library"}))
+@pytest.mark.parametrize("name", sorted(set(QUANTIZERS) - {"library", "none"}))
 def test_a_tokenizer_trains_saves_and_loads(name, tiny_config, tmp_path):
     torch.manual_seed(0)
     changes = {"quantizer_options": OPTIONS.get(name), **SIZES.get(name, {})}

@@ -23,9 +23,9 @@ SCALE_END = 3.0  # to which the upper bound falls
 SCALE_RATE, SCALE_DECAY, SCALE_EXCESS = 1e-3, 0.99, 0.01  # its fall in a training step
 RAW_LIMIT = 9.21024  # logit of .9999
 BITS = 32  # of a continuous number
-NO_CODES = (
-    "This tokenizer's codes are incomplete: quantizer 'gaussian' without quantizer_options.levels has continuous "
-    "geometry, 5 floats a token. Only reconstruct works; train with levels for codes."
+INCOMPLETE = (
+    "This tokenizer's codes are incomplete: quantizer 'gaussian' without quantizer_options.levels has "
+    "continuous geometry, 5 floats a token. Only reconstruct works; train with levels for codes."
 )
 
 
@@ -55,7 +55,7 @@ class GaussianQuantizer(Quantizer):
 
     inner_kinds: ClassVar[dict[str, type[Quantizer]]]  # entries of QUANTIZERS
     row_norm = "none"
-    no_codes = NO_CODES
+    no_codes = INCOMPLETE
     sums_rows = True  # each code has its own columns of the latent, the others are 0
     largest: Tensor
     mean_scale: Tensor
