@@ -53,6 +53,18 @@ def small_options(options: dict) -> dict:
     return changed
 
 
+def small_queries(model: dict) -> list[str]:
+    """Overrides for 4 query tokens of an image of 48 pixels."""
+    side = 48 // model.get("patch_size", 16)
+    own = {"query_layers": 1, "query_heads": 2}
+    encoder = {**own, "encoder": model["encoder_options"].get("encoder", "vitamin")}
+    encoder |= SMALL_VIT if encoder["encoder"] == "hf_vision" else {}
+    decoder = {**own, "decoder": model["decoder_options"].get("decoder", "vitamin")}
+    layout = {"rows": side, "columns": side, "tokens": 4}
+    fields = {"token_layout": layout, "encoder_options": encoder, "decoder_options": decoder}
+    return [f"model.{name}={json.dumps(value)}" for name, value in fields.items()]
+
+
 def small_words(folder: pathlib.Path, quantizer: str) -> str:
     """The section `words` with 16 nouns, and for SweetTok 5 adjectives before them."""
     counts = {"adjectives": 5, "nouns": 16} if quantizer == "language" else {"nouns": 16}
@@ -118,7 +130,9 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         small = {"model": str(clip_folder), "books": [1] if config.model["num_codebooks"] > 1 else None}
         teachers = [dataclasses.asdict(teacher) | small for teacher in config.teachers]
         changes.append(f"teacher={json.dumps(teachers)}")
-    if config.model.get("encoder_options"):
+    if config.model.get("token_layout", {}).get("tokens"):
+        changes += small_queries(config.model)
+    elif config.model.get("encoder_options"):
         changes.append(f"model.encoder_options={json.dumps(SMALL_VIT)}")
     if not config.init_from:  # else it trains the shipped model at full size
         changes += [f"model.{name}={value}" for name, value in SMALL.items()]
