@@ -31,9 +31,11 @@ from .prompts import (
     conversation_ids,
     conversation_pieces,
     expand_images,
+    find_reading_style,
     find_template,
     ids_with_images,
     located_conversation_ids,
+    put_images_first,
 )
 from .text_tokenizer import find_or_add, load_text_tokenizer, vocabulary_fingerprint
 
@@ -62,9 +64,11 @@ class UniTokProcessor(ProcessorCalls):
         max_prompt: maximum text ids of a text-to-image prompt, bos included; longer ones are truncated
             (published: 1750).
         token_layout: see `TokenLayout`, of such an image's tokens; None = square.
+        reading: a name in `READING_STYLES`: how images and the text around them are prepared.
         visual_input, features, num_continuous_tokens, feature_token_id: as in `UniTokMLLMConfig`.
 
     Attributes:
+        style: the `ReadingStyle`.
         sep_token_id: None without a separator.
         boi_token_id, eoi_token_id, pad_token_id, bos_token_id (None in some families), eos_token_id.
     """
@@ -83,6 +87,7 @@ class UniTokProcessor(ProcessorCalls):
         features: dict[str, Any] | None = None,
         num_continuous_tokens: int | None = None,
         feature_token_id: int = FEATURE_TOKEN_ID,
+        reading: str = "unitok",
     ) -> None:
         if template != CHAT:
             find_template(template)
@@ -93,7 +98,8 @@ class UniTokProcessor(ProcessorCalls):
         self.text_tokenizer, self.template, self.legacy = text_tokenizer, template, legacy
         self.image_size, self.num_image_tokens = image_size, num_image_tokens
         self.image_token_id, self.max_prompt = image_token_id, max_prompt
-        self.token_layout = token_layout
+        self.token_layout, self.reading = token_layout, reading
+        self.style = find_reading_style(reading)
         self.boi_token_id, self.eoi_token_id = (find_or_add(text_tokenizer, names) for names in (BOI, EOI))
         self.visual_input, self.num_continuous_tokens = visual_input, num_continuous_tokens
         self.feature_token_id, self.sep_token_id, self.features = feature_token_id, None, None
@@ -159,6 +165,8 @@ class UniTokProcessor(ProcessorCalls):
         options = {name: getattr(self, name) for name in _OPTIONS}
         if self.token_layout is None:  # not stored for square images, as in files of earlier versions
             del options["token_layout"]
+        if self.reading == "unitok":
+            del options["reading"]
         if self.visual_input == "discrete":
             options = {name: value for name, value in options.items() if name not in _FEATURE_OPTIONS}
         write_json(Path(folder) / CONFIG, {"processor_class": type(self).__name__, **options})
@@ -228,6 +236,8 @@ class UniTokProcessor(ProcessorCalls):
         questions = [*(q for q, _ in history), question]
         if not any(IMAGE_MARK in q for q in questions):
             questions[0] = f"{IMAGE_MARK}\n" * num_images + questions[0]
+        elif self.style.images_first:
+            questions = list(map(put_images_first, questions))
         # a mark in an answer is text that the model generated, not an image
         earlier = [(q, a.replace(IMAGE_MARK, "")) for q, (_, a) in zip(questions, history)]
         # a chat template writes bos itself
@@ -252,6 +262,11 @@ class UniTokProcessor(ProcessorCalls):
         Raises:
             UserError: the turns do not alternate.
         """
+        if self.style.images_first:
+            turns = [
+                {**turn, "value": put_images_first(turn["value"])} if turn.get("from") == "human" else turn
+                for turn in turns
+            ]
         # the published way, which counts ids, needs a tokenizer with bos
         if self.template != CHAT and self.bos_token_id is not None:
             return self._bos_conversation_ids(turns)
@@ -287,15 +302,15 @@ class UniTokProcessor(ProcessorCalls):
         return [self.bos_token_id, *ids], [IGNORED, *labels]  # pyright: ignore
 
     def alignment_ids(self, turns: Turns) -> tuple[list[int], list[int]]:
-        """Ids and labels of the image followed by the first answer, for projector pretraining; it ends with a
-        space instead of eos (published).
+        """Ids and labels of the image followed by the first answer, for projector pretraining; it ends with
+        the style's text instead of eos: a space (published), in LLaVA's recipe a line end.
 
         Raises:
             UserError: the turns do not alternate.
         """
         answer = check_turns(turns)[0][1].replace(IMAGE_MARK, "")
         given = ([] if self.bos_token_id is None else [self.bos_token_id]) + [self.image_token_id]
-        target = self._pieces(answer + " ")
+        target = self._pieces(answer + self.style.alignment_end)
         return given + target, [IGNORED] * len(given) + target
 
     def vocabulary_fingerprint(self) -> str:
@@ -338,8 +353,9 @@ class UniTokProcessor(ProcessorCalls):
         return ids, mask
 
     def pixels(self, image: Image.Image | str | bytes | os.PathLike[str]) -> torch.Tensor:
-        """An input image -> (3, H, W) in [-1, 1], padded to the aspect ratio with the published colour."""
-        return to_pixels(load_image(image, needed=self.image_shape), self.image_shape, mode="pad")
+        """An input image -> (3, H, W) in [-1, 1], padded to the aspect ratio with the style's colour."""
+        loaded = load_image(image, needed=self.image_shape)
+        return to_pixels(loaded, self.image_shape, mode=self.style.image_mode)
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -400,7 +416,7 @@ class UniTokProcessor(ProcessorCalls):
 _FEATURE_OPTIONS = ("visual_input", "features", "num_continuous_tokens", "feature_token_id")
 _OPTIONS = (
     "image_size", "num_image_tokens", "template", "legacy", "image_token_id", "max_prompt", "token_layout",
-    *_FEATURE_OPTIONS,
+    "reading", *_FEATURE_OPTIONS,
 )  # fmt: skip
 _TOKEN_IDS = (
     "image_token_id", "boi_token_id", "eoi_token_id", "pad_token_id", "bos_token_id", "eos_token_id",

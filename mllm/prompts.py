@@ -48,6 +48,40 @@ TEMPLATES = {
 }
 
 
+class ReadingStyle(NamedTuple):
+    """How an image that is read and the text around it are prepared."""
+
+    image_mode: str  # of `to_pixels`, for questions
+    alignment_mode: str  # the same for projector pretraining, where images come from code folders
+    images_first: bool  # whether the images of a question move to its beginning
+    alignment_end: str  # behind the caption in projector pretraining, in place of eos
+
+
+READING_STYLES = {
+    "unitok": ReadingStyle("pad", "pad", images_first=False, alignment_end=" "),
+    "llava": ReadingStyle("pad_grey", "crop", images_first=True, alignment_end="\n"),
+}
+
+
+def find_reading_style(name: str) -> ReadingStyle:
+    """
+    Raises:
+        UserError: there is no such style.
+    """
+    if name not in READING_STYLES:
+        raise UserError(f"reading = {name!r}." + did_you_mean(name, READING_STYLES))
+    return READING_STYLES[name]
+
+
+def put_images_first(text: str) -> str:
+    """A question with its image marks moved to the beginning, a line each."""
+    count = text.count(IMAGE_MARK)
+    if not count:
+        return text
+    rest = text.replace(IMAGE_MARK, "").strip()
+    return (f"{IMAGE_MARK}\n" * count + rest).strip()
+
+
 def find_template(name: str) -> Template:
     """
     Raises:

@@ -29,7 +29,8 @@ from .image_modes import scale_png_transparency, to_rgb
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 PAD_COLOUR = (122, 116, 104)  # CLIP's mean colour, the border of padded images
-MODES = ("crop", "pad", "squash")
+GREY = (127, 127, 127)  # the border in LLaVA's recipe for a mean of .5
+MODES = ("crop", "pad", "pad_grey", "squash")
 # Pillow's readers; others run external programs (EPS) or read what is no image
 FORMATS = (
     "PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA", "ICO", "DIB",
@@ -171,14 +172,14 @@ def to_pixels(
     Args:
         size: (H, W), or the side of a square.
         mode: "crop" scales the image to cover the size and crops the centre; "pad" centres it on a canvas of
-            `PAD_COLOUR` with the size's aspect ratio and scales the canvas; "squash" scales both sides
-            independently.
+            `PAD_COLOUR` with the size's aspect ratio and scales the canvas; "pad_grey" does so with `GREY`;
+            "squash" scales both sides independently.
         resize: for "crop": the shorter side in pixels before the crop; None = the scale that covers the
             size, 0 = unscaled (black outside the image).
-        resample: Pillow's filter; None = bicubic for "crop", else bilinear, as published.
+        resample: Pillow's filter; None = bicubic for "crop" and "pad_grey", else bilinear, as published.
 
     Raises:
-        UserError: the mode is not known; mode "pad" needs a canvas of more than `MAX_PIXELS`.
+        UserError: the mode is not known; padding needs a canvas of more than `MAX_PIXELS`.
     """
     if mode not in MODES:
         raise UserError(f"mode = {mode!r}." + did_you_mean(mode, MODES))
@@ -192,8 +193,11 @@ def to_pixels(
         elif scaled != image.size:
             image = image.resize(scaled, resample)
         return from_pil(_centre_crop(image, height, width))
-    if mode == "pad":  # before scaling, so that the border covers the same share of the image at every size
+    # before scaling, so that the border covers the same share of the image at every size
+    if mode == "pad":
         image = _pad(image, (height, width), PAD_COLOUR)
+    elif mode == "pad_grey":
+        image, resample = _pad(image, (height, width), GREY), resample or Image.Resampling.BICUBIC
     return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
 

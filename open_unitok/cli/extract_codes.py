@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--mode",
-        choices=("crop", "pad", "squash"),
+        choices=("crop", "pad", "pad_grey", "squash"),
         default="crop",
         help="how images become square (default: crop)",
     )

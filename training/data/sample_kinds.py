@@ -96,6 +96,10 @@ class SampleKind:
         """
         raise NotImplementedError
 
+    def crop_for(self, style: Any) -> str | None:
+        """`crop` for a processor's `ReadingStyle`."""
+        return self.crop
+
     def generated_share(self, options: DropOptions) -> float:
         """Share of the samples that learn their images, for `unitok plan`."""
         return float(self.generates_images)
@@ -164,6 +168,9 @@ class ConversationKind(SampleKind):
     field = "conversations"
     crop = "pad"
 
+    def crop_for(self, style: Any) -> str | None:
+        return style.image_mode
+
     def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
         given = info.get("conversations") or []
         if not isinstance(given, list):
@@ -185,6 +192,9 @@ class ConversationKind(SampleKind):
 class AlignmentKind(ConversationKind):
     """The first answer of a conversation right after the image, without eos: how LLaVA pretrains its
     projector."""
+
+    def crop_for(self, style: Any) -> str | None:
+        return style.alignment_mode
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         return processor.alignment_ids(json.loads(text or "[]"))
@@ -289,11 +299,18 @@ def choose_caption(sample: CodeSample, options: DropOptions, random: float) -> s
     return None if caption is None else caption_list([caption])[0]
 
 
-def crop_mismatch(codes: CodeFolder, kind: str) -> str | None:
-    """A warning if the images of `codes` were cropped or padded in another way than `kind` expects."""
+def crop_mismatch(codes: CodeFolder, kind: str, style: Any = None) -> str | None:
+    """A warning if the images of `codes` were cropped or padded in another way than `kind` expects.
+
+    Args:
+        style: the processor's `ReadingStyle`, if it is known.
+    """
     mode, reshaped = codes.manifest.get("mode"), codes.manifest.get("oblong", 0)
-    wanted = SAMPLE_KINDS[kind].crop
+    sample_kind = SAMPLE_KINDS[kind]
+    wanted = sample_kind.crop if style is None else sample_kind.crop_for(style)
     if not reshaped or mode is None or wanted in (None, mode):  # older folders do not store the mode
+        return None
+    if style is None and wanted == "pad" and mode.startswith("pad"):  # the style says with which colour
         return None
     shape = codes.manifest.get("layout", {"rows": 1, "columns": 1})
     expected = "square" if shape["rows"] == shape["columns"] else "of the tokenizer's aspect ratio"

@@ -52,7 +52,8 @@ class ModelOptions:
     """A new model: a visual tokenizer, a text tokenizer, and a decoder from sizes or from a folder.
 
     unitok: folder of the visual tokenizer. text_tokenizer: sentencepiece `tokenizer.model` or a folder.
-    language_model: folder or hub id of a trained decoder; else `text` (fields of its config) sets its sizes.
+    language_model: folder or hub id of a trained decoder, or of an MLLM, whose decoder is taken; else `text`
+        (fields of its config) sets its sizes.
     depth: fields of the depth head's config. fields: further fields of UniTokMLLMConfig.
     processor: further arguments of UniTokProcessor (template, legacy, ...).
     """

@@ -100,7 +100,7 @@ def _mllm_config(
             "model.text and model.language_model exclude each other: a trained decoder has its sizes."
         )
     if decoder is not None:
-        fields["text_config"] = decoder.config
+        fields["text_config"] = decoder_config(decoder.config)
     else:
         ids = {"vocab_size": processor.vocab_size, "bos_token_id": processor.bos_token_id}
         text = {"model_type": "llama", **ids, "eos_token_id": processor.eos_token_id, **options.text}
@@ -185,9 +185,14 @@ def choose_attention(name: str) -> str:
     return name
 
 
+def decoder_config(config: Any) -> Any:
+    """The config of the decoder of a causal language model, or of that of an MLLM."""
+    return config.text_config if isinstance(config, UniTokMLLMConfig) else config
+
+
 def _load_decoder(folder: str) -> Any:
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(str(model_path(folder)), dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(
             f"model.language_model {folder} cannot be loaded: {str(error).splitlines()[0]}"

@@ -24,7 +24,7 @@ from open_unitok.tokenizer import UniTokConfig
 from ..core.flops import MLLMFlops, TokenCounts
 from ..data.sample_kinds import SAMPLE_KINDS
 from .config import MODEL_PARTS, MLLMRunConfig
-from .model import add_adapters, freeze_parts
+from .model import add_adapters, decoder_config, freeze_parts
 
 PUBLISHED = "unitok_mllm_7b"
 # DeepSpeed's defaults, where `engine.deepspeed` does not set them
@@ -117,7 +117,9 @@ def _new_model_config(config: MLLMRunConfig, assumed: list[str]) -> Any:
     published = UniTokMLLMConfig.named(PUBLISHED).text_config
     if options.language_model:
         name = options.language_model
-        text = _on_disk_or(name, assumed, lambda: AutoConfig.from_pretrained(name), lambda: published)
+        path = str(model_path(name))
+        read = lambda: decoder_config(AutoConfig.from_pretrained(path))  # noqa: E731
+        text = _on_disk_or(path, assumed, read, lambda: published)
     else:
         path = str(model_path(options.text_tokenizer))
 

@@ -156,7 +156,7 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
     for entry, data in zip(config.data.mixture, mixture.datasets):
         if data.codes is None:
             continue
-        warnings.add(crop_mismatch(data.codes, entry.kind))
+        warnings.add(crop_mismatch(data.codes, entry.kind, parts.processor.style))
         if SAMPLE_KINDS[entry.kind].generates_images:
             check_generated_layout(sizes, codes_layout(data.codes), entry.path)
     for text in sorted(warnings - {None}):
