@@ -31,8 +31,8 @@ PRETRAIN = [
         ],
     },
 ]
-# llava_v1_5_mix665k.json: several rounds; texts alone (ShareGPT), some begin with an answer; ids may be numbers,
-# images are named by data set
+# llava_v1_5_mix665k.json: several rounds; texts alone (ShareGPT), some of which begin with an answer; ids may
+# be numbers, images are named by data set
 FINETUNE = [
     {
         "id": "000000033471",
