@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from open_unitok.core.errors import UserError
+from open_unitok.tokenizer.adaptation.lora import ADAPTER_CONFIG, import_peft
 from open_unitok.tokenizer.folder_checks import check_finite, loading, read_config, read_header
 
 from .model import UniTokForConditionalGeneration
 
-ADAPTER_CONFIG = "adapter_config.json"
 # name of a LoRA weight -> its module
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_(?:A|embedding_A)(?:\.weight)?")
 
@@ -35,7 +35,7 @@ def add_lora(
     Raises:
         UserError: peft is not installed, or a part has no linear layer.
     """
-    lora_config = _peft().LoraConfig
+    lora_config = import_peft().LoraConfig
     model.add_adapter(
         lora_config(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=linear_layers(model, parts)
@@ -73,7 +73,7 @@ def merge_adapter(
     Raises:
         UserError: peft is not installed, there is no adapter, or it does not fit the model.
     """
-    peft = _peft()
+    peft = import_peft()
     path = Path(folder)
     if path.exists() and not (path / ADAPTER_CONFIG).exists():
         hint = f" Did you mean {path / 'model'}?" if (path / "model" / ADAPTER_CONFIG).exists() else ""
@@ -134,11 +134,3 @@ def _base(path: Path) -> str:
         return ""
     base = read_config(path, ADAPTER_CONFIG).get("base_model_name_or_path")
     return f" (it was trained on {base})" if base else ""
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(f"Adapters need peft ({error}): pip install 'open-unitok[train]'.") from error
-    return peft

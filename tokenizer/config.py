@@ -275,7 +275,8 @@ class UniTokConfig(PretrainedConfig):
     @property
     def decoder_width(self) -> int:
         """Width of the hidden states that decoder and image head share."""
-        return (self.decoder_options or {}).get("hidden_size", self.hidden_size)
+        options = self.decoder_options or {}
+        return options.get("hidden_size", options.get("latent_channels", self.hidden_size))
 
     @property
     def num_projection_heads(self) -> int:

@@ -20,9 +20,10 @@ NORM_EPS = 1e-6  # ViTamin; the projections and the text tower use torch's 1e-5
 
 
 class Conv2d(nn.Conv2d):
-    """A "same" convolution with bias.
+    """A "same" convolution.
 
     Args:
+        padding, bias: as in torch; LoRA builds its factors with them.
         weight_init: "torch" (PyTorch's default), "fan_out" (He et al., ViTamin's stem) or "xavier" (gain
             0.5, the decoder).
     """
@@ -31,12 +32,16 @@ class Conv2d(nn.Conv2d):
         self,
         inputs: int,
         outputs: int,
-        kernel: int,
-        stride: int = 1,
+        kernel: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | None = None,
         groups: int = 1,
+        bias: bool = True,
         weight_init: Literal["torch", "fan_out", "xavier"] = "torch",
     ) -> None:
-        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups)
+        if padding is None:
+            padding = kernel // 2 if isinstance(kernel, int) else (kernel[0] // 2, kernel[1] // 2)
+        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, bias=bias)
         self.weight_init = weight_init
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
@@ -224,12 +229,19 @@ class Upsample(nn.Module):
 
     def forward(self, map: torch.Tensor) -> torch.Tensor:
         # Inference on CPU caches the 4x4 kernel; training derives it in the graph, for the gradient.
-        if not self.training and cpu.active(map):
+        if type(self.conv) is not Conv2d:  # with LoRA around it
+            kernel = upsampling_kernel(adapted_kernel(self.conv))
+        elif not self.training and cpu.active(map):
             kernel = self._kernel_cache.get(self.conv.weight, _upsampling_kernel_channels_last)
         else:
             self._kernel_cache.clear()
             kernel = upsampling_kernel(self.conv.weight)
         return cpu.conv_transpose2d(map, kernel, self.conv.bias, stride=2, padding=1)
+
+
+def adapted_kernel(conv: Any) -> torch.Tensor:
+    """The kernel of a convolution with the LoRA that peft has put around it; at LoRA's start the bare one."""
+    return conv.weight + sum(conv.get_delta_weight(adapter) for adapter in conv.active_adapters)
 
 
 def upsampling_kernel(kernel: torch.Tensor) -> torch.Tensor:

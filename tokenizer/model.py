@@ -20,6 +20,7 @@ from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
 
+from .adaptation.folders import is_adapter_folder, load_adapted
 from .config import UniTokConfig
 from .convert import read_published_tokenizer
 from .decoders import build_decoder
@@ -309,6 +310,8 @@ class UniTok(InstalledCode, PreTrainedModel):
             if (path / PUBLISHED_FILE).is_file() and not (path / "config.json").exists():
                 return cls.from_reference(path / PUBLISHED_FILE, **kwargs)
             check_tokenizer_folder(path)
+            if is_adapter_folder(path):
+                return load_adapted(cls, path, kwargs.get("dtype"))
             return _keep_rows(load_checked(cls, super().from_pretrained, path, *args, **kwargs))
         try:
             return _keep_rows(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))

@@ -11,6 +11,7 @@ from .core.options import RunConfig
 # stage -> (module and class of its config, module of its loop); a config is read without importing torch
 TRAINING_STAGES = {
     "tokenizer": ("tokenizer.config", "TokenizerRunConfig", "tokenizer.train"),
+    "adapt": ("tokenizer.adapt_config", "AdaptRunConfig", "tokenizer.train"),
     "mllm": ("mllm.config", "MLLMRunConfig", "mllm.train"),
 }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import UniTokConfig
 from ..entries import build_entry
+from .autoencoder_kl import AutoencoderKLDecoder
 from .resampled import ResampledDecoder
 from .vit import ViTDecoder
 from .vitamin import ViTaminDecoder
@@ -19,6 +20,7 @@ DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminDecoder,
     "vit": ViTDecoder,
     "resampled": lambda config: ResampledDecoder(config, build_decoder),
+    "autoencoder_kl": AutoencoderKLDecoder,
 }
 
 
@@ -31,4 +33,11 @@ def build_decoder(config: UniTokConfig) -> Any:
     return build_entry(DECODERS, "DECODERS", "decoder", config)
 
 
-__all__ = ["DECODERS", "ResampledDecoder", "ViTDecoder", "ViTaminDecoder", "build_decoder"]
+__all__ = [
+    "DECODERS",
+    "AutoencoderKLDecoder",
+    "ResampledDecoder",
+    "ViTDecoder",
+    "ViTaminDecoder",
+    "build_decoder",
+]

@@ -13,6 +13,7 @@ import torch
 
 from ..config import UniTokConfig
 from ..entries import build_entry
+from .autoencoder_kl import AutoencoderKLEncoder
 from .hf_vision import HFVisionEncoder
 from .resampled import ResampledEncoder
 from .vitamin import ViTaminEncoder
@@ -21,6 +22,7 @@ ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminEncoder,
     "hf_vision": HFVisionEncoder,
     "resampled": lambda config: ResampledEncoder(config, build_encoder),
+    "autoencoder_kl": AutoencoderKLEncoder,
 }
 
 
@@ -62,6 +64,7 @@ def load_towers(encoder: Any, paths: Mapping[str, str]) -> None:
 
 __all__ = [
     "ENCODERS",
+    "AutoencoderKLEncoder",
     "HFVisionEncoder",
     "ResampledEncoder",
     "ViTaminEncoder",

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, which is then saved as the model."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,10 +9,15 @@ from torch import nn
 
 
 class EMA:
-    """Exponential moving average of the trainable parameters, fp32, whole on every rank (ZeRO 0 to 2)."""
+    """Exponential moving average of the trainable parameters, fp32, whole on every rank (ZeRO 0 to 2).
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.decay = decay
+    Args:
+        start: until this step the averages are copies.
+        pace: steps per update in the rule that lowers the decay at first.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, start: int = 0, pace: int = 1):
+        self.decay, self.start, self.pace = decay, start, pace
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
@@ -20,7 +25,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Update after `step` steps; the decay is lower at first, so that initial weights are forgotten."""
         # warm-up of the decay as in TensorFlow's ExponentialMovingAverage
-        decay = min(self.decay, (1 + step) / (10 + step))
+        count = step // self.pace
+        decay = min(self.decay, (1 + count) / (10 + count)) if step > self.start else 0.0
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), 1 - decay)
 
     @torch.no_grad()
@@ -47,6 +53,9 @@ class EMA:
         """Load the averages from a checkpoint: they are the weights of its model file."""
         from safetensors.torch import load_file
 
-        saved = load_file(folder / "model.safetensors")
+        self.set(load_file(folder / "model.safetensors"))
+
+    def set(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Set the averages by the names of the parameters; other names are ignored."""
         for name, average in self.averages.items():
             average.copy_(saved[name])

@@ -24,14 +24,18 @@ def peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAK_TFLOPS.items() if f" {part} " in name), None)
 
 
-def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) -> float:
+def tokenizer_flops(
+    config: UniTokConfig, captions: bool, decoded: float = 1.0, backward: float = 2.0
+) -> float:
     """FLOPs of the forward and backward pass of one image and its caption, without losses.
 
-    Counted on meta tensors; the backward pass counts as twice the forward pass.
+    Counted on meta tensors.
 
     Args:
         captions: whether the text tower is trained too.
         decoded: share of the images that is reconstructed.
+        backward: FLOPs of the backward pass in those of the forward pass; 1 where weights are frozen (without
+            LoRA's own products).
     """
     with torch.device("meta"):
         model = UniTok(config)
@@ -40,7 +44,7 @@ def tokenizer_flops(config: UniTokConfig, captions: bool, decoded: float = 1.0) 
         total = _count(model, pixels, ids, 1)
         # without the pixel decoder: encoder and text tower only
         encoded = _count(model, pixels, ids, 0) if decoded < 1 else total
-    return 3.0 * (encoded + decoded * (total - encoded))
+    return (1.0 + backward) * (encoded + decoded * (total - encoded))
 
 
 def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decoded: int) -> int:

@@ -1,7 +1,7 @@
 """Config of the tokenizer stage (arXiv 2502.20321, sections 3 and 4.1); imports no torch."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from open_unitok.core.errors import UserError
 
@@ -111,6 +111,7 @@ class DiscriminatorOptions:
         start: first step of the GAN; `schedule` counts from it.
         warmup: steps in which the generator loss reaches its weight, from `start`; in twice as many a blur of
             the discriminator's inputs fades.
+        blur: whether there is that blur.
     """
 
     kind: Literal["dino", "patch"] = "dino"
@@ -128,6 +129,7 @@ class DiscriminatorOptions:
     cutout: float = 0.2
     start: int = 0
     warmup: float = 0.0
+    blur: bool = True
     optimizer: Optimizer = dataclasses.field(
         default_factory=lambda: Optimizer(lr=2e-5, betas=(0.5, 0.9), weight_decay=0.2)
     )
@@ -296,6 +298,8 @@ class TokenizerRunConfig(RunConfig):
         lr_factors: part of a parameter's name -> factor on its learning rate.
     """
 
+    init_from_has_quantizer: ClassVar[bool] = True
+
     data: ShardOptions
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     init_from_clip: str | None = None
@@ -338,8 +342,9 @@ class TokenizerRunConfig(RunConfig):
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
-        if self.init_quantizer and (self.init_from or self.codebooks.start != "random"):
-            other = "init_from" if self.init_from else "codebooks.init"
+        init_from = self.init_from if self.init_from_has_quantizer else None
+        if self.init_quantizer and (init_from or self.codebooks.start != "random"):
+            other = "init_from" if init_from else "codebooks.init"
             raise UserError(f"init_quantizer and {other} both initialise the quantiser: keep one of them.")
         # both write codebook rows directly, regardless of requires_grad
         if "quantizer" in self.freeze and (self.codebooks.start != "random" or self.codebooks.reset_after):

@@ -73,7 +73,7 @@ class GAN:
         ramp = schedules.linear_ramp(own_step, options.warmup) if own_step >= 0 else 0.0
         self.weight = self.max_weight * ramp
         # the blur of all discriminator inputs fades over twice the warm-up
-        self.blur = 1.0 - schedules.linear_ramp(own_step, 2 * options.warmup)
+        self.blur = 1.0 - schedules.linear_ramp(own_step, 2 * options.warmup) if options.blur else 0.0
         schedule = options.schedule
         multiplier = schedules.lr_multiplier(
             schedule.kind,

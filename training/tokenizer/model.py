@@ -8,7 +8,7 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import tokenizer_path
-from open_unitok.tokenizer import Quantizer, UniTok, UniTokConfig
+from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, CaptionTokenizer
 from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.encoders import resolve_paths
@@ -104,8 +104,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             model = _with_new_text_tower(model, config, captions)
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
-    _set_up_quantizer(model.quantizer, config)
-    _check_losses(model, config)
+    set_up_quantizer(model, config)
     if not config.losses.clip:  # without a gradient, weight decay would still shrink these
         for part in (model.text_encoder, model.image_norm, model.image_projection):
             part.requires_grad_(False)
@@ -115,12 +114,13 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     return model
 
 
-def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
+def set_up_quantizer(model: UniTok, config: TokenizerRunConfig) -> None:
     """Set what the quantiser does in this run.
 
     Raises:
         UserError: it cannot do what the run asks of it.
     """
+    quantizer = model.quantizer
     kind = type(quantizer).__name__
     quantizer.frozen = "quantizer" in config.freeze
     if quantizer.moves_rows and config.codebooks.reset_after:
@@ -147,6 +147,7 @@ def _set_up_quantizer(quantizer: Quantizer, config: TokenizerRunConfig) -> None:
             )
         check_disentangle(len(quantizer.code_sizes))
         quantizer.disentangle = True  # pyright: ignore
+    _check_losses(model, config)
 
 
 def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:

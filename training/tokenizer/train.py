@@ -28,6 +28,8 @@ from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
 from ..data.shards import build_loader, read_batches
+from .adapt import Adaptation, build_adapted
+from .adapt_config import AdaptRunConfig
 from .config import RECONSTRUCTION, TokenizerRunConfig
 from .data import PairCollate, build_pair_stream, order_decoded_first, pixels_from_uint8, reconstruction_grid
 from .dead_codes import DeadCodes, init_codebooks, usage_and_perplexity
@@ -52,6 +54,7 @@ class TrainState:
     ema: EMA | None
     loader: Any  # of this rank's micro-batches
     captions: Any  # the tokenizer of captions, or None
+    adaptation: Adaptation | None  # of stage adapt
 
 
 def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
@@ -96,7 +99,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
         log.info(f"stopped at step {state.step} (stop_at); run the same command without stop_at to resume")
         return
     if distributed.is_main():
-        run_dir.finish(lambda path: save_model(path, state, config))
+        run_dir.finish(lambda path: save_model(path, state, config, final=True))
     distributed.barrier()
     log.info(f"finished: {run_dir.model}")
 
@@ -195,7 +198,7 @@ def micro_step(
         gan_losses = state.gan.generator_step(
             weighted_sum(balanced, {name: weights[name] for name in balanced}),
             reconstruction,
-            model.decoder.last_weight,
+            state.adaptation.last_weight(model) if state.adaptation else model.decoder.last_weight,
             samples[:num_decoded],
         )
         loss = loss + gan_losses["adversarial_weight"] * gan_losses["adversarial"]
@@ -240,7 +243,8 @@ def build_train_state(
 
     # 1. models
     captions = load_caption_tokenizer(config)
-    model: UniTok = build_model(config, captions).to(device)  # pyright: ignore
+    model, adaptation = build_run_model(config, captions)
+    model = model.to(device)  # pyright: ignore[reportArgumentType]
     image_shape = model.config.image_shape
     lpips = build_lpips(config.losses.lpips_weights, image_shape, device) if config.losses.lpips else None
     gan = GAN(config, image_shape, device, micro_batch) if config.losses.adversarial else None
@@ -271,8 +275,25 @@ def build_train_state(
     if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
         model.quantizer.average_over_ranks = mean_over_ranks
         model.quantizer.gather_over_ranks = all_gather_with_grad
-    ema = EMA(model, config.ema) if config.ema else None
-    return TrainState(0, device, model, taught, engine, lpips, gan, dead_codes, ema, loader, captions)
+    ema = build_ema(model, config)
+    return TrainState(
+        0, device, model, taught, engine, lpips, gan, dead_codes, ema, loader, captions, adaptation
+    )
+
+
+def build_run_model(config: TokenizerRunConfig, captions: Any) -> tuple[UniTok, Adaptation | None]:
+    """The model of either stage, and how stage adapt changes it."""
+    if isinstance(config, AdaptRunConfig):
+        return build_adapted(config)
+    return build_model(config, captions), None
+
+
+def build_ema(model: UniTok, config: TokenizerRunConfig) -> EMA | None:
+    """The averaged weights, if there are any."""
+    if not config.ema:
+        return None
+    adapt = isinstance(config, AdaptRunConfig)
+    return EMA(model, config.ema, config.ema_start, config.ema_pace) if adapt else EMA(model, config.ema)
 
 
 def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState) -> MetricLogger:
@@ -281,7 +302,8 @@ def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState)
     if distributed.is_main():
         micro_batch = config.micro_batch(distributed.world_size())
         share = order_decoded_first(micro_batch, config.reconstruct_share)[1] / micro_batch
-        per_sample = flops.tokenizer_flops(state.model.config, state.captions is not None, share)
+        backward = 1.0 if state.adaptation else 2.0
+        per_sample = flops.tokenizer_flops(state.model.config, state.captions is not None, share, backward)
         log.set_flops(per_sample, config.log.peak_tflops or flops.peak_tflops(state.device))
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     log.info(f"{trained / 1e6:.1f} M trained parameters")
@@ -309,7 +331,10 @@ def _load_saved(state: TrainState, saved: dict[str, Any], checkpoint: Path, log:
     if state.gan:
         state.gan.load_state_dict(saved.get("gan", {}))
     if state.ema:
-        state.ema.load(checkpoint)
+        if state.adaptation:  # the model file has merged weights
+            state.ema.set(state.adaptation.read_averages(checkpoint))
+        else:
+            state.ema.load(checkpoint)
     log.info(f"resuming after step {state.step} ({checkpoint})")
 
 
@@ -332,10 +357,13 @@ def save_checkpoint(
     checkpoints.save(state.step, lambda path: save_model(path, state, config), _engines(state), own)
 
 
-def save_model(path: Path, state: TrainState, config: TokenizerRunConfig) -> None:
+def save_model(path: Path, state: TrainState, config: TokenizerRunConfig, final: bool = False) -> None:
     """A folder that `UniTok.from_pretrained` loads, with the tokenizer of captions in caption_tokenizer/."""
     with state.ema.applied() if state.ema else contextlib.nullcontext():
-        state.model.save_pretrained(path)
+        if state.adaptation:
+            state.adaptation.write(path, state.model, final)
+        else:
+            state.model.save_pretrained(path)
     if state.captions is not None:
         state.captions.save(path)
     elif config.init_from:  # without the contrastive loss the caption tokenizer of init_from stays valid

@@ -1,0 +1,167 @@
+"""Read a trained continuous autoencoder, and a tokenizer that is stored as an adapter beside it."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import tokenizer_path
+
+from ..config import UniTokConfig
+from ..folder_checks import check_finite, read_config
+from ..loading import check_tokenizer_folder, check_weights_fit, find_weights
+from .autoencoder_kl import read_diffusers, tokenizer_fields
+from .lora import ADAPTER_CONFIG, ADAPTER_FOLDER, add_products, read_adapter
+
+# of a continuous UniTok, but not of the tokenizer made of it
+REPLACED = ("quantizer.", "variance_projection.")
+_WANTED = "stage adapt takes a diffusers AutoencoderKL, or a UniTok trained with quantizer: none."
+
+
+class Autoencoder(NamedTuple):
+    """A trained continuous autoencoder."""
+
+    path: str
+    fields: dict[str, Any]  # of UniTokConfig
+    weights: dict[str, Tensor]  # by the names in a `UniTok`, without those in `REPLACED`
+    trained: bool  # whether its text tower and image head are; those of an AutoencoderKL do not exist
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the weights, as float32."""
+        digest = hashlib.sha256()
+        for name in sorted(self.weights):
+            digest.update(name.encode())
+            tensor = self.weights[name].detach().float().cpu().contiguous()
+            digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+        return digest.hexdigest()
+
+
+def read_fields(path: str) -> dict[str, Any]:
+    """The fields of UniTokConfig of an autoencoder, without reading weights; see `read_autoencoder`."""
+    kind, folder, subfolder = _locate(path)
+    if kind == "unitok":
+        return _continuous_fields(path, UniTokConfig.from_pretrained(str(folder)))
+    return tokenizer_fields(read_config(Path(folder) / (subfolder or "")))
+
+
+def read_autoencoder(path: str, unitok: Any) -> Autoencoder:
+    """The continuous autoencoder in a folder or at a hub id: a UniTok, a diffusers AutoencoderKL, or a
+    pipeline with one in vae/.
+
+    Args:
+        unitok: the class `UniTok`.
+
+    Raises:
+        UserError: there is none; it is a discrete tokenizer; diffusers is missing.
+    """
+    kind, folder, subfolder = _locate(path)
+    if kind == "unitok":
+        fields = _continuous_fields(path, UniTokConfig.from_pretrained(str(folder)))
+        model = unitok.from_pretrained(folder, dtype=torch.float32)
+        weights = {n: t for n, t in model.state_dict().items() if not n.startswith(REPLACED)}
+        return Autoencoder(path, fields, weights, True)
+    fields, weights = read_diffusers(folder, subfolder)
+    return Autoencoder(path, fields, weights, False)
+
+
+def _locate(path: str) -> tuple[str, str, str | None]:
+    """(unitok or diffusers, folder or hub id, subfolder)."""
+    folder = tokenizer_path(path)
+    if folder.is_file():
+        raise UserError(f"{path} is a file: {_WANTED}")
+    subfolder = None
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
+            subfolder = "vae"
+        config = read_config(folder / (subfolder or ""))
+    else:
+        source = "https://huggingface.co/black-forest-labs/FLUX.1-dev (vae/)"
+        file = find_weights(path, ("config.json", "vae/config.json"), "The autoencoder", source)
+        subfolder = "vae" if file.parent.name == "vae" else None
+        config = read_config(file.parent)
+    if config.get("model_type") == "unitok":
+        return "unitok", str(folder), None
+    if config.get("_class_name") != "AutoencoderKL":
+        found = config.get("_class_name") or config.get("model_type")
+        raise UserError(f"{path} holds a model of type {found!r}: {_WANTED}")
+    return "diffusers", str(folder), subfolder
+
+
+def _continuous_fields(path: str, config: UniTokConfig) -> dict[str, Any]:
+    if config.quantizer != "none":
+        raise UserError(f"{path} is a discrete tokenizer (quantizer = {config.quantizer!r}): {_WANTED}")
+    fields = config.to_dict()
+    for name in ("model_type", "transformers_version", "architectures", "dtype"):
+        fields.pop(name, None)
+    return fields
+
+
+def load_weights(model: Any, base: Autoencoder) -> None:
+    """Copy the autoencoder's weights into a tokenizer of its fields; the quantiser stays.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(REPLACED)}
+    if not base.trained:  # random, and not used
+        own = {
+            n: t for n, t in own.items() if n in base.weights or n.partition(".")[0] in ("encoder", "decoder")
+        }
+    check_weights_fit(base.path, base.weights, own, "its config")
+    model.load_state_dict(base.weights, strict=False)
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether the folder holds a tokenizer as an adapter alone."""
+    whole = any(folder.glob("model*.safetensors"))
+    return not whole and (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).exists()
+
+
+def load_adapted(unitok: Any, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The tokenizer of an adapter folder, merged with the autoencoder that it names.
+
+    Raises:
+        UserError: that autoencoder is not there, or another one; a tensor is missing or of another shape.
+    """
+    check_tokenizer_folder(folder)
+    description = read_config(folder / ADAPTER_FOLDER, ADAPTER_CONFIG)
+    path = str(description.get("base_model_name_or_path"))
+    try:
+        base = read_autoencoder(path, unitok)
+    except UserError as error:
+        raise UserError(f"{folder} is an adapter of {path}, which cannot be read: {error}") from error
+    if description.get("base_sha256") not in (None, base.sha256):
+        raise UserError(f"{folder} is an adapter of {path}, whose weights have changed since.")
+    trained = read_adapter(folder)
+    _check_layers(folder, base.weights, trained)
+    # seeded: the unused parts of an AutoencoderKL's tokenizer are not stored
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = unitok(UniTokConfig.from_pretrained(str(folder)))
+    weights = add_products(base.weights, trained)
+    weights |= {n: t for n, t in trained.items() if n.startswith("quantizer.")}
+    own = {n: t for n, t in model.state_dict().items() if base.trained or n in weights}
+    check_weights_fit(folder, weights, own, "its config")
+    model.load_state_dict(weights, strict=False)
+    check_finite(model, folder)
+    return model.eval().to(dtype or torch.float32)
+
+
+def _check_layers(folder: Path, weights: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        UserError: an adapter's factor is of no layer, or does not have its shape.
+    """
+    for name, down in trained.items():
+        layer, found, _ = name.partition(".lora_A.")
+        if not found:
+            continue
+        up, weight = trained[f"{layer}.lora_B.weight"], weights.get(f"{layer}.weight")
+        shape = None if weight is None else (up.shape[0], *down.shape[1:])
+        if weight is None or shape != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            raise UserError(f"{folder}: the adapter of {layer} does not fit its autoencoder.")
