@@ -15,6 +15,7 @@ from open_unitok.tokenizer.encoders.vision_tower import (
     load_projected_tower,
     load_tower,
     read_tower,
+    tower_sizes,
 )
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
@@ -96,6 +97,18 @@ def test_the_projection_of_a_clip(tmp_path):
     tower = load_projected_tower(str(tmp_path))
     assert tower.width == 12
     torch.testing.assert_close(tower(pixels()), expected[:, 1:], rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_and_fingerprints(tmp_path):
+    folder = str(make(tmp_path, "siglip_vision_model", patch_size=14, image_size=62))
+    tower = load_tower(folder)
+    assert tower.image_size == 56 and tower_sizes(folder) == (16, 24)  # 6 pixels are left over
+    assert tower(pixels(), size=(56, 56)).shape == (2, 16, 24)
+    prints = {tower.fingerprint(), load_tower(folder).fingerprint()}
+    assert len(prints) == 1
+    next(tower.parameters()).data[0] += 1
+    prints |= {tower.fingerprint(), load_tower(folder, mean=[0.5] * 3).fingerprint()}
+    assert len(prints) == 3
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip_vision_model", "dinov2_with_registers", "dinov3_vit"])

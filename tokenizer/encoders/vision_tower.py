@@ -4,7 +4,9 @@ B images, n tokens of the tower, N of them patches, D its width. Encoders, teach
 features load their towers here.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,7 @@ class VisionTower(nn.Module):
 
     Attributes:
         patch_size: side of a patch in pixels; None for a network that halves its map in stages.
-        width: D. image_size: the side that it was trained with.
+        width: D. image_size: the side that it was trained with, without what its patches leave over.
 
     Raises:
         UserError: there is no such model type, or it is not a vision tower.
@@ -61,7 +63,9 @@ class VisionTower(nn.Module):
         self.width: int = sizes[-1] if sizes else config.hidden_size
         self.patch_size: Any = None if sizes else _side(getattr(config, "patch_size", None))
         self.tower_patch = self.patch_size  # an encoder that resizes images has another patch_size
-        self.image_size: int = _side(getattr(config, "image_size", None)) or 224
+        side = _side(getattr(config, "image_size", None)) or 224
+        # 384 pixels are 27 patches of 14: the tower ignores the rest
+        self.image_size: int = side // self.patch_size * self.patch_size if self.patch_size else side
         self.mean, self.std = (tuple(fields.get(name) or _HALF) for name in ("mean", "std"))
         self.projection: nn.Module | None = None
         self._drop_unused()
@@ -122,6 +126,14 @@ class VisionTower(nn.Module):
         """
         loaded = VisionTower(self.fields, _load_network(path, tower_config(self.fields), key))
         self.load_state_dict(loaded.state_dict())
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of its weights, as float32, and fields."""
+        digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.detach().float().cpu().contiguous().numpy()).cast("B"))
+        return digest.hexdigest()
 
     def _prepare(self, pixels: Tensor, size: tuple[int, int] | None) -> tuple[Tensor, int]:
         """The normalised image, and the number of its patches."""
@@ -213,6 +225,19 @@ def load_tower(path: str, key: str = "encoder_options.path", **options: Any) -> 
     return tower.requires_grad_(False).eval()
 
 
+def tower_sizes(path: str, key: str = "encoder_options.path", **options: Any) -> tuple[int, int]:
+    """(M, D): patches of an image of the tower's own size, and their width; reads no weights.
+
+    Raises:
+        UserError: the path holds no vision tower with a token per patch.
+    """
+    fields = read_tower(path, key=key, **options)
+    with torch.device("meta"):
+        tower = VisionTower(fields)
+    check_tower(fields, (tower.image_size, tower.image_size))
+    return (tower.image_size // tower.tower_patch) ** 2, tower.width
+
+
 def load_projected_tower(path: str, key: str = "encoder_options.path", **options: Any) -> VisionTower:
     """As `load_tower`, of a CLIP, whose norm and projection to the joint space are applied to every token.
 
@@ -249,6 +274,8 @@ def check_tower(fields: Mapping[str, Any], size: tuple[int, int]) -> None:
     """
     with torch.device("meta"):
         tower = VisionTower(fields)
+        if not tower.tower_patch:
+            raise UserError(f"{fields['model_type']!r} is not a vision transformer with one patch size.")
         try:
             with torch.no_grad():
                 tower(torch.zeros(1, 3, *size))

@@ -1,0 +1,74 @@
+"""Small configs of every entry of ENCODERS and DECODERS, for the tests that run all of them.
+
+Images have 32 x 32 pixels. A new entry gets at least one case.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+from open_unitok.tokenizer.decoders import DECODERS
+from open_unitok.tokenizer.encoders import ENCODERS
+
+
+class Case(NamedTuple):
+    """Fields of UniTokConfig, by which the config of `data` differs, and what holds for them.
+
+    "CLIP" in a value stands for the folder of the tiny CLIP of 32 pixels and patches of 8.
+    """
+
+    model: dict[str, Any] = {}
+    run: tuple[str, ...] = ()  # further overrides of the run
+    # changes of `model` under which the same weights give other codes
+    other_codes: tuple[dict[str, Any], ...] = ()
+    frozen: tuple[str, ...] = ()  # beginnings of the parameters that are not trained
+
+
+VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIT |= {"intermediate_size": 32}
+FROM_CLIP = {"path": "CLIP", "layer": -2, "resize": True}
+QUERIES = {"token_layout": {"rows": 2, "columns": 2, "tokens": 3}}
+
+CASES: dict[str, Case] = {
+    "vitamin": Case({"encoder": "vitamin", "decoder": "vitamin"}),
+    "hf_vision": Case(
+        {"encoder": "hf_vision", "encoder_options": VIT},
+        other_codes=({"encoder_options": VIT | {"mean": [0.4] * 3, "std": [0.2] * 3}},),
+    ),
+    "hf_vision, from a folder": Case({"encoder": "hf_vision", "encoder_options": FROM_CLIP}),
+    "hf_vision, frozen": Case(
+        {"encoder": "hf_vision", "encoder_options": FROM_CLIP},
+        ("freeze=[encoder]",),
+        frozen=("encoder.",),
+    ),
+    "vit decoder": Case(
+        {
+            "encoder": "hf_vision",
+            "encoder_options": VIT | {"patch_size": 8},
+            "patch_size": 8,
+            "decoder": "vit",
+        }
+    ),
+    "resampled": Case(
+        {
+            **QUERIES,
+            "encoder": "resampled",
+            "encoder_options": {"query_layers": 1},
+            "decoder": "resampled",
+            "decoder_options": {"query_layers": 1},
+        },
+    ),
+}
+
+
+def overrides(name: str, clip: Any) -> list[str]:
+    """Overrides of a run's config that choose this case; `clip` is the folder that "CLIP" stands for."""
+    case = CASES[name]
+    fields = json.loads(json.dumps(case.model).replace('"CLIP"', json.dumps(str(clip))))
+    return [*(f"model.{key}={json.dumps(value)}" for key, value in fields.items()), *case.run]
+
+
+def entries_without_a_case() -> set[str]:
+    """Names of the entries that no case builds."""
+    encoders = {case.model.get("encoder", "vitamin") for case in CASES.values()}
+    decoders = {case.model.get("decoder", "vitamin") for case in CASES.values()}
+    return (ENCODERS.keys() - encoders) | (DECODERS.keys() - decoders)
