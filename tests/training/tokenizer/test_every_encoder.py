@@ -40,7 +40,7 @@ def test_every_trainable_parameter_learns(trained):
     """Saved folders need nothing else, so a model of the same config has all of its parameters."""
     torch.manual_seed(0)
     model = UniTok(trained.model.config).train()
-    out = model(some_pixels(), torch.randint(1, 290, (2, 12)))
+    out = model(some_pixels(), torch.randint(1, model.config.text_vocab_size, (2, 12)))
     pairs = (out.image_embeds @ out.text_embeds.T) * out.logit_scale
     clip = torch.nn.functional.cross_entropy(pairs, torch.arange(2))
     (out.reconstruction.square().mean() + clip + sum(out.losses.values())).backward()
@@ -52,6 +52,8 @@ def test_every_trainable_parameter_learns(trained):
 def test_a_step_moves_what_is_trained_and_nothing_else(trained, data, clip_folder):
     record = json.loads((trained.folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["vq"] >= 0 and record["grad_norm"] > 0 and record["usage/0"] > 0
+    if not trained.case.frozen:  # then a gradient for all parameters, tested above, says it
+        return
     main(["train", str(data / "config.yaml"), f"out={trained.folder / 'two'}", "steps=2", "ema=null",
           "losses.entropy=0", "optimizer.weight_decay=0.0", "schedule.warmup=0",
           "codebooks={init_images: 16}", *overrides(trained.name, clip_folder)])  # fmt: skip
