@@ -231,14 +231,17 @@ class UniTokConfig(PretrainedConfig):
             if value:
                 raise UserError(f"{name} = {value} together with scales: set one of them to 0 / null.")
 
-    def part_sizes(self, part: str, fields: Sequence[str]) -> dict[str, Any]:
+    def part_sizes(self, part: str, fields: Sequence[str], more: Sequence[str] = ()) -> dict[str, Any]:
         """`fields` of `part`, "encoder" or "decoder": the flat ones, overridden by `<part>_options`.
 
+        Args:
+            more: options that have no flat field.
+
         Raises:
-            UserError: an option is not one of `fields`; the width is not a multiple of the number of heads.
+            UserError: an option is not allowed; the width is not a multiple of the number of heads.
         """
         options = getattr(self, f"{part}_options") or {}
-        check_options(part, getattr(self, part), options, fields)
+        check_options(part, getattr(self, part), options, [*fields, *more])
         sizes = {name: getattr(self, name) for name in fields} | options
         if sizes["hidden_size"] % sizes["num_attention_heads"]:
             raise UserError(

@@ -130,9 +130,17 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mix(hidden)[0]
+
+    def mix(
+        self, hidden: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The result, and the keys (B, heads, N, d); `bias`, broadcast to (B, heads, N, N), is added to the
+        logits."""
         query, key, value = split_heads(self.qkv(hidden), self.heads)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        bias = None if bias is None else bias.to(query.dtype)
+        mixed = F.scaled_dot_product_attention(query, key, value, bias, is_causal=self.causal)
+        return self.out(mixed.transpose(1, 2).flatten(2)), key
 
 
 def split_heads(qkv: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -177,6 +185,7 @@ class Transformer(nn.ModuleList):
             how a batch is split.
     """
 
+    block_type: type[Block] = Block
     drop_path_noise: torch.Tensor | None = None
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Any]  # set by transformers with `gradient_checkpointing`
@@ -185,7 +194,7 @@ class Transformer(nn.ModuleList):
         self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float = 0.0
     ) -> None:
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        super().__init__(Block(width, heads, mlp_ratio, rate) for rate in rates)
+        super().__init__(self.block_type(width, heads, mlp_ratio, rate) for rate in rates)
         self.drop_path_rate = drop_path_rate
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -195,19 +204,24 @@ class Transformer(nn.ModuleList):
 
     def layer_outputs(self, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yield the output of every block, from the first to the last."""
-        noise: Any = [None] * len(self)
-        if self.training and self.drop_path_rate:
-            if self.drop_path_noise is None:
-                noise = torch.rand(len(self), 2, len(hidden), device=hidden.device)
-            else:
-                noise = self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
-        for block, block_noise in zip(self, noise):
-            # `block.__call__` instead of `forward`: hooks of DeepSpeed and peft must run in the recomputation
-            if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(block.__call__, hidden, block_noise)
-            else:
-                hidden = block(hidden, block_noise)
+        for block, noise in zip(self, self.noise_for(hidden)):
+            hidden = self.call(block, hidden, noise)
             yield hidden
+
+    def noise_for(self, hidden: torch.Tensor) -> Any:
+        """The noise of each block for this batch, see `Block.forward`."""
+        if not self.training or not self.drop_path_rate:
+            return [None] * len(self)
+        if self.drop_path_noise is None:
+            return torch.rand(len(self), 2, len(hidden), device=hidden.device)
+        return self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
+
+    def call(self, block: nn.Module, *inputs: Any) -> Any:
+        """The outputs of a block, whose activations are recomputed if the model asks for it."""
+        # `block.__call__` instead of `forward`: hooks of DeepSpeed and peft must run in the recomputation
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(block.__call__, *inputs)
+        return block(*inputs)
 
 
 def drop_path_stacks(model: nn.Module) -> dict[str, Transformer]:

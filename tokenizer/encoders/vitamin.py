@@ -4,6 +4,7 @@ B batch, N visual tokens (registers first), D width, (H, W) image size in pixels
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from transformers import initialization as init
 from .. import cpu
 from ..config import UniTokConfig
 from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, conv_stage
+from .merging_blocks import MergingTransformer, check_merge
 
 # Config fields that `encoder_options` may override.
 _FIELDS = (
@@ -40,14 +42,18 @@ class Stem(nn.Module):
 
 
 class ViTaminEncoder(nn.Module):
-    """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256."""
+    """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256.
+
+    Besides sizes `encoder_options` takes `merge`, the options of token merging (`check_merge`); None = none.
+    """
 
     patch_size = 16  # the product of the convolutional strides
     position_offset: torch.Tensor
 
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
-        sizes = SimpleNamespace(**config.part_sizes("encoder", _FIELDS))
+        options = config.part_sizes("encoder", _FIELDS, ("merge",))
+        merge, sizes = options.pop("merge", None), SimpleNamespace(**options)
         self.width = width = sizes.hidden_size
         inputs, outputs = sizes.stage_widths
         self.stem = Stem(sizes.stem_width)
@@ -64,9 +70,13 @@ class ViTaminEncoder(nn.Module):
         # Published checkpoints carry one offset for all tokens: initialised to zero and never trained. There
         # are no position embeddings; the convolutions tell the transformer where a token is.
         self.register_buffer("position_offset", torch.zeros(1, 1, width))
-        self.blocks = Transformer(
-            width, sizes.num_hidden_layers, sizes.num_attention_heads, sizes.mlp_ratio, sizes.drop_path_rate
-        )
+        depth = sizes.num_hidden_layers
+        shape = (width, depth, sizes.num_attention_heads, sizes.mlp_ratio, sizes.drop_path_rate)
+        self.blocks: Any  # both kinds have the same weights
+        if merge:
+            self.blocks = MergingTransformer(*shape, check_merge(merge, depth, config.layout))
+        else:
+            self.blocks = Transformer(*shape)
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
 
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -78,7 +88,7 @@ class ViTaminEncoder(nn.Module):
         return self.pool(self.pool_norm(map)).flatten(2).transpose(1, 2)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.blocks(self._block_inputs(pixels)))
+        return self.norm(self.blocks(*self._block_inputs(pixels)))
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +97,7 @@ class ViTaminEncoder(nn.Module):
 
     def layer_outputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The output of every block of the transformer; the last one is that of `forward`."""
-        *outputs, last = self.blocks.layer_outputs(self._block_inputs(pixels))
+        *outputs, last = self.blocks.layer_outputs(*self._block_inputs(pixels))
         return [*outputs, self.norm(last)]
 
     def _block_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -96,7 +106,10 @@ class ViTaminEncoder(nn.Module):
             # (B, registers, D), before the image tokens
             registers = self.register_tokens.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens = torch.cat([registers, tokens], dim=1)
-        return tokens + self.position_offset.to(tokens.dtype)
+        tokens = tokens + self.position_offset.to(tokens.dtype)
+        if not isinstance(self.blocks, MergingTransformer):
+            return (tokens,)
+        return tokens, (pixels.shape[2] // self.patch_size, pixels.shape[3] // self.patch_size)
 
     def init_weights(self) -> None:
         init.zeros_(self.position_offset)
