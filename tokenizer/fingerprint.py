@@ -44,6 +44,8 @@ def compute_fingerprint(model: nn.Module) -> str:
         digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
     for option, default in _DEFAULTS.items():
         value = getattr(model.config, option) or default  # {} is the same as None
+        if option == "encoder_options" and value:  # so is a merging that is switched off
+            value = {name: given for name, given in value.items() if name != "merge" or given} or default
         if value != default:
             digest.update(f"{option} = {json.dumps(value, sort_keys=True)}\n".encode())
     return digest.hexdigest()

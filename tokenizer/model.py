@@ -6,7 +6,7 @@ one code, D model width, E width of the joint image-text space, T text positions
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -293,7 +293,9 @@ class UniTok(InstalledCode, PreTrainedModel):
     ) -> Any:
         """Load a model folder, a hub id, the published .pth file, or a shipped model's tokenizer ("scenes").
 
-        Keyword arguments are those of transformers.
+        Keyword arguments are those of transformers; `encoder_options` adds to the stored ones, e.g.
+        `encoder_options={"merge": {"method": "tome", "r": 4}}` switches token merging on, and
+        `{"merge": None}` off.
 
         A folder or hub id that holds the published file and no config.json loads that file.
 
@@ -311,9 +313,13 @@ class UniTok(InstalledCode, PreTrainedModel):
                 return cls.from_reference(path / PUBLISHED_FILE, **kwargs)
             check_tokenizer_folder(path)
             if is_adapter_folder(path):
+                if kwargs.get("encoder_options"):
+                    raise UserError(f"{path} holds an adapter, which takes no encoder_options.")
                 return load_adapted(cls, path, kwargs.get("dtype"))
+            _add_encoder_options(path, kwargs)
             return _keep_rows(load_checked(cls, super().from_pretrained, path, *args, **kwargs))
         try:
+            _add_encoder_options(path, kwargs)
             return _keep_rows(super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
         except OSError as error:  # transformers: the hub has no such model, or cannot be reached
             reason = str(error).strip().splitlines()[0]
@@ -333,14 +339,20 @@ class UniTok(InstalledCode, PreTrainedModel):
         path: str | os.PathLike[str],
         config: UniTokConfig | None = None,
         dtype: torch.dtype = torch.float32,
+        encoder_options: Mapping[str, Any] | None = None,
     ) -> "UniTok":
         """Load a published checkpoint file (.pth); `config` is needed for sizes not in `TOKENIZER_SIZES`.
+
+        `encoder_options` as in `from_pretrained`.
 
         Raises:
             UserError: the file is not such a checkpoint, or its weights do not fit the config.
         """
         with loading(path):
             config, state = read_published_tokenizer(path, config)
+        if encoder_options:
+            options = _more_options(config.encoder_options, encoder_options)
+            config = UniTokConfig.from_dict({**config.to_dict(), "encoder_options": options})
         # The meta device allocates and initialises nothing; `assign` makes the file's tensors the parameters.
         with torch.device("meta"):
             model = cls(config)
@@ -421,6 +433,19 @@ class UniTok(InstalledCode, PreTrainedModel):
             module.init_weights()  # pyright: ignore[reportCallIssue]
         elif isinstance(module, (nn.Linear, nn.LayerNorm)):
             module.reset_parameters()
+
+
+def _add_encoder_options(path: Path, kwargs: dict[str, Any]) -> None:
+    """Add the options stored at `path`, a folder or hub id, to those in `kwargs`."""
+    if options := kwargs.pop("encoder_options", None):
+        stored = UniTokConfig.from_pretrained(path).encoder_options
+        kwargs["encoder_options"] = _more_options(stored, options)
+
+
+def _more_options(stored: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`stored` and `more` encoder options, without a merging that is switched off."""
+    options = {**(stored or {}), **more}
+    return {name: value for name, value in options.items() if name != "merge" or value} or None
 
 
 def _keep_rows(loaded: Any) -> Any:

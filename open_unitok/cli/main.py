@@ -37,6 +37,7 @@ COMMANDS: dict[str, str] = {
     "convert tokenizer": "convert a published UniTok checkpoint to a model folder, or back",
     "convert mllm": "convert a published MLLM to a model folder, or back",
     "convert quantizer": "take the quantiser of another system's published tokenizer",
+    "convert token-merging": "copy a visual tokenizer with token merging switched on or off",
     "convert bf16": "round a model's weights to bfloat16",
     "convert adapter": "merge a LoRA adapter into its MLLM",
 }

@@ -164,7 +164,7 @@ def _is_number(value: Any) -> bool:
 
 # size (B, M): tokens that each one stands for; assign (B, N): the position, among the N at the start, of each
 # token's representative; kept (B, M): the positions of the tokens that are left, in their order
-State = tuple[Tensor, Tensor, Tensor]
+MergeState = tuple[Tensor, Tensor, Tensor]
 
 
 class MergingBlock(Block):
@@ -176,7 +176,7 @@ class MergingBlock(Block):
     def forward(
         self, hidden: Tensor, noise: Tensor | None, size: Tensor, assign: Tensor, kept: Tensor, grid: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(B, M, D) hidden -> the hidden, size, assign and kept after this block; see `State`."""
+        """(B, M, D) hidden -> the hidden, size, assign and kept after this block; see `MergeState`."""
         merge, state = self.merge, (size, assign, kept)
         first, second = (None, None) if noise is None else noise
         if merge.at == self.index:
@@ -192,7 +192,7 @@ class MergingBlock(Block):
             hidden, state = merge_into(hidden, state, *pairs, how=merge.how[self.index])
         return hidden + self._drop_path(self.mlp(self.norm2(hidden)), second), *state
 
-    def _cluster(self, hidden: Tensor, state: State, grid: tuple[int, int]) -> tuple[Tensor, State]:
+    def _cluster(self, hidden: Tensor, state: MergeState, grid: tuple[int, int]) -> tuple[Tensor, MergeState]:
         """Cluster by the keys that this block would attend to; distances of D numbers cost 16 times more."""
         merge, registers = self.merge, self.merge.registers
         tokens = hidden.shape[1] - registers
@@ -213,8 +213,8 @@ class MergingBlock(Block):
 
 
 def merge_into(
-    hidden: Tensor, state: State, assign: Tensor, kept: Tensor, how: Literal["mean", "mlerp", "prune"]
-) -> tuple[Tensor, State]:
+    hidden: Tensor, state: MergeState, assign: Tensor, kept: Tensor, how: Literal["mean", "mlerp", "prune"]
+) -> tuple[Tensor, MergeState]:
     """`combine` the (B, M, D) hidden, whose `state` may hold earlier merges."""
     size, before, places = state
     merged, new_size = combine(hidden, size, assign, kept, how)
@@ -235,15 +235,13 @@ class MergingTransformer(Transformer):
         for index, block in enumerate(self):
             block.merge, block.index = merge, index  # pyright: ignore[reportAttributeAccessIssue]
 
-    def merged_outputs(
-        self, hidden: Tensor, grid: tuple[int, int]
-    ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
-        """Yield the (B, M, D) output of every block, and the size, assign and kept after it; see `State`."""
+    def merged_outputs(self, hidden: Tensor, grid: tuple[int, int]) -> Iterator[tuple[Tensor, MergeState]]:
+        """Yield the (B, M, D) output of every block, and what stands for what after it."""
         batch, count, _ = hidden.shape
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         size = torch.ones(batch, count, device=hidden.device, dtype=dtype)
         assign = torch.arange(count, device=hidden.device).repeat(batch, 1)
-        state: State = (size, assign, assign)
+        state: MergeState = (size, assign, assign)
         for block, noise in zip(self, self.noise_for(hidden)):
             hidden, *rest = self.call(block, hidden, noise, *state, grid)
             state = (rest[0], rest[1], rest[2])

@@ -100,7 +100,7 @@ class ViTaminEncoder(nn.Module):
         *outputs, last = self.blocks.layer_outputs(*self._block_inputs(pixels))
         return [*outputs, self.norm(last)]
 
-    def _block_inputs(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _block_inputs(self, pixels: torch.Tensor) -> tuple[Any, ...]:
         tokens = self.patches(pixels)
         if self.register_tokens is not None:
             # (B, registers, D), before the image tokens

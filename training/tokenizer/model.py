@@ -1,5 +1,6 @@
 """Building and initialising the model of the tokenizer stage (arXiv 2502.20321, sections 3.1 and 4.1)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +90,15 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
         if config.init_quantizer:
             load_quantizer(model.quantizer, model.config, config.init_quantizer)
     else:
-        model = _load_pretrained(config.init_from)
+        options = fields.get("encoder_options") or {}
+        model = _load_pretrained(config.init_from, {key: options[key] for key in options if key == "merge"})
         # sizes may be repeated in the config, but not changed; a tower is compared by its fields
         wanted, _ = resolve_paths(wanted)
         for key in fields:
-            if getattr(model.config, key) != getattr(wanted, key):
-                other = getattr(model.config, key)
+            other, given = getattr(model.config, key), getattr(wanted, key)
+            if key == "encoder_options" and "merge" in options:  # may be added to those at init_from
+                given = {**other, **given}
+            if other != given:
                 raise UserError(
                     f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it."
                 )
@@ -179,8 +183,8 @@ def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:
         )
 
 
-def _load_pretrained(path: str) -> UniTok:
-    """The tokenizer of a folder (an MLLM's too), shipped model or hub id, with fp32 weights.
+def _load_pretrained(path: str, encoder_options: Mapping[str, Any]) -> UniTok:
+    """The tokenizer of a folder (an MLLM's too), shipped model or hub id, with fp32 weights and more options.
 
     Raises:
         UserError: there is no model.
@@ -189,7 +193,7 @@ def _load_pretrained(path: str) -> UniTok:
     if not Path(path).exists() and path.count("/") != 1:  # a hub id is owner/name
         raise UserError(f"init_from is {path}, but there is no such folder or file.")
     try:
-        return UniTok.from_pretrained(path, dtype=torch.float32)
+        return UniTok.from_pretrained(path, dtype=torch.float32, encoder_options={**encoder_options})
     except OSError as error:
         raise UserError(f"init_from: no model at {path} ({' '.join(str(error).split())[:200]}).") from error
 

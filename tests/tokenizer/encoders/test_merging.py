@@ -16,9 +16,9 @@ from open_unitok.tokenizer.encoders.merging import (
     spatial_density_peaks,
     unmerge,
 )
-from open_unitok.tokenizer.encoders.merging_blocks import MergeOptions, MergingTransformer, State
+from open_unitok.tokenizer.encoders.merging_blocks import MergeOptions, MergeState, MergingTransformer
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "merging"
+GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "merging"
 DTYPES = (torch.float64, torch.float32)
 # our names of the weights of a block
 WEIGHTS = {
@@ -88,9 +88,9 @@ def transformer(tensors: dict[str, torch.Tensor], heads: int, options: MergeOpti
 
 def check_blocks(
     tensors: dict[str, torch.Tensor], name: str, blocks: MergingTransformer, float32: float
-) -> State:
+) -> MergeState:
     with torch.no_grad():
-        hidden, state = blocks.merged(tensors["blocks.tokens"], (4, 5))
+        *_, (hidden, state) = blocks.merged_outputs(tensors["blocks.tokens"], (4, 5))
     size, assign, kept = state
     order = kept.argsort(dim=1)  # results are stored by ascending position
     assert torch.equal(assign, tensors[f"{name}.assign"])
@@ -176,3 +176,110 @@ def test_clusters_equal_the_golden(dtype, run):
     close(merged, tensors[f"{run}.merged"], 1e-5)
     close(size, tensors[f"{run}.size"], 1e-6)
     close(unmerge(merged, assign, kept), tensors[f"{run}.unmerged"], 1e-5)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_twins_come_back_exactly():
+    tokens = random(2, 8, 12).repeat_interleave(2, dim=1)  # 8 pairs side by side
+    size = torch.ones(2, 16)
+    assign, kept = match_pairs(tokens, 8)
+    for how in ("mean", "prune"):
+        merged, new_size = combine(tokens, size, assign, kept, how)
+        assert merged.shape == (2, 8, 12) and torch.equal(new_size, torch.full((2, 8), 2.0))
+        assert torch.equal(unmerge(merged, assign, kept), tokens)
+    merged, _ = combine(tokens, size, assign, kept, "mlerp")  # equal vectors are unchanged but for rounding
+    torch.testing.assert_close(unmerge(merged, assign, kept), tokens, rtol=0, atol=1e-6)
+
+
+def test_the_mean_keeps_the_mean_and_mlerp_does_not():
+    tokens, size = random(2, 30, 12) + 1, torch.ones(2, 30)
+    assign, kept = match_pairs(tokens, 15)
+    means = {}
+    for how in ("mean", "mlerp"):
+        merged, new_size = combine(tokens, size, assign, kept, how)
+        assert torch.equal(new_size.sum(dim=1), size.sum(dim=1))
+        means[how] = unmerge(merged, assign, kept).mean(dim=1)
+    torch.testing.assert_close(means["mean"], tokens.mean(dim=1), rtol=0, atol=1e-6)
+    assert (means["mlerp"] - tokens.mean(dim=1)).abs().max() > 0.05
+
+
+def test_opposite_vectors_under_mlerp_give_zero_and_finite_gradients():
+    tokens = torch.tensor([[[3.0, 4.0], [-3.0, -4.0], [1.0, 0.0], [0.0, 9.0]]], requires_grad=True)
+    assign, kept = torch.tensor([[1, 1, 2, 3]]), torch.tensor([[1, 2, 3]])
+    merged, _ = combine(tokens, torch.ones(1, 4), assign, kept, "mlerp")
+    assert torch.equal(merged[0, 0], torch.zeros(2)) and torch.equal(merged[0, 1:], tokens[0, 2:])
+    merged.sum().backward()
+    assert tokens.grad is not None and tokens.grad.isfinite().all()
+
+
+def test_a_group_of_one_is_unchanged_bit_for_bit():
+    tokens, size = random(1, 9, 7), torch.tensor([[3.0, 7, 1, 5, 3, 9, 11, 13, 3]])
+    assign, kept = match_pairs(tokens, 2)
+    alone = [position for position in kept[0].tolist() if (assign[0] == position).sum() == 1]
+    assert len(alone) >= 5
+    for how in ("mean", "mlerp", "prune"):
+        merged, _ = combine(tokens, size, assign, kept, how)
+        back = unmerge(merged, assign, kept)
+        assert torch.equal(back[:, alone], tokens[:, alone])
+
+
+def test_ties_go_to_the_first_and_zero_keys_are_finite():
+    assign, kept = match_pairs(torch.ones(1, 8, 4), 2)
+    assert assign.tolist() == [[1, 1, 1, 3, 4, 5, 6, 7]] and kept.tolist() == [[1, 3, 4, 5, 6, 7]]
+    assign, _ = match_pairs(torch.zeros(1, 8, 4), 2)
+    assert assign.tolist() == [[1, 1, 1, 3, 4, 5, 6, 7]]
+    assert match_pairs(random(1, 9, 4), 100)[1].shape == (1, 5)  # at most half of them
+    assert match_pairs(random(1, 9, 4), 100, protected=7)[1].shape == (1, 8)
+    for registers in range(7):
+        for order in ("raster", "published") if registers < 2 else ("raster",):
+            assign, kept = match_pairs(torch.ones(1, 9, 4), 100, registers, order)
+            assert assign[0, :registers].tolist() == kept[0, :registers].tolist() == list(range(registers))
+            assert (assign[0, registers:] >= registers).all()
+
+
+def test_attention_with_sizes_is_attention_over_copies():
+    """A token that stands for n gives the result of n equal tokens (float64)."""
+    torch.manual_seed(0)
+    blocks = MergingTransformer(16, 1, 2, 2.0, 0.0, MergeOptions(r=[0], how=["mean"])).double().eval()
+    attention, tokens = blocks[0].attention, random(1, 5, 16).double()
+    sizes = torch.tensor([1, 3, 1, 2, 1])
+    with torch.no_grad():
+        once, _ = attention.mix(tokens, sizes.double().log()[None, None, None])
+        copies = attention(tokens.repeat_interleave(sizes, dim=1))
+    assert (once - copies[:, [0, 1, 4, 5, 7]]).abs().max() < 1e-14
+
+
+def test_equal_tokens_have_no_distance_and_all_kept_is_the_identity():
+    tokens = random(1, 8, 64).repeat(1, 8, 1)  # cdist's default gives up to .008 here
+    flat = density_peaks(tokens, 8, 5)
+    assert torch.equal(tokens.gather(1, flat["assign"][..., None].expand_as(tokens)), tokens)
+    tokens = random(2, 36, 8)
+    for found in (density_peaks(tokens, 36, 5), spatial_density_peaks(tokens, (6, 6), 36, 5, 0.3)):
+        assert torch.equal(found["assign"], torch.arange(36).expand(2, -1))
+        assert torch.equal(found["kept"], found["assign"])
+
+
+def test_the_spatial_reach_matters():
+    """Two equal blobs far apart on the grid: density peaks join them, ranks 1 to k do not see each other."""
+    tokens = random(1, 64, 8)
+    wide = spatial_density_peaks(tokens, (8, 8), 10, 5, 0.3)
+    assert not torch.equal(wide["kept"], density_peaks(tokens, 10, 5)["kept"])
+    assert not torch.equal(wide["rho"], spatial_density_peaks(tokens, (8, 8), 10, 5, 1.0)["rho"])
+    assert not torch.equal(wide["rho"], spatial_density_peaks(tokens, (4, 16), 10, 5, 0.3)["rho"])
+
+
+def test_each_image_of_a_batch_is_merged_on_its_own():
+    tokens, size = random(3, 24, 8), torch.ones(3, 24)
+    for choose in (
+        lambda x: match_pairs(x, 7),
+        lambda x: tuple(density_peaks(x, 9)[name] for name in ("assign", "kept")),
+    ):
+        assign, kept = choose(tokens)
+        together, _ = combine(tokens, size, assign, kept, "mlerp")
+        for image in range(3):
+            one = slice(image, image + 1)
+            alone, _ = combine(tokens[one], size[one], *choose(tokens[one]), "mlerp")
+            torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-6)
