@@ -54,15 +54,20 @@ def linear_layers(model: nn.Module, parts: Sequence[str]) -> str:
     patterns = []
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for part in parts:
-        inside = (name for name in linear if f"{name}.".startswith(f"{part}."))
-        leaves = {name.rpartition(".")[2] for name in inside}
-        if not leaves:
+        inside = [name for name in linear if f"{name}.".startswith(f"{part}.")]
+        if not inside:
             raise UserError(f"The model's part {part!r} has no linear layer for LoRA.")
         # `part` may itself be a linear layer ("lm_head"): then it is matched by its own name
-        alone = part.rpartition(".")[2]
-        inner = "|".join(sorted(map(re.escape, leaves - {alone})))
+        leaves = {_leaf(name[len(part) + 1 :]) for name in inside if name != part}
+        inner = "|".join(sorted(map(re.escape, leaves)))
         patterns.append(rf"{re.escape(part)}\.(?:.*\.)?(?:{inner})" if inner else re.escape(part))
     return "|".join(patterns)
+
+
+def _leaf(name: str) -> str:
+    """The last part of a module's name, with the name of its list where it is a number: "outputs.0"."""
+    parts = name.split(".")
+    return ".".join(parts[-2:]) if parts[-1].isdigit() else parts[-1]
 
 
 def merge_adapter(

@@ -51,7 +51,8 @@ class LossOptions:
 class ModelOptions:
     """A new model: a visual tokenizer, a text tokenizer, and a decoder from sizes or from a folder.
 
-    unitok: folder of the visual tokenizer. text_tokenizer: sentencepiece `tokenizer.model` or a folder.
+    unitok: folder of the visual tokenizer, or of an MLLM that has one. text_tokenizer: sentencepiece
+        `tokenizer.model` or a folder. A shipped model's name is a folder here and in `language_model`.
     language_model: folder or hub id of a trained decoder, or of an MLLM, whose decoder is taken; else `text`
         (fields of its config) sets its sizes.
     depth: fields of the depth head's config. fields: further fields of UniTokMLLMConfig.

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import SAMPLING_FILE, existing, model_path
+from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.loading import check_vocabulary
 from open_unitok.mllm.lora import add_lora
@@ -57,7 +57,9 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     """
     options = config.model
     assert options is not None
-    folder = existing(options.unitok, "model.unitok must be the folder of a trained visual tokenizer.")
+    folder = existing(
+        tokenizer_path(options.unitok), "model.unitok must be the folder of a trained visual tokenizer."
+    )
     check_tokenizer_folder(folder)
     unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
     # transformers ignores unknown keys: check them here, with a did-you-mean

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig
 
-from open_unitok.core.files import model_path
+from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.tokenizer import UniTokConfig
 
@@ -111,9 +111,8 @@ def _new_model_config(config: MLLMRunConfig, assumed: list[str]) -> Any:
     """The config that `new_parts` gives the model."""
     options = config.model
     assert options is not None
-    unitok = _on_disk_or(
-        options.unitok, assumed, lambda: UniTokConfig.from_pretrained(options.unitok), UniTokConfig
-    )
+    folder = str(tokenizer_path(options.unitok))
+    unitok = _on_disk_or(folder, assumed, lambda: UniTokConfig.from_pretrained(folder), UniTokConfig)
     published = UniTokMLLMConfig.named(PUBLISHED).text_config
     if options.language_model:
         name = options.language_model
