@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError
 
 from ..token_layout import TokenLayout
 
-SIMILARITY_BLOCK = 2**24  # maximum number of similarities in memory: 64 MiB of float32
+SIMILARITY_BLOCK = 2**22  # maximum number of similarities in memory: 16 MiB of float32
 GRADIENTS = ("straight_through", "rotation")
 WriteRows = Callable[[nn.Parameter, Tensor, Tensor], object]
 

@@ -28,14 +28,11 @@ class Kind(NamedTuple):
 
 HAS_LIBRARY = find_spec("vector_quantize_pytorch") is not None
 DISCRETE = [name for name, kind in QUANTIZERS.items() if kind.discrete]  # "none" has tests of its own
-INSTALLED = [name for name in DISCRETE if HAS_LIBRARY or name != "library"]
 _NO_LIBRARY = pytest.mark.skipif(not HAS_LIBRARY, reason="the extra `library` is not installed")
-# all entries, for parametrised tests
-ENTRIES = [pytest.param(name, marks=_NO_LIBRARY if name == "library" else ()) for name in DISCRETE]
 
 FROZEN_ENCODER = dict.fromkeys(("encoder.", "down_projection."), "the encoder is a frozen teacher")
 
-KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
+KINDS: dict[str, Kind] = dict.fromkeys(DISCRETE, Kind()) | {
     "multi_codebook": Kind(entropy=True),
     "ibq": Kind(entropy=True, other_codes=({"normalize": True},)),
     "ema": Kind(
@@ -85,10 +82,39 @@ KINDS: dict[str, Kind] = dict.fromkeys(QUANTIZERS, Kind()) | {
     "cluster": Kind(state=("probability",), no_gradient=FROZEN_ENCODER, other_codes=({"decay": 0.5},)),
 }
 
+# the other quantisers behind the entry `library`; the name of a variant is "<entry> <kind>"
+VARIANTS: dict[str, Kind] = {
+    "library LFQ": Kind(
+        {"kind": "LFQ"},
+        {"codebook_size": 16, "codebook_dim": 4},
+        entropy=True,
+        other_codes=({"codebook_scale": 2.0},),
+        codebooks={"init_images": 0},
+    ),
+    "library SimVQ": Kind({"kind": "SimVQ"}, codebooks={"init_images": 0}),
+    "library ResidualVQ": Kind({"kind": "ResidualVQ"}, codebooks={"init_images": 0}),
+}
+KINDS |= VARIANTS
+
+# all entries, for parametrised tests; variants of an entry in `make test-slow` alone
+INSTALLED = [name for name in KINDS if HAS_LIBRARY or not name.startswith("library")]
+ENTRIES = [
+    pytest.param(
+        name,
+        marks=[_NO_LIBRARY] * name.startswith("library") + [pytest.mark.slow] * (name in VARIANTS),
+    )
+    for name in KINDS
+]
+
+
+def entry_of(name: str) -> str:
+    """The entry of QUANTIZERS behind a name of KINDS."""
+    return name.partition(" ")[0]
+
 
 def overrides(name: str) -> list[str]:
     """Overrides of a run's config that choose this kind."""
     kind = KINDS[name]
-    fields = {"quantizer": name, "quantizer_options": kind.options, **kind.model}
+    fields = {"quantizer": entry_of(name), "quantizer_options": kind.options, **kind.model}
     changes = [f"model.{key}={json.dumps(value)}" for key, value in fields.items()]
     return [*changes, f"losses.entropy={0.1 * kind.entropy}"]

@@ -21,7 +21,7 @@ from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.dead_codes import DeadCodes, usage_and_perplexity
 
-from ...tokenizer.quantizers.kinds import ENTRIES, KINDS, overrides
+from ...tokenizer.quantizers.kinds import ENTRIES, KINDS, entry_of, overrides
 
 STATISTICS = ("usage", "calls", "started", "probability")  # change in training, and no code with them
 
@@ -120,7 +120,7 @@ def test_it_saves_and_loads(trained, tmp_path):
     again = UniTok.from_pretrained(tmp_path)
     state, other = model.state_dict(), again.state_dict()
     assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
-    assert type(again.quantizer) is QUANTIZERS[trained.name]
+    assert type(again.quantizer) is QUANTIZERS[entry_of(trained.name)]
     learns = [{n: p.requires_grad for n, p in m.quantizer.named_parameters()} for m in (model, again)]
     assert learns[0] == learns[1] and again.fingerprint() == model.fingerprint()
     codes = model.encode(some_pixels())
@@ -249,7 +249,7 @@ def an_mllm_reads_a_pyramid(trained, mllm_run, photo, capsys) -> None:
 
 
 def test_an_mllm_trains_generates_and_answers(trained, mllm_run, photo, capsys):
-    refusal = refusal_of(trained.model.quantizer, trained.name)
+    refusal = refusal_of(trained.model.quantizer, entry_of(trained.name))
     if refusal is not None:
         with pytest.raises(UserError, match=refusal.replace("(", r"\(").replace(")", r"\)")):
             UniTokMLLMConfig.for_tokenizer(trained.model.config)
