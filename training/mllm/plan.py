@@ -66,10 +66,13 @@ def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
         text_tokens: mean length of a caption, an answer or a line.
 
     Raises:
-        UserError: the config does not fit the files on disk, or batch_size does not split over the ranks.
+        UserError: the config does not fit the files on disk, batch_size does not split over the ranks, or
+            the mixture generates images of a tokenizer whose codes an MLLM only reads.
     """
     micro_batch = config.micro_batch(gpus)
     model, assumed = model_on_meta(config)
+    if any(SAMPLE_KINDS[entry.kind].generates_images for entry in config.data.mixture):
+        model.config.check_generates()
     sample = mean_sample(config, model.config, text_tokens)
     counts = TokenCounts(*(config.batch_size * value for value in sample))
     activations = activation_bytes(config, model, micro_batch, text_tokens)

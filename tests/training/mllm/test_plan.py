@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from open_unitok.cli import main
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokForConditionalGeneration
+from open_unitok.tokenizer import UniTokConfig
 from open_unitok.training import run
 from open_unitok.training.core.flops import MLLMFlops, TokenCounts
 from open_unitok.training.mllm import plan
@@ -99,6 +100,20 @@ def test_documents_are_planned_as_generated():
     }
     assert work["document"].image_targets == work["document"].image_tokens == work["reading"].image_tokens > 0
     assert work["reading"].image_targets == 0 and work["document"].text_targets > work["reading"].text_targets
+
+
+def test_a_pyramid_is_planned_for_reading_alone(tmp_path):
+    pyramid = {"inner": "nearest", "scales": [1, 2, 4]}
+    UniTokConfig(image_size=64, quantizer="residual", quantizer_options=pyramid).save_pretrained(tmp_path)
+    mixture = "data.mixture=[{kind: KIND, path: data/x, weight: 1}]"
+
+    def planned(kind: str) -> plan.Plan:
+        changes = [f"model.unitok={tmp_path}", mixture.replace("KIND", kind)]
+        return plan.plan_run(run.load_run_config(CONFIGS[0], changes), 8)
+
+    assert planned("captioning").counts.image_tokens > 0
+    with pytest.raises(UserError, match="but generates one grid"):
+        planned("text_to_image")
 
 
 @pytest.mark.parametrize(
