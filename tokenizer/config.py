@@ -79,7 +79,7 @@ class UniTokConfig(PretrainedConfig):
         projection_causal: a visual token attends only to itself and earlier ones in the projections.
         adapter_layers, adapter_heads: of a transformer for each sub-codebook between encoder and projection,
             which is then the sub-codebook's own (FQGAN: 6, 8); 0 layers = none.
-        embed_dim: E, width of the joint image-text space.
+        embed_dim: E, width of the joint image-text space; 0 = none, and no text tower.
         text_*: the CLIP text tower; text_context_length counts start and end of text.
 
     Raises:
@@ -155,7 +155,7 @@ class UniTokConfig(PretrainedConfig):
             raise UserError(
                 f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}."
             )
-        for name in ("num_register_tokens", "adapter_layers"):
+        for name in ("num_register_tokens", "adapter_layers", "embed_dim"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 0.")
         if self.adapter_layers and self.projection_causal:
@@ -342,7 +342,6 @@ _POSITIVE = (
     "codebook_size",
     "codebook_dim",
     "adapter_heads",
-    "embed_dim",
     "text_hidden_size",
     "text_num_layers",
     "text_num_heads",

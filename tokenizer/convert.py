@@ -260,6 +260,8 @@ def write_published_tokenizer(
     """
     # A field that the published code lacks would be dropped, and loading would silently build another model.
     plain = UniTokConfig()
+    if not config.embed_dim:
+        raise UserError("A published file has a text tower, but embed_dim is 0: this tokenizer has none.")
     for name in _UNPUBLISHED:
         if getattr(config, name) not in (None, {}, getattr(plain, name)):
             raise UserError(

@@ -50,9 +50,9 @@ class UniTokOutput(NamedTuple):
     quantised: torch.Tensor  # (B, N, latent_dim) float32, as the up projection reads it
     losses: dict[str, torch.Tensor]  # scalars by name, from the quantiser: "vq" (commitment included), ...
     usage: torch.Tensor  # (K,) per cent of each sub-codebook's entries used in this batch
-    image_embeds: torch.Tensor  # (B, E) unit norm
+    image_embeds: torch.Tensor | None  # (B, E) unit norm
     text_embeds: torch.Tensor | None  # (B, E) unit norm
-    logit_scale: torch.Tensor  # scalar, after exp
+    logit_scale: torch.Tensor | None  # scalar, after exp
 
 
 class UniTok(InstalledCode, PreTrainedModel):
@@ -80,10 +80,11 @@ class UniTok(InstalledCode, PreTrainedModel):
         heads = config.projection_heads_for(decoder.width)
         self.up_projection = build_projection(kind, latent, decoder.width, heads, causal)
         self.decoder = decoder
-        self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
-        self.image_projection = nn.Linear(decoder.width, config.embed_dim)
-        self.text_encoder = TextEncoder(config)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale, as in CLIP
+        if config.embed_dim:
+            self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
+            self.image_projection = nn.Linear(decoder.width, config.embed_dim)
+            self.text_encoder = TextEncoder(config)
+            self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))  # log of the scale, as in CLIP
         self.post_init()
         load_towers(self.encoder, towers)
 
@@ -113,9 +114,9 @@ class UniTok(InstalledCode, PreTrainedModel):
             quantised=quantised.quantised,
             losses=quantised.losses,
             usage=quantised.usage,
-            image_embeds=self._image_embedding(hidden),
+            image_embeds=self._image_embedding(hidden) if self.config.embed_dim else None,
             text_embeds=None if token_ids is None else self.embed_text(token_ids),
-            logit_scale=self.logit_scale.exp(),
+            logit_scale=self.logit_scale.exp() if self.config.embed_dim else None,
         )
 
     @torch.no_grad()
@@ -159,12 +160,22 @@ class UniTok(InstalledCode, PreTrainedModel):
 
     def embed_image(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pixels -> (B, E) unit-norm embeddings, computed from the codes, or without a quantiser
-        from the latents."""
+        from the latents.
+
+        Raises:
+            UserError: this tokenizer has no joint image-text space (embed_dim = 0).
+        """
+        self._check_embeds()
         self._check_range(pixels)
         return self._image_embedding(self.up_project(self.quantizer.quantise(self.encode_latents(pixels))))
 
     def embed_text(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) caption token ids, T <= text_context_length -> (B, E) unit-norm embeddings."""
+        """(B, T) caption token ids, T <= text_context_length -> (B, E) unit-norm embeddings.
+
+        Raises:
+            UserError: this tokenizer has no text tower (embed_dim = 0).
+        """
+        self._check_embeds()
         return F.normalize(self.text_encoder(token_ids).float(), dim=-1)
 
     def encode_latents(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -382,6 +393,13 @@ class UniTok(InstalledCode, PreTrainedModel):
         pooled = self.image_norm(to_dtype_of(self.image_norm, hidden.mean(dim=1)))
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
+    def _check_embeds(self) -> None:
+        if not self.config.embed_dim:
+            raise UserError(
+                "This tokenizer has no text tower and no joint image-text space (embed_dim = 0): it "
+                "reconstructs images, but embeds neither images nor texts."
+            )
+
     def _check_pixels(self, pixels: torch.Tensor) -> None:
         step = self.config.patch_size
         if not pixels.is_floating_point():
@@ -427,7 +445,7 @@ class UniTok(InstalledCode, PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module; transformers calls it for every module, children first."""
-        if module is self:
+        if module is self and self.config.embed_dim:
             init.constant_(self.logit_scale, math.log(1 / 0.07))
         elif hasattr(module, "init_weights"):  # defined by the modules of this package
             module.init_weights()  # pyright: ignore[reportCallIssue]

@@ -34,7 +34,7 @@ COMMANDS: dict[str, str] = {
     "eval score": "score answers or images on disk, without a model",
     "eval compare": "compare two runs with a paired bootstrap",
     "eval report": "an HTML report of runs with published numbers",
-    "convert tokenizer": "convert a published UniTok checkpoint to a model folder, or back",
+    "convert tokenizer": "convert a published tokenizer (UniTok, VQGAN, IBQ, LlamaGen) to a model folder",
     "convert mllm": "convert a published MLLM to a model folder, or back",
     "convert quantizer": "take the quantiser of another system's published tokenizer",
     "convert token-merging": "copy a visual tokenizer with token merging switched on or off",

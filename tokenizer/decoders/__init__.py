@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import UniTokConfig
 from ..entries import build_entry
+from ..vqgan.decoder import VQGANDecoder
 from .autoencoder_kl import AutoencoderKLDecoder
 from .resampled import ResampledDecoder
 from .vit import ViTDecoder
@@ -18,6 +19,7 @@ from .vitamin import ViTaminDecoder
 
 DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminDecoder,
+    "vqgan": VQGANDecoder,
     "vit": ViTDecoder,
     "resampled": lambda config: ResampledDecoder(config, build_decoder),
     "autoencoder_kl": AutoencoderKLDecoder,
@@ -37,6 +39,7 @@ __all__ = [
     "DECODERS",
     "AutoencoderKLDecoder",
     "ResampledDecoder",
+    "VQGANDecoder",
     "ViTDecoder",
     "ViTaminDecoder",
     "build_decoder",

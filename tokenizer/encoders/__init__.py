@@ -13,6 +13,7 @@ import torch
 
 from ..config import UniTokConfig
 from ..entries import build_entry
+from ..vqgan.encoder import VQGANEncoder
 from .autoencoder_kl import AutoencoderKLEncoder
 from .hf_vision import HFVisionEncoder
 from .resampled import ResampledEncoder
@@ -21,6 +22,7 @@ from .vitamin import ViTaminEncoder
 ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminEncoder,
     "hf_vision": HFVisionEncoder,
+    "vqgan": VQGANEncoder,
     "resampled": lambda config: ResampledEncoder(config, build_encoder),
     "autoencoder_kl": AutoencoderKLEncoder,
 }
@@ -67,6 +69,7 @@ __all__ = [
     "AutoencoderKLEncoder",
     "HFVisionEncoder",
     "ResampledEncoder",
+    "VQGANEncoder",
     "ViTaminEncoder",
     "build_encoder",
     "load_towers",

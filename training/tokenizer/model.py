@@ -73,6 +73,8 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     if captions is not None:
         own_sizes.setdefault("text_vocab_size", captions.vocab_size)
     wanted = UniTokConfig.named(size, **own_sizes)
+    if config.init_from is None:
+        _check_text_tower(wanted, config)
     if captions is not None and wanted.text_vocab_size < captions.vocab_size:
         raise UserError(
             f"model.text_vocab_size is {wanted.text_vocab_size}, but {config.caption_tokenizer} has "
@@ -104,12 +106,14 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
                 )
         if config.model:
             model.config.drop_path_rate = wanted.drop_path_rate
+        _check_text_tower(model.config, config)
         if captions is not None and not _has_vocabulary(model, config, captions):
             model = _with_new_text_tower(model, config, captions)
     for part in config.freeze:
         model.get_submodule(part).requires_grad_(False)
     set_up_quantizer(model, config)
-    if not config.losses.clip:  # without a gradient, weight decay would still shrink these
+    # without a gradient, weight decay would still shrink these
+    if not config.losses.clip and model.config.embed_dim:
         for part in (model.text_encoder, model.image_norm, model.image_projection):
             part.requires_grad_(False)
         model.logit_scale.requires_grad_(False)
@@ -152,6 +156,21 @@ def set_up_quantizer(model: UniTok, config: TokenizerRunConfig) -> None:
         check_disentangle(len(quantizer.code_sizes))
         quantizer.disentangle = True  # pyright: ignore
     _check_losses(model, config)
+
+
+def _check_text_tower(sizes: UniTokConfig, config: TokenizerRunConfig) -> None:
+    """
+    Raises:
+        UserError: the run trains, freezes or loads a text tower that a tokenizer with embed_dim 0 lacks.
+    """
+    needs = {
+        f"losses.clip is {config.losses.clip}": config.losses.clip > 0,
+        f"freeze is {config.freeze}": "text_encoder" in config.freeze,
+        f"init_from_clip is {config.init_from_clip}": bool(config.init_from_clip),
+    }
+    for key, needed in needs.items():
+        if needed and not sizes.embed_dim:
+            raise UserError(f"{key}, but embed_dim is 0: the tokenizer has no text tower.")
 
 
 def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:

@@ -137,7 +137,8 @@ def train_step(
             metrics[name] = metrics.get(name, 0) + value.float() / accumulation
     state.step += 1
     # CLIP bounds the temperature: logit_scale is its logarithm (arXiv 2103.00020, section 2.5)
-    deepspeed_engine.clamp_parameter(state.engine, state.model.logit_scale, 0.0, math.log(100.0))
+    if state.model.config.embed_dim:
+        deepspeed_engine.clamp_parameter(state.engine, state.model.logit_scale, 0.0, math.log(100.0))
     reset = state.dead_codes.reset_codes(state.step, state.engine)
     if state.ema:
         rows = state.model.quantizer.codebooks
@@ -377,7 +378,8 @@ def log_train_state(log: MetricLogger, state: TrainState, lr: float) -> None:
     log.note("lr", lr)
     if state.gan:
         log.note("discriminator_lr", state.gan.lr)
-    log.note("logit_scale", state.model.logit_scale.exp().item())
+    if state.model.config.embed_dim:
+        log.note("logit_scale", state.model.logit_scale.exp().item())
     quantizer = state.model.quantizer
     shares = usage_and_perplexity(quantizer.usage, quantizer.code_sizes)
     for code, (used, perplexity) in enumerate(zip(*shares)):

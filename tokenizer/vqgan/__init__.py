@@ -1,0 +1,1 @@
+"""VQGAN's convolutional encoder and decoder, and published checkpoints that have them."""
