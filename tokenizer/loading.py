@@ -99,6 +99,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     return read_pickle(path)
 
 
+def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict in a published checkpoint, averaged weights first; without DistributedDataParallel's
+    "module.".
+
+    Raises:
+        UserError: the file is not readable, or holds none.
+    """
+    found = read_checkpoint(path)
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{path} does not hold a state dict (names to tensors).")
+    return {name.removeprefix("module."): tensor for name, tensor in found.items()}
+
+
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a .pth or .safetensors file by name, in float32.
 

@@ -18,7 +18,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import atomic_folder, write_json
 from open_unitok.core.text_files import read_json
 
-from ..loading import check_weights_fit, read_checkpoint
+from ..loading import check_weights_fit, read_state_dict
 from .base import Quantizer
 
 WEIGHTS, DESCRIPTION = "quantizer.safetensors", "quantizer.json"
@@ -114,8 +114,7 @@ def quantizer_from_published(system: str, published: State) -> PublishedQuantize
     if system not in SYSTEMS:
         raise UserError(f"{system!r} is not a known system." + did_you_mean(system, SYSTEMS))
     convert, prefixes = SYSTEMS[system]
-    # DistributedDataParallel adds "module."
-    state = _Recorded({name.removeprefix("module."): tensor for name, tensor in published.items()})
+    state = _Recorded(published)
     missing: list[str] = []
     found = None
     while found is None:  # name all that is missing, not only the first
@@ -149,15 +148,8 @@ def convert_quantizer(system: str, path: str | os.PathLike[str], folder: str | o
     Raises:
         UserError: the file is not such a checkpoint.
     """
-    checkpoint = read_checkpoint(path)
-    for key in ("ema", "model", "state_dict"):  # averaged weights first
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(t, Tensor) for t in checkpoint.values()):
-        raise UserError(f"{path} does not hold a state dict (names to tensors).")
     try:
-        found = quantizer_from_published(system, checkpoint)
+        found = quantizer_from_published(system, read_state_dict(path))
     except UserError as error:
         raise UserError(f"{path} does not fit: {error}") from None
     with atomic_folder(Path(folder)) as target:

@@ -7,7 +7,6 @@ image's are read from the shapes of the weights.
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,10 +15,8 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from ..config import UniTokConfig
 from ..folder_checks import check_finite, loading
-from ..loading import check_weights_fit, read_checkpoint
+from ..loading import check_weights_fit, read_state_dict
 from ..model import UniTok
-
-State = Mapping[str, Tensor]
 
 # System -> fields of its quantiser. VQGAN takes the nearest row, IBQ the largest inner product, LlamaGen the
 # largest cosine, as UniTok does.
@@ -56,7 +53,7 @@ def load_published_vqgan(system: str, path: str | os.PathLike[str], image_size: 
     if system not in QUANTIZER_FIELDS:
         raise UserError(f"{system!r} is not a known system." + did_you_mean(system, QUANTIZER_FIELDS))
     with loading(path):
-        published = _state_dict(read_checkpoint(path), path)
+        published = read_state_dict(path)
     state = {name: tensor.float() for name, tensor in _renamed(_averaged(published)).items()}
     try:
         config = vqgan_config(system, state, image_size)
@@ -71,7 +68,7 @@ def load_published_vqgan(system: str, path: str | os.PathLike[str], image_size: 
     return model.eval()
 
 
-def vqgan_config(system: str, state: State, image_size: int) -> UniTokConfig:
+def vqgan_config(system: str, state: Mapping[str, Tensor], image_size: int) -> UniTokConfig:
     """The config that fits a state dict under our names."""
     channels, options = state["encoder.conv_in.weight"].shape[0], {}
     for part, levels in (("encoder", "down"), ("decoder", "up")):
@@ -102,23 +99,13 @@ def vqgan_config(system: str, state: State, image_size: int) -> UniTokConfig:
     )
 
 
-def _state_dict(checkpoint: Any, path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    for key in ("ema", "model", "state_dict"):  # averaged weights first
-        if isinstance(checkpoint, Mapping) and isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
-            break
-    if not isinstance(checkpoint, Mapping) or not all(isinstance(t, Tensor) for t in checkpoint.values()):
-        raise UserError(f"{Path(path)} does not hold a state dict (names to tensors).")
-    return {name.removeprefix("module."): tensor for name, tensor in checkpoint.items()}
-
-
-def _averaged(published: State) -> dict[str, Tensor]:
+def _averaged(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tokenizer's own weights; IBQ evaluates their average, whose names have no dots."""
     own = {n: t for n, t in published.items() if n.startswith(_PARTS) and not n.startswith(_LEFT_OUT)}
     return {name: published.get("model_ema." + name.replace(".", ""), tensor) for name, tensor in own.items()}
 
 
-def _renamed(published: State) -> dict[str, Tensor]:
+def _renamed(published: Mapping[str, Tensor]) -> dict[str, Tensor]:
     levels = _count(published, "decoder.conv_blocks")
     state = {}
     for name, tensor in published.items():
@@ -136,7 +123,7 @@ def _renamed(published: State) -> dict[str, Tensor]:
     return state
 
 
-def _count(state: State, prefix: str) -> int:
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
     """The number of modules in the list `prefix`; names are PREFIX.NUMBER.*"""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     return 1 + max((int(found[1]) for name in state if (found := pattern.match(name))), default=-1)
