@@ -22,11 +22,7 @@ MAY_IMPORT = {
 # The rooms of a package from left to right: a room imports from itself and from the levels before its own.
 # A file that lies in no room may import from all of them.
 ROOMS = {
-<<<<<<< HEAD
-    "tokenizer": [{"adaptation"}, {"encoders", "quantizers", "decoders", "frozen"}],
-=======
-    "tokenizer": [{"encoders", "quantizers", "frozen"}, {"decoders"}],
->>>>>>> 4eaeafa (Read state dicts of published checkpoints in one place)
+    "tokenizer": [{"adaptation"}, {"encoders", "quantizers", "frozen"}, {"decoders"}],
     "generation": [{"backends"}, {"serving"}, {"ui"}],
     "training": [{"core"}, {"data"}, {"tokenizer", "mllm", "scenes", "emoji"}],
     "eval": [
