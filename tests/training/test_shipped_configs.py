@@ -41,6 +41,7 @@ SMALL = {
     "text_num_heads": 2,
     "text_context_length": 12,
 }
+SMALL_VQGAN = {"channels": 8, "multipliers": [1, 1, 1, 1, 2], "residual_blocks": 1, "norm_groups": 4}
 SMALL_VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
@@ -132,10 +133,13 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         changes.append(f"teacher={json.dumps(teachers)}")
     if config.model.get("token_layout", {}).get("tokens"):
         changes += small_queries(config.model)
+    elif config.model.get("encoder") == "vqgan":
+        changes += [f"model.{part}_options={json.dumps(SMALL_VQGAN)}" for part in ("encoder", "decoder")]
     elif config.model.get("encoder_options"):
         changes.append(f"model.encoder_options={json.dumps(SMALL_VIT)}")
     if not config.init_from:  # else it trains the shipped model at full size
-        changes += [f"model.{name}={value}" for name, value in SMALL.items()]
+        without_text = {"embed_dim": 0} if config.model.get("embed_dim") == 0 else {}
+        changes += [f"model.{name}={value}" for name, value in (SMALL | without_text).items()]
         options = config.model.get("quantizer_options") or {}
         changes.append(f"model.quantizer_options={json.dumps(small_options(options))}")
         changes.append("model.projection_heads=null")
