@@ -73,7 +73,7 @@ def test_questions_about_one_image_share_its_prefill(full_model, asked, monkeypa
     read = []
     embed = full_model.embed_inputs
     monkeypatch.setattr(
-        full_model, "embed_inputs", lambda ids, **c: read.append(ids.numel()) or embed(ids, **c)
+        full_model, "embed_inputs", lambda ids, *a, **c: read.append(ids.numel()) or embed(ids, *a, **c)
     )
     for options in ({}, {"num_beams": 2}):
         read.clear()
