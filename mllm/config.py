@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig
@@ -14,7 +13,7 @@ from open_unitok.tokenizer.quantizers import Quantizer, describe_quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .depth_config import DepthOptions, depth_config
-from .features import VISUAL_INPUTS, FeatureOptions, feature_sizes
+from .features import VISUAL_INPUTS, FeatureOptions, feature_fields
 from .output import NOT_PREDICTIONS
 
 # The published placeholder id. It is outside the vocabulary: no text tokenizer produces it.
@@ -26,7 +25,15 @@ ROW_NORMS = ("unit", "blocks", "none")
 INPUT_EMBEDDERS = ("projection", "mlp", "tables")
 
 # fields that config.json leaves out at these values
-_OMITTED: dict[str, Any] = {"depth_options": None, "input_embedder": "projection"}
+_OMITTED: dict[str, Any] = {
+    "depth_options": None,
+    "input_embedder": "projection",
+    "text_z_loss_weight": 0.0,
+    "visual_input": "discrete",
+    "feature_token_id": FEATURE_TOKEN_ID,
+    **dict.fromkeys(("features", "num_continuous_tokens", "continuous_dim", "sep_token_id")),
+    "features_fingerprint": None,
+}
 
 # Named sizes. The published 7B is a LLaMA-2-7B over the published UniTok's codes.
 MLLM_SIZES: dict[str, dict[str, Any]] = {
@@ -352,21 +359,6 @@ class UniTokMLLMConfig(PretrainedConfig):
         for name in ("row_norm", "row_blocks", "code_sizes", "sums_rows"):
             visual[name] = getattr(quantizer, name)
         return cls(**{**visual, **feature_fields(unitok, fields), **fields})
-
-
-def feature_fields(unitok: UniTokConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The sizes of the features that `fields` of a config ask for; {} with discrete input.
-
-    Raises:
-        UserError: the features' options are not valid.
-    """
-    visual_input, names = fields.get("visual_input", "discrete"), ("num_continuous_tokens", "continuous_dim")
-    if visual_input not in VISUAL_INPUTS or visual_input == "discrete":
-        return {}
-    options = FeatureOptions.from_config(fields.get("features"), visual_input)
-    if all(fields.get(name) for name in names):  # a tower need not be on this machine to plan a run
-        return {name: fields[name] for name in names}
-    return dict(zip(names, feature_sizes(options, unitok)))
 
 
 def check_mllm_quantizer(name: str, quantizer: Quantizer | type[Quantizer]) -> None:

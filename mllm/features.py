@@ -107,6 +107,21 @@ def feature_sizes(options: FeatureOptions, unitok: UniTokConfig) -> tuple[int, i
     return tokens, unitok.decoder_width if options.source == "quantised" else quantizer.latent_dim
 
 
+def feature_fields(unitok: UniTokConfig, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes of the features that `fields` of a config ask for; {} with discrete input.
+
+    Raises:
+        UserError: the features' options are not valid.
+    """
+    visual_input, names = fields.get("visual_input", "discrete"), ("num_continuous_tokens", "continuous_dim")
+    if visual_input not in VISUAL_INPUTS or visual_input == "discrete":
+        return {}
+    options = FeatureOptions.from_config(fields.get("features"), visual_input)
+    if all(fields.get(name) for name in names):  # a tower need not be on this machine to plan a run
+        return {name: fields[name] for name in names}
+    return dict(zip(names, feature_sizes(options, unitok)))
+
+
 class FeatureAdapter(nn.Sequential):
     """[LayerNorm -] Linear - GELU - Linear: (..., F) features -> (..., D) input vectors of the decoder.
 
@@ -217,6 +232,17 @@ class FeatureSource:
                 digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
                 digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def check_fingerprint(self, expected: str | None, place: str) -> None:
+        """
+        Raises:
+            UserError: these are not the features that a model was trained on; None = not known.
+        """
+        if expected is not None and expected != (found := self.fingerprint()):
+            raise UserError(
+                f"{place}: the model was trained on features ({self.options.source}) of {expected[:12]}, but "
+                f"these have {found[:12]}: give the tokenizer or tower of training."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,8 @@ def _count(model: UniTok, pixels: torch.Tensor, ids: torch.Tensor | None, decode
 
 
 # in the order of the forward pass
-_PARTS = ("visual_embedder", "language_model", "lm_head", "depth_head")
+_INPUTS = ("visual_embedder", "feature_adapter")
+_PARTS = (*_INPUTS, "language_model", "lm_head", "depth_head")
 
 
 class TokenCounts(NamedTuple):
@@ -65,6 +66,7 @@ class TokenCounts(NamedTuple):
     text_targets: float = 0.0  # positions with a text loss
     image_tokens: float = 0.0  # visual tokens of all images, inputs or targets
     image_targets: float = 0.0  # visual tokens with a loss
+    feature_tokens: float = 0.0  # continuous features of images that are read
 
 
 class MLLMFlops:
@@ -94,14 +96,16 @@ class MLLMFlops:
     def flops(self, work: TokenCounts, backward: bool = True) -> float:
         """FLOPs of the forward and (if `backward`) the backward pass over `work`."""
         # per part: positions that pass through its matrices (the depth head runs once per code)
-        uses = (work.image_tokens, work.tokens, work.text_targets, work.image_targets * self.books)
+        codes = work.image_targets * self.books
+        uses = (work.image_tokens, work.feature_tokens, work.tokens, work.text_targets, codes)
         pairs = (
+            0.0,
             0.0,
             work.attention_pairs * self.pair_cost,
             0.0,
             self._depth_pairs(work) * self.depth_pair_cost,
         )
-        total, trained_below = 0.0, False
+        total, trained_below, inputs_train = 0.0, False, bool(self.trained_embeddings)
         for part, count, attention in zip(_PARTS, uses, pairs):
             forward = 2 * count * self.weights[part] + attention
             total += forward
@@ -111,8 +115,9 @@ class MLLMFlops:
             # gradients those with trained weights
             if backward and (trained_below or trained_here):
                 total += 2 * count * self.weights[part] + 2 * attention + 2 * count * self.trained[part]
-            if part == "visual_embedder":  # text embeddings are at the same level
-                trained_below = trained_here or self.trained_embeddings
+            if part in _INPUTS:  # text embeddings are at the same level
+                inputs_train |= trained_here
+                trained_below = inputs_train if part == _INPUTS[-1] else False
             elif part != "lm_head":  # the two heads are parallel
                 trained_below = trained_below or trained_here
         return total

@@ -296,6 +296,8 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
                 # the defaults bind the loop variables now: readers are called later
                 def read(shard: int = shard, number: int = number) -> CheckedSample:
                     sample = codes.read(shard, number)
+                    if codes.features is not None:
+                        _ = sample.features  # read as training does
                     return CheckedSample(list(sample.images), sample.info)
 
                 yield f"{codes.manifest['shards'][shard]['file']} sample {number}", read
@@ -304,6 +306,9 @@ def _open_code_folder(folder: Path) -> _OpenDataset:
     description = (
         f"codes in {len(codes.sizes)} tar(s), {facts['num_tokens']} x {facts['num_codebooks']} per image"
     )
+    if codes.features is not None:
+        stored = codes.features
+        description += f", features of {stored.source}, {stored.tokens} x {stored.width}"
     total = sum(codes.sizes[shard] for shard in good)
     return _OpenDataset(description, total, samples(), codes, tuple(problems))
 

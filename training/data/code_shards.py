@@ -4,17 +4,19 @@ A code folder holds `codes.json` (see `MANIFEST_FIELDS`) and tars of `KEY.codes.
 a sample with other than one image, next to `KEY.json`:
 {"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]},
 optionally with "long_caption" and "short_caption"; the numbers in a document are those of its images. The
-dtype of the codes follows from the codebook size (`open_unitok.core.codes`).
+dtype of the codes follows from the codebook size (`open_unitok.core.codes`). With continuous features of the
+images there is also `KEY.features.npy`, (M, F) or (I, M, F) in float16.
 
-I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook.
+I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook, M features per
+image of width F.
 """
 
 import contextlib
 import hashlib
 import io
 import json
-from collections.abc import Iterable
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +47,18 @@ LAYOUT_FIELDS = (
 )
 # V of each of the K codes, where they differ; `codebook_size` is the largest
 CODE_SIZES = "code_sizes"
+# {"source", "fingerprint", "tokens", "width"} of stored features, see `StoredFeatures`
+FEATURES = "features"
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
+
+
+class StoredFeatures(NamedTuple):
+    """What the features beside codes are; `fingerprint` is that of their source."""
+
+    source: str
+    fingerprint: str
+    tokens: int  # M
+    width: int  # F
 
 
 class CodeSample(NamedTuple):
@@ -54,30 +67,46 @@ class CodeSample(NamedTuple):
     key: str
     codes: np.ndarray  # (N, K) or (I, N, K)
     info: dict[str, Any]
+    load_features: Callable[[], np.ndarray] | None = None  # reads (M, F) or (I, M, F) float16
 
     @property
     def images(self) -> tuple[np.ndarray, ...]:
         """The codes of each image, (N, K)."""
         return (self.codes,) if self.codes.ndim == 2 else tuple(self.codes)
 
+    @property
+    def features(self) -> tuple[np.ndarray, ...]:
+        """The features of each image, (M, F), read now; raises BadSample if they cannot be."""
+        if self.load_features is None:
+            raise BadSample("has no features")
+        found = self.load_features()
+        return (found,) if found.ndim == 2 else tuple(found)
+
 
 class MemberOffsets(NamedTuple):
-    """Where a sample is stored: its tar, and (offset, size) of its two members."""
+    """Where a sample is stored: its tar, and (offset, size) of its members."""
 
     key: str
     shard: int
     codes: tuple[int, int]
     info: tuple[int, int]
+    features: tuple[int, int]
 
 
 class CodeFolder:
     """The samples of one code folder.
 
+    Args:
+        fingerprint: of the visual tokenizer that the codes must be of.
+        features: those that must be stored beside the codes; None = any or none.
+
     Raises:
-        UserError: not a code folder, or codes of another visual tokenizer than `fingerprint`.
+        UserError: not a code folder; codes of another visual tokenizer; other features, or none.
     """
 
-    def __init__(self, folder: str | Path, fingerprint: str | None = None):
+    def __init__(
+        self, folder: str | Path, fingerprint: str | None = None, features: StoredFeatures | None = None
+    ):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if fingerprint is not None and self.manifest["tokenizer"] != fingerprint:
@@ -86,6 +115,10 @@ class CodeFolder:
                 f"({self.manifest['tokenizer'][:12]}...) than the one given ({fingerprint[:12]}...): run "
                 "`unitok extract-codes` again with that one."
             )
+        stored = self.manifest.get(FEATURES)
+        self.features = None if stored is None else StoredFeatures(**stored)
+        if features is not None:
+            self._check_features(features)
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
         self.shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])  # (N, K)
         self.dtype = code_dtype([self.manifest["codebook_size"]])
@@ -119,8 +152,23 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in names if name in self.manifest}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def image(self, name: str) -> np.ndarray:
-        """The codes (N, K) of the image that has this name in the folder that it came from.
+    def _check_features(self, expected: StoredFeatures) -> None:
+        command = f"run `unitok extract-codes --features {expected.source}` again"
+        if self.features is None:
+            raise UserError(
+                f"The codes in {self.folder} have no features beside them, and the model reads the features "
+                f"of source {expected.source!r}: {command}."
+            )
+        if self.features != expected:
+            differing = next(n for n, a, b in zip(expected._fields, self.features, expected) if a != b)
+            found, wanted = (str(getattr(facts, differing))[:12] for facts in (self.features, expected))
+            raise UserError(
+                f"The features in {self.folder} are others than the model's ({differing} {found}, the model "
+                f"has {wanted}): {command}, with the model's tokenizer."
+            )
+
+    def image(self, name: str) -> CodeSample:
+        """The sample of the image that has this name in the folder that it came from.
 
         Raises:
             BadSample: no image has the name, or several do and their codes differ.
@@ -133,8 +181,8 @@ class CodeFolder:
         if not samples:
             raise BadSample(f"has the image {name}, which is not in {self.folder}")
         # two names may differ in the form of a letter alone
-        found = [s.codes for s in samples if s.info.get("file") == given] or [s.codes for s in samples]
-        if any(not np.array_equal(found[0], other) for other in found[1:]):
+        found = [s for s in samples if s.info.get("file") == given] or samples
+        if any(not np.array_equal(found[0].codes, other.codes) for other in found[1:]):
             raise BadSample(f"has the image {name}, which {len(found)} images in {self.folder} are called")
         return found[0]
 
@@ -145,8 +193,8 @@ class CodeFolder:
         missing = (0, 0)
         for shard in range(len(self.sizes)):
             for record in self._index(shard):
-                codes, info = (record.members.get(name, missing) for name in ("codes.npy", "json"))
-                places.setdefault(record.key, []).append(MemberOffsets(record.key, shard, codes, info))
+                members = (record.members.get(name, missing) for name in _MEMBERS)
+                places.setdefault(record.key, []).append(MemberOffsets(record.key, shard, *members))
         return places
 
     @cached_property
@@ -168,7 +216,9 @@ class CodeFolder:
 
     def _record(self, place: MemberOffsets) -> TarSample:
         path = str(self.folder / self.manifest["shards"][place.shard]["file"])
-        return TarSample(path, place.key, {"codes.npy": place.codes, "json": place.info})
+        offsets = (place.codes, place.info, place.features)
+        members = {name: at for name, at in zip(_MEMBERS, offsets) if at != (0, 0)}
+        return TarSample(path, place.key, members)
 
     def check_shard(self, shard: int) -> None:
         """Raises UserError if tar `shard` is missing or cut off, or has more or fewer samples than listed."""
@@ -202,10 +252,28 @@ class CodeFolder:
             highest = codes.reshape(-1, self.shape[1]).max(axis=0).tolist()
             if any(code >= size for code, size in zip(highest, self.code_sizes)):
                 raise BadSample(f"codes go up to {highest}, which are not below {self.code_sizes}")
-        return CodeSample(record.key, codes, info)
+        load = None if self.features is None else partial(self._read_features, record, codes.shape[:-2])
+        return CodeSample(record.key, codes, info, load)
+
+    def _read_features(self, record: TarSample, images: tuple[int, ...]) -> np.ndarray:
+        """(M, F) or (I, M, F); `images` is () or (I,)."""
+        assert self.features is not None
+        if "features.npy" not in record.members:
+            raise BadSample("has no .features.npy")
+        shape = (self.features.tokens, self.features.width)
+        found = _read_npy(record.read("features.npy"), shape, np.dtype(np.float16), "features")
+        if found.dtype != np.float16 or found.shape != (*images, *shape):
+            raise BadSample(
+                f".features.npy is {found.dtype} {found.shape}, expected float16 {(*images, *shape)}"
+            )
+        return found
 
 
-def _read_npy(data: bytes, shape: tuple[int, int], dtype: np.dtype) -> np.ndarray:
+# in the order of `MemberOffsets`
+_MEMBERS = ("codes.npy", "json", "features.npy")
+
+
+def _read_npy(data: bytes, shape: tuple[int, int], dtype: np.dtype, name: str = "codes") -> np.ndarray:
     """The array of an .npy file."""
     # np.load parses the header as Python, which is slow: skip it for one image of the expected shape
     header = _npy_header(shape, dtype)
@@ -214,7 +282,7 @@ def _read_npy(data: bytes, shape: tuple[int, int], dtype: np.dtype) -> np.ndarra
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:  # numpy's own message is about pickles
-        raise BadSample(".codes.npy cannot be read: it is not an .npy file of numbers") from error
+        raise BadSample(f".{name}.npy cannot be read: it is not an .npy file of numbers") from error
 
 
 @lru_cache
@@ -273,6 +341,10 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
     for name in sizes:
         if manifest[name] < 1:
             raise UserError(f"{path} is damaged: {name} is {manifest[name]}; {remedy}.")
+    if manifest.get(FEATURES) is not None:
+        kinds = {"source": str, "fingerprint": str, "tokens": int, "width": int}
+        check_facts(path, manifest[FEATURES], kinds, remedy)
+        manifest[FEATURES] = {name: manifest[FEATURES][name] for name in kinds}
     own = manifest.get(CODE_SIZES, [manifest["codebook_size"]] * manifest["num_codebooks"])
     whole = isinstance(own, list) and all(type(size) is int and size > 0 for size in own)
     if not whole or len(own) != manifest["num_codebooks"] or max(own) != manifest["codebook_size"]:

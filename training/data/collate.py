@@ -18,17 +18,19 @@ from .tar_index import BadSample
 
 
 class TrainingSample(NamedTuple):
-    """A sequence with the codes of its images in the order of their placeholders."""
+    """A sequence with its images in the order of their placeholders."""
 
     kind: str
     sequence: TokenSequence
-    images: tuple[np.ndarray, ...]  # each (N, K)
+    images: tuple[np.ndarray, ...]  # codes, each (N, K)
+    features: tuple[np.ndarray, ...] = ()  # each (M, F), or the codes (N, K) that they follow from
 
 
 class Batch(NamedTuple):
     """One micro-batch: the model's inputs, and counts."""
 
-    # input_ids, labels, attention_mask (B, L), or, packed, position_ids (B, L); image_codes (I, N, K) or None
+    # input_ids, labels, attention_mask (B, L), or, packed, position_ids (B, L); image_codes (I, N, K) or
+    # None; image_features (J, M, F), or feature_codes (J, N, K), if the images of a sample have features
     inputs: dict[str, torch.Tensor | None]
     kinds: torch.Tensor  # (B, L) indices of SAMPLE_KINDS
     text_targets: int  # text labels left after the shift by one
@@ -67,9 +69,8 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         # padding counts as one more packed sample, so that no real token attends to it
         positions[number, start:] = np.arange(shape[1] - start)
     # in the order of the packed rows: the model scatters images over placeholders in row-major order
-    images = [codes for row in packed for i in row for codes in samples[i].images]
-    if len({codes.shape for codes in images}) > 1:
-        raise BadSample("a batch holds images of different sizes")
+    images = _stack([codes for row in packed for i in row for codes in samples[i].images])
+    features = _stack([array for row in packed for i in row for array in samples[i].features])
     # placeholders of generated images: K codes each instead of a text label
     generated = labels == image_token_id
     # the model separates packed samples by their position ids, so packed rows have no mask
@@ -78,15 +79,26 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         "labels": labels,
         **({"position_ids": positions} if pack_to else {"attention_mask": mask}),
     }
-    codes = torch.from_numpy(np.stack(images).astype(np.int64)) if images else None
+    tensors: dict[str, torch.Tensor | None] = {n: torch.from_numpy(array) for n, array in inputs.items()}
+    tensors["image_codes"] = None if images is None else torch.from_numpy(images.astype(np.int64))
+    if features is not None and features.dtype.kind == "u":
+        tensors["feature_codes"] = torch.from_numpy(features.astype(np.int64))
+    elif features is not None:
+        tensors["image_features"] = torch.from_numpy(features)
     return Batch(
-        inputs={**{name: torch.from_numpy(array) for name, array in inputs.items()}, "image_codes": codes},
+        inputs=tensors,
         kinds=torch.from_numpy(kinds),
         text_targets=int(((labels != IGNORE_INDEX) & ~generated).sum()) - first_labels,
-        code_targets=int(generated.sum()) * (images[0].shape[1] if images else 0),
+        code_targets=int(generated.sum()) * (0 if images is None else images.shape[2]),
         tokens=sum(lengths),
         attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
     )
+
+
+def _stack(images: list[np.ndarray]) -> np.ndarray | None:
+    if len({array.shape for array in images}) > 1:
+        raise BadSample("a batch holds images of different sizes")
+    return np.stack(images) if images else None
 
 
 def pack_rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:

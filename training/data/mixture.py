@@ -21,7 +21,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from . import seeding
-from .code_shards import CodeFolder
+from .code_shards import CodeFolder, StoredFeatures
 from .collate import Batch, TrainingSample, collate
 from .mixture_options import MixtureEntry, MixtureOptions
 from .prefetch import Prefetched, prefetch
@@ -40,6 +40,8 @@ class Mixture:
 
     Args:
         fingerprint: of the visual tokenizer; code folders of another one are rejected.
+        features: those that images which are read have beside their codes; None = none, or they follow from
+            the codes.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class Mixture:
         batch_size: int,
         accumulation: int = 1,
         fingerprint: str | None = None,
+        features: StoredFeatures | None = None,
     ):
         self.options, self.sequences, self.seed = options, sequences, seed
         self.batch_size, self.accumulation = batch_size, accumulation
         self.entries = options.mixture
-        self.datasets = open_datasets(options.mixture, fingerprint)  # one per entry
+        self.stored_features = features is not None
+        self.datasets = open_datasets(options, fingerprint, features)  # one per entry
         total = sum(entry.weight for entry in self.entries)
         self.shares = np.array([entry.weight / total for entry in self.entries])
         self.orders = [
@@ -150,14 +154,23 @@ class Mixture:
     ) -> TrainingSample:
         name = SAMPLE_KINDS[entry.kind].alternative(self.options, random) or entry.kind
         kind = SAMPLE_KINDS[name]
-        text, images = kind.select(data.read(shard, item), self.options, random)
+        sample = data.read(shard, item)
+        text, numbers = kind.select(sample, self.options, random)
         places = data.codes.image_places if data.codes is not None else 0
-        sequence = self.sequences.build(name, text, (places,) * len(images))
-        if kind.may_drop_images and images:
-            # the sequence may end before the last images: drop their codes too
-            placeholders = int((sequence.ids == self.sequences.image_token_id).sum())
-            images = images[: placeholders // places]
-        return TrainingSample(name, sequence, images)
+        sequence = self.sequences.build(name, text, (places,) * len(numbers))
+        if kind.may_drop_images and numbers:
+            # the sequence may end before the last images: drop these too
+            numbers = numbers[: self.sequences.num_images(name, sequence, places)]
+        codes = tuple(sample.images[number] for number in numbers)
+        # the task switch: images that are generated have codes alone
+        visual_input = "discrete" if kind.generates_images else self.sequences.processor.visual_input
+        if visual_input == "discrete" or not numbers:
+            return TrainingSample(name, sequence, codes)
+        features = codes
+        if self.stored_features:
+            stored = sample.features
+            features = tuple(stored[number] for number in numbers)
+        return TrainingSample(name, sequence, () if visual_input == "continuous" else codes, features)
 
     def _report(self, text: str) -> None:
         self.bad += 1
@@ -192,15 +205,25 @@ def codes_layout(codes: CodeFolder) -> TokenLayout:
     return TokenLayout.from_config(layout, num_tokens)
 
 
-def open_datasets(entries: list[MixtureEntry], fingerprint: str | None) -> list[Dataset]:
+def open_datasets(
+    options: MixtureOptions, fingerprint: str | None, features: StoredFeatures | None = None
+) -> list[Dataset]:
     """The data set of each entry; one that several entries name is opened once.
 
     Raises:
-        UserError: it is missing, of another type, or made by another visual tokenizer.
+        UserError: it is missing, of another type, or made by another visual tokenizer; images of it are read,
+            and it lacks their features.
     """
+    entries = options.mixture
+    # folders whose images are only generated need no features
+    need = {
+        entry.codes if entry.dataset == CONVERSATION_FILE else entry.path
+        for entry in entries
+        if SAMPLE_KINDS[entry.kind].generated_share(options) < 1
+    }
     # an index of a large data set costs seconds and memory: share it between entries
     texts = cache(TextLines)
-    folders = cache(lambda path: CodeFolder(path, fingerprint))
+    folders = cache(lambda path: CodeFolder(path, fingerprint, features if path in need else None))
     conversations = cache(lambda path, codes: Conversations(path, folders(codes) if codes else None))
     found: list[Dataset] = []
     for entry in entries:

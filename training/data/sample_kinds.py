@@ -5,15 +5,13 @@ section 3.4).
 kinds is derived from this dict. Configs are checked against it, so this module imports no torch.
 
 A sample is the codes of I images, each (N, K), and the `info` of its KEY.json. The ids that a kind builds
-hold one placeholder per image; `SequenceBuilder` repeats it N times.
+hold one placeholder per image, which `SequenceBuilder` expands.
 """
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from open_unitok.core.errors import UserError, did_you_mean
 
@@ -47,7 +45,7 @@ class Selection(NamedTuple):
     """The part of a sample that a sequence is built from."""
 
     text: str | None  # text, or JSON of turns or of a document; None = unconditional
-    images: tuple[np.ndarray, ...]  # each (N, K), in the order of their placeholders
+    images: tuple[int, ...]  # numbers of the sample's images, in the order of their placeholders
 
 
 class SampleKind:
@@ -101,7 +99,7 @@ class SampleKind:
         return self.crop
 
     def generated_share(self, options: DropOptions) -> float:
-        """Share of the samples that learn their images, for `unitok plan`."""
+        """Share of the samples that learn their images; the images of the others are read."""
         return float(self.generates_images)
 
 
@@ -122,7 +120,7 @@ class CaptioningKind(SampleKind):
         caption = choose_caption(sample, options, random[0])
         if not caption:
             raise BadSample("has no caption")
-        return Selection(caption, sample.images)
+        return Selection(caption, (0,))
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         # encode_text prepends bos, which is already the first id
@@ -148,7 +146,7 @@ class TextToImageKind(CaptioningKind):
         caption = choose_caption(sample, options, random[0])
         # classifier-free guidance needs a model that is also trained without a prompt
         unconditional = random[1] >= 1 - options.unconditional
-        return Selection(None if unconditional else caption, sample.images)
+        return Selection(None if unconditional else caption, (0,))
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         ids = processor.unconditional_ids() if text is None else processor.text_to_image_ids(text)
@@ -183,7 +181,8 @@ class ConversationKind(SampleKind):
         if not isinstance(given, list) or not given:
             raise BadSample("has no conversation")
         chosen = {"conversations": given[int(random[0] * len(given))]}
-        return Selection(json.dumps(conversation_turns(chosen, len(sample.images))), sample.images)
+        count = len(sample.images)
+        return Selection(json.dumps(conversation_turns(chosen, count)), tuple(range(count)))
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         return processor.conversation_ids(json.loads(text or "[]"))
@@ -235,7 +234,7 @@ class DocumentKind(SampleKind):
         pieces = document_pieces(sample.info, len(sample.images))
         if not pieces:
             raise BadSample("has no document")
-        return Selection(json.dumps(pieces), tuple(sample.images[p] for p in pieces if isinstance(p, int)))
+        return Selection(json.dumps(pieces), tuple(piece for piece in pieces if isinstance(piece, int)))
 
     def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
         bos = bos_ids(processor)

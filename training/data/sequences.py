@@ -1,7 +1,8 @@
-"""Build token sequences with N placeholders per image from texts (arXiv 2502.20321, section 3.4).
+"""Build token sequences with all placeholders of each image from texts (arXiv 2502.20321, section 3.4).
 
 `labels` hold the target of each position: a text id, `image_token_id` for a visual token of a generated
-image, IGNORE_INDEX for none.
+image, IGNORE_INDEX for none. An image that is read is expanded to codes, separator and features as the
+processor's visual input says, one that is generated to codes: the kind of a sample is the task switch.
 
 L sequence length, N visual tokens per image.
 """
@@ -64,6 +65,9 @@ class SequenceBuilder:
         self.processor = copy.copy(processor)
         self.processor.text_tokenizer = CachedTokenizer(processor.text_tokenizer)
         self.image_token_id: int = processor.image_token_id
+        # the ids that only images have
+        ids = (processor.image_token_id, processor.feature_token_id, processor.sep_token_id)
+        self._image_ids = np.array([i for i in ids if i is not None])
         self.max_length = max_length
         self.build = lru_cache(maxsize=CACHED_TEXTS)(self._build)
 
@@ -75,7 +79,8 @@ class SequenceBuilder:
         """
         sample_kind = SAMPLE_KINDS[kind]
         try:
-            ids, labels = self._expand(*sample_kind.sequence(self.processor, text), visual_tokens)
+            images = [self._image_row(kind, count) for count in visual_tokens]
+            ids, labels = self._expand(*sample_kind.sequence(self.processor, text), images)
         except UserError as error:
             raise BadSample(f"cannot be used: {error}") from error
         end = self._end(ids, sample_kind.may_drop_images)
@@ -88,26 +93,37 @@ class SequenceBuilder:
     def _end(self, ids: np.ndarray, may_drop_images: bool) -> int:
         """Length to truncate a sequence to: never inside an image, nor between it and its boi."""
         end = min(len(ids), self.max_length)
-        if not (ids[end:] == self.image_token_id).any():
+        of_image = np.isin(ids, self._image_ids)
+        if not of_image[end:].any():
             return end
         if not may_drop_images:
             raise BadSample(
                 f"has {len(ids)} tokens, its image does not fit into max_length {self.max_length}"
             )
-        if ids[end] == self.image_token_id:
+        if of_image[end]:
             # back to the first placeholder of this image, then before its boi
-            while ids[end - 1] == self.image_token_id:
+            while of_image[end - 1]:
                 end -= 1
             end -= 1
         return end
 
+    def num_images(self, kind: str, sequence: TokenSequence, visual_tokens: int) -> int:
+        """How many whole images a sequence holds, of `visual_tokens` each."""
+        count = int(np.isin(sequence.ids, self._image_ids).sum())
+        return count // len(self._image_row(kind, visual_tokens))
+
+    def _image_row(self, kind: str, visual_tokens: int) -> list[int]:
+        return self.processor.image_ids(visual_tokens, read=not SAMPLE_KINDS[kind].generates_images)
+
     def _expand(
-        self, ids: Sequence[int], labels: Sequence[int], visual_tokens: tuple[int, ...]
+        self, ids: Sequence[int], labels: Sequence[int], images: Sequence[Sequence[int]]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Repeat each placeholder as often as its image has visual tokens."""
+        """Replace each placeholder by the ids of its image."""
         flat, repeats = np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=np.int64)
         positions = np.flatnonzero(flat == self.image_token_id)
-        if len(positions) != len(visual_tokens):
-            raise BadSample(f"names {len(positions)} image(s) in its text, but has {len(visual_tokens)}")
-        repeats[positions] = visual_tokens
-        return np.repeat(flat, repeats), np.repeat(np.asarray(labels, dtype=np.int64), repeats)
+        if len(positions) != len(images):
+            raise BadSample(f"names {len(positions)} image(s) in its text, but has {len(images)}")
+        repeats[positions] = [len(row) for row in images]
+        flat = np.repeat(flat, repeats)
+        flat[np.repeat(np.isin(np.arange(len(ids)), positions), repeats)] = [i for row in images for i in row]
+        return flat, np.repeat(np.asarray(labels, dtype=np.int64), repeats)

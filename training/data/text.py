@@ -186,11 +186,15 @@ class Conversations:
             raise BadSample(str(error)) from error
         names = image_names(record)
         info = {"conversations": [conversation_turns(record, len(names))]}
-        images = [self._codes_of(name) for name in names]
-        codes = np.stack(images) if images else NO_IMAGES
-        return CodeSample(str(record.get("id", number)), codes, info)
+        images = [self._image(name) for name in names]
+        codes = np.stack([image.codes for image in images]) if images else NO_IMAGES
 
-    def _codes_of(self, name: str) -> np.ndarray:
+        def load_features() -> np.ndarray:
+            return np.stack([array for image in images for array in image.features])
+
+        return CodeSample(str(record.get("id", number)), codes, info, load_features if images else None)
+
+    def _image(self, name: str) -> CodeSample:
         if self.codes is None:
             raise BadSample(f"has the image {name}, but no code folder to look it up in (`codes`)")
         return self.codes.image(name)

@@ -18,6 +18,7 @@ MODEL_PARTS = {
     "visual_embedder": "visual_embedder.",
     "projection": "visual_embedder.projection.",
     "projector": "visual_embedder.projector.",
+    "feature_adapter": "feature_adapter.",  # of models with continuous or dual visual input
     "depth_head": "depth_head.",
 }
 

@@ -29,6 +29,7 @@ class RunningMetrics:
 
     def __init__(self, model: Any, device: torch.device, peak: float | None = None):
         num_codebooks, self.num_read = model.config.num_codebooks, model.config.num_read
+        self.features_per_image = model.config.num_continuous_tokens or 0
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.model_flops, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
@@ -45,6 +46,7 @@ class RunningMetrics:
         self.correct += correct
         self.positions += batch.kinds.numel()
         codes = batch.inputs["image_codes"]
+        features = batch.inputs.get("image_features", batch.inputs.get("feature_codes"))
         self.counts += torch.tensor(
             TokenCounts(
                 tokens=batch.tokens,
@@ -52,6 +54,7 @@ class RunningMetrics:
                 text_targets=batch.text_targets,
                 image_tokens=0 if codes is None else codes.shape[0] * self.num_read(codes.shape[1]),
                 image_targets=batch.code_targets / len(self.correct),
+                feature_tokens=0 if features is None else features.shape[0] * self.features_per_image,
             ),
             dtype=torch.float64,
         )
@@ -114,5 +117,5 @@ class RunningMetrics:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         for name, value in state.items():
-            getattr(self, name).copy_(value)
+            getattr(self, name)[: len(value)].copy_(value)  # earlier versions counted fewer kinds of tokens
         self._clock = time.monotonic()

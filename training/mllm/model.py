@@ -13,6 +13,7 @@ from transformers.utils import is_flash_attn_2_available
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.mllm.features import feature_fields
 from open_unitok.mllm.loading import check_vocabulary
 from open_unitok.mllm.lora import add_lora
 from open_unitok.tokenizer import UniTok
@@ -70,6 +71,9 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         "num_image_tokens": unitok.quantizer.num_embedded(unitok.config.layout),
         "token_layout": unitok.config.token_layout,
     }
+    if features := feature_fields(unitok.config, options.fields):
+        sizes |= {"num_continuous_tokens": features["num_continuous_tokens"]}
+        sizes |= {name: options.fields[name] for name in ("visual_input", "features")}
     processor = UniTokProcessor.from_text_tokenizer(
         model_path(options.text_tokenizer), **{**sizes, **options.processor}
     )
@@ -163,11 +167,20 @@ def add_adapters(model: Any, config: MLLMRunConfig) -> None:
 
 
 def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
-    """Freeze parts with factor 0, and the sub-codebooks, because stored codes refer to their entries."""
+    """Freeze parts with factor 0, and the sub-codebooks, because stored codes refer to their entries.
+
+    Raises:
+        UserError: the config names a part that the model lacks, or nothing is left to train.
+    """
+    named = {*config.lr_factors, *(config.lora.parts if config.lora else ())}
+    if "feature_adapter" in named and model.feature_adapter is None:
+        raise UserError("This model has no feature_adapter: its visual_input is 'discrete'.")
     for name, parameter in model.named_parameters():
         if config.lr_factor(name) == 0:
             parameter.requires_grad_(False)
     model.visual_embedder.freeze_codebooks()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("lr_factors freeze every part: nothing is left to train.")
 
 
 def choose_attention(name: str) -> str:

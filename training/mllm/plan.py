@@ -216,8 +216,11 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> TokenCou
     mean = torch.zeros(len(TokenCounts._fields), dtype=torch.float64)
     for entry in config.data.mixture:
         kind = SAMPLE_KINDS[entry.kind]
-        image = sizes.num_image_tokens * kind.reads_images
         share = kind.generated_share(config.data)
+        codes = 0 if sizes.visual_input == "continuous" else sizes.num_image_tokens
+        codes = (share * sizes.num_image_tokens + (1 - share) * codes) * kind.reads_images
+        features = (1 - share) * (sizes.num_continuous_tokens or 0) * kind.reads_images
+        image = (share * sizes.num_image_tokens + (1 - share) * sizes.read_length) * kind.reads_images
         tokens = min(text_tokens + image + IMAGE_FRAME * kind.reads_images, config.data.max_length)
         # samples of a kind that learns no text are captioned where they do not generate their image
         text_share = 1.0 if kind.learns_text else 1 - share
@@ -225,8 +228,9 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> TokenCou
             tokens=tokens,
             attention_pairs=tokens * (tokens + 1) / 2,
             text_targets=share * LEARNED_FRAME + text_share * text_tokens,
-            image_tokens=image,
-            image_targets=share * image,
+            image_tokens=codes,
+            image_targets=share * sizes.num_image_tokens * kind.reads_images,
+            feature_tokens=features,
         )
         mean += torch.tensor(counts, dtype=torch.float64) * (entry.weight / total)
     return TokenCounts(*mean.tolist())
@@ -235,7 +239,7 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> TokenCou
 def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     """Length of a row that is not packed: rows are padded to the longest, taken as twice the mean text."""
     reads_images = any(SAMPLE_KINDS[entry.kind].reads_images for entry in config.data.mixture)
-    image = (sizes.num_image_tokens + IMAGE_FRAME) * reads_images
+    image = (max(sizes.num_image_tokens, sizes.read_length) + IMAGE_FRAME) * reads_images
     return min(2 * text_tokens + image, config.data.max_length)
 
 

@@ -13,6 +13,8 @@ import torch
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokMLLMConfig
+from open_unitok.mllm.features import FeatureOptions, FeatureSource
+from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from ..core import deepspeed_engine, schedules
@@ -21,6 +23,7 @@ from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
+from ..data.code_shards import StoredFeatures
 from ..data.collate import Batch
 from ..data.mixture import Mixture, codes_layout
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
@@ -35,6 +38,7 @@ class TrainState(NamedTuple):
 
     step: int
     parts: MLLMParts
+    features: FeatureSource | None  # where features follow from the codes of a batch
     engine: Any  # the DeepSpeed engine around the model
     mixture: Mixture
     metrics: RunningMetrics
@@ -118,7 +122,8 @@ def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
         f"{config.batch_size} samples"
     )
     gather = config.engine.zero_stage == 3
-    return TrainState(step, parts, engine, mixture, metrics, log, checkpoints, gather)
+    features = features_of_codes(parts, device)
+    return TrainState(step, parts, features, engine, mixture, metrics, log, checkpoints, gather)
 
 
 def prepare_engine(config: MLLMRunConfig, model: Any, device: torch.device, micro_batch: int) -> Any:
@@ -151,6 +156,7 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
         batch_size=config.batch_size,
         accumulation=config.engine.accumulation,
         fingerprint=sizes.unitok_fingerprint,
+        features=stored_features(sizes),
     )
     warnings = set()
     for entry, data in zip(config.data.mixture, mixture.datasets):
@@ -163,6 +169,35 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
         if distributed.is_main():
             print(f"data: {text}", file=sys.stderr)
     return mixture
+
+
+def stored_features(sizes: UniTokMLLMConfig) -> StoredFeatures | None:
+    """The features that images which are read must have beside their codes; None = none are needed."""
+    if sizes.visual_input == "discrete":
+        return None
+    options = FeatureOptions.from_config(sizes.features, sizes.visual_input)
+    if options.from_codes:
+        return None
+    shape = (sizes.num_continuous_tokens or 0, sizes.continuous_dim or 0)
+    return StoredFeatures(options.source, sizes.features_fingerprint or "", *shape)
+
+
+def features_of_codes(parts: MLLMParts, device: torch.device) -> FeatureSource | None:
+    """The frozen source of features that follow from codes; None for other sources.
+
+    Raises:
+        UserError: the visual tokenizer is not that of the model's features.
+    """
+    sizes = parts.model.config
+    if sizes.visual_input == "discrete" or stored_features(sizes) is not None:
+        return None
+    unitok = UniTok.from_pretrained(parts.unitok, dtype=torch.float32).eval()
+    source = FeatureSource(FeatureOptions.from_config(sizes.features, sizes.visual_input), unitok)
+    source.check_fingerprint(sizes.features_fingerprint, str(parts.unitok))
+    # encoder and decoder stay on the host
+    unitok.quantizer.to(device)
+    unitok.up_projection.to(device)
+    return source
 
 
 def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: str) -> None:
@@ -197,6 +232,9 @@ def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], s
     for micro_step, batch in enumerate(batches):
         seeding.seed_forward_pass(config.seed, step, micro_step)
         inputs = {name: None if v is None else v.to(device) for name, v in batch.inputs.items()}
+        codes = inputs.pop("feature_codes", None)
+        if codes is not None and state.features is not None:
+            inputs["image_features"] = state.features.of_codes(codes)
         # 2. one forward pass for texts and images; losses come as sums, so that micro-batches add up
         output = state.engine(**inputs, reduction="sum", return_logits=False)
         micro_losses = combine_losses(output.losses, targets, config.loss)
