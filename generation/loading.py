@@ -9,7 +9,7 @@ import torch
 from open_unitok.core.devices import check_device, check_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path, tokenizer_path
-from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import check_folder, check_vocabulary
 from open_unitok.mllm.processor import CONFIG
@@ -91,6 +91,7 @@ def check_parts_match(
             "not match."
         )
     check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)
+    _check_features(model.config, processor, folder)
     _check_image_tokens(model, unitok, processor, folder)
     for name in ("num_codebooks", "codebook_size"):
         if getattr(model.config, name) != getattr(unitok.config, name):
@@ -110,6 +111,23 @@ def check_parts_match(
             f"{folder}: the model was trained on the codes of tokenizer {expected[:12]}, but unitok/ holds "
             f"{found[:12]}: replace it with the tokenizer of training."
         )
+
+
+def _check_features(config: UniTokMLLMConfig, processor: UniTokProcessor, folder: Path) -> None:
+    """
+    Raises:
+        UserError: model and processor differ in the features of images that are read, or these are others
+            than in training.
+    """
+    names = ["visual_input"]
+    if config.visual_input != "discrete":
+        names += ["features", "num_continuous_tokens", "sep_token_id", "feature_token_id"]
+    for name in names:
+        ours, theirs = getattr(config, name), getattr(processor, name)
+        if ours != theirs:
+            raise UserError(f"{folder}: {name} = {ours!r} in config.json, but {theirs!r} in {CONFIG}.")
+    if processor.feature_source is not None:
+        processor.feature_source.check_fingerprint(config.features_fingerprint, str(folder))
 
 
 def _check_image_tokens(

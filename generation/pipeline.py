@@ -102,6 +102,7 @@ class Pipeline:
         else:
             model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
         processor = UniTokProcessor.from_pretrained(folder)
+        processor.unitok = unitok
         # before casting the tokenizer: bfloat16 weights have another fingerprint
         check_parts_match(model, unitok, processor, folder)
         if adapter is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.encoders import build_encoder
+from open_unitok.tokenizer.encoders.vision_tower import TOWER_OPTIONS, VisionTower, load_tower, read_tower
 from open_unitok.tokenizer.images import to_pixels
 from open_unitok.tokenizer.quantizers import describe_quantizer
 
@@ -35,13 +37,14 @@ class FeatureOptions:
 
     Args:
         source: one of `FEATURE_SOURCES`; all are frozen.
-        tower: folder or hub id of a transformers vision model, for source "tower" alone.
+        tower: of source "tower" alone: folder or hub id of a transformers vision model, or {path, layer,
+            norm, mean, std} as of `read_tower`; it reads the whole image, squashed to its own square.
         norm: a LayerNorm before the adapter's MLP; None = for visual_input "continuous" (as the LLaVA probe).
         separator: a separator token between codes and features; None = for visual_input "dual".
     """
 
     source: str
-    tower: str | None = None
+    tower: str | dict[str, Any] | None = None
     norm: bool | None = None
     separator: bool | None = None
 
@@ -68,6 +71,13 @@ class FeatureOptions:
                 f"features.source = {source!r} with features.tower = {given.get('tower')!r}: the source "
                 "'tower', and no other, takes the folder or hub id of a vision model as features.tower."
             )
+        if isinstance(given.get("tower"), Mapping):
+            given["tower"] = dict(given["tower"])
+            for key in given["tower"]:
+                if key not in ("path", *TOWER_OPTIONS):
+                    raise UserError(
+                        f"features.tower.{key} is not an option." + did_you_mean(key, TOWER_OPTIONS)
+                    )
         defaults = {"norm": visual_input == "continuous", "separator": visual_input == "dual"}
         given = {**defaults, **{key: v for key, v in given.items() if v is not None}}
         for key in defaults:
@@ -84,6 +94,12 @@ class FeatureOptions:
         return dataclasses.asdict(self)
 
     @property
+    def tower_options(self) -> dict[str, Any]:
+        """The arguments of `read_tower` and `load_tower`."""
+        given = self.tower if isinstance(self.tower, dict) else {"path": self.tower}
+        return {"path": "", **given, "key": "features.tower.path"}
+
+    @property
     def from_codes(self) -> bool:
         """Whether features follow from the codes, so that they need not be stored beside them."""
         return self.source == "quantised"
@@ -96,9 +112,9 @@ def feature_sizes(options: FeatureOptions, unitok: UniTokConfig) -> tuple[int, i
         UserError: the tower is not there.
     """
     if options.source == "tower":
-        from open_unitok.tokenizer.frozen.tower import tower_sizes  # transformers' vision models
-
-        return tower_sizes(str(options.tower))
+        with torch.device("meta"):
+            tower = VisionTower(read_tower(**options.tower_options))
+        return _tower_side(tower) ** 2, tower.width
     quantizer = describe_quantizer(unitok)
     tokens = quantizer.num_embedded(unitok.layout)
     if options.source == "encoder":
@@ -120,6 +136,17 @@ def feature_fields(unitok: UniTokConfig, fields: Mapping[str, Any]) -> dict[str,
     if all(fields.get(name) for name in names):  # a tower need not be on this machine to plan a run
         return {name: fields[name] for name in names}
     return dict(zip(names, feature_sizes(options, unitok)))
+
+
+def _tower_side(tower: VisionTower) -> int:
+    """Patches along a side of the tower's own images.
+
+    Raises:
+        UserError: it has no patches of one size.
+    """
+    if not tower.tower_patch:
+        raise UserError(f"features.tower: {tower.fields['model_type']!r} has no patches of one size.")
+    return tower.image_size // tower.tower_patch
 
 
 class FeatureAdapter(nn.Sequential):
@@ -180,9 +207,7 @@ class FeatureSource:
     def __init__(self, options: FeatureOptions, unitok: UniTok, tower: Any = None) -> None:
         self.options, self.unitok, self.tower = options, unitok, tower
         if options.source == "tower" and tower is None:
-            from open_unitok.tokenizer.frozen.tower import FrozenTower  # transformers' vision models
-
-            self.tower = FrozenTower(str(options.tower)).to(unitok.device)
+            self.tower = load_tower(**options.tower_options)
 
     def tower_pixels(self, image: Any) -> Tensor | None:
         """An image as the tower reads it: the whole image squashed to its square, in [-1, 1]; None without a
@@ -208,7 +233,10 @@ class FeatureSource:
             return codes, self.of_codes(codes)
         if self.tower is not None:
             assert tower_pixels is not None
-            return codes, self.tower(tower_pixels.to(pixels.device)).float()
+            # an image may be larger than its patches: 384 pixels, 27 patches of 14, as a strided convolution
+            side = _tower_side(self.tower) * self.tower.tower_patch
+            tower = self.tower.to(pixels.device)
+            return codes, tower(tower_pixels.to(pixels.device)[..., :side, :side]).float()
         if self.options.source == "latents":
             return codes, self.unitok.encode_latents(pixels)
         encoder = self.unitok.encoder
@@ -224,13 +252,16 @@ class FeatureSource:
         """Hex sha256 of all that determines the features; call it on float32 weights."""
         digest = hashlib.sha256(self.options.source.encode())
         if self.tower is not None:
-            digest.update(self.tower.fingerprint().encode())
-            return digest.hexdigest()
-        digest.update(self.unitok.fingerprint().encode())
-        if self.options.source == "quantised":  # not part of the tokenizer's fingerprint
-            for name, tensor in sorted(self.unitok.up_projection.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(json.dumps(self.tower.fields, sort_keys=True).encode())
+            tensors = self.tower.state_dict()
+        else:
+            digest.update(self.unitok.fingerprint().encode())
+            # not part of the tokenizer's fingerprint
+            is_quantised = self.options.source == "quantised"
+            tensors = self.unitok.up_projection.state_dict() if is_quantised else {}
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def check_fingerprint(self, expected: str | None, place: str) -> None:

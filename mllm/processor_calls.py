@@ -222,7 +222,8 @@ class ProcessorCalls(ProcessorMixin):
 
     @unitok.setter
     def unitok(self, value: UniTok | None) -> None:
-        self._unitok, self._feature_source = value, None
+        if value is not self._unitok:
+            self._unitok, self._feature_source = value, None
 
     @property
     def feature_source(self) -> FeatureSource | None:

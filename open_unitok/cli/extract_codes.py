@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all lines of a .txt, its first line, or the words of the image's name (default: all)",
     )
     parser.add_argument(
+        "--features",
+        choices=("latents", "encoder", "tower"),
+        help="also store continuous features of the images, for an MLLM with continuous or dual visual input",
+    )
+    parser.add_argument("--tower", help="for --features tower: folder or hub id of a vision model")
+    parser.add_argument(
         "--max-bad-share",
         type=float,
         default=0.05,
@@ -59,7 +65,9 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from open_unitok.core.devices import check_device
+    from open_unitok.mllm.features import FeatureOptions, FeatureSource, feature_sizes
     from open_unitok.tokenizer import UniTok
+    from open_unitok.training.data.code_shards import StoredFeatures
     from open_unitok.training.data.extract import LOW_PSNR, ExtractOptions, extract_codes
 
     if args.batch_size < 1 or args.workers < 0:
@@ -69,6 +77,11 @@ def run(args: argparse.Namespace) -> None:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = check_device(f"cuda:{local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
+    source = features = None
+    if args.features or args.tower:
+        given = FeatureOptions.from_config({"source": args.features, "tower": args.tower}, "dual")
+        source = FeatureSource(given, unitok)
+        features = StoredFeatures(given.source, source.fingerprint(), *feature_sizes(given, unitok.config))
     # before the cast: the fingerprint is defined on fp32 weights
     options = ExtractOptions(
         fingerprint=unitok.fingerprint(),
@@ -79,9 +92,10 @@ def run(args: argparse.Namespace) -> None:
         workers=args.workers,
         max_bad_share=args.max_bad_share,
         captions=args.captions,
+        features=features,
     )
     unitok = unitok.to(device=device, dtype=getattr(torch, _DTYPES[args.dtype]))
-    manifest = extract_codes(unitok, tars, Path(args.out), options)
+    manifest = extract_codes(unitok, tars, Path(args.out), options, source=source)
     if manifest is None:
         print(f"{args.out}: this process has finished, others are still running")
         return
@@ -89,6 +103,7 @@ def run(args: argparse.Namespace) -> None:
     print(
         f"{args.out}: {manifest['images']:,} images in {len(manifest['shards'])} tar(s), "
         f"{manifest['num_tokens']} x {manifest['num_codebooks']} codes each; "
+        f"{f'{features.tokens} x {features.width} features each; ' if features else ''}"
         f"{manifest['broken']} unreadable; "
         f"{''.join(f'{count:,} {reason}; ' for reason, count in notes.items() if count)}"
         f"reconstruction PSNR of {manifest['checked']} of them: {manifest['psnr']:.2f} dB"

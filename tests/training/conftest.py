@@ -179,8 +179,11 @@ NAMES = ("red", "blue", "brown", "black")
 THINGS = ("cat", "dog", "fox", "sky")
 
 
-def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
-    """Write random images by number as a tar and extract their codes; returns the code folder's path."""
+def write_codes(folder: Path, name: str, numbers: range, captions: int, *options: str) -> str:
+    """Write random images by number as a tar and extract their codes; returns the code folder's path.
+
+    `options` are further ones of extract-codes.
+    """
     with tarfile.open(folder / f"{name}.tar", "w") as tar:
         for number in numbers:
             colour, thing = NAMES[number % 4], THINGS[number // 4]
@@ -199,7 +202,15 @@ def write_codes(folder: Path, name: str, numbers: range, captions: int) -> str:
                 tar.addfile(member, io.BytesIO(data))
     parser = argparse.ArgumentParser()
     extract_codes.add_arguments(parser)
-    given = ["--tokenizer", folder / "unitok", "--data", folder / f"{name}.tar", "--out", folder / name]
+    given = [
+        "--tokenizer",
+        folder / "unitok",
+        "--data",
+        folder / f"{name}.tar",
+        "--out",
+        folder / name,
+        *options,
+    ]
     extract_codes.run(parser.parse_args(list(map(str, given))))
     return str(folder / name)
 

@@ -3,6 +3,8 @@
 Sample KEY of a tar is `KEY.jpg` (png, webp, bmp), or `KEY.0.jpg`, `KEY.1.jpg`, ..., next to `KEY.json` or
 `KEY.txt` (a caption); "images" in the .json says how many images there must be, 0 is allowed.
 
+With features (`FeatureSource`) every sample also has `KEY.features.npy` in float16.
+
 Input tar i becomes codes-00000i.tar (`KEY.codes.npy` and `KEY.json`) with its own codes-00000i.json, which is
 written last and marks the tar as complete: a rerun skips it. `codes.json` lists all tars; the process that
 finds the last one complete writes it. Under torchrun each process takes every n-th tar; processes do not
@@ -31,12 +33,13 @@ from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256, write_atomic, write_json
 from open_unitok.core.text_files import read_json
+from open_unitok.mllm.features import FeatureSource
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image, to_pixels
 
 from .captions import with_captions
-from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST
+from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST, FEATURES, StoredFeatures
 from .convert import conversion_root
 from .records import check_facts, unused_key
 from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
@@ -65,6 +68,10 @@ class ExtractOptions(NamedTuple):
     workers: int
     max_bad_share: float
     captions: str = "all"  # a value of CAPTION_CHOICES
+    features: StoredFeatures | None = None
+
+
+_Encoded = tuple[np.ndarray, np.ndarray | None]  # codes (N, K) and features (M, F) of an image
 
 
 class LoadedSample(NamedTuple):
@@ -76,12 +83,21 @@ class LoadedSample(NamedTuple):
     info: dict[str, Any]
     transparent: int  # images that were composited on a background
     reshaped: int  # images of another aspect ratio than the tokenizer's, which are cropped or padded
+    tower_images: list[torch.Tensor]  # the images as another vision tower reads them
 
 
 def extract_codes(
-    unitok: UniTok, tars: list[str], out: Path, options: ExtractOptions, quiet: bool = False
+    unitok: UniTok,
+    tars: list[str],
+    out: Path,
+    options: ExtractOptions,
+    quiet: bool = False,
+    source: FeatureSource | None = None,
 ) -> dict[str, Any] | None:
     """Write this rank's tars; returns the contents of codes.json if the tars of all ranks exist, else None.
+
+    Args:
+        source: of the features that `options.features` describe.
 
     Raises:
         UserError: `out` is a file, or holds codes of other images or of another tokenizer; too many
@@ -104,7 +120,7 @@ def extract_codes(
     shown = {"desc": "codes", "unit": " images", "file": sys.stderr, "mininterval": 1.0}
     with torch.no_grad(), tqdm(total=total, disable=quiet or not mine, **shown) as bar:
         for number in mine:
-            _extract_tar(unitok, tars[number], out / _tar_name(number), options, bar.update)
+            _extract_tar(unitok, tars[number], out / _tar_name(number), options, bar.update, source)
     facts = [_completed(out, number, tar, options) for number, tar in enumerate(tars)]
     complete = [fact for fact in facts if fact]
     return _write_manifest(unitok, out, complete, options) if len(complete) == len(tars) else None
@@ -126,9 +142,9 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
         return None
     kinds = {"samples": int, "broken": int, "checked": int, "error": int | float, "sha256": str}
     facts = check_facts(path, read_json(path), kinds, "delete it and run the same command again")
-    expected = _origin(tar, options)
-    # descriptions from before token layouts and choices of captions do not have one
-    facts = {"layout": options.layout, "captions": "all", **facts}
+    expected = {FEATURES: None, **_origin(tar, options)}
+    # descriptions from before token layouts, choices of captions and features do not have one
+    facts = {"layout": options.layout, "captions": "all", FEATURES: None, **facts}
     differing = [name for name, value in expected.items() if facts.get(name) != value]
     if differing:
         shown = ", ".join(
@@ -150,47 +166,54 @@ def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
         "dtype": options.dtype,
         "layout": options.layout,
         "captions": options.captions,
+        **({FEATURES: options.features._asdict()} if options.features else {}),
     }
 
 
 def _extract_tar(
-    unitok: UniTok, tar: str, target: Path, options: ExtractOptions, progress: Callable[[int], Any]
+    unitok: UniTok,
+    tar: str,
+    target: Path,
+    options: ExtractOptions,
+    progress: Callable[[int], Any],
+    source: FeatureSource | None,
 ) -> None:
     """One tar of images to one tar of codes, then its description."""
-    source = StreamedTar(tar) if is_stream(tar) else scan_tar(tar)
-    if source.problem:
-        raise _broken(tar, source.problem)
-    if source.notes:  # they may explain why samples are unreadable
-        tqdm.write(f"codes: {shown(tar)}: {describe_notes(source.notes)}", file=sys.stderr)
-    records = source if isinstance(source, StreamedTar) else source.samples
+    images = StreamedTar(tar) if is_stream(tar) else scan_tar(tar)
+    if images.problem:
+        raise _broken(tar, images.problem)
+    if images.notes:  # they may explain why samples are unreadable
+        tqdm.write(f"codes: {shown(tar)}: {describe_notes(images.notes)}", file=sys.stderr)
+    records = images if isinstance(images, StreamedTar) else images.samples
     bad: list[str] = []
     buffer, first = io.BytesIO(), []
     counts, keys = Counter(samples=0, images=0, oblong=0, transparent=0), set()
     with tar_writer(buffer) as writer:
-        for batch in _batches(records, unitok.config.image_shape, options, bad, progress):
+        for batch in _batches(records, unitok.config.image_shape, options, bad, progress, source):
             # the images of all samples as one list: a sample has any number of them
             pixels = [image for sample in batch for image in sample.images]
-            codes = iter(_encode(unitok, pixels, options.batch_size))
+            tower_pixels = [image for sample in batch for image in sample.tower_images]
+            encoded = iter(_encode(unitok, pixels, tower_pixels, options.batch_size, source))
             for sample in batch:
                 # without dots, which end a key
                 key = unused_key(sample.key.replace(".", "_"), sample.file, keys)
-                members = _code_members(sample, [next(codes) for _ in sample.images], unitok)
+                members = _code_members(sample, [next(encoded) for _ in sample.images], unitok, options)
                 write_sample(writer, key, members)
             # kept to verify the written tar
             first += pixels[: VERIFIED_IMAGES - len(first)]
             counts.update(samples=len(batch), images=len(pixels))
             counts.update(oblong=sum(sample.reshaped for sample in batch))
             counts.update(transparent=sum(sample.transparent for sample in batch))
-    if source.problem:  # of a stream, known once it has been read
-        raise _broken(tar, source.problem)
-    if source.notes and isinstance(source, StreamedTar):
-        tqdm.write(f"codes: {shown(tar)}: {describe_notes(source.notes)}", file=sys.stderr)
+    if images.problem:  # of a stream, known once it has been read
+        raise _broken(tar, images.problem)
+    if images.notes and isinstance(images, StreamedTar):
+        tqdm.write(f"codes: {shown(tar)}: {describe_notes(images.notes)}", file=sys.stderr)
     if not counts["samples"]:
         raise UserError(f"{shown(tar)} holds no readable image ({bad[-1] if bad else 'it is empty'}).")
     # the whole tar in memory: codes are small, and a killed process leaves no partial file
     write_atomic(target, buffer.getvalue())
-    error = _verify(target, counts["samples"], unitok, first)
-    left_out = {"broken": len(bad), "notes": {reason: count for reason, (count, _) in source.notes.items()}}
+    error = _verify(target, counts["samples"], unitok, first, options)
+    left_out = {"broken": len(bad), "notes": {reason: count for reason, (count, _) in images.notes.items()}}
     left_out |= {"image_root": conversion_root(Path(tar).parent)} if Path(tar).is_file() else {}
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **left_out, **checked})
@@ -200,12 +223,35 @@ def _broken(tar: str, problem: str) -> UserError:
     return UserError(f"{shown(tar)} is broken: {problem}. Repair it, or leave it out of --data.")
 
 
-def _encode(unitok: UniTok, pixels: list[torch.Tensor], batch_size: int) -> list[np.ndarray]:
-    """The codes of each image, (N, K), in the dtype that is stored."""
-    found: list[np.ndarray] = []
+def _encode(
+    unitok: UniTok,
+    pixels: list[torch.Tensor],
+    tower_pixels: list[torch.Tensor],
+    batch_size: int,
+    source: FeatureSource | None,
+) -> list[_Encoded]:
+    """The codes (N, K) and features (M, F) of each image, in the dtypes that are stored.
+
+    Raises:
+        UserError: a feature is too large for float16.
+    """
+    found: list[_Encoded] = []
     for start in range(0, len(pixels), batch_size):
-        batch = torch.stack(pixels[start : start + batch_size]).to(unitok.device)
-        found += list(unitok.encode(batch).cpu().numpy().astype(stored_dtype(unitok)))
+        part = slice(start, start + batch_size)
+        batch = torch.stack(pixels[part]).to(unitok.device)
+        features: list[Any] = [None] * len(batch)
+        if source is None:
+            codes = unitok.encode(batch)
+        else:
+            codes, values = source.encode(batch, torch.stack(tower_pixels[part]) if tower_pixels else None)
+            if not bool(values.half().isfinite().all()):
+                largest = float(values.abs().max())
+                raise UserError(
+                    f"--features {source.options.source}: a feature of {largest:g} is too large for float16, "
+                    "in which they are stored: choose another source."
+                )
+            features = list(values.half().cpu().numpy())
+        found += zip(codes.cpu().numpy().astype(stored_dtype(unitok)), features)
     return found
 
 
@@ -215,12 +261,13 @@ def _batches(
     options: ExtractOptions,
     bad: list[str],
     progress: Callable[[int], Any],
+    source: FeatureSource | None,
 ) -> Iterator[list[LoadedSample]]:
     """Batches of readable samples; unreadable ones are added to `bad`, too many raise UserError."""
 
     def load(record: TarSample) -> LoadedSample | str:
         try:
-            return _load(record, shape, options)
+            return _load(record, shape, options, source)
         except (BadSample, UserError) as error:
             return f"{shown(record.tar)}: {record.key}: {error}"
 
@@ -257,38 +304,58 @@ def _check_bad_share(bad: list[str], seen: int, options: ExtractOptions) -> None
         )
 
 
-def _load(record: TarSample, shape: tuple[int, int], options: ExtractOptions) -> LoadedSample:
+def _load(
+    record: TarSample, shape: tuple[int, int], options: ExtractOptions, source: FeatureSource | None
+) -> LoadedSample:
     members, info = image_members(record)
     info = with_captions(record, info, options.captions)
     height, width = shape
-    images = [load_image(record.read(member), needed=shape) for member in members]
+    needed = shape if source is None else source.image_shape(shape)
+    images = [load_image(record.read(member), needed=needed) for member in members]
     transparent = sum(WAS_TRANSPARENT in image.info for image in images)
     reshaped = sum(image.width * height != image.height * width for image in images)
     if len(images) == 1:
         info.setdefault("file", record.file)  # the name by which conversations look it up
     pixels = [to_pixels(image, shape, options.mode) for image in images]
-    return LoadedSample(record.key, record.file or record.key, pixels, info, transparent, reshaped)
+    squashed = [] if source is None else [source.tower_pixels(image) for image in images]
+    tower_images = [image for image in squashed if image is not None]
+    name = record.file or record.key
+    return LoadedSample(record.key, name, pixels, info, transparent, reshaped, tower_images)
 
 
-def _code_members(sample: LoadedSample, codes: list[np.ndarray], unitok: UniTok) -> dict[str, bytes]:
-    """A sample's codes, (N, K), or (I, N, K) for other than one image, and its .json."""
-    no_images = (0, unitok.config.num_visual_tokens, unitok.config.num_codebooks)
-    stacked = np.stack(codes) if codes else np.empty(no_images, dtype=stored_dtype(unitok))
-    array = io.BytesIO()
-    np.save(array, codes[0] if len(codes) == 1 else stacked, allow_pickle=False)
-    info = {**sample.info, "grid": unitok.config.layout.grid} if codes else sample.info
+def _code_members(
+    sample: LoadedSample, encoded: list[_Encoded], unitok: UniTok, options: ExtractOptions
+) -> dict[str, bytes]:
+    """A sample's codes, (N, K), or (I, N, K) for other than one image, its features, and its .json."""
+    shape = (unitok.config.num_visual_tokens, unitok.config.num_codebooks)
+    members = {"codes.npy": _npy([codes for codes, _ in encoded], shape, stored_dtype(unitok))}
+    if options.features is not None:
+        shape = (options.features.tokens, options.features.width)
+        members["features.npy"] = _npy([array for _, array in encoded], shape, np.dtype(np.float16))
+    info = {**sample.info, "grid": unitok.config.layout.grid} if encoded else sample.info
     text = json.dumps(info, ensure_ascii=False, separators=(",", ":"))
-    return {"codes.npy": array.getvalue(), "json": text.encode()}
+    return {**members, "json": text.encode()}
 
 
-def _verify(path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor]) -> float:
+def _npy(arrays: list[Any], shape: tuple[int, int], dtype: np.dtype) -> bytes:
+    """The .npy file of one array of `shape`, or of several or none, stacked."""
+    stacked = np.stack(arrays) if arrays else np.empty((0, *shape), dtype=dtype)
+    file = io.BytesIO()
+    np.save(file, arrays[0] if len(arrays) == 1 else stacked, allow_pickle=False)
+    return file.getvalue()
+
+
+def _verify(
+    path: Path, samples: int, unitok: UniTok, first: list[torch.Tensor], options: ExtractOptions
+) -> float:
     """Read a written tar back and decode its first codes; returns the summed squared errors of these images.
 
     Raises:
         UserError: the tar does not hold the written samples.
     """
     records, problem, _ = scan_tar(str(path))
-    if problem or len(records) != samples or set(records[-1].members) != {"codes.npy", "json"}:
+    members = {"codes.npy", "json"} | ({"features.npy"} if options.features else set())
+    if problem or len(records) != samples or set(records[-1].members) != members:
         raise UserError(
             f"{path} was not written correctly ({problem or f'{len(records)} of {samples} samples'}): is the "
             "disk full?"
@@ -339,6 +406,7 @@ def _write_manifest(
         "num_tokens": unitok.config.num_visual_tokens,
         "layout": options.layout,
         **({"scales": unitok.config.scales} if unitok.config.scales else {}),
+        **({FEATURES: options.features._asdict()} if options.features else {}),
         "image_size": unitok.config.image_size,
         "mode": options.mode,
         "samples": sum(fact["samples"] for fact in facts),

@@ -191,7 +191,7 @@ def test_tars_of_others_are_found_by_member_names(tokenizer, tmp_path, codes_of)
         ("2024_01.png", "d/2024_01.png"),
         ("000000001.jpg",) * 2,
     ):
-        assert codes.image(name).tolist() == codes_of(tmp_path / "i" / file)
+        assert codes.image(name).codes.tolist() == codes_of(tmp_path / "i" / file)
     run(
         [
             "extract-codes",
