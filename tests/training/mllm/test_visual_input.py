@@ -7,9 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from open_unitok.core.errors import UserError
 from open_unitok.generation import Pipeline
-from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.tokenizer import UniTok
 from open_unitok.training.data.code_shards import CodeFolder
 
