@@ -170,9 +170,9 @@ class VisualEmbedder(nn.Module):
                     "with UniTokMLLMConfig.for_tokenizer."
                 )
         own, other = self.projection, unitok.up_projection
-        if own is not None and isinstance(
-            other, AttentionProjection
-        ):  # a linear projection has no matching weights
+        # a linear projection has no matching weights, nor has one that reads some of the channels
+        whole = isinstance(other, AttentionProjection) and unitok.quantizer.decoded_channels is None
+        if own is not None and whole:
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
             if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
                 raise UserError(

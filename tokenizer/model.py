@@ -30,8 +30,8 @@ from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
-from .projection import BookProjections, LinearProjection, build_projection
-from .quantizers import build_quantizer
+from .projection import BlockProjections, BookProjections, LinearProjection, build_projection
+from .quantizers import Quantizer, build_quantizer
 from .standalone import InstalledCode
 from .text_tower import TextEncoder
 from .token_layout import TokenLayout
@@ -73,12 +73,15 @@ class UniTok(InstalledCode, PreTrainedModel):
         quantizer, decoder = build_quantizer(config), build_decoder(config)
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
-        self.down_projection = self._build_down_projection(config, latent, len(quantizer.code_sizes))
+        self.down_projection = self._build_down_projection(config, quantizer)
         # of a continuous autoencoder with a KL posterior
         self.variance_projection = LinearProjection(self.encoder.width, latent) if quantizer.moments else None
         self.quantizer = quantizer
         heads = config.projection_heads_for(decoder.width)
-        self.up_projection = build_projection(kind, latent, decoder.width, heads, causal)
+        decoded = quantizer.decoded_channels
+        self.up_projection = build_projection(
+            kind, len(decoded) if decoded else latent, decoder.width, heads, causal
+        )
         self.decoder = decoder
         if config.embed_dim:
             self.image_norm = nn.LayerNorm(decoder.width, eps=NORM_EPS)
@@ -210,6 +213,8 @@ class UniTok(InstalledCode, PreTrainedModel):
 
     def up_project(self, latents: torch.Tensor) -> torch.Tensor:
         """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
+        if self.quantizer.decoded_channels is not None:
+            latents = latents[..., self.quantizer.decoded_channels]
         with exact_float32(latents.device):
             return self.up_projection(latents.float())
 
@@ -372,8 +377,11 @@ class UniTok(InstalledCode, PreTrainedModel):
         check_finite(model, path)
         return model.eval().to(dtype)  # pyright: ignore
 
-    def _build_down_projection(self, config: UniTokConfig, latent: int, books: int) -> nn.Module:
+    def _build_down_projection(self, config: UniTokConfig, quantizer: Quantizer) -> nn.Module:
+        latent, books = quantizer.latent_dim, len(quantizer.code_sizes)
         width, kind = self.encoder.width, config.projection
+        if hasattr(self.encoder, "widths"):  # several encoders
+            return self._build_block_projections(config, quantizer)
         if not config.adapter_layers:
             heads = config.projection_heads_for(width)
             return build_projection(kind, width, latent, heads, config.projection_causal)
@@ -387,6 +395,22 @@ class UniTok(InstalledCode, PreTrainedModel):
             config.adapter_heads,
             config.layout,
         )
+
+    def _build_block_projections(self, config: UniTokConfig, quantizer: Quantizer) -> nn.Module:
+        widths, blocks = self.encoder.widths, quantizer.row_blocks
+        if not isinstance(blocks, list) or len(blocks) != len(widths):
+            raise UserError(
+                f"encoder {config.encoder!r} makes {len(widths)} blocks of latents, quantizer "
+                f"{config.quantizer!r} has {blocks}: take 'shared_index' with {len(widths)} block_widths."
+            )
+        if config.adapter_layers:
+            raise UserError(
+                f"adapter_layers = {config.adapter_layers}: the blocks of encoder {config.encoder!r} have no "
+                "adapters, set it to 0."
+            )
+        kinds = [kind or config.projection for kind in self.encoder.projections]
+        books, causal = len(quantizer.code_sizes), config.projection_causal
+        return BlockProjections(kinds, widths, blocks, books, config.projection_heads, causal)
 
     def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; mean pooling over all tokens, registers included."""

@@ -4,6 +4,8 @@
 B batch, N tokens, `heads` heads of width d.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -198,6 +200,39 @@ class BookProjections(nn.Module):
         """`grid` (rows, columns) of the image tokens; None = the layout's."""
         heads = zip(self.adapters, self.projections)
         return torch.cat([projection(adapter(hidden, grid)) for adapter, projection in heads], dim=-1)
+
+
+class BlockProjections(nn.Module):
+    """A projection for each of several encoders to its own block of every book's latents; (B, N, sum of
+    inputs) -> (B, N, K*C).
+
+    Args:
+        kinds: of `build_projection`, inputs: width, and blocks: width in a book, of each encoder.
+        books: K.
+        heads: see `build_projection`; None = the larger width divided by the smaller.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        inputs: Sequence[int],
+        blocks: Sequence[int],
+        books: int,
+        heads: int | None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.books = list(inputs), books
+        self.projections = nn.ModuleList(
+            build_projection(kind, width, books * block, heads or max(width // (books * block), 1), causal)
+            for kind, width, block in zip(kinds, inputs, blocks, strict=True)
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        shares = hidden.split(self.inputs, dim=-1)
+        found = [projection(share) for projection, share in zip(self.projections, shares)]
+        # (B, N, K, block) of each encoder, side by side within a book
+        return torch.cat([share.unflatten(-1, (self.books, -1)) for share in found], dim=-1).flatten(-2)
 
 
 def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: bool = False) -> nn.Module:

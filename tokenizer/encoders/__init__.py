@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from ..config import UniTokConfig
-from ..entries import build_entry
+from ..entries import build_entry, inner_config
 from ..vqgan.encoder import VQGANEncoder
 from .autoencoder_kl import AutoencoderKLEncoder
+from .dual import DualEncoder, dual_configs
 from .hf_vision import HFVisionEncoder
-from .resampled import ResampledEncoder
+from .resampled import QUERY_OPTIONS, ResampledEncoder
 from .vitamin import ViTaminEncoder
 
 ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
@@ -24,6 +25,7 @@ ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "hf_vision": HFVisionEncoder,
     "vqgan": VQGANEncoder,
     "resampled": lambda config: ResampledEncoder(config, build_encoder),
+    "dual": lambda config: DualEncoder(config, build_encoder),
     "autoencoder_kl": AutoencoderKLEncoder,
 }
 
@@ -44,13 +46,34 @@ def resolve_paths(config: UniTokConfig) -> tuple[UniTokConfig, dict[str, str]]:
     Raises:
         UserError: a path holds no vision tower.
     """
-    resolve = getattr(ENCODERS.get(config.encoder), "resolve", None)
-    options, paths = resolve(config) if resolve else ({}, {})
+    options, paths = _resolve_options(config)
     if not paths:
         return config, {}
     config = copy.deepcopy(config)
     config.encoder_options = options
     return config, paths
+
+
+def _resolve_options(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """`encoder_options` and paths, see `resolve_paths`; of the encoders inside of others, too."""
+    options, paths = dict(config.encoder_options or {}), {}
+    if config.encoder == "hf_vision":
+        return HFVisionEncoder.resolve(config)
+    if config.encoder == "resampled":
+        inner, found = _resolve_options(inner_config(config, "encoder", QUERY_OPTIONS))
+        own = {name: options[name] for name in options if name in ("encoder", *QUERY_OPTIONS)}
+        return {**own, **inner}, {_join("inner", name): path for name, path in found.items()}
+    if config.encoder == "dual":
+        for part, inner in dual_configs(config).items():
+            fields, found = _resolve_options(inner)
+            own = {name: options[part][name] for name in ("encoder", "projection") if name in options[part]}
+            options[part] = {**own, **fields}
+            paths |= {_join(part, name): path for name, path in found.items()}
+    return options, paths
+
+
+def _join(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if inner else outer
 
 
 def load_towers(encoder: Any, paths: Mapping[str, str]) -> None:

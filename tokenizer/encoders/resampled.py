@@ -18,7 +18,7 @@ from ..layers import NORM_EPS
 from ..token_transformer import QueryResampler, query_heads
 
 READS = ("output", "layers")
-_OPTIONS = ("query_layers", "query_heads", "query_reads")
+QUERY_OPTIONS = ("query_layers", "query_heads", "query_reads")
 
 
 class ResampledEncoder(nn.Module):
@@ -34,8 +34,8 @@ class ResampledEncoder(nn.Module):
 
     def __init__(self, config: UniTokConfig, build_encoder: Callable[[UniTokConfig], Any]) -> None:
         super().__init__()
-        self.tokens = check_queries(config, "encoder", _OPTIONS)
-        self.inner = build_encoder(inner_config(config, "encoder", _OPTIONS))
+        self.tokens = check_queries(config, "encoder", QUERY_OPTIONS)
+        self.inner = build_encoder(inner_config(config, "encoder", QUERY_OPTIONS))
         self.width, self.patch_size = self.inner.width, self.inner.patch_size
         options = config.encoder_options or {}
         layers, reads = options.get("query_layers", 8), options.get("query_reads", READS[0])

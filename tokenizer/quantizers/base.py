@@ -42,6 +42,7 @@ class Quantizer(nn.Module):
     Attributes:
         latent_dim: width of the latents it quantises.
         semantic_channels: those of the quantised latents that a teacher's head reads; None = all.
+        decoded_channels: those that the up projection and so the pixel decoder reads; None = all.
         code_sizes: V of each of the K codes of a token.
         row_norm: normalisation by `embed` of rows of `code_table()`: "unit" = each row to unit norm, "blocks"
             = each part of a row, "none" = none.
@@ -78,6 +79,7 @@ class Quantizer(nn.Module):
 
     latent_dim: int
     semantic_channels: list[int] | None = None
+    decoded_channels: list[int] | None = None
     code_sizes: list[int]
     codebooks: nn.Parameter | None
     usage: Tensor

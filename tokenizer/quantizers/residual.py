@@ -68,7 +68,15 @@ class ResidualQuantizer(Quantizer):
         self.inner.counts_usage = False  # counted here, once for all scales
         self.scales, self.detach, self.scale_drop = list(scales), detach, scale_drop
         self.grid = (self.scales[-1], self.scales[-1])
-        for name in ("row_norm", "row_blocks", "sums_rows", "semantic_channels", "moves_rows", "trains_rows"):
+        for name in (
+            "row_norm",
+            "row_blocks",
+            "sums_rows",
+            "semantic_channels",
+            "decoded_channels",
+            "moves_rows",
+            "trains_rows",
+        ):
             setattr(self, name, getattr(built, name))
         self.reads = built.reads and not shared_convolutions  # an MLLM has the rows, not the convolutions
         if hasattr(built, "start_kmeans"):

@@ -4,6 +4,8 @@ B batch, N visual tokens, K codebooks, V entries per codebook, C width of one co
 R = B*N rows.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,6 +39,7 @@ class SharedIndexQuantizer(Quantizer):
     Args:
         block_widths: widths of the blocks; None = two halves.
         block_weights: w of each block; None = 1.
+        decoded_blocks: numbers of the blocks that the pixel decoder reads (published: [1]); None = all.
         commitment: weight of the commitment loss (latents to codes) relative to the codebook loss.
         entropy_eps: added to the mean assignment before the logarithm.
 
@@ -57,6 +60,7 @@ class SharedIndexQuantizer(Quantizer):
         temperature: float = 0.01,
         entropy_eps: float = 1e-5,
         gradient: str = "straight_through",
+        decoded_blocks: list[int] | None = None,
     ) -> None:
         super().__init__([codebook_size] * num_codebooks, num_codebooks * codebook_dim)
         widths = (
@@ -67,6 +71,15 @@ class SharedIndexQuantizer(Quantizer):
         self.row_blocks, self.block_weights = list(widths), list(weights)
         starts = range(0, self.latent_dim, codebook_dim)
         self.semantic_channels = [start + i for start in starts for i in range(widths[0])]
+        if decoded_blocks is not None:
+            ends = list(itertools.accumulate(widths))
+            _check_decoded(decoded_blocks, len(widths))
+            self.decoded_channels = [
+                start + i
+                for start in starts
+                for b in decoded_blocks
+                for i in range(ends[b] - widths[b], ends[b])
+            ]
         self.commitment, self.temperature, self.entropy_eps = commitment, temperature, entropy_eps
         self.gradient = check_gradient(gradient)
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, codebook_dim))
@@ -154,6 +167,15 @@ def _check_blocks(widths: list[int], weights: list[float], codebook_dim: int) ->
         raise UserError(
             f"quantizer_options.block_weights = {weights}: expected {len(widths)} weights, one per block, "
             "none below 0 and at least one above."
+        )
+
+
+def _check_decoded(blocks: list[int], count: int) -> None:
+    wrong = not isinstance(blocks, list) or not blocks or sorted(set(blocks)) != blocks
+    if wrong or not all(isinstance(block, int) and 0 <= block < count for block in blocks):
+        raise UserError(
+            f"quantizer_options.decoded_blocks = {blocks}: expected rising numbers of blocks, 0 to "
+            f"{count - 1}."
         )
 
 

@@ -1,9 +1,10 @@
 """Config of the tokenizer stage (arXiv 2502.20321, sections 3 and 4.1); imports no torch."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from open_unitok.core.errors import UserError
+from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core.options import Optimizer, RunConfig, Schedule, ShardOptions
 
@@ -269,9 +270,19 @@ class WordOptions:
             raise UserError("words needs both lists (of words) and vectors (of these words).")
 
 
-def has_trained_tower(options: Any) -> bool:
-    """Whether `encoder_options` name the trained weights of a whole encoder."""
-    return isinstance(options, dict) and "path" in options
+FREEZABLE = ("encoder", "down_projection", "quantizer", "up_projection", "decoder", "text_encoder")
+
+
+def has_trained_tower(encoder: Any, options: Any, inner: Sequence[str] = ()) -> bool:
+    """Whether all weights of an encoder, or of its submodule `inner`, come from towers named by path."""
+    if not isinstance(options, dict):
+        return False
+    if encoder == "resampled":  # its queries are new
+        return list(inner[:1]) == ["inner"] and has_trained_tower(options.get("encoder"), options, inner[1:])
+    if encoder == "dual":
+        parts = [options.get(name) for name in (inner[:1] or ("semantic", "pixel"))]
+        return all(isinstance(p, dict) and has_trained_tower(p.get("encoder"), p, inner[1:]) for p in parts)
+    return "path" in options
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -294,7 +305,9 @@ class TokenizerRunConfig(RunConfig):
         reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
             contrastive loss needs large batches, the reconstruction losses do not).
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
-        freeze: parts that keep the weights of `init_from`.
+        freeze: parts that keep the weights of `init_from`, or of a vision tower that `model.encoder_options`
+            names by its path: FREEZABLE, or a submodule of one of them, such as encoder.semantic or
+            encoder.tower.embeddings.
         lr_factors: part of a parameter's name -> factor on its learning rate.
     """
 
@@ -315,9 +328,7 @@ class TokenizerRunConfig(RunConfig):
     codebooks: CodebookOptions = CodebookOptions()
     reconstruct_share: float = 1.0
     ema: float | None = None
-    freeze: list[
-        Literal["encoder", "down_projection", "quantizer", "up_projection", "decoder", "text_encoder"]
-    ] = dataclasses.field(default_factory=list)
+    freeze: list[str] = dataclasses.field(default_factory=list)
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
@@ -336,9 +347,12 @@ class TokenizerRunConfig(RunConfig):
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise UserError(f"ema is {self.ema}: it must be between 0 and 1, or null for none.")
-        known = {"quantizer"} if self.init_quantizer else set()
-        known |= {"encoder"} if has_trained_tower(self.model.get("encoder_options")) else set()
-        if not self.init_from and set(self.freeze) - known:
+        for part in self.freeze:
+            # a quantiser freezes as a whole: some of its rows move in the forward pass
+            if part.partition(".")[0] not in FREEZABLE or part.startswith("quantizer."):
+                raise UserError(f"freeze has {part!r}.{did_you_mean(part, FREEZABLE)}")
+        untrained = [part for part in self.freeze if not self._is_trained(part)]
+        if not self.init_from and untrained:
             raise UserError(
                 f"freeze is {self.freeze} without init_from: frozen random weights are never trained."
             )
@@ -368,6 +382,13 @@ class TokenizerRunConfig(RunConfig):
         if self.losses.adversarial > 0:
             self._check_gan()
 
+    def _is_trained(self, part: str) -> bool:
+        """Whether a part has trained weights without `init_from`."""
+        part, *inner = part.split(".")
+        if part == "encoder":
+            return has_trained_tower(self.model.get("encoder"), self.model.get("encoder_options"), inner)
+        return part == "quantizer" and self.init_quantizer is not None and not inner
+
     @property
     def teachers(self) -> list[TeacherOptions]:
         """The section `teacher` as a list."""
@@ -383,7 +404,7 @@ class TokenizerRunConfig(RunConfig):
                 "losses.adversarial to 0."
             )
         # a frozen decoder has no gradient at its last layer, where the adaptive weight is measured
-        if "decoder" in self.freeze:
+        if any(part.partition(".")[0] == "decoder" for part in self.freeze):
             raise UserError("freeze holds decoder, which losses.adversarial would train: set that to 0.")
         if self.discriminator.adaptive is not None and not (
             self.losses.l1 or self.losses.l2 or self.losses.lpips

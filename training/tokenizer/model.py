@@ -110,7 +110,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
         if captions is not None and not _has_vocabulary(model, config, captions):
             model = _with_new_text_tower(model, config, captions)
     for part in config.freeze:
-        model.get_submodule(part).requires_grad_(False)
+        _submodule(model, part).requires_grad_(False)
     set_up_quantizer(model, config)
     # without a gradient, weight decay would still shrink these
     if not config.losses.clip and model.config.embed_dim:
@@ -120,6 +120,20 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
     if config.engine.gradient_checkpointing:
         deepspeed_engine.enable_activation_checkpointing(model)
     return model
+
+
+def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
+    """
+    Raises:
+        UserError: the model has no such submodule.
+    """
+    outer, _, last = name.rpartition(".")
+    parent = _submodule(model, outer) if outer else model
+    children = dict(parent.named_children())
+    if last not in children:
+        hint = did_you_mean(last, children)
+        raise UserError(f"freeze has {name!r}, but {outer or 'the model'} has no part {last!r}.{hint}")
+    return children[last]
 
 
 def set_up_quantizer(model: UniTok, config: TokenizerRunConfig) -> None:

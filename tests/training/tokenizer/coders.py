@@ -20,12 +20,16 @@ class Case(NamedTuple):
     run: tuple[str, ...] = ()  # further overrides of the run
     # changes of `model` under which the same weights give other codes
     other_codes: tuple[dict[str, Any], ...] = ()
+    generates: bool = True  # whether an MLLM can generate the codes
     frozen: tuple[str, ...] = ()  # beginnings of the parameters that are not trained
 
 
 VIT = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VIT |= {"intermediate_size": 32}
 FROM_CLIP = {"path": "CLIP", "layer": -2, "resize": True}
+TOWER = {"encoder": "hf_vision", **FROM_CLIP}
+PIXEL = {"encoder": "vitamin", "num_hidden_layers": 1}
+SHARED = {"quantizer": "shared_index", "num_codebooks": 1}
 QUERIES = {"token_layout": {"rows": 2, "columns": 2, "tokens": 3}}
 
 CASES: dict[str, Case] = {
@@ -56,6 +60,39 @@ CASES: dict[str, Case] = {
             "decoder": "resampled",
             "decoder_options": {"query_layers": 1},
         },
+    ),
+    "resampled, of a folder": Case(
+        {
+            **QUERIES,
+            "encoder": "resampled",
+            "encoder_options": {"query_layers": 1, "encoder": "hf_vision", **FROM_CLIP},
+            "decoder": "resampled",
+            "decoder_options": {"query_layers": 1},
+        },
+        ("freeze=[encoder.inner]",),
+        frozen=("encoder.inner.",),
+    ),
+    "dual": Case({**SHARED, "encoder": "dual", "encoder_options": {"semantic": TOWER, "pixel": PIXEL}}),
+    "dual, frozen": Case(
+        {
+            **SHARED,
+            "encoder": "dual",
+            "encoder_options": {"semantic": TOWER | {"projection": "tanh"}, "pixel": PIXEL},
+            "quantizer_options": {"block_widths": [3, 1], "decoded_blocks": [1]},
+            "projection": "linear",
+        },
+        ("freeze=[encoder.semantic]", "losses.clip=0.0", "decoder_init=kaiming"),
+        frozen=("encoder.semantic.", "text_", "image_", "logit_"),
+    ),
+    "dual, pyramid": Case(
+        {
+            **SHARED,
+            "encoder": "dual",
+            "encoder_options": {"semantic": TOWER, "pixel": PIXEL},
+            "quantizer": "residual",
+            "quantizer_options": {"inner": "shared_index", "scales": [1, 2]},
+        },
+        generates=False,
     ),
 }
 
