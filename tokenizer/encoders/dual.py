@@ -16,7 +16,7 @@ from open_unitok.core.errors import UserError
 from ..config import PROJECTIONS, UniTokConfig
 from ..entries import check_options
 
-PARTS = ("semantic", "pixel")  # in the order of the blocks of a shared index
+BLOCKS = ("semantic", "pixel")  # in the order of the blocks of a shared index
 
 
 class DualEncoder(nn.Module):
@@ -41,8 +41,8 @@ class DualEncoder(nn.Module):
                 "encoder 'dual' makes one token per cell of the grid: set registers and tokens to 0."
             )
         inner = dual_configs(config)
-        self.projections = [_projection(config, part) for part in PARTS]
-        self.semantic, self.pixel = (build_encoder(inner[part]) for part in PARTS)
+        self.projections = [_projection(config, part) for part in BLOCKS]
+        self.semantic, self.pixel = (build_encoder(inner[part]) for part in BLOCKS)
         self.widths = [self.semantic.width, self.pixel.width]
         self.width, self.patch_size = sum(self.widths), config.patch_size
 
@@ -57,9 +57,9 @@ def dual_configs(config: UniTokConfig) -> dict[str, UniTokConfig]:
         UserError: one is missing, or not a mapping with the key `encoder`.
     """
     options = config.encoder_options or {}
-    check_options("encoder", config.encoder, options, PARTS)
+    check_options("encoder", config.encoder, options, BLOCKS)
     found = {}
-    for part in PARTS:
+    for part in BLOCKS:
         given = options.get(part)
         if not isinstance(given, dict) or given.get("encoder") in (None, config.encoder):
             raise UserError(

@@ -1,4 +1,4 @@
-"""The encoder and decoder interface; training/tokenizer/test_every_encoder.py runs every entry."""
+"""The encoder and decoder interface; training/tokenizer/encoders/test_every_encoder.py runs every entry."""
 
 import pytest
 import torch

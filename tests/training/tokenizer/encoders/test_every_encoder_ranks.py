@@ -45,7 +45,7 @@ def runs(data, clip_folder, tmp_path_factory):
                 ranks = out.replace(f"{number}", f"{number}-ranks")
                 launched.append({"config": config, "overrides": [f"out={folder / ranks}", *options, *stop]})
     (folder / "jobs.json").write_text(json.dumps(launched))
-    worker = str(Path(__file__).parent / "ranks_worker.py")
+    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
     done = subprocess.run(
         [*command, str(folder / "jobs.json")],

@@ -31,6 +31,8 @@ VIT |= {"intermediate_size": 32}
 FROM_CLIP = {"path": "CLIP", "layer": -2, "resize": True}
 TOWER = {"encoder": "hf_vision", **FROM_CLIP}
 PIXEL = {"encoder": "vitamin", "num_hidden_layers": 1}
+CNN = {"channels": 8, "multipliers": [1, 1, 1, 1, 1], "residual_blocks": 1, "attention_levels": [4]}
+CNN |= {"norm_groups": 4, "hidden_size": 8}
 SHARED = {"quantizer": "shared_index", "num_codebooks": 1}
 QUERIES = {"token_layout": {"rows": 2, "columns": 2, "tokens": 3}}
 
@@ -54,6 +56,7 @@ CASES: dict[str, Case] = {
             "decoder": "vit",
         }
     ),
+    "vqgan": Case({"encoder": "vqgan", "encoder_options": CNN, "decoder": "vqgan", "decoder_options": CNN}),
     "resampled": Case(
         {
             **QUERIES,
@@ -79,7 +82,10 @@ CASES: dict[str, Case] = {
         {
             **SHARED,
             "encoder": "dual",
-            "encoder_options": {"semantic": TOWER | {"projection": "tanh"}, "pixel": PIXEL},
+            "encoder_options": {
+                "semantic": TOWER | {"projection": "tanh"},
+                "pixel": {"encoder": "vqgan", **CNN},
+            },
             "quantizer_options": {"block_widths": [2, 2], "decoded_blocks": [1]},
             "projection": "linear",
         },
