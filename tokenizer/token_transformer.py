@@ -27,10 +27,10 @@ class PreNormBlock(nn.Module):
     Blocks of other systems without a bias on the keys are equal: softmax cancels it.
     """
 
-    def __init__(self, width: int, heads: int, eps: float) -> None:
+    def __init__(self, width: int, heads: int, eps: float, causal: bool = False) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, causal)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.up = Linear(width, 4 * width)
         self.down = Linear(4 * width, width)
