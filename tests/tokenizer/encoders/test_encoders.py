@@ -78,7 +78,7 @@ def test_encoder_and_decoder_may_have_different_sizes(tiny_config, tmp_path):
     ("wrong", "message"),
     [
         ({"encoder": "hf_visoin"}, r"encoder 'hf_visoin' is not known: ENCODERS has vitamin, hf_vision, "),
-        ({"decoder": "pixels"}, r"decoder 'pixels' is not known: DECODERS has vitamin, vit, "),
+        ({"decoder": "pixels"}, r"decoder 'pixels' is not known: DECODERS has vitamin, "),
         ({"encoder_options": {"hiden_size": 8}}, r"encoder_options\.hiden_size is not.*'hidden_size'"),
         ({"decoder_options": {"stem_width": 8}}, r"decoder_options\.stem_width is not an option of decoder"),
         (

@@ -56,7 +56,17 @@ CASES: dict[str, Case] = {
             "decoder": "vit",
         }
     ),
-    "vqgan": Case({"encoder": "vqgan", "encoder_options": CNN, "decoder": "vqgan", "decoder_options": CNN}),
+    "vqgan, without a text tower": Case(
+        {
+            "encoder": "vqgan",
+            "encoder_options": CNN,
+            "decoder": "vqgan",
+            "decoder_options": CNN,
+            "projection": "linear",
+            "embed_dim": 0,
+        },
+        ("losses.clip=0",),
+    ),
     "resampled": Case(
         {
             **QUERIES,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.tokenizer import QUANTIZERS
 
-from ...tokenizer.quantizers.kinds import ENTRIES, INSTALLED, KINDS, overrides
+from ....tokenizer.quantizers.kinds import ENTRIES, INSTALLED, KINDS, overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -53,7 +53,7 @@ def runs(data, tmp_path_factory):
                 ranks = out.replace(name, f"{name}-ranks")
                 launched.append({"config": config, "overrides": [f"out={folder / ranks}", *options, *stop]})
     (folder / "jobs.json").write_text(json.dumps(launched))
-    worker = str(Path(__file__).parent / "ranks_worker.py")
+    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
     done = subprocess.run(
         [*command, str(folder / "jobs.json")],

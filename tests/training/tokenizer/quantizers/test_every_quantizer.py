@@ -21,7 +21,7 @@ from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.dead_codes import DeadCodes, usage_and_perplexity
 
-from ...tokenizer.quantizers.kinds import ENTRIES, KINDS, entry_of, overrides
+from ....tokenizer.quantizers.kinds import ENTRIES, KINDS, entry_of, overrides
 
 STATISTICS = ("usage", "calls", "started", "probability")  # change in training, and no code with them
 

@@ -53,7 +53,7 @@ def test_two_ranks_equal_one_process(data, whole, tmp_path):
     config = str(data / "config.yaml")
     overrides = [f"out={tmp_path / 'run'}", "steps=6", *MODEL, "losses.clip=0", "optimizer.eps=1e-4"]
     (tmp_path / "jobs.json").write_text(json.dumps([{"config": config, "overrides": overrides}]))
-    worker = str(Path(__file__).parent / "ranks_worker.py")
+    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
     subprocess.run([*launch, str(tmp_path / "jobs.json")], check=True, timeout=300)
     single = train(data, tmp_path / "single", "losses.clip=0", "optimizer.eps=1e-4")

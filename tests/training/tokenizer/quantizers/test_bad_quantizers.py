@@ -8,7 +8,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.model import build_model, load_caption_tokenizer
 
-from ...tokenizer.quantizers.kinds import overrides
+from ....tokenizer.quantizers.kinds import overrides
 
 LANGUAGE = ["model.quantizer=language", "model.num_codebooks=3"]
 PYRAMID = ["model.quantizer=residual", "losses.entropy=0"]
