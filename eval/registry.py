@@ -278,6 +278,15 @@ _TABLE = (
         batch_size=128,
     ),
     Benchmark(
+        name="scene_classes",
+        module="generation.scene_classes",
+        description="one object of each class, for class-conditional models (scenes)",
+        needs="generator",
+        files=("test/classes.jsonl",),
+        options=(*SAMPLING, IMAGES_PER_PROMPT, DETECTOR),
+        batch_size=128,
+    ),
+    Benchmark(
         name="genai_bench",
         module="generation.genai_bench",
         description="VQAScore of generated images, by skill (GenAI-Bench)",

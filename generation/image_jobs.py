@@ -36,25 +36,37 @@ def read_prompt_file(path: str | Path) -> list[str]:
 
 
 def plan_images(
-    prompts: Sequence[str], out: Path, num_images: int, seed: int, settings: dict[str, Any]
+    prompts: Sequence[str | int], out: Path, num_images: int, seed: int, settings: dict[str, Any]
 ) -> list[ImageJob]:
     """One job per image; its file is named by prompt number, prompt and seed, and seeds count up from `seed`.
+
+    A prompt that is an integer is a class.
 
     Raises:
         UserError: a prompt is empty, or a seed is out of range.
     """
     jobs = []
     for i, prompt in enumerate(prompts):
-        if not prompt.strip():
+        text = prompt if isinstance(prompt, str) else f"class {prompt}"
+        if not text.strip():
             raise UserError(f"Prompt {i} is empty.")
         # the number first: files sort in the order of the prompts
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
+        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40] or "image"
         for j in range(num_images):
             # every image has its own seed, so that the split over processes and batches does not matter
             own_seed = check_seed(seed + i * num_images + j)
-            record = {"prompt": prompt, "seed": own_seed, **settings}
+            record = {_prompt_key(prompt): prompt, "seed": own_seed, **settings}
             jobs.append(ImageJob(out / f"{i:05d}-{slug}-seed{own_seed}.png", record))
     return jobs
+
+
+def _prompt_key(prompt: str | int) -> str:
+    return "prompt" if isinstance(prompt, str) else "class"
+
+
+def _prompt_of(job: ImageJob) -> Any:
+    """The prompt or the class of a job."""
+    return job.record["prompt"] if "prompt" in job.record else job.record["class"]
 
 
 def is_generated(job: ImageJob) -> bool:
@@ -87,8 +99,10 @@ def generate_files(
     """Generate and save the images batch by batch; yields the size of each finished batch."""
     for start in range(0, len(jobs), batch_size):
         batch = jobs[start : start + batch_size]
-        prompts, seeds = ([job.record[key] for job in batch] for key in ("prompt", "seed"))
-        images = pipe.generate(prompts, sampling, seeds, batch_size, negative_prompt=negative)
+        prompts, seeds = [_prompt_of(job) for job in batch], [job.record["seed"] for job in batch]
+        given = {"classes" if isinstance(prompts[0], int) else "prompts": prompts}
+        options = {"seed": seeds, "batch_size": batch_size, "negative_prompt": negative}
+        images = pipe.generate(sampling=sampling, **given, **options)
         for job, image in zip(batch, images):
             save_png(image, job.path, job.record)
         yield len(batch)
@@ -100,4 +114,4 @@ def save_grid(jobs: Sequence[ImageJob], path: Path) -> None:
     # with several processes only the last to finish finds all files
     if all(job.path.exists() for job in jobs):
         images = [load_image(job.path) for job in jobs]
-        save_png(grid_of(images), path, {"prompts": [job.record["prompt"] for job in jobs]})
+        save_png(grid_of(images), path, {"prompts": [_prompt_of(job) for job in jobs]})

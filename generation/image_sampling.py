@@ -76,9 +76,9 @@ def iter_image_codes(
     # guidance 1 is the conditional distribution: half the rows
     unconditional = _unconditional_rows(unconditional_ids, images, config) if sampling.guidance != 1 else []
     if unconditional is None:
-        raise UserError(
-            f"guidance = {sampling.guidance} needs unconditional_ids; guidance = 1 generates without them."
-        )
+        without_null = hasattr(config, "null_class")  # a class-conditional model
+        needed = "class_dropout above 0 in training (a null class)" if without_null else "unconditional_ids"
+        raise UserError(f"guidance = {sampling.guidance} needs {needed}; guidance = 1 generates without.")
     codes = torch.zeros(images, num_tokens, books, dtype=torch.long, device=model.device)
     num_given = 0
     if prefix is not None:  # one for all images is broadcast

@@ -11,7 +11,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.config import check_mllm_quantizer
-from open_unitok.mllm.loading import check_folder, check_vocabulary
+from open_unitok.mllm.loading import CLASS_TYPE, check_folder, check_vocabulary, folder_type
 from open_unitok.mllm.processor import CONFIG
 from open_unitok.tokenizer import TokenLayout, UniTok
 
@@ -34,7 +34,8 @@ def find_model(folder: str | Path) -> Path:
         raise UserError(
             f"{folder} is not a model folder: it has no config.json. Did you mean {path / 'model'}?"
         )
-    check_folder(path)
+    if folder_type(path) != CLASS_TYPE:
+        check_folder(path)
     if not (path / "unitok" / "config.json").exists():
         raise UserError(f"{folder} has no visual tokenizer: copy its folder to {path / 'unitok'}.")
     return path

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from open_unitok.core.devices import check_device, check_dtype
 from open_unitok.core.errors import UserError
-from open_unitok.mllm import UniTokForConditionalGeneration, UniTokProcessor
+from open_unitok.mllm import ClassConditionalModel, UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.features import ReadImages
+from open_unitok.mllm.loading import CLASS_TYPE, folder_type
 from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.folder_checks import loading
@@ -20,6 +21,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .backends import check_backend, choose_backend
 from .backends.int8 import load_quantized, quantize_model
+from .class_prompts import ClassProcessor, load_class_parts
 from .image_sampling import generate_image_codes, iter_image_codes
 from .loading import check_parts_match, check_quantization, find_model
 from .reconstruction import iter_reconstructions, split_batches
@@ -42,7 +44,8 @@ class Pipeline:
     """A model, its processor and its visual tokenizer on one device.
 
     Attributes:
-        model: `UniTokForConditionalGeneration`; processor: `UniTokProcessor`; unitok: `UniTok`.
+        model: `UniTokForConditionalGeneration`, or a `ClassConditionalModel`, which has no texts; processor:
+            `UniTokProcessor`, or a `ClassProcessor`; unitok: `UniTok`.
         quantization: "int8" if the linear layers have 8-bit weights, else None.
         backend: "auto", "torch", "native" or "cuda_graph"; see `backends.choose_backend`.
         sampling: the default settings of `generate`.
@@ -50,19 +53,22 @@ class Pipeline:
 
     def __init__(
         self,
-        model: UniTokForConditionalGeneration,
-        processor: UniTokProcessor,
+        model: UniTokForConditionalGeneration | ClassConditionalModel,
+        processor: UniTokProcessor | ClassProcessor,
         unitok: UniTok,
         quantization: str | None = None,
         sampling: Sampling | None = None,
         backend: str = "auto",
     ):
-        self.model, self.processor, self.unitok = model.eval(), processor, unitok.eval()
+        self.model: Any = model.eval()
+        self.processor: Any = processor
+        self.unitok = unitok.eval()
         processor.unitok = self.unitok  # calls of the processor share it
         self.quantization, self.sampling, self.backend = quantization, sampling or Sampling(), backend
         _ = self.chosen_backend  # refuses here what the first image would refuse, and logs the choice
-        # every way to generate text reads the ids that end it from here
-        model.generation_config.eos_token_id = sorted(eos_ids(model) | processor.end_token_ids())
+        if isinstance(processor, UniTokProcessor):
+            # every way to generate text reads the ids that end it from here
+            self.model.generation_config.eos_token_id = sorted(eos_ids(model) | processor.end_token_ids())
 
     @classmethod
     def from_pretrained(
@@ -74,7 +80,8 @@ class Pipeline:
         quantization: str | None = None,
         backend: str = "auto",
     ) -> "Pipeline":
-        """Load an MLLM folder (model, processor, `unitok/`), a shipped model ("scenes") or a hub id.
+        """Load an MLLM folder (model, processor, `unitok/`), a class-conditional folder (model, `unitok/`), a
+        shipped model ("scenes") or a hub id.
 
         Args:
             device: "cpu", "cuda", "cuda:1", "mps".
@@ -95,6 +102,11 @@ class Pipeline:
         check_quantization(quantization, device, dtype)
         check_backend(backend)
         folder = find_model(folder)
+        if folder_type(folder) == CLASS_TYPE:
+            class_model, classes, unitok = load_class_parts(folder, dtype, adapter, quantization)
+            with loading(folder):
+                unitok, class_model = unitok.to(device=device, dtype=dtype), class_model.to(device)
+            return cls(class_model, classes, unitok, None, Sampling.from_folder(folder), backend)
         unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
         # an adapter is merged into float weights; else each weight is quantised as it is read
         if quantization and adapter is None:
@@ -137,7 +149,7 @@ class Pipeline:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
@@ -145,10 +157,12 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         prefix: Tensor | None = None,
+        classes: Sequence[int] | None = None,
     ) -> list[Image.Image]:
-        """Generate `num_images` images per prompt, in the order of the prompts.
+        """Generate `num_images` images per prompt or class, in their order.
 
         Args:
+            prompts: texts; None with a class-conditional model.
             sampling: None = the model's own settings.
             seed: seed of the first image, incremented for the others; or a list with one seed per image.
             batch_size: images generated together; an image depends only on its own prompt and seed.
@@ -156,17 +170,19 @@ class Pipeline:
                 prompts or one per prompt.
             num_images: >= 1.
             prefix: (1 or B, n, K) codes of the first n visual tokens; see `first_rows`.
+            classes: integers below the number of classes, for a class-conditional model.
 
         Raises:
             UserError: an empty or over-long prompt; a seed, number or prefix that is not valid.
         """
         options = {"negative_prompt": negative_prompt, "num_images": num_images, "prefix": prefix}
+        options["classes"] = classes
         codes = self.generate_codes(prompts, sampling, seed, batch_size, **options)
         return [image for part in codes.split(batch_size) for image in self.decode(part)]
 
     def generate_codes(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 64,
@@ -174,26 +190,37 @@ class Pipeline:
         negative_prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         prefix: Tensor | None = None,
+        classes: Sequence[int] | None = None,
     ) -> Tensor:
         """The codes (B, N, K) of the images; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
         sampling = sampling or self.sampling
-        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images)
+        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images, classes)
         if prefix is not None:
             check_prefix(prefix, len(ids), self.model.config)
         parts = []
         for i in range(0, len(ids), batch_size):
             batch = slice(i, i + batch_size)
             own_prefix = prefix if prefix is None or len(prefix) == 1 else prefix[batch]
-            arguments = (ids[batch], sampling, seeds[batch], unconditional[batch], own_prefix)
+            without = unconditional and unconditional[batch]
+            arguments = (ids[batch], sampling, seeds[batch], without, own_prefix)
             parts.append(generate_image_codes(self.model, *arguments, self.backend))
         return torch.cat(parts) if parts else self._no_codes()
 
     def _image_prompts(
-        self, prompts: Any, negative_prompt: Any, seed: Any, num_images: Any
-    ) -> tuple[list[list[int]], list[list[int]], list[int]]:
-        """Prompt ids, unconditional ids and seeds; one of each per image."""
+        self, prompts: Any, negative_prompt: Any, seed: Any, num_images: Any, classes: Any
+    ) -> tuple[list[list[int]], list[list[int]] | None, list[int]]:
+        """Prompt ids, unconditional ids (None: the model has none) and seeds; one of each per image."""
         check_whole("num_images", num_images)
+        if (prompts is None) == (classes is None):
+            raise UserError(f"Give prompts or classes, not {'both' if classes is not None else 'neither'}.")
+        if classes is not None:
+            if isinstance(self.processor, UniTokProcessor):
+                raise UserError("classes are for class-conditional models; this one generates from prompts.")
+            if negative_prompt is not None:
+                raise UserError("A class-conditional model has no negative prompt, but its null class.")
+            ids, unconditional = self.processor.class_rows(classes, num_images)
+            return ids, unconditional, expand_seeds(seed, len(ids))
         count = len(check_texts(prompts, "prompt"))
         seeds = expand_seeds(seed, count * num_images)
         unconditional = [self.processor.unconditional_ids()] * count
@@ -225,20 +252,21 @@ class Pipeline:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[str] | None = None,
         sampling: Sampling | None = None,
         seed: int | Sequence[int] = 0,
         *,
         negative_prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         prefix: Tensor | None = None,
+        classes: Sequence[int] | None = None,
     ) -> Iterator[list[Image.Image]]:
         """Yield previews of one batch after every complete row of visual tokens, grey below.
 
         The last ones equal the result of `generate`. Closing the iterator stops generation. Arguments and
         errors as `generate`.
         """
-        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images)
+        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images, classes)
         sampling, layout = sampling or self.sampling, self.layout
         steps = iter_image_codes(self.model, ids, sampling, seeds, unconditional, prefix, self.backend)
 

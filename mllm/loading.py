@@ -14,6 +14,7 @@ from open_unitok.tokenizer.loading import check_weights_fit
 from .config import UniTokMLLMConfig
 
 PUBLISHED_TYPE = "mini_gemini"  # model_type of the published MLLM
+CLASS_TYPE = "unitok_c2i"  # model_type of a class-conditional model
 GENERATION_CONFIG = "generation_config.json"
 _INF = float("inf")
 # field of generation_config.json -> (type, smallest, largest value)
@@ -48,9 +49,24 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
             f"`unitok convert mllm {folder} NEW_FOLDER`."
         )
     if kind != UniTokMLLMConfig.model_type:
-        hint = " That is a visual tokenizer, without a language model." if kind == "unitok" else ""
+        hints = {
+            "unitok": " That is a visual tokenizer, without a language model.",
+            CLASS_TYPE: " That is a class-conditional model, which reads no text.",
+        }
+        hint = hints.get(str(kind), "")
         raise UserError(
             f"{folder} holds a model of type {kind!r}, not an MLLM ({UniTokMLLMConfig.model_type!r}).{hint}"
+        )
+
+
+def check_class_folder(folder: str | os.PathLike[str]) -> None:
+    """
+    Raises:
+        UserError: `folder` is not a class-conditional model; the message names the model type found.
+    """
+    if (kind := folder_type(folder)) != CLASS_TYPE:
+        raise UserError(
+            f"{folder} holds a model of type {kind!r}, not a class-conditional model ({CLASS_TYPE!r})."
         )
 
 

@@ -201,6 +201,29 @@ def to_pixels(
     return from_pil(image.resize((width, height), resample or Image.Resampling.BILINEAR))
 
 
+def adm_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
+    """The centre crop of ADM's and LlamaGen's ImageNet references; `size` is (H, W) or a square's side."""
+    height, width = (size, size) if isinstance(size, int) else size
+    # published order: halve with box filters while both sides allow it, then one bicubic step
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def ten_crops(image: Image.Image, side: int, crop_range: float) -> list[torch.Tensor]:
+    """The ten crops (3, side, side) of ADM's centre crop to int(side * crop_range): the four corners and the
+    centre, then those of its mirror image; the augmentation of LlamaGen's codes, in its order."""
+    scaled = adm_crop(_plain_rgb(image), int(side * crop_range))
+    rest = scaled.width - side
+    centre = round(rest / 2)
+    corners = ((0, 0), (rest, 0), (0, rest), (rest, rest), (centre, centre))
+    both = (scaled, scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+    return [from_pil(one.crop((x, y, x + side, y + side))) for one in both for x, y in corners]
+
+
 def from_pil(image: Image.Image) -> torch.Tensor:
     """An image, unscaled, otherwise as `to_pixels` -> (3, H, W) float32 in [-1, 1]."""
     # np.array copies: torch warns about the read-only memory of a PIL image

@@ -14,6 +14,8 @@ TRAINING_STAGES = {
     "adapt": ("tokenizer.adapt_config", "AdaptRunConfig", "tokenizer.train"),
     "mllm": ("mllm.config", "MLLMRunConfig", "mllm.train"),
 }
+# conditioner of stage mllm -> module and class of its config, where that is not the stage's
+CONDITIONERS = {"prompt": None, "class": ("mllm.class_config", "ClassRunConfig")}
 
 
 def load_run_config(path: str, overrides: list[str]) -> RunConfig:
@@ -28,6 +30,12 @@ def load_run_config(path: str, overrides: list[str]) -> RunConfig:
         hint = did_you_mean(str(stage), TRAINING_STAGES)
         raise UserError(f"{path}: stage is {stage!r}.{hint}")
     module, name, _ = TRAINING_STAGES[stage]
+    conditioner = raw.get("conditioner", "prompt")
+    if stage == "mllm" and conditioner not in CONDITIONERS:
+        raise UserError(
+            f"{path}: conditioner is {conditioner!r}.{did_you_mean(str(conditioner), CONDITIONERS)}"
+        )
+    module, name = (CONDITIONERS[conditioner] if stage == "mllm" else None) or (module, name)
     cls = getattr(importlib.import_module(f"{__package__}.{module}"), name)
     config = configs.build_config(cls, raw)
     if (Path(path).parent / "run.json").exists():

@@ -58,6 +58,7 @@ class Sample(NamedTuple):
     image: Any = None  # a Path, or an `image_files.Base64Image`
     kind: str = ""  # e.g. "generate" or "reconstruct", in benchmarks with several kinds of samples
     seed: int = 0
+    label: int | None = None  # the class, for class-conditional models
     malformed: str = ""  # the error in its annotation: the sample is not answered and counts as wrong
 
     @property

@@ -6,20 +6,7 @@ import numpy as np
 from PIL import Image
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.tokenizer.images import from_pil, to_pixels
-
-
-def adm_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """The centre crop of ADM's and LlamaGen's ImageNet references; `size` is (H, W) or a square's side."""
-    height, width = (size, size) if isinstance(size, int) else size
-    # published order: halve with box filters while both sides allow it, then one bicubic step
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
+from open_unitok.tokenizer.images import adm_crop, from_pil, to_pixels
 
 # name -> (RGB image, (H, W) or side) -> pixels (3, H, W) in [-1, 1]; to_pixels(..., "crop") scales the image
 # until it just covers the size and cuts out the centre

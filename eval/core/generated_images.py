@@ -27,6 +27,7 @@ SAMPLING_KEYS = (
     "guidance_schedule",
     "guidance_interval",
 )
+CLASS_CONDITIONAL = "class-conditional"  # the model kind of one that generates images of classes
 EXTERNAL = "external images"  # the model kind in run.json if --model is a folder or .npz of images
 
 
@@ -54,7 +55,10 @@ def generate_images(model: Any, batch: list[Sample]) -> list[np.ndarray | str]:
     if isinstance(model, ExternalImages):
         return model.load_batch(batch)
     try:
-        return [np.asarray(p) for p in model.generate([s.prompt for s in batch], [s.seed for s in batch])]
+        seeds = [s.seed for s in batch]
+        if getattr(model, "kind", "") == CLASS_CONDITIONAL:
+            return [np.asarray(p) for p in model.generate_classes([s.label for s in batch], seeds)]
+        return [np.asarray(p) for p in model.generate([s.prompt for s in batch], seeds)]
     except UserError as error:
         # one rejected prompt fails the whole batch: generate one by one to isolate it
         if len(batch) == 1:

@@ -51,6 +51,8 @@ def run_benchmark(
     task = benchmark.code.load(data, settings)
     store = AnswerStore(out, benchmark.name)
     refuse_unreadable(benchmark.name, task.samples, store.done(task.samples))
+    if benchmark.needs == "generator" and hasattr(model, "check_classes"):
+        model.check_classes(benchmark.name, task.metadata.get("classes"))
     if hasattr(model, "refuse_missing"):  # images of another system
         model.refuse_missing(benchmark.name, task.samples)
     open_run_dir(out, run_metadata(benchmark.name, settings, model.describe(), data))

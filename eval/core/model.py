@@ -17,11 +17,13 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, model_path
 from open_unitok.core.text_files import read_json
 from open_unitok.generation import Pipeline, Sampling
+from open_unitok.mllm.loading import CLASS_TYPE
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
 from open_unitok.tokenizer.images import to_uint8
 
 from .crops import find_crop
+from .generated_images import CLASS_CONDITIONAL
 from .results import model_fingerprint
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +41,8 @@ class Reconstructions(NamedTuple):
 
 
 class Model:
-    """A tokenizer folder or an MLLM folder (with its tokenizer in `unitok/`); weights load on first use.
+    """A tokenizer folder, or an MLLM or class-conditional folder (with its tokenizer in `unitok/`); weights
+    load on first use.
 
     Args:
         crop: name of the crop to the tokenizer's input size; None = the default of each method.
@@ -66,15 +69,38 @@ class Model:
         self.kind = model_kind(self.folder)
         # the command line overrides the model's sampling.json
         self.sampling = dataclasses.replace(Sampling.from_folder(self.folder), **(sampling or {}))
-        self.tokenizer_folder = self.folder / "unitok" if self.kind == "mllm" else self.folder
+        self.tokenizer_folder = self.folder if self.kind == "tokenizer" else self.folder / "unitok"
         self._unitok = self._pipeline = self._captions = None
 
     def check_needs(self, needs: str, benchmark: str) -> None:
-        """Raise UserError if a benchmark needs an MLLM and this is a tokenizer."""
-        if needs != "tokenizer" and self.kind != "mllm":
+        """Raise UserError if a benchmark needs an MLLM, or one that generates, and this is another model.
+
+        A generator that needs classes may still be one that reads prompts: see `check_classes`.
+        """
+        if needs == "mllm" and self.kind == CLASS_CONDITIONAL:
+            raise UserError(
+                f"{benchmark} needs an MLLM, but {self.folder} is a class-conditional model, without text."
+            )
+        if needs != "tokenizer" and self.kind == "tokenizer":
             raise UserError(
                 f"{benchmark} needs an MLLM, but {self.folder} is a tokenizer; pass the folder of an MLLM."
             )
+
+    def check_classes(self, benchmark: str, count: int | None) -> None:
+        """Check a class-conditional model against a benchmark of generated images with `count` classes.
+
+        Raises:
+            UserError: the benchmark has prompts instead of classes, or another number of classes.
+        """
+        if self.kind != CLASS_CONDITIONAL:
+            return
+        if count is None:
+            raise UserError(
+                f"{benchmark} has prompts, but {self.folder} is a class-conditional model, without text."
+            )
+        own = read_json(self.folder / "config.json").get("num_classes")
+        if own != count:
+            raise UserError(f"{benchmark} has {count} classes, but {self.folder} has {own} (num_classes).")
 
     def describe(self) -> dict[str, Any]:
         """Path, kind and fingerprint for run.json; loads no weights."""
@@ -170,9 +196,13 @@ class Model:
         """One image per prompt, determined by its seed and independent of the batch."""
         return self.pipeline.generate(list(prompts), self.sampling, seed=list(seeds))
 
+    def generate_classes(self, classes: Sequence[int], seeds: Sequence[int]) -> list[Image.Image]:
+        """One image per class of a class-conditional model, determined by its seed."""
+        return self.pipeline.generate(classes=list(classes), sampling=self.sampling, seed=list(seeds))
+
 
 def model_kind(folder: Path) -> str:
-    """Returns "tokenizer" or "mllm"; a published .pth file is a tokenizer."""
+    """Returns "tokenizer", "class-conditional" or "mllm"; a published .pth file is a tokenizer."""
     if folder.is_file():
         return "tokenizer"
     config = folder / "config.json"
@@ -184,7 +214,11 @@ def model_kind(folder: Path) -> str:
     model_type = read_json(config).get("model_type")
     if model_type == "unitok":
         return "tokenizer"
+    if model_type == CLASS_TYPE:
+        return CLASS_CONDITIONAL
     # a folder that contains its tokenizer is an MLLM of any model_type
     if model_type == "unitok_mllm" or (folder / "unitok").is_dir():
         return "mllm"
-    raise UserError(f"{config}: model_type is {model_type!r}; allowed: 'unitok', 'unitok_mllm'.")
+    raise UserError(
+        f"{config}: model_type is {model_type!r}; allowed: 'unitok', 'unitok_mllm', 'unitok_c2i'."
+    )

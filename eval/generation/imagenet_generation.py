@@ -29,16 +29,18 @@ answer = save_generated_images
 
 
 def load(data: Path, settings: Options) -> Task:
-    """50,000 images of uniformly sampled classes, as in LlamaGen; the prompt contains the class name."""
+    """50,000 images of uniformly sampled classes, as in LlamaGen; a sample also has a prompt with the class's
+    name, for models that read text."""
     count = settings.limit or _IMAGES
     # all labels from one generator, so that they do not depend on the number of ranks
     labels = np.random.default_rng(settings.seed).integers(0, 1000, count).tolist()
     names = imagenet.class_names()
     samples = [
-        Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i)
+        Sample(i, f"{i:06d}", f"a photo of a {names[c]}.", None, "generate", settings.seed + i, c)
         for i, c in enumerate(labels)
     ]
     metadata = generation_metadata(settings, "png") | {
+        "classes": 1000,
         "labels": "uniform at random",
         "split": "ImageNet 256, training set",
     }
@@ -104,7 +106,7 @@ def score(
     absent = len(task.samples) - features.n
     problems += [f"{absent} images are missing from the metrics"] * (absent > 0)
     reason = "ADM's TensorFlow graph is replaced by our port of it"
-    if run["model"].get("kind") != "external images":
+    if run["model"].get("kind") == "mllm":
         reason += "; images are generated from class names as prompts, not by a class-conditional model"
     per_sample, details = unscored_records(task, records), {"fid": result.details}
     return Scored(metrics, details, per_sample, not_comparable=reason, problems=problems)

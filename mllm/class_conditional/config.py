@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 from transformers import PretrainedConfig
 
 from open_unitok.core.errors import UserError, did_you_mean
+from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.config import UniTokConfig
 from open_unitok.tokenizer.quantizers import describe_quantizer
 from open_unitok.tokenizer.token_layout import TokenLayout
 
+from ..loading import CLASS_TYPE
 from ..output import NOT_PREDICTIONS
 
 _FFN_MULTIPLE = 256  # the published rule: 8D/3, rounded up to a multiple of this
@@ -56,7 +58,7 @@ class ClassConditionalConfig(PretrainedConfig):
         UserError: a value is not valid or contradicts another one; the message names the field.
     """
 
-    model_type = "unitok_c2i"
+    model_type = CLASS_TYPE
     keys_to_ignore_at_inference: ClassVar[list[str]] = NOT_PREDICTIONS
 
     num_classes: int = 1000
@@ -144,6 +146,16 @@ class ClassConditionalConfig(PretrainedConfig):
         return self.num_classes if self.class_dropout > 0 else None
 
     @property
+    def visual_input(self) -> str:
+        """The model reads codes (`UniTokMLLMConfig` may read features)."""
+        return "discrete"
+
+    @property
+    def num_continuous_tokens(self) -> int | None:
+        """None: features are not read."""
+        return None
+
+    @property
     def book_sizes(self) -> list[int]:
         """Entries of each of the K sub-codebooks."""
         return self.code_sizes or [self.codebook_size] * self.num_codebooks
@@ -168,6 +180,26 @@ class ClassConditionalConfig(PretrainedConfig):
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < self.num_classes:
             raise UserError(f"class {value!r} is not valid: expected 0 to {self.num_classes - 1}.")
         return value
+
+    def check_tokenizer(self, unitok: UniTok, source: Any) -> None:
+        """Check that the model generates the codes of this tokenizer; errors name `source`.
+
+        Raises:
+            UserError: it was trained on those of another one, or on codes of other sizes.
+        """
+        wanted = self.for_tokenizer(unitok.config)
+        for name in ("num_codebooks", "book_sizes", "num_image_tokens", "layout"):
+            ours, theirs = getattr(self, name), getattr(wanted, name)
+            if ours != theirs:
+                raise UserError(
+                    f"{source}: the model has {name} = {ours}, its visual tokenizer {theirs}: they differ."
+                )
+        expected = self.unitok_fingerprint
+        if expected is not None and expected != (found := unitok.fingerprint()):
+            raise UserError(
+                f"{source}: the model was trained on the codes of tokenizer {expected[:12]}, but its visual "
+                f"tokenizer is {found[:12]}: replace it with the tokenizer of training."
+            )
 
     @classmethod
     def named(cls, name: str, **changes: Any) -> ClassConditionalConfig:

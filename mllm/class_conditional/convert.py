@@ -4,14 +4,21 @@ LlamaGen saves {"model": weights, ...}; the fork's names with K sub-codebooks di
 head. D width, V entries of a sub-codebook.
 """
 
+import argparse
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from open_unitok.core.errors import UserError
+from open_unitok.core.files import SAMPLING_FILE, atomic_folder, write_atomic, write_json
+from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.loading import read_checkpoint
 
+from ..loading import check_class_folder
 from .config import ClassConditionalConfig
 from .model import ClassConditionalModel
 
@@ -37,6 +44,51 @@ _IN_BLOCK = [
 _NESTED = ("model", "ema", "module", "state_dict")  # keys under which checkpoints hold their weights
 # width -> heads of the published sizes; a checkpoint does not store the number of heads
 _HEADS = {768: 12, 1024: 16, 1280: 20, 1536: 24, 2560: 40, 3200: 32}
+
+
+def from_llamagen_file(
+    source: Path, target: Path, unitok: UniTok | None = None, num_heads: int | None = None, **fields: Any
+) -> None:
+    """Write the model of a published checkpoint as a folder; other arguments as `from_llamagen`.
+
+    Args:
+        unitok: its visual tokenizer; None = write a folder without one, which cannot generate images.
+
+    Raises:
+        UserError: as `from_llamagen`; the tokenizer's codes have other sizes.
+    """
+    if unitok is not None:
+        sizes = unitok.config
+        fields |= {"num_image_tokens": sizes.num_visual_tokens, "token_layout": sizes.token_layout}
+        fields["unitok_fingerprint"] = unitok.fingerprint()
+    # training scripts save their arguments beside the weights
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        weights = read_checkpoint(source)
+    model = from_llamagen(weights, source, num_heads, **fields)
+    if unitok is not None:
+        model.config.check_tokenizer(unitok, source)
+    with atomic_folder(target) as folder:
+        model.save_pretrained(folder)
+        write_json(folder / SAMPLING_FILE, {"guidance": 1.0})
+        if unitok is not None:
+            unitok.save_pretrained(folder / "unitok")
+
+
+def to_llamagen_file(source: Path, target: Path) -> None:
+    """Write the model folder `source` as a published checkpoint, without the visual tokenizer.
+
+    Raises:
+        UserError: not a class-conditional folder, or one whose sub-codebooks have different sizes.
+    """
+    check_class_folder(source)
+    if target.suffix != ".pt":
+        raise UserError(f"{target} must end in .pt: a folder is converted to a published checkpoint.")
+    model = ClassConditionalModel.from_pretrained(source)
+    if model.config.code_sizes is not None:
+        raise UserError(
+            f"{source} has sub-codebooks of {model.config.code_sizes} entries; published ones are equal."
+        )
+    write_atomic(target, lambda file: torch.save({"model": to_llamagen(model)}, file))
 
 
 def from_llamagen(

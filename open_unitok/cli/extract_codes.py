@@ -41,6 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how images become square (default: crop)",
     )
     parser.add_argument(
+        "--ten-crop",
+        type=float,
+        nargs="?",
+        const=1.1,
+        metavar="RANGE",
+        help="ten crops of each image scaled to RANGE x the tokenizer's size, of which training samples one; "
+        "for class-conditional models (default RANGE: 1.1)",
+    )
+    parser.add_argument(
         "--captions",
         choices=CAPTION_CHOICES,
         default="all",
@@ -72,6 +81,12 @@ def run(args: argparse.Namespace) -> None:
 
     if args.batch_size < 1 or args.workers < 0:
         raise UserError("--batch-size must be at least 1, --workers at least 0.")
+    if args.ten_crop is not None and not 1 <= args.ten_crop <= 4:
+        raise UserError(f"--ten-crop is {args.ten_crop:g}; it must be from 1 to 4.")
+    if args.ten_crop is not None and args.mode != "crop":
+        raise UserError(f"--ten-crop makes crops of its own, but --mode is {args.mode}: omit one of them.")
+    if args.ten_crop is not None and (args.features or args.tower):
+        raise UserError("--ten-crop is for class-conditional models, which read no features: omit one.")
     # before the model is loaded: report a wrong path at once
     tars = matching_shards(args.data, "--data")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -82,6 +97,8 @@ def run(args: argparse.Namespace) -> None:
         given = FeatureOptions.from_config({"source": args.features, "tower": args.tower}, "dual")
         source = FeatureSource(given, unitok)
         features = StoredFeatures(given.source, source.fingerprint(), *feature_sizes(given, unitok.config))
+    if args.ten_crop is not None and len(set(unitok.config.image_shape)) > 1:
+        raise UserError(f"--ten-crop needs square images, but {args.tokenizer} has {unitok.config.layout}.")
     # before the cast: the fingerprint is defined on fp32 weights
     options = ExtractOptions(
         fingerprint=unitok.fingerprint(),
@@ -93,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
         max_bad_share=args.max_bad_share,
         captions=args.captions,
         features=features,
+        ten_crop=args.ten_crop,
     )
     unitok = unitok.to(device=device, dtype=getattr(torch, _DTYPES[args.dtype]))
     manifest = extract_codes(unitok, tars, Path(args.out), options, source=source)

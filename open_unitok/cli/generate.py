@@ -16,6 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """ "PROMPT" ... [--prompts FILE] --model M --out DIR."""
     parser.add_argument("words", metavar="PROMPT", nargs="*", help="text prompt; several are allowed")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with one prompt per line")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        metavar="ID",
+        type=int,
+        nargs="+",
+        help="classes of a class-conditional model, in the place of prompts",
+    )
     add_model_options(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="output folder of the PNGs and grid.png")
     parser.add_argument(
@@ -44,8 +52,13 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args, "num_images", "batch_size")
     sampling, out = sampling_of(args, args.model), Path(args.out)
     prompts = args.words + (read_prompt_file(args.prompts) if args.prompts else [])
+    if prompts and args.classes:
+        raise UserError("--class takes the place of prompts: give one of them.")
+    prompts = args.classes or prompts
     if not prompts:
-        raise UserError('No prompt: give "PROMPT" ..., or --prompts FILE with one prompt per line.')
+        raise UserError(
+            'No prompt: give "PROMPT" ..., --prompts FILE with one prompt per line, or --class ID ....'
+        )
     # recorded only if set, so that records of earlier runs without these options still match
     optional = {"negative_prompt": args.negative_prompt, "adapter": args.adapter, "dtype": args.dtype}
     optional["quantization"] = args.quantization
@@ -60,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     # do not load the model if all images exist
     missing = [job for job in share if not is_generated(job)]
     if missing:
-        pipe = load_pipeline(args)
+        pipe = load_pipeline(args, classes=True)
         with tqdm(total=len(missing), unit="image", disable=None) as bar:
             for count in generate_files(pipe, missing, sampling, args.batch_size, args.negative_prompt):
                 bar.update(count)

@@ -36,6 +36,7 @@ COMMANDS: dict[str, str] = {
     "eval report": "an HTML report of runs with published numbers",
     "convert tokenizer": "convert a published tokenizer (UniTok, VQGAN, IBQ, LlamaGen) to a model folder",
     "convert mllm": "convert a published MLLM to a model folder, or back",
+    "convert class-conditional": "convert a class-conditional checkpoint of LlamaGen or UniTok, or back",
     "convert quantizer": "take the quantiser of another system's published tokenizer",
     "convert token-merging": "copy a visual tokenizer with token merging switched on or off",
     "convert bf16": "round a model's weights to bfloat16",

@@ -146,11 +146,26 @@ def quiet_loading() -> None:
         logging.disable_progress_bar()
 
 
-def load_pipeline(args: argparse.Namespace) -> "Pipeline":
-    """The pipeline of --model, --device, --dtype, --adapter, --quantization and --backend."""
+def load_pipeline(args: argparse.Namespace, classes: bool = False) -> "Pipeline":
+    """The pipeline of --model, --device, --dtype, --adapter, --quantization and --backend.
+
+    Args:
+        classes: whether the command can use a class-conditional model.
+
+    Raises:
+        UserError: --model is a class-conditional model, and the command needs texts.
+    """
+    from open_unitok.generation.loading import find_model
     from open_unitok.generation.pipeline import Pipeline
 
     quiet_loading()
+    from open_unitok.mllm.loading import CLASS_TYPE, folder_type
+
+    if not classes and folder_type(find_model(args.model)) == CLASS_TYPE:
+        raise UserError(
+            f"{args.model} is a class-conditional model, which reads no text: use `unitok generate "
+            "--class` or `unitok eval run`."
+        )
     options = (pick_device(args.device), args.dtype, args.adapter, args.quantization, args.backend)
     return Pipeline.from_pretrained(args.model, *options)
 

@@ -32,7 +32,11 @@ def run(args: argparse.Namespace) -> None:
 
     config = load_run_config(args.config, args.overrides)
     if not isinstance(config, MLLMRunConfig):
-        raise UserError(f"{args.config} is of stage {config.stage}; `unitok plan` only supports stage mllm.")
+        conditioner = f" with conditioner: {config.conditioner}" if hasattr(config, "conditioner") else ""
+        raise UserError(
+            f"{args.config} is of stage {config.stage}{conditioner}; `unitok plan` only supports stage mllm "
+            "with prompts."
+        )
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
     if args.gpu not in PEAK_TFLOPS:

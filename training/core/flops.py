@@ -127,6 +127,32 @@ class MLLMFlops:
         return work.image_targets * self.books * (self.books + 1) / 2
 
 
+class ClassFlops:
+    """FLOPs of training steps of a class-conditional model; all of it is trained."""
+
+    def __init__(self, model: Any):
+        config, weights = model.config, {"layers": 0, "depth_head": 0}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                weights[name.partition(".")[0]] += module.weight.numel()
+        self.decoder, self.head = weights["layers"], weights["depth_head"]
+        self.books, self.width = config.num_codebooks, config.hidden_size
+        self.layers, self.depth_layers = config.num_hidden_layers, config.depth_layers
+
+    def flops(self, work: TokenCounts, backward: bool = True) -> float:
+        """FLOPs of the forward and (if `backward`) the backward pass over `work`."""
+        # the last token of an image is no input of the decoder
+        pairs = 4.0 * self.width * self.layers * (work.attention_pairs - work.tokens)
+        depth = 4.0 * self.width * self.depth_layers * work.image_targets * self.books * (self.books + 1) / 2
+        products = 2.0 * (self.decoder * work.image_tokens + self.head * work.image_targets * self.books)
+        return (3 if backward else 1) * (products + pairs + depth)
+
+
+def flops_of(model: Any) -> "MLLMFlops | ClassFlops":
+    """The FLOPs of an MLLM or of a class-conditional model."""
+    return MLLMFlops(model) if hasattr(model.config, "text_config") else ClassFlops(model)
+
+
 def _pair_cost(config: Any) -> float:
     """FLOPs of attention per pair of tokens in all layers: 2 x head_dim each for score and weighted value."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

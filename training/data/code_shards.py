@@ -68,6 +68,7 @@ class CodeSample(NamedTuple):
     codes: np.ndarray  # (N, K) or (I, N, K)
     info: dict[str, Any]
     load_features: Callable[[], np.ndarray] | None = None  # reads (M, F) or (I, M, F) float16
+    crops: int = 1  # the images are this many crops of one image
 
     @property
     def images(self) -> tuple[np.ndarray, ...]:
@@ -128,6 +129,11 @@ class CodeFolder:
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    @property
+    def crops(self) -> int:
+        """Crops of each image: the leading axis of the codes then means "sample one"."""
+        return self.manifest.get("crops", 1)
 
     @property
     def roots(self) -> list[str]:
@@ -253,7 +259,7 @@ class CodeFolder:
             if any(code >= size for code, size in zip(highest, self.code_sizes)):
                 raise BadSample(f"codes go up to {highest}, which are not below {self.code_sizes}")
         load = None if self.features is None else partial(self._read_features, record, codes.shape[:-2])
-        return CodeSample(record.key, codes, info, load)
+        return CodeSample(record.key, codes, info, load, self.crops)
 
     def _read_features(self, record: TarSample, images: tuple[int, ...]) -> np.ndarray:
         """(M, F) or (I, M, F); `images` is () or (I,)."""
@@ -331,6 +337,8 @@ def _check_manifest(path: Path, manifest: dict[str, Any]) -> None:
         "scales": list,
         "mode": str,
         "oblong": int,
+        "crops": int,
+        "labels": dict,
         "samples": int,
         "images": int,
         "notes": dict,

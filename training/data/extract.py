@@ -36,12 +36,12 @@ from open_unitok.core.text_files import read_json
 from open_unitok.mllm.features import FeatureSource
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
-from open_unitok.tokenizer.images import load_image, to_pixels
+from open_unitok.tokenizer.images import load_image, ten_crops, to_pixels
 
 from .captions import with_captions
 from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST, FEATURES, StoredFeatures
 from .convert import conversion_root
-from .records import check_facts, unused_key
+from .records import check_facts, find_label, unused_key, with_label
 from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
 from .tar_index import (
     MIN_SEEN_FOR_BAD_SHARE,
@@ -54,6 +54,7 @@ from .tar_index import (
 
 VERIFIED_IMAGES = 8  # per tar: their codes are decoded and compared with the images
 LOW_PSNR = 15.0  # dB: below, a reconstruction shows little of the image
+NUM_CROPS = 10  # of an image, with --ten-crop
 MAX_COUNTED_TARS = 1000  # the total of the progress bar needs the headers of every tar
 
 
@@ -69,6 +70,7 @@ class ExtractOptions(NamedTuple):
     max_bad_share: float
     captions: str = "all"  # a value of CAPTION_CHOICES
     features: StoredFeatures | None = None
+    ten_crop: float | None = None  # ten crops of every image, of one that is scaled by this much more
 
 
 _Encoded = tuple[np.ndarray, np.ndarray | None]  # codes (N, K) and features (M, F) of an image
@@ -143,8 +145,8 @@ def _completed(out: Path, number: int, tar: str, options: ExtractOptions) -> dic
     kinds = {"samples": int, "broken": int, "checked": int, "error": int | float, "sha256": str}
     facts = check_facts(path, read_json(path), kinds, "delete it and run the same command again")
     expected = {FEATURES: None, **_origin(tar, options)}
-    # descriptions from before token layouts, choices of captions and features do not have one
-    facts = {"layout": options.layout, "captions": "all", FEATURES: None, **facts}
+    # descriptions from before token layouts, choices of captions, features and crops do not have one
+    facts = {"layout": options.layout, "captions": "all", FEATURES: None, "ten_crop": None, **facts}
     differing = [name for name, value in expected.items() if facts.get(name) != value]
     if differing:
         shown = ", ".join(
@@ -167,6 +169,7 @@ def _origin(tar: str, options: ExtractOptions) -> dict[str, Any]:
         "layout": options.layout,
         "captions": options.captions,
         **({FEATURES: options.features._asdict()} if options.features else {}),
+        "ten_crop": options.ten_crop,
     }
 
 
@@ -187,7 +190,8 @@ def _extract_tar(
     records = images if isinstance(images, StreamedTar) else images.samples
     bad: list[str] = []
     buffer, first = io.BytesIO(), []
-    counts, keys = Counter(samples=0, images=0, oblong=0, transparent=0), set()
+    counts, keys = Counter(samples=0, images=0, oblong=0, transparent=0, labelled=0), set()
+    highest = -1  # label
     with tar_writer(buffer) as writer:
         for batch in _batches(records, unitok.config.image_shape, options, bad, progress, source):
             # the images of all samples as one list: a sample has any number of them
@@ -197,6 +201,9 @@ def _extract_tar(
             for sample in batch:
                 # without dots, which end a key
                 key = unused_key(sample.key.replace(".", "_"), sample.file, keys)
+                if (label := find_label(sample.info)) is not None:
+                    highest = max(highest, label)
+                    counts["labelled"] += 1
                 members = _code_members(sample, [next(encoded) for _ in sample.images], unitok, options)
                 write_sample(writer, key, members)
             # kept to verify the written tar
@@ -215,6 +222,7 @@ def _extract_tar(
     error = _verify(target, counts["samples"], unitok, first, options)
     left_out = {"broken": len(bad), "notes": {reason: count for reason, (count, _) in images.notes.items()}}
     left_out |= {"image_root": conversion_root(Path(tar).parent)} if Path(tar).is_file() else {}
+    left_out["highest_label"] = highest
     checked = {"checked": len(first), "error": error, "sha256": sha256(target)}
     write_json(target.with_suffix(".json"), {**_origin(tar, options), **counts, **left_out, **checked})
 
@@ -308,7 +316,7 @@ def _load(
     record: TarSample, shape: tuple[int, int], options: ExtractOptions, source: FeatureSource | None
 ) -> LoadedSample:
     members, info = image_members(record)
-    info = with_captions(record, info, options.captions)
+    info = with_label(record, with_captions(record, info, options.captions))
     height, width = shape
     needed = shape if source is None else source.image_shape(shape)
     images = [load_image(record.read(member), needed=needed) for member in members]
@@ -316,7 +324,12 @@ def _load(
     reshaped = sum(image.width * height != image.height * width for image in images)
     if len(images) == 1:
         info.setdefault("file", record.file)  # the name by which conversations look it up
-    pixels = [to_pixels(image, shape, options.mode) for image in images]
+    if options.ten_crop is None:
+        pixels = [to_pixels(image, shape, options.mode) for image in images]
+    elif len(images) == 1:
+        pixels = ten_crops(images[0], height, options.ten_crop)
+    else:
+        raise BadSample(f"has {len(images)} images; --ten-crop takes one")
     squashed = [] if source is None else [source.tower_pixels(image) for image in images]
     tower_images = [image for image in squashed if image is not None]
     name = record.file or record.key
@@ -397,6 +410,9 @@ def _write_manifest(
     ]
     roots = sorted({root for fact in facts if (root := fact.get("image_root"))})
     sizes = unitok.quantizer.code_sizes
+    # tars from before labels were counted: the manifest says nothing
+    labelled = [fact["labelled"] for fact in facts if "labelled" in fact]
+    labels = {"samples": sum(labelled), "highest": max(fact.get("highest_label", -1) for fact in facts)}
     manifest = {
         "format": CODES_FORMAT,
         "tokenizer": options.fingerprint,
@@ -409,6 +425,8 @@ def _write_manifest(
         **({FEATURES: options.features._asdict()} if options.features else {}),
         "image_size": unitok.config.image_size,
         "mode": options.mode,
+        **({"crops": NUM_CROPS, "crop_range": options.ten_crop} if options.ten_crop else {}),
+        **({"labels": labels} if len(labelled) == len(facts) else {}),
         "samples": sum(fact["samples"] for fact in facts),
         # older tars: `pictures` instead of `images`, or neither; no `oblong` or `transparent`
         "images": sum(_num_images(fact) for fact in facts),

@@ -234,4 +234,11 @@ def open_datasets(
             found.append(conversations(entry.path, entry.codes))
         else:
             found.append(folders(entry.path))
+    for entry, dataset in zip(entries, found):
+        codes = dataset.codes
+        if codes is not None and codes.crops > 1 and not SAMPLE_KINDS[entry.kind].samples_crops:
+            raise UserError(
+                f"{codes.folder} holds {codes.crops} crops of each image (extract-codes --ten-crop), which "
+                f"kind {entry.kind} would read as {codes.crops} images: extract codes without --ten-crop."
+            )
     return found

@@ -17,7 +17,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.core.text_files import is_unicode, numbered_csv, numbered_json_lines, read_json
 
 from .captions import caption_list
-from .tar_index import BadSample
+from .tar_index import BadSample, TarSample
 
 TEXT_KEYS = ("text", "content")
 _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
@@ -52,6 +52,34 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(record, dict):
             raise UserError(f"{path}, record {number}, is {type(record).__name__}, expected a mapping.")
         yield record
+
+
+def find_label(info: dict[str, Any]) -> int | None:
+    """The class of a sample: an integer of 0 or more under "label"; None without one."""
+    label = info.get("label")
+    whole = isinstance(label, int) and not isinstance(label, bool) and label >= 0
+    return label if whole else None
+
+
+def class_label(info: dict[str, Any]) -> int:
+    """The class of a sample.
+
+    Raises:
+        BadSample: it has none.
+    """
+    label = find_label(info)
+    if label is None:
+        found = f"the label {str(info['label'])[:40]!r}" if "label" in info else "no label"
+        raise BadSample(f"has {found}; expected an integer of 0 or more")
+    return label
+
+
+def with_label(record: TarSample, info: dict[str, Any]) -> dict[str, Any]:
+    """`info` with the number in KEY.cls as its label, as ImageNet's webdatasets store it."""
+    if "cls" not in record.members or "label" in info:
+        return info
+    text = record.text("cls").strip()
+    return {**info, "label": int(text)} if text.isdecimal() else info
 
 
 def check_facts(path: Path, facts: Any, kinds: dict[str, Any], remedy: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from .captions import caption_list
 from .code_shards import CodeFolder, CodeSample
-from .records import caption_texts, conversation_turns, document_pieces
+from .records import caption_texts, class_label, conversation_turns, document_pieces, find_label
 from .tar_index import BadSample
 
 # label of positions without a loss: the `ignore_index` of torch's cross_entropy
@@ -58,6 +58,8 @@ class SampleKind:
     generates_images: bool = False  # images are learned, so their number of tokens must be the model's
     learns_text: bool = True
     may_drop_images: bool = False  # a sequence that is too long ends before an image
+    conditioner: str = "prompt"  # of the training config: what images are generated from
+    samples_crops: bool = False  # may read folders whose samples are several crops of one image
     shuffle_name: str | None = None  # seeds the shuffle in place of the kind's name
 
     def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
@@ -254,6 +256,34 @@ class ReadingKind(DocumentKind):
     generates_images = False
 
 
+class ClassConditionalKind(SampleKind):
+    """The image of a class: [class, image] for a class-conditional model; of several crops one is sampled."""
+
+    field = "label"
+    crop = "crop"
+    generates_images = True
+    learns_text = False
+    conditioner = "class"
+    samples_crops = True
+
+    def texts(self, info: dict[str, Any], num_images: int) -> list[str]:
+        label = find_label(info)
+        return [] if label is None else [str(label)]
+
+    def select(self, sample: CodeSample, options: DropOptions, random: Sequence[float]) -> Selection:
+        label = class_label(sample.info)
+        if len(sample.images) != sample.crops:
+            raise BadSample(f"has {len(sample.images)} images, expected 1")
+        # null class: guidance needs a model that is also trained without a class
+        unconditional = random[1] >= 1 - options.unconditional
+        return Selection(None if unconditional else str(label), (int(random[0] * sample.crops),))
+
+    def sequence(self, processor: Any, text: str | None) -> tuple[list[int], list[int]]:
+        # `processor` is a ClassPrompts: the class takes the place of the prompt
+        condition = processor.null_class if text is None else int(text)
+        return [condition, processor.image_token_id], [IGNORE_INDEX, processor.image_token_id]
+
+
 # the order decides the numbers in `Batch.kinds`, and which kind `unitok data check` warns about
 SAMPLE_KINDS: dict[str, SampleKind] = {
     "text_to_image": TextToImageKind(),
@@ -263,6 +293,7 @@ SAMPLE_KINDS: dict[str, SampleKind] = {
     "text": TextKind(),
     "document": DocumentKind(),
     "reading": ReadingKind(),
+    "class_conditional": ClassConditionalKind(),
 }
 
 

@@ -10,6 +10,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 
 from ..core.options import RunConfig
 from ..data.mixture_options import MixtureOptions
+from ..data.sample_kinds import SAMPLE_KINDS
 
 # part of the model -> prefix of its parameters' names; the longest matching prefix applies
 MODEL_PARTS = {
@@ -33,19 +34,19 @@ class LossOptions:
     """
 
     weighting: Literal["tokens", "means"] = "tokens"
-    # weights, by the names in `UniTokMLLMOutput.losses`
-    text: float = 1.0
+    # weights, by the names in `UniTokMLLMOutput.losses`; text None = the model has no text loss
+    text: float | None = 1.0
     image: float = 1.0
 
     def check(self) -> None:
-        if self.text < 0 or self.image < 0 or self.text + self.image == 0:
+        if self.text is None or self.text < 0 or self.image < 0 or self.text + self.image == 0:
             raise UserError("loss.text and loss.image must be 0 or more, and not both 0.")
 
     def by_name(self) -> dict[str, float]:
         """The weight of every loss."""
         weights = dataclasses.asdict(self)
         del weights["weighting"]
-        return weights
+        return {name: weight for name, weight in weights.items() if weight is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,15 +96,31 @@ class LoraOptions:
             raise UserError(f"lora.parts is empty: give at least one of {', '.join(MODEL_PARTS)}.")
 
 
+def check_conditioner(data: MixtureOptions, conditioner: str) -> None:
+    """
+    Raises:
+        UserError: a kind of sample is not one of this conditioner.
+    """
+    own = [name for name, kind in SAMPLE_KINDS.items() if kind.conditioner == conditioner]
+    for entry in data.mixture:
+        if entry.kind not in own:
+            raise UserError(
+                f"data.mixture: kind {entry.kind} needs conditioner: {SAMPLE_KINDS[entry.kind].conditioner}; "
+                f"with {conditioner} a kind is one of {', '.join(own)}."
+            )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLLMRunConfig(RunConfig):
     """The MLLM stage, with either `model` (pretraining) or `init_from` (fine-tuning an MLLM folder).
 
+    conditioner: what images are generated from; with "class" the config is a `ClassRunConfig`.
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
     lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, by transformers' names; "auto" = flash_attention_2 where it can run.
     """
 
+    conditioner: Literal["prompt"] = "prompt"
     data: MixtureOptions
     loss: LossOptions = LossOptions()
     model: ModelOptions | None = None
@@ -118,6 +135,7 @@ class MLLMRunConfig(RunConfig):
                 "Give either `model` (build a new MLLM) or `init_from` (train an existing MLLM folder), not "
                 f"{'both' if self.model else 'neither'}."
             )
+        check_conditioner(self.data, self.conditioner)
         for part, factor in self.lr_factors.items():
             if part not in MODEL_PARTS:
                 hint = did_you_mean(part, MODEL_PARTS)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_unitok.core import distributed
 from open_unitok.mllm.losses import find_targets
 
-from ..core.flops import MLLMFlops, TokenCounts, peak_tflops
+from ..core.flops import TokenCounts, flops_of, peak_tflops
 from ..data.collate import Batch
 from ..data.sample_kinds import SAMPLE_KINDS
 
@@ -31,7 +31,7 @@ class RunningMetrics:
         num_codebooks, self.num_read = model.config.num_codebooks, model.config.num_read
         self.features_per_image = model.config.num_continuous_tokens or 0
         self.num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.model_flops, self.device, self.peak = MLLMFlops(model), device, peak or peak_tflops(device)
+        self.model_flops, self.device, self.peak = flops_of(model), device, peak or peak_tflops(device)
         self.correct = torch.zeros(num_codebooks, dtype=torch.float64, device=device)  # (K,)
         # one number per sample kind, in the order of SAMPLE_KINDS
         self.text_loss_sums = torch.zeros(len(SAMPLE_KINDS), dtype=torch.float64, device=device)

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path
+from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path, write_json
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.features import feature_fields
 from open_unitok.mllm.loading import check_vocabulary
@@ -28,7 +28,7 @@ class MLLMParts(NamedTuple):
     """The parts of an MLLM folder."""
 
     model: Any  # UniTokForConditionalGeneration
-    processor: UniTokProcessor
+    processor: UniTokProcessor | None  # None for a class-conditional model
     unitok: Path  # folder of the visual tokenizer
     sampling: Path | None = None  # recommended sampling settings, where the folder has them
 
@@ -141,15 +141,19 @@ def load_parts(name: str) -> MLLMParts:
 def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write an MLLM folder: weights (from `state` if ZeRO 3 sharded them), processor, and `unitok/`. With
     LoRA only the adapter."""
-    parts.model.config.vocabulary_fingerprint = parts.processor.vocabulary_fingerprint()
+    if parts.processor is not None:
+        parts.model.config.vocabulary_fingerprint = parts.processor.vocabulary_fingerprint()
     parts.model.save_pretrained(path, state_dict=state)
     # save_pretrained has written only the adapter; the base folder has everything else
-    if parts.model._hf_peft_config_loaded:
+    if getattr(parts.model, "_hf_peft_config_loaded", False):
         return
-    parts.processor.save_pretrained(path)
+    if parts.processor is not None:
+        parts.processor.save_pretrained(path)
     shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
     if parts.sampling:
         shutil.copy(parts.sampling, path / SAMPLING_FILE)
+    elif parts.processor is None:  # without guidance, which a model without a null class cannot have
+        write_json(path / SAMPLING_FILE, {"guidance": 1.0})
 
 
 def add_adapters(model: Any, config: MLLMRunConfig) -> None:

@@ -28,6 +28,8 @@ from ..data.collate import Batch
 from ..data.mixture import Mixture, codes_layout
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
 from ..data.sequences import SequenceBuilder
+from .class_config import ClassRunConfig
+from .class_model import build_class_parts, check_labels, class_inputs, class_sequences
 from .config import LossOptions, MLLMRunConfig
 from .metrics import RunningMetrics
 from .model import MLLMParts, build_parts, save_parts
@@ -54,7 +56,7 @@ class StepOutput(NamedTuple):
     grad_norm: torch.Tensor | float
 
 
-def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
+def main(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -> None:
     """Train from step 0 or from the last checkpoint to the end; leaves OUT/model."""
     state = build_train_state(config, run_dir)
     log, step, schedule = state.log, state.step, config.schedule
@@ -96,14 +98,14 @@ def main(config: MLLMRunConfig, run_dir: RunDir) -> None:
     log.info(f"finished: {run_dir.model}")
 
 
-def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
+def build_train_state(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -> TrainState:
     """Model, data and engine, at step 0 or as of the last checkpoint."""
     device = deepspeed_engine.init_distributed(config.engine, config.seed)
     # with LoRA the frozen base weights stay in `init_from`: checkpoints hold only the adapters
     checkpoints = Checkpoints(run_dir.checkpoints, config.checkpoint, trained_only=config.lora is not None)
     latest = checkpoints.latest()
     micro_batch = config.micro_batch(distributed.world_size())
-    parts = build_parts(config)
+    parts = build_class_parts(config) if isinstance(config, ClassRunConfig) else build_parts(config)
     mixture = build_mixture(config, parts)
     run_dir.record_facts(data=mixture.fingerprint, tokenizer=parts.model.config.unitok_fingerprint)
     metrics = RunningMetrics(parts.model, device, config.log.peak_tflops)
@@ -126,7 +128,9 @@ def build_train_state(config: MLLMRunConfig, run_dir: RunDir) -> TrainState:
     return TrainState(step, parts, features, engine, mixture, metrics, log, checkpoints, gather)
 
 
-def prepare_engine(config: MLLMRunConfig, model: Any, device: torch.device, micro_batch: int) -> Any:
+def prepare_engine(
+    config: MLLMRunConfig | ClassRunConfig, model: Any, device: torch.device, micro_batch: int
+) -> Any:
     """The DeepSpeed engine around the model, with a learning rate per part."""
     # before sharding: under ZeRO 3 parameters have no shapes afterwards
     groups = deepspeed_engine.parameter_groups(
@@ -136,11 +140,12 @@ def prepare_engine(config: MLLMRunConfig, model: Any, device: torch.device, micr
     return deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
 
 
-def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
+def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> Mixture:
     """The data of this run, checked against the model.
 
     Raises:
-        UserError: codes of another tokenizer or number of visual tokens; sequences longer than the context.
+        UserError: codes of another tokenizer or number of visual tokens; sequences longer than the context;
+            labels that are missing or no classes of the model.
     """
     sizes = parts.model.config
     limit = sizes.context_length
@@ -149,9 +154,15 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
             f"data.max_length is {config.data.max_length}, but the decoder's context is {limit} tokens "
             "(max_position_embeddings): lower it."
         )
+    if isinstance(config, ClassRunConfig):
+        sequences, style = class_sequences(sizes), None
+    else:
+        assert parts.processor is not None
+        sequences = SequenceBuilder(parts.processor, config.data.max_length)
+        style = parts.processor.style
     mixture = Mixture(
         config.data,
-        SequenceBuilder(parts.processor, config.data.max_length),
+        sequences,
         seed=config.seed,
         batch_size=config.batch_size,
         accumulation=config.engine.accumulation,
@@ -162,9 +173,11 @@ def build_mixture(config: MLLMRunConfig, parts: MLLMParts) -> Mixture:
     for entry, data in zip(config.data.mixture, mixture.datasets):
         if data.codes is None:
             continue
-        warnings.add(crop_mismatch(data.codes, entry.kind, parts.processor.style))
+        warnings.add(crop_mismatch(data.codes, entry.kind, style))
         if SAMPLE_KINDS[entry.kind].generates_images:
             check_generated_layout(sizes, codes_layout(data.codes), entry.path)
+        if isinstance(config, ClassRunConfig):
+            check_labels(data.codes, sizes.num_classes)
     for text in sorted(warnings - {None}):
         if distributed.is_main():
             print(f"data: {text}", file=sys.stderr)
@@ -220,7 +233,9 @@ def check_generated_layout(sizes: UniTokMLLMConfig, layout: TokenLayout, path: s
         )
 
 
-def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], step: int) -> StepOutput:
+def train_step(
+    state: TrainState, config: MLLMRunConfig | ClassRunConfig, batches: list[Batch], step: int
+) -> StepOutput:
     """One optimiser step from this rank's micro-batches."""
     device, world = state.metrics.device, distributed.world_size()
     # 1. the number of targets over all ranks and micro-batches of this step: the losses' denominators
@@ -235,10 +250,13 @@ def train_step(state: TrainState, config: MLLMRunConfig, batches: list[Batch], s
         codes = inputs.pop("feature_codes", None)
         if codes is not None and state.features is not None:
             inputs["image_features"] = state.features.of_codes(codes)
+        by_class = isinstance(config, ClassRunConfig)
+        if by_class:
+            inputs = class_inputs(inputs)
         # 2. one forward pass for texts and images; losses come as sums, so that micro-batches add up
         output = state.engine(**inputs, reduction="sum", return_logits=False)
         micro_losses = combine_losses(output.losses, targets, config.loss)
-        if (step + 1) % config.log.every == 0:
+        if (step + 1) % config.log.every == 0 and not by_class:
             state.metrics.add_text_losses(state.engine.module, output.last_hidden_state, batch, inputs)
         # 3. DeepSpeed averages over ranks and accumulation, but the denominators already cover both
         state.engine.backward(micro_losses["loss"] * (world * config.engine.accumulation))

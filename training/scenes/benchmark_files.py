@@ -35,6 +35,8 @@ def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int
     _write_pope(config, scenes, folder)
     write_jsonl(folder / "geneval" / "evaluation_metadata.jsonl", geneval_prompts(config))
     write_jsonl(folder / "positions.jsonl", position_prompts(config))
+    if config.classes:
+        write_jsonl(folder / "classes.jsonl", class_records(config))
 
 
 def _write_images(scenes: list[Scene], folder: Path, on_images: Callable[[int], object]) -> None:
@@ -251,6 +253,14 @@ GENEVAL_PROMPTS: dict[str, Callable[[SceneConfig, Random], Iterator[_Record]]] =
     "position": _position,
     "color_attr": _attribution,
 }
+
+
+def class_records(config: SceneConfig) -> list[_Record]:
+    """The colour and shape of every class, in the order of their labels."""
+    return [
+        {"label": label, "prompt": a_or_an(f"{color} {shape}"), "class": shape, "color": color}
+        for label, (color, shape) in enumerate(config.class_pairs)
+    ]
 
 
 def position_prompts(config: SceneConfig) -> list[_Record]:

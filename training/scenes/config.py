@@ -48,6 +48,9 @@ class SceneConfig:
     test: int = _setting(1_000, "number of test scenes")
     shard: int = _setting(2_000, "training scenes per tar")
     corners: bool = _setting(False, 'captions also say "in the top left corner"')
+    classes: bool = _setting(
+        False, "records also have a class, the number of the object's colour x shape pair; one object each"
+    )
     captions: int = _setting(4, "captions per scene")
     conversations: int = _setting(4, "conversations per training scene")
     turns: int = _setting(4, "most questions per conversation")
@@ -100,6 +103,11 @@ class SceneConfig:
     def pairs(self) -> list[tuple[str, str]]:
         """All (colour, shape) pairs."""
         return [(color, shape) for color in self.color_names for shape in self.shape_names]
+
+    @property
+    def class_pairs(self) -> list[tuple[str, str]]:
+        """The (colour, shape) pair of each class: those that training shows."""
+        return [pair for pair in self.pairs if pair not in self.held_out_pairs]
 
     @functools.cached_property
     def held_out_pairs(self) -> frozenset[tuple[str, str]]:
@@ -164,6 +172,7 @@ def _rules(c: SceneConfig) -> Iterator[tuple[bool, str, str]]:
         (16 <= c.size <= 1024 and c.size % c.grid == 0, "size", "expected a multiple of grid, 16 to 1024"),
         (1 <= c.min_objects <= c.max_objects, "min_objects", "expected 1 to max_objects"),
         (c.max_objects <= min(c.grid**2, 6), "max_objects", "expected at most one per cell and at most 6"),
+        (not c.classes or c.max_objects == 1, "classes", "expected max_objects = 1 with it"),
         (2 <= c.shapes <= len(SHAPES), "shapes", f"expected 2 to {len(SHAPES)}"),
         (2 <= c.colors <= len(COLORS), "colors", f"expected 2 to {len(COLORS)}"),
         (bool(c.sizes) and min(c.sizes) >= 4, "sizes", "expected a list of numbers of at least 4 pixels"),

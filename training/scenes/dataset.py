@@ -135,7 +135,7 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
     scene = sample_scene(config, "train", index)
     # texts have their own generator: changing them does not change the images
     rng = Random(f"{config.seed}/train text/{index}")
-    known = [pair for pair in config.pairs if pair not in config.held_out_pairs]
+    known = config.class_pairs
     # a generator: conversations are sampled after the captions, from the same random numbers
     conversations = (sample_conversation(scene, config, rng, known) for _ in range(config.conversations))
     record = {
@@ -145,6 +145,8 @@ def training_record(config: SceneConfig, index: int) -> tuple[Scene, dict[str, A
         "conversations": [_as_turns(questions) for questions in conversations if questions],
         "held_out": False,
     }
+    if config.classes:
+        record["label"] = config.class_pairs.index(scene.objects[0].pair)
     return scene, record
 
 
