@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from open_unitok.core.codes import as_int64
+from open_unitok.core.codes import as_int64, check_codes
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
 
@@ -30,11 +30,11 @@ from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
-from .projection import BlockProjections, BookProjections, LinearProjection, build_projection
-from .quantizers import Quantizer, build_quantizer
+from .projection import LinearProjection, build_down_projection, build_projection
+from .quantizers import build_quantizer
 from .standalone import InstalledCode
 from .text_tower import TextEncoder
-from .token_layout import TokenLayout
+from .token_layout import grid_of_codes, only_grid
 
 # floats beyond it are no pixels in [-1, 1]; normalised with mean and deviation, or noise, they stay below
 MAX_PIXEL = 10.0
@@ -73,7 +73,7 @@ class UniTok(InstalledCode, PreTrainedModel):
         quantizer, decoder = build_quantizer(config), build_decoder(config)
         latent, kind, causal = quantizer.latent_dim, config.projection, config.projection_causal
         self.encoder = build_encoder(config)
-        self.down_projection = self._build_down_projection(config, quantizer)
+        self.down_projection = build_down_projection(config, self.encoder, quantizer)
         # of a continuous autoencoder with a KL posterior
         self.variance_projection = LinearProjection(self.encoder.width, latent) if quantizer.moments else None
         self.quantizer = quantizer
@@ -230,68 +230,21 @@ class UniTok(InstalledCode, PreTrainedModel):
         """
         if not self.quantizer.discrete:
             raise UserError(self.quantizer.no_codes)
-        codes, sizes = as_int64(codes), self.quantizer.code_sizes
-        registers = self.config.num_register_tokens
-        if codes.dim() != 3 or codes.shape[2] != len(sizes) or codes.dtype != torch.int64:
-            raise UserError(
-                f"codes have shape {tuple(codes.shape)} and dtype {codes.dtype}; expected integers of shape "
-                f"(images, visual tokens, {len(sizes)} sub-codebooks)."
-            )
-        if codes.numel() and (codes.min() < 0 or (codes >= torch.tensor(sizes, device=codes.device)).any()):
-            allowed = (
-                f"0 to {max(sizes) - 1}" if len(set(sizes)) == 1 else f"less than {sizes} per sub-codebook"
-            )
-            raise UserError(f"codes range from {codes.min()} to {codes.max()}; allowed: {allowed}.")
-        count = codes.shape[1]
+        codes = as_int64(codes)
+        check_codes(codes, self.quantizer.code_sizes)
+        count, layout = codes.shape[1], self.config.layout
         if self.config.scales:
-            return self._check_scales(count, grid)
-        if self.config.layout.tokens:
-            return self._check_set(count, grid)
-        # With a non-square layout its number of tokens means this layout; other numbers must be squares.
-        if grid is None and self.config.token_layout is not None and count == self.config.num_visual_tokens:
-            return self.config.layout.grid
-        if grid is None:
-            try:
-                return TokenLayout.square(count, registers).grid
-            except UserError as error:
-                raise UserError(f"{error} Or pass grid=(rows, columns).") from None
-        layout = TokenLayout(int(grid[0]), int(grid[1]), registers)
-        if min(layout.grid) < 1 or self.quantizer.num_tokens(layout) != count:
-            raise UserError(
-                f"grid = {layout.grid} does not fit {count - registers} image tokens, {registers} registers."
-            )
-        return layout.grid
-
-    def _check_set(self, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-        """The grid of `count` codes that are a set or sequence.
-
-        Raises:
-            UserError: there are more or fewer than the layout has; `grid` is not the layout's.
-        """
-        layout = self.config.layout
-        if count != self.config.num_visual_tokens:
-            raise UserError(
-                f"codes have {count} visual tokens; expected {self.config.num_visual_tokens} (token_layout)."
-            )
-        if grid is not None and (int(grid[0]), int(grid[1])) != layout.grid:
-            raise UserError(
-                f"grid = {tuple(grid)} does not fit {layout} (token_layout): expected {layout.grid}."
-            )
-        return layout.grid
-
-    def _check_scales(self, count: int, grid: tuple[int, int] | None) -> tuple[int, int]:
-        """The grid of codes with scales, `count` of them.
-
-        Raises:
-            UserError: they end within a scale, or `grid` is not that of the last scale.
-        """
-        self.quantizer.check_length(count)  # pyright: ignore[reportCallIssue]
-        own = self.config.layout.grid
-        if grid is not None and (int(grid[0]), int(grid[1])) != own:
-            raise UserError(
-                f"grid = {tuple(grid)} does not fit the scales {self.config.scales}: expected {own}."
-            )
-        return own
+            self.quantizer.check_length(count)  # pyright: ignore[reportCallIssue]
+            return only_grid(layout.grid, grid, f"the scales {self.config.scales}")
+        # codes that are a set, or in a layout that is not square, have one grid
+        expected = self.config.num_visual_tokens
+        if layout.tokens and count != expected:
+            raise UserError(f"codes have {count} visual tokens; expected {expected} (token_layout).")
+        if layout.tokens:
+            return only_grid(layout.grid, grid, f"{layout} (token_layout)")
+        if grid is None and self.config.token_layout is not None and count == expected:
+            return layout.grid
+        return grid_of_codes(count, grid, layout.registers)
 
     def fingerprint(self) -> str:
         """Hex sha256 of all that determines the codes: encoder, down projection and quantiser, as float32.
@@ -376,41 +329,6 @@ class UniTok(InstalledCode, PreTrainedModel):
         model.load_state_dict(state, assign=True)
         check_finite(model, path)
         return model.eval().to(dtype)  # pyright: ignore
-
-    def _build_down_projection(self, config: UniTokConfig, quantizer: Quantizer) -> nn.Module:
-        latent, books = quantizer.latent_dim, len(quantizer.code_sizes)
-        width, kind = self.encoder.width, config.projection
-        if hasattr(self.encoder, "widths"):  # several encoders
-            return self._build_block_projections(config, quantizer)
-        if not config.adapter_layers:
-            heads = config.projection_heads_for(width)
-            return build_projection(kind, width, latent, heads, config.projection_causal)
-        return BookProjections(
-            kind,
-            width,
-            latent,
-            config.projection_heads,
-            books,
-            config.adapter_layers,
-            config.adapter_heads,
-            config.layout,
-        )
-
-    def _build_block_projections(self, config: UniTokConfig, quantizer: Quantizer) -> nn.Module:
-        widths, blocks = self.encoder.widths, quantizer.row_blocks
-        if not isinstance(blocks, list) or len(blocks) != len(widths):
-            raise UserError(
-                f"encoder {config.encoder!r} makes {len(widths)} blocks of latents, quantizer "
-                f"{config.quantizer!r} has {blocks}: take 'shared_index' with {len(widths)} block_widths."
-            )
-        if config.adapter_layers:
-            raise UserError(
-                f"adapter_layers = {config.adapter_layers}: the blocks of encoder {config.encoder!r} have no "
-                "adapters, set it to 0."
-            )
-        kinds = [kind or config.projection for kind in self.encoder.projections]
-        books, causal = len(quantizer.code_sizes), config.projection_causal
-        return BlockProjections(kinds, widths, blocks, books, config.projection_heads, causal)
 
     def _image_embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """(B, N, D) -> (B, E), unit norm; mean pooling over all tokens, registers included."""

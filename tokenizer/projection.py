@@ -5,6 +5,7 @@ B batch, N tokens, `heads` heads of width d.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from . import cpu
+from .config import UniTokConfig
 from .layers import GeGLU, Linear, split_heads
 from .token_layout import TokenLayout
 from .token_transformer import TokenTransformer
@@ -253,3 +255,44 @@ def build_projection(kind: str, inputs: int, outputs: int, heads: int, causal: b
     if kind == "tanh":
         return TanhProjection(inputs, outputs)
     return AttentionProjection(inputs, outputs, heads, causal)
+
+
+def build_down_projection(config: UniTokConfig, encoder: Any, quantizer: Any) -> nn.Module:
+    """The projection of an encoder's tokens to a quantiser's latents.
+
+    Raises:
+        UserError: the encoder has other blocks of latents than the quantiser.
+    """
+    latent, books, causal = quantizer.latent_dim, len(quantizer.code_sizes), config.projection_causal
+    if hasattr(encoder, "widths"):  # several encoders
+        return _build_block_projections(config, encoder, quantizer)
+    if not config.adapter_layers:
+        heads = config.projection_heads_for(encoder.width)
+        return build_projection(config.projection, encoder.width, latent, heads, causal)
+    return BookProjections(
+        config.projection,
+        encoder.width,
+        latent,
+        config.projection_heads,
+        books,
+        config.adapter_layers,
+        config.adapter_heads,
+        config.layout,
+    )
+
+
+def _build_block_projections(config: UniTokConfig, encoder: Any, quantizer: Any) -> nn.Module:
+    widths, blocks = encoder.widths, quantizer.row_blocks
+    if not isinstance(blocks, list) or len(blocks) != len(widths):
+        raise UserError(
+            f"encoder {config.encoder!r} makes {len(widths)} blocks of latents, quantizer "
+            f"{config.quantizer!r} has {blocks}: take 'shared_index' with {len(widths)} block_widths."
+        )
+    if config.adapter_layers:
+        raise UserError(
+            f"adapter_layers = {config.adapter_layers}: the blocks of encoder {config.encoder!r} have no "
+            "adapters, set it to 0."
+        )
+    kinds = [kind or config.projection for kind in encoder.projections]
+    books, causal = len(quantizer.code_sizes), config.projection_causal
+    return BlockProjections(kinds, widths, blocks, books, config.projection_heads, causal)

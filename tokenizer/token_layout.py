@@ -108,3 +108,33 @@ class TokenLayout(NamedTuple):
         if self.tokens:
             return f"{self.tokens} visual tokens of {self.rows} x {self.columns} patches"
         return f"{self.rows} x {self.columns} visual tokens"
+
+
+def grid_of_codes(count: int, grid: tuple[int, int] | None, registers: int) -> tuple[int, int]:
+    """(rows, columns) of `count` codes, registers included: `grid`, or the square one.
+
+    Raises:
+        UserError: they do not fill it.
+    """
+    if grid is None:
+        try:
+            return TokenLayout.square(count, registers).grid
+        except UserError as error:
+            raise UserError(f"{error} Or pass grid=(rows, columns).") from None
+    layout = TokenLayout(int(grid[0]), int(grid[1]), registers)
+    if min(layout.grid) < 1 or layout.num_tokens != count:
+        raise UserError(
+            f"grid = {layout.grid} does not fit {count - registers} image tokens, {registers} registers."
+        )
+    return layout.grid
+
+
+def only_grid(own: tuple[int, int], grid: tuple[int, int] | None, what: str) -> tuple[int, int]:
+    """The grid `own` of codes that have no other.
+
+    Raises:
+        UserError: `grid` is another one.
+    """
+    if grid is not None and (int(grid[0]), int(grid[1])) != own:
+        raise UserError(f"grid = {tuple(grid)} does not fit {what}: expected {own}.")
+    return own
