@@ -140,6 +140,11 @@ def _check_image_tokens(
             images it makes.
     """
     limit = model.config.context_length
+    if limit is not None and model.config.read_length >= limit:
+        raise UserError(
+            f"{folder / 'config.json'}: an image that is read has {model.config.read_length} tokens, which "
+            f"do not fit the model's context of {limit}."
+        )
     for name, count in (("config.json", model.config), (CONFIG, processor)):
         if limit is not None and count.num_image_tokens >= limit:
             raise UserError(

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.encoders import build_encoder
-from open_unitok.tokenizer.encoders.vision_tower import TOWER_OPTIONS, VisionTower, load_tower, read_tower
+from open_unitok.tokenizer.encoders.vision_tower import TOWER_OPTIONS, load_tower, tower_sizes
 from open_unitok.tokenizer.images import to_pixels
 from open_unitok.tokenizer.quantizers import describe_quantizer
 
@@ -112,9 +112,7 @@ def feature_sizes(options: FeatureOptions, unitok: UniTokConfig) -> tuple[int, i
         UserError: the tower is not there.
     """
     if options.source == "tower":
-        with torch.device("meta"):
-            tower = VisionTower(read_tower(**options.tower_options))
-        return _tower_side(tower) ** 2, tower.width
+        return tower_sizes(**options.tower_options)
     quantizer = describe_quantizer(unitok)
     tokens = quantizer.num_embedded(unitok.layout)
     if options.source == "encoder":
@@ -136,17 +134,6 @@ def feature_fields(unitok: UniTokConfig, fields: Mapping[str, Any]) -> dict[str,
     if all(fields.get(name) for name in names):  # a tower need not be on this machine to plan a run
         return {name: fields[name] for name in names}
     return dict(zip(names, feature_sizes(options, unitok)))
-
-
-def _tower_side(tower: VisionTower) -> int:
-    """Patches along a side of the tower's own images.
-
-    Raises:
-        UserError: it has no patches of one size.
-    """
-    if not tower.tower_patch:
-        raise UserError(f"features.tower: {tower.fields['model_type']!r} has no patches of one size.")
-    return tower.image_size // tower.tower_patch
 
 
 class FeatureAdapter(nn.Sequential):
@@ -212,12 +199,19 @@ class FeatureSource:
     def tower_pixels(self, image: Any) -> Tensor | None:
         """An image as the tower reads it: the whole image squashed to its square, in [-1, 1]; None without a
         tower."""
-        return None if self.tower is None else to_pixels(image, self.tower.image_size, mode="squash")
+        if self.tower is None:
+            return None
+        return to_pixels(image, self.tower_side, mode="squash", resample=Image.Resampling.BICUBIC)
+
+    @property
+    def tower_side(self) -> int:
+        """Side in pixels of the tower's images, 0 without one; SigLIP's 384 exceed its 27 patches of 14."""
+        size = 0 if self.tower is None else getattr(self.tower.tower.config, "image_size", 0)
+        return int(size if isinstance(size, int) else size[0]) or getattr(self.tower, "image_size", 0)
 
     def image_shape(self, own: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in pixels at which an image file is decoded: `own`, or the tower's larger one."""
-        side = 0 if self.tower is None else self.tower.image_size
-        return max(own[0], side), max(own[1], side)
+        return max(own[0], self.tower_side), max(own[1], self.tower_side)
 
     def tower_batch(self, images: Sequence[Any]) -> Tensor | None:
         """`tower_pixels` of several images, stacked on the tower's device."""
@@ -227,20 +221,25 @@ class FeatureSource:
     @torch.no_grad()
     def encode(self, pixels: Tensor, tower_pixels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(J, 3, H, W) pixels of the tokenizer's images, and of `tower_pixels` -> codes (J, N, K) and
-        features (J, M, F) float32."""
+        features (J, M, F) as in training: float16, as stored, or float32 where they follow from codes."""
+        codes, features = self._encode(pixels, tower_pixels)
+        return codes, features if self.options.from_codes else features.half()
+
+    def _encode(self, pixels: Tensor, tower_pixels: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.options.source == "latents":
+            latents = self.unitok.encode_latents(pixels)
+            return self.unitok.quantizer.encode(latents), latents
         codes = self.unitok.encode(pixels)
-        if self.options.source == "quantised":
+        if self.options.from_codes:
             return codes, self.of_codes(codes)
         if self.tower is not None:
             assert tower_pixels is not None
-            # an image may be larger than its patches: 384 pixels, 27 patches of 14, as a strided convolution
-            side = _tower_side(self.tower) * self.tower.tower_patch
             tower = self.tower.to(pixels.device)
-            return codes, tower(tower_pixels.to(pixels.device)[..., :side, :side]).float()
-        if self.options.source == "latents":
-            return codes, self.unitok.encode_latents(pixels)
+            # what the patches leave over is cut off, as by a strided convolution
+            side = tower.image_size
+            return codes, tower(tower_pixels.to(pixels.device)[..., :side, :side])
         encoder = self.unitok.encoder
-        return codes, encoder(pixels.to(next(encoder.parameters()).dtype)).float()
+        return codes, encoder(pixels.to(next(encoder.parameters()).dtype))
 
     @torch.no_grad()
     def of_codes(self, codes: Tensor) -> Tensor:
@@ -252,16 +251,13 @@ class FeatureSource:
         """Hex sha256 of all that determines the features; call it on float32 weights."""
         digest = hashlib.sha256(self.options.source.encode())
         if self.tower is not None:
-            digest.update(json.dumps(self.tower.fields, sort_keys=True).encode())
-            tensors = self.tower.state_dict()
-        else:
-            digest.update(self.unitok.fingerprint().encode())
-            # not part of the tokenizer's fingerprint
-            is_quantised = self.options.source == "quantised"
-            tensors = self.unitok.up_projection.state_dict() if is_quantised else {}
-        for name, tensor in sorted(tensors.items()):
-            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+            digest.update(self.tower.fingerprint().encode())
+            return digest.hexdigest()
+        digest.update(self.unitok.fingerprint().encode())
+        if self.options.source == "quantised":  # not part of the tokenizer's fingerprint
+            for name, tensor in sorted(self.unitok.up_projection.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def check_fingerprint(self, expected: str | None, place: str) -> None:

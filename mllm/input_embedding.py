@@ -12,7 +12,7 @@ from torch import nn
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.precision import to_dtype_of
 
-from .config import UniTokMLLMConfig
+from .config import IGNORED, UniTokMLLMConfig
 from .features import FeatureAdapter
 
 
@@ -78,6 +78,30 @@ class InputEmbedding:
         if image_features is not None:
             raise UserError("image_features were given, but visual_input = 'discrete' reads codes alone.")
         return vectors
+
+    def _check_feature_targets(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
+        """
+        Raises:
+            UserError: labels mark features, or an image that is generated has features behind its codes.
+        """
+        ids, targets = input_ids.flatten(), labels.flatten()
+        is_feature = ids == self.config.feature_token_id
+        if bool((targets[is_feature] != IGNORED).any()):
+            raise UserError("labels mark feature placeholders: features are never targets, set them to -100.")
+        if positions is None:
+            return
+        last = positions[:, -1]
+        behind = torch.stack([(last + step).clamp(max=len(ids) - 1) for step in (1, 2)])
+        is_read = is_feature[behind[0]]
+        if self.config.sep_token_id is not None:
+            is_read |= (ids[behind[0]] == self.config.sep_token_id) & is_feature[behind[1]]
+        if bool((is_read & (targets[last] == self.config.image_token_id)).any()):
+            raise UserError(
+                "An image that is generated has features behind its codes: only images that are read have "
+                "them."
+            )
 
     def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The ids with 0 in the place of images, which is a valid index."""

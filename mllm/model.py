@@ -134,6 +134,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         if inputs_embeds is None:
             assert input_ids is not None
             positions = self._image_positions(input_ids, image_codes)
+            if labels is not None and self.feature_adapter is not None:
+                self._check_feature_targets(input_ids, labels, positions)
             inputs_embeds = self._embed(input_ids, image_codes, positions, image_features)
         # entries already in the KV cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0

@@ -5,9 +5,8 @@ published code).
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +45,6 @@ CONFIG = "processor_config.json"
 # A byte token of LLaMA's vocabulary; tokenizers without it get a new token.
 BOI, EOI = ("<0x00>", "<|boi|>"), ("<0x01>", "<|eoi|>")
 SEPARATOR = ("<0x02>", "<|sep|>")  # between codes and features
-BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
 class UniTokProcessor(ProcessorCalls):
@@ -316,28 +314,6 @@ class UniTokProcessor(ProcessorCalls):
     def vocabulary_fingerprint(self) -> str:
         """Hex sha256 of the vocabulary, which the config of an MLLM keeps."""
         return vocabulary_fingerprint(self.text_tokenizer)
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, **_: Any) -> str:
-        """Ids to text; images and, unless wanted, special ids are skipped."""
-        skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.sep_token_id}
-        kept = [i for i in map(int, ids) if i >= 0 and i not in skipped]
-        return self.text_tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
-
-    def decode_settled(self, ids: Iterable[int]) -> str:
-        """The prefix of `decode(ids)` that later ids cannot change.
-
-        Byte tokens at the end are held back until another token ends their run: one invalid byte turns the
-        whole run into replacement characters. An incomplete character is held back as well.
-        """
-        images = {self.image_token_id, self.boi_token_id, self.eoi_token_id}
-        skipped = {*self.text_tokenizer.all_special_ids, *images}
-        kept = [int(i) for i in ids]
-        while kept:  # skipped ids do not end a run of bytes
-            piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
-            if piece and kept[-1] not in skipped and not BYTE.fullmatch(piece):
-                break
-            kept.pop()
-        return self.decode(kept).rstrip("\ufffd")
 
     # ---- batches and images ----
 

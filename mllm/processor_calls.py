@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from .features import FeatureOptions, FeatureSource, ReadImages
 from .prompts import IMAGE_MARK, expand_images, find_template
 
 CHAT = "chat"  # the text tokenizer's own chat template
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 _ROLES = ("system", "user", "assistant")
 _IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 # options of transformers' processors that this one takes; others are refused, not ignored
@@ -36,6 +38,10 @@ class ProcessorCalls(ProcessorMixin):
     text_tokenizer: Any
     template: str
     image_token_id: int
+    feature_token_id: int
+    boi_token_id: int
+    eoi_token_id: int
+    sep_token_id: int | None
     pad_token_id: int
     num_image_tokens: int
     visual_input: str
@@ -107,7 +113,7 @@ class ProcessorCalls(ProcessorMixin):
         limit = options.get("max_length")
         if not options.get("truncation") or limit is None or len(ids) <= limit:
             return ids
-        if {self.image_token_id, self.feature_token_id} & set(ids[limit:]):  # type: ignore[attr-defined]
+        if {self.image_token_id, self.feature_token_id} & set(ids[limit:]):
             raise UserError(f"max_length = {limit} would cut an image: the prompt has {len(ids)} tokens.")
         return ids[:limit]
 
@@ -188,6 +194,28 @@ class ProcessorCalls(ProcessorMixin):
 
     # ---- ids -> text ----
 
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, **_: Any) -> str:
+        """Ids to text; images and, unless wanted, special ids are skipped."""
+        skipped = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.sep_token_id}
+        kept = [i for i in map(int, ids) if i >= 0 and i not in skipped]
+        return self.text_tokenizer.decode(kept, skip_special_tokens=skip_special_tokens)
+
+    def decode_settled(self, ids: Iterable[int]) -> str:
+        """The prefix of `decode(ids)` that later ids cannot change.
+
+        Byte tokens at the end are held back until another token ends their run: one invalid byte turns the
+        whole run into replacement characters. An incomplete character is held back as well.
+        """
+        images = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.sep_token_id}
+        skipped = {*self.text_tokenizer.all_special_ids, *images}
+        kept = [int(i) for i in ids]
+        while kept:  # skipped ids do not end a run of bytes
+            piece = "" if kept[-1] < 0 else self.text_tokenizer.convert_ids_to_tokens(kept[-1])
+            if piece and kept[-1] not in skipped and not BYTE.fullmatch(piece):
+                break
+            kept.pop()
+        return self.decode(kept).rstrip("\ufffd")
+
     @property
     def tokenizer(self) -> Any:
         """The text tokenizer, under the name that transformers' pipelines read."""
@@ -200,7 +228,7 @@ class ProcessorCalls(ProcessorMixin):
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = True, **_: Any) -> list[str]:
         """Rows of ids to texts; placeholders of images are skipped."""
-        return [self.decode(row, skip_special_tokens) for row in sequences]  # type: ignore[attr-defined]
+        return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def post_process_image_text_to_text(
         self, generated_outputs: Any, skip_special_tokens: bool = True, **_: Any

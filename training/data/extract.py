@@ -252,13 +252,12 @@ def _encode(
             codes = unitok.encode(batch)
         else:
             codes, values = source.encode(batch, torch.stack(tower_pixels[part]) if tower_pixels else None)
-            if not bool(values.half().isfinite().all()):
-                largest = float(values.abs().max())
+            if not bool(values.isfinite().all()):
                 raise UserError(
-                    f"--features {source.options.source}: a feature of {largest:g} is too large for float16, "
-                    "in which they are stored: choose another source."
+                    f"--features {source.options.source}: a feature is too large for float16, in which they "
+                    "are stored: choose another source."
                 )
-            features = list(values.half().cpu().numpy())
+            features = list(values.cpu().numpy())
         found += zip(codes.cpu().numpy().astype(stored_dtype(unitok)), features)
     return found
 

@@ -19,6 +19,7 @@ from transformers import AutoConfig
 
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.mllm.features import FeatureOptions
 from open_unitok.tokenizer import UniTokConfig
 
 from ..core.flops import MLLMFlops, TokenCounts
@@ -130,9 +131,11 @@ def _new_model_config(config: MLLMRunConfig, assumed: list[str]) -> Any:
 
         size = _on_disk_or(path, assumed, vocab_size, lambda: published.vocab_size)
         text = {"model_type": "llama", "vocab_size": size, **options.text}
-    return UniTokMLLMConfig.for_tokenizer(
-        unitok, text_config=text, depth_config=options.depth, **options.fields
-    )
+    fields = dict(options.fields)
+    if fields.get("visual_input") == "dual":  # any id: only the number of tokens counts
+        separates = FeatureOptions.from_config(fields.get("features"), "dual").separator
+        fields |= {"sep_token_id": 0} if separates else {}
+    return UniTokMLLMConfig.for_tokenizer(unitok, text_config=text, depth_config=options.depth, **fields)
 
 
 def _on_disk_or(name: str, assumed: list[str], read: Callable[[], Any], default: Callable[[], Any]) -> Any:
