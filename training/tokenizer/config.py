@@ -157,7 +157,7 @@ class TeacherOptions:
         kind: "cosine": 1 - cosine of each token's prediction and the patch feature there (VQ-KD, TokenFlow);
             "contrast": the predicted class token against those of the images of a group (FQGAN).
         network: "transformers": a vision model by path or hub id; "dinov2": the discriminator's network.
-        model: path or hub id.
+        model: path or hub id; or "efficientnet-lite0", an ImageNet network of two packages of PyPI.
         layer: output of a block, -1 the last; null = the network's final output.
         projected: a CLIP's features behind its final norm and projection.
         image_size: side in pixels to which images are resized; null = the network's own.

