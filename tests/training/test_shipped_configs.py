@@ -66,6 +66,16 @@ def small_queries(model: dict) -> list[str]:
     return [f"model.{name}={json.dumps(value)}" for name, value in fields.items()]
 
 
+def small_encoder(options: dict, clip: pathlib.Path) -> dict:
+    """Options of a small encoder of the same kind; a tower with a path becomes that of `clip`."""
+    if {"semantic", "pixel"} <= options.keys():
+        parts = {name: small_encoder(options[name], clip) for name in ("semantic", "pixel")}
+        return {name: {**part, "encoder": options[name]["encoder"]} for name, part in parts.items()}
+    if "path" in options:
+        return {"path": str(clip), "resize": True}
+    return {"vitamin": {}, "vqgan": SMALL_VQGAN}.get(options.get("encoder", ""), SMALL_VIT)
+
+
 def small_words(folder: pathlib.Path, quantizer: str) -> str:
     """The section `words` with 16 nouns, and for SweetTok 5 adjectives before them."""
     counts = {"adjectives": 5, "nouns": 16} if quantizer == "language" else {"nouns": 16}
@@ -136,8 +146,13 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
     elif config.model.get("encoder") == "vqgan":
         changes += [f"model.{part}_options={json.dumps(SMALL_VQGAN)}" for part in ("encoder", "decoder")]
     elif config.model.get("encoder_options"):
-        changes.append(f"model.encoder_options={json.dumps(SMALL_VIT)}")
-    if not config.init_from:  # else it trains the shipped model at full size
+        options = small_encoder(config.model["encoder_options"], clip_folder)
+        changes.append(f"model.encoder_options={json.dumps(options)}")
+        if config.model.get("decoder") == "vqgan":
+            changes.append(f"model.decoder_options={json.dumps(SMALL_VQGAN)}")
+    if (config.init_from or "").startswith("runs/"):  # of another run
+        changes += ["init_from=null", "freeze=[]"]
+    if (config.init_from or "runs/").startswith("runs/"):  # else it trains the shipped model at full size
         without_text = {"embed_dim": 0} if config.model.get("embed_dim") == 0 else {}
         changes += [f"model.{name}={value}" for name, value in (SMALL | without_text).items()]
         options = config.model.get("quantizer_options") or {}

