@@ -350,9 +350,9 @@ class UniTokMLLMConfig(PretrainedConfig):
         quantizer = describe_quantizer(unitok)  # its options may change how rows are normalised
         check_mllm_quantizer(unitok.quantizer, quantizer)
         visual = {name: getattr(unitok, name) for name in ("num_codebooks", "codebook_size", "codebook_dim")}
-        visual |= {"visual_hidden_size": unitok.decoder_width, "token_layout": unitok.token_layout}
+        visual |= unitok.visual_sizes
         visual |= {
-            "projection_heads": unitok.num_projection_heads,
+            "token_layout": unitok.token_layout,
             "num_image_tokens": quantizer.num_embedded(unitok.layout),
             "scales": unitok.scales,
         }

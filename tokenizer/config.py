@@ -15,6 +15,7 @@ from .token_layout import TokenLayout
 
 PROJECTIONS = ("attention", "linear", "tanh", "none")
 CONTINUOUS = "none"  # the entry of QUANTIZERS without codes
+GEOMETRY = ("x", "y", "rotation", "scale x", "scale y")  # of a Gaussian; the order of numbers and codes
 SUMMED_QUANTIZERS = ("language", "gaussian")  # entries of QUANTIZERS with `sums_rows`
 
 # Named sizes: changes to the defaults of `UniTokConfig`. The published UniTok is vitamin_large.
@@ -278,6 +279,8 @@ class UniTokConfig(PretrainedConfig):
     @property
     def decoder_width(self) -> int:
         """Width of the hidden states that decoder and image head share."""
+        if self.projection == "none":
+            return self.latent_dim
         options = self.decoder_options or {}
         return options.get("hidden_size", options.get("latent_channels", self.hidden_size))
 
@@ -290,6 +293,16 @@ class UniTokConfig(PretrainedConfig):
         """Heads of the attention projection between `width` and K*C: `projection_heads`, or the published
         rule."""
         return self.projection_heads or max(width // self.latent_dim, 1)
+
+    @property
+    def visual_sizes(self) -> dict[str, int]:
+        """Width and heads of the causal projection of an MLLM over this tokenizer.
+
+        Without an up projection, the width is the flat `hidden_size`: latents alone may be very narrow.
+        """
+        if self.projection == "none":
+            return {"visual_hidden_size": self.hidden_size, "projection_heads": self.num_attention_heads}
+        return {"visual_hidden_size": self.decoder_width, "projection_heads": self.num_projection_heads}
 
     @property
     def num_visual_tokens(self) -> int:
@@ -316,7 +329,8 @@ class UniTokConfig(PretrainedConfig):
             sizes = [adjectives, adjectives, nouns]
         if self.quantizer == "gaussian":  # geometry has codes of its own, or five float32
             levels = options.get("levels")
-            sizes = [*sizes[:-5], *levels] if levels else [*sizes, 2**32, 2**32, 2**32, 2**32, 2**32]
+            count = len(GEOMETRY)
+            sizes = [*sizes[:-count], *levels] if levels else [*sizes, *[2**32] * count]
         return sum(map(math.log2, sizes))
 
     @classmethod

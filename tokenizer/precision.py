@@ -64,5 +64,9 @@ def spare_float32_parts(
 
 
 def to_dtype_of(module: nn.Module, tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in the dtype of the module's weights."""
-    return tensor.to(next(module.parameters()).dtype)
+    """`tensor` in the dtype of the module's weights; float32 for a module with `reads_float32`."""
+    return tensor.float() if getattr(module, "reads_float32", False) else tensor.to(_weight_dtype(module))
+
+
+def _weight_dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype

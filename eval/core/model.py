@@ -38,6 +38,7 @@ class Reconstructions(NamedTuple):
     codebook_size: int  # V
     reencoded: np.ndarray | None = None  # (B, N, K), codes of the reconstructions, if requested
     code_sizes: list[int] | None = None  # of the K codes; None = V each
+    bits_per_token: float = 0.0  # where there are no codes alone: with the continuous numbers as float32
 
 
 class Model:
@@ -142,7 +143,8 @@ class Model:
         if not self.unitok.quantizer.discrete:
             decoded = to_uint8(self.unitok.reconstruct(pixels.to(self.device)).float())
             both = (p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), decoded))
-            return Reconstructions(*both, None, 0)
+            bits = self.unitok.quantizer.bits_per_token
+            return Reconstructions(*both, None, 0, bits_per_token=bits)
         codes = self.unitok.encode(pixels.to(self.device))
         decoded = to_uint8(self.unitok.decode(codes).float())
         second = None

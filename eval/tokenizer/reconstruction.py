@@ -62,6 +62,7 @@ def answer(model: Any, batch: list[Sample], out: Path, task: Task) -> list[Recor
             save_image(image, out / file)
             records[i] = {"file": file}
             if found.codes is None:  # a continuous autoencoder
+                records[i] |= {"bits_per_token": found.bits_per_token} if found.bits_per_token else {}
                 continue
             codes, size = found.codes[k], found.codebook_size
             records[i] |= {"codes": _pack(codes, size), "codebooks": [codes.shape[1], size]}
@@ -175,6 +176,8 @@ def score(
     problems = _add_lpips(metrics, folder, good)
     if discrete:
         _add_usage(metrics, details, records, good)
+    elif bits := records[good[0].index].get("bits_per_token"):  # continuous numbers beside codes
+        metrics["bits_per_token"] = Metric(bits, len(good), None, "bits")
     agreement = [records[s.index]["agreement"] for s in good if "agreement" in records[s.index]]
     if agreement:
         metrics["reencode_agreement"] = _image_mean(np.mean(agreement, axis=1), "fraction")

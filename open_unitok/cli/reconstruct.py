@@ -39,6 +39,8 @@ def run(args: argparse.Namespace) -> None:
     quiet_loading()
     unitok = load_unitok(args.model, pick_device(args.device), args.dtype)
     make_folder(args.out)
+    if not unitok.quantizer.discrete:  # numbers that no code counts are a free rate
+        print(unitok.quantizer.describe_rate(unitok.config.layout) or "continuous latents, no codes")
     # images from different folders may have the same name
     names = _output_names(args.images)
     pairs = iter_reconstructions(unitok, args.images, args.batch_size, args.size)

@@ -13,6 +13,7 @@ from ..config import UniTokConfig
 from ..entries import build_entry
 from ..vqgan.decoder import VQGANDecoder
 from .autoencoder_kl import AutoencoderKLDecoder
+from .gaussian import GaussianDecoder
 from .resampled import ResampledDecoder
 from .vit import ViTDecoder
 from .vitamin import ViTaminDecoder
@@ -21,6 +22,7 @@ DECODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminDecoder,
     "vqgan": VQGANDecoder,
     "vit": ViTDecoder,
+    "gaussian": lambda config: GaussianDecoder(config, build_decoder),
     "resampled": lambda config: ResampledDecoder(config, build_decoder),
     "autoencoder_kl": AutoencoderKLDecoder,
 }
@@ -38,6 +40,7 @@ def build_decoder(config: UniTokConfig) -> Any:
 __all__ = [
     "DECODERS",
     "AutoencoderKLDecoder",
+    "GaussianDecoder",
     "ResampledDecoder",
     "VQGANDecoder",
     "ViTDecoder",

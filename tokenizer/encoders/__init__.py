@@ -16,6 +16,7 @@ from ..entries import build_entry, inner_config
 from ..vqgan.encoder import VQGANEncoder
 from .autoencoder_kl import AutoencoderKLEncoder
 from .dual import DualEncoder, dual_configs
+from .gaussian import GaussianEncoder
 from .hf_vision import HFVisionEncoder
 from .resampled import QUERY_OPTIONS, ResampledEncoder
 from .vitamin import ViTaminEncoder
@@ -24,6 +25,7 @@ ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "vitamin": ViTaminEncoder,
     "hf_vision": HFVisionEncoder,
     "vqgan": VQGANEncoder,
+    "gaussian": lambda config: GaussianEncoder(config, build_encoder),
     "resampled": lambda config: ResampledEncoder(config, build_encoder),
     "dual": lambda config: DualEncoder(config, build_encoder),
     "autoencoder_kl": AutoencoderKLEncoder,
@@ -90,6 +92,7 @@ def load_towers(encoder: Any, paths: Mapping[str, str]) -> None:
 __all__ = [
     "ENCODERS",
     "AutoencoderKLEncoder",
+    "GaussianEncoder",
     "HFVisionEncoder",
     "ResampledEncoder",
     "VQGANEncoder",

@@ -130,6 +130,11 @@ class Quantizer(nn.Module):
         """Bits per visual token: the sum of log2(V) over its codes."""
         return sum(map(math.log2, self.code_sizes))
 
+    def describe_rate(self, layout: TokenLayout) -> str:
+        """Tokens of an image and the bits of each, in words; "" without bits."""
+        bits = self.bits_per_token
+        return f"{self.num_tokens(layout)} visual tokens of {bits:.4g} bits" if bits else ""
+
     def num_tokens(self, layout: TokenLayout) -> int:
         """N of an image with this layout; a multi-scale quantiser has more than the grid."""
         return layout.num_tokens

@@ -13,11 +13,12 @@ from transformers import initialization as init
 
 from open_unitok.core.errors import UserError, did_you_mean
 
+from ..config import GEOMETRY
 from ..entries import check_options
 from ..precision import exact_float32
+from ..token_layout import TokenLayout
 from .base import Quantizer, QuantizerOutput, WriteRows, normalise_blocks, option_names, pass_through
 
-GEOMETRY = ("x", "y", "rotation", "scale x", "scale y")  # the order of raw numbers, values and codes
 SCALE_RANGE = (0.1, 4.0)  # standard deviations in pixels of the map
 SCALE_END = 3.0  # to which the upper bound falls
 SCALE_RATE, SCALE_DECAY, SCALE_EXCESS = 1e-3, 0.99, 0.01  # its fall in a training step
@@ -105,6 +106,12 @@ class GaussianQuantizer(Quantizer):
     def bits_per_token(self) -> float:
         """The codes' bits, and those of continuous geometry as float32."""
         return super().bits_per_token + (BITS * len(GEOMETRY) if self.levels is None else 0)
+
+    def describe_rate(self, layout: TokenLayout) -> str:
+        if self.levels is not None:
+            return super().describe_rate(layout)
+        own, free = super().bits_per_token, BITS * len(GEOMETRY)
+        return f"{super().describe_rate(layout)}: {own:.4g} of its code, {free} of continuous geometry"
 
     def start_step(self, generator: torch.Generator) -> None:
         self.inner.start_step(generator)

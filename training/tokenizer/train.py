@@ -308,6 +308,7 @@ def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState)
         log.set_flops(per_sample, config.log.peak_tflops or flops.peak_tflops(state.device))
     trained = sum(p.numel() for p in state.model.parameters() if p.requires_grad)
     log.info(f"{trained / 1e6:.1f} M trained parameters")
+    log.info(state.model.quantizer.describe_rate(state.model.config.layout) or "no codes")
     return log
 
 
