@@ -58,9 +58,7 @@ def inner_config(config: Any, field: str, own: Sequence[str], default: str = "vi
     return inner
 
 
-def whole_options(
-    field: str, options: Mapping[str, Any], defaults: Mapping[str, int]
-) -> dict[str, int]:
+def whole_options(field: str, options: Mapping[str, Any], defaults: Mapping[str, int]) -> dict[str, int]:
     """`defaults` overridden by `options`, of which other keys are left out.
 
     Raises:

@@ -16,7 +16,7 @@ from ..entries import build_entry, inner_config
 from ..vqgan.encoder import VQGANEncoder
 from .autoencoder_kl import AutoencoderKLEncoder
 from .dual import DualEncoder, dual_configs
-from .gaussian import GaussianEncoder
+from .gaussian import GAUSSIAN_OPTIONS, GaussianEncoder
 from .hf_vision import HFVisionEncoder
 from .resampled import QUERY_OPTIONS, ResampledEncoder
 from .vitamin import ViTaminEncoder
@@ -30,6 +30,9 @@ ENCODERS: dict[str, Callable[[UniTokConfig], Any]] = {
     "dual": lambda config: DualEncoder(config, build_encoder),
     "autoencoder_kl": AutoencoderKLEncoder,
 }
+
+# entries with the options of an `inner` encoder beside their own: these, and the inner entry by default
+WRAPPERS = {"resampled": (QUERY_OPTIONS, "vitamin"), "gaussian": (GAUSSIAN_OPTIONS, "vqgan")}
 
 
 def build_encoder(config: UniTokConfig) -> Any:
@@ -61,9 +64,10 @@ def _resolve_options(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, st
     options, paths = dict(config.encoder_options or {}), {}
     if config.encoder == "hf_vision":
         return HFVisionEncoder.resolve(config)
-    if config.encoder == "resampled":
-        inner, found = _resolve_options(inner_config(config, "encoder", QUERY_OPTIONS))
-        own = {name: options[name] for name in options if name in ("encoder", *QUERY_OPTIONS)}
+    if config.encoder in WRAPPERS:
+        own_options, default = WRAPPERS[config.encoder]
+        inner, found = _resolve_options(inner_config(config, "encoder", own_options, default))
+        own = {name: options[name] for name in options if name in ("encoder", *own_options)}
         return {**own, **inner}, {_join("inner", name): path for name, path in found.items()}
     if config.encoder == "dual":
         for part, inner in dual_configs(config).items():

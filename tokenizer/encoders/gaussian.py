@@ -19,7 +19,7 @@ from ..token_transformer import QueryLayer, query_heads
 
 _NUMBERS = len(GEOMETRY)
 _DEFAULTS = {"rounds": 3, "query_layers": 2}
-_OPTIONS = (*_DEFAULTS, "query_heads")
+GAUSSIAN_OPTIONS = (*_DEFAULTS, "query_heads")
 
 
 class GaussianEncoder(nn.Module):
@@ -43,7 +43,7 @@ class GaussianEncoder(nn.Module):
         check_gaussian(config, "encoder")
         options = config.encoder_options or {}
         sizes = whole_options("encoder", options, _DEFAULTS)
-        self.inner = build_encoder(inner_config(config, "encoder", _OPTIONS, "vqgan"))
+        self.inner = build_encoder(inner_config(config, "encoder", GAUSSIAN_OPTIONS, "vqgan"))
         self.tokens, self.width = config.layout.tokens, config.codebook_dim
         self.patch_size, width = self.inner.patch_size, self.inner.width
         if width % 4:

@@ -36,6 +36,18 @@ CNN |= {"norm_groups": 4, "hidden_size": 8}
 SHARED = {"quantizer": "shared_index", "num_codebooks": 1}
 QUERIES = {"token_layout": {"rows": 2, "columns": 2, "tokens": 3}}
 
+# with the VQGAN of their recipe, and rows by moving averages: test_gaussian.py
+GAUSSIANS = {
+    "patch_size": 8,
+    "token_layout": {"rows": 4, "columns": 4, "tokens": 5},
+    "quantizer": "gaussian",
+    "quantizer_options": {"levels": [8, 8, 4, 3, 2], "inner": "nearest"},
+    "num_codebooks": 6,
+    "codebook_size": 16,
+    "codebook_dim": 9,
+    "projection": "none",
+}
+
 CASES: dict[str, Case] = {
     "vitamin": Case({"encoder": "vitamin", "decoder": "vitamin"}),
     "hf_vision": Case(
@@ -66,6 +78,16 @@ CASES: dict[str, Case] = {
             "embed_dim": 0,
         },
         ("losses.clip=0",),
+    ),
+    "gaussian": Case(
+        {
+            **GAUSSIANS,
+            "encoder": "gaussian",
+            "encoder_options": VIT | {"encoder": "hf_vision", "patch_size": 8, "rounds": 2},
+            "decoder": "gaussian",
+            "decoder_options": {"decoder": "vit"},
+        },
+        ("losses.entropy=0",),
     ),
     "resampled": Case(
         {
