@@ -1,16 +1,19 @@
-"""`unitok plan`: estimate parameters, memory and hours of an MLLM training run, without a GPU."""
+"""`unitok plan`: estimate parameters, memory and hours of a training run, without a GPU."""
 
 import argparse
+import importlib
 
 from open_unitok.core.errors import UserError
 from open_unitok.training.core.gpus import PEAK_TFLOPS
-from open_unitok.training.mllm.config import MLLMRunConfig
 from open_unitok.training.run import load_run_config
+
+# stage -> module of its estimates
+PLANS = {"tokenizer": "tokenizer.plan", "adapt": "tokenizer.plan", "mllm": "mllm.plan"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """CONFIG [key.sub=value ...] and the hardware."""
-    parser.add_argument("config", help="YAML config of stage mllm, e.g. configs/mllm/pretrain_7b.yaml")
+    parser.add_argument("config", help="YAML config of a run, e.g. configs/mllm/pretrain_7b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override single keys")
     parser.add_argument(
         "--device",
@@ -22,20 +25,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAK_TFLOPS)} (default: H100)")
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization (default: 0.4)")
     parser.add_argument(
-        "--text-tokens", type=int, default=64, help="mean text tokens per sample (default: 64)"
+        "--text-tokens", type=int, default=64, help="mean text tokens per sample of stage mllm (default: 64)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    from open_unitok.training.mllm.plan import cpu_tflops, describe_plan, plan_run
+    from open_unitok.training.core.plan import cpu_tflops
 
     config = load_run_config(args.config, args.overrides)
-    if not isinstance(config, MLLMRunConfig):
-        conditioner = f" with conditioner: {config.conditioner}" if hasattr(config, "conditioner") else ""
+    if hasattr(config, "conditioner"):
         raise UserError(
-            f"{args.config} is of stage {config.stage}{conditioner}; `unitok plan` only supports stage mllm "
-            "with prompts."
+            f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` only "
+            "supports stage mllm with prompts."
         )
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     if args.device == "cpu":
         args.gpus = 1
     # arithmetic only: no weights are allocated
-    plan = plan_run(config, args.gpus, args.text_tokens)
+    stage = importlib.import_module(f"open_unitok.training.{PLANS[config.stage]}")
+    plan = stage.plan_run(config, args.gpus, args.text_tokens)
     tflops = cpu_tflops(config.engine.dtype) if args.device == "cpu" else PEAK_TFLOPS[args.gpu]
-    print("\n".join(describe_plan(plan, config, args, tflops)))
+    print("\n".join(stage.describe_plan(plan, config, args, tflops)))

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from open_unitok.core.files import tokenizer_path
 from ..config import UniTokConfig
 from ..folder_checks import check_finite, read_config
 from ..loading import check_tokenizer_folder, check_weights_fit, find_weights
-from .autoencoder_kl import read_diffusers, tokenizer_fields
+from .autoencoder_kl import by_tokenizer_names, read_diffusers, tokenizer_fields
+from .ldm_files import read_ldm_file
 from .lora import ADAPTER_CONFIG, ADAPTER_FOLDER, add_products, read_adapter
 
 # of a continuous UniTok, but not of the tokenizer made of it
 REPLACED = ("quantizer.", "variance_projection.")
-_WANTED = "stage adapt takes a diffusers AutoencoderKL, or a UniTok trained with quantizer: none."
+_WANTED = "stage adapt takes an AutoencoderKL, or a UniTok trained with quantizer: none."
+_SUFFIXES = (".ckpt", ".safetensors", ".pt", ".pth")
 
 
 class Autoencoder(NamedTuple):
@@ -41,40 +43,57 @@ class Autoencoder(NamedTuple):
         return digest.hexdigest()
 
 
-def read_fields(path: str) -> dict[str, Any]:
-    """The fields of UniTokConfig of an autoencoder, without reading weights; see `read_autoencoder`."""
-    kind, folder, subfolder = _locate(path)
-    if kind == "unitok":
-        return _continuous_fields(path, UniTokConfig.from_pretrained(str(folder)))
-    return tokenizer_fields(read_config(Path(folder) / (subfolder or "")))
+def read_fields(path: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The fields of UniTokConfig of an autoencoder; see `read_autoencoder`."""
+    found = _locate(path)
+    if found.kind == "file":
+        return tokenizer_fields(read_ldm_file(Path(found.source), options or {})[0])
+    if found.kind == "diffusers":
+        return tokenizer_fields(found.config)
+    return _continuous_fields(path, UniTokConfig.from_pretrained(found.source))
 
 
-def read_autoencoder(path: str, unitok: Any) -> Autoencoder:
-    """The continuous autoencoder in a folder or at a hub id: a UniTok, a diffusers AutoencoderKL, or a
-    pipeline with one in vae/.
+def read_autoencoder(path: str, unitok: Any, options: Mapping[str, Any] | None = None) -> Autoencoder:
+    """The continuous autoencoder at a path or hub id: a folder of a UniTok, of a diffusers AutoencoderKL or of
+    a pipeline with one in vae/, or a single file in LDM's layout.
 
     Args:
         unitok: the class `UniTok`.
+        options: scaling_factor and shift_factor, which a single file does not hold.
 
     Raises:
-        UserError: there is none; it is a discrete tokenizer; diffusers is missing.
+        UserError: there is none; it has codes; diffusers is missing.
     """
-    kind, folder, subfolder = _locate(path)
-    if kind == "unitok":
-        fields = _continuous_fields(path, UniTokConfig.from_pretrained(str(folder)))
-        model = unitok.from_pretrained(folder, dtype=torch.float32)
+    found = _locate(path)
+    if found.kind == "unitok":
+        fields = _continuous_fields(path, UniTokConfig.from_pretrained(found.source))
+        model = unitok.from_pretrained(found.source, dtype=torch.float32)
         weights = {n: t for n, t in model.state_dict().items() if not n.startswith(REPLACED)}
         return Autoencoder(path, fields, weights, True)
-    fields, weights = read_diffusers(folder, subfolder)
+    if found.kind == "file":
+        config, weights = read_ldm_file(Path(found.source), options or {})
+        return Autoencoder(path, tokenizer_fields(config), by_tokenizer_names(weights), False)
+    fields, weights = read_diffusers(found.source, found.subfolder)
     return Autoencoder(path, fields, weights, False)
 
 
-def _locate(path: str) -> tuple[str, str, str | None]:
-    """(unitok or diffusers, folder or hub id, subfolder)."""
-    folder = tokenizer_path(path)
+class _Place(NamedTuple):
+    kind: Literal["unitok", "diffusers", "file"]
+    source: str  # a path or a hub id
+    subfolder: str | None
+    config: dict[str, Any]
+
+
+def _locate(path: str) -> _Place:
+    """
+    Raises:
+        UserError: there is nothing, or something else.
+    """
+    folder, subfolder = tokenizer_path(path), None
     if folder.is_file():
-        raise UserError(f"{path} is a file: {_WANTED}")
-    subfolder = None
+        return _Place("file", str(folder), None, {})
+    if folder.suffix in _SUFFIXES and not folder.exists():
+        raise UserError(f"{path} does not exist: {_WANTED}")
     if folder.is_dir():
         if not (folder / "config.json").exists() and (folder / "vae" / "config.json").exists():
             subfolder = "vae"
@@ -85,16 +104,16 @@ def _locate(path: str) -> tuple[str, str, str | None]:
         subfolder = "vae" if file.parent.name == "vae" else None
         config = read_config(file.parent)
     if config.get("model_type") == "unitok":
-        return "unitok", str(folder), None
+        return _Place("unitok", str(folder), None, config)
     if config.get("_class_name") != "AutoencoderKL":
         found = config.get("_class_name") or config.get("model_type")
         raise UserError(f"{path} holds a model of type {found!r}: {_WANTED}")
-    return "diffusers", str(folder), subfolder
+    return _Place("diffusers", str(folder), subfolder, config)
 
 
 def _continuous_fields(path: str, config: UniTokConfig) -> dict[str, Any]:
     if config.quantizer != "none":
-        raise UserError(f"{path} is a discrete tokenizer (quantizer = {config.quantizer!r}): {_WANTED}")
+        raise UserError(f"{path} is a tokenizer with quantizer = {config.quantizer!r}: {_WANTED}")
     fields = config.to_dict()
     for name in ("model_type", "transformers_version", "architectures", "dtype"):
         fields.pop(name, None)
@@ -131,8 +150,9 @@ def load_adapted(unitok: Any, folder: Path, dtype: torch.dtype | None = None) ->
     check_tokenizer_folder(folder)
     description = read_config(folder / ADAPTER_FOLDER, ADAPTER_CONFIG)
     path = str(description.get("base_model_name_or_path"))
+    config = UniTokConfig.from_pretrained(str(folder))
     try:
-        base = read_autoencoder(path, unitok)
+        base = read_autoencoder(path, unitok, config.encoder_options)
     except UserError as error:
         raise UserError(f"{folder} is an adapter of {path}, which cannot be read: {error}") from error
     if description.get("base_sha256") not in (None, base.sha256):
@@ -142,7 +162,7 @@ def load_adapted(unitok: Any, folder: Path, dtype: torch.dtype | None = None) ->
     # seeded: the unused parts of an AutoencoderKL's tokenizer are not stored
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = unitok(UniTokConfig.from_pretrained(str(folder)))
+        model = unitok(config)
     weights = add_products(base.weights, trained)
     weights |= {n: t for n, t in trained.items() if n.startswith("quantizer.")}
     own = {n: t for n, t in model.state_dict().items() if base.trained or n in weights}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..loading import HELPER_HUB_ID, find_weights, load_exactly, read_weights
+from ..precision import exact_float32
 
 LPIPS_FILE = "lpips_with_vgg.pth"
 # The deepest feature maps of smaller images are 2 x 2 or less; the published training skips LPIPS for them.
@@ -56,7 +57,7 @@ class LPIPS(nn.Module):
         a, b = a / self.scale, b / self.scale
         for block, head in zip(self.net.values(), self.lins):
             a, b = block(a), block(b)
-            with torch.autocast(a.device.type, enabled=False):  # differences of unit vectors need float32
+            with exact_float32(a.device):  # differences of unit vectors need it
                 weight = head["model"][1].weight.float()  # type: ignore[index]
                 distances.append(layer_distance(a, b, weight))
         return torch.stack(distances, dim=1)

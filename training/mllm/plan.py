@@ -9,7 +9,6 @@ well; ZeRO 3 shards the weights too, except for small ones, and keeps a bucket t
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,31 +22,22 @@ from open_unitok.mllm.features import FeatureOptions
 from open_unitok.tokenizer import UniTokConfig
 
 from ..core.flops import MLLMFlops, TokenCounts
+from ..core.plan import (
+    Memory,
+    describe_hours,
+    describe_memory,
+    describe_parameters,
+    engine_memory,
+)
 from ..data.sample_kinds import SAMPLE_KINDS
-from .config import MODEL_PARTS, MLLMRunConfig
+from .config import MLLMRunConfig
 from .model import add_adapters, decoder_config, freeze_parts
 
 PUBLISHED = "unitok_mllm_7b"
 # DeepSpeed's defaults, where `engine.deepspeed` does not set them
-REDUCE_BUCKET_SIZE, PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS = 500_000_000, 100_000, 1_000_000_000
-MEASURED_SIZE = 1024  # rows and columns of the matrices that measure a CPU
+PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS = 100_000, 1_000_000_000
 # tokens around an image: bos, boi, eoi, eos; around a generated one boi, eoi and eos are learned
 IMAGE_FRAME, LEARNED_FRAME = 4, 3
-
-
-class Memory(NamedTuple):
-    """Bytes of one rank."""
-
-    parameters: float
-    gradients: float
-    optimizer: float
-    buffers: float  # DeepSpeed's: the bucket in which gradients are reduced, gathered weights
-    activations: float
-
-    @property
-    def states(self) -> float:
-        """Bytes that stay allocated between steps."""
-        return self.parameters + self.gradients + self.optimizer
 
 
 class Plan(NamedTuple):
@@ -156,28 +146,19 @@ def memory_of_stage(
     zero = config.engine.deepspeed.get("zero_optimization", {})
     trained = 4.0 * sum(_trained_sizes(model))
     frozen = float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad))
-    shards = ranks if stage else 1
-    gradients = trained / shards
-    # ZeRO 1 shards gradients only once the last micro-batch has been added
-    if stage == 1 and config.engine.accumulation > 1:
-        gradients = trained
-    # two moments, and from ZeRO 1 on a sharded fp32 copy of the weights
-    optimizer = (3 if stage else 2) * trained / shards
-    parameters, buffers = trained + frozen, 0.0
-    bucket = float(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
-    if stage >= 2 or (stage == 1 and ranks > 1):
-        buffers = 4.0 * min(bucket, max(trained / 4, 1.0))
-    if stage == 3:
-        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
-        unsharded = sum(p.numel() * p.element_size() for p in model.parameters() if p.numel() <= threshold)
-        parameters = parameters / ranks + unsharded
-        buffers = 4.0 * bucket
-        if ranks > 1:  # gathered weights of the current layer and the next
-            layers = model.config.text_config.num_hidden_layers
-            layer = sum(p.numel() for p in model.language_model.parameters()) / max(layers, 1)
-            live = float(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
-            buffers += 4.0 * min(2 * layer, live)
-    return Memory(parameters, gradients, optimizer, buffers, activations)
+    memory = engine_memory(config.engine, stage, ranks, trained, frozen, activations)
+    if stage < 3:
+        return memory
+    parameters, bucket = memory.parameters, memory.buffers
+    threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    unsharded = sum(p.numel() * p.element_size() for p in model.parameters() if p.numel() <= threshold)
+    buffers = bucket
+    if ranks > 1:  # gathered weights of the current layer and the next
+        layers = model.config.text_config.num_hidden_layers
+        layer = sum(p.numel() for p in model.language_model.parameters()) / max(layers, 1)
+        live = float(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
+        buffers += 4.0 * min(2 * layer, live)
+    return memory._replace(parameters=parameters / ranks + unsharded, buffers=buffers)
 
 
 def activation_bytes(config: MLLMRunConfig, model: Any, micro_batch: int, text_tokens: int) -> float:
@@ -249,40 +230,12 @@ def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
 # ---- report ------------------------------------------------------------------------------------------------
 
 
-def cpu_tflops(dtype: str) -> float:
-    """TFLOP/s of matrix products on this machine's CPU, measured for half a second."""
-    kind = getattr(torch, {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(dtype, "float32"))
-    left = right = torch.ones(MEASURED_SIZE, MEASURED_SIZE, dtype=kind)
-    torch.matmul(left, right)  # the first one allocates
-    count, start = 0, time.monotonic()
-    while (seconds := time.monotonic() - start) < 0.5 or not count:
-        torch.matmul(left, right)
-        count += 1
-    return 2 * MEASURED_SIZE**3 * count / seconds / 1e12
-
-
 def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace, tflops: float) -> list[str]:
     """The plan as lines of text; `tflops` is the peak TFLOP/s of one device."""
     engine, micro_batch = config.engine, config.micro_batch(args.gpus)
-    total, trained = (sum(sizes) for sizes in zip(*plan.parameters.values()))
     lines = [f"! {text}" for text in plan.assumed]
-    lines += [f"parameters {total / 1e6:,.1f} M, of which {trained / 1e6:,.1f} M are trained"]
-    width = max(map(len, MODEL_PARTS))
-    for name, (count, count_trained) in plan.parameters.items():
-        lines.append(f"  {name:<{width}} {count / 1e6:10,.1f} M {count_trained / 1e6:10,.1f} M trained")
-    host = {
-        "none": "",
-        "optimizer": "; optimizer and gradients are on the host",
-        "parameters": "; only buffers and activations are on the GPU",
-    }
-    largest = max(sum(memory) for memory in plan.memory.values())
-    unit, name = (2**30, "GiB") if largest >= 2**30 else (2**20, "MiB")
-    lines += ["", f"{name} per rank on {args.gpus}{host[engine.offload]}"]
-    lines.append("  ZeRO " + "".join(f"{field:>13}" for field in [*Memory._fields, "total"]))
-    for stage, memory in plan.memory.items():
-        mark = "*" if stage == engine.zero_stage else " "
-        values = "".join(f"{value / unit:13,.2f}" for value in [*memory, sum(memory)])
-        lines.append(f"{mark} {stage:>4} {values}")
+    lines += describe_parameters(plan.parameters)
+    lines += describe_memory(plan.memory, engine, args.gpus)
     seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
     hours = seconds * config.steps / 3600
     on_cpu = args.device == "cpu"
@@ -294,11 +247,7 @@ def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace, t
         f"a step: {config.batch_size} samples ({split}), about {plan.counts.tokens:,.0f} tokens with "
         f"{args.text_tokens} of text per sample, {plan.flops:.3g} FLOP",
         f"at {speed}: {seconds:.3g} s a step, {plan.counts.tokens / seconds:,.0f} tokens/s; "
-        f"{config.steps:,} steps take {_hours(hours)}"
-        + ("" if on_cpu else f", {_hours(hours * args.gpus, 'GPU-hours')}"),
+        f"{config.steps:,} steps take {describe_hours(hours)}"
+        + ("" if on_cpu else f", {describe_hours(hours * args.gpus, 'GPU-hours')}"),
     ]
     return lines
-
-
-def _hours(hours: float, unit: str = "h") -> str:
-    return f"{hours:,.1f} {unit}" if hours >= 1 else f"{hours:.2g} {unit}"

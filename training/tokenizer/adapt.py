@@ -91,16 +91,16 @@ def adapted_config(base: dict[str, Any], model: dict[str, Any]) -> UniTokConfig:
     for key, value in model.items():
         if key not in known:
             raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
-        if key not in FREE_FIELDS and _plain(value) != _plain(base.get(key, getattr(UniTokConfig(), key))):
-            raise UserError(f"model.{key} is {value}, but the autoencoder has {base.get(key)}: leave it out.")
+        if key not in FREE_FIELDS:
+            _check_repeated(f"model.{key}", value, base.get(key, getattr(UniTokConfig(), key)))
     if model.get("quantizer") in (None, "none"):
         raise UserError(
             f"model.quantizer is {model.get('quantizer')!r}: stage adapt needs a quantiser with codes, e.g. "
             "attention or residual."
         )
     latents = base["codebook_dim"]
-    fields = {**base, "quantizer_options": None, "num_codebooks": 1, **model}
-    config = UniTokConfig(**fields)
+    chosen = {key: value for key, value in model.items() if key in FREE_FIELDS}
+    config = UniTokConfig(**{**base, "quantizer_options": None, "num_codebooks": 1, **chosen})
     if config.latent_dim != latents:
         raise UserError(
             f"model.num_codebooks x codebook_dim is {config.latent_dim}, but the autoencoder's latents have "
@@ -116,7 +116,7 @@ def build_adapted(config: AdaptRunConfig) -> tuple[UniTok, Adaptation]:
         UserError: there is no continuous autoencoder, or the quantiser does not fit it; peft or diffusers is
             missing.
     """
-    base = read_autoencoder(str(config.init_from), UniTok)
+    base = read_autoencoder(str(config.init_from), UniTok, config.model.get("encoder_options"))
     sizes = adapted_config(base.fields, config.model)
     torch.manual_seed(seeding.derive_seed(config.seed, "model"))
     model = UniTok(sizes)
@@ -183,5 +183,13 @@ def _check_adaptive(adaptation: Adaptation) -> None:
         )
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _check_repeated(key: str, value: Any, own: Any) -> None:
+    """
+    Raises:
+        UserError: a field of the autoencoder, or one of its options, is given with another value.
+    """
+    if isinstance(value, dict) and isinstance(own, dict):
+        for name, inner in value.items():
+            _check_repeated(f"{key}.{name}", inner, own.get(name))
+    elif value != (list(own) if isinstance(own, tuple) else own):
+        raise UserError(f"{key} is {value}, but the autoencoder has {own}: leave it out.")

@@ -35,8 +35,9 @@ class LoRAOptions:
 class AdaptRunConfig(TokenizerRunConfig):
     """A run of the stage `adapt`: the autoencoder at `init_from` is frozen but for LoRA; a quantiser learns.
 
-    `init_from` is a diffusers AutoencoderKL (folder, hub id, or a pipeline with one in vae/) or a UniTok that
-    was trained with quantizer: none. `model` names the quantiser; sizes of the autoencoder may be repeated.
+    `init_from` is a diffusers AutoencoderKL (folder, hub id, or a pipeline with one in vae/), a single file
+    of one in LDM's layout, or a UniTok that was trained with quantizer: none. `model` names the quantiser;
+    sizes of the autoencoder may be repeated. A single file needs model.encoder_options.scaling_factor.
 
     Attributes:
         posterior: what is quantised: the mode, or in training a sample (published; AutoencoderKL only). Codes

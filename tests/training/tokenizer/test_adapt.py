@@ -19,6 +19,7 @@ from open_unitok.tokenizer.adaptation.lora import inject_lora, merged_weights
 from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.adapt import build_adapted
+from open_unitok.training.tokenizer.plan import model_on_meta, plan_run
 
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
@@ -397,7 +398,7 @@ def test_a_sample_of_the_posterior_is_keyed_by_image_and_step(config_file, tmp_p
             ["init_from=null"],
             "init_from is not set: stage adapt needs a trained continuous autoencoder",
         ),
-        ("vae", ["init_from=scenes"], "is a discrete tokenizer (quantizer = 'multi_codebook')"),
+        ("vae", ["init_from=scenes"], "is a tokenizer with quantizer = 'multi_codebook'"),
         ("vae", ["init_from=/nowhere/vae"], "/nowhere/vae does not exist"),
         ("vae", ["lora.rank=0"], "lora.rank is 0: it must be 1 or more"),
         ("vae", ["lora.rank=-1"], "lora.rank is -1: it must be 1 or more"),
@@ -410,7 +411,11 @@ def test_a_sample_of_the_posterior_is_keyed_by_image_and_step(config_file, tmp_p
         ("vae", ["model.quantizer=none"], "model.quantizer is 'none': stage adapt needs a quantiser"),
         ("vae", ["model.quantizer=null"], "model.quantizer is None: stage adapt needs a quantiser"),
         ("vae", ["model.hidden_size=9"], "model.hidden_size is 9, but the autoencoder has 4"),
-        ("vae", ["model.encoder_options.scaling_factor=1.0"], "model.encoder_options is"),
+        (
+            "vae",
+            ["model.encoder_options.scaling_factor=1.0"],
+            "scaling_factor is 1.0, but the autoencoder has 0.5",
+        ),
         ("vae", ["posterior=median"], "posterior is 'median'"),
         (
             "unitok",
@@ -462,3 +467,112 @@ def test_the_gan_trains_at_a_lora_matrix(config_file, tmp_path):
     ]
     assert first["adversarial_weight"] == 0 and second["adversarial_weight"] > 0
     assert second["discriminator_grad_norm"] > 0
+
+
+# ---- published layouts -----------------------------------------------------------------------------------
+
+
+def ldm_names(weights: dict, levels: int) -> dict:
+    """diffusers' names -> LDM's, the inverse of what is tested."""
+    found = {}
+    for name, tensor in weights.items():
+        part, _, rest = name.partition(".")
+        rest = rest.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+        rest = rest.replace("mid_block.resnets.0", "mid.block_1").replace(
+            "mid_block.resnets.1", "mid.block_2"
+        )
+        rest = rest.replace("mid_block.attentions.0", "mid.attn_1")
+        words = rest.split(".")
+        if words[0] in ("down_blocks", "up_blocks"):
+            level = int(words[1]) if part == "encoder" else levels - 1 - int(words[1])
+            words[:2] = ["down" if part == "encoder" else "up", str(level)]
+        rest = ".".join(words).replace("resnets", "block").replace("attentions", "attn")
+        rest = rest.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample")
+        for own, theirs in (
+            ("group_norm", "norm"),
+            ("to_q", "q"),
+            ("to_k", "k"),
+            ("to_v", "v"),
+            ("to_out.0", "proj_out"),
+        ):
+            if ".attn" in f".{rest}":
+                rest = rest.replace(f".{own}.", f".{theirs}.")
+        linear = any(f".{x}.weight" in rest for x in ("q", "k", "v", "proj_out"))
+        found[f"{part}.{rest}"] = tensor[:, :, None, None] if linear else tensor
+    return found
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
+def test_a_single_file_in_ldms_layout_is_read(suffix, config_file, tmp_path):
+    """As diffusers converts it, but for attention within levels, which that leaves out; MAR's file has it."""
+    from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    torch.manual_seed(1)
+    fields = {**VAE, "block_out_channels": [32, 32, 64], "norm_num_groups": 32, "layers_per_block": 2}
+    fields["down_block_types"] = ["DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
+    vae = AutoencoderKL(**fields).eval()
+    published = ldm_names(vae.state_dict(), 3)
+    theirs = convert_ldm_vae_checkpoint(dict(published), dict(vae.config))
+    own = vae.state_dict()
+    inner = {name for name in own if ".down_blocks.2.attentions." in name}
+    assert {name for name in own if name not in theirs} == inner and inner
+    assert all(torch.equal(own[name], theirs[name].view_as(own[name])) for name in own if name in theirs)
+    file = tmp_path / f"vae.{suffix}"
+    if suffix == "ckpt":
+        torch.save({"model": published}, file)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in published.items()}, file)
+    with pytest.raises(UserError, match="does not hold the scale of its latents"):
+        build(config_file, init_from=str(file))
+    scale = {"encoder_options": {"scaling_factor": 0.5, "shift_factor": 0.2}}
+    model = build(config_file, init_from=str(file), model={**ATTENTION, **scale}).eval()
+    assert model.config.encoder_options["down_block_types"][-1] == "AttnDownEncoderBlock2D"
+    with torch.no_grad():
+        z = vae.encode(some_pixels()).latent_dist.mode()
+        assert torch.equal(model.encode_latents(some_pixels()), ((z - 0.2) * 0.5).flatten(2).transpose(1, 2))
+        assert torch.equal(
+            model.decode_latents(torch.zeros(1, 64, 4), (8, 8)),
+            vae.decode(torch.zeros(1, 4, 8, 8) + 0.2).sample,
+        )
+
+
+RECIPES = {  # codes, patch size, parameters of VAE, LoRA and quantiser, layers with LoRA (encoder, decoder)
+    "coda_flux": (2240, 8, 83.8, 5.82, 1_050_000, (20, 28)),
+    "coda_mar": (680, 16, 66.5, 6.02, 263_568, (28, 38)),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_have_the_published_sizes(name):
+    tokens, patch, vae, lora, quantizer, layers = RECIPES[name]
+    config = load_run_config(f"configs/tokenizer/{name}.yaml", [])
+    model, assumed = model_on_meta(config)
+    assert model.config.num_visual_tokens == tokens == model.quantizer.num_tokens(model.config.layout)
+    assert model.config.patch_size == patch and model.config.latent_dim == 16 and "assumed" in assumed[0]
+    names = [n for n, _ in model.named_parameters() if ".lora_B." in n]
+    assert tuple(sum(n.startswith(part) for n in names) for part in ("encoder.", "decoder.")) == layers
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    parts = {n: size for n, size in sizes.items() if n.startswith(("encoder.", "decoder."))}
+    adapters = sum(size for n, size in parts.items() if ".lora_" in n)
+    assert round(adapters / 1e6, 2) == lora and round((sum(parts.values()) - adapters) / 1e6, 1) == vae
+    assert sum(size for n, size in sizes.items() if n.startswith("quantizer.")) == quantizer
+    if config.lora.adaptive_at:
+        assert any(n.startswith(f"{config.lora.adaptive_at}.") for n in names)
+    with torch.device("meta"):
+        codes = model.eval().encode(torch.zeros(1, 3, 256, 256))
+        assert codes.shape == (1, tokens, 1) and model.decode_latents(
+            torch.zeros(1, (256 // patch) ** 2, 16), (256 // patch,) * 2
+        ).shape == (1, 3, 256, 256)
+
+
+def test_the_plan_counts_what_is_trained(config_file, capsys):
+    main(["plan", config_file(), "--gpus", "1"])
+    out = capsys.readouterr().out
+    model = build(config_file)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    plan = plan_run(load_run_config(config_file(), []), 1)
+    assert sum(count for _, count in plan.parameters.values()) == trained
+    assert plan.memory[0].gradients == 4 * trained and plan.memory[0].optimizer == 3 * 4 * trained  # with EMA
+    assert plan.memory[0].activations > 0 and plan.tokens == 64 and plan.flops > 0
+    assert "ZeRO" in out and "of 64 codes" in out and "GPU-hours" in out

@@ -1,0 +1,217 @@
+"""Estimate parameters, memory and time of a run of the stages tokenizer and adapt without a GPU.
+
+The model is built on the meta device from the config and, for stage adapt, from the autoencoder's config;
+no weights are loaded. torch counts the products of a step and the tensors kept for the backward pass.
+"""
+
+import argparse
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from open_unitok.core.files import tokenizer_path
+from open_unitok.tokenizer import UniTok, UniTokConfig
+from open_unitok.tokenizer.adaptation.autoencoder_kl import tokenizer_fields
+from open_unitok.tokenizer.adaptation.folders import read_fields
+from open_unitok.tokenizer.frozen.dinov2 import DINOv2
+from open_unitok.tokenizer.frozen.lpips import LPIPS
+from open_unitok.tokenizer.quantizers.base import SIMILARITY_BLOCK
+
+from ..core.plan import Memory, describe_hours, describe_memory, describe_parameters, engine_memory
+from .adapt import adapted_config, freeze_but_lora
+from .adapt_config import AdaptRunConfig
+from .config import TokenizerRunConfig
+from .data import order_decoded_first
+from .discriminator import DinoDiscriminator, PatchDiscriminator
+from .model import load_caption_tokenizer
+
+# of one block of similarities, in float32: themselves, softmax, its logarithm and their gradients
+SIMILARITY_COPIES = 6
+
+
+class Plan(NamedTuple):
+    """The estimates of `plan_run`."""
+
+    parameters: dict[str, tuple[int, int]]  # part -> all, trained
+    memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
+    flops: float  # of a whole step
+    tokens: int  # N of an image
+    assumed: list[str]
+
+
+class Cost(NamedTuple):
+    """Of a forward and a backward pass."""
+
+    flops: float
+    saved: float  # bytes kept for the backward pass
+
+
+def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Plan:
+    """Parameters, memory and FLOPs of the run on `gpus` ranks.
+
+    Raises:
+        UserError: the config does not fit the files on disk, or batch_size does not split over the ranks.
+    """
+    micro_batch = config.micro_batch(gpus)
+    model, assumed = model_on_meta(config)
+    networks = loss_networks(config, model.config.image_shape)
+    decoded = order_decoded_first(micro_batch, config.reconstruct_share)[1] / micro_batch
+    cost = measure(model, networks, config)
+    # the share that is only encoded keeps less; measured with every image decoded
+    activations = micro_batch * cost.saved * decoded + _block_bytes(model, micro_batch)
+    frozen_networks = float(sum(p.numel() for n in networks.values() for p in _all(n) if not p.requires_grad))
+    memory = {}
+    for stage in range(3):
+        trained, frozen = (4.0 * count for count in _counts(model))
+        found = engine_memory(config.engine, stage, gpus, trained, frozen, activations)
+        if "discriminator" in networks:
+            own = 4.0 * _counts(networks["discriminator"])[0]
+            second = engine_memory(config.engine, stage, gpus, own, 0.0, 0.0)
+            found = Memory(*(a + b for a, b in zip(found, second)))
+        memory[stage] = found._replace(parameters=found.parameters + 4.0 * frozen_networks)
+        if config.ema:  # the averages
+            memory[stage] = memory[stage]._replace(optimizer=memory[stage].optimizer + trained)
+    parameters = {name: part_sizes(part) for name, part in model.named_children()}
+    parameters |= {name: part_sizes(network) for name, network in networks.items()}
+    tokens = model.config.num_visual_tokens
+    return Plan(parameters, memory, config.batch_size * cost.flops * decoded, tokens, assumed)
+
+
+def model_on_meta(config: TokenizerRunConfig) -> tuple[UniTok, list[str]]:
+    """The model of the run without storage, and what had to be assumed."""
+    assumed: list[str] = []
+    with torch.device("meta"):
+        if isinstance(config, AdaptRunConfig):
+            model = UniTok(adapted_config(_base_fields(config, assumed), config.model))
+            freeze_but_lora(model, config)
+        else:
+            model = UniTok(_tokenizer_config(config, assumed))
+            for part in config.freeze:
+                model.get_submodule(part).requires_grad_(False)
+        if not config.losses.clip:
+            for name, parameter in model.named_parameters():
+                if name.startswith(("text_encoder", "image_norm", "image_projection", "logit_scale")):
+                    parameter.requires_grad_(False)
+    return model.train(), assumed
+
+
+def _base_fields(config: AdaptRunConfig, assumed: list[str]) -> dict[str, Any]:
+    path = str(config.init_from)
+    options = config.model.get("encoder_options")
+    if options and not tokenizer_path(path).exists():
+        assumed.append(f"{path} is not here: the sizes in model.encoder_options are assumed")
+        return tokenizer_fields({**options, **config.model.get("decoder_options", {})})
+    return read_fields(path, options)
+
+
+def _tokenizer_config(config: TokenizerRunConfig, assumed: list[str]) -> UniTokConfig:
+    if config.init_from:
+        return UniTokConfig.from_pretrained(str(tokenizer_path(config.init_from)))
+    fields = dict(config.model)
+    if config.losses.clip and "text_vocab_size" not in fields:
+        path = str(config.caption_tokenizer)
+        if tokenizer_path(path).exists():
+            fields["text_vocab_size"] = load_caption_tokenizer(config).vocab_size
+        else:
+            assumed.append(f"{path} is not here: the published vocabulary is assumed")
+    return UniTokConfig.named(fields.pop("size", "vitamin_large"), **fields)
+
+
+def loss_networks(config: TokenizerRunConfig, shape: tuple[int, int]) -> dict[str, Any]:
+    """LPIPS and the discriminator, if the run has them, without storage; DINOv2 is the published ViT-S/14."""
+    found: dict[str, Any] = {}
+    options = config.discriminator
+    with torch.device("meta"):
+        if config.losses.lpips:
+            found["lpips"] = LPIPS().requires_grad_(False)
+        if config.losses.adversarial:
+            found["discriminator"] = (
+                DinoDiscriminator(DINOv2(), norm=options.norm)
+                if options.kind == "dino"
+                else PatchDiscriminator(options.width, options.layers)
+            )
+    return found
+
+
+def measure(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig) -> Cost:
+    """A step's passes over one image and its caption, on the meta device."""
+    own = {p.untyped_storage()._cdata for part in (model, *networks.values()) for p in _all(part)}
+    saved: dict[int, Any] = {}  # holds the storages, or their ids would be used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage
+        return tensor
+
+    clip = config.losses.clip > 0
+    with torch.device("meta"):
+        pixels = torch.zeros(1, 3, *model.config.image_shape)
+        ids = torch.zeros(1, model.config.text_context_length, dtype=torch.int64) if clip else None
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with FlopCounterMode(display=False) as counter, hooks:
+            out = model(pixels, ids, entropy=config.losses.entropy > 0)
+            loss = out.reconstruction.square().mean() + sum(out.losses.values())
+            if out.text_embeds is not None:
+                loss = loss + (out.image_embeds * out.text_embeds).sum()
+            if "lpips" in networks:
+                loss = loss + networks["lpips"](out.reconstruction, pixels).mean()
+            if "discriminator" in networks:
+                loss = loss - networks["discriminator"](out.reconstruction).mean()
+            kept = float(sum(storage.nbytes() for storage in saved.values()))
+            loss.backward()
+            if "discriminator" in networks:  # its own step: real images and reconstructions
+                for image in (pixels, out.reconstruction.detach()):
+                    networks["discriminator"](image).mean().backward()
+    return Cost(float(counter.get_total_flops()), kept)
+
+
+def _block_bytes(model: UniTok, micro_batch: int) -> float:
+    """Of the largest block of similarities, which is computed again in the backward pass."""
+    entries = max(model.quantizer.code_sizes, default=0)
+    rows = micro_batch * model.config.layout.num_tokens
+    return 4.0 * SIMILARITY_COPIES * min(SIMILARITY_BLOCK, rows * entries)
+
+
+def part_sizes(part: Any) -> tuple[int, int]:
+    """All and trained parameters."""
+    return sum(p.numel() for p in _all(part)), _counts(part)[0]
+
+
+def _counts(part: Any) -> tuple[int, int]:
+    """Trained and frozen parameters that `parameters()` shows."""
+    trained = sum(p.numel() for p in part.parameters() if p.requires_grad)
+    return trained, sum(p.numel() for p in part.parameters()) - trained
+
+
+def _all(part: Any) -> list[nn.Parameter]:
+    """With those of the DINOv2, which a discriminator hides."""
+    hidden = part.dino.parameters() if isinstance(part, DinoDiscriminator) else ()
+    return [*part.parameters(), *hidden]
+
+
+def describe_plan(
+    plan: Plan, config: TokenizerRunConfig, args: argparse.Namespace, tflops: float
+) -> list[str]:
+    """The plan as lines of text; `tflops` is the peak TFLOP/s of one device."""
+    lines = [f"! {text}" for text in plan.assumed]
+    lines += describe_parameters(plan.parameters)
+    lines += describe_memory(plan.memory, config.engine, args.gpus)
+    seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
+    hours = seconds * config.steps / 3600
+    on_cpu = args.device == "cpu"
+    device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
+    split = f"{config.micro_batch(args.gpus)} per micro-batch, {args.gpus} ranks"
+    total = "" if on_cpu else f", {describe_hours(hours * args.gpus, 'GPU-hours')}"
+    if config.engine.dtype != "fp32":
+        lines.append("  activations are those of fp32; under bf16 about half")
+    return [
+        *lines,
+        "",
+        f"a step: {config.batch_size} images ({split}, accumulation {config.engine.accumulation}) of "
+        f"{plan.tokens:,} codes, {plan.flops:.3g} FLOP",
+        f"at {100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}: {seconds:.3g} s a step; "
+        f"{config.steps:,} steps take {describe_hours(hours)}{total}",
+    ]
