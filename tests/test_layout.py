@@ -47,6 +47,10 @@ SEVERAL_HOMES: dict[str, str] = {
     "build_train_state": "the loop of every training stage has the same parts",
     "train_step": "the loop of every training stage has the same parts",
     "save_checkpoint": "the loop of every training stage has the same parts",
+    "Plan": "the protocol of a stage's plan",
+    "plan_run": "the protocol of a stage's plan",
+    "describe_plan": "the protocol of a stage's plan",
+    "model_on_meta": "the protocol of a stage's plan",
 }
 MOST_FILES = 20
 

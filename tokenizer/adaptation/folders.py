@@ -54,8 +54,8 @@ def read_fields(path: str, options: Mapping[str, Any] | None = None) -> dict[str
 
 
 def read_autoencoder(path: str, unitok: Any, options: Mapping[str, Any] | None = None) -> Autoencoder:
-    """The continuous autoencoder at a path or hub id: a folder of a UniTok, of a diffusers AutoencoderKL or of
-    a pipeline with one in vae/, or a single file in LDM's layout.
+    """The continuous autoencoder at a path or hub id: a folder of a UniTok, a diffusers AutoencoderKL or a
+    pipeline with one in vae/, or a single file in LDM's layout.
 
     Args:
         unitok: the class `UniTok`.

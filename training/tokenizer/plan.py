@@ -28,7 +28,7 @@ from .discriminator import DinoDiscriminator, PatchDiscriminator
 from .model import load_caption_tokenizer
 
 # of one block of similarities, in float32: themselves, softmax, its logarithm and their gradients
-SIMILARITY_COPIES = 6
+SIMILARITY_TENSORS = 6
 
 
 class Plan(NamedTuple):
@@ -172,7 +172,7 @@ def _block_bytes(model: UniTok, micro_batch: int) -> float:
     """Of the largest block of similarities, which is computed again in the backward pass."""
     entries = max(model.quantizer.code_sizes, default=0)
     rows = micro_batch * model.config.layout.num_tokens
-    return 4.0 * SIMILARITY_COPIES * min(SIMILARITY_BLOCK, rows * entries)
+    return 4.0 * SIMILARITY_TENSORS * min(SIMILARITY_BLOCK, rows * entries)
 
 
 def part_sizes(part: Any) -> tuple[int, int]:
