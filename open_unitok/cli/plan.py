@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> None:
     config = load_run_config(args.config, args.overrides)
     if hasattr(config, "conditioner"):
         raise UserError(
-            f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` only "
-            "supports stage mllm with prompts."
+            f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` "
+            "only supports stage mllm with prompts."
         )
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")

@@ -28,15 +28,6 @@ FIELDS: dict[str, dict[str, Any]] = {
     "encoder": _SHARED | {"down_block_types": ["DownEncoderBlock2D"], "use_quant_conv": True},
     "decoder": _SHARED | {"up_block_types": ["UpDecoderBlock2D"], "use_post_quant_conv": True},
 }
-# A text tower and an image head that no loss trains, as small as they can be.
-_UNUSED_PARTS = {
-    "embed_dim": 8,
-    "text_hidden_size": 8,
-    "text_num_layers": 1,
-    "text_num_heads": 1,
-    "text_vocab_size": 16,
-    "text_context_length": 8,
-}
 
 
 class VAEPart(NamedTuple):
@@ -115,7 +106,7 @@ def tokenizer_fields(vae_config: Mapping[str, Any]) -> dict[str, Any]:
         for part, fields in FIELDS.items()
     }
     width = options["encoder"]["latent_channels"]
-    return _UNUSED_PARTS | {
+    return {
         "encoder": "autoencoder_kl",
         "encoder_options": options["encoder"],
         "decoder": "autoencoder_kl",
@@ -124,6 +115,7 @@ def tokenizer_fields(vae_config: Mapping[str, Any]) -> dict[str, Any]:
         "hidden_size": width,
         "num_attention_heads": 1,
         "projection": "none",
+        "embed_dim": 0,
         "quantizer": "none",
         "num_codebooks": 1,
         "codebook_dim": width,

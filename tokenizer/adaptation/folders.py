@@ -30,7 +30,6 @@ class Autoencoder(NamedTuple):
     path: str
     fields: dict[str, Any]  # of UniTokConfig
     weights: dict[str, Tensor]  # by the names in a `UniTok`, without those in `REPLACED`
-    trained: bool  # whether its text tower and image head are; those of an AutoencoderKL do not exist
 
     @property
     def sha256(self) -> str:
@@ -69,12 +68,12 @@ def read_autoencoder(path: str, unitok: Any, options: Mapping[str, Any] | None =
         fields = _continuous_fields(path, UniTokConfig.from_pretrained(found.source))
         model = unitok.from_pretrained(found.source, dtype=torch.float32)
         weights = {n: t for n, t in model.state_dict().items() if not n.startswith(REPLACED)}
-        return Autoencoder(path, fields, weights, True)
+        return Autoencoder(path, fields, weights)
     if found.kind == "file":
         config, weights = read_ldm_file(Path(found.source), options or {})
-        return Autoencoder(path, tokenizer_fields(config), by_tokenizer_names(weights), False)
+        return Autoencoder(path, tokenizer_fields(config), by_tokenizer_names(weights))
     fields, weights = read_diffusers(found.source, found.subfolder)
-    return Autoencoder(path, fields, weights, False)
+    return Autoencoder(path, fields, weights)
 
 
 class _Place(NamedTuple):
@@ -127,10 +126,6 @@ def load_weights(model: Any, base: Autoencoder) -> None:
         UserError: they do not fit.
     """
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(REPLACED)}
-    if not base.trained:  # random, and not used
-        own = {
-            n: t for n, t in own.items() if n in base.weights or n.partition(".")[0] in ("encoder", "decoder")
-        }
     check_weights_fit(base.path, base.weights, own, "its config")
     model.load_state_dict(base.weights, strict=False)
 
@@ -159,15 +154,11 @@ def load_adapted(unitok: Any, folder: Path, dtype: torch.dtype | None = None) ->
         raise UserError(f"{folder} is an adapter of {path}, whose weights have changed since.")
     trained = read_adapter(folder)
     _check_layers(folder, base.weights, trained)
-    # seeded: the unused parts of an AutoencoderKL's tokenizer are not stored
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = unitok(config)
+    model = unitok(config)
     weights = add_products(base.weights, trained)
     weights |= {n: t for n, t in trained.items() if n.startswith("quantizer.")}
-    own = {n: t for n, t in model.state_dict().items() if base.trained or n in weights}
-    check_weights_fit(folder, weights, own, "its config")
-    model.load_state_dict(weights, strict=False)
+    check_weights_fit(folder, weights, model.state_dict(), "its config")
+    model.load_state_dict(weights)
     check_finite(model, folder)
     return model.eval().to(dtype or torch.float32)
 

@@ -254,6 +254,8 @@ def test_it_is_a_tokenizer_like_any_other(adapted, data, tmp_path):
     model.save_pretrained(tmp_path / "again")
     again = UniTok.from_pretrained(tmp_path / "again")
     assert again.fingerprint() == model.fingerprint() and torch.equal(again.encode(some_pixels()), codes)
+    half = UniTok.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
+    assert half.decode(half.encode(some_pixels())).isfinite().all()
     main(["extract-codes", "--tokenizer", str(adapted.out / "model"), "--data", str(data / "pairs-0.tar"),
           "--out", str(tmp_path / "codes")])  # fmt: skip
     assert CodeFolder(tmp_path / "codes", model.fingerprint()).read(0, 0).images[0].shape == (count, 1)
@@ -320,15 +322,6 @@ def test_an_mllm_reads_the_pyramid_and_generates_none(adapted, data, golden, tmp
     out = train_mllm(adapted, codes, golden, tmp_path, ["captioning"])
     with pytest.raises(UserError, match="pyramid"):
         Pipeline.from_pretrained(out / "model").generate(["a red square"])
-
-
-def test_a_stopped_run_resumes_exactly(adapted, config_file, tmp_path):
-    base, model = adapted.base, PYRAMID if adapted.name == "pyramid" else ATTENTION
-    for stop in (["stop_at=1"], []):
-        main(["train", config_file(base, model=model), f"out={tmp_path / 'run'}", "steps=2",
-              "checkpoint.every=1", *stop])  # fmt: skip
-    ours, theirs = (load_file(run / "model" / "model.safetensors") for run in (adapted.out, tmp_path / "run"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------
@@ -576,3 +569,20 @@ def test_the_plan_counts_what_is_trained(config_file, capsys):
     assert plan.memory[0].gradients == 4 * trained and plan.memory[0].optimizer == 3 * 4 * trained  # with EMA
     assert plan.memory[0].activations > 0 and plan.tokens == 64 and plan.flops > 0
     assert "ZeRO" in out and "of 64 codes" in out and "GPU-hours" in out
+
+
+def test_the_rows_of_the_study_follow_each_other(data, tmp_path):
+    """coda.yaml adapts what continuous.yaml leaves."""
+    changes = [
+        f"data.sources=[{{path: '{data}/pairs-*.tar'}}]",
+        "images.captions=json",
+        "steps=1",
+        "batch_size=2",
+    ]
+    main(["train", "configs/study/continuous.yaml", f"out={tmp_path / 'continuous'}", *changes,
+          f"caption_tokenizer={data}/tokenizer.model"])  # fmt: skip
+    main(["train", "configs/study/coda.yaml", f"out={tmp_path / 'coda'}", *changes, "codebooks.init_images=4",
+          f"init_from={tmp_path / 'continuous' / 'model'}"])  # fmt: skip
+    model = UniTok.from_pretrained(tmp_path / "coda" / "model")
+    assert model.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 1) and model.config.codebook_size == 512
+    assert (tmp_path / "coda" / "model" / "caption_tokenizer").is_dir()
