@@ -70,7 +70,7 @@ UNITOK = {
 
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
-    """A folder with the runs N and N-resumed of one process, and N-ranks and N-ranks-resumed; N counts cases."""
+    """A folder with the runs N and N-resumed of one process, N-ranks and N-ranks-resumed; N counts cases."""
     diffusers = pytest.importorskip("diffusers")
     folder, launched = tmp_path_factory.mktemp("adapt"), []
     torch.manual_seed(0)
