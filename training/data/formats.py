@@ -2,12 +2,13 @@
 
 The info of a sample becomes its KEY.json: {"captions": [str]}, optionally with "long_caption" and
 "short_caption"; {"conversations": [[{"from": "human" | "gpt", "value"}]]}; or {"document": [str | int]} with
-numbers of the sample's images.
+numbers of the sample's images; or {"label": int}.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
@@ -238,11 +239,29 @@ def _downloaded_images(folder: Path) -> Iterator[tuple[str, Path]]:
                 yield facts["url"], image
 
 
+def class_samples(source: Source) -> Iterator[SourceSample]:
+    """A folder with a folder of images per class, as ImageNet's `train`; "label" is the number of the class's
+    folder in sorted order.
+
+    Images come in a random order that is always the same: training mixes samples of neighbouring tars only.
+    """
+    if not source.path.is_dir():
+        raise UserError(f"{source.path} is a file; expected a folder with a folder of images per class.")
+    classes = sorted(path for path in source.path.iterdir() if path.is_dir())
+    labelled = [(path, label) for label, folder in enumerate(classes) for path in find_images(folder).images]
+    Random(0).shuffle(labelled)
+    used: set[str] = set()
+    for path, label in labelled:
+        name = path.relative_to(source.path).as_posix()
+        yield SourceSample(unused_key(image_key(name), name, used), [path], {"label": label, "file": name})
+
+
 SOURCE_FORMATS: dict[str, SourceFormat] = {
     "folder": SourceFormat(
         folder_samples,
         "a folder of images with .txt files, or with metadata.jsonl or metadata.csv (file_name, text).",
     ),
+    "classes": SourceFormat(class_samples, "a folder with a folder of images per class."),
     "llava": SourceFormat(llava_samples, 'a JSON list of {"image": name or names, "conversations": [...]}.'),
     "obelics": SourceFormat(obelics_samples, 'JSON lines of {"texts": [...], "images": [...]}.'),
     "mmc4": SourceFormat(mmc4_samples, 'JSON lines of {"text_list": [...], "image_info": [...]}.'),

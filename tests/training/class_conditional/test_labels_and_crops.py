@@ -11,6 +11,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.images import adm_crop, from_pil, ten_crops
 from open_unitok.training.data.code_shards import CodeFolder, CodeSample
+from open_unitok.training.data.convert import convert_dataset
 from open_unitok.training.data.mixture import open_datasets
 from open_unitok.training.data.mixture_options import MixtureEntry, MixtureOptions
 from open_unitok.training.data.sample_kinds import SAMPLE_KINDS, DropOptions
@@ -127,3 +128,24 @@ def test_bad_options_and_labels_of_an_extraction(classes, tmp_path):
         assert CodeFolder(out).manifest["labels"] == {"samples": 1, "highest": 4}
         with pytest.raises(UserError, match="but 2 of 3 have none"):
             check_labels(CodeFolder(out), 5)
+
+
+def test_class_folders_are_converted_in_a_mixed_order(classes, tmp_path):
+    source = tmp_path / "train"
+    for number in range(12):  # as in ImageNet: a folder per class
+        folder = source / f"n{number % 3:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(40, 44).save(folder / f"{number}.png")
+    counts = convert_dataset("classes", source, tmp_path / "tars", shard=6, quiet=True)
+    assert counts["samples"] == counts["images"] == 12
+    extract("--tokenizer", classes.folder / "unitok", "--data", *sorted((tmp_path / "tars").glob("*.tar")),
+            "--out", tmp_path / "codes")  # fmt: skip
+    codes = CodeFolder(tmp_path / "codes")
+    found = [codes.read(shard, n).info for shard in range(2) for n in range(6)]
+    assert {info["file"]: info["label"] for info in found} == {
+        f"n{number % 3:02d}/{number}.png": number % 3 for number in range(12)
+    }
+    assert len({info["label"] for info in found[:6]}) == 3  # not in the order of the classes
+    check_labels(codes, 3)
+    with pytest.raises(UserError, match="expected a folder with a folder of images per class"):
+        convert_dataset("classes", source / "n00" / "0.png", tmp_path / "x", quiet=True)
