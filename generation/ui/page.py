@@ -351,7 +351,9 @@ class ReconstructionHandler:
             ("bits per image", f"{bits:,.0f}"),
             ("compression", f"{original.width * original.height * 24 / bits:.0f} : 1"),
         ]
-        return comparison_view(original, reconstruction, facts), code_maps(grid, self.colours, layout.columns)
+        return comparison_view(original, reconstruction, facts), code_maps(
+            grid, self.colours, layout.columns, not layout.tokens
+        )
 
 
 def _reconstruct_tab(handler: ReconstructionHandler) -> None:

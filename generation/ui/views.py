@@ -68,12 +68,13 @@ def comparison_view(
     return f"<div class='ou-images ou-done ou-columns-3'>{figures}</div><div class='ou-facts'>{items}</div>"
 
 
-def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
+def code_maps(codes: Tensor, colours: Tensor, columns: int, have_places: bool = True) -> str:
     """One SVG per sub-codebook of codes (N, K); similar colours are similar codebook entries.
 
     Args:
         colours: (K, V, 3) in 0..255, see `code_colours`.
         columns: visual tokens per row.
+        have_places: whether the rows are those of the image; else they are a sequence in lines.
     """
     count, books = codes.shape
     rows = -(-count // columns)
@@ -94,7 +95,7 @@ def code_maps(codes: Tensor, colours: Tensor, columns: int) -> str:
             f"<figcaption><span>sub-codebook {book + 1}</span><span>{used} used</span></figcaption></figure>"
         )
     return (
-        f"<div class='ou-maps' data-columns='{columns}'>{''.join(maps)}</div>"
+        f"<div class='ou-maps' data-columns='{columns if have_places else 0}'>{''.join(maps)}</div>"
         "<div class='ou-status ou-codes'>Hover over a token to see its codes.</div>"
     )
 
@@ -110,7 +111,8 @@ element.addEventListener('mouseover', (event) => {
   const cells = [...maps.querySelectorAll(`[data-position="${position}"]`)];
   cells.forEach((cell) => cell.classList.add('ou-marked'));
   const columns = Number(maps.dataset.columns);
-  const where = `row ${Math.floor(position / columns) + 1}, column ${position % columns + 1}`;
+  const place = `row ${Math.floor(position / columns) + 1}, column ${position % columns + 1}`;
+  const where = columns ? place : `token ${Number(position) + 1}`;
   const codes = cells.map((cell) => cell.dataset.code).join(' · ');
   element.querySelector('.ou-codes').textContent = `${where}: ${codes}`;
 });

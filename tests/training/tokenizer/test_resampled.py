@@ -134,7 +134,7 @@ def test_an_mllm_reads_and_generates_a_sequence_of_tokens(trained, golden, tmp_p
     assert torch.equal(given[:, :2], codes[0][:, :2])
     assert pipe.reconstruct([tmp_path / "photo.png"])[0].size == (32, 32)
     _, maps = ReconstructionHandler(pipe)(str(tmp_path / "photo.png"))
-    assert maps.count("data-code=") == 5 * codes[0].shape[2]
+    assert maps.count("data-code=") == 5 * codes[0].shape[2] and "data-columns='0'" in maps
 
 
 def test_codes_of_a_grid_with_as_many_tokens_are_rejected():
