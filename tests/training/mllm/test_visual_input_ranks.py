@@ -19,7 +19,7 @@ QUANTISED = 'model.fields={"visual_input": "continuous", "features": {"source": 
 
 @pytest.fixture(scope="module")
 def jobs(mllm):
-    """Name of the run -> overrides; `apart` has a text on one rank and an image with features on the other."""
+    """Name of the run -> overrides; `apart` has a text on one rank and an image that is read on the other."""
     path = mllm.write_codes(mllm.folder, "codes_ranks", range(16), 2, "--features", "latents")
     kinds = (("text_to_image", path), ("captioning", path), ("conversation", path))
     entries = [{"kind": kind, "path": codes} for kind, codes in kinds]
