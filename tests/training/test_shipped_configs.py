@@ -49,6 +49,9 @@ def small_options(options: dict) -> dict:
     """Options of a quantiser for codes of 4 numbers and 3 x 3 visual tokens."""
     small = {"block_widths": [3, 1], "scales": [1, 2, 3], "levels": [2, 2, 2, 2]}
     changed = {name: small.get(name, value) for name, value in options.items()}
+    levels = options.get("levels")
+    if "levels" in options and (levels is None or len(levels) == 5):  # of a Gaussian's geometry
+        changed["levels"] = levels and [8, 8, 4, 3, 2]
     if "inner_options" in options:
         changed["inner_options"] = small_options(options["inner_options"])
     return changed
@@ -63,6 +66,18 @@ def small_queries(model: dict) -> list[str]:
     decoder = {**own, "decoder": model["decoder_options"].get("decoder", "vitamin")}
     layout = {"rows": side, "columns": side, "tokens": 4}
     fields = {"token_layout": layout, "encoder_options": encoder, "decoder_options": decoder}
+    return [f"model.{name}={json.dumps(value)}" for name, value in fields.items()]
+
+
+def small_gaussians(model: dict) -> list[str]:
+    """Overrides for 4 Gaussians of an image of 48 pixels, 4 channels of a feature each."""
+    step = model["patch_size"]
+    network = {**SMALL_VQGAN, "multipliers": [1] * (step.bit_length() - 1) + [2], "attention_levels": []}
+    fields = {
+        "token_layout": {"rows": 48 // step, "columns": 48 // step, "tokens": 4},
+        "encoder_options": {**network, "hidden_size": 16, "rounds": 2, "query_heads": 2},
+        "decoder_options": {**network, "hidden_size": 4},
+    }
     return [f"model.{name}={json.dumps(value)}" for name, value in fields.items()]
 
 
@@ -141,7 +156,9 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         small = {"model": str(clip_folder), "books": [1] if config.model["num_codebooks"] > 1 else None}
         teachers = [dataclasses.asdict(teacher) | small for teacher in config.teachers]
         changes.append(f"teacher={json.dumps(teachers)}")
-    if config.model.get("token_layout", {}).get("tokens"):
+    if quantizer == "gaussian":
+        changes += small_gaussians(config.model)
+    elif config.model.get("token_layout", {}).get("tokens"):
         changes += small_queries(config.model)
     elif config.model.get("encoder") == "vqgan":
         changes += [f"model.{part}_options={json.dumps(SMALL_VQGAN)}" for part in ("encoder", "decoder")]
@@ -158,6 +175,8 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         options = config.model.get("quantizer_options") or {}
         changes.append(f"model.quantizer_options={json.dumps(small_options(options))}")
         changes.append("model.projection_heads=null")
+        if quantizer == "gaussian":
+            changes += [f"model.num_codebooks={config.model['num_codebooks']}", "model.codebook_dim=9"]
     if config.words.lists:
         changes += [small_words(tmp_path, quantizer), "model.codebook_size=null"]
         changes += ["model.num_codebooks=3"] if quantizer == "language" else []
