@@ -162,6 +162,8 @@ def test_scaled_down_it_trains(data, helpers, clip_folder, tmp_path, path):
         changes += small_queries(config.model)
     elif config.model.get("encoder") == "vqgan":
         changes += [f"model.{part}_options={json.dumps(SMALL_VQGAN)}" for part in ("encoder", "decoder")]
+    elif merge := (config.model.get("encoder_options") or {}).get("merge"):
+        changes.append(f"model.encoder_options={json.dumps({'merge': merge | {'r': [2]}})}")  # of 9 tokens
     elif config.model.get("encoder_options"):
         options = small_encoder(config.model["encoder_options"], clip_folder)
         changes.append(f"model.encoder_options={json.dumps(options)}")

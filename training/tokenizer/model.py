@@ -14,7 +14,7 @@ from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, Ca
 from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.encoders import resolve_paths
 from open_unitok.tokenizer.layers import init_kaiming
-from open_unitok.tokenizer.loading import find_weights
+from open_unitok.tokenizer.loading import check_weights_fit, find_weights
 from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
 from open_unitok.tokenizer.quantizers.published import load_quantizer
 
@@ -92,20 +92,7 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
         if config.init_quantizer:
             load_quantizer(model.quantizer, model.config, config.init_quantizer)
     else:
-        options = fields.get("encoder_options") or {}
-        model = _load_pretrained(config.init_from, {key: options[key] for key in options if key == "merge"})
-        # sizes may be repeated in the config, but not changed; a tower is compared by its fields
-        wanted, _ = resolve_paths(wanted)
-        for key in fields:
-            other, given = getattr(model.config, key), getattr(wanted, key)
-            if key == "encoder_options" and "merge" in options:  # may be added to those at init_from
-                given = {**other, **given}
-            if other != given:
-                raise UserError(
-                    f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it."
-                )
-        if config.model:
-            model.config.drop_path_rate = wanted.drop_path_rate
+        model = _start_from(config.init_from, fields, wanted)
         _check_text_tower(model.config, config)
         if captions is not None and not _has_vocabulary(model, config, captions):
             model = _with_new_text_tower(model, config, captions)
@@ -214,6 +201,43 @@ def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:
             "quantizer_options.posterior is kl, but losses.kl is 0: weigh it (LDM: 1e-6), or take posterior: "
             "none."
         )
+
+
+def _start_from(path: str, fields: Mapping[str, Any], wanted: UniTokConfig) -> UniTok:
+    """The tokenizer at `init_from`; the run's `fields` may change image size, token merging and drop path.
+
+    Raises:
+        UserError: there is no model, or another field differs from the model's.
+    """
+    options = fields.get("encoder_options") or {}
+    model = _load_pretrained(path, {key: options[key] for key in options if key == "merge"})
+    if "image_size" in fields and wanted.image_size != model.config.image_size:
+        model = _with_image_size(model, wanted.image_size)
+    # sizes may be repeated in the config, but not changed; a tower is compared by its fields
+    wanted, _ = resolve_paths(wanted)
+    for key in fields:
+        other, given = getattr(model.config, key), getattr(wanted, key)
+        if key == "encoder_options" and "merge" in options:  # added to those of the model, or taken away
+            given = {**(other or {}), **given}
+            given = {name: value for name, value in given.items() if name != "merge" or value} or None
+        if other != given:
+            raise UserError(f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it.")
+    if fields:
+        model.config.drop_path_rate = wanted.drop_path_rate
+    return model
+
+
+def _with_image_size(model: UniTok, image_size: int) -> UniTok:
+    """The model for training images of another size.
+
+    Raises:
+        UserError: a size of its weights, its scales or its token layout depends on the image size.
+    """
+    new = UniTok(UniTokConfig.from_dict({**model.config.to_dict(), "image_size": image_size}))
+    state = model.state_dict()
+    check_weights_fit("The model at init_from", state, new.state_dict(), f"model.image_size = {image_size}")
+    new.load_state_dict(state)
+    return new
 
 
 def _load_pretrained(path: str, encoder_options: Mapping[str, Any]) -> UniTok:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.tokenizer.encoders.merging import (
     combine,
@@ -16,8 +17,15 @@ from open_unitok.tokenizer.encoders.merging import (
     spatial_density_peaks,
     unmerge,
 )
-from open_unitok.tokenizer.encoders.merging_blocks import MergeOptions, MergeState, MergingTransformer
+from open_unitok.tokenizer.encoders.merging_blocks import (
+    MergeOptions,
+    MergeState,
+    MergingTransformer,
+    check_merge,
+)
+from open_unitok.tokenizer.token_layout import TokenLayout
 
+LAYOUTS = {256: TokenLayout(16, 16, 0), 1024: TokenLayout(32, 32, 0)}
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "merging"
 DTYPES = (torch.float64, torch.float32)
 # our names of the weights of a block
@@ -283,3 +291,21 @@ def test_each_image_of_a_batch_is_merged_on_its_own():
             one = slice(image, image + 1)
             alone, _ = combine(tokens[one], size[one], *choose(tokens[one]), "mlerp")
             torch.testing.assert_close(alone, together[one], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("tokens", "merge", "saved"), [
+    (256, {"r": 2}, 0.126), (256, {"r": 4}, 0.251), (256, {"r": 8}, 0.495), (1024, {"r": 8}, 0.138),
+    (256, {"at": 2, "keep": 0.5}, 0.479), (256, {"at": 2, "keep": 0.25}, 0.710),
+])  # fmt: skip
+def test_products_saved_in_the_blocks_of_unitok_large(tokens, merge, saved):
+    """Against the arithmetic: 31 blocks, and half a block runs before its merge."""
+    with torch.device("meta"):
+        options = check_merge({"method": "tome" if "r" in merge else "cluster", **merge}, 31, LAYOUTS[tokens])
+        blocks = MergingTransformer(1024, 31, 16, 2.0, 0.0, options).eval()
+        hidden = torch.zeros(1, tokens, 1024)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            blocks(hidden, LAYOUTS[tokens].grid)
+    per_token, per_pair = 10 * 1024**2, 2 * 1024
+    total = 2 * 31 * (tokens * per_token + tokens**2 * per_pair)
+    # keys for the clusters and the matching itself are counted as well
+    assert 1 - counter.get_total_flops() / total == pytest.approx(saved, abs=0.02)

@@ -34,6 +34,11 @@ PIXEL = {"encoder": "vitamin", "num_hidden_layers": 1}
 CNN = {"channels": 8, "multipliers": [1, 1, 1, 1, 1], "residual_blocks": 1, "attention_levels": [4]}
 CNN |= {"norm_groups": 4, "hidden_size": 8}
 SHARED = {"quantizer": "shared_index", "num_codebooks": 1}
+WIDE = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "mlp_ratio": 3.0}
+DEEP = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "decoder_widths": [12, 4]}
+# images have 4 tokens
+TOFU = {"method": "tofu", "r": 1, "prune_until": 1}
+CLUSTER = {"method": "cluster", "at": 1, "keep": 0.5, "k": 2, "alpha": 0.5}
 QUERIES = {"token_layout": {"rows": 2, "columns": 2, "tokens": 3}}
 
 # with the VQGAN of their recipe, and rows by moving averages: test_gaussian.py
@@ -50,6 +55,19 @@ GAUSSIANS = {
 
 CASES: dict[str, Case] = {
     "vitamin": Case({"encoder": "vitamin", "decoder": "vitamin"}),
+    # widths, depths and heads of their own
+    "vitamin, two sizes": Case({"encoder_options": WIDE, "decoder_options": DEEP}),
+    "vitamin, tofu": Case(
+        {"encoder_options": {"num_hidden_layers": 2, "merge": TOFU}},
+        other_codes=(
+            {"encoder_options": {"num_hidden_layers": 2}},
+            {"encoder_options": {"num_hidden_layers": 2, "merge": {"method": "tome", "r": 1}}},
+        ),
+    ),
+    "vitamin, clusters": Case(
+        {"encoder_options": {"num_hidden_layers": 2, "merge": CLUSTER}},
+        other_codes=({"encoder_options": {"num_hidden_layers": 2, "merge": CLUSTER | {"keep": 3}}},),
+    ),
     "hf_vision": Case(
         {"encoder": "hf_vision", "encoder_options": VIT},
         other_codes=({"encoder_options": VIT | {"mean": [0.4] * 3, "std": [0.2] * 3}},),
