@@ -39,7 +39,6 @@ LARGE: dict[int, list[dict[str, Any]]] = {
     512: [
         *({"method": "tome", "r": r} for r in (8, 16, 32)),
         *({"method": "cluster", "at": 2, "keep": keep} for keep in (0.5, 0.25)),
-        {"method": "cluster", "at": 2, "keep": 0.5, "alpha": 0.5},
     ],
 }
 # variants of a model of 16 tokens and 2 blocks
