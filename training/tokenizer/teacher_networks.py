@@ -99,7 +99,7 @@ def build_teacher(options: TeacherOptions) -> Teacher:
     Raises:
         UserError: there is no such model, or an option does not fit it.
     """
-    network = "efficientnet" if options.model == efficientnet.NAME else options.network
+    network = "efficientnet" if options.model == efficientnet.LITE0 else options.network
     return TEACHERS[network](options)
 
 
@@ -149,12 +149,14 @@ def _from_efficientnet(options: TeacherOptions) -> Teacher:
     """EfficientNet-Lite0 of PyPI: its map of stride 16, pooled for a contrast."""
     for name in ("layer", "projected"):
         if getattr(options, name):
-            raise UserError(f"teacher.{name}: {efficientnet.NAME} has one map of features, omit it.")
+            raise UserError(f"teacher.{name}: {efficientnet.LITE0} has one map of features, omit it.")
     size = options.image_size or efficientnet.IMAGE_SIZE
     if size % efficientnet.STRIDE:
         raise UserError(f"teacher.image_size is {size}: it must be a multiple of {efficientnet.STRIDE}.")
     mean, std = options.mean or efficientnet.MEAN, options.std or efficientnet.STD
-    return Teacher(efficientnet.EfficientNetLite0(), efficientnet.WIDTH, size, mean, std, options.resize)
+    return Teacher(
+        efficientnet.EfficientNetLite0(), efficientnet.LITE0_WIDTH, size, mean, std, options.resize
+    )
 
 
 class _DINOv2Tokens(nn.Module):
