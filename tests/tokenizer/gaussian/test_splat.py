@@ -118,6 +118,21 @@ def test_blocks_give_the_sum_of_all(monkeypatch):
         torch.testing.assert_close(one_block, blocks, rtol=1e-5, atol=1e-5)
 
 
+def test_no_weight_is_kept_for_the_backward_pass():
+    """What autograd saves is linear in Gaussians plus pixels' sides, not their product."""
+    side, count, saved = 64, 200, []
+    values = activate(torch.randn(1, count, 5)).requires_grad_()
+    features = torch.randn(1, count, 8, requires_grad=True)
+
+    def keep(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        splat(values[..., :2], values[..., 3:], values[..., 2], features, (side, side))
+    assert max(saved) == count * side  # offsets along one axis, not count * side * side
+
+
 def test_the_smallest_scales_keep_finite_gradients():
     values = activate(torch.full((1, 1, 5), -50.0)).requires_grad_()  # the clamp: scales of .1 pixels
     map = splat(values[..., :2], values[..., 3:], values[..., 2], torch.ones(1, 1, 1), (64, 64))
