@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.core.devices import check_device
     from open_unitok.mllm.features import FeatureOptions, FeatureSource, feature_sizes
     from open_unitok.tokenizer import UniTok
-    from open_unitok.training.data.code_shards import StoredFeatures
+    from open_unitok.training.data.code_shards import FeatureFacts
     from open_unitok.training.data.extract import LOW_PSNR, ExtractOptions, extract_codes
 
     if args.batch_size < 1 or args.workers < 0:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> None:
     if args.features or args.tower:
         given = FeatureOptions.from_config({"source": args.features, "tower": args.tower}, "dual")
         source = FeatureSource(given, unitok)
-        features = StoredFeatures(given.source, source.fingerprint(), *feature_sizes(given, unitok.config))
+        features = FeatureFacts(given.source, source.fingerprint(), *feature_sizes(given, unitok.config))
     if args.ten_crop is not None and len(set(unitok.config.image_shape)) > 1:
         raise UserError(f"--ten-crop needs square images, but {args.tokenizer} has {unitok.config.layout}.")
     # before the cast: the fingerprint is defined on fp32 weights

@@ -47,12 +47,12 @@ LAYOUT_FIELDS = (
 )
 # V of each of the K codes, where they differ; `codebook_size` is the largest
 CODE_SIZES = "code_sizes"
-# {"source", "fingerprint", "tokens", "width"} of stored features, see `StoredFeatures`
+# {"source", "fingerprint", "tokens", "width"} of stored features, see `FeatureFacts`
 FEATURES = "features"
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
 
-class StoredFeatures(NamedTuple):
+class FeatureFacts(NamedTuple):
     """What the features beside codes are; `fingerprint` is that of their source."""
 
     source: str
@@ -106,7 +106,7 @@ class CodeFolder:
     """
 
     def __init__(
-        self, folder: str | Path, fingerprint: str | None = None, features: StoredFeatures | None = None
+        self, folder: str | Path, fingerprint: str | None = None, features: FeatureFacts | None = None
     ):
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
@@ -117,7 +117,7 @@ class CodeFolder:
                 "`unitok extract-codes` again with that one."
             )
         stored = self.manifest.get(FEATURES)
-        self.features = None if stored is None else StoredFeatures(**stored)
+        self.features = None if stored is None else FeatureFacts(**stored)
         if features is not None:
             self._check_features(features)
         self.sizes = [shard["samples"] for shard in self.manifest["shards"]]
@@ -158,7 +158,7 @@ class CodeFolder:
         facts = {name: self.manifest[name] for name in names if name in self.manifest}
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
-    def _check_features(self, expected: StoredFeatures) -> None:
+    def _check_features(self, expected: FeatureFacts) -> None:
         command = f"run `unitok extract-codes --features {expected.source}` again"
         if self.features is None:
             raise UserError(

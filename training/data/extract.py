@@ -39,7 +39,7 @@ from open_unitok.tokenizer.image_modes import WAS_TRANSPARENT
 from open_unitok.tokenizer.images import load_image, ten_crops, to_pixels
 
 from .captions import with_captions
-from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST, FEATURES, StoredFeatures
+from .code_shards import CODE_SIZES, CODES_FORMAT, CODES_MANIFEST, FEATURES, FeatureFacts
 from .convert import conversion_root
 from .records import check_facts, find_label, unused_key, with_label
 from .tar_files import STDIN, StreamedTar, is_stream, shown, source_name, tar_writer, write_sample
@@ -69,7 +69,7 @@ class ExtractOptions(NamedTuple):
     workers: int
     max_bad_share: float
     captions: str = "all"  # a value of CAPTION_CHOICES
-    features: StoredFeatures | None = None
+    features: FeatureFacts | None = None
     ten_crop: float | None = None  # ten crops of every image, of one that is scaled by this much more
 
 

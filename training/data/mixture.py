@@ -21,7 +21,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from . import seeding
-from .code_shards import CodeFolder, StoredFeatures
+from .code_shards import CodeFolder, FeatureFacts
 from .collate import Batch, TrainingSample, collate
 from .mixture_options import MixtureEntry, MixtureOptions
 from .prefetch import Prefetched, prefetch
@@ -53,7 +53,7 @@ class Mixture:
         batch_size: int,
         accumulation: int = 1,
         fingerprint: str | None = None,
-        features: StoredFeatures | None = None,
+        features: FeatureFacts | None = None,
     ):
         self.options, self.sequences, self.seed = options, sequences, seed
         self.batch_size, self.accumulation = batch_size, accumulation
@@ -206,7 +206,7 @@ def codes_layout(codes: CodeFolder) -> TokenLayout:
 
 
 def open_datasets(
-    options: MixtureOptions, fingerprint: str | None, features: StoredFeatures | None = None
+    options: MixtureOptions, fingerprint: str | None, features: FeatureFacts | None = None
 ) -> list[Dataset]:
     """The data set of each entry; one that several entries name is opened once.
 

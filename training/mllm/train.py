@@ -23,7 +23,7 @@ from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
 from ..data import seeding
-from ..data.code_shards import StoredFeatures
+from ..data.code_shards import FeatureFacts
 from ..data.collate import Batch
 from ..data.mixture import Mixture, codes_layout
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
@@ -184,7 +184,7 @@ def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> M
     return mixture
 
 
-def stored_features(sizes: UniTokMLLMConfig) -> StoredFeatures | None:
+def stored_features(sizes: UniTokMLLMConfig) -> FeatureFacts | None:
     """The features that images which are read must have beside their codes; None = none are needed."""
     if sizes.visual_input == "discrete":
         return None
@@ -192,7 +192,7 @@ def stored_features(sizes: UniTokMLLMConfig) -> StoredFeatures | None:
     if options.from_codes:
         return None
     shape = (sizes.num_continuous_tokens or 0, sizes.continuous_dim or 0)
-    return StoredFeatures(options.source, sizes.features_fingerprint or "", *shape)
+    return FeatureFacts(options.source, sizes.features_fingerprint or "", *shape)
 
 
 def features_of_codes(parts: MLLMParts, device: torch.device) -> FeatureSource | None:
