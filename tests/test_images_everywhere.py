@@ -147,10 +147,10 @@ def extracted(files, tmp_path_factory):
 
 def test_pipeline_and_reconstruct(files, pipe):
     paths, twin, lossy = map(list, zip(*twins(files)))
-    wanted = pipe.encode_for_reading(twin)
+    wanted = pipe.encode_for_reading(twin).codes
     opened = [Image.open(path) for path in paths]
     for sources in (paths, [path.read_bytes() for path in paths], opened):
-        for found, right, loses, path in zip(pipe.encode_for_reading(sources), wanted, lossy, paths):
+        for found, right, loses, path in zip(pipe.encode_for_reading(sources).codes, wanted, lossy, paths):
             agree(found, right, loses, path.name)
     rows = zip(pipe.first_rows(paths, 3), pipe.first_rows(twin, 3), lossy, paths)
     for found, right, loses, path in rows:
@@ -172,7 +172,7 @@ def test_uploads(files, pipe):
         images += loader.decode(contents, threading.Event())
         paths, twin, lossy = [*paths, path], [*twin, others[0]], [*lossy, others[1]]
     for found, right, loses, path in zip(
-        pipe.encode_for_reading(images), pipe.encode_for_reading(twin), lossy, paths
+        pipe.encode_for_reading(images).codes, pipe.encode_for_reading(twin).codes, lossy, paths
     ):
         agree(found, right, loses, path.name)
 

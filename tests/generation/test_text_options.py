@@ -38,7 +38,7 @@ def test_penalties_see_the_prompt(pipe, images):
     """Logits processors get the ids of the whole prompt, images as id 0."""
     model, processor = pipe.model, pipe.processor
     ids = processor.question_ids(QUESTIONS[0])
-    inputs = {"input_ids": torch.tensor([ids]), "image_codes": pipe.encode_for_reading(images[:1])}
+    inputs = {"input_ids": torch.tensor([ids]), "image_codes": pipe.encode_for_reading(images[:1]).codes}
     seen = []
 
     def look(given, scores):

@@ -102,7 +102,7 @@ def test_the_first_row_of_an_image_is_a_prefix_of_another(oblong, photos):
 
 def test_images_are_encoded_and_reconstructed_in_this_shape(oblong, photos):
     assert oblong.processor.image_shape == (32, 128)
-    assert oblong.encode_for_reading(photos).shape == (3, 16, 3)
+    assert oblong.encode_for_reading(photos).codes.shape == (3, 16, 3)
     assert len(oblong.answer([photos[0]], ["What is it?"], max_new_tokens=2)) == 1
     assert [image.size for image in oblong.reconstruct(photos[:2])] == [(128, 32)] * 2
     assert oblong.processor.pixels(Image.new("RGB", (10, 10))).shape == (3, 32, 128)

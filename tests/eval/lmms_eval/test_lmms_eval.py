@@ -110,7 +110,7 @@ def test_messages_keep_their_images_in_place(pipeline):
 def test_losses_equal_the_models_token_by_token(pipeline):
     loss, greedy = adapter.continuation_loss(pipeline, [image()], "Which?", "a cat")
     ids = pipeline.processor.question_ids("Which?", 1)
-    codes = pipeline.encode_for_reading([image()])
+    codes = pipeline.encode_for_reading([image()]).codes
     total = 0.0
     for token in pipeline.processor.text_tokenizer("a cat", add_special_tokens=False)["input_ids"]:
         with torch.no_grad():

@@ -241,7 +241,7 @@ def an_mllm_reads_a_pyramid(trained, mllm_run, photo, capsys) -> None:
         with pytest.raises(UserError, match=line.replace("(", r"\(").replace("[", r"\[").replace(")", r"\)")):
             pipe.generate(["a red square"])
     assert answers[0] == answers[-1]
-    codes = pipe.encode_for_reading([photo])
+    codes = pipe.encode_for_reading([photo]).codes
     embedder = pipe.model.visual_embedder
     assert codes.shape[1] == 5 and embedder(codes).shape[1] == 4 == pipe.model.config.num_image_tokens
     rows = pipe.unitok.quantizer.embed(codes)
