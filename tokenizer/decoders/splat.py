@@ -4,6 +4,7 @@ B batch, G Gaussians, C feature channels, (H, W) rows and columns of the map. A 
 at (j, i), without a shift by half a pixel; centres -1 to 1 are columns 0 to W and rows 0 to H.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class _WeightedSum(torch.autograd.Function):
         map = features.new_zeros(batch, channels, height * width)
         with exact_float32(features.device):
             for *shares, part in _blocks(ux, uy, vx, vy, features):
-                _, _, weights = _weights(*shares, cut)
+                _, _, weights = _weights(shares, cut)
                 map.baddbmm_(part.transpose(1, 2), weights.flatten(2))
         return map.unflatten(2, (height, width))
 
@@ -77,7 +78,7 @@ class _WeightedSum(torch.autograd.Function):
         flat = gradient.flatten(2)  # (B, C, H*W)
         with exact_float32(gradient.device):
             for *shares, part in _blocks(*ctx.saved_tensors):
-                u, v, weights = _weights(*shares, ctx.cut)
+                u, v, weights = _weights(shares, ctx.cut)
                 features = weights.flatten(2) @ flat.transpose(1, 2)
                 # d exp(-(u^2 + v^2) / 2) = -weight (u du + v dv); a dropped weight is 0
                 slope = (part @ flat).view_as(weights).mul_(weights).neg_()
@@ -94,8 +95,9 @@ def _blocks(*tensors: Tensor) -> Any:
     return zip(*(tensor.split(step, dim=1) for tensor in tensors))
 
 
-def _weights(ux: Tensor, uy: Tensor, vx: Tensor, vy: Tensor, cut: float) -> tuple[Tensor, Tensor, Tensor]:
+def _weights(shares: Sequence[Tensor], cut: float) -> tuple[Tensor, Tensor, Tensor]:
     """u, v and the weights, all (B, G, H, W)."""
+    ux, uy, vx, vy = shares
     u = ux[:, :, None, :] + uy[..., None]
     v = vx[:, :, None, :] + vy[..., None]
     weights = torch.addcmul(u.square(), v, v).mul_(-0.5).exp_()

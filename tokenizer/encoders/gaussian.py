@@ -38,12 +38,14 @@ class GaussianEncoder(nn.Module):
             projection is another.
     """
 
+    queries: Tensor
+
     def __init__(self, config: UniTokConfig, build_encoder: Callable[[UniTokConfig], Any]) -> None:
         super().__init__()
         check_gaussian(config, "encoder")
         options = config.encoder_options or {}
         sizes = whole_options("encoder", options, _DEFAULTS)
-        self.inner = build_encoder(inner_config(config, "encoder", GAUSSIAN_OPTIONS, "vqgan"))
+        self.inner: Any = build_encoder(inner_config(config, "encoder", GAUSSIAN_OPTIONS, "vqgan"))
         self.tokens, self.width = config.layout.tokens, config.codebook_dim
         self.patch_size, width = self.inner.patch_size, self.inner.width
         if width % 4:
