@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,10 +13,12 @@ from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.config import check_mllm_quantizer
 from open_unitok.mllm.loading import CLASS_TYPE, check_folder, check_vocabulary, folder_type
+from open_unitok.mllm.lora import merge_adapter
 from open_unitok.mllm.processor import CONFIG
 from open_unitok.tokenizer import TokenLayout, UniTok
 
 from .backends import check_known_quantization
+from .backends.int8 import load_quantized, quantize_model
 
 
 def find_model(folder: str | Path) -> Path:
@@ -173,3 +176,28 @@ def check_quantization(quantization: str | None, device: torch.device, dtype: to
             f"quantization = {quantization!r} needs device = cpu and dtype = float32 (of what is not "
             f"quantised), not {device} and {str(dtype).removeprefix('torch.')}: use None."
         )
+
+
+def load_parts(
+    folder: Path, dtype: torch.dtype, adapter: Any, quantization: str | None
+) -> tuple[UniTokForConditionalGeneration, UniTokProcessor, UniTok]:
+    """Model, processor and float32 tokenizer of an MLLM folder; arguments as `Pipeline.from_pretrained`.
+
+    Raises:
+        UserError: the parts do not match.
+    """
+    unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
+    # an adapter is merged into float weights; else each weight is quantised as it is read
+    if quantization and adapter is None:
+        model = load_quantized(folder)
+    else:
+        model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    processor = UniTokProcessor.from_pretrained(folder)
+    processor.unitok = unitok
+    # before casting the tokenizer: bfloat16 weights have another fingerprint
+    check_parts_match(model, unitok, processor, folder)
+    if adapter is not None:
+        model = merge_adapter(model, adapter)
+        if quantization:
+            quantize_model(model)
+    return model, processor, unitok

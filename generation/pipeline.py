@@ -13,31 +13,20 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm import ClassConditionalModel, UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.features import ReadImages
 from open_unitok.mllm.loading import CLASS_TYPE, folder_type
-from open_unitok.mllm.lora import merge_adapter
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.folder_checks import loading
 from open_unitok.tokenizer.images import ImageSource, load_image, to_pil, to_pixels
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from .backends import check_backend, choose_backend
-from .backends.int8 import load_quantized, quantize_model
 from .class_prompts import ClassProcessor, load_class_parts
 from .image_sampling import generate_image_codes, iter_image_codes
-from .loading import check_parts_match, check_quantization, find_model
+from .loading import check_quantization, find_model, load_parts
+from .prompt_ids import History, chat_tokens, image_prompts, prompt_ids, question_prompts
 from .reconstruction import iter_reconstructions, split_batches
 from .sampling import Sampling
 from .text_generation import eos_ids, generate_text_ids, iter_text_ids, stream_text
-from .validation import (
-    check_history,
-    check_one_per_question,
-    check_prefix,
-    check_texts,
-    check_whole,
-    expand_seeds,
-)
-
-CHAT_TOKENS = 256  # max_new_tokens of a chat answer unless given
-History = Sequence[tuple[str, str]]  # earlier questions of a conversation and their answers
+from .validation import check_prefix, check_whole
 
 
 class Pipeline:
@@ -107,20 +96,7 @@ class Pipeline:
             with loading(folder):
                 unitok, class_model = unitok.to(device=device, dtype=dtype), class_model.to(device)
             return cls(class_model, classes, unitok, None, Sampling.from_folder(folder), backend)
-        unitok = UniTok.from_pretrained(folder / "unitok", dtype=torch.float32)
-        # an adapter is merged into float weights; else each weight is quantised as it is read
-        if quantization and adapter is None:
-            model = load_quantized(folder)
-        else:
-            model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-        processor = UniTokProcessor.from_pretrained(folder)
-        processor.unitok = unitok
-        # before casting the tokenizer: bfloat16 weights have another fingerprint
-        check_parts_match(model, unitok, processor, folder)
-        if adapter is not None:
-            model = merge_adapter(model, adapter)
-            if quantization:
-                quantize_model(model)
+        model, processor, unitok = load_parts(folder, dtype, adapter, quantization)
         with loading(folder):  # out of GPU memory
             unitok, model = unitok.to(device=device, dtype=dtype), model.to(device)  # pyright: ignore
         return cls(model, processor, unitok, quantization, Sampling.from_folder(folder), backend)
@@ -195,7 +171,9 @@ class Pipeline:
         """The codes (B, N, K) of the images; arguments and errors as `generate`."""
         check_whole("batch_size", batch_size)
         sampling = sampling or self.sampling
-        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images, classes)
+        ids, unconditional, seeds = image_prompts(
+            self.processor, prompts, negative_prompt, seed, num_images, classes
+        )
         if prefix is not None:
             check_prefix(prefix, len(ids), self.model.config)
         parts = []
@@ -207,42 +185,13 @@ class Pipeline:
             parts.append(generate_image_codes(self.model, *arguments, self.backend))
         return torch.cat(parts) if parts else self._no_codes()
 
-    def _image_prompts(
-        self, prompts: Any, negative_prompt: Any, seed: Any, num_images: Any, classes: Any
-    ) -> tuple[list[list[int]], list[list[int]] | None, list[int]]:
-        """Prompt ids, unconditional ids (None: the model has none) and seeds; one of each per image."""
-        check_whole("num_images", num_images)
-        if (prompts is None) == (classes is None):
-            raise UserError(f"Give prompts or classes, not {'both' if classes is not None else 'neither'}.")
-        if classes is not None:
-            if isinstance(self.processor, UniTokProcessor):
-                raise UserError("classes are for class-conditional models; this one generates from prompts.")
-            if negative_prompt is not None:
-                raise UserError("A class-conditional model has no negative prompt, but its null class.")
-            ids, unconditional = self.processor.class_rows(classes, num_images)
-            return ids, unconditional, expand_seeds(seed, len(ids))
-        count = len(check_texts(prompts, "prompt"))
-        seeds = expand_seeds(seed, count * num_images)
-        unconditional = [self.processor.unconditional_ids()] * count
-        if negative_prompt is not None:
-            texts = [negative_prompt] * count if isinstance(negative_prompt, str) else negative_prompt
-            if len(check_texts(texts, "negative prompt")) != count:
-                raise UserError(f"{len(texts)} negative prompts for {count} prompts: give one, or one each.")
-            unconditional = self.prompt_ids(texts, "Negative prompt")
-        ids = [row for row in self.prompt_ids(prompts) for _ in range(num_images)]
-        return ids, [row for row in unconditional for _ in range(num_images)], seeds
-
     def prompt_ids(self, prompts: Sequence[str], name: str = "Prompt") -> list[list[int]]:
         """The ids of text-to-image prompts, each ending in boi.
 
         Raises:
             UserError: a prompt that the processor would truncate.
         """
-        rows, limit = [self.processor.text_to_image_ids(p) for p in prompts], self.processor.max_prompt
-        for i, row in enumerate(rows):
-            if len(row) > limit:  # `text_to_image_ids` returned `max_prompt` ids and boi: it has truncated
-                raise UserError(f"{name} {i} has {limit} tokens or more: shorten the prompt.")
-        return rows
+        return prompt_ids(self.processor, prompts, name)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> list[Image.Image]:
@@ -266,7 +215,9 @@ class Pipeline:
         The last ones equal the result of `generate`. Closing the iterator stops generation. Arguments and
         errors as `generate`.
         """
-        ids, unconditional, seeds = self._image_prompts(prompts, negative_prompt, seed, num_images, classes)
+        ids, unconditional, seeds = image_prompts(
+            self.processor, prompts, negative_prompt, seed, num_images, classes
+        )
         sampling, layout = sampling or self.sampling, self.layout
         steps = iter_image_codes(self.model, ids, sampling, seeds, unconditional, prefix, self.backend)
 
@@ -389,7 +340,9 @@ class Pipeline:
             history: earlier (question, answer) pairs.
             max_new_tokens: None = 256, or the rest of the context if that is shorter.
         """
-        max_new_tokens = self._chat_tokens(question, images, history, max_new_tokens)
+        max_new_tokens = chat_tokens(
+            self.model.config.context_length, self.processor, question, images, history, max_new_tokens
+        )
         return self.answer([images], [question], max_new_tokens, histories=[history], **options)[0]
 
     def chat_stream(
@@ -401,38 +354,19 @@ class Pipeline:
         **options: Any,
     ) -> Iterator[str]:
         """Yield the answer of `chat` in pieces; options as `answer_stream`."""
-        max_new_tokens = self._chat_tokens(question, images, history, max_new_tokens)
+        max_new_tokens = chat_tokens(
+            self.model.config.context_length, self.processor, question, images, history, max_new_tokens
+        )
         steps = self.answer_stream([images], [question], max_new_tokens, histories=[history], **options)
         return (pieces[0] for pieces in steps if pieces[0])
-
-    def _chat_tokens(self, question: str, images: Any, history: Any, wanted: int | None) -> int:
-        """Maximum length of the next answer: `wanted`, else the rest of the context up to `CHAT_TOKENS`."""
-        limit = self.model.config.context_length
-        if wanted is not None or limit is None:
-            return CHAT_TOKENS if wanted is None else wanted
-        check_texts([question], "question")
-        ids = self.processor.question_ids(question, len(_as_list(images)), history=check_history(history))
-        return max(1, min(CHAT_TOKENS, limit - len(ids)))
 
     def _question_prompts(
         self, images: Sequence[Any], questions: Sequence[str], histories: Sequence[History] | None
     ) -> tuple[list[list[int]], list[ReadImages]]:
         """The ids of each question, and its images."""
-        check_texts(questions, "question")
-        histories = [()] * len(questions) if histories is None else histories
-        check_one_per_question("images", images, len(questions))
-        check_one_per_question("histories", histories, len(questions))
-        earlier = [check_history(entry) for entry in histories]
-        groups = [_as_list(entry) for entry in images]
-        # encode each image once
-        unique = {_identity(image): image for group in groups for image in group}
-        index = {key: i for i, key in enumerate(unique)}
-        read = self.encode_for_reading(list(unique.values()), batch_size=64)
-        own_images = [read.select([index[_identity(image)] for image in group]) for group in groups]
-        # benchmarks repeat questions: tokenize each once
-        asked = [(question, len(group), past) for question, group, past in zip(questions, groups, earlier)]
-        ids = {key: self.processor.question_ids(key[0], key[1], history=key[2]) for key in set(asked)}
-        return [ids[key] for key in asked], own_images
+        ids, unique, places = question_prompts(self.processor, images, questions, histories)
+        read = self.encode_for_reading(unique, batch_size=64)
+        return ids, [read.select(own) for own in places]
 
     def encode_for_reading(self, images: Sequence[ImageSource], batch_size: int = 64) -> ReadImages:
         """Input images of questions: padded to the aspect ratio, then scaled; their features as well."""
@@ -454,13 +388,3 @@ class Pipeline:
         """(0, N, K)."""
         shape = (0, self.model.config.num_image_tokens, self.model.config.num_codebooks)
         return torch.empty(shape, dtype=torch.long, device=self.device)
-
-
-def _as_list(entry: Any) -> list[Any]:
-    return [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
-
-
-def _identity(image: ImageSource) -> Any:
-    """Key of an image: its path, or the object's id."""
-    # ids are unique while the caller's list keeps the objects alive
-    return str(image) if isinstance(image, (str, Path)) else id(image)
