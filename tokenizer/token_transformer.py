@@ -139,6 +139,19 @@ class ClassTokenHead(nn.Module):
         return self.transformer(self.second(F.relu(self.first(quantised))), grid)
 
 
+class UnitLinear(Linear):
+    """`Linear` that starts at unit gain.
+
+    SweetTok's start, .02, is half of that at its width of 512. At smaller widths every query would read the
+    mean of all tokens, and a small tokenizer show the mean image for hundreds of steps.
+    """
+
+    def init_weights(self) -> None:
+        init.normal_(self.weight, std=self.in_features**-0.5)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+
 class QueryLayer(nn.Module):
     """Cross-attention and MLP of query tokens, both with a residual: (B, n, D), (B, N, D) -> (B, n, D)."""
 
@@ -146,10 +159,11 @@ class QueryLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm_q, self.norm_kv = nn.LayerNorm(width, eps=QUERY_EPS), nn.LayerNorm(width, eps=QUERY_EPS)
-        self.q, self.kv, self.proj = Linear(width, width), Linear(width, 2 * width), Linear(width, width)
+        self.q, self.kv = UnitLinear(width, width), UnitLinear(width, 2 * width)
+        self.proj = UnitLinear(width, width)
         self.norm_mlp = nn.LayerNorm(width, eps=QUERY_EPS)
         hidden = int(mlp_ratio * width)
-        self.fc1, self.fc2 = Linear(width, hidden), Linear(hidden, width)
+        self.fc1, self.fc2 = UnitLinear(width, hidden), UnitLinear(hidden, width)
 
     def forward(self, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         key, value = self.kv(self.norm_kv(tokens)).chunk(2, dim=-1)
@@ -165,7 +179,7 @@ class QueryLayer(nn.Module):
 class QueryResampler(nn.Module):
     """(B, N, D) -> (B, n, D): learned queries read the tokens layer by layer.
 
-    One with a query for each cell leads back from n tokens to the grid. The tokens bring their own positions;
+    One with a query for each cell leads back from n tokens to the grid. The tokens bring their positions;
     the queries' are learned with them. Queries start as N(0, 1 / D).
     """
 

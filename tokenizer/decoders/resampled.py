@@ -54,4 +54,4 @@ class ResampledDecoder(nn.Module):
         return self.inner(self.resampler(hidden + self.positions.to(hidden.dtype)), grid)
 
     def init_weights(self) -> None:
-        init.trunc_normal_(self.positions, std=0.02)
+        init.normal_(self.positions)

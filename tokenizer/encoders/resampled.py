@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from open_unitok.core.errors import UserError
 
@@ -52,10 +53,16 @@ class ResampledEncoder(nn.Module):
             self.tokens, self.width, layers, query_heads(options, self.width, "encoder")
         )
         self.norm = nn.LayerNorm(self.width, eps=NORM_EPS)
+        # queries find a place by its position; the inner encoder's own fade in its layers
+        self.positions = nn.Parameter(torch.zeros(config.layout.rows * config.layout.columns, self.width))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        read = self.inner.layer_outputs(pixels) if self.reads_layers else self.inner(pixels)
-        return self.norm(self.resampler(read))
+        read = self.inner.layer_outputs(pixels) if self.reads_layers else [self.inner(pixels)]
+        placed = [tokens + self.positions.to(tokens.dtype) for tokens in read]
+        return self.norm(self.resampler(placed if self.reads_layers else placed[0]))
+
+    def init_weights(self) -> None:
+        init.normal_(self.positions)
 
 
 def check_queries(config: UniTokConfig, field: str, own: Sequence[str]) -> int:

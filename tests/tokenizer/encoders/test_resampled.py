@@ -151,8 +151,7 @@ def test_the_last_layer_read_is_the_encoders_output(build):
 
 def test_every_token_reaches_every_patch_and_tokens_have_an_order(build):
     model = build(**KINDS["vitamin"])
-    with torch.no_grad():  # a new model's positions are small
-        model.decoder.positions.normal_()
+    with torch.no_grad():
         model.quantizer.codebooks.normal_()
     codes = model.encode(pixels(model.config))
     whole = model.decode(codes)
@@ -261,3 +260,53 @@ def test_the_vit_decoder_alone_takes_other_grids_and_registers(tiny_config):
     found = model.decoder(torch.zeros(1, 8, 64), (2, 3))
     patch = torch.arange(3 * 16 * 16.0).view(3, 16, 16)
     assert torch.equal(found, patch.repeat(1, 2, 3)[None])
+
+
+def squares(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Squares of random colours and places."""
+    images = torch.full((count, 3, 32, 32), 0.8)
+    for image in images:
+        row, column = torch.randint(0, 18, (2,), generator=generator).tolist()
+        colour = torch.rand(3, 1, 1, generator=generator) * 2 - 1
+        image[:, row : row + 14, column : column + 14] = colour
+    return images
+
+
+@pytest.mark.slow
+def test_queries_learn_what_is_where(tiny_config):
+    """Half of the mean image's error in 400 steps; from weights of .02 it stays at that error."""
+    torch.manual_seed(0)
+    queries = {"query_layers": 2, "query_heads": 2}
+    layout = {"rows": 4, "columns": 4, "tokens": 16}
+    model = UniTok(
+        tiny_config(
+            image_size=32,
+            patch_size=8,
+            num_hidden_layers=1,
+            encoder="resampled",
+            encoder_options={**VIT, **queries, "hidden_size": 64, "intermediate_size": 128},
+            decoder="resampled",
+            decoder_options={**queries, "decoder": "vit"},
+            token_layout=layout,
+            codebook_size=32,
+        )
+    ).train()
+    generator = torch.Generator().manual_seed(0)
+    held_out = squares(64, generator)
+    mean_error = (held_out - held_out.mean(dim=0)).square().mean().item()
+    with torch.no_grad():  # rows from latents, as `codebooks.init_images`
+        latents = model.encode_latents(held_out).flatten(0, 1)
+        chosen = latents[torch.randperm(len(latents), generator=generator)[:32]]
+        model.quantizer.codebooks.copy_(chosen.unflatten(-1, (4, 4)).transpose(0, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+    for _ in range(400):
+        images = squares(16, generator)
+        out = model(images)
+        loss = (out.reconstruction - images).square().mean() + out.losses["vq"]
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
+    with torch.no_grad():
+        error = (model.eval()(held_out).reconstruction - held_out).square().mean().item()
+    assert error < 0.7 * mean_error
