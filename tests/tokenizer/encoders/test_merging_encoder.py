@@ -78,7 +78,7 @@ def test_merged_tokens_share_their_latents_and_the_grid_stays(seeded, name):
         assert model.encoder(pixels(1, height, width)).shape == (1, height * width // 256, 32)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["tofu", "spatial"])
 def test_registers_are_protected(seeded, name):
     model = seeded(ALL[name], num_register_tokens=3)
     assign = representatives(model, pixels())
@@ -87,7 +87,7 @@ def test_registers_are_protected(seeded, name):
     assert model.encode(pixels()).shape == (2, 19, 4)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", ["tofu", "spatial"])
 def test_it_trains_with_and_without_recomputed_activations(seeded, name):
     model = seeded(ALL[name], drop_path_rate=0.2).train()
     model.encoder.blocks.drop_path_noise = torch.rand(3, 2, 2, generator=torch.Generator().manual_seed(2))
@@ -111,7 +111,7 @@ def test_it_trains_with_and_without_recomputed_activations(seeded, name):
 
 
 def test_half_precision_and_autocast(seeded):
-    for merge in ALL.values():
+    for merge in (TOFU, SPATIAL):
         model = seeded(merge)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert model.encode_latents(pixels()).isfinite().all()
