@@ -232,8 +232,9 @@ class MergingTransformer(Transformer):
         self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float, merge: MergeOptions
     ) -> None:
         super().__init__(width, depth, heads, mlp_ratio, drop_path_rate)
-        for index, block in enumerate(self):
-            block.merge, block.index = merge, index  # pyright: ignore[reportAttributeAccessIssue]
+        blocks: Any = self
+        for index, block in enumerate(blocks):
+            block.merge, block.index = merge, index
 
     def merged_outputs(self, hidden: Tensor, grid: tuple[int, int]) -> Iterator[tuple[Tensor, MergeState]]:
         """Yield the (B, M, D) output of every block, and what stands for what after it."""
