@@ -8,9 +8,9 @@ from open_unitok.core.codes import code_dtype
 from open_unitok.core.errors import UserError
 
 from ..config import UniTokConfig
-from ..entries import check_options, entry_of
+from ..entries import entry_of
 from .attention import AttentionQuantizer
-from .base import Quantizer, QuantizerOutput, option_names
+from .base import Quantizer, QuantizerOutput
 from .cluster import ClusterQuantizer
 from .ema import EMAQuantizer
 from .gaussian import GaussianQuantizer
@@ -21,6 +21,7 @@ from .multi_codebook import MultiCodebookQuantizer
 from .nearest import NearestQuantizer
 from .nearest_ema import NearestEMAQuantizer
 from .none import NoQuantizer
+from .options import check_quantizer_options
 from .residual import ResidualQuantizer
 from .shared_index import SharedIndexQuantizer
 
@@ -57,8 +58,8 @@ def build_quantizer(config: UniTokConfig) -> Quantizer:
         UserError: there is no such quantiser, it has no such option, or its sizes are not the config's.
     """
     kind = entry_of(QUANTIZERS, "QUANTIZERS", "quantizer", config.quantizer)
+    check_quantizer_options("quantizer", config.quantizer, kind, config.quantizer_options)
     options = config.quantizer_options or {}
-    check_options("quantizer", config.quantizer, options, option_names(kind))
     build: Any = kind  # subclasses have another constructor than the base class
     quantizer = build(config.num_codebooks, config.codebook_size, config.codebook_dim, **options)
     _check_sizes(config, quantizer)

@@ -6,8 +6,8 @@ B batch, N visual tokens, K codes per token, V entries of a code, C width of one
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class Quantizer(nn.Module):
             = each part of a row, "none" = none.
         row_blocks: the parts for "blocks": a number of equal ones, or a list of their widths.
         sums_rows: whether `embed` adds the K rows instead of concatenating them; then C is `latent_dim`.
+        own_options: type of each option that is no argument of the constructor.
         discrete: whether there are codes; without them `encode` and `embed` raise, and `quantise` works.
         no_codes: the error of what needs codes, where there are none.
         moments: whether `forward` takes (B, N, 2 * latent_dim) moments of a posterior in place of latents.
@@ -67,7 +68,7 @@ class Quantizer(nn.Module):
 
     row_norm: Literal["unit", "blocks", "none"]
     row_blocks: int | list[int] = 1
-    own_options: tuple[str, ...] = ()
+    own_options: ClassVar[Mapping[str, Any]] = {}
     sums_rows: bool = False
     moves_rows: bool = False
     trains_rows: bool = True

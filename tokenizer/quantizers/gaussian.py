@@ -14,10 +14,10 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError, did_you_mean
 
 from ..config import GEOMETRY
-from ..entries import check_options
 from ..precision import exact_float32
 from ..token_layout import TokenLayout
-from .base import Quantizer, QuantizerOutput, WriteRows, normalise_blocks, option_names, pass_through
+from .base import Quantizer, QuantizerOutput, WriteRows, normalise_blocks, pass_through
+from .options import check_quantizer_options
 
 SCALE_RANGE = (0.1, 4.0)  # standard deviations in pixels of the map
 SCALE_END = 3.0  # to which the upper bound falls
@@ -203,7 +203,7 @@ class GaussianQuantizer(Quantizer):
             UserError: the inner quantiser has no such option, or the features' width does not suit it.
         """
         kind: Any = self.inner_kinds[inner]  # subclasses have another constructor than the base class
-        check_options("quantizer_options.inner", inner, options, option_names(kind))
+        check_quantizer_options("quantizer_options.inner", inner, kind, options)
         width = codebook_dim - len(GEOMETRY)
         summed = options.get("kind") == "ResidualVQ"
         if not summed and width % books:

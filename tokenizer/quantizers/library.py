@@ -4,7 +4,9 @@ B batch, N visual tokens, K codes per token, V entries of a code, C width of one
 """
 
 import copy
+import functools
 import math
+import operator
 from typing import Any
 
 import torch
@@ -17,12 +19,15 @@ from ..precision import exact_float32
 from .base import Quantizer, QuantizerOutput
 
 # options of each kind; those that change shapes, draw random numbers or drop codes have no place here
-OPTIONS = {
-    "FSQ": ("levels", "preserve_symmetry", "bound_hard_clamp"),
-    "LFQ": ("codebook_scale", "diversity_gamma", "spherical", "soft_clamp_input_value"),
-    "SimVQ": ("rotation_trick", "input_to_quantize_commit_loss_weight", "frozen_codebook_dim"),
-    "ResidualVQ": ("decay", "eps", "kmeans_init", "kmeans_iters", "threshold_ema_dead_code",
-                   "commitment_weight", "rotation_trick", "shared_codebook"),
+OPTIONS: dict[str, dict[str, Any]] = {
+    "FSQ": {"levels": list[int], "preserve_symmetry": bool, "bound_hard_clamp": bool},
+    "LFQ": {"codebook_scale": float, "diversity_gamma": float, "spherical": bool,
+            "soft_clamp_input_value": float | None},
+    "SimVQ": {"rotation_trick": bool, "input_to_quantize_commit_loss_weight": float,
+              "frozen_codebook_dim": int | None},
+    "ResidualVQ": {"decay": float, "eps": float, "kmeans_init": bool, "kmeans_iters": int,
+                   "threshold_ema_dead_code": float, "commitment_weight": float, "rotation_trick": bool,
+                   "shared_codebook": bool},
 }  # fmt: skip
 
 
@@ -39,7 +44,7 @@ class LibraryQuantizer(Quantizer):
     """
 
     row_norm = "none"
-    own_options = tuple(dict.fromkeys(name for names in OPTIONS.values() for name in names))
+    own_options = functools.reduce(operator.or_, OPTIONS.values())
 
     def __init__(
         self,
@@ -194,7 +199,7 @@ def _build(builder: tuple[str, dict], kind: str, count: int) -> list[Any]:
     name, arguments = builder
     try:
         return [getattr(package, name)(**arguments) for _ in range(count)]
-    except (AssertionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"quantizer_options of kind {kind!r}: {reason}") from error
 

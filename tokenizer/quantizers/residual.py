@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from open_unitok.core.errors import UserError, did_you_mean
 
-from ..entries import check_options
 from ..precision import exact_float32
 from ..token_layout import TokenLayout
-from .base import Quantizer, QuantizerOutput, WriteRows, option_names
+from .base import Quantizer, QuantizerOutput, WriteRows
+from .options import check_quantizer_options
 
 PHI_SHARE = 0.5  # phi(x) = x + PHI_SHARE * (conv(x) - x)
 
@@ -60,7 +60,7 @@ class ResidualQuantizer(Quantizer):
     ) -> None:
         self._check(inner, scales, shared_convolutions, scale_drop)
         kind: Any = self.inner_kinds[inner]  # subclasses have another constructor than the base class
-        check_options("quantizer_options.inner", inner, inner_options or {}, option_names(kind))
+        check_quantizer_options("quantizer_options.inner", inner, kind, inner_options)
         sizes = (num_codebooks, codebook_size, codebook_dim)
         built: Quantizer = kind(*sizes, **(inner_options or {}))
         super().__init__(built.code_sizes, built.latent_dim)
@@ -90,6 +90,11 @@ class ResidualQuantizer(Quantizer):
     def codebooks(self) -> nn.Parameter | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The inner quantiser's."""
         return self.inner.codebooks
+
+    @property
+    def started(self) -> Any:
+        """The inner quantiser's, if it has such a flag."""
+        return getattr(self.inner, "started", False)
 
     def _check(self, inner: str, scales: Sequence[int], convolutions: int, scale_drop: float) -> None:
         """
@@ -123,14 +128,17 @@ class ResidualQuantizer(Quantizer):
         chance, place = torch.rand(2, generator=generator).tolist()
         # never the first scale
         self.skip = 1 + int(place * (len(self.scales) - 1)) if chance < self.scale_drop else None
+        self.inner.start_step(generator)
 
     def forward(self, latents: Tensor, entropy: bool = False) -> QuantizerOutput:
         """As `Quantizer.forward`, for (B, H*W, D) latents in raster order; codes are those of the scales in
         use."""
         skip = self.skip if self.training else None
         used = [side for place, side in enumerate(self.scales) if place != skip]
-        for name in ("average_over_ranks", "gather_over_ranks", "frozen"):  # training sets them from outside
-            setattr(self.inner, name, getattr(self, name))
+        for name in ("average_over_ranks", "gather_over_ranks", "order", "frozen"):
+            setattr(self.inner, name, getattr(self, name))  # training sets them from outside
+        if self.training:  # the inner quantiser's dropout follows from the step, which is counted here
+            self.inner.calls.copy_(self.calls)
         losses: dict[str, Tensor] = {}
         with exact_float32(latents.device):
 
@@ -191,6 +199,10 @@ class ResidualQuantizer(Quantizer):
 
     def code_table(self) -> Tensor | None:
         return self.inner.code_table()
+
+    def fingerprint_tensors(self) -> dict[str, Tensor]:
+        inner = {f"inner.{name}": tensor for name, tensor in self.inner.fingerprint_tensors().items()}
+        return dict(self.named_parameters()) | inner  # rows may also be buffers
 
     def reset_latents(self, latents: Tensor) -> Tensor:
         """The rest that the last scale in use quantised."""

@@ -388,3 +388,59 @@ def test_tokenflow_learns_pixels_and_features():
         optimizer.step()
     for before, after, share in zip(found[0], found[-1], (0.5, 0.25, 0.6)):
         assert after < share * before
+
+
+# ---- what an inner quantiser needs of its pyramid ----------------------------------------------------------
+
+
+def test_dead_rows_of_an_inner_quantiser_follow_from_the_step():
+    """Not from torch's global generator, which differs from rank to rank."""
+    found = []
+    for seed in (1, 2):
+        quantizer = make([1, 2, 4], 8, 32, inner="nearest_ema").train()
+        torch.manual_seed(seed)
+        quantizer.start_step(torch.Generator().manual_seed(5))
+        quantizer.order = range(3)
+        quantizer(torch.randn(3, 16, 8, generator=torch.Generator().manual_seed(0)))
+        found.append(quantizer.codebooks.detach().clone())
+    assert torch.equal(*found)
+
+
+def test_dead_rows_do_not_depend_on_the_order_of_a_batch():
+    latents, order, found = torch.randn(3, 16, 8), [2, 0, 1], []
+    for places in ([0, 1, 2], order):
+        quantizer = make([1, 2, 4], 8, 32, inner="nearest_ema").train()
+        quantizer.start_step(torch.Generator().manual_seed(5))
+        quantizer.order = places
+        quantizer(latents[places])
+        found.append(quantizer.codebooks.detach().clone())
+    torch.testing.assert_close(*found)
+
+
+def test_inner_dropout_changes_from_step_to_step():
+    options = {"word_dim": 6, "hidden": 32, "dropout": 0.5}
+    quantizer = make([1, 2], 4, 16, inner="language_map", inner_options=options).train()
+    latents = torch.randn(2, 4, 4)
+    first, second = (quantizer(latents).quantised for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_kmeans_is_not_repeated():
+    quantizer = make([1, 2], 4, 16, inner="ema")
+    assert not quantizer.started
+    quantizer.start_kmeans(torch.randn(40, 4), torch.arange(16)[None])
+    assert quantizer.started
+
+
+@pytest.mark.parametrize(
+    ("inner", "options", "buffer"),
+    [
+        ("language_map", {"word_dim": 6, "hidden": 8}, "inner.map.vectors"),
+        ("library", {"kind": "ResidualVQ"}, "inner.library.0.layers.0._codebook.embed"),
+    ],
+)
+def test_rows_that_are_no_parameters_are_in_the_fingerprint(inner, options, buffer):
+    if inner == "library":
+        pytest.importorskip("vector_quantize_pytorch")
+    quantizer = make([1, 2], 4, 16, inner=inner, inner_options=options)
+    assert torch.equal(quantizer.fingerprint_tensors()[buffer], quantizer.state_dict()[buffer])
