@@ -74,9 +74,13 @@ def embed_words(words: Sequence[str], folder: str | Path) -> Tensor:
     """
     folder = Path(folder)
     config = folder / "config.json"
-    kind = read_json(config).get("model_type") if config.exists() else None
+    fields = read_json(config) if config.exists() else None
+    kind = fields.get("model_type") if isinstance(fields, dict) else None
     if kind is None:
-        raise UserError(f"{folder} has no config.json: vectors are a file, or the folder of a text encoder.")
+        raise UserError(
+            f"{folder} has no config.json with a model_type: vectors are a file, or the folder of a text "
+            "encoder."
+        )
     batches = [list(words[start : start + BATCH]) for start in range(0, len(words), BATCH)]
     with torch.no_grad():
         if kind == "unitok":

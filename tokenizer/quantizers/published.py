@@ -18,6 +18,7 @@ from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import atomic_folder, write_json
 from open_unitok.core.text_files import read_json
 
+from ..folder_checks import loading
 from ..loading import check_weights_fit, read_state_dict
 from .base import Quantizer
 
@@ -33,6 +34,8 @@ class PublishedQuantizer(NamedTuple):
 
 
 def _fields(quantizer: str, rows: Tensor, **options: Any) -> dict[str, Any]:
+    if rows.dim() != 2:
+        raise UserError(f"its table of rows has shape {tuple(rows.shape)}, expected (entries, width).")
     sizes = {"num_codebooks": 1, "codebook_size": rows.shape[0], "codebook_dim": rows.shape[1]}
     return {"quantizer": quantizer, "quantizer_options": options, **sizes}
 
@@ -48,8 +51,8 @@ def _tokenflow(state: State) -> PublishedQuantizer:
     parts = [state[f"quantize.embedding_{part}.weight"] for part in ("vqkd", "vqgan")]  # semantic, pixel
     if len(parts[0]) != len(parts[1]):
         raise UserError(f"the two tables have {len(parts[0])} and {len(parts[1])} rows: they share an index.")
-    rows = torch.cat(parts, dim=1)
-    widths = [part.shape[1] for part in parts]
+    rows = torch.cat(parts, dim=-1)
+    widths = [part.shape[-1] for part in parts]
     return PublishedQuantizer(_fields("shared_index", rows, block_widths=widths), {"codebooks": rows[None]})
 
 
@@ -150,6 +153,7 @@ def convert_quantizer(system: str, path: str | os.PathLike[str], folder: str | o
     """
     try:
         found = quantizer_from_published(system, read_state_dict(path))
+        _check_finite(found.state)
     except UserError as error:
         raise UserError(f"{path} does not fit: {error}") from None
     with atomic_folder(Path(folder)) as target:
@@ -157,6 +161,17 @@ def convert_quantizer(system: str, path: str | os.PathLike[str], folder: str | o
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, target / WEIGHTS)
         write_json(target / DESCRIPTION, {"system": system, "model": found.fields})
     return found.fields
+
+
+def _check_finite(state: State) -> None:
+    """
+    Raises:
+        UserError: a tensor holds NaN or infinity, so that codes would be wrong.
+    """
+    for name, tensor in state.items():
+        # other devices than meta have values
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds NaN or infinity.")
 
 
 def load_quantizer(quantizer: Quantizer, config: Any, folder: str | os.PathLike[str]) -> None:
@@ -172,7 +187,11 @@ def load_quantizer(quantizer: Quantizer, config: Any, folder: str | os.PathLike[
     for name in (WEIGHTS, DESCRIPTION):
         if not (path / name).is_file():
             raise UserError(f"init_quantizer: {path} has no {name}: write it by unitok convert quantizer.")
-    stored = read_json(path / DESCRIPTION)["model"]
+    content = read_json(path / DESCRIPTION)
+    stored = content.get("model") if isinstance(content, dict) else None
+    known = isinstance(stored, dict) and isinstance(stored.get("quantizer_options"), dict)
+    if not known or not all(hasattr(config, name) for name in stored):
+        raise UserError(f"init_quantizer: {path / DESCRIPTION} is not a file of unitok convert quantizer.")
     options = dict(config.quantizer_options or {})
     wanted = {name: getattr(config, name) for name in stored} | {"quantizer_options": options}
     if config.quantizer == "residual":
@@ -191,7 +210,9 @@ def load_quantizer(quantizer: Quantizer, config: Any, folder: str | os.PathLike[
             raise UserError(
                 f"init_quantizer: {path} has {name} = {value!r}, but model.{name} is {wanted[name]!r}."
             )
-    state = load_file(path / WEIGHTS)
+    with loading(path / WEIGHTS):
+        state = load_file(path / WEIGHTS)
+        _check_finite(state)
     target = {n: t for n, t in quantizer.state_dict().items() if n not in ("usage", "calls")}
     check_weights_fit(path, state, target, "the quantiser")
     quantizer.load_state_dict(state, strict=False)

@@ -72,7 +72,7 @@ def vqgan_config(system: str, state: Mapping[str, Tensor], image_size: int) -> U
     """The config that fits a state dict under our names."""
     channels, options = state["encoder.conv_in.weight"].shape[0], {}
     for part, levels in (("encoder", "down"), ("decoder", "up")):
-        names = [f"{part}.{levels}.{i}" for i in range(_count(state, f"{part}.{levels}"))]
+        names = [f"{part}.{levels}.{i}" for i in range(max(_count(state, f"{part}.{levels}"), 1))]
         widths = [state[f"{name}.block.0.conv1.weight"].shape[0] for name in names]
         options[f"{part}_options"] = {
             "channels": channels,
@@ -81,7 +81,10 @@ def vqgan_config(system: str, state: Mapping[str, Tensor], image_size: int) -> U
             "residual_blocks": max(_count(state, f"{names[0]}.block") - (part == "decoder"), 1),
             "attention_levels": [i for i, name in enumerate(names) if f"{name}.attn.0.q.weight" in state],
         }
-    books, entries, width = state["quantizer.codebooks"].shape
+    shape = tuple(state["quantizer.codebooks"].shape)
+    if len(shape) != 3:
+        raise UserError(f"quantize.embedding.weight has shape {shape[1:]}, expected (entries, width).")
+    books, entries, width = shape
     return UniTokConfig(
         image_size=image_size,
         patch_size=2 ** (_count(state, "encoder.down") - 1),

@@ -4,13 +4,17 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import UniTokConfig
 from open_unitok.tokenizer.quantizers import QUANTIZERS, build_quantizer
-from open_unitok.tokenizer.quantizers.published import load_quantizer, quantizer_from_published
+from open_unitok.tokenizer.quantizers.published import (
+    convert_quantizer,
+    load_quantizer,
+    quantizer_from_published,
+)
 
 
 def coda_state(rows, width, norm="rms", make=torch.zeros):
@@ -191,3 +195,41 @@ def test_another_quantizer_is_refused(tmp_path, capsys):
         main(["convert", "quantizer", "ibq", str(tmp_path / "list.pth"), str(tmp_path / "other")])
     assert "does not hold a state dict" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{}", "quantizer.json is not a file of unitok convert quantizer"),
+        ("[]", "quantizer.json is not a file of unitok convert quantizer"),
+        ('{"model": {"quantizer_options": null}}', "is not a file of unitok convert quantizer"),
+        ('{"model": {"quantizer_options": {}, "rows": 3}}', "is not a file of unitok convert quantizer"),
+    ],
+)
+def test_a_description_of_another_kind_is_refused(tmp_path, content, words):
+    (tmp_path / "quantizer.json").write_text(content)
+    save_file({"codebooks": torch.randn(1, 16, 4)}, tmp_path / "quantizer.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_quantizer(QUANTIZERS["ibq"](1, 16, 4), UniTokConfig(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (torch.full((16, 4), torch.nan), "does not fit: codebooks holds NaN or infinity"),
+        (torch.zeros(16), r"does not fit: its table of rows has shape \(16,\)"),
+    ],
+)
+def test_rows_that_are_no_table_of_numbers_are_refused(tmp_path, rows, words):
+    torch.save({"quantize.embedding.weight": rows}, tmp_path / "ibq.pt")
+    with pytest.raises(UserError, match=words):
+        convert_quantizer("ibq", tmp_path / "ibq.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_of_rows_is_refused_in_one_line(tmp_path):
+    torch.save({"quantize.embedding.weight": torch.randn(16, 4)}, tmp_path / "ibq.pt")
+    fields = convert_quantizer("ibq", tmp_path / "ibq.pt", tmp_path / "out")
+    (tmp_path / "out" / "quantizer.safetensors").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"quantizer\.safetensors cannot be loaded"):
+        load_quantizer(QUANTIZERS["ibq"](1, 16, 4), UniTokConfig(**fields), tmp_path / "out")

@@ -255,3 +255,11 @@ def test_without_a_text_tower():
                   lambda: model.embed_text(torch.zeros(1, 4, dtype=torch.int64))):  # fmt: skip
         with pytest.raises(UserError, match=r"no text tower.*embed_dim = 0"):
             embed()
+
+
+@pytest.mark.parametrize("system", ["vqgan", "ibq", "llamagen"])
+def test_a_file_with_one_tensor_of_the_system_is_refused(tmp_path, system):
+    torch.save({"encoder.conv_in.weight": torch.randn(3)}, tmp_path / "one.pt")
+    words = f"one.pt is not a checkpoint of {system}: encoder.down.0.block.0.conv1.weight is missing"
+    with pytest.raises(UserError, match=words):
+        load_published_vqgan(system, tmp_path / "one.pt")
