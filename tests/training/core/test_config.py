@@ -228,7 +228,7 @@ def test_inheritance_is_relative_to_the_file_not_to_the_working_directory(tmp_pa
 
 def test_shipped_configs_inherit_from_shipped_ones_and_own_ones_may(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    child, base = (configs.read_yaml(f"configs/study/{name}.yaml") for name in ("nearest", "base"))
+    child, base = (configs.read_yaml(f"configs/study/{name}.yaml") for name in ("quantizers/nearest", "base"))
     assert child["out"] != base["out"] and child["model"].pop("quantizer") == "nearest"
     assert {**child, "out": base["out"]} == base
     (tmp_path / "mine.yaml").write_text("inherits: configs/study/base.yaml\nsteps: 7\n")

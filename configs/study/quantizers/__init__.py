@@ -1,0 +1,1 @@
+"""Rows of the study with another quantiser than the base."""
