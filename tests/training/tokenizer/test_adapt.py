@@ -583,8 +583,8 @@ def test_the_rows_of_the_study_follow_each_other(data, tmp_path):
     ]
     main(["train", "configs/study/encoders/continuous.yaml", f"out={tmp_path / 'continuous'}", *changes,
           f"caption_tokenizer={data}/tokenizer.model"])  # fmt: skip
-    main(["train", "configs/study/encoders/coda.yaml", f"out={tmp_path / 'coda'}", *changes, "codebooks.init_images=4",
-          f"init_from={tmp_path / 'continuous' / 'model'}"])  # fmt: skip
+    main(["train", "configs/study/encoders/coda.yaml", f"out={tmp_path / 'coda'}", *changes,
+          "codebooks.init_images=4", f"init_from={tmp_path / 'continuous' / 'model'}"])  # fmt: skip
     model = UniTok.from_pretrained(tmp_path / "coda" / "model")
     assert model.encode(torch.zeros(1, 3, 64, 64)).shape == (1, 16, 1) and model.config.codebook_size == 512
     assert (tmp_path / "coda" / "model" / "caption_tokenizer").is_dir()
