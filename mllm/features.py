@@ -59,7 +59,7 @@ class FeatureOptions:
         given = dict(value) if isinstance(value, Mapping) else {}
         for key in given:
             if key not in allowed:
-                raise UserError(f"features.{key} is not an option." + did_you_mean(key, allowed))
+                raise UserError(f"features.{key} is not an option." + did_you_mean(str(key), allowed))
         source = given.get("source")
         if source not in FEATURE_SOURCES:
             raise UserError(
@@ -71,6 +71,10 @@ class FeatureOptions:
                 f"features.source = {source!r} with features.tower = {given.get('tower')!r}: the source "
                 "'tower', and no other, takes the folder or hub id of a vision model as features.tower."
             )
+        if not isinstance(given.get("tower"), (str, Mapping, type(None))):
+            raise UserError(
+                f"features.tower = {given['tower']!r}: must be a folder, a hub id, or {{path, ...}}."
+            )
         if isinstance(given.get("tower"), Mapping):
             given["tower"] = dict(given["tower"])
             for key in given["tower"]:
@@ -78,6 +82,8 @@ class FeatureOptions:
                     raise UserError(
                         f"features.tower.{key} is not an option." + did_you_mean(key, TOWER_OPTIONS)
                     )
+            if not isinstance(given["tower"].get("path"), str):
+                raise UserError("features.tower.path must be the folder or hub id of a vision model.")
         defaults = {"norm": visual_input == "continuous", "separator": visual_input == "dual"}
         given = {**defaults, **{key: v for key, v in given.items() if v is not None}}
         for key in defaults:

@@ -5,6 +5,7 @@ K sub-codebooks, V entries of each, D width.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
@@ -86,6 +87,7 @@ class ClassConditionalConfig(PretrainedConfig):
         """Do nothing, as `InstalledCode`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
+        self._check_types()
         if self.intermediate_size is None:
             self.intermediate_size = -(-(8 * self.hidden_size // 3) // _FFN_MULTIPLE) * _FFN_MULTIPLE
         if self.depth_layers is None:
@@ -93,6 +95,29 @@ class ClassConditionalConfig(PretrainedConfig):
         self._check()
         self._check_codes()
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        # before any arithmetic; `type` because True is an int for isinstance
+        whole = ("num_classes", "hidden_size", "num_hidden_layers", "num_attention_heads", "depth_layers")
+        for name in (*whole, "intermediate_size", "num_codebooks", "codebook_size", "num_image_tokens"):
+            value = getattr(self, name)
+            derived = value is None and name in ("depth_layers", "intermediate_size")
+            if type(value) is not int and not derived:
+                raise UserError(f"{name} = {value!r}: must be a whole number.")
+        for name in ("class_dropout", "dropout", "attention_dropout", "drop_path"):
+            if type(getattr(self, name)) not in (int, float):
+                raise UserError(f"{name} = {getattr(self, name)!r}: must be a number.")
+        for name in ("rope_base", "rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise UserError(f"{name} = {value!r}: must be a number above 0.")
+        sizes, grid = self.code_sizes, self.token_layout
+        if sizes is not None and not (
+            isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
+        ):
+            raise UserError(f"code_sizes = {sizes!r}: must be a list of whole numbers.")
+        if grid is not None and not isinstance(grid, dict):
+            raise UserError(f"token_layout = {grid!r}: must be {{rows, columns}}.")
 
     def _check(self) -> None:
         counts = ("num_classes", "hidden_size", "num_hidden_layers", "num_attention_heads")

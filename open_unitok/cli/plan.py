@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> None:
     from open_unitok.training.core.plan import cpu_tflops
 
     config = load_run_config(args.config, args.overrides)
-    if hasattr(config, "conditioner"):
+    if getattr(config, "conditioner", "prompt") != "prompt":
         raise UserError(
             f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` "
-            "only supports stage mllm with prompts."
+            "only supports conditioner: prompt."
         )
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:
         raise UserError("--gpus and --text-tokens must be at least 1, --mfu above 0 and at most 1.")

@@ -401,6 +401,11 @@ DUAL = {"visual_input": "dual", "features": SOURCE, "sep_token_id": 5}
             {**DUAL, "features": {"source": "tower", "tower": {"pth": "x"}}},
             "features.tower.pth is not an option",
         ),
+        ({**DUAL, "features": {"source": "tower", "tower": 5}}, "features.tower = 5: must be a folder"),
+        (
+            {**DUAL, "features": {"source": "tower", "tower": {"layer": -2}}},
+            "features.tower.path must be the folder or hub id",
+        ),
         ({**DUAL, "sep_token_id": None}, "features.separator = True, but sep_token_id = None"),
         ({**DUAL, "visual_input": "continuous"}, "features.separator = False, but sep_token_id = 5"),
         ({**DUAL, "features": {**SOURCE, "norm": 1}}, "features.norm = 1: must be true or false"),

@@ -101,7 +101,7 @@ def sequences(codes, kind, processor):
     for number in range(codes.sizes[0]):
         sample = codes.read(0, number)
         chosen = SAMPLE_KINDS[kind].select(sample, DropOptions(), (0.0, 0.0, 0.0))
-        built = builder.build(kind, chosen.text, tuple(len(image) for image in chosen.images))
+        built = builder.build(kind, chosen.text, tuple(len(sample.images[i]) for i in chosen.images))
         learned = built.labels[built.labels != IGNORE_INDEX]
         places = np.flatnonzero(built.ids == processor.image_token_id)
         yield processor.text_tokenizer.decode(learned), places, built.ids

@@ -196,7 +196,10 @@ def test_other_folders_are_rejected(mllm, root, reference, tmp_path):
     with pytest.raises(UserError, match="not an MLLM"):
         mllm.train("wrong-a", "model=null", f"init_from={root}/unitok")
     with pytest.raises(UserError, match="not a visual tokenizer"):
-        mllm.train("wrong-b", f"model.unitok={reference}/model")
+        # the folder of an MLLM stands for the tokenizer in it; here there is none
+        (tmp_path / "bare").mkdir()
+        shutil.copy(reference / "model" / "config.json", tmp_path / "bare")
+        mllm.train("wrong-b", f"model.unitok={tmp_path}/bare")
     mllm.write_tokenizer(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="another visual tokenizer"):
         mllm.train("wrong-c", f"model.unitok={tmp_path}/other")

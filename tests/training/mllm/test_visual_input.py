@@ -191,7 +191,9 @@ def test_a_model_of_another_tokenizers_features_is_refused(mllm, features, train
     with pytest.raises(UserError, match=r"the model was trained on features \(quantised\) of"):
         Pipeline.from_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"the model was trained on features \(quantised\) of"):
-        mllm.train("tuned", *features("quantised")[:1], "model=null", f"init_from={tmp_path / 'model'}")
+        mllm.train(
+            "other_features", *features("quantised")[:1], "model=null", f"init_from={tmp_path / 'model'}"
+        )
     path = tmp_path / "model" / "processor_config.json"
     described = json.loads(path.read_text())
     path.write_text(json.dumps({**described, "num_continuous_tokens": 3}))
