@@ -61,6 +61,8 @@ class DepthOptions:
         Raises:
             UserError: an unknown key, or a value that the key does not take.
         """
+        if not isinstance(options, dict | None):
+            raise UserError(f"depth_options = {options!r}: expected options by name, {{name: value}}.")
         for key, value in (options or {}).items():
             if key not in cls.CHOICES:
                 raise UserError(f"Unknown config key 'depth_options.{key}'.{did_you_mean(key, cls.CHOICES)}")

@@ -145,6 +145,12 @@ class UniTokConfig(PretrainedConfig):
 
     def _check(self) -> None:
         """Raise UserError for values that would fail, or be misread, when the model is built."""
+        for part in ("encoder", "decoder", "quantizer"):
+            name, options = getattr(self, part), getattr(self, f"{part}_options")
+            if not isinstance(name, str):
+                raise UserError(f"{part} is {name!r}: expected a name.")
+            if options is not None and not isinstance(options, dict):
+                raise UserError(f"{part}_options is {options!r}: expected options by name, {{name: value}}.")
         for name in ("stage_widths", "stage_depths", "decoder_widths", "decoder_depths"):
             value = getattr(self, name)
             if len(value) != 2 or min(value) < 1:

@@ -73,7 +73,13 @@ class HFVisionEncoder(VisionTower):
             UserError: the path holds no vision tower, or an option does not fit it.
         """
         options = dict(config.encoder_options or {})
-        if "path" not in options:
+        if options.get("path") is None:
+            if options.get("model_type") is None:
+                raise UserError(
+                    "encoder 'hf_vision' needs encoder_options.path, the folder or hub id of a vision model, "
+                    "or model_type (vit, dinov2, siglip_vision_model) and the fields of a new one."
+                )
+            options.pop("path", None)
             return options, {}
         check_options("encoder", config.encoder, options, ("path", *TOWER_OPTIONS, "resize"))
         path, resizes = str(options.pop("path")), options.pop("resize", None)

@@ -1,6 +1,6 @@
 """Quantisers of published checkpoints: IBQ, TokenFlow, VQ-KD, its cluster variant, and CODA.
 
-The encoders and decoders of these systems are other networks than ours, so a file gives the quantiser alone.
+A file gives the quantiser alone; `vqgan/published.py` reads whole tokenizers of IBQ.
 V entries, C width of one row, A width of queries and keys.
 """
 
@@ -151,8 +151,11 @@ def convert_quantizer(system: str, path: str | os.PathLike[str], folder: str | o
     Raises:
         UserError: the file is not such a checkpoint.
     """
+    if system not in SYSTEMS:
+        raise UserError(f"{system!r} is not a known system." + did_you_mean(system, SYSTEMS))
+    published = read_state_dict(path)
     try:
-        found = quantizer_from_published(system, read_state_dict(path))
+        found = quantizer_from_published(system, published)
         _check_finite(found.state)
     except UserError as error:
         raise UserError(f"{path} does not fit: {error}") from None

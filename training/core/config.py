@@ -182,7 +182,9 @@ def build_config(cls: type[T], raw: Any, where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in raw:
         if key not in fields:
-            raise UserError(f"Unknown config key {_join(where, key)!r}.{did_you_mean(str(key), fields)}")
+            section = next((s for s, keys in getattr(cls, "section_keys", {}).items() if key in keys), None)
+            hint = f" Did you mean '{section}.{key}'?" if section else did_you_mean(str(key), fields)
+            raise UserError(f"Unknown config key {_join(where, key)!r}.{hint}")
     values = {}
     for name, field in fields.items():
         if name in raw:

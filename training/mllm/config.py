@@ -4,7 +4,7 @@ Pretraining and fine-tuning are the same loop with other configs. No torch is im
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from open_unitok.core.errors import UserError, did_you_mean
 
@@ -60,6 +60,10 @@ class ModelOptions:
     depth: fields of the depth head's config. fields: further fields of UniTokMLLMConfig.
     processor: further arguments of UniTokProcessor (template, legacy, ...).
     """
+
+    section_keys: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model.fields": ("visual_input", "features", "depth_options", "input_embedder")
+    }
 
     unitok: str
     text_tokenizer: str

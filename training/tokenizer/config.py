@@ -312,6 +312,17 @@ class TokenizerRunConfig(RunConfig):
     """
 
     init_from_has_quantizer: ClassVar[bool] = True
+    # keys that are easily written one level too high
+    section_keys: ClassVar[dict[str, tuple[str, ...]]] = {
+        "model": (
+            "encoder",
+            "encoder_options",
+            "decoder",
+            "decoder_options",
+            "quantizer",
+            "quantizer_options",
+        )
+    }
 
     data: ShardOptions
     model: dict[str, Any] = dataclasses.field(default_factory=dict)

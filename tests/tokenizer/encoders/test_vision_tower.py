@@ -226,6 +226,9 @@ def test_folders_that_are_refused(tiny_config, tmp_path, case, options, message)
     ("options", "message"),
     [
         ({"path": "nowhere"}, r"encoder_options\.path is 'nowhere', but there is no such folder"),
+        (None, r"'hf_vision' needs encoder_options\.path"),
+        ({"path": None}, r"'hf_vision' needs encoder_options\.path"),
+        ("nowhere", r"encoder_options is 'nowhere': expected options by name"),
         ({"path": "nobody/tower"}, r"nobody/tower cannot be loaded"),  # tests have no network
         ({"model_type": "bert"}, r"'bert' is not a vision tower"),
         (

@@ -233,3 +233,8 @@ def test_a_damaged_file_of_rows_is_refused_in_one_line(tmp_path):
     (tmp_path / "out" / "quantizer.safetensors").write_bytes(b"abc")
     with pytest.raises(UserError, match=r"quantizer\.safetensors cannot be loaded"):
         load_quantizer(QUANTIZERS["ibq"](1, 16, 4), UniTokConfig(**fields), tmp_path / "out")
+
+
+def test_an_unknown_system_is_refused_without_the_file(tmp_path):
+    with pytest.raises(UserError, match=r"^'ibqs' is not a known system"):
+        convert_quantizer("ibqs", tmp_path / "ibq.pt", tmp_path / "out")
