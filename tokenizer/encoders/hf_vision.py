@@ -3,9 +3,11 @@
 B images, N visual tokens, D width of the tower, (H, W) image size in pixels.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from transformers import CONFIG_MAPPING
 
 from open_unitok.core.errors import UserError
 
@@ -43,6 +45,7 @@ class HFVisionEncoder(VisionTower):
                 f"num_register_tokens = {config.num_register_tokens}: encoder 'hf_vision' has no register "
                 "tokens, set it to 0."
             )
+        _check_new_tower(config.encoder_options or {}, resizes)
         super().__init__(fields)
         if not self.tower_patch:
             raise UserError(
@@ -88,3 +91,20 @@ class HFVisionEncoder(VisionTower):
 
     def _tower_size(self, height: int, width: int, patch: int) -> tuple[int, int]:
         return height // patch * self.tower_patch, width // patch * self.tower_patch
+
+
+def _check_new_tower(options: Mapping[str, Any], resizes: Any) -> None:
+    """
+    Raises:
+        UserError: an option has another type, or is not a field of the tower's transformers config.
+    """
+    for name, value in (("norm", options.get("norm")), ("resize", resizes)):
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"encoder_options.{name} is {value!r}: it must be true or false.")
+    kind = options.get("model_type")
+    # a config that was read from a folder has both, and may hold fields that transformers does not know
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or {"mean", "std"} <= set(options):
+        return
+    own = ("norm", "mean", "std", "resize", "merge", "model_type", "image_size", "patch_size")
+    allowed = (*own, "use_mask_token", "vision_use_head", *CONFIG_MAPPING[kind]().to_dict())
+    check_options("encoder", "hf_vision", options, allowed)

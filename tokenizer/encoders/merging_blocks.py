@@ -73,7 +73,7 @@ def check_merge(merge: Any, depth: int, layout: TokenLayout) -> MergeOptions:
         raise _invalid("", merge, f"expected {{method: {' | '.join(METHODS)}, ...}}")
     options = dict(merge)
     method = options.pop("method")
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise UserError(f"encoder_options.merge.method = {method!r}." + did_you_mean(str(method), METHODS))
     for name in options:
         if name not in METHODS[method]:

@@ -7,6 +7,7 @@ features load their towers here.
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,13 @@ class VisionTower(nn.Module):
         self.fields = dict(fields)
         config = tower_config(fields)
         if network is None:
-            network = AutoModel.from_config(config)
+            try:
+                network = AutoModel.from_config(config)
+            except (RuntimeError, TypeError, ValueError, KeyError, ArithmeticError) as error:
+                reason = " ".join(str(error).split())[:150]
+                raise UserError(
+                    f"encoder_options of {fields['model_type']!r} build no tower: {reason}"
+                ) from error
         self.tower: Any = getattr(network, "vision_model", network)  # nested up to transformers 5.17
         sizes = getattr(config, "hidden_sizes", None)
         self.width: int = sizes[-1] if sizes else config.hidden_size
@@ -66,7 +73,8 @@ class VisionTower(nn.Module):
         side = _side(getattr(config, "image_size", None)) or 224
         # 384 pixels are 27 patches of 14: the tower ignores the rest
         self.image_size: int = side // self.patch_size * self.patch_size if self.patch_size else side
-        self.mean, self.std = (tuple(fields.get(name) or _HALF) for name in ("mean", "std"))
+        given = (_HALF if fields.get(name) is None else fields[name] for name in ("mean", "std"))
+        self.mean, self.std = map(tuple, _check_normalisation(*given, "encoder_options"))
         self.projection: nn.Module | None = None
         self._drop_unused()
         self._norm = self._set_norm(fields.get("norm"))
@@ -367,11 +375,20 @@ def _normalisation(path: str, mean: Any, std: Any, key: str) -> tuple[list[float
                 f"{key} ({path}) has no preprocessor_config.json with image_mean and image_std for pixels in "
                 f"[0, 1]: {advice}."
             )
-        mean, std = mean or stored["image_mean"], std or stored["image_std"]
-    mean, std = ([float(v) for v in value] for value in (mean, std))
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        mean = stored["image_mean"] if mean is None else mean
+        std = stored["image_std"] if std is None else std
+    return _check_normalisation(mean, std, section)
+
+
+def _check_normalisation(mean: Any, std: Any, section: str) -> tuple[list[float], list[float]]:
+    try:
+        means, stds = ([float(v) for v in value] for value in (mean, std))
+        valid = len(means) == len(stds) == 3 and min(stds) > 0 and all(map(math.isfinite, means + stds))
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
         raise UserError(f"{section}.mean = {mean}, std = {std}: expected three numbers each, std above 0.")
-    return mean, std
+    return means, stds
 
 
 def _side(value: Any) -> Any:

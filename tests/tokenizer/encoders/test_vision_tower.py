@@ -259,3 +259,25 @@ def test_a_saved_tokenizer_with_a_path_is_refused(tiny_config, tmp_path):
         UserError, match="encoder_options has a path, but a saved tokenizer holds its own tower"
     ):
         UniTok.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"mean": 0.5}, "mean"),
+        ({"mean": [float("nan")] * 3}, "mean"),
+        ({"std": [0, 0, 0]}, "std"),
+        ({"std": [float("inf")] * 3}, "std"),
+        ({"norm": "no"}, "norm"),
+        ({"resize": "no"}, "resize"),
+        ({"layer": -2}, "layer"),  # of a path alone
+        ({"hidden_siz": 32}, "Did you mean 'hidden_size'"),
+        ({"hidden_size": 0}, "build no tower"),
+    ],
+)
+def test_wrong_options_of_a_new_tower_are_refused(tiny_config, changes, named):
+    options = {"model_type": "vit", "hidden_size": 16, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "intermediate_size": 32}
+    with pytest.raises(UserError, match=named) as refusal:
+        UniTok(tiny_config(encoder="hf_vision", encoder_options=options | changes))
+    assert "\n" not in str(refusal.value)
