@@ -178,7 +178,7 @@ def check_quantization(quantization: str | None, device: torch.device, dtype: to
         )
 
 
-def load_parts(
+def load_mllm(
     folder: Path, dtype: torch.dtype, adapter: Any, quantization: str | None
 ) -> tuple[UniTokForConditionalGeneration, UniTokProcessor, UniTok]:
     """Model, processor and float32 tokenizer of an MLLM folder; arguments as `Pipeline.from_pretrained`.

@@ -21,7 +21,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 from .backends import check_backend, choose_backend
 from .class_prompts import ClassProcessor, load_class_parts
 from .image_sampling import generate_image_codes, iter_image_codes
-from .loading import check_quantization, find_model, load_parts
+from .loading import check_quantization, find_model, load_mllm
 from .prompt_ids import History, chat_tokens, image_prompts, prompt_ids, question_prompts
 from .reconstruction import iter_reconstructions, split_batches
 from .sampling import Sampling
@@ -96,7 +96,7 @@ class Pipeline:
             with loading(folder):
                 unitok, class_model = unitok.to(device=device, dtype=dtype), class_model.to(device)
             return cls(class_model, classes, unitok, None, Sampling.from_folder(folder), backend)
-        model, processor, unitok = load_parts(folder, dtype, adapter, quantization)
+        model, processor, unitok = load_mllm(folder, dtype, adapter, quantization)
         with loading(folder):  # out of GPU memory
             unitok, model = unitok.to(device=device, dtype=dtype), model.to(device)  # pyright: ignore
         return cls(model, processor, unitok, quantization, Sampling.from_folder(folder), backend)

@@ -45,7 +45,8 @@ def workdir(tmp_path, monkeypatch):
     text = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_vocab_size": 20}
     unitok = UniTok(UniTokConfig(image_size=32, embed_dim=8, **sizes, **decoder, **codes, **text))
     unitok.save_pretrained(tmp_path / "runs" / "demo" / "tokenizer" / "model")
-    for name in ("my_images/a.jpg", "my_images/b.png", "llava/images/coco/1.jpg", "docs/images/a.jpg"):
+    for name in ("my_images/a.jpg", "my_images/b.png", "llava/images/coco/1.jpg", "docs/images/a.jpg",
+                 "imagenet/train/n01/a.jpg", "imagenet/train/n02/a.jpg"):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 32), (len(name) * 9, 50, 9)).save(tmp_path / name)
     (tmp_path / "my_images" / "a.txt").write_text("a cat\na red cat\n")

@@ -57,8 +57,8 @@ def image_set(folder):
     releases.write(folder / "prompts.txt", "a cup\na dog\n")
 
 
-def positions(folder):
-    config = SceneConfig(train=4, shard=4, test=6, pope=2, prompts=2, text_lines=20, questions=1)
+def positions(folder, **options):
+    config = SceneConfig(train=4, shard=4, test=6, pope=2, prompts=2, text_lines=20, questions=1, **options)
     write_scenes(config, folder, progress=False)
 
 
@@ -68,7 +68,9 @@ def imagenet_generation(folder):
 
 MAKERS = {
     "reconstruction": classes, "zeroshot": classes, "linear_probe": classes, "retrieval": captions,
-    "geneval": write_geneval, "positions": positions, "genai_bench": write_genai, "dpg_bench": write_dpg,
+    "geneval": write_geneval, "positions": positions,
+    "scene_classes": lambda folder: positions(folder, classes=True, max_objects=1),
+    "genai_bench": write_genai, "dpg_bench": write_dpg,
     "mjhq": mjhq, "imagenet_generation": imagenet_generation, "wise": write_wise, "image_set": image_set,
     "t2i_compbench": write_release,
     **{name: lambda folder, build=build: build(folder, False) for name, build in BUILDERS.items()},

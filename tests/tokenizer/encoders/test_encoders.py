@@ -86,7 +86,7 @@ def test_encoder_and_decoder_may_have_different_sizes(tiny_config, tmp_path):
             r"decoder: hidden_size = 33 is not a multiple of",
         ),
         ({"patch_size": 8}, r"'vitamin' has patches of 16 pixels, but patch_size = 8"),
-        ({"encoder": "hf_vision"}, r"encoder_options\.model_type = None is not a transformers model type"),
+        ({"encoder": "hf_vision"}, r"'hf_vision' needs encoder_options\.path, .* or model_type"),
         ({"encoder": "hf_vision", "encoder_options": VIT, "num_register_tokens": 2}, r"no register tokens"),
         ({"encoder": "hf_vision", "encoder_options": VIT | {"patch_size": 8}}, r"patches of 8 pixels"),
     ],
