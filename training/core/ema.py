@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -48,12 +47,6 @@ class EMA:
         finally:
             for name, parameter in self.parameters.items():
                 parameter.data = own[name]
-
-    def load(self, folder: Path) -> None:
-        """Load the averages from a checkpoint: they are the weights of its model file."""
-        from safetensors.torch import load_file
-
-        self.set(load_file(folder / "model.safetensors"))
 
     def set(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Set the averages by the names of the parameters; other names are ignored."""

@@ -336,7 +336,9 @@ def _load_saved(state: TrainState, saved: dict[str, Any], checkpoint: Path, log:
         if state.adaptation:  # the model file has merged weights
             state.ema.set(state.adaptation.read_averages(checkpoint))
         else:
-            state.ema.load(checkpoint)
+            # not by the names in the file: transformers stores some towers under older names
+            averaged = UniTok.from_pretrained(checkpoint, dtype=torch.float32)
+            state.ema.set(dict(averaged.named_parameters()))
     log.info(f"resuming after step {state.step} ({checkpoint})")
 
 
