@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.tokenizer import QUANTIZERS
 
-from ....tokenizer.quantizers.kinds import ENTRIES, INSTALLED, KINDS, overrides
+from ....tokenizer.quantizers.kinds import ENTRIES, INSTALLED, KINDS, entry_of, overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -26,7 +26,7 @@ STEPS = ("steps=5", "checkpoint.every=5", "log.every=1", "log.images_every=0", "
 
 def run_options(name: str) -> list[str]:
     """Overrides of the config of `data`; dead codes are reset where the kind allows it."""
-    moves = QUANTIZERS[name].moves_rows
+    moves = QUANTIZERS[entry_of(name)].moves_rows
     codebooks = {"init_images": 16, **({} if moves else {"reset_after": 2, "reset_share": 1.0})}
     return [*STEPS, *overrides(name), f"codebooks={json.dumps(KINDS[name].codebooks or codebooks)}"]
 
