@@ -52,7 +52,7 @@ class Pipeline:
         self.model: Any = model.eval()
         self.processor: Any = processor
         self.unitok = unitok.eval()
-        processor.unitok = self.unitok  # calls of the processor share it
+        processor.unitok = self.unitok  # calls of the processor share it  # pyright: ignore
         self.quantization, self.sampling, self.backend = quantization, sampling or Sampling(), backend
         _ = self.chosen_backend  # refuses here what the first image would refuse, and logs the choice
         if isinstance(processor, UniTokProcessor):
@@ -94,7 +94,7 @@ class Pipeline:
         if folder_type(folder) == CLASS_TYPE:
             class_model, classes, unitok = load_class_parts(folder, dtype, adapter, quantization)
             with loading(folder):
-                unitok, class_model = unitok.to(device=device, dtype=dtype), class_model.to(device)
+                unitok, class_model = unitok.to(device=device, dtype=dtype), class_model.to(device)  # pyright: ignore
             return cls(class_model, classes, unitok, None, Sampling.from_folder(folder), backend)
         model, processor, unitok = load_mllm(folder, dtype, adapter, quantization)
         with loading(folder):  # out of GPU memory

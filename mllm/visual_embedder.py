@@ -174,11 +174,11 @@ class VisualEmbedder(nn.Module):
         whole = isinstance(other, AttentionProjection) and unitok.quantizer.decoded_channels is None
         if own is not None and whole:
             shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (own, other)]
-            if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:
+            if shapes[0] != shapes[1] or own.attention.heads != other.attention.heads:  # pyright: ignore
                 raise UserError(
                     f"visual_hidden_size = {config.visual_hidden_size} with {own.attention.heads} heads "
                     "does not fit the visual tokenizer's projection to "
-                    f"{unitok.config.decoder_width} with {other.attention.heads} heads: build the config "
+                    f"{unitok.config.decoder_width} with {other.attention.heads} heads: build the config "  # pyright: ignore
                     "with UniTokMLLMConfig.for_tokenizer."
                 )
             own.load_state_dict(other.state_dict())

@@ -144,7 +144,7 @@ class Model:
             decoded = to_uint8(self.unitok.reconstruct(pixels.to(self.device)).float())
             both = (p.permute(0, 2, 3, 1).cpu().numpy() for p in (to_uint8(pixels), decoded))
             bits = self.unitok.quantizer.bits_per_token
-            return Reconstructions(*both, None, 0, bits_per_token=bits)
+            return Reconstructions(*both, None, 0, bits_per_token=bits)  # pyright: ignore
         codes = self.unitok.encode(pixels.to(self.device))
         decoded = to_uint8(self.unitok.decode(codes).float())
         second = None

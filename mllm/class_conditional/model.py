@@ -180,4 +180,4 @@ class ClassConditionalModel(InstalledCode, PreTrainedModel):
         super()._init_weights(module)
         # equal logits at the start: the first loss is ln V
         if module is self.depth_head.output:
-            init.zeros_(module.weight)
+            init.zeros_(module.weight)  # pyright: ignore

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_run_config(args.config, args.overrides)
     if getattr(config, "conditioner", "prompt") != "prompt":
         raise UserError(
-            f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` "
+            f"{args.config} is of stage {config.stage} with conditioner: {config.conditioner}; `unitok plan` "  # pyright: ignore
             "only supports conditioner: prompt."
         )
     if args.gpus < 1 or not 0 < args.mfu <= 1 or args.text_tokens < 1:

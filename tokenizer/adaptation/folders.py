@@ -38,7 +38,7 @@ class Autoencoder(NamedTuple):
         for name in sorted(self.weights):
             digest.update(name.encode())
             tensor = self.weights[name].detach().float().cpu().contiguous()
-            digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")
+            digest.update(memoryview(tensor.numpy()).cast("B") if tensor.numel() else b"")  # pyright: ignore
         return digest.hexdigest()
 
 

@@ -110,10 +110,10 @@ def save_adapter(folder: Path, model: nn.Module, base: str, base_sha256: str) ->
         "peft_type": "LORA",
         "base_model_name_or_path": base,
         "base_sha256": base_sha256,
-        "r": options.r,
-        "lora_alpha": options.lora_alpha,
+        "r": options.r,  # pyright: ignore
+        "lora_alpha": options.lora_alpha,  # pyright: ignore
         "init_lora_weights": "gaussian",
-        "target_modules": sorted(options.target_modules),
+        "target_modules": sorted(options.target_modules),  # pyright: ignore
     }
     (target / ADAPTER_CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     weights = {_PREFIX + name: tensor.cpu().contiguous() for name, tensor in trained_weights(model).items()}

@@ -62,11 +62,11 @@ class HFVisionEncoder(VisionTower):
         self.patch_size = config.patch_size
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return super().forward(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))
+        return super().forward(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))  # pyright: ignore
 
     def layer_outputs(self, pixels: torch.Tensor) -> list[torch.Tensor]:
         """The output of every layer of the tower; the last one is that of `forward`."""
-        return super().layer_outputs(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))
+        return super().layer_outputs(pixels, self._tower_size(*pixels.shape[2:], self.patch_size))  # pyright: ignore
 
     @staticmethod
     def resolve(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, str]]:

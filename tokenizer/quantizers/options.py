@@ -38,7 +38,7 @@ def check_quantizer_options(
         raise UserError(f"{field}_options is {options!r}: expected a section of keys and values.")
     options = options or {}
     check_options(field, name, options, option_names(kind))
-    hints = typing.get_type_hints(kind.__init__) | kind.own_options
+    hints = typing.get_type_hints(kind.__init__) | kind.own_options  # pyright: ignore
     for key, value in options.items():
         where, hint = f"{field}_options.{key}", hints.get(key, Any)
         if not _fits(value, hint):

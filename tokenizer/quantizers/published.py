@@ -193,15 +193,15 @@ def load_quantizer(quantizer: Quantizer, config: Any, folder: str | os.PathLike[
     content = read_json(path / DESCRIPTION)
     stored = content.get("model") if isinstance(content, dict) else None
     known = isinstance(stored, dict) and isinstance(stored.get("quantizer_options"), dict)
-    if not known or not all(hasattr(config, name) for name in stored):
+    if not known or not all(hasattr(config, name) for name in stored):  # pyright: ignore
         raise UserError(f"init_quantizer: {path / DESCRIPTION} is not a file of unitok convert quantizer.")
     options = dict(config.quantizer_options or {})
-    wanted = {name: getattr(config, name) for name in stored} | {"quantizer_options": options}
+    wanted = {name: getattr(config, name) for name in stored} | {"quantizer_options": options}  # pyright: ignore
     if config.quantizer == "residual":
         quantizer = quantizer.inner  # pyright: ignore
         wanted["quantizer"] = options.get("inner", "multi_codebook")
         wanted["quantizer_options"] = options = dict(options.get("inner_options") or {})
-    for name, value in stored.items():
+    for name, value in stored.items():  # pyright: ignore
         if name == "quantizer_options":
             other = {key: options.get(key) for key in value if options.get(key) != value[key]}
             if other:

@@ -4,6 +4,8 @@ B batch, N visual tokens, D hidden_size: width of the map behind the quantiser's
 (rows, columns) grid of tokens.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,7 +28,7 @@ class VQGANDecoder(nn.Module):
         self.conv_in = nn.Conv2d(self.width, lowest, 3, padding=1)
         self.mid = middle_blocks(lowest, sizes.norm_groups)
         # up[i] runs at the resolution of the encoder's down[i]
-        self.up = nn.ModuleList()
+        self.up: Any = nn.ModuleList()
         for level, outputs in enumerate(sizes.widths):
             inputs = sizes.widths[level + 1] if level + 1 < len(sizes.widths) else lowest
             block = level_of_blocks(inputs, outputs, sizes.residual_blocks + 1, level, sizes)

@@ -5,6 +5,7 @@ size in pixels. Modules have the names of the published code.
 """
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,7 @@ class VQGANEncoder(nn.Module):
         self.width, self.patch_size = sizes.hidden_size, sizes.patch_size
         widths = [sizes.channels, *sizes.widths]
         self.conv_in = nn.Conv2d(3, sizes.channels, 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         for level, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             block = level_of_blocks(inputs, outputs, sizes.residual_blocks, level, sizes)
             if level < len(sizes.widths) - 1:

@@ -85,8 +85,8 @@ class MLLMFlops:
                 part = name.partition(".")[0]
                 # an output layer of one code runs once per visual token, the rest of the head K times
                 share = books if name.startswith("depth_head.outputs.") else 1
-                self.weights[part] += module.weight.numel() / share
-                self.trained[part] += module.weight.numel() / share * module.weight.requires_grad
+                self.weights[part] += module.weight.numel() / share  # pyright: ignore
+                self.trained[part] += module.weight.numel() / share * module.weight.requires_grad  # pyright: ignore
         self.trained_embeddings = model.get_input_embeddings().weight.requires_grad
         config = model.config
         self.books = books
