@@ -23,12 +23,12 @@ from .conftest import extract, write_images
 KIND = SAMPLE_KINDS["class_conditional"]
 
 
-def picture(height, width):
+def photo(height, width):
     return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def test_ten_crops_are_corners_and_centre_of_adms_crop_and_their_mirror_images():
-    image = picture(300, 420)
+    image = photo(300, 420)
     crops = ten_crops(image, 256, 1.1)
     scaled = from_pil(adm_crop(image, 281))  # int(256 * 1.1)
     assert len(crops) == 10 and scaled.shape == (3, 281, 281)
@@ -135,7 +135,7 @@ def test_class_folders_are_converted_in_a_mixed_order(classes, tmp_path):
     for number in range(12):  # as in ImageNet: a folder per class
         folder = source / f"n{number % 3:02d}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture(40, 44).save(folder / f"{number}.png")
+        photo(40, 44).save(folder / f"{number}.png")
     counts = convert_dataset("classes", source, tmp_path / "tars", shard=6, quiet=True)
     assert counts["samples"] == counts["images"] == 12
     extract("--tokenizer", classes.folder / "unitok", "--data", *sorted((tmp_path / "tars").glob("*.tar")),
