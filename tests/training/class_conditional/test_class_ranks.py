@@ -1,13 +1,9 @@
 """Two ranks on one machine: every ZeRO stage gives the losses and weights of one process, and resumes."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+
+from ..two_ranks import launch_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -27,11 +23,7 @@ def launched(classes):
                 {"config": str(classes.folder / "config.yaml"), "overrides": [*own, *stop]} for stop in stops
             ]
     root.mkdir()
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    worker = Path(__file__).parents[1] / "mllm" / "ranks_worker.py"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(worker), str(root / "jobs.json")], check=True, timeout=800, env=environment)
+    launch_jobs(jobs, "mllm", root)
     return root
 
 

@@ -2,8 +2,6 @@
 `unitok extract-codes`, the mixture. Each text has the codes of its images, and labels are correct."""
 
 import json
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -22,6 +20,8 @@ from open_unitok.training.data.mixture import Mixture
 from open_unitok.training.data.mixture_options import MixtureOptions
 from open_unitok.training.data.sample_kinds import IGNORE_INDEX
 from open_unitok.training.data.sequences import SequenceBuilder
+
+from ..two_ranks import launch
 
 IMAGE, TOKENS = -200, 4
 THINGS = ("cat", "dog", "fox", "sky")
@@ -350,10 +350,9 @@ def test_a_sample_without_one_of_its_images_is_skipped(images, tokenizer, tmp_pa
 def test_torchrun_splits_the_tars(images, tokenizer, image_codes, tmp_path):
     """Two processes without communication write the same files as one."""
     unitok("data", "convert", "folder", images, tmp_path / "tars", "--shard", 7)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "open_unitok", "extract-codes", "--tokenizer", tokenizer, "--batch-size", 4]
     given = ["--data", f"{tmp_path}/tars/*.tar", "--out", tmp_path / "codes"]
-    subprocess.run([str(word) for word in [*launch, *command, *given]], check=True, timeout=120)
+    launch(*command, *given, timeout=120)
     assert len(CodeFolder(tmp_path / "codes")) == 20
     for path in image_codes.iterdir():
         assert (tmp_path / "codes" / path.name).read_bytes() == path.read_bytes()

@@ -1,10 +1,6 @@
 """Two ranks on one machine: every ZeRO stage gives the losses and weights of one process, resumes, and uses
 the planned memory. All runs share one launch."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +9,8 @@ from safetensors.torch import load_file
 from open_unitok.mllm import UniTokForConditionalGeneration
 from open_unitok.training import run
 from open_unitok.training.mllm import plan
+
+from ..two_ranks import launch_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -62,12 +60,7 @@ def launched(mllm, mllm_reference):
             resumed = [*overrides, f"out={root / 'ranks' / f'resumed-{name}'}"]
             launched_jobs += [{**job, "overrides": [*resumed, "stop_at=5"]}, {**job, "overrides": resumed}]
     (root / "ranks").mkdir()
-    list_of_jobs = root / "jobs.json"
-    list_of_jobs.write_text(json.dumps(launched_jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = Path(__file__).parent / "ranks_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(worker), str(list_of_jobs)], check=True, timeout=1200, env=environment)
+    launch_jobs(launched_jobs, "mllm", root)
     return root / "ranks"
 
 

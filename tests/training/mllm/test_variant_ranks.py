@@ -1,14 +1,10 @@
 """Depth heads and input embedders of other systems on two ranks: every ZeRO stage gives the losses and
 weights of one process. All runs share one launch."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 from safetensors.torch import load_file
+
+from ..two_ranks import launch_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -35,12 +31,7 @@ def launched(mllm):
         for name, fields in VARIANTS.items()
         for stage in STAGES
     ]
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = Path(__file__).parent / "ranks_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = [str(worker), str(root / "jobs.json")]
-    subprocess.run([*command, *arguments], check=True, timeout=1200, env=environment)
+    launch_jobs(jobs, "mllm", root)
     return root
 
 

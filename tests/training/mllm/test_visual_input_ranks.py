@@ -1,13 +1,11 @@
 """Dual and continuous input on two ranks: every ZeRO stage gives the losses and weights of one process."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+
+from ..two_ranks import launch_jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -38,11 +36,7 @@ def launched(mllm, jobs):
     root.mkdir()
     config = str(mllm.folder / "config.yaml")
     listed = [{"config": config, "overrides": [*o, f"out={root / name}"]} for name, o in jobs.items()]
-    (root / "jobs.json").write_text(json.dumps(listed))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    worker = Path(__file__).parent / "ranks_worker.py"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, worker, root / "jobs.json"], check=True, timeout=800, env=environment)
+    launch_jobs(listed, "mllm", root)
     return root
 
 

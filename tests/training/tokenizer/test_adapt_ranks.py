@@ -1,18 +1,20 @@
 """Stage adapt: two ranks give the run of one process, and a stopped run resumes exactly."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
-from open_unitok.cli.main import main
 from open_unitok.tokenizer import UniTok, UniTokConfig
+
+from ..two_ranks import (
+    assert_equal_files,
+    assert_resumed_exactly,
+    assert_two_ranks_equal_one_process,
+    rows,
+    train_all,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -69,10 +71,10 @@ UNITOK = {
 
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """A folder with the runs N and N-resumed of one process, N-ranks and N-ranks-resumed; N counts cases."""
+def runs(data, tmp_path_factory) -> Path:
+    """Runs are named by the number of their case."""
     diffusers = pytest.importorskip("diffusers")
-    folder, launched = tmp_path_factory.mktemp("adapt"), []
+    folder, runs = tmp_path_factory.mktemp("adapt"), {}
     torch.manual_seed(0)
     diffusers.AutoencoderKL(**VAE).save_pretrained(folder / "vae")
     UniTok(UniTokConfig(**UNITOK)).save_pretrained(folder / "unitok")
@@ -88,45 +90,17 @@ def runs(data, tmp_path_factory):
         config = {key: value for key, value in config.items() if value is not None} | {"out": "none"}
         file = folder / f"{number}.yaml"
         file.write_text(yaml.safe_dump(config))
-        for out, stops in ((str(number), [[]]), (f"{number}-resumed", [["stop_at=3"], []])):
-            for stop in stops:
-                main(["train", str(file), f"out={folder / out}", *stop])
-                ranks = out.replace(str(number), f"{number}-ranks")
-                launched.append({"config": str(file), "overrides": [f"out={folder / ranks}", *stop]})
-    (folder / "jobs.json").write_text(json.dumps(launched))
-    worker = str(Path(__file__).parent / "ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+        runs[str(number)] = (file, [])
+    return train_all(folder, runs, stop_at=3)
 
 
-def rows(out: Path) -> list[dict]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in records]
-
-
-def state(out: Path) -> dict:
-    """Of the last checkpoint, which has the merged weights in any case."""
-    return load_file(out / "checkpoints" / "step-00000005" / "model.safetensors")
+# the last checkpoint has the merged weights in any case
+CHECKPOINT = Path("checkpoints", "step-00000005", "model.safetensors")
 
 
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_two_ranks_equal_one_process(runs, number):
-    single, both = runs / str(number), runs / f"{number}-ranks"
-    for one, two in zip(rows(single), rows(both), strict=True):
-        for key in one.keys() - {"lr", "logit_scale", "step"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
-    ours, theirs = state(single), state(both)
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        torch.testing.assert_close(tensor.float(), theirs[key].float(), rtol=0, atol=1e-4, msg=key)
+    assert_two_ranks_equal_one_process(runs, str(number), CHECKPOINT)
 
 
 @pytest.mark.parametrize("ranks", ["", "-ranks"])
@@ -134,12 +108,15 @@ def test_two_ranks_equal_one_process(runs, number):
 def test_a_stopped_run_resumes_exactly(runs, number, ranks):
     """Losses, merged weights, averages, and LoRA itself."""
     whole, resumed = runs / f"{number}{ranks}", runs / f"{number}{ranks}-resumed"
-    assert rows(resumed) == rows(whole) and len(rows(whole)) == 5
-    files = [sorted(out.rglob("*.safetensors")) for out in (whole, resumed)]
+    assert_resumed_exactly(whole, resumed, CHECKPOINT)
+    assert len(rows(whole)) == 5
     # without the checkpoint at which the run stopped
-    found = [[file for file in own if "step-00000003" not in file.parts] for own in files]
-    names = [[file.relative_to(out) for file in files] for out, files in zip((whole, resumed), found)]
+    names = [
+        sorted(
+            file.relative_to(out) for file in out.rglob("*.safetensors") if "step-00000003" not in file.parts
+        )
+        for out in (whole, resumed)
+    ]
     assert names[0] == names[1] and names[0]
-    for one, two in zip(*found):
-        ours, theirs = load_file(one), load_file(two)
-        assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    for name in names[0]:
+        assert_equal_files(whole / name, resumed / name)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,8 @@ from open_unitok.core.errors import UserError
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.gan import GAN
+
+from ..two_ranks import launch
 
 PATCH = [
     "losses.adversarial=0.4",
@@ -160,10 +160,8 @@ def test_two_ranks_equal_one_process(data, dino_file, tmp_path, stage):
     settings = [*discriminator, *drop, "steps=10", "log.images_every=0", "checkpoint.every=10"]
     single, both = tmp_path / "single", tmp_path / "both"
     train(data, single, *settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={both}", *settings]
-    done = subprocess.run([*launch, *command, f"engine.zero_stage={stage}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "open_unitok", "train", data / "config.yaml", f"out={both}", *settings]
+    launch(*command, f"engine.zero_stage={stage}")
     assert len(rows(both)) == 10 and rows(both)[-1]["discriminator_grad_norm"] > 0
     for one, two in zip(rows(single), rows(both), strict=True):
         if one["step"] > 6:

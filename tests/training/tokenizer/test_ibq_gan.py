@@ -1,9 +1,6 @@
 """IBQ's GAN: half the hinge loss, LeCam with running means, the non-saturating generator loss."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,6 +8,8 @@ from safetensors.torch import load_file
 
 from open_unitok.cli.main import main
 from open_unitok.training.tokenizer.losses import GAN_LOSSES, GENERATOR_LOSSES, LeCam
+
+from ..two_ranks import launch
 
 OPTIONS = "loss: hinge_half, generator: nonsaturating, lecam: 0.05, adaptive: null, consistency: 0.0"
 SETTINGS = [
@@ -69,10 +68,7 @@ def test_running_means_are_resumed(data, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(data, tmp_path):
     main(["train", str(data / "config.yaml"), f"out={tmp_path / 'single'}", *SETTINGS])
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={tmp_path / 'both'}"]
-    done = subprocess.run([*launch, *command, *SETTINGS], capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    launch("-m", "open_unitok", "train", data / "config.yaml", f"out={tmp_path / 'both'}", *SETTINGS)
     for one, two in zip(rows(tmp_path / "single"), rows(tmp_path / "both"), strict=True):
         for name in ("loss", "adversarial", "discriminator", "lecam", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)

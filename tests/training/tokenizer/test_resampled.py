@@ -2,10 +2,7 @@
 resume."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,8 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.data.mixture import codes_layout
 from open_unitok.training.mllm.train import check_generated_layout
+
+from ..two_ranks import MODEL, STEPS, assert_resumed_exactly, assert_two_ranks_equal_one_process, train_all
 
 LAYOUT = {"rows": 2, "columns": 2, "tokens": 5}
 QUERIES = [
@@ -177,62 +176,25 @@ def test_what_does_not_fit_is_refused_before_the_first_batch(data, tmp_path, cap
 
 # ---- slow: ranks and resume ------------------------------------------------------------------------------
 
-# with the usual eps, gradients that are only rounding errors would change weights by the whole learning rate
-STEPS = ["steps=5", "checkpoint.every=5", "log.every=1", "log.images_every=0", "optimizer.eps=1e-4"]
-
 
 @pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):
-    """A folder with the runs KIND and KIND-resumed of one process, and the same of two ranks."""
-    folder, config, launched = tmp_path_factory.mktemp("ranks"), str(data / "config.yaml"), []
-    for kind in ("multi_codebook", "language"):
-        options = [*kind_options(kind, folder), *STEPS]
-        for out, stops in ((kind, [[]]), (f"{kind}-resumed", [["stop_at=2"], []])):
-            for stop in stops:
-                main(["train", config, f"out={folder / out}", *options, *stop])
-                ranks = folder / out.replace(kind, f"{kind}-ranks")
-                launched.append({"config": config, "overrides": [f"out={ranks}", *options, *stop]})
-    (folder / "jobs.json").write_text(json.dumps(launched))
-    worker = str(Path(__file__).parent / "ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
-def rows(out: Path) -> list[dict]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in records]
-
-
-def state(out: Path) -> dict:
-    return load_file(out / "model" / "model.safetensors")
+def runs(data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    kinds = ("multi_codebook", "language")
+    options = {kind: (data / "config.yaml", [*kind_options(kind, folder), *STEPS]) for kind in kinds}
+    return train_all(folder, options, stop_at=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["multi_codebook", "language"])
 def test_two_ranks_equal_one_process(runs, kind):
-    for one, two in zip(rows(runs / kind), rows(runs / f"{kind}-ranks"), strict=True):
-        for key in one.keys() - {"lr", "logit_scale", "step"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
-    ours, theirs = state(runs / kind), state(runs / f"{kind}-ranks")
-    assert ours.keys() == theirs.keys() and "encoder.resampler.queries" in ours
-    for key, tensor in ours.items():
-        torch.testing.assert_close(tensor.float(), theirs[key].float(), rtol=0, atol=1e-4, msg=key)
+    assert_two_ranks_equal_one_process(runs, kind)
+    assert "encoder.resampler.queries" in load_file(runs / kind / MODEL)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("kind", ["multi_codebook", "language", "multi_codebook-ranks", "language-ranks"])
 def test_a_stopped_run_resumes_exactly(runs, kind):
-    whole, resumed = runs / kind, runs / f"{kind}-resumed"
-    assert rows(resumed) == rows(whole)
-    ours, theirs = state(whole), state(resumed)
-    assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    assert_resumed_exactly(runs / kind, runs / f"{kind}-resumed")

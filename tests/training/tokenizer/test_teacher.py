@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -21,6 +19,8 @@ from open_unitok.tokenizer.token_transformer import ClassTokenHead, SemanticDeco
 from open_unitok.training.tokenizer.config import TeacherOptions
 from open_unitok.training.tokenizer.teacher import TeacherHead, contrast_loss, cosine_loss, teacher_channels
 from open_unitok.training.tokenizer.teacher_networks import Teacher, build_teacher
+
+from ..two_ranks import launch
 
 
 @pytest.fixture(scope="module")
@@ -466,12 +466,8 @@ def test_two_ranks_equal_one_process(data, settings, tmp_path, stage):
         "log.images_every=0",
     ]
     train(data, tmp_path / "single", *more)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={tmp_path / 'both'}", *more]
-    done = subprocess.run(
-        [*launch, *command, f"engine.zero_stage={stage}"], capture_output=True, text=True, env=os.environ
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "open_unitok", "train", data / "config.yaml", f"out={tmp_path / 'both'}", *more]
+    launch(*command, f"engine.zero_stage={stage}")
     for one, two in zip(rows(tmp_path / "single"), rows(tmp_path / "both"), strict=True):
         for name in ("loss", "teacher", "disentangle", "vq", "entropy", "l2", "grad_norm"):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (one["step"], name)

@@ -18,6 +18,8 @@ from open_unitok.tokenizer.caption_tokenizer import CaptionTokenizer
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer import losses as tokenizer_losses
 
+from ..two_ranks import launch
+
 
 def train(data, out, *overrides):
     main(["train", str(data / "config.yaml"), f"out={out}", *overrides])
@@ -300,13 +302,9 @@ def test_two_ranks_equal_one_process(data, tmp_path, stage):
     settings = ["model.num_hidden_layers=2", "log.images_every=0"]
     single, both = tmp_path / "single", tmp_path / "both"
     train(data, single, *settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = ["-m", "open_unitok", "train", str(data / "config.yaml"), f"out={both}", *settings]
     for stop in (["stop_at=4"], []):
-        done = subprocess.run(
-            [*launch, *command, f"engine.zero_stage={stage}", *stop], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        launch(*command, f"engine.zero_stage={stage}", *stop)
     assert [row["step"] for row in rows(both)] == list(range(1, 9))
     for one, two in zip(rows(single), rows(both)):
         for name in ("loss", "l1", "l2", "vq", "entropy", "clip"):

@@ -3,80 +3,33 @@
 All runs on two ranks share one launch.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
-from open_unitok.cli.main import main
-
+from ...two_ranks import STEPS, assert_resumed_exactly, assert_two_ranks_equal_one_process, train_all
 from .coders import CASES, overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-# with the usual eps, gradients that are only rounding errors would change weights by the whole learning rate
-STEPS = ("steps=5", "checkpoint.every=5", "log.every=1", "log.images_every=0", "optimizer.eps=1e-4")
-
-
-def rows(out: Path) -> list[dict]:
-    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k} for row in records]
-
-
-def state(out: Path) -> dict:
-    return load_file(out / "model" / "model.safetensors")
-
 
 @pytest.fixture(scope="module")
-def runs(data, clip_folder, tmp_path_factory):
-    """A folder with the runs I and I-resumed of one process, and I-ranks and I-ranks-resumed, I of a case."""
-    folder, config = tmp_path_factory.mktemp("encoders"), str(data / "config.yaml")
-    launched = []
-    for number, name in enumerate(CASES):
-        options = [*STEPS, "losses.entropy=0", *overrides(name, clip_folder)]
-        for out, stops in ((f"{number}", [[]]), (f"{number}-resumed", [["stop_at=2"], []])):
-            for stop in stops:
-                main(["train", config, f"out={folder / out}", *options, *stop])
-                ranks = out.replace(f"{number}", f"{number}-ranks")
-                launched.append({"config": config, "overrides": [f"out={folder / ranks}", *options, *stop]})
-    (folder / "jobs.json").write_text(json.dumps(launched))
-    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json")],
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
+def runs(data, clip_folder, tmp_path_factory) -> Path:
+    """Runs are named by the number of their case: names of cases are no names of folders."""
+    options = {
+        str(number): (data / "config.yaml", [*STEPS, "losses.entropy=0", *overrides(name, clip_folder)])
+        for number, name in enumerate(CASES)
+    }
+    return train_all(tmp_path_factory.mktemp("encoders"), options, stop_at=2)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_process(runs, name):
-    number = list(CASES).index(name)
-    single, both = runs / f"{number}", runs / f"{number}-ranks"
-    for one, two in zip(rows(single), rows(both), strict=True):
-        for key in one.keys() - {"lr", "logit_scale", "step"}:
-            # a bit of a gradient may be summed in another order
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
-    ours, theirs = state(single), state(both)
-    assert ours.keys() == theirs.keys()
-    for key, tensor in ours.items():
-        torch.testing.assert_close(tensor.float(), theirs[key].float(), rtol=0, atol=1e-4, msg=key)
+    assert_two_ranks_equal_one_process(runs, str(list(CASES).index(name)))
 
 
 @pytest.mark.parametrize("ranks", ["", "-ranks"])
 @pytest.mark.parametrize("name", CASES)
 def test_a_stopped_run_resumes_exactly(runs, name, ranks):
-    number = list(CASES).index(name)
-    whole, resumed = runs / f"{number}{ranks}", runs / f"{number}{ranks}-resumed"
-    assert rows(resumed) == rows(whole)
-    ours, theirs = state(whole), state(resumed)
-    assert ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+    run = f"{list(CASES).index(name)}{ranks}"
+    assert_resumed_exactly(runs / run, runs / f"{run}-resumed")

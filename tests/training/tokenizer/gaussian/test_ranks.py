@@ -1,18 +1,13 @@
 """Gaussians on two ranks: replaced rows, moving averages and the falling scale are those of one process."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from open_unitok.cli.main import main
 
-from .test_gaussian import CONTINUOUS, overrides, records
+from ...two_ranks import MODEL, assert_resumed_exactly, assert_same_losses, launch_jobs
+from .test_gaussian import CONTINUOUS, overrides
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -32,25 +27,14 @@ def runs(data, tmp_path_factory):
                 jobs.append(
                     {"config": config, "overrides": [f"out={folder / f'{kind}-{out}'}", *options, *stop]}
                 )
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(folder / "jobs.json")], capture_output=True, text=True, timeout=800, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch_jobs(jobs, "tokenizer", folder)
     return folder
 
 
 @pytest.mark.parametrize("kind", ["levels", "continuous"])
 def test_two_ranks_equal_one_process(runs, kind):
-    for one, two in zip(records(runs / kind), records(runs / f"{kind}-ranks"), strict=True):
-        for key in one.keys() - {"lr", "logit_scale", "step"}:
-            assert two[key] == pytest.approx(one[key], rel=1e-3, abs=1e-5), (one["step"], key)
-    ours, theirs = (
-        load_file(runs / name / "model" / "model.safetensors") for name in (kind, f"{kind}-ranks")
-    )
+    assert_same_losses(runs / kind, runs / f"{kind}-ranks")
+    ours, theirs = (load_file(runs / name / MODEL) for name in (kind, f"{kind}-ranks"))
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         # a replaced row is a latent, which rounding in all weights moves; which one it is, is exact
@@ -61,7 +45,4 @@ def test_two_ranks_equal_one_process(runs, kind):
 
 @pytest.mark.parametrize("kind", ["levels", "continuous"])
 def test_two_ranks_resume_exactly(runs, kind):
-    whole, resumed = runs / f"{kind}-ranks", runs / f"{kind}-ranks-resumed"
-    assert records(resumed) == records(whole)
-    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (whole, resumed))
-    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert_resumed_exactly(runs / f"{kind}-ranks", runs / f"{kind}-ranks-resumed")

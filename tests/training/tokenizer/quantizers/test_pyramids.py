@@ -1,9 +1,5 @@
 """A pyramid from training to codes: scale drop, resets, resume, extraction, reconstruction."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +12,8 @@ from open_unitok.training.data.code_shards import CodeFolder
 from open_unitok.training.data.mixture import codes_layout
 from open_unitok.training.tokenizer.dead_codes import DeadCodes
 
+from ...two_ranks import launch_jobs, rows
+
 OPTIONS = (
     "{inner: shared_index, inner_options: {block_widths: [3, 1]}, scales: [1, 2, 4], scale_drop: 0.5, "
     "shared_convolutions: 2}"
@@ -27,12 +25,7 @@ MODEL = ("model.image_size=64", "model.quantizer=residual", f"model.quantizer_op
 
 def train(data, out, *changes):
     main(["train", str(data / "config.yaml"), f"out={out}", "steps=6", *MODEL, *changes])
-    return read(out)
-
-
-def read(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in lines]
+    return rows(out)
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +45,9 @@ def test_two_ranks_equal_one_process(data, whole, tmp_path):
     """Both leave out the same scales; the keys do not depend on the rank."""
     config = str(data / "config.yaml")
     overrides = [f"out={tmp_path / 'run'}", "steps=6", *MODEL, "losses.clip=0", "optimizer.eps=1e-4"]
-    (tmp_path / "jobs.json").write_text(json.dumps([{"config": config, "overrides": overrides}]))
-    worker = str(Path(__file__).parents[1] / "ranks_worker.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", worker]
-    subprocess.run([*launch, str(tmp_path / "jobs.json")], check=True, timeout=300)
+    launch_jobs([{"config": config, "overrides": overrides}], "tokenizer", tmp_path)
     single = train(data, tmp_path / "single", "losses.clip=0", "optimizer.eps=1e-4")
-    for one, two in zip(single, read(tmp_path / "run")):
+    for one, two in zip(single, rows(tmp_path / "run")):
         for name in ("loss", "l2", "vq", "entropy", "usage/0", "perplexity/1"):
             assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (one["step"], name)
 
