@@ -154,6 +154,11 @@ class MLLMRunConfig(RunConfig):
         # without autocast, fp32 activations and bf16 weights would meet in every frozen linear layer
         if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
             raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
+        if self.attention == "flash_attention_2" and self.engine.dtype == "fp32":
+            raise UserError(
+                "attention: flash_attention_2 needs bf16, but engine.dtype is fp32: set engine.dtype to "
+                "bf16, or attention to sdpa."
+            )
         if self.lora and all(self.lr_factor(MODEL_PARTS[part]) == 0 for part in self.lora.parts):
             raise UserError("lr_factors freeze every part that lora.parts names: nothing is left to train.")
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
+from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path, write_json
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
@@ -40,7 +41,9 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
         UserError: see `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
     parts = new_parts(config) if config.model else load_parts(str(config.init_from))
-    parts.model.language_model.set_attn_implementation(choose_attention(config.attention))
+    parts.model.language_model.set_attn_implementation(
+        choose_attention(config.attention, config.engine.dtype)
+    )
     # adapters have their own seed: they do not depend on how the model was created
     torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
     add_adapters(parts.model, config)
@@ -187,20 +190,30 @@ def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
         raise UserError("lr_factors freeze every part: nothing is left to train.")
 
 
-def choose_attention(name: str) -> str:
+def choose_attention(name: str, dtype: str) -> str:
     """The attention implementation for transformers: "auto" is flash_attention_2 where that can run.
 
+    Args:
+        dtype: engine.dtype. FlashAttention has 16-bit kernels only, and transformers would call it in the
+            dtype of the fp32 weights.
+
     Raises:
-        UserError: flash attention is requested, but not available.
+        UserError: flash attention is requested, but not available or not with this dtype.
     """
     available = torch.cuda.is_available() and is_flash_attn_2_available()
+    half = dtype == "bf16" or (dtype == "auto" and bf16_in_hardware())
     if name == "flash_attention_2" and not available:
         raise UserError(
             "attention: flash_attention_2 needs a CUDA GPU and the package flash-attn, and at least one of "
             "them is missing (see `unitok doctor`): use `auto` or `sdpa`."
         )
+    if name == "flash_attention_2" and not half:
+        raise UserError(
+            f"attention: flash_attention_2 needs bf16, but engine.dtype {dtype} is fp32 here: set "
+            "engine.dtype to bf16, or attention to sdpa."
+        )
     if name == "auto":
-        return "flash_attention_2" if available else "sdpa"
+        return "flash_attention_2" if available and half else "sdpa"
     return name
 
 

@@ -210,7 +210,8 @@ def tiny_mllm(base):
             ["model=null", "init_from=x", "lora={parts: [lm_head]}", "lr_factors={lm_head: 0}"],
             "nothing is left",
         ),
-        (["attention=flash_attention_2"], "needs a CUDA GPU"),
+        (["attention=flash_attention_2", "engine.dtype=bf16"], "needs a CUDA GPU"),
+        (["attention=flash_attention_2"], "engine.dtype is fp32"),
     ],
 )
 def test_error_messages(mllm, overrides, words):
