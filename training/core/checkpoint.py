@@ -9,16 +9,12 @@ import os
 import pickle
 import re
 import shutil
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import STORAGE_ERRORS, StorageError, UserError
@@ -55,12 +51,13 @@ class Checkpoints:
         self._saved = time.monotonic()
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after `step`; call it at every step."""
-        due = step % self.options.every == 0
-        if self.options.every_minutes is None:
-            return due
-        # the clocks of the ranks differ: rank 0's decides
-        return _from_main(due or time.monotonic() - self._saved >= 60 * self.options.every_minutes)
+        """Whether a checkpoint is to be saved after `step`, by the number of steps."""
+        return step % self.options.every == 0
+
+    def late(self) -> bool:
+        """Whether a checkpoint is to be saved by this rank's clock; `StopOnSignal` asks rank 0's."""
+        minutes = self.options.every_minutes
+        return minutes is not None and time.monotonic() - self._saved >= 60 * minutes
 
     def steps(self) -> dict[int, Path]:
         """step -> folder, oldest first, without temporary folders of interrupted saves."""
@@ -324,51 +321,3 @@ def _existing_parent(folder: Path) -> Path:
 def _from_main(value: bool) -> bool:
     """Rank 0's value, on every rank."""
     return distributed.sum_over_ranks(torch.tensor(float(value and distributed.is_main()))).item() > 0
-
-
-class StopOnSignal:
-    """Turns SIGTERM and Ctrl-C into a flag that the training loop polls between steps.
-
-    Within `with StopOnSignal() as stop:`, `stop()` is True once a signal has arrived on any rank: call it on
-    every rank at the same step. A second signal ends the process at once.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopOnSignal":
-        # signals can be caught in the main thread only
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: Any) -> None:
-        # second signal: the default action ends the process
-        if self.signal is not None:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self.signal = number
-
-    def __call__(self) -> bool:
-        if distributed.world_size() > 1:
-            # ranks receive a signal at different times: the largest number decides for all of them
-            received = torch.tensor(self.signal or 0)
-            dist.all_reduce(received, op=dist.ReduceOp.MAX)
-            self.signal = int(received.item()) or None
-        return self.signal is not None
-
-    def exit_if_signalled(self) -> None:
-        """Exit with the code of the signal; call it after saving."""
-        if self.signal is None:
-            return
-        if self.signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if distributed.is_main():
-            print("unitok: stopped by SIGTERM; run the same command again to resume.", file=sys.stderr)
-        sys.exit(128 + self.signal)  # the exit code that a shell reports for a signal

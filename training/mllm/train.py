@@ -5,6 +5,7 @@ B rows, L tokens per row, K sub-codebooks.
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.token_layout import TokenLayout
 
 from ..core import deepspeed_engine, schedules
-from ..core.checkpoint import Checkpoints, StopOnSignal
+from ..core.checkpoint import Checkpoints
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
+from ..core.stop_signal import StopOnSignal
 from ..data import seeding
 from ..data.code_shards import FeatureFacts
 from ..data.collate import Batch
@@ -80,8 +82,8 @@ def main(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -> None:
                 for name, value in state.metrics.reduce().items():
                     log.note(name, value)
             log.add(step, {**output.losses, "grad_norm": output.grad_norm})
-            # collective, so in every step on every rank: a signal on one rank stops all at the same step
-            stopping = stop()
+            # in every step on every rank: a signal on one rank stops all at the same step
+            stopping = stop(state.checkpoints.late())
             if state.checkpoints.due(step) or stopping or step == config.last_step:
                 save_checkpoint(state, step)
                 stop.exit_if_signalled()
@@ -238,10 +240,11 @@ def train_step(
 ) -> StepOutput:
     """One optimiser step from this rank's micro-batches."""
     device, world = state.metrics.device, distributed.world_size()
-    # 1. the number of targets over all ranks and micro-batches of this step: the losses' denominators
-    local = torch.tensor([[batch.text_targets, batch.code_targets] for batch in batches]).sum(dim=0)
-    text_targets, code_targets = distributed.sum_over_ranks(local).tolist()
-    targets = {"text": text_targets, "image": code_targets}
+    # 1. the number of targets over all ranks and micro-batches of this step: the losses' denominators; on
+    # the device, where the sum over ranks does not make the host wait
+    counts = [[batch.text_targets, batch.code_targets] for batch in batches]
+    local = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
+    targets = dict(zip(("text", "image"), distributed.sum_over_ranks(local.to(device, non_blocking=True))))
     losses: dict[str, torch.Tensor] = {}
     grad_norm = None
     for micro_step, batch in enumerate(batches):
@@ -269,13 +272,13 @@ def train_step(
 
 
 def combine_losses(
-    sums: dict[str, torch.Tensor], targets: dict[str, float], options: LossOptions
+    sums: dict[str, torch.Tensor], targets: Mapping[str, torch.Tensor | float], options: LossOptions
 ) -> dict[str, torch.Tensor]:
     """This micro-batch's share of the weighted loss and of the mean of each part, see `LossOptions`.
 
     Args:
         sums: name -> loss summed over this micro-batch; `options` has a weight for each and no others.
-        targets: name -> targets in the whole step, over all ranks.
+        targets: name -> targets in the whole step, over all ranks; float64 scalars.
 
     Returns:
         "loss", and "NAME_loss" for each name. Over micro-batches and ranks they add up.
@@ -288,14 +291,17 @@ def combine_losses(
         raise UserError(f"The model returns the loss {name!r}, but there is no weight loss.{name}.")
     for name in weights.keys() - sums.keys():
         raise UserError(f"There is a weight loss.{name}, but the model returns no loss {name!r}.")
-    # max: a step may have no images, or no texts
-    means = {name: value / max(targets[name], 1.0) for name, value in sums.items()}
+    counts = {name: torch.as_tensor(targets[name], dtype=torch.float64) for name in sums}
+    # clamp: a step may have no images, or no texts
+    means = {name: value / counts[name].clamp(min=1.0).to(value.dtype) for name, value in sums.items()}
     if options.weighting == "means":
         loss = sum(weights[name] * mean for name, mean in means.items())
     else:
         # a part without targets contributes nothing to either sum
-        total = max(sum(weights[name] * targets[name] for name in sums), 1e-9)
-        loss = sum(weights[name] * value for name, value in sums.items()) / total
+        total = torch.stack([weights[name] * counts[name] for name in sums]).sum().clamp(min=1e-9)
+        loss = sum(weights[name] * value for name, value in sums.items())
+        assert isinstance(loss, torch.Tensor)
+        loss = loss / total.to(loss.dtype)
     assert isinstance(loss, torch.Tensor)
     return {"loss": loss, **{f"{name}_loss": mean for name, mean in means.items()}}
 

@@ -20,12 +20,13 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
-from ..core.checkpoint import Checkpoints, StopOnSignal, load_weights_only
+from ..core.checkpoint import Checkpoints, load_weights_only
 from ..core.collectives import all_gather_with_grad, mean_over_ranks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
+from ..core.stop_signal import StopOnSignal
 from ..data import seeding
 from ..data.shards import build_loader, read_batches
 from .adapt import Adaptation, build_adapted
@@ -88,8 +89,8 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
                 grid = reconstruction_grid(output.pixels, output.reconstruction)
                 log.log_image(state.step, "originals above reconstructions", grid)
             profiler.step(state.step)
-            # collective, so on every rank: the signal may have reached only one of them
-            stopped = stop()
+            # in every step on every rank: the signal may have reached only one of them
+            stopped = stop(checkpoints.late())
             if checkpoints.due(state.step) or stopped or state.step == config.last_step:
                 save_checkpoint(state, config, checkpoints, log)
                 stop.exit_if_signalled()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core.checkpoint import Checkpoints, StopOnSignal, find_damage
+from open_unitok.training.core.checkpoint import Checkpoints, find_damage
 from open_unitok.training.core.options import CheckpointOptions
 
 
@@ -149,20 +149,3 @@ def test_kill_during_a_save(tmp_path):
         assert latest is not None and latest.name == "step-00000005", moment
         save(tmp_path / "x" / moment, 10)
         assert sorted(os.listdir(tmp_path / "x" / moment)) == ["step-00000005", "step-00000010"]
-
-
-def test_signals_stop_between_steps():
-    before = signal.getsignal(signal.SIGINT)  # SIG_IGN if the tests run as a background job of a shell
-    with StopOnSignal() as stop:
-        assert not stop()
-        stop.exit_if_signalled()
-        signal.raise_signal(signal.SIGTERM)
-        assert stop()
-        with pytest.raises(SystemExit) as exit:
-            stop.exit_if_signalled()
-        assert exit.value.code == 143
-    with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert stop()
-        stop.exit_if_signalled()
-    assert signal.getsignal(signal.SIGINT) is before

@@ -74,12 +74,12 @@ def test_checkpoints_by_steps_and_by_time(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path, CheckpointOptions(every=100, every_minutes=5))
     assert not checkpoints.due(1) and checkpoints.due(100)
     now[0] = 299.0
-    assert not checkpoints.due(101)
+    assert not checkpoints.late()
     now[0] = 300.0
-    assert checkpoints.due(102)
+    assert checkpoints.late()
     checkpoints.save(102, lambda path: None, {}, {})
-    assert not checkpoints.due(103)
-    assert not Checkpoints(tmp_path, CheckpointOptions(every=100)).due(103)
+    assert not checkpoints.late()
+    assert not Checkpoints(tmp_path, CheckpointOptions(every=100)).late()
     with pytest.raises(UserError, match="every_minutes must be above 0"):
         CheckpointOptions(every_minutes=0).check()
 
