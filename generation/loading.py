@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from open_unitok.core.devices import check_device, check_dtype
+from open_unitok.core.devices import check_dtype, set_device
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
@@ -50,7 +50,7 @@ def load_unitok(name: str | Path, device: str, dtype: torch.dtype | str | None =
     Raises:
         UserError: there is no such tokenizer, device or dtype.
     """
-    target, path = check_device(device), tokenizer_path(name)
+    target, path = set_device(device), tokenizer_path(name)
     if not os.path.exists(path):
         path = tokenizer_path(download(str(name)))
     return UniTok.from_pretrained(path).to(device=target, dtype=check_dtype(dtype, target)).eval()

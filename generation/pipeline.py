@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from open_unitok.core.devices import check_device, check_dtype
+from open_unitok.core.devices import check_dtype, set_device
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import ClassConditionalModel, UniTokForConditionalGeneration, UniTokProcessor
 from open_unitok.mllm.features import ReadImages
@@ -73,7 +73,7 @@ class Pipeline:
         shipped model ("scenes") or a hub id.
 
         Args:
-            device: "cpu", "cuda", "cuda:1", "mps".
+            device: "cpu", "cuda", "cuda:1", "mps"; a GPU becomes this thread's current one.
             dtype: of the decoder and the visual tokenizer; None = bfloat16 on cuda, float32 elsewhere.
             adapter: folder or hub id of a LoRA adapter trained on this model; it is merged into the weights.
             quantization: "int8" = 8-bit weights in the linear layers of the decoder, for images and answers,
@@ -86,7 +86,7 @@ class Pipeline:
             UserError: there is no such model, it is of another type, its parts do not match, or the device,
                 dtype, quantization or backend is not available.
         """
-        device = check_device(device)
+        device = set_device(device)
         dtype = check_dtype(dtype, device)
         check_quantization(quantization, device, dtype)
         check_backend(backend)

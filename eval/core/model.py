@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from open_unitok.core.devices import set_device
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, model_path
 from open_unitok.core.text_files import read_json
@@ -62,6 +63,7 @@ class Model:
         sampling: Mapping[str, Any] | None = None,
     ):
         self.folder, self.device, self.crop = existing(model_path(folder)), device, crop
+        set_device(device)
         if dtype not in _DTYPES:
             raise UserError(f"dtype is {dtype!r}; allowed: {', '.join(_DTYPES)}.")
         if crop is not None:

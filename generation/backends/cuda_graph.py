@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..kv_cache import PreallocatedLayer
 from .eager import Eager
+from .graph_capture import EmptyGraphError, capture_step
 
 MIN_STEPS = 8  # with fewer decode steps a capture costs more than it saves
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}  # RoPE tables that do not depend on the length
@@ -88,31 +89,13 @@ class CudaGraph(Eager):
 
     def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
         """Capture `step` as one graph; if that fails, log the reason and return `step`."""
-        counters = (*counters, *self.counters)
-        start = [counter.clone() for counter in counters]
-
-        # trial runs advance the counters; what they write to caches and codes is overwritten by the replay
-        def rewind() -> None:
-            for counter, value in zip(counters, start):
-                counter.copy_(value)
-
         try:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            # warm-up: libraries such as cuBLAS initialise in the first runs, which a capture does not allow
-            with torch.cuda.stream(stream):
-                for _ in range(2):
-                    step()
-                    rewind()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
+            return capture_step(step, (*counters, *self.counters), self.hidden.device)
+        except EmptyGraphError:
+            raise
         except RuntimeError as error:
             _log.warning("Generating without a CUDA graph: %s", str(error).splitlines()[0])
-            rewind()
             return step
-        return graph.replay
 
 
 class StaticLayer(DynamicLayer):

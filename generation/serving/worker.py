@@ -6,6 +6,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from PIL import Image
 
+from open_unitok.core.devices import set_device
+
 from ..image_sampling import iter_image_codes
 from ..pipeline import Pipeline
 from ..sampling import Sampling
@@ -75,6 +77,7 @@ class ModelWorker:
 
     def __call__(self, jobs: list[Job]) -> Iterator[None]:
         """Run one batch; see `Batcher`."""
+        set_device(self.pipe.device)  # of the batcher's thread
         return self.generate(jobs) if isinstance(jobs[0].key, ImageKey) else self.answer(jobs)
 
     def generate(self, jobs: list[Job]) -> Iterator[None]:

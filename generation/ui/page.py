@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from starlette.middleware import Middleware
 
+from open_unitok.core.devices import set_device
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.images import image_psnr, to_pil, to_pixels
 
@@ -114,6 +115,7 @@ class ImageHandler:
         self, prompt: str, negative: str, count: float, seed: float, random_seed: bool, *settings: Any
     ) -> Iterator[tuple[str, int, _Images]]:
         """Yield (HTML, seed, images) after every row of visual tokens; images are empty until the end."""
+        set_device(self.pipe.device)  # of a thread of the server
         sampling, first, number = self.check(prompt, count, seed, random_seed, settings)
         negative = (negative or "").strip()
         record = {"prompt": prompt, "negative_prompt": negative, **dict(zip(_SETTINGS, settings))}
@@ -248,6 +250,7 @@ class AnswerHandler:
         temperature: float,
     ) -> Iterator[_Pairs]:
         """Yield the conversation after every piece of the new answer."""
+        set_device(self.pipe.device)
         if not isinstance(question, str) or not question.strip():
             raise UserError("The question is empty.")
         if None in (max_new_tokens, temperature):
@@ -330,6 +333,7 @@ class ReconstructionHandler:
     @torch.no_grad()
     def __call__(self, path: str | None) -> tuple[str, str]:
         """HTML of the comparison and of the code maps."""
+        set_device(self.unitok.device)
         if path is None:
             return _RECONSTRUCT_HINT, ""
         config, code_sizes = self.unitok.config, self.unitok.quantizer.code_sizes

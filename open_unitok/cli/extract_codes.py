@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     """Write this rank's code shards; the last rank to finish writes codes.json."""
     import torch
 
-    from open_unitok.core.devices import check_device
+    from open_unitok.core.devices import set_device
     from open_unitok.mllm.features import FeatureOptions, FeatureSource, feature_sizes
     from open_unitok.tokenizer import UniTok
     from open_unitok.training.data.code_shards import FeatureFacts
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     # before the model is loaded: report a wrong path at once
     tars = matching_shards(args.data, "--data")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    device = check_device(f"cuda:{local_rank()}" if device == "cuda" else device)
+    device = set_device(f"cuda:{local_rank()}" if device == "cuda" else device)
     unitok = UniTok.from_pretrained(tokenizer_path(args.tokenizer)).eval()
     source = features = None
     if args.features or args.tower:

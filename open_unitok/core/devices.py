@@ -1,6 +1,8 @@
-"""Parse device and dtype names and check that this machine supports them."""
+"""Parse device and dtype names, check that this machine supports them, and make a GPU the current one."""
 
+import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,6 +29,26 @@ def check_device(device: str | torch.device) -> torch.device:
         here = ", ".join(name for name, is_available in available.items() if is_available)
         raise UserError(f"device is {device!r}, which this machine does not have; available: {here}.")
     return found
+
+
+def set_device(device: str | torch.device) -> torch.device:
+    """Parse a device name and make it this thread's current CUDA device.
+
+    Every entry point calls this before it loads a model, and every thread before it runs one: a new thread
+    starts on cuda:0, and streams, graphs and libraries that are given no device take the current one.
+
+    Raises:
+        UserError: as `check_device`.
+    """
+    found = check_device(device)
+    if found.type == "cuda" and found.index is not None:  # "cuda" is the current device, whichever it is
+        torch.cuda.set_device(found)
+    return found
+
+
+def current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Context manager: `device` is this thread's current CUDA device; nothing on other devices."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:

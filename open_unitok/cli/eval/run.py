@@ -178,9 +178,11 @@ def load_model(
     options: dict[str, dict[str, Any]],
 ) -> Any:
     """The model or external images; the model's sampling settings are added to `options`."""
+    from open_unitok.core.devices import set_device
     from open_unitok.eval.core.generated_images import SAMPLING_KEYS, ExternalImages, holds_external_images
     from open_unitok.eval.core.model import Model
 
+    set_device(device)  # external images have judges, which run there too
     is_model = (Path(path) / "config.json").exists()  # cheap test first: the other scans the folder
     if not is_model and holds_external_images(path):
         model = ExternalImages(Path(path), device, given.get("grid"))

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import Sampling, generate_image_codes, image_sampling
-from open_unitok.generation.backends import BACKENDS, choose_backend, cuda_graph
+from open_unitok.generation.backends import BACKENDS, choose_backend, cuda_graph, graph_capture
 
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
 UNCONDITIONAL = [1, 90, 91, 3]
@@ -87,10 +87,11 @@ def test_the_static_step_supports_additive_masks(make_model, watched):
 def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
     expected = generate("torch", full_model, SAMPLED)
 
-    def fail():
+    def fail(device):
         raise RuntimeError("no stream here\nand more")
 
     monkeypatch.setattr(torch.cuda, "Stream", fail)
+    graph_capture._side_stream.cache_clear()
     assert torch.equal(generate("cuda_graph", full_model, SAMPLED), expected)
     assert "without a CUDA graph: no stream here" in caplog.text and "more" not in caplog.text
 
