@@ -4,6 +4,7 @@ B batch, N visual tokens per image (registers first), K sub-codebooks, V entries
 one code, D model width, E width of the joint image-text space, T text positions.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from .fingerprint import compute_fingerprint
 from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
-from .precision import FLOAT32_PARTS, exact_float32, spare_float32_parts, to_dtype_of
+from .precision import FLOAT32_PARTS, exact_float32, exact_products, spare_float32_parts, to_dtype_of
 from .projection import LinearProjection, build_down_projection, build_projection
 from .quantizers import build_quantizer
 from .standalone import InstalledCode
@@ -188,7 +189,9 @@ class UniTok(InstalledCode, PreTrainedModel):
     def _tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, N, encoder width)."""
         self._check_pixels(pixels)
-        return self.encoder(to_dtype_of(self.encoder, pixels))
+        # two machines must come to the same codes; a training step may be faster than exact
+        with contextlib.nullcontext() if self.training else exact_products():
+            return self.encoder(to_dtype_of(self.encoder, pixels))
 
     def _latents(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # float32 from here to the codes: rounding would change them (see precision.py)

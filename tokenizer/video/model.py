@@ -4,6 +4,7 @@ each.
 B batch, n tokens of appearance, P tokens of motion (one for each place), D width.
 """
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from open_unitok.core.codes import as_int64
 from open_unitok.core.errors import UserError
 
 from ..layers import Linear
+from ..precision import exact_products
 from ..quantizers.language import NUM_CODES, LanguageQuantizer
 from ..words import Words
 from .config import VideoTokenizerConfig
@@ -129,8 +131,10 @@ class VideoTokenizer(PreTrainedModel):
     def encode_latents(self, clip: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, T, H, W) -> (B, n, codebook_dim) latents of appearance, (B, P, codebook_dim) of motion."""
         self._check_clip(clip)
-        tokens, changes = self.patches(clip)
-        return self.spatial_down(self.spatial(tokens)), self.temporal_down(self.temporal(changes))
+        # as in UniTok: outside of training no TF32
+        with contextlib.nullcontext() if self.training else exact_products():
+            tokens, changes = self.patches(clip)
+            return self.spatial_down(self.spatial(tokens)), self.temporal_down(self.temporal(changes))
 
     def decode_latents(self, spatial: Tensor, temporal: Tensor) -> tuple[Tensor, Tensor | None]:
         """Quantised latents -> (B, 3, T, H, W) pixels, and the logits of proxy codes or None."""

@@ -177,8 +177,12 @@ def pixels_from_uint8(images: torch.Tensor, device: torch.device) -> torch.Tenso
 
 
 def reconstruction_grid(pixels: torch.Tensor, reconstruction: torch.Tensor, columns: int = 8) -> np.ndarray:
-    """uint8 (2H, columns*W, 3): the first originals above their reconstructions, both (B, 3, H, W) pixels."""
-    columns = min(columns, len(reconstruction))
+    """uint8 (2H, columns*W, 3): the first originals above their reconstructions, of which there may be fewer.
+
+    Args:
+        pixels, reconstruction: (B, 3, H, W) and (b, 3, H, W); the first images of both belong together.
+    """
+    columns = min(columns, len(pixels), len(reconstruction))
     rows = [
         torch.cat(list(images[:columns].detach().float().cpu()), dim=2) for images in (pixels, reconstruction)
     ]

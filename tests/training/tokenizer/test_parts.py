@@ -4,6 +4,7 @@ import io
 import random
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -128,6 +129,10 @@ def test_drop_path_noise_belongs_to_the_image():
     assert not torch.equal(one[..., 0], one[..., 1])
 
 
-def test_reconstruction_grid_of_fewer_decoded_images():
-    grid = reconstruction_grid(torch.zeros(8, 3, 4, 4), torch.ones(3, 3, 4, 4))
-    assert grid.shape == (8, 12, 3) and (grid[4:] == 255).all() and (grid[:4] < 255).all()
+@pytest.mark.parametrize("images", [1, 3, 8, 20])
+@pytest.mark.parametrize("decoded", [1, 3, 8, 20])
+@pytest.mark.parametrize("columns", [1, 8])
+def test_reconstruction_grid_of_any_number_of_images(images, decoded, columns):
+    grid = reconstruction_grid(torch.zeros(images, 3, 4, 6), torch.ones(decoded, 3, 4, 6), columns)
+    assert grid.shape == (8, 6 * min(images, decoded, columns), 3)
+    assert (grid[4:] == 255).all() and (grid[:4] < 255).all()
