@@ -1,0 +1,79 @@
+"""The code on an emulated CUDA device: no mix of devices, captured = eager, host waits within a budget."""
+
+import pytest
+
+slow = pytest.mark.slow
+
+# Host synchronisations that a scenario may have. Lower a number with every change that removes one.
+BUDGETS = {
+    "generation": 14,  # of a batch, whatever the number of visual tokens
+}
+
+
+def results(found: dict) -> dict:
+    """The results of scenarios that raised nothing."""
+    for name, line in found.items():
+        assert "error" not in line, f"{name}: {line['error']}\n{line['trace']}"
+    return {name: line["result"] for name, line in found.items()}
+
+
+@pytest.fixture(scope="module")
+def generation(run_scenarios):
+    return results(run_scenarios("generation"))
+
+
+def test_the_device_behaves_as_cuda(run_scenarios):
+    """What the other tests rely on."""
+    found = results(run_scenarios("device", devices=2))
+    assert found["modules"] == {"device": "cuda:0", "dtype": "torch.bfloat16", "kind": "CUDATensor"}
+    assert found["copies"] == {
+        "pinned, non_blocking=False": 1,
+        "pinned, non_blocking=True": 0,
+        "pageable, non_blocking=False": 1,
+        "pageable, non_blocking=True": 1,
+    }
+    refused = found["refusals"]
+    assert refused.pop("scalar") == ""  # CUDA takes 0-d tensors of the CPU in pointwise operators
+    said = {
+        "operands": "cuda:0 and cpu!",
+        "linear": "cuda:0 and cpu!",
+        "numpy": "Tensor.cpu()",
+        "generator": "for generator but found 'cpu'",
+        "ordinal": "invalid device ordinal",
+        "devices": "cuda:0 and cuda:1!",
+    }
+    for name, words in said.items():
+        assert words in refused[name], (name, refused[name])
+    graphs = found["graphs"]
+    assert graphs["cuda:1"] == [[0, 0], [2, 2], [2, 2], False]
+    # on the wrong device nothing is recorded: the step runs once, and a replay does nothing
+    assert graphs["cuda:0"] == [[1, 1], [1, 1], [1, 1], True]
+    assert "not permitted when stream is capturing" in graphs["item"]
+    assert "due to a previous error during capture" in graphs["end"]
+
+
+@slow
+def test_captured_generation_equals_eager(generation):
+    for name, report in generation["samplings"].items():
+        assert report["equal"] and report["equal_to_cpu"], name
+        assert report["replays"] == 8 and not report["refused"], (name, report)
+        assert report["waits"] <= BUDGETS["generation"], (name, report["syncs"])
+
+
+@slow
+def test_a_planted_cpu_index_is_found(generation):
+    error = generation["planted_cpu_arange"]
+    assert "at least two devices, cuda:0 and cpu" in error and "scenarios/generation.py" in error
+
+
+@slow
+def test_a_planted_cpu_generator_is_found(generation):
+    error = generation["planted_cpu_generator"]
+    assert "Expected a 'cuda' device type for generator but found 'cpu'" in error
+    assert "generation/sampling.py" in error
+
+
+@slow
+def test_a_planted_wait_in_the_captured_step_is_found(generation):
+    (refused,) = generation["planted_item"]
+    assert refused.startswith("item at tests/device/scenarios/generation.py")
