@@ -4,6 +4,7 @@ B batch, L sequence, I images in the batch, J target images, N visual tokens per
 V entries per sub-codebook, T target text tokens.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -78,26 +79,104 @@ def first_tokens(
     return first
 
 
-def text_loss(logits: torch.Tensor, ids: torch.Tensor, z_weight: float = 0.0) -> torch.Tensor:
-    """(T, vocabulary) logits and (T,) ids -> summed cross entropy, plus z-loss (squared log-sum-exp)."""
-    logits = logits.float()
-    entropy = F.cross_entropy(logits, ids, reduction="sum")
-    return entropy + z_weight * logits.logsumexp(dim=-1).square().sum() if z_weight else entropy
+def text_loss(
+    logits: torch.Tensor, ids: torch.Tensor, z_weight: float = 0.0, keep_logits: bool = True
+) -> torch.Tensor:
+    """(T, vocabulary) logits and (T,) ids -> summed cross entropy, plus z-loss (squared log-sum-exp).
+
+    Args:
+        keep_logits: as in `sum_in_chunks`.
+    """
+
+    def loss(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = logits.float()
+        entropy = F.cross_entropy(logits, ids, reduction="sum")
+        return (entropy + z_weight * logits.logsumexp(dim=-1).square().sum() if z_weight else entropy,)
+
+    return sum_in_chunks(loss, logits, ids, keep_logits)[0]
 
 
 def image_loss(
-    logits: torch.Tensor, codes: torch.Tensor, z_weight: float
+    logits: torch.Tensor, codes: torch.Tensor, z_weight: float, keep_logits: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(M, K, V) logits and (M, K) codes -> summed cross entropy plus z-loss, the z-loss alone, and the number
     of correct argmax predictions per sub-codebook (K,).
 
     The published z-loss squares the largest logit, not the log-sum-exp.
+
+    Args:
+        keep_logits: as in `sum_in_chunks`.
     """
-    logits = logits.float()
-    largest, predicted = logits.max(dim=-1)
-    z_loss = z_weight * largest.square().sum()
-    entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
-    return entropy + z_loss, z_loss.detach(), (predicted == codes).sum(dim=0)
+
+    def loss(logits: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = logits.float()
+        largest, predicted = logits.max(dim=-1)
+        z_loss = z_weight * largest.square().sum()
+        entropy = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum")
+        return entropy + z_loss, z_loss.detach(), (predicted == codes).sum(dim=0)
+
+    total, z_loss, correct = sum_in_chunks(loss, logits, codes, keep_logits)
+    return total, z_loss, correct
+
+
+WHOLE_LOGITS = 2**24  # up to 64 MiB in float32 are not cut into chunks
+CHUNK_LOGITS = 2**22
+
+
+def sum_in_chunks(
+    loss: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    keep_logits: bool = True,
+) -> tuple[torch.Tensor, ...]:
+    """`loss(logits, targets)`, a tuple of sums over rows; many logits are taken in chunks of rows.
+
+    A loss in float32 takes about four times the memory of its float32 logits; chunks take it one after the
+    other. The gradient of a chunk follows its loss at once, so that no chunk is computed twice.
+
+    Args:
+        logits: (rows, ...). targets: (rows, ...).
+        keep_logits: False = the caller does not read `logits` again: their memory is reused for their
+            gradient, wherever one is taken.
+
+    Returns:
+        The sums; only the first has a gradient, which can be taken once.
+    """
+    if logits.numel() <= WHOLE_LOGITS:
+        return loss(logits, targets)
+    return _SumInChunks.apply(loss, logits, targets, keep_logits)
+
+
+class _SumInChunks(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: Callable[..., Any], logits: torch.Tensor, targets: torch.Tensor, keep_logits: bool
+    ) -> tuple[torch.Tensor, ...]:
+        rows = max(CHUNK_LOGITS // logits[0].numel(), 1)
+        gradient = None
+        if ctx.needs_input_grad[1]:
+            gradient = torch.empty_like(logits) if keep_logits else logits.detach()
+        sums: list[torch.Tensor] = []
+        for start in range(0, len(logits), rows):
+            span = slice(start, start + rows)
+            chunk = logits[span].detach().requires_grad_(gradient is not None)
+            with torch.set_grad_enabled(gradient is not None):
+                parts = loss(chunk, targets[span])
+            if gradient is not None:
+                # the logits of this chunk are not needed any more
+                gradient[span] = torch.autograd.grad(parts[0], chunk)[0]
+            values = [part.detach() for part in parts]
+            sums = [total + value for total, value in zip(sums, values)] if sums else values
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[None, torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        # in place: a second backward pass raises autograd's error about a changed tensor
+        return None, gradient.mul_(upstream[0]), None, None
 
 
 def divide_losses(found: dict[str, Any], count: torch.Tensor | int) -> None:

@@ -116,7 +116,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
                 each other.
             logits_to_keep: number of last positions with text logits; 0 = all.
             reduction: "mean" or "sum" of the losses; see `UniTokMLLMOutput`.
-            return_logits: compute text logits; None = except in training with labels.
+            return_logits: return logits; None = those of images, and those of text except in training with
+                labels. With False the losses need less memory.
             num_items_in_batch: of transformers' Trainer: the number of labels, visual tokens included, in all
                 micro-batches of an optimizer step. The losses are then sums divided by it, so that their sum
                 over micro-batches does not depend on how the step is split.
@@ -173,7 +174,7 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         if labels is not None:
             reduction = reduction if num_items_in_batch is None else "sum"
             inputs = (labels, attention_mask, position_ids, image_codes, positions)
-            found |= self._losses(hidden, context, *inputs, reduction)
+            found |= self._losses(hidden, context, *inputs, reduction, return_logits is not False)
             if num_items_in_batch is not None:
                 divide_losses(found, num_items_in_batch)
         # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
@@ -338,11 +339,13 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         image_codes: torch.Tensor | None,
         positions: torch.Tensor | None,
         reduction: str,
+        keep_logits: bool,
     ) -> dict[str, torch.Tensor]:
         """Losses and counts of an output; text logits and the depth head are computed at targets only.
 
         Args:
             hidden, context: (B, L, D) states that the text head and the depth head read.
+            keep_logits: return `image_logits`; else their memory is reused.
         """
         found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
         flat = hidden.flatten(0, 1)
@@ -352,9 +355,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         count, num_codes = len(found.text_before), 0
         result = {"image_correct": labels.new_zeros(self.config.num_codebooks)}
         if count:
-            text_sum = text_loss(
-                self.text_logits(flat[found.text_before]), found.text_ids, self.config.text_z_loss_weight
-            )
+            logits = self.text_logits(flat[found.text_before])
+            text_sum = text_loss(logits, found.text_ids, self.config.text_z_loss_weight, keep_logits=False)
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
         if found.image_before is not None:
@@ -364,8 +366,9 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
             codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
             logits = self.depth_head(context.flatten(0, 1)[found.image_before.flatten()], codes)
             weight = self.config.image_z_loss_weight
-            image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight)
-            result["image_logits"] = logits.view(*found.image_before.shape, *logits.shape[1:])
+            image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight, keep_logits)
+            if keep_logits:
+                result["image_logits"] = logits.view(*found.image_before.shape, *logits.shape[1:])
             num_codes = codes.numel()
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
             dummy = labels.new_zeros((1, self.config.num_codebooks))

@@ -33,7 +33,7 @@ class UniTokMLLMOutput(ModelOutput):
     text_tokens: torch.Tensor | None = None  # T, int64
     image_codes: torch.Tensor | None = None  # J*N*K, int64: every code counts as one token
     image_correct: torch.Tensor | None = None  # (K,) int64: target codes whose logit was the largest
-    image_logits: torch.Tensor | None = None  # (J, N, K, V)
+    image_logits: torch.Tensor | None = None  # (J, N, K, V); None with return_logits = False
     last_hidden_state: torch.Tensor | None = None  # (B, L, D), after the final norm
 
     @property

@@ -83,10 +83,10 @@ class ClassConditionalModel(InstalledCode, PreTrainedModel):
         # one row per visual token
         flat = codes.flatten(0, 1)
         logits = self.depth_head(hidden.flatten(0, 1), flat)
-        loss, _, correct = image_loss(logits, flat, 0.0)
+        wanted = not self.training if return_logits is None else return_logits
+        loss, _, correct = image_loss(logits, flat, 0.0, keep_logits=wanted)
         if reduction == "mean":
             loss = loss / flat.numel()
-        wanted = not self.training if return_logits is None else return_logits
         return UniTokMLLMOutput(
             loss=loss,
             image_loss=loss,
