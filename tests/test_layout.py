@@ -46,6 +46,7 @@ SEVERAL_HOMES: dict[str, str] = {
     "StepOutput": "the loop of every training stage has the same parts",
     "build_train_state": "the loop of every training stage has the same parts",
     "train_step": "the loop of every training stage has the same parts",
+    "merge_rank_states": "the loop of every training stage has the same parts",
     "save_checkpoint": "the loop of every training stage has the same parts",
     "Plan": "the protocol of a stage's plan",
     "plan_run": "the protocol of a stage's plan",

@@ -21,6 +21,7 @@ from open_unitok.core.errors import STORAGE_ERRORS, StorageError, UserError
 from open_unitok.core.files import sha256, write_json
 from open_unitok.core.text_files import read_json
 
+from . import reshard
 from .options import CheckpointOptions
 
 CHECKPOINT_MANIFEST = "training_state/manifest.json"
@@ -155,7 +156,9 @@ class Checkpoints:
         if distributed.is_main() or gather:
             write_model(temporary)
         for name, engine in engines.items():
-            options = {"exclude_frozen_parameters": True} if self.trained_only else {}
+            options: dict[str, Any] = {"exclude_frozen_parameters": True} if self.trained_only else {}
+            if hasattr(engine, "zero_optimization") and not engine.zero_optimization():
+                options["client_state"] = {reshard.PARAMETER_NAMES: reshard.parameter_names(engine)}
             engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **options)
         own = {**state, "step": step, "ranks": distributed.world_size(), "torch_rng": torch.get_rng_state()}
         torch.save(own, _rank_file(temporary))
@@ -170,42 +173,63 @@ class Checkpoints:
                 shutil.rmtree(old)
         distributed.barrier()
 
-    def restore(self, path: Path, engines: Mapping[str, Any], key: str = "init_from") -> dict[str, Any]:
-        """Load the engines and torch's random state.
+    def restore(
+        self,
+        path: Path,
+        engines: Mapping[str, Any],
+        merge: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
+        always_merge: bool = False,
+    ) -> dict[str, Any]:
+        """Load the engines and torch's random state; on the ranks that wrote them, bit for bit.
+
+        Engines that the checkpoint does not have keep their weights.
 
         Args:
-            key: config key that starts a new run from this checkpoint, for the error message.
+            merge: the states of all ranks that wrote the checkpoint -> the state of this rank, called if
+                their number differs, or `always_merge`.
 
         Returns:
             This rank's state, with `step`.
 
         Raises:
-            UserError: the checkpoint was written by another number of ranks.
+            UserError: the checkpoint is of another model, or of another number of ranks without `merge`.
         """
         check_pickles(path)
-        written_by = _load_rank_state(path / "training_state" / "rank-00000.pt")["ranks"]
-        if written_by != distributed.world_size():
-            raise UserError(
-                f"{path} was written by {written_by} rank(s), but this run has {distributed.world_size()}: "
-                f"use {written_by}, or start a new run from its weights ({key}={path} and another out)."
-            )
-        state = _load_rank_state(_rank_file(path))
+        states = path / "training_state"
+        written_by = _load_rank_state(states / "rank-00000.pt")["ranks"]
+        if (found := len(list(states.glob("rank-*.pt")))) != written_by:
+            raise UserError(f"{path} has the states of {found} rank(s), not of {written_by}: restore it.")
+        if written_by == distributed.world_size() and not always_merge:
+            state = _load_rank_state(_rank_file(path))
+        elif merge is None:
+            raise UserError(f"{path} was written by {written_by} rank(s): resume it on {written_by}.")
+        else:
+            everyone = [_load_rank_state(states / f"rank-{rank:05d}.pt") for rank in range(written_by)]
+            step, random = everyone[0]["step"], _random_state([own["torch_rng"] for own in everyone])
+            state = {**merge(everyone), "step": step, "torch_rng": random}
         for name, engine in engines.items():
-            # a strict load would reject the absence of the frozen parameters
-            options = {"load_module_strict": False} if self.trained_only else {}
-            engine.load_checkpoint(str(path / "training_state"), tag=name, **options)
+            # the earlier run may have had no discriminator
+            if (states / name).is_dir():
+                self._restore_engine(path, name, engine)
         torch.set_rng_state(state.pop("torch_rng"))
         return state
 
+    def _restore_engine(self, path: Path, name: str, engine: Any) -> None:
+        folder = path / "training_state"
+        if hasattr(engine, "zero_optimization") and reshard.needs_resharding(engine, folder / name):
+            reshard.load_resharded(engine, folder / name, self.trained_only)
+            return
+        # a strict load would reject the absence of the frozen parameters
+        options = {"load_module_strict": False} if self.trained_only else {}
+        try:
+            engine.load_checkpoint(str(folder), tag=name, **options)
+        except (RuntimeError, ValueError) as error:  # a teacher's head, a discriminator of other size
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{path} holds other weights than this run ({name}): {reason}") from error
 
-def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Load the weights of a checkpoint of any number of ranks, without optimiser moments.
 
-    Engines that the checkpoint does not have keep their weights.
-
-    Returns:
-        The state of every rank that wrote it.
-
+def check_complete(path: Path) -> None:
+    """
     Raises:
         UserError: `path` is not a checkpoint, or it is damaged.
     """
@@ -214,18 +238,6 @@ def load_weights_only(path: Path, engines: Mapping[str, Any]) -> list[dict[str, 
         raise UserError(
             f"{path} is not a complete checkpoint ({problem}): name a folder OUT/checkpoints/step-*."
         )
-    check_pickles(path)
-    for name, engine in engines.items():
-        # the earlier run may have had no discriminator
-        if (path / "training_state" / name).is_dir():
-            options = {"load_module_only": True, "load_optimizer_states": False}
-            try:
-                engine.load_checkpoint(str(path / "training_state"), tag=name, **options)
-            except RuntimeError as error:  # of a strict load; a teacher's head, a discriminator of other size
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"{path} holds other weights than this run ({name}): {reason}") from error
-    files = sorted((path / "training_state").glob("rank-*.pt"))
-    return [_load_rank_state(file) for file in files]
 
 
 def check_pickles(path: Path) -> None:
@@ -262,6 +274,16 @@ def _load_rank_state(file: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"step", "ranks", "torch_rng"} <= state.keys():
         raise UserError(f"{file} is not the state of a rank: it has no step, ranks and torch_rng.")
     return state
+
+
+def _random_state(states: list[torch.Tensor]) -> torch.Tensor:
+    """This rank's own random state, or another that follows from rank 0's."""
+    if distributed.rank() < len(states):
+        return states[distributed.rank()]
+    generator = torch.Generator()
+    generator.set_state(states[0])
+    seed = int(torch.randint(2**62, (), generator=generator)) + distributed.rank()
+    return generator.manual_seed(seed).get_state()
 
 
 def _rank_file(path: Path) -> Path:

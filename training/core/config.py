@@ -48,8 +48,12 @@ _Loader.add_implicit_resolver(
 
 _INHERITS = "inherits"
 # Keys that a resumed run may change, because results do not depend on them.
-CHANGEABLE_KEYS = ("out", "stop_at", "log", "checkpoint", "profile", "engine.threads")
-CHANGEABLE_IN_STAGE = {"mllm": ("data.workers",)}
+CHANGEABLE_KEYS = (
+    *("out", "stop_at", "log", "checkpoint", "profile"),
+    # how the work is laid out over GPUs: another layout changes the rounding of sums only
+    *("engine.threads", "engine.zero_stage", "engine.offload"),
+)
+CHANGEABLE_IN_STAGE = {"mllm": ("data.workers", "engine.accumulation")}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------

@@ -159,6 +159,16 @@ class MetricLogger:
         self._seconds, self._since = state["seconds"], state["since"]
         self._pending, self._notes = list(state["pending"]), dict(state["notes"])
 
+    @staticmethod
+    def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of every rank of a run that was saved by other ranks: records hold means over ranks."""
+        pending = []
+        for of_step in zip(*(state["pending"] for state in states), strict=True):
+            step, names = of_step[0][0], of_step[0][1]
+            means = {name: sum(values[name] for _, values in of_step) / len(states) for name in names}
+            pending.append((step, means))
+        return {**states[0], "pending": pending}
+
     def close(self) -> None:
         """Close progress bar and TensorBoard."""
         if self._bar is not None:

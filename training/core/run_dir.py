@@ -94,7 +94,7 @@ class RunDir:
                 last = max(path.glob("checkpoints/step-*"), default=path / "model")
                 remedy = f"init_from={last} starts from its weights"
                 if hasattr(config, "resume_from") and all(c.startswith("data.workers:") for c in changed):
-                    remedy = f"resume_from={last} continues at its step with tars that were not begun"
+                    remedy = f"resume_from={last} continues at its step"
                 raise UserError(
                     f"{path} has a run with another config ({'; '.join(changed)}). Use the old values to "
                     f"resume it, or another `out` for a new run ({remedy})."

@@ -26,8 +26,8 @@ from .collate import Batch, TrainingSample, collate
 from .mixture_options import MixtureEntry, MixtureOptions
 from .prefetch import Prefetched, prefetch
 from .sample_kinds import CONVERSATION_FILE, SAMPLE_KINDS, TEXT_FILE
+from .sample_order import ShuffledOrder
 from .sequences import SequenceBuilder
-from .shuffled_order import ShuffledOrder
 from .tar_index import LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE, BadSample
 from .text import Conversations, TextLines
 
@@ -185,6 +185,11 @@ class Mixture:
     def state_dict(self) -> dict[str, Any]:
         """Position in the data: the same on any number of ranks, except for the counts of bad samples."""
         return {"step": self.step, "seen": self.seen, "bad": self.bad, "counts": self.counts.tolist()}
+
+    @staticmethod
+    def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of every rank of a run that was saved by other ranks."""
+        return {**states[0], **{name: sum(state[name] for state in states) for name in ("seen", "bad")}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""

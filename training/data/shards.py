@@ -6,6 +6,7 @@ Streams (URLs, `pipe:` commands, compressed tars) cannot seek: their samples lie
 run reads the tars again of which it held samples.
 """
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -22,168 +23,33 @@ from tqdm import tqdm
 from open_unitok.core.errors import UserError
 from open_unitok.core.processes import die_with_parent
 
-from ..core.options import DataSource, ShardOptions
+from ..core.options import ShardOptions
 from . import seeding
-from .tar_files import STDIN, StreamedTar, is_stream, matching_shards, shown, source_name
-from .tar_index import (
-    LOGGED_BAD_SAMPLES,
-    MIN_SEEN_FOR_BAD_SHARE,
-    BadSample,
-    Notes,
-    TarSample,
-    describe_notes,
-    scan_tar,
-)
+from .sample_order import TarSource
+from .tar_files import shown, source_name
+from .tar_index import LOGGED_BAD_SAMPLES, MIN_SEEN_FOR_BAD_SHARE, BadSample, TarSample
 
 
-class _Source:
-    """The order of one source's samples: position in the epoch, and the shuffle buffer."""
+@dataclasses.dataclass
+class _Readers:
+    """Readers of the same order of samples on another number of ranks, who were not all equally far.
 
-    def __init__(self, number: int, options: DataSource, seed: int, shuffle: int):
-        self.name = options.name or f"source{number}"
-        self.tars = matching_shards(options.path)
-        if any(tar in STDIN for tar in self.tars):
-            raise UserError("data.sources: stdin can be read only once; use a file or pipe:COMMAND.")
-        self.streamed = [is_stream(tar) for tar in self.tars]
-        self.reading: tuple[int, StreamedTar, Iterator[TarSample]] | None = None  # number and stream of a tar
-        self.weight = options.weight
-        self.seed = seed
-        self.shuffle = shuffle
-        self.number = number
-        # position: `cursor` in this epoch's tars, `record` in that tar; `popped` samples left the buffer
-        self.epoch = self.cursor = self.record = self.popped = 0
-        self.broken: set[int] = set()
-        self.noted: set[int] = set()  # tars whose notes were logged
-        self.order: list[int] | None = None  # the tars of this epoch
-        # tars that are left out of one epoch, see ShardStream.skip_started_tars
-        self.skipped_tars: set[int] = set()
-        self.skipped_epoch = -1
-        self.buffer: list[tuple[int, int, TarSample]] = []
+    Attributes:
+        index: of the next sample among those that were theirs.
+        positions: of each, in the order of ranks and of workers in a rank.
+    """
 
-    def next(self, part: int, parts: int, report: Callable[[str], None]) -> tuple[int, int, TarSample]:
-        """The next (tar, number in it, sample) among the tars of `part` (of `parts`)."""
-        for _ in range(2):  # an epoch without any sample means that there is none at all
-            self._fill(part, parts, report)
-            if self.buffer:
-                # keyed by the number of pops: no generator state has to be stored
-                keyed = seeding.derive_seed(self.seed, "pop", self.number, part, self.epoch, self.popped)
-                at = keyed % len(self.buffer)
-                self.popped += 1
-                # swap with the last entry: removing it costs O(1)
-                self.buffer[at], self.buffer[-1] = self.buffer[-1], self.buffer[at]
-                return self.buffer.pop()
-            self.epoch, self.cursor, self.record, self.popped = self.epoch + 1, 0, 0, 0
-            self.order = None
-        raise UserError(f"Source {self.name} has no readable sample ({self.tars[0]}, ...).")
+    index: int
+    micro_batch: int
+    ranks: int
+    positions: list[int]
 
-    def _fill(self, part: int, parts: int, report: Callable[[str], None]) -> None:
-        if len(self.buffer) >= self.shuffle:
-            return
-        if self.order is None:
-            self.order = self.order_of(self.epoch, part, parts)
-        order = self.order
-        while len(self.buffer) < self.shuffle and self.cursor < len(order):
-            tar = order[self.cursor]
-            wanted = self.shuffle - len(self.buffer)
-            read = self._read_stream if self.streamed[tar] else self._read_file
-            samples, ended = read(tar, wanted, report)
-            self.buffer += [(tar, n, sample) for n, sample in enumerate(samples, self.record)]
-            self.record += len(samples)
-            if ended:
-                self.cursor, self.record = self.cursor + 1, 0
-
-    def _read_file(
-        self, tar: int, wanted: int, report: Callable[[str], None]
-    ) -> tuple[list[TarSample], bool]:
-        """The next samples of a tar, and whether they are its last."""
-        samples, problem, notes = scan_tar(self.tars[tar], self.name)
-        if self.record == 0:
-            self._report_tar(tar, problem, notes, report)
-        return samples[self.record : self.record + wanted], self.record + wanted >= len(samples)
-
-    def _read_stream(
-        self, tar: int, wanted: int, report: Callable[[str], None]
-    ) -> tuple[list[TarSample], bool]:
-        if self.reading is None or self.reading[0] != tar:
-            stream = StreamedTar(self.tars[tar], self.name)
-            # after a resume: what was read before
-            self.reading = tar, stream, itertools.islice(stream, self.record, None)
-        _, stream, samples = self.reading
-        found = list(itertools.islice(samples, wanted))
-        if len(found) < wanted:
-            self.reading = None
-            self._report_tar(tar, stream.problem, stream.notes, report)
-        return found, len(found) < wanted
-
-    def _report_tar(self, tar: int, problem: str | None, notes: Notes, report: Callable[[str], None]) -> None:
-        """Log what is wrong with a tar, once."""
-        if notes and tar not in self.noted and len(self.noted) < LOGGED_BAD_SAMPLES:
-            self.noted.add(tar)
-            tqdm.write(f"data: {shown(self.tars[tar])}: {describe_notes(notes)}", file=sys.stderr)
-        if problem and tar not in self.broken:
-            self.broken.add(tar)
-            report(f"{shown(self.tars[tar])} is broken: {problem}; the rest of it is skipped")
-
-    def order_of(self, epoch: int, part: int, parts: int) -> list[int]:
-        """The tars that a part reads in an epoch, in order."""
-        order = list(range(len(self.tars)))
-        seeding.python_random(self.seed, "tars", self.number, epoch).shuffle(order)
-        if epoch == self.skipped_epoch:
-            order = [tar for tar in order if tar not in self.skipped_tars]
-        return order[part::parts]
-
-    def skip_started_tars(self, states: Sequence[tuple[dict[str, Any], int, int]]) -> None:
-        """Start in the epoch of `states` (state, part, parts) without the tars that they had started."""
-        epoch = min(state["epoch"] for state, _, _ in states)
-        self.skipped_tars, self.skipped_epoch = (
-            set(states[0][0]["skipped_tars"]),
-            states[0][0]["skipped_epoch"],
-        )
-        started = set(self.skipped_tars) if self.skipped_epoch == epoch else set()
-        for state, part, parts in states:
-            # a reader that is already in a later epoch has started all its tars of this one
-            own = self.order_of(epoch, part, parts)
-            started |= set(own[: state["cursor"] + (state["record"] > 0)] if state["epoch"] == epoch else own)
-            self.broken |= set(state["broken"])
-        whole = len(started) == len(self.tars)
-        self.epoch, self.skipped_tars = (epoch + 1, set()) if whole else (epoch, started)
-        self.skipped_epoch, self.order = self.epoch, None
-
-    def state_dict(self) -> dict[str, Any]:
-        # a flat list of tar, number, tar, number, ...
-        positions = [number for tar, record, _ in self.buffer for number in (tar, record)]
-        numbers = {
-            name: getattr(self, name) for name in ("epoch", "cursor", "record", "popped", "skipped_epoch")
-        }
-        tars = {"broken": sorted(self.broken), "skipped_tars": sorted(self.skipped_tars)}
-        return {**numbers, **tars, "buffer": positions}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("epoch", "cursor", "record", "popped"):
-            setattr(self, name, state[name])
-        self.broken, self.order = set(state["broken"]), None
-        self.skipped_tars = set(state.get("skipped_tars", ()))
-        self.skipped_epoch = state.get("skipped_epoch", -1)
-        pairs = list(zip(state["buffer"][::2], state["buffer"][1::2]))
-        self.reading = None
-        self.buffer = []
-        # tars in order, as each is indexed once while it is cached
-        samples = {
-            tar: self._samples_at(tar, {n for t, n in pairs if t == tar}) for tar in sorted(dict(pairs))
-        }
-        for tar, number in pairs:
-            if number in samples[tar]:
-                self.buffer.append((tar, number, samples[tar][number]))
-            else:
-                text = f"{shown(self.tars[tar])}: sample {number} of the buffer cannot be read again"
-                tqdm.write(f"data: {text}", file=sys.stderr)
-
-    def _samples_at(self, tar: int, numbers: set[int]) -> dict[int, TarSample]:
-        """number -> sample of a tar."""
-        samples: Any = scan_tar(self.tars[tar], self.name).samples if not self.streamed[tar] else None
-        if samples is None:
-            samples = itertools.islice(StreamedTar(self.tars[tar], self.name), max(numbers) + 1)
-        return {number: sample for number, sample in enumerate(samples) if number in numbers}
+    def took(self, position: int) -> bool:
+        """Whether one of them took the sample at `position`; call it once for each, in order."""
+        micro = self.index // self.micro_batch
+        self.index += 1
+        workers = len(self.positions) // self.ranks
+        return self.positions[micro % self.ranks * workers + micro // self.ranks % workers] > position
 
 
 class ShardStream(IterableDataset):
@@ -213,10 +79,12 @@ class ShardStream(IterableDataset):
         self.seed = seed
         self.micro_batch = micro_batch
         self.rank, self.ranks = rank, ranks
-        self.position = self.seen = self.bad = 0
+        # position in the order of samples; `index` counts those that earlier readers have not taken
+        self.position = self.index = self.seen = self.bad = 0
+        self.earlier: list[_Readers] = []
         self.logged: set[str] = set()
         self.part, self.parts = 0, 1
-        self.sources = [_Source(n, s, seed, options.shuffle) for n, s in enumerate(options.sources)]
+        self.sources = [TarSource(n, s, seed, options.shuffle) for n, s in enumerate(options.sources)]
         parts = ranks * max(1, options.workers)
         for source in self.sources:
             if options.split == "shards" and len(source.tars) < parts:
@@ -257,8 +125,12 @@ class ShardStream(IterableDataset):
             source = self._sample_source(part)
             tar, number_in_tar, tar_sample = source.next(part, parts, lambda text: self._report(text, part))
             epoch = source.epoch
-            micro = self.position // self.micro_batch
+            taken = shared and any(readers.took(self.position) for readers in self.earlier)
             self.position += 1
+            if taken:
+                continue
+            micro = self.index // self.micro_batch
+            self.index += 1
             if shared and (micro % self.ranks != self.rank or micro // self.ranks % workers != number):
                 continue
             self.seen += 1
@@ -274,7 +146,7 @@ class ShardStream(IterableDataset):
             yield sample, skipped
             skipped = 0
 
-    def _sample_source(self, part: int) -> _Source:
+    def _sample_source(self, part: int) -> TarSource:
         if len(self.sources) == 1:
             return self.sources[0]
         uniform = seeding.derive_seed(self.seed, "source", part, self.position) / (1 << 63)  # 63-bit seeds
@@ -309,39 +181,68 @@ class ShardStream(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The position of this worker."""
-        counts = {name: getattr(self, name) for name in ("position", "seen", "bad", "part", "parts")}
-        return {**counts, "sources": [source.state_dict() for source in self.sources]}
+        names = ("position", "index", "seen", "bad", "part", "parts", "micro_batch")
+        worker = get_worker_info()
+        return {
+            **{name: getattr(self, name) for name in names},
+            "split": self.options.split,
+            "reader": (self.rank, worker.id if worker else 0),
+            "earlier": [dataclasses.asdict(readers) for readers in self.earlier],
+            "sources": [source.state_dict() for source in self.sources],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         for name in ("position", "seen", "bad"):
             setattr(self, name, state[name])
+        # an earlier version could not continue after other readers
+        self.index = state.get("index", self.position)
+        self.earlier = [_Readers(**readers) for readers in state.get("earlier", ())]
         for source, saved in zip(self.sources, state["sources"], strict=True):
             source.load_state_dict(saved)
 
-    def skip_started_tars(self, states: Any) -> None:
-        """Continue after readers of another number of ranks or workers, at the granularity of tars.
-
-        Their epoch continues without the tars that any of them had started; samples left in their shuffle
-        buffers are not seen in that epoch. Call it before the first batch.
+    def continue_after(self, states: Any) -> None:
+        """Continue after readers of another number of ranks or workers: every sample of their epoch is read
+        once, and with split "samples" in their order. Call it before the first batch.
 
         Args:
-            states: their loaders' states, in any nesting.
+            states: the states of all their loaders, in any nesting.
 
         Raises:
-            UserError: they had other sources, or their states do not list the tars.
+            UserError: they had other sources or another split, or their states are of an earlier version.
         """
-        found = list(_stream_states(states))
-        if not found or any("skipped_tars" not in source for state in found for source in state["sources"]):
+        found = {tuple(state["reader"]): state for state in _stream_states(states) if "reader" in state}
+        readers = [found[key] for key in sorted(found)]
+        if not readers:
             raise UserError(
-                "resume_from: the checkpoint does not record which tars were started; use init_from."
+                "resume_from: the checkpoint does not record the position in the data; use init_from."
             )
-        if any(len(state["sources"]) != len(self.sources) for state in found):
+        if any(len(state["sources"]) != len(self.sources) for state in readers):
             raise UserError("resume_from: that run had another number of data.sources; use init_from.")
+        split = readers[0]["split"]
+        if len(readers) > 1 and split != self.options.split:
+            raise UserError(f"resume_from: that run had data.split={split}: set it, or use init_from.")
+        # one reader of all tars is of either split
+        shared = self.options.split == "samples"
+        first = min(readers, key=lambda state: state["position"]) if shared else readers[0]
         for number, source in enumerate(self.sources):
-            source.skip_started_tars(
-                [(state["sources"][number], state["part"], state["parts"]) for state in found]
+            if shared:
+                source.load_state_dict(first["sources"][number])
+            else:
+                source.continue_after(
+                    [(state["sources"][number], state["part"], state["parts"]) for state in readers]
+                )
+        self.position = first["position"]
+        self.index = 0
+        self.seen, self.bad = (sum(state[name] for state in readers) for name in ("seen", "bad"))
+        if shared:
+            own = _Readers(
+                index=first["index"],
+                micro_batch=first["micro_batch"],
+                ranks=1 + max(rank for rank, _ in found),
+                positions=[state["position"] for state in readers],
             )
+            self.earlier = [*(_Readers(**earlier) for earlier in first["earlier"]), own]
 
 
 def _stream_states(value: Any) -> Iterator[dict[str, Any]]:

@@ -114,6 +114,12 @@ class RunningMetrics:
         """The counts so far; text losses are added and reduced within one step, so they need no state."""
         return {name: getattr(self, name).clone() for name in ("correct", "positions", "counts")}
 
+    @staticmethod
+    def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of a run that was saved by other ranks: rank 0 takes all counts, which `reduce` sums over ranks."""
+        share = float(distributed.is_main())
+        return {name: share * sum(state[name] for state in states) for name in states[0]}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
         for name, value in state.items():

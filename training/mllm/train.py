@@ -115,7 +115,7 @@ def build_train_state(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -
     log = MetricLogger(run_dir, config.steps, config.log.every, config.batch_size, Path(config.out).name)
     step = 0
     if latest is not None:
-        saved = checkpoints.restore(latest, {"mllm": engine})
+        saved = checkpoints.restore(latest, {"mllm": engine}, merge_rank_states)
         step = saved["step"]
         mixture.load_state_dict(saved["mixture"])
         log.load_state_dict(saved["log"])
@@ -128,6 +128,12 @@ def build_train_state(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -
     gather = config.engine.zero_stage == 3
     features = features_of_codes(parts, device)
     return TrainState(step, parts, features, engine, mixture, metrics, log, checkpoints, gather)
+
+
+def merge_rank_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """This rank's state from those of a run that was saved by another number of ranks."""
+    parts = {"mixture": Mixture, "log": MetricLogger, "metrics": RunningMetrics}
+    return {name: kind.merge_states([state[name] for state in states]) for name, kind in parts.items()}
 
 
 def prepare_engine(

@@ -294,8 +294,8 @@ class TokenizerRunConfig(RunConfig):
         init_from_clip: an open_clip ViTamin checkpoint (file, folder or hub id) that initialises image and
             text tower of a new model.
         init_quantizer: a folder of `unitok convert quantizer`, whose rows start the quantiser of a new model.
-        resume_from: a checkpoint of a run with another number of ranks or workers. Weights, step and schedule
-            are kept, Adam's moments start at zero, and tars that were already begun are skipped in its epoch.
+        resume_from: a checkpoint of a run in another `out`, with any number of ranks and workers, which this
+            run continues: weights, moments, step, schedule and position in the data.
         decoder_init: initialisation of the pixel decoder's convolutions, see `tokenizer.layers`: "published"
             nearly mutes depthwise convolutions at first, which matters in short runs; "kaiming" does not.
         caption_tokenizer: path or hub id of a CLIP vocabulary, a sentencepiece tokenizer.model, or a model

@@ -169,6 +169,12 @@ class DeadCodes:
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "last_hit": self.last_hit.cpu()}
 
+    @staticmethod
+    def merge_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+        """The state of every rank of a run that was saved by other ranks: an entry's last hit on any."""
+        hits = torch.stack([state["last_hit"] for state in states])
+        return {**states[0], "last_hit": hits.amax(dim=0)}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step = state["step"]
         self.last_hit.copy_(state["last_hit"])

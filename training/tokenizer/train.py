@@ -20,7 +20,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
-from ..core.checkpoint import Checkpoints, load_weights_only
+from ..core.checkpoint import Checkpoints, check_complete
 from ..core.collectives import all_gather_with_grad, mean_over_ranks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
@@ -69,7 +69,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     if latest is not None:
         resume(state, latest, checkpoints, log)
     elif other_run is not None:
-        resume_from_other_ranks(state, other_run, log)
+        resume_from_other_run(state, other_run, checkpoints, log)
     log.info(f"steps {state.step} to {config.last_step}, {config.batch_size} images each")
     state.model.train()
     log.start(state.step)
@@ -314,18 +314,34 @@ def build_logger(config: TokenizerRunConfig, run_dir: RunDir, state: TrainState)
 
 
 def resume(state: TrainState, checkpoint: Path, checkpoints: Checkpoints, log: MetricLogger) -> None:
-    """Continue exactly after a checkpoint of this run."""
-    saved = checkpoints.restore(checkpoint, _engines(state), key="resume_from")
-    state.loader.load_state_dict(saved["batches"])
+    """Continue exactly after a checkpoint of this run, on any number of ranks."""
+    saved = checkpoints.restore(checkpoint, _engines(state), merge_rank_states)
+    if "readers" in saved:
+        state.loader.dataset.continue_after(saved["readers"])
+    else:
+        state.loader.load_state_dict(saved["batches"])
     log.load_state_dict(saved["log"])
     _load_saved(state, saved, checkpoint, log)
 
 
-def resume_from_other_ranks(state: TrainState, checkpoint: Path, log: MetricLogger) -> None:
-    """Continue at the step of a run with other ranks or workers: without moments, without started tars."""
-    rank_states = load_weights_only(checkpoint, _engines(state))
-    state.loader.dataset.skip_started_tars([saved["batches"] for saved in rank_states])
-    _load_saved(state, rank_states[0], checkpoint, log)
+def resume_from_other_run(
+    state: TrainState, checkpoint: Path, checkpoints: Checkpoints, log: MetricLogger
+) -> None:
+    """Continue at the step of another run with any number of ranks and workers."""
+    check_complete(checkpoint)
+    saved = checkpoints.restore(checkpoint, _engines(state), merge_rank_states, always_merge=True)
+    state.loader.dataset.continue_after(saved["readers"])
+    _load_saved(state, saved, checkpoint, log)
+
+
+def merge_rank_states(states: list[dict[str, Any]]) -> dict[str, Any]:
+    """This rank's state from those of a run that was saved by another number of ranks."""
+    merged = {"log": MetricLogger, "dead_codes": DeadCodes}
+    return {
+        **{name: kind.merge_states([own[name] for own in states]) for name, kind in merged.items()},
+        "gan": states[0].get("gan", {}),
+        "readers": [own["batches"] for own in states],
+    }
 
 
 def _load_saved(state: TrainState, saved: dict[str, Any], checkpoint: Path, log: MetricLogger) -> None:

@@ -102,8 +102,9 @@ def test_a_damaged_checkpoint_is_rejected(tmp_path, damage, words):
 def test_another_number_of_ranks_is_rejected(tmp_path):
     path = save(tmp_path, 5)
     file = path / "training_state/rank-00000.pt"
-    torch.save(torch.load(file, weights_only=True) | {"ranks": 4}, file)
-    with pytest.raises(UserError, match=r"written by 4 rank\(s\).*init_from"):
+    for rank in range(4):
+        torch.save(torch.load(file, weights_only=True) | {"ranks": 4}, file.with_name(f"rank-{rank:05d}.pt"))
+    with pytest.raises(UserError, match=r"written by 4 rank\(s\): resume it on 4"):
         Checkpoints(tmp_path).restore(path, {})
 
 

@@ -14,9 +14,9 @@ from open_unitok.core.files import sha256
 from open_unitok.training.core.checkpoint import (
     CHECKPOINT_MANIFEST,
     Checkpoints,
+    check_complete,
     check_pickles,
     find_damage,
-    load_weights_only,
     write_manifest,
 )
 from open_unitok.training.core.options import RunConfig
@@ -95,8 +95,8 @@ def test_a_planted_pickle_is_refused_and_does_not_run(checkpoint, tmp_path, way,
     assert find_damage(checkpoint) is None  # the manifest is no protection
     engines = {"model": Engine()}
     for load in (
-        lambda: load_weights_only(checkpoint, engines),
         lambda: Checkpoints(checkpoint.parent).restore(checkpoint, engines),
+        lambda: Checkpoints(checkpoint.parent).restore(checkpoint, engines, lambda states: {}, True),
     ):
         with pytest.raises(UserError) as caught:
             load()
@@ -116,7 +116,8 @@ def test_a_linked_folder_is_refused(checkpoint, tmp_path, linked):
     with pytest.raises(UserError, match="is a link"):
         Checkpoints(checkpoint.parent).restore(checkpoint, {"model": Engine()})
     with pytest.raises(UserError, match=r"is a link|is not listed"):
-        load_weights_only(checkpoint, {"model": Engine()})
+        check_complete(checkpoint)
+        Checkpoints(checkpoint.parent).restore(checkpoint, {"model": Engine()}, lambda states: {}, True)
     assert not touched.exists()
 
 
@@ -163,7 +164,16 @@ def test_names_that_are_not_files_of_the_folder_are_not_read(checkpoint, name):
 def test_odd_states_of_a_rank_are_one_line(checkpoint, state):
     replace(checkpoint, "rank-00000.pt", lambda file: torch.save(state, file))
     with pytest.raises(UserError, match="is not the state of a rank"):
-        load_weights_only(checkpoint, {})
+        Checkpoints(checkpoint.parent).restore(checkpoint, {})
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 10**12, "1", None])
+def test_odd_numbers_of_ranks_are_one_line(checkpoint, ranks):
+    file = checkpoint / "training_state" / "rank-00000.pt"
+    state = torch.load(file, weights_only=True)
+    replace(checkpoint, "rank-00000.pt", lambda file: torch.save(state | {"ranks": ranks}, file))
+    with pytest.raises(UserError, match=r"has the states of 1 rank\(s\)"):
+        Checkpoints(checkpoint.parent).restore(checkpoint, {}, lambda states: {})
 
 
 def test_real_files_of_deepspeed_pass(tmp_path):

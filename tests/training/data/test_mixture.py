@@ -19,8 +19,8 @@ from open_unitok.training.data.code_shards import CODES_FORMAT, SHUFFLED_TARS, C
 from open_unitok.training.data.mixture import Mixture
 from open_unitok.training.data.mixture_options import MixtureOptions
 from open_unitok.training.data.sample_kinds import SAMPLE_KINDS
+from open_unitok.training.data.sample_order import ShuffledOrder
 from open_unitok.training.data.sequences import SequenceBuilder
-from open_unitok.training.data.shuffled_order import ShuffledOrder
 from open_unitok.training.data.text import TextLines
 
 TOKENS, BOOKS, ENTRIES = 4, 3, 16

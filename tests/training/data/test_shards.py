@@ -102,50 +102,84 @@ def test_exact_resume_in_the_middle_of_an_epoch(tars, workers, split):
         assert set(counts.values()) == {2} and len(counts) == 40
 
 
-@pytest.mark.parametrize("split", ["samples", "shards"])
-@pytest.mark.parametrize("before", [(2, 0), (1, 3)])
-def test_resume_with_other_ranks_and_workers(tars, split, before):
-    """The rest of the epoch has every tar that no reader had started, once; the next epoch has all tars."""
-    ranks, workers = before
-    seen, states = set(), []
+def read_some(tars, ranks, workers, steps, states=None, earlier=None, batch_size=8, **options):
+    """Global batches of `steps` steps of this layout, and the states of its loaders."""
+    loaders = []
     for rank in range(ranks):
-        part = build_loader(
-            stream(tars, rank, ranks, split=split, workers=workers, micro_batch=1, shuffle=1), collate
+        own = stream(tars, rank, ranks, workers=workers, micro_batch=batch_size // ranks, **options)
+        if earlier is not None:
+            own.continue_after(earlier)
+        loaders.append(build_loader(own, collate))
+        if states is not None:
+            loaders[-1].load_state_dict(states[rank])
+    parts = [first(loader, steps) for loader in loaders]
+    batches = [[n for part in parts for n in part[step]["numbers"]] for step in range(steps)]
+    return batches, [loader.state_dict() for loader in loaders]
+
+
+# (ranks, workers, steps) of the parts of a run
+LAYOUTS = [
+    [(2, 0, 2), (1, 0, 3), (2, 0, 6)],
+    [(1, 3, 2), (4, 0, 1), (2, 2, 8)],
+    [(4, 2, 1), (2, 1, 1), (4, 0, 1), (1, 2, 1), (2, 0, 7)],
+]
+
+
+@pytest.mark.parametrize("bad", [(), (3, 17)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_ranks_and_workers_read_the_same_samples_in_order(tars, layout, bad):
+    steps = sum(part[2] for part in layout)
+    whole, _ = read_some(tars, 1, 0, steps, bad=bad)
+    found, states = [], None
+    for ranks, workers, count in layout:
+        batches, states = read_some(tars, ranks, workers, count, earlier=states, bad=bad)
+        found += batches
+    flat = [n for batch in found for n in batch]
+    if not bad:
+        assert found == whole
+        return
+    # a bad sample shifts the micro-batches of its rank: the same samples, in another order
+    left = 40 - len(bad)
+    assert Counter(flat[: left - 8]).most_common(1)[0][1] == 1
+    assert set(flat) <= set(range(40)) - set(bad)
+
+
+@pytest.mark.parametrize("shuffle", [1, 3, 100])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_other_readers_of_shards_read_every_sample_once(tars, layout, shuffle):
+    """Two epochs of 40 samples, of which readers of another layout read the first parts."""
+    layout = [(ranks, min(workers, 4 // ranks), 1) for ranks, workers, _ in layout[:2]] + [(1, 0, 8)]
+    found, states = [], None
+    for ranks, workers, count in layout:
+        batches, states = read_some(
+            tars, ranks, workers, count, earlier=states, split="shards", shuffle=shuffle
         )
-        rows = read_batches(part)
-        seen |= {n // 10 for _ in range(2 if split == "shards" else 7) for n in next(rows)["numbers"]}
-        states.append(part.state_dict())
-    other = stream(tars, split=split, micro_batch=1, shuffle=1)
-    other.skip_started_tars(states)
-    started = other.sources[0].skipped_tars
-    if split == "samples":
-        assert len(seen) <= len(started) < 4
-        order = [tar for tar in range(4) if tar not in started]
-        batches = build_loader(other, collate)
-        rows = read_batches(batches)
-        rest = [next(rows)["numbers"][0] for _ in range(10 * len(order) - 3)]
-        state = batches.state_dict()  # an exact resume from here, too
-        whole = [next(rows)["numbers"][0] for _ in range(43)]
-        assert sorted(rest + whole[:3]) == [n for tar in order for n in range(10 * tar, 10 * tar + 10)]
-        assert sorted(whole[3:]) == list(range(40))
-        repeated = build_loader(stream(tars, split=split, micro_batch=1, shuffle=1), collate)
-        repeated.load_state_dict(state)
-        assert [b["numbers"][0] for b in first(repeated, 43)] == whole
-    else:
-        assert started == seen
+        found += [n for batch in batches for n in batch]
+    # a reader without tars of the first epoch begins the second one early
+    assert Counter(found) == dict.fromkeys(range(40), 2)
 
 
-def test_after_a_fully_started_epoch_the_next_one_follows(tars):
-    started = build_loader(stream(tars, shuffle=100), collate)
+@pytest.mark.parametrize("split", ["samples", "shards"])
+def test_a_run_on_other_ranks_resumes_exactly(tars, split):
+    """The state in the middle of what earlier readers left."""
+    _, states = read_some(tars, 2, 0, 1, split=split)
+    whole, _ = read_some(tars, 1, 2, 9, earlier=states, split=split)
+    begun, middle = read_some(tars, 1, 2, 1, earlier=states, split=split)
+    rest, _ = read_some(tars, 1, 2, 8, states=middle, split=split)
+    assert begun + rest == whole
+
+
+def test_states_of_other_data_are_rejected(tars):
+    started = build_loader(stream(tars), collate)
     first(started, 2)
-    other = stream(tars, shuffle=100)
-    other.skip_started_tars([started.state_dict()])
-    assert other.sources[0].epoch == 1 and not other.sources[0].skipped_tars
     more = ShardOptions(sources=[DataSource(path=f"{tars}/s-*.tar")] * 2)
     with pytest.raises(UserError, match="another number of data"):
-        ShardStream(more, Keys(), seed=0, micro_batch=1).skip_started_tars([started.state_dict()])
-    with pytest.raises(UserError, match="does not record which tars"):
-        other.skip_started_tars([{}])
+        ShardStream(more, Keys(), seed=0, micro_batch=1).continue_after([started.state_dict()])
+    with pytest.raises(UserError, match="does not record the position"):
+        stream(tars).continue_after([{}])
+    _, states = read_some(tars, 2, 0, 1, split="shards")
+    with pytest.raises(UserError, match=r"data\.split=shards"):
+        stream(tars).continue_after(states)
 
 
 def test_global_batches_do_not_depend_on_ranks_and_workers(tars):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.checkpoint import check_complete
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.gan import GAN
 
@@ -261,12 +263,8 @@ def test_the_text_tower_is_counted_by_hand():
 
 
 def test_a_damaged_checkpoint_is_not_resumed(data, whole, tmp_path):
-    import shutil
-
     broken = tmp_path / "step-00000008"
     shutil.copytree(whole / "checkpoints" / "step-00000008", broken)
     (broken / "training_state" / "rank-00000.pt").write_bytes(b"")
     with pytest.raises(UserError, match=r"rank-00000\.pt has 0 bytes"):
-        from open_unitok.training.core.checkpoint import load_weights_only
-
-        load_weights_only(broken, {})
+        check_complete(broken)
