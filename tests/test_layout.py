@@ -50,7 +50,7 @@ SEVERAL_HOMES: dict[str, str] = {
     "save_checkpoint": "the loop of every training stage has the same parts",
     "Plan": "the protocol of a stage's plan",
     "plan_run": "the protocol of a stage's plan",
-    "describe_plan": "the protocol of a stage's plan",
+    "describe_step": "the protocol of a stage's plan",
     "model_on_meta": "the protocol of a stage's plan",
 }
 MOST_FILES = 20

@@ -17,7 +17,7 @@ from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError
 
 from .muon import Muon, muon_groups
-from .options import EngineOptions, Optimizer
+from .options import REDUCE_BUCKET_SIZE, EngineOptions, Optimizer
 
 # Undocumented parts of DeepSpeed that this module uses, tested with 0.19.8. An upgrade may change any of them
 # without an error: tests/training/core/test_deepspeed_internals.py checks existence and behaviour.
@@ -34,6 +34,8 @@ DEEPSPEED_INTERNALS = {
     "engine.torch_autocast_dtype": "precision of losses computed outside the module",
     "engine._zero3_consolidated_16bit_state_dict": "whole weights at ZeRO 3, without writing a file",
     "zero.optimizer": "the torch optimizer inside",
+    "zero.get_param_comm_dtype": "dtype in which a gradient is reduced, and the key of its bucket",
+    "zero.ipg_buckets": "dtype -> bucket of gradients; ZeRO 3 allocates them in advance",
     "zero.clear_backward_seen_flag": "a call of engine.module must have the effects of a call of the engine",
     "zero.set_gradient_accumulation_boundary": "a call of engine.module, as above",
     "zero._hp_optimizer_states_linked": "link moments of parameter groups that are linked too early",
@@ -43,6 +45,10 @@ DEEPSPEED_INTERNALS = {
 
 # As in the published UniTok: no weight decay for vectors and for names that contain one of these words.
 NO_DECAY_WORDS = ("norm_scale", "bn", "ln", "bias", "logit_scale")
+
+
+# `engine.reduce_dtype`, but for "auto"
+REDUCE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def init_distributed(options: EngineOptions, seed: int) -> torch.device:
@@ -183,13 +189,31 @@ def build_engine(
     for group in adam.param_groups:
         group["init_lr"] = group["lr"]  # scaled by `set_lr_multiplier`
     settings = deepspeed_settings(optimizer, options, micro_batch)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters() if p.requires_grad)
+    settings["zero_optimization"].setdefault("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, max(trained, 1)))
     with _config_errors(), _broadcast_scalars(module):
         engine, *_ = deepspeed.initialize(model=module, optimizer=adam, config=settings)
+    if options.zero_stage and options.reduce_dtype != "auto":
+        _set_reduce_dtype(engine.optimizer, REDUCE_DTYPES[options.reduce_dtype], options.zero_stage)
     # read by `optimizer_step`, which clips at ZeRO 0
     engine.unitok_clip = optimizer.clip_grad if options.zero_stage == 0 else 0.0  # pyright: ignore
     if distributed.world_size() == 1 and options.zero_stage == 0:
         engine.enable_backward_allreduce = False  # all-reduce is a no-op on one rank
     return engine
+
+
+def _set_reduce_dtype(zero: Any, dtype: torch.dtype, stage: int) -> None:
+    """Reduce all gradients in one dtype, whatever DeepSpeed has chosen by the classes of the modules.
+
+    By `torch_autocast.lower_precision_safe_modules` it could not be chosen alone: at ZeRO 3 that list also
+    decides in which dtype weights are gathered.
+    """
+    zero.get_param_comm_dtype = lambda parameter: dtype
+    bucket = type(next(iter(zero.ipg_buckets.values())))()
+    if stage == 3:  # ZeRO 1 and 2 allocate buckets in the backward pass
+        device = next(iter(zero.ipg_buckets.values())).buffer.device
+        bucket.buffer = torch.empty(zero.reduce_bucket_size, dtype=dtype, device=device)
+    zero.ipg_buckets = {dtype: bucket}
 
 
 @contextlib.contextmanager
@@ -233,13 +257,19 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    zero = settings["zero_optimization"]
     if options.zero_stage == 3:
-        settings["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        zero["zero_hpz_partition_size"] = options.hpz
+    if options.zero_stage == 0 and options.reduce_dtype != "auto":  # else see `_set_reduce_dtype`
+        settings["communication_data_type"] = options.reduce_dtype
+    if options.overlap_comm is not None:
+        zero["overlap_comm"] = options.overlap_comm
     if options.offload != "none":
         host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        settings["zero_optimization"]["offload_optimizer"] = host
+        zero["offload_optimizer"] = host
         if options.offload == "parameters":
-            settings["zero_optimization"]["offload_param"] = host
+            zero["offload_param"] = host
         # torch's AdamW runs on a CPU; DeepSpeed's would have to be compiled
         settings["zero_force_ds_cpu_optimizer"] = False
     return _merge(settings, options.deepspeed)

@@ -8,6 +8,9 @@ from open_unitok.core.errors import UserError
 
 from .schedules import check_schedule_kind
 
+# DeepSpeed's default, in elements; it allocates a bucket in full, so ours is never larger than the model
+REDUCE_BUCKET_SIZE = 500_000_000
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
@@ -57,6 +60,13 @@ class EngineOptions:
         threads: of each process; 0 is torch's default.
         offload: kept in host memory: "optimizer" moments and fp32 weights (ZeRO 1 to 3), "parameters" also
             the weights (ZeRO 3). Slower, for models that do not fit otherwise.
+        reduce_dtype: of gradients while they are summed over ranks; micro-batches are added up in fp32.
+            "auto" is DeepSpeed's rule: fp32 at ZeRO 0 and without bf16, else bf16 for weights of exactly
+            nn.Linear and nn.Conv*, like most of the MLLM's, and fp32 for others, like the tokenizer's.
+        overlap_comm: reduce gradients beside the backward pass (ZeRO 1 to 3); costs a second bucket. null =
+            DeepSpeed's default: at ZeRO 3 only.
+        hpz: ranks, those of a node, that keep a second partition of the weights (ZeRO 3), so that only the
+            first gather of a step crosses nodes; costs 4 bytes x weights / hpz. 1 = off.
         deepspeed: merged over DeepSpeed's own config (bucket sizes, ...).
     """
 
@@ -66,6 +76,9 @@ class EngineOptions:
     threads: int = 0
     gradient_checkpointing: bool = False
     offload: Literal["none", "optimizer", "parameters"] = "none"
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    overlap_comm: bool | None = None
+    hpz: int = 1
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
@@ -76,6 +89,17 @@ class EngineOptions:
         if self.zero_stage < least:
             required = f"engine.zero_stage {least} or more, not {self.zero_stage}"
             raise UserError(f"engine.offload {self.offload} needs {required}.")
+        if self.overlap_comm and not self.zero_stage:
+            raise UserError("engine.overlap_comm needs engine.zero_stage 1 or more, not 0.")
+        if self.reduce_dtype == "bf16" and self.dtype == "fp32":
+            raise UserError("engine.reduce_dtype is bf16, but engine.dtype fp32: set both to bf16.")
+        if self.hpz < 1:
+            raise UserError(f"engine.hpz is {self.hpz}: it must be 1 (off) or more ranks.")
+        if self.hpz > 1 and (self.zero_stage < 3 or self.offload == "parameters"):
+            raise UserError(
+                f"engine.hpz {self.hpz} needs engine.zero_stage 3 and weights on the device, not zero_stage "
+                f"{self.zero_stage} with offload {self.offload}."
+            )
         if self.threads < 0:
             raise UserError(f"engine.threads is {self.threads}: it must be 0 (all cores) or more.")
 

@@ -1,14 +1,19 @@
 """What the plans of all stages share: memory of a rank under ZeRO, the speed of a CPU, the report."""
 
+import argparse
+import dataclasses
 import time
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .options import EngineOptions
+from open_unitok.core.errors import UserError
 
-REDUCE_BUCKET_SIZE = 500_000_000  # DeepSpeed's default, where `engine.deepspeed` does not set it
+from .communication import Network, Sizes, StepTime, Transfer, overlaps, step_time
+from .options import REDUCE_BUCKET_SIZE, EngineOptions, RunConfig
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
 MEASURED_SIZE = 1024  # rows and columns of the matrices that measure a CPU
 
 
@@ -18,8 +23,9 @@ class Memory(NamedTuple):
     parameters: float
     gradients: float
     optimizer: float
-    buffers: float  # DeepSpeed's: the bucket in which gradients are reduced, gathered weights
+    buffers: float  # DeepSpeed's: buckets in which gradients are reduced, gathered weights
     activations: float
+    casts: float = 0.0  # bf16 copies of the weights, which autocast keeps until the end of the forward pass
 
     @property
     def states(self) -> float:
@@ -28,27 +34,33 @@ class Memory(NamedTuple):
 
 
 def engine_memory(
-    engine: EngineOptions, stage: int, ranks: int, trained: float, frozen: float, activations: float
+    engine: EngineOptions, stage: int, ranks: int, sizes: Sizes, frozen: float, activations: float
 ) -> Memory:
     """Bytes on one rank under a ZeRO stage, before ZeRO 3 shards the weights.
 
     Args:
-        trained, frozen: bytes of the weights; those that are trained are fp32.
+        sizes: the parameters under that stage; those that are trained are fp32.
+        frozen: bytes of the weights that are not trained.
     """
-    zero = engine.deepspeed.get("zero_optimization", {})
-    shards = ranks if stage else 1
+    trained, shards = 4.0 * sizes.trained, ranks if stage else 1
     gradients = trained / shards
     # ZeRO 1 shards gradients only once the last micro-batch has been added
     if stage == 1 and engine.accumulation > 1:
         gradients = trained
     # two moments, and from ZeRO 1 on a sharded fp32 copy of the weights
     optimizer = (3 if stage else 2) * trained / shards
-    bucket, buffers = float(zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE)), 0.0
+    # a bucket for each dtype in which gradients are sent: ZeRO 3 fills them in that dtype, 1 and 2 in fp32
+    zero = engine.deepspeed.get("zero_optimization", {})
+    bucket = float(zero.get("reduce_bucket_size", min(REDUCE_BUCKET_SIZE, max(sizes.trained, 1))))
+    buffers = 0.0
+    low, high = float(sizes.reduced_bf16 > 0), float(sizes.reduced_fp32 > 0)
     if stage == 3:
-        buffers = 4.0 * bucket
+        buffers = bucket * (2 * low + 4 * high)
     elif stage == 2 or (stage == 1 and ranks > 1):
-        buffers = 4.0 * min(bucket, max(trained / 4, 1.0))
-    return Memory(trained + frozen, gradients, optimizer, buffers, activations)
+        buffers = 4 * bucket * (low + high) * (2 if overlaps(engine, stage) else 1)
+    # ZeRO 3 gathers weights into views, which autocast does not keep
+    casts = 2.0 * sizes.cast if stage < 3 else 0.0
+    return Memory(trained + frozen, gradients, optimizer, buffers, activations, casts)
 
 
 def cpu_tflops(dtype: str) -> float:
@@ -94,3 +106,122 @@ def describe_memory(memory: Mapping[int, Memory], engine: EngineOptions, ranks: 
 def describe_hours(hours: float, unit: str = "h") -> str:
     """Hours in words."""
     return f"{hours:,.1f} {unit}" if hours >= 1 else f"{hours:.2g} {unit}"
+
+
+class Estimate(NamedTuple):
+    """A run on one number of ranks."""
+
+    ranks: int
+    accumulation: int
+    micro_batch: int  # samples of a rank
+    memory: float  # bytes of a rank at the run's ZeRO stage
+    flops: float  # of a step
+    work: float  # tokens or images of a step
+    time: StepTime
+    transfers: list[Transfer]
+
+    def mfu(self, tflops: float) -> float:
+        """Share of the peak `tflops` of all ranks that is reached, communication included."""
+        return self.flops / (self.time.total * 1e12 * tflops * self.ranks)
+
+
+def estimate_run(plan: Any, config: RunConfig, network: Network, tflops: float, mfu: float) -> Estimate:
+    """The time of a run whose products reach the share `mfu` of each rank's `tflops`.
+
+    Args:
+        plan: a stage's, on `network.ranks` ranks.
+    """
+    products = plan.flops / (mfu * 1e12 * tflops * network.ranks)
+    return Estimate(
+        network.ranks,
+        config.engine.accumulation,
+        config.micro_batch(network.ranks),
+        sum(plan.memory[config.engine.zero_stage]),
+        plan.flops,
+        plan.work[0],
+        step_time(products, plan.transfers, network, config.engine),
+        plan.transfers,
+    )
+
+
+def fit_to_ranks(config: ConfigT, ranks: int) -> ConfigT:
+    """The config with the largest `engine.accumulation`, up to its own, that splits batch_size over `ranks`.
+
+    Raises:
+        UserError: batch_size does not split over so many ranks.
+    """
+    for accumulation in range(config.engine.accumulation, 0, -1):
+        if config.batch_size % (ranks * accumulation) == 0:
+            engine = dataclasses.replace(config.engine, accumulation=accumulation)
+            return dataclasses.replace(config, engine=engine)
+    raise UserError(
+        f"batch_size {config.batch_size} is not divisible by {ranks} ranks: use a multiple of it."
+    )
+
+
+def check_hpz(engine: EngineOptions, ranks: int) -> None:
+    """
+    Raises:
+        UserError: the ranks cannot be divided into groups of `engine.hpz`.
+    """
+    if ranks % engine.hpz:
+        raise UserError(f"engine.hpz is {engine.hpz}, but {ranks} ranks are not a multiple of it.")
+
+
+def describe_transfers(estimate: Estimate, network: Network) -> list[str]:
+    """Lines on what a rank sends in a step."""
+    if not estimate.transfers:
+        return []
+    speed = f"{network.between:g} GB/s between nodes, {network.node:g} GB/s within one of {network.per_node}"
+    lines = ["", f"communication of a step at {speed}"]
+    lines.append(f"  {'':<18}{'':<16}{'GB bf16':>9}{'GB fp32':>9}{'times':>7}{'seconds':>9}  beside")
+    for found in estimate.transfers:
+        seconds = found.times * found.seconds(network)
+        where = "" if found.ranks == estimate.ranks else f" of {found.ranks}"
+        lines.append(
+            f"  {found.what:<18}{found.operation + where:<16}{found.bf16 / 1e9:9.2f}{found.fp32 / 1e9:9.2f}"
+            f"{found.times:7}{seconds:9.3f}  {found.beside}"
+        )
+    return lines
+
+
+def describe_time(
+    estimate: Estimate, unit: str, config: RunConfig, tflops: float, args: argparse.Namespace
+) -> str:
+    """A line on the time of a step and of the run; `tflops` is the peak of one device."""
+    found, on_cpu = estimate.time, args.device == "cpu"
+    device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
+    products = (
+        f"products at {100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}: {found.compute:.3g} s"
+    )
+    if estimate.transfers:
+        products += f", transfers {found.wires:.3g} s, of which {found.exposed:.3g} s are not hidden"
+    hours = found.total * config.steps / 3600
+    total = "" if on_cpu else f", {describe_hours(hours * estimate.ranks, 'GPU-hours')}"
+    return (
+        f"{products}; {found.total:.3g} s a step, {estimate.work / found.total:,.0f} {unit}/s, MFU "
+        f"{estimate.mfu(tflops):.1%}; {config.steps:,} steps take {describe_hours(hours)}{total}"
+    )
+
+
+def describe_estimates(
+    estimates: Sequence[Estimate], unit: str, config: RunConfig, tflops: float
+) -> list[str]:
+    """A table with one line per number of ranks."""
+    heading = (
+        f"ZeRO {config.engine.zero_stage}; seconds of a step: products, transfers, those not hidden, all"
+    )
+    lines = ["", heading]
+    lines.append(
+        f"{'GPUs':>6} {'accumulation':>13} {'per GPU':>8} {'GiB':>7} {'products':>9} {'transfers':>10} "
+        f"{'exposed':>8} {'step':>8} {unit + '/s':>12} {'MFU':>6} {'days':>7}"
+    )
+    for found in estimates:
+        time = found.time
+        days = time.total * config.steps / 86400
+        lines.append(
+            f"{found.ranks:6} {found.accumulation:13} {found.micro_batch:8} {found.memory / 2**30:7.1f} "
+            f"{time.compute:9.3f} {time.wires:10.3f} {time.exposed:8.3f} {time.total:8.3f} "
+            f"{found.work / time.total:12,.0f} {found.mfu(tflops):6.1%} {days:7.2f}"
+        )
+    return lines

@@ -1,4 +1,4 @@
-"""Estimate parameters, memory and time of an MLLM run without a GPU.
+"""Estimate parameters, memory, communication and time of an MLLM run without a GPU.
 
 No weights are loaded: the model is built on the meta device from the config and from files on disk. If a
 folder or hub id of the config is not on disk, the published sizes are assumed, and the plan says so.
@@ -8,7 +8,6 @@ moments, 4 bytes each; ZeRO 1 and 2 shard gradients and moments over W ranks and
 well; ZeRO 3 shards the weights too, except for small ones, and keeps a bucket to reduce gradients in.
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,21 +20,15 @@ from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, U
 from open_unitok.mllm.features import FeatureOptions
 from open_unitok.tokenizer import UniTokConfig
 
+from ..core.communication import Transfer, parameter_sizes, persistence_threshold, transfers
 from ..core.flops import MLLMFlops, TokenCounts
-from ..core.plan import (
-    Memory,
-    describe_hours,
-    describe_memory,
-    describe_parameters,
-    engine_memory,
-)
+from ..core.plan import Memory, engine_memory
 from ..data.sample_kinds import SAMPLE_KINDS
 from .config import MLLMRunConfig
 from .model import add_adapters, decoder_config, freeze_parts
 
 PUBLISHED = "unitok_mllm_7b"
-# DeepSpeed's defaults, where `engine.deepspeed` does not set them
-PERSISTENCE_THRESHOLD, MAX_LIVE_PARAMETERS = 100_000, 1_000_000_000
+MAX_LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default, where `engine.deepspeed` does not set it
 # tokens around an image: bos, boi, eoi, eos; around a generated one boi, eoi and eos are learned
 IMAGE_FRAME, LEARNED_FRAME = 4, 3
 
@@ -45,9 +38,15 @@ class Plan(NamedTuple):
 
     parameters: dict[str, tuple[int, int]]  # part -> all, trained
     memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
+    transfers: list[Transfer]  # of a step at the run's ZeRO stage
     counts: TokenCounts  # of a whole step
     flops: float  # of a whole step
     assumed: list[str]  # notes on published sizes that replace missing files
+
+    @property
+    def work(self) -> tuple[float, str]:
+        """What a step processes, and its unit."""
+        return self.counts.tokens, "tokens"
 
 
 def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
@@ -72,7 +71,9 @@ def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
         name: (sum(p.numel() for p in part.parameters()), sum(_trained_sizes(part)))
         for name, part in model.named_children()
     }
-    return Plan(parameters, memory, counts, MLLMFlops(model).flops(counts), assumed)
+    stage = config.engine.zero_stage
+    sent = transfers(parameter_sizes(model, config.engine, stage), config.engine, stage, gpus)
+    return Plan(parameters, memory, sent, counts, MLLMFlops(model).flops(counts), assumed)
 
 
 def _trained_sizes(module: torch.nn.Module) -> list[int]:
@@ -144,13 +145,13 @@ def memory_of_stage(
 ) -> Memory:
     """Bytes on one rank under a ZeRO stage; weights are fp32, or bf16 in a frozen base (`lora.base`)."""
     zero = config.engine.deepspeed.get("zero_optimization", {})
-    trained = 4.0 * sum(_trained_sizes(model))
+    sizes = parameter_sizes(model, config.engine, stage)
     frozen = float(sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad))
-    memory = engine_memory(config.engine, stage, ranks, trained, frozen, activations)
+    memory = engine_memory(config.engine, stage, ranks, sizes, frozen, activations)
     if stage < 3:
         return memory
     parameters, bucket = memory.parameters, memory.buffers
-    threshold = zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD)
+    threshold = persistence_threshold(config.engine)
     unsharded = sum(p.numel() * p.element_size() for p in model.parameters() if p.numel() <= threshold)
     buffers = bucket
     if ranks > 1:  # gathered weights of the current layer and the next
@@ -158,7 +159,11 @@ def memory_of_stage(
         layer = sum(p.numel() for p in model.language_model.parameters()) / max(layers, 1)
         live = float(zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
         buffers += 4.0 * min(2 * layer, live)
-    return memory._replace(parameters=parameters / ranks + unsharded, buffers=buffers)
+    shared = parameters / ranks + unsharded
+    hpz = int(zero.get("zero_hpz_partition_size", config.engine.hpz))
+    if hpz > 1:  # the second partition of each weight
+        shared += parameters / hpz
+    return memory._replace(parameters=shared, buffers=buffers)
 
 
 def activation_bytes(config: MLLMRunConfig, model: Any, micro_batch: int, text_tokens: int) -> float:
@@ -227,27 +232,10 @@ def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     return min(2 * text_tokens + image, config.data.max_length)
 
 
-# ---- report ------------------------------------------------------------------------------------------------
-
-
-def describe_plan(plan: Plan, config: MLLMRunConfig, args: argparse.Namespace, tflops: float) -> list[str]:
-    """The plan as lines of text; `tflops` is the peak TFLOP/s of one device."""
-    engine, micro_batch = config.engine, config.micro_batch(args.gpus)
-    lines = [f"! {text}" for text in plan.assumed]
-    lines += describe_parameters(plan.parameters)
-    lines += describe_memory(plan.memory, engine, args.gpus)
-    seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
-    hours = seconds * config.steps / 3600
-    on_cpu = args.device == "cpu"
-    device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
-    speed = f"{100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}"
-    split = f"{micro_batch} per micro-batch, {args.gpus} ranks, accumulation {engine.accumulation}"
-    lines += [
-        "",
-        f"a step: {config.batch_size} samples ({split}), about {plan.counts.tokens:,.0f} tokens with "
-        f"{args.text_tokens} of text per sample, {plan.flops:.3g} FLOP",
-        f"at {speed}: {seconds:.3g} s a step, {plan.counts.tokens / seconds:,.0f} tokens/s; "
-        f"{config.steps:,} steps take {describe_hours(hours)}"
-        + ("" if on_cpu else f", {describe_hours(hours * args.gpus, 'GPU-hours')}"),
-    ]
-    return lines
+def describe_step(plan: Plan, config: MLLMRunConfig, ranks: int, text_tokens: int) -> str:
+    """A line on the work of a step."""
+    split = f"{config.micro_batch(ranks)} per micro-batch, {ranks} ranks"
+    return (
+        f"a step: {config.batch_size} samples ({split}, accumulation {config.engine.accumulation}), about "
+        f"{plan.counts.tokens:,.0f} tokens with {text_tokens} of text per sample, {plan.flops:.3g} FLOP"
+    )

@@ -1,10 +1,9 @@
-"""Estimate parameters, memory and time of a run of the stages tokenizer and adapt without a GPU.
+"""Estimate parameters, memory, communication and time of a run of stage tokenizer or adapt without a GPU.
 
 The model is built on the meta device from the config and, for stage adapt, from the autoencoder's config;
 no weights are loaded. torch counts the products of a step and the tensors kept for the backward pass.
 """
 
-import argparse
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,8 @@ from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.tokenizer.quantizers.base import SIMILARITY_BLOCK
 
-from ..core.plan import Memory, describe_hours, describe_memory, describe_parameters, engine_memory
+from ..core.communication import Transfer, parameter_sizes, transfers
+from ..core.plan import Memory, engine_memory
 from .adapt import adapted_config, freeze_but_lora
 from .adapt_config import AdaptRunConfig
 from .config import TokenizerRunConfig
@@ -36,9 +36,16 @@ class Plan(NamedTuple):
 
     parameters: dict[str, tuple[int, int]]  # part -> all, trained
     memory: dict[int, Memory]  # ZeRO stage -> memory of one rank
+    transfers: list[Transfer]  # of a step at the run's ZeRO stage
     flops: float  # of a whole step
+    images: int  # of a whole step
     tokens: int  # N of an image
     assumed: list[str]
+
+    @property
+    def work(self) -> tuple[float, str]:
+        """What a step processes, and its unit."""
+        return self.images, "images"
 
 
 class Cost(NamedTuple):
@@ -63,20 +70,33 @@ def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Pla
     activations = micro_batch * cost.saved * decoded + _block_bytes(model, micro_batch)
     frozen_networks = float(sum(p.numel() for n in networks.values() for p in _all(n) if not p.requires_grad))
     memory = {}
+    trained, frozen = (4.0 * count for count in _counts(model))
     for stage in range(3):
-        trained, frozen = (4.0 * count for count in _counts(model))
-        found = engine_memory(config.engine, stage, gpus, trained, frozen, activations)
+        sizes = parameter_sizes(model, config.engine, stage)
+        found = engine_memory(config.engine, stage, gpus, sizes, frozen, activations)
         if "discriminator" in networks:
-            own = 4.0 * _counts(networks["discriminator"])[0]
-            second = engine_memory(config.engine, stage, gpus, own, 0.0, 0.0)
+            sizes = parameter_sizes(networks["discriminator"], config.engine, stage)
+            second = engine_memory(config.engine, stage, gpus, sizes, 0.0, 0.0)
             found = Memory(*(a + b for a, b in zip(found, second)))
         memory[stage] = found._replace(parameters=found.parameters + 4.0 * frozen_networks)
         if config.ema:  # the averages
             memory[stage] = memory[stage]._replace(optimizer=memory[stage].optimizer + trained)
     parameters = {name: part_sizes(part) for name, part in model.named_children()}
     parameters |= {name: part_sizes(network) for name, network in networks.items()}
-    tokens = model.config.num_visual_tokens
-    return Plan(parameters, memory, config.batch_size * cost.flops * decoded, tokens, assumed)
+    sent = sent_by(model, config, gpus)
+    if "discriminator" in networks:  # an engine of its own, which steps after the generator's
+        sent += [
+            found._replace(what=f"{found.what} of D")
+            for found in sent_by(networks["discriminator"], config, gpus)
+        ]
+    flops, tokens = config.batch_size * cost.flops * decoded, model.config.num_visual_tokens
+    return Plan(parameters, memory, sent, flops, config.batch_size, tokens, assumed)
+
+
+def sent_by(module: nn.Module, config: TokenizerRunConfig, ranks: int) -> list[Transfer]:
+    """What the engine around `module` sends in a step."""
+    stage = config.engine.zero_stage
+    return transfers(parameter_sizes(module, config.engine, stage), config.engine, stage, ranks)
 
 
 def model_on_meta(config: TokenizerRunConfig) -> tuple[UniTok, list[str]]:
@@ -192,26 +212,11 @@ def _all(part: Any) -> list[nn.Parameter]:
     return [*part.parameters(), *hidden]
 
 
-def describe_plan(
-    plan: Plan, config: TokenizerRunConfig, args: argparse.Namespace, tflops: float
-) -> list[str]:
-    """The plan as lines of text; `tflops` is the peak TFLOP/s of one device."""
-    lines = [f"! {text}" for text in plan.assumed]
-    lines += describe_parameters(plan.parameters)
-    lines += describe_memory(plan.memory, config.engine, args.gpus)
-    seconds = plan.flops / (args.mfu * 1e12 * tflops * args.gpus)
-    hours = seconds * config.steps / 3600
-    on_cpu = args.device == "cpu"
-    device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
-    split = f"{config.micro_batch(args.gpus)} per micro-batch, {args.gpus} ranks"
-    total = "" if on_cpu else f", {describe_hours(hours * args.gpus, 'GPU-hours')}"
-    if config.engine.dtype != "fp32":
-        lines.append("  activations are those of fp32; under bf16 about half")
-    return [
-        *lines,
-        "",
+def describe_step(plan: Plan, config: TokenizerRunConfig, ranks: int, text_tokens: int) -> str:
+    """A line on the work of a step."""
+    split = f"{config.micro_batch(ranks)} per micro-batch, {ranks} ranks"
+    note = "" if config.engine.dtype == "fp32" else "; activations are those of fp32, under bf16 about half"
+    return (
         f"a step: {config.batch_size} images ({split}, accumulation {config.engine.accumulation}) of "
-        f"{plan.tokens:,} codes, {plan.flops:.3g} FLOP",
-        f"at {100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}: {seconds:.3g} s a step; "
-        f"{config.steps:,} steps take {describe_hours(hours)}{total}",
-    ]
+        f"{plan.tokens:,} codes, {plan.flops:.3g} FLOP{note}"
+    )

@@ -121,7 +121,7 @@ def test_a_pyramid_is_planned_for_reading_alone(tmp_path):
     ("arguments", "words"),
     [
         ([CONFIGS[0], "--gpus", "7"], "is not divisible"),
-        ([CONFIGS[0], "--gpus", "0"], "--gpus and"),
+        ([CONFIGS[0], "--gpus", "0"], "--gpus-per-node and"),
         ([CONFIGS[0], "--gpu", "H1000"], "must be one of"),
         ([CONFIGS[0], "engine.offload=parameters"], "needs engine.zero_stage 3"),
     ],
