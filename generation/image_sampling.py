@@ -7,6 +7,7 @@ tokens per image, K sub-codebooks, V entries per sub-codebook, L prompt length, 
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from open_unitok.core.errors import UserError
 from open_unitok.mllm.loading import check_logits
 from open_unitok.mllm.visual_embedder import check_image_codes
 
-from .backends import Backend, backends_of, choose_backend
+from .backends import Backend, choose_backend, open_backend
 from .sampling import GumbelNoise, Sampling, apply_guidance, sample_code
 from .validation import check_prefix, check_prompts
 
@@ -95,12 +96,13 @@ def iter_image_codes(
     # conditional rows first: `apply_guidance` splits the logits into halves
     rows = [*prompt_ids, *unconditional]
     check = functools.partial(check_logits, model=model)
-    return _iter_codes(backends_of(model)[chosen](model), rows, sampling, noise, codes, num_given, check)
+    opened = open_backend(model, chosen, rows, images, sampling)
+    return _iter_codes(opened, rows, sampling, noise, codes, num_given, check)
 
 
 @torch.no_grad()
 def _iter_codes(
-    backend: Backend,
+    opened: AbstractContextManager[Backend],
     rows: Sequence[Sequence[int]],
     sampling: Sampling,
     noise: GumbelNoise | None,
@@ -109,34 +111,39 @@ def _iter_codes(
     check: Callable[[Tensor], None],
 ) -> Iterator[Tensor]:
     """Fill `codes` (B, N, K) from visual token `num_given` on; `check` takes the logits of the first one."""
-    # tensors on the device: a CUDA graph would capture Python numbers as constants
-    guidances = torch.tensor(sampling.guidances(codes.shape[1]), device=codes.device)
-    index = torch.tensor([num_given], device=codes.device)  # of the visual token that is sampled next
-    gumbel = None
-    for _ in range(num_given):  # skip the noise of given tokens: the rest is sampled as without a prefix
-        gumbel = noise.sample() if noise else None
-
-    def sample_token(check: Callable[[Tensor], None] | None = None) -> None:
-        new = torch.empty_like(codes[:, 0])
-        sample_visual_token(backend, sampling, guidances.index_select(0, index), gumbel, new, check)
-        codes.index_copy_(1, index, new.unsqueeze(1))
-        index.add_(1)
-
-    def step() -> None:  # reads and writes tensors of fixed address, so that a CUDA graph can replay it
-        backend.decode_step(codes.index_select(1, index - 1)[:, 0])
-        sample_token()
-
-    gumbel = noise.sample() if noise else None
-    backend.prefill(rows, codes[:, :num_given])
-    # only the first visual token: the check waits for the device, and a captured graph cannot
-    sample_token(check)
-    yield codes[:, : num_given + 1]
-    fast_step = backend.compile_step(step, [index]) if num_given + 1 < codes.shape[1] else step
-    for t in range(num_given + 1, codes.shape[1]):
+    with opened as backend:
+        # tensors on the device: a CUDA graph would capture Python numbers as constants
+        guidances = torch.tensor(sampling.guidances(codes.shape[1]), device=codes.device)
+        guidances = backend.keep("guidances", guidances)
+        # of the visual token that is sampled next, and the codes of the one sampled last
+        index = backend.keep("index", torch.full((1,), num_given, device=codes.device))
+        last = backend.keep("last", codes[:, 0].clone())
+        gumbel = None
         if noise:
-            noise.sample()  # refills the tensor `gumbel`
-        fast_step()
-        yield codes[:, : t + 1]
+            noise.noise = backend.keep("noise", noise.noise)
+            for _ in range(num_given + 1):  # the given tokens' noise is skipped: the rest as without a prefix
+                gumbel = noise.sample()
+
+        def sample_token(check: Callable[[Tensor], None] | None = None) -> None:
+            sample_visual_token(backend, sampling, guidances.index_select(0, index), gumbel, last, check)
+            index.add_(1)
+
+        def step() -> None:  # reads and writes tensors of fixed address, so that a CUDA graph can replay it
+            backend.decode_step(last)
+            sample_token()
+
+        backend.prefill(rows, codes[:, :num_given])
+        # only the first visual token: the check waits for the device, and a captured graph cannot
+        sample_token(check)
+        codes[:, num_given] = last
+        yield codes[:, : num_given + 1]
+        fast_step = backend.compile_step(step, [index, last]) if num_given + 1 < codes.shape[1] else step
+        for t in range(num_given + 1, codes.shape[1]):
+            if noise:
+                noise.sample()  # refills the tensor `gumbel`
+            fast_step()
+            codes[:, t] = last
+            yield codes[:, : t + 1]
 
 
 def sample_visual_token(

@@ -4,15 +4,21 @@
 `choose_backend`.
 """
 
+import contextlib
+import dataclasses
 import functools
 import logging
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.class_conditional import ClassConditionalConfig
 
+from ..sampling import Sampling
 from . import cuda_graph, native, native_text
 from .base import Backend
+from .captured_step import borrow_step, release_steps, round_up
 from .class_conditional import ClassCudaGraph, ClassEager
 from .eager import Eager
 from .module_changes import find_module_change, unreached_hooks
@@ -32,6 +38,7 @@ __all__ = [
     "check_backend",
     "check_known_quantization",
     "choose_backend",
+    "open_backend",
 ]
 
 _log = logging.getLogger(__name__)
@@ -50,6 +57,30 @@ def backends_of(model: Any) -> dict[str, Any]:
     """The backends of this kind of model, by name."""
     is_class_conditional = model.config.model_type == ClassConditionalConfig.model_type
     return CLASS_BACKENDS if is_class_conditional else BACKENDS
+
+
+def open_backend(
+    model: Any, name: str, rows: Sequence[Sequence[int]], images: int, sampling: Sampling
+) -> AbstractContextManager[Backend]:
+    """Context manager: the backend `name` for one batch; the captured one continues with the graph of an
+    earlier batch of the same shape.
+
+    Args:
+        rows: R prompts of text ids, or R classes, of `images` images.
+    """
+    kind = backends_of(model)[name]
+    if name != "cuda_graph":
+        return contextlib.nullcontext(kind(model))
+    capacity = round_up(max(map(len, rows)) + model.config.num_image_tokens - 1)
+    # the guidance is a tensor of the step
+    settings = dataclasses.replace(sampling, guidance=1.0, guidance_schedule="constant", guidance_interval=-1)
+    return _open_captured(kind, model, ("image", images, len(rows), capacity, settings))
+
+
+@contextlib.contextmanager
+def _open_captured(kind: Any, model: Any, key: Hashable) -> Iterator[Backend]:
+    with borrow_step(model, key) as captured:
+        yield kind(model, captured)
 
 
 def check_backend(backend: str) -> None:
@@ -92,6 +123,8 @@ def choose_backend(
         if fast in (table := backends_of(model)):
             obstacle = None if table is CLASS_BACKENDS else _OBSTACLES[fast](model)
         obstacle = change or obstacle
+        if change:
+            release_steps(model)  # adapters and hooks do not act on what is captured
         chosen = "torch" if obstacle else fast
         if change and backend == "auto":
             _warn_once(f"backend = auto: torch instead of {fast}, as {change}.")

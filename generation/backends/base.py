@@ -1,7 +1,7 @@
 """The protocol of a decoding backend for images: prefill, decode step, code logits.
 
 A backend runs decoder, visual embedder and depth head of one batch with their KV caches. Classifier-free
-guidance and sampling are in `image_sampling`, so a new backend implements only these four methods.
+guidance and sampling are in `image_sampling`, so a new backend implements only these five methods.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook.
@@ -34,11 +34,15 @@ class Backend(Protocol):
         """
         ...
 
-    def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """The tensor that `step` of `compile_step` reads or writes under this name, with these values."""
+        ...
+
+    def compile_step(self, step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
         """A faster function equivalent to `step`, which samples one visual token; or `step` itself.
 
         Args:
-            step: calls `decode_step` and `code_logits`; reads and writes only tensors of fixed address.
-            counters: the tensors that `step` increments; trial runs must restore them.
+            step: calls `decode_step` and `code_logits`; reads and writes only tensors of `keep`.
+            state: the tensors that `step` reads and then changes, a counter first; trial runs restore them.
         """
         ...

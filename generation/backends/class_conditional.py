@@ -8,14 +8,17 @@ tokens per image.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from ..kv_cache import PreallocatedLayer, expand_cache
-from .cuda_graph import CudaGraph, StaticLayer
+from ..kv_cache import expand_cache
+from .captured_step import round_up
+from .cuda_graph import CudaGraph
 from .eager import Eager
+from .static_cache import StaticCache
 
 
 class ClassEager(Eager):
@@ -26,13 +29,12 @@ class ClassEager(Eager):
         model, given = self.model, prefix.shape[1]
         self.rows_per_image, self.num_read = len(rows) // len(prefix), given
         classes = torch.tensor([row[0] for row in rows], device=prefix.device)
-        self.rotary = model.rotary()
+        self.rotary = self.keep("rotary", model.rotary())
         vectors = torch.cat([model.embed_classes(classes), self._embed(prefix)], dim=1)
         self.cache = DynamicCache()
         self.hidden = model.decode(vectors, self.rotary[: given + 1], self.cache)[:, -1]
-        # the last visual token is never an input
-        steps = model.config.num_image_tokens - 1 - given
-        self.cache = expand_cache(self.cache, torch.arange(len(rows), device=prefix.device), steps)
+        steps = self.steps_to_reserve(given) - given
+        self.cache: Any = expand_cache(self.cache, torch.arange(len(rows), device=prefix.device), steps)
 
     def _feed(self, codes: Tensor) -> None:
         """Embed the codes (B, 1, K) of the next visual token and run the decoder on them."""
@@ -51,17 +53,13 @@ class ClassCudaGraph(ClassEager, CudaGraph):
     def prefill(self, rows: Sequence[Sequence[int]], prefix: Tensor) -> None:
         """As `ClassEager`; then the caches are replaced by static ones."""
         super().prefill(rows, prefix)
-        layers = [layer for layer in self.cache.layers if isinstance(layer, PreallocatedLayer)]
-        self.cache_index = torch.tensor([self.num_read + 1], device=prefix.device)
-        self.cache_range = torch.arange(layers[0].buffers[0].shape[2], device=prefix.device)
-        self.counters = (self.cache_index,)
-        for i, layer in enumerate(layers):
-            self.cache.layers[i] = StaticLayer(layer.buffers, self.num_read + 1, self.cache_index)
+        length, left = self.num_read + 1, self.model.config.num_image_tokens - 1 - self.num_read
+        self.cache = StaticCache(self.captured, self.cache.layers, length, round_up(length + left))
+        self.counters = (self.cache.index,)
 
     def decode_step(self, codes: Tensor) -> None:
         """Feed the codes (B, K); all shapes are fixed, and the host never waits for the device."""
-        visible = (self.cache_range <= self.cache_index)[None, None, None]  # filled, or written in this step
-        rotary = self.rotary.index_select(0, self.cache_index)
         vectors = self._embed(codes.unsqueeze(1))
-        self.hidden = self.model.decode(vectors, rotary, self.cache, visible)[:, -1]
-        self.cache_index += 1
+        rotary = self.rotary.index_select(0, self.cache.index)
+        self.hidden = self.model.decode(vectors, rotary, self.cache.layers, self.cache.bias(vectors))[:, -1]
+        self.cache.index += 1

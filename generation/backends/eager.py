@@ -27,12 +27,15 @@ class Eager:
         """Prefill R prompts of text ids and the given codes (B, n, K)."""
         num_tokens = self.model.config.num_image_tokens
         self.rows_per_image = len(rows) // len(prefix)
-        # the last visual token is never an input
-        self.decoder = prefill(self.model, rows, max_steps=num_tokens - 1)
-        self.embedder_cache = self.model.visual_embedder.new_cache(num_tokens)
+        self.decoder: Any = prefill(self.model, rows, self.steps_to_reserve(prefix.shape[1]))
+        self.embedder_cache: Any = self.model.visual_embedder.new_cache(num_tokens)
         self.hidden, self.num_read = self.decoder.hidden, prefix.shape[1]
         if self.num_read:
             self._feed(prefix)
+
+    def steps_to_reserve(self, num_given: int) -> int:
+        """Capacity of the KV cache beyond the prompt."""
+        return self.model.config.num_image_tokens - 1  # the last visual token is never an input
 
     def decode_step(self, codes: Tensor) -> None:
         """Feed the codes (B, K) of the visual token just sampled."""
@@ -53,6 +56,10 @@ class Eager:
             return head.step(0, self.hidden, self.depth_cache)
         return head.step(k, previous.repeat(self.rows_per_image), self.depth_cache)
 
-    def compile_step(self, step: Callable[[], None], counters: Sequence[Tensor]) -> Callable[[], None]:
+    def keep(self, name: str, tensor: Tensor) -> Tensor:
+        """Return `tensor`."""
+        return tensor
+
+    def compile_step(self, step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
         """Return `step` unchanged."""
         return step

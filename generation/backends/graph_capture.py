@@ -1,6 +1,6 @@
 """Capture of a decode step as a CUDA graph on the model's own device.
 
-Not run on a GPU yet; tests/device runs it on a pretended one.
+Not run on a GPU yet; tests/device runs it on an emulated one.
 """
 
 import functools
@@ -21,24 +21,25 @@ class EmptyGraphError(RuntimeError):
 
 
 def capture_step(
-    step: Callable[[], None], counters: Sequence[Tensor], device: torch.device
+    step: Callable[[], None], state: Sequence[Tensor], device: torch.device, pool: Any = None
 ) -> Callable[[], None]:
     """Capture `step` as one graph; returns the function that replays it.
 
     Args:
         step: reads and writes only tensors of fixed address on `device`.
-        counters: the tensors that `step` increments; they have their old values afterwards.
+        state: the tensors that `step` reads and then changes, a counter first; they are restored afterwards.
+        pool: of the graph's temporary memory; None = one of its own.
 
     Raises:
-        EmptyGraphError: a replay does not advance the counters.
+        EmptyGraphError: a replay does not advance the counter.
         RuntimeError: CUDA refuses the capture.
     """
-    start = [counter.clone() for counter in counters]
+    start = [tensor.clone() for tensor in state]
 
-    # trial runs advance the counters; what they write to caches and codes is overwritten by the replay
+    # trial runs advance the state; what they write to caches is overwritten by the replay
     def rewind() -> None:
-        for counter, value in zip(counters, start):
-            counter.copy_(value)
+        for tensor, value in zip(state, start):
+            tensor.copy_(value)
 
     def replay() -> None:
         with current_device(device):  # a thread may have another one
@@ -57,13 +58,13 @@ def capture_step(
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # thread_local: what other threads do meanwhile, which CUDA forbids by default, is no error
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 step()
         except RuntimeError:
             rewind()
             raise
     replay()
-    if any(bool((counter == value).any()) for counter, value in zip(counters, start)):
+    if bool((state[0] == start[0]).any()):
         raise EmptyGraphError(f"The CUDA graph captured on {device} is empty: use backend = 'torch'.")
     rewind()
     return replay

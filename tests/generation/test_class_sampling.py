@@ -36,7 +36,7 @@ def generate(model, classes, sampling, seeds=None, **options):
 class Static(CLASS_BACKENDS["cuda_graph"]):
     """The steps that a CUDA graph captures, run one by one."""
 
-    def compile_step(self, step, counters):
+    def compile_step(self, step, state):
         return step
 
 

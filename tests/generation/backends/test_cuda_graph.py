@@ -35,16 +35,14 @@ class WatchedBackend(cuda_graph.CudaGraph):
 
     made = ()
 
-    def compile_step(self, step, counters):
+    def compile_step(self, step, state):
         WatchedBackend.made = (*WatchedBackend.made, self)
         self.watch, self.addresses = Watch(), []
 
         def watched():
             with self.watch:
                 step()
-            tensors = [*counters, self.visual_index, self.cache_index, self.positions]
-            tensors += [] if self.embedder_cache is None else self.embedder_cache.buffers
-            tensors += [t for layer in self.decoder.cache.layers for t in (layer.keys, layer.values)]
+            tensors = [*state, *self.counters, *self.captured.tensors.values()]
             self.addresses.append([t.data_ptr() for t in tensors])
 
         return watched
