@@ -5,7 +5,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo model test test-slow lint format layout typecheck docs clean
+.PHONY: demo model test test-slow test-gpu lint format layout typecheck docs clean
 
 .venv: .venv/.installed
 .venv/.installed: pyproject.toml configs/constraints.txt
@@ -41,6 +41,10 @@ test: .venv/.dev
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m 'slow and not gpu' --timeout 1500 --durations 0
+
+# Needs a CUDA device; test-slow runs the same tests on an emulated one.
+test-gpu: .venv/.dev
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

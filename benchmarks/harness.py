@@ -91,7 +91,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, results: Mapping[str, Any]) -> None:
-    """One line per entry, so that a new measurement is a small diff."""
+    """One line per entry, so that a new measurement is a small diff. A kill leaves a whole file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in results.items())
-    path.write_text(f"{{\n{lines}\n}}\n")
+    temporary = path.with_name(f"{path.name}.part")
+    temporary.write_text(f"{{\n{lines}\n}}\n")
+    temporary.replace(path)

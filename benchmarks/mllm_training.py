@@ -26,6 +26,17 @@ from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.flops import MLLMFlops, TokenCounts, peak_tflops
 from open_unitok.training.core.options import EngineOptions, Optimizer
 
+# what a record has from a clock or an allocator
+MEASURED = (
+    "seconds_per_step",
+    "fastest",
+    "slowest",
+    "tokens_per_second",
+    "tflops_per_second",
+    "mfu",
+    "memory_gb",
+)
+
 
 class Case(NamedTuple):
     """A model configuration and its kind of training."""
@@ -174,8 +185,8 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     }
 
 
-def main() -> None:
-    """Measure all cases and write the results."""
+def make_parser() -> argparse.ArgumentParser:
+    """The options of this script."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,7 +200,12 @@ def main() -> None:
         "--peak-tflops", type=float, help="peak of a device that training/core/gpus.py does not list"
     )
     parser.add_argument("--out", help="default: benchmarks/results/mllm_training-DEVICE.json")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Measure all cases and write the results."""
+    args = make_parser().parse_args()
     device = deepspeed_engine.init_distributed(EngineOptions(), 0)
     name = device_name(device)
     out = Path(args.out or result_file("mllm_training", name))

@@ -1,0 +1,51 @@
+"""Speed: training steps of the MLLM on packed rows: tokens/s, MFU and memory."""
+
+from typing import Any
+
+import torch
+
+from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.options import EngineOptions
+
+from .plain_engine import use_plain_engine
+from .report import Report, load_script
+
+ROWS, LENGTH = 4, 2048
+# model, further options of mllm_training.py
+CASES = [
+    ("1b", ["--attention", "sdpa"]),
+    ("1b", []),
+    ("1b", ["--compile"]),
+    ("7b_lora", []),
+    ("7b_lora", ["--attention", "sdpa"]),
+    ("7b_lora", ["--compile"]),
+]
+TOY_CASES = {"1b": "tiny", "7b_lora": "tiny_lora"}
+
+
+def run(report: Report) -> None:
+    """A row per case."""
+    engine = use_plain_engine(report)
+    device = torch.device(report.device)
+    if not report.row("engine", lambda: {"engine": engine, "device": str(start())}):
+        return
+    for case, options in CASES:
+        name = " ".join([f"{case}, {ROWS} x {LENGTH}", *options])
+        report.row(name, measure, report, case, options, device, need=15.0)
+
+
+def start() -> torch.device:
+    """Start the engine's process group."""
+    return deepspeed_engine.init_distributed(EngineOptions(), 0)
+
+
+def measure(report: Report, case: str, options: list[str], device: torch.device) -> dict[str, Any]:
+    """The record of mllm_training.py, without its times in a toy run."""
+    script = load_script("mllm_training")
+    rows, length, steps = (2, 192, 1) if report.toy else (ROWS, LENGTH, 8)
+    name = TOY_CASES[case] if report.toy else case
+    sizes = ["--rows", rows, "--length", length, "--steps", steps, "--warmup", 1 if report.toy else 3]
+    args = script.make_parser().parse_args([*map(str, sizes), *options])
+    record = script.measure(name, args, device)
+    clocked = {key: value for key, value in record.items() if key in script.MEASURED}
+    return {key: value for key, value in record.items() if key not in clocked} | report.measured(**clocked)
