@@ -175,8 +175,27 @@ class Block(nn.Module):
         return branch * kept.to(branch.dtype).view(-1, 1, 1)
 
 
-class Transformer(nn.ModuleList):
-    """A stack of blocks; recomputes activations after the model's `gradient_checkpointing_enable()`.
+class Recomputing:
+    """A mixin: parts of a module may keep their inputs alone and recompute activations in the backward pass.
+
+    Attributes:
+        gradient_checkpointing: set by the model's `gradient_checkpointing_enable()`.
+    """
+
+    training: bool
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers with `gradient_checkpointing`
+
+    def call(self, part: Callable[..., Any], *inputs: Any) -> Any:
+        """The outputs of a part, whose activations are recomputed if the model asks for it."""
+        # `part.__call__` instead of `forward`: hooks of DeepSpeed and peft must run in the recomputation
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(part.__call__, *inputs)
+        return part(*inputs)
+
+
+class Transformer(Recomputing, nn.ModuleList):
+    """A stack of blocks, each of which is recomputed in the backward pass if the model asks for it.
 
     Attributes:
         drop_path_rate: of the last block; the rate grows linearly from 0 at the first.
@@ -187,8 +206,6 @@ class Transformer(nn.ModuleList):
 
     block_type: type[Block] = Block
     drop_path_noise: torch.Tensor | None = None
-    gradient_checkpointing = False
-    _gradient_checkpointing_func: Callable[..., Any]  # set by transformers with `gradient_checkpointing`
 
     def __init__(
         self, width: int, depth: int, heads: int, mlp_ratio: float, drop_path_rate: float = 0.0
@@ -215,13 +232,6 @@ class Transformer(nn.ModuleList):
         if self.drop_path_noise is None:
             return torch.rand(len(self), 2, len(hidden), device=hidden.device)
         return self.drop_path_noise[:, :, : len(hidden)].to(hidden.device)
-
-    def call(self, block: nn.Module, *inputs: Any) -> Any:
-        """The outputs of a block, whose activations are recomputed if the model asks for it."""
-        # `block.__call__` instead of `forward`: hooks of DeepSpeed and peft must run in the recomputation
-        if self.gradient_checkpointing and self.training:
-            return self._gradient_checkpointing_func(block.__call__, *inputs)
-        return block(*inputs)
 
 
 def drop_path_stacks(model: nn.Module) -> dict[str, Transformer]:
@@ -305,7 +315,14 @@ class ConvBlock(nn.Module):
         return shortcut + self.narrow(cpu.gelu(self.depthwise(branch)))
 
 
-def conv_stage(inputs: int, outputs: int, depth: int, scale: float) -> nn.Sequential:
-    """`depth` blocks; the first one resamples."""
-    first = ConvBlock(inputs, outputs, scale)
-    return nn.Sequential(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))
+class ConvStage(Recomputing, nn.Sequential):
+    """`depth` blocks at one resolution; the first one resamples to it."""
+
+    def __init__(self, inputs: int, outputs: int, depth: int, scale: float) -> None:
+        first = ConvBlock(inputs, outputs, scale)
+        super().__init__(first, *(ConvBlock(outputs, outputs) for _ in range(depth - 1)))
+
+    def forward(self, map: torch.Tensor) -> torch.Tensor:
+        for block in self:
+            map = self.call(block, map)
+        return map

@@ -28,7 +28,7 @@ from .decoders import build_decoder
 from .encoders import build_encoder, load_towers, resolve_paths
 from .fingerprint import compute_fingerprint
 from .folder_checks import check_finite, load_checked, loading
-from .layers import NORM_EPS
+from .layers import NORM_EPS, Recomputing
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
 from .precision import FLOAT32_PARTS, exact_float32, exact_products, spare_float32_parts, to_dtype_of
 from .projection import LinearProjection, build_down_projection, build_projection
@@ -56,7 +56,7 @@ class UniTokOutput(NamedTuple):
     logit_scale: torch.Tensor | None  # scalar, after exp
 
 
-class UniTok(InstalledCode, PreTrainedModel):
+class UniTok(Recomputing, InstalledCode, PreTrainedModel):
     """Image <-> codes, and CLIP-style embeddings of images and texts, in one transformers model."""
 
     config_class = UniTokConfig
@@ -194,6 +194,9 @@ class UniTok(InstalledCode, PreTrainedModel):
             return self.encoder(to_dtype_of(self.encoder, pixels))
 
     def _latents(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        return self.call(self._project_down, tokens, grid)
+
+    def _project_down(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # float32 from here to the codes: rounding would change them (see precision.py)
         with exact_float32(tokens.device):
             if not self.config.adapter_layers:
@@ -218,6 +221,9 @@ class UniTok(InstalledCode, PreTrainedModel):
         """(B, N, K*C) quantised latents -> (B, N, D) float32 hidden, which decoder and image head share."""
         if self.quantizer.decoded_channels is not None:
             latents = latents[..., self.quantizer.decoded_channels]
+        return self.call(self._project_up, latents)
+
+    def _project_up(self, latents: torch.Tensor) -> torch.Tensor:
         with exact_float32(latents.device):
             return self.up_projection(latents.float())
 

@@ -11,7 +11,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from .config import UniTokConfig
-from .layers import Attention, Linear
+from .layers import Attention, Linear, Recomputing
 
 
 class TextBlock(nn.Module):
@@ -30,7 +30,7 @@ class TextBlock(nn.Module):
         return hidden + self.down(F.gelu(self.up(self.norm2(hidden))))
 
 
-class TextEncoder(nn.Module):
+class TextEncoder(Recomputing, nn.Module):
     """Token ids (B, T) -> (B, E), not normalised; pooled at the end of text, which has the largest id."""
 
     def __init__(self, config: UniTokConfig) -> None:
@@ -57,7 +57,7 @@ class TextEncoder(nn.Module):
             )
         hidden = self.token_embedding(token_ids) + self.position_embedding[:length]
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = self.call(block, hidden)
         # Pool at the end of text, the largest id of a row. Padding (id 0) follows it, and attention is
         # causal: padding does not change the result.
         rows = torch.arange(token_ids.shape[0], device=token_ids.device)

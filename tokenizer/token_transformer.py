@@ -15,7 +15,7 @@ from transformers import initialization as init
 
 from open_unitok.core.errors import UserError
 
-from .layers import Attention, Linear
+from .layers import Attention, Linear, Recomputing
 from .token_layout import TokenLayout
 
 QUERY_EPS = 1e-6
@@ -40,7 +40,7 @@ class PreNormBlock(nn.Module):
         return hidden + self.down(F.gelu(self.up(self.norm2(hidden))))
 
 
-class TokenTransformer(nn.Module):
+class TokenTransformer(Recomputing, nn.Module):
     """Learned positions, LayerNorm, blocks, LayerNorm, with full attention; (B, N, D) -> (B, N, D).
 
     With a class token the output has it in front, (B, 1 + N, D).
@@ -81,7 +81,7 @@ class TokenTransformer(nn.Module):
             hidden = torch.cat([first, hidden], dim=1)
         hidden = self.norm_pre(hidden + self._positions(grid or self.layout.grid).to(hidden.dtype))
         for block in self.blocks:
-            hidden = block(hidden)
+            hidden = self.call(block, hidden)
         return self.norm_post(hidden)
 
     def _positions(self, grid: tuple[int, int]) -> torch.Tensor:
@@ -176,7 +176,7 @@ class QueryLayer(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
-class QueryResampler(nn.Module):
+class QueryResampler(Recomputing, nn.Module):
     """(B, N, D) -> (B, n, D): learned queries read the tokens layer by layer.
 
     One with a query for each cell leads back from n tokens to the grid. The tokens bring their positions;
@@ -205,7 +205,7 @@ class QueryResampler(nn.Module):
         # a copy: counting FLOPs without gradients fails on views of parameters
         queries = self.queries.to(read[0].dtype).repeat(len(read[0]), 1, 1)
         for layer, layer_tokens in zip(self.layers, read, strict=True):
-            queries = layer(queries, layer_tokens)
+            queries = self.call(layer, queries, layer_tokens)
         return queries
 
 

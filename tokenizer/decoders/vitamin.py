@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import cpu
 from ..config import UniTokConfig
-from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, Upsample, conv_stage
+from ..layers import NORM_EPS, ChannelNorm, Conv2d, ConvStage, Recomputing, Transformer, Upsample
 
 # Config fields that `decoder_options` may override.
 _FIELDS = (
@@ -24,7 +24,7 @@ _FIELDS = (
 )
 
 
-class ViTaminDecoder(nn.Module):
+class ViTaminDecoder(Recomputing, nn.Module):
     """A transformer, then four 2x upsamplings; (B, N, D) -> (B, 3, 16*rows, 16*columns), not clamped."""
 
     patch_size = 16  # 2 ** number of upsamplings
@@ -40,8 +40,8 @@ class ViTaminDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.enter = Upsample(width, wide)
-        self.wide = conv_stage(wide, wide, sizes.decoder_depths[0], scale=2.0)
-        self.narrow = conv_stage(wide, narrow, sizes.decoder_depths[1], scale=2.0)
+        self.wide = ConvStage(wide, wide, sizes.decoder_depths[0], scale=2.0)
+        self.narrow = ConvStage(wide, narrow, sizes.decoder_depths[1], scale=2.0)
         self.leave = Upsample(narrow, narrow)
         self.leave_norm = ChannelNorm(narrow)
         self.to_pixels = Conv2d(narrow, 3, 3)
@@ -60,5 +60,9 @@ class ViTaminDecoder(nn.Module):
         hidden = self.norm(self.blocks(hidden)[:, self.num_register_tokens :])
         # (B, N, D) -> (B, D, rows, columns). channels_last: norms over the channels then need no copies.
         map = hidden.transpose(1, 2).unflatten(2, grid).contiguous(memory_format=torch.channels_last)
-        map = self.leave(self.narrow(self.wide(self.enter(map))))
-        return self.to_pixels(cpu.gelu(self.leave_norm(map)))
+        map = self.narrow(self.wide(self.call(self.enter, map)))
+        # the last layer keeps its input: the adaptive GAN weight differentiates it before the others
+        return self.to_pixels(self.call(self._left, map))
+
+    def _left(self, map: torch.Tensor) -> torch.Tensor:
+        return cpu.gelu(self.leave_norm(self.leave(map)))

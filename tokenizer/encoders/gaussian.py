@@ -15,6 +15,7 @@ from open_unitok.core.errors import UserError
 
 from ..config import GEOMETRY, UniTokConfig
 from ..entries import check_gaussian, inner_config, whole_options
+from ..layers import Recomputing
 from ..token_transformer import QueryLayer, query_heads
 
 _NUMBERS = len(GEOMETRY)
@@ -22,7 +23,7 @@ _DEFAULTS = {"rounds": 3, "query_layers": 2}
 GAUSSIAN_OPTIONS = (*_DEFAULTS, "query_heads")
 
 
-class GaussianEncoder(nn.Module):
+class GaussianEncoder(Recomputing, nn.Module):
     """(B, 3, H, W) -> (B, G, F + 5): quantiser `gaussian`'s latents, features then raw geometry.
 
     Anchors are refined in rounds. In each, queries with the anchors' embedding read the tokens of an inner
@@ -77,7 +78,7 @@ class GaussianEncoder(nn.Module):
         anchors = self.anchors.to(tokens.dtype).repeat(len(pixels), 1, 1)
         queries = self.queries.to(tokens.dtype).expand(len(pixels), -1, -1)
         for refine in self.rounds:
-            anchors, queries = refine(anchors, queries, tokens)
+            anchors, queries = self.call(refine, anchors, queries, tokens)
         raw, features = anchors.split([_NUMBERS, anchors.shape[-1] - _NUMBERS], dim=-1)
         return torch.cat([self.head(features), raw], dim=-1)
 

@@ -12,7 +12,7 @@ from transformers import initialization as init
 
 from .. import cpu
 from ..config import UniTokConfig
-from ..layers import NORM_EPS, ChannelNorm, Conv2d, Transformer, conv_stage
+from ..layers import NORM_EPS, ChannelNorm, Conv2d, ConvStage, Recomputing, Transformer
 from .merging_blocks import MergingTransformer, check_merge
 
 # Config fields that `encoder_options` may override.
@@ -41,7 +41,7 @@ class Stem(nn.Module):
         return self.conv2(cpu.gelu(self.norm(self.conv1(pixels))))
 
 
-class ViTaminEncoder(nn.Module):
+class ViTaminEncoder(Recomputing, nn.Module):
     """Convolutions, then a transformer; (B, 3, H, W) -> (B, N, D) with N = registers + H*W/256.
 
     Besides sizes `encoder_options` takes `merge`, the options of token merging (`check_merge`); None = none.
@@ -59,8 +59,8 @@ class ViTaminEncoder(nn.Module):
         self.stem = Stem(sizes.stem_width)
         self.stages = nn.ModuleList(
             [
-                conv_stage(sizes.stem_width, inputs, sizes.stage_depths[0], scale=0.5),
-                conv_stage(inputs, outputs, sizes.stage_depths[1], scale=0.5),
+                ConvStage(sizes.stem_width, inputs, sizes.stage_depths[0], scale=0.5),
+                ConvStage(inputs, outputs, sizes.stage_depths[1], scale=0.5),
             ]
         )
         self.pool_norm = ChannelNorm(outputs)
@@ -82,10 +82,13 @@ class ViTaminEncoder(nn.Module):
     def patches(self, pixels: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, H*W/256, D) in raster order: the convolutional half."""
         # channels_last: norms over the channels then need no copies
-        map = self.stem(pixels.contiguous(memory_format=torch.channels_last))
+        map = self.call(self.stem, pixels.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             map = stage(map)
-        return self.pool(self.pool_norm(map)).flatten(2).transpose(1, 2)
+        return self.call(self._pooled, map).flatten(2).transpose(1, 2)
+
+    def _pooled(self, map: torch.Tensor) -> torch.Tensor:
+        return self.pool(self.pool_norm(map))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.norm(self.blocks(*self._block_inputs(pixels)))

@@ -3,6 +3,7 @@
 B batch, N visual tokens, K codes per token, V entries of a code, C width of one row of the code table.
 """
 
+import functools
 import inspect
 import math
 from abc import abstractmethod
@@ -281,3 +282,10 @@ def blocks_of_rows(features: Tensor, num_entries: int) -> Iterator[tuple[int, Te
     for book, rows in enumerate(by_book):
         for block in rows.split(step):
             yield book, block
+
+
+@functools.lru_cache(maxsize=16)
+def places_before(order: tuple[int, ...], device: torch.device) -> Tensor:
+    """(B,) indices that undo a reordering: image i of the batch was number `order[i]` before."""
+    # the same order in every step: a new tensor each time would make the host wait for a GPU
+    return torch.tensor(order).argsort().to(device)

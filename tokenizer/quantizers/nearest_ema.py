@@ -12,7 +12,7 @@ from transformers import initialization as init
 from open_unitok.core.errors import UserError
 
 from ..precision import exact_float32
-from .base import Quantizer, QuantizerOutput, WriteRows, check_gradient, look_up, pass_through
+from .base import Quantizer, QuantizerOutput, WriteRows, check_gradient, look_up, pass_through, places_before
 from .kmeans import kmeans_by_distance
 from .nearest import search_by_distance
 
@@ -159,7 +159,7 @@ class NearestEMAQuantizer(Quantizer):
     def _global_batch(self, features: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Features and codes of all processes, in the order of the global batch."""
         if self.order is not None and len(self.order) == len(features):
-            back = torch.tensor(self.order).argsort().to(features.device)
+            back = places_before(tuple(self.order), features.device)
             features, codes = features[back], codes[back]
         if self.gather_over_ranks is not None:
             features, codes = (self.gather_over_ranks(x[None]).flatten(0, 1) for x in (features, codes))

@@ -1,6 +1,7 @@
 """Sizes and blocks that VQGAN's encoder and decoder share (arXiv 2012.09841)."""
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,12 +68,12 @@ def level_of_blocks(
     return nn.ModuleDict(modules)
 
 
-def run_level(level: Any, map: torch.Tensor) -> torch.Tensor:
-    """The result of a level's blocks and attentions."""
+def run_level(level: Any, map: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
+    """The result of a level's blocks and attentions; `call` as of `Recomputing`."""
     for number, block in enumerate(level["block"]):
-        map = block(map)
+        map = call(block, map)
         if "attn" in level:
-            map = level["attn"][number](map)
+            map = call(level["attn"][number], map)
     return map
 
 
@@ -87,10 +88,10 @@ def middle_blocks(width: int, groups: int) -> nn.ModuleDict:
     )
 
 
-def run_middle(blocks: nn.ModuleDict, map: torch.Tensor) -> torch.Tensor:
-    """The result of `middle_blocks`."""
+def run_middle(blocks: nn.ModuleDict, map: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
+    """The result of `middle_blocks`; `call` as of `Recomputing`."""
     for block in blocks.values():
-        map = block(map)
+        map = call(block, map)
     return map
 
 

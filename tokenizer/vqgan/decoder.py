@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import UniTokConfig
+from ..layers import Recomputing
 from .blocks import group_norm, level_of_blocks, middle_blocks, run_level, run_middle, vqgan_sizes
 
 
-class VQGANDecoder(nn.Module):
+class VQGANDecoder(Recomputing, nn.Module):
     """Residual blocks and 2x upsamplings; (B, N, D) -> (B, 3, patch*rows, patch*columns), not clamped.
 
     `decoder_options` are those of the encoder; a level has one residual block more.
@@ -44,9 +45,16 @@ class VQGANDecoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, hidden: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        map = run_middle(self.mid, self.conv_in(hidden.transpose(1, 2).unflatten(2, grid)))
+        map = run_middle(self.mid, self.conv_in(hidden.transpose(1, 2).unflatten(2, grid)), self.call)
         for level in reversed(self.up):
-            map = run_level(level, map)
+            map = run_level(level, map, self.call)
             if "upsample" in level:
-                map = level["upsample"]["conv"](F.interpolate(map, scale_factor=2.0, mode="nearest"))
-        return self.conv_out(F.silu(self.norm_out(map)))
+                map = self.call(self._doubled, level["upsample"]["conv"], map)
+        # the last layer keeps its input: the adaptive GAN weight differentiates it before the others
+        return self.conv_out(self.call(self._left, map))
+
+    def _doubled(self, convolution: nn.Module, map: torch.Tensor) -> torch.Tensor:
+        return convolution(F.interpolate(map, scale_factor=2.0, mode="nearest"))
+
+    def _left(self, map: torch.Tensor) -> torch.Tensor:
+        return F.silu(self.norm_out(map))

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import UniTokConfig
+from ..layers import Recomputing
 from .blocks import group_norm, level_of_blocks, middle_blocks, run_level, run_middle, vqgan_sizes
 
 
-class VQGANEncoder(nn.Module):
+class VQGANEncoder(Recomputing, nn.Module):
     """Residual blocks and stride-2 convolutions; (B, 3, H, W) -> (B, N, D), N = H*W / patch_size**2.
 
     `encoder_options`: `channels` of the first level; `multipliers` of them, one per level, each half the size
@@ -42,9 +43,12 @@ class VQGANEncoder(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         map = self.conv_in(pixels)
         for level in self.down:
-            map = run_level(level, map)
+            map = run_level(level, map, self.call)
             if "downsample" in level:
                 # one row and column of zeros at the far sides alone, as published
                 map = level["downsample"]["conv"](F.pad(map, (0, 1, 0, 1)))
-        map = self.conv_out(F.silu(self.norm_out(run_middle(self.mid, map))))
+        map = self.call(self._left, run_middle(self.mid, map, self.call))
         return map.flatten(2).transpose(1, 2)
+
+    def _left(self, map: torch.Tensor) -> torch.Tensor:
+        return self.conv_out(F.silu(self.norm_out(map)))

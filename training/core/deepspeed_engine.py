@@ -387,7 +387,7 @@ def enable_activation_checkpointing(model: Any) -> None:
     """Recompute activations in the backward pass: less memory, more time."""
     # transformers 5.23 renamed the method; 5.17 has the old name only
     enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)()
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def gather_zero3_weights(engine: Any, trained_only: bool = False) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import Quantizer, UniTok
+from open_unitok.tokenizer.quantizers.base import places_before
 from open_unitok.tokenizer.quantizers.kmeans import kmeans
 
 from ..core import deepspeed_engine
@@ -125,7 +126,7 @@ class DeadCodes:
         self._latents = self.quantizer.reset_latents(inputs[0].detach())
         if self.order is not None:
             # undo the reordering: `_latent_rows` indexes the global batch in its own order
-            self._latents = self._latents[torch.tensor(self.order).argsort().to(self._latents.device)]
+            self._latents = self._latents[places_before(tuple(self.order), self._latents.device)]
         books = torch.arange(output.codes.shape[-1], device=output.codes.device)
         self.last_hit[books.expand_as(output.codes), output.codes] = self.step + 1
 

@@ -18,6 +18,7 @@ from ..data import seeding
 from .config import TokenizerRunConfig
 from .diff_augment import View, sample_noise
 from .discriminator import Discriminator, build_discriminator
+from .image_losses import PIECE, loss_of_images
 from .losses import LeCam, discriminator_loss, generator_loss
 
 # Bounds of the adaptive weight, see `DiscriminatorOptions.adaptive`.
@@ -63,7 +64,12 @@ class GAN:
         self.module.train()
         self.step, self.weight, self.blur, self.lr = 0, 0.0, 1.0, 0.0
         self.grad_norm: Tensor | float = 0.0
-        self._views: dict[str, View] = {}
+        self.views: dict[str, View] = {}  # of the coming passes, see `sample_views`
+        # one piece where activations are kept; "bn" compares the images of a whole batch
+        pieces = config.engine.gradient_checkpointing and not (
+            options.kind == "dino" and options.norm == "bn"
+        )
+        self.piece = PIECE if pieces else None
         self.lecam = LeCam() if options.lecam else None
 
     def start_step(self, step: int) -> None:
@@ -91,37 +97,51 @@ class GAN:
         reconstruction_loss: Tensor,
         reconstruction: Tensor,
         last_layer: Tensor,
-        samples: Sequence[int],
     ) -> dict[str, Tensor]:
-        """The generator loss "adversarial" and its weight "adversarial_weight".
+        """The generator loss "adversarial" and its weight "adversarial_weight"; needs `views`.
 
         Args:
             reconstruction_loss: weighted sum of the reconstruction losses, for the adaptive weight.
             reconstruction: (B, 3, H, W).
             last_layer: last weight of the decoder, at which gradients are compared.
-            samples: numbers of the B images in the global batch.
         """
         if not self.weight:
             zero = reconstruction.new_zeros(())
             return {"adversarial": zero, "adversarial_weight": zero}
-        height, width = reconstruction.shape[-2:]
-        self._views = sample_views(self.module, self.seed, self.step, samples, (height, width))
         options = self.options
         with deepspeed_engine.autocast(self.engine):
-            # through the module, not the engine: this backward pass must not reach the discriminator
-            loss = generator_loss(
-                self.module,
-                reconstruction,
-                self._views["generator"],
-                self.blur,
-                options.augment,
-                options.cutout,
-                options.generator,
-            )
+            if self.balances or self.piece:
+                loss = loss_of_images(reconstruction, self._generator_loss, self.piece)
+            else:
+                loss = self._generator_loss(reconstruction, slice(None))
         weight = torch.full_like(loss, self.weight)
         if options.adaptive is not None:
             weight = weight * adaptive_weight(reconstruction_loss, loss, last_layer, options.adaptive)
         return {"adversarial": loss, "adversarial_weight": weight}
+
+    @property
+    def balances(self) -> bool:
+        """Whether the coming step compares the gradients of two losses at the decoder's last layer."""
+        return self.weight > 0 and self.options.adaptive is not None
+
+    def sample_views(self, samples: Sequence[int], size: tuple[int, int]) -> dict[str, View]:
+        """The views of a micro-batch on the CPU; none before `discriminator.start`. See `sample_views`."""
+        return sample_views(self.module, self.seed, self.step, samples, size) if self.weight else {}
+
+    def _generator_loss(self, images: Tensor, part: slice) -> Tensor:
+        """The loss of some of the reconstructions, `part` of the batch."""
+        noise, crop = self.views["generator"]
+        options = self.options
+        # through the module, not the engine: this backward pass must not reach the discriminator
+        return generator_loss(
+            self.module,
+            images,
+            View(noise._replace(amounts=noise.amounts[:, part]), crop),
+            self.blur,
+            options.augment,
+            options.cutout,
+            options.generator,
+        )
 
     def discriminator_step(self, pixels: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """One backward pass of the discriminator, and an update at the end of an accumulation.
@@ -138,7 +158,7 @@ class GAN:
             partial(deepspeed_engine.forward, self.engine),
             pixels[: len(reconstruction)],
             reconstruction,
-            self._views,
+            self.views,
             options.loss,
             options.consistency,
             self.blur,

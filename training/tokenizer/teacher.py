@@ -15,6 +15,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import Quantizer, UniTok, UniTokOutput
 from open_unitok.tokenizer.precision import exact_float32
+from open_unitok.tokenizer.quantizers.base import places_before
 from open_unitok.tokenizer.token_transformer import ClassTokenHead, SemanticDecoder
 
 from ..core.collectives import all_gather_with_grad
@@ -81,21 +82,24 @@ class TeacherHead(nn.Module):
         return self._frozen[0]
 
     def forward(
-        self, quantised: Tensor, pixels: Tensor, grid: tuple[int, int], order: Sequence[int]
+        self, quantised: Tensor, pixels: Tensor, grid: tuple[int, int], order: Sequence[int] | None = None
     ) -> Tensor:
         """The loss of (B, N, latent_dim) quantised latents of (B, 3, H, W) pixels.
 
         Args:
-            order: numbers of the B images in this rank's micro-batch before it was reordered.
+            order: numbers of the B images in this rank's micro-batch before it was reordered; None = as now.
         """
         target = self.teacher(pixels)
         predicted = self.head(quantised[..., self.channels], grid)
         if self.options.kind == "contrast":
             # groups are of consecutive images
-            places = torch.tensor(order).argsort().to(predicted.device)
-            every = all_gather_with_grad(target.whole[places])
+            whole, own = target.whole, predicted[:, 0]
+            if order is not None:
+                places = places_before(tuple(order), predicted.device)
+                whole, own = whole[places], own[places]
+            every = all_gather_with_grad(whole)
             first = distributed.rank() * len(predicted)
-            return contrast_loss(predicted[places, 0], every, self.options.contrast_group, first)
+            return contrast_loss(own, every, self.options.contrast_group, first)
         patches = target.patches
         if patches.shape[-2:] != grid:
             patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
@@ -129,7 +133,7 @@ class TaughtTokenizer(nn.Module):
         order: see `TeacherHead.forward`; set before each forward pass.
     """
 
-    order: Sequence[int] = ()
+    order: Sequence[int] | None = None
 
     def __init__(self, model: UniTok, heads: Sequence[TeacherHead]) -> None:
         super().__init__()
@@ -140,8 +144,7 @@ class TaughtTokenizer(nn.Module):
         out = self.model(pixels, *args, **kwargs)
         step = self.model.config.patch_size
         grid = (pixels.shape[2] // step, pixels.shape[3] // step)
-        order = self.order or range(len(pixels))
-        losses = [head(out.quantised, pixels, grid, order) for head in self.teacher_heads]
+        losses = [head(out.quantised, pixels, grid, self.order) for head in self.teacher_heads]
         return out._replace(losses={**out.losses, "teacher": torch.stack(losses).sum()})
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from open_unitok.core import distributed
 from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
-from open_unitok.tokenizer.layers import drop_path_stacks
 
 from ..core import deepspeed_engine, flops, schedules
 from ..core.checkpoint import Checkpoints, check_complete
@@ -35,8 +34,10 @@ from .config import RECONSTRUCTION, TokenizerRunConfig
 from .data import PairCollate, build_pair_stream, order_decoded_first, pixels_from_uint8, reconstruction_grid
 from .dead_codes import DeadCodes, init_codebooks, usage_and_perplexity
 from .gan import GAN
+from .image_losses import PIECE, loss_of_images
 from .losses import build_lpips, contrastive_loss, reconstruction_losses, weighted_sum
 from .model import build_model, load_caption_tokenizer
+from .noise import place_noise
 from .teacher import TaughtTokenizer, build_taught
 
 
@@ -167,18 +168,21 @@ def micro_step(
     """Forward and backward pass of one micro-batch; `part` is its number within the step."""
     model, engine = state.model, state.engine
     pixels = pixels_from_uint8(batch["image"], state.device)
-    token_ids = None if batch["token_ids"] is None else batch["token_ids"].to(state.device)
+    token_ids = None
+    if batch["token_ids"] is not None:  # pinned by the loader
+        token_ids = batch["token_ids"].to(state.device, non_blocking=True)
     # random numbers are keyed by an image's number in the global batch, so they do not depend on the split
     order, num_decoded = order_decoded_first(len(pixels), config.reconstruct_share)
     first = (part * distributed.world_size() + distributed.rank()) * len(pixels)
     samples = [first + position for position in order]
-    sample_drop_path(model, config.seed, state.step, samples)
-    sample_posterior_noise(model, config.seed, state.step, samples)
+    size = (pixels.shape[2], pixels.shape[3])
+    place_noise(model, state.gan, config.seed, state.step, samples, num_decoded, size, state.device)
     model.quantizer.start_step(seeding.torch_generator(config.seed, "quantizer", state.step))
     # the latents that DeadCodes collects in this forward pass are put back into the order of the batch
-    state.dead_codes.order = model.quantizer.order = order
+    reordered = None if num_decoded == len(pixels) else order
+    state.dead_codes.order = model.quantizer.order = reordered
     if state.taught is not None:
-        state.taught.order = order
+        state.taught.order = reordered
 
     # 1. encode all images (for the contrastive loss), decode the first ones (for the reconstruction losses)
     entropy = config.losses.entropy > 0
@@ -187,7 +191,7 @@ def micro_step(
     losses = reconstruction_losses(reconstruction, pixels)
     if state.lpips is not None:
         with deepspeed_engine.autocast(engine):
-            losses["lpips"] = state.lpips(reconstruction, pixels[:num_decoded]).mean()
+            losses["lpips"] = perceptual_loss(state, config, reconstruction, pixels)
     losses |= out.losses
     if out.text_embeds is not None:
         losses["clip"] = contrastive_loss(out.image_embeds, out.text_embeds, out.logit_scale)
@@ -201,7 +205,6 @@ def micro_step(
             weighted_sum(balanced, {name: weights[name] for name in balanced}),
             reconstruction,
             state.adaptation.last_weight(model) if state.adaptation else model.decoder.last_weight,
-            samples[:num_decoded],
         )
         loss = loss + gan_losses["adversarial_weight"] * gan_losses["adversarial"]
         losses |= gan_losses
@@ -217,21 +220,15 @@ def micro_step(
     return MicroStepOutput(detached, grad_norm, pixels, reconstruction.detach())
 
 
-def sample_drop_path(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
-    """Set the drop-path noise of the coming forward pass over these images."""
-    for name, blocks in drop_path_stacks(model).items():
-        shape = (len(blocks), 2)
-        blocks.drop_path_noise = seeding.uniform_per_sample(shape, samples, seed, "drop path", step, name)
-
-
-def sample_posterior_noise(model: UniTok, seed: int, step: int, samples: Sequence[int]) -> None:
-    """Set the noise of posteriors that the coming forward pass over these images samples from."""
-    parts = ((model.encoder, model.encoder.width), (model.quantizer, model.quantizer.latent_dim))
-    for part, width in parts:
-        if getattr(part, "samples_posterior", False):
-            shape = (model.config.layout.num_tokens, width)
-            generators = (seeding.torch_generator(seed, "posterior", step, n) for n in samples)
-            part.noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+def perceptual_loss(
+    state: TrainState, config: TokenizerRunConfig, reconstruction: Tensor, pixels: Tensor
+) -> Tensor:
+    """Mean LPIPS of the reconstructions and their originals, the first images of `pixels`."""
+    recomputes = config.engine.gradient_checkpointing
+    if recomputes or (state.gan and state.gan.balances):
+        piece = PIECE if recomputes else None
+        return loss_of_images(reconstruction, lambda a, part: state.lpips(a, pixels[part]).mean(), piece)
+    return state.lpips(reconstruction, pixels[: len(reconstruction)]).mean()
 
 
 # ---- building, resuming, saving --------------------------------------------------------------------------
