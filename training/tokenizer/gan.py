@@ -65,7 +65,7 @@ class GAN:
         self.step, self.weight, self.blur, self.lr = 0, 0.0, 1.0, 0.0
         self.grad_norm: Tensor | float = 0.0
         self.views: dict[str, View] = {}  # of the coming passes, see `sample_views`
-        # one piece where activations are kept; "bn" compares the images of a whole batch
+        # all at once where activations are kept; "bn" compares the images of a whole batch
         pieces = config.engine.gradient_checkpointing and not (
             options.kind == "dino" and options.norm == "bn"
         )
