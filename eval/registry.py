@@ -278,6 +278,15 @@ _TABLE = (
         batch_size=128,
     ),
     Benchmark(
+        name="scene_attributes",
+        module="generation.scene_attributes",
+        description="one object of a named size or texture (scenes)",
+        needs="generator",
+        files=("test/attributes.jsonl",),
+        options=(*SAMPLING, IMAGES_PER_PROMPT),
+        batch_size=128,
+    ),
+    Benchmark(
         name="scene_classes",
         module="generation.scene_classes",
         description="one object of each class, for class-conditional models (scenes)",

@@ -102,7 +102,8 @@ def scenes_detection(data: Path) -> Callable[[Sequence[np.ndarray]], list[Record
             detection = next(found)
             boxes, colours = detection.geneval()
             boxes = {c: [[round(float(v), 4) for v in box] for box in rows] for c, rows in boxes.items()}
-            records.append({"detections": boxes, "colors": colours, "unclear": detection.reason})
+            found_here = {"detections": boxes, "colors": colours, "textures": detection.textures()}
+            records.append(found_here | {"unclear": detection.reason})
         return records
 
     return detect

@@ -78,6 +78,13 @@ class SceneDetection:
             colors.setdefault(found.shape, []).append(found.color)
         return boxes, colors
 
+    def textures(self) -> dict[str, list[str]]:
+        """Textures per class, in the order of the boxes of `geneval`."""
+        textures: dict[str, list[str]] = {}
+        for found in sorted(self.objects, key=lambda o: -o.score):
+            textures.setdefault(found.shape, []).append(found.texture)
+        return textures
+
 
 def same_scene(detection: SceneDetection, scene: dict[str, Any]) -> bool:
     """Whether the detected objects are exactly those of a scene of `captions.json`."""

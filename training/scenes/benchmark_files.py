@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,8 +25,8 @@ _Record = dict[str, Any]
 
 
 def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int], object]) -> None:
-    """Write test images, questions and prompts below `folder`; `on_images(n)` reports n more images."""
-    scenes = [sample_scene(config, "test", index) for index in range(config.test)]
+    """Write images, questions and prompts of the split below `folder`; `on_images(n)` reports n images."""
+    scenes = evaluation_scenes(config)
     if (folder / "images").exists():  # complete, see _write_images; text files are fast to rewrite
         on_images(config.test)
     else:
@@ -35,8 +36,24 @@ def write_test_split(config: SceneConfig, folder: Path, on_images: Callable[[int
     _write_pope(config, scenes, folder)
     write_jsonl(folder / "geneval" / "evaluation_metadata.jsonl", geneval_prompts(config))
     write_jsonl(folder / "positions.jsonl", position_prompts(config))
+    write_attribute_prompts(config, folder)
     if config.classes:
         write_jsonl(folder / "classes.jsonl", class_records(config))
+
+
+def evaluation_scenes(config: SceneConfig) -> list[Scene]:
+    """The scenes of the split: validation has no arrangement of the test split."""
+    test = (sample_scene(config, "test", index) for index in range(config.test))
+    if config.split == "test":
+        return list(test)
+    known = {scene.objects for scene in test}
+    candidates = (sample_scene(config, "validation", index) for index in itertools.count())
+    return list(itertools.islice((s for s in candidates if s.objects not in known), config.test))
+
+
+def _rng(config: SceneConfig, purpose: str) -> Random:
+    """The random numbers of one purpose; those of "test" are as before there was a validation split."""
+    return Random(f"{config.seed}/{'' if config.split == 'test' else 'validation '}{purpose}")
 
 
 def _write_images(scenes: list[Scene], folder: Path, on_images: Callable[[int], object]) -> None:
@@ -61,7 +78,7 @@ def _has_held_out(scene: Scene, config: SceneConfig) -> bool:
 def _write_captions(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     records = []
     for number, scene in enumerate(scenes):
-        rng = Random(f"{config.seed}/test captions/{number}")
+        rng = _rng(config, f"test captions/{number}")
         records.append(
             {
                 "image_id": number,
@@ -79,7 +96,7 @@ def _write_captions(config: SceneConfig, scenes: list[Scene], folder: Path) -> N
 
 def sample_test_questions(config: SceneConfig, scene: Scene, number: int) -> list[SceneQuestion]:
     """Up to `questions` questions of different kinds, a relation first wherever the scene has one."""
-    rng = Random(f"{config.seed}/test questions/{number}")
+    rng = _rng(config, f"test questions/{number}")
     rest = [kind for kind in QUESTION_KINDS if kind != "relation"]
     # few scenes allow a relation: it goes first, so that the limit never cuts it off
     kinds = ["relation", *rng.sample(rest, len(rest))]
@@ -140,7 +157,7 @@ def _write_pope(config: SceneConfig, scenes: list[Scene], folder: Path) -> None:
     for category in _POPE_CATEGORIES:
         records: list[_Record] = []
         for number, scene in enumerate(scenes[: config.pope]):
-            rng = Random(f"{config.seed}/pope {category}/{number}")
+            rng = _rng(config, f"pope {category}/{number}")
             absent = absent_pair(
                 scene, rng, popular if category == "popular" else config.pairs, category == "adversarial"
             )
@@ -164,16 +181,24 @@ def geneval_prompts(config: SceneConfig) -> list[_Record]:
     records: list[_Record] = []
     for tag, candidates in GENEVAL_PROMPTS.items():
         # candidates come in random order, the plainest phrases first; duplicates are dropped
-        rng, seen = Random(f"{config.seed}/geneval {tag}"), set()
-        for prompt in candidates(config, rng):
-            if len(seen) >= config.prompts:
-                break
-            if prompt["prompt"] not in seen:
-                seen.add(prompt["prompt"])
-                used = {(c["color"], c["class"]) for c in prompt["include"] if "color" in c}
-                held_out = any(pair in config.held_out_pairs for pair in used)
-                records.append({"tag": tag, **prompt, "held_out": held_out})
+        prompts: dict[str, _Record] = {}
+        for prompt in candidates(config, _rng(config, f"geneval {tag}")):
+            prompts.setdefault(prompt["prompt"], prompt)
+        for prompt in _of_the_split(config, prompts, geneval_prompts):
+            used = {(c["color"], c["class"]) for c in prompt["include"] if "color" in c}
+            held_out = any(pair in config.held_out_pairs for pair in used)
+            records.append({"tag": tag, **prompt, "held_out": held_out})
     return records
+
+
+def _of_the_split(
+    config: SceneConfig, prompts: dict[str, _Record], made: Callable[[SceneConfig], list[_Record]]
+) -> list[_Record]:
+    """Up to `prompts` of the candidates; for validation those that the test split lacks, if there are any."""
+    if config.split == "validation":
+        test = {record["prompt"] for record in made(replace(config, split="test"))}
+        prompts = {text: prompt for text, prompt in prompts.items() if text not in test} or prompts
+    return list(prompts.values())[: config.prompts]
 
 
 def _shuffled(items: Iterable[Any], rng: Random) -> list[Any]:
@@ -263,9 +288,32 @@ def class_records(config: SceneConfig) -> list[_Record]:
     ]
 
 
+def write_attribute_prompts(config: SceneConfig, folder: Path) -> None:
+    """Write attributes.jsonl where scenes have named sizes or textures and the file is missing."""
+    prompts = attribute_prompts(config)
+    if prompts and not (folder / "attributes.jsonl").exists():
+        write_jsonl(folder / "attributes.jsonl", prompts)
+
+
+def attribute_prompts(config: SceneConfig) -> list[_Record]:
+    """Prompts for one object of a named size or texture, up to `prompts` per tag."""
+    values = {"size": config.size_names, "texture": [t for t in config.textures if t != "plain"]}
+    records: list[_Record] = []
+    for tag, names in values.items():
+        prompts = {}
+        choices = itertools.product(names, config.pairs)
+        for name, (color, shape) in _shuffled(choices, _rng(config, f"attributes {tag}")):
+            text = a_or_an(f"{name} {color} {shape}")
+            held_out = (color, shape) in config.held_out_pairs
+            known = {"class": shape, "color": color, tag: name}
+            prompts[text] = {"tag": tag, "prompt": text, **known, "held_out": held_out}
+        records += _of_the_split(config, prompts, attribute_prompts)
+    return records
+
+
 def position_prompts(config: SceneConfig) -> list[_Record]:
     """A single object at every named position, in every colour and shape."""
-    rng, records = Random(f"{config.seed}/positions"), []
+    rng, records = _rng(config, "positions"), []
     cells = itertools.product(range(config.grid), repeat=2)
     for cell, (color, shape) in _shuffled(itertools.product(cells, config.pairs), rng):
         position = position_name(cell, config.grid)

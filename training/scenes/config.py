@@ -43,9 +43,14 @@ class SceneConfig:
     light_max: int = _setting(250, "upper limit of the background's red, green and blue")
     gradient: int = _setting(0, "largest change of the background across the image, levels of 255")
     held_out: float = _setting(0.1, "share of colour x shape pairs that never appear in training")
-    test_share: float = _setting(0.1, "share of all arrangements that is reserved for the test split")
+    test_share: float = _setting(0.1, "share of all arrangements that is reserved for evaluation")
     train: int = _setting(20_000, "number of training scenes")
     test: int = _setting(1_000, "number of test scenes")
+    split: str = _setting(
+        "test",
+        "test, or validation: other scenes, questions and prompts in its place, to choose settings by; "
+        "without training data",
+    )
     shard: int = _setting(2_000, "training scenes per tar")
     corners: bool = _setting(False, 'captions also say "in the top left corner"')
     classes: bool = _setting(
@@ -169,6 +174,7 @@ def _rules(c: SceneConfig) -> Iterator[tuple[bool, str, str]]:
         "train", "test", "shard", "captions", "conversations", "turns", "questions", "text_lines",
     )  # fmt: skip
     yield from [
+        (c.split in ("test", "validation"), "split", "expected test or validation"),
         (16 <= c.size <= 1024 and c.size % c.grid == 0, "size", "expected a multiple of grid, 16 to 1024"),
         (1 <= c.min_objects <= c.max_objects, "min_objects", "expected 1 to max_objects"),
         (c.max_objects <= min(c.grid**2, 6), "max_objects", "expected at most one per cell and at most 6"),
@@ -214,6 +220,8 @@ def _check_type(key: str, value: Any, default: Any) -> None:
         good, wanted = isinstance(value, bool), "true or false"
     elif isinstance(default, float):
         good, wanted = _is_number(value), "a number"
+    elif isinstance(default, str):
+        good, wanted = isinstance(value, str), "a word"
     else:
         good, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     if not good:

@@ -23,7 +23,7 @@ from open_unitok.core.text_files import read_json
 from ..core.config import read_yaml
 from ..core.text_tokenizer import train_text_tokenizer
 from ..data.tar_files import tar_writer, write_sample
-from .benchmark_files import write_test_split
+from .benchmark_files import write_attribute_prompts, write_test_split
 from .captions import sample_captions, sample_pair_captions, sample_sentences
 from .config import QUESTION_KINDS, SceneConfig, with_values
 from .questions import SceneQuestion, sample_conversation
@@ -58,20 +58,23 @@ def write_scenes(
     if state:
         found = _stored_settings(state)
         if found == wanted and state.name == FINISHED:
+            write_attribute_prompts(config, out / "test")  # which folders of earlier versions lack
             return False
         if found != wanted:
             _remove_old(out, state, found, wanted, overwrite)
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds files that are not a scene data set; choose an empty or new folder.")
     write_json(out / UNFINISHED, {"config": wanted})
-    with tqdm(total=config.train + config.test, desc="scenes", unit=" scenes", disable=not progress) as bar:
-        for shard in range(-(-config.train // config.shard)):
+    train = config.train if config.split == "test" else 0
+    with tqdm(total=train + config.test, desc="scenes", unit=" scenes", disable=not progress) as bar:
+        for shard in range(-(-train // config.shard)):
             path = out / "train" / f"scenes-{shard:06d}.tar"
-            indices = range(shard * config.shard, min((shard + 1) * config.shard, config.train))
+            indices = range(shard * config.shard, min((shard + 1) * config.shard, train))
             if not path.exists():  # written atomically: one that exists is complete
                 write_atomic(path, _tar(config, indices))
             bar.update(len(indices))
-        _write_text(config, out / "text")
+        if train:
+            _write_text(config, out / "text")
         write_test_split(config, out / "test", bar.update)
     write_json(out / FINISHED, scenes_description(config))
     (out / UNFINISHED).unlink(missing_ok=True)

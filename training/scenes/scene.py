@@ -77,24 +77,24 @@ def object_centre(obj: SceneObject, cell: int) -> tuple[float, float]:
 
 
 def sample_scene(config: SceneConfig, split: str, index: int) -> Scene:
-    """Scene `index` of "train" or "test": a pure function of seed, split and index.
+    """Scene `index` of "train", "validation" or "test": a pure function of seed, split and index.
 
-    A hash assigns each arrangement (all but the background) to one split, so the splits share none.
-    Held-out colour x shape pairs occur in "test" only.
+    A hash reserves arrangements (all but the background) for evaluation: training has none of them, and no
+    held-out colour x shape pair.
     """
-    rng = Random(f"{config.seed}/{split}/{index}")
-    pairs = config.pairs if split == "test" else [p for p in config.pairs if p not in config.held_out_pairs]
+    rng, train = Random(f"{config.seed}/{split}/{index}"), split == "train"
+    pairs = [p for p in config.pairs if p not in config.held_out_pairs] if train else config.pairs
     while True:  # rejection sampling: until the arrangement belongs to the split
         counts = range(config.min_objects, config.max_objects + 1)
         # training prefers many objects: positions are learned from scenes with several
-        count = rng.choice(counts) if split == "test" else rng.choices(counts, weights=counts)[0]
+        count = rng.choices(counts, weights=counts)[0] if train else rng.choice(counts)
         scene = _sample_arrangement(config, rng, pairs, count)
-        if in_test_split(config, scene) == (split == "test"):
+        if reserved_for_evaluation(config, scene) != train:
             return scene
 
 
-def in_test_split(config: SceneConfig, scene: Scene) -> bool:
-    """Whether this arrangement of objects is reserved for the test split."""
+def reserved_for_evaluation(config: SceneConfig, scene: Scene) -> bool:
+    """Whether this arrangement of objects never occurs in training."""
     # The hash is of the dataclass's repr with its former class name: existing data sets depend on it.
     arrangement = repr((config.seed, scene.objects)).replace("SceneObject(", "Thing(")
     digest = hashlib.sha256(arrangement.encode()).digest()

@@ -69,6 +69,7 @@ def imagenet_generation(folder):
 MAKERS = {
     "reconstruction": classes, "zeroshot": classes, "linear_probe": classes, "retrieval": captions,
     "geneval": write_geneval, "positions": positions,
+    "scene_attributes": lambda folder: positions(folder, textures=("plain", "dotted")),
     "scene_classes": lambda folder: positions(folder, classes=True, max_objects=1),
     "genai_bench": write_genai, "dpg_bench": write_dpg,
     "mjhq": mjhq, "imagenet_generation": imagenet_generation, "wise": write_wise, "image_set": image_set,

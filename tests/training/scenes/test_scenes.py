@@ -12,7 +12,12 @@ from open_unitok.core.errors import UserError
 from open_unitok.training.scenes import benchmark_files, captions, dataset, phrases, questions
 from open_unitok.training.scenes.benchmark_files import sample_test_questions
 from open_unitok.training.scenes.config import QUESTION_KINDS, SceneConfig, parse_shares, with_values
-from open_unitok.training.scenes.scene import in_test_split, object_centre, render_array, sample_scene
+from open_unitok.training.scenes.scene import (
+    object_centre,
+    render_array,
+    reserved_for_evaluation,
+    sample_scene,
+)
 from open_unitok.training.scenes.shapes import COLORS
 
 DEMO = SceneConfig()
@@ -77,7 +82,9 @@ def test_splits_are_disjoint_and_training_lacks_the_held_out_pairs(config):
     train = [sample_scene(config, "train", i) for i in range(600)]
     test = [sample_scene(config, "test", i) for i in range(300)]
     assert not {s.objects for s in train} & {s.objects for s in test}
-    assert all(in_test_split(config, s) for s in test) and not any(in_test_split(config, s) for s in train)
+    assert all(reserved_for_evaluation(config, s) for s in test) and not any(
+        reserved_for_evaluation(config, s) for s in train
+    )
     assert len(config.held_out_pairs) == round(0.1 * len(config.pairs))
     seen = {obj.pair for scene in train for obj in scene.objects}
     assert seen == set(config.pairs) - config.held_out_pairs
@@ -330,3 +337,56 @@ def test_sentences_are_diverse(config):
 def test_invalid_settings_are_rejected(values, words):
     with pytest.raises(UserError, match=words):
         with_values(DEMO, values)
+
+
+def test_validation_shares_no_arrangement_and_few_prompts_with_test():
+    config = dataset.load_config("configs/scenes/scenes.yaml")
+    config = with_values(config, {"test": 300, "train": 300})
+    other = with_values(config, {"split": "validation"})
+    splits = {c.split: benchmark_files.evaluation_scenes(c) for c in (config, other)}
+    objects = {name: {scene.objects for scene in scenes} for name, scenes in splits.items()}
+    train = {sample_scene(config, "train", index).objects for index in range(300)}
+    assert len(splits["validation"]) == 300 and not objects["validation"] & (objects["test"] | train)
+    assert all(reserved_for_evaluation(config, scene) for scene in splits["validation"])
+    prompts = {
+        c.split: collections.defaultdict(set)
+        for c in (config, other)
+    }  # fmt: skip
+    for c in (config, other):
+        for record in benchmark_files.geneval_prompts(c):
+            prompts[c.split][record["tag"]].add(record["prompt"])
+    shared = {tag for tag, known in prompts["test"].items() if known & prompts["validation"][tag]}
+    assert shared == {"single_object"}  # the test split has all of its forty prompts
+    assert all(len(found) >= 40 for found in prompts["validation"].values())
+    questions_of = [
+        [sample_test_questions(c, scene, n) for n, scene in enumerate(splits["test"][:20])]
+        for c in (config, other)
+    ]
+    assert questions_of[0] != questions_of[1]
+
+
+def test_the_validation_split_and_attribute_prompts_are_frozen():
+    config = dataset.load_config("configs/scenes/scenes.yaml")
+    other = with_values(config, {"split": "validation"})
+    content: list = [benchmark_files.attribute_prompts(config), benchmark_files.attribute_prompts(other)]
+    content += [benchmark_files.geneval_prompts(other), benchmark_files.position_prompts(other)]
+    for index, scene in enumerate(benchmark_files.evaluation_scenes(other)):
+        content.append([scene.as_json(), sample_test_questions(other, scene, index)])
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    assert digest == "4052b5c7c47f230b248d4303450d9cafc8f5f0e3b545260f7e0978cb3fcc4c37"
+
+
+def test_attribute_prompts_name_one_object_with_a_size_or_texture():
+    config = dataset.load_config("configs/scenes/scenes.yaml")
+    records = benchmark_files.attribute_prompts(config)
+    tags = collections.Counter(record["tag"] for record in records)
+    assert tags == {"size": config.prompts, "texture": config.prompts}
+    assert len({record["prompt"] for record in records}) == len(records)
+    for record in records:
+        words = record["prompt"].split()
+        assert words[1:] == [record[record["tag"]], record["color"], record["class"]] and words[0] in (
+            "a",
+            "an",
+        )
+        assert record["held_out"] == ((record["color"], record["class"]) in config.held_out_pairs)
+    assert benchmark_files.attribute_prompts(SceneConfig()) == []  # the demo's objects have neither

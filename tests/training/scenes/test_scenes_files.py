@@ -75,6 +75,28 @@ def test_a_finished_folder_with_the_old_key_of_question_shares_is_recognised(dat
         dataset.write_scenes(other, tmp_path / "older", progress=False)
 
 
+def test_a_validation_split_is_another_one_without_training_data(data, tmp_path):
+    config = with_values(SMALL, {"split": "validation"})
+    assert dataset.write_scenes(config, tmp_path / "validation", progress=False)
+    made = digests(tmp_path / "validation")
+    assert {name for name in digests(data) if name.startswith("test/")} == made.keys() - {"scenes.json"}
+    # questions, prompts and images differ; single objects of a demo have few prompts, so positions repeat
+    assert not set(made.values()) & set(digests(data).values())
+    with pytest.raises(UserError, match="split = 'test', now 'validation'"):
+        dataset.write_scenes(config, data, progress=False)
+    with pytest.raises(UserError, match="expected test or validation"):
+        with_values(SMALL, {"split": "val"})
+
+
+def test_a_folder_of_an_earlier_version_gets_its_attribute_prompts(tmp_path):
+    config = with_values(SMALL, {"textures": ("plain", "dotted"), "test": 5})
+    assert dataset.write_scenes(config, tmp_path / "data", progress=False)
+    before = digests(tmp_path / "data")
+    (tmp_path / "data" / "test" / "attributes.jsonl").unlink()
+    assert not dataset.write_scenes(config, tmp_path / "data", progress=False)
+    assert digests(tmp_path / "data") == before
+
+
 def test_another_configuration_or_foreign_files_are_rejected(data, tmp_path):
     other = SceneConfig(train=60, test=30, shard=25, pope=10, text_lines=40, seed=1)
     before = digests(data)
