@@ -1,5 +1,6 @@
 """What torch does before it dispatches: tensors from Python's numbers, lists as indices, SDPA, `.data`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from .log import LOG, place
 from .tensor import CPU, CUDATensor, DeviceMismatchError, run, to_host, with_index
 
 FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.asarray)
+# each access makes a new object: compare with ==
+GET_DATA, SET_DATA = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # pyright: ignore
 INDEX = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 
 
@@ -35,13 +38,9 @@ class Functions(TorchFunctionMode):
             args = (args[0], _index(args[1], args[0].device), *args[2:])
         elif func is torch.nn.functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        elif func is torch.Tensor.data.__set__ and isinstance(args[0], CUDATensor):
-            if not isinstance(args[1], CUDATensor):
-                raise RuntimeError("incompatible tensor type: data of another device")
-            func(*args)
-            args[0].host, args[0]._device = args[1].host, args[1]._device
-            return None
-        elif func is torch.Tensor.data.__get__ and isinstance(args[0], CUDATensor):
+        elif func == SET_DATA and any(isinstance(x, CUDATensor) for x in args):
+            return set_data(*args)
+        elif func == GET_DATA and isinstance(args[0], CUDATensor):
             return args[0].detach()
         elif func is torch.Tensor.__format__ and isinstance(args[0], CUDATensor):
             return CUDATensor.__format__(*args)
@@ -96,6 +95,38 @@ def _from_numbers(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
 def _from_tensor(func: Any, args: tuple, kwargs: dict) -> torch.Tensor:
     moved = args[0].to(with_index(kwargs["device"]), kwargs.get("dtype") or args[0].dtype)
     return moved.detach().clone() if func is torch.tensor else moved
+
+
+def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """`tensor.data = value`, also for a value on another device: `tensor` remains the same object."""
+    if value is tensor:
+        return
+    if isinstance(tensor, CUDATensor) != isinstance(value, CUDATensor):
+        moved = value.detach()
+        if isinstance(tensor, torch.nn.Parameter):
+            moved = torch.nn.Parameter(moved, tensor.requires_grad)
+            moved.__dict__.update({k: v for k, v in vars(tensor).items() if k not in ("host", "_device")})
+        torch.utils.swap_tensors(tensor, moved)
+        return
+    with torch._C.DisableTorchFunction():
+        tensor.data = value
+    if isinstance(tensor, CUDATensor) and isinstance(value, CUDATensor):
+        tensor.host, tensor._device = value.host.detach(), value._device
+
+
+def apply_to_module(self: torch.nn.Module, fn: Callable[[Any], Any], recurse: bool = True) -> torch.nn.Module:
+    """`nn.Module._apply`: as on a real device, parameters keep their identity."""
+    for child in self.children() if recurse else ():
+        child._apply(fn)
+    for parameter in filter(lambda p: p is not None, self._parameters.values()):
+        with torch.no_grad():
+            set_data(parameter, fn(parameter))
+            if parameter.grad is not None:
+                set_data(parameter.grad, fn(parameter.grad))
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = fn(buffer)
+    return self
 
 
 def _index(index: Any, device: torch.device) -> Any:

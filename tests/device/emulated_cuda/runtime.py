@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import graphs
-from .functions import Functions, Operators
+from .functions import Functions, Operators, apply_to_module
 from .log import LOG
 
 NAME = "Emulated CUDA device"
@@ -41,11 +41,11 @@ def install() -> None:
     library = ctypes.CDLL(os.environ["EMULATED_CUDA_GUARD"])
     _patch_cuda(library.emulated_cuda_exchange_device)
     torch.Generator = Generator  # type: ignore[misc]
-    # a module's parameters keep their identity when it moves, as with CUDA
-    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.nn.Module._apply = apply_to_module  # type: ignore[method-assign]
     torch.inference_mode = torch.no_grad  # type: ignore[misc]  # a subclass has no version counter there
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     _patch_compile()
+    _patch_nccl()
     _patch_threads()
     functions = Functions()
     run_backward = torch.autograd._engine_run_backward
@@ -130,6 +130,9 @@ def _patch_cuda(exchange: Any) -> None:
             if hasattr(module, name):
                 setattr(module, name, changes[name])
     torch._C._host_emptyCache = _constant(None)  # type: ignore[attr-defined]
+    torch.cuda.nvtx._nvtx = types.SimpleNamespace(  # type: ignore[attr-defined]
+        rangePushA=_constant(0), rangePop=_constant(0), markA=_constant(0)
+    )
     torch.version.cuda = "13.0"
 
 
@@ -147,6 +150,17 @@ def _patch_compile() -> None:
 
     torch.compile = compile  # type: ignore[assignment]
     torch.nn.Module.compile = compile_module  # type: ignore[method-assign]
+
+
+def _patch_nccl() -> None:
+    """gloo in the place of NCCL: operators of torch.distributed get the CPU's tensors, like all others."""
+    init_process_group = torch.distributed.init_process_group
+
+    def init(backend: str | None = None, *args: Any, **kwargs: Any) -> None:
+        init_process_group("gloo" if backend and "nccl" in backend else backend, *args, **kwargs)
+
+    torch.distributed.init_process_group = init
+    torch.distributed.is_nccl_available = lambda: True
 
 
 def _patch_threads() -> None:

@@ -97,15 +97,15 @@ class CUDATensor(torch.Tensor, metaclass=_PlainTensor):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return (_unpickled, (self.host.detach(), str(self._device), self.requires_grad))
+        # a file written here holds plain tensors; they are loaded on the CPU, as with map_location="cpu"
+        host = self.host.detach()
+        if isinstance(self, torch.nn.Parameter):
+            host = torch.nn.Parameter(host, self.requires_grad)
+        return host.__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return run(func, args, kwargs or {})
-
-
-def _unpickled(host: torch.Tensor, device: str, requires_grad: bool) -> CUDATensor:
-    return CUDATensor(host, torch.device(device)).requires_grad_(requires_grad)
 
 
 def to_host(x: Any) -> Any:
@@ -144,10 +144,10 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
         _count_waits(func, name, args, kwargs)
     made_on = wanted or device
     args, kwargs = tree_unflatten([to_host(x) for x in flat], spec)
-    if wanted is not None:
+    if wanted is not None and wanted.type == "cuda":
         kwargs["device"] = CPU
     out = _launch(func, args, kwargs, device if there else made_on)
-    if made_on.type == "cpu":
+    if made_on.type != "cuda":  # the CPU, or meta
         return out
     known = {id(x.host): x for x in there}
     for x in there:  # operators that change a shape in place would leave the shell as it was
@@ -175,8 +175,10 @@ def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
     source = args[0]
     goes = source.device if kwargs.get("device") is None else with_index(kwargs["device"])
     comes = source.device
-    kwargs = {**kwargs, "device": None if kwargs.get("device") is None else CPU}
     count_copy(source, goes, bool(kwargs.get("non_blocking")))
+    if goes.type == "meta":
+        return func(to_host(source), **kwargs)
+    kwargs = {**kwargs, "device": None if kwargs.get("device") is None else CPU}
     if goes.type == "cpu":
         found = func(to_host(source), **kwargs)
         # torch makes pinned memory of what comes without waiting
@@ -200,7 +202,7 @@ def count_copy(
 ) -> None:
     """A copy between host and device waits, unless it is non_blocking and the host's memory is pinned."""
     comes = source.device.type
-    if not source.numel() or comes == goes.type:
+    if not source.numel() or comes == goes.type or goes.type == "meta":
         return
     host = source if comes == "cpu" else target
     pinned = host is None or host.is_pinned()  # None: `_to_copy` pins its result
