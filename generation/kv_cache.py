@@ -15,6 +15,55 @@ from open_unitok.core.codes import as_int64
 from open_unitok.mllm.features import ReadImages
 
 
+def prefill_text(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    images: Sequence[Tensor | ReadImages],
+    share_prefix: bool,
+    select: Sequence[int],
+    max_steps: int,
+) -> "CachedDecoder":
+    """Prefill prompts with images; up to `max_steps` decode steps may follow.
+
+    Args:
+        share_prefix: prefill the common prefix of prompts about the same images once.
+        select: the prompt of each of the R rows of the batch.
+    """
+    rows = torch.tensor(select, device=model.device)
+    prefixes = shared_prefixes(model, prompts, images) if share_prefix else []
+    if not prefixes:
+        ids, mask = pad_left(prompts, model)
+        embeds = model.embed_inputs(ids, **join_images(images, model))
+        return CachedDecoder(model.language_model, embeds, mask, rows, max_steps)
+    cache, mask, rests = prefill_prefixes(model, prompts, prefixes)
+    ids, rest_mask = pad_left(rests, model)
+    mask = torch.cat([mask, rest_mask], dim=1)
+    embeds = model.get_input_embeddings()(ids)
+    return CachedDecoder(model.language_model, embeds, mask, rows, max_steps, cache)
+
+
+def prefill_prefixes(
+    model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence["SharedPrefix"], num_beams: int = 1
+) -> tuple[DynamicCache, Tensor, list[Sequence[int]]]:
+    """Prefill each prefix once: a cache with one row per prompt and beam, the mask (P, L) of the prompts'
+    prefixes, and the rest of each prompt."""
+    ids, mask = pad_left([prefix.ids for prefix in prefixes], model)
+    cache = DynamicCache(config=model.config.text_config)
+    model.language_model(
+        inputs_embeds=model.embed_inputs(ids, **join_images([prefix.images for prefix in prefixes], model)),
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    prefix_of = {row: i for i, prefix in enumerate(prefixes) for row in prefix.rows}
+    # beams of one prompt are consecutive rows in `generate`
+    select = torch.tensor([prefix_of[row] for row in range(len(prompts))], device=model.device)
+    cache.batch_select_indices(select.repeat_interleave(num_beams))
+    rests = [prompt[len(prefixes[prefix_of[row]].ids) :] for row, prompt in enumerate(prompts)]
+    return cache, mask[select], rests
+
+
 def prefill(model: Any, rows: Sequence[Sequence[int]], max_steps: int) -> "CachedDecoder":
     """Prefill R prompts of text ids, equal ones once; up to `max_steps` decode steps of an image may
     follow."""
@@ -33,22 +82,31 @@ class CachedDecoder:
         select: (R,) the row of `embeds` of each row of the batch. Equal prompts (unconditional rows, many
             images of one prompt) are prefilled once, then their cache is copied.
         max_steps: capacity of the cache beyond L.
+        cache: of U earlier inputs, which `mask` covers as well.
 
     Attributes:
         hidden: (R, D) states at the last input.
         length: entries of the cache in use, padding included.
     """
 
-    def __init__(self, language_model: Any, embeds: Tensor, mask: Tensor, select: Tensor, max_steps: int):
+    def __init__(
+        self,
+        language_model: Any,
+        embeds: Tensor,
+        mask: Tensor,
+        select: Tensor,
+        max_steps: int,
+        cache: DynamicCache | None = None,
+    ):
         self.language_model = language_model
         self.length = mask.shape[1]
         padded = bool((mask == 0).any())  # without a mask, attention uses faster kernels
         positions = (mask.cumsum(-1) - 1).clamp(min=0)  # real tokens count from 0
-        cache = DynamicCache(config=language_model.config)
+        cache = DynamicCache(config=language_model.config) if cache is None else cache
         states = language_model(
             inputs_embeds=embeds,
             attention_mask=mask if padded else None,
-            position_ids=positions,
+            position_ids=positions[:, -embeds.shape[1] :],
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
@@ -187,6 +245,15 @@ def find_shared_prefixes(
             length = next(differing, length)
         prefixes.append(SharedPrefix(first[:length], images[rows[0]], rows))
     return prefixes
+
+
+def shared_prefixes(
+    model: Any, prompts: Sequence[Sequence[int]], images: Sequence[Tensor | ReadImages]
+) -> list[SharedPrefix]:
+    """The common prefixes of prompts about the same images; empty if there is nothing to share."""
+    prefixes = find_shared_prefixes(prompts, images)
+    # as many groups as prompts: nothing to share
+    return prefixes if len(prefixes) < len(prompts) and can_share(model, prompts, prefixes) else []
 
 
 def can_share(model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence[SharedPrefix]) -> bool:

@@ -8,24 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from open_unitok.core.errors import UserError
 from open_unitok.mllm.features import ReadImages
 from open_unitok.mllm.loading import check_logits
 
 from .backends import choose_backend
+from .backends.cuda_text import iter_captured_text_ids
 from .backends.native_text import iter_native_text_ids
+from .backends.text_samplers import GreedySampler, GumbelSampler, sampler_of
 from .kv_cache import (
-    CachedDecoder,
     SharedPrefix,
-    can_share,
-    find_shared_prefixes,
     join_images,
     pad_id,
     pad_left,
+    prefill_prefixes,
+    prefill_text,
+    shared_prefixes,
 )
-from .sampling import Sampling, check_seed, sample_code
+from .sampling import Sampling, check_seed
 from .validation import check_questions, check_text_options
 
 # of transformers' `generate`, which act on the logits of new ids alone
@@ -84,10 +85,10 @@ def generate_text_ids(
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         prompts, own = [prompt_ids[i] for i in batch], [images[i] for i in batch]
-        if choose_backend(model, backend, text_options=options) == "native":
-            steps = iter_native_text_ids(
-                model, prompts, own, max_new_tokens, eos_ids(model), _argmax, share_prefix
-            )
+        chosen = choose_backend(model, backend, num_steps=max_new_tokens - 1, text_options=options)
+        iter_ids = {"native": iter_native_text_ids, "cuda_graph": iter_captured_text_ids}.get(chosen)
+        if iter_ids and (sampler := sampler_of(model, options)):
+            steps = iter_ids(model, prompts, own, max_new_tokens, eos_ids(model), sampler, share_prefix)
             for new in steps:
                 for i, id in zip(batch, new):
                     answers[i] += [] if id is None else [id]
@@ -124,17 +125,12 @@ def iter_text_ids(
     generator = None if seed is None else torch.Generator(model.device).manual_seed(check_seed(seed))
     if not prompt_ids:
         return iter(())
-
-    def pick(logits: Tensor) -> Tensor:
-        gumbel = None
-        if not sampling.greedy:
-            # argmax(logits - log E), E exponential, samples from softmax(logits)
-            gumbel = torch.empty_like(logits).exponential_(generator=generator).log_().neg_()
-        return sample_code(logits, sampling, gumbel)
-
-    chosen = choose_backend(model, backend, text_options={})
-    iter_ids = iter_native_text_ids if chosen == "native" else _iter_eager
-    return iter_ids(model, prompt_ids, images, max_new_tokens, eos_ids(model), pick)
+    sampler = GumbelSampler(sampling, generator) if do_sample else GreedySampler()
+    arguments = (model, prompt_ids, images, max_new_tokens, eos_ids(model), sampler)
+    chosen = choose_backend(model, backend, num_steps=max_new_tokens - 1, text_options={})
+    if chosen == "cuda_graph":
+        return iter_captured_text_ids(*arguments, group=1)  # each id is wanted as soon as it is there
+    return iter_native_text_ids(*arguments) if chosen == "native" else _iter_eager(*arguments)
 
 
 @torch.no_grad()
@@ -146,22 +142,20 @@ def _iter_eager(
     ends: set[int],
     pick: Callable[[Tensor], Tensor],
 ) -> Iterator[list[int | None]]:
-    ids, mask = pad_left(prompt_ids, model)
-    embeds = model.embed_inputs(ids, **join_images(images, model))
-    every_row = torch.arange(len(ids))
-    decoder = CachedDecoder(model.language_model, embeds, mask, every_row, max_steps=max_new_tokens - 1)
-    active, hidden = [True] * len(ids), decoder.hidden
+    rows = range(len(prompt_ids))
+    decoder = prefill_text(model, prompt_ids, images, False, rows, max_steps=max_new_tokens - 1)
+    active, hidden = [True] * len(rows), decoder.hidden
     for left in reversed(range(max_new_tokens)):
         logits = model.text_logits(hidden).float()
         if left == max_new_tokens - 1:
             check_logits(logits, model)
         new = pick(logits)
-        rows = new.tolist()
+        ids = new.tolist()
         # finished rows stay in the batch; their ids are dropped
-        active = [on and row not in ends for on, row in zip(active, rows)]
+        active = [on and id not in ends for on, id in zip(active, ids)]
         if not any(active):
             return
-        yield [row if on else None for on, row in zip(active, rows)]
+        yield [id if on else None for on, id in zip(active, ids)]
         if left:  # the last id is never an input
             hidden = decoder.decode_step(model.get_input_embeddings()(new).unsqueeze(1))
 
@@ -177,10 +171,9 @@ def _generate_by_transformers(
     """The new ids of one batch by transformers' `generate`, with all its options."""
     # penalties and guidance need the ids of the whole prompt, which a cached prefix does not have
     share_prefix = share_prefix and options.keys() <= _PREFIX_OPTIONS
-    prefixes = find_shared_prefixes(prompts, images) if share_prefix else []
-    # as many groups as prompts: nothing to share
-    if 0 < len(prefixes) < len(prompts) and can_share(model, prompts, prefixes):
-        inputs = _prefill_prefixes(model, prompts, prefixes, options.get("num_beams", 1))
+    prefixes = shared_prefixes(model, prompts, images) if share_prefix else []
+    if prefixes:
+        inputs = _continue_prefixes(model, prompts, prefixes, options.get("num_beams", 1))
     else:
         ids, mask = pad_left(prompts, model)
         # with image_codes, even without images, the model's `generate` returns only the new ids
@@ -197,31 +190,18 @@ def _generate_by_transformers(
 
 
 @torch.no_grad()
-def _prefill_prefixes(
+def _continue_prefixes(
     model: Any, prompts: Sequence[Sequence[int]], prefixes: Sequence[SharedPrefix], num_beams: int
 ) -> dict[str, Any]:
     """Prefill each prefix once; returns the inputs of `generate` that continue from them."""
-    ids, mask = pad_left([prefix.ids for prefix in prefixes], model)
-    cache = DynamicCache(config=model.config.text_config)
-    model.language_model(
-        inputs_embeds=model.embed_inputs(ids, **join_images([prefix.images for prefix in prefixes], model)),
-        attention_mask=mask,
-        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    prefix_of = {row: i for i, prefix in enumerate(prefixes) for row in prefix.rows}
-    # beams of one prompt are consecutive rows in `generate`
-    select = torch.tensor([prefix_of[row] for row in range(len(prompts))], device=model.device)
-    cache.batch_select_indices(select.repeat_interleave(num_beams))
-    rests = [prompt[len(prefixes[prefix_of[row]].ids) :] for row, prompt in enumerate(prompts)]
-    rest_ids, rest_mask = pad_left(rests, model)
-    vectors = model.get_input_embeddings()(rest_ids)
+    cache, mask, rests = prefill_prefixes(model, prompts, prefixes, num_beams)
+    ids, rest_mask = pad_left(rests, model)
+    vectors = model.get_input_embeddings()(ids)
     # `generate` skips as many inputs as the cache has entries: their values do not matter, use zeros
-    cached = vectors.new_zeros(len(prompts), ids.shape[1], vectors.shape[2])
+    cached = vectors.new_zeros(len(prompts), mask.shape[1], vectors.shape[2])
     return {
         "inputs_embeds": torch.cat([cached, vectors], dim=1),
-        "attention_mask": torch.cat([mask[select], rest_mask], dim=1),
+        "attention_mask": torch.cat([mask, rest_mask], dim=1),
         "past_key_values": cache,
     }
 
@@ -256,7 +236,3 @@ def eos_ids(model: Any) -> set[int]:
 def truncate_at_eos(row: Sequence[int], ends: set[int]) -> list[int]:
     """The ids before the first end-of-sequence id."""
     return list(row[: next((i for i, x in enumerate(row) if x in ends), len(row))])
-
-
-def _argmax(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)

@@ -22,6 +22,7 @@ from .captured_step import borrow_step, release_steps, round_up
 from .class_conditional import ClassCudaGraph, ClassEager
 from .eager import Eager
 from .module_changes import find_module_change, unreached_hooks
+from .text_samplers import sampler_of
 
 QUANTIZATIONS = (None, "int8")
 BACKENDS: dict[str, Any] = {"torch": Eager, "cuda_graph": cuda_graph.CudaGraph, "native": native.Native}
@@ -109,7 +110,8 @@ def choose_backend(
         backend: "auto", or a key of `BACKENDS`.
         num_steps: number of decode steps if known; capturing a CUDA graph pays off only over several.
         text_options: for text instead of images: the options of transformers' `generate`. "torch" then means
-            transformers' own loop; there is no captured graph for text.
+            transformers' own loop; a captured graph covers greedy ids and sampling with do_sample,
+            temperature, top_k and top_p.
 
     Raises:
         UserError: `backend` is unknown, or cannot run this model, on this machine, with these options.
@@ -138,7 +140,7 @@ def choose_backend(
         for name in unreached_hooks(model):
             _warn_once(f"The hooks of {name} are not called: decoding calls its parts. Attach them to those.")
     # the same results either way, for requests that the fast path does not cover
-    elif chosen == "cuda_graph":
+    elif chosen == "cuda_graph" and sampler_of(model, text_options) is None:
         return "torch"
     elif chosen == "native" and (option := native_text.find_option(model, text_options)):
         if backend == "native":

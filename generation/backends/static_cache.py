@@ -66,14 +66,14 @@ class StaticCache:
         if visible is not None:
             self.visible[:, :length] = visible
         for i in range(len(layers)):
-            buffers = []
+            buffers: list[Tensor] = []
             for name, states in (("keys", layers[i].keys), ("values", layers[i].values)):
                 shape = (*states.shape[:2], capacity, states.shape[3])
                 buffer = captured.buffer(f"{name}.{i}", shape, states)
                 buffer[:, :, :length] = states
                 buffer[:, :, length:] = 0  # masked entries get weight 0, but 0 * NaN is NaN
                 buffers.append(buffer)
-            self.layers.layers.append(StaticLayer(*buffers, self.index))
+            self.layers.layers.append(StaticLayer(buffers[0], buffers[1], self.index))
             layers[i] = None
 
     def bias(self, like: Tensor) -> Tensor:

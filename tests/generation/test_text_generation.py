@@ -7,6 +7,7 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.generation import generate_text_ids, iter_text_ids, text_generation
+from open_unitok.generation.backends import text_samplers
 from open_unitok.generation.text_generation import truncate_at_eos
 
 
@@ -117,13 +118,13 @@ def test_sampling_follows_its_seed(full_model, asked):
 
 def test_noise_of_bf16_models_is_sampled_in_fp32(full_model, asked, monkeypatch):
     seen = []
-    sample_code = text_generation.sample_code
+    sample_code = text_samplers.sample_code
 
     def watched(logits, *rest):
         seen.append(logits.dtype)
         return sample_code(logits, *rest)
 
-    monkeypatch.setattr(text_generation, "sample_code", watched)
+    monkeypatch.setattr(text_samplers, "sample_code", watched)
     model = copy.deepcopy(full_model).to(torch.bfloat16)
     list(iter_text_ids(model, *asked, max_new_tokens=3, do_sample=True, seed=0))
     assert len(seen) > 1 and set(seen) == {torch.float32}
