@@ -153,8 +153,9 @@ class FeatureAdapter(nn.Sequential):
         super().__init__(*([nn.LayerNorm(features, eps=ADAPTER_NORM_EPS)] if norm else []), *layers)
         self.num_features = features
 
-    def insert(self, vectors: Tensor, is_place: Tensor, features: Tensor | None, tokens: int) -> Tensor:
-        """(B, L, D) input vectors with the adapted features (J, M, F) at the places of (B, L) `is_place`.
+    def insert(self, vectors: Tensor, places: Tensor, features: Tensor | None, tokens: int) -> Tensor:
+        """(B, L, D) input vectors with the adapted features (J, M, F) at `places` (J * M,) of the flattened
+        batch.
 
         Args:
             tokens: M.
@@ -162,7 +163,6 @@ class FeatureAdapter(nn.Sequential):
         Raises:
             UserError: features and places do not match, or have another shape.
         """
-        places = is_place.flatten().nonzero().squeeze(1)
         count = 0 if features is None else features.shape[0]
         if features is not None and (
             features.dim() != 3 or features.shape[1:] != (tokens, self.num_features)

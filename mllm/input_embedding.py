@@ -12,8 +12,9 @@ from torch import nn
 from open_unitok.core.errors import UserError
 from open_unitok.tokenizer.precision import to_dtype_of
 
-from .config import IGNORED, UniTokMLLMConfig
+from .config import UniTokMLLMConfig
 from .features import FeatureAdapter
+from .positions import BatchPlan, plan_batch
 
 
 class InputEmbedding:
@@ -38,70 +39,56 @@ class InputEmbedding:
         Raises:
             UserError: images and placeholders do not match.
         """
-        positions = self._image_positions(input_ids, image_codes)
-        return self._embed(input_ids, image_codes, positions, image_features)
+        return self._embed(input_ids, image_codes, self._plan(input_ids, image_codes), image_features)
 
-    def _image_positions(
-        self, input_ids: torch.Tensor, image_codes: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """(I, N) positions of the images in the flattened batch; None without images."""
-        positions = (input_ids == self.config.image_token_id).flatten().nonzero().squeeze(1)
-        if image_codes is None or image_codes.shape[0] == 0:
-            if len(positions):
-                raise UserError(
-                    f"input_ids hold {len(positions)} image placeholders, but no image_codes were given."
-                )
-            return None
-        self.visual_embedder.check_codes(image_codes)
-        images, length = image_codes.shape[0], self.config.num_read(image_codes.shape[1])
-        if len(positions) != images * length:
+    def _plan(
+        self, input_ids: torch.Tensor | None, image_codes: torch.Tensor | None, **inputs: torch.Tensor | None
+    ) -> BatchPlan:
+        """The plan of a batch that came without one; `inputs` are further arguments of `plan_batch`."""
+        config = self.config
+        return plan_batch(
+            input_ids,
+            **inputs,
+            num_images=0 if image_codes is None else len(image_codes),
+            image_token_id=config.image_token_id,
+            feature_token_id=None if self.feature_adapter is None else config.feature_token_id,
+            sep_token_id=config.sep_token_id,
+        )
+
+    def _check_codes(self, image_codes: torch.Tensor | None, positions: torch.Tensor | None) -> None:
+        """
+        Raises:
+            UserError: codes that are not the model's, or whose number is not that of the placeholders.
+        """
+        images = 0 if image_codes is None else len(image_codes)
+        if images:
+            self.visual_embedder.check_codes(image_codes)
+        length = self.config.num_read(image_codes.shape[1]) if image_codes is not None and images else 0
+        found = 0 if positions is None else positions.numel()
+        if found != images * length:
             raise UserError(
-                f"input_ids hold {len(positions)} image placeholders, but image_codes hold {images} images "
+                f"input_ids hold {found} image placeholders, but image_codes hold {images} images "
                 f"of {length} visual tokens = {images * length}: expected one placeholder per visual token."
             )
-        return positions.view(images, length)
 
     def _embed(
         self,
         input_ids: torch.Tensor,
         image_codes: torch.Tensor | None,
-        positions: torch.Tensor | None,
+        plan: BatchPlan,
         image_features: torch.Tensor | None,
     ) -> torch.Tensor:
+        self._check_codes(image_codes, plan.images)
         # placeholders are outside the vocabulary: embed id 0, then overwrite
         vectors = self.get_input_embeddings()(self._without_placeholders(input_ids))
-        vectors = self._insert_codes(vectors, image_codes, positions)
+        vectors = self._insert_codes(vectors, image_codes, plan.images)
         if self.feature_adapter is not None:
-            is_place = input_ids == self.config.feature_token_id
+            assert plan.features is not None
             count = self.config.num_continuous_tokens or 0
-            return self.feature_adapter.insert(vectors, is_place, image_features, count)
+            return self.feature_adapter.insert(vectors, plan.features, image_features, count)
         if image_features is not None:
             raise UserError("image_features were given, but visual_input = 'discrete' reads codes alone.")
         return vectors
-
-    def _check_feature_targets(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor | None
-    ) -> None:
-        """
-        Raises:
-            UserError: labels mark features, or an image that is generated has features behind its codes.
-        """
-        ids, targets = input_ids.flatten(), labels.flatten()
-        is_feature = ids == self.config.feature_token_id
-        if bool((targets[is_feature] != IGNORED).any()):
-            raise UserError("labels mark feature placeholders: features are never targets, set them to -100.")
-        if positions is None:
-            return
-        last = positions[:, -1]
-        behind = torch.stack([(last + step).clamp(max=len(ids) - 1) for step in (1, 2)])
-        is_read = is_feature[behind[0]]
-        if self.config.sep_token_id is not None:
-            is_read |= (ids[behind[0]] == self.config.sep_token_id) & is_feature[behind[1]]
-        if bool((is_read & (targets[last] == self.config.image_token_id)).any()):
-            raise UserError(
-                "An image that is generated has features behind its codes: only images that are read have "
-                "them."
-            )
 
     def _without_placeholders(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The ids with 0 in the place of images, which is a valid index."""

@@ -27,7 +27,7 @@ from open_unitok.tokenizer.folder_checks import check_finite, load_checked, load
 from open_unitok.tokenizer.projection import ProjectionAttention
 from open_unitok.tokenizer.standalone import InstalledCode
 
-from .attention import eager_attention, uses_flash_attention
+from .attention import bounds_arguments, eager_attention
 from .config import UniTokMLLMConfig
 from .convert import read_published
 from .depth_head import ContextDecoder, DepthHead, ZeroLinear, check_final_norm, norm_inputs
@@ -41,9 +41,9 @@ from .loading import (
     check_generation_config,
     folder_type,
 )
-from .losses import divide_losses, find_targets, image_loss, text_loss
+from .losses import Targets, divide_losses, image_loss, text_loss
 from .output import UniTokMLLMOutput
-from .positions import positions_from_mask, sequence_bounds
+from .positions import BatchPlan, positions_from_mask
 from .visual_embedder import VisualEmbedder
 
 
@@ -100,6 +100,7 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         return_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         image_features: torch.Tensor | None = None,
+        plan: BatchPlan | None = None,
         **kwargs: Any,
     ) -> UniTokMLLMOutput:
         """One pass over sequences of text and images.
@@ -123,6 +124,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
                 over micro-batches does not depend on how the step is split.
             image_features: (J, M, F) of the images that are read, in row-major order of their M placeholders
                 `config.feature_token_id`; only with continuous or dual visual input.
+            plan: of `plan_batch`, on the device of the other inputs; None = derived here, for which the host
+                waits several times for a GPU.
             kwargs: of the decoder, such as output_hidden_states and output_attentions (which takes eager
                 attention); return_dict = False returns a tuple.
 
@@ -130,30 +133,35 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
             UserError: images and placeholders do not match; a sequence is longer than the context; a target
                 image has no token before it.
         """
-        positions = None
         image_codes = None if image_codes is None else as_int64(image_codes)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            positions = self._image_positions(input_ids, image_codes)
-            if labels is not None and self.feature_adapter is not None:
-                self._check_feature_targets(input_ids, labels, positions)
-            inputs_embeds = self._embed(input_ids, image_codes, positions, image_features)
         # entries already in the KV cache
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if plan is None:
+            plan = self._plan(
+                input_ids if inputs_embeds is None else None, image_codes, labels=labels,
+                attention_mask=attention_mask, position_ids=position_ids,
+            )  # fmt: skip
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids, image_codes, plan, image_features)
         if position_ids is None:  # a packed row may exceed the context, its samples do not
             self.check_length(past + inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = positions_from_mask(attention_mask)[:, past:]
-        flat = inputs_embeds
-        flat_positions = position_ids
-        packed = position_ids is not None and attention_mask is None and past == 0
-        if packed and position_ids is not None and uses_flash_attention(self.language_model):
-            # FlashAttention ignores 4-D masks: pass cu_seqlens, or packed samples attend to each other
-            flat, flat_positions = inputs_embeds.flatten(0, 1)[None], position_ids.flatten()[None]
-            kwargs |= sequence_bounds(position_ids)
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) is None:
                 kwargs[name] = bool(getattr(self.config, name, False))
+        flat, flat_positions = inputs_embeds, position_ids
+        if past_key_values is None and not use_cache and not kwargs["output_attentions"]:
+            # attention by samples: FlashAttention ignores 4-D masks, and packed samples would attend to each
+            # other
+            shape = inputs_embeds.shape[:2]
+            arguments = bounds_arguments(self.language_model, plan.bounds, shape)
+            if arguments and position_ids is not None:
+                flat = inputs_embeds.flatten(0, 1)[None]
+                flat_positions = position_ids.expand(shape).flatten()[None]
+                attention_mask = arguments.pop("attention_mask")
+                kwargs |= arguments
         raw = norm_inputs(self.language_model) if self._reads_raw_states else contextlib.nullcontext([])
         with eager_attention(self.language_model, only_if=kwargs["output_attentions"]), raw as states:
             output = self.language_model(
@@ -173,8 +181,9 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         found["attentions"] = output.attentions
         if labels is not None:
             reduction = reduction if num_items_in_batch is None else "sum"
-            inputs = (labels, attention_mask, position_ids, image_codes, positions)
-            found |= self._losses(hidden, context, *inputs, reduction, return_logits is not False)
+            assert plan.targets is not None
+            keep = return_logits is not False
+            found |= self._losses(hidden, context, plan.targets, image_codes, reduction, keep)
             if num_items_in_batch is not None:
                 divide_losses(found, num_items_in_batch)
         # skipped in training: (B, L, vocabulary) is large, and the loss needs logits at targets only
@@ -333,11 +342,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         self,
         hidden: torch.Tensor,
         context: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
+        targets: Targets,
         image_codes: torch.Tensor | None,
-        positions: torch.Tensor | None,
         reduction: str,
         keep_logits: bool,
     ) -> dict[str, torch.Tensor]:
@@ -347,34 +353,34 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
             hidden, context: (B, L, D) states that the text head and the depth head read.
             keep_logits: return `image_logits`; else their memory is reused.
         """
-        found = find_targets(labels, attention_mask, position_ids, positions, self.config.image_token_id)
         flat = hidden.flatten(0, 1)
         keep_graph = self.training and torch.is_grad_enabled()
         zero = flat.new_zeros((), dtype=torch.float32)
         text_sum = image_sum = z_sum = zero
-        count, num_codes = len(found.text_before), 0
-        result = {"image_correct": labels.new_zeros(self.config.num_codebooks)}
+        count, num_codes = len(targets.text_before), 0
+        result = {"image_correct": targets.text_ids.new_zeros(self.config.num_codebooks)}
         if count:
-            logits = self.text_logits(flat[found.text_before])
-            text_sum = text_loss(logits, found.text_ids, self.config.text_z_loss_weight, keep_logits=False)
+            logits = self.text_logits(flat[targets.text_before])
+            text_sum = text_loss(logits, targets.text_ids, self.config.text_z_loss_weight, keep_logits=False)
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
             text_sum = 0.0 * self.lm_head(flat[:1]).sum().float()
-        if found.image_before is not None:
+        if targets.image_before is not None:
             assert image_codes is not None
             self.config.check_generates()
             # the depth head runs on target visual tokens only, as one batch of J*N
-            codes = image_codes[found.images].flatten(0, 1)  # (J*N, K)
-            logits = self.depth_head(context.flatten(0, 1)[found.image_before.flatten()], codes)
+            codes = image_codes[targets.images].flatten(0, 1)  # (J*N, K)
+            logits = self.depth_head(context.flatten(0, 1)[targets.image_before.flatten()], codes)
             weight = self.config.image_z_loss_weight
             image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight, keep_logits)
             if keep_logits:
-                result["image_logits"] = logits.view(*found.image_before.shape, *logits.shape[1:])
+                result["image_logits"] = logits.view(*targets.image_before.shape, *logits.shape[1:])
             num_codes = codes.numel()
         elif keep_graph:  # zero-weighted dummy, as in `_embed`
-            dummy = labels.new_zeros((1, self.config.num_codebooks))
+            dummy = targets.text_ids.new_zeros((1, self.config.num_codebooks))
             image_sum = 0.0 * self.depth_head(context.flatten(0, 1)[:1], dummy).sum().float()
         # every code counts as one token, as published
-        result |= {"text_tokens": labels.new_tensor(count), "image_codes": labels.new_tensor(num_codes)}
+        result |= {"text_tokens": zero.new_full((), count, dtype=torch.int64)}
+        result |= {"image_codes": zero.new_full((), num_codes, dtype=torch.int64)}
         total = text_sum + image_sum
         if reduction == "mean":
             total = total / max(count + num_codes, 1)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from open_unitok.mllm.positions import BatchPlan, plan_batch
+
 from .sample_kinds import IGNORE_INDEX, SAMPLE_KINDS
 from .sequences import TokenSequence
 from .tar_index import BadSample
@@ -37,14 +39,23 @@ class Batch(NamedTuple):
     code_targets: int  # codes that are learned: K per placeholder of a generated image
     tokens: int  # tokens that are not padding
     attention_pairs: int  # causal attention pairs: each token with itself and those before it in its sample
+    plan: BatchPlan  # what the model would derive from the inputs
 
 
-def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int, pack_to: int = 0) -> Batch:
+def collate(
+    samples: Sequence[TrainingSample],
+    image_token_id: int,
+    pad_id: int,
+    pack_to: int = 0,
+    feature_token_id: int | None = None,
+    sep_token_id: int | None = None,
+) -> Batch:
     """Join samples of any kinds and any numbers of images into one micro-batch.
 
     Args:
         pack_to: 0 = one sample per row; else rows of this length (or of the longest sample's) hold as many
             samples as fit.
+        feature_token_id, sep_token_id: of a model with features.
 
     Raises:
         BadSample: images of different numbers of visual tokens, which do not stack into one tensor.
@@ -85,6 +96,15 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         tensors["feature_codes"] = torch.from_numpy(features.astype(np.int64))
     elif features is not None:
         tensors["image_features"] = torch.from_numpy(features)
+    plan = plan_batch(
+        *(tensors[name] for name in ("input_ids", "labels")),
+        attention_mask=tensors.get("attention_mask"),
+        position_ids=tensors.get("position_ids"),
+        num_images=0 if images is None else len(images),
+        image_token_id=image_token_id,
+        feature_token_id=feature_token_id,
+        sep_token_id=sep_token_id,
+    )
     return Batch(
         inputs=tensors,
         kinds=torch.from_numpy(kinds),
@@ -92,6 +112,7 @@ def collate(samples: Sequence[TrainingSample], image_token_id: int, pad_id: int,
         code_targets=int(generated.sum()) * (0 if images is None else images.shape[2]),
         tokens=sum(lengths),
         attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
+        plan=plan,
     )
 
 

@@ -121,9 +121,18 @@ class Mixture:
             starts = [(a * world + rank) * micro for a in range(self.accumulation)]
             mine = [[build(index) for index in range(start, start + micro)] for start in starts]
         self.step += 1
-        pad = self.sequences.processor.pad_token_id
-        image = self.sequences.image_token_id
-        return [collate(samples, image, pad, self.options.pack_to) for samples in mine]
+        processor = self.sequences.processor
+        return [
+            collate(
+                samples,
+                processor.image_token_id,
+                processor.pad_token_id,
+                self.options.pack_to,
+                processor.feature_token_id,
+                processor.sep_token_id,
+            )
+            for samples in mine
+        ]
 
     def _next_position(self) -> tuple[int, int]:
         """(entry that is furthest behind its share, position in its order)."""

@@ -121,7 +121,8 @@ class MLLMRunConfig(RunConfig):
     conditioner: what images are generated from; with "class" the config is a `ClassRunConfig`.
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
     lora: train adapters on the model of `init_from` instead of its weights.
-    attention: of the decoder, by transformers' names; "auto" = flash_attention_2 where it can run.
+    attention: of the decoder, by transformers' names, or "varlen": within each sample of a row, without a
+        mask. "auto" = flash_attention_2 where it can run, else varlen for packed rows and on GPUs, else sdpa.
     """
 
     conditioner: Literal["prompt"] = "prompt"
@@ -130,7 +131,7 @@ class MLLMRunConfig(RunConfig):
     model: ModelOptions | None = None
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
     lora: LoraOptions | None = None
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
 
     def check(self) -> None:
         super().check()

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from open_unitok.core import distributed
-from open_unitok.mllm.losses import find_targets
+from open_unitok.mllm.losses import Targets
+from open_unitok.mllm.positions import to_device
 
 from ..core.flops import TokenCounts, flops_of, peak_tflops
 from ..data.collate import Batch
@@ -60,23 +61,16 @@ class RunningMetrics:
         )
 
     @torch.no_grad()
-    def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, inputs: dict[str, Any]) -> None:
-        """Text losses per sample kind, from the (B, L, D) hidden states of one micro-batch."""
+    def add_text_losses(self, model: Any, hidden: torch.Tensor, batch: Batch, found: Targets) -> None:
+        """Text losses per sample kind; `hidden` (B, L, D) and `found` are of this micro-batch."""
         # a second pass through lm_head, in logged steps only: the forward pass returns just the sum
-        found = find_targets(
-            inputs["labels"],
-            inputs.get("attention_mask"),
-            inputs.get("position_ids"),
-            None,
-            model.config.image_token_id,
-        )
         losses = F.cross_entropy(
             model.text_logits(hidden.flatten(0, 1)[found.text_before]).float(),
             found.text_ids,
             reduction="none",
         )
         # the kind of the predicted token, one position after the one that predicts it
-        kinds = batch.kinds.to(hidden.device).flatten()[found.text_before + 1]
+        kinds = to_device(batch.kinds, hidden.device).flatten()[found.text_before + 1]
         self.text_loss_sums.index_add_(0, kinds, losses.double())
         self.text_targets.index_add_(0, kinds, torch.ones_like(losses, dtype=torch.float64))
 

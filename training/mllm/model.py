@@ -14,6 +14,7 @@ from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path, write_json
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
+from open_unitok.mllm.attention import VARLEN, supports_varlen
 from open_unitok.mllm.features import feature_fields
 from open_unitok.mllm.loading import check_vocabulary
 from open_unitok.mllm.lora import add_lora
@@ -41,8 +42,9 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
         UserError: see `new_parts`, `load_parts`, `add_lora` and `choose_attention`.
     """
     parts = new_parts(config) if config.model else load_parts(str(config.init_from))
-    parts.model.language_model.set_attn_implementation(
-        choose_attention(config.attention, config.engine.dtype)
+    decoder = parts.model.language_model
+    decoder.set_attn_implementation(
+        choose_attention(config.attention, config.engine.dtype, decoder, packed=config.data.pack_to > 0)
     )
     # adapters have their own seed: they do not depend on how the model was created
     torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
@@ -190,17 +192,21 @@ def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
         raise UserError("lr_factors freeze every part: nothing is left to train.")
 
 
-def choose_attention(name: str, dtype: str) -> str:
-    """The attention implementation for transformers: "auto" is flash_attention_2 where that can run.
+def choose_attention(name: str, dtype: str, decoder: Any, packed: bool) -> str:
+    """The attention implementation of a decoder, by transformers' names.
+
+    "auto" is flash_attention_2 where it can run, else "varlen" where it saves the mask (everywhere on a GPU,
+    and for packed rows on a CPU), else "sdpa".
 
     Args:
         dtype: engine.dtype. FlashAttention has 16-bit kernels only, and transformers would call it in the
             dtype of the fp32 weights.
 
     Raises:
-        UserError: flash attention is requested, but not available or not with this dtype.
+        UserError: the requested one is not available, or not with this dtype or decoder.
     """
-    available = torch.cuda.is_available() and is_flash_attn_2_available()
+    cuda = torch.cuda.is_available()
+    available = cuda and is_flash_attn_2_available()
     half = dtype == "bf16" or (dtype == "auto" and bf16_in_hardware())
     if name == "flash_attention_2" and not available:
         raise UserError(
@@ -212,9 +218,16 @@ def choose_attention(name: str, dtype: str) -> str:
             f"attention: flash_attention_2 needs bf16, but engine.dtype {dtype} is fp32 here: set "
             "engine.dtype to bf16, or attention to sdpa."
         )
-    if name == "auto":
-        return "flash_attention_2" if available and half else "sdpa"
-    return name
+    if name == "varlen" and not supports_varlen(decoder):
+        raise UserError(
+            f"attention: varlen is not for a {decoder.config.model_type!r}, whose attention is more than a "
+            "causal mask: use `auto` or `eager`."
+        )
+    if name == "auto" and available and half:
+        return "flash_attention_2"
+    if name == "varlen" or (name == "auto" and (packed or cuda) and supports_varlen(decoder)):
+        return VARLEN
+    return "sdpa" if name == "auto" else name
 
 
 def decoder_config(config: Any) -> Any:

@@ -15,6 +15,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.mllm import UniTokMLLMConfig
 from open_unitok.mllm.features import FeatureOptions, FeatureSource
+from open_unitok.mllm.positions import to_device
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.token_layout import TokenLayout
 
@@ -255,18 +256,19 @@ def train_step(
     grad_norm = None
     for micro_step, batch in enumerate(batches):
         seeding.seed_forward_pass(config.seed, step, micro_step)
-        inputs = {name: None if v is None else v.to(device) for name, v in batch.inputs.items()}
+        inputs: dict[str, Any] = {name: to_device(value, device) for name, value in batch.inputs.items()}
+        plan = batch.plan.to(device)
         codes = inputs.pop("feature_codes", None)
         if codes is not None and state.features is not None:
             inputs["image_features"] = state.features.of_codes(codes)
         by_class = isinstance(config, ClassRunConfig)
-        if by_class:
-            inputs = class_inputs(inputs)
+        inputs = class_inputs(inputs) if by_class else {**inputs, "plan": plan}
         # 2. one forward pass for texts and images; losses come as sums, so that micro-batches add up
         output = state.engine(**inputs, reduction="sum", return_logits=False)
         micro_losses = combine_losses(output.losses, targets, config.loss)
-        if (step + 1) % config.log.every == 0 and not by_class:
-            state.metrics.add_text_losses(state.engine.module, output.last_hidden_state, batch, inputs)
+        if (step + 1) % config.log.every == 0 and not by_class and plan.targets is not None:
+            hidden = output.last_hidden_state
+            state.metrics.add_text_losses(state.engine.module, hidden, batch, plan.targets)
         # 3. DeepSpeed averages over ranks and accumulation, but the denominators already cover both
         state.engine.backward(micro_losses["loss"] * (world * config.engine.accumulation))
         grad_norm = deepspeed_engine.optimizer_step(state.engine)

@@ -3,8 +3,10 @@
 import itertools
 
 import pytest
+from transformers import AutoConfig, AutoModel
 
 from open_unitok.core.errors import UserError
+from open_unitok.mllm.attention import VARLEN
 from open_unitok.training.mllm import model as run_model
 from open_unitok.training.mllm.model import choose_attention
 
@@ -16,6 +18,14 @@ DTYPES = {  # engine.dtype, and bf16 in hardware -> FlashAttention has a kernel
     ("auto", True): True,
     ("auto", False): False,
 }
+SIZES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 20, "pad_token_id": None,
+}  # fmt: skip
+
+
+def decoder(family):
+    return AutoModel.from_config(AutoConfig.for_model(family, **SIZES))
 
 
 @pytest.mark.parametrize(
@@ -24,17 +34,36 @@ DTYPES = {  # engine.dtype, and bf16 in hardware -> FlashAttention has a kernel
 )
 def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, dtype, hardware):
     """FlashAttention needs a GPU, its package and bf16; `auto` falls back, the explicit name is rejected."""
+    llama = decoder("llama")
     monkeypatch.setattr(run_model.torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(run_model, "is_flash_attn_2_available", lambda: installed)
     monkeypatch.setattr(run_model, "bf16_in_hardware", lambda: hardware)
     if cuda and installed and DTYPES[dtype, hardware]:
         for name in ("auto", "flash_attention_2"):
-            assert choose_attention(name, dtype) == "flash_attention_2"
+            assert choose_attention(name, dtype, llama, True) == "flash_attention_2"
     else:
-        assert choose_attention("auto", dtype) == "sdpa"
+        assert choose_attention("auto", dtype, llama, False) == (VARLEN if cuda else "sdpa")
+        assert choose_attention("auto", dtype, llama, True) == VARLEN
         missing = not (cuda and installed)
         with pytest.raises(UserError, match="needs a CUDA GPU" if missing else "needs bf16") as error:
-            choose_attention("flash_attention_2", dtype)
+            choose_attention("flash_attention_2", dtype, llama, True)
         assert "\n" not in str(error.value)
     for name in ("sdpa", "eager"):
-        assert choose_attention(name, dtype) == name
+        assert choose_attention(name, dtype, llama, True) == name
+
+
+@pytest.mark.parametrize(
+    ("family", "supported"),
+    [("llama", True), ("qwen3", True), ("mistral", True), ("gemma3_text", True), ("gemma2", False)],
+)
+def test_varlen_is_taken_by_decoders_that_support_it(family, supported):
+    """Gemma 2 caps its scores, which SDPA cannot: `auto` leaves it to transformers."""
+    found = decoder(family)
+    assert choose_attention("auto", "fp32", found, packed=True) == (VARLEN if supported else "sdpa")
+    assert choose_attention("auto", "fp32", found, packed=False) == "sdpa"  # on a CPU as without varlen
+    if supported:
+        assert choose_attention("varlen", "fp32", found, packed=False) == VARLEN
+    else:
+        with pytest.raises(UserError, match="not for a 'gemma2'") as error:
+            choose_attention("varlen", "fp32", found, packed=True)
+        assert "\n" not in str(error.value)
