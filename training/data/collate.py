@@ -6,6 +6,7 @@ token. Packing puts several samples into one row; position ids restart at 0 to k
 B rows, L sequence length, I images in a batch, N visual tokens per image, K sub-codebooks.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ class Batch(NamedTuple):
 
 
 def collate(
-    samples: Sequence[TrainingSample],
+    samples: Sequence[TrainingSample] | Sequence[Sequence[TrainingSample]],
     image_token_id: int,
     pad_id: int,
     pack_to: int = 0,
@@ -53,6 +54,7 @@ def collate(
     """Join samples of any kinds and any numbers of images into one micro-batch.
 
     Args:
+        samples: or those of each row.
         pack_to: 0 = one sample per row; else rows of this length (or of the longest sample's) hold as many
             samples as fit.
         feature_token_id, sep_token_id: of a model with features.
@@ -60,8 +62,8 @@ def collate(
     Raises:
         BadSample: images of different numbers of visual tokens, which do not stack into one tensor.
     """
+    samples, packed = _rows_of(samples, pack_to)
     lengths = [len(sample.sequence.ids) for sample in samples]
-    packed = pack_rows(lengths, max(pack_to, *lengths)) if pack_to else [[i] for i in range(len(samples))]
     shape = (len(packed), max(sum(lengths[i] for i in row) for row in packed))
     ids, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
     positions, kinds = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -114,6 +116,21 @@ def collate(
         attention_pairs=sum(length * (length + 1) // 2 for length in lengths),
         plan=plan,
     )
+
+
+def _rows_of(
+    samples: Sequence[TrainingSample] | Sequence[Sequence[TrainingSample]], pack_to: int
+) -> tuple[list[TrainingSample], list[list[int]]]:
+    """All samples, and the indices of each row's."""
+    if isinstance(samples[0], TrainingSample):
+        flat: list[TrainingSample] = list(samples)  # pyright: ignore
+        lengths = [len(sample.sequence.ids) for sample in flat]
+        return flat, pack_rows(lengths, max(pack_to, *lengths)) if pack_to else [
+            [i] for i in range(len(flat))
+        ]
+    flat = [sample for row in samples for sample in row]  # pyright: ignore
+    ends = list(itertools.accumulate(len(row) for row in samples))
+    return flat, [list(range(end - len(row), end)) for row, end in zip(samples, ends)]
 
 
 def _stack(images: list[np.ndarray]) -> np.ndarray | None:

@@ -6,6 +6,7 @@ None of this depends on the number of ranks or on accumulation: they only split 
 """
 
 import hashlib
+import itertools
 import json
 import pickle
 import sys
@@ -88,24 +89,38 @@ class Mixture:
             self._prefetched = prefetch(self, self.options.workers)
         step = next(self._prefetched)
         # the worker advanced its own copy of this object: bring this one to the same state
-        self.skip()
+        self.step, self.counts = self.step + 1, step.counts
         self.seen, self.bad = self.seen + step.seen, self.bad + step.bad
         return pickle.loads(step.batches)
 
     def skip(self) -> None:
-        """Advance by one step without building it."""
-        for _ in range(self.batch_size):
-            self._next_position()
+        """Advance by one step without building its batches."""
+        if self.options.batch_by == "rows":
+            self._fill_rows()  # the number of samples follows from their lengths
+        else:
+            for _ in range(self.batch_size):
+                self._next_position()
         self.step += 1
 
     def build(self) -> list[Batch]:
         """Like `next`, but always in this process."""
+        micro = self.batch_size // (distributed.world_size() * self.accumulation)
+        world, rank = distributed.world_size(), distributed.rank()
+        # the global batch is split by accumulation step first, then by rank
+        starts = [(a * world + rank) * micro for a in range(self.accumulation)]
+        rows = self._fill_rows() if self.options.batch_by == "rows" else None
+        if rows is not None:
+            batches = [self._collate(rows[start : start + micro]) for start in starts]
+        else:
+            batches = [self._collate(samples) for samples in self._split_samples(starts, micro)]
+        self.step += 1
+        return batches
+
+    def _split_samples(self, starts: list[int], micro: int) -> list[list[TrainingSample]]:
+        """The next `batch_size` samples: this rank's, `micro` from each of `starts`."""
         positions = [self._next_position() for _ in range(self.batch_size)]
         # sampled for the whole batch, so that a sample's numbers do not depend on which rank builds it
-        random = np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step)).random(
-            (self.batch_size, 3)
-        )
-        micro = self.batch_size // (distributed.world_size() * self.accumulation)
+        random = self._random().random((self.batch_size, 3))
         world, rank = distributed.world_size(), distributed.rank()
 
         def build(index: int) -> TrainingSample:
@@ -115,24 +130,41 @@ class Mixture:
             # neighbours in length share a micro-batch over all ranks, which saves padding
             ordered = sorted(map(build, range(self.batch_size)), key=lambda sample: len(sample.sequence.ids))
             steps = [ordered[a * micro * world : (a + 1) * micro * world] for a in range(self.accumulation)]
-            mine = [samples[rank::world] for samples in steps]
-        else:
-            # the global batch is split by accumulation step first, then by rank
-            starts = [(a * world + rank) * micro for a in range(self.accumulation)]
-            mine = [[build(index) for index in range(start, start + micro)] for start in starts]
-        self.step += 1
+            return [samples[rank::world] for samples in steps]
+        return [[build(index) for index in range(start, start + micro)] for start in starts]
+
+    def _fill_rows(self) -> list[list[TrainingSample]]:
+        """The samples of the next step in `batch_size` rows, each in the fullest row that still holds it; the
+        first that fits in no row begins the next step."""
+        random = self._random()
+        rows: list[list[TrainingSample]] = [[] for _ in range(self.batch_size)]
+        free = np.full(self.batch_size, self.options.pack_to)
+        for index in itertools.count():
+            before = self.counts.copy(), self.seen
+            sample = self._sample(*self._next_position(), random.random(3).tolist(), index)
+            length = len(sample.sequence.ids)
+            fitting = np.flatnonzero(free >= length)
+            if not len(fitting):
+                self.counts, self.seen = before
+                return rows
+            row = int(fitting[free[fitting].argmin()])
+            rows[row].append(sample)
+            free[row] -= length
+        raise AssertionError
+
+    def _random(self) -> np.random.Generator:
+        return np.random.default_rng(seeding.derive_seed(self.seed, "choices", self.step))
+
+    def _collate(self, samples: list[TrainingSample] | list[list[TrainingSample]]) -> Batch:
         processor = self.sequences.processor
-        return [
-            collate(
-                samples,
-                processor.image_token_id,
-                processor.pad_token_id,
-                self.options.pack_to,
-                processor.feature_token_id,
-                processor.sep_token_id,
-            )
-            for samples in mine
-        ]
+        return collate(
+            samples,
+            processor.image_token_id,
+            processor.pad_token_id,
+            self.options.pack_to,
+            processor.feature_token_id,
+            processor.sep_token_id,
+        )
 
     def _next_position(self) -> tuple[int, int]:
         """(entry that is furthest behind its share, position in its order)."""

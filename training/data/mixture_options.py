@@ -1,6 +1,7 @@
 """Config of the mixture of data sets; imports no torch."""
 
 import dataclasses
+from typing import Literal
 
 from open_unitok.core.errors import UserError
 
@@ -54,7 +55,9 @@ class MixtureOptions(DropOptions):
     """The data of an MLLM run.
 
     max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens hold as many
-    samples as fit, without attending to each other; 0 = one sample per row. group_by_length: micro-batches
+    samples as fit, without attending to each other; 0 = one sample per row. batch_by: what batch_size counts;
+    "rows" = a step has batch_size rows of pack_to tokens, each filled with as many samples as fit (every rank
+    then builds all samples of a step). group_by_length: micro-batches
     of one step hold samples of similar length (every rank then builds all samples of a step). workers:
     processes per rank that prefetch steps, 0 = none; it changes no batch and may differ on resume.
     max_bad_share: share of unusable samples that stops the run.
@@ -63,6 +66,7 @@ class MixtureOptions(DropOptions):
     mixture: list[MixtureEntry]
     max_length: int = 2048
     pack_to: int = 0
+    batch_by: Literal["samples", "rows"] = "samples"
     group_by_length: bool = False
     workers: int = 0
     max_bad_share: float = 0.05
@@ -77,3 +81,13 @@ class MixtureOptions(DropOptions):
             raise UserError(
                 "data.max_length must be 2 or more, data.pack_to and data.workers 0 (none) or more."
             )
+        if self.batch_by == "rows":
+            if not self.pack_to or self.max_length > self.pack_to:
+                raise UserError(
+                    f"data.batch_by is rows, with data.pack_to {self.pack_to} and data.max_length "
+                    f"{self.max_length}: rows need pack_to tokens, and at least max_length."
+                )
+            if self.group_by_length:
+                raise UserError(
+                    "data.batch_by rows fills rows in the order of samples: omit data.group_by_length."
+                )

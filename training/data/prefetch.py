@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from open_unitok.core.processes import die_with_parent
@@ -17,10 +18,11 @@ from .shards import read_batches
 
 
 class Steps(Protocol):
-    """Builds the steps of a run in order; `seen` and `bad` count samples."""
+    """Builds the steps of a run in order; `seen` and `bad` count samples, `counts` those of each data set."""
 
     seen: int
     bad: int
+    counts: np.ndarray
 
     def build(self) -> list[Any]:
         """This rank's micro-batches of the next step."""
@@ -37,6 +39,7 @@ class Prefetched(NamedTuple):
     batches: bytes  # a pickled list[Batch]: faster than torch's shared-memory file per tensor
     seen: int
     bad: int
+    counts: np.ndarray  # `Steps.counts` after this step
 
 
 class _WorkerSteps(IterableDataset):
@@ -51,7 +54,8 @@ class _WorkerSteps(IterableDataset):
             if number % worker.num_workers == worker.id:
                 seen, bad = steps.seen, steps.bad
                 batches = steps.build()
-                yield Prefetched(pickle.dumps(batches), steps.seen - seen, steps.bad - bad)
+                new = steps.seen - seen, steps.bad - bad
+                yield Prefetched(pickle.dumps(batches), *new, steps.counts.copy())
             else:
                 steps.skip()
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from open_unitok.core.files import model_path, tokenizer_path
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.features import FeatureOptions
+from open_unitok.mllm.losses import WHOLE_LOGITS
 from open_unitok.tokenizer import UniTokConfig
 
 from ..core.communication import Transfer, parameter_sizes, persistence_threshold, transfers
@@ -64,7 +65,7 @@ def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
     if any(SAMPLE_KINDS[entry.kind].generates_images for entry in config.data.mixture):
         model.config.check_generates()
     sample = mean_sample(config, model.config, text_tokens)
-    counts = TokenCounts(*(config.batch_size * value for value in sample))
+    counts = TokenCounts(*(config.batch_size * samples_per_row(config, sample) * value for value in sample))
     activations = activation_bytes(config, model, micro_batch, text_tokens)
     memory = {stage: memory_of_stage(config, model, stage, gpus, activations) for stage in range(4)}
     parameters = {
@@ -176,11 +177,11 @@ def activation_bytes(config: MLLMRunConfig, model: Any, micro_batch: int, text_t
     sizes, sample = model.config, mean_sample(config, model.config, text_tokens)
     width_factor = 1.0 if config.engine.dtype != "fp32" else 1.5
     row = sample.tokens if config.data.pack_to else longest_sample(config, sizes, text_tokens)
-    tokens = micro_batch * row
-    depth_positions = micro_batch * sample.image_targets * sizes.num_codebooks
-    # logits, their gradient and the softmax, fp32 each
-    text_logits = 12.0 * micro_batch * sample.text_targets * sizes.text_config.vocab_size
-    code_logits = 12.0 * depth_positions * sizes.codebook_size
+    samples = micro_batch * samples_per_row(config, sample)
+    tokens = samples * row
+    depth_positions = samples * sample.image_targets * sizes.num_codebooks
+    text_logits = _logit_bytes(config, samples * sample.text_targets * sizes.text_config.vocab_size)
+    code_logits = _logit_bytes(config, depth_positions * sizes.codebook_size)
 
     def layers(part: Any, count: float) -> float:
         one = width_factor * count * (28 * part.hidden_size + 8 * part.intermediate_size)
@@ -191,6 +192,12 @@ def activation_bytes(config: MLLMRunConfig, model: Any, micro_batch: int, text_t
     # the depth head runs after the decoder, but all activations are kept until the backward pass
     decoder = layers(sizes.text_config, tokens)
     return decoder + layers(sizes.depth_config, depth_positions) + text_logits + code_logits
+
+
+def _logit_bytes(config: MLLMRunConfig, logits: float) -> float:
+    if logits <= WHOLE_LOGITS:  # logits, their gradient and the softmax, fp32 each
+        return 12.0 * logits
+    return (4.0 if config.engine.dtype == "fp32" else 2.0) * logits  # the gradient takes their memory
 
 
 # ---- work --------------------------------------------------------------------------------------------------
@@ -225,6 +232,11 @@ def mean_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> TokenCou
     return TokenCounts(*mean.tolist())
 
 
+def samples_per_row(config: MLLMRunConfig, sample: TokenCounts) -> float:
+    """Samples that one unit of batch_size stands for: a row's, where it counts rows."""
+    return config.data.pack_to / sample.tokens if config.data.batch_by == "rows" else 1.0
+
+
 def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
     """Length of a row that is not packed: rows are padded to the longest, taken as twice the mean text."""
     reads_images = any(SAMPLE_KINDS[entry.kind].reads_images for entry in config.data.mixture)
@@ -235,7 +247,8 @@ def longest_sample(config: MLLMRunConfig, sizes: Any, text_tokens: int) -> int:
 def describe_step(plan: Plan, config: MLLMRunConfig, ranks: int, text_tokens: int) -> str:
     """A line on the work of a step."""
     split = f"{config.micro_batch(ranks)} per micro-batch, {ranks} ranks"
+    batch = f"{config.batch_size} {config.data.batch_by}"
     return (
-        f"a step: {config.batch_size} samples ({split}, accumulation {config.engine.accumulation}), about "
+        f"a step: {batch} ({split}, accumulation {config.engine.accumulation}), about "
         f"{plan.counts.tokens:,.0f} tokens with {text_tokens} of text per sample, {plan.flops:.3g} FLOP"
     )

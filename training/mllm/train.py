@@ -124,7 +124,7 @@ def build_train_state(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -
         log.info(f"resumes after step {step} ({latest.name})")
     log.info(
         f"{metrics.num_trained / 1e6:.1f} M trained parameters, steps {step} to {config.last_step} of "
-        f"{config.batch_size} samples"
+        f"{config.batch_size} {config.data.batch_by}"
     )
     gather = config.engine.zero_stage == 3
     features = features_of_codes(parts, device)

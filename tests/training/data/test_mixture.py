@@ -287,3 +287,83 @@ def test_error_messages(tmp_path, make, folder):
 def test_other_data_has_another_fingerprint(make, tmp_path, sequences):
     assert make().fingerprint == make().fingerprint != make([("text_to_image", 1.0)]).fingerprint
     assert torch.equal(make().next()[0].kinds, make().next()[0].kinds)
+
+
+ROWS = {"batch_by": "rows", "pack_to": 64, "max_length": 60}
+
+
+def samples_of_rows(batches):
+    """Every sample of packed batches: its ids, in the order of the rows, without padding."""
+    found = []
+    for batch in batches:
+        found += [x.tolist() for x in batch.inputs["input_ids"].flatten().split(batch.plan.bounds.lengths)]
+    return [sample for sample in found if any(sample)]  # padding has id 0
+
+
+def test_rows_are_filled(make):
+    """A step has batch_size rows of at most pack_to tokens, and a sample more would not fit."""
+    mixture = make(batch_size=4, **ROWS)
+    fill = []
+    for _ in range(20):
+        (batch,) = mixture.next()
+        assert batch.kinds.shape[0] == 4 and batch.kinds.shape[1] <= 64
+        fill.append(batch.tokens / (4 * 64))
+    assert min(fill) > 0.6 and sum(fill) / len(fill) > 0.75
+
+
+def test_no_sample_is_lost_or_repeated_between_steps(make):
+    """The sample that fits in no row begins the next step: n samples are the first n of the order."""
+    mixture = make(entries=[("text_to_image", 1)], batch_size=3, **ROWS)
+    numbers = [batch.inputs["image_codes"][:, 0, 0] for _ in range(8) for batch in mixture.next()]
+    found = torch.cat([n.sort().values for n in numbers])
+    plain = (
+        make(entries=[("text_to_image", 1)], batch_size=len(found)).next()[0].inputs["image_codes"][:, 0, 0]
+    )
+    sizes = [len(n) for n in numbers]
+    assert torch.equal(found, torch.cat([n.sort().values for n in plain.split(sizes)]))
+    assert int(mixture.counts.sum()) == len(found)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_filled_rows_resume_exactly_with_any_workers(make, workers):
+    whole = make(batch_size=4, **ROWS)
+    expected = [whole.next() for _ in range(7)]
+    first = make(batch_size=4, workers=workers, **ROWS)
+    for step in range(3):
+        same(first.next(), expected[step])
+    state = json.loads(json.dumps(first.state_dict()))
+    other = make(batch_size=4, workers=workers, **ROWS)
+    other.load_state_dict(state)
+    for step in range(3, 7):
+        same(other.next(), expected[step])
+    assert other.state_dict() == whole.state_dict()
+
+
+def test_filled_rows_do_not_depend_on_ranks(make, monkeypatch):
+    """Rows of 2 ranks x 2 micro-batches, in the order of one rank's single micro-batch."""
+    (whole,) = make(batch_size=8, **ROWS).next()
+    parts = {}
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    for rank in range(2):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        for a, batch in enumerate(make(batch_size=8, accumulation=2, **ROWS).next()):
+            parts[a, rank] = batch
+    order = [parts[a, rank] for a in range(2) for rank in range(2)]
+    assert samples_of_rows(order) == samples_of_rows([whole])
+    assert sum(batch.text_targets for batch in order) == whole.text_targets
+    assert sum(batch.code_targets for batch in order) == whole.code_targets
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_by": "rows"},
+        {"batch_by": "rows", "pack_to": 64, "max_length": 65},
+        {"batch_by": "rows", "pack_to": 64, "max_length": 64, "group_by_length": True},
+        {"batch_by": "tokens", "pack_to": 64, "max_length": 64},
+    ],
+)
+def test_wrong_options_of_filled_rows(make, options):
+    with pytest.raises(UserError, match="batch_by") as error:
+        make(**options)
+    assert "\n" not in str(error.value)
