@@ -1,117 +1,203 @@
-"""Speed of image and text generation, each as a ratio to a baseline in the same run.
+"""Speed of image and text generation, beside what a user would run instead, each in pairs with a baseline.
 
-    python benchmarks/generation.py [--parts NAME ...] [--out FILE]      # about 10 minutes on two cores
-    python benchmarks/generation.py --agreement MODEL   # codes of bf16 and int8 against fp32, teacher-forced
-    python benchmarks/generation.py --gpu                                # the 7B shape on a CUDA device
+    python benchmarks/generation.py [--isa native avx2] [--seconds 720] [--parts NAME ...] [--out DIR]
+    python benchmarks/generation.py --table                # README's table from the results in DIR
+    python benchmarks/generation.py --agreement MODEL      # bf16 and int8 against fp32, teacher-forced
 
 Baseline of images: generation_baseline.py, the published sampling loop in eager PyTorch and float32, with
-transformers' growing KV cache and the depth head recomputed on its prefix for every code. Baselines of
-answers: one question at a time by this package, and by transformers' `generate`. Every part runs alone in its
-own process and reports its peak memory. Model: hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary
-32000, 8 x 4096 codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads.
+transformers' growing KV cache and the depth head recomputed on its prefix for every code. Every part runs in
+its own process, in which steps of the part and of the baseline alternate: other load on the machine changes
+both, so that the ratio stays. Peers: generation_peers.py (torch.compile, torchao, LlamaGen's loop,
+transformers' `generate`). Model: hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096
+codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads.
+
+`--isa avx2` holds torch, oneDNN, MKL, inductor and the C++ backend to AVX2 on a processor that has more; such
+results are named "emulated". torch.compile keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, and a second
+run is shorter: `first_s`, the seconds until the second token, is of an empty cache only with `--cold`.
+
+Questions about one image each gain little over one by one, and no code can change that. At this run's
+GFLOP/s reading 32 images of 256 tokens takes 2 * 32 * 256 * 33.7 M = 0.55 TFLOP, 3.5 of 5.7 s; one by one it
+is the same work with 256 rows instead of 512 in a product. Only the rest, 16 decode steps for 32 answers, is
+divided by the batch. Questions that share an image read it once.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from generation_answers import measure_answers, measure_prefix
 from generation_baseline import iter_baseline_codes
-from harness import (
-    best_seconds,
-    device_name,
-    load_average,
-    measure_seconds,
-    processor_name,
-    read_results,
-    result_file,
-    run_isolated,
-    write_results,
+from generation_model import (
+    GUIDANCE,
+    UNCONDITIONAL,
+    benchmark_model,
+    cache_bytes,
+    image_prompts,
+    weights_per_token,
 )
+from generation_peers import (
+    Compiled,
+    iter_static_codes,
+    quantize_by_torchao,
+    torchao_obstacle,
+    tune_inductor,
+)
+from generation_table import readme_table, report
+from harness import RESULTS, best_seconds, load_average, processor_name, result_file, write_results
 from torch import nn
 
-from open_unitok import Pipeline, UniTokForConditionalGeneration, UniTokMLLMConfig
-from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_image_codes
+from open_unitok import Pipeline
+from open_unitok.generation import Sampling, generate_image_codes, iter_image_codes
 from open_unitok.generation.backends import BACKENDS, choose_backend
-from open_unitok.generation.backends.cuda_graph import CudaGraph
 from open_unitok.generation.backends.int8 import quantize_model
 from open_unitok.generation.backends.native import Native
 from open_unitok.generation.sampling import apply_guidance
 
-PROMPT, UNCONDITIONAL = list(range(10, 30)), [1, 5, 6, 3]
-GUIDANCE = 5.0
-# part -> (images, precision, visual tokens); the baseline's time per token barely depends on the position
-IMAGE_PARTS = {
-    "baseline_1": (1, "baseline", 40),
-    "fp32_1": (1, "fp32", 256),
-    "bf16_1": (1, "bf16", 256),
-    "int8_1": (1, "int8", 256),
-    "eager_1": (1, "eager", 40),  # without the C++ backend
-    "compiled_1": (1, "compiled", 64),  # torch.compile in its place; minutes to compile
-    "compiled_bf16_1": (1, "compiled_bf16", 64),
-    "baseline_8": (8, "baseline", 64),  # as many as the others, so that peak memory compares
-    "fp32_8": (8, "fp32", 64),
-    "bf16_8": (8, "bf16", 64),
-    "int8_8": (8, "int8", 64),
+
+class Case(NamedTuple):
+    """One part: how many images, in which weights, by which loop, and how many visual tokens of 256."""
+
+    images: int
+    weights: str  # fp32, bf16, int8
+    path: str  # baseline, llamagen, eager, native, compiled, tuned
+    tokens: int
+
+
+ISAS: dict[str, dict[str, str]] = {
+    "native": {},
+    "avx2": {
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "TORCHINDUCTOR_CPP_MARCH": "x86-64-v3",
+        "UNITOK_NATIVE_MARCH": "x86-64-v3",
+    },
 }
-# name -> (images that 32 questions are about, new tokens each)
-ANSWER_CASES = {"photos": (32, 16), "dialogues": (8, 32)}
-PARTS = ("machine", *IMAGE_PARTS, "answers", "prefix")
+# In the order of their worth, for a run that is short of time.
+CASES = {
+    "baseline_1": Case(1, "fp32", "baseline", 24),  # against itself: the noise
+    "fp32_1": Case(1, "fp32", "native", 256),
+    "bf16_1": Case(1, "bf16", "native", 256),
+    "int8_1": Case(1, "int8", "native", 256),
+    "tuned_1": Case(1, "fp32", "tuned", 128),
+    "tuned_bf16_1": Case(1, "bf16", "tuned", 128),
+    "torchao_1": Case(1, "int8", "tuned", 128),
+    "fp32_8": Case(8, "fp32", "native", 256),
+    "bf16_8": Case(8, "bf16", "native", 128),
+    "int8_8": Case(8, "int8", "native", 128),
+    "llamagen_1": Case(1, "fp32", "llamagen", 24),
+    "eager_1": Case(1, "fp32", "eager", 24),
+    "baseline_8": Case(8, "fp32", "baseline", 24),
+    "tuned_8": Case(8, "fp32", "tuned", 64),
+    "compiled_1": Case(1, "fp32", "compiled", 48),
+    "tuned_bf16_8": Case(8, "bf16", "tuned", 64),
+    "llamagen_8": Case(8, "fp32", "llamagen", 24),
+}
+PARTS = tuple(dict.fromkeys(("machine", *list(CASES)[:10], "answers", "prefix", *CASES)))
+BASELINE_STEPS = {1: 32, 8: 20}  # images -> steps of the baseline beside a part
+COMPILED = ("compiled", "tuned")
+LIMIT = 240  # seconds of one part
 
 
 def main() -> None:
-    """Run each part in its own process and print the ratios."""
+    """Run each part in its own process, write after each, and print the ratios."""
+    args = make_parser().parse_args()
+    if args.part:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(measure_part(args.part, args.toy)))
+    elif args.agreement:
+        torch.set_num_threads(args.threads)
+        print(json.dumps(measure_agreement(args.agreement)))
+    elif args.table:
+        print(readme_table(args.out))
+    else:
+        run_parts(args)
+        print(readme_table(args.out))
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, metavar="PART")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # for the process of one part
+    parser.add_argument("--isa", nargs="+", default=["native"], choices=ISAS, help="instructions to use")
+    parser.add_argument("--seconds", type=float, default=3600, help="parts that do not fit are left out")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file of results; those of other parts in it are kept")
-    parser.add_argument("--gpu", action="store_true", help="the 7B shape on a CUDA device")
+    parser.add_argument("--cold", action="store_true", help="compile without what earlier runs compiled")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--table", action="store_true", help="print README's table of the results")
     parser.add_argument("--agreement", metavar="MODEL", help="compare the precisions on a trained model")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.agreement:
-        print(json.dumps(measure_agreement(args.agreement)))
-    elif args.gpu:
-        print(json.dumps(measure_gpu()))
-    elif args.part:
-        print(json.dumps(measure_part(args.part)))
-    else:
-        results = read_results(args.out) if args.out else {}
-        for part in args.parts:
-            print(f"{part} (load {load_average()}) ...", file=sys.stderr, flush=True)
-            numbers = run_isolated(__file__, "--part", part, "--threads", str(args.threads))
-            results[part] = numbers | {"load": load_average()}
-            if args.out:
-                write_results(args.out, results)
-        print(report(results))
+    parser.add_argument("--toy", action="store_true", help="a tiny model, to test the script")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # for the process of one part
+    return parser
 
 
-def measure_part(part: str) -> dict[str, Any]:
+def run_parts(args: argparse.Namespace) -> None:
+    """Every part with every set of instructions, in turns, until the time is over."""
+    end = time.monotonic() + args.seconds
+    results: dict[str, dict[str, Any]] = {isa: {} for isa in args.isa}
+    files: dict[str, Path] = {}
+    for part in args.parts:
+        for isa in args.isa:
+            limit = min(LIMIT, end - time.monotonic())
+            print(f"{isa} {part} (load {load_average()}) ...", file=sys.stderr, flush=True)
+            found = run_part(part, isa, limit, args) if limit > 5 else {"skipped": "no time left"}
+            results[isa][part] = found | {"load": load_average()}
+            if isa not in files:
+                files[isa] = result_file("generation", name_processor(isa), args.out)
+            write_results(files[isa], results[isa])
+            print(report({part: results[isa][part]}, results[isa].get("machine")), flush=True)
+    for isa in args.isa:
+        print(f"\n{isa}: {files[isa]}\n{report(results[isa], results[isa].get('machine'))}", flush=True)
+
+
+def run_part(part: str, isa: str, limit: float, args: argparse.Namespace) -> dict[str, Any]:
+    """The results of a part in a process of its own, or why there are none."""
+    environment = os.environ | ISAS[isa]
+    command = [sys.executable, __file__, "--part", part, "--threads", str(args.threads)]
+    with tempfile.TemporaryDirectory() as empty:
+        if args.cold:
+            environment["TORCHINDUCTOR_CACHE_DIR"] = empty
+        try:
+            done = subprocess.run(
+                [*command, *["--toy"] * args.toy],
+                env=environment, capture_output=True, text=True, timeout=limit,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"skipped": f"not finished after {limit:.0f} s"}
+    lines = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no output"]
+    return json.loads(lines[-1]) if done.returncode == 0 else {"skipped": lines[-1][:300]}
+
+
+def name_processor(isa: str) -> str:
+    """As `processor_name`, with the instructions that a part of this kind uses."""
+    script = "from harness import processor_name; print(processor_name())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, env=os.environ | ISAS[isa],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    name = done.stdout.strip()
+    return name if isa == "native" or name == processor_name() else f"{name} emulated"
+
+
+def measure_part(part: str, toy: bool = False) -> dict[str, Any]:
     """The results of one part."""
-    if part in IMAGE_PARTS:
-        return measure_images(*IMAGE_PARTS[part])
-    return {"machine": measure_machine, "answers": measure_answers, "prefix": measure_prefix}[part]()
-
-
-def benchmark_model() -> Any:
-    """The benchmark's model with fixed random weights."""
-    text = {
-        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8,
-        "num_attention_heads": 8, "vocab_size": 32000, "max_position_embeddings": 1024,
-        "bos_token_id": 1, "eos_token_id": None,
-    }  # fmt: skip
-    torch.manual_seed(1)
-    return UniTokForConditionalGeneration(UniTokMLLMConfig(text_config=text)).eval()
+    if part in CASES:
+        return measure_images(CASES[part], toy)
+    if part == "machine":
+        return measure_machine()
+    return {"answers": measure_answers, "prefix": measure_prefix}[part](toy)
 
 
 def measure_machine() -> dict[str, Any]:
@@ -124,53 +210,102 @@ def measure_machine() -> dict[str, Any]:
         "cache_gb_s": 2**24 / best_seconds(numbers[: 2**22].sum, 60) / 1e9,
         "fp32_gflop_s": 2 * 256 * 1024 * 3072 / best_seconds(lambda: nn.functional.linear(x, w), 30) / 1e9,
         "cpu": f"{processor_name()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
     }
 
 
 # ---- images ------------------------------------------------------------------------------------------------
 
 
-def measure_images(images: int, precision: str, tokens: int) -> dict[str, Any]:
-    """Milliseconds per visual token of greedy decoding with guidance, the codes, and peak memory in MB."""
-    backend = "torch" if precision.startswith(("eager", "compiled")) else "auto"
-    if precision.startswith("compiled"):
-        BACKENDS["torch"] = Compiled
-    model = benchmark_model()
-    if precision.endswith("bf16"):
-        model = model.to(torch.bfloat16)
-    prompts = [[*PROMPT, i, 3] for i in range(images)]
-    if precision == "baseline":
-        steps = iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)
-    else:
-        sampling = Sampling(guidance=GUIDANCE, greedy=True)
-        if precision == "int8":
-            quantize_model(model)
-        steps = iter_image_codes(model, prompts, sampling, [0] * images, UNCONDITIONAL, backend=backend)
-    times, codes, backend_times = [], torch.empty(0), time_native_backend()
-    for _ in range(tokens):
-        start = time.perf_counter()
-        codes = next(steps)
-        times.append(1000 * (time.perf_counter() - start))
-    # the first step includes the prefill; the first and last quarter of the others show growth with position
-    quarter = max(1, (tokens - 1) // 4)
-    first, last = statistics.median(times[1 : 1 + quarter]), statistics.median(times[-quarter:])
+def measure_images(case: Case, toy: bool = False) -> dict[str, Any]:
+    """Milliseconds per visual token of greedy decoding with guidance in turns with the baseline, the share of
+    equal codes, and the peak memory in MB of the part alone."""
+    if case.path == "tuned" and case.weights == "int8" and (obstacle := torchao_obstacle()):
+        return {"skipped": obstacle}
+    prompts, tokens = image_prompts(case.images), min(case.tokens, 8 if toy else 256)
+    base_model = benchmark_model(toy)
+    weights, cache = weights_per_token(base_model), cache_bytes(base_model, case.images, tokens)
+    model = base_model if case.weights == "fp32" else prepare_model(base_model, case)
+    backend_times, start = time_native_backend(), time.perf_counter()
+    steps = iter_codes(case, model, prompts)
+    for _ in range(2):  # the prefill; then the first step, in which torch.compile compiles
+        next(steps)
+    first_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    base = iter_baseline_codes(benchmark_model(toy), prompts, UNCONDITIONAL, GUIDANCE)
+    for _ in range(2):
+        next(base)
+    rounds = min(BASELINE_STEPS[case.images], tokens - 2) // 2
+    found, codes = time_in_turns(
+        {"base": base, "part": steps}, {"base": 2 * rounds, "part": tokens - 2}, rounds
+    )
+    times, count = found["part"], min(c.shape[1] for c in codes.values())
+    quarter = max(1, len(times) // 4)
+    pairs = zip(split(found["base"], rounds), split(times, rounds))
+    ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs)
     return {
-        "ms": statistics.median(times[1:]),
-        "best_ms": min(times[1:]),
-        "last_over_first": last / first,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "codes": codes[:, :40].tolist(),
-        "weights": dict(zip(("decoder", "embedder", "depth"), weights_per_token(model))),
+        "ms": statistics.median(times),
+        "best_ms": min(times),
+        "base_ms": statistics.median(found["base"]),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
+        # the first and last quarter show growth with the position
+        "last_over_first": statistics.median(times[-quarter:]) / statistics.median(times[:quarter]),
+        "same_codes": (codes["base"][:, :count] == codes["part"][:, :count]).float().mean().item(),
+        "first_s": first_s,
+        "peak_mb": peak / 1024,
+        "dtype": case.weights,
+        "books": codes["part"].shape[2],
+        "weights": dict(zip(("decoder", "embedder", "depth"), weights)),
+        "cache_bytes": cache,
         "profile_ms": {name: statistics.median(ms) for name, ms in backend_times.items() if ms},
     }
 
 
-class Compiled(CudaGraph):
-    """The torch backend as a user would speed it up on a CPU: static caches, the whole step (decoder, K depth
-    steps, sampling) under torch.compile."""
+def prepare_model(model: Any, case: Case) -> Any:
+    """A float32 model in the weights of the case, in place."""
+    if case.weights == "bf16":
+        return model.to(torch.bfloat16)
+    if case.path == "tuned":
+        quantize_by_torchao(model)
+    else:
+        quantize_model(model)
+    return model
 
-    def compile_step(self, step: Callable[[], None], counters: Sequence[torch.Tensor]) -> Callable[[], None]:
-        return torch.compile(step, dynamic=False)
+
+def iter_codes(case: Case, model: Any, prompts: list[list[int]]) -> Iterator[torch.Tensor]:
+    """The codes so far, after every visual token, by the loop of the case."""
+    if case.path == "baseline":
+        return iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)
+    if case.path == "llamagen":
+        return iter_static_codes(model, prompts, UNCONDITIONAL)
+    if case.path in COMPILED:
+        BACKENDS["torch"] = Compiled
+    if case.path == "tuned":
+        tune_inductor(case.images)
+    sampling = Sampling(guidance=GUIDANCE, greedy=True)
+    backend = "native" if case.path == "native" else "torch"
+    return iter_image_codes(model, prompts, sampling, [0] * len(prompts), UNCONDITIONAL, backend=backend)
+
+
+def time_in_turns(
+    steps: dict[str, Iterator[torch.Tensor]], counts: dict[str, int], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, torch.Tensor]]:
+    """Milliseconds of `counts` steps of each iterator, a part of them in every round; the last results."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    last = {}
+    for r in range(rounds):
+        for name, iterator in steps.items():
+            for _ in range(counts[name] * r // rounds, counts[name] * (r + 1) // rounds):
+                start = time.perf_counter()
+                last[name] = next(iterator)
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times, last
+
+
+def split(times: list[float], rounds: int) -> list[list[float]]:
+    """The times of each round."""
+    edges = [len(times) * r // rounds for r in range(rounds + 1)]
+    return [times[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def time_native_backend() -> dict[str, list[float]]:
@@ -189,14 +324,6 @@ def time_native_backend() -> dict[str, list[float]]:
     for name in times:
         setattr(Native, name, timed(name, getattr(Native, name)))
     return times
-
-
-def weights_per_token(model: Any) -> tuple[int, int, int]:
-    """Weights read per visual token: decoder, visual embedder, depth head (K times)."""
-    # embeddings and lm_head are left out: a visual token does not read them
-    parts = (model.language_model.layers, model.visual_embedder, model.depth_head)
-    sizes = [sum(m.weight.numel() for m in p.modules() if isinstance(m, nn.Linear)) for p in parts]
-    return sizes[0], sizes[1], sizes[2] * model.config.num_codebooks
 
 
 def measure_agreement(folder: str) -> dict[str, float]:
@@ -241,161 +368,6 @@ def teacher_forced_agreement(model: Any, rows: list[list[int]], codes: torch.Ten
             logits = backend.code_logits(k, None if k == 0 else codes[:, t, k - 1]).float()
             hits += int((apply_guidance(logits, GUIDANCE).argmax(-1) == codes[:, t, k]).sum())
     return hits / codes.numel()
-
-
-# ---- answers -----------------------------------------------------------------------------------------------
-
-
-def make_questions(count: int, images: int) -> tuple[list[list[int]], list[torch.Tensor]]:
-    """Prompts of 256 visual tokens and 8 to 64 text ids, and the codes of their images."""
-    generator = torch.Generator().manual_seed(0)
-    # text of different lengths, so that a batch needs padding
-    lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
-    texts = [torch.randint(10, 32000, (n,), generator=generator).tolist() for n in lengths]
-    codes = torch.randint(4096, (images, 256, 8), generator=generator)
-    prompts = [[1, 7, 8, 9, *[-200] * 256, 13, *text] for text in texts]
-    return prompts, [codes[i % images][None] for i in range(count)]
-
-
-def measure_answers() -> dict[str, Any]:
-    """Seconds for 32 questions of mixed lengths: batched, one by one, and with transformers' `generate`.
-
-    One by one is measured on every fourth question, times four. "photos": every question about its own image,
-    16 new tokens. "dialogues": four questions per image, 32 new tokens. Floors: the multiplications of the
-    batch at this run's GFLOP/s.
-    """
-    model, found = benchmark_model(), {}
-    decoder, embedder, _ = weights_per_token(model)
-    rate = measure_machine()["fp32_gflop_s"] * 1e9
-    for name, (images, new_tokens) in ANSWER_CASES.items():
-        prompts, codes = make_questions(32, images)
-
-        def batched(prompts=prompts, codes=codes, new_tokens=new_tokens) -> None:
-            generate_text_ids(model, prompts, codes, new_tokens)
-
-        def one_by_one(prompts=prompts, codes=codes, new_tokens=new_tokens, **options) -> None:
-            for i in range(0, 32, 4):
-                generate_text_ids(model, [prompts[i]], [codes[i]], new_tokens, **options)
-
-        # prefill reads an image once for all its questions; the last new token needs no decode step
-        read = images * 256 * (decoder + embedder) + sum(len(p) - 256 for p in prompts) * decoder
-        written = 32 * (new_tokens * model.lm_head.weight.numel() + (new_tokens - 1) * decoder)
-        found[name] = {
-            "batched_s": best_seconds(batched, 2),
-            "one_by_one_s": 4 * best_seconds(one_by_one, 2),
-            # an explicit option of `generate` selects transformers' own loop
-            "transformers_one_by_one_s": 4 * best_seconds(lambda: one_by_one(use_cache=True), 2),
-            "prefill_floor_s": 2 * read / rate,
-            "decode_floor_s": 2 * written / rate,
-        }
-    return found
-
-
-def measure_prefix() -> dict[str, Any]:
-    """Seconds for four questions about one image, 4 new tokens each, with and without a shared prefix."""
-    model = benchmark_model()
-    prompts, codes = make_questions(4, 1)
-
-    def one_by_one() -> None:
-        for prompt, image_codes in zip(prompts, codes):
-            generate_text_ids(model, [prompt], [image_codes], 4, share_prefix=False)
-
-    return {
-        "shared_s": best_seconds(lambda: generate_text_ids(model, prompts, codes, 4)),
-        "batched_s": best_seconds(lambda: generate_text_ids(model, prompts, codes, 4, share_prefix=False)),
-        "one_by_one_s": best_seconds(one_by_one),
-    }
-
-
-# ---- report ------------------------------------------------------------------------------------------------
-
-
-def report(results: dict[str, Any]) -> str:
-    """Tables of all results."""
-    lines, machine = [], results.get("machine")
-    if machine:
-        lines.append(
-            f"machine: {machine['memory_gb_s']:.0f} GB/s from memory, "
-            f"{machine['cache_gb_s']:.0f} from cache, {machine['fp32_gflop_s']:.0f} fp32 GFLOP/s, "
-            f"{machine['cpu']}"
-        )
-    lines.append("part               ms  ratio   floor  x flr last/first     MB same codes")
-    lines += [image_line(part, results) for part in IMAGE_PARTS if part in results]
-    lines += [
-        profile_line(part, results[part]) for part in IMAGE_PARTS if results.get(part, {}).get("profile_ms")
-    ]
-    cases = {name: times for name, times in results.get("answers", {}).items() if name in ANSWER_CASES}
-    for name, times in (cases | {k: v for k, v in results.items() if k == "prefix"}).items():
-        seconds = {k.removesuffix("_s"): v for k, v in times.items() if k.endswith("_s")}
-        first = next(iter(seconds.values()))
-        lines.append(f"{name}: " + ", ".join(f"{k} {v:.2f} s = {v / first:.2f}x" for k, v in seconds.items()))
-    return "\n".join(lines)
-
-
-def image_line(part: str, results: dict[str, Any]) -> str:
-    """Time, ratio to the baseline, the time to read the weights once ("floor"), memory, equality of codes."""
-    images, precision, _ = IMAGE_PARTS[part]
-    now, base, machine = results[part], results.get(f"baseline_{images}"), results.get("machine")
-    bytes_per_weight = {"bf16": 2, "compiled_bf16": 2, "int8": 1}.get(precision, 4)
-    num_bytes = sum(now["weights"].values()) * bytes_per_weight
-    floor = num_bytes / machine["memory_gb_s"] / 1e6 if machine else float("nan")
-    ratio = base["ms"] / now["ms"] if base else float("nan")
-    count = min(len(now["codes"][0]), len(base["codes"][0])) if base else 0
-    same = base and all(a[:count] == b[:count] for a, b in zip(now["codes"], base["codes"]))
-    return (
-        f"{part:15} {now['ms']:8.2f} {ratio:6.2f} {floor:7.2f} {now['ms'] / floor:5.2f} "
-        f"{now['last_over_first']:10.2f} {now['peak_mb']:6.0f} {same}"
-    )
-
-
-def profile_line(part: str, now: dict[str, Any]) -> str:
-    """The time per visual token by part."""
-    times = now["profile_ms"]
-    depth_head = len(now["codes"][0][0]) * times["code_logits"]
-    rest = now["ms"] - times["decode_step"] - depth_head  # guidance, argmax, Python
-    return (
-        f"{part}: embedder and decoder {times['decode_step']:.1f} ms, depth head {depth_head:.1f}, "
-        f"sampling and Python {rest:.1f}"
-    )
-
-
-# ---- GPU ---------------------------------------------------------------------------------------------------
-
-
-def measure_gpu() -> dict[str, Any]:
-    """Seconds per image of the 7B shape in bfloat16, against the baseline and the bandwidth floor."""
-    assert torch.cuda.is_available(), "--gpu needs a CUDA device"
-    # construct in bf16 on the GPU: the fp32 model would take 28 GB first
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        model = UniTokForConditionalGeneration(UniTokMLLMConfig.named("unitok_mllm_7b")).eval()
-        torch.set_default_dtype(torch.float32)
-    numbers = torch.ones(2**31, dtype=torch.uint8, device="cuda")
-    seconds = best_seconds(lambda: numbers.view(torch.float32).sum(), 5, "cuda")
-    found: dict[str, Any] = {"device": device_name("cuda"), "memory_gb_s": numbers.numel() / seconds / 1e9}
-    floor = 2 * sum(weights_per_token(model)) * 256 / found["memory_gb_s"] / 1e9
-    for images in (1, 4, 16, 64):
-        prompts = [[*PROMPT, i, 3] for i in range(images)]
-
-        def ours(prompts=prompts) -> None:
-            sampling, seeds = Sampling(guidance=GUIDANCE), list(range(len(prompts)))
-            generate_image_codes(model, prompts, sampling, seeds, UNCONDITIONAL)
-
-        def baseline(prompts=prompts) -> None:
-            for _, _ in zip(range(32), iter_baseline_codes(model, prompts, UNCONDITIONAL, GUIDANCE)):
-                pass
-
-        measure_seconds(ours, "cuda")  # warm up: compilation, graph capture
-        elapsed = measure_seconds(ours, "cuda")
-        # 32 of 256 tokens, extrapolated: the baseline is slow
-        baseline_elapsed = 256 / 32 * measure_seconds(baseline, "cuda")
-        found[f"batch_{images}"] = {
-            "s_per_image": elapsed / images,
-            "over_floor": elapsed / floor,
-            "ratio_to_baseline": baseline_elapsed / elapsed,
-        }
-    write_results(result_file("generation", found["device"]), found)
-    return found
 
 
 if __name__ == "__main__":

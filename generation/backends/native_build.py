@@ -18,7 +18,7 @@ from pathlib import Path
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _SOURCES = (_SOURCE, _SOURCE.with_name("matmul.h"))
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-pthread")
+_FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 _TIMEOUT = 300  # seconds, of the compiler
 _STALE = 3600  # seconds after which a temporary folder is left over from a killed process
 _log = logging.getLogger(__name__)
@@ -49,9 +49,14 @@ def open_library() -> ctypes.CDLL | None:
         return None
 
 
+def _flags() -> tuple[str, ...]:
+    """The compiler's flags; `UNITOK_NATIVE_MARCH` names other instructions than this processor's."""
+    return (f"-march={os.environ.get('UNITOK_NATIVE_MARCH') or 'native'}", *_FLAGS)
+
+
 def _key() -> str:
     """Hash of the sources, the compiler's flags and the processor."""
-    text = b"".join(path.read_bytes() for path in _SOURCES) + " ".join(_FLAGS).encode()
+    text = b"".join(path.read_bytes() for path in _SOURCES) + " ".join(_flags()).encode()
     return hashlib.sha256(text + _processor().encode()).hexdigest()[:16]
 
 
@@ -128,7 +133,7 @@ def _install(folder: Path, compiler: str) -> Path:
 
 def _compile(folder: Path, compiler: str) -> Path:
     built = folder / "native.so"
-    command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
+    command = [compiler, *_flags(), "-o", str(built), str(_SOURCE)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=_TIMEOUT)
     if not built.exists() or not built.stat().st_size:
         raise subprocess.SubprocessError(f"{compiler} wrote no library")
