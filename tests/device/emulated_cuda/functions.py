@@ -101,7 +101,7 @@ def set_data(tensor: torch.Tensor, value: torch.Tensor) -> None:
     """`tensor.data = value`, also for a value on another device: `tensor` remains the same object."""
     if value is tensor:
         return
-    if isinstance(tensor, CUDATensor) != isinstance(value, CUDATensor):
+    if tensor.device.type != value.device.type:  # torch allows that between CPU and CUDA, not from meta
         moved = value.detach()
         if isinstance(tensor, torch.nn.Parameter):
             moved = torch.nn.Parameter(moved, tensor.requires_grad)

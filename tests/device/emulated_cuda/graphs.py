@@ -17,6 +17,8 @@ from .log import LOG, place
 
 CAPTURING = "CUDA error: operation not permitted when stream is capturing"
 INVALIDATED = "CUDA error: operation failed due to a previous error during capture"
+SYNCHRONIZING = "called a synchronizing CUDA operation"
+_debug = {"sync": 0}
 _current = threading.local()  # device index -> stream, per thread
 _captures: dict["Stream", "CUDAGraph"] = {}
 
@@ -125,6 +127,15 @@ def sync(kind: str) -> None:
             LOG.refused.append((kind, place()))
             raise RuntimeError(f"{CAPTURING} ({kind} at {place()})")
     LOG.syncs[kind, place()] += 1
+    if _debug["sync"] and kind != "synchronize":
+        if _debug["sync"] == 2:
+            raise RuntimeError(SYNCHRONIZING)
+        warnings.warn(f"{SYNCHRONIZING} ({kind} at {place()})", stacklevel=2)
+
+
+def set_sync_debug_mode(mode: int) -> None:
+    """0, or 1 to warn, or 2 to raise at every host synchronisation but torch.cuda.synchronize."""
+    _debug["sync"] = mode
 
 
 class CUDAGraph:

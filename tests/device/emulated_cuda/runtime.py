@@ -1,5 +1,6 @@
 """torch.cuda of the emulated device: devices, streams, random state, memory."""
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -16,7 +17,7 @@ NAME = "Emulated CUDA device"
 MEMORY = 80 * 2**30  # bytes
 MEMORY_COUNTERS = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
 NO_EFFECT = ("empty_cache", "reset_peak_memory_stats", "_lazy_init", "init", "ipc_collect", "manual_seed")
-NO_EFFECT += ("set_per_process_memory_fraction", "set_sync_debug_mode", "manual_seed_all")
+NO_EFFECT += ("set_per_process_memory_fraction", "manual_seed_all")
 NO_EFFECT += ("reset_accumulated_memory_stats",)
 
 
@@ -42,7 +43,7 @@ def install() -> None:
     _patch_cuda(library.emulated_cuda_exchange_device)
     torch.Generator = Generator  # type: ignore[misc]
     torch.nn.Module._apply = apply_to_module  # type: ignore[method-assign]
-    torch.inference_mode = torch.no_grad  # type: ignore[misc]  # a subclass has no version counter there
+    torch.inference_mode = _inference_mode  # type: ignore[misc,assignment]
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     _patch_compile()
     _patch_nccl()
@@ -60,6 +61,13 @@ def install() -> None:
             module._engine_run_backward = backward
     Operators().__enter__()
     functions.__enter__()
+
+
+def _inference_mode(mode: Any = True) -> Any:
+    """no_grad: a tensor subclass has no version counter in inference mode."""
+    if callable(mode):
+        return torch.no_grad(mode)
+    return torch.no_grad() if mode else contextlib.nullcontext()
 
 
 def _constant(value: Any) -> Any:
@@ -129,6 +137,7 @@ def _patch_cuda(exchange: Any) -> None:
         for name in changes:
             if hasattr(module, name):
                 setattr(module, name, changes[name])
+    torch._C._cuda_set_sync_debug_mode = graphs.set_sync_debug_mode  # type: ignore[attr-defined]
     torch._C._host_emptyCache = _constant(None)  # type: ignore[attr-defined]
     torch.cuda.nvtx._nvtx = types.SimpleNamespace(  # type: ignore[attr-defined]
         rangePushA=_constant(0), rangePop=_constant(0), markA=_constant(0)

@@ -6,6 +6,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from . import graphs
+from .kernels import KERNELS
 from .log import LOG, place
 
 CPU = torch.device("cpu")
@@ -160,15 +161,16 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
 def _launch(func: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:
     """Run on CPU tensors; recorded, if the device's current stream is captured."""
     LOG.operators += 1
+    kernel = KERNELS.get(func._schema.name)
     graph = graphs.capture_on(device) if device.type == "cuda" else None
     if graph is None:
-        return func(*args, **kwargs)
+        return (kernel or func)(*args, **kwargs)
     written = []
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             written += [x for x in (value if isinstance(value, (list, tuple)) else [value]) if x is not None]
-    return graph.record(func, args, kwargs, written)
+    return graph.record(kernel or func, args, kwargs, written)
 
 
 def _to_copy(func: Any, args: tuple, kwargs: dict) -> Any:
