@@ -86,7 +86,23 @@ _TABLE = (
         options=(CROP, Option("pooling", "features: embedding (default), quantised or latents")),
         scorers=("lbfgs", "sgd"),
     ),
+    Benchmark(
+        name="emoji_reconstruction",
+        module="tokenizer.emoji_reconstruction",
+        description="whether the nearest original of a reconstruction is the same emoji",
+        needs="tokenizer",
+        files=("items.json",),
+    ),
     # questions about images
+    Benchmark(
+        name="emoji_questions",
+        module="understanding.emoji_questions",
+        description="name, style and category of emoji, and which of two names is right",
+        needs="mllm",
+        files=("items.json",),
+        options=QUESTIONS,
+        batch_size=1024,
+    ),
     Benchmark(
         name="vqav2",
         module="understanding.vqav2",
@@ -293,6 +309,15 @@ _TABLE = (
         needs="generator",
         files=("test/classes.jsonl",),
         options=(*SAMPLING, IMAGES_PER_PROMPT, DETECTOR),
+        batch_size=128,
+    ),
+    Benchmark(
+        name="emoji",
+        module="generation.emoji",
+        description="whether the nearest original of a generated image is the prompt's emoji",
+        needs="generator",
+        files=("items.json",),
+        options=(*SAMPLING, IMAGES_PER_PROMPT),
         batch_size=128,
     ),
     Benchmark(

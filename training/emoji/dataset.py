@@ -22,10 +22,12 @@ from open_unitok.core.text_files import read_json, read_text
 from ..core.text_tokenizer import prompt_lines, train_text_tokenizer
 from ..data.tar_files import tar_writer, write_sample
 from .packages import EMOJI_PACKAGES, STYLES, EmojiImage, package_folders, read_emoji
+from .questions import EMOJI_QUESTIONS, evaluation_questions, sample_conversations
 from .splits import SIZES, SPLITS, check_sources, load_frozen, pixel_hash, render_emoji, split_of
 
 _FINISHED = "emoji.json"
 _UNFINISHED = "unfinished.json"
+_ITEMS = "items.json"  # per split: what `eval` reads about each image
 _PACKAGES = ".packages"  # where packages are unpacked, removed at the end
 SHARD = 1000  # images per tar
 VOCABULARY = 2000  # of the text tokenizer: the captions have 1,700 words
@@ -65,12 +67,16 @@ def write_emoji(
             raise UserError(f"The splits are {counts}, expected {frozen['splits']}: splits.json is damaged.")
         # a held-out split may lack a class, which is then a wrong choice
         classes = {label: sorted({_label(label, image) for image in images}) for label in _TEMPLATES}
+        names = sorted({image.emoji.name for image in splits["train"]})
         for split, group in splits.items():
-            for label, names in classes.items():
-                write_json(out / split / f"{label}.json", _class_list(label, names, group, split))
+            for label, known in classes.items():
+                write_json(out / split / f"{label}.json", _class_list(label, known, group, split))
+            write_json(out / split / _ITEMS, _items(group, split, names))
         with tqdm(total=len(images), desc="emoji", unit=" images", disable=not progress) as bar:
-            pixels = {split: _write_split(out / split, group, size, bar) for split, group in splits.items()}
-        _write_text(out / "text" / "tokenizer.model", splits["train"])
+            pixels = {
+                split: _write_split(out / split, group, names, size, bar) for split, group in splits.items()
+            }
+        _write_text_tokenizers(out / "text", splits["train"], names)
         write_atomic(out / "README.md", _readme(counts, size, folders))
     differing = [split for split in SPLITS if pixels[split] != frozen["pixels"][str(size)][split]]
     facts = {**wanted, "images": counts, "pixels": pixels, "differing": differing, "pillow": PIL.__version__}
@@ -84,6 +90,8 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     if (out / _FINISHED).exists():
         found = read_json(out / _FINISHED)
         if isinstance(found, dict) and {key: found.get(key) for key in wanted} == wanted:
+            if not all((out / split / _ITEMS).exists() for split in SPLITS):
+                raise UserError(f"{out} is of an earlier version, without questions; remove it and repeat.")
             return found
         size = found.get("size") if isinstance(found, dict) else None
         raise UserError(f"{out} holds emoji of other settings (size {size}); choose another --out.")
@@ -99,7 +107,9 @@ def _open_folder(out: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
 # ---- splits ------------------------------------------------------------------------------------------------
 
 
-def _write_split(folder: Path, images: Sequence[EmojiImage], size: int, bar: tqdm) -> str:
+def _write_split(
+    folder: Path, images: Sequence[EmojiImage], names: Sequence[str], size: int, bar: tqdm
+) -> str:
     """Write the tars of a split and, if it is held out, its image files; returns its pixel hash."""
     digests = {}
     for number, start in enumerate(range(0, len(images), SHARD)):
@@ -109,7 +119,7 @@ def _write_split(folder: Path, images: Sequence[EmojiImage], size: int, bar: tqd
                 rendered, png = render_emoji(image.file, size), io.BytesIO()
                 digests[image.key] = hashlib.sha256(rendered.tobytes()).digest()
                 rendered.save(png, "PNG")
-                write_sample(writer, image.key, _members(image, png.getvalue()))
+                write_sample(writer, image.key, _members(image, png.getvalue(), names))
                 if folder.name != "train":
                     _write_missing(folder / "images" / f"{image.key}.png", png.getvalue())
                 bar.update()
@@ -136,11 +146,12 @@ def captions_of(image: EmojiImage) -> list[str]:
     return [image.emoji.name, f"{image.emoji.name}, {STYLES[image.style].title} style"]
 
 
-def _members(image: EmojiImage, png: bytes) -> dict[str, bytes]:
-    """The files of a sample: image, captions, and captions with labels."""
+def _members(image: EmojiImage, png: bytes, names: Sequence[str]) -> dict[str, bytes]:
+    """The files of a sample: image, captions, and captions with labels and conversations."""
     captions, emoji = captions_of(image), image.emoji
     record = {"captions": captions, "name": emoji.name, "style": STYLES[image.style].title}
     record |= {"category": emoji.category, "subcategory": emoji.subcategory, "code_points": emoji.code}
+    record["conversations"] = sample_conversations(image, names)
     return {
         "png": png,
         "txt": "".join(caption + "\n" for caption in captions).encode(),
@@ -151,21 +162,48 @@ def _members(image: EmojiImage, png: bytes) -> dict[str, bytes]:
 def _class_list(label: str, names: list[str], images: Sequence[EmojiImage], split: str) -> dict[str, Any]:
     """What `eval`'s zero-shot classification and linear probe read: classes, prompts, {file: class}."""
     found: dict[str, Any] = {"classes": names, "templates": _TEMPLATES[label]}
-    # held-out images are files, trained ones lie in the tars
-    places = [f"{_tar_name(n // SHARD)}/" if split == "train" else "images/" for n in range(len(images))]
-    found["images"] = {f"{place}{i.key}.png": _label(label, i) for place, i in zip(places, images)}
+    found["images"] = {file: _label(label, i) for file, i in zip(_image_files(images, split), images)}
     return found if split == "train" else {**found, "train": f"../train/{label}.json"}
+
+
+def _image_files(images: Sequence[EmojiImage], split: str) -> list[str]:
+    """Paths in the folder of the split: held-out images are files, trained ones lie in the tars."""
+    places = [f"{_tar_name(n // SHARD)}/" if split == "train" else "images/" for n in range(len(images))]
+    return [f"{place}{image.key}.png" for place, image in zip(places, images)]
+
+
+def _items(images: Sequence[EmojiImage], split: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What `eval` reads: per image its file, prompt and labels, and one question of each kind."""
+    return [
+        {
+            "file": file,
+            "prompt": captions_of(image)[1],
+            "name": image.emoji.name,
+            "style": STYLES[image.style].title,
+            "category": image.emoji.category,
+            "questions": [question._asdict() for question in evaluation_questions(image, names)],
+        }
+        for file, image in zip(_image_files(images, split), images)
+    ]
 
 
 def _label(label: str, image: EmojiImage) -> str:
     return image.emoji.category if label == "category" else STYLES[image.style].title
 
 
-def _write_text(path: Path, images: Sequence[EmojiImage]) -> None:
-    """A text tokenizer of the trained captions, for both stages; held-out names are spelt with its pieces."""
-    if not path.exists():
-        captions = [caption for image in images for caption in captions_of(image)]
-        write_atomic(path, train_text_tokenizer(captions + prompt_lines(len(captions)), VOCABULARY))
+def _write_text_tokenizers(folder: Path, images: Sequence[EmojiImage], names: Sequence[str]) -> None:
+    """tokenizer.model of the trained captions, and mllm.model of captions and questions.
+
+    Held-out names are spelt with their pieces.
+    """
+    captions = [caption for image in images for caption in captions_of(image)]
+    lines = captions + prompt_lines(len(captions))
+    phrases = [phrase.replace("{} or {}", "or") for kind in EMOJI_QUESTIONS.values() for phrase in kind]
+    # repeated, so that BPE merges each phrase into few tokens
+    phrases = [*phrases, *sorted({image.emoji.category for image in images})] * (len(captions) // 20 + 1)
+    for name, corpus in (("tokenizer", lines), ("mllm", lines + phrases)):
+        if not (folder / f"{name}.model").exists():
+            write_atomic(folder / f"{name}.model", train_text_tokenizer(corpus, VOCABULARY))
 
 
 # ---- licences ----------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ def result_of(out, name):
 
 def test_every_benchmark_has_a_release():
     names = {name for name, b in BENCHMARKS.items() if b.module.startswith("understanding.")}
-    assert set(BUILDERS) | set(HUB_BUILDERS) == names
+    # the emoji are written by `unitok data emoji`
+    assert set(BUILDERS) | set(HUB_BUILDERS) == names - {"emoji_questions"}
 
 
 @pytest.mark.parametrize("layout", ["original", "llava"])

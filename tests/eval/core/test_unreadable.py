@@ -62,6 +62,17 @@ def positions(folder, **options):
     write_scenes(config, folder, progress=False)
 
 
+def emoji(folder):
+    """A split without its neighbours would have no originals: its parent has itself as "train"."""
+    labels = {"prompt": "A, B style", "name": "A", "style": "B", "category": "C"}
+    asked = [{"kind": "name", "question": "What is this?", "answer": "A"}]
+    rows = [{"file": f"{i}.png", "questions": asked, **labels} for i in range(3)]
+    releases.write(folder / "items.json", rows)
+    releases.write(folder.parent / "train" / "items.json", rows)
+    for row in rows:
+        releases.write_image(folder / row["file"])
+
+
 def imagenet_generation(folder):
     releases.write(folder / "VIRTUAL_imagenet256_labeled.npz", "")
 
@@ -71,6 +82,7 @@ MAKERS = {
     "geneval": write_geneval, "positions": positions,
     "scene_attributes": lambda folder: positions(folder, textures=("plain", "dotted")),
     "scene_classes": lambda folder: positions(folder, classes=True, max_objects=1),
+    "emoji": emoji, "emoji_reconstruction": emoji, "emoji_questions": emoji,
     "genai_bench": write_genai, "dpg_bench": write_dpg,
     "mjhq": mjhq, "imagenet_generation": imagenet_generation, "wise": write_wise, "image_set": image_set,
     "t2i_compbench": write_release,

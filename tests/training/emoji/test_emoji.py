@@ -4,21 +4,25 @@ import collections
 import io
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 
 import numpy as np
 import pytest
+import sentencepiece
 from PIL import Image
 
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
+from open_unitok.eval.core.image_files import read_sample_image
 from open_unitok.training.data.text import dataset_texts
 from open_unitok.training.emoji import packages as emoji_packages
 from open_unitok.training.emoji import splits
 from open_unitok.training.emoji.dataset import write_emoji
 from open_unitok.training.emoji.packages import EMOJI_PACKAGES, STYLES, package_folders, read_emoji
+from open_unitok.training.emoji.questions import EMOJI_QUESTIONS
 
 from .conftest import COUNTS, EMOJI, IMAGES
 
@@ -280,3 +284,60 @@ def test_other_pixels_of_the_same_files_are_noted(packages, frozen, tmp_path, mo
     monkeypatch.setitem(frozen["pixels"], "64", {**frozen["pixels"]["64"], "pairs": "0"})
     main(["data", "emoji", "--out", str(tmp_path / "out"), "--packages", str(packages)])
     assert "Note: the pixels of pairs differ" in capsys.readouterr().out
+
+
+# ---- questions ---------------------------------------------------------------------------------------------
+
+
+def test_items_have_one_question_of_each_kind(emoji, images):
+    by_file = {}
+    for split in ("train", "validation", "pairs", "unseen"):
+        for item in json.loads((emoji / split / "items.json").read_text()):
+            kinds = [q["kind"] for q in item["questions"]]
+            assert kinds == ["name", "style", "category", "choice"]
+            answers = {q["kind"]: q["answer"] for q in item["questions"]}
+            assert answers == {k: item.get(k, item["name"]) for k in kinds}
+            offered = item["questions"][-1]["question"].removeprefix("Is it ").removesuffix("?").split(" or ")
+            assert len(set(offered)) == 2 and item["name"] in offered
+            assert item["prompt"] == f"{item['name']}, {item['style']} style"
+            assert read_sample_image(emoji / split / item["file"]).size == (64, 64)
+            by_file[item["file"].split("/")[-1]] = item
+    assert by_file.keys() == {f"{image.key}.png" for image in images}
+
+
+def test_conversations_are_true_and_name_the_emoji_last(emoji):
+    asked = collections.Counter()
+    for path in emoji.glob("*/*.tar"):
+        with tarfile.open(path) as tar:
+            rows = [json.load(tar.extractfile(m)) for m in tar if m.name.endswith(".json")]
+        for row in rows:
+            for turns in row["conversations"]:
+                questions = [t["value"].removeprefix("<image>\n") for t in turns[::2]]
+                kinds = [next(k for k, known in EMOJI_QUESTIONS.items() if fits(q, known)) for q in questions]
+                truth = [row.get(kind, row["name"]) for kind in kinds]
+                assert [t["value"] for t in turns[1::2]] == truth
+                assert turns[0]["value"].startswith("<image>\n") and kinds[-1] in ("name", "choice")
+                assert not {"name", "choice"} & set(kinds[:-1]) and len(set(kinds)) == len(kinds)
+                asked.update(kinds)
+    assert asked.keys() == EMOJI_QUESTIONS.keys()
+
+
+def fits(question, phrases):
+    return any(re.fullmatch(re.escape(p).replace(r"\{\}", ".+"), question) for p in phrases)
+
+
+def test_the_tokenizer_of_the_mllm_knows_questions(emoji):
+    both = [
+        sentencepiece.SentencePieceProcessor(model_file=str(emoji / "text" / f"{name}.model"))
+        for name in ("tokenizer", "mllm")
+    ]
+    question = "Which category is it?"
+    plain, mllm = (len(tokenizer.encode(question)) for tokenizer in both)
+    assert mllm < plain / 2 and both[1].decode(both[1].encode(question)) == question
+
+
+def test_a_folder_of_an_earlier_version_is_named(emoji, packages, frozen, tmp_path):
+    shutil.copytree(emoji, tmp_path / "older")
+    (tmp_path / "older" / "pairs" / "items.json").unlink()
+    with pytest.raises(UserError, match="earlier version, without questions; remove it"):
+        write_emoji(tmp_path / "older", packages=[packages], progress=False)
