@@ -63,6 +63,7 @@ def capture_step(
         except RuntimeError:
             rewind()
             raise
+    rewind()  # on a wrong stream the step has run instead of being captured
     replay()
     if bool((state[0] == start[0]).any()):
         raise EmptyGraphError(f"The CUDA graph captured on {device} is empty: use backend = 'torch'.")

@@ -6,7 +6,7 @@ slow = pytest.mark.slow
 
 # Host synchronisations that a scenario may have. Lower a number with every change that removes one.
 BUDGETS = {
-    "generation": 14,  # of a batch, whatever the number of visual tokens
+    "generation": 12,  # of a batch, whatever the number of visual tokens
 }
 
 
@@ -56,7 +56,8 @@ def test_the_device_behaves_as_cuda(run_scenarios):
 def test_captured_generation_equals_eager(generation):
     for name, report in generation["samplings"].items():
         assert report["equal"] and report["equal_to_cpu"], name
-        assert report["replays"] == 8 and not report["refused"], (name, report)
+        # one replay checks that the capture is not empty
+        assert report["replays"] == 9 and not report["refused"], (name, report)
         assert report["waits"] <= BUDGETS["generation"], (name, report["syncs"])
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids
-from open_unitok.generation.backends import choose_backend, cuda_graph, graph_capture
+from open_unitok.generation.backends import captured_step, choose_backend, cuda_graph, graph_capture
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[1, 20, 30, 40, 50, 3], [1, 60, 3], [1, 7, 8, 9, 10, 11, 12, 13, 3]]
@@ -25,7 +25,7 @@ SAMPLINGS = {
 def replaced_capture(replacement):
     """Another function in the place of `capture_step`."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (graph_capture, cuda_graph):
+        for module in (graph_capture, captured_step):
             if hasattr(module, "capture_step"):
                 patch.setattr(module, "capture_step", replacement)
         yield

@@ -82,6 +82,31 @@ def test_the_static_step_supports_additive_masks(make_model, watched):
     assert len(WatchedBackend.made) == 1 and not WatchedBackend.made[0].watch.waits
 
 
+def test_all_layers_share_one_bias_and_grouped_keys_are_not_repeated(full_model, watched, monkeypatch):
+    """A bool mask becomes a bias again in every layer, and repeated keys are copied at every step."""
+    config, calls = full_model.config.text_config, []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    step = WatchedBackend.decode_step
+
+    def seen(query, key, value, attn_mask=None, **options):
+        if attn_mask is not None and attn_mask.dim() == 4:  # the decoder's
+            calls[-1].append((attn_mask.dtype, attn_mask.data_ptr(), attn_mask.shape[-1] % 16, key.shape[1]))
+        return attention(query, key, value, attn_mask, **options)
+
+    def step_seen(backend, codes):
+        calls.append([])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+            step(backend, codes)
+
+    monkeypatch.setattr(WatchedBackend, "decode_step", step_seen)
+    assert config.num_key_value_heads < config.num_attention_heads
+    generate("cuda_graph", full_model, GREEDY)
+    assert [len(layers) for layers in calls] == [config.num_hidden_layers] * 8
+    for layers in calls:
+        assert set(layers) == {(torch.float32, layers[0][1], 0, config.num_key_value_heads)}
+
+
 def test_a_failed_capture_is_logged_and_changes_nothing(full_model, monkeypatch, caplog):
     expected = generate("torch", full_model, SAMPLED)
 

@@ -80,11 +80,10 @@ class Model:
 
     def step(self):
         self.calls += 1
-        if (graph := self.cuda.capturing) is None:
-            self.counter += 1
-        elif graph.index == self.index:
+        if (graph := self.cuda.capturing) is not None and graph.index == self.index:
             graph.step = lambda: self.counter.add_(1)
-        # else: launched at once on the other device's own stream, and not part of the graph
+        else:  # not captured, or launched at once on the other device's own stream
+            self.counter += 1
 
 
 @pytest.fixture
