@@ -1,13 +1,14 @@
 """Search and losses of each quantiser against UniTok's in one run, with the peak memory of each.
 
-    python benchmarks/quantizers.py                      # all kinds at three sizes, one thread
-    python benchmarks/quantizers.py --only pyramid --kinds attention
+    python benchmarks/quantizers.py [--repeats 2]       # all kinds at three sizes, one thread
+    python benchmarks/quantizers.py --only pyramid --kinds attention    # keeps the file's other entries
+    python benchmarks/quantizers.py --table             # the table of docs/systems.md from the results
 
 Sizes: 8 x 4096 x 8 and 1 x 16,384 x 256 with 4 images of 256 tokens, and a pyramid of 2,240 tokens (CODA's
 for FLUX: 1 x 65,536 x 16, ten scales to 32 x 32) with one image, where the kind is the inner quantiser.
 "encode" is the search alone, "step" a training forward with all losses of the kind and its backward pass.
-Calls of the kind and of `multi_codebook`, with the same losses, alternate in one process and are measured in
-seconds of the processor, which other load changes little; the ratio of the fastest calls is the result.
+Calls of all kinds of a size, and of UniTok's with the same losses, alternate in one process and are measured
+in seconds of the processor, which other load changes little; the ratio of the fastest calls is the result.
 
 Memory: peak resident memory of an own process beyond what it held before the step (VmHWM), freed blocks given
 back to the system. "one-hot": what one float32 matrix of (tokens x entries) would take. Floor: the matrix
@@ -18,7 +19,9 @@ bytes that must be held at once: latents, outputs, tables and their gradients.
 import argparse
 import json
 import os
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from harness import (
 from torch.utils.flop_counter import FlopCounterMode
 
 from open_unitok.tokenizer import QUANTIZERS, Quantizer
+from open_unitok.tokenizer.quantizers.base import SIMILARITY_BLOCK
 
 UNITOK = "multi_codebook"
 SCALES = [1, 2, 3, 4, 6, 9, 13, 18, 24, 32]  # 2,240 tokens
@@ -53,43 +57,82 @@ KINDS = {
     **{name: {} for name in (UNITOK, "nearest", "ibq", "ema", "cluster", "shared_index")},
     "attention": {"attention_dim": 32},
 }
-HEAD = ("size", "kind", "encode / UniTok's", "step / UniTok's", "step / floor", "peak, MiB", "one-hot, MiB")
+PYRAMID_KINDS = (UNITOK, "ibq", "shared_index", "attention")
+TOY_SIZES = {name: (*(min(n, 16) for n in numbers[:3]), 1, 1024) for name, numbers in SIZES.items()}
+HEAD = (
+    *("size", "kind", "encode / UniTok's", "step / UniTok's", "step, s", "GFLOP of products"),
+    *("their share of the step", "peak (floor), MiB", "one matrix, MiB"),
+)
 
 
 def main() -> None:
+    args = make_parser().parse_args()
+    torch.set_num_threads(1)
+    if args.toy:
+        SIZES.update(TOY_SIZES)
+    if args.child:
+        size, kinds, part = args.child.split("|")
+        measured = measure_memory(size, kinds) if part == "memory" else {}
+        print(json.dumps(measured or measure_times(size, kinds.split(","), args.repeats)))
+        return
+    file = result_file("quantizers", processor_name(), args.out)
+    # a whole run starts anew: its rows belong together
+    whole = args.only == list(SIZES) and args.kinds == list(KINDS)
+    results = {} if whole and not args.table else read_results(file)
+    if not args.table:
+        for size in args.only:
+            allowed = PYRAMID_KINDS if size == "pyramid" else KINDS
+            measure_size(size, [kind for kind in args.kinds if kind in allowed], args, results, file)
+    print(markdown(results))
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", default=list(SIZES), choices=SIZES, help="sizes")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--part", nargs="+", default=["time", "memory"], choices=["time", "memory"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--child", help=argparse.SUPPRESS)  # "size|kind|part", in a process of its own
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.child:
-        size, kind, part = args.child.split("|")
-        memory = part == "memory"
-        print(json.dumps(measure_memory(size, kind) if memory else measure_time(size, kind, args.repeats)))
-        return
-    file = result_file("quantizers", processor_name(), args.out)
-    results = read_results(file)
-    for size in args.only:
-        for kind in args.kinds:
-            entry = results.setdefault(f"{size}, {kind}", {})
-            for part in args.part:
-                # glibc keeps freed blocks below 32 MiB, which is not memory that the step needs
-                os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
-                if part == "memory":
-                    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
-                entry |= run_isolated(
-                    __file__, "--child", f"{size}|{kind}|{part}", "--repeats", str(args.repeats)
-                )
-            write_results(file, results)
-    print(f"load average {load_average()}")
-    rows = [table_row(name, entry) for name, entry in results.items()]
-    print("\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ("---",) * len(HEAD), *rows)))
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the results, measure nothing"
+    )
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, to test the script")
+    parser.add_argument("--child", help=argparse.SUPPRESS)  # "size|kinds|part", in a process of its own
+    return parser
+
+
+def measure_size(
+    size: str, kinds: list[str], args: argparse.Namespace, results: dict[str, Any], file: Path
+) -> None:
+    """Times of the kinds in one process, the memory of each in its own; written after each process."""
+
+    def run(kinds: str, part: str) -> dict[str, Any]:
+        print(f"{size}, {kinds}: {part} (load {load_average()}) ...", file=sys.stderr, flush=True)
+        options = ["--repeats", str(args.repeats), *["--toy"] * args.toy]
+        # glibc keeps freed blocks below 32 MiB, which is not memory that the step needs
+        os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+        if part == "memory":
+            os.environ["MALLOC_MMAP_THRESHOLD_"] = str(2**20)
+        return run_isolated(__file__, "--child", f"{size}|{kinds}|{part}", *options)
+
+    common = {"load": load_average(), "block_mib": SIMILARITY_BLOCK * 4 / 2**20}
+    for kind, times in run(",".join(kinds), "time").items():
+        results[f"{size}, {kind}"] = times | common
+    write_results(file, results)
+    for kind in kinds:
+        results[f"{size}, {kind}"] |= run(kind, "memory")
+        write_results(file, results)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of docs/systems.md, and the conditions of its rows."""
+    rows = [table_row(name, entry) for name, entry in results.items() if "peak_mib" in entry]
+    loads = [entry["load"] for entry in results.values()]
+    blocks = sorted({entry["block_mib"] for entry in results.values()})
+    lines = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ("---",) * len(HEAD), *rows)]
+    conditions = f"Similarities in blocks of {', '.join(f'{b:.0f}' for b in blocks)} MiB; load average "
+    return "\n".join([*lines, "", conditions + (f"{min(loads)} to {max(loads)}" if loads else "unknown")])
 
 
 def build(size: str, kind: str) -> Quantizer:
@@ -146,41 +189,52 @@ def measure_memory(size: str, kind: str) -> dict[str, float]:
     }
 
 
-def measure_time(size: str, kind: str, repeats: int) -> dict[str, float]:
-    """Seconds of one kind at one size, in turns with UniTok's, and of 1 GFLOP of a large product."""
-    latents, entropy = some_latents(size), kind not in NO_ENTROPY
-    quantizer, base = build(size, kind), build(size, UNITOK)
-    quantizer.encode(latents)  # kernels are loaded
-    times: dict[str, list[float]] = {name: [] for name in ("encode", "step", "base encode", "base step")}
+def measure_times(size: str, kinds: list[str], repeats: int) -> dict[str, dict[str, float]]:
+    """Seconds of every kind at one size, in turns with UniTok's, and of 1 GFLOP of a large product."""
+    latents = some_latents(size)
+    quantizers = {kind: build(size, kind) for kind in kinds}
+    base = build(size, UNITOK)
+    base.encode(latents)  # kernels are loaded
+    times: dict[str, list[float]] = defaultdict(list)
+
+    def time_once(name: str, quantizer: Quantizer, entropy: bool) -> None:
+        times[f"encode {name}"].append(processor_seconds(lambda: quantizer.encode(latents)))
+        times[f"step {name}, {entropy}"].append(processor_seconds(lambda: step(quantizer, latents, entropy)))
+
     for _ in range(repeats):
-        for prefix, other in (("", quantizer), ("base ", base)):
-            times[f"{prefix}encode"].append(processor_seconds(lambda other=other: other.encode(latents)))
-            times[f"{prefix}step"].append(
-                processor_seconds(lambda other=other: step(other, latents, entropy))
-            )
+        for entropy in sorted({kind not in NO_ENTROPY for kind in kinds}):  # UniTok's with the same losses
+            time_once("base", base, entropy)
+        for kind, quantizer in quantizers.items():
+            time_once(kind, quantizer, kind not in NO_ENTROPY)
     seconds = {name: min(values) for name, values in times.items()}
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     product = min(processor_seconds(lambda: a @ b) for _ in range(5))
-    return {
-        "encode_seconds": round(seconds["encode"], 4),
-        "step_seconds": round(seconds["step"], 4),
-        "encode_ratio": round(seconds["encode"] / seconds["base encode"], 2),
-        "step_ratio": round(seconds["step"] / seconds["base step"], 2),
-        "gflop_seconds": round(product / (2 * 1.024**3), 5),
-    }
+    found = {}
+    for kind in kinds:
+        encode, once = seconds[f"encode {kind}"], seconds[f"step {kind}, {kind not in NO_ENTROPY}"]
+        found[kind] = {
+            "encode_seconds": round(encode, 4),
+            "step_seconds": round(once, 4),
+            "encode_ratio": round(encode / seconds["encode base"], 2),
+            "step_ratio": round(once / seconds[f"step base, {kind not in NO_ENTROPY}"], 2),
+            "gflop_seconds": round(product / (2 * 1.024**3), 5),
+        }
+    return found
 
 
 def table_row(name: str, entry: dict[str, float]) -> tuple[str, ...]:
     """The cells of one row, in the order of HEAD."""
     size, kind = name.split(", ")
-    floor = entry["step_seconds"] / (entry["step_gflop"] * entry["gflop_seconds"])
+    share = entry["step_gflop"] * entry["gflop_seconds"] / max(entry["step_seconds"], 1e-9)
     return (
-        size,
-        kind,
+        "pyramid, 2,240 tokens, 1 x 65536 x 16" if size == "pyramid" else size,
+        f"`{kind}`",
         f"{entry['encode_ratio']:.2f}",
         f"{entry['step_ratio']:.2f}",
-        f"{floor:.1f}",
-        f"{entry['peak_mib']:.0f} (floor {entry['floor_mib']:.0f})",
+        f"{entry['step_seconds']:.2f}",
+        f"{entry['step_gflop']:.2f}",
+        f"{100 * share:.0f} %",
+        f"{entry['peak_mib']:.0f} ({entry['floor_mib']:.0f})",
         f"{entry['one_hot_mib']:.0f}",
     )
 
