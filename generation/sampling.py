@@ -153,7 +153,8 @@ class GumbelNoise:
     def sample(self) -> Tensor:
         """The noise (K, B, V) of the next visual token: argmax(logits + noise) samples from softmax(logits).
 
-        Every call fills and returns the same tensor, which a CUDA graph reads.
+        Every call fills and returns the same tensor, which a CUDA graph reads. One launch per image: a call
+        for several images or visual tokens would give other numbers.
         """
         for row, generator in zip(self.exponential, self.generators):
             row.exponential_(generator=generator)

@@ -40,6 +40,7 @@ __all__ = [
     "check_known_quantization",
     "choose_backend",
     "open_backend",
+    "release_steps",
 ]
 
 _log = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 The caches and the capture are those of images. Rows that reach their end of sequence stay in the batch, and
 the host looks for ends only once in `group` steps: surplus ids are cut off.
 
-P prompts, R rows of the captured step (P rounded up to a power of two), V vocabulary.
+P prompts, R rows of the captured step (P rounded up), V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +41,7 @@ def iter_captured_text_ids(
         group: ids of this many steps are read from the device at a time; 1 = each as soon as it is there.
     """
     count = len(prompts)
-    rows = 1 << (count - 1).bit_length()  # so that batches of 5 to 8 prompts share a graph
+    rows = round_up_rows(count)
     select = [*range(count), *[0] * (rows - count)]
     decoder = prefill_text(model, prompts, images, share_prefix, select, max_steps=0)
     logits = model.text_logits(decoder.hidden[:count]).float()
@@ -80,8 +80,12 @@ def iter_captured_text_ids(
             for i, new in enumerate(chunk[:size].tolist()):
                 active = [on and id not in eos_ids for on, id in zip(active, new)]
                 if not any(active):
-                    # the surplus steps of this group drew numbers that nobody used
-                    for state in states[i + 1 : i + 2]:
-                        sampler.set_global_state(state, ids.device)
+                    if i + 1 < size:  # the surplus steps drew numbers that nobody used
+                        sampler.set_global_state(states[i + 1], ids.device)
                     return
                 yield [id if on else None for id, on in zip(new, active)]
+
+
+def round_up_rows(count: int) -> int:
+    """The rows of the step that decodes `count` prompts, so that few numbers of rows are captured."""
+    return 1 << (count - 1).bit_length() if count < 16 else -(-count // 16) * 16

@@ -102,6 +102,12 @@ def test_numbers_of_rows_share_a_step(full_model, asked, steps):
     assert sorted(key[1] for key in steps.kept) == [1, 4, 8]
 
 
+def test_rows_are_rounded_up():
+    assert [cuda_text.round_up_rows(n) for n in (1, 2, 3, 5, 9, 15, 16, 17, 65)] == [
+        1, 2, 4, 8, 16, 16, 16, 32, 80,
+    ]  # fmt: skip
+
+
 def test_what_a_graph_holds_as_a_constant_is_part_of_the_key(full_model, asked, steps):
     for change in ({}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0.5}, {"do_sample": False}):
         eager, captured = both(generate_text_ids, full_model, *asked, 9, seed=1, **{**SAMPLED, **change})
