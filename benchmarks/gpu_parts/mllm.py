@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from open_unitok.mllm.attention import VARLEN
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.options import EngineOptions
 
@@ -13,12 +14,12 @@ from .report import Report, load_script
 ROWS, LENGTH = 4, 2048
 # model, further options of mllm_training.py
 CASES = [
+    ("1b", ["--attention", VARLEN]),
     ("1b", ["--attention", "sdpa"]),
-    ("1b", []),
-    ("1b", ["--compile"]),
-    ("7b_lora", []),
+    ("1b", ["--attention", VARLEN, "--compile"]),
+    ("7b_lora", ["--attention", VARLEN]),
     ("7b_lora", ["--attention", "sdpa"]),
-    ("7b_lora", ["--compile"]),
+    ("7b_lora", ["--attention", VARLEN, "--compile"]),
 ]
 TOY_CASES = {"1b": "tiny", "7b_lora": "tiny_lora"}
 
@@ -30,8 +31,13 @@ def run(report: Report) -> None:
     if not report.row("engine", lambda: {"engine": engine, "device": str(start())}):
         return
     for case, options in CASES:
-        name = " ".join([f"{case}, {ROWS} x {LENGTH}", *options])
-        report.row(name, measure, report, case, options, device, need=15.0)
+        report.row(describe(case, options), measure, report, case, options, device, need=15.0)
+
+
+def describe(case: str, options: list[str]) -> str:
+    """The name of a row: "1b, 4 x 2048, sdpa"."""
+    words = [option.removeprefix("--") for option in options if option != "--attention"]
+    return ", ".join([case, f"{ROWS} x {LENGTH}", *words])
 
 
 def start() -> torch.device:

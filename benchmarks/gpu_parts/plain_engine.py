@@ -1,4 +1,4 @@
-"""A stand-in for DeepSpeed at ZeRO 0 on one device, where DeepSpeed is not installed or cannot run.
+"""A stand-in for DeepSpeed at ZeRO 0 on one device, where DeepSpeed is not installed.
 
 It has what training/core/deepspeed_engine.py uses and no more: fp32 weights, bf16 by torch's autocast, AdamW,
 accumulation. Rows that it measured say so.
@@ -12,7 +12,7 @@ import torch
 
 from open_unitok.training.core import deepspeed_engine
 
-from .report import Report, emulated
+from .report import Report
 
 
 class PlainEngine:
@@ -57,12 +57,12 @@ class PlainEngine:
 
 
 def use_plain_engine(report: Report) -> str:
-    """Put `PlainEngine` in DeepSpeed's place if that cannot run here; returns the name of the engine."""
-    if importlib.util.find_spec("deepspeed") is not None and not emulated():
+    """Put `PlainEngine` in DeepSpeed's place if that is missing; returns the name of the engine."""
+    if importlib.util.find_spec("deepspeed") is not None:
         return "DeepSpeed"
     device = torch.device(report.device)
     deepspeed_engine.init_distributed = lambda options, seed: device
     deepspeed_engine.shard_to_device = lambda module, *_: module.to(device)
     deepspeed_engine.build_engine = PlainEngine
-    print("training by a plain loop, as DeepSpeed cannot run here", file=sys.stderr)
+    print("training by a plain loop, as DeepSpeed is not installed", file=sys.stderr)
     return "plain loop instead of DeepSpeed"

@@ -67,7 +67,6 @@ def tests(row: Mapping[str, Any]) -> str:
     return ", ".join(f"{row[f'tests_{outcome}']} {outcome}" for outcome in ("passed", "failed", "skipped"))
 
 
-_MLLM = "4 x 2048"
 LINES = [
     Line("bf16 product of 8192 x 8192", "facts", "rates", lambda r: number(r["bf16_tflops"], 3, " TFLOP/s")),
     Line("reading memory", "facts", "rates", lambda r: number(r["read_gb_per_second"], 4, " GB/s")),
@@ -87,8 +86,8 @@ LINES = [
         "train, 32 images", "train, 32 images, checkpointing", "train, 64 images, checkpointing",
         "train, 32 images, checkpointing, compiled")),
     *(Line(f"MLLM {name}", "mllm", name, rate, "MFU 50 %") for name in (
-        f"1b, {_MLLM}", f"1b, {_MLLM} --attention sdpa", f"1b, {_MLLM} --compile", f"7b_lora, {_MLLM}",
-        f"7b_lora, {_MLLM} --compile")),
+        "1b, 4 x 2048, unitok_varlen", "1b, 4 x 2048, sdpa", "1b, 4 x 2048, unitok_varlen, compile",
+        "7b_lora, 4 x 2048, unitok_varlen", "7b_lora, 4 x 2048, unitok_varlen, compile")),
 ]  # fmt: skip
 
 

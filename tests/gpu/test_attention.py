@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from open_unitok.mllm.attention import VARLEN
+
 pytestmark = pytest.mark.gpu
+IMPLEMENTATIONS = ("sdpa", "eager", VARLEN)
 
 
 def packed(config, lengths, seed=0):
@@ -14,15 +17,6 @@ def packed(config, lengths, seed=0):
     return {"input_ids": torch.cat(rows)[None].cuda(), "position_ids": positions[None].cuda()}, rows
 
 
-def implementations(model):
-    """What can be set on this machine; "auto" of training may choose any of them."""
-    from open_unitok.mllm import attention
-
-    names = ["sdpa", "eager", *getattr(attention, "PACKED_ATTENTIONS", ())]
-    usable = getattr(attention, "is_available", lambda name: True)
-    return [name for name in names if usable(name)]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_samples_do_not_see_each_other(mllm, dtype):
     model = mllm().cuda().to(dtype)
@@ -31,7 +25,7 @@ def test_packed_samples_do_not_see_each_other(mllm, dtype):
     with torch.no_grad():
         alone = [model(input_ids=row[None].cuda()).logits.float() for row in rows]
         expected = torch.cat(alone, dim=1).cpu()
-        for name in implementations(model):
+        for name in IMPLEMENTATIONS:
             model.language_model.set_attn_implementation(name)
             found = model(**batch).logits.float().cpu()
             assert (found - expected).abs().mean() < tolerance * expected.std(), name
@@ -41,7 +35,7 @@ def test_gradients_of_all_implementations_agree(mllm):
     model = mllm().cuda()
     batch, _ = packed(model.config, (5, 17, 9))
     found = {}
-    for name in implementations(model):
+    for name in IMPLEMENTATIONS:
         model.language_model.set_attn_implementation(name)
         model.zero_grad(set_to_none=True)
         model(**batch, labels=batch["input_ids"]).loss.backward()
