@@ -10,6 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from generation_model import (
+    GUIDANCE,
+    UNCONDITIONAL,
+    benchmark_model,
+    image_prompts,
+    make_questions,
+    weights_per_token,
+)
 from harness import best_seconds, measure_seconds
 
 from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
@@ -17,15 +25,9 @@ from open_unitok.generation import Sampling, generate_image_codes, generate_text
 from open_unitok.generation.backends import choose_backend, cuda_graph, graph_capture
 from open_unitok.generation.sampling import GumbelNoise
 
-from .report import Report, count_waits, load_script, peak_gib, random_weights
+from .budgets import beside_budget
+from .report import Report, count_waits, peak_gib, random_weights
 
-TOY = {
-    "text_config": {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-                    "num_attention_heads": 4, "vocab_size": 512, "max_position_embeddings": 512,
-                    "bos_token_id": 1, "eos_token_id": 2},
-    "depth_config": {"num_hidden_layers": 2}, "num_codebooks": 3, "codebook_size": 16, "codebook_dim": 4,
-    "visual_hidden_size": 24, "num_image_tokens": 16,
-}  # fmt: skip
 BATCHES = (1, 16, 64)
 EAGER_TOKENS = 24  # of the loop without a graph, which is slow
 NEW_TOKENS = 33  # the first one comes from the prefill
@@ -33,13 +35,17 @@ NEW_TOKENS = 33  # the first one comes from the prefill
 
 def run(report: Report) -> None:
     """Rows per batch: images, images without a graph, answers."""
-    script = load_script("generation")
     model: Any = None
 
     def build() -> dict[str, Any]:
         nonlocal model
-        config = UniTokMLLMConfig(**TOY) if report.toy else UniTokMLLMConfig.named("unitok_mllm_7b")
-        model = random_weights(lambda: UniTokForConditionalGeneration(config), report.device, torch.bfloat16)
+        if report.toy:
+            model = benchmark_model(toy=True).to(report.device, torch.bfloat16)
+        else:
+            config = UniTokMLLMConfig.named("unitok_mllm_7b")
+            model = random_weights(
+                lambda: UniTokForConditionalGeneration(config), report.device, torch.bfloat16
+            )
         # answers must not end early
         model.generation_config.eos_token_id = model.config.eos_token_id = None
         return {"parameters": sum(p.numel() for p in model.parameters())}
@@ -49,14 +55,12 @@ def run(report: Report) -> None:
     model.eval()
     bandwidth = read_bandwidth(report)
     for images in BATCHES:
-        report.row(
-            f"images, batch {images}", measure_images, report, model, script, images, bandwidth, need=15.0
-        )
+        report.row(f"images, batch {images}", measure_images, report, model, images, bandwidth, need=15.0)
     for questions in (1, BATCHES[-1]):
         for backend in ("auto", "torch"):
             name = f"answers, batch {questions}{', transformers' * (backend == 'torch')}"
-            report.row(name, measure_answers, report, model, script, questions, backend, bandwidth, need=10.0)
-    report.row("images, batch 1, without a graph", measure_eager, report, model, script, need=10.0)
+            report.row(name, measure_answers, report, model, questions, backend, bandwidth, need=10.0)
+    report.row("images, batch 1, without a graph", measure_eager, report, model, need=10.0)
 
 
 def read_bandwidth(report: Report) -> float:
@@ -95,14 +99,14 @@ def time_captures() -> Iterator[list[float]]:
             setattr(module, "capture_step", original)  # noqa: B010
 
 
-def measure_images(report: Report, model: Any, script: Any, images: int, bandwidth: float) -> dict[str, Any]:
+def measure_images(report: Report, model: Any, images: int, bandwidth: float) -> dict[str, Any]:
     """Milliseconds per visual token over the floor; what capture and noise take; waits of the host."""
     images = min(images, 2) if report.toy else images
-    prompts = [[*script.PROMPT, i, 3] for i in range(images)]
-    sampling, tokens = Sampling(guidance=script.GUIDANCE), model.config.num_image_tokens
+    prompts = image_prompts(images)
+    sampling, tokens = Sampling(guidance=GUIDANCE), model.config.num_image_tokens
 
     def generate() -> torch.Tensor:
-        return generate_image_codes(model, prompts, sampling, range(images), script.UNCONDITIONAL)
+        return generate_image_codes(model, prompts, sampling, range(images), UNCONDITIONAL)
 
     with time_captures() as captures, count_waits(report.device) as waits:
         first = measure_seconds(generate, report.device)
@@ -113,13 +117,13 @@ def measure_images(report: Report, model: Any, script: Any, images: int, bandwid
         list(range(images)), model.config.num_codebooks, model.config.codebook_size, report.device
     )
     noise_seconds = tokens * report.seconds(noise.sample, 20)
-    read = 2.0 * sum(script.weights_per_token(model))
+    read = 2.0 * sum(weights_per_token(model))
     length = len(prompts[0]) + tokens / 2
     floor = (read + cache_bytes(model, 2 * images, length)) / bandwidth
     step = seconds / tokens
     backend = choose_backend(model, num_steps=tokens - 1)
     row = {"backend": backend, "captures": len(captures), "captures_of_a_later_batch": len(later)}
-    return {**row, "waits": len(waits)} | report.measured(
+    return {**row, **beside_budget("images of 7B", len(waits))} | report.measured(
         ms_per_token=1000 * step,
         over_floor=step / floor,
         floor_ms=1000 * floor,
@@ -131,14 +135,13 @@ def measure_images(report: Report, model: Any, script: Any, images: int, bandwid
     )
 
 
-def measure_eager(report: Report, model: Any, script: Any) -> dict[str, Any]:
+def measure_eager(report: Report, model: Any) -> dict[str, Any]:
     """Milliseconds per visual token of the modules themselves, launched one kernel after the other."""
     tokens = min(EAGER_TOKENS, model.config.num_image_tokens)
 
     def generate() -> None:
-        sampling = Sampling(guidance=script.GUIDANCE)
-        prompts = [[*script.PROMPT, 0, 3]]
-        steps = iter_image_codes(model, prompts, sampling, [0], script.UNCONDITIONAL, backend="torch")
+        sampling = Sampling(guidance=GUIDANCE)
+        steps = iter_image_codes(model, image_prompts(1), sampling, [0], UNCONDITIONAL, backend="torch")
         for _ in range(tokens):
             next(steps)
 
@@ -146,11 +149,11 @@ def measure_eager(report: Report, model: Any, script: Any) -> dict[str, Any]:
 
 
 def measure_answers(
-    report: Report, model: Any, script: Any, questions: int, backend: str, bandwidth: float
+    report: Report, model: Any, questions: int, backend: str, bandwidth: float
 ) -> dict[str, Any]:
     """Answers/s of 33 tokens about an image each, and milliseconds per token without the prefill."""
     questions = min(questions, 2) if report.toy else questions
-    prompts, codes = questions_of(report, model, script, questions)
+    prompts, codes = make_questions(questions, questions, toy=report.toy)
 
     def answer(tokens: int) -> None:
         found = generate_text_ids(model, prompts, codes, tokens, backend=backend)
@@ -162,7 +165,7 @@ def measure_answers(
     whole = report.seconds(lambda: answer(NEW_TOKENS), 2)
     prefill = report.seconds(lambda: answer(1), 2)
     step = (whole - prefill) / (NEW_TOKENS - 1)
-    decoder, _, _ = script.weights_per_token(model)
+    decoder, _, _ = weights_per_token(model)
     length = max(map(len, prompts)) + NEW_TOKENS / 2
     weights = 2.0 * (decoder + model.lm_head.weight.numel())
     floor = (weights + cache_bytes(model, questions, length)) / bandwidth
@@ -172,14 +175,3 @@ def measure_answers(
         over_floor=step / floor,
         prefill_ms=1000 * prefill,
     )
-
-
-def questions_of(report: Report, model: Any, script: Any, count: int) -> tuple[list[list[int]], list[Any]]:
-    """Prompts about an image each; for a toy model of its own sizes."""
-    if not report.toy:
-        return script.make_questions(count, count)
-    config = model.config
-    image = [config.image_token_id] * config.num_image_tokens
-    shape = (1, config.num_image_tokens, config.num_codebooks)
-    codes = [torch.randint(config.codebook_size, shape) for _ in range(count)]
-    return [[1, 7, *image, 13, *range(20, 22 + i)] for i in range(count)], codes

@@ -12,6 +12,7 @@ from open_unitok import Pipeline
 from open_unitok.cli.main import main as unitok
 from open_unitok.generation import Sampling
 
+from .budgets import beside_budget
 from .data import square_image, write_tar
 from .report import Report, count_waits
 
@@ -46,7 +47,7 @@ def run(report: Report) -> None:
         "reconstruct": lambda: pipe.reconstruct(images),
     }
     for name, work in uses.items():
-        report.row(name, use, report, work)
+        report.row(name, use, report, name, work)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         (root / "images").mkdir()
@@ -57,18 +58,19 @@ def run(report: Report) -> None:
                    "--device", report.device, "--batch-size", "4"]  # fmt: skip
         evaluate = ["eval", "run", "reconstruction", "--model", MODEL, "--data", root / "images",
                     "--out", root / "eval", "--device", report.device, "--batch-size", "4"]  # fmt: skip
-        report.row("extract-codes", use, report, lambda: unitok(list(map(str, extract))))
-        report.row("eval reconstruction", use, report, lambda: unitok(list(map(str, evaluate))))
+        report.row("extract-codes", use, report, "extract-codes", lambda: unitok(list(map(str, extract))))
+        command = "eval reconstruction"
+        report.row(command, use, report, command, lambda: unitok(list(map(str, evaluate))))
     report.row("codes of images generated on the CPU and here", same_codes, pipes["fp32"])
 
 
-def use(report: Report, work: Callable[[], Any]) -> dict[str, Any]:
+def use(report: Report, name: str, work: Callable[[], Any]) -> dict[str, Any]:
     """Waits of the first call, and seconds of the second one; what the call returns must not be empty."""
     with count_waits(report.device) as waits:
         found = work()
     if isinstance(found, list) and not found:
         raise RuntimeError("it returned nothing")
-    row: dict[str, Any] = {"waits": len(waits)}
+    row: dict[str, Any] = beside_budget(name, len(waits))
     if isinstance(found, str | list) and all(isinstance(text, str) for text in found):
         row["text"] = found
     if found is not None:  # commands refuse to write the same results again

@@ -19,6 +19,7 @@ from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer import train
 from open_unitok.training.tokenizer.data import PairCollate, build_pair_stream
 
+from .budgets import beside_budget
 from .codes import TOY
 from .data import write_tar
 from .kernels import top_kernels
@@ -154,7 +155,7 @@ class Training:
         work()
         with count_waits(self.report.device) as waits:
             work()
-        return {"waits": len(waits), "where": sorted(set(waits))[:20]}
+        return {**beside_budget("tokenizer train step", len(waits)), "where": sorted(set(waits))[:20]}
 
     def kernels(self) -> dict[str, Any]:
         """The kernels that take most of a step."""
