@@ -22,7 +22,7 @@ from harness import best_seconds, measure_seconds
 
 from open_unitok import UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_image_codes
-from open_unitok.generation.backends import choose_backend, cuda_graph, graph_capture
+from open_unitok.generation.backends import captured_step, choose_backend
 from open_unitok.generation.sampling import GumbelNoise
 
 from .budgets import beside_budget
@@ -81,7 +81,7 @@ def cache_bytes(model: Any, rows: int, length: float) -> float:
 def time_captures() -> Iterator[list[float]]:
     """Seconds of every capture of a graph."""
     found: list[float] = []
-    original = graph_capture.capture_step
+    original = captured_step.capture_step
 
     def timed(*args: Any, **kwargs: Any) -> Callable[[], None]:
         start = time.perf_counter()
@@ -89,14 +89,11 @@ def time_captures() -> Iterator[list[float]]:
         found.append(time.perf_counter() - start)
         return replay
 
-    homes = [module for module in (graph_capture, cuda_graph) if hasattr(module, "capture_step")]
-    for module in homes:
-        setattr(module, "capture_step", timed)  # noqa: B010
+    captured_step.capture_step = timed
     try:
         yield found
     finally:
-        for module in homes:
-            setattr(module, "capture_step", original)  # noqa: B010
+        captured_step.capture_step = original
 
 
 def measure_images(report: Report, model: Any, images: int, bandwidth: float) -> dict[str, Any]:
@@ -110,7 +107,7 @@ def measure_images(report: Report, model: Any, images: int, bandwidth: float) ->
 
     with time_captures() as captures, count_waits(report.device) as waits:
         first = measure_seconds(generate, report.device)
-    # a later batch may find its graph kept; it is captured again otherwise
+    # a later batch finds its graph kept
     with time_captures() as later:
         seconds = measure_seconds(generate, report.device)
     noise = GumbelNoise(
