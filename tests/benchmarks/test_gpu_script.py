@@ -201,6 +201,14 @@ def test_a_toy_run_has_no_number_that_a_clock_gave(reports, tmp_path):
     assert real.measured(seconds=1.5) == {"seconds": 1.5}
 
 
+def test_the_table_of_an_empty_run_says_so(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    made = importlib.import_module("gpu_parts.table")
+    lines = made.table({"about": {}, "parts": {}, "failures": []}).splitlines()
+    assert sum("| - (not run) |" in line for line in lines) == len(made.LINES)
+    assert len({line.label for line in made.LINES}) == len(made.LINES) and lines[-1] == "No failures."
+
+
 def test_every_gpu_test_is_where_the_script_looks():
     marked = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")
               if "mark.gpu" in path.read_text() and path != Path(__file__)]  # fmt: skip
