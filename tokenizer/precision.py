@@ -54,8 +54,10 @@ def exact_products() -> Iterator[None]:
 def exact_float32(device: torch.device) -> Iterator[None]:
     """Make float32 products exact (`exact_products`) and keep them float32: autocast is off inside."""
     autocast = contextlib.nullcontext()
-    if torch.amp.is_autocast_available(device.type):  # autocast is per thread
-        autocast = torch.autocast(device.type, enabled=False)
+    # the meta device has no autocast: plans imitate it where the CPU's is on
+    kind = "cpu" if device.type == "meta" else device.type
+    if torch.amp.is_autocast_available(kind):  # autocast is per thread
+        autocast = torch.autocast(kind, enabled=False)
     with exact_products(), autocast:
         yield
 

@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--node-bandwidth", type=float, default=300.0, help="the same within a node (default: 300)"
     )
     parser.add_argument("--gpu", default="H100", help=f"one of {', '.join(PEAK_TFLOPS)} (default: H100)")
+    parser.add_argument(
+        "--gpu-memory", type=float, default=79.0, help="GiB of a GPU (default: 79, one of 80 GB)"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization (default: 0.4)")
     parser.add_argument(
         "--text-tokens", type=int, default=64, help="mean text tokens per sample of stage mllm (default: 64)"
@@ -63,6 +66,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if not min(args.bandwidth, args.node_bandwidth) > 0:
         raise UserError("--bandwidth and --node-bandwidth must be above 0 GB/s.")
+    if not args.gpu_memory > 0:
+        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 GiB.")
     if args.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
     if args.device == "cpu":
@@ -89,9 +94,12 @@ def describe(config: Any, args: argparse.Namespace) -> list[str]:
     lines = [f"! {text}" for text in plans[0].assumed] + core.describe_parameters(plans[0].parameters)
     if len(plans) > 1:
         return lines + core.describe_estimates(estimates, plans[0].work[1], config, tflops)
+    own = plans[0].memory[config.engine.zero_stage]
+    fit = [] if args.device == "cpu" else [core.describe_fit(own, args.gpu_memory)]
     return [
         *lines,
         *core.describe_memory(plans[0].memory, config.engine, networks[0].ranks),
+        *fit,
         *core.describe_transfers(estimates[0], networks[0]),
         "",
         stage.describe_step(plans[0], config, networks[0].ranks, args.text_tokens),

@@ -103,6 +103,17 @@ def describe_memory(memory: Mapping[int, Memory], engine: EngineOptions, ranks: 
     return lines
 
 
+def describe_fit(found: Memory, gpu_memory: float) -> str:
+    """A line on whether the memory of a rank fits a GPU of `gpu_memory` GiB."""
+    total = sum(found) / 2**30
+    # CUDA itself and the gaps of its allocator take some
+    if total > gpu_memory:
+        verdict = "does not fit"
+    else:
+        verdict = "fits" if total <= 0.92 * gpu_memory else "fits on paper, without room for gaps,"
+    return f"{verdict} --gpu-memory: {total:,.1f} of {gpu_memory:g} GiB"
+
+
 def describe_hours(hours: float, unit: str = "h") -> str:
     """Hours in words."""
     return f"{hours:,.1f} {unit}" if hours >= 1 else f"{hours:.2g} {unit}"

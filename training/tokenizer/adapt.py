@@ -23,10 +23,9 @@ from open_unitok.tokenizer.adaptation.lora import (
 )
 from open_unitok.tokenizer.quantizers.published import load_quantizer
 
-from ..core import deepspeed_engine
 from ..data import seeding
 from .adapt_config import AdaptRunConfig
-from .model import set_up_quantizer
+from .model import recompute_activations, set_up_quantizer
 
 # what a run may choose; other fields are the autoencoder's
 FREE_FIELDS = (
@@ -127,7 +126,7 @@ def build_adapted(config: AdaptRunConfig) -> tuple[UniTok, Adaptation]:
     layers = freeze_but_lora(model, config)
     set_up_quantizer(model, config)
     if config.engine.gradient_checkpointing:
-        deepspeed_engine.enable_activation_checkpointing(model)
+        recompute_activations(model, config.recompute)
     adaptation = Adaptation(base.path, base.sha256, layers, config.lora.adaptive_at, config.save)
     if config.losses.adversarial and config.discriminator.adaptive is not None:
         _check_adaptive(adaptation)

@@ -304,6 +304,8 @@ class TokenizerRunConfig(RunConfig):
         teacher: one frozen network, or several.
         reconstruct_share: share of each micro-batch that is decoded, rounded up to whole images (the
             contrastive loss needs large batches, the reconstruction losses do not).
+        recompute: what engine.gradient_checkpointing covers: all, or convolutions and projections, which keep
+            most of the activations and cost less to recompute than transformer blocks.
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
         freeze: parts that keep the weights of `init_from`, or of a vision tower that `model.encoder_options`
             names by its path: FREEZABLE, or a submodule of one of them, such as encoder.semantic or
@@ -337,6 +339,7 @@ class TokenizerRunConfig(RunConfig):
     discriminator: DiscriminatorOptions = dataclasses.field(default_factory=DiscriminatorOptions)
     teacher: TeacherOptions | list[TeacherOptions] | None = None
     codebooks: CodebookOptions = CodebookOptions()
+    recompute: Literal["all", "convolutions"] = "all"
     reconstruct_share: float = 1.0
     ema: float | None = None
     freeze: list[str] = dataclasses.field(default_factory=list)

@@ -13,16 +13,21 @@ from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.caption_tokenizer import CAPTION_TOKENIZER_FOLDER, CaptionTokenizer
 from open_unitok.tokenizer.convert import read_clip_weights
 from open_unitok.tokenizer.encoders import resolve_paths
-from open_unitok.tokenizer.layers import init_kaiming
+from open_unitok.tokenizer.encoders.vision_tower import VisionTower
+from open_unitok.tokenizer.layers import Transformer, init_kaiming
 from open_unitok.tokenizer.loading import check_weights_fit, find_weights
 from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
 from open_unitok.tokenizer.quantizers.published import load_quantizer
+from open_unitok.tokenizer.text_tower import TextEncoder
+from open_unitok.tokenizer.token_transformer import QueryResampler, TokenTransformer
 
 from ..core import deepspeed_engine
 from ..data import seeding
 from .config import TokenizerRunConfig
 from .words import read_run_words, set_words, word_sizes
 
+# stacks of transformer blocks in an encoder or decoder
+BLOCK_STACKS = (Transformer, TokenTransformer, QueryResampler, VisionTower)
 CLIP_FILES = ("open_clip_pytorch_model.bin", "pytorch_model.bin", "open_clip_model.safetensors")
 
 
@@ -105,8 +110,24 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             part.requires_grad_(False)
         model.logit_scale.requires_grad_(False)
     if config.engine.gradient_checkpointing:
-        deepspeed_engine.enable_activation_checkpointing(model)
+        recompute_activations(model, config.recompute)
     return model
+
+
+def recompute_activations(model: UniTok, what: str) -> None:
+    """Recompute activations of "all" parts, or of "convolutions" and projections, in the backward pass."""
+    deepspeed_engine.enable_activation_checkpointing(model)
+    if what == "convolutions":
+        keep_blocks(model)
+
+
+def keep_blocks(model: UniTok) -> None:
+    """Keep the activations of transformer blocks after all."""
+    for stack in model.modules():
+        if isinstance(stack, (*BLOCK_STACKS, TextEncoder)):
+            for module in stack.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:

@@ -1,7 +1,7 @@
 """Estimate parameters, memory, communication and time of a run of stage tokenizer or adapt without a GPU.
 
 The model is built on the meta device from the config and, for stage adapt, from the autoencoder's config;
-no weights are loaded. torch counts the products of a step and the tensors kept for the backward pass.
+no weights are loaded. torch counts the products of a step; see `activations.py` for what is kept in memory.
 """
 
 from typing import Any, NamedTuple
@@ -17,15 +17,17 @@ from open_unitok.tokenizer.adaptation.folders import read_fields
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.frozen.lpips import LPIPS
 from open_unitok.tokenizer.quantizers.base import SIMILARITY_BLOCK
+from open_unitok.tokenizer.text_tower import TextEncoder
 
 from ..core.communication import Transfer, parameter_sizes, transfers
 from ..core.plan import Memory, engine_memory
+from .activations import Activations, describe_activations, measure_activations
 from .adapt import adapted_config, freeze_but_lora
 from .adapt_config import AdaptRunConfig
 from .config import TokenizerRunConfig
 from .data import order_decoded_first
 from .discriminator import DinoDiscriminator, PatchDiscriminator
-from .model import load_caption_tokenizer
+from .model import BLOCK_STACKS, load_caption_tokenizer
 
 # of one block of similarities, in float32: themselves, softmax, its logarithm and their gradients
 SIMILARITY_TENSORS = 6
@@ -39,6 +41,9 @@ class Plan(NamedTuple):
     transfers: list[Transfer]  # of a step at the run's ZeRO stage
     flops: float  # of a whole step
     images: int  # of a whole step
+    activations: dict[bool, Activations]  # by whether engine.gradient_checkpointing is on
+    peaks: dict[bool, float]  # bytes of a rank's activations, likewise
+    recomputed: float  # FLOPs that gradient checkpointing adds to a step
     tokens: int  # N of an image
     assumed: list[str]
 
@@ -49,10 +54,11 @@ class Plan(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of a forward and a backward pass."""
+    """FLOPs of one image."""
 
-    flops: float
-    saved: float  # bytes kept for the backward pass
+    flops: float  # of all passes
+    forward: float  # of the model's forward pass
+    blocks: float  # of its transformer blocks therein
 
 
 def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Plan:
@@ -64,10 +70,13 @@ def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Pla
     micro_batch = config.micro_batch(gpus)
     model, assumed = model_on_meta(config)
     networks = loss_networks(config, model.config.image_shape)
-    decoded = order_decoded_first(micro_batch, config.reconstruct_share)[1] / micro_batch
+    decoded_images = order_decoded_first(micro_batch, config.reconstruct_share)[1]
+    decoded = decoded_images / micro_batch
     cost = measure(model, networks, config)
-    # the share that is only encoded keeps less; measured with every image decoded
-    activations = micro_batch * cost.saved * decoded + _block_bytes(model, micro_batch)
+    found_activations = measure_activations(model, networks, config)
+    block = _block_bytes(model, micro_batch)
+    peaks = {on: a.of_batch(micro_batch, decoded_images) + block for on, a in found_activations.items()}
+    activations = peaks[config.engine.gradient_checkpointing]
     frozen_networks = float(sum(p.numel() for n in networks.values() for p in _all(n) if not p.requires_grad))
     memory = {}
     trained, frozen = (4.0 * count for count in _counts(model))
@@ -90,7 +99,19 @@ def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Pla
             for found in sent_by(networks["discriminator"], config, gpus)
         ]
     flops, tokens = config.batch_size * cost.flops * decoded, model.config.num_visual_tokens
-    return Plan(parameters, memory, sent, flops, config.batch_size, tokens, assumed)
+    recomputed = config.batch_size * decoded * (cost.forward - cost.blocks * (config.recompute != "all"))
+    return Plan(
+        parameters,
+        memory,
+        sent,
+        flops,
+        config.batch_size,
+        found_activations,
+        peaks,
+        recomputed,
+        tokens,
+        assumed,
+    )
 
 
 def sent_by(module: nn.Module, config: TokenizerRunConfig, ranks: int) -> list[Transfer]:
@@ -157,22 +178,14 @@ def loss_networks(config: TokenizerRunConfig, shape: tuple[int, int]) -> dict[st
 
 def measure(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig) -> Cost:
     """A step's passes over one image and its caption, on the meta device."""
-    own = {p.untyped_storage()._cdata for part in (model, *networks.values()) for p in _all(part)}
-    saved: dict[int, Any] = {}  # holds the storages, or their ids would be used again
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage
-        return tensor
-
     clip = config.losses.clip > 0
     with torch.device("meta"):
         pixels = torch.zeros(1, 3, *model.config.image_shape)
         ids = torch.zeros(1, model.config.text_context_length, dtype=torch.int64) if clip else None
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with FlopCounterMode(display=False) as counter, hooks:
+        with FlopCounterMode(display=False) as counter:
             out = model(pixels, ids, entropy=config.losses.entropy > 0)
+            forward = float(counter.get_total_flops())
+            blocks = _flops_of_blocks(counter, model)
             loss = out.reconstruction.square().mean() + sum(out.losses.values())
             if out.text_embeds is not None:
                 loss = loss + (out.image_embeds * out.text_embeds).sum()
@@ -180,12 +193,20 @@ def measure(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig)
                 loss = loss + networks["lpips"](out.reconstruction, pixels).mean()
             if "discriminator" in networks:
                 loss = loss - networks["discriminator"](out.reconstruction).mean()
-            kept = float(sum(storage.nbytes() for storage in saved.values()))
             loss.backward()
             if "discriminator" in networks:  # its own step: real images and reconstructions
                 for image in (pixels, out.reconstruction.detach()):
                     networks["discriminator"](image).mean().backward()
-    return Cost(float(counter.get_total_flops()), kept)
+    return Cost(float(counter.get_total_flops()), forward, blocks)
+
+
+def _flops_of_blocks(counter: FlopCounterMode, model: UniTok) -> float:
+    """Of the forward pass so far, those in transformer blocks and the text tower."""
+    found, counts = 0.0, counter.get_flop_counts()
+    for name, module in model.named_modules():
+        if isinstance(module, (*BLOCK_STACKS, TextEncoder)):
+            found += sum(counts.get(f"{type(model).__name__}.{name}", {}).values())
+    return found
 
 
 def _block_bytes(model: UniTok, micro_batch: int) -> float:
@@ -213,10 +234,14 @@ def _all(part: Any) -> list[nn.Parameter]:
 
 
 def describe_step(plan: Plan, config: TokenizerRunConfig, ranks: int, text_tokens: int) -> str:
-    """A line on the work of a step."""
+    """Lines on the activations of an image by part, and on the work of a step."""
+    on = config.engine.gradient_checkpointing
     split = f"{config.micro_batch(ranks)} per micro-batch, {ranks} ranks"
-    note = "" if config.engine.dtype == "fp32" else "; activations are those of fp32, under bf16 about half"
-    return (
+    more = f" and {plan.recomputed:.3g} of recomputation" if on else ""
+    step = (
         f"a step: {config.batch_size} images ({split}, accumulation {config.engine.accumulation}) of "
-        f"{plan.tokens:,} codes, {plan.flops:.3g} FLOP{note}"
+        f"{plan.tokens:,} codes, {plan.flops:.3g} FLOP{more}"
     )
+    precision = "fp32" if config.engine.dtype == "fp32" else "bf16"
+    lines = describe_activations(plan.activations, plan.peaks, config.micro_batch(ranks), precision, on)
+    return "\n".join([*lines, "", step])
