@@ -53,7 +53,7 @@ class DINOv2(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + grid * grid, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        self.blocks = nn.ModuleList(_Block(width, heads) for _ in range(depth))
+        self.blocks = nn.ModuleList(DinoBlock(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=_NORM_EPS) if norm else None
         self.requires_grad_(False)
         self.eval()
@@ -138,7 +138,7 @@ class _LayerScale(nn.Module):
         return hidden * self.gamma
 
 
-class _Block(nn.Module):
+class DinoBlock(nn.Module):
     """Pre-norm transformer block with layer scale; (B, N, D) -> (B, N, D)."""
 
     def __init__(self, width: int, heads: int) -> None:

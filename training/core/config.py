@@ -52,6 +52,7 @@ CHANGEABLE_KEYS = (
     *("out", "stop_at", "log", "checkpoint", "profile"),
     # how the work is laid out over GPUs: another layout changes the rounding of sums only
     *("engine.threads", "engine.zero_stage", "engine.offload"),
+    *("engine.overlap_comm", "engine.hpz", "engine.compile"),
 )
 CHANGEABLE_IN_STAGE = {"mllm": ("data.workers", "engine.accumulation")}
 

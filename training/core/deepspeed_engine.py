@@ -26,6 +26,7 @@ DEEPSPEED_INTERNALS = {
     "deepspeed.ops.__compatible_ops__": "skip the build of deepspeed_shm_comm in init_distributed (minutes)",
     "deepspeed.runtime.config.DeepSpeedConfigError": "raise config errors as a UserError",
     "deepspeed.DeepSpeedEngine._broadcast_model": "its first broadcast fails on 0-d parameters",
+    "deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP": "made once per process, but runs may differ",
     "engine.enable_backward_allreduce": "no all-reduce of gradients on one rank at ZeRO 0",
     "engine.zero_optimization": "is the engine at ZeRO 1 or more",
     "engine.is_gradient_accumulation_boundary": "is this micro-batch the last of its step",
@@ -62,7 +63,7 @@ def init_distributed(options: EngineOptions, seed: int) -> torch.device:
     """
     cuda = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    if not cuda:  # nothing is compiled on a CPU, and importing torch's compiler takes seconds
+    if not (cuda or options.compile):  # importing torch's compiler takes seconds
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     deepspeed = _import_deepspeed()
     transformers_logging.disable_progress_bar()  # the metric logger has the only bar
@@ -142,6 +143,8 @@ def shard_to_device(
     import deepspeed
 
     if options.zero_stage == 3:
+        # of an earlier run in this process; DeepSpeed refuses to make a second one
+        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         with _config_errors():
             deepspeed.zero.Init(
                 module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)

@@ -67,6 +67,8 @@ class EngineOptions:
             DeepSpeed's default: at ZeRO 3 only.
         hpz: ranks, those of a node, that keep a second partition of the weights (ZeRO 3), so that only the
             first gather of a step crosses nodes; costs 4 bytes x weights / hpz. 1 = off.
+        compile: compile repeated blocks of models and losses (`compilation.py`): faster steps after a first
+            one that takes minutes. Not with ZeRO 3, whose hooks would be compiled.
         deepspeed: merged over DeepSpeed's own config (bucket sizes, ...).
     """
 
@@ -79,6 +81,7 @@ class EngineOptions:
     reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     overlap_comm: bool | None = None
     hpz: int = 1
+    compile: bool = False
     deepspeed: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def check(self) -> None:
@@ -93,6 +96,8 @@ class EngineOptions:
             raise UserError("engine.overlap_comm needs engine.zero_stage 1 or more, not 0.")
         if self.reduce_dtype == "bf16" and self.dtype == "fp32":
             raise UserError("engine.reduce_dtype is bf16, but engine.dtype fp32: set both to bf16.")
+        if self.compile and self.zero_stage == 3:
+            raise UserError("engine.compile needs engine.zero_stage 0, 1 or 2, not 3.")
         if self.hpz < 1:
             raise UserError(f"engine.hpz is {self.hpz}: it must be 1 (off) or more ranks.")
         if self.hpz > 1 and (self.zero_stage < 3 or self.offload == "parameters"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
@@ -21,6 +22,7 @@ from open_unitok.tokenizer.token_layout import TokenLayout
 
 from ..core import deepspeed_engine, schedules
 from ..core.checkpoint import Checkpoints
+from ..core.compilation import compile_blocks
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
@@ -146,7 +148,10 @@ def prepare_engine(
         model, config.optimizer.weight_decay, dict(config.prefix_factors())
     )
     deepspeed_engine.shard_to_device(model, device, config.optimizer, config.engine, micro_batch)
-    return deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
+    engine = deepspeed_engine.build_engine(model, groups, config.optimizer, config.engine, micro_batch)
+    if config.engine.compile:  # layers of the decoder, of any family, and of the depth head
+        compile_blocks(model, GradientCheckpointingLayer)
+    return engine
 
 
 def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> Mixture:

@@ -12,15 +12,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_unitok.core import distributed
 from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.frozen.dinov2 import DinoBlock
+from open_unitok.tokenizer.layers import Block, ConvBlock
+from open_unitok.tokenizer.text_tower import TextBlock
+from open_unitok.tokenizer.token_transformer import PreNormBlock
+from open_unitok.tokenizer.vqgan.blocks import ResidualBlock
 
 from ..core import deepspeed_engine, flops, schedules
 from ..core.checkpoint import Checkpoints, check_complete
 from ..core.collectives import all_gather_with_grad, mean_over_ranks
+from ..core.compilation import compile_blocks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
@@ -33,12 +40,17 @@ from .adapt_config import AdaptRunConfig
 from .config import RECONSTRUCTION, TokenizerRunConfig
 from .data import PairCollate, build_pair_stream, order_decoded_first, pixels_from_uint8, reconstruction_grid
 from .dead_codes import DeadCodes, init_codebooks, usage_and_perplexity
+from .discriminator import DinoDiscriminator
 from .gan import GAN
 from .image_losses import PIECE, loss_of_images
 from .losses import build_lpips, contrastive_loss, reconstruction_losses, weighted_sum
 from .model import build_model, load_caption_tokenizer
 from .noise import place_noise
 from .teacher import TaughtTokenizer, build_taught
+
+# Blocks of all encoders and decoders, of transformers' vision towers the last kind. What lies between them,
+# like the quantiser, is not compiled.
+COMPILED_BLOCKS = (Block, ConvBlock, PreNormBlock, ResidualBlock, TextBlock, GradientCheckpointingLayer)
 
 
 @dataclasses.dataclass
@@ -271,6 +283,8 @@ def build_train_state(
     trained = model if taught is None else taught
     groups = deepspeed_engine.parameter_groups(trained, config.optimizer.weight_decay, config.lr_factors)
     engine = deepspeed_engine.build_engine(trained, groups, config.optimizer, config.engine, micro_batch)
+    if config.engine.compile:
+        compile_tokenizer(model, lpips, gan)
     if distributed.world_size() > 1:  # entropy loss and usage refer to the global batch
         model.quantizer.average_over_ranks = mean_over_ranks
         model.quantizer.gather_over_ranks = all_gather_with_grad
@@ -285,6 +299,15 @@ def build_run_model(config: TokenizerRunConfig, captions: Any) -> tuple[UniTok, 
     if isinstance(config, AdaptRunConfig):
         return build_adapted(config)
     return build_model(config, captions), None
+
+
+def compile_tokenizer(model: UniTok, lpips: Any, gan: GAN | None) -> None:
+    """Compile the blocks of encoder, decoder and text tower, and those of LPIPS and the discriminator."""
+    compile_blocks(model, *COMPILED_BLOCKS)
+    if lpips is not None:
+        compile_blocks(lpips.net, nn.Sequential)
+    if gan is not None and isinstance(gan.module, DinoDiscriminator):
+        compile_blocks(gan.module.dino, DinoBlock)  # hidden from the discriminator's modules
 
 
 def build_ema(model: UniTok, config: TokenizerRunConfig) -> EMA | None:
