@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from open_unitok.mllm.attention import VARLEN
+
 from .captured_step import CapturedStep, round_up
 from .eager import Eager
 from .static_cache import StaticDecoder, StaticProjectionCache
@@ -22,7 +24,7 @@ def cuda_graph_obstacle(model: Any) -> str | None:
     """Why a model on CUDA cannot be captured; None if every layer attends to the whole cache."""
     config = model.language_model.config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    masked = config._attn_implementation in ("sdpa", "eager")  # others do not accept a 4D mask
+    masked = config._attn_implementation in ("sdpa", "eager", VARLEN)  # others do not accept a 4D mask
     # sliding-window layers are of another type, which cannot be written at a fixed address
     layers = DynamicCache(config=config).layers
     if not masked:

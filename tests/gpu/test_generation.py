@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 
-from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids
+from open_unitok.generation import Sampling, generate_image_codes, generate_text_ids, iter_text_ids
 from open_unitok.generation.backends import captured_step, choose_backend, cuda_graph, graph_capture
 
 pytestmark = pytest.mark.gpu
@@ -96,13 +96,53 @@ def test_greedy_codes_equal_those_of_the_cpu(mllm):
 @pytest.mark.parametrize("count", [1, 3])
 def test_answers_equal_those_of_transformers_and_of_the_cpu(mllm, count):
     model = mllm()
+    expected = generate_text_ids(model, *questions(model, count), 12, backend="torch")
+    model = model.cuda()
+    for backend in ("torch", "auto"):
+        assert generate_text_ids(model, *questions(model, count), 12, backend=backend) == expected, backend
+
+
+def questions(model, count=3):
+    """Prompts of several lengths with one image each."""
     image, shape = [model.config.image_token_id] * 12, (1, 12, 3)
     prompts = [[1, 7, *image, 13, *range(20, 24 + i)] for i in range(count)]
     codes = [torch.randint(16, shape, generator=torch.Generator().manual_seed(i)) for i in range(count)]
-    expected = generate_text_ids(model, prompts, codes, 12, backend="torch")
-    model = model.cuda()
-    for backend in ("torch", "auto"):
-        assert generate_text_ids(model, prompts, codes, 12, backend=backend) == expected, backend
+    return prompts, codes
+
+
+@pytest.mark.parametrize("options", [{"top_k": 20, "top_p": 0.9, "temperature": 1.3}, {}], ids=["warped", ""])
+def test_sampled_answers_equal_those_of_transformers(mllm, options):
+    """The captured step takes its random numbers as torch.multinomial does."""
+    model = mllm().cuda()
+    expected = generate_text_ids(
+        model, *questions(model), 20, backend="torch", seed=3, do_sample=True, **options
+    )
+    for _ in range(2):  # captured, and kept
+        found = generate_text_ids(model, *questions(model), 20, seed=3, do_sample=True, **options)
+        assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "top_k": 20, "seed": 3}], ids=["greedy", "sampled"]
+)
+def test_streams_equal_eager_decoding(mllm, options):
+    model = mllm().cuda()
+    found = [
+        list(iter_text_ids(model, *questions(model), 20, backend=backend, **options))
+        for backend in ("torch", "auto")
+    ]
+    assert found[0] == found[1]
+
+
+def test_a_kept_step_follows_the_weights(mllm):
+    model, sampling = mllm().cuda(), SAMPLINGS["sampled"]
+    before = generate(model, sampling)
+    layer = model.language_model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        layer.weight.mul_(-1)  # in place
+    assert not torch.equal(generate(model, sampling), before)
+    layer.weight = torch.nn.Parameter(-layer.weight.detach())  # at another address
+    assert torch.equal(generate(model, sampling), before)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

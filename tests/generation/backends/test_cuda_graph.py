@@ -75,9 +75,11 @@ def test_the_static_step_generates_the_same_codes_without_waiting(model, samplin
     assert not backend.watch.waits
 
 
-def test_the_static_step_supports_additive_masks(make_model, watched):
+@pytest.mark.parametrize("attention", ["eager", "unitok_varlen"])
+def test_the_static_step_runs_with_other_attention(make_model, watched, attention):
     model = make_model()
-    model.language_model.set_attn_implementation("eager")
+    model.language_model.set_attn_implementation(attention)
+    assert cuda_graph.cuda_graph_obstacle(model) is None
     assert torch.equal(generate("cuda_graph", model, SAMPLED), generate("torch", model, SAMPLED))
     assert len(WatchedBackend.made) == 1 and not WatchedBackend.made[0].watch.waits
 
