@@ -7,6 +7,11 @@ slow = pytest.mark.slow
 # Host synchronisations that a scenario may have. Lower a number with every change that removes one.
 BUDGETS = {
     "generation": 12,  # of a batch, whatever the number of visual tokens
+    "answer": 17,  # of a captured step; after its first 16 tokens one for every 8 tokens
+    "encode": 2,
+    "tokenizer step": 0,
+    "tokenizer step that resets dead codes": 7,
+    "mllm step": {"packed, sdpa": 1, "packed, eager": 1, "padded, ZeRO 3": 6},  # others: 0
 }
 
 
@@ -78,3 +83,56 @@ def test_a_planted_cpu_generator_is_found(generation):
 def test_a_planted_wait_in_the_captured_step_is_found(generation):
     (refused,) = generation["planted_item"]
     assert refused.startswith("item at tests/device/scenarios/generation.py")
+
+
+@pytest.fixture(scope="module")
+def training(run_scenarios):
+    return results(run_scenarios("training"))
+
+
+@slow
+def test_a_tokenizer_step_with_every_loss_stays_within_its_budget(training):
+    found = training["tokenizer"]
+    *earlier, last = found["waits_by_step"]  # dead codes are reset in the first half
+    assert last <= BUDGETS["tokenizer step"], found["syncs"]
+    assert max(earlier) <= BUDGETS["tokenizer step that resets dead codes"], found["waits_by_step"]
+    for name in ("l1", "lpips", "vq", "entropy", "clip", "adversarial", "discriminator", "consistency"):
+        assert all(value != 0 for value in found["metrics"][name]), name
+
+
+@slow
+def test_an_mllm_step_stays_within_its_budget(training):
+    runs = training["mllm"] | {"LoRA": training["mllm_lora"]}
+    for name, found in runs.items():
+        assert found["waits"] <= BUDGETS["mllm step"].get(name, 0), (name, found["syncs"])
+    losses = {name: found["metrics"]["loss"] for name, found in training["mllm"].items()}
+    for name, values in losses.items():  # the same samples, however they are batched and attended
+        assert values == pytest.approx(losses["padded"], rel=1e-3), name
+
+
+@pytest.fixture(scope="module")
+def pipeline(run_scenarios):
+    return results(run_scenarios("pipeline"))
+
+
+@slow
+def test_the_pipeline_does_on_the_device_what_it_does_on_the_cpu(pipeline):
+    found = pipeline["pipeline"]
+    assert not found["differs"] and found["previews"] == 3 and not found["refused"]
+    codes = pipeline["extract_codes"]
+    assert codes["cuda"] == codes["cpu"]
+
+
+@slow
+def test_an_answer_waits_rarely(pipeline):
+    short, long = (pipeline["answers"][f"{length} tokens"] for length in (20, 36))
+    assert short["replays"] >= 16 and not short["refused"]
+    assert max(short["waits"], long["waits"]) <= BUDGETS["answer"], long["syncs"]
+
+
+@slow
+def test_the_tokenizer_encodes_and_decodes_as_on_the_cpu(pipeline):
+    found = pipeline["tokenizer"]
+    for dtype, tolerance in (("torch.float32", 1e-4), ("torch.bfloat16", 0.05)):
+        assert found[dtype]["equal"] and found[dtype]["error"] < tolerance
+        assert found[dtype]["waits"] <= BUDGETS["encode"], found[dtype]["syncs"]

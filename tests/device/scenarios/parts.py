@@ -2,11 +2,19 @@
 
 import contextlib
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[2]
+
+
+class Folders:
+    """pytest's tmp_path_factory, for fixtures that are called as functions."""
+
+    def mktemp(self, name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=name))
 
 
 def load_conftest(folder: str) -> Any:
