@@ -72,12 +72,20 @@ class DepthHead(nn.Module):
         else:
             self.rotary = NoRotation(depth.head_dim)
 
-    def forward(self, hidden: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Teacher-forced: (M, D) hidden states and their (M, K) target codes -> (M, K, V) logits."""
+    def forward(
+        self, hidden: torch.Tensor, codes: torch.Tensor, residual_dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """Teacher-forced: (M, D) hidden states and their (M, K) target codes -> (M, K, V) logits.
+
+        Args:
+            residual_dtype: of the sums over layers under autocast; None = that of the weights.
+        """
         # table k starts at row k * V
         offsets = torch.arange(self.num_codebooks - 1, device=codes.device) * self.codebook_size
         # (M, K, W): position k holds code k - 1 and predicts code k
         state = torch.cat([self._enter(hidden), self.embed_rows(codes[:, :-1] + offsets)], dim=1)
+        if residual_dtype is not None:
+            state = state.to(residual_dtype)
         rotary = self._rotary_tables(state)
         for layer in self.layers:
             state = layer(state, position_embeddings=rotary)

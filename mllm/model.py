@@ -78,6 +78,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
             norm = FeatureOptions(**(config.features or {})).norm
             self.feature_adapter = FeatureAdapter(config.continuous_dim or 0, text.hidden_size, bool(norm))
         self.depth_head = DepthHead(config, text.hidden_size, self.visual_embedder.shared_tables)
+        # of the sums over layers in training under autocast; None = that of the weights
+        self.residual_dtype: torch.dtype | None = None
         self._reads_raw_states = config.depth.context == "raw"
         if self._reads_raw_states:
             check_final_norm(self.language_model)
@@ -144,6 +146,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self._embed(input_ids, image_codes, plan, image_features)
+        if self.residual_dtype is not None:
+            inputs_embeds = inputs_embeds.to(self.residual_dtype)
         if position_ids is None:  # a packed row may exceed the context, its samples do not
             self.check_length(past + inputs_embeds.shape[1])
             if attention_mask is not None and attention_mask.dim() == 2:
@@ -369,7 +373,8 @@ class UniTokForConditionalGeneration(InstalledCode, InputEmbedding, PreTrainedMo
             self.config.check_generates()
             # the depth head runs on target visual tokens only, as one batch of J*N
             codes = image_codes[targets.images].flatten(0, 1)  # (J*N, K)
-            logits = self.depth_head(context.flatten(0, 1)[targets.image_before.flatten()], codes)
+            before = context.flatten(0, 1)[targets.image_before.flatten()]
+            logits = self.depth_head(before, codes, self.residual_dtype)
             weight = self.config.image_z_loss_weight
             image_sum, z_sum, result["image_correct"] = image_loss(logits, codes, weight, keep_logits)
             if keep_logits:

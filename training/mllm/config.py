@@ -122,7 +122,10 @@ class MLLMRunConfig(RunConfig):
     lr_factors: part -> factor on the learning rate; 0 freezes it. The sub-codebooks are always frozen.
     lora: train adapters on the model of `init_from` instead of its weights.
     attention: of the decoder, by transformers' names, or "varlen": within each sample of a row, without a
-        mask. "auto" = flash_attention_2 where it can run, else varlen for packed rows and on GPUs, else sdpa.
+        mask. "auto" = flash_attention_2 where it can run, else varlen on a GPU and for rows of 512 or more
+        packed tokens, else sdpa.
+    residual: dtype of the sums over the layers of decoder and depth head. bf16, with engine.dtype bf16,
+        halves what checkpointing keeps, at the precision of a model whose weights are bf16.
     """
 
     conditioner: Literal["prompt"] = "prompt"
@@ -132,6 +135,7 @@ class MLLMRunConfig(RunConfig):
     lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)
     lora: LoraOptions | None = None
     attention: Literal["auto", "varlen", "sdpa", "eager", "flash_attention_2"] = "auto"
+    residual: Literal["fp32", "bf16"] = "fp32"
 
     def check(self) -> None:
         super().check()
@@ -155,6 +159,10 @@ class MLLMRunConfig(RunConfig):
         # without autocast, fp32 activations and bf16 weights would meet in every frozen linear layer
         if self.lora and self.lora.base == "bf16" and self.engine.dtype == "fp32":
             raise UserError("lora.base is bf16, but engine.dtype fp32: set engine.dtype to bf16.")
+        if self.residual == "bf16" and self.engine.dtype != "bf16":
+            raise UserError(
+                f"residual is bf16, but engine.dtype {self.engine.dtype}: set engine.dtype to bf16."
+            )
         if self.attention == "flash_attention_2" and self.engine.dtype == "fp32":
             raise UserError(
                 "attention: flash_attention_2 needs bf16, but engine.dtype is fp32: set engine.dtype to "

@@ -25,6 +25,9 @@ from ..core import deepspeed_engine
 from ..data import seeding
 from .config import MODEL_PARTS, MLLMRunConfig, ModelOptions
 
+# on a CPU one call per sample is slower than a mask in rows of 128 tokens, and faster from 512 on
+VARLEN_ROW = 512
+
 
 class MLLMParts(NamedTuple):
     """The parts of an MLLM folder."""
@@ -44,8 +47,9 @@ def build_parts(config: MLLMRunConfig) -> MLLMParts:
     parts = new_parts(config) if config.model else load_parts(str(config.init_from))
     decoder = parts.model.language_model
     decoder.set_attn_implementation(
-        choose_attention(config.attention, config.engine.dtype, decoder, packed=config.data.pack_to > 0)
+        choose_attention(config.attention, config.engine.dtype, decoder, config.data.pack_to)
     )
+    parts.model.residual_dtype = torch.bfloat16 if config.residual == "bf16" else None
     # adapters have their own seed: they do not depend on how the model was created
     torch.manual_seed(seeding.derive_seed(config.seed, "lora"))
     add_adapters(parts.model, config)
@@ -192,13 +196,14 @@ def freeze_parts(model: Any, config: MLLMRunConfig) -> None:
         raise UserError("lr_factors freeze every part: nothing is left to train.")
 
 
-def choose_attention(name: str, dtype: str, decoder: Any, packed: bool) -> str:
+def choose_attention(name: str, dtype: str, decoder: Any, pack_to: int) -> str:
     """The attention implementation of a decoder, by transformers' names.
 
-    "auto" is flash_attention_2 where it can run, else "varlen" where it saves the mask (everywhere on a GPU,
-    and for packed rows on a CPU), else "sdpa".
+    "auto" is flash_attention_2 where it can run, else "varlen" on a GPU (not run on one yet) and for long
+    packed rows on a CPU, else "sdpa".
 
     Args:
+        pack_to: tokens of a packed row, 0 = one sample per row.
         dtype: engine.dtype. FlashAttention has 16-bit kernels only, and transformers would call it in the
             dtype of the fp32 weights.
 
@@ -225,7 +230,7 @@ def choose_attention(name: str, dtype: str, decoder: Any, packed: bool) -> str:
         )
     if name == "auto" and available and half:
         return "flash_attention_2"
-    if name == "varlen" or (name == "auto" and (packed or cuda) and supports_varlen(decoder)):
+    if name == "varlen" or (name == "auto" and (cuda or pack_to >= VARLEN_ROW) and supports_varlen(decoder)):
         return VARLEN
     return "sdpa" if name == "auto" else name
 

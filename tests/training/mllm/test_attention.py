@@ -40,16 +40,17 @@ def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, 
     monkeypatch.setattr(run_model, "bf16_in_hardware", lambda: hardware)
     if cuda and installed and DTYPES[dtype, hardware]:
         for name in ("auto", "flash_attention_2"):
-            assert choose_attention(name, dtype, llama, True) == "flash_attention_2"
+            assert choose_attention(name, dtype, llama, 512) == "flash_attention_2"
     else:
-        assert choose_attention("auto", dtype, llama, False) == (VARLEN if cuda else "sdpa")
-        assert choose_attention("auto", dtype, llama, True) == VARLEN
+        assert choose_attention("auto", dtype, llama, 0) == (VARLEN if cuda else "sdpa")
+        assert choose_attention("auto", dtype, llama, 128) == (VARLEN if cuda else "sdpa")
+        assert choose_attention("auto", dtype, llama, 512) == VARLEN
         missing = not (cuda and installed)
         with pytest.raises(UserError, match="needs a CUDA GPU" if missing else "needs bf16") as error:
-            choose_attention("flash_attention_2", dtype, llama, True)
+            choose_attention("flash_attention_2", dtype, llama, 512)
         assert "\n" not in str(error.value)
     for name in ("sdpa", "eager"):
-        assert choose_attention(name, dtype, llama, True) == name
+        assert choose_attention(name, dtype, llama, 512) == name
 
 
 @pytest.mark.parametrize(
@@ -59,11 +60,11 @@ def test_flash_attention_is_taken_in_16_bits_only(monkeypatch, cuda, installed, 
 def test_varlen_is_taken_by_decoders_that_support_it(family, supported):
     """Gemma 2 caps its scores, which SDPA cannot: `auto` leaves it to transformers."""
     found = decoder(family)
-    assert choose_attention("auto", "fp32", found, packed=True) == (VARLEN if supported else "sdpa")
-    assert choose_attention("auto", "fp32", found, packed=False) == "sdpa"  # on a CPU as without varlen
+    assert choose_attention("auto", "fp32", found, 2048) == (VARLEN if supported else "sdpa")
+    assert choose_attention("auto", "fp32", found, 0) == "sdpa"  # on a CPU as without varlen
     if supported:
-        assert choose_attention("varlen", "fp32", found, packed=False) == VARLEN
+        assert choose_attention("varlen", "fp32", found, 0) == VARLEN
     else:
         with pytest.raises(UserError, match="not for a 'gemma2'") as error:
-            choose_attention("varlen", "fp32", found, packed=True)
+            choose_attention("varlen", "fp32", found, 2048)
         assert "\n" not in str(error.value)

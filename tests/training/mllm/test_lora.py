@@ -211,6 +211,7 @@ def tiny_mllm(base):
             "nothing is left",
         ),
         (["attention=flash_attention_2", "engine.dtype=bf16"], "needs a CUDA GPU"),
+        (["residual=bf16"], "residual is bf16, but engine.dtype fp32"),
         (["attention=flash_attention_2"], "engine.dtype is fp32"),
     ],
 )

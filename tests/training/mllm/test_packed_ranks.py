@@ -12,11 +12,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = ("steps=6", "optimizer.eps=1e-4", "log.every=2", "checkpoint.every=3", "data.pack_to=100",
          "data.max_length=100")  # fmt: skip
 RUNS = {
-    "packed": [],
+    "packed": ["attention=varlen"],
     "dense": ["attention=sdpa"],
-    "rows": ["data.batch_by=rows", "batch_size=4"],
-    "rows-recomputed": ["data.batch_by=rows", "batch_size=4", "engine.gradient_checkpointing=true"],
-}
+    "rows": ["attention=varlen", "data.batch_by=rows", "batch_size=4"],
+    "rows-recomputed": ["attention=varlen", "data.batch_by=rows", "batch_size=4",
+                        "engine.gradient_checkpointing=true"],
+}  # fmt: skip
 # name on two ranks -> the run of one process, further overrides
 RANKS = {
     "packed0": ("packed", []),
