@@ -136,3 +136,24 @@ def test_the_tokenizer_encodes_and_decodes_as_on_the_cpu(pipeline):
     for dtype, tolerance in (("torch.float32", 1e-4), ("torch.bfloat16", 0.05)):
         assert found[dtype]["equal"] and found[dtype]["error"] < tolerance
         assert found[dtype]["waits"] <= BUDGETS["encode"], found[dtype]["syncs"]
+
+
+@pytest.fixture(scope="module")
+def evaluation(run_scenarios):
+    return results(run_scenarios("evaluation"))
+
+
+@slow
+@pytest.mark.parametrize("scenario", ["features", "judges"])
+def test_models_of_the_evaluation_run_on_the_device(evaluation, scenario):
+    found = evaluation[scenario]
+    assert found["operators"] > 100
+    for name, error in found["error"].items():
+        # a VQA model runs in bf16 there, and pixels may be rounded to their neighbours
+        assert error <= {"probabilities": 0.05, "reconstruction": 1}.get(name, 1e-3), (name, error)
+
+
+@slow
+def test_class_conditional_generation_is_captured(evaluation):
+    found = evaluation["classes"]
+    assert found["equal"] and found["equal_to_cpu"] and found["replays"] > 8 and not found["refused"]
