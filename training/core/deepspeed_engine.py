@@ -16,6 +16,7 @@ from open_unitok.core import distributed
 from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError
 
+from . import replicas
 from .muon import Muon, muon_groups
 from .options import REDUCE_BUCKET_SIZE, EngineOptions, Optimizer
 
@@ -133,23 +134,27 @@ def shard_to_device(
 ) -> None:
     """Move a model to its device before `build_engine`; ZeRO 3 partitions it on the way.
 
-    Parameters are moved one at a time: to the device, where rank 0's values are broadcast and only this
-    rank's partition is kept (on the host, if parameters are offloaded). No device ever holds the whole model.
-    Afterwards parameters have no shape.
+    Every rank gets the values of rank 0, so the others may have built theirs on meta (`build_on_main`). At
+    ZeRO 3 parameters are moved one at a time: to the device, where rank 0's values are broadcast and only
+    this rank's partition is kept (on the host, if parameters are offloaded). No device ever holds the whole
+    model. Afterwards parameters have no shape.
 
     Raises:
         UserError: see `build_engine`.
     """
     import deepspeed
 
-    if options.zero_stage == 3:
-        # of an earlier run in this process; DeepSpeed refuses to make a second one
-        deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-        with _config_errors():
-            deepspeed.zero.Init(
-                module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
-            )
+    if options.zero_stage != 3:
+        replicas.materialise(module, device)
+        return
+    # of an earlier run in this process; DeepSpeed refuses to make a second one
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+    with _config_errors(), replicas.allocated_on_demand(module, device):
+        deepspeed.zero.Init(
+            module=module, config_dict_or_path=deepspeed_settings(optimizer, options, micro_batch)
+        )
     module.to(device)  # buffers, and parameters that are not partitioned
+    replicas.share_buffers(module)
 
 
 @contextlib.contextmanager

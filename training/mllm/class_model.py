@@ -18,13 +18,14 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.loading import check_tokenizer_folder
 
 from ..core import deepspeed_engine
+from ..core.replicas import build_on_main
 from ..data import seeding
 from ..data.code_shards import CodeFolder
 from ..data.records import find_label
 from ..data.sequences import SequenceBuilder
 from ..data.tar_index import BadSample
 from .class_config import ClassModelOptions, ClassRunConfig
-from .model import MLLMParts
+from .model import MLLMParts, tokenizer_on_main
 
 
 class ClassPrompts:
@@ -132,18 +133,24 @@ def _new_parts(config: ClassRunConfig) -> MLLMParts:
     assert options is not None
     folder = existing(options.unitok, "model.unitok must be the folder of a trained visual tokenizer.")
     check_tokenizer_folder(folder)
-    unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
-    sizes = class_config(options, unitok.config, config.data.unconditional)
-    sizes.unitok_fingerprint = unitok.fingerprint()
-    torch.manual_seed(seeding.derive_seed(config.seed, "model"))
-    return MLLMParts(ClassConditionalModel(sizes), None, folder)
+
+    def build() -> ClassConditionalModel:
+        unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
+        sizes = class_config(options, unitok.config, config.data.unconditional)
+        sizes.unitok_fingerprint = unitok.fingerprint()
+        torch.manual_seed(seeding.derive_seed(config.seed, "model"))
+        return ClassConditionalModel(sizes)
+
+    return MLLMParts(build_on_main(build, ClassConditionalModel), None, folder)
 
 
 def _load_parts(name: str) -> MLLMParts:
     folder = existing(name, "init_from must be the folder of a class-conditional model.")
     check_class_folder(folder)
-    model = ClassConditionalModel.from_pretrained(folder, dtype=torch.float32)
     unitok = existing(folder / "unitok", "The visual tokenizer of a model must be in that folder.")
-    UniTok.from_pretrained(unitok)  # a broken one would only be found after training, in the copy
+    model = build_on_main(
+        lambda: ClassConditionalModel.from_pretrained(folder, dtype=torch.float32), ClassConditionalModel
+    )
+    tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
     sampling = Path(folder) / SAMPLING_FILE
     return MLLMParts(model, None, unitok, sampling if sampling.exists() else None)

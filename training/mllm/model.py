@@ -1,13 +1,15 @@
 """The model of an MLLM run: new or loaded, with LoRA and frozen parts."""
 
+import contextlib
 import dataclasses
 import inspect
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core.devices import bf16_in_hardware
@@ -22,6 +24,7 @@ from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.loading import check_tokenizer_folder
 
 from ..core import deepspeed_engine
+from ..core.replicas import SampleWithoutStoring, build_on_main, parameters_on_meta
 from ..data import seeding
 from .config import MODEL_PARTS, MLLMRunConfig, ModelOptions
 
@@ -71,7 +74,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         tokenizer_path(options.unitok), "model.unitok must be the folder of a trained visual tokenizer."
     )
     check_tokenizer_folder(folder)
-    unitok = UniTok.from_pretrained(folder, dtype=torch.float32)
+    unitok = tokenizer_on_main(folder)
     # transformers ignores unknown keys: check them here, with a did-you-mean
     allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(options.processor, allowed, "model.processor")
@@ -86,19 +89,57 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     processor = UniTokProcessor.from_text_tokenizer(
         model_path(options.text_tokenizer), **{**sizes, **options.processor}
     )
+    model = build_on_main(
+        lambda: _new_model(config, options, unitok, processor), UniTokForConditionalGeneration
+    )
+    return MLLMParts(model, processor, folder)
+
+
+def tokenizer_on_main(folder: Path) -> UniTok:
+    """The visual tokenizer of a folder; ranks other than 0 read no more than its sizes."""
+    return build_on_main(lambda: UniTok.from_pretrained(folder, dtype=torch.float32), UniTok)
+
+
+def _new_model(
+    config: MLLMRunConfig, options: ModelOptions, unitok: UniTok, processor: UniTokProcessor
+) -> UniTokForConditionalGeneration:
     decoder = _load_decoder(options.language_model) if options.language_model else None
     mllm_config = _mllm_config(options, unitok, processor, decoder)
     torch.manual_seed(seeding.derive_seed(config.seed, "model"))
-    model = UniTokForConditionalGeneration(mllm_config)
-    if decoder is not None:
-        model.language_model.load_state_dict(decoder.get_decoder().state_dict())
-        model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict())
+    if decoder is None:
+        model = UniTokForConditionalGeneration(mllm_config)
+    else:
+        with _without_decoder():
+            model = UniTokForConditionalGeneration(mllm_config)
+        tied = model.lm_head.weight is model.get_input_embeddings().weight
+        # the tensors themselves: a copy of them would double the host memory
+        model.language_model.load_state_dict(decoder.get_decoder().state_dict(), assign=True)
+        model.lm_head.load_state_dict(decoder.get_output_embeddings().state_dict(), assign=True)
+        if tied:
+            model.tie_weights()
         # the processor may have added boi and eoi to the decoder's vocabulary
         if processor.vocab_size > model.config.text_config.vocab_size:
             model.resize_token_embeddings(processor.vocab_size)
     # copies the code table and initialises the causal projection
     model.init_from_tokenizer(unitok)
-    return MLLMParts(model, processor, folder)
+    return model
+
+
+@contextlib.contextmanager
+def _without_decoder() -> Iterator[None]:
+    """Within, an MLLM's decoder gets no memory for parameters, but the parts after it keep their numbers."""
+    original = AutoModel.from_config
+
+    def on_meta(config: Any) -> Any:
+        with parameters_on_meta():
+            return original(config)
+
+    AutoModel.from_config = on_meta
+    try:
+        with SampleWithoutStoring():
+            yield
+    finally:
+        AutoModel.from_config = original
 
 
 def _mllm_config(
@@ -138,9 +179,12 @@ def load_parts(name: str) -> MLLMParts:
     folder = existing(
         model_path(name), "init_from must be the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
-    model = UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
-    UniTok.from_pretrained(unitok)  # a broken one would only be found after training, in the copy
+    model = build_on_main(
+        lambda: UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
+        UniTokForConditionalGeneration,
+    )
+    tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
     sampling = folder / SAMPLING_FILE
     processor = UniTokProcessor.from_pretrained(folder)
     check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)

@@ -20,8 +20,10 @@ from open_unitok.tokenizer.quantizers.multi_codebook import check_disentangle
 from open_unitok.tokenizer.quantizers.published import load_quantizer
 from open_unitok.tokenizer.text_tower import TextEncoder
 from open_unitok.tokenizer.token_transformer import QueryResampler, TokenTransformer
+from open_unitok.tokenizer.words import Words
 
 from ..core import deepspeed_engine
+from ..core.replicas import build_on_main, materialise
 from ..data import seeding
 from .config import TokenizerRunConfig
 from .words import read_run_words, set_words, word_sizes
@@ -58,8 +60,10 @@ def _initial_config(config: TokenizerRunConfig) -> UniTokConfig:
     return UniTokConfig.from_pretrained(str(folder)) if known else UniTokConfig()
 
 
-def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
+def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device | str = "cpu") -> UniTok:
     """A new tokenizer (random weights of `seed`), or the one at `init_from`; parts in `freeze` are frozen.
+
+    Rank 0 builds it, the others get its weights on `device`.
 
     Raises:
         UserError: an unknown field of `model`, or one that differs from the model at `init_from`.
@@ -85,22 +89,10 @@ def build_model(config: TokenizerRunConfig, captions: Any) -> UniTok:
             f"model.text_vocab_size is {wanted.text_vocab_size}, but {config.caption_tokenizer} has "
             f"{captions.vocab_size} ids: leave the key out."
         )
-    if config.init_from is None:
-        torch.manual_seed(seeding.derive_seed(config.seed, "model"))
-        model = UniTok(wanted)
-        if words is not None:
-            set_words(model, words)
-        if config.decoder_init == "kaiming":
-            init_kaiming(model.decoder)
-        if config.init_from_clip:
-            _init_from_clip(model, config.init_from_clip)
-        if config.init_quantizer:
-            load_quantizer(model.quantizer, model.config, config.init_quantizer)
-    else:
-        model = _start_from(config.init_from, fields, wanted)
-        _check_text_tower(model.config, config)
-        if captions is not None and not _has_vocabulary(model, config, captions):
-            model = _with_new_text_tower(model, config, captions)
+    model = build_on_main(lambda: _initial_model(config, fields, wanted, words, captions), UniTok)
+    if config.init_from is not None and fields:
+        model.config.drop_path_rate = wanted.drop_path_rate
+    materialise(model, torch.device(device))
     for part in config.freeze:
         _submodule(model, part).requires_grad_(False)
     set_up_quantizer(model, config)
@@ -128,6 +120,33 @@ def keep_blocks(model: UniTok) -> None:
             for module in stack.modules():
                 if hasattr(module, "gradient_checkpointing"):
                     module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _initial_model(
+    config: TokenizerRunConfig,
+    fields: Mapping[str, Any],
+    wanted: UniTokConfig,
+    words: Words | None,
+    captions: Any,
+) -> UniTok:
+    """The model with the weights that the run starts from."""
+    if config.init_from is not None:
+        model = _start_from(config.init_from, fields, wanted)
+        _check_text_tower(model.config, config)
+        if captions is not None and not _has_vocabulary(model, config, captions):
+            model = _with_new_text_tower(model, config, captions)
+        return model
+    torch.manual_seed(seeding.derive_seed(config.seed, "model"))
+    model = UniTok(wanted)
+    if words is not None:
+        set_words(model, words)
+    if config.decoder_init == "kaiming":
+        init_kaiming(model.decoder)
+    if config.init_from_clip:
+        _init_from_clip(model, config.init_from_clip)
+    if config.init_quantizer:
+        load_quantizer(model.quantizer, model.config, config.init_quantizer)
+    return model
 
 
 def _submodule(model: torch.nn.Module, name: str) -> torch.nn.Module:
@@ -204,7 +223,7 @@ def _check_losses(model: UniTok, config: TokenizerRunConfig) -> None:
     quantizer, training = model.quantizer, model.quantizer.training
     quantizer.eval()
     width = quantizer.latent_dim * (1 + quantizer.moments)
-    latents = torch.zeros(1, model.config.layout.num_tokens, width)
+    latents = torch.zeros(1, model.config.layout.num_tokens, width, device=model.device)
     with torch.no_grad():
         found = quantizer(latents, entropy=config.losses.entropy > 0).losses
     quantizer.train(training)
@@ -243,8 +262,6 @@ def _start_from(path: str, fields: Mapping[str, Any], wanted: UniTokConfig) -> U
             given = {name: value for name, value in given.items() if name != "merge" or value} or None
         if other != given:
             raise UserError(f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it.")
-    if fields:
-        model.config.drop_path_rate = wanted.drop_path_rate
     return model
 
 

@@ -254,7 +254,7 @@ def build_train_state(
 
     # 1. models
     captions = load_caption_tokenizer(config)
-    model, adaptation = build_run_model(config, captions)
+    model, adaptation = build_run_model(config, captions, device)
     model = model.to(device)  # pyright: ignore[reportArgumentType]
     image_shape = model.config.image_shape
     lpips = build_lpips(config.losses.lpips_weights, image_shape, device) if config.losses.lpips else None
@@ -294,11 +294,13 @@ def build_train_state(
     )
 
 
-def build_run_model(config: TokenizerRunConfig, captions: Any) -> tuple[UniTok, Adaptation | None]:
+def build_run_model(
+    config: TokenizerRunConfig, captions: Any, device: torch.device | str = "cpu"
+) -> tuple[UniTok, Adaptation | None]:
     """The model of either stage, and how stage adapt changes it."""
     if isinstance(config, AdaptRunConfig):
         return build_adapted(config)
-    return build_model(config, captions), None
+    return build_model(config, captions, device), None
 
 
 def compile_tokenizer(model: UniTok, lpips: Any, gan: GAN | None) -> None:
