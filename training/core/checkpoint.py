@@ -11,6 +11,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +19,23 @@ import torch
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import STORAGE_ERRORS, StorageError, UserError
-from open_unitok.core.files import sha256, write_json
-from open_unitok.core.text_files import read_json
+from open_unitok.core.files import write_json
 
-from . import reshard
 from .options import CheckpointOptions
-
-CHECKPOINT_MANIFEST = "training_state/manifest.json"
-
-
-# Types in the files that DeepSpeed writes; any other name in a pickle may run code when it is loaded.
-_DEEPSPEED_TYPES = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
+from .saving import reshard
+from .saving.background import BackgroundWrites, Writes, await_files, deferred_saves, to_host
+from .saving.integrity import (
+    HASHES,
+    check_pickles,
+    find_damage_together,
+    from_all,
+    hash_files,
+    write_manifest,
+)
 
 
 class Checkpoints:
-    """The checkpoints of one run. Call every method on every rank.
+    """The checkpoints of one run. Call every method on every rank; as a context it ends with `wait`.
 
     Args:
         options: how often they are saved, and how many are kept.
@@ -50,9 +48,16 @@ class Checkpoints:
         self.options = options or CheckpointOptions()
         self.trained_only = trained_only
         self._saved = time.monotonic()
+        self._writing: BackgroundWrites | None = None
 
     def due(self, step: int) -> bool:
-        """Whether a checkpoint is to be saved after `step`, by the number of steps."""
+        """Whether a checkpoint is to be saved after `step`, by the number of steps; call it at every step.
+
+        Raises:
+            StorageError: the last checkpoint could not be written in the background.
+        """
+        if self._writing is not None:
+            self._writing.check()
         return step % self.options.every == 0
 
     def late(self) -> bool:
@@ -79,15 +84,10 @@ class Checkpoints:
         if not steps:
             return None
         path = steps[max(steps)]
-        problem = None
-        if distributed.is_main():  # hashing gigabytes once is enough
-            problem = find_damage(path)
-        if _from_main(problem is not None):
+        if problem := find_damage_together(path):
             others = [p.name for p in steps.values() if p != path]
             remedy = f"to resume from {others[-1]}" if others else "to start over"
-            raise UserError(
-                f"Checkpoint {path} is broken: {problem or 'see rank 0'}. Delete this folder {remedy}."
-            )
+            raise UserError(f"Checkpoint {path} is broken: {problem}. Delete this folder {remedy}.")
         return path
 
     def save(
@@ -97,21 +97,63 @@ class Checkpoints:
         engines: Mapping[str, Any],
         state: Mapping[str, Any],
         gather: bool = False,
+        snapshot_model: Callable[[Path], Callable[[], Any]] | None = None,
     ) -> Path:
         """Write step-XXXXXXXX atomically and delete old checkpoints.
+
+        With `options.background` the call returns when everything is copied to the host. The folder then has
+        a temporary name until it is complete, and older checkpoints stay valid. A second call waits for the
+        first.
 
         Args:
             write_model: writes a loadable model folder into the given path.
             engines: name -> DeepSpeed engine.
             state: this rank's state for resuming: plain types and tensors.
             gather: call `write_model` on every rank, not only on rank 0: ZeRO 3 gathers weights in it.
+            snapshot_model: in the background, in place of `write_model`: copies the weights, and returns the
+                function that writes them.
         """
+        self.wait()
         path = self.folder / f"step-{step:08d}"
         temporary = self.folder / f".{path.name}.tmp"
+        background = self.options.background
         with self._storage_errors(temporary):
-            self._write(path, temporary, write_model, engines, state, step, gather)
+            model = (write_model, snapshot_model if background else None)
+            writes = self._snapshot(temporary, *model, engines, state, step, gather)
+            if not background:
+                files = from_all(hash_files(temporary, distributed.rank(), distributed.world_size()))
+                if distributed.is_main():
+                    self._publish(path, temporary, {k: v for own in files for k, v in own.items()})
+        if background:
+            self._writing = BackgroundWrites(partial(self._write, path, temporary, writes))
+        else:
+            distributed.barrier()
         self._saved = time.monotonic()
         return path
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        if self._writing is not None:
+            self._writing.wait()
+            self._writing = None
+            # rank 0 publishes it
+            distributed.barrier()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
+        """Wait for the last checkpoint, also after a signal and an error."""
+        if kind is None or issubclass(kind, SystemExit | KeyboardInterrupt):
+            self.wait()
+        elif self._writing is not None:
+            # no barrier: the error may be this rank's alone. Its own message counts
+            with contextlib.suppress(Exception):
+                self._writing.wait()
 
     @contextlib.contextmanager
     def _storage_errors(self, temporary: Path) -> Iterator[None]:
@@ -137,41 +179,66 @@ class Checkpoints:
                 ) from error
             raise
 
-    def _write(
+    def _snapshot(
         self,
-        path: Path,
         temporary: Path,
         write_model: Callable[[Path], None],
+        snapshot_model: Callable[[Path], Callable[[], Any]] | None,
         engines: Mapping[str, Any],
         state: Mapping[str, Any],
         step: int,
         gather: bool,
-    ) -> None:
+    ) -> Writes:
+        """Write everything, or in the background return what is to be written."""
         if distributed.is_main():
             for left in self.folder.glob(".step-*.tmp"):  # of saves that were killed
                 shutil.rmtree(left, ignore_errors=True)
             (temporary / "training_state").mkdir(parents=True)
         # the other ranks write into this folder
         distributed.barrier()
+        background, writes = self.options.background, []
         if distributed.is_main() or gather:
-            write_model(temporary)
+            if snapshot_model:
+                writes.append(snapshot_model(temporary))
+            else:
+                write_model(temporary)
         for name, engine in engines.items():
             options: dict[str, Any] = {"exclude_frozen_parameters": True} if self.trained_only else {}
             if hasattr(engine, "zero_optimization") and not engine.zero_optimization():
                 options["client_state"] = {reshard.PARAMETER_NAMES: reshard.parameter_names(engine)}
-            engine.save_checkpoint(str(temporary / "training_state"), tag=name, save_latest=False, **options)
+            with deferred_saves(engine, writes) if background else contextlib.nullcontext():
+                folder = str(temporary / "training_state")
+                engine.save_checkpoint(folder, tag=name, save_latest=False, **options)
         own = {**state, "step": step, "ranks": distributed.world_size(), "torch_rng": torch.get_rng_state()}
-        torch.save(own, _rank_file(temporary))
-        # the manifest must list the files of all ranks
+        writes.append(partial(torch.save, to_host(own) if background else own, _rank_file(temporary)))
+        if not background:
+            for write in writes:
+                write()
+        # of the folders too: the manifest must list the files of all ranks
         distributed.barrier()
-        if distributed.is_main():
-            write_manifest(temporary)
-            # os.replace is atomic: after a kill the checkpoint is complete or absent
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(temporary, path)
-            for old in list(self.steps().values())[: -self.options.keep]:
-                shutil.rmtree(old)
-        distributed.barrier()
+        return writes
+
+    def _write(self, path: Path, temporary: Path, writes: Writes) -> None:
+        """In the background: write and hash this rank's files; rank 0 publishes the checkpoint."""
+        rank, ranks = distributed.rank(), distributed.world_size()
+        with self._storage_errors(temporary):
+            for write in writes:
+                write()
+            writes.clear()  # frees the copies
+            write_json(temporary / HASHES / f"{rank:05d}.json", hash_files(temporary, rank, ranks))
+            if rank == 0:
+                files = await_files(temporary / HASHES, ranks)
+                shutil.rmtree(temporary / HASHES)
+                self._publish(path, temporary, files)
+
+    def _publish(self, path: Path, temporary: Path, files: dict[str, dict[str, Any]]) -> None:
+        """Write the manifest, give the folder its name, delete old checkpoints; on rank 0."""
+        write_manifest(temporary, files)
+        # os.replace is atomic: after a kill the checkpoint is complete or absent
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+        for old in list(self.steps().values())[: -self.options.keep]:
+            shutil.rmtree(old)
 
     def restore(
         self,
@@ -228,42 +295,6 @@ class Checkpoints:
             raise UserError(f"{path} holds other weights than this run ({name}): {reason}") from error
 
 
-def check_complete(path: Path) -> None:
-    """
-    Raises:
-        UserError: `path` is not a checkpoint, or it is damaged.
-    """
-    problem = find_damage(path) if path.is_dir() else "there is no such folder"
-    if problem:
-        raise UserError(
-            f"{path} is not a complete checkpoint ({problem}): name a folder OUT/checkpoints/step-*."
-        )
-
-
-def check_pickles(path: Path) -> None:
-    """Reject a checkpoint whose files could run code: DeepSpeed loads them by unpickling.
-
-    Raises:
-        UserError: a file names a type that neither torch nor DeepSpeed writes, or is in another format.
-    """
-    state = path / "training_state"
-    # the files behind a linked folder are listed nowhere, and DeepSpeed would read them
-    if link := next((file for file in (state, *sorted(state.rglob("*"))) if file.is_symlink()), None):
-        raise UserError(f"{link} is a link, and checkpoints hold none: delete the checkpoint.")
-    for file in sorted(state.rglob("*.pt")):
-        try:
-            # lists the names in the pickle without executing it; only the zip format can be listed
-            unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED_TYPES
-        except (RuntimeError, ValueError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{file} is not a file of a checkpoint: {reason}") from error
-        if unsafe:
-            raise UserError(
-                f"{file} would run code when it is loaded ({', '.join(sorted(unsafe)[:3])}): this program "
-                "did not write it. Delete the checkpoint."
-            )
-
-
 def _load_rank_state(file: Path) -> dict[str, Any]:
     """The state of one rank; raises UserError."""
     try:
@@ -290,47 +321,6 @@ def _rank_file(path: Path) -> Path:
     return path / "training_state" / f"rank-{distributed.rank():05d}.pt"
 
 
-def write_manifest(path: Path) -> None:
-    """Flush every file to disk and list it with size and hash; a folder with a manifest is complete."""
-    files = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file():
-            # the rename that follows must not reach the disk before the contents
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-            files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(path / CHECKPOINT_MANIFEST, {"files": files})
-
-
-def find_damage(path: Path) -> str | None:
-    """A description of the first defect of a checkpoint; None if it is complete."""
-    if not (path / CHECKPOINT_MANIFEST).exists():
-        return f"{CHECKPOINT_MANIFEST} is missing"
-    try:
-        files = read_json(path / CHECKPOINT_MANIFEST)["files"]
-        listed = {name: (int(known["bytes"]), str(known["sha256"])) for name, known in files.items()}
-    except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        return f"{CHECKPOINT_MANIFEST} is not readable"
-    present = {f.relative_to(path).as_posix() for f in (path / "training_state").rglob("*") if f.is_file()}
-    if extra := present - listed.keys() - {CHECKPOINT_MANIFEST}:
-        return f"{min(extra)} is not listed in {CHECKPOINT_MANIFEST}"
-    for name, (size, digest) in listed.items():
-        file = path / name
-        # a name that leaves the folder could be a device that never ends
-        if not file.resolve().is_relative_to(path.resolve()):
-            return f"{name} is outside the folder"
-        if not file.exists():
-            return f"{name} is missing"
-        if not file.is_file():
-            return f"{name} is not a file"
-        # the size first: a truncated file needs no hashing
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if sha256(file) != digest:
-            return f"{name} has changed since it was written"
-    return None
-
-
 def folder_bytes(folder: Path) -> int:
     """Total size of the files in a folder; 0 if there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -338,8 +328,3 @@ def folder_bytes(folder: Path) -> int:
 
 def _existing_parent(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _from_main(value: bool) -> bool:
-    """Rank 0's value, on every rank."""
-    return distributed.sum_over_ranks(torch.tensor(float(value and distributed.is_main()))).item() > 0

@@ -35,6 +35,10 @@ DEEPSPEED_INTERNALS = {
     "engine.torch_autocast_enabled": "precision of losses computed outside the module",
     "engine.torch_autocast_dtype": "precision of losses computed outside the module",
     "engine._zero3_consolidated_16bit_state_dict": "whole weights at ZeRO 3, without writing a file",
+    "engine.checkpoint_engine": "writes its files: replaced to write them in the background",
+    "engine.param_names": "names of parameters, to find their states in files of other ranks",
+    "engine._get_zero_param_shapes": "order of parameters in flat groups, as above",
+    "zero.single_partition_of_fp32_groups": "size of this rank's part of a flat group, as above",
     "zero.optimizer": "the torch optimizer inside",
     "zero.get_param_comm_dtype": "dtype in which a gradient is reduced, and the key of its bucket",
     "zero.ipg_buckets": "dtype -> bucket of gradients; ZeRO 3 allocates them in advance",
@@ -42,6 +46,8 @@ DEEPSPEED_INTERNALS = {
     "zero.set_gradient_accumulation_boundary": "a call of engine.module, as above",
     "zero._hp_optimizer_states_linked": "link moments of parameter groups that are linked too early",
     "zero._lazy_init_hp_params_optimizer_state": "link moments of parameter groups, as above",
+    "parameter.ds_tensor": "this rank's part of a parameter at ZeRO 3",
+    "parameter.ds_shape": "shape of the whole parameter",
     "parameter.ds_id": "marks a parameter that ZeRO 3 has partitioned",
 }
 

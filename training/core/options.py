@@ -115,11 +115,13 @@ class CheckpointOptions:
 
     Attributes:
         every_minutes: null = by steps alone. Results do not depend on when checkpoints are saved.
+        background: write beside the next steps, from a copy of all states in host memory.
     """
 
     every: int = 500
     every_minutes: float | None = None
     keep: int = 2
+    background: bool = False
 
     def check(self) -> None:
         if self.every < 1 or self.keep < 1:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -194,19 +194,32 @@ def load_parts(name: str) -> MLLMParts:
 def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
     """Write an MLLM folder: weights (from `state` if ZeRO 3 sharded them), processor, and `unitok/`. With
     LoRA only the adapter."""
+    prepare_folder(parts, path, state)()
+
+
+def prepare_folder(
+    parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None
+) -> Callable[[], None]:
+    """The first part of `save_parts`; the returned function does the rest, in another thread if need be."""
+    adapter = getattr(parts.model, "_hf_peft_config_loaded", False)
     if parts.processor is not None:
         parts.model.config.vocabulary_fingerprint = parts.processor.vocabulary_fingerprint()
-    parts.model.save_pretrained(path, state_dict=state)
-    # save_pretrained has written only the adapter; the base folder has everything else
-    if getattr(parts.model, "_hf_peft_config_loaded", False):
-        return
-    if parts.processor is not None:
-        parts.processor.save_pretrained(path)
-    shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
-    if parts.sampling:
-        shutil.copy(parts.sampling, path / SAMPLING_FILE)
-    elif parts.processor is None:  # without guidance, which a model without a null class cannot have
-        write_json(path / SAMPLING_FILE, {"guidance": 1.0})
+        # not in another thread: a fast tokenizer allows one user at a time
+        if not adapter:
+            parts.processor.save_pretrained(path)
+
+    def write() -> None:
+        parts.model.save_pretrained(path, state_dict=state)
+        # save_pretrained has written only the adapter; the base folder has everything else
+        if adapter:
+            return
+        shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
+        if parts.sampling:
+            shutil.copy(parts.sampling, path / SAMPLING_FILE)
+        elif parts.processor is None:  # without guidance, which a model without a null class cannot have
+            write_json(path / SAMPLING_FILE, {"guidance": 1.0})
+
+    return write
 
 
 def add_adapters(model: Any, config: MLLMRunConfig) -> None:

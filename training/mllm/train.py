@@ -5,7 +5,7 @@ B rows, L tokens per row, K sub-codebooks.
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from ..core.compilation import compile_blocks
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
+from ..core.saving.background import to_host
 from ..core.stop_signal import StopOnSignal
 from ..data import seeding
 from ..data.code_shards import FeatureFacts
@@ -37,7 +38,7 @@ from .class_config import ClassRunConfig
 from .class_model import build_class_parts, check_labels, class_inputs, class_sequences
 from .config import LossOptions, MLLMRunConfig
 from .metrics import RunningMetrics
-from .model import MLLMParts, build_parts, save_parts
+from .model import MLLMParts, build_parts, prepare_folder, save_parts
 
 
 class TrainState(NamedTuple):
@@ -70,6 +71,7 @@ def main(config: MLLMRunConfig | ClassRunConfig, run_dir: RunDir) -> None:
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
+        state.checkpoints,
         profile_steps(config, run_dir.path, step) as profiler,
     ):
         while step < config.last_step:
@@ -334,9 +336,23 @@ def save_checkpoint(state: TrainState, step: int) -> None:
         if distributed.is_main():
             save_parts(state.parts, path, weights)
 
+    def snapshot_model(path: Path) -> Callable[[], None]:
+        weights = gathered_weights(state)
+        if not distributed.is_main():
+            return lambda: None
+        if weights is None:
+            # an adapter's frozen base is not in the checkpoint
+            named = state.parts.model.named_parameters()
+            trained = {name: p for name, p in named if p.requires_grad}
+            weights = trained if state.checkpoints.trained_only else state.parts.model.state_dict()
+        elif state.metrics.device.type == "cuda":
+            return prepare_folder(state.parts, path, weights)  # gathering has copied them
+        return prepare_folder(state.parts, path, to_host(weights))
+
     saved = {
         "mixture": state.mixture.state_dict(),
         "log": state.log.state_dict(),
         "metrics": state.metrics.state_dict(),
     }
-    state.checkpoints.save(step, write_model, {"mllm": state.engine}, saved, state.gather)
+    engines = {"mllm": state.engine}
+    state.checkpoints.save(step, write_model, engines, saved, state.gather, snapshot_model)

@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,13 +26,15 @@ from open_unitok.tokenizer.token_transformer import PreNormBlock
 from open_unitok.tokenizer.vqgan.blocks import ResidualBlock
 
 from ..core import deepspeed_engine, flops, schedules
-from ..core.checkpoint import Checkpoints, check_complete
+from ..core.checkpoint import Checkpoints
 from ..core.collectives import all_gather_with_grad, mean_over_ranks
 from ..core.compilation import compile_blocks
 from ..core.ema import EMA
 from ..core.metric_logger import MetricLogger
 from ..core.profiler import profile_steps
 from ..core.run_dir import RunDir
+from ..core.saving.background import to_host
+from ..core.saving.integrity import check_complete
 from ..core.stop_signal import StopOnSignal
 from ..data import seeding
 from ..data.shards import build_loader, read_batches
@@ -90,6 +93,7 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     with (
         contextlib.closing(log),
         StopOnSignal() as stop,
+        checkpoints,
         profile_steps(config, run_dir.path, state.step) as profiler,
     ):
         while state.step < config.last_step:
@@ -397,7 +401,11 @@ def save_checkpoint(
         "dead_codes": state.dead_codes.state_dict(),
         "gan": state.gan.state_dict() if state.gan else {},
     }
-    checkpoints.save(state.step, lambda path: save_model(path, state, config), _engines(state), own)
+    engines = _engines(state)
+    # stage adapt writes its model, which is small, in the step
+    snapshot = None if state.adaptation else lambda path: snapshot_model(path, state, config)
+    write = lambda path: save_model(path, state, config)  # noqa: E731
+    checkpoints.save(state.step, write, engines, own, snapshot_model=snapshot)
 
 
 def save_model(path: Path, state: TrainState, config: TokenizerRunConfig, final: bool = False) -> None:
@@ -407,6 +415,18 @@ def save_model(path: Path, state: TrainState, config: TokenizerRunConfig, final:
             state.adaptation.write(path, state.model, final)
         else:
             state.model.save_pretrained(path)
+    _save_captions(path, state, config)
+
+
+def snapshot_model(path: Path, state: TrainState, config: TokenizerRunConfig) -> Callable[[], None]:
+    """As `save_model`, but the returned function writes the weights of now, in another thread if need be."""
+    with state.ema.applied() if state.ema else contextlib.nullcontext():
+        weights = to_host(state.model.state_dict())
+    _save_captions(path, state, config)
+    return partial(state.model.save_pretrained, path, state_dict=weights)
+
+
+def _save_captions(path: Path, state: TrainState, config: TokenizerRunConfig) -> None:
     if state.captions is not None:
         state.captions.save(path)
     elif config.init_from:  # without the contrastive loss the caption tokenizer of init_from stays valid

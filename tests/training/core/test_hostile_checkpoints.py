@@ -11,16 +11,16 @@ import torch
 
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import sha256
-from open_unitok.training.core.checkpoint import (
+from open_unitok.training.core.checkpoint import Checkpoints
+from open_unitok.training.core.options import RunConfig
+from open_unitok.training.core.run_dir import RunDir
+from open_unitok.training.core.saving.integrity import (
     CHECKPOINT_MANIFEST,
-    Checkpoints,
     check_complete,
     check_pickles,
     find_damage,
     write_manifest,
 )
-from open_unitok.training.core.options import RunConfig
-from open_unitok.training.core.run_dir import RunDir
 
 
 class Evil:

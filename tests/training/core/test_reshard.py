@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from open_unitok.core.errors import UserError
-from open_unitok.training.core import deepspeed_engine, reshard
+from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.checkpoint import Checkpoints
 from open_unitok.training.core.options import EngineOptions, Optimizer
+from open_unitok.training.core.saving import reshard
 
 OPTIMIZER = Optimizer(lr=1e-2, weight_decay=0.1, clip_grad=0.5)
 STAGES = (0, 1, 2, 3)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from open_unitok.cli.main import main
 from open_unitok.core.errors import UserError
 from open_unitok.training.core import deepspeed_engine
-from open_unitok.training.core.checkpoint import check_complete
+from open_unitok.training.core.saving.integrity import check_complete
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer.gan import GAN
 
