@@ -59,7 +59,7 @@ def measure(folder: Path, stage: int, millions: int, repeats: int) -> dict[str, 
         for name, checkpoints in ways.items():
             start = time.perf_counter()
             checkpoints.save(
-                step, partial(write, engine), {"model": engine}, {}, False, partial(copy, engine)
+                step, partial(write, engine), {"model": engine}, {}, False, partial(snapshot, engine)
             )
             stall = time.perf_counter() - start
             checkpoints.wait()
@@ -86,7 +86,7 @@ def write(engine: Any, folder: Path) -> None:
     save_file(engine.module.state_dict(), folder / "model.safetensors")
 
 
-def copy(engine: Any, folder: Path) -> Any:
+def snapshot(engine: Any, folder: Path) -> Any:
     return partial(save_file, to_host(engine.module.state_dict()), folder / "model.safetensors")
 
 

@@ -46,27 +46,27 @@ class BackgroundWrites:
         self.check()
 
 
-def to_host(value: Any, copies: dict[Any, torch.Tensor] | None = None) -> Any:
+def to_host(value: Any, known: dict[Any, torch.Tensor] | None = None) -> Any:
     """A copy of nested dicts, lists and tuples whose tensors are copies on the host; tied ones stay tied."""
-    copies = {} if copies is None else copies
+    known = {} if known is None else known
     if isinstance(value, torch.Tensor):
         value = value.detach()
         if value.is_meta or not value.numel():
             return value.clone()
         key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if key not in copies:
-            copies[key] = value.to("cpu", copy=True)
-        return copies[key]
+        if key not in known:
+            known[key] = value.to("cpu", copy=True)
+        return known[key]
     if isinstance(value, dict):
         # keeps the type, and the _metadata of a state dict
         copied = copy.copy(value)
         for name, inner in value.items():
-            copied[name] = to_host(inner, copies)
+            copied[name] = to_host(inner, known)
         return copied
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(to_host(inner, copies) for inner in value))
+        return type(value)(*(to_host(inner, known) for inner in value))
     if isinstance(value, list | tuple):
-        return type(value)(to_host(inner, copies) for inner in value)
+        return type(value)(to_host(inner, known) for inner in value)
     return value
 
 
