@@ -147,10 +147,10 @@ def _new_parts(config: ClassRunConfig) -> MLLMParts:
 def _load_parts(name: str) -> MLLMParts:
     folder = existing(name, "init_from must be the folder of a class-conditional model.")
     check_class_folder(folder)
-    unitok = existing(folder / "unitok", "The visual tokenizer of a model must be in that folder.")
     model = build_on_main(
         lambda: ClassConditionalModel.from_pretrained(folder, dtype=torch.float32), ClassConditionalModel
     )
+    unitok = existing(folder / "unitok", "The visual tokenizer of a model must be in that folder.")
     tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
     sampling = Path(folder) / SAMPLING_FILE
     return MLLMParts(model, None, unitok, sampling if sampling.exists() else None)

@@ -179,11 +179,11 @@ def load_parts(name: str) -> MLLMParts:
     folder = existing(
         model_path(name), "init_from must be the folder of a trained MLLM, e.g. runs/pretrain/model."
     )
-    unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
     model = build_on_main(
         lambda: UniTokForConditionalGeneration.from_pretrained(folder, dtype=torch.float32),
         UniTokForConditionalGeneration,
     )
+    unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
     tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
     sampling = folder / SAMPLING_FILE
     processor = UniTokProcessor.from_pretrained(folder)
