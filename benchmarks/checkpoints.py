@@ -1,6 +1,6 @@
 """How long a checkpoint stops training: written in the step, or in the background from a copy on the host.
 
-    python benchmarks/checkpoints.py                       # 16 M parameters: 256 MB in all
+    python benchmarks/checkpoints.py                       # 4 M parameters: 64 MB in all
 
 One process, AdamW, ZeRO 0 and 2, on the disk of --folder. Both ways alternate; the median of --repeats is
 reported. "stall": seconds until the next step can begin; "whole": until the checkpoint is complete on disk.
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--millions", type=int, default=16, help="of parameters (default: 16)")
+    parser.add_argument("--millions", type=int, default=4, help="of parameters (default: 4)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: a temporary one)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
