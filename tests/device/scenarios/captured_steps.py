@@ -165,7 +165,7 @@ def scenario_answers() -> dict:
 def scenario_threads() -> dict:
     """Two threads with one model and one shape, as two users of a server; each on the second device."""
     model = tiny_model().to("cuda:1")
-    wanted = {i: _images(model, (i, 20, 30), backend="torch") for i in range(4)}
+    wanted = {i: _images(model, (i, 20, 30), backend="torch") for i in range(2)}
     found, errors = {}, []
 
     def work(i):
