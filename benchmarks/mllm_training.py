@@ -18,11 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from harness import device_name, load_average, result_file
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_unitok.core.files import write_json
 from open_unitok.mllm import MLLM_SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
 from open_unitok.mllm.lora import add_lora
+from open_unitok.mllm.positions import plan_batch
 from open_unitok.training.core import deepspeed_engine
+from open_unitok.training.core.compilation import compile_blocks
 from open_unitok.training.core.flops import MLLMFlops, TokenCounts, peak_tflops
 from open_unitok.training.core.options import EngineOptions, Optimizer
 
@@ -120,7 +123,7 @@ def packed_row(config: UniTokMLLMConfig, length: int, generator: torch.Generator
 
 def batch_of(
     config: UniTokMLLMConfig, rows: int, length: int, device: torch.device
-) -> tuple[dict[str, torch.Tensor], TokenCounts]:
+) -> tuple[dict[str, Any], TokenCounts]:
     """A micro-batch of packed rows, and the token counts for its FLOPs."""
     generator = torch.Generator().manual_seed(0)
     made = [packed_row(config, length, generator) for _ in range(rows)]
@@ -136,16 +139,31 @@ def batch_of(
         image_tokens=batch["image_codes"].shape[0] * config.num_image_tokens,
         image_targets=image_targets,
     )
-    return {name: tensor.to(device) for name, tensor in batch.items()}, work
+    plan = plan_batch(
+        batch["input_ids"],
+        batch["labels"],
+        position_ids=batch["position_ids"],
+        num_images=len(batch["image_codes"]),
+        image_token_id=config.image_token_id,
+    )
+    return {name: tensor.to(device) for name, tensor in {**batch, "plan": plan}.items()}, work
 
 
-def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train for some steps; returns the record of results."""
+def measure(
+    name: str, args: argparse.Namespace, device: torch.device, around_last: Any = None
+) -> dict[str, Any]:
+    """Train for some steps; returns the record of results.
+
+    Args:
+        around_last: a context manager around one more step, which is not timed.
+    """
     case = CASES[name]
     torch.manual_seed(0)
     model = make_model(case, device)
     model.language_model.set_attn_implementation(args.attention)
     deepspeed_engine.enable_activation_checkpointing(model)
+    if args.compile:  # as `engine.compile: true`
+        compile_blocks(model, GradientCheckpointingLayer)
     trained_count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total_count, cost = sum(p.numel() for p in model.parameters()), MLLMFlops(model)
     batch, work = batch_of(model.config, args.rows, args.length, device)
@@ -154,17 +172,24 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
     engine = deepspeed_engine.build_engine(
         model.train(), deepspeed_engine.parameter_groups(model, 0.0), optimizer, options, args.rows
     )
+
+    def train_step() -> None:
+        out = engine(**batch, return_logits=False)
+        engine.backward(out.loss)
+        deepspeed_engine.optimizer_step(engine)
+
     seconds = []
     for step in range(args.warmup + args.steps):
         if step == args.warmup and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
-        out = engine(**batch, return_logits=False)
-        engine.backward(out.loss)
-        deepspeed_engine.optimizer_step(engine)
+        train_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
+    if around_last is not None:
+        with around_last:
+            train_step()
     median = statistics.median(seconds[args.warmup :])
     flops, peak = cost.flops(work), args.peak_tflops or peak_tflops(device)
     return {
@@ -175,6 +200,7 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         "rows": args.rows,
         "length": args.length,
         "attention": args.attention,
+        "compiled": args.compile,
         "seconds_per_step": median,
         "fastest": min(seconds[args.warmup :]),
         "slowest": max(seconds[args.warmup :]),
@@ -196,6 +222,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before measuring (default: 3)")
     parser.add_argument("--attention", default="sdpa", help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--compile", action="store_true", help="compile the layers, as engine.compile does")
     parser.add_argument(
         "--peak-tflops", type=float, help="peak of a device that training/core/gpus.py does not list"
     )

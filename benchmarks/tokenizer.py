@@ -128,11 +128,11 @@ def alternate(
 
 
 @torch.no_grad()
-def random_model(config: UniTokConfig) -> UniTok:
+def random_model(config: UniTokConfig, device: str = "cpu") -> UniTok:
     """A model with random weights that keep the scale of activations; faster than its own initialisation."""
     with torch.device("meta"):
         model = UniTok(config)
-    model.to_empty(device="cpu")
+    model.to_empty(device=device)
     # uniform with variance 1 / fan-in
     for name, tensor in model.state_dict().items():
         if tensor.dim() > 1 and tensor.is_floating_point():

@@ -4,6 +4,7 @@ A code is the entry nearest to a latent. Where the two nearest ones are further 
 them, both devices must choose the same one.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -25,28 +26,27 @@ TOY = {"stem_width": 8, "stage_widths": (8, 8), "stage_depths": (1, 1), "hidden_
 def run(report: Report) -> None:
     """A row per model, precision and setting of the caller."""
     for name, count in (("scenes", 64), ("vitamin_large, random weights", 16)):
-        model = (
-            UniTok.from_pretrained("scenes", dtype=torch.float32) if name == "scenes" else large(report.toy)
-        )
+        model = UniTok.from_pretrained("scenes", dtype=torch.float32) if name == "scenes" else large(report)
         report.row(f"{name} on the CPU", compare_all, report, name, model.eval(), 4 if report.toy else count)
         del model
 
 
-def large(toy: bool) -> UniTok:
+def large(report: Report) -> UniTok:
     """The tokenizer of the paper's size with random weights."""
     small = {"text_num_layers": 1, "text_vocab_size": 64}  # the text tower decides no codes
-    config = UniTokConfig.named("vitamin_large", **{**(TOY if toy else {}), **small})
-    return load_script("tokenizer").random_model(config)
+    config = UniTokConfig.named("vitamin_large", **{**(TOY if report.toy else {}), **small})
+    return load_script("tokenizer").random_model(config, report.device)
 
 
 def compare_all(report: Report, name: str, model: UniTok, count: int) -> dict[str, Any]:
     """Encode on the CPU once, then on the device under every setting; adds the rows."""
     shape = model.config.image_shape
     pixels = torch.stack([to_pixels(square_image(i, shape[0])[0], shape) for i in range(count)])
+    on_cpu = copy.deepcopy(model).to("cpu")  # pyright: ignore[reportArgumentType]
     with torch.no_grad():
-        latents = model.encode_latents(pixels)
-    codes = model.quantizer.encode(latents)
-    gaps = 2 * load_script("tokenizer").code_margins(model, latents)  # |a - b|^2 = 2 - 2 cos
+        latents = on_cpu.encode_latents(pixels)
+    codes = on_cpu.quantizer.encode(latents)
+    gaps = 2 * load_script("tokenizer").code_margins(on_cpu, latents)  # |a - b|^2 = 2 - 2 cos
     model = model.to(report.device)  # pyright: ignore[reportArgumentType]
     for setting, precision in SETTINGS.items():
         arguments = (model, pixels.to(report.device), codes, gaps, precision)

@@ -128,7 +128,7 @@ def count_waits(device: str) -> Iterator[list[str]]:
 
 
 def random_weights(build: Callable[[], nn.Module], device: str, dtype: torch.dtype) -> Any:
-    """A module built on the device in its dtype, with random matrices that keep the scale of activations.
+    """A module with its own initial weights, built on the device in this dtype.
 
     Nothing passes through the host: 7 B normal numbers take minutes there.
     """

@@ -8,6 +8,7 @@ import types
 from typing import Any
 
 import torch
+import torch.utils._triton
 
 from . import graphs
 from .functions import Functions, Operators, apply_to_module
@@ -157,6 +158,7 @@ def _patch_compile() -> None:
     def compile_module(self: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
         LOG.compiled += 1
 
+    torch.utils._triton.has_triton = lambda: True  # what would compile
     torch.compile = compile  # type: ignore[assignment]
     torch.nn.Module.compile = compile_module  # type: ignore[method-assign]
 
