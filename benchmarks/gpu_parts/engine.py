@@ -14,7 +14,7 @@ from open_unitok.cli.main import run as unitok
 from .data import write_tar
 from .report import Report
 
-STEPS, STOP = 4, 2
+STEPS, STOP = 2, 1
 MLLM = {
     "stage": "mllm",
     "steps": STEPS,

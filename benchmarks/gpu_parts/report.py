@@ -78,10 +78,10 @@ class Report:
         return not self.rows[name].keys() & {"failed", "skipped"}
 
     def seconds(self, work: Callable[[], Any], repeats: int = 3) -> float:
-        """Median seconds of a call, after one call to warm up."""
-        measure_seconds(work, self.device)
-        times = sorted(measure_seconds(work, self.device) for _ in range(1 if self.toy else repeats))
-        return times[len(times) // 2]
+        """Median seconds of a call, after one call to warm up; of one call alone in a toy run."""
+        first = measure_seconds(work, self.device)
+        times = sorted(measure_seconds(work, self.device) for _ in range(0 if self.toy else repeats))
+        return times[len(times) // 2] if times else first
 
 
 def emulated() -> bool:

@@ -114,7 +114,7 @@ class Training:
         """The same batch for ever, on pinned memory as the loader's."""
         collate = PairCollate(self.state.captions, self.config.reconstruct_share)
         made = {**self.given, **collate(self.pairs[:images])}
-        if self.report.device == "cuda" and not self.report.toy:
+        if self.report.device == "cuda":
             made = {k: x.pin_memory() if isinstance(x, torch.Tensor) else x for k, x in made.items()}
         while True:
             yield made
@@ -139,7 +139,8 @@ class Training:
             self.compiled = True
         images = min(images, 2) if report.toy else images
         work = self.step(self.batch(images))
-        work()
+        if not report.toy:  # compilation, cuDNN's choice of kernels: not a part of the peak
+            work()
         free_memory(report.device)
         seconds = report.seconds(work, 5)
         peak = peak_tflops(torch.device(report.device)) or float("nan")
