@@ -30,7 +30,7 @@ from .fingerprint import compute_fingerprint
 from .folder_checks import check_finite, load_checked, loading
 from .layers import NORM_EPS, Recomputing
 from .loading import check_tokenizer_folder, check_weights_fit, find_weights
-from .precision import FLOAT32_PARTS, exact_float32, exact_products, spare_float32_parts, to_dtype_of
+from .precision import FLOAT32_PARTS, exact_products, float32_projections, spare_float32_parts, to_dtype_of
 from .projection import LinearProjection, build_down_projection, build_projection
 from .quantizers import build_quantizer
 from .standalone import InstalledCode
@@ -198,7 +198,7 @@ class UniTok(Recomputing, InstalledCode, PreTrainedModel):
 
     def _project_down(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         # float32 from here to the codes: rounding would change them (see precision.py)
-        with exact_float32(tokens.device):
+        with float32_projections(tokens.device, self.training):
             if not self.config.adapter_layers:
                 return self.down_projection(tokens.float())
             return self.down_projection(tokens.float(), grid)
@@ -209,7 +209,7 @@ class UniTok(Recomputing, InstalledCode, PreTrainedModel):
         latents = self._latents(tokens, self._grid(pixels))
         if self.variance_projection is None:
             return latents
-        with exact_float32(tokens.device):
+        with float32_projections(tokens.device, self.training):
             log_variance = self.variance_projection(to_dtype_of(self.variance_projection, tokens))
         return torch.cat([latents, log_variance.float()], dim=-1)
 
@@ -224,7 +224,7 @@ class UniTok(Recomputing, InstalledCode, PreTrainedModel):
         return self.call(self._project_up, latents)
 
     def _project_up(self, latents: torch.Tensor) -> torch.Tensor:
-        with exact_float32(latents.device):
+        with float32_projections(latents.device, self.training):
             return self.up_projection(latents.float())
 
     def decode_latents(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -62,6 +62,31 @@ def exact_float32(device: torch.device) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def float32_projections(device: torch.device, training: bool) -> Iterator[None]:
+    """float32 products of the projections: exact (`exact_float32`), in training on CUDA by torch's settings.
+
+    These are 1.3 % of a training step's products, but would take 8 % of its time without tensor cores.
+    """
+    if not (training and device.type == "cuda"):
+        with exact_float32(device):
+            yield
+        return
+    with torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextlib.contextmanager
+def tf32_products() -> Iterator[None]:
+    """Let float32 matrix products run in TF32 on CUDA, outside of `exact_products`; not run on a GPU yet."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch._disable_dynamo  # lazy, unlike torch.compiler.disable: the compiler's import takes seconds
 def _enter() -> None:
     global _depth, _restore

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from open_unitok.tokenizer import UniTok
-from open_unitok.tokenizer.precision import exact_float32, exact_products
+from open_unitok.tokenizer.precision import exact_float32, exact_products, float32_projections, tf32_products
 
 get, set_ = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
 BACKENDS = {"cuda": ("all", "matmul", "conv", "rnn"), "mkldnn": ("all", "matmul", "conv", "rnn")}
@@ -153,6 +153,22 @@ def test_encoding_is_exact_in_convolutions_as_well(tiny_config, setting):
         model.decode(codes)
     # the pixel decoder's follow the caller
     assert ("conv", "tf32") in products.found
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda'")
+def test_projections_run_in_tf32_in_training_on_cuda_alone():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    before = state()
+    with tf32_products():
+        found = {}
+        for device, training in ((cuda, True), (cuda, False), (cpu, True), (cpu, False)):
+            with float32_projections(device, training):
+                found[device.type, training] = get("cuda", "matmul")
+        with exact_float32(cuda):  # the search for codes
+            check_exact()
+        assert torch.backends.cuda.matmul.allow_tf32
+    assert found.pop(("cuda", True)) == "tf32" and set(found.values()) == {"ieee"}
+    assert state()["cublas"] == before["cublas"] == "False"
 
 
 def test_threads_share_one_setting_until_the_last_has_left():

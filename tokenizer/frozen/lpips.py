@@ -55,6 +55,8 @@ class LPIPS(nn.Module):
         distances = []
         a, b = (image.float() - self.shift for image in (first, second))
         a, b = a / self.scale, b / self.scale
+        if a.is_cuda:  # as tensor cores read it: NCHW maps would be transposed in each layer
+            a, b = (image.contiguous(memory_format=torch.channels_last) for image in (a, b))
         for block, head in zip(self.net.values(), self.lins):
             a, b = block(a), block(b)
             with exact_float32(a.device):  # differences of unit vectors need it

@@ -306,6 +306,8 @@ class TokenizerRunConfig(RunConfig):
             contrastive loss needs large batches, the reconstruction losses do not).
         recompute: what engine.gradient_checkpointing covers: all, or convolutions and projections, which keep
             most of the activations and cost less to recompute than transformer blocks.
+        projections: products of the projections in training on CUDA, tf32 or exact; codes of a trained model
+            are exact always.
         ema: decay of the averaged weights, which are then saved as the model; null keeps none.
         freeze: parts that keep the weights of `init_from`, or of a vision tower that `model.encoder_options`
             names by its path: FREEZABLE, or a submodule of one of them, such as encoder.semantic or
@@ -340,6 +342,7 @@ class TokenizerRunConfig(RunConfig):
     teacher: TeacherOptions | list[TeacherOptions] | None = None
     codebooks: CodebookOptions = CodebookOptions()
     recompute: Literal["all", "convolutions"] = "all"
+    projections: Literal["tf32", "exact"] = "tf32"
     reconstruct_share: float = 1.0
     ema: float | None = None
     freeze: list[str] = dataclasses.field(default_factory=list)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError, did_you_mean
 from open_unitok.tokenizer.frozen.lpips import LPIPS, MIN_SIZE
+from open_unitok.tokenizer.precision import exact_float32
 
 from ..core.collectives import all_gather_with_grad
 from .diff_augment import CUTOUT, View, augment
@@ -75,8 +76,9 @@ def contrastive_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Ten
     count = len(image_embeds)
     # the match of local row i is row rank * B + i of the gathered batch
     labels = torch.arange(count, device=image_embeds.device) + distributed.rank() * count
-    by_image = F.cross_entropy(logit_scale * image_embeds @ all_texts.T, labels)
-    by_text = F.cross_entropy(logit_scale * text_embeds @ all_images.T, labels)
+    with exact_float32(image_embeds.device):  # a scale of up to 100 enlarges what TF32 would round
+        by_image = F.cross_entropy(logit_scale * image_embeds @ all_texts.T, labels)
+        by_text = F.cross_entropy(logit_scale * text_embeds @ all_images.T, labels)
     return (by_image + by_text) / 2
 
 

@@ -21,6 +21,7 @@ from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok
 from open_unitok.tokenizer.frozen.dinov2 import DinoBlock
 from open_unitok.tokenizer.layers import Block, ConvBlock
+from open_unitok.tokenizer.precision import tf32_products
 from open_unitok.tokenizer.text_tower import TextBlock
 from open_unitok.tokenizer.token_transformer import PreNormBlock
 from open_unitok.tokenizer.vqgan.blocks import ResidualBlock
@@ -90,7 +91,9 @@ def main(config: TokenizerRunConfig, run_dir: RunDir) -> None:
     state.model.train()
     log.start(state.step)
     batches = read_batches(state.loader)
+    fast = device.type == "cuda" and config.projections == "tf32"
     with (
+        tf32_products() if fast else contextlib.nullcontext(),
         contextlib.closing(log),
         StopOnSignal() as stop,
         checkpoints,
