@@ -1,10 +1,10 @@
-"""Time and memory of a training step of the tokenizer on a CPU, each way against the plainest one in the same run.
+"""Time and memory of a training step of the tokenizer on a CPU: each way against the plainest one of the run.
 
-A step has all losses: reconstruction, LPIPS, quantiser, and a DINO discriminator with the adaptive GAN weight,
-with random weights. "plain": both networks are in the graph, so that they run backward twice. "once": they run
-backward once. "convolutions", "all": with engine.gradient_checkpointing and `recompute`, the networks in pieces.
-Steps alternate, so that other load slows all of them; memory is the most that torch's allocator hands out at a
-time. Seconds of a CPU say nothing about a GPU but for the amount of work.
+A step has all losses: reconstruction, LPIPS, quantiser, and a DINO discriminator with the adaptive GAN
+weight, with random weights. "plain": both networks are in the graph, so that they run backward twice.
+"once": they run backward once. "convolutions", "all": with engine.gradient_checkpointing and `recompute`,
+the networks in pieces. Steps alternate, so that other load slows all of them; memory is the most that torch's
+allocator hands out at a time. Seconds of a CPU say nothing about a GPU but for the amount of work.
 """
 
 import argparse

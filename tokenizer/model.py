@@ -414,7 +414,7 @@ def _add_encoder_options(path: Path, kwargs: dict[str, Any]) -> None:
 def _more_options(stored: Mapping[str, Any] | None, more: Mapping[str, Any]) -> dict[str, Any] | None:
     """`stored` and `more` encoder options, without a merging that is switched off."""
     options = {**(stored or {}), **more}
-    return {name: value for name, value in options.items() if name != "merge" or value} or None
+    return {name: value for name, value in options.items() if name != "merge" or value is not None} or None
 
 
 def _keep_rows(loaded: Any) -> Any:

@@ -56,7 +56,10 @@ def read_words(lists: Sequence[str | Path], vectors: str | Path, edges: str | Pa
         names += own
         counts.append(len(own))
     source = existing(Path(vectors))
-    found = embed_words(names, source) if source.is_dir() else _read_array(source, "vectors").float()
+    found = embed_words(names, source) if source.is_dir() else _read_array(source, "vectors")
+    if found.is_complex():
+        raise UserError(f"{source}: vectors have dtype {found.dtype}, expected real numbers.")
+    found = found.float()
     if found.ndim != 2 or len(found) != len(names) or not torch.isfinite(found).all():
         raise UserError(
             f"{source}: vectors of shape {tuple(found.shape)}, expected ({len(names)} words, width) of "
@@ -123,7 +126,7 @@ def _read_edges(path: str | Path | None, names: list[str]) -> Tensor:
     path = existing(Path(path))
     if path.suffix in (".npy", ".safetensors"):
         pairs = _read_array(path, "edges")
-        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point():
+        if pairs.ndim != 2 or pairs.shape[1] != 2 or pairs.is_floating_point() or pairs.is_complex():
             raise UserError(f"{path}: edges of shape {tuple(pairs.shape)}, expected (edges, 2) integers.")
         if pairs.numel() and not 0 <= pairs.min() <= pairs.max() < len(names):
             raise UserError(

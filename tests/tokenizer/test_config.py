@@ -3,7 +3,7 @@
 import pytest
 
 from open_unitok.core.errors import UserError
-from open_unitok.tokenizer import TOKENIZER_SIZES, UniTokConfig
+from open_unitok.tokenizer import TOKENIZER_SIZES, UniTok, UniTokConfig
 
 
 def test_published_sizes():
@@ -55,3 +55,22 @@ def test_unknown_size():
     with pytest.raises(UserError, match=r"'vitamin_lage' is not a tokenizer size. Did you mean 'vitamin_lar"):
         UniTokConfig.named("vitamin_lage")
     assert set(TOKENIZER_SIZES) == {"vitamin_small", "vitamin_base", "vitamin_large"}
+
+
+VIT = {"model_type": "vit", "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.mark.parametrize("depth", [0, -1])
+def test_towers_without_layers_are_rejected(tiny_config, depth):
+    tower = {**VIT, "patch_size": 16, "num_hidden_layers": depth}
+    with pytest.raises(UserError, match=f"num_hidden_layers is {depth}: it must be 1 or more"):
+        UniTok(tiny_config(encoder="hf_vision", encoder_options=tower))
+    with pytest.raises(UserError, match=f"num_hidden_layers is {depth}: it must be 1 or more"):
+        UniTok(tiny_config(decoder="vit", decoder_options={"num_hidden_layers": depth}))
+
+
+@pytest.mark.parametrize("merge", [{}, [], False])
+def test_an_empty_merge_is_rejected(tiny_config, merge):
+    with pytest.raises(UserError, match=r"encoder_options\.merge"):
+        UniTok(tiny_config(encoder_options={"merge": merge}))
+    UniTok(tiny_config(encoder_options={"merge": None}))

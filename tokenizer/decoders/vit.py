@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from open_unitok.core.errors import UserError
+
 from ..config import UniTokConfig
 from ..layers import Linear
 from ..token_transformer import TokenTransformer
@@ -27,6 +29,9 @@ class ViTDecoder(nn.Module):
     def __init__(self, config: UniTokConfig) -> None:
         super().__init__()
         sizes = SimpleNamespace(**config.part_sizes("decoder", _FIELDS))
+        depth = sizes.num_hidden_layers
+        if type(depth) is not int or depth < 1:
+            raise UserError(f"decoder_options.num_hidden_layers is {depth!r}: it must be 1 or more.")
         self.width, self.patch_size = sizes.hidden_size, config.patch_size
         self.num_register_tokens = config.num_register_tokens
         self.transformer = TokenTransformer(

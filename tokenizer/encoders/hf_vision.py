@@ -38,7 +38,7 @@ class HFVisionEncoder(VisionTower):
         fields = {"image_size": config.image_size, "patch_size": config.patch_size}
         fields |= {"use_mask_token": False, "vision_use_head": False} | (config.encoder_options or {})
         resizes = fields.pop("resize", False)
-        if fields.pop("merge", None):
+        if fields.pop("merge", None) is not None:
             raise UserError("encoder_options.merge: encoder 'hf_vision' cannot merge tokens, 'vitamin' can.")
         if config.num_register_tokens:
             raise UserError(

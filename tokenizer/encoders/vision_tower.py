@@ -312,6 +312,9 @@ def tower_config(fields: Mapping[str, Any]) -> Any:
     except Exception as error:  # of transformers' validation
         raise UserError(f"encoder_options of {kind!r}: {' '.join(str(error).split())[:200]}") from error
     _check_vision(config, f"encoder_options.model_type = {kind!r}")
+    depth = getattr(config, "num_hidden_layers", 1)
+    if not isinstance(depth, int) or depth < 1:
+        raise UserError(f"encoder_options.num_hidden_layers is {depth!r}: it must be 1 or more.")
     return config
 
 

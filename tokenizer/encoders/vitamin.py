@@ -73,7 +73,7 @@ class ViTaminEncoder(Recomputing, nn.Module):
         depth = sizes.num_hidden_layers
         shape = (width, depth, sizes.num_attention_heads, sizes.mlp_ratio, sizes.drop_path_rate)
         self.blocks: Any  # both kinds have the same weights
-        if merge:
+        if merge is not None:
             self.blocks = MergingTransformer(*shape, check_merge(merge, depth, config.layout))
         else:
             self.blocks = Transformer(*shape)

@@ -71,6 +71,8 @@ class GaussianQuantizer(Quantizer):
         levels: Sequence[int] | None = None,
     ) -> None:
         books = num_codebooks - (0 if levels is None else len(GEOMETRY))
+        if not isinstance(inner_options or {}, dict):
+            raise UserError(f"quantizer_options.inner_options is {inner_options!r}: expected a mapping.")
         _check(inner, self.inner_kinds, books, codebook_size, codebook_dim, levels)
         built = self._build_inner(inner, inner_options or {}, books, codebook_size, codebook_dim)
         super().__init__([*built.code_sizes, *(levels or ())], codebook_dim)
@@ -270,9 +272,11 @@ def _check(
     Raises:
         UserError: an option is not valid, or sizes do not suit it.
     """
-    if inner not in kinds:
-        raise UserError(f"quantizer_options.inner = {inner!r}." + did_you_mean(inner, kinds))
+    if not isinstance(inner, str) or inner not in kinds:
+        raise UserError(f"quantizer_options.inner = {inner!r}." + did_you_mean(str(inner), kinds))
     if levels is not None:
+        if not isinstance(levels, list | tuple):
+            raise UserError(f"quantizer_options.levels is {levels!r}: expected 5 numbers, or null.")
         whole = all(isinstance(count, int) and not isinstance(count, bool) for count in levels)
         if len(levels) != len(GEOMETRY) or not whole or min(levels) < 2 or max(levels) > 4096:
             raise UserError(

@@ -66,7 +66,9 @@ def _vqkd(state: State) -> PublishedQuantizer:
 def _cluster(state: State) -> PublishedQuantizer:
     rows, probability = state["_quantizer._embedding.weight"], state["_quantizer._probability"]
     ours = {"codebooks": rows[None], "probability": probability[None]}
-    return PublishedQuantizer(_fields("cluster", rows), ours)
+    fields = _fields("cluster", rows)
+    _check_shapes({"_quantizer._probability": (probability, (len(rows),))})
+    return PublishedQuantizer(fields, ours)
 
 
 def _coda(state: State) -> PublishedQuantizer:
@@ -81,7 +83,24 @@ def _coda(state: State) -> PublishedQuantizer:
             parts = ("weight", "bias") if norm == "layer" else ("weight",)
             ours |= {f"{name}.{part}": state[f"attn.{theirs}.{part}"] for part in parts}
     width = ours["query.weight"].shape[0]
-    return PublishedQuantizer(_fields("attention", rows, attention_dim=width, norm=norm), ours)
+    fields = _fields("attention", rows, attention_dim=width, norm=norm)
+    inputs = rows.shape[1]
+    shapes = {"value.weight": (inputs, inputs), "value.bias": (inputs,)}
+    for name in ("query", "key"):
+        shapes |= {f"{name}.weight": (width, inputs), f"{name}.bias": (width,)}
+        shapes |= {f"{name}_norm.{part}": (width,) for part in ("weight", "bias")}
+    _check_shapes({name: (ours[name], shape) for name, shape in shapes.items() if name in ours})
+    return PublishedQuantizer(fields, ours)
+
+
+def _check_shapes(expected: Mapping[str, tuple[Tensor, tuple[int, ...]]]) -> None:
+    """
+    Raises:
+        UserError: a tensor does not have the shape beside it.
+    """
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise UserError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}.")
 
 
 # System -> how its quantiser is read, and the beginnings of the names that belong to the quantiser.
@@ -126,6 +145,10 @@ def quantizer_from_published(system: str, published: State) -> PublishedQuantize
         except KeyError as error:
             missing.append(error.args[0])
             state[error.args[0]] = torch.empty(1, 1)
+        except UserError:
+            if not missing:
+                raise
+            break  # of a stand-in's shape
     if missing:
         raise UserError(f"the quantiser of {system} is not complete: {', '.join(missing)} missing.")
     if system == "ibq":

@@ -259,7 +259,9 @@ def _start_from(path: str, fields: Mapping[str, Any], wanted: UniTokConfig) -> U
         other, given = getattr(model.config, key), getattr(wanted, key)
         if key == "encoder_options" and "merge" in options:  # added to those of the model, or taken away
             given = {**(other or {}), **given}
-            given = {name: value for name, value in given.items() if name != "merge" or value} or None
+            given = {
+                name: value for name, value in given.items() if name != "merge" or value is not None
+            } or None
         if other != given:
             raise UserError(f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it.")
     return model

@@ -54,7 +54,6 @@ def test_without_merging_nothing_changes(seeded):
         assert all(torch.equal(tensor, state[name]) for name, tensor in plain.state_dict().items())
         assert torch.equal(same.encode_latents(pixels()), plain.encode_latents(pixels()))
         assert same.fingerprint() != plain.fingerprint()
-    assert seeded({}).fingerprint() == plain.fingerprint()
 
 
 @pytest.mark.parametrize("name", ALL)

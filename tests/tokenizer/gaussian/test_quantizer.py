@@ -149,3 +149,19 @@ def test_values_and_table_follow_the_largest_scale():
 def test_bad_options_are_rejected(sizes, options, message):
     with pytest.raises(UserError, match=message):
         QUANTIZERS["gaussian"](*sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"levels": 5}, "levels is 5: expected 5 numbers"),
+        ({"levels": "88432"}, "levels is '88432'"),
+        ({"inner": ["ibq"]}, r"inner = \['ibq'\]"),
+        ({"inner": {}}, r"inner = \{\}"),
+        ({"inner_options": [1]}, r"inner_options is \[1\]"),
+    ],
+)
+def test_options_of_another_type_are_one_line(changes, message):
+    options = {"inner": "nearest_ema", "inner_options": None, "levels": LEVELS, **changes}
+    with pytest.raises(UserError, match=message):
+        GaussianQuantizer(6, 16, 9, options["inner"], options["inner_options"], options["levels"])

@@ -120,6 +120,18 @@ def test_averaged_rows_of_ibq_come_first():
             "4 and 5 rows",
         ),
         ("idq", {}, "Did you mean 'ibq'"),
+        (
+            "cluster",
+            {"_quantizer._embedding.weight": torch.zeros(4, 2), "_quantizer._probability": torch.zeros(5)},
+            r"_probability has shape \(5,\), expected \(4,\)",
+        ),
+        (
+            "coda",
+            coda_state(4, 2) | {"attn.to_k.weight": torch.zeros(3, 16)},
+            r"key\.weight has shape \(3, 16\)",
+        ),
+        ("coda", coda_state(4, 2) | {"attn.to_v.bias": torch.zeros(3)}, r"value\.bias has shape \(3,\)"),
+        ("coda", coda_state(4, 2) | {"attn.norm_q.weight": torch.zeros(5)}, r"query_norm\.weight has shape"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(system, state, words):

@@ -38,6 +38,22 @@ def test_a_run_takes_sizes_and_vectors_from_its_words(data, words, tmp_path, kin
     assert model.quantizer.code_sizes == ([3, 3, 4] if kind == "language" else [7, 7, 7])
 
 
+def test_a_pyramid_takes_the_words_of_its_inner_quantiser(data, words, tmp_path):
+    pyramid = "{scales: [1, 2], inner: language_map, inner_options: {map: gcn, hidden: 8}}"
+    fields = ["model.num_codebooks=1", "model.codebook_size=7", f"model.quantizer_options={pyramid}"]
+    model = train(data, tmp_path / "run", words, "residual", *fields)
+    expected = torch.from_numpy(np.load(words / "words.npy")).float()
+    assert torch.equal(model.quantizer.inner.map.vectors, expected) and model.quantizer.inner.map.is_set
+
+
+def test_complex_vectors_are_rejected(data, words, tmp_path, capsys):
+    path = tmp_path / "complex.npy"
+    np.save(path, np.load(words / "words.npy") * (1 + 1j))
+    with pytest.raises(SystemExit):
+        train(data, tmp_path / "run", words, "language", f"words.vectors={path}")
+    assert "vectors have dtype torch.complex" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
