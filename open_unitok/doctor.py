@@ -12,6 +12,14 @@ from typing import NamedTuple
 from open_unitok.core.memory import available_memory
 
 GIB = 2**30
+# Device -> what of it is tested. MPS and XPU are not emulated: a torch without them aborts in autograd on
+# their tensors, and CPU kernels in their place would hide the operators and dtypes that Metal lacks.
+TESTED = {
+    "cpu": "all tests, on x86-64 Linux",
+    "cuda": "on an emulated device only: placement, host syncs, CUDA graphs, DeepSpeed; no kernel ran",
+    "mps": "untested: operators and dtypes that Metal lacks show on a Mac only",
+    "xpu": "not supported, device is cpu, cuda or mps",
+}
 DEMO_MEMORY, DEMO_DISK = 1.5e9, 0.4e9  # bytes; measured: 1.25 GB and 343 MB
 
 
@@ -51,6 +59,11 @@ def machine() -> list[Check]:
     return checks
 
 
+def tested_devices() -> list[Check]:
+    """What is tested of each device."""
+    return [Check(device, text) for device, text in TESTED.items()]
+
+
 def speed() -> list[Check]:
     """bf16, flash-attn, DeepSpeed with its compiled operators, OpenMP's wait policy."""
     from open_unitok.core.devices import bf16_in_hardware  # loads torch
@@ -68,7 +81,7 @@ def speed() -> list[Check]:
         else Check(
             "flash-attn",
             "absent",
-            "attention uses torch SDPA; flash-attn is supported but was never tested",
+            "attention uses torch SDPA; flash-attn is supported, but tested with a stand-in only",
         )
     )
     # find_spec: importing deepspeed takes seconds and prints

@@ -53,6 +53,25 @@ def test_doctor_says_what_each_missing_thing_costs(monkeypatch):
         assert words in costs[name], (name, costs[name])
 
 
+def test_doctor_says_what_is_tested_of_each_device(capsys):
+    import pytest
+
+    from open_unitok.cli import doctor as doctor_command
+    from open_unitok.core.devices import check_device
+    from open_unitok.core.errors import UserError
+    from open_unitok.doctor import TESTED
+
+    doctor_command.run(None)
+    out = capsys.readouterr().out
+    assert all(f"{device:<18} {text}" in out for device, text in TESTED.items())
+    # the devices that the command line names, and one that it refuses
+    with pytest.raises(UserError) as error:
+        check_device("xpu")
+    assert "not supported" in TESTED["xpu"] and "xpu" in str(error.value)
+    with pytest.raises(UserError, match="cpu, cuda, cuda:N or mps"):
+        check_device("tpu:x")
+
+
 def test_cached_files_are_free_memory_in_a_container(tmp_path):
     from open_unitok.core import memory
 

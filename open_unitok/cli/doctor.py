@@ -2,7 +2,7 @@
 
 import argparse
 
-from open_unitok.doctor import machine, package_versions, speed
+from open_unitok.doctor import machine, package_versions, speed, tested_devices
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,7 +11,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print one line per check. The exit code is always 0: nothing here makes every run fail."""
-    for title, checks in (("Machine", machine()), ("Speed", speed()), ("Versions", package_versions())):
+    parts = {
+        "Machine": machine(),
+        "Speed": speed(),
+        "Tested devices": tested_devices(),
+        "Versions": package_versions(),
+    }
+    for title, checks in parts.items():
         print(title)
         for check in checks:
             print(f"  {'!' if check.cost else '✓'} {check.name:<18} {check.found}")

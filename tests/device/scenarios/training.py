@@ -36,7 +36,7 @@ def _measured(module: Any) -> Iterator[list[dict]]:
         yield reports
 
 
-def _train(module: Any, config: Path, out: str, *overrides: str) -> dict:
+def train_measured(module: Any, config: Path, out: str, *overrides: str) -> dict:
     """Run `unitok train`; what the last step counted, the waits of each step, and the run's losses."""
     folder = Path(tempfile.mkdtemp()) / out
     with _measured(module) as reports:
@@ -57,7 +57,7 @@ def scenario_tokenizer() -> dict:
     dino = conftest.dino_file.__wrapped__(folders)
     torch.manual_seed(0)
     with planted(LPIPS, "from_file", lambda *args: LPIPS()):
-        return _train(
+        return train_measured(
             tokenizer_train,
             config,
             "tokenizer",
@@ -84,7 +84,8 @@ def scenario_mllm() -> dict:
     }
     common = ("steps=3", "log.every=3")
     return {
-        name: _train(mllm_train, root / "config.yaml", "run", *common, *case) for name, case in cases.items()
+        name: train_measured(mllm_train, root / "config.yaml", "run", *common, *case)
+        for name, case in cases.items()
     }
 
 
@@ -95,4 +96,4 @@ def scenario_mllm_lora() -> dict:
     lora = "lora={rank: 2, alpha: 4, dropout: 0.1, base: bf16}"
     config = root / "config.yaml"
     given = (f"init_from={base}/model", "model=null", lora, "steps=3", "log.every=3", "data.pack_to=100")
-    return _train(mllm_train, config, "lora", *given)
+    return train_measured(mllm_train, config, "lora", *given)
