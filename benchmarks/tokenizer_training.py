@@ -3,8 +3,8 @@
 A step has all losses: reconstruction, LPIPS, quantiser, and a DINO discriminator with the adaptive GAN
 weight, with random weights. "plain": both networks are in the graph, so that they run backward twice.
 "once": they run backward once. "convolutions", "all": with engine.gradient_checkpointing and `recompute`,
-the networks in pieces. Steps alternate, so that other load slows all of them; memory is the most that torch's
-allocator hands out at a time. Seconds of a CPU say nothing about a GPU but for the amount of work.
+the networks in pieces. Seconds are those of the processor, so that other load counts less; memory is the most
+that torch's allocator hands out at a time. They say nothing about a GPU but for the amount of work.
 """
 
 import argparse
@@ -60,10 +60,10 @@ def main() -> None:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for repeat in range(args.repeats + 1):
         for way, step in steps.items():
-            start = time.perf_counter()
+            start = time.process_time()
             step()
             if repeat:  # the first one allocates gradients
-                seconds[way].append(time.perf_counter() - start)
+                seconds[way].append(time.process_time() - start)
     memory = {way: allocated_bytes(step) for way, step in steps.items()}
     results: dict[str, Any] = {
         "device": processor_name(),
