@@ -81,8 +81,13 @@ def measure(folder: Path, layers: int, ranks: int) -> dict[str, Any]:
 
 def write_decoder(folder: Path, layers: int) -> None:
     """A random LLaMA in bf16, as they are published: 12.8 M parameters per layer, 16 M of embeddings."""
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "vocab_size": 8000}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_attention_heads": 16,
+        "vocab_size": 8000,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))
     model.to(torch.bfloat16).save_pretrained(folder)
 
 

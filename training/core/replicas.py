@@ -92,13 +92,13 @@ def parameters_on_meta() -> Iterator[None]:
     """Within, new modules have their parameters on meta; buffers are as always."""
     original = nn.Module.register_parameter
 
-    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         # a tied parameter, which is registered a second time, stays one object
-        if parameter is not None and not parameter.is_meta:
-            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-            empty.__dict__.update(parameter.__dict__)
-            parameter = empty
-        original(module, name, parameter)
+        if param is not None and not param.is_meta:
+            empty = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            vars(empty).update(vars(param))
+            param = empty
+        original(self, name, param)
 
     nn.Module.register_parameter = register
     try:
@@ -136,7 +136,7 @@ def _allocate(parameter: nn.Parameter, device: torch.device) -> None:
     """Give a parameter on meta memory; it stays the same object, which optimizer groups hold."""
     if parameter.is_meta:
         empty = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
-        empty.__dict__.update(parameter.__dict__)
+        vars(empty).update(vars(parameter))
         torch.utils.swap_tensors(parameter, empty)
 
 

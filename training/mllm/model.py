@@ -130,9 +130,9 @@ def _without_decoder() -> Iterator[None]:
     """Within, an MLLM's decoder gets no memory for parameters, but the parts after it keep their numbers."""
     original = AutoModel.from_config
 
-    def on_meta(config: Any) -> Any:
+    def on_meta(config: Any, **kwargs: Any) -> Any:
         with parameters_on_meta():
-            return original(config)
+            return original(config, **kwargs)
 
     AutoModel.from_config = on_meta
     try:
