@@ -22,6 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from open_unitok.core.files import write_json
 from open_unitok.mllm import MLLM_SIZES, UniTokForConditionalGeneration, UniTokMLLMConfig
+from open_unitok.mllm.attention import VARLEN
 from open_unitok.mllm.lora import add_lora
 from open_unitok.mllm.positions import plan_batch
 from open_unitok.training.core import deepspeed_engine
@@ -221,7 +222,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a row (default: 2048)")
     parser.add_argument("--steps", type=int, default=10, help="measured steps (default: 10)")
     parser.add_argument("--warmup", type=int, default=3, help="steps before measuring (default: 3)")
-    parser.add_argument("--attention", default="sdpa", help="sdpa, eager or flash_attention_2")
+    parser.add_argument(
+        "--attention", default=VARLEN, help=f"{VARLEN} (default), sdpa, eager or flash_attention_2"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the layers, as engine.compile does")
     parser.add_argument(
         "--peak-tflops", type=float, help="peak of a device that training/core/gpus.py does not list"

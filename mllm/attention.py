@@ -116,12 +116,13 @@ def _by_kernel(
         else:
             key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     # (1, heads, T, d) -> (T, heads, d)
-    flat = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    query, key, value = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     longest = max(bounds.lengths)
     # (tokens before, tokens after): 0 after is causal
     size = (-1 if window is None else window - 1, 0)
+    starts = bounds.starts
     out = varlen_attn(
-        *flat, bounds.starts, bounds.starts, longest, longest, scale=scaling, window_size=size, **options
+        query, key, value, starts, starts, longest, longest, scale=scaling, window_size=size, **options
     )
     return out.unsqueeze(0)  # pyright: ignore
 

@@ -5,7 +5,7 @@ B batch, L sequence, I images in the batch, N visual tokens per image, S samples
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,19 @@ class BatchPlan(NamedTuple):
     def to(self, device: torch.device | str) -> BatchPlan:
         """A copy on a device; host to GPU goes through pinned memory, without waiting."""
         bounds = self.bounds and SampleBounds(to_device(self.bounds.starts, device), self.bounds.lengths)
-        targets = self.targets and Targets(*(to_device(tensor, device) for tensor in self.targets))
+        targets = self.targets and Targets(
+            to_device(self.targets.text_before, device),
+            to_device(self.targets.text_ids, device),
+            to_device(self.targets.images, device),
+            to_device(self.targets.image_before, device),
+        )
         return BatchPlan(to_device(self.images, device), to_device(self.features, device), targets, bounds)
 
 
+@overload
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor: ...
+@overload
+def to_device(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None: ...
 def to_device(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:
     """`tensor.to(device)`; from the host to a GPU through pinned memory, without waiting."""
     if tensor is None or torch.device(device).type != "cuda" or tensor.device.type != "cpu":
