@@ -5,7 +5,7 @@ B batch, L sequence, I images in the batch, N visual tokens per image, S samples
 
 from __future__ import annotations
 
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from open_unitok.core.errors import UserError
 
 from .config import IGNORED
 from .losses import Targets, find_targets
+
+AnyTensor = TypeVar("AnyTensor", torch.Tensor, None, torch.Tensor | None)
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -49,14 +51,12 @@ class BatchPlan(NamedTuple):
         return BatchPlan(to_device(self.images, device), to_device(self.features, device), targets, bounds)
 
 
-@overload
-def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor: ...
-@overload
-def to_device(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None: ...
-def to_device(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:
+def to_device(tensor: AnyTensor, device: torch.device | str) -> AnyTensor:
     """`tensor.to(device)`; from the host to a GPU through pinned memory, without waiting."""
-    if tensor is None or torch.device(device).type != "cuda" or tensor.device.type != "cpu":
-        return None if tensor is None else tensor.to(device)
+    if tensor is None:
+        return tensor
+    if torch.device(device).type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
