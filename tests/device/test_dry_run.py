@@ -10,7 +10,7 @@ BUDGETS = {
     "answer": 17,  # of a captured step; after its first 16 tokens one for every 8 tokens
     "encode": 2,
     "tokenizer step": 0,
-    "tokenizer step that resets dead codes": 7,
+    "tokenizer step that resets dead codes": 8,  # in the first step; 7 in later ones
     "mllm step": {"packed, sdpa": 1, "packed, eager": 1, "padded, ZeRO 3": 6},  # others: 0
 }
 
