@@ -2,7 +2,7 @@
 
 Counted is what autograd keeps for the backward pass, each storage once, by the rules of CUDA's autocast; of
 recomputed parts their inputs, and the largest part's activations while it is recomputed. The tests compare it
-with CPU runs and with an emulated CUDA device; not run on a GPU yet.
+with CPU runs; bf16's casts were compared with an emulated CUDA device (2 % apart). Not run on a GPU yet.
 
 B images, parts: of the network and the losses.
 """
