@@ -9,7 +9,9 @@ transformers' growing KV cache and the depth head recomputed on its prefix for e
 its own process, in which steps of the part and of the baseline alternate: other load on the machine changes
 both, so that the ratio stays. Peers: generation_peers.py (torch.compile, torchao, LlamaGen's loop,
 transformers' `generate`). Model: hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096
-codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads.
+codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads. One step of it takes
+torch.compile minutes, so its parts have 2 layers and 2 codes, and the C++ steps run beside them in the same
+turns: the result is their share of the C++ steps' speed.
 
 `--isa avx2` holds torch, oneDNN, MKL, inductor and the C++ backend to AVX2 on a processor that has more; such
 results are named "emulated". torch.compile keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, and a second
@@ -102,7 +104,6 @@ CASES = {
     "tuned_8": Case(8, "fp32", "tuned", 64),
     "compiled_1": Case(1, "fp32", "compiled", 48),
     "tuned_bf16_8": Case(8, "bf16", "tuned", 64),
-    "llamagen_8": Case(8, "fp32", "llamagen", 24),
 }
 PARTS = tuple(dict.fromkeys(("machine", *list(CASES)[:10], "answers", "prefix", *CASES)))
 BASELINE_STEPS = {1: 32, 8: 20}  # images -> steps of the baseline beside a part
@@ -223,37 +224,43 @@ def measure_images(case: Case, toy: bool = False) -> dict[str, Any]:
     if case.path == "tuned" and case.weights == "int8" and (obstacle := torchao_obstacle()):
         return {"skipped": obstacle}
     prompts, tokens = image_prompts(case.images), min(case.tokens, 8 if toy else 256)
-    base_model = benchmark_model(toy)
+    short = case.path in COMPILED
+    base_model = benchmark_model(toy, short)
     weights, cache = weights_per_token(base_model), cache_bytes(base_model, case.images, tokens)
-    model = base_model if case.weights == "fp32" else prepare_model(base_model, case)
+    model = prepare_model(base_model, case)
     backend_times, start = time_native_backend(), time.perf_counter()
-    steps = iter_codes(case, model, prompts)
+    steps = {"base": iter(()), "part": iter_codes(case, model, prompts)}
     for _ in range(2):  # the prefill; then the first step, in which torch.compile compiles
-        next(steps)
+        next(steps["part"])
     first_s, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    base = iter_baseline_codes(benchmark_model(toy), prompts, UNCONDITIONAL, GUIDANCE)
+    steps["base"] = iter_baseline_codes(benchmark_model(toy, short), prompts, UNCONDITIONAL, GUIDANCE)
+    if short:
+        native = case._replace(path="native")
+        steps["native"] = iter_codes(native, prepare_model(benchmark_model(toy, short), native), prompts)
     for _ in range(2):
-        next(base)
+        for other in steps.keys() - {"part"}:
+            next(steps[other])
     rounds = min(BASELINE_STEPS[case.images], tokens - 2) // 2
-    found, codes = time_in_turns(
-        {"base": base, "part": steps}, {"base": 2 * rounds, "part": tokens - 2}, rounds
-    )
+    counts = {name: 2 * rounds if name == "base" else tokens - 2 for name in steps}
+    found, codes = time_in_turns(steps, counts, rounds)
     times, count = found["part"], min(c.shape[1] for c in codes.values())
-    quarter = max(1, len(times) // 4)
-    pairs = zip(split(found["base"], rounds), split(times, rounds))
-    ratios = sorted(statistics.median(a) / statistics.median(b) for a, b in pairs)
+    growth = [grow(found[name]) for name in ("part", "base")]
+    ratios = {name: sorted(ratios_of_rounds(found[name], times, rounds)) for name in found if name != "part"}
+    quartile = rounds // 4
     return {
         "ms": statistics.median(times),
         "best_ms": min(times),
         "base_ms": statistics.median(found["base"]),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-        # the first and last quarter show growth with the position
-        "last_over_first": statistics.median(times[-quarter:]) / statistics.median(times[:quarter]),
+        "ratio": statistics.median(ratios["base"]),
+        "ratio_quartiles": [ratios["base"][quartile], ratios["base"][-1 - quartile]],
+        **({"of_native": statistics.median(ratios["native"])} if short else {}),
+        # over the baseline's, which reads few positions: another load at the end cancels
+        "last_over_first": growth[0] / growth[1],
         "same_codes": (codes["base"][:, :count] == codes["part"][:, :count]).float().mean().item(),
         "first_s": first_s,
         "peak_mb": peak / 1024,
         "dtype": case.weights,
+        "images": case.images,
         "books": codes["part"].shape[2],
         "weights": dict(zip(("decoder", "embedder", "depth"), weights)),
         "cache_bytes": cache,
@@ -263,6 +270,8 @@ def measure_images(case: Case, toy: bool = False) -> dict[str, Any]:
 
 def prepare_model(model: Any, case: Case) -> Any:
     """A float32 model in the weights of the case, in place."""
+    if case.weights == "fp32":
+        return model
     if case.weights == "bf16":
         return model.to(torch.bfloat16)
     if case.path == "tuned":
@@ -302,10 +311,20 @@ def time_in_turns(
     return times, last
 
 
-def split(times: list[float], rounds: int) -> list[list[float]]:
-    """The times of each round."""
-    edges = [len(times) * r // rounds for r in range(rounds + 1)]
-    return [times[a:b] for a, b in itertools.pairwise(edges)]
+def grow(times: list[float]) -> float:
+    """How many times the first quarter the last one takes."""
+    quarter = max(1, len(times) // 4)
+    return statistics.median(times[-quarter:]) / statistics.median(times[:quarter])
+
+
+def ratios_of_rounds(others: list[float], times: list[float], rounds: int) -> list[float]:
+    """Median time of the other over that of the part, of each round."""
+
+    def medians(found: list[float]) -> list[float]:
+        edges = [len(found) * r // rounds for r in range(rounds + 1)]
+        return [statistics.median(found[a:b]) for a, b in itertools.pairwise(edges)]
+
+    return [a / b for a, b in zip(medians(others), medians(times))]
 
 
 def time_native_backend() -> dict[str, list[float]]:

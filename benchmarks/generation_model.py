@@ -21,9 +21,14 @@ _TOY = {
 }  # fmt: skip
 
 
-def benchmark_model(toy: bool = False) -> Any:
-    """The benchmark's model with fixed random weights, in float32."""
+def benchmark_model(toy: bool = False, short: bool = False) -> Any:
+    """The benchmark's model with fixed random weights, in float32; `short`: 2 layers and codes, not 8."""
     config = {"text_config": _TEXT | _TOY_TEXT, **_TOY} if toy else {"text_config": _TEXT}
+    if short:
+        config = config | {
+            "text_config": config["text_config"] | {"num_hidden_layers": 2},
+            "num_codebooks": 2,
+        }
     torch.manual_seed(1)
     return UniTokForConditionalGeneration(UniTokMLLMConfig(**config)).eval()
 

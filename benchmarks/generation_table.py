@@ -9,14 +9,14 @@ NAMES = {"family 25 model 17": "Zen 4", "family 25 model 1": "Zen 3"}
 # row -> (entries of image parts, words between them)
 IMAGE_ROWS = {
     "one image, C++ steps: fp32, bf16, int8 weights": ("fp32_1", "bf16_1", "int8_1"),
-    "the same by `torch.compile`, tuned: fp32, bf16, torchao's int8": (
-        "tuned_1",
-        "tuned_bf16_1",
-        "torchao_1",
-    ),
-    "... and as it comes; without it; LlamaGen's loop: fp32": ("compiled_1", "eager_1", "llamagen_1"),
+    "one image, eager backend; LlamaGen's loop: fp32": ("eager_1", "llamagen_1"),
     "eight images, C++ steps: fp32, bf16, int8 weights": ("fp32_8", "bf16_8", "int8_8"),
-    "the same by `torch.compile`, tuned: fp32, bf16": ("tuned_8", "tuned_bf16_8"),
+}
+# row -> entries of parts whose result is the share of the C++ steps' speed
+SHARE_ROWS = {
+    "`torch.compile`, share of the C++ steps' speed: as it comes, fp32": ("compiled_1",),
+    "... tuned: fp32, bf16, torchao's int8": ("tuned_1", "tuned_bf16_1", "torchao_1"),
+    "... tuned, eight images: fp32, bf16": ("tuned_8", "tuned_bf16_8"),
 }
 ANSWER_ROWS = {
     "32 questions, four per image; one per image (one by one = 1)": "batched",
@@ -41,6 +41,11 @@ def report(results: dict[str, Any], machine: dict[str, Any] | None) -> str:
             "last/first  floor   same  first s     MB"
         )
         lines += [image_line(part, found, machine) for part, found in images.items()]
+    lines += [
+        f"{part}: {100 * found['of_native']:.0f} % of the C++ steps' speed"
+        for part, found in images.items()
+        if "of_native" in found
+    ]
     lines += [profile_line(part, found) for part, found in images.items() if found["profile_ms"]]
     for part, found in results.items():
         for name, times in (
@@ -54,16 +59,33 @@ def report(results: dict[str, Any], machine: dict[str, Any] | None) -> str:
 
 
 def image_line(part: str, found: dict[str, Any], machine: dict[str, Any] | None) -> str:
-    """Time, ratio to the baseline, floor, growth with the position and its floor, equality of codes."""
-    bandwidth = (machine or {}).get("memory_gb_s", float("nan")) * 1e6  # bytes per millisecond
+    """Time, ratio to the baseline, floor, growth with the position and its floor, equality of codes.
+
+    Floor of a visual token: its weights, keys and values at the bandwidth of memory, or its products in
+    float32 at the rate of a large one, whichever takes longer.
+    """
+    machine, names = machine or {}, ("decoder", "embedder", "depth")
+    bandwidth = machine.get("memory_gb_s", float("nan")) * 1e6  # bytes per millisecond
+    rate = machine.get("fp32_gflop_s", float("nan")) * 1e6
     weights = sum(found["weights"].values()) * BYTES[found["dtype"]]
-    floor = (weights + found["cache_bytes"]) / bandwidth
+    rows = (
+        2 * found["images"],
+        found["images"],
+        2 * found["images"],
+    )  # the embedder reads no unconditional rows
+    products = 2 * sum(count * found["weights"][name] for count, name in zip(rows, names))
+
+    def floor(share: float) -> float:
+        """With this share of the mean of keys and values."""
+        read = (weights + share * found["cache_bytes"]) / bandwidth
+        return max(read, products / rate) if found["dtype"] == "fp32" else read
+
     low, high = found["ratio_quartiles"]
-    # the first and last quarter read 1/4 and 7/4 of the mean of keys and values
-    growth = (weights + 1.75 * found["cache_bytes"]) / (weights + 0.25 * found["cache_bytes"])
+    # the first and last quarter read 1/4 and 7/4 of the mean
+    growth = floor(1.75) / floor(0.25)
     return (
-        f"{part:12} {found['ms']:8.2f} {found['ratio']:7.2f} ({low:5.2f} {high:5.2f}) {floor:8.2f} "
-        f"{found['ms'] / floor:7.2f} {found['last_over_first']:10.2f} {growth:6.2f} "
+        f"{part:12} {found['ms']:8.2f} {found['ratio']:7.2f} ({low:5.2f} {high:5.2f}) {floor(1):8.2f} "
+        f"{found['ms'] / floor(1):7.2f} {found['last_over_first']:10.2f} {growth:6.2f} "
         f"{found['same_codes']:6.3f} {found['first_s']:8.1f} {found['peak_mb']:6.0f}"
     )
 
@@ -98,6 +120,9 @@ def readme_table(folder: Path) -> str:
         rows.append(
             [title, *(", ".join(ratio_cell(found, part) for part in parts) for found in columns.values())]
         )
+    for title, parts in SHARE_ROWS.items():
+        cells = (", ".join(share_cell(found, part) for part in parts) for found in columns.values())
+        rows.append([title, *cells])
     for title, way in ANSWER_ROWS.items():
         rows.append([title, *(answer_cell(found, way) for found in columns.values())])
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
@@ -116,6 +141,11 @@ def short_name(device: str) -> str:
 def ratio_cell(found: dict[str, Any], part: str) -> str:
     ratio = found.get(part, {}).get("ratio")
     return f"{ratio:.1f}x" if ratio else "not measured"
+
+
+def share_cell(found: dict[str, Any], part: str) -> str:
+    share = found.get(part, {}).get("of_native")
+    return f"{100 * share:.0f} %" if share else "not measured"
 
 
 def answer_cell(found: dict[str, Any], way: str) -> str:

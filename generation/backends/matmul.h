@@ -2,8 +2,8 @@
 //
 // R rows of x, n inputs, O outputs. Few rows are bound by memory bandwidth, many by arithmetic. In both cases a
 // row is accumulated in the same order (per lane, then halves of lanes), so results do not depend on the batch.
-// Inputs are rounded to 16 bits if the processor has instructions for it: AVX512_BF16 for bfloat16 weights, VNNI
-// for int8 weights.
+// Inputs are rounded to 16 bits if the processor has instructions for it: AVX512_BF16 for bfloat16 weights, AVX2
+// or VNNI for int8 weights.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -137,26 +137,31 @@ template <> struct Dot<uint16_t> {  // pairs; inputs rounded to bfloat16, as tor
     static vf32 to_float(Accumulator sum) { return sum; }
 };
 #endif
+#if defined(__AVX2__)
+// Int8 weights times inputs quantized to int16, by instructions that add pairs of products to int32 lanes: the
+// scale of n inputs, so that these sums cannot overflow.
+inline float int16_scale(const float* x, int64_t n, int64_t step) {
+    vf32 tops = vf32{} + 1e-30f, odd = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        vf32 v = load(x + i);
+        v = v < vf32{} ? -v : v;
+        tops = v > tops ? v : tops, odd += v * 0.0f;
+    }
+    float top = 0, nan = horizontal_sum(odd);  // NaN if an input is not finite, else 0
+    for (int lane = 0; lane < LANES; lane++) top = std::max(top, tops[lane]);
+    for (; i < n; i++) top = std::max(top, std::abs(x[i])), nan += x[i] * 0.0f;
+    // an int32 lane adds two products of up to 127 * limit per step
+    float limit = std::floor(2147483520.0f / (127 * 2 * (n / step + 1)));
+    return top / std::min(32767.0f, limit) + nan;
+}
+#endif
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-template <> struct Dot<int8_t> {  // pairs; inputs quantized to int16 so that the int32 sums cannot overflow
+template <> struct Dot<int8_t> {
     typedef int16_t Input;
     typedef __m512i Accumulator;
     static constexpr int STEP = 32;
-    static float input_scale(const float* x, int64_t n) {
-        vf32 tops = vf32{} + 1e-30f, odd = {};
-        int64_t i = 0;
-        for (; i + LANES <= n; i += LANES) {
-            vf32 v = load(x + i);
-            v = v < vf32{} ? -v : v;
-            tops = v > tops ? v : tops, odd += v * 0.0f;
-        }
-        float top = _mm512_reduce_max_ps((__m512)tops);
-        float nan = horizontal_sum(odd);  // NaN if an input is not finite, else 0
-        for (; i < n; i++) top = std::max(top, std::abs(x[i])), nan += x[i] * 0.0f;
-        // an int32 lane adds two products of up to 127 * limit per step
-        float limit = std::floor(2147483520.0f / (127 * 2 * (n / STEP + 1)));
-        return top / std::min(32767.0f, limit) + nan;
-    }
+    static float input_scale(const float* x, int64_t n) { return int16_scale(x, n, STEP); }
     static void pack(const float* x, float scale, Input* to) {
         for (int i = 0; i < STEP; i += LANES) {
             __m256i lanes = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32((__m512)(load(x + i) / scale)));
@@ -171,6 +176,28 @@ template <> struct Dot<int8_t> {  // pairs; inputs quantized to int16 so that th
         return _mm512_dpwssd_epi32(sum, w, x);
     }
     static vf32 to_float(Accumulator sum) { return (vf32)_mm512_cvtepi32_ps(sum); }
+};
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+template <> struct Dot<int8_t> {
+    typedef int16_t Input;
+    typedef __m256i Accumulator;
+    static constexpr int STEP = 16;
+    static float input_scale(const float* x, int64_t n) { return int16_scale(x, n, STEP); }
+    static void pack(const float* x, float scale, Input* to) {
+        __m256i low = _mm256_cvtps_epi32((__m256)(load(x) / scale));
+        __m256i high = _mm256_cvtps_epi32((__m256)(load(x + LANES) / scale));
+        // packs works on halves: 0 to 3, 8 to 11, 4 to 7, 12 to 15
+        __m256i lanes = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xD8);
+        std::memcpy(to, &lanes, sizeof lanes);
+    }
+    static __m256i load_inputs(const Input* x) { return _mm256_loadu_si256((const __m256i*)x); }
+    static __m256i load_weights(const int8_t* w) {
+        return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)w));
+    }
+    static Accumulator multiply_add(Accumulator sum, __m256i w, __m256i x) {
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(w, x));
+    }
+    static vf32 to_float(Accumulator sum) { return (vf32)_mm256_cvtepi32_ps(sum); }
 };
 #endif
 

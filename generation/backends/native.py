@@ -1,7 +1,7 @@
 """The native backend: decode steps and code logits of a LLaMA on a CPU in C++ (native.cpp).
 
-States and accumulators are float32 for every weight dtype. On processors with the AVX-512 instructions for
-it, products with bfloat16 and int8 weights round their inputs to 16 bits.
+States and accumulators are float32 for every weight dtype. On processors with the instructions for it,
+products with bfloat16 (AVX-512) and int8 weights (AVX2, AVX-512) round their inputs to 16 bits.
 
 B images, R rows of the batch (B, or 2B under guidance: conditional rows, then unconditional ones), n given
 visual tokens, K sub-codebooks, V entries per sub-codebook, D decoder width.
