@@ -1,6 +1,7 @@
 """Speed: the tokenizer of the paper's size: memory and images/s of the real training step, encode, decode."""
 
 import copy
+import dataclasses
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,21 +19,24 @@ from open_unitok.training.core.run_dir import RunDir
 from open_unitok.training.run import load_run_config
 from open_unitok.training.tokenizer import train
 from open_unitok.training.tokenizer.data import PairCollate, build_pair_stream
+from open_unitok.training.tokenizer.image_losses import PIECE
+from open_unitok.training.tokenizer.model import recompute_activations
+from open_unitok.training.tokenizer.plan import plan_run
 
 from .budgets import beside_budget
 from .codes import TOY
 from .data import write_tar
 from .kernels import top_kernels
 from .plain_engine import use_plain_engine
-from .report import Report, count_waits, free_memory, load_script, peak_gib
+from .report import GIB, Report, count_waits, free_memory, load_script, peak_gib
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tokenizer" / "unitok_large.yaml"
 TOY_TEXT = {"text_hidden_size": 16, "text_num_layers": 1, "text_num_heads": 2, "text_context_length": 12,
             "embed_dim": 16}  # fmt: skip
-# activation checkpointing, compiled, images per step; those without checkpointing come first: it stays on
+# what is recomputed in the backward pass (None: nothing), compiled (for good), images per step
 CASES = [
-    (False, False, 8), (False, False, 16), (False, False, 32), (True, False, 32), (True, False, 48),
-    (True, False, 64), (True, True, 32),
+    (None, False, 8), (None, False, 32), ("convolutions", False, 32), ("convolutions", False, 64),
+    ("all", False, 64), ("convolutions", True, 64),
 ]  # fmt: skip
 INFERENCE = [(1, False), (64, False), (64, True)]  # images, compiled
 
@@ -53,14 +57,17 @@ def run(report: Report) -> None:
             for case in CASES:
                 report.row(describe(*case), training.measure, *case, need=60.0 if case[1] else 10.0)
             report.row("train step, kernels", training.kernels, need=10.0)
+            report.row("train, planned memory", training.plan, need=15.0)
         training = None
     free_memory(report.device)
     report.row("inference", measure_inference, report, need=20.0)
 
 
-def describe(checkpointing: bool, compiled: bool, images: int) -> str:
-    """The name of a row."""
-    return f"train, {images} images{', checkpointing' * checkpointing}{', compiled' * compiled}"
+def describe(recomputed: str | None, compiled: bool, images: int) -> str:
+    """The name of a row: "train, 64 images, convolutions recomputed, compiled"."""
+    words = ["train", f"{images} images"]
+    words += [f"{recomputed} recomputed"] if recomputed else []
+    return ", ".join([*words, *["compiled"] * compiled])
 
 
 class Training:
@@ -98,7 +105,7 @@ class Training:
             "caption_tokenizer": tokenizer_path("scenes") / "caption_tokenizer",
             "model.text_vocab_size": 49408, "losses.lpips_weights": folder / "lpips_with_vgg.pth",
             "discriminator.weights": folder / "dinov2_vits14_pretrain.pth", "discriminator.start": 0,
-            "discriminator.warmup": 1, "engine.zero_stage": 0,
+            "discriminator.warmup": 1, "engine.zero_stage": 0, "engine.gradient_checkpointing": "false",
         }  # fmt: skip
         sizes = {**TOY, **TOY_TEXT, "image_size": 64, "text_vocab_size": 2000} if toy else {}
         changes |= {f"model.{key}": list(x) if isinstance(x, tuple) else x for key, x in sizes.items()}
@@ -128,11 +135,22 @@ class Training:
 
         return work
 
-    def measure(self, checkpointing: bool, compiled: bool, images: int) -> dict[str, Any]:
+    def recompute(self, what: str | None) -> None:
+        """Set what is recomputed, as `engine.gradient_checkpointing` and `recompute` do."""
+        state = self.state
+        for module in state.model.modules():
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+        if what is not None:
+            recompute_activations(state.model, what)
+        state.gan.piece = None if what is None else PIECE
+        engine = dataclasses.replace(self.config.engine, gradient_checkpointing=what is not None)
+        self.config = dataclasses.replace(self.config, engine=engine, recompute=what or "convolutions")
+
+    def measure(self, recomputed: str | None, compiled: bool, images: int) -> dict[str, Any]:
         """Seconds, memory, images/s and MFU of a step."""
         report, model = self.report, self.state.model
-        if checkpointing:
-            deepspeed_engine.enable_activation_checkpointing(model)
+        self.recompute(recomputed)
         if compiled and not self.compiled:
             # as `engine.compile: true`
             train.compile_tokenizer(model, self.state.lpips, self.state.gan)
@@ -159,9 +177,27 @@ class Training:
             work()
         return {**beside_budget("tokenizer train step", len(waits)), "where": sorted(set(waits))[:20]}
 
+    def plan(self) -> dict[str, Any]:
+        """GiB that `unitok plan` expects for each case that it knows."""
+        config = dataclasses.replace(self.config, recompute="convolutions")
+        plan = plan_run(config, 1)
+        # without activations
+        rest = sum(plan.memory[0]) - plan.memory[0].activations
+        cases = [case for case in CASES if case[0] != "all"]
+        kept = {
+            describe(*case): plan.activations[case[0] is not None].of_batch(case[2], case[2])
+            for case in cases
+        }
+        return {"gib": report_each(self.report, {name: (rest + size) / GIB for name, size in kept.items()})}
+
     def kernels(self) -> dict[str, Any]:
         """The kernels that take most of a step."""
         return top_kernels(self.report, self.step(self.batch(2 if self.report.toy else 16)))
+
+
+def report_each(report: Report, numbers: dict[str, float]) -> dict[str, Any]:
+    """The numbers under names that are no Python words."""
+    return {name: report.measured(value=value)["value"] for name, value in numbers.items()}
 
 
 # ---- encode and decode -------------------------------------------------------------------------------------
