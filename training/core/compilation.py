@@ -10,11 +10,15 @@ from open_unitok.core.errors import UserError
 BACKEND = "inductor"
 
 
-def compile_blocks(model: nn.Module, *kinds: type[nn.Module]) -> int:
+def compile_blocks(model: nn.Module, *kinds: type[nn.Module], dynamic: bool | None = None) -> int:
     """Compile every module in `model` that is of one of `kinds`, but not those inside another one.
 
     By block instead of as a whole: blocks are equal, so one of each kind is compiled, in seconds, and what
     torch cannot trace lies between them. Names of weights stay as they are: `module.compile()` wraps nothing.
+
+    Args:
+        dynamic: False compiles a block once for each shape of its inputs; None again, for all, when a second
+            one comes: for rows of any length.
 
     Returns:
         How many modules are compiled.
@@ -40,7 +44,7 @@ def compile_blocks(model: nn.Module, *kinds: type[nn.Module]) -> int:
     for module in model.modules():
         if isinstance(module, kinds) and module not in inside:
             inside.update(module.modules())
-            module.compile(backend=BACKEND)
+            module.compile(backend=BACKEND, dynamic=dynamic)
             count += 1
     return count
 

@@ -170,7 +170,11 @@ def _config_errors() -> Iterator[None]:
 
     try:
         yield
-    except (deepspeed.DeepSpeedConfigError, AssertionError) as error:
+    except (
+        deepspeed.DeepSpeedConfigError,
+        AssertionError,
+        ValueError,
+    ) as error:  # pydantic's is a ValueError
         raise UserError(f"DeepSpeed rejects the engine section: {' '.join(str(error).split())}") from error
 
 
@@ -288,7 +292,22 @@ def deepspeed_settings(optimizer: Optimizer, options: EngineOptions, micro_batch
             zero["offload_param"] = host
         # torch's AdamW runs on a CPU; DeepSpeed's would have to be compiled
         settings["zero_force_ds_cpu_optimizer"] = False
+    if options.deepspeed:
+        _check_zero_keys(options.deepspeed)
     return _merge(settings, options.deepspeed)
+
+
+def _check_zero_keys(given: dict[str, Any]) -> None:
+    """DeepSpeed ignores keys that it does not know, and so options of ZeRO outside their section.
+
+    Raises:
+        UserError: `engine.deepspeed` has one there.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    fields = DeepSpeedZeroConfig.model_fields
+    for key in given.keys() & {*fields, *(field.alias for field in fields.values())}:
+        raise UserError(f"engine.deepspeed.{key} belongs in engine.deepspeed.zero_optimization.{key}.")
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

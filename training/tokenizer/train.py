@@ -312,11 +312,12 @@ def build_run_model(
 
 def compile_tokenizer(model: UniTok, lpips: Any, gan: GAN | None) -> None:
     """Compile the blocks of encoder, decoder and text tower, and those of LPIPS and the discriminator."""
-    compile_blocks(model, *COMPILED_BLOCKS)
+    # images have one size, and inductor fails on convolutions of any size
+    compile_blocks(model, *COMPILED_BLOCKS, dynamic=False)
     if lpips is not None:
-        compile_blocks(lpips.net, nn.Sequential)
+        compile_blocks(lpips.net, nn.Sequential, dynamic=False)
     if gan is not None and isinstance(gan.module, DinoDiscriminator):
-        compile_blocks(gan.module.dino, DinoBlock)  # hidden from the discriminator's modules
+        compile_blocks(gan.module.dino, DinoBlock, dynamic=False)  # hidden from the discriminator's modules
 
 
 def build_ema(model: UniTok, config: TokenizerRunConfig) -> EMA | None:

@@ -1,5 +1,8 @@
 """What ranks send each other: the 7B run by hand, the ZeRO options, the time that hides it, the table."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from open_unitok.cli import main
@@ -143,3 +146,20 @@ def test_the_table_for_several_numbers_of_gpus(capsys):
 def test_error_messages(arguments, words):
     with pytest.raises(UserError, match=words):
         main.run(["plan", PRETRAIN, *arguments])
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_the_cards_for_64_gpus_say_what_is_planned(name, capsys):
+    path = f"configs/mllm/{name}_7b_64gpu.yaml"
+    card = " ".join(Path(path).read_text().split("inherits:")[0].replace("#", " ").split())
+    for bandwidth in (50, 350):
+        main.run(["plan", path, "--gpus", "64", "--bandwidth", str(bandwidth)])
+        out = capsys.readouterr().out
+        memory = next(float(line.split()[-1]) for line in out.splitlines() if line.startswith("*"))
+        assert f"{memory:.1f} GiB per GPU" in card
+        products, seconds, mfu = re.search(
+            r"H100: (\S+) s, .* hidden; (\S+) s a step, .* MFU (\S+)%;", out
+        ).groups()
+        assert f"products {products} s a step" in card
+        told = re.search(rf"--bandwidth {bandwidth} \([^)]*\) (\S+) s(?: a step)?, (\S+) %", card)
+        assert told and told.groups() == (seconds, mfu)
