@@ -125,6 +125,19 @@ def test_inductor_trains_the_mllm_as_without(mllm, mllm_reference):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_inductor_trains_the_tokenizer_as_without(data, tmp_path):
+    """Convolution stages have maps of several sizes, on which inductor fails if they share a graph."""
+    losses = []
+    for name, given in (("plain", []), ("compiled", [COMPILED])):
+        main(["train", str(data / "config.yaml"), f"out={tmp_path / name}", "steps=2", *given])
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in lines])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    torch.compiler.reset()
+
+
 def test_without_a_compiler_one_line(mllm_reference, monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
