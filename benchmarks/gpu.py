@@ -62,28 +62,38 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS, metavar="PART",
                         help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
     parser.add_argument("--toy", action="store_true", help="tiny sizes, untimed; on a CPU if there is no GPU")
-    parser.add_argument("--dry-run", action="store_true", help="--toy on a emulated CUDA device")
+    parser.add_argument("--dry-run", action="store_true", help="--toy on the emulated CUDA device")
     parser.add_argument("--table", type=Path, metavar="SUMMARY", help="print the table of a finished run")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # for the process of one part
     args = parser.parse_args()
     if args.table:
-        from gpu_parts.table import table
-
-        print(table(json.loads(args.table.read_text())))
+        print_table(parser, args.table)
         return
     if args.out is None:
         parser.error("--out DIR is required")
     if args.part:
         run_part(args)
         return
-    if args.seconds < 30:
+    if not 30 <= args.seconds < float("inf"):
         parser.error(f"--seconds is {args.seconds:g}; it must be 30 or more")
+    if not (args.out.is_dir() or not args.out.exists()):
+        parser.error(f"--out {args.out} is not a folder")
     if not args.toy and not args.dry_run and not cuda_available():
         parser.error("there is no CUDA device: --dry-run goes through all parts without one")
     args.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `finally` ends the running part
     failures = run_all(args)
     print(f"{len(failures)} failures" + "".join(f"\n  {failure}" for failure in failures))
+
+
+def print_table(parser: argparse.ArgumentParser, summary: Path) -> None:
+    """Print the table of a finished run."""
+    from gpu_parts.table import table
+
+    try:
+        print(table(json.loads(summary.read_text())))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        parser.error(f"--table {summary} is not the summary.json of a run")
 
 
 def cuda_available() -> bool:
@@ -102,7 +112,9 @@ def run_part(args: argparse.Namespace) -> None:
     part, toy = PARTS[args.part], args.toy or args.dry_run
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    report = Report(args.part, args.out, device, args.seconds, toy)
+    # the limit counts from the start of the process: imports take seconds of it
+    left = args.seconds - (time.monotonic() - START)
+    report = Report(args.part, args.out, device, left, toy)
     importlib.import_module(f"gpu_parts.{part.module}").run(report)
 
 
@@ -118,6 +130,8 @@ def run_all(args: argparse.Namespace) -> list[str]:
     log = args.out / "log.txt"
     log.write_text("")
     for name in args.parts:
+        # of an earlier run that was killed
+        (args.out / f"{name}.json").unlink(missing_ok=True)
         limit = time_limit(name, args.parts, end - time.monotonic())
         if limit < PARTS[name].least and not (args.toy or args.dry_run):
             merge_part(summary, name, {"skipped": f"{limit:.0f} s left"}, args.out)
@@ -136,7 +150,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
 
 def about(args: argparse.Namespace) -> dict[str, Any]:
     """What a reader must know of the run as a whole."""
-    words = {"device": "a emulated CUDA device", "timing": "dry run: no timing"} if args.dry_run else {}
+    words = {"device": "the emulated CUDA device", "timing": "dry run: no timing"} if args.dry_run else {}
     if args.toy and not args.dry_run:
         words = {"timing": "toy sizes: no timing"}
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)

@@ -117,6 +117,9 @@ def test_partial_rows_survive_and_all_parts_run(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "part_command", command)
     monkeypatch.setattr(script, "time_limit", lambda name, *_: {"tests": 2.0, "mllm": 1.0}.get(name, 30.0))
     monkeypatch.setitem(script.PARTS, "tests", script.PARTS["tests"]._replace(least=1.0))
+    # rows of an earlier run in the same folder that was killed
+    for name in ("facts", "mllm"):
+        (tmp_path / f"{name}.json").write_text('{"old": {}}')
     failures = script.run_all(arguments(script, tmp_path, parts=list(codes)))
     assert failures == [
         "tests: killed at its limit of 2 s",
@@ -129,6 +132,7 @@ def test_partial_rows_survive_and_all_parts_run(script, tmp_path, monkeypatch):
         "all": {"tests_passed": 3, "tests_failed": 0, "tests_skipped": 1}
     }
     assert "skipped" in summary["parts"]["mllm"]["ran"]
+    assert not any("old" in part["rows"] for part in summary["parts"].values())
     # the parts' own files are in the summary
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.txt", "summary.json", "table.md"]
     table = (tmp_path / "table.md").read_text()
@@ -166,6 +170,11 @@ def test_wrong_arguments_and_no_device_are_one_line(tmp_path):
     for options, message in (
         ([], "--out DIR is required"),
         (["--out", str(tmp_path / "o"), "--seconds", "5"], "--seconds is 5; it must be 30 or more"),
+        (["--out", str(tmp_path / "o"), "--seconds", "nan"], "--seconds is nan; it must be 30 or more"),
+        (["--out", str(tmp_path / "o"), "--seconds", "inf"], "--seconds is inf; it must be 30 or more"),
+        (["--out", __file__, "--dry-run"], "test_gpu_script.py is not a folder"),
+        (["--table", str(tmp_path / "no.json")], "no.json is not the summary.json of a run"),
+        (["--table", __file__], "test_gpu_script.py is not the summary.json of a run"),
         (["--out", str(tmp_path / "o"), "--parts", "fact"], "invalid choice: 'fact'"),
         (["--out", str(tmp_path / "o")], "there is no CUDA device: --dry-run goes through all parts"),
     ):
