@@ -134,6 +134,7 @@ class UniTokConfig(PretrainedConfig):
             near = difflib.get_close_matches(key, self.__dataclass_fields__, n=1, cutoff=0.8)
             if near:
                 raise UserError(f"UniTokConfig has no field {key!r}.{did_you_mean(key, near)}")
+        self._check_types()
         # Before the checks: they expect pairs, and config.json stores pairs.
         self.stage_widths = _pair(self.stage_widths, last=self.hidden_size)
         self.stage_depths = _pair(self.stage_depths, last=1)
@@ -142,6 +143,21 @@ class UniTokConfig(PretrainedConfig):
         self._check()
         self._check_layout()
         super().__post_init__(**kwargs)
+
+    def _check_types(self) -> None:
+        """Raise UserError for values that are not numbers, before they are compared."""
+        for name in (*_POSITIVE, *_COUNTS):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UserError(f"{name} = {value!r}: expected a whole number.")
+        for name in ("mlp_ratio", "drop_path_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} = {value!r}: expected a number.")
+        for name in ("stage_widths", "stage_depths", "decoder_widths", "decoder_depths"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(type(count) is int for count in value):
+                raise UserError(f"{name} = {value!r}: expected two whole numbers, one per stage.")
 
     def _check(self) -> None:
         """Raise UserError for values that would fail, or be misread, when the model is built."""
@@ -162,7 +178,7 @@ class UniTokConfig(PretrainedConfig):
             raise UserError(
                 f"image_size = {self.image_size} is not a multiple of patch_size = {self.patch_size}."
             )
-        for name in ("num_register_tokens", "adapter_layers", "embed_dim"):
+        for name in _COUNTS:
             if getattr(self, name) < 0:
                 raise UserError(f"{name} = {getattr(self, name)}: must be at least 0.")
         if self.adapter_layers and self.projection_causal:
@@ -170,6 +186,8 @@ class UniTokConfig(PretrainedConfig):
                 f"adapter_layers = {self.adapter_layers} with projection_causal: adapters attend to all "
                 "tokens, set one of them to 0 or false."
             )
+        if not 0 < self.mlp_ratio < math.inf:
+            raise UserError(f"mlp_ratio = {self.mlp_ratio}: must be above 0.")
         if not 0 <= self.drop_path_rate < 1:
             raise UserError(f"drop_path_rate = {self.drop_path_rate}: must be in [0, 1).")
         if self.projection not in PROJECTIONS:
@@ -368,6 +386,7 @@ _POSITIVE = (
     "text_vocab_size",
     "text_context_length",
 )
+_COUNTS = ("num_register_tokens", "adapter_layers", "embed_dim")  # 0 = none
 
 
 def _pair(values: Sequence[int], first: int | None = None, last: int | None = None) -> list[int]:

@@ -43,6 +43,15 @@ def test_default_projection_heads_fit_many_sizes(books, width):
         ({"num_codebooks": 0}, "num_codebooks = 0: must be at least 1"),
         ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0: must be in [0, 1)"),
         ({"num_register_tokens": -1}, "num_register_tokens = -1"),
+        ({"hidden_size": "wide"}, "hidden_size = 'wide': expected a whole number"),
+        ({"num_codebooks": 2.5}, "num_codebooks = 2.5: expected a whole number"),
+        ({"embed_dim": None}, "embed_dim = None: expected a whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers = True: expected a whole number"),
+        ({"stage_widths": 8}, "stage_widths = 8: expected two whole numbers"),
+        ({"decoder_depths": ["a", "b"]}, "decoder_depths = ['a', 'b']: expected two whole numbers"),
+        ({"mlp_ratio": 0}, "mlp_ratio = 0: must be above 0"),
+        ({"mlp_ratio": float("nan")}, "mlp_ratio = nan: must be above 0"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate = '0.1': expected a number"),
     ],
 )
 def test_invalid_fields_are_named(wrong, message):

@@ -68,7 +68,10 @@ def run(model: UniTok, images: Tensor, ids: Tensor) -> tuple[dict[str, Tensor], 
     return gradients, sum(storage.nbytes() for storage in kept.values())
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network",
+    [name if name == "vitamin" else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS],
+)
 def test_gradients_are_the_same(tiny_config, network):
     config = tiny_config(**{"drop_path_rate": 0.3, **NETWORKS[network]})
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1

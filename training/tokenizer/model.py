@@ -68,16 +68,7 @@ def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device 
     Raises:
         UserError: an unknown field of `model`, or one that differs from the model at `init_from`.
     """
-    fields = dict(config.model)
-    size = fields.pop("size", "vitamin_large")
-    known = set(UniTokConfig().to_dict()) - {"model_type", "transformers_version"}
-    for key in fields:
-        if key not in known:
-            raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
-    fields = {name: value for name, value in fields.items() if name != "codebook_size" or value is not None}
-    words = read_run_words(config)
-    if words is not None:
-        fields |= word_sizes(words, fields)
+    size, fields, words = model_fields(config)
     own_sizes = dict(fields)
     if captions is not None:
         own_sizes.setdefault("text_vocab_size", captions.vocab_size)
@@ -90,8 +81,6 @@ def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device 
             f"{captions.vocab_size} ids: leave the key out."
         )
     model = build_on_main(lambda: _initial_model(config, fields, wanted, words, captions), UniTok)
-    if config.init_from is not None and fields:
-        model.config.drop_path_rate = wanted.drop_path_rate
     materialise(model, torch.device(device))
     for part in config.freeze:
         _submodule(model, part).requires_grad_(False)
@@ -104,6 +93,23 @@ def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device 
     if config.engine.gradient_checkpointing:
         recompute_activations(model, config.recompute)
     return model
+
+
+def model_fields(config: TokenizerRunConfig) -> tuple[str, dict[str, Any], Words | None]:
+    """Named size, fields of UniTokConfig and words of the section `model`.
+
+    Raises:
+        UserError: an unknown field of `model`; words that do not exist, or that the model cannot have.
+    """
+    fields = dict(config.model)
+    size = fields.pop("size", "vitamin_large")
+    known = set(UniTokConfig().to_dict()) - {"model_type", "transformers_version"}
+    for key in fields:
+        if key not in known:
+            raise UserError(f"Unknown config key 'model.{key}'.{did_you_mean(key, known)}")
+    fields = {name: value for name, value in fields.items() if name != "codebook_size" or value is not None}
+    words = read_run_words(config)
+    return size, fields if words is None else fields | word_sizes(words, fields), words
 
 
 def recompute_activations(model: UniTok, what: str) -> None:
@@ -253,18 +259,41 @@ def _start_from(path: str, fields: Mapping[str, Any], wanted: UniTokConfig) -> U
     model = _load_pretrained(path, {key: options[key] for key in options if key == "merge"})
     if "image_size" in fields and wanted.image_size != model.config.image_size:
         model = _with_image_size(model, wanted.image_size)
+    if wanted.drop_path_rate != model.config.drop_path_rate and "drop_path_rate" in fields:
+        _set_drop_path(model, wanted.drop_path_rate)
+    check_repeated_fields(model.config, fields, wanted)
+    return model
+
+
+def check_repeated_fields(found: UniTokConfig, fields: Mapping[str, Any], wanted: UniTokConfig) -> None:
+    """
+    Raises:
+        UserError: one of the run's `fields` differs from those of the model at `init_from`.
+    """
     # sizes may be repeated in the config, but not changed; a tower is compared by its fields
     wanted, _ = resolve_paths(wanted)
     for key in fields:
-        other, given = getattr(model.config, key), getattr(wanted, key)
-        if key == "encoder_options" and "merge" in options:  # added to those of the model, or taken away
+        other, given = getattr(found, key), getattr(wanted, key)
+        if key == "encoder_options" and "merge" in (fields[key] or {}):  # added to the model's, or taken away
             given = {**(other or {}), **given}
             given = {
                 name: value for name, value in given.items() if name != "merge" or value is not None
             } or None
         if other != given:
             raise UserError(f"model.{key} is {fields[key]}, but the model at init_from has {other}: omit it.")
-    return model
+
+
+def _set_drop_path(model: UniTok, rate: float) -> None:
+    """Give every block the rate of a model that is built with `rate`; options of a part may override it."""
+    model.config.drop_path_rate = rate
+    with torch.device("meta"):
+        like = UniTok(UniTokConfig.from_dict(model.config.to_dict()))
+    for name, stack in like.named_modules():
+        if isinstance(stack, Transformer):
+            found: Any = model.get_submodule(name)
+            found.drop_path_rate = stack.drop_path_rate
+            for block, other in zip(found, stack, strict=True):
+                block.drop_path_rate = other.drop_path_rate
 
 
 def _with_image_size(model: UniTok, image_size: int) -> UniTok:

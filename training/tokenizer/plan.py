@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from open_unitok.core.errors import UserError
 from open_unitok.core.files import tokenizer_path
 from open_unitok.tokenizer import UniTok, UniTokConfig
 from open_unitok.tokenizer.adaptation.autoencoder_kl import tokenizer_fields
 from open_unitok.tokenizer.adaptation.folders import read_fields
 from open_unitok.tokenizer.frozen.dinov2 import DINOv2
 from open_unitok.tokenizer.frozen.lpips import LPIPS
+from open_unitok.tokenizer.loading import check_tokenizer_folder
 from open_unitok.tokenizer.quantizers.base import SIMILARITY_BLOCK
 from open_unitok.tokenizer.text_tower import TextEncoder
 
@@ -27,7 +29,7 @@ from .adapt_config import AdaptRunConfig
 from .config import TokenizerRunConfig
 from .data import order_decoded_first
 from .discriminator import DinoDiscriminator, PatchDiscriminator
-from .model import BLOCK_STACKS, load_caption_tokenizer
+from .model import BLOCK_STACKS, check_repeated_fields, load_caption_tokenizer, model_fields
 
 # of one block of similarities, in float32: themselves, softmax, its logarithm and their gradients
 SIMILARITY_TENSORS = 6
@@ -54,7 +56,7 @@ class Plan(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """FLOPs of one image."""
+    """FLOPs of one image, of which a share is decoded."""
 
     flops: float  # of all passes
     forward: float  # of the model's forward pass
@@ -72,7 +74,7 @@ def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Pla
     networks = loss_networks(config, model.config.image_shape)
     decoded_images = order_decoded_first(micro_batch, config.reconstruct_share)[1]
     decoded = decoded_images / micro_batch
-    cost = measure(model, networks, config)
+    cost = measure(model, networks, config, decoded)
     found_activations = measure_activations(model, networks, config)
     block = _block_bytes(model, micro_batch)
     peaks = {on: a.of_batch(micro_batch, decoded_images) + block for on, a in found_activations.items()}
@@ -98,8 +100,8 @@ def plan_run(config: TokenizerRunConfig, gpus: int, text_tokens: int = 0) -> Pla
             found._replace(what=f"{found.what} of D")
             for found in sent_by(networks["discriminator"], config, gpus)
         ]
-    flops, tokens = config.batch_size * cost.flops * decoded, model.config.num_visual_tokens
-    recomputed = config.batch_size * decoded * (cost.forward - cost.blocks * (config.recompute != "all"))
+    flops, tokens = config.batch_size * cost.flops, model.config.num_visual_tokens
+    recomputed = config.batch_size * (cost.forward - cost.blocks * (config.recompute != "all"))
     return Plan(
         parameters,
         memory,
@@ -135,6 +137,8 @@ def model_on_meta(config: TokenizerRunConfig) -> tuple[UniTok, list[str]]:
             for name, parameter in model.named_parameters():
                 if name.startswith(("text_encoder", "image_norm", "image_projection", "logit_scale")):
                     parameter.requires_grad_(False)
+    if config.teachers:
+        assumed.append(f"{len(config.teachers)} teacher(s) and their heads are not counted")
     return model.train(), assumed
 
 
@@ -148,16 +152,35 @@ def _base_fields(config: AdaptRunConfig, assumed: list[str]) -> dict[str, Any]:
 
 
 def _tokenizer_config(config: TokenizerRunConfig, assumed: list[str]) -> UniTokConfig:
+    size, fields, _ = model_fields(config)
+    stored = None
     if config.init_from:
-        return UniTokConfig.from_pretrained(str(tokenizer_path(config.init_from)))
-    fields = dict(config.model)
-    if config.losses.clip and "text_vocab_size" not in fields:
+        folder = tokenizer_path(config.init_from)
+        if (folder / "config.json").is_file():
+            check_tokenizer_folder(folder)
+            stored = UniTokConfig.from_pretrained(str(folder))
+        elif config.model:
+            assumed.append(f"{config.init_from} is not here: the sizes in the section model are assumed")
+        else:
+            raise UserError(f"init_from is {config.init_from}, but there is no {folder / 'config.json'}.")
+    if stored is None and config.losses.clip and "text_vocab_size" not in fields:
         path = str(config.caption_tokenizer)
         if tokenizer_path(path).exists():
             fields["text_vocab_size"] = load_caption_tokenizer(config).vocab_size
         else:
             assumed.append(f"{path} is not here: the published vocabulary is assumed")
-    return UniTokConfig.named(fields.pop("size", "vitamin_large"), **fields)
+    wanted = UniTokConfig.named(size, **fields)
+    if stored is None:
+        return wanted
+    changes = {name: fields[name] for name in ("image_size", "drop_path_rate") if name in fields}
+    options = fields.get("encoder_options") or {}
+    if "merge" in options:
+        changes["encoder_options"] = {**(stored.encoder_options or {}), "merge": options["merge"]}
+    found = UniTokConfig.from_dict({**stored.to_dict(), **changes})
+    if "merge" in options and options["merge"] is None:
+        found.encoder_options = {k: v for k, v in found.encoder_options.items() if k != "merge"} or None
+    check_repeated_fields(found, fields, wanted)
+    return found
 
 
 def loss_networks(config: TokenizerRunConfig, shape: tuple[int, int]) -> dict[str, Any]:
@@ -176,17 +199,27 @@ def loss_networks(config: TokenizerRunConfig, shape: tuple[int, int]) -> dict[st
     return found
 
 
-def measure(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig) -> Cost:
-    """A step's passes over one image and its caption, on the meta device."""
+def measure(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig, decoded: float) -> Cost:
+    """A step's passes over an image and its caption, on the meta device; `decoded`: share of the images."""
+    whole = _measure_image(model, networks, config, True)
+    if decoded == 1:
+        return whole
+    others = _measure_image(model, {}, config, False)
+    return Cost(*(decoded * one + (1 - decoded) * other for one, other in zip(whole, others)))
+
+
+def _measure_image(model: UniTok, networks: dict[str, Any], config: TokenizerRunConfig, decode: bool) -> Cost:
     clip = config.losses.clip > 0
     with torch.device("meta"):
         pixels = torch.zeros(1, 3, *model.config.image_shape)
         ids = torch.zeros(1, model.config.text_context_length, dtype=torch.int64) if clip else None
         with FlopCounterMode(display=False) as counter:
-            out = model(pixels, ids, entropy=config.losses.entropy > 0)
+            out = model(pixels, ids, None if decode else 0, entropy=config.losses.entropy > 0)
             forward = float(counter.get_total_flops())
             blocks = _flops_of_blocks(counter, model)
-            loss = out.reconstruction.square().mean() + sum(out.losses.values())
+            loss = (out.reconstruction if decode else out.quantised).square().mean() + sum(
+                out.losses.values()
+            )
             if out.text_embeds is not None:
                 loss = loss + (out.image_embeds * out.text_embeds).sum()
             if "lpips" in networks:

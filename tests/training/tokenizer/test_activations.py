@@ -67,7 +67,14 @@ def allocated_bytes(model: UniTok) -> int:
 
 
 @pytest.mark.parametrize(
-    ("width", "recompute"), [(8, None), (8, "all"), (16, None), (16, "all"), (16, "convolutions")]
+    ("width", "recompute"),
+    [
+        (8, "all"),
+        pytest.param(8, None, marks=pytest.mark.slow),
+        pytest.param(16, None, marks=pytest.mark.slow),
+        pytest.param(16, "all", marks=pytest.mark.slow),
+        pytest.param(16, "convolutions", marks=pytest.mark.slow),
+    ],
 )
 def test_the_estimate_is_what_a_cpu_keeps_and_allocates(width, recompute):
     config = tiny_run(width, f"recompute={recompute or 'all'}")
@@ -83,6 +90,7 @@ def test_the_estimate_is_what_a_cpu_keeps_and_allocates(width, recompute):
     assert found.of_batch(IMAGES, IMAGES) == pytest.approx(allocated_bytes(real), rel=0.15)
 
 
+@pytest.mark.slow
 def test_parts_of_a_run_with_all_losses():
     """LPIPS and the discriminator by themselves; fewer decoded images keep less."""
     more = ("losses.lpips=1", "losses.lpips_weights=x", "losses.adversarial=0.4", "discriminator.kind=patch")
@@ -106,6 +114,7 @@ def test_parts_of_a_run_with_all_losses():
     assert not found[False].adds_losses and found[True].pieces == 8 and found[False].pieces is None
 
 
+@pytest.mark.slow
 def test_bf16_halves_convolutions_but_not_norms():
     sizes = []
     for dtype in ("fp32", "bf16"):
@@ -116,7 +125,10 @@ def test_bf16_halves_convolutions_but_not_norms():
         assert low <= sizes[1][name].kept / sizes[0][name].kept <= high, name
 
 
-@pytest.mark.parametrize(("memory", "verdict"), [("0.001", "does not fit"), ("79", "fits")])
+@pytest.mark.parametrize(
+    ("memory", "verdict"),
+    [("0.001", "does not fit"), pytest.param("79", "fits", marks=pytest.mark.slow)],
+)
 def test_the_plan_says_whether_a_run_fits(memory, verdict, capsys):
     main.run(["plan", "configs/demo/tokenizer.yaml", "--gpus", "1", "--gpu-memory", memory])
     out = capsys.readouterr().out
