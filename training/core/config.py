@@ -47,14 +47,14 @@ _Loader.add_implicit_resolver(
 
 
 _INHERITS = "inherits"
-# Keys that a resumed run may change, because results do not depend on them.
+# Keys that a resumed run may change, because results do not depend on them, or by rounding only.
 CHANGEABLE_KEYS = (
     *("out", "stop_at", "log", "checkpoint", "profile"),
     # how the work is laid out over GPUs: another layout changes the rounding of sums only
     *("engine.threads", "engine.zero_stage", "engine.offload"),
     *("engine.overlap_comm", "engine.hpz", "engine.compile"),
 )
-CHANGEABLE_IN_STAGE = {"mllm": ("data.workers", "engine.accumulation")}
+CHANGEABLE_IN_STAGE = {"mllm": ("data.workers", "engine.accumulation", "attention")}
 
 
 # ---- reading ---------------------------------------------------------------------------------------------

@@ -140,12 +140,12 @@ class Mixture:
         rows: list[list[TrainingSample]] = [[] for _ in range(self.batch_size)]
         free = np.full(self.batch_size, self.options.pack_to)
         for index in itertools.count():
-            before = self.counts.copy(), self.seen
+            before = self.counts.copy(), self.seen, self.bad
             sample = self._sample(*self._next_position(), random.random(3).tolist(), index)
             length = len(sample.sequence.ids)
             fitting = np.flatnonzero(free >= length)
             if not len(fitting):
-                self.counts, self.seen = before
+                self.counts, self.seen, self.bad = before
                 return rows
             row = int(fitting[free[fitting].argmin()])
             rows[row].append(sample)

@@ -57,10 +57,10 @@ class MixtureOptions(DropOptions):
     max_length: longest sample in tokens, visual ones included. pack_to: rows of this many tokens hold as many
     samples as fit, without attending to each other; 0 = one sample per row. batch_by: what batch_size counts;
     "rows" = a step has batch_size rows of pack_to tokens, each filled with as many samples as fit (every rank
-    then builds all samples of a step). group_by_length: micro-batches
-    of one step hold samples of similar length (every rank then builds all samples of a step). workers:
-    processes per rank that prefetch steps, 0 = none; it changes no batch and may differ on resume.
-    max_bad_share: share of unusable samples that stops the run.
+    then builds all samples of a step, and every worker those of all steps). group_by_length: micro-batches of
+    one step hold samples of similar length (every rank then builds all samples of a step). workers: processes
+    per rank that prefetch steps, 0 = none; it changes no batch and may differ on resume. max_bad_share: share
+    of unusable samples that stops the run.
     """
 
     mixture: list[MixtureEntry]
@@ -84,10 +84,10 @@ class MixtureOptions(DropOptions):
         if self.batch_by == "rows":
             if not self.pack_to or self.max_length > self.pack_to:
                 raise UserError(
-                    f"data.batch_by is rows, with data.pack_to {self.pack_to} and data.max_length "
-                    f"{self.max_length}: rows need pack_to tokens, and at least max_length."
+                    f"data.batch_by: rows needs a data.pack_to of at least data.max_length = "
+                    f"{self.max_length} tokens, got {self.pack_to}: raise it, or lower max_length."
                 )
             if self.group_by_length:
                 raise UserError(
-                    "data.batch_by rows fills rows in the order of samples: omit data.group_by_length."
+                    "data.batch_by: rows fills rows in the order of the samples: omit data.group_by_length."
                 )

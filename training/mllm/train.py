@@ -258,7 +258,8 @@ def train_step(
     # the device, where the sum over ranks does not make the host wait
     counts = [[batch.text_targets, batch.code_targets] for batch in batches]
     local = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
-    targets = dict(zip(("text", "image"), distributed.sum_over_ranks(to_device(local, device))))
+    sums = distributed.sum_over_ranks(to_device(local, device))
+    targets: dict[str, torch.Tensor] = dict(zip(("text", "image"), sums))
     losses: dict[str, torch.Tensor] = {}
     grad_norm = None
     for micro_step, batch in enumerate(batches):

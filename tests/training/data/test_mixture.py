@@ -324,6 +324,28 @@ def test_no_sample_is_lost_or_repeated_between_steps(make):
     assert int(mixture.counts.sum()) == len(found)
 
 
+def test_the_sample_that_begins_the_next_step_is_counted_once(tmp_path, make, sequences):
+    """Also a bad one, which two steps look at: here the one that no longer fits into the first step."""
+    options = {**ROWS, "unconditional": 0.0}
+    alike = {"captions": ["a cat"]}  # the same length for all
+
+    def build(name, *broken):
+        path = write_codes(tmp_path / name, broken=broken, info=alike)
+        listed = [{"kind": "text_to_image", "path": str(path)}]
+        return Mixture(
+            build_config(MixtureOptions, {"mixture": listed, **options}), sequences, seed=3, batch_size=3
+        )
+
+    first = build("whole")
+    first.next()
+    shard, item = first.orders[0][int(first.counts.sum())]
+    mixture = build("broken", shard * 20 + item)
+    mixture.next()
+    assert (mixture.seen, mixture.bad) == (int(mixture.counts.sum()), 0)
+    mixture.next()
+    assert (mixture.seen, mixture.bad) == (int(mixture.counts.sum()), 1)
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_filled_rows_resume_exactly_with_any_workers(make, workers):
     whole = make(batch_size=4, **ROWS)
@@ -358,6 +380,7 @@ def test_filled_rows_do_not_depend_on_ranks(make, monkeypatch):
     "options",
     [
         {"batch_by": "rows"},
+        {"batch_by": "rows", "pack_to": 64},
         {"batch_by": "rows", "pack_to": 64, "max_length": 65},
         {"batch_by": "rows", "pack_to": 64, "max_length": 64, "group_by_length": True},
         {"batch_by": "tokens", "pack_to": 64, "max_length": 64},

@@ -68,3 +68,12 @@ def test_varlen_is_taken_by_decoders_that_support_it(family, supported):
         with pytest.raises(UserError, match="not for a 'gemma2'") as error:
             choose_attention("varlen", "fp32", found, 2048)
         assert "\n" not in str(error.value)
+
+
+def test_a_run_may_change_it_on_resume(mllm, mllm_reference):
+    """`auto` was not always the default: runs that began with sdpa resume, in padded rows bit for bit."""
+    mllm.train("attention", "attention=sdpa", "stop_at=3")
+    found = mllm.train("attention")
+    assert mllm.rows(found) == mllm.rows(mllm_reference)
+    ours, theirs = mllm.weights(found), mllm.weights(mllm_reference)
+    assert ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
