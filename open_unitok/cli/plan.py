@@ -66,8 +66,8 @@ def run(args: argparse.Namespace) -> None:
         )
     if not min(args.bandwidth, args.node_bandwidth) > 0:
         raise UserError("--bandwidth and --node-bandwidth must be above 0 GB/s.")
-    if not args.gpu_memory > 0:
-        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 GiB.")
+    if not 0 < args.gpu_memory < float("inf"):
+        raise UserError(f"--gpu-memory is {args.gpu_memory:g}; it must be a number of GiB above 0.")
     if args.gpu not in PEAK_TFLOPS:
         raise UserError(f"--gpu is {args.gpu!r}; it must be one of {', '.join(PEAK_TFLOPS)}.")
     if args.device == "cpu":
@@ -93,7 +93,9 @@ def describe(config: Any, args: argparse.Namespace) -> list[str]:
         estimates.append(core.estimate_run(plans[-1], fitted, network, tflops, args.mfu))
     lines = [f"! {text}" for text in plans[0].assumed] + core.describe_parameters(plans[0].parameters)
     if len(plans) > 1:
-        return lines + core.describe_estimates(estimates, plans[0].work[1], config, tflops)
+        return lines + core.describe_estimates(
+            estimates, plans[0].work[1], config, tflops, args.gpu_memory
+        )
     own = plans[0].memory[config.engine.zero_stage]
     fit = [] if args.device == "cpu" else [core.describe_fit(own, args.gpu_memory)]
     return [

@@ -158,8 +158,8 @@ class StepTime(NamedTuple):
     """Seconds of one optimiser step."""
 
     compute: float
-    wires: float  # all transfers
-    exposed: float  # the part of them that nothing hides
+    communication: float  # all transfers
+    exposed: float  # the part of it that no computation overlaps
 
     @property
     def total(self) -> float:
@@ -168,7 +168,7 @@ class StepTime(NamedTuple):
 
 
 def step_time(compute: float, found: Sequence[Transfer], network: Network, engine: EngineOptions) -> StepTime:
-    """Time of a step whose products take `compute` seconds.
+    """Time of a step whose computation takes `compute` seconds.
 
     A transfer hides behind the pass of its micro-batch that it runs beside, as far as that is long enough.
     """
@@ -178,7 +178,7 @@ def step_time(compute: float, found: Sequence[Transfer], network: Network, engin
         "forward": compute * share / engine.accumulation,
         "backward": compute * (1 - share) / engine.accumulation,
     }
-    wires = sum(transfer.times * transfer.seconds(network) for transfer in found)
+    communication = sum(transfer.times * transfer.seconds(network) for transfer in found)
     exposed = sum(
         transfer.times * transfer.seconds(network) for transfer in found if transfer.beside == "none"
     )
@@ -186,4 +186,4 @@ def step_time(compute: float, found: Sequence[Transfer], network: Network, engin
         for name, seconds in passes.items():
             here = (t for t in found if t.beside == name and micro_batch in t.micro_batches)
             exposed += max(0.0, sum(transfer.seconds(network) for transfer in here) - seconds)
-    return StepTime(compute, wires, exposed)
+    return StepTime(compute, communication, exposed)

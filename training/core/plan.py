@@ -137,12 +137,12 @@ class Estimate(NamedTuple):
 
 
 def estimate_run(plan: Any, config: RunConfig, network: Network, tflops: float, mfu: float) -> Estimate:
-    """The time of a run whose products reach the share `mfu` of each rank's `tflops`.
+    """The time of a run that computes at the share `mfu` of each rank's `tflops`.
 
     Args:
         plan: a stage's, on `network.ranks` ranks.
     """
-    products = plan.flops / (mfu * 1e12 * tflops * network.ranks)
+    compute = plan.flops / (mfu * 1e12 * tflops * network.ranks)
     return Estimate(
         network.ranks,
         config.engine.accumulation,
@@ -150,7 +150,7 @@ def estimate_run(plan: Any, config: RunConfig, network: Network, tflops: float, 
         sum(plan.memory[config.engine.zero_stage]),
         plan.flops,
         plan.work[0],
-        step_time(products, plan.transfers, network, config.engine),
+        step_time(compute, plan.transfers, network, config.engine),
         plan.transfers,
     )
 
@@ -202,37 +202,38 @@ def describe_time(
     """A line on the time of a step and of the run; `tflops` is the peak of one device."""
     found, on_cpu = estimate.time, args.device == "cpu"
     device = f"this CPU with {torch.get_num_threads()} thread(s), measured" if on_cpu else args.gpu
-    products = (
-        f"products at {100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}: {found.compute:.3g} s"
+    compute = (
+        f"compute at {100 * args.mfu:.0f} % of the {tflops:,.4g} TFLOP/s of {device}: {found.compute:.3g} s"
     )
     if estimate.transfers:
-        products += f", transfers {found.wires:.3g} s, of which {found.exposed:.3g} s are not hidden"
+        compute += f", communication {found.communication:.3g} s, of which {found.exposed:.3g} s are exposed"
     hours = found.total * config.steps / 3600
     total = "" if on_cpu else f", {describe_hours(hours * estimate.ranks, 'GPU-hours')}"
     return (
-        f"{products}; {found.total:.3g} s a step, {estimate.work / found.total:,.0f} {unit}/s, MFU "
+        f"{compute}; {found.total:.3g} s per step, {estimate.work / found.total:,.0f} {unit}/s, MFU "
         f"{estimate.mfu(tflops):.1%}; {config.steps:,} steps take {describe_hours(hours)}{total}"
     )
 
 
 def describe_estimates(
-    estimates: Sequence[Estimate], unit: str, config: RunConfig, tflops: float
+    estimates: Sequence[Estimate], unit: str, config: RunConfig, tflops: float, gpu_memory: float
 ) -> list[str]:
-    """A table with one line per number of ranks."""
-    heading = (
-        f"ZeRO {config.engine.zero_stage}; seconds of a step: products, transfers, those not hidden, all"
-    )
-    lines = ["", heading]
+    """A table with one line per number of ranks; memory above `gpu_memory` GiB is marked."""
+    parts = "compute, communication, exposed communication (beside no compute), all"
+    lines = ["", f"ZeRO {config.engine.zero_stage}; GiB per GPU; seconds per step: {parts}"]
     lines.append(
-        f"{'GPUs':>6} {'accumulation':>13} {'per GPU':>8} {'GiB':>7} {'products':>9} {'transfers':>10} "
+        f"{'GPUs':>6} {'accumulation':>13} {'per GPU':>8} {'GiB':>8} {'compute':>8} {'comm.':>8} "
         f"{'exposed':>8} {'step':>8} {unit + '/s':>12} {'MFU':>6} {'days':>7}"
     )
     for found in estimates:
         time = found.time
         days = time.total * config.steps / 86400
+        memory = found.memory / 2**30
         lines.append(
-            f"{found.ranks:6} {found.accumulation:13} {found.micro_batch:8} {found.memory / 2**30:7.1f} "
-            f"{time.compute:9.3f} {time.wires:10.3f} {time.exposed:8.3f} {time.total:8.3f} "
+            f"{found.ranks:6} {found.accumulation:13} {found.micro_batch:8} {memory:7.1f}{' !'[memory > gpu_memory]} "
+            f"{time.compute:8.3f} {time.communication:8.3f} {time.exposed:8.3f} {time.total:8.3f} "
             f"{found.work / time.total:12,.0f} {found.mfu(tflops):6.1%} {days:7.2f}"
         )
+    if any(found.memory / 2**30 > gpu_memory for found in estimates):
+        lines.append(f"! does not fit --gpu-memory {gpu_memory:g}")
     return lines

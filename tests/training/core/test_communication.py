@@ -40,7 +40,7 @@ def test_the_7b_on_64_gpus_by_hand():
     assert found["weights"][:3] == (pytest.approx(30.03, abs=0.01), 1, pytest.approx(0.6, rel=0.02))
     # by default DeepSpeed reduces to all ranks, which is twice as much
     assert sent(64)["gradients"][2] == pytest.approx(2 * found["gradients"][2])
-    # a step of 0.33 s of products takes six times as long, at the 6 % that a GPU then reaches
+    # a step of 0.33 s of computation takes six times as long, at the 6 % that a GPU then reaches
     network, config = Network(64), run.load_run_config(PRETRAIN, [TO_OWNERS])
     estimate = estimate_run(planned(64, TO_OWNERS), config, network, 989.0, 0.4)
     assert estimate.time.compute == pytest.approx(0.33, rel=0.02)
@@ -98,9 +98,9 @@ def test_hidden_time_is_never_negative_and_never_more_than_all(stage, accumulati
         found = transfers(SIZES, engine, stage, network.ranks)
         for compute in (1e-3, 0.1, 100.0):
             time = step_time(compute, found, network, engine)
-            assert 0 <= time.exposed <= time.wires * (1 + 1e-9)
+            assert 0 <= time.exposed <= time.communication * (1 + 1e-9)
             if stage == 0 or overlap is False or (overlap is None and stage < 3):
-                assert time.exposed == pytest.approx(time.wires)
+                assert time.exposed == pytest.approx(time.communication)
     # a long pass hides all but the gather of ZeRO 1 and 2
     if stage and overlap:
         after = sum(t.seconds(Network(64)) for t in transfers(SIZES, engine, stage, 64) if t.beside == "none")
@@ -124,10 +124,15 @@ def test_the_table_for_several_numbers_of_gpus(capsys):
     steps = [float(row[7]) for row in rows.values()]
     assert steps[0] > steps[1] > steps[2]
     main.run(["plan", "configs/demo/tokenizer.yaml", "--gpus", "2", "4"])
-    assert "images/s" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "images/s" in out and "does not fit" not in out
+    main.run(["plan", PRETRAIN, "--gpus", "8", "64", "--gpu-memory", "60"])
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert ["!" in line for line in table] == [True, False, True]
+    assert table[-1] == "! does not fit --gpu-memory 60"
     main.run(["plan", PRETRAIN, "--gpus", "64"])
     out = capsys.readouterr().out
-    assert "communication of a step at 50 GB/s" in out and "are not hidden" in out
+    assert "communication of a step at 50 GB/s" in out and "are exposed" in out
 
 
 @pytest.mark.parametrize(
@@ -157,9 +162,9 @@ def test_the_cards_for_64_gpus_say_what_is_planned(name, capsys):
         out = capsys.readouterr().out
         memory = next(float(line.split()[-1]) for line in out.splitlines() if line.startswith("*"))
         assert f"{memory:.1f} GiB per GPU" in card
-        products, seconds, mfu = re.search(
-            r"H100: (\S+) s, .* hidden; (\S+) s a step, .* MFU (\S+)%;", out
+        compute, seconds, mfu = re.search(
+            r"H100: (\S+) s, .* exposed; (\S+) s per step, .* MFU (\S+)%;", out
         ).groups()
-        assert f"products {products} s a step" in card
-        told = re.search(rf"--bandwidth {bandwidth} \([^)]*\) (\S+) s(?: a step)?, (\S+) %", card)
+        assert f"compute {compute} s per step" in card
+        told = re.search(rf"--bandwidth {bandwidth} \([^)]*\) (\S+) s(?: per step)?, (\S+) %", card)
         assert told and told.groups() == (seconds, mfu)
