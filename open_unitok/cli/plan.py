@@ -93,9 +93,7 @@ def describe(config: Any, args: argparse.Namespace) -> list[str]:
         estimates.append(core.estimate_run(plans[-1], fitted, network, tflops, args.mfu))
     lines = [f"! {text}" for text in plans[0].assumed] + core.describe_parameters(plans[0].parameters)
     if len(plans) > 1:
-        return lines + core.describe_estimates(
-            estimates, plans[0].work[1], config, tflops, args.gpu_memory
-        )
+        return lines + core.describe_estimates(estimates, plans[0].work[1], config, tflops, args.gpu_memory)
     own = plans[0].memory[config.engine.zero_stage]
     fit = [] if args.device == "cpu" else [core.describe_fit(own, args.gpu_memory)]
     return [

@@ -228,9 +228,9 @@ def describe_estimates(
     for found in estimates:
         time = found.time
         days = time.total * config.steps / 86400
-        memory = found.memory / 2**30
+        memory = f"{found.memory / 2**30:.1f}{' !'[found.memory / 2**30 > gpu_memory]}"
         lines.append(
-            f"{found.ranks:6} {found.accumulation:13} {found.micro_batch:8} {memory:7.1f}{' !'[memory > gpu_memory]} "
+            f"{found.ranks:6} {found.accumulation:13} {found.micro_batch:8} {memory:>8} "
             f"{time.compute:8.3f} {time.communication:8.3f} {time.exposed:8.3f} {time.total:8.3f} "
             f"{found.work / time.total:12,.0f} {found.mfu(tflops):6.1%} {days:7.2f}"
         )
