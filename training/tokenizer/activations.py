@@ -152,7 +152,7 @@ class Recorder:
         """Count what the code inside keeps, for `part`; under the rules of CUDA's autocast if it is to."""
         before, self._part = self._part, part
         mode = contextlib.nullcontext()
-        if autocast and self.autocast is None:
+        if self.autocast is None:  # without autocast, too: attention is that of the kernels
             mode = self.autocast = CudaAutocast()
         cpu = torch.autocast("cpu", torch.bfloat16, enabled=autocast)
         with mode, cpu, torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):

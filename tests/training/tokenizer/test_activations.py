@@ -9,8 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from open_unitok.cli import main
 from open_unitok.tokenizer import UniTok
+from open_unitok.tokenizer.layers import Block
 from open_unitok.training.run import load_run_config
-from open_unitok.training.tokenizer.activations import measure_activations
+from open_unitok.training.tokenizer.activations import Recorder, measure_activations
 from open_unitok.training.tokenizer.model import recompute_activations
 from open_unitok.training.tokenizer.plan import loss_networks, model_on_meta
 
@@ -88,6 +89,20 @@ def test_the_estimate_is_what_a_cpu_keeps_and_allocates(width, recompute):
     fixed = found.peaks[-1][1]  # kernels derived from weights
     assert kept + fixed == pytest.approx(kept_bytes(real), rel=0.15)
     assert found.of_batch(IMAGES, IMAGES) == pytest.approx(allocated_bytes(real), rel=0.15)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_attention_keeps_no_square_of_the_tokens(dtype):
+    """As the kernels of a GPU, whatever the dtype."""
+    sizes = []
+    for tokens in (256, 512):
+        with torch.device("meta"):
+            block = Block(32, 2, 2.0)
+            recorder = Recorder(block)
+            with recorder.recording("block", dtype != "fp32"):
+                block(torch.zeros(1, tokens, 32, requires_grad=True))
+        sizes.append(recorder.total)
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.01)
 
 
 @pytest.mark.slow
