@@ -68,6 +68,8 @@ def test_every_part_runs_and_every_line_of_the_table_is_filled(out, modules):
         assert table.NOTHING not in table.cell(line, summary["parts"]).split(), line.label
     tests = summary["parts"]["tests"]["rows"]["all"]
     assert tests["tests_passed"] > 30 and tests["tests_failed"] == 0
+    resumed = [row.get("resumed") for row in summary["parts"]["engine"]["rows"].values()]
+    assert resumed.count("bit for bit") >= 3
     assert sorted(path.name for path in out.iterdir()) == ["log.txt", "summary.json", "table.md"]
 
 

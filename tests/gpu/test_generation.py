@@ -35,8 +35,9 @@ def generate(model, sampling, prefix=None, backend="auto", prompts=PROMPTS, seed
     return generate_image_codes(model, prompts, sampling, seeds, UNCONDITIONAL, prefix, backend).cpu()
 
 
-@pytest.mark.parametrize("given", [0, 3], ids=["", "prefix"])
-@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize(
+    ("name", "given"), [*((name, 0) for name in SAMPLINGS), ("sampled", 3), ("scheduled", 3)]
+)
 def test_a_captured_graph_equals_eager(mllm, name, given):
     model, sampling = mllm().cuda(), SAMPLINGS[name]
     expected = generate(model, sampling, backend="torch")

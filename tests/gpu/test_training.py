@@ -10,14 +10,14 @@ from open_unitok.training.core.deepspeed_engine import enable_activation_checkpo
 from open_unitok.training.tokenizer.losses import contrastive_loss, reconstruction_losses
 
 pytestmark = pytest.mark.gpu
-STEPS, LR = 2, 1e-3
+STEPS, LR, SIDE = 2, 1e-3, 32
 TOLERANCE = {"rtol": 1e-3, "atol": 1e-4}
 
 
 def tokenizer_loss(model, device):
     """Every loss of one micro-batch without a discriminator."""
     generator = torch.Generator().manual_seed(0)
-    pixels = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1).to(device)
+    pixels = (torch.rand(2, 3, SIDE, SIDE, generator=generator) * 2 - 1).to(device)
     ids = torch.randint(1, 64, (2, 16), generator=generator).to(device)
     torch.manual_seed(0)
     lpips = LPIPS().to(device)
@@ -74,7 +74,9 @@ def train(model, build_loss, device, dtype=None):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "mllm"])
 def test_training_steps_equal_those_of_the_cpu(tokenizer, mllm, caller_sets, stage):
-    model, build_loss = (tokenizer(), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    model, build_loss = (
+        (tokenizer(image_size=SIDE), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    )
     expected, gradients = train(model, build_loss, "cpu")
     with caller_sets("highest"):
         found, found_gradients = train(model, build_loss, "cuda")
@@ -89,7 +91,9 @@ def test_training_steps_equal_those_of_the_cpu(tokenizer, mllm, caller_sets, sta
 
 @pytest.mark.parametrize("stage", ["tokenizer", "mllm"])
 def test_autocast_stays_close_to_float32(tokenizer, mllm, stage):
-    model, build_loss = (tokenizer(), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    model, build_loss = (
+        (tokenizer(image_size=SIDE), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    )
     exact, _ = train(model, build_loss, "cuda")
     rounded, _ = train(model, build_loss, "cuda", torch.bfloat16)
     assert rounded[0] == pytest.approx(exact[0], rel=5e-2)
@@ -98,7 +102,9 @@ def test_autocast_stays_close_to_float32(tokenizer, mllm, stage):
 
 @pytest.mark.parametrize("stage", ["tokenizer", "mllm"])
 def test_activation_checkpointing_changes_no_gradient(tokenizer, mllm, stage):
-    model, build_loss = (tokenizer(), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    model, build_loss = (
+        (tokenizer(image_size=SIDE), tokenizer_loss) if stage == "tokenizer" else (mllm(), mllm_loss)
+    )
     expected, gradients = train(model, build_loss, "cuda", torch.bfloat16)
     enable_activation_checkpointing(model)
     found, found_gradients = train(model, build_loss, "cuda", torch.bfloat16)
