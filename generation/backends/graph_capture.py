@@ -47,20 +47,22 @@ def capture_step(
 
     # streams and graphs belong to the current device: with another one the graph would be empty
     with _capturing, current_device(device):
+        stream, caller = _side_stream(device), torch.cuda.current_stream(device)
         try:
-            stream = _side_stream(device)
-            stream.wait_stream(torch.cuda.current_stream(device))
-            # warm-up: libraries such as cuBLAS initialise in the first runs, which a capture does not allow
-            with torch.cuda.stream(stream):
-                for _ in range(2):
+            with torch.cuda.stream(caller):  # torch.cuda.graph does not leave its stream if the capture fails
+                stream.wait_stream(caller)
+                # warm-up: libraries such as cuBLAS initialise in the first runs, which a capture forbids
+                with torch.cuda.stream(stream):
+                    for _ in range(2):
+                        step()
+                        rewind()
+                caller.wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                # thread_local: what other threads do meanwhile, which CUDA forbids by default, is no error
+                with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                     step()
-                    rewind()
-            torch.cuda.current_stream(device).wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: what other threads do meanwhile, which CUDA forbids by default, is no error
-            with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
-                step()
         except RuntimeError:
+            caller.wait_stream(stream)
             rewind()
             raise
     rewind()  # on a wrong stream the step has run instead of being captured

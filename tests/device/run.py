@@ -1,10 +1,12 @@
 """Run scenarios on the emulated CUDA device and print their results as JSON, one line each.
 
-    python tests/device/on_emulated_cuda.py tests/device/run.py generation [NAME ...]
+    python tests/device/on_emulated_cuda.py --devices 2 tests/device/run.py generation [NAME ...]
 
-A scenario is a function of `scenarios/FILE.py` whose name starts with `scenario_`; it returns JSON.
+A scenario is a function of `scenarios/FILE.py` whose name starts with `scenario_`; it returns JSON. Without
+arguments, the names of files are read from standard input.
 """
 
+import gc
 import importlib
 import json
 import sys
@@ -16,10 +18,10 @@ from emulated_cuda import LOG
 
 
 def main(file: str, *names: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     module = importlib.import_module(f"scenarios.{file}")
     for name in names or [name[9:] for name in vars(module) if name.startswith("scenario_")]:
+        gc.collect()  # models of earlier scenarios, and what is kept for them
+        torch.cuda.set_stream(torch.cuda.default_stream(0))  # also makes cuda:0 the current device
         LOG.clear()
         try:
             result = {"result": getattr(module, f"scenario_{name}")()}
@@ -29,4 +31,11 @@ def main(file: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    if sys.argv[1:]:
+        main(*sys.argv[1:])
+    else:
+        for line in sys.stdin:
+            main(line.strip())
+            print('{"done": true}', flush=True)

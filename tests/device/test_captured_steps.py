@@ -7,7 +7,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(run_scenarios):
-    lines = run_scenarios("captured_steps", devices=2)
+    lines = run_scenarios("captured_steps")
     for name, line in lines.items():
         assert "error" not in line, f"{name}: {line['error']}\n{line['trace']}"
     return {name: line["result"] for name, line in lines.items()}

@@ -29,7 +29,7 @@ def generation(run_scenarios):
 
 def test_the_device_behaves_as_cuda(run_scenarios):
     """What the other tests rely on."""
-    found = results(run_scenarios("device", devices=2))
+    found = results(run_scenarios("device"))
     assert found["modules"] == {"device": "cuda:0", "dtype": "torch.bfloat16", "kind": "CUDATensor"}
     assert found["copies"] == {
         "pinned, non_blocking=False": 1,
@@ -81,7 +81,9 @@ def test_a_planted_cpu_generator_is_found(generation):
 
 @slow
 def test_a_planted_wait_in_the_captured_step_is_found(generation):
-    (refused,) = generation["planted_item"]
+    found = generation["planted_item"]
+    assert found["equal"] and found["stream"] == 0 and found["replays"] == 0
+    (refused,) = found["refused"]
     assert refused.startswith("item at tests/device/scenarios/generation.py")
 
 

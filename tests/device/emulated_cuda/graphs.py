@@ -11,7 +11,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from .log import LOG, place
 
@@ -187,12 +186,12 @@ class CUDAGraph:
 
     def record(self, function: Any, args: tuple, kwargs: dict, written: list[torch.Tensor]) -> Any:
         """Run an operator on CPU tensors while it is recorded."""
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        given = tensors_of((*args, *kwargs.values()))
         self.before += [(x, x.clone()) for x in written]
         self.outside |= {address(x) for x in given} - self.made.keys()
         out = function(*args, **kwargs)
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.numel() and address(x) not in self.outside:
+        for x in tensors_of(out):
+            if x.numel() and address(x) not in self.outside:
                 self.made.setdefault(address(x), x)
         self.calls.append((function, args, kwargs, out))
         return out
@@ -202,8 +201,8 @@ class CUDAGraph:
         with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction(), torch.no_grad():
             for function, args, kwargs, out in self.calls:
                 new = function(*args, **kwargs)
-                for fresh, kept in zip(tree_leaves(new), tree_leaves(out)):
-                    if isinstance(kept, torch.Tensor) and address(fresh) != address(kept):
+                for fresh, kept in zip(tensors_of(new), tensors_of(out)):
+                    if address(fresh) != address(kept):
                         kept.copy_(fresh)
 
     def instantiate(self) -> None: ...
@@ -213,6 +212,13 @@ class CUDAGraph:
 
     def pool(self) -> tuple[int, int]:
         return (0, id(self))
+
+
+def tensors_of(x: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator, which are tensors or lists of them."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [tensor for y in x for tensor in tensors_of(y)] if isinstance(x, (list, tuple)) else []
 
 
 def address(tensor: torch.Tensor) -> int:

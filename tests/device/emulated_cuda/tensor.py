@@ -1,9 +1,9 @@
 """A tensor that says it is on a CUDA device, and what each operator does with it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from . import graphs
 from .kernels import KERNELS
@@ -113,6 +113,13 @@ def to_host(x: Any) -> Any:
     return x.host if isinstance(x, CUDATensor) else x
 
 
+def map_tensors(function: Callable[[torch.Tensor], Any], x: Any) -> Any:
+    """An argument or a result of an operator with `function` of each tensor; torch's pytree is slower."""
+    if isinstance(x, torch.Tensor):
+        return function(x)
+    return type(x)(map_tensors(function, y) for y in x) if isinstance(x, (list, tuple)) else x
+
+
 def with_index(device: Any) -> torch.device:
     """ "cuda" is the current device."""
     device = torch.device(device)
@@ -132,8 +139,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
         return _to_copy(func, args, kwargs)
     if name == "copy_":
         return _copy_(func, args, kwargs)
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+    tensors = graphs.tensors_of((*args, *kwargs.values()))
     there = [x for x in tensors if isinstance(x, CUDATensor)]
     wanted = None if kwargs.get("device") is None else with_index(kwargs["device"])
     device = there[0]._device if there else wanted or CPU
@@ -144,7 +150,8 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
         _check_devices(func, name, args, tensors, device)
         _count_waits(func, name, args, kwargs)
     made_on = wanted or device
-    args, kwargs = tree_unflatten([to_host(x) for x in flat], spec)
+    args = tuple(map_tensors(to_host, x) for x in args)
+    kwargs = {key: map_tensors(to_host, x) for key, x in kwargs.items()}
     if wanted is not None and wanted.type == "cuda":
         kwargs["device"] = CPU
     out = _launch(func, args, kwargs, device if there else made_on)
@@ -155,9 +162,7 @@ def run(func: Any, args: tuple, kwargs: dict) -> Any:
         if x.shape != x.host.shape:  # squeeze_ and the like changed `host` alone
             with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
                 x.data = CUDATensor(x.host, x._device)
-    return tree_map_only(
-        torch.Tensor, lambda x: known[id(x)] if id(x) in known else CUDATensor(x, made_on), out
-    )
+    return map_tensors(lambda x: known[id(x)] if id(x) in known else CUDATensor(x, made_on), out)
 
 
 def _launch(func: Any, args: tuple, kwargs: dict, device: torch.device) -> Any:

@@ -1,7 +1,7 @@
 """Image generation: captured graphs, their codes and host synchronisations, and planted faults."""
 
 import torch
-from emulated_cuda import LOG, host_copy, measure
+from emulated_cuda import host_copy, measure
 
 from open_unitok.generation import Sampling, generate_image_codes, image_sampling
 from open_unitok.generation.sampling import GumbelNoise
@@ -65,8 +65,8 @@ def scenario_planted_cpu_generator() -> str:
         return error_of(lambda: _generate(model))
 
 
-def scenario_planted_item() -> list:
-    """A wait for the device in the captured step."""
+def scenario_planted_item() -> dict:
+    """A wait for the device in the captured step; the codes come without a graph, on the caller's stream."""
     model, original = tiny_model().to("cuda"), image_sampling.sample_visual_token
 
     def with_fault(backend, sampling, guidance, noise, codes, check=None):
@@ -74,6 +74,6 @@ def scenario_planted_item() -> list:
         assert codes.max().item() >= 0
 
     with planted(image_sampling, "sample_visual_token", with_fault):
-        LOG.clear()
-        _generate(model)
-        return LOG.report()["refused"]
+        codes, report = measure(_generate, model)
+    equal = torch.equal(host_copy(codes), _generate(tiny_model()))
+    return {**report, "equal": equal, "stream": torch.cuda.current_stream().stream_id}
