@@ -230,7 +230,7 @@ def _set_reduce_dtype(zero: Any, dtype: torch.dtype, stage: int) -> None:
     bucket = type(next(iter(zero.ipg_buckets.values())))()
     if stage == 3:  # ZeRO 1 and 2 allocate buckets in the backward pass
         device = next(iter(zero.ipg_buckets.values())).buffer.device
-        bucket.buffer = torch.empty(zero.reduce_bucket_size, dtype=dtype, device=device)
+        bucket.buffer = torch.empty(zero.reduce_bucket_size, dtype=dtype, device=device)  # pyright: ignore
     zero.ipg_buckets = {dtype: bucket}
 
 

@@ -52,7 +52,7 @@ class ClassRunConfig(RunConfig):
         if self.data.pack_to:
             raise UserError(
                 f"data.pack_to is {self.data.pack_to}, but all samples of conditioner: class have the same "
-                "length: omit the key."
+                "length: omit it, and data.batch_by."
             )
 
     def prefix_factors(self) -> list[tuple[str, float]]:

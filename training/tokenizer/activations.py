@@ -246,8 +246,8 @@ def watch_parts(recorder: Recorder, model: UniTok, recomputes: bool, what: str =
             recorder.watch(part, module)
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
-            module._gradient_checkpointing_func = recorder.recompute
-            module.gradient_checkpointing = recomputes
+            module._gradient_checkpointing_func = recorder.recompute  # pyright: ignore
+            module.gradient_checkpointing = recomputes  # pyright: ignore
     if recomputes and what == "convolutions":
         keep_blocks(model)
 
@@ -330,7 +330,7 @@ def _loss_recorders(
 ) -> dict[str, Callable[[int], int]]:
     """Loss -> a function of the number of images that returns the bytes which its pass keeps."""
     options, shape = config.discriminator, model.config.image_shape
-    discriminator = networks.get("discriminator")
+    discriminator: Any = networks.get("discriminator")
 
     def record(loss: Callable[[Tensor], Any], *modules: nn.Module) -> Callable[[int], int]:
         def run(count: int) -> int:

@@ -125,7 +125,7 @@ def keep_blocks(model: UniTok) -> None:
         if isinstance(stack, (*BLOCK_STACKS, TextEncoder)):
             for module in stack.modules():
                 if hasattr(module, "gradient_checkpointing"):
-                    module.gradient_checkpointing = False  # pyright: ignore[reportAttributeAccessIssue]
+                    module.gradient_checkpointing = False  # pyright: ignore
 
 
 def _initial_model(

@@ -5,6 +5,7 @@ B images of a micro-batch, b of them decoded.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def place_noise(
         f"drop path {name}": drop_path_noise(len(b), samples, seed, step, name) for name, b in stacks.items()
     }
     for name, part in posteriors.items():
-        width = part.width if name == "encoder" else part.latent_dim
+        width: Any = part.width if name == "encoder" else part.latent_dim
         shape = (model.config.layout.num_tokens, width)
         noise[f"posterior {name}"] = posterior_noise(shape, samples, seed, step)
     noise |= {f"view {name}": view.noise.amounts for name, view in views.items()}
