@@ -63,7 +63,7 @@ def test_doctor_says_what_is_tested_of_each_device(capsys):
 
     doctor_command.run(None)
     out = capsys.readouterr().out
-    assert all(f"{device:<18} {text}" in out for device, text in TESTED.items())
+    assert all(f"- {device:<18} {text}" in out for device, text in TESTED.items())
     # the devices that the command line names, and one that it refuses
     with pytest.raises(UserError) as error:
         check_device("xpu")

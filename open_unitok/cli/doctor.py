@@ -20,6 +20,8 @@ def run(args: argparse.Namespace) -> None:
     for title, checks in parts.items():
         print(title)
         for check in checks:
-            print(f"  {'!' if check.cost else '✓'} {check.name:<18} {check.found}")
+            # what is tested says nothing about this machine
+            mark = "-" if title == "Tested devices" else "!" if check.cost else "✓"
+            print(f"  {mark} {check.name:<18} {check.found}")
             if check.cost:
                 print(f"      {check.cost}")
