@@ -1,7 +1,8 @@
 """How the next ids of answers are chosen, in parts that a captured step can use.
 
 A sampler gets its random numbers from a tensor that is filled outside of the graph, by the same calls of the
-same generator as in eager decoding. Ids are therefore equal.
+same generator as in eager decoding. Of equal logits, ids are therefore equal; in bf16 on a GPU, kernels for
+another number of rows may round logits differently.
 
 R rows of the batch, V vocabulary.
 """

@@ -19,7 +19,7 @@ def check_device(device: str | torch.device) -> torch.device:
     """
     try:
         found = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise UserError(f"device is {device!r}; it must be cpu, cuda, cuda:N or mps.") from error
     # torch.device("cuda") is valid even in a build without CUDA
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}

@@ -206,6 +206,7 @@ def test_another_tokenizer_is_rejected(folder, tiny_unitok, tmp_path):
     ("device", "dtype", "words"),
     [
         ("tpu9", None, "device is 'tpu9'"),
+        (None, None, "device is None"),
         ("cuda:77", None, "does not have"),
         ("cpu", "int8", "dtype is 'int8'"),
     ],
