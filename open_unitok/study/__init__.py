@@ -1,0 +1,1 @@
+"""Studies: rows of configs trained on the same data with the same budget, measured alike, in one table."""
