@@ -94,7 +94,7 @@ def test_every_row_trains_and_is_measured(study):
 
 
 # rows that learn no captions
-CAPTIONLESS = ("no_contrast", "continuous", "coda", "gaussian", "gaussian_fsq", "vqkd", "two_encoders")
+CAPTIONLESS = ("no_contrast", "coda", "gaussian", "gaussian_fsq", "vqkd", "two_encoders")
 
 
 @pytest.mark.slow
