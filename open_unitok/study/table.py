@@ -87,8 +87,7 @@ def make_cells(study: Study, split: str | None) -> dict[str, list[Cell]]:
                 cells.append(Cell(None, None, False, NOT_AVAILABLE if found else NOT_RUN))
                 continue
             spread = (max(known) - min(known)) / 2 if len(known) > 1 else None
-            compared = split is not None and name != study.baseline
-            significant = compared and _differs(baseline, found, split, column.key)
+            significant = name != study.baseline and _differs(baseline, found, split, column.key)
             cells.append(Cell(float(np.mean(known)), spread, significant))
         table[name] = cells
     return table
@@ -98,8 +97,10 @@ def _value(result: dict[str, Any], split: str | None, key: str) -> float | None:
     return (result["splits"].get(split, {}) if split else result["columns"]).get(key)
 
 
-def _differs(baseline: Sequence[dict], found: Sequence[dict], split: str, key: str) -> bool:
+def _differs(baseline: Sequence[dict], found: Sequence[dict], split: str | None, key: str) -> bool:
     """Whether the paired bootstrap over images, scores averaged over seeds, excludes zero."""
+    if split is None:  # sizes and times
+        return False
     sides = []
     for results in (baseline, found):
         scores = [result["images"].get(split, {}).get(key) for result in results]
@@ -108,7 +109,7 @@ def _differs(baseline: Sequence[dict], found: Sequence[dict], split: str, key: s
         sides.append(np.mean(scores, axis=0))
     if len(sides[0]) != len(sides[1]):
         return False
-    interval = paired_bootstrap(*(mean_columns(side) for side in sides)).interval
+    interval = paired_bootstrap(mean_columns(sides[0]), mean_columns(sides[1])).interval
     return interval is not None and not interval[0] <= 0 <= interval[1]
 
 

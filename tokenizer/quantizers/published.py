@@ -149,7 +149,7 @@ def quantizer_from_published(system: str, published: State) -> PublishedQuantize
             if not missing:
                 raise
             break  # of a stand-in's shape
-    if missing:
+    if missing or found is None:
         raise UserError(f"the quantiser of {system} is not complete: {', '.join(missing)} missing.")
     if system == "ibq":
         state.read.add("quantize.embedding.weight")  # beside the averaged copy

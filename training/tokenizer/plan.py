@@ -178,7 +178,8 @@ def _tokenizer_config(config: TokenizerRunConfig, assumed: list[str]) -> UniTokC
         changes["encoder_options"] = {**(stored.encoder_options or {}), "merge": options["merge"]}
     found = UniTokConfig.from_dict({**stored.to_dict(), **changes})
     if "merge" in options and options["merge"] is None:
-        found.encoder_options = {k: v for k, v in found.encoder_options.items() if k != "merge"} or None
+        kept = {k: v for k, v in (found.encoder_options or {}).items() if k != "merge"}
+        found.encoder_options = kept or None
     check_repeated_fields(found, fields, wanted)
     return found
 
