@@ -73,7 +73,7 @@ class Study:
             raise UserError("seeds and splits must be lists of different values, with one value at least.")
 
 
-class Job(NamedTuple):
+class RowRun(NamedTuple):
     """One row with one seed."""
 
     row: str
@@ -113,7 +113,7 @@ def _find_config(path: str, config: str) -> str:
     return beside if os.path.exists(beside) else config
 
 
-def study_jobs(study: Study, seeds: list[int] | None = None, only: list[str] | None = None) -> list[Job]:
+def study_jobs(study: Study, seeds: list[int] | None = None, only: list[str] | None = None) -> list[RowRun]:
     """The jobs of a study, those that others start from first.
 
     Raises:
@@ -131,12 +131,12 @@ def study_jobs(study: Study, seeds: list[int] | None = None, only: list[str] | N
             if needs:
                 overrides.append(f"init_from={needs / 'model'}")
             result = Path(study.results, f"{name}-{seed}.json")
-            jobs.append(Job(name, seed, row.config, overrides, run_dir, result, needs, row.minutes))
+            jobs.append(RowRun(name, seed, row.config, overrides, run_dir, result, needs, row.minutes))
     jobs = [job for job in jobs if not only or job.row in only]
     return sorted(jobs, key=lambda job: job.needs is not None)  # stable
 
 
-def settings_digest(job: Job) -> str:
+def settings_digest(job: RowRun) -> str:
     """A hash of everything in a job's config but paths: a result of other settings is not this row's."""
     config: dict[str, Any] = to_dict(load_run_config(job.config, job.overrides))
     ignored = ("out", "init_from", "resume_from", "stop_at", "checkpoint", "log", "profile", "engine")

@@ -18,10 +18,10 @@ from open_unitok.core.processes import FolderLock
 from open_unitok.core.text_files import read_json
 from open_unitok.training.core.config import read_yaml
 
-from .config import PART_MINUTES, Job, Study, settings_digest
+from .config import PART_MINUTES, RowRun, Study, settings_digest
 
 
-def run_jobs(study: Study, jobs: Sequence[Job], workers: int) -> list[str]:
+def run_jobs(study: Study, jobs: Sequence[RowRun], workers: int) -> list[str]:
     """Run the unfinished jobs, `workers` at a time; returns a line for each one that failed.
 
     Under torchrun each process takes its share, on its own GPU.
@@ -44,7 +44,7 @@ def run_jobs(study: Study, jobs: Sequence[Job], workers: int) -> list[str]:
         return [line for future in running.values() if (line := future.result())]
 
 
-def is_finished(study: Study, job: Job) -> bool:
+def is_finished(study: Study, job: RowRun) -> bool:
     """Whether the job's result exists.
 
     Raises:
@@ -59,7 +59,7 @@ def is_finished(study: Study, job: Job) -> bool:
     return True
 
 
-def _known(study: Study, job: Job) -> dict[str, Any]:
+def _known(study: Study, job: RowRun) -> dict[str, Any]:
     """What is known about a result before it is measured."""
     title = study.rows[job.row].title
     machine = f"{_processor()}, {platform.machine()}, {os.cpu_count()} cores"
@@ -75,7 +75,7 @@ def _processor() -> str:
     return f"{found.get('model name', platform.processor())} model {found.get('model', '?')}"
 
 
-def _run_job(study: Study, job: Job, waits_for: "Future[str] | None") -> str:
+def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:
     """Train and measure one row; returns "" or why it failed."""
     if waits_for is not None and waits_for.result():
         return f"{job.name}: the row that it starts from failed"
@@ -101,7 +101,7 @@ def _run_job(study: Study, job: Job, waits_for: "Future[str] | None") -> str:
     return ""
 
 
-def job_commands(study: Study, job: Job) -> list[list[str]]:
+def job_commands(study: Study, job: RowRun) -> list[list[str]]:
     """The arguments of `python -m` for each step of a job; every step skips what is finished."""
     model, data = job.run_dir / "model", Path(study.data)
     config = read_yaml(job.config, job.overrides)
@@ -127,9 +127,9 @@ def job_commands(study: Study, job: Job) -> list[list[str]]:
     return commands
 
 
-def plan_parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
+def plan_parts(jobs: Sequence[RowRun], workers: int) -> list[list[RowRun]]:
     """Jobs in their order, cut into parts of at most `PART_MINUTES` on `workers` cores."""
-    parts: list[list[Job]] = []
+    parts: list[list[RowRun]] = []
     loads: list[float] = []
     for job in jobs:
         shortest = min(loads, default=0.0)
@@ -141,7 +141,7 @@ def plan_parts(jobs: Sequence[Job], workers: int) -> list[list[Job]]:
     return parts
 
 
-def part_minutes(jobs: Sequence[Job], workers: int) -> float:
+def part_minutes(jobs: Sequence[RowRun], workers: int) -> float:
     """Minutes of a part, its jobs started in order, each on the first free core."""
     loads = [0.0] * workers
     for job in jobs:
