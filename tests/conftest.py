@@ -10,6 +10,16 @@ import pytest
 import torch
 
 MASK = 2**64 - 1
+MOST_SKIPPED = 60  # tests of a run on one machine that may be skipped
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run that skips most of its tests has failed, although none of them did."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped, passed = (len(reporter.stats.get(key, ())) if reporter else 0 for key in ("skipped", "passed"))
+    if skipped > max(MOST_SKIPPED, passed):
+        print(f"\n{skipped} tests were skipped, and {passed} passed: see the reasons by -rs")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")
