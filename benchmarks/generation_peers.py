@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._dynamo
 from generation_model import GUIDANCE
 from torch import Tensor, nn
 
@@ -30,6 +31,11 @@ TUNED_BATCH = {"freezing": True, "max_autotune": True}
 class Compiled(CudaGraph):
     """The torch backend on static caches, its step under torch.compile."""
 
+    def decode_step(self, codes: Tensor) -> None:
+        """As the captured step, without its counter in Python: a new number would be a new graph."""
+        self._feed(codes.unsqueeze(1))
+        self.visual_index += 1
+
     def compile_step(self, step: Callable[[], None], state: Sequence[Tensor]) -> Callable[[], None]:
         state = (*state, *self.counters)
         start = [tensor.clone() for tensor in state]
@@ -37,6 +43,9 @@ class Compiled(CudaGraph):
         step()
         for tensor, value in zip(state, start):
             tensor.copy_(value)
+        # after some graphs dynamo falls back to eager operators in silence
+        dynamo = torch._dynamo.config
+        dynamo.recompile_limit, dynamo.fail_on_recompile_limit_hit = 1, True
         return torch.compile(step, dynamic=False)
 
 
