@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "data check": "summarise a data set and list its broken samples",
     "train": "train from a YAML config: unitok train CONFIG [key.sub=value ...]",
     "plan": "estimate parameters, memory and time of an MLLM training run",
-    "study": "train and measure the rows of a study: one table of tokenizers, same data, same budget",
+    "study": "train and measure tokenizers on the same data and budget, in one table",
     "extract-codes": "encode image shards as code shards",
     "reconstruct": "encode and decode images; original and reconstruction side by side",
     "generate": "generate images from prompts",

@@ -5,7 +5,6 @@
 Quality comes from the result files of `unitok eval run`; sizes and times are measured here, on one thread.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from open_unitok.core.files import write_json
-from open_unitok.core.text_files import read_json, read_json_lines
+from open_unitok.core.text_files import parse_json, read_json, read_json_lines
 from open_unitok.eval.core.image_files import read_sample_image
 from open_unitok.eval.metrics.fid import compute_moments, frechet_distance
 from open_unitok.tokenizer import UniTok
@@ -145,7 +144,7 @@ def _features(network: EfficientNetLite0, files: list[Path]) -> Any:
 
 def main() -> None:
     """Measure the row of the JSON argument and write its result file."""
-    job = json.loads(sys.argv[1])
+    job = parse_json(sys.argv[1], "The job")
     torch.set_num_threads(1)
     result = {**job["known"], **measure_row(Path(job["run_dir"]), job["splits"])}
     write_json(Path(job["result"]), result)

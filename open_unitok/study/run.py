@@ -15,7 +15,7 @@ from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder
 from open_unitok.core.processes import FolderLock
-from open_unitok.core.text_files import read_json
+from open_unitok.core.text_files import read_json, read_lines
 from open_unitok.training.core.config import read_yaml
 
 from .config import PART_MINUTES, RowRun, Study, settings_digest
@@ -69,7 +69,7 @@ def _known(study: Study, job: RowRun) -> dict[str, Any]:
 
 def _processor() -> str:
     path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = read_lines(path) if path.exists() else []
     fields = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
     found = {key.strip(): value.strip() for key, value in fields.items()}
     return f"{found.get('model name', platform.processor())} model {found.get('model', '?')}"

@@ -9,6 +9,7 @@ import sys
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -237,6 +238,7 @@ class Steps:
     """Steps whose worker ends at the third, as if the kernel had killed it."""
 
     seen = bad = number = 0
+    counts = np.zeros(2)
 
     def build(self):
         self.number += 1

@@ -18,7 +18,7 @@ CHECKPOINT_MANIFEST = "training_state/manifest.json"
 HASHES = ".hashes"  # of the files of each rank, while a checkpoint is written in the background
 
 # Types in the files that DeepSpeed writes; any other name in a pickle may run code when it is loaded.
-_DEEPSPEED_TYPES = {
+DEEPSPEED_TYPES = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -124,7 +124,7 @@ def check_pickles(path: Path) -> None:
     for file in sorted(state.rglob("*.pt")):
         try:
             # lists the names in the pickle without executing it; only the zip format can be listed
-            unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - _DEEPSPEED_TYPES
+            unsafe = set(torch.serialization.get_unsafe_globals_in_checkpoint(file)) - DEEPSPEED_TYPES
         except (RuntimeError, ValueError, OSError, EOFError, LookupError, pickle.UnpicklingError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file} is not a file of a checkpoint: {reason}") from error

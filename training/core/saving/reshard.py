@@ -5,6 +5,7 @@ group, at ZeRO 3 each parameter alone. `SavedEngine` finds every parameter in th
 engine its own parts. No number is computed, so every value stays bit for bit what was saved.
 """
 
+import pkgutil
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from open_unitok.core import distributed
 from open_unitok.core.errors import UserError
+
+from .integrity import DEEPSPEED_TYPES
 
 WEIGHT = "fp32"  # the key of the weights themselves, beside the optimizer's ("exp_avg", ...)
 PARAMETER_NAMES = "unitok_parameter_names"  # in the files of ZeRO 0: names in the order of the groups
@@ -229,8 +232,9 @@ def _by_rank(folder: Path, pattern: str) -> list[dict[str, Any]]:
 
 
 def _load(file: Path) -> dict[str, Any]:
-    # unpickles DeepSpeed's types: `check_pickles` has allowed no others
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
+    types: list[Any] = [pkgutil.resolve_name(name) for name in sorted(DEEPSPEED_TYPES)]
+    with torch.serialization.safe_globals(types):
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
 
 
 def _shape(parameter: Any) -> torch.Size:
