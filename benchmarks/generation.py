@@ -6,12 +6,15 @@
 
 Baseline of images: generation_baseline.py, the published sampling loop in eager PyTorch and float32, with
 transformers' growing KV cache and the depth head recomputed on its prefix for every code. Every part runs in
-its own process, in which steps of the part and of the baseline alternate: other load on the machine changes
-both, so that the ratio stays. Peers: generation_peers.py (torch.compile, torchao, LlamaGen's loop,
-transformers' `generate`). Model: hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096
-codes, depth head of 3 layers, 256 visual tokens, guidance 5, random weights, 2 threads. One step of it takes
-torch.compile minutes, so its parts have 2 layers and 2 codes, and the C++ steps run beside them in the same
-turns: the result is their share of the C++ steps' speed.
+its own process, in which steps of the part and of the baseline alternate: a slow change of the machine's
+speed cancels. Another busy process does not (torch's threads spin, the C++ steps' yield): measure on a quiet
+machine; the table shows no ratio whose quartiles differ by more than a third.
+
+Peers: generation_peers.py (torch.compile, torchao, LlamaGen's loop, transformers' `generate`). Model: hidden
+512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096 codes, depth head of 3 layers, 256
+visual tokens, guidance 5, random weights, 2 threads. One step of it takes torch.compile minutes, so its parts
+have 2 layers and 2 codes, and the C++ steps run beside them in the same turns: the result is their share of
+the C++ steps' speed.
 
 `--isa avx2` holds torch, oneDNN, MKL, inductor and the C++ backend to AVX2 on a processor that has more; such
 results are named "emulated". torch.compile keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, and a second

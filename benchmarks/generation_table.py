@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+# Of the quartiles of the rounds' ratios: beside another process torch's threads wait for each other.
+MAX_SPREAD = 1.3
 NAMES = {"family 25 model 17": "Zen 4", "family 25 model 1": "Zen 3"}
 # row -> (entries of image parts, words between them)
 IMAGE_ROWS = {
@@ -139,12 +141,17 @@ def short_name(device: str) -> str:
 
 
 def ratio_cell(found: dict[str, Any], part: str) -> str:
-    ratio = found.get(part, {}).get("ratio")
-    return f"{ratio:.1f}x" if ratio else "not measured"
+    entry = found.get(part, {})
+    low, high = entry.get("ratio_quartiles", (1, 1))
+    if high > MAX_SPREAD * low:
+        return f"not settled ({low:.1f} to {high:.1f})"
+    return f"{entry['ratio']:.1f}x" if "ratio" in entry else "not measured"
 
 
 def share_cell(found: dict[str, Any], part: str) -> str:
     share = found.get(part, {}).get("of_native")
+    if share and ratio_cell(found, part).startswith("not settled"):
+        return "not settled"
     return f"{100 * share:.0f} %" if share else "not measured"
 
 
