@@ -76,7 +76,8 @@ class NearestEMAQuantizer(Quantizer):
         super().init_weights()
         init.normal_(self.codebooks)
         init.ones_(self.size)
-        init.copy_(self.total, self.codebooks.detach())
+        if not self.codebooks.is_meta:  # a rank without weights gets rank 0's buffers
+            init.copy_(self.total, self.codebooks.detach())
         init.zeros_(self.started)
 
     def start_step(self, generator: torch.Generator) -> None:
