@@ -25,7 +25,7 @@ from ..data.records import find_label
 from ..data.sequences import SequenceBuilder
 from ..data.tar_index import BadSample
 from .class_config import ClassModelOptions, ClassRunConfig
-from .model import MLLMParts, tokenizer_on_main
+from .model import MLLMParts, load_tokenizer
 
 
 class ClassPrompts:
@@ -151,6 +151,6 @@ def _load_parts(name: str) -> MLLMParts:
         lambda: ClassConditionalModel.from_pretrained(folder, dtype=torch.float32), ClassConditionalModel
     )
     unitok = existing(folder / "unitok", "The visual tokenizer of a model must be in that folder.")
-    tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
+    load_tokenizer(unitok)  # a broken one would only be found after training, in the copy
     sampling = Path(folder) / SAMPLING_FILE
     return MLLMParts(model, None, unitok, sampling if sampling.exists() else None)

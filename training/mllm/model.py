@@ -74,7 +74,7 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
         tokenizer_path(options.unitok), "model.unitok must be the folder of a trained visual tokenizer."
     )
     check_tokenizer_folder(folder)
-    unitok = tokenizer_on_main(folder)
+    unitok = load_tokenizer(folder)
     # transformers ignores unknown keys: check them here, with a did-you-mean
     allowed = set(inspect.signature(UniTokProcessor.__init__).parameters) - {"self", "text_tokenizer"}
     _check_keys(options.processor, allowed, "model.processor")
@@ -95,9 +95,10 @@ def new_parts(config: MLLMRunConfig) -> MLLMParts:
     return MLLMParts(model, processor, folder)
 
 
-def tokenizer_on_main(folder: Path) -> UniTok:
-    """The visual tokenizer of a folder; ranks other than 0 read no more than its sizes."""
-    return build_on_main(lambda: UniTok.from_pretrained(folder, dtype=torch.float32), UniTok)
+def load_tokenizer(folder: Path) -> UniTok:
+    """The visual tokenizer of a folder, in float32."""
+    # on every rank: quantisers and towers of other libraries cannot be built without memory
+    return UniTok.from_pretrained(folder, dtype=torch.float32)
 
 
 def _new_model(
@@ -184,7 +185,7 @@ def load_parts(name: str) -> MLLMParts:
         UniTokForConditionalGeneration,
     )
     unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
-    tokenizer_on_main(unitok)  # a broken one would only be found after training, in the copy
+    load_tokenizer(unitok)  # a broken one would only be found after training, in the copy
     sampling = folder / SAMPLING_FILE
     processor = UniTokProcessor.from_pretrained(folder)
     check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)

@@ -23,7 +23,7 @@ from open_unitok.tokenizer.token_transformer import QueryResampler, TokenTransfo
 from open_unitok.tokenizer.words import Words
 
 from ..core import deepspeed_engine
-from ..core.replicas import build_on_main, materialise
+from ..core.replicas import materialise
 from ..data import seeding
 from .config import TokenizerRunConfig
 from .words import read_run_words, set_words, word_sizes
@@ -80,7 +80,8 @@ def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device 
             f"model.text_vocab_size is {wanted.text_vocab_size}, but {config.caption_tokenizer} has "
             f"{captions.vocab_size} ids: leave the key out."
         )
-    model = build_on_main(lambda: _initial_model(config, fields, wanted, words, captions), UniTok)
+    # on every rank: quantisers and towers of other libraries cannot be built without memory
+    model = _initial_model(config, fields, wanted, words, captions)
     materialise(model, torch.device(device))
     for part in config.freeze:
         _submodule(model, part).requires_grad_(False)
