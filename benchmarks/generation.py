@@ -301,7 +301,7 @@ def iter_codes(case: Case, model: Any, prompts: list[list[int]]) -> Iterator[tor
     if case.path in COMPILED:
         BACKENDS["torch"] = Compiled
     if case.path == "tuned":
-        tune_inductor(case.images)
+        tune_inductor(case.images, case.weights)
     sampling = Sampling(guidance=GUIDANCE, greedy=True)
     backend = "native" if case.path == "native" else "torch"
     return iter_image_codes(model, prompts, sampling, [0] * len(prompts), UNCONDITIONAL, backend=backend)

@@ -24,8 +24,9 @@ from open_unitok.generation.sampling import filter_logits
 
 # Of torch._inductor.config: global, because freezing is decided before the options of torch.compile are read.
 TUNED = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
-# With 16 rows oneDNN is as fast as inductor's kernels at some shapes: the fastest of both is taken.
-TUNED_BATCH = {"freezing": True, "max_autotune": True}
+# With 16 rows oneDNN is as fast as inductor's kernels at some shapes, and inductor has none of its own for
+# some int8 products: the fastest of all is taken.
+TUNED_ANY = {"freezing": True, "max_autotune": True}
 
 
 class Compiled(CudaGraph):
@@ -56,11 +57,11 @@ class StaticEager(CudaGraph):
         return step
 
 
-def tune_inductor(images: int) -> None:
+def tune_inductor(images: int, weights: str) -> None:
     """Set inductor's options for this process."""
     import torch._inductor.config as inductor  # seconds to import
 
-    for name, value in (TUNED if images == 1 else TUNED_BATCH).items():
+    for name, value in (TUNED if images == 1 and weights != "int8" else TUNED_ANY).items():
         setattr(inductor, name, value)
 
 
@@ -70,13 +71,17 @@ def torchao_obstacle() -> str | None:
 
 
 def quantize_by_torchao(model: nn.Module) -> None:
-    """int8 weights with a scale per output row, as `int8.quantize_model`, in place."""
+    """int8 weights with a scale per output row, as `int8.quantize_model`, in place; the rest in bfloat16.
+
+    In float32 inductor has no int8 product: freezing folds weight and scale into a float32 matrix.
+    """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def is_read_by_layer(module: nn.Module, name: str) -> bool:
         # the attention of the visual embedder reads `qkv.weight` itself
         return isinstance(module, nn.Linear) and not name.endswith("qkv")
 
+    model.to(torch.bfloat16)
     quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_read_by_layer)
 
 

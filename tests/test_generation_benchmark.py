@@ -22,7 +22,7 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     # parts change these for their own process; restored afterwards
     monkeypatch.setitem(module.BACKENDS, "torch", module.BACKENDS["torch"])
-    monkeypatch.setattr(module, "tune_inductor", lambda images: None)
+    monkeypatch.setattr(module, "tune_inductor", lambda images, weights: None)
     monkeypatch.setattr(module, "time_native_backend", lambda: {"decode_step": [1.0], "code_logits": [1.0]})
     return module
 
