@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -14,20 +13,9 @@ from typing import Any
 
 import torch
 
+from open_unitok.core.devices import processor_name
+
 RESULTS = Path(__file__).parent / "results"
-
-
-def processor_name() -> str:
-    """Name, family and model of the processor, with the vector instructions that torch uses.
-
-    Virtual machines often hide the product name, and the same name comes with and without AVX-512.
-    """
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = fields.get("model name", platform.processor() or platform.machine())
-    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
-    return f"{name} {model} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def device_name(device: str | torch.device) -> str:

@@ -11,6 +11,7 @@ from ..core.annotations import require_key, require_mostly_valid, require_text, 
 from ..core.benchmark import Options, Record, Sample, Scored, Task
 from ..judges import ceiling, detections
 from ..judges.detections import Verdict
+from ..judges.single_objects import judge_images, judge_single_object, only_box
 
 # the second name: folders written before version 0.1.1
 _FILES = ("positions.jsonl", "drawing_positions.jsonl")
@@ -74,37 +75,25 @@ def _cell_side(path: Path) -> float:
 
 def judge_position(prompt: Record, detected: Record, cell: float) -> Verdict:
     """Correct: exactly one object, with the prompt's shape and colour and its centre in the prompt's cell."""
-    boxes = [(name, box) for name, rows in detected["detections"].items() for box in rows]
-    if len(boxes) != 1:
-        return Verdict(False, f"expected one object, found {len(boxes)}", {})
-    name, box = boxes[0]
-    colour = (detected.get("colors", {}).get(name) or [""])[0]
-    if (name, colour) != (prompt["class"], prompt["color"]):
-        return Verdict(False, f"found a {colour} {name}", {name: 1})
+    verdict = judge_single_object(prompt, detected)
+    if not verdict.correct:
+        return verdict
+    box = only_box(detected)
     # the centre decides: jitter may move an object across the edge of its cell
     if [int((box[1] + box[3]) / 2 // cell), int((box[0] + box[2]) / 2 // cell)] != list(prompt["cell"]):
-        return Verdict(False, WRONG_POSITION, {name: 1})
-    return Verdict(True, "", {name: 1})
+        return Verdict(False, WRONG_POSITION, verdict.kept)
+    return verdict
 
 
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The fraction of images with exactly the prompt's object: at its position, and at any position."""
-    prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = detections.read_detections(task, records, folder)
-    per_sample = []
-    for sample in task.samples:
-        prompt = prompts[owners[sample.index]]
-        detected = None if sample.malformed else found.by_index.get(sample.index)
-        verdict = detections.verdict_on(judge_position, prompt, detected, task.truth["cell"])
-        held_out = prompt.get("held_out", False)
-        record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, held_out)
+    cell = task.truth["cell"]
+    per_sample, found = judge_images(task, records, folder, judge_position, "color", cell)
+    for row in per_sample:
         # "object" ignores the position: it separates recognition from placement
-        right_object = verdict.correct or verdict.reason == WRONG_POSITION
-        per_sample.append(
-            record | {"owner": owners[sample.index], "group": prompt["color"], "object": float(right_object)}
-        )
+        row["object"] = float(row["score"] == 1 or row["reason"] == WRONG_POSITION)
     generated = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
     metrics = {
         "position": ceiling.prompt_mean(generated),

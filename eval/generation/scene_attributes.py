@@ -11,6 +11,7 @@ from ..core.annotations import require_key, require_mostly_valid, require_text
 from ..core.benchmark import Options, Record, Sample, Scored, Task
 from ..judges import ceiling, detections
 from ..judges.detections import Verdict
+from ..judges.single_objects import judge_images, judge_single_object, only_box
 
 ATTRIBUTES = ("size", "texture")
 
@@ -78,40 +79,28 @@ def judge_attributes(prompt: Record, detected: Record, sizes: dict[str, float]) 
 
     The size is the one of `sizes` that is nearest to the side of the detected box.
     """
-    boxes = [(name, box) for name, rows in detected["detections"].items() for box in rows]
-    if len(boxes) != 1:
-        return Verdict(False, f"expected one object, found {len(boxes)}", {})
+    verdict = judge_single_object(prompt, detected)
+    if not verdict.correct:
+        return verdict
     if prompt["tag"] == "texture" and "textures" not in detected:
         raise UserError(f"scene_attributes: the detections for {prompt['prompt']!r} have no textures.")
-    name, box = boxes[0]
-    colour = (detected.get("colors", {}).get(name) or [""])[0]
-    if (name, colour) != (prompt["class"], prompt["color"]):
-        return Verdict(False, f"found a {colour} {name}", {name: 1})
+    box = only_box(detected)
     side = box[2] - box[0]
     found = {
         "size": min(sizes, key=lambda word: abs(sizes[word] - side), default=""),
-        "texture": (detected.get("textures", {}).get(name) or [""])[0],
+        "texture": (detected.get("textures", {}).get(prompt["class"]) or [""])[0],
     }[prompt["tag"]]
     if found != prompt[prompt["tag"]]:
-        return Verdict(False, f"right object, but {found}", {name: 1})
-    return Verdict(True, "", {name: 1})
+        return Verdict(False, f"right object, but {found}", verdict.kept)
+    return verdict
 
 
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The fraction of images with exactly the prompt's object and attribute, over all and per tag."""
-    prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = detections.read_detections(task, records, folder)
-    per_sample = []
-    for sample in task.samples:
-        prompt = prompts[owners[sample.index]]
-        detected = None if sample.malformed else found.by_index.get(sample.index)
-        verdict = detections.verdict_on(judge_attributes, prompt, detected, task.truth["sizes"])
-        record = ceiling.object_record(
-            sample, records, verdict.correct, verdict.reason, prompt.get("held_out", False)
-        )
-        per_sample.append(record | {"owner": owners[sample.index], "group": prompt["tag"]})
+    sizes = task.truth["sizes"]
+    per_sample, found = judge_images(task, records, folder, judge_attributes, "tag", sizes)
     generated = [r for r in per_sample if r["kind"] == "generate" and not r["held_out"]]
     metrics = {"accuracy": ceiling.prompt_mean(generated)}
     for tag in ATTRIBUTES:

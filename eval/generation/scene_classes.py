@@ -10,7 +10,7 @@ from open_unitok.core.text_files import read_json_lines
 from ..core.annotations import require_key, require_text, require_type
 from ..core.benchmark import Options, Record, Sample, Scored, Task
 from ..judges import ceiling, detections
-from ..judges.detections import Verdict
+from ..judges.single_objects import judge_images, judge_single_object
 
 _IMAGES = 20  # per class
 
@@ -52,29 +52,11 @@ def _check_class(row: Any, number: int, where: str) -> Record:
     return row
 
 
-def judge_class(prompt: Record, detected: Record) -> Verdict:
-    """Correct: exactly one object, with the class's shape and colour."""
-    names = [name for name, rows in detected["detections"].items() for _ in rows]
-    if len(names) != 1:
-        return Verdict(False, f"expected one object, found {len(names)}", {})
-    colour = (detected.get("colors", {}).get(names[0]) or [""])[0]
-    if (names[0], colour) != (prompt["class"], prompt["color"]):
-        return Verdict(False, f"found a {colour} {names[0]}", {names[0]: 1})
-    return Verdict(True, "", {names[0]: 1})
-
-
 def score(
     task: Task, records: dict[int, Record], folder: Path, run: dict[str, Any], scoring: Options
 ) -> Scored:
     """The fraction of images that show exactly the object of their class; the same of reconstructions."""
-    prompts, owners = task.truth["prompts"], task.truth["owners"]
-    found = detections.read_detections(task, records, folder)
-    per_sample = []
-    for sample in task.samples:
-        prompt, owner = prompts[owners[sample.index]], owners[sample.index]
-        verdict = detections.verdict_on(judge_class, prompt, found.by_index.get(sample.index))
-        record = ceiling.object_record(sample, records, verdict.correct, verdict.reason, False)
-        per_sample.append(record | {"owner": owner, "group": prompt["color"]})
+    per_sample, found = judge_images(task, records, folder, judge_single_object, "color")
     metrics = {"accuracy": ceiling.prompt_mean([r for r in per_sample if r["kind"] == "generate"])}
     ceiling.add_held_out_and_ceiling(metrics, per_sample)
     details = {"ceiling_overall": metrics["ceiling"].value if "ceiling" in metrics else None}

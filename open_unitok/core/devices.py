@@ -1,6 +1,7 @@
 """Parse device and dtype names, check that this machine supports them, and make a GPU the current one."""
 
 import contextlib
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def check_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"dtype is {dtype!r}; it must be float32, bfloat16 or float16.")
     return found
+
+
+def processor_name() -> str:
+    """Name, family and model of the processor, with the vector instructions that torch uses.
+
+    Virtual machines often hide the product name, and the same name comes with and without AVX-512.
+    """
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.processor() or platform.machine())
+    model = f"family {fields.get('cpu family', '?')} model {fields.get('model', '?')}"
+    return f"{name} {model} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def bf16_in_hardware() -> bool:

@@ -139,7 +139,8 @@ def study_jobs(study: Study, seeds: list[int] | None = None, only: list[str] | N
 def settings_digest(job: RowRun) -> str:
     """A hash of everything in a job's config but paths: a result of other settings is not this row's."""
     config: dict[str, Any] = to_dict(load_run_config(job.config, job.overrides))
-    ignored = ("out", "init_from", "resume_from", "stop_at", "checkpoint", "log", "profile", "engine")
+    ignored = ("out", "init_from", "resume_from", "stop_at", "checkpoint", "log", "profile")
     kept = {key: value for key, value in config.items() if key not in ignored}
     kept["from"] = job.needs.name if job.needs else None
+    kept["engine"].pop("threads")  # of the machine
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -12,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from open_unitok.core import distributed
+from open_unitok.core.devices import processor_name
 from open_unitok.core.errors import UserError
 from open_unitok.core.files import existing, make_folder
 from open_unitok.core.processes import FolderLock
-from open_unitok.core.text_files import read_json, read_lines
+from open_unitok.core.text_files import read_json
 from open_unitok.training.core.config import read_yaml
 
 from .config import PART_MINUTES, RowRun, Study, settings_digest
@@ -62,17 +62,9 @@ def is_finished(study: Study, job: RowRun) -> bool:
 def _known(study: Study, job: RowRun) -> dict[str, Any]:
     """What is known about a result before it is measured."""
     title = study.rows[job.row].title
-    machine = f"{_processor()}, {platform.machine()}, {os.cpu_count()} cores"
+    machine = f"{processor_name()}, {os.cpu_count()} cores"
     known = {"row": job.row, "seed": job.seed, "title": title, "settings": settings_digest(job)}
     return {**known, "limit": study.limit, "processor": machine, "date": time.strftime("%Y-%m-%d")}
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = read_lines(path) if path.exists() else []
-    fields = dict(reversed([line.split(":", 1) for line in lines if ":" in line]))
-    found = {key.strip(): value.strip() for key, value in fields.items()}
-    return f"{found.get('model name', platform.processor())} model {found.get('model', '?')}"
 
 
 def _run_job(study: Study, job: RowRun, waits_for: "Future[str] | None") -> str:

@@ -108,8 +108,8 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 class SampleWithoutStoring(TorchDispatchMode):
-    """Within, random numbers for tensors on meta are sampled and dropped: torch's generator goes on as if the
-    tensors had memory, so what is initialised after them gets the same numbers.
+    """Within, random numbers for tensors on meta are sampled and dropped: torch's generator advances as if
+    the tensors had memory, so what is initialised after them gets the same numbers.
 
     That holds for `normal_` and `uniform_`, which decoders use; torch's `trunc_normal_` skips meta tensors.
     """
