@@ -20,7 +20,7 @@ from .captured_step import borrow_step, round_up
 from .static_cache import StaticDecoder
 from .text_samplers import GreedySampler
 
-GROUP = 8  # steps between two looks of the host at the new ids
+GROUP = 8  # steps after which the host reads the new ids
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def iter_captured_text_ids(
     with borrow_step(model, ("text", rows, capacity, sampler.key)) as captured:
         static = StaticDecoder(captured, decoder, capacity)
         ids = captured.keep("ids", torch.cat([first, first.new_zeros(rows - count)]))
-        # exponential numbers must not be 0, also for rows that are not looked at
+        # exponential numbers must not be 0, also for rows whose ids are dropped
         noise = captured.buffer("noise", (rows, logits.shape[1]) if sampler.random else (0, 0), logits)
         noise.fill_(1)
 
@@ -80,7 +80,7 @@ def iter_captured_text_ids(
             for i, new in enumerate(chunk[:size].tolist()):
                 active = [on and id not in eos_ids for on, id in zip(active, new)]
                 if not any(active):
-                    if i + 1 < size:  # the surplus steps drew numbers that nobody used
+                    if i + 1 < size:  # the surplus steps sampled numbers that nobody used
                         sampler.set_global_state(states[i + 1], ids.device)
                     return
                 yield [id if on else None for id, on in zip(new, active)]

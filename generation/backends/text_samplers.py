@@ -45,7 +45,7 @@ class GreedySampler:
         return self.choose(logits, noise)
 
     def fill(self, noise: Tensor) -> None:
-        """Draw new random numbers into `noise` (R, V)."""
+        """Fill `noise` (R, V) with new random numbers."""
 
     def global_state(self, device: torch.device) -> Tensor | None:
         """The state of torch's global generator if the noise comes from it; the host does not wait."""
@@ -54,7 +54,7 @@ class GreedySampler:
         return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
     def set_global_state(self, state: Tensor | None, device: torch.device) -> None:
-        """Return to a `global_state`, as if nothing had been drawn since."""
+        """Return to a `global_state`, as if no number had been sampled since."""
         if state is not None and device.type == "cuda":
             torch.cuda.set_rng_state(state, device)
         elif state is not None:

@@ -63,7 +63,7 @@ def _initial_config(config: TokenizerRunConfig) -> UniTokConfig:
 def build_model(config: TokenizerRunConfig, captions: Any, device: torch.device | str = "cpu") -> UniTok:
     """A new tokenizer (random weights of `seed`), or the one at `init_from`; parts in `freeze` are frozen.
 
-    Rank 0 builds it, the others get its weights on `device`.
+    Every rank builds it, and gets the weights of rank 0 on `device`.
 
     Raises:
         UserError: an unknown field of `model`, or one that differs from the model at `init_from`.
