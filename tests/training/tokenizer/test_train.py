@@ -311,5 +311,6 @@ def test_two_ranks_equal_one_process(data, tmp_path, stage):
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-5), (one["step"], name)
     models = [UniTok.from_pretrained(out / "model") for out in (single, both)]
     torch.testing.assert_close(*[m.decoder.norm.weight for m in models], rtol=1e-3, atol=1e-4)
-    rejected = subprocess.run([sys.executable, *command, "stop_at=8"], capture_output=True, text=True)
-    assert (rejected.returncode == 2 and "engine.zero_stage" in rejected.stderr) or stage == 0
+    # another number of ranks or ZeRO stage is the same run
+    again = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert again.returncode == 0 and "is finished" in again.stdout
