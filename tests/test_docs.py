@@ -32,6 +32,16 @@ def public_names() -> set[str]:
     return found
 
 
+def test_every_package_has_a_page():
+    pages = [page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md")]
+    listed = {line.removeprefix("::: ") for page in pages for line in page.splitlines() if line[:4] == "::: "}
+    front = {
+        f"open_unitok.{file.stem}" for file in (ROOT / "open_unitok").glob("*.py") if file.stem[0] != "_"
+    }
+    front |= {f"open_unitok.{file.parent.name}" for file in (ROOT / "open_unitok").glob("*/__init__.py")}
+    assert front | {f"open_unitok.{name}" for name in PACKAGES} <= listed | {"open_unitok.models"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs the extra docs")
 def test_the_site_has_every_public_name(tmp_path):

@@ -19,11 +19,13 @@ class ImageOptions:
         captions: "all" samples one of key.json's "captions", else one of the lines of key.txt; "first" takes
             the first of them, "name" the words of the image's name; "txt" takes the whole key.txt, "json"
             reads key.json alone.
+        shift: largest random translation in pixels, in each direction; edge pixels are repeated.
     """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     crop_ratio: tuple[float, float] = (0.75, 4 / 3)
     captions: Literal["all", "first", "name", "txt", "json"] = "all"
+    shift: int = 0
 
     def check(self) -> None:
         low, high = self.crop_scale
@@ -31,6 +33,8 @@ class ImageOptions:
             raise UserError(f"images.crop_scale is {list(self.crop_scale)}: expected 0 < low <= high <= 1.")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise UserError(f"images.crop_ratio is {list(self.crop_ratio)}: expected 0 < low <= high.")
+        if self.shift < 0:
+            raise UserError(f"images.shift is {self.shift}: it must be 0 or more pixels.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,12 @@ class PairDecoder:
         self.height, self.width = image_shape
         self.captions = captions
         self.whole = options.crop_scale == (1.0, 1.0) and options.crop_ratio == (1.0, 1.0)
+        if 2 * options.shift >= min(image_shape):
+            height, width = image_shape
+            raise UserError(
+                f"images.shift is {options.shift}: it must be less than half of a side of the model's "
+                f"{width} x {height} pixels."
+            )
         self.needed = self._needed()
         self._cache: dict[tuple[str, int, int], np.ndarray] = {}
 
@@ -76,6 +82,8 @@ class PairDecoder:
             pixels = np.asarray(self._crop(image, rng))
             if self.whole and len(self._cache) * pixels.nbytes < CACHE_BYTES:
                 self._cache[key] = pixels
+        if self.options.shift:
+            pixels = shift_image(pixels, self.options.shift, rng)
         return Pair(pixels, self._caption(record, info, rng) if self.captions else "")
 
     def _needed(self) -> tuple[int, int]:
@@ -136,6 +144,13 @@ def crop_box(
     aspect = min(max(width / height, ratio[0]), ratio[1])
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     return (width - w) // 2, (height - h) // 2, w, h
+
+
+def shift_image(pixels: np.ndarray, limit: int, rng: random.Random) -> np.ndarray:
+    """(H, W, 3) moved by up to `limit` pixels down or up and right or left; edge pixels are repeated."""
+    padded = np.pad(pixels, ((limit, limit), (limit, limit), (0, 0)), mode="edge")
+    top, left = rng.randint(0, 2 * limit), rng.randint(0, 2 * limit)
+    return padded[top : top + pixels.shape[0], left : left + pixels.shape[1]]
 
 
 def order_decoded_first(count: int, share: float) -> tuple[list[int], int]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from open_unitok.core.errors import UserError
 from open_unitok.tokenizer import MultiCodebookQuantizer
 from open_unitok.training.core import deepspeed_engine
 from open_unitok.training.core.ema import EMA
@@ -47,6 +48,30 @@ def test_whole_images_are_not_cropped(data):
     assert np.array_equal(pair.image, np.asarray(Image.open(io.BytesIO(record.read("png")))))
     assert pair.caption in record.json()["captions"]
     assert PairDecoder(options, (8, 16), False)(record, random.Random(0)).image.shape == (8, 16, 3)
+
+
+def test_a_shift_moves_whole_images_and_repeats_edges(data):
+    record = scan_tar(str(data / "pairs-0.tar")).samples[0]
+    plain = np.asarray(Image.open(io.BytesIO(record.read("png"))))
+    options = ImageOptions(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), shift=2)
+    decoder, rng = PairDecoder(options, (32, 32), False), random.Random(0)
+    rows = {
+        (down, right): plain[np.clip(np.arange(32) - down, 0, 31)][:, np.clip(np.arange(32) - right, 0, 31)]
+        for down in range(-2, 3)
+        for right in range(-2, 3)
+    }
+    found = set()
+    for _ in range(300):  # decoded once, shifted anew each time
+        image = decoder(record, rng).image
+        found |= {shift for shift, moved in rows.items() if np.array_equal(image, moved)}
+    assert found == rows.keys()
+
+
+def test_a_shift_must_leave_half_of_the_image():
+    with pytest.raises(UserError, match=r"images\.shift is -1: it must be 0 or more"):
+        ImageOptions(shift=-1).check()
+    with pytest.raises(UserError, match=r"images\.shift is 16: it must be less than half"):
+        PairDecoder(ImageOptions(shift=16), (64, 32), False)
 
 
 def test_codebooks_are_initialised_on_latents():
