@@ -32,8 +32,10 @@ model: .venv/.installed
 	$(BIN)/unitok data scenes --config configs/scenes/scenes.yaml --question-shares existence=3 count=3 colour=2 shape=2 position=3 relation=4 --short-names --pair-captions 6 --out runs/scenes/data2
 	$(BIN)/unitok extract-codes --tokenizer runs/scenes/tokenizer/model --data 'runs/scenes/data2/train/*.tar' --out runs/scenes/codes2
 	$(BIN)/unitok train configs/scenes/questions.yaml
-	test runs/scenes/model -nt runs/scenes/questions/model || { rm -rf runs/scenes/model && \
+	test runs/scenes/model -nt runs/scenes/questions/model || { rm -rf runs/scenes/model runs/scenes/replay_codes && \
 	  $(BIN)/unitok convert bf16 runs/scenes/questions/model runs/scenes/model --guidance 3 --temperature 0.3; }
+	$(BIN)/unitok extract-codes --tokenizer runs/scenes/model --data runs/scenes/data2/train/scenes-000000.tar --out runs/scenes/replay_codes
+	$(BIN)/unitok data replay runs/scenes/model runs/scenes/replay_codes --kinds text_to_image=0.36 captioning=0.1 conversation=0.54
 	$(BIN)/unitok eval run all --model runs/scenes/model --data runs/scenes/data --out runs/scenes/eval-bf16
 
 test: .venv/.dev

@@ -65,7 +65,9 @@ def test_keys_in_the_training_readme_are_keys_of_a_config(monkeypatch):
         config = TOKENIZER if section.startswith("The visual tokenizer") else MLLM
         prose = re.sub(r"^```.*?^```$", "", section, flags=re.M | re.S).replace("`, then `", " ")
         for span in re.findall(r"`([a-z_.]+=[^`]+)`", prose):
-            load_run_config(FINETUNE if span.startswith("lora=") else config, shlex.split(span))
+            load_run_config(
+                FINETUNE if span.startswith(("lora=", "data.replay=")) else config, shlex.split(span)
+            )
             found += 1
     assert found > 10
 

@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "data scenes": "render captioned scenes of shapes: training shards and a test split",
     "data convert": "convert image-text data sets in common layouts to tar shards",
     "data text-tokenizer": "train a text tokenizer on the captions and texts of a data set",
+    "data replay": "store some of a model's training data with it, for fine-tuning",
     "data check": "summarise a data set and list its broken samples",
     "train": "train from a YAML config: unitok train CONFIG [key.sub=value ...]",
     "plan": "estimate parameters, memory and time of an MLLM training run",

@@ -14,6 +14,7 @@ from .errors import UserError
 SHIPPED_MODELS = Path(__file__).parents[1] / "models"  # models inside the package, one folder each
 DEFAULT_MODEL = "scenes"  # the shipped model that commands use if no --model is given
 SAMPLING_FILE = "sampling.json"  # in a model folder: its recommended sampling settings
+REPLAY_FOLDER = "replay"  # in a model folder: some of the data that it was trained on, for fine-tuning
 
 
 def write_atomic(path: str | Path, content: str | bytes | Callable[[BinaryIO], object]) -> None:

@@ -5,7 +5,8 @@ a sample with other than one image, next to `KEY.json`:
 {"captions": [str], "conversations": [[{"from", "value"}]], "document": [str | int], "grid": [rows, columns]},
 optionally with "long_caption" and "short_caption"; the numbers in a document are those of its images. The
 dtype of the codes follows from the codebook size (`open_unitok.core.codes`). With continuous features of the
-images there is also `KEY.features.npy`, (M, F) or (I, M, F) in float16.
+images there is also `KEY.features.npy`, (M, F) or (I, M, F) in float16. Small tars may be compressed (xz,
+gzip, bzip2), and are then held in memory.
 
 I images of a sample, N visual tokens per image, K sub-codebooks, V entries per sub-codebook, M features per
 image of width F.
@@ -28,6 +29,7 @@ from open_unitok.core.files import existing
 from open_unitok.core.text_files import read_json
 
 from .records import check_facts, hashed_image_key, image_key, image_name
+from .tar_files import StreamedTar, is_stream
 from .tar_index import BadSample, TarSample, scan_tar
 
 CODES_MANIFEST = "codes.json"
@@ -49,6 +51,7 @@ LAYOUT_FIELDS = (
 CODE_SIZES = "code_sizes"
 # {"source", "fingerprint", "tokens", "width"} of stored features, see `FeatureFacts`
 FEATURES = "features"
+MAX_UNPACKED = 1 << 28  # bytes of a compressed tar
 SHUFFLED_TARS = 16  # samples are shuffled within this many tars at a time: as many indexes are kept
 
 
@@ -124,6 +127,7 @@ class CodeFolder:
         self.shape = (self.manifest["num_tokens"], self.manifest["num_codebooks"])  # (N, K)
         self.dtype = code_dtype([self.manifest["codebook_size"]])
         self.code_sizes = code_sizes(self.manifest)
+        self._in_memory: set[int] = set()  # shards that are compressed
         # twice, as two orders may read the same folder
         self._index = lru_cache(maxsize=2 * SHUFFLED_TARS)(self._read_index)
 
@@ -221,6 +225,8 @@ class CodeFolder:
         return [sample for sample in found if sample.codes.ndim == 2]
 
     def _record(self, place: MemberOffsets) -> TarSample:
+        if place.shard in self._in_memory:
+            return next(r for r in self._index(place.shard) if r.members.get(_MEMBERS[0]) == place.codes)
         path = str(self.folder / self.manifest["shards"][place.shard]["file"])
         offsets = (place.codes, place.info, place.features)
         members = {name: at for name, at in zip(_MEMBERS, offsets) if at != (0, 0)}
@@ -232,7 +238,14 @@ class CodeFolder:
 
     def _read_index(self, shard: int) -> list[TarSample]:
         path = self.folder / self.manifest["shards"][shard]["file"]
-        records, problem, _ = scan_tar(str(existing(path, "Run `unitok extract-codes` again.")))
+        existing(path, "Run `unitok extract-codes` again.")
+        # absolute: a name is not read as a URL, a command or stdin
+        if is_stream(absolute := str(path.absolute())):
+            self._in_memory.add(shard)
+            stream = StreamedTar(absolute, limit=MAX_UNPACKED)
+            records, problem = list(stream), stream.problem
+        else:
+            records, problem, _ = scan_tar(str(path))
         if problem or len(records) != self.sizes[shard]:
             raise UserError(
                 f"{path} is broken ({problem or f'{len(records)} samples'}; {CODES_MANIFEST} lists "

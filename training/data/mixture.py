@@ -257,8 +257,8 @@ def open_datasets(
     """The data set of each entry; one that several entries name is opened once.
 
     Raises:
-        UserError: it is missing, of another type, or made by another visual tokenizer; images of it are read,
-            and it lacks their features.
+        UserError: it is missing, empty, of another type, or made by another visual tokenizer; images of it
+            are read, and it lacks their features.
     """
     entries = options.mixture
     # folders whose images are only generated need no features
@@ -281,6 +281,8 @@ def open_datasets(
         else:
             found.append(folders(entry.path))
     for entry, dataset in zip(entries, found):
+        if not len(dataset):
+            raise UserError(f"data.mixture: {entry.path} holds no sample.")
         codes = dataset.codes
         if codes is not None and codes.crops > 1 and not SAMPLE_KINDS[entry.kind].samples_crops:
             raise UserError(

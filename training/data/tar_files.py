@@ -111,22 +111,40 @@ def source_name(source: str) -> str:
 class StreamedTar:
     """The samples of a tar that is read from its first byte to its last, in one pass.
 
+    Args:
+        limit: bytes after which it counts as broken; a compressed file may unpack to any number.
+
     Attributes:
         problem: where it broke, once its samples have been read; None if it did not.
         notes: as in `TarIndex`, complete once its samples have been read.
     """
 
-    def __init__(self, source: str, name: str = ""):
-        self.source, self.name = source, name
+    def __init__(self, source: str, name: str = "", limit: int | None = None):
+        self.source, self.name, self.limit = source, name, limit
         self.problem: str | None = None
         self.notes: Notes = {}
 
     def __iter__(self) -> Iterator[TarSample]:
         try:
             with _opened(self.source) as file:
-                yield from iter_samples(TarReader(file), self.source, self.name, self.notes)
+                reader = TarReader(file if self.limit is None else _Limited(file, self.limit))
+                yield from iter_samples(reader, self.source, self.name, self.notes)
         except (BrokenTar, OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             self.problem = str(error) or type(error).__name__
+
+
+class _Limited(io.RawIOBase):
+    """A file that breaks after `limit` bytes."""
+
+    def __init__(self, file: IO[bytes], limit: int):
+        self.file, self.limit, self.left = file, limit, limit
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise BrokenTar(f"it unpacks to more than {self.limit:,} bytes: unpack it")
+        return data
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ class ClassRunConfig(RunConfig):
                 f"{'both' if self.model else 'neither'}."
             )
         check_conditioner(self.data, self.conditioner)
+        self.data.check_replay(self.init_from)
         if self.data.pack_to:
             raise UserError(
                 f"data.pack_to is {self.data.pack_to}, but all samples of conditioner: class have the same "

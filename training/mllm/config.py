@@ -145,6 +145,7 @@ class MLLMRunConfig(RunConfig):
                 f"{'both' if self.model else 'neither'}."
             )
         check_conditioner(self.data, self.conditioner)
+        self.data.check_replay(self.init_from)
         for part, factor in self.lr_factors.items():
             if part not in MODEL_PARTS:
                 hint = did_you_mean(part, MODEL_PARTS)

@@ -14,7 +14,14 @@ from transformers.utils import is_flash_attn_2_available
 
 from open_unitok.core.devices import bf16_in_hardware
 from open_unitok.core.errors import UserError, did_you_mean
-from open_unitok.core.files import SAMPLING_FILE, existing, model_path, tokenizer_path, write_json
+from open_unitok.core.files import (
+    REPLAY_FOLDER,
+    SAMPLING_FILE,
+    existing,
+    model_path,
+    tokenizer_path,
+    write_json,
+)
 from open_unitok.mllm import UniTokForConditionalGeneration, UniTokMLLMConfig, UniTokProcessor
 from open_unitok.mllm.attention import VARLEN, supports_varlen
 from open_unitok.mllm.features import feature_fields
@@ -39,6 +46,7 @@ class MLLMParts(NamedTuple):
     processor: UniTokProcessor | None  # None for a class-conditional model
     unitok: Path  # folder of the visual tokenizer
     sampling: Path | None = None  # recommended sampling settings, where the folder has them
+    replay: Path | None = None  # data for `data.replay`, where the folder has them
 
 
 def build_parts(config: MLLMRunConfig) -> MLLMParts:
@@ -186,10 +194,16 @@ def load_parts(name: str) -> MLLMParts:
     )
     unitok = existing(folder / "unitok", "The visual tokenizer of an MLLM must be in that folder.")
     load_tokenizer(unitok)  # a broken one would only be found after training, in the copy
-    sampling = folder / SAMPLING_FILE
+    sampling, replay = folder / SAMPLING_FILE, folder / REPLAY_FOLDER
     processor = UniTokProcessor.from_pretrained(folder)
     check_vocabulary(model.config, processor.vocabulary_fingerprint(), folder)
-    return MLLMParts(model, processor, unitok, sampling if sampling.exists() else None)
+    return MLLMParts(
+        model,
+        processor,
+        unitok,
+        sampling if sampling.exists() else None,
+        replay if replay.exists() else None,
+    )
 
 
 def save_parts(parts: MLLMParts, path: Path, state: dict[str, torch.Tensor] | None = None) -> None:
@@ -215,6 +229,8 @@ def prepare_folder(
         if adapter:
             return
         shutil.copytree(parts.unitok, path / "unitok", dirs_exist_ok=True)
+        if parts.replay:  # its codes stay valid, since the sub-codebooks are frozen
+            shutil.copytree(parts.replay, path / REPLAY_FOLDER, dirs_exist_ok=True)
         if parts.sampling:
             shutil.copy(parts.sampling, path / SAMPLING_FILE)
         elif parts.processor is None:  # without guidance, which a model without a null class cannot have

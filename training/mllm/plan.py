@@ -8,6 +8,7 @@ moments, 4 bytes each; ZeRO 1 and 2 shard gradients and moments over W ranks and
 well; ZeRO 3 shards the weights too, except for small ones, and keeps a bucket to reduce gradients in.
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from open_unitok.tokenizer import UniTokConfig
 from ..core.communication import Transfer, parameter_sizes, persistence_threshold, transfers
 from ..core.flops import MLLMFlops, TokenCounts
 from ..core.plan import Memory, engine_memory
+from ..data.mixture_options import with_replay
 from ..data.sample_kinds import SAMPLE_KINDS
 from .config import MLLMRunConfig
 from .model import add_adapters, decoder_config, freeze_parts
@@ -62,6 +64,9 @@ def plan_run(config: MLLMRunConfig, gpus: int, text_tokens: int = 64) -> Plan:
     """
     micro_batch = config.micro_batch(gpus)
     model, assumed = model_on_meta(config)
+    # of a base that is not here, what is replayed is assumed to be like the mixture
+    if config.data.replay_path or not assumed:
+        config = dataclasses.replace(config, data=with_replay(config.data, config.init_from))
     if any(SAMPLE_KINDS[entry.kind].generates_images for entry in config.data.mixture):
         model.config.check_generates()
     sample = mean_sample(config, model.config, text_tokens)

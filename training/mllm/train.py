@@ -32,11 +32,12 @@ from ..data import seeding
 from ..data.code_shards import FeatureFacts
 from ..data.collate import Batch
 from ..data.mixture import Mixture, codes_layout
+from ..data.mixture_options import with_replay
 from ..data.sample_kinds import SAMPLE_KINDS, crop_mismatch
 from ..data.sequences import SequenceBuilder
 from .class_config import ClassRunConfig
 from .class_model import build_class_parts, check_labels, class_inputs, class_sequences
-from .config import LossOptions, MLLMRunConfig
+from .config import LossOptions, MLLMRunConfig, check_conditioner
 from .metrics import RunningMetrics
 from .model import MLLMParts, build_parts, prepare_folder, save_parts
 
@@ -161,7 +162,8 @@ def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> M
 
     Raises:
         UserError: codes of another tokenizer or number of visual tokens; sequences longer than the context;
-            labels that are missing or no classes of the model.
+            labels that are missing or no classes of the model; no data to replay, or of another kind of
+            model.
     """
     sizes = parts.model.config
     limit = sizes.context_length
@@ -176,8 +178,10 @@ def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> M
         assert parts.processor is not None
         sequences = SequenceBuilder(parts.processor, config.data.max_length)
         style = parts.processor.style
+    data_options = with_replay(config.data, config.init_from)
+    check_conditioner(data_options, config.conditioner)
     mixture = Mixture(
-        config.data,
+        data_options,
         sequences,
         seed=config.seed,
         batch_size=config.batch_size,
@@ -186,7 +190,7 @@ def build_mixture(config: MLLMRunConfig | ClassRunConfig, parts: MLLMParts) -> M
         features=stored_features(sizes),
     )
     warnings = set()
-    for entry, data in zip(config.data.mixture, mixture.datasets):
+    for entry, data in zip(mixture.entries, mixture.datasets):
         if data.codes is None:
             continue
         warnings.add(crop_mismatch(data.codes, entry.kind, style))

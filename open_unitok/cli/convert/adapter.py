@@ -3,7 +3,14 @@
 import argparse
 import shutil
 
-from open_unitok.core.files import SAMPLING_FILE, atomic_folder, existing, model_path, tokenizer_path
+from open_unitok.core.files import (
+    REPLAY_FOLDER,
+    SAMPLING_FILE,
+    atomic_folder,
+    existing,
+    model_path,
+    tokenizer_path,
+)
 
 from ..options import new_path
 
@@ -45,4 +52,6 @@ def run(args: argparse.Namespace) -> None:
         processor.save_pretrained(folder)  # after unitok/, which it would copy
         if (source / SAMPLING_FILE).exists():
             shutil.copy(source / SAMPLING_FILE, folder / SAMPLING_FILE)
+        if (source / REPLAY_FOLDER).exists():
+            shutil.copytree(source / REPLAY_FOLDER, folder / REPLAY_FOLDER)
     print(f"{source} + {args.adapter} -> {target}")
