@@ -1,0 +1,426 @@
+"""What a small decoder needs to learn where the objects of an image stand: steps until 90 % of the held-out
+questions of a kind are right, with one thing changed at a time (docs/experiments/binding.md).
+
+    python benchmarks/binding.py --sweep optimizer positions [--seeds 0 1 2]    # only rows that are missing
+    python benchmarks/binding.py --set positions=learned lr=0.01                # one run, not stored
+    python benchmarks/binding.py --table
+
+A scene has one to four of 24 objects (6 colours x 4 shapes) in the cells of a 2 x 2 grid; a tenth of the
+arrangements is held out. Kinds of questions: "exist" (is there a red circle), "colour" (of the only circle),
+"read" (the colour at a place), "row" and "column" (where the red circle is), "left_right" and "above_below"
+(of two objects). Chance: 50 %, for "colour" and "read" 17 %. A cell is one visual token or 2 x 2; a token has
+an id of its own per object (code "joint"), a colour's and a shape's vector ("factored"), or the eight codes
+that the shipped tokenizer gives for a rendered image ("scenes").
+"""
+
+import argparse
+import fcntl
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import binding_scenes as data
+import torch
+import torch.nn.functional as F
+from binding_scenes import GRID, ID, KINDS, PAD, WORDS, Scenes, Texts
+from harness import RESULTS, processor_name, read_results, write_results
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from open_unitok.core.errors import UserError
+from open_unitok.core.files import tokenizer_path
+from open_unitok.mllm import UniTokMLLMConfig
+from open_unitok.mllm.visual_embedder import VisualEmbedder
+from open_unitok.tokenizer import UniTok
+from open_unitok.training.core.deepspeed_engine import parameter_groups
+from open_unitok.training.core.muon import Muon, muon_groups
+from open_unitok.training.core.schedules import lr_multiplier
+
+ENOUGH = 0.9  # a kind is learnt when this share of its held-out questions is answered
+EVERY, QUESTIONS = 100, 256  # steps between evaluations; questions per kind
+POOL = 20_000  # rendered scenes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run. Shares: `captions` and `images` (generated) of the samples, the rest are conversations of up
+    to `turns` questions, whose kinds have `shares`. Weights: `text` and `image` of the mean losses over
+    learned words and codes; `answer` of the words that answer. `position_norm`: norm of a position's vector
+    at the start, in norms of a visual vector. `one_object`: first steps, with scenes of one object."""
+
+    optimizer: str = "muon"
+    lr: float = 5e-3
+    schedule: str = "constant"
+    steps: int = 2500
+    batch: int = 64
+    width: int = 64
+    depth: int = 4
+    init: float = 0.07
+    rope_theta: float = 1e4
+    code: str = "joint"
+    tokens: int = 1
+    embedder: str = "table"
+    positions: str = "none"
+    position_norm: float = 1.0
+    bidirectional: bool = False
+    shares: tuple[float, ...] = (1.0,) * len(KINDS)
+    turns: int = 1
+    filler: int = 0
+    describe: bool = False
+    captions: float = 0.0
+    images: float = 0.0
+    answer: float = 1.0
+    text: float = 1.0
+    image: float = 1.0
+    one_object: int = 0
+
+    @property
+    def name(self) -> str:
+        """The fields that differ from the defaults."""
+        plain = asdict(Setting())
+        return " ".join(f"{k}={show(v)}" for k, v in asdict(self).items() if v != plain[k]) or "base"
+
+
+def show(value: Any) -> str:
+    return "/".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+LEARNED = {"positions": "learned"}
+# losses, weights and questions as in configs/scenes/finetune.yaml and its data
+MIXTURE = {"captions": 0.18, "images": 0.42, "text": 5.0, "shares": (3.0, 1.0, 2.0, 0.5, 0.5, 1.5, 1.5)}
+CONVERSATIONS = {"turns": 2, "filler": 4}
+LIKE_SCENES = {"tokens": 4, **CONVERSATIONS, **MIXTURE}
+RENDERED = {"code": "scenes", "embedder": "projection", **LIKE_SCENES}
+CHANGES: list[dict[str, Any]] = [
+    *({"optimizer": "adamw", "lr": lr} for lr in (1e-3, 3e-3)),
+    *({"lr": lr} for lr in (2e-3, 1e-2, 2e-2)),
+    *({"batch": batch} for batch in (16, 256)),
+    *({"depth": depth} for depth in (2, 6, 8)),
+    {"bidirectional": True}, {"code": "factored"}, {"describe": True}, {"captions": 0.5}, {"one_object": 300},
+    {"shares": (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0)}, {"shares": (3.0, 3.0, 3.0, 1.0, 1.0, 1.0, 1.0)},
+    {"schedule": "lin00"}, {"rope_theta": 100.0}, {"init": 0.02}, {"tokens": 4}, CONVERSATIONS, MIXTURE,
+]  # fmt: skip
+# sweep -> what is changed; each row is a run per seed
+SWEEPS: dict[str, list[dict[str, Any]]] = {
+    "base": [{}, LEARNED],
+    "positions": [
+        *({**LEARNED, "position_norm": norm} for norm in (0.1, 0.3, 3.0)),
+        *({"positions": "sinusoidal", "position_norm": norm} for norm in (0.3, 1.0)),
+    ],
+    "changes": CHANGES,
+    "changes_with_positions": [{**changes, **LEARNED} for changes in CHANGES],
+    "like_scenes": [LIKE_SCENES, {**LIKE_SCENES, **LEARNED}],
+    "rendered": [RENDERED, {**RENDERED, **LEARNED}],
+}
+
+
+# ---- model -------------------------------------------------------------------------------------------------
+
+
+class SymbolEmbedding(nn.Module):
+    """(n, N, K) codes -> the sum of K trained vectors."""
+
+    def __init__(self, books: int, entries: int, width: int) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(nn.Embedding(entries, width) for _ in range(books))
+
+    def forward(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.stack([book(codes[..., i]) for i, book in enumerate(self.embeddings)]).sum(0)
+
+
+class Decoder(nn.Module):
+    """A Llama over visual vectors and words, with a head for words and one for codes."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__()
+        width = setting.width
+        self.setting, self.side = setting, GRID * (2 if setting.tokens == 4 else 1)
+        text = LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=width, intermediate_size=width * 8 // 3 // 16 * 16,
+            num_hidden_layers=setting.depth, num_attention_heads=width // 32, max_position_embeddings=256,
+            initializer_range=setting.init, rope_theta=setting.rope_theta,
+        )  # fmt: skip
+        self.language_model = LlamaModel(text)
+        self.lm_head = nn.Linear(width, len(WORDS), bias=False)
+        if setting.code == "scenes":
+            self.visual, self.books, self.entries = visual_embedder(setting.embedder, text)
+        else:
+            self.books, self.entries = (
+                (1, data.PAIRS + 1) if setting.code == "joint" else (2, data.COLORS + 1)
+            )
+            self.visual = SymbolEmbedding(self.books, self.entries, width)
+        self.code_lm_head = nn.Linear(width, self.books * self.entries, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2 and "projection" not in name:
+                nn.init.normal_(parameter, std=setting.init)
+        self.row_embedding = nn.Parameter(torch.zeros(self.side, width), requires_grad=False)
+        self.column_embedding = nn.Parameter(torch.zeros(self.side, width), requires_grad=False)
+
+    @torch.no_grad()
+    def init_positions(self, codes: torch.Tensor) -> None:
+        """Row and column vectors whose sum has `position_norm` times the norm of a visual vector."""
+        kind, width = self.setting.positions, self.setting.width
+        norm = float(self.visual(codes).square().mean().sqrt()) * self.setting.position_norm
+        for parameter, shift in ((self.row_embedding, 0), (self.column_embedding, width // 2)):
+            if kind == "learned":
+                parameter.normal_(std=norm / 2**0.5).requires_grad_(True)
+            elif kind == "sinusoidal":  # half of the channels for rows, half for columns
+                angle = torch.arange(self.side)[:, None] * 3.0 ** -torch.arange(width // 4)
+                parameter[:, shift : shift + width // 2] = (
+                    torch.cat([angle.sin(), angle.cos()], 1) * 2**0.5 * norm
+                )
+
+    def embed(self, codes: torch.Tensor) -> torch.Tensor:
+        """(n, N, K) -> (n, N, width)."""
+        places = (self.row_embedding[:, None] + self.column_embedding).flatten(0, 1)
+        return self.visual(codes) + places[: codes.shape[1]]
+
+    def forward(self, before: torch.Tensor, codes: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """(n, A) ids, (n, N, K) codes of an image, (n, B) ids -> (n, A + N + B, width) hidden states."""
+        words, mask = self.language_model.embed_tokens, None
+        x = torch.cat([words(before), self.embed(codes), words(after)], dim=1)
+        if self.setting.bidirectional and before.shape[1] == 1:  # an image that is read
+            mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+            mask[1 : 1 + codes.shape[1], 1 : 1 + codes.shape[1]] = True
+            mask = mask.expand(len(x), 1, -1, -1)
+        return self.language_model(inputs_embeds=x, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def read(self, codes: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """(n, T, width): the states that predict each of (n, T) `ids` behind an image."""
+        boi, eoi = (ids.new_full((len(ids), 1), ID[word]) for word in ("boi", "eoi"))
+        return self(boi, codes, torch.cat([eoi, ids[:, :-1]], dim=1))[:, codes.shape[1] + 1 :]
+
+    def generate(self, ids: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """(n, N, K, V): logits of the codes of an image behind (n, T) `ids`, each token from those before."""
+        shift = (ids == PAD).sum(1, keepdim=True)  # padding to the left: the image follows the text
+        ids = ids.gather(1, (torch.arange(ids.shape[1]) - shift) % ids.shape[1])
+        boi = ids.new_full((len(ids), 1), ID["boi"])
+        states = self(torch.cat([ids, boi], dim=1), codes[:, :-1], ids[:, :0])[:, ids.shape[1] :]
+        return self.code_lm_head(states).unflatten(-1, (self.books, self.entries))
+
+
+def visual_embedder(kind: str, text: LlamaConfig) -> tuple[VisualEmbedder, int, int]:
+    """An MLLM's embedder of the shipped tokenizer's codes, and the numbers of codes and entries."""
+    unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32)
+    config = UniTokMLLMConfig.for_tokenizer(unitok.config, text_config=text, input_embedder=kind)
+    embedder = VisualEmbedder(config, text.hidden_size)
+    embedder.init_from_tokenizer(unitok)
+    embedder.freeze_codebooks()
+    return embedder, config.num_codebooks, config.codebook_size
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+def train(setting: Setting, seed: int) -> dict[str, Any]:
+    """Train until every kind is learnt or for `steps`: the first evaluation at which each kind is (None =
+    never), its accuracy at all evaluations in %, and the last accuracy of places in captions and of codes."""
+    torch.manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed + 1)
+    model, start = Decoder(setting), time.perf_counter()
+    scenes = Source(setting)
+    model.init_positions(scenes.sample(256, rng).codes)
+    optimizer = build_optimizer(model, setting)
+    exam = build_exam(setting, scenes)
+    curves: dict[str, list[int]] = {kind: [] for kind in exam}
+    learnt: dict[str, int | None] = dict.fromkeys(KINDS)
+    step = 0
+    while step < setting.steps and None in learnt.values():
+        for group in optimizer.param_groups:
+            group["lr"] = setting.lr * lr_multiplier(setting.schedule, step, setting.steps, 50, end=0.02)
+        loss = batch_loss(model, setting, scenes, step, rng)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        if step % EVERY == 0 or step == setting.steps:
+            for kind, share in evaluate(model, exam).items():
+                curves[kind].append(round(100 * share))
+                if share >= ENOUGH and kind in learnt and learnt[kind] is None:
+                    learnt[kind] = step
+            now = " ".join(f"{kind} {curve[-1]}" for kind, curve in curves.items())
+            print(f"{setting.name}, seed {seed}, step {step}: {now}", file=sys.stderr, flush=True)
+    return {"learnt": learnt, "curves": curves, "steps": step, "seconds": round(time.perf_counter() - start)}
+
+
+def build_optimizer(model: Decoder, setting: Setting) -> torch.optim.Optimizer:
+    """As `unitok train` groups parameters; row and column vectors are embeddings."""
+    groups = parameter_groups(model, 0.05)
+    if setting.optimizer == "muon":
+        return Muon(muon_groups(model, groups), lr=setting.lr, betas=(0.9, 0.95))
+    return torch.optim.AdamW(groups, lr=setting.lr, betas=(0.9, 0.95))
+
+
+class Source:
+    """Scenes with codes: new symbolic ones, or some of a fixed number of rendered ones."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def sample(self, n: int, rng: torch.Generator, held_out: bool = False, most: int = data.CELLS) -> Scenes:
+        if self.setting.code != "scenes":
+            scenes = data.sample_scenes(n, rng, held_out, most)
+            return scenes._replace(codes=data.symbols(scenes, self.setting.code, self.setting.tokens))
+        pool = data.rendered_scenes(2_000 if held_out else POOL, held_out)
+        allowed = (pool.count <= most).nonzero()[:, 0]
+        return pool.take(allowed[torch.randint(len(allowed), (n,), generator=rng)])
+
+
+def batch_loss(
+    model: Decoder, setting: Setting, source: Source, step: int, rng: torch.Generator
+) -> torch.Tensor:
+    """The weighted loss of a batch: conversations, captions, and images to generate."""
+    scenes = source.sample(setting.batch, rng, most=1 if step < setting.one_object else data.CELLS)
+    images, captions = (round(share * setting.batch) for share in (setting.images, setting.captions))
+    counts = [setting.batch - images - captions, captions, images]
+    asked, captioned, generated = (scenes.take(rows) for rows in torch.arange(setting.batch).split(counts))
+    loss, weights = torch.zeros(()), torch.zeros(())
+    texts = [data.converse(asked, rng, setting.shares, setting.turns, setting.filler, setting.describe)]
+    texts += [data.caption(captioned, rng)] if captions else []
+    for text, read in zip(texts, (asked, captioned)):
+        states = model.read(read.codes, text.ids)[text.learned]
+        entropy = F.cross_entropy(model.lm_head(states), text.ids[text.learned], reduction="none")
+        loss = loss + (entropy * (1 + (setting.answer - 1) * text.value[text.learned])).sum()
+        weights = weights + len(entropy)
+    loss = setting.text * loss / weights
+    if images:
+        logits = model.generate(data.caption(generated, rng).ids, generated.codes)
+        loss = loss + setting.image * F.cross_entropy(logits.flatten(0, 2), generated.codes.flatten())
+    return loss
+
+
+def build_exam(setting: Setting, source: Source) -> dict[str, tuple[Scenes, Texts]]:
+    """QUESTIONS held-out questions of each kind, the same for every run; captions for the other losses."""
+    rng, exam = torch.Generator().manual_seed(99), {}
+    for number, kind in enumerate(KINDS):
+        scenes = source.sample(8 * QUESTIONS, rng, held_out=True)
+        if (
+            number >= data.ROW
+        ):  # with two objects in every row and column, which ones are occupied says nothing
+            scenes = scenes.take(scenes.count == data.CELLS)
+        kinds = torch.full((len(scenes.count),), number)
+        texts = data.ask(scenes, kinds, rng, setting.filler, setting.describe)
+        rows = (texts.ids[:, 0] == ID[kind]).nonzero()[:QUESTIONS, 0]
+        exam[kind] = scenes.take(rows), Texts(*(values[rows] for values in texts)).compact()
+    for name in [name for name in ("captions", "images") if getattr(setting, name)]:
+        scenes = source.sample(QUESTIONS, rng, held_out=True)
+        exam[name] = scenes, data.caption(scenes, rng, placed=1.0)
+    return exam
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, exam: dict[str, tuple[Scenes, Texts]]) -> dict[str, float]:
+    """Share of the questions whose answer, the description included, is the most probable; of the places in
+    captions; of the codes of images."""
+    found = {}
+    for kind, (scenes, texts) in exam.items():
+        if kind == "images":
+            right = model.generate(texts.ids, scenes.codes).argmax(-1) == scenes.codes
+            found[kind] = float(right.float().mean())
+            continue
+        wrong = (model.lm_head(model.read(scenes.codes, texts.ids)).argmax(-1) != texts.ids) & texts.value
+        if kind == "captions":
+            found[kind] = 1 - float(wrong.sum() / texts.value.sum())
+        else:
+            found[kind] = 1 - float(wrong.any(1).float().mean())
+    return found
+
+
+# ---- sweeps ------------------------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweep", nargs="+", choices=list(SWEEPS), default=[], help="rows to measure")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--set", nargs="*", metavar="KEY=VALUE", help="fields of Setting: one run, not stored"
+    )
+    parser.add_argument("--table", action="store_true", help="print the stored rows of --sweep, default all")
+    parser.add_argument("--out", type=Path, default=RESULTS / "binding.json")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    if args.set is not None:
+        setting = parse_setting(args.set)
+        for seed in args.seeds:
+            print(setting.name, json.dumps(train(setting, seed)), flush=True)
+    if args.table:
+        print(table(read_results(args.out), args.sweep or list(SWEEPS)))
+        return
+    for changes in [changes for sweep in args.sweep for changes in SWEEPS[sweep]]:
+        for seed in args.seeds:
+            measure(replace(Setting(), **changes), seed, args.out)
+
+
+def measure(setting: Setting, seed: int, out: Path) -> None:
+    """Train one row unless the file has it."""
+    key = f"{setting.name} | seed {seed}"
+    if key in read_results(out):
+        return
+    row = {**train(setting, seed), "processor": processor_name()}
+    print(key, json.dumps(row["learnt"]), f"{row['seconds']} s", flush=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.with_suffix(".lock").open("w") as lock:  # another sweep may write at the same time
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write_results(out, {**read_results(out), key: row})
+
+
+def parse_setting(words: list[str]) -> Setting:
+    """["lr=0.01", "shares=3/1/1/1/1/1/1"] -> a setting.
+
+    Raises:
+        UserError: an unknown field or a value of the wrong type.
+    """
+    types, changes = {field.name: type(field.default) for field in fields(Setting)}, {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in types:
+            raise UserError(f"--set {word}: {name!r} is not one of {', '.join(types)}.")
+        try:
+            if types[name] is tuple:
+                changes[name] = tuple(float(number) for number in value.split("/"))
+            else:
+                changes[name] = value == "True" if types[name] is bool else types[name](value)
+        except ValueError:
+            raise UserError(f"--set {word}: expected {types[name].__name__}.") from None
+    return replace(Setting(), **changes)
+
+
+def table(rows: dict[str, Any], sweeps: list[str]) -> str:
+    """Markdown: for each setting the median step at which each kind was learnt, with the range over seeds."""
+    lines = [("setting", "seeds", *KINDS), ("---",) * (len(KINDS) + 2)]
+    for sweep in sweeps:
+        for changes in SWEEPS[sweep]:
+            name = replace(Setting(), **changes).name
+            found = [row for key, row in rows.items() if key.rpartition(" | ")[0] == name]
+            if found:
+                lines.append((name, str(len(found)), *(cell(found, kind) for kind in KINDS)))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cell(rows: list[dict[str, Any]], kind: str) -> str:
+    """Median and range of steps; of runs that did not learn it, the best accuracy in %."""
+    steps = sorted(row["learnt"][kind] for row in rows if row["learnt"][kind] is not None)
+    missing = [max(row["curves"][kind]) for row in rows if row["learnt"][kind] is None]
+    parts = []
+    if steps:
+        spread = f" ({steps[0]}-{steps[-1]})" if len(steps) > 1 else ""
+        parts.append(f"{statistics.median(steps):g}{spread}")
+    if missing:
+        parts.append(
+            f"{len(missing)}x never: {min(missing)}-{max(missing)} %"
+            if len(rows) > 1
+            else f"never: {missing[0]} %"
+        )
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    main()
