@@ -14,6 +14,7 @@ that the shipped tokenizer gives for a rendered image ("scenes").
 """
 
 import argparse
+import copy
 import fcntl
 import json
 import statistics
@@ -206,7 +207,9 @@ class Decoder(nn.Module):
 def visual_embedder(kind: str, text: LlamaConfig) -> tuple[VisualEmbedder, int, int]:
     """An MLLM's embedder of the shipped tokenizer's codes, and the numbers of codes and entries."""
     unitok = UniTok.from_pretrained(tokenizer_path("scenes"), dtype=torch.float32)
-    config = UniTokMLLMConfig.for_tokenizer(unitok.config, text_config=text, input_embedder=kind)
+    # a copy: an outer config resets the attention of its parts, and without one it is not causal
+    sizes = {"text_config": copy.deepcopy(text), "input_embedder": kind}
+    config = UniTokMLLMConfig.for_tokenizer(unitok.config, **sizes)
     embedder = VisualEmbedder(config, text.hidden_size)
     embedder.init_from_tokenizer(unitok)
     embedder.freeze_codebooks()

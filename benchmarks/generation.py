@@ -4,26 +4,26 @@
     python benchmarks/generation.py --table                # README's table from the results in DIR
     python benchmarks/generation.py --agreement MODEL      # bf16 and int8 against fp32, teacher-forced
 
-Baseline of images: generation_baseline.py, the published sampling loop in eager PyTorch and float32, with
-transformers' growing KV cache and the depth head recomputed on its prefix for every code. Every part runs in
-its own process, in which steps of the part and of the baseline alternate: a slow change of the machine's
-speed cancels. Another busy process does not (torch's threads spin, the C++ steps' yield): measure on a quiet
-machine; the table shows no ratio whose quartiles differ by more than a third.
+Baseline of images: generation_parts/baseline.py, the published sampling loop in eager PyTorch and float32,
+with transformers' growing KV cache and the depth head recomputed on its prefix for every code. Every part
+runs in its own process, in which steps of the part and of the baseline alternate: a slow change of the
+machine's speed cancels. Another busy process does not (torch's threads spin, the C++ steps' yield): measure
+on a quiet machine; the table shows no ratio whose quartiles differ by more than a third.
 
-Peers: generation_peers.py (torch.compile, torchao, LlamaGen's loop, transformers' `generate`). Model: hidden
-512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096 codes, depth head of 3 layers, 256
-visual tokens, guidance 5, random weights, 2 threads. One step of it takes torch.compile minutes, so its parts
-have 2 layers and 2 codes, and the C++ steps run beside them in the same turns: the result is their share of
-the C++ steps' speed.
+Peers: generation_parts/peers.py (torch.compile, torchao, LlamaGen's loop, transformers' `generate`). Model:
+hidden 512, intermediate 1376, 8 layers, 8 heads, vocabulary 32000, 8 x 4096 codes, depth head of 3 layers,
+256 visual tokens, guidance 5, random weights, 2 threads. One step of it takes torch.compile minutes, so its
+parts have 2 layers and 2 codes, and the C++ steps run beside them in the same turns: the result is their
+share of the C++ steps' speed.
 
 `--isa avx2` holds torch, oneDNN, MKL, inductor and the C++ backend to AVX2 on a processor that has more; such
 results are named "emulated". torch.compile keeps what it compiled in TORCHINDUCTOR_CACHE_DIR, and a second
 run is shorter: `first_s`, the seconds until the second token, is of an empty cache only with `--cold`.
 
-Questions about one image each gain little over one by one, and no code can change that. At this run's
-GFLOP/s reading 32 images of 256 tokens takes 2 * 32 * 256 * 33.7 M = 0.55 TFLOP, 3.5 of 5.7 s; one by one it
-is the same work with 256 rows instead of 512 in a product. Only the rest, 16 decode steps for 32 answers, is
-divided by the batch. Questions that share an image read it once.
+Questions about one image each gain little over one by one, and no code can change that. At this run's GFLOP/s
+reading 32 images of 256 tokens takes 2 * 32 * 256 * 33.7 M = 0.55 TFLOP, 3.5 of 5.7 s; one by one it is the
+same work with 256 rows instead of 512 in a product. Only the rest, 16 decode steps for 32 answers, is divided
+by the batch. Questions that share an image read it once.
 """
 
 import argparse
@@ -41,9 +41,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from generation_answers import measure_answers, measure_prefix
-from generation_baseline import iter_baseline_codes
-from generation_model import (
+from generation_parts.answers import measure_answers, measure_prefix
+from generation_parts.baseline import iter_baseline_codes
+from generation_parts.model import (
     GUIDANCE,
     UNCONDITIONAL,
     benchmark_model,
@@ -51,14 +51,14 @@ from generation_model import (
     image_prompts,
     weights_per_token,
 )
-from generation_peers import (
+from generation_parts.peers import (
     Compiled,
     iter_static_codes,
     quantize_by_torchao,
     torchao_obstacle,
     tune_inductor,
 )
-from generation_table import readme_table, report
+from generation_parts.table import readme_table, report
 from harness import (
     RESULTS,
     best_seconds,

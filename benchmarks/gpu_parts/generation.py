@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from generation_model import (
+from generation_parts.model import (
     GUIDANCE,
     UNCONDITIONAL,
     benchmark_model,

@@ -197,6 +197,19 @@ def test_words_after_the_image_do_not_reach_it_and_the_image_sees_itself_only_if
         assert torch.allclose(logits[0, :4], logits[1, :4], atol=1e-6)
 
 
+@pytest.mark.parametrize("code", ["joint", "scenes"])
+def test_a_word_does_not_see_the_words_behind_it(script, code):
+    torch.manual_seed(0)
+    model = script.Decoder(script.Setting(width=32, depth=2, code=code, tokens=4, embedder="projection"))
+    codes = torch.randint(0, 24, (1, 16, model.books))
+    ids = torch.arange(2, 12)[None]
+    changed = ids.clone()
+    changed[:, 5:] += 9
+    states, other = (model.read(codes, x) for x in (ids, changed))
+    torch.testing.assert_close(states[:, :6], other[:, :6])
+    assert not torch.allclose(states[:, 6], other[:, 6])
+
+
 TOY = {"width": 32, "depth": 1, "batch": 8, "steps": 4}
 
 

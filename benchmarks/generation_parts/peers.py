@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import torch._dynamo
-from generation_model import GUIDANCE
 from torch import Tensor, nn
 
 from open_unitok.generation.backends.cuda_graph import CudaGraph
 from open_unitok.generation.kv_cache import join_images, pad_left
 from open_unitok.generation.sampling import filter_logits
+
+from .model import GUIDANCE
 
 # Of torch._inductor.config: global, because freezing is decided before the options of torch.compile are read.
 TUNED = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}

@@ -4,12 +4,13 @@ import time
 from typing import Any
 
 import torch
-from generation_model import benchmark_model, make_questions, weights_per_token
-from generation_peers import answer_by_transformers
 from harness import best_seconds
 from torch import nn
 
 from open_unitok.generation import generate_text_ids
+
+from .model import benchmark_model, make_questions, weights_per_token
+from .peers import answer_by_transformers
 
 # name -> (images that the questions are about, new tokens each)
 ANSWER_CASES = {"photos": (32, 16), "dialogues": (8, 32)}

@@ -1,0 +1,1 @@
+"""Parts of benchmarks/generation.py: models, peers, baselines, tables."""
