@@ -145,7 +145,11 @@ def ratio_cell(found: dict[str, Any], part: str) -> str:
     low, high = entry.get("ratio_quartiles", (1, 1))
     if high > MAX_SPREAD * low:
         return f"not settled ({low:.1f} to {high:.1f})"
-    return f"{entry['ratio']:.1f}x" if "ratio" in entry else "not measured"
+    if "ratio" in entry:
+        return f"{entry['ratio']:.1f}x"
+    # results in which the baseline is a part of its own
+    base = found.get(f"baseline_{part.rpartition('_')[2]}", {})
+    return f"{base['ms'] / entry['ms']:.1f}x" if "ms" in base and "ms" in entry else "not measured"
 
 
 def share_cell(found: dict[str, Any], part: str) -> str:
